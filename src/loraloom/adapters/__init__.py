@@ -1,0 +1,1 @@
+"""Methods: each file holds one method's weights and formula."""

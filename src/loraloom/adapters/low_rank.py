@@ -1,0 +1,174 @@
+"""The trained weights of one projection: one LoRA, or the experts of a mixture.
+
+Axes: I in_features, O out_features, E experts (1 for a plain LoRA), R rank, S = E·R.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.config.adapter import LoraConfig
+from loraloom.errors import AdapterError
+from loraloom.ops.low_rank import dora_norms
+
+
+class BaseProjection:
+    """A frozen linear layer of the base model, with what DoRA needs to know of it."""
+
+    def __init__(self, linear: nn.Module, key: str, in_features: int, out_features: int):
+        self.linear = linear
+        self.key = key
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """W, [O, I].
+
+        Raises:
+            AdapterError: If the base stores it quantised.
+        """
+        weight = self.linear.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise AdapterError(
+                f"weight_decomposition needs floating-point base weights, got a quantised "
+                f"{self.key}; load the base model unquantised or use a method without it"
+            )
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias, [O]."""
+        return self.linear.bias  # pyright: ignore[reportReturnType]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return next(self.linear.parameters()).device
+
+    @cached_property
+    def squared_norms(self) -> Tensor:
+        """‖W‖² of each output row, [O], in float32 or better; computed once."""
+        weight = self.weight.detach()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
+
+
+class LowRank(nn.Module):
+    """A, B and, with weight decomposition, the magnitudes of a projection's experts.
+
+    Args:
+        base: The projection that is adapted.
+        config: Rank, scaling, initialisation, weight decomposition.
+        num_experts: E, or None for a plain LoRA (which is stored as E = 1).
+        dtype: Of the trained weights, at least float32.
+        key: The projection's name in files, from which each tensor draws its initial values.
+        seed: Of the job.
+    """
+
+    def __init__(
+        self,
+        base: BaseProjection,
+        config: LoraConfig,
+        num_experts: int | None,
+        dtype: torch.dtype,
+        key: str,
+        seed: int,
+    ):
+        super().__init__()
+        self.base = base
+        self.config = config
+        self.key = key
+        self.is_mixture = num_experts is not None
+        names = [f"{key}.lora_A"]
+        if num_experts is not None:
+            names = [f"{key}.experts.{expert}.lora_A" for expert in range(num_experts)]
+        shape = (config.rank, base.in_features)
+        initial = torch.stack([_initial_A(shape, config.init, seed, name) for name in names])
+        options = {"dtype": dtype, "device": base.device}
+        self.lora_A = nn.Parameter(initial.to(**options))
+        zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
+        self.lora_B = nn.Parameter(zeros)
+        self.lora_magnitude_vector = None
+        if config.weight_decomposition:
+            norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
+            self.lora_magnitude_vector = nn.Parameter(norms)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.lora_A)
+
+    def compute_A(self, dtype: torch.dtype) -> Tensor:
+        """A in compute form, [S, I]."""
+        return self.lora_A.flatten(0, 1).to(dtype)
+
+    def compute_B(self, dtype: torch.dtype) -> Tensor:
+        """B times scaling in compute form, [S, O]."""
+        return (self.lora_B * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
+
+    def row_scale(self) -> Tensor | None:
+        """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [E, O]; the norm has no gradient."""
+        if self.lora_magnitude_vector is None:
+            return None
+        with torch.no_grad():
+            norms = dora_norms(
+                self.base.weight,
+                self.base.squared_norms,
+                self.lora_A,
+                self.lora_B,
+                self.config.scaling,
+            )
+        return self.lora_magnitude_vector / norms
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor under its name, experts apart, as views of the parameters."""
+        named = {
+            "lora_A": self.lora_A,
+            "lora_B": self.lora_B,
+            "magnitude": self.lora_magnitude_vector,
+        }
+        for expert in range(self.num_experts):
+            prefix = f"{self.key}.experts.{expert}" if self.is_mixture else self.key
+            for name, parameter in named.items():
+                if parameter is not None:
+                    yield f"{prefix}.{name}", parameter.detach()[expert]
+
+
+def low_rank_block(
+    projections: Mapping[str, BaseProjection],
+    targets: frozenset[str],
+    config: LoraConfig,
+    num_experts: int | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> nn.ModuleDict:
+    """Make the weights of a block's targeted projections, by name."""
+    return nn.ModuleDict(
+        {
+            name: LowRank(projection, config, num_experts, dtype, projection.key, seed)
+            for name, projection in projections.items()
+            if name in targets
+        }
+    )
+
+
+def _initial_A(shape: tuple[int, int], init: str, seed: int, name: str) -> Tensor:
+    """Draw A on the CPU in float32 from a generator seeded by the job's seed and the name."""
+    generator = generator_for(seed, name)
+    rank, in_features = shape
+    if init == "gaussian":
+        return torch.empty(shape).normal_(std=1 / rank, generator=generator)
+    bound = 1 / math.sqrt(in_features)  # Kaiming uniform with a = sqrt(5)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Make a CPU generator that depends on the seed and the name alone."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

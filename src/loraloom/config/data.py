@@ -1,0 +1,235 @@
+"""What a job learns from: the `data:` section of a job.
+
+One source, or several in a mix:
+
+    data: {task: arc_easy, path: data/arc_easy}
+    data: {mix: [{task: arc_easy, weight: 2}, {dataset: alpaca.jsonl, format: instruction}]}
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from loraloom.config.fields import CheckInfo, StrictModel
+
+TaskName = Literal[
+    "arc_easy",
+    "arc_challenge",
+    "boolq",
+    "openbookqa",
+    "piqa",
+    "social_i_qa",
+    "hellaswag",
+    "winogrande",
+    "skills",
+]
+Scoring = Literal["label", "text"]
+DataFormat = Literal["instruction", "chat", "text"]
+
+FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
+    "instruction": ("instruction", "input", "output"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
+"""What a row of each format is made of: the keys that `fields` may map to columns."""
+
+_DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
+
+
+def check_task_path(path: str | None, task: str | None) -> str | None:
+    """Return the path of a task's data as it came.
+
+    Raises:
+        ValueError: If the task generates its data.
+    """
+    if path is not None and task == "skills":
+        raise ValueError("path has no effect on skills, which loraloom generates; remove it")
+    return path
+
+
+class _SourceFields(StrictModel):
+    """One source's settings. What is for tasks is an error with a data set, and the reverse."""
+
+    task: TaskName | None = None
+    """Choice task to learn from."""
+    dataset: str | None = Field(default=None, min_length=1)
+    """Data set to learn from: a hub id, a directory with a file for each split, or a single file.
+
+    Files are .json, .jsonl, .csv, .txt or .parquet; all may be gzipped (.gz)."""
+    path: str | None = Field(default=None, min_length=1)
+    """Task: directory that holds its data, or a directory of such directories; None for the hub.
+
+    A relative path starts where the command runs."""
+    split: str | None = Field(default=None, min_length=1)
+    """Split to read; train by default, validation for validation data."""
+    scoring: Scoring | None = Field(default=None, validate_default=True)
+    """Task: whether the answer is the choice's label (the default) or its own text."""
+    config: str | None = Field(default=None, min_length=1)
+    """Data set on the hub: which of its configurations."""
+    format: DataFormat | None = Field(default=None, validate_default=True)
+    """Data set: whether rows are instructions, conversations or plain text."""
+    template: str | None = Field(default=None, min_length=1)
+    """Instructions: the prompt template, alpaca (the default) or plain, a Jinja text or a file."""
+    fields: dict[str, str] | None = None
+    """Data set: column of each role, where they differ from the format's own names."""
+
+    @field_validator("dataset")
+    @classmethod
+    def _check_one_origin(cls, dataset: str | None, info: CheckInfo) -> str | None:
+        if dataset is not None and info.data.get("task") is not None:
+            raise ValueError(
+                f"dataset and task exclude each other, got {dataset!r} and {info.data['task']!r}; "
+                "put two sources into a mix"
+            )
+        return dataset
+
+    @field_validator("path", "scoring")
+    @classmethod
+    def _check_has_task(cls, value: Any, info: CheckInfo) -> Any:
+        if value is not None and info.data.get("dataset") is not None:
+            raise ValueError(
+                f"{info.field_name} has no effect on a dataset, only on a task; remove it"
+            )
+        return value
+
+    @field_validator("scoring")
+    @classmethod
+    def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
+        if scoring is None and info.data.get("task") is not None:
+            return "label"
+        return scoring
+
+    @field_validator("config", "format", "template", "fields")
+    @classmethod
+    def _check_has_dataset(cls, value: Any, info: CheckInfo) -> Any:
+        is_task = info.data.get("task") is not None and "dataset" in info.data
+        if value is not None and is_task:
+            raise ValueError(
+                f"{info.field_name} has no effect on a task, only on a dataset; remove it"
+            )
+        return value
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
+        return check_task_path(path, info.data.get("task"))
+
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: str | None, info: CheckInfo) -> str | None:
+        return _check_not_a_file("split", split, info)
+
+    @field_validator("config")
+    @classmethod
+    def _check_config(cls, config: str | None, info: CheckInfo) -> str | None:
+        return _check_not_a_file("config", config, info)
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, data_format: str | None, info: CheckInfo) -> str | None:
+        if data_format is None and info.data.get("dataset") is not None:
+            raise ValueError("format must be given with a dataset: instruction, chat or text")
+        return data_format
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str | None, info: CheckInfo) -> str | None:
+        data_format = info.data.get("format")
+        if template is not None and data_format in ("chat", "text"):
+            reason = {
+                "chat": "the tokenizer's chat template is used",
+                "text": "plain text is taken as it is",
+            }[data_format]
+            raise ValueError(f"template has no effect on format {data_format}: {reason}; remove it")
+        return template
+
+    @field_validator("fields")
+    @classmethod
+    def _check_roles(cls, fields: dict[str, str] | None, info: CheckInfo) -> dict[str, str] | None:
+        data_format = info.data.get("format")
+        if fields is None or data_format is None:
+            return fields
+        roles = FIELD_ROLES[data_format]
+        unknown = sorted(set(fields) - set(roles))
+        if unknown:
+            raise ValueError(
+                f"fields must map {', '.join(roles)} to column names, got {', '.join(unknown)}"
+            )
+        return fields
+
+
+def _check_not_a_file(setting: str, value: str | None, info: CheckInfo) -> str | None:
+    dataset = info.data.get("dataset")
+    if value is not None and dataset is not None and _DATA_FILE.fullmatch(dataset):
+        raise ValueError(f"{setting} has no effect on a file ({dataset}); remove it")
+    return value
+
+
+class SourceConfig(_SourceFields):
+    """One source of a mix, or the validation data: a task or a data set."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """In a mix: how many times an epoch goes through this source's rows; 0.5 is a half of them."""
+
+    @model_validator(mode="after")
+    def _check_origin(self) -> SourceConfig:
+        if self.task is None and self.dataset is None:
+            raise ValueError("a source must be a task or a dataset, got neither")
+        return self
+
+
+class DataConfig(_SourceFields):
+    """What a job learns from: one source, or a mix of several; and what is held out of it."""
+
+    mix: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
+    """Several sources in place of one."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training rows that is held out to measure `eval/loss`."""
+    validation: SourceConfig | None = None
+    """A source to measure `eval/loss` on, in place of a share of the training rows."""
+
+    @field_validator("mix")
+    @classmethod
+    def _check_mix_alone(
+        cls, mix: tuple[SourceConfig, ...] | None, info: CheckInfo
+    ) -> tuple[SourceConfig, ...] | None:
+        beside = [name for name in _SourceFields.model_fields if info.data.get(name) is not None]
+        if mix is not None and beside:
+            raise ValueError(
+                f"mix must stand without {', '.join(beside)}; put them into a source of the mix"
+            )
+        return mix
+
+    @field_validator("validation")
+    @classmethod
+    def _check_validation(
+        cls, validation: SourceConfig | None, info: CheckInfo
+    ) -> SourceConfig | None:
+        if validation is not None and info.data.get("validation_fraction", 0) > 0:
+            raise ValueError("validation and validation_fraction exclude each other; give one")
+        if validation is not None and validation.weight != 1:
+            raise ValueError("validation.weight has no effect outside a mix; remove it")
+        return validation
+
+    @model_validator(mode="after")
+    def _check_some_source(self) -> DataConfig:
+        if self.task is None and self.dataset is None and self.mix is None:
+            raise ValueError("a task, a dataset or a mix must be given, got none of them")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, whether there is one or a mix."""
+        if self.mix is not None:
+            return self.mix
+        return (
+            SourceConfig.model_validate(self.model_dump(include=set(_SourceFields.model_fields))),
+        )
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether rows are held out, so that `eval/loss` is measured."""
+        return self.validation is not None or self.validation_fraction > 0

@@ -1,0 +1,208 @@
+"""What is wrong with a configuration, a line for each fault, in the words of the file.
+
+pydantic names places like `jobs.0.adapter.mixlora.rank`; here a place is what `--set` takes.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+Models = tuple[type[BaseModel], ...]
+
+_EXPECTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "int_type": "a whole number",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_attributes_type": "a mapping",
+    "model_type": "a mapping",
+    "path_type": "a path",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text (in quotes)",
+    "too_short": "a list of {min_length} or more",
+    "tuple_type": "a list",
+}
+"""What each of pydantic's error types expects."""
+
+_RENAMED = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_dora": "weight_decomposition",
+    "use_rslora": "rank_stabilized",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler",
+    "lr_scheduler_kwargs": "lr_scheduler_args",
+    "optim": "optimizer",
+    "epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "max_seq_length": "max_length",
+    "model_name_or_path": "base_model",
+    "torch_dtype": "dtype",
+}
+"""Names of peft and transformers that difflib would not find ours by."""
+
+_METHODS = {
+    "dora": "method: lora with weight_decomposition: true",
+    "mixdora": "method: mixlora with weight_decomposition: true",
+    "rslora": "method: lora with rank_stabilized: true",
+    "lora+": "method: lora and train.loraplus_lr_ratio",
+    "loraplus": "method: lora and train.loraplus_lr_ratio",
+}
+"""How loraloom writes what others call a method of its own."""
+
+
+def describe_faults(error: ValidationError, models: Models) -> list[str]:
+    """A line for each fault: `<path> must be ..., got ...`.
+
+    Args:
+        error: What pydantic found.
+        models: The model that was validated, or the members of the union.
+    """
+    return [_describe(details, models) for details in error.errors() if not _follows(details)]
+
+
+def _follows(details: ErrorDetails) -> bool:
+    """Whether a fault only follows from another one, which is reported too."""
+    if details["type"] == "too_short":  # pydantic counts the entries that are right
+        return len(details["input"]) >= _context(details)["min_length"]
+    return details["type"] == "default_factory_not_called"
+
+
+def _context(details: ErrorDetails) -> dict[str, Any]:
+    return details.get("ctx", {})
+
+
+def _describe(details: ErrorDetails, root: Models) -> str:
+    path, models = _locate(details["loc"], root)
+    place = ".".join(map(str, path))
+    match details["type"]:
+        case "value_error":
+            return _in_place(details, path, models)
+        case "missing":
+            return f"{place} must be given, it is missing"
+        case "extra_forbidden":
+            return _describe_unknown_key(path, models)
+        case "union_tag_invalid" | "union_tag_not_found":
+            return _describe_method(place, models[-1], details)
+    if details["type"] not in _EXPECTED:
+        return f"{place}: {details['msg']}, got {reprlib.repr(details['input'])}"
+    expected = _EXPECTED[details["type"]].format(**_context(details))
+    hint = _nearest_choice(details) if details["type"] == "literal_error" else ""
+    return f"{place} must be {expected}, got {_shown(details['input'])}{hint}".removeprefix(" ")
+
+
+def _locate(loc: Sequence[int | str], root: Models) -> tuple[list[int | str], list[Models]]:
+    """The path that the file knows, and the models that may stand after each of its steps."""
+    path: list[int | str] = []
+    models = [root]
+    for step in loc:
+        chosen = tuple(model for model in models[-1] if _method(model) == step)
+        if chosen and len(models[-1]) > 1:  # the tag of a union, which is no step in the file
+            models[-1] = chosen
+            continue
+        path.append(step)
+        models.append(models[-1] if isinstance(step, int) else _models_under(models[-1], step))
+    return path, models
+
+
+def _method(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("method")
+    return None if field is None else field.default
+
+
+def _models_under(models: Models, field: str) -> Models:
+    annotations = [m.model_fields[field].annotation for m in models if field in m.model_fields]
+    return tuple(model for annotation in annotations for model in _models_in(annotation))
+
+
+def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _known_keys(models: Models) -> list[str]:
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _in_place(details: ErrorDetails, path: list[int | str], models: list[Models]) -> str:
+    """A check's own message, which begins with a setting, after the path of its section."""
+    message = str(_context(details).get("error", details["msg"]))
+    setting = message.partition(" ")[0].partition(".")[0]
+    if setting in _known_keys(models[-1]):
+        return ".".join([*map(str, path), message])
+    if len(models) > 1 and setting in _known_keys(models[-2]):
+        return ".".join([*map(str, path[:-1]), message])
+    return f"{'.'.join(map(str, path))}: {message}".removeprefix(": ")
+
+
+def _describe_unknown_key(path: list[int | str], models: list[Models]) -> str:
+    *section, key = path
+    known = _known_keys(models[-2])
+    place = f"{'.'.join(map(str, section))}: " if section else ""
+    return f"{place}unknown key {key!r}; {_advice(str(key), known)}"
+
+
+def _advice(key: str, known: list[str]) -> str:
+    if key == "weight":
+        return "weight belongs to a source inside mix"
+    if _RENAMED.get(key) in known:
+        return f"did you mean {_RENAMED[key]!r}?"
+    nearest = get_close_matches(key, known, n=1)
+    if nearest:
+        return f"did you mean {nearest[0]!r}?"
+    return f"known keys are {', '.join(known)}"
+
+
+def _describe_method(place: str, models: Models, details: ErrorDetails) -> str:
+    methods = [str(_method(model)) for model in models]
+    setting = f"{place}.method" if place else "method"
+    expected = " or ".join(methods)
+    if details["type"] == "union_tag_not_found":
+        return f"{setting} must be {expected}, it is missing"
+    given = str(_context(details)["tag"])
+    if given.lower() in _METHODS:
+        hint = f"; write {_METHODS[given.lower()]}"
+    else:
+        hint = _did_you_mean(given, methods)
+    return f"{setting} must be {expected}, got {given!r}{hint}"
+
+
+def _nearest_choice(details: ErrorDetails) -> str:
+    choices = re.findall(r"'([^']*)'", _context(details)["expected"])
+    return _did_you_mean(str(details["input"]), choices)
+
+
+def _did_you_mean(given: str, choices: list[str]) -> str:
+    nearest = get_close_matches(given.lower(), choices, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _shown(value: Any) -> str:
+    """A value short enough for a line, in the words of YAML where Python's differ."""
+    words = {None: "nothing", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return reprlib.repr(value)

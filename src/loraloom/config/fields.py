@@ -1,0 +1,57 @@
+"""The pydantic model that every configuration is made of, and the choices that they share."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+from loraloom.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Number format of the base model's weights and of the low-rank products."""
+
+AttnImplementation = Literal["sdpa", "eager", "flash_attention_2"]
+"""How transformers computes attention."""
+
+_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
+
+
+class StrictModel(BaseModel):
+    """Frozen; unknown keys and infinities are refused; a field's docstring is its help text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+@runtime_checkable
+class CheckInfo(Protocol):
+    """What the check of a field is told by pydantic.
+
+    It is pydantic's ValidationInfo, which can't be tested for at run time as tests do.
+    """
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The fields declared before, without those at fault."""
+        ...
+
+    @property
+    def field_name(self) -> str | None:
+        """The field that is checked."""
+        ...
+
+
+def check_device(device: str) -> str:
+    """Return a device's name as it came.
+
+    Raises:
+        ConfigError: If it is not one that torch could know.
+    """
+    if not _DEVICE.fullmatch(device):
+        raise ConfigError(
+            f"device must be auto, cpu, cuda, cuda:<index>, xpu, xpu:<index> or mps, got {device!r}"
+        )
+    return device

@@ -1,0 +1,76 @@
+"""Reading of run files, with all the faults of a file in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from loraloom.config.adapter import AdapterConfig, LoraConfig, MixLoraConfig
+from loraloom.config.faults import Models, describe_faults
+from loraloom.config.overrides import apply_override
+from loraloom.config.run import RunConfig
+from loraloom.config.yaml_text import parse_yaml
+from loraloom.errors import ConfigError
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """What a run file says, checked.
+
+    Args:
+        path: The YAML file.
+        overrides: Changes to it, each as `path=value`; later ones win.
+
+    Raises:
+        ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
+            which are then all in the message.
+    """
+    settings = parse_yaml(_read_text(Path(path)), str(path))
+    if not isinstance(settings, dict):
+        got = "nothing" if settings is None else type(settings).__name__
+        raise ConfigError(f"{path} must be a mapping of settings, got {got}")
+    settings = reduce(apply_override, overrides, settings)
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise _config_error(str(path), error, (RunConfig,)) from None
+
+
+def parse_adapter_config(settings: Mapping[str, Any]) -> LoraConfig | MixLoraConfig:
+    """The configuration of an adapter from plain settings, `{"method": "lora", "rank": 8}` say.
+
+    Raises:
+        ConfigError: For any faults, which are then all in the message.
+    """
+    try:
+        return TypeAdapter(AdapterConfig).validate_python(dict(settings))
+    except ValidationError as error:
+        raise _config_error("adapter", error, (LoraConfig, MixLoraConfig)) from None
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a run file, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **RunConfig.model_json_schema(),
+    }
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} must be a run file, but there is no such file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} must be a YAML file, but it is not text in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from None
+
+
+def _config_error(origin: str, error: ValidationError, models: Models) -> ConfigError:
+    faults = describe_faults(error, models)
+    count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return ConfigError("\n".join([f"{origin} has {count}:", *(f"  {fault}" for fault in faults)]))

@@ -1,0 +1,57 @@
+"""Settings changed from the command line: `--set jobs.0.train.learning_rate=1e-4`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from loraloom.config.yaml_text import parse_yaml
+from loraloom.errors import ConfigError
+
+
+def apply_override(settings: Any, override: str) -> Any:
+    """A copy of nested settings with one of them changed.
+
+    Args:
+        settings: Mappings and lists, as YAML gives them. Left as they are, also where an alias
+            makes two jobs share a mapping.
+        override: `path=value`: keys and list indices joined with dots, and a YAML value.
+
+    Raises:
+        ConfigError: If it has no `=`, or the path leads into something that is neither a mapping
+            nor a list of that length.
+    """
+    path, equals, value = override.partition("=")
+    if not equals or not path.strip(". "):
+        raise ConfigError(
+            f"--set must be path=value, like jobs.0.train.learning_rate=1e-4, got {override!r}"
+        )
+    keys = path.strip().split(".")
+    return _replaced(settings, keys, 0, parse_yaml(value, f"the value of --set {path}"))
+
+
+def _replaced(node: Any, keys: Sequence[str], depth: int, value: Any) -> Any:
+    if depth == len(keys):
+        return value
+    key = keys[depth]
+    if isinstance(node, list):
+        index = _index(node, keys, depth)
+        changed = _replaced(node[index], keys, depth + 1, value)
+        return [*node[:index], changed, *node[index + 1 :]]
+    if node is not None and not isinstance(node, dict):
+        raise ConfigError(
+            f"--set {'.'.join(keys)}: {'.'.join(keys[:depth])} must be a mapping or a list to be "
+            f"changed inside, got {node!r}"
+        )
+    mapping = {} if node is None else node
+    return {**mapping, key: _replaced(mapping.get(key), keys, depth + 1, value)}
+
+
+def _index(entries: list[Any], keys: Sequence[str], depth: int) -> int:
+    key = keys[depth]
+    if not key.isdecimal() or int(key) >= len(entries):
+        raise ConfigError(
+            f"--set {'.'.join(keys)}: after {'.'.join(keys[:depth])} must come an index in "
+            f"[0, {len(entries) - 1}], got {key!r}"
+        )
+    return int(key)

@@ -1,0 +1,223 @@
+"""What a run file says: one base model and the jobs that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails
+
+from loraloom.config.adapter import AdapterConfig
+from loraloom.config.data import DataConfig, Scoring, TaskName, check_task_path
+from loraloom.config.fields import AttnImplementation, CheckInfo, Dtype, StrictModel, check_device
+from loraloom.config.names import check_name
+from loraloom.config.optimization import SCHEDULERS_ON_METRIC
+from loraloom.config.train import TrainConfig
+
+
+class EvaluationConfig(StrictModel):
+    """A choice task that is scored while a job runs and at its end."""
+
+    task: TaskName
+    """Choice task to score."""
+    path: str | None = Field(default=None, min_length=1)
+    """Directory that holds its data, or a directory of such directories; None for the hub."""
+    split: str = Field(default="validation", min_length=1)
+    """Split to score. Test splits are reported, they never select the weights."""
+    scoring: Scoring = "label"
+    """Score the choice's label or its own text."""
+    limit: int | None = Field(default=None, ge=1)
+    """Score the first so many questions only."""
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
+        return check_task_path(path, info.data.get("task"))
+
+    @property
+    def metric(self) -> str:
+        """Name of the result in metrics.jsonl."""
+        return f"eval/{self.task}/accuracy"
+
+
+class JobConfig(StrictModel):
+    """An adapter with its data and hyperparameters."""
+
+    name: str
+    """Name of the job, of its adapter and of their directory in output_dir."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights, the order of the data, dropout and jitter."""
+    adapter: AdapterConfig
+    """Method and size of the adapter."""
+    data: DataConfig
+    """What the job learns from."""
+    train: TrainConfig
+    """How it learns."""
+    eval: tuple[EvaluationConfig, ...] = Field(default=(), validate_default=True)
+    """Choice tasks to score every train.eval_steps, and at the end."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return check_name(name)
+
+    @field_validator("eval")
+    @classmethod
+    def _check_tasks_differ(
+        cls, evaluations: tuple[EvaluationConfig, ...]
+    ) -> tuple[EvaluationConfig, ...]:
+        tasks = [evaluation.task for evaluation in evaluations]
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"eval must name each task once, got {', '.join(tasks)}")
+        return evaluations
+
+    @field_validator("eval")
+    @classmethod
+    def _check_evaluated(
+        cls, evaluations: tuple[EvaluationConfig, ...], info: CheckInfo
+    ) -> tuple[EvaluationConfig, ...]:
+        if "train" in info.data and "data" in info.data:
+            _check_metrics(info.data["train"], info.data["data"], evaluations)
+        return evaluations
+
+    @property
+    def selection_metric(self) -> str | None:
+        """The metric that chooses the best weights; None: nothing is held out, the last are kept.
+
+        It is early stopping's metric, else the loss on held-out rows, else the first evaluation
+        that is not on a test split.
+        """
+        if self.train.early_stopping is not None:
+            return self.train.early_stopping.metric
+        return next(iter(_selecting_metrics(self.data, self.eval)), None)
+
+
+def _selecting_metrics(data: DataConfig, evaluations: Sequence[EvaluationConfig]) -> list[str]:
+    """Metrics that may choose weights: a test split must not."""
+    loss = ["eval/loss"] if data.has_validation else []
+    return loss + [item.metric for item in evaluations if item.split != "test"]
+
+
+def _check_metrics(
+    train: TrainConfig, data: DataConfig, evaluations: Sequence[EvaluationConfig]
+) -> None:
+    """Check that what waits for an evaluation gets one."""
+    give = "give data.validation_fraction, data.validation or eval"
+    selecting = _selecting_metrics(data, evaluations)
+    if train.eval_steps is not None and not (selecting or evaluations):
+        raise ValueError(f"train.eval_steps has nothing to evaluate; {give}")
+    if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
+        raise ValueError(
+            f"train.lr_scheduler {train.lr_scheduler} moves after evaluations only; "
+            f"give train.eval_steps, and {give}"
+        )
+    if train.early_stopping is not None and train.early_stopping.metric not in selecting:
+        raise ValueError(
+            f"train.early_stopping.metric must be one that the job measures outside test splits "
+            f"({', '.join(selecting) or 'none'}), got {train.early_stopping.metric!r}"
+        )
+
+
+class RunConfig(StrictModel):
+    """One base model and the jobs that share it."""
+
+    base_model: str = Field(min_length=1)
+    """Hub id, directory or .gguf file of a causal language model, or smollm2-135m."""
+    dtype: Dtype = "float32"
+    """Number format of the base model. Adapters are always kept in float32."""
+    device: str = "auto"
+    """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
+    attn_implementation: AttnImplementation | None = None
+    """How transformers computes attention; null for its own choice."""
+    output_dir: Path
+    """Directory of the results, one directory a job in it."""
+    trackers: tuple[Literal["jsonl", "tensorboard"], ...] = ("jsonl",)
+    """Where metrics go. metrics.jsonl is always written."""
+    jobs: tuple[JobConfig, ...] = Field(min_length=1)
+    """Adapters to train, all in the same steps."""
+
+    @field_validator("dtype")
+    @classmethod
+    def _check_dtype(cls, dtype: Dtype) -> Dtype:
+        if dtype == "float16":
+            raise ValueError(
+                "dtype must be float32 or bfloat16 in training, got float16: without loss scaling "
+                "small gradients become zero; use bfloat16"
+            )
+        return dtype
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        return check_device(device)
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _check_attention(
+        cls, implementation: AttnImplementation | None, info: CheckInfo
+    ) -> AttnImplementation | None:
+        if implementation == "flash_attention_2" and info.data.get("dtype") == "float32":
+            raise ValueError(
+                "attn_implementation flash_attention_2 computes in 16 bits only; "
+                "set dtype: bfloat16 or take sdpa"
+            )
+        return implementation
+
+    @field_validator("jobs", mode="wrap")
+    @classmethod
+    def _check_names_differ(cls, jobs: Any, handler: Callable[[Any], Any]) -> tuple[JobConfig, ...]:
+        """Look at the names first, so that they are reported along with the jobs' own faults."""
+        faults = _repeated_name_faults(jobs)
+        try:
+            checked = handler(jobs)
+        except ValidationError as error:
+            faults += [_as_fault(detail) for detail in error.errors()]
+            raise ValidationError.from_exception_data("jobs", faults) from None
+        if faults:
+            raise ValidationError.from_exception_data("jobs", faults)
+        return checked
+
+
+def _repeated_name_faults(jobs: Any) -> list[InitErrorDetails]:
+    """A fault for each job whose name an earlier one has, also where only the case differs."""
+    names = [_raw_name(job) for job in jobs] if isinstance(jobs, list | tuple) else []
+    seen: set[str] = set()
+    faults: list[InitErrorDetails] = []
+    for index, name in enumerate(names):
+        if name is None:
+            continue
+        if name.casefold() in seen:
+            reason = ValueError(
+                f"name must differ from those of the other jobs, got {name!r} again"
+            )
+            loc = (index, "name")
+            faults.append(
+                {"type": "value_error", "loc": loc, "input": name, "ctx": {"error": reason}}
+            )
+        seen.add(name.casefold())
+    return faults
+
+
+def _raw_name(job: Any) -> str | None:
+    """The name of a job that may not have been checked yet."""
+    if isinstance(job, JobConfig):
+        return job.name
+    name = job.get("name") if isinstance(job, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _as_fault(details: ErrorDetails) -> InitErrorDetails:
+    fault: InitErrorDetails = {
+        "type": details["type"],
+        "loc": details["loc"],
+        "input": details["input"],
+    }
+    if "ctx" in details:
+        fault["ctx"] = details["ctx"]
+    return fault

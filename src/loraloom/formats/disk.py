@@ -1,0 +1,179 @@
+"""Reading an adapter's files, and writing them so that a crash leaves the old ones or the new."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loraloom.errors import AdapterError, FormatError
+from loraloom.formats.contents import (
+    CARD_FILE,
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    names_in,
+)
+
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
+_STAGING = ".adapter.writing"
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a broken pickle may raise, by the documentation of `pickle.UnpicklingError`."""
+
+
+def read_files(directory: Path) -> AdapterFiles:
+    """Read adapter_config.json and the weights, from safetensors or else from a pickle.
+
+    Raises:
+        FormatError: If a file is missing or broken.
+    """
+    if not directory.is_dir():
+        raise FormatError(f"an adapter must be a directory, got the file {directory}")
+    config = _read_config(directory)
+    weights, pickled = directory / WEIGHTS_FILE, directory / PICKLE_FILE
+    if weights.is_file():
+        tensors, metadata = _read_safetensors(weights)
+    elif pickled.is_file():
+        tensors, metadata = _read_pickle(pickled), {}
+    else:
+        raise FormatError(f"{directory} must have {WEIGHTS_FILE} or {PICKLE_FILE}, it has neither")
+    odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if odd:
+        raise FormatError(f"{directory}: tensors must be floating point: {names_in(odd)} are not")
+    return AdapterFiles(config, tensors, metadata, source=str(directory))
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        is_model = (directory / "config.json").is_file()
+        hint = "it is a model, not an adapter" if is_model else "it is no adapter, or one cut short"
+        raise FormatError(f"{directory} must have {CONFIG_FILE}, it has none; {hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} must be JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = list(file.keys())  # `file` itself can't be iterated
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FormatError(f"{path} can't be read as safetensors: {error}; get it again") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Read a flat dict of tensors; anything that would run code is refused."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNPICKLING_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{path} can't be read as a dict of tensors: {reason}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise FormatError(f"{path} must hold a flat dict of tensors by name")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def refuse_to_overwrite(directory: Path) -> None:
+    """Raise an AdapterError if a directory has an adapter's files already."""
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"an adapter is saved to a directory, {directory} is a file")
+    present = [name for name in ADAPTER_FILES if (directory / name).exists()]
+    if present:
+        raise AdapterError(
+            f"{directory} already has {names_in(present)}; save elsewhere, or ask to overwrite"
+        )
+
+
+def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
+    """Put an adapter's three files into a directory that may hold others.
+
+    They are written aside, synced to the disk and renamed, adapter_config.json last. If the
+    process dies, the directory holds the old adapter, the new one, or no adapter_config.json
+    (never the new weights under another old configuration).
+
+    Raises:
+        AdapterError: If the system can't write there.
+    """
+    is_new = not directory.exists()
+    staging = directory / _STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        _stage(staging, files, card)
+        _publish(staging, directory)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new:
+            _remove_if_empty(directory)
+
+
+def _stage(staging: Path, files: AdapterFiles, card: str) -> None:
+    tensors = {name: _on_cpu(tensor) for name, tensor in files.tensors.items()}
+    save_file(tensors, staging / WEIGHTS_FILE, metadata=files.metadata)
+    config = json.dumps(files.config, indent=2, ensure_ascii=False, allow_nan=False)
+    (staging / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    (staging / CARD_FILE).write_text(card, encoding="utf-8")
+    shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors makes it 0600
+    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+        _sync(staging / name)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Detach and copy, so that experts that are views of one tensor don't share storage."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    old, new = directory / CONFIG_FILE, staging / CONFIG_FILE
+    if old.exists() and old.read_bytes() != new.read_bytes():
+        old.unlink()
+        _sync(directory)
+    for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
+        os.replace(staging / name, directory / name)
+        _sync(directory)
+    (directory / PICKLE_FILE).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or, where the system can, a directory to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()

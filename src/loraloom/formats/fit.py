@@ -1,0 +1,143 @@
+"""Does a stored adapter fit a base model? Everything is checked here, before a weight is copied."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.errors import AdapterError, FormatError
+from loraloom.formats.base import BaseInfo
+from loraloom.formats.contents import StoredAdapter, names_in
+from loraloom.formats.keys import TensorKey, target_projections, tensor_shapes
+
+_SAME_ACTIVATION = {
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python": "gelu",
+}
+"""Names of transformers for one function; those on the right stand for both."""
+
+
+def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Check an adapter against a base model and give it in its final form.
+
+    Returns:
+        The configuration with `target_modules` in the base model's order, and the tensors by our
+        keys, at least in float32.
+
+    Raises:
+        FormatError: If tensors are missing or unexpected, or the activation is another.
+        AdapterError: If it was made for another base model: other modules, layers or shapes.
+    """
+    _check_modules(stored, base)
+    _check_activation(stored, base)
+    config = _with_known_targets(stored, base)
+    shapes = tensor_shapes(config, base)
+    _check_names(stored, shapes)
+    check_shapes(stored.source, stored.tensors, shapes, base)
+    _warn_if_another_base(stored, base)
+    return config, {name: _at_least_float32(stored.tensors[name]) for name in shapes}
+
+
+def check_shapes(
+    source: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], base: BaseInfo
+) -> None:
+    """Raise an AdapterError for the first tensor that doesn't have the base model's shape."""
+    for name, expected in shapes.items():
+        if tuple(tensors[name].shape) != expected:
+            raise AdapterError(
+                f"{source}: `{name}` must have shape {expected} on the base model "
+                f"{base.name_or_path}, got {tuple(tensors[name].shape)}; "
+                "use the base model that the adapter was trained on"
+            )
+
+
+def _check_activation(stored: StoredAdapter, base: BaseInfo) -> None:
+    if stored.activation is None:
+        return
+    canonical = [_SAME_ACTIVATION.get(name, name) for name in (stored.activation, base.activation)]
+    if canonical[0] != canonical[1]:
+        raise FormatError(
+            f"{stored.source}: `act_fn` must be the base model's activation {base.activation!r}, "
+            f"got {stored.activation!r}; use the base model that the adapter was trained on"
+        )
+
+
+def _check_modules(stored: StoredAdapter, base: BaseInfo) -> None:
+    if stored.layers_path not in (None, base.layers_path):
+        raise _another_base(stored, base, f"its layers are at {stored.layers_path}")
+    keys = [key for key in map(TensorKey.parse, stored.tensors) if key is not None]
+    paths = dict.fromkeys(f"{key.block}.{key.projection or key.part}" for key in keys)
+    foreign = [path for path in paths if path not in (*base.shapes, f"{base.ffn}.router")]
+    if foreign:
+        raise _another_base(
+            stored, base, f"it changes modules that aren't there: {names_in(foreign)}"
+        )
+    num_layers = 1 + max((key.layer for key in keys), default=-1)
+    if keys and num_layers != base.num_layers:
+        raise _another_base(stored, base, f"it has {num_layers} layers, not {base.num_layers}")
+
+
+def _another_base(stored: StoredAdapter, base: BaseInfo, reason: str) -> AdapterError:
+    origin = stored.base.name_or_path or "one that it doesn't name"
+    return AdapterError(
+        f"{stored.source} is an adapter for another base model than {base.name_or_path} "
+        f"({base.model_type}): {reason}; it was made for {origin}"
+    )
+
+
+def _with_known_targets(stored: StoredAdapter, base: BaseInfo) -> LoraConfig:
+    paths = target_projections(stored.config, base)
+    if not paths:
+        raise FormatError(f"{stored.source}: no tensors and no `target_modules` of the base model")
+    if isinstance(stored.config, MixLoraConfig) and not _names_ffn(paths, base):
+        raise FormatError(
+            f"{stored.source}: a mixture must have experts on an FFN projection, "
+            f"one of {', '.join(base.ffn_projections)}; got none"
+        )
+    names = tuple(path.rpartition(".")[2] for path in paths)
+    fields = stored.config.model_dump() | {"target_modules": names}
+    return type(stored.config).model_validate(fields)
+
+
+def _names_ffn(paths: Iterable[str], base: BaseInfo) -> bool:
+    return any(path.startswith(f"{base.ffn}.") for path in paths)
+
+
+def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> None:
+    missing = [name for name in shapes if name not in stored.tensors]
+    unexpected = [name for name in stored.tensors if name not in shapes]
+    if missing and all(name.endswith(".magnitude") for name in missing):
+        raise FormatError(
+            f"{stored.source}: a DoRA must have its magnitudes, missing: {names_in(missing)}; "
+            "MoE-PEFT doesn't save them, and without them it isn't the adapter that was trained"
+        )
+    faults = [
+        f"{kind} tensors: {names_in(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if faults:
+        raise FormatError(
+            f"{stored.source}: {'; '.join(faults)}; every layer must have all target modules and "
+            "experts that adapter_config.json names"
+        )
+
+
+def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
+    if stored.base.fingerprint not in (None, base.fingerprint):
+        warnings.warn(
+            f"{stored.source} was trained on other weights than those of {base.name_or_path} "
+            f"(fingerprint {stored.base.fingerprint}, here {base.fingerprint}); shapes fit, but "
+            f"results may be wrong; it names {stored.base.name_or_path} as its base model",
+            stacklevel=4,
+        )
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(torch.float32, tensor.dtype))

@@ -1,0 +1,154 @@
+"""Which rows of a batch belong to which adapter.
+
+Axes: B batch, L sequence, T tokens of a segment, N features.
+
+The layout is made once for each forward, at the door, and outlives the backward pass. Rows of one
+adapter form a segment; where a batch comes grouped by adapter, segments are views, otherwise rows
+are gathered by segment and put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraloom.adapters.adapter import SegmentTokens
+from loraloom.ops.dropout import SampleNoise, SampleSpan
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of one adapter.
+
+    Args:
+        adapter_name: Its name; None is the base model.
+        tokens: Its range in the token rows grouped by segment.
+        real: True at real tokens, [T]; None when all are.
+        real_index: Their positions.
+        spans: Samples for random numbers, in training.
+    """
+
+    adapter_name: str | None
+    tokens: slice
+    real: Tensor | None
+    real_index: Tensor | None
+    spans: tuple[SampleSpan, ...] | None
+
+    def at_layer(self, layer: int, device: torch.device) -> SegmentTokens:
+        """Return what an adapter is told of these tokens in a layer."""
+        noise = None
+        if self.spans is not None:
+            num_tokens = self.tokens.stop - self.tokens.start
+            noise = SampleNoise(self.spans, num_tokens, layer, device)
+        return SegmentTokens(self.real, self.real_index, noise)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All segments of a batch.
+
+    Args:
+        segments: In the order of their first rows.
+        row_order: Rows grouped by segment; None when they come so.
+        row_inverse: The way back.
+    """
+
+    segments: tuple[Segment, ...]
+    row_order: Tensor | None
+    row_inverse: Tensor | None
+
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """Cut [B, L, N] into each segment's tokens, [T, N]."""
+        if self.row_order is not None:
+            values = values.index_select(0, self.row_order)
+        rows = values.reshape(-1, values.shape[-1])
+        if len(self.segments) == 1:
+            return [rows]
+        return rows.split([s.tokens.stop - s.tokens.start for s in self.segments])
+
+    def join(self, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put the segments' tokens together to `shape`, [B, L, N]."""
+        rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        values = rows.view(shape)
+        return values if self.row_inverse is None else values.index_select(0, self.row_inverse)
+
+
+def make_layout(
+    adapters: Sequence[str | None],
+    length: int,
+    mask: Tensor | None,
+    sample_keys: Sequence[int] | None,
+    device: torch.device,
+) -> Layout:
+    """Group a batch's rows by adapter.
+
+    Args:
+        adapters: An adapter's name, or None for the base model, for each row.
+        length: L, tokens of a row in this forward.
+        mask: 1 at real tokens, [B, L]; None when all are real.
+        sample_keys: A key for each row's random numbers; None outside training.
+        device: Of the hidden states.
+    """
+    if mask is not None and bool(mask.all()):
+        mask = None
+    order = sorted(range(len(adapters)), key=_first_place(adapters))
+    grouped = order == list(range(len(adapters)))
+    segments, start = [], 0
+    while start < len(order):
+        name = adapters[order[start]]
+        stop = start + sum(other == name for other in adapters)
+        rows = order[start:stop]
+        segments.append(_segment(name, rows, start, length, mask, sample_keys))
+        start = stop
+    if grouped:
+        return Layout(tuple(segments), None, None)
+    row_order = torch.tensor(order, device=device)
+    return Layout(tuple(segments), row_order, row_order.argsort())
+
+
+def _first_place(adapters: Sequence[str | None]):
+    first: dict[str | None, int] = {}
+    for row, name in enumerate(adapters):
+        first.setdefault(name, row)
+    return lambda row: first[adapters[row]]
+
+
+def _segment(
+    name: str | None,
+    rows: list[int],
+    start: int,
+    length: int,
+    mask: Tensor | None,
+    sample_keys: Sequence[int] | None,
+) -> Segment:
+    tokens = slice(start * length, (start + len(rows)) * length)
+    real = None if mask is None else mask[rows].bool()
+    spans = None
+    if sample_keys is not None:
+        spans = _spans([sample_keys[row] for row in rows], real, length)
+    if real is None or bool(real.all()):
+        return Segment(name, tokens, None, None, spans)
+    flat = real.flatten()
+    return Segment(name, tokens, flat, flat.nonzero().squeeze(1), spans)
+
+
+def _spans(keys: list[int], real: Tensor | None, length: int) -> tuple[SampleSpan, ...]:
+    if real is None:
+        whole = [slice(row * length, (row + 1) * length) for row in range(len(keys))]
+        return tuple(SampleSpan(key, tokens) for key, tokens in zip(keys, whole, strict=True))
+    return tuple(
+        SampleSpan(key, _positions(mask, row * length))
+        for row, (key, mask) in enumerate(zip(keys, real, strict=True))
+    )
+
+
+def _positions(mask: Tensor, offset: int) -> slice | Tensor:
+    """Return where a row's real tokens are: a range when nothing lies between them."""
+    positions = mask.nonzero().squeeze(1) + offset
+    if len(positions) == 0:
+        return slice(offset, offset)
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions

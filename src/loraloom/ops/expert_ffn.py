@@ -1,0 +1,185 @@
+"""The FFN block of one adapter's tokens: the specification, in plain PyTorch.
+
+Axes: T tokens, D hidden, F feed-forward, K top_k, E experts, R rank, S = E·R, P = S for each
+input projection that has its own A.
+
+`h_j = act(gate + Δgate_e(j)) ∘ (up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`. The
+down-projection of the frozen base is linear, so `Σ_j g_j W_d h_j = W_d Σ_j g_j h_j`: the base sees
+T rows whatever K is, unless a DoRA on it scales its rows for each expert. This file is the
+specification and serves DoRA; `lean_expert_ffn.py` computes the same with less memory.
+
+Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraloom.ops.dropout import apply_keep_mask
+from loraloom.ops.low_rank import LowRankWeights, UpProjection, decompose, slot_masks
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FfnWeights:
+    """An adapter's weights in one FFN block, in compute form; None where nothing is adapted.
+
+    Args:
+        input_A: The A of gate and up stacked, [P, D]; a fused gate_up projection has one A for both.
+        gate: B side of the gate (of the only input projection in an ungated FFN).
+        up: B side of up; None in an ungated FFN.
+        down: The update of the output projection.
+        down_bias: Bias of the base's output projection.
+        num_experts: E.
+        rank: R.
+    """
+
+    input_A: Tensor | None
+    gate: UpProjection | None
+    up: UpProjection | None
+    down: LowRankWeights | None
+    down_bias: Tensor | None
+    num_experts: int
+    rank: int
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether any projection is a DoRA."""
+        return any(part is not None and part.row_scale is not None for part in self._parts())
+
+    def _parts(self) -> Sequence[UpProjection | LowRankWeights | None]:
+        return (self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who computes each token.
+
+    Args:
+        selected_experts: Expert of each slot, [T, K]; -1 gives the base's own output (padding).
+        routing_weights: g, [T, K], summing to one over K.
+    """
+
+    selected_experts: Tensor
+    routing_weights: Tensor
+
+    @property
+    def top_k(self) -> int:
+        """Slots of a token."""
+        return self.selected_experts.shape[1]
+
+
+@dataclass(frozen=True)
+class FfnDropout:
+    """Masks of the block's dropout: one for its input, one for each slot's hidden states."""
+
+    probability: float
+    keep_input: Tensor | None
+    keep_slots: Sequence[Tensor | None]
+
+    @staticmethod
+    def none(top_k: int) -> FfnDropout:
+        """Nothing is dropped."""
+        return FfnDropout(0.0, None, [None] * top_k)
+
+
+def expert_ffn(
+    hidden_states: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    weights: FfnWeights,
+    routing: Routing,
+    act: Activation,
+    dropout: FfnDropout,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Compute the rows that the base's down-projection has to see, and what to do with its output.
+
+    Args:
+        hidden_states: The block's input, [T, D].
+        gate: Base output of the gate (or only) input projection, bias included, [T, F].
+        up: Base output of up, [T, F]; None in an ungated FFN.
+        weights: The adapter's weights.
+        routing: Slots of each token; a plain LoRA has one slot of one expert with weight 1.
+        act: The base's activation.
+        dropout: Masks.
+
+    Returns:
+        Hidden rows ([T, F], or [K·T, F] with a DoRA on down) and a function from the base's output
+        for these rows (bias included) to the block's output [T, D].
+    """
+    masks = slot_masks(routing.selected_experts, weights.num_experts, weights.rank, gate.dtype)
+    slot_weights = routing.routing_weights.to(gate.dtype).T.unsqueeze(-1)  # (K, T, 1)
+    low_rank = None
+    if weights.input_A is not None:
+        dropped = apply_keep_mask(hidden_states, dropout.keep_input, dropout.probability)
+        low_rank = dropped @ weights.input_A.T
+    slots = []
+    for slot, mask in enumerate(masks):
+        experts = routing.selected_experts[:, slot]
+        hidden = act(_adapted(gate, low_rank, weights.gate, mask, experts))
+        if up is not None:
+            hidden = hidden * _adapted(up, low_rank, weights.up, mask, experts)
+        slots.append(hidden)
+    if weights.down is None:
+        return _combine(slots, slot_weights), _unchanged
+    updates = [
+        (apply_keep_mask(hidden, keep, dropout.probability) @ weights.down.A.T * mask)
+        @ weights.down.B
+        for hidden, keep, mask in zip(slots, dropout.keep_slots, masks, strict=True)
+    ]
+    if weights.down.row_scale is None:
+        update = _combine(updates, slot_weights)
+        return _combine(slots, slot_weights), lambda output: output + update
+    row_scale, bias = weights.down.row_scale, weights.down_bias
+
+    def finish(output: Tensor) -> Tensor:
+        outputs = [
+            _decomposed(rows, update, row_scale, bias, routing.selected_experts[:, slot])
+            for slot, (rows, update) in enumerate(
+                zip(output.chunk(len(slots)), updates, strict=True)
+            )
+        ]
+        return _combine(outputs, slot_weights)
+
+    return torch.cat(slots), finish
+
+
+def _adapted(
+    output: Tensor,
+    low_rank: Tensor | None,
+    projection: UpProjection | None,
+    mask: Tensor,
+    experts: Tensor,
+) -> Tensor:
+    if projection is None or low_rank is None:
+        return output
+    masked = low_rank[:, projection.columns] * mask
+    if projection.row_scale is None:
+        return torch.addmm(output, masked, projection.B)
+    update = masked @ projection.B
+    return _decomposed(output, update, projection.row_scale, projection.bias, experts)
+
+
+def _decomposed(
+    output: Tensor, update: Tensor, row_scale: Tensor, bias: Tensor | None, experts: Tensor
+) -> Tensor:
+    """Apply each token's expert's row scale; expert -1 leaves the base's output."""
+    routed = (experts >= 0).unsqueeze(-1)
+    scaled = decompose(output, update, row_scale[experts.clamp_min(0)], bias)
+    return torch.where(routed, scaled, output)
+
+
+def _combine(slots: Sequence[Tensor], slot_weights: Tensor) -> Tensor:
+    total = slots[0] * slot_weights[0]
+    for values, weight in zip(slots[1:], slot_weights[1:], strict=True):
+        total = torch.addcmul(total, values, weight)
+    return total
+
+
+def _unchanged(output: Tensor) -> Tensor:
+    return output

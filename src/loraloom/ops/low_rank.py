@@ -1,0 +1,185 @@
+"""Low-rank updates of a linear layer, for one adapter's tokens.
+
+Axes: T tokens, I in_features, O out_features, E experts, R rank, S = E·R (experts concatenated
+along the rank).
+
+The compute form of E experts is one LoRA of rank E·R: `A` stacks the experts' down-projections,
+`B` their scaled up-projections, and a mask between the two keeps a token's own expert. A plain
+LoRA is the case E = 1 without a mask. Products run in the dtype of their inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from loraloom.ops.dropout import apply_keep_mask
+
+
+@dataclass(frozen=True)
+class LowRankWeights:
+    """E experts on one projection, in compute form and dtype.
+
+    Args:
+        A: Down-projections, [S, I].
+        B: Up-projections times scaling, transposed, [S, O].
+        row_scale: DoRA's factor c of each expert's output rows, [E, O] float32; None without DoRA.
+    """
+
+    A: Tensor
+    B: Tensor
+    row_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UpProjection:
+    """The B side of one of several projections that share an input and one `A` product.
+
+    Args:
+        columns: The projection's columns of the product.
+        B: Up-projections times scaling, transposed, [S, O].
+        row_scale: DoRA's factor c, [E, O] float32; None without DoRA.
+        bias: The base's bias, which DoRA leaves unscaled.
+    """
+
+    columns: slice
+    B: Tensor
+    row_scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Projections with one input: their A stacked, [P, I], and the B side of each by name."""
+
+    A: Tensor
+    projections: dict[str, UpProjection]
+
+
+class _DownProject(torch.autograd.Function):
+    """`dropout(x) @ A.T`, keeping x and the mask instead of the masked x."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, lora_A, keep, dropout):
+        ctx.save_for_backward(hidden_states, lora_A, keep)
+        ctx.dropout = dropout
+        return apply_keep_mask(hidden_states, keep, dropout) @ lora_A.T
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_states, lora_A, keep = ctx.saved_tensors
+        grad_hidden = grad_A = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = apply_keep_mask(grad @ lora_A, keep, ctx.dropout)
+        if ctx.needs_input_grad[1]:
+            grad_A = grad.T @ apply_keep_mask(hidden_states, keep, ctx.dropout)
+        return grad_hidden, grad_A, None, None
+
+
+def down_project(
+    hidden_states: Float[Tensor, "T I"],
+    lora_A: Float[Tensor, "S I"],
+    keep: Bool[Tensor, "T I"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "T S"]:
+    """Compute `(hidden_states * keep / (1 - dropout)) @ lora_A.T`."""
+    return _DownProject.apply(hidden_states, lora_A, keep, dropout)  # pyright: ignore
+
+
+class _AddLowRank(torch.autograd.Function):
+    """`output[span] += low_rank @ B` in place, for several spans of rows at once."""
+
+    @staticmethod
+    def forward(ctx, output, spans, *pairs):
+        rows = output.view(-1, output.shape[-1])
+        for span, low_rank, lora_B in zip(spans, pairs[::2], pairs[1::2], strict=True):
+            rows[span].addmm_(low_rank, lora_B)
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(*pairs)
+        ctx.spans = spans
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows = grad.reshape(-1, grad.shape[-1])
+        grads = []
+        pairs = ctx.saved_tensors
+        for span, low_rank, lora_B in zip(ctx.spans, pairs[::2], pairs[1::2], strict=True):
+            grads += [rows[span] @ lora_B.T, low_rank.T @ rows[span]]
+        return grad, None, *grads
+
+
+def add_low_rank_(
+    output: Float[Tensor, "*batch O"],
+    spans: list[slice],
+    low_rank: list[Tensor],
+    lora_B: list[Tensor],
+) -> Float[Tensor, "*batch O"]:
+    """Add `low_rank[i] @ lora_B[i]` to the rows `spans[i]` of `output`, in place.
+
+    Args:
+        output: A projection's output; its leading axes are flattened to token rows.
+        spans: Disjoint ranges of token rows.
+        low_rank: Rank-space activations of each span, [T_i, S_i].
+        lora_B: Scaled up-projections, [S_i, O].
+    """
+    pairs = [tensor for pair in zip(low_rank, lora_B, strict=True) for tensor in pair]
+    return _AddLowRank.apply(output, spans, *pairs)  # pyright: ignore[reportReturnType]
+
+
+def decompose(
+    output: Float[Tensor, "T O"],
+    update: Float[Tensor, "T O"],
+    row_scale: Float[Tensor, "*T O"],
+    bias: Float[Tensor, " O"] | None,
+) -> Float[Tensor, "T O"]:
+    """Compute DoRA's `c ∘ (Wx + Δ) + b` from the base's output `Wx + b` and the update Δ.
+
+    Source: Liu et al. 2024, DoRA, arXiv:2402.09353, eq. 5; the bias stays unscaled.
+    """
+    row_scale = row_scale.to(output.dtype)
+    if bias is None:
+        return row_scale * (output + update)
+    return row_scale * (output - bias + update) + bias
+
+
+def dora_norms(
+    weight: Float[Tensor, "O I"],
+    squared_norms: Float[Tensor, " O"],
+    lora_A: Float[Tensor, "E R I"],
+    lora_B: Float[Tensor, "E O R"],
+    scaling: float,
+) -> Float[Tensor, "E O"]:
+    """Compute the row norms of `W + s B_e A_e` for every expert without the dense product.
+
+    ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(AAᵀ))∘B). The product W Aᵀ runs in the
+    weight's dtype, the rest in lora_A's.
+
+    Args:
+        weight: The frozen base weight W.
+        squared_norms: ‖W‖² by row, constant.
+        lora_A: Down-projections, float32 or better.
+        lora_B: Unscaled up-projections.
+        scaling: s.
+    """
+    num_experts, rank, _ = lora_A.shape
+    cross = weight @ lora_A.flatten(0, 1).to(weight.dtype).T  # (O, E*R)
+    cross = cross.to(lora_A.dtype).unflatten(1, (num_experts, rank)).transpose(0, 1)  # (E, O, R)
+    gram = lora_A @ lora_A.transpose(1, 2)  # (E, R, R)
+    squared = squared_norms + (lora_B * (2 * scaling * cross + scaling**2 * lora_B @ gram)).sum(-1)
+    return squared.clamp_min(0).sqrt()
+
+
+def slot_masks(
+    selected_experts: Int[Tensor, "T K"],
+    num_experts: int,
+    rank: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "K T S"]:
+    """Return for each slot 1 at the columns of its expert and 0 elsewhere; expert -1 has none."""
+    experts = torch.arange(num_experts, device=selected_experts.device)
+    chosen = selected_experts.T[..., None] == experts  # (K, T, E)
+    return chosen.to(dtype).repeat_interleave(rank, dim=-1)

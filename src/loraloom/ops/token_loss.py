@@ -1,0 +1,84 @@
+"""Cross entropy of tokens through a frozen head, without the logits of a whole batch.
+
+Axes: N labelled tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_CHUNK_BYTES = 1 << 26
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Losses of tokens, with their gradient to the hidden states made on the way.
+
+    A token's loss depends on its own hidden state alone, so its gradient for an upstream gradient
+    of one can be kept, [N, D], and scaled later: each chunk of logits lives once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, labels, head, chunk_tokens):
+        losses, grads = [], []
+        chunks = zip(
+            hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True
+        )
+        for states, chunk_labels in chunks:
+            loss, grad = _chunk(states, chunk_labels, head, ctx.needs_input_grad[0])
+            losses.append(loss)
+            grads.append(grad)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (unit_grad,) = ctx.saved_tensors
+        return (unit_grad * grad[:, None]).to(unit_grad.dtype), None, None, None
+
+
+def _chunk(
+    states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    with torch.set_grad_enabled(with_grad):
+        states = states.detach().requires_grad_(with_grad)
+        logits = head(states)
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    log_normalizer = wide.logsumexp(-1, keepdim=True)
+    losses = (log_normalizer - wide.gather(1, labels[:, None])).squeeze(1)
+    if not with_grad:
+        return losses, None
+    if wide.data_ptr() == logits.data_ptr():
+        wide = wide.clone()  # the head may have saved its logits
+    grad_logits = wide.sub_(log_normalizer).exp_()
+    grad_logits.scatter_add_(1, labels[:, None], grad_logits.new_full((len(labels), 1), -1.0))
+    grad_logits = grad_logits.to(logits.dtype)
+    return losses, torch.autograd.grad(logits, states, grad_logits)[0]
+
+
+def token_losses(
+    hidden_states: Float[Tensor, "N D"],
+    labels: Int[Tensor, " N"],
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+) -> Float[Tensor, " N"]:
+    """Compute `cross_entropy(head(hidden_states), labels, reduction="none")` in chunks.
+
+    Args:
+        hidden_states: States that predict the labels, after the final norm.
+        labels: Token ids; -log p of each is returned.
+        head: The frozen output layer, with its scaling and soft-capping; weights get no gradient.
+        vocab_size: V, from which the chunk is chosen (64 MiB of float32 logits).
+
+    Returns:
+        Losses in float32 (float64 for float64 states).
+    """
+    chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    if len(labels) == 0:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        return hidden_states.sum(-1).to(dtype)  # (0,)
+    return _TokenLosses.apply(hidden_states, labels, head, chunk_tokens)  # pyright: ignore

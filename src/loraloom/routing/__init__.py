@@ -1,0 +1,1 @@
+"""Routers: which experts a token uses, what that costs, and how the load spreads."""

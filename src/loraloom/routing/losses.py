@@ -1,0 +1,66 @@
+"""Losses on the router, over the real tokens of one micro-batch.
+
+Axes: T tokens (of all layers where pooled), E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from loraloom.config.adapter import MixLoraConfig
+from loraloom.routing.record import LayerRouting
+
+
+def load_balance_loss(
+    router_logits: Float[Tensor, "T E"], selected_experts: Int[Tensor, "T K"]
+) -> Float[Tensor, ""]:
+    """Compute `E · Σ_j Σ_n f[j, n] · P[n]`, which is at least K and reaches it when balanced.
+
+    f[j, n] is the share of tokens whose slot j went to expert n (no gradient), P[n] the mean
+    probability of n.
+
+    Args:
+        router_logits: Raw router outputs of the real tokens.
+        selected_experts: Their chosen experts.
+
+    Source:
+        Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 4-6, summed over slots as in
+        MoE-PEFT 2.0.2 (`MixtralRouterLoss`).
+    """
+    num_experts = router_logits.shape[-1]
+    share = one_hot(selected_experts, num_experts).to(router_logits.dtype).mean(0)  # (K, E)
+    probability = router_logits.softmax(-1).mean(0)
+    return num_experts * (share * probability).sum()
+
+
+def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
+    """Compute the mean of `logsumexp(logits)²`.
+
+    Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5.
+    """
+    return router_logits.logsumexp(-1).square().mean()
+
+
+def router_loss(routing: Sequence[LayerRouting], config: MixLoraConfig) -> Float[Tensor, ""]:
+    """Add up an adapter's router losses with their coefficients.
+
+    Args:
+        routing: The record of one forward, one entry a layer.
+        config: Coefficients, and whether to pool the load over layers or average a loss for each.
+    """
+    if config.router_loss_scope == "pooled":
+        logits = torch.cat([layer.router_logits for layer in routing])
+        balance = load_balance_loss(logits, torch.cat([r.selected_experts for r in routing]))
+    else:
+        per_layer = [load_balance_loss(r.router_logits, r.selected_experts) for r in routing]
+        balance = torch.stack(per_layer).mean()
+    loss = config.router_aux_loss_coef * balance
+    if config.router_z_loss_coef > 0:
+        z_loss = torch.stack([router_z_loss(layer.router_logits) for layer in routing]).mean()
+        loss = loss + config.router_z_loss_coef * z_loss
+    return loss

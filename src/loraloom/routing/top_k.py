@@ -1,0 +1,61 @@
+"""Top-k routing: softmax over all experts, keep the k best, renormalise.
+
+Axes: T tokens, D hidden, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class _RouterLogits(torch.autograd.Function):
+    """`x @ W.T` in the router's dtype, keeping x in its own."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, router, jitter):
+        ctx.save_for_backward(hidden_states, router, jitter)
+        return _router_input(hidden_states, router, jitter) @ router.T
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_states, router, jitter = ctx.saved_tensors
+        grad_hidden = grad @ router
+        if jitter is not None:
+            grad_hidden = grad_hidden * jitter
+        grad_router = grad.T @ _router_input(hidden_states, router, jitter)
+        return grad_hidden.to(hidden_states.dtype), grad_router, None
+
+
+def _router_input(hidden_states: Tensor, router: Tensor, jitter: Tensor | None) -> Tensor:
+    wide = hidden_states.to(router.dtype)
+    return wide if jitter is None else wide * jitter
+
+
+def router_logits(
+    hidden_states: Float[Tensor, "T D"],
+    router: Float[Tensor, "E D"],
+    jitter: Float[Tensor, "T D"] | None = None,
+) -> Float[Tensor, "T E"]:
+    """Compute `(hidden_states * jitter) @ router.T` in float32 (float64 for a float64 router)."""
+    return _RouterLogits.apply(hidden_states, router, jitter)  # pyright: ignore
+
+
+def top_k_routing(
+    logits: Float[Tensor, "T E"], top_k: int
+) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """Choose each token's k most probable experts and renormalise their probabilities to sum 1.
+
+    Args:
+        logits: Router outputs, float32 or better.
+        top_k: K.
+
+    Returns:
+        The experts, best first, and their weights.
+
+    Source:
+        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; MoE-PEFT 2.0.2, `moe_peft/adapters/mixlora`.
+    """
+    weights, selected = logits.softmax(-1).topk(top_k, dim=-1)
+    return selected, weights / weights.sum(-1, keepdim=True)
