@@ -150,7 +150,12 @@ class Adapter(nn.Module, ABC):
         return self._input_group(layer, [block[name] for name in names if name in block], dtype)
 
     def attention_low_rank(
-        self, layer: int, group: InputGroup, hidden_states: Tensor, site: Site, tokens: SegmentTokens
+        self,
+        layer: int,
+        group: InputGroup,
+        hidden_states: Tensor,
+        site: Site,
+        tokens: SegmentTokens,
     ) -> Tensor:
         """Compute `dropout(x) Aᵀ` of a group, [T, P]."""
         dropout, keep = self.config.dropout, None
@@ -182,7 +187,10 @@ class Adapter(nn.Module, ABC):
             AdapterError: If names or shapes differ from this adapter's.
         """
         own = self.tensors()
-        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        missing, unexpected = (
+            sorted(own.keys() - tensors.keys()),
+            sorted(tensors.keys() - own.keys()),
+        )
         if missing or unexpected:
             raise AdapterError(
                 f"tensors don't match adapter {self.name!r}: "
@@ -277,9 +285,7 @@ def input_group(modules: Sequence[LowRank], dtype: torch.dtype) -> InputGroup:
     return InputGroup(parts[0] if len(parts) == 1 else torch.cat(parts), projections)
 
 
-def ffn_weights(
-    block: Mapping[str, LowRank], layer: BaseLayer, dtype: torch.dtype
-) -> FfnWeights:
+def ffn_weights(block: Mapping[str, LowRank], layer: BaseLayer, dtype: torch.dtype) -> FfnWeights:
     """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart."""
     shape = layer.ffn_shape
     inputs = [block[name] for name in shape.inputs if name in block]

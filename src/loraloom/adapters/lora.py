@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter, BaseLayer, FfnRows, SegmentTokens
 from loraloom.adapters.low_rank import low_rank_block
-from loraloom.ops.expert_ffn import Activation, Routing, expert_ffn
+from loraloom.ops.expert_ffn import Activation
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 
 
@@ -42,11 +42,5 @@ class LoraAdapter(Adapter):
         shape = (hidden_states.shape[-1], gate.shape[-1])
         dropout = self._ffn_dropout(self.config, shape, 1, tokens)
         hidden_states = hidden_states.to(gate.dtype)
-        if not weights.decomposed:
-            return FfnRows(
-                *lean_expert_ffn(hidden_states, gate, up, weights, None, act, dropout)
-            )
-        routing = Routing(
-            torch.zeros(len(gate), 1, dtype=torch.long, device=gate.device), gate.new_ones(len(gate), 1)
-        )
-        return FfnRows(*expert_ffn(hidden_states, gate, up, weights, routing, act, dropout))
+        hidden, finish = lean_expert_ffn(hidden_states, gate, up, weights, None, act, dropout)
+        return FfnRows(hidden, finish)

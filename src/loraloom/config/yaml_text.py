@@ -35,26 +35,21 @@ def parse_yaml(text: str, origin: str) -> Any:
     Raises:
         ConfigError: If it is not valid YAML, or a key stands twice in a mapping.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        if node is None:
-            return None
         _check_keys_differ(node, origin, seen=set())
-        return loader.construct_document(node)
+        return None if node is None else loader.construct_document(node)
+    except ConfigError:
+        raise
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(
-            f"{origin} must be valid YAML{_place(error.problem_mark)}: {error.problem}"
-        ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        place = _place(error.problem_mark)
+        raise ConfigError(f"{origin} must be valid YAML{place}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a 13th month, say
         raise ConfigError(f"{origin} must be valid YAML: {error}") from None
-    finally:
-        loader.dispose()
 
 
-def _check_keys_differ(node: yaml.Node, origin: str, seen: set[int]) -> None:
+def _check_keys_differ(node: yaml.Node | None, origin: str, seen: set[int]) -> None:
     if id(node) in seen:  # an alias, perhaps to a node around it
         return
     seen.add(id(node))

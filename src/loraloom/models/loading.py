@@ -1,10 +1,11 @@
-"""Load a base model and its tokenizer with transformers; the code of a model's repository never runs."""
+"""Load a base model and its tokenizer with transformers; a repository's own code never runs."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, get_args
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from typing import Any, cast, get_args
 
 import torch
 from huggingface_hub.utils import (
@@ -32,7 +33,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
-# What transformers, safetensors and gguf raise at files that are missing, broken or unknown to them.
+# What transformers, safetensors and gguf raise at files that are missing, broken or unknown.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 _ADVICE = {
@@ -68,13 +69,12 @@ def load_base_model(
         "device_map": find_device(device),
         **_attention_option(attn_implementation),
     }
-    try:
-        with _quiet_transformers():
+    with _quiet(source):
+        with _told_as_model_error(f"the tokenizer of {name}", source):
             tokenizer = _load_tokenizer(source)
+        with _told_as_model_error(name, source):
             model, report = _load_model(source, options)
-    except _LOADING_ERRORS as error:
-        raise ModelError(f"can't load {name}: {_reason(error)}; {_ADVICE[source.kind]}") from error
-    _check_complete(name, model, report["missing_keys"])
+    _check_complete(name, model, report)
     _set_padding(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer
@@ -130,19 +130,24 @@ def _load_model(
     if source.gguf_file is not None:
         config = GgufConfig(dequantize=True)
         options = {**options, "gguf_file": source.gguf_file, "quantization_config": config}
-    # False, not None: None would ask on the terminal whether to run a repository's code
-    return AutoModelForCausalLM.from_pretrained(
-        source.location, trust_remote_code=False, output_loading_info=True, **options
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source.location,
+        trust_remote_code=False,  # None would ask on the terminal whether to run that code
+        ignore_mismatched_sizes=True,  # the report has them, and _check_complete refuses them
+        output_loading_info=True,
+        **options,
     )
+    return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
 
 
-def _check_complete(name: str, model: PreTrainedModel, missing: set[str]) -> None:
+def _check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """Refuse what transformers would fill with random weights, or with somebody's adapter."""
-    if missing:
-        some = ", ".join(sorted(missing)[:3])
+    misfits = {key for key, *_ in report["mismatched_keys"]}
+    if random_weights := sorted(report["missing_keys"] | misfits):
         raise ModelError(
-            f"can't load {name}: its files lack {len(missing)} of the weights of a "
-            f"{type(model).__name__} ({some}, ...); get a complete copy"
+            f"can't load {name}: {len(random_weights)} of the weights of a {type(model).__name__} "
+            f"are not in its files or have another shape there, {random_weights[0]} for one; "
+            "get a complete copy"
         )
     if model._hf_peft_config_loaded:
         raise ModelError(
@@ -153,7 +158,7 @@ def _check_complete(name: str, model: PreTrainedModel, missing: set[str]) -> Non
 
 def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"can't use {name}: its tokenizer must have an eos_token, which ends answers")
+        raise ModelError(f"tokenizer must have an eos_token, got none in {name}; give it one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
@@ -161,7 +166,7 @@ def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def _quiet(source: ModelSource) -> Iterator[None]:
     """Hold back warnings and progress bars of transformers, but not the bars of a download."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     download_bars = not are_progress_bars_disabled()
@@ -170,7 +175,9 @@ def _quiet_transformers() -> Iterator[None]:
     if download_bars:
         enable_progress_bars()
     try:
-        yield
+        # the bar of dequantising has no switch
+        with redirect_stderr(io.StringIO()) if source.kind == "gguf" else nullcontext():
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -179,7 +186,17 @@ def _quiet_transformers() -> Iterator[None]:
             disable_progress_bars()
 
 
-def _reason(error: Exception) -> str:
-    """The first sentence or line of what may be a page."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".:;")
+@contextmanager
+def _told_as_model_error(what: str, source: ModelSource) -> Iterator[None]:
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        text = str(error).strip() or type(error).__name__
+        advice = _ADVICE[source.kind]
+        if isinstance(error, ImportError):
+            advice = "install what it names"
+        if "trust_remote_code" in text:
+            text = "it needs code of its own"
+            advice = "loraloom runs none from a model's repository; take a model of transformers"
+        reason = text.splitlines()[0].rstrip(" .:;")  # the rest may be a page
+        raise ModelError(f"can't load {what}: {reason}; {advice}") from error

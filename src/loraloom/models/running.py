@@ -98,9 +98,7 @@ class RunningSlot:
             forward.forget_shared()
 
 
-def expand_adapters(
-    adapters: Sequence[str | None], batch_size: int
-) -> Sequence[str | None]:
+def expand_adapters(adapters: Sequence[str | None], batch_size: int) -> Sequence[str | None]:
     """Repeat each row's adapter for its beams or returned sequences."""
     copies = batch_size // len(adapters)
     return [name for name in adapters for _ in range(copies)]

@@ -77,8 +77,8 @@ def _directory(path: Path) -> ModelSource:
         )
     if not (path / "config.json").exists():
         raise ModelError(
-            f"base model's directory must hold config.json, weights and tokenizer as save_pretrained "
-            f"writes them, got {path} without config.json; {_gguf_advice(path)}"
+            "base model's directory must hold config.json, weights and tokenizer, as "
+            f"save_pretrained writes them, got {path} without config.json; {_gguf_advice(path)}"
         )
     return ModelSource("directory", str(path))
 

@@ -6,7 +6,7 @@ input projection that has its own A.
 `h_j = act(gate + Δgate_e(j)) ∘ (up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`. The
 down-projection of the frozen base is linear, so `Σ_j g_j W_d h_j = W_d Σ_j g_j h_j`: the base sees
 T rows whatever K is, unless a DoRA on it scales its rows for each expert. This file is the
-specification and serves DoRA; `lean_expert_ffn.py` computes the same with less memory.
+specification; `lean_expert_ffn.py`, which adapters use, computes the same with less memory.
 
 Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-7.
 """
@@ -47,10 +47,9 @@ class FfnWeights:
     num_experts: int
     rank: int
 
-    @property
-    def decomposed(self) -> bool:
-        """Whether any projection is a DoRA."""
-        return any(part is not None and part.row_scale is not None for part in self._parts())
+    def any_tensor(self) -> Tensor:
+        """One of the weights, for its device."""
+        return next(part.B for part in self._parts() if part is not None)
 
     def _parts(self) -> Sequence[UpProjection | LowRankWeights | None]:
         return (self.gate, self.up, self.down)
@@ -126,15 +125,15 @@ def expert_ffn(
             hidden = hidden * _adapted(up, low_rank, weights.up, mask, experts)
         slots.append(hidden)
     if weights.down is None:
-        return _combine(slots, slot_weights), _unchanged
+        return combine_slots(slots, slot_weights), _unchanged
     updates = [
         (apply_keep_mask(hidden, keep, dropout.probability) @ weights.down.A.T * mask)
         @ weights.down.B
         for hidden, keep, mask in zip(slots, dropout.keep_slots, masks, strict=True)
     ]
     if weights.down.row_scale is None:
-        update = _combine(updates, slot_weights)
-        return _combine(slots, slot_weights), lambda output: output + update
+        update = combine_slots(updates, slot_weights)
+        return combine_slots(slots, slot_weights), lambda output: output + update
     row_scale, bias = weights.down.row_scale, weights.down_bias
 
     def finish(output: Tensor) -> Tensor:
@@ -144,7 +143,7 @@ def expert_ffn(
                 zip(output.chunk(len(slots)), updates, strict=True)
             )
         ]
-        return _combine(outputs, slot_weights)
+        return combine_slots(outputs, slot_weights)
 
     return torch.cat(slots), finish
 
@@ -174,7 +173,8 @@ def _decomposed(
     return torch.where(routed, scaled, output)
 
 
-def _combine(slots: Sequence[Tensor], slot_weights: Tensor) -> Tensor:
+def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor) -> Tensor:
+    """Compute Σ_j g_j x_j of the slots' values; weights are [K, T, 1]."""
     total = slots[0] * slot_weights[0]
     for values, weight in zip(slots[1:], slot_weights[1:], strict=True):
         total = torch.addcmul(total, values, weight)

@@ -1,26 +1,28 @@
 """The FFN block of one adapter's tokens in the memory of a plain LoRA.
 
-Axes: T tokens, D hidden, F feed-forward, K top_k, S = E·R, P columns of the input product.
+Axes: T tokens, D hidden, F feed-forward, K top_k, E experts, R rank, S = E·R, P columns of the
+input product.
 
-Same numbers as `expert_ffn.py` (its `expert_ffn` is this file's semantics) for weights without
-DoRA. Kept for the backward pass: the block's input, the base's gate and up, the rank-space
-activations and the routing. The hidden states of the slots, K·T·F wide, are computed again. Tokens
-go through in blocks small enough that a block's hidden states stay in the processor's cache.
+The same numbers as `expert_ffn.py`, whose `expert_ffn` is this file's semantics. Kept for the
+backward pass: the block's input, the base's gate and up, the rank-space activations and the
+routing. The hidden states of the slots, K·T·F wide, are computed again. Tokens go through in
+blocks small enough that a block's hidden states stay in the processor's cache.
 
 Numerics: products and sums over slots run in the dtype of `gate` (matrix products accumulate in
-float32 inside); gradients of weights are accumulated over blocks in float32 or better.
+float32 inside); gradients of weights are summed over blocks in float32 or better.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing
-from loraloom.ops.low_rank import down_project, slot_masks
+from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
+from loraloom.ops.low_rank import UpProjection, decompose, down_project, slot_masks
 
 _BLOCK_BYTES = 1 << 21
 
@@ -40,56 +42,295 @@ def lean_expert_ffn(
         hidden_states: The block's input, [T, D].
         gate: Base output of the gate (or only) input projection, [T, F].
         up: Base output of up, [T, F], or None.
-        weights: The adapter's weights, without DoRA.
+        weights: The adapter's weights.
         routing: Slots of each token; None for a plain LoRA (one expert with weight 1).
         act: The base's activation.
         dropout: Masks.
 
     Returns:
-        Hidden rows [T, F] and a function from the base's output for them to the block's output.
+        Hidden rows ([T, F], or [K·T, F] with a DoRA on down) and a function from the base's output
+        for them to the block's output, [T, D].
     """
     low_rank = None
     if weights.input_A is not None:
         low_rank = down_project(
             hidden_states, weights.input_A, dropout.keep_input, dropout.probability
         )
-    plan = _Plan(weights, routing, act, dropout, gate.dtype)
+    slots = _Slots(weights, routing, gate.dtype, len(gate))
+    block = _Block(slots, _Side.of(weights.gate), _Side.of(weights.up), act, dropout)
+    slot_weights = None
+    if routing is not None and not slots.apart:
+        slot_weights = routing.routing_weights.to(gate.dtype)
     hidden, down_rank = _LeanFfn.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        plan,
+        block,
         gate,
         up,
         low_rank,
-        None if weights.gate is None else weights.gate.B,
-        None if weights.up is None else weights.up.B,
+        *_tensors(weights.gate),
+        *_tensors(weights.up),
         None if weights.down is None else weights.down.A,
-        None if routing is None else routing.routing_weights.to(gate.dtype),
+        slot_weights,
     )
-    if weights.down is None:
-        return hidden, lambda output: output
-    down_B = weights.down.B
-    return hidden, lambda output: torch.addmm(output, down_rank, down_B)
+    return hidden, _finish(weights, routing, slots, down_rank)
 
 
-class _Plan:
-    """What the function needs besides tensors that have gradients."""
+def _tensors(side: UpProjection | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return what of a projection has gradients: B, and DoRA's row scale."""
+    return (None, None) if side is None else (side.B, side.row_scale)
+
+
+def _finish(
+    weights: FfnWeights, routing: Routing | None, slots: _Slots, down_rank: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Return what is to be done with the base's down-projection of the hidden rows."""
+    down = weights.down
+    if down is None:
+        return lambda output: output
+    if down.row_scale is None:
+        return lambda output: torch.addmm(output, down_rank, down.B)
+    row_scale = _with_unit_row(down.row_scale)
+
+    def finish(output: Tensor) -> Tensor:
+        outputs = []
+        for slot, rows in enumerate(output.chunk(slots.num_slots)):
+            update = _masked(down_rank, slots.mask(slot, slice(None))) @ down.B
+            scale = row_scale[slots.experts[slot]]
+            outputs.append(decompose(rows, update, scale, weights.down_bias))
+        if routing is None:
+            return outputs[0]
+        return combine_slots(outputs, routing.routing_weights.to(output.dtype).T.unsqueeze(-1))
+
+    return finish
+
+
+class _Slots:
+    """Which expert each slot of a token uses, as masks over the experts' ranks."""
 
     def __init__(
-        self,
-        weights: FfnWeights,
-        routing: Routing | None,
-        act: Activation,
-        dropout: FfnDropout,
-        dtype: torch.dtype,
+        self, weights: FfnWeights, routing: Routing | None, dtype: torch.dtype, num_tokens: int
     ):
-        self.act = act
-        self.dropout = dropout.probability
-        self.keep_slots = list(dropout.keep_slots)
-        self.gate_columns = slice(0, 0) if weights.gate is None else weights.gate.columns
-        self.up_columns = slice(0, 0) if weights.up is None else weights.up.columns
-        self.masks: list[Tensor | None] = [None]
-        if routing is not None:
-            masks = slot_masks(routing.selected_experts, weights.num_experts, weights.rank, dtype)
-            self.masks = list(masks)
+        down = weights.down
+        self.apart = down is not None and down.row_scale is not None
+        self.rank = weights.rank
+        self.num_slots = 1 if routing is None else routing.top_k
+        self.masks: Tensor | None = None
+        self.num_experts = weights.num_experts
+        if routing is None:
+            device = weights.any_tensor().device
+            self.experts = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
+        else:
+            self.experts = routing.selected_experts.T
+            self.masks = slot_masks(
+                routing.selected_experts, weights.num_experts, weights.rank, dtype
+            )
+
+    def mask(self, slot: int, block: slice) -> Tensor | None:
+        """1 at the columns of a slot's expert, [t, S]; None when there is but one expert."""
+        return None if self.masks is None else self.masks[slot, block]
+
+    def one_hot(self, slot: int, block: slice, like: Tensor) -> Tensor:
+        """1 at a slot's expert, [t, E]."""
+        mask = self.mask(slot, block)
+        return like.new_ones(len(like), 1) if mask is None else mask[:, :: self.rank]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """An input projection: its columns of the input product and its bias."""
+
+    columns: slice
+    bias: Tensor | None
+
+    @staticmethod
+    def of(projection: UpProjection | None) -> _Side:
+        if projection is None:
+            return _Side(slice(0, 0), None)
+        return _Side(projection.columns, projection.bias)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What the function needs besides tensors that have gradients."""
+
+    slots: _Slots
+    gate: _Side
+    up: _Side
+    act: Activation
+    dropout: FfnDropout
+
+    def drop(self, values: Tensor, slot: int, block: slice) -> Tensor:
+        keep = self.dropout.keep_slots[slot]
+        if keep is None:
+            return values
+        return apply_keep_mask(values, keep[block], self.dropout.probability)
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """An adapted input projection of one slot and block: before and after DoRA's row scale."""
+
+    value: Tensor
+    update: Tensor
+    row_scale: Tensor | None
+
+
+class _LeanFfn(torch.autograd.Function):
+    """(gate, up, rank-space input) -> (Σ_j g_j h_j, rank-space input of the down update)."""
+
+    @staticmethod
+    def forward(ctx, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights):
+        ctx.block = block
+        forward = _Recomputation(block, gate, up, low_rank, gate_B, gate_c, up_B, up_c)
+        slots = block.slots
+        tokens, features = gate.shape
+        rows = slots.num_slots * tokens if slots.apart else tokens
+        hidden = gate.new_empty(rows, features)
+        unweighted = None if down_A is None else gate.new_zeros(tokens, len(down_A))
+        weighted = unweighted
+        if down_A is not None and slot_weights is not None:
+            weighted = torch.zeros_like(unweighted)
+        for part in _blocks(gate):
+            for slot in range(slots.num_slots):
+                states = forward.hidden(slot, part)[-1]
+                weight = None if slot_weights is None else slot_weights[part, slot, None]
+                if slots.apart:
+                    hidden[slot * tokens :][part] = states
+                elif slot == 0:
+                    torch.mul(states, 1 if weight is None else weight, out=hidden[part])
+                else:
+                    hidden[part].addcmul_(states, weight)
+                if down_A is None:
+                    continue
+                down = _masked(block.drop(states, slot, part) @ down_A.T, slots.mask(slot, part))
+                unweighted[part] += down
+                if weight is not None:
+                    weighted[part].addcmul_(down, weight)
+        ctx.save_for_backward(
+            gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights, unweighted
+        )
+        return hidden, gate.new_empty(0) if weighted is None else weighted
+
+    @staticmethod
+    def backward(ctx, grad_hidden, grad_down):  # pyright: ignore
+        *tensors, down_A, slot_weights, unweighted = ctx.saved_tensors
+        gate = tensors[0]
+        backward = _Backward(ctx.block, tensors, down_A, slot_weights, unweighted)
+        for part in _blocks(gate):
+            for slot in range(ctx.block.slots.num_slots):
+                backward.accumulate(slot, part, grad_hidden, grad_down)
+        return None, *backward.gradients()
+
+
+class _Recomputation:
+    """The forward pass of one slot and block of tokens."""
+
+    def __init__(self, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c):
+        self.block = block
+        self.gate, self.up, self.low_rank = gate, up, low_rank
+        self.gate_B, self.up_B = gate_B, up_B
+        self.gate_c = None if gate_c is None else _with_unit_row(gate_c).to(gate.dtype)
+        self.up_c = None if up_c is None else _with_unit_row(up_c).to(gate.dtype)
+
+    def hidden(
+        self, slot: int, part: slice
+    ) -> tuple[Tensor | None, _Projected, Tensor, _Projected | None, Tensor]:
+        """Compute a slot's hidden states.
+
+        Returns:
+            The masked rank-space input; the gate before (a leaf) and after the activation, the
+            adapted up; and the hidden states.
+        """
+        slots = self.block.slots
+        masked = None
+        if self.low_rank is not None:
+            masked = _mask_columns(self.low_rank[part], slots.mask(slot, part))
+        experts = slots.experts[slot, part]
+        inner = _project(
+            self.gate[part], masked, self.block.gate, self.gate_B, self.gate_c, experts
+        )
+        with torch.enable_grad():
+            leaf = inner.value.detach().requires_grad_()
+            activated = self.block.act(leaf)
+        inner = _Projected(leaf, inner.update, inner.row_scale)
+        if self.up is None:
+            return masked, inner, activated, None, activated.detach()
+        outer = _project(self.up[part], masked, self.block.up, self.up_B, self.up_c, experts)
+        return masked, inner, activated, outer, activated.detach() * outer.value
+
+
+class _Backward:
+    """Gradients of the function's tensors, summed up over slots and blocks."""
+
+    def __init__(self, block, tensors, down_A, slot_weights, unweighted):
+        gate, up, low_rank, gate_B, gate_c, up_B, up_c = tensors
+        self.block = block
+        self.forward = _Recomputation(block, *tensors)
+        self.down_A, self.slot_weights, self.unweighted = down_A, slot_weights, unweighted
+        self.grad_gate = torch.empty_like(gate)
+        self.grad_up = None if up is None else torch.empty_like(up)
+        self.grad_low_rank = None if low_rank is None else torch.zeros_like(low_rank)
+        self.grad_gate_B, self.grad_gate_c = _zeros(gate_B), _zeros(gate_c)
+        self.grad_up_B, self.grad_up_c = _zeros(up_B), _zeros(up_c)
+        self.grad_down_A = _zeros(down_A)
+        self.grad_weights = None if slot_weights is None else torch.empty_like(slot_weights)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Return them in the order of the function's tensors."""
+        return (
+            self.grad_gate, self.grad_up, self.grad_low_rank, self.grad_gate_B, self.grad_gate_c,
+            self.grad_up_B, self.grad_up_c, self.grad_down_A, self.grad_weights,
+        )  # fmt: skip
+
+    def accumulate(self, slot: int, part: slice, grad_hidden: Tensor, grad_down: Tensor) -> None:
+        """Add a slot's and block's share."""
+        masked, inner, activated, outer, states = self.forward.hidden(slot, part)
+        grad_states = self._grad_states(slot, part, grad_hidden, grad_down, states)
+        grad_activated = grad_states if outer is None else grad_states * outer.value
+        grad_inner = torch.autograd.grad(activated, inner.value, grad_activated)[0]
+        one_hot = lambda: self.block.slots.one_hot(slot, part, states)  # noqa: E731
+        grad_inner = _unscale(grad_inner, inner, self.grad_gate_c, one_hot)
+        _add_slot(self.grad_gate, part, slot, grad_inner)
+        self._backproject(
+            slot, part, grad_inner, masked, self.block.gate, self.forward.gate_B, self.grad_gate_B
+        )
+        if outer is None:
+            return
+        grad_outer = _unscale(grad_states * activated.detach(), outer, self.grad_up_c, one_hot)
+        _add_slot(self.grad_up, part, slot, grad_outer)
+        self._backproject(
+            slot, part, grad_outer, masked, self.block.up, self.forward.up_B, self.grad_up_B
+        )
+
+    def _grad_states(
+        self, slot: int, part: slice, grad_hidden: Tensor, grad_down: Tensor, states: Tensor
+    ) -> Tensor:
+        """Gradient of a slot's hidden states; adds to those of the routing weights and down's A."""
+        if self.block.slots.apart:
+            grad_hidden = grad_hidden[slot * len(self.grad_gate) :]
+        grad_states = upstream = grad_hidden[part]
+        weight = None
+        if self.slot_weights is not None:
+            weight = self.slot_weights[part, slot, None]
+            grad_states = upstream * weight
+            self.grad_weights[part, slot] = (upstream * states).sum(-1)
+        if self.down_A is None:
+            return grad_states
+        grad_rank = _masked(grad_down[part], self.block.slots.mask(slot, part))
+        if weight is not None:
+            self.grad_weights[part, slot] += (grad_rank * self.unweighted[part]).sum(-1)
+            grad_rank = grad_rank * weight
+        self.grad_down_A += grad_rank.T @ self.block.drop(states, slot, part)
+        if self.block.dropout.keep_slots[slot] is None:
+            return torch.addmm(grad_states, grad_rank, self.down_A)
+        return grad_states + self.block.drop(grad_rank @ self.down_A, slot, part)
+
+    def _backproject(self, slot, part, grad, masked, side, lora_B, grad_B) -> None:
+        """Add a block's part to the gradients of B and of the rank-space input."""
+        if lora_B is None:
+            return
+        grad_B += masked[:, side.columns].T @ grad
+        mask = self.block.slots.mask(slot, part)
+        self.grad_low_rank[part, side.columns] += _masked(grad @ lora_B.T, mask)
 
 
 def _blocks(gate: Tensor) -> Iterator[slice]:
@@ -102,158 +343,63 @@ def _blocks(gate: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, tokens))
 
 
-def _rows(values: Tensor | None, block: slice) -> Tensor | None:
-    return None if values is None else values[block]
+def _project(
+    output: Tensor,
+    masked: Tensor | None,
+    side: _Side,
+    lora_B: Tensor | None,
+    row_scale: Tensor | None,
+    experts: Tensor,
+) -> _Projected:
+    """Adapt a block of the base's output; a missing B stands for nothing adapted."""
+    if lora_B is None or masked is None:
+        return _Projected(output, output, None)
+    if row_scale is None:
+        value = torch.addmm(output, masked[:, side.columns], lora_B)
+        return _Projected(value, value, None)
+    unbiased = output if side.bias is None else output - side.bias
+    update = torch.addmm(unbiased, masked[:, side.columns], lora_B)
+    scale = row_scale[experts]
+    value = scale * update
+    return _Projected(value if side.bias is None else value + side.bias, update, scale)
+
+
+def _unscale(
+    grad: Tensor, projected: _Projected, grad_c: Tensor | None, one_hot: Callable[[], Tensor]
+) -> Tensor:
+    """Go back through DoRA's row scale, adding to its gradient."""
+    if projected.row_scale is None or grad_c is None:
+        return grad
+    grad_c += one_hot().T @ (grad * projected.update)
+    return grad * projected.row_scale
+
+
+def _with_unit_row(row_scale: Tensor) -> Tensor:
+    """Append a row of ones, which expert -1 (padding) indexes."""
+    return torch.cat([row_scale, torch.ones_like(row_scale[:1])])
+
+
+def _zeros(tensor: Tensor | None) -> Tensor | None:
+    """Room for a gradient in float32 or better."""
+    if tensor is None:
+        return None
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values * mask
 
 
-def _scaled(values: Tensor, weight: Tensor | None) -> Tensor:
-    return values if weight is None else values * weight
-
-
-def _project(output: Tensor, low_rank: Tensor | None, columns: slice, lora_B: Tensor | None):
-    """Add an update to a block of the base's output; None stands for nothing adapted."""
-    if lora_B is None or low_rank is None:
-        return output
-    return torch.addmm(output, low_rank[:, columns], lora_B)
-
-
-class _LeanFfn(torch.autograd.Function):
-    """(gate, up, rank-space input) -> (Σ_j g_j h_j, rank-space input of the down update)."""
-
-    @staticmethod
-    def forward(ctx, plan, gate, up, low_rank, gate_B, up_B, down_A, slot_weights):
-        hidden = torch.empty_like(gate)
-        unweighted = None if down_A is None else gate.new_zeros(len(gate), len(down_A))
-        weighted = unweighted
-        if down_A is not None and slot_weights is not None:
-            weighted = torch.zeros_like(unweighted)
-        for block in _blocks(gate):
-            for slot in range(len(plan.masks)):
-                mask = _rows(plan.masks[slot], block)
-                weight = None if slot_weights is None else slot_weights[block, slot, None]
-                states = _slot_hidden(plan, gate, up, low_rank, gate_B, up_B, mask, block)[-1]
-                if slot == 0:
-                    hidden[block] = _scaled(states, weight)
-                else:
-                    hidden[block].addcmul_(states, weight)
-                if down_A is None:
-                    continue
-                dropped = apply_keep_mask(
-                    states, _rows(plan.keep_slots[slot], block), plan.dropout
-                )
-                down = _masked(dropped @ down_A.T, mask)
-                unweighted[block] += down
-                if weight is not None:
-                    weighted[block].addcmul_(down, weight)
-        ctx.plan = plan
-        ctx.save_for_backward(
-            gate, up, low_rank, gate_B, up_B, down_A, slot_weights, unweighted
-        )
-        if weighted is None:
-            weighted = gate.new_empty(0)
-            ctx.mark_non_differentiable(weighted)
-        return hidden, weighted
-
-    @staticmethod
-    def backward(ctx, grad_hidden, grad_down):  # pyright: ignore
-        gate, up, low_rank, gate_B, up_B, down_A, slot_weights, unweighted = ctx.saved_tensors
-        plan = ctx.plan
-        wide = torch.promote_types(gate.dtype, torch.float32)
-        grad_gate = torch.empty_like(gate)
-        grad_up = None if up is None else torch.empty_like(up)
-        grad_low_rank = None if low_rank is None else torch.zeros_like(low_rank)
-        grad_gate_B = None if gate_B is None else torch.zeros_like(gate_B, dtype=wide)
-        grad_up_B = None if up_B is None else torch.zeros_like(up_B, dtype=wide)
-        grad_down_A = None if down_A is None else torch.zeros_like(down_A, dtype=wide)
-        grad_weights = None if slot_weights is None else torch.empty_like(slot_weights)
-        for block in _blocks(gate):
-            for slot in range(len(plan.masks)):
-                mask = _rows(plan.masks[slot], block)
-                weight = None if slot_weights is None else slot_weights[block, slot, None]
-                masked, inner, activated, outer, states = _slot_hidden(
-                    plan, gate, up, low_rank, gate_B, up_B, mask, block
-                )
-                grad_states = _scaled(grad_hidden[block], weight)
-                grad_weight = None
-                if grad_weights is not None:
-                    grad_weight = (grad_hidden[block] * states).sum(-1)
-                if down_A is not None:
-                    keep = _rows(plan.keep_slots[slot], block)
-                    grad_rank = _masked(grad_down[block], mask)
-                    if grad_weight is not None:
-                        grad_weight = grad_weight + (grad_rank * unweighted[block]).sum(-1)
-                    grad_rank = _scaled(grad_rank, weight)
-                    dropped = apply_keep_mask(states, keep, plan.dropout)
-                    grad_down_A += grad_rank.T @ dropped
-                    if keep is None:
-                        grad_states = torch.addmm(grad_states, grad_rank, down_A)
-                    else:
-                        grad_states = grad_states + apply_keep_mask(
-                            grad_rank @ down_A, keep, plan.dropout
-                        )
-                if grad_weights is not None:
-                    grad_weights[block, slot] = grad_weight
-                grad_activated = grad_states if outer is None else grad_states * outer
-                grad_inner = torch.autograd.grad(activated, inner, grad_activated)[0]
-                _accumulate(grad_gate, block, slot, grad_inner)
-                if gate_B is not None:
-                    _backproject(
-                        grad_inner, masked, plan.gate_columns, gate_B, mask,
-                        grad_gate_B, grad_low_rank[block],
-                    )  # fmt: skip
-                if outer is not None:
-                    grad_outer = grad_states * activated.detach()
-                    _accumulate(grad_up, block, slot, grad_outer)
-                    if up_B is not None:
-                        _backproject(
-                            grad_outer, masked, plan.up_columns, up_B, mask,
-                            grad_up_B, grad_low_rank[block],
-                        )  # fmt: skip
-        return (
-            None, grad_gate, grad_up, grad_low_rank, grad_gate_B, grad_up_B, grad_down_A,
-            grad_weights,
-        )  # fmt: skip
-
-
-def _slot_hidden(plan, gate, up, low_rank, gate_B, up_B, mask, block):
-    """Compute a slot's hidden states for a block of tokens, with what the backward pass needs.
-
-    Returns:
-        The masked rank-space input, the gate before the activation (a leaf with gradient when
-        gradients are wanted), after it, the adapted up, and the hidden states.
-    """
-    masked = None
-    if low_rank is not None:
-        masked = low_rank[block]
-        if mask is not None:
-            masked = _mask_columns(masked, mask)
-    inner = _project(gate[block], masked, plan.gate_columns, gate_B)
-    with torch.enable_grad():
-        inner = inner.detach().requires_grad_()
-        activated = plan.act(inner)
-    outer = None if up is None else _project(up[block], masked, plan.up_columns, up_B)
-    states = activated.detach() if outer is None else activated.detach() * outer
-    return masked, inner, activated, outer, states
-
-
-def _mask_columns(low_rank: Tensor, mask: Tensor) -> Tensor:
+def _mask_columns(low_rank: Tensor, mask: Tensor | None) -> Tensor:
     """Mask each projection's S columns of the input product."""
-    groups = low_rank.unflatten(1, (-1, mask.shape[1]))  # (T, P/S, S)
+    if mask is None:
+        return low_rank
+    groups = low_rank.unflatten(1, (-1, mask.shape[1]))  # (t, P/S, S)
     return (groups * mask.unsqueeze(1)).flatten(1)
 
 
-def _accumulate(total: Tensor, block: slice, slot: int, values: Tensor) -> None:
+def _add_slot(total: Tensor, part: slice, slot: int, values: Tensor) -> None:
     if slot == 0:
-        total[block] = values
+        total[part] = values
     else:
-        total[block] += values
-
-
-def _backproject(grad, masked, columns, lora_B, mask, grad_B, grad_low_rank) -> None:
-    """Add a block's part to the gradients of B and of the rank-space input."""
-    grad_B += masked[:, columns].T @ grad
-    grad_low_rank[:, columns] += _masked(grad @ lora_B.T, mask)
+        total[part] += values

@@ -24,9 +24,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, labels, head, chunk_tokens):
         losses, grads = [], []
-        chunks = zip(
-            hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True
-        )
+        chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
         for states, chunk_labels in chunks:
             loss, grad = _chunk(states, chunk_labels, head, ctx.needs_input_grad[0])
             losses.append(loss)

@@ -1,0 +1,67 @@
+"""Time cases side by side, so that a noisy machine hits them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one case over several rounds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        """The median, which ratios are taken from."""
+        return statistics.median(self.seconds)
+
+
+def alternate(
+    cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, Timing]:
+    """Run every case in turn, `rounds` times over.
+
+    Args:
+        cases: What to time, by name.
+        rounds: Timed turns of each.
+        warmup: Turns before them that don't count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + rounds):
+        for name, run in cases.items():
+            elapsed = _timed(run)
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _timed(run: Callable[[], object]) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    run()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak_rss() -> None:
+    """Set this process's high-water mark of resident memory back to what it uses now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_bytes() -> int:
+    """Return the high-water mark of resident memory since the last reset (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

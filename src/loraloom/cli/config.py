@@ -1,0 +1,26 @@
+"""`loraloom config`: what a run file may say, and what one says in full."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+import yaml
+
+from loraloom.cli.options import RunFileArgument, SetOption
+from loraloom.config.loading import load_run_config
+from loraloom.config.loading import schema as run_file_schema
+
+
+def schema() -> None:
+    """Print the JSON Schema of run files, for an editor to check and complete them by."""
+    typer.echo(json.dumps(run_file_schema(), indent=2))
+
+
+def show(run_file: RunFileArgument, overrides: SetOption = None) -> None:
+    """Check a run file and print all its settings, defaults filled in."""
+    settings = load_run_config(run_file, overrides or ()).model_dump(mode="json")
+    typer.echo(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), nl=False)
+
+
+SUBCOMMANDS = {"schema": schema, "show": show}

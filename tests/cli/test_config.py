@@ -1,0 +1,71 @@
+import json
+
+import pytest
+import yaml
+
+from loraloom.cli.main import main
+from loraloom.config.loading import load_run_config
+
+RUN = """
+base_model: smollm2-135m
+output_dir: runs/a
+jobs:
+  - name: a
+    adapter: {method: mixlora, top_k: 1}
+    data: {task: skills, scoring: text}
+    train: {max_steps: 5}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    return path
+
+
+def test_the_schema_is_json(capsys):
+    assert main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert {"base_model", "output_dir", "jobs"} == set(schema["required"])
+
+
+def test_a_run_is_shown_with_its_defaults(run_file, capsys):
+    assert main(["config", "show", str(run_file)]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["dtype"] == "float32"
+    assert shown["jobs"][0]["adapter"]["num_experts"] == 8
+    assert shown["jobs"][0]["train"]["micro_batch_size"] == 16
+
+
+def test_what_is_shown_is_the_same_run(run_file, tmp_path, capsys):
+    assert main(["config", "show", str(run_file)]) == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert load_run_config(again) == load_run_config(run_file)
+
+
+def test_settings_are_changed_before_they_are_shown(run_file, capsys):
+    argv = ["config", "show", str(run_file)]
+    argv += ["--set", "jobs.0.train.learning_rate=1e-4", "--set", "jobs.0.seed=3"]
+    assert main(argv) == 0
+    job = yaml.safe_load(capsys.readouterr().out)["jobs"][0]
+    assert (job["train"]["learning_rate"], job["seed"]) == (1e-4, 3)
+
+
+def test_faults_are_listed_with_code_2(run_file, capsys):
+    overrides = ["jobs.0.adapter.top_k=9", "jobs.0.adapter.rnak=3"]
+    argv = ["config", "show", str(run_file)]
+    assert main([*argv, "--set", overrides[0], "--set", overrides[1]]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        f"error: {run_file} has 2 faults:",
+        "  jobs.0.adapter.top_k must be in [1, num_experts=8], got 9",
+        "  jobs.0.adapter: unknown key 'rnak'; did you mean 'rank'?",
+    ]
+
+
+def test_a_missing_run_file_is_code_2(capsys):
+    assert main(["config", "show", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: nowhere.yaml must be a run file")

@@ -1,0 +1,59 @@
+import pytest
+from pydantic import ValidationError
+
+from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
+
+
+def test_scaling_is_alpha_over_rank():
+    assert LoraConfig(rank=8, alpha=16).scaling == 2
+
+
+def test_rank_stabilized_scaling_is_alpha_over_the_root_of_rank():
+    assert LoraConfig(rank=16, alpha=16, rank_stabilized=True).scaling == 4
+
+
+def test_no_dropout_is_allowed():
+    assert LoraConfig(dropout=0).dropout == 0
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "attention", "ffn", ("q_proj", "v_proj")])
+def test_target_modules_are_a_group_or_names(targets):
+    assert LoraConfig(target_modules=targets).target_modules == targets
+
+
+@pytest.mark.parametrize("targets", ["q_proj", [], [""], [3], ["attention", "q_proj"], None])
+def test_target_modules_that_are_neither_are_refused(targets):
+    with pytest.raises(ValidationError, match="must be all-linear, attention, ffn or a list of"):
+        LoraConfig(target_modules=targets)
+
+
+def test_a_mixture_without_its_ffn_is_refused():
+    with pytest.raises(ValidationError, match="target_modules must take in the FFN"):
+        MixLoraConfig(target_modules="attention")
+
+
+def test_top_k_beyond_num_experts_is_refused():
+    with pytest.raises(ValidationError, match=r"top_k must be in \[1, num_experts=8\], got 9"):
+        MixLoraConfig(num_experts=8, top_k=9)
+
+
+def test_the_default_top_k_is_checked_too():
+    with pytest.raises(ValidationError, match=r"top_k must be in \[1, num_experts=1\], got 2"):
+        MixLoraConfig(num_experts=1)
+
+
+def test_experts_inherit_what_they_do_not_set():
+    config = MixLoraConfig(rank=16, alpha=32, dropout=0.1, experts=ExpertsConfig(rank=4))
+    assert (config.expert_config.rank, config.expert_config.alpha) == (4, 32)
+    assert config.expert_config.dropout == 0.1
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("inf"), float("nan")])
+def test_alpha_that_is_not_a_positive_number_is_refused(alpha):
+    with pytest.raises(ValidationError):
+        LoraConfig(alpha=alpha)
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        LoraConfig().rank = 3

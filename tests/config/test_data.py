@@ -1,0 +1,83 @@
+import pytest
+from pydantic import ValidationError
+
+from loraloom.config.data import DataConfig, SourceConfig
+
+
+def test_a_task_is_a_source():
+    data = DataConfig.model_validate({"task": "arc_easy", "path": "data/arc_easy"})
+    assert data.sources == (SourceConfig(task="arc_easy", path="data/arc_easy"),)
+
+
+def test_a_mix_is_its_sources():
+    first = {"task": "arc_easy", "weight": 2}
+    second = {"dataset": "alpaca.jsonl", "format": "instruction"}
+    data = DataConfig.model_validate({"mix": [first, second]})
+    assert [source.weight for source in data.sources] == [2, 1]
+    assert [source.dataset for source in data.sources] == [None, "alpaca.jsonl"]
+
+
+def test_a_task_is_scored_by_label_by_default():
+    assert SourceConfig(task="arc_easy").scoring == "label"
+    assert SourceConfig(task="arc_easy", scoring=None).scoring == "label"
+    assert SourceConfig(dataset="a.jsonl", format="text").scoring is None
+
+
+def test_a_dataset_keeps_its_settings_as_a_source():
+    fields = {"output": "answer"}
+    data = DataConfig(
+        dataset="owner/set", config="main", split="dev", format="instruction", fields=fields
+    )
+    (source,) = data.sources
+    assert (source.config, source.split, source.fields) == ("main", "dev", fields)
+
+
+@pytest.mark.parametrize(
+    "held_out", [{"validation_fraction": 0.1}, {"validation": {"task": "piqa"}}]
+)
+def test_held_out_rows_are_validation(held_out):
+    assert DataConfig.model_validate({"task": "piqa", **held_out}).has_validation
+    assert not DataConfig(task="piqa").has_validation
+
+
+CHAT = {"dataset": "a.jsonl", "format": "chat"}
+CONTRADICTIONS = [
+    ({}, "a task, a dataset or a mix must be given"),
+    ({"task": "arc_easi"}, "Input should be 'arc_easy'"),
+    (
+        {"task": "piqa", "dataset": "a.jsonl", "format": "text"},
+        "dataset and task exclude each other",
+    ),
+    ({"task": "piqa", "format": "chat"}, "format has no effect on a task"),
+    ({"task": "piqa", "template": "alpaca"}, "template has no effect on a task"),
+    ({"task": "piqa", "fields": {"text": "t"}}, "fields has no effect on a task"),
+    ({"task": "piqa", "config": "main"}, "config has no effect on a task"),
+    ({"task": "skills", "path": "data"}, "path has no effect on skills"),
+    ({"dataset": "a.jsonl"}, "format must be given with a dataset"),
+    ({**CHAT, "path": "data"}, "path has no effect on a dataset"),
+    ({**CHAT, "scoring": "text"}, "scoring has no effect on a dataset"),
+    ({**CHAT, "template": "alpaca"}, "template has no effect on format chat"),
+    ({**CHAT, "split": "train"}, "split has no effect on a file"),
+    ({**CHAT, "config": "main"}, "config has no effect on a file"),
+    ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages to column names, got turns"),
+    ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix must stand without task"),
+    ({"mix": []}, "at least 1 item"),
+    ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),
+    ({"mix": [{"task": "piqa", "weight": 0}]}, "greater than 0"),
+    ({"task": "piqa", "weight": 2}, "Extra inputs are not permitted"),
+    ({"task": "piqa", "validation_fraction": 1}, "less than 1"),
+    (
+        {"task": "piqa", "validation_fraction": 0.1, "validation": {"task": "boolq"}},
+        "validation and validation_fraction exclude each other",
+    ),
+    (
+        {"task": "piqa", "validation": {"task": "boolq", "weight": 2}},
+        "validation.weight has no effect outside a mix",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS)
+def test_a_setting_without_effect_is_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        DataConfig.model_validate(settings)

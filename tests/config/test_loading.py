@@ -1,0 +1,207 @@
+import pytest
+
+from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.config.loading import load_run_config, parse_adapter_config, schema
+from loraloom.errors import ConfigError
+
+RUN = """
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+dtype: bfloat16
+output_dir: runs/arc
+jobs:
+  - name: arc-mixlora
+    seed: 0
+    adapter: {method: mixlora, rank: 16, alpha: 32, dropout: 0.05, target_modules: all-linear,
+              num_experts: 8, top_k: 2, router_aux_loss_coef: 0.01}
+    data: {task: arc_easy, path: data/arc_easy}
+    train: {learning_rate: 2e-4, batch_size: 16, micro_batch_size: 8, num_epochs: 2,
+            lr_scheduler: constant, max_length: 512}
+  - name: arc-lora
+    adapter: {method: lora, rank: 80, alpha: 160, target_modules: all-linear}
+    data: {mix: [{task: arc_easy, weight: 2}, {dataset: alpaca.jsonl, format: instruction}]}
+    train: {max_steps: 100, optimizer_args: {eps: 1e-6}}
+"""
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_run_config(path, overrides)
+
+
+def faults(tmp_path, *overrides, text=RUN):
+    """The lines of the message after its first."""
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text, *overrides)
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
+
+
+def test_a_run_file_is_read(tmp_path):
+    config = load(tmp_path, RUN)
+    assert config.jobs[0].adapter == MixLoraConfig(rank=16, alpha=32, dropout=0.05)
+    assert config.jobs[0].train.learning_rate == 2e-4
+    assert config.jobs[1].train.optimizer_args == {"eps": 1e-6}
+
+
+def test_later_overrides_win(tmp_path):
+    path = "jobs.0.train.learning_rate"
+    config = load(tmp_path, RUN, f"{path}=1e-3", f"{path}=1e-4")
+    assert config.jobs[0].train.learning_rate == 1e-4
+
+
+def test_a_number_in_quotes_is_a_number(tmp_path):
+    assert (
+        load(tmp_path, RUN, "jobs.0.train.learning_rate='1e-3'").jobs[0].train.learning_rate == 1e-3
+    )
+
+
+def test_all_faults_are_in_one_message(tmp_path):
+    overrides = [
+        "dtyp=float32",
+        "dtype=float16",
+        "jobs.0.name=a/b",
+        "jobs.0.adapter.top_k=9",
+        "jobs.0.adapter.rnak=3",
+        "jobs.0.data.task=arc_esy",
+        "jobs.0.data.weight=2",
+        "jobs.0.train.learning_rate=fast",
+        "jobs.0.train.micro_batch_size=5",
+        "jobs.0.train.max_steps=3",
+        "jobs.0.eval=[{}]",
+        "jobs.1.name=A/B",
+        "jobs.1.adapter.num_experts=8",
+        "jobs.1.data.mix.1.format=null",
+        "jobs.1.train.eval_steps=5",
+    ]
+    safe = "name must be a safe file name (1 to 100 letters, digits, '.', '_' or '-', the first a"
+    tasks = (
+        "'arc_easy', 'arc_challenge', 'boolq', 'openbookqa', 'piqa', 'social_i_qa', 'hellaswag', "
+        "'winogrande' or 'skills'"
+    )
+    assert sorted(faults(tmp_path, *overrides)) == sorted(
+        [
+            "dtype must be float32 or bfloat16 in training, got float16: without loss scaling "
+            "small gradients become zero; use bfloat16",
+            "unknown key 'dtyp'; did you mean 'dtype'?",
+            f"jobs.0.{safe} letter or digit), got 'a/b'",
+            "jobs.0.adapter.top_k must be in [1, num_experts=8], got 9",
+            "jobs.0.adapter: unknown key 'rnak'; did you mean 'rank'?",
+            f"jobs.0.data.task must be {tasks}, got 'arc_esy'; did you mean 'arc_easy'?",
+            "jobs.0.data: unknown key 'weight'; weight belongs to a source inside mix",
+            "jobs.0.train.learning_rate must be a number, got 'fast'",
+            "jobs.0.train.micro_batch_size must divide batch_size=16, got 5",
+            "jobs.0.train.max_steps and num_epochs exclude each other, got 3 and 2; give one",
+            "jobs.0.eval.0.task must be given, it is missing",
+            "jobs.1.name must differ from those of the other jobs, got 'A/B' again",
+            f"jobs.1.{safe} letter or digit), got 'A/B'",
+            "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, dropout, init, "
+            "method, rank, rank_stabilized, target_modules, weight_decomposition",
+            "jobs.1.data.mix.1.format must be given with a dataset: instruction, chat or text",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        (
+            "jobs.1.adapter.method=dora",
+            "jobs.1.adapter.method must be lora or mixlora, got 'dora'; "
+            "write method: lora with weight_decomposition: true",
+        ),
+        (
+            "jobs.1.adapter.method=mixlor",
+            "jobs.1.adapter.method must be lora or mixlora, got 'mixlor'; did you mean 'mixlora'?",
+        ),
+        ("jobs.1.adapter={}", "jobs.1.adapter.method must be lora or mixlora, it is missing"),
+        ("jobs.1.adapter=lora", "jobs.1.adapter must be a mapping, got 'lora'"),
+        ("jobs.1.adapter.r=8", "jobs.1.adapter: unknown key 'r'; did you mean 'rank'?"),
+        ("jobs.1.adapter.rank=1.5", "jobs.1.adapter.rank must be a whole number, got 1.5"),
+        ("jobs.1.adapter.rank=0", "jobs.1.adapter.rank must be at least 1, got 0"),
+        ("jobs.1.adapter.dropout=1", "jobs.1.adapter.dropout must be less than 1, got 1"),
+        ("jobs.1.adapter.alpha=.inf", "jobs.1.adapter.alpha must be a finite number, got inf"),
+        ("jobs.1.name=7", "jobs.1.name must be a text (in quotes), got 7"),
+        ("jobs=[]", "jobs must be a list of 1 or more, got []"),
+        ("jobs=3", "jobs must be a list, got 3"),
+        ("output_dir=3", "output_dir must be a path, got 3"),
+        ("base_model=null", "base_model must be a text (in quotes), got nothing"),
+        ("jobs.1.train.gradient_checkpointing=maybe", "must be true or false, got 'maybe'"),
+        ("jobs.1.train.batch_size=x", "jobs.1.train.batch_size must be a whole number, got 'x'"),
+        (
+            "jobs.0.data.validation={task: piqa, weight: 2}",
+            "jobs.0.data.validation.weight has no effect outside a mix; remove it",
+        ),
+        (
+            "jobs.1.train.eval_steps=5",
+            "jobs.1.train.eval_steps has nothing to evaluate; "
+            "give data.validation_fraction, data.validation or eval",
+        ),
+        (
+            "jobs.0.adapter.target_modules=attention",
+            "jobs.0.adapter.target_modules must take in the FFN, where a mixture has its experts, "
+            "got 'attention'; take all-linear or ffn, or method: lora",
+        ),
+    ],
+)
+def test_a_fault_is_one_line_with_its_path(tmp_path, override, fault):
+    (line,) = faults(tmp_path, override)
+    assert line.endswith(fault)
+
+
+def test_the_first_line_names_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"run\.yaml has a fault:\n  jobs\.1\.adapter\.rank must"):
+        load(tmp_path, RUN, "jobs.1.adapter.rank=0")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(
+        ConfigError, match=r"nowhere\.yaml must be a run file, but there is no such"
+    ):
+        load_run_config("nowhere.yaml")
+
+
+def test_a_directory_is_no_run_file(tmp_path):
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_run_config(tmp_path)
+
+
+def test_a_binary_file_is_no_run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="it is not text in UTF-8"):
+        load_run_config(path)
+
+
+@pytest.mark.parametrize(("text", "got"), [("", "nothing"), ("- a\n- b\n", "list"), ("hi", "str")])
+def test_a_file_without_settings_is_refused(tmp_path, text, got):
+    with pytest.raises(ConfigError, match=f"must be a mapping of settings, got {got}"):
+        load(tmp_path, text)
+
+
+def test_adapter_settings_are_parsed_by_their_method():
+    assert parse_adapter_config({"method": "lora", "rank": 4}) == LoraConfig(rank=4)
+    assert parse_adapter_config({"method": "mixlora", "rank": 4}) == MixLoraConfig(rank=4)
+
+
+def test_all_faults_of_adapter_settings_are_in_one_message():
+    with pytest.raises(ConfigError) as error:
+        parse_adapter_config({"method": "mixlora", "rank": 0, "top_k": 9, "experts": {"rnk": 2}})
+    assert str(error.value).splitlines() == [
+        "adapter has 3 faults:",
+        "  rank must be at least 1, got 0",
+        "  top_k must be in [1, num_experts=8], got 9",
+        "  experts: unknown key 'rnk'; did you mean 'rank'?",
+    ]
+
+
+def test_the_schema_knows_every_setting_with_its_help():
+    definitions = schema()["$defs"]
+    described = [
+        (name, field)
+        for name, definition in definitions.items()
+        for field, settings in definition["properties"].items()
+        if "description" not in settings
+    ]
+    assert described == []
+    assert definitions["MixLoraConfig"]["properties"]["top_k"]["default"] == 2
+    assert definitions["TrainConfig"]["additionalProperties"] is False

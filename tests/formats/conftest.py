@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.formats.tiny import llama_base
+
+from loraloom.formats.base import BaseInfo
+
+
+@pytest.fixture
+def base() -> BaseInfo:
+    return llama_base()
+
+
+@pytest.fixture
+def gpt_neox_base() -> BaseInfo:
+    return llama_base(
+        name_or_path="some-org/tiny-pythia",
+        model_type="gpt_neox",
+        layers_path="gpt_neox.layers",
+        attention="attention",
+        attention_projections=("query_key_value", "dense"),
+        ffn_projections=("dense_h_to_4h", "dense_4h_to_h"),
+        activation="gelu",
+        shapes={
+            "attention.query_key_value": (192, 64),
+            "attention.dense": (64, 64),
+            "mlp.dense_h_to_4h": (96, 64),
+            "mlp.dense_4h_to_h": (64, 96),
+        },
+    )
+
+
+@pytest.fixture
+def phi_base() -> BaseInfo:
+    """The base model of the fixtures' phi case."""
+    return llama_base(
+        model_type="phi",
+        attention_projections=("q_proj", "k_proj", "v_proj", "dense"),
+        ffn_projections=("fc1", "fc2"),
+        activation="gelu_new",
+        shapes={
+            "self_attn.q_proj": (64, 64),
+            "self_attn.k_proj": (32, 64),
+            "self_attn.v_proj": (32, 64),
+            "self_attn.dense": (64, 64),
+            "mlp.fc1": (100, 64),
+            "mlp.fc2": (64, 100),
+        },
+    )
+
+
+@pytest.fixture
+def shared_fixtures() -> Path:
+    """Checkpoints that MoE-PEFT itself has written."""
+    root = Path(os.environ.get("LORALOOM_SHARED", "../shared")) / "fixtures"
+    if not root.is_dir():
+        pytest.skip(f"no fixtures at {root}; set LORALOOM_SHARED")
+    return root

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.formats.tiny import make_tensors
+
+from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
+from loraloom.errors import FormatError
+from loraloom.formats import describe, write_adapter
+
+
+def test_a_plain_adapter_is_described(base, tmp_path):
+    config = LoraConfig(rank=4, alpha=8, target_modules=("q_proj",))
+    tensors = make_tensors(config, base)
+    write_adapter(tmp_path, config, tensors, base)
+    description = describe(tmp_path)
+    assert (description.method, description.rank, description.scaling) == ("LoRA", 4, 2)
+    assert description.target_modules == ("q_proj",)
+    assert description.num_layers == 2
+    assert description.parameters == {"self_attn LoRA": 2 * 4 * (64 + 64)}
+    assert description.percent_of_base == pytest.approx(100 * 1024 / 100_000)
+    assert description.dtypes == ("float32",)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    sizes.pop("README.md")
+    assert description.file_bytes == sizes
+
+
+def test_parameters_add_up_by_kind(base, tmp_path):
+    config = MixLoraConfig(
+        rank=4, num_experts=3, experts=ExpertsConfig(rank=2), weight_decomposition=True
+    )
+    tensors = make_tensors(config, base)
+    write_adapter(tmp_path, config, tensors, base)
+    description = describe(tmp_path)
+    assert description.method == "MixDoRA"
+    assert description.experts is not None
+    assert (description.experts.num_experts, description.experts.rank) == (3, 2)
+    assert description.target_modules == base.attention_projections + base.ffn_projections
+    assert description.parameters["router"] == 2 * 3 * 64
+    assert description.parameters.keys() == {
+        "router",
+        "self_attn LoRA",
+        "mlp experts",
+        "magnitudes",
+    }
+    total = sum(tensor.numel() for tensor in tensors.values())
+    assert description.num_parameters == sum(description.parameters.values()) == total
+
+
+def test_norms_are_taken_over_layers_and_experts(base, tmp_path):
+    config = MixLoraConfig(rank=4, num_experts=2, target_modules=("up_proj",))
+    tensors = make_tensors(config, base)
+    write_adapter(tmp_path, config, tensors, base)
+    norms = {norm.name: norm for norm in describe(tmp_path).norms}
+    assert norms.keys() == {"mlp.router", "mlp.up_proj.lora_A", "mlp.up_proj.lora_B"}
+    expected = sorted(
+        tensor.norm().item() for name, tensor in tensors.items() if name.endswith("lora_B")
+    )
+    norm = norms["mlp.up_proj.lora_B"]
+    assert norm.count == 4
+    assert (norm.min, norm.max) == pytest.approx((expected[0], expected[-1]))
+    assert norm.median == pytest.approx((expected[1] + expected[2]) / 2)
+
+
+def test_values_that_are_not_numbers_are_counted(base, tmp_path):
+    config = LoraConfig(rank=2, target_modules=("q_proj",))
+    tensors = make_tensors(config, base)
+    tensors["layers.0.self_attn.q_proj.lora_A"][0, 0] = torch.nan
+    write_adapter(tmp_path, config, tensors, base)
+    description = describe(tmp_path)
+    assert description.num_non_finite == 1
+    assert {norm.name: norm.count for norm in description.norms} == {
+        "self_attn.q_proj.lora_A": 1,
+        "self_attn.q_proj.lora_B": 2,
+    }
+
+
+def test_the_references_checkpoints_are_described_with_no_size_of_the_base(shared_fixtures):
+    description = describe(shared_fixtures / "llama-mixlora" / "adapter")
+    assert description.layout == "moe-peft"
+    assert description.base_model == "llama/base"
+    assert description.percent_of_base is None
+
+
+def test_what_is_no_adapter_is_an_error(tmp_path):
+    with pytest.raises(FormatError, match=r"must have adapter_config.json"):
+        describe(tmp_path)

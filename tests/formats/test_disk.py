@@ -1,0 +1,118 @@
+"""A crash in the middle of writing leaves the old adapter, the new one, or none; never a mix."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from tests.formats.tiny import assert_same_tensors, make_tensors
+
+from loraloom.config.adapter import LoraConfig
+from loraloom.errors import AdapterError, FormatError
+from loraloom.formats import disk, read_adapter, write_adapter
+
+OLD = LoraConfig(rank=2, alpha=2)
+SAME_SHAPES = LoraConfig(rank=2, alpha=4)
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def kill_at(monkeypatch, function: str, call: int) -> None:
+    """Raise instead of the given call (from 0) to a function of the module."""
+    original, calls = getattr(disk, function), []
+
+    def killed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > call:
+            raise KilledError
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(disk, function, killed)
+
+
+@pytest.mark.parametrize(("function", "call"), [("save_file", 0), ("_sync", 0), ("_sync", 2)])
+def test_a_first_save_that_fails_leaves_nothing(function, call, base, tmp_path, monkeypatch):
+    kill_at(monkeypatch, function, call)
+    with pytest.raises(KilledError):
+        write_adapter(tmp_path / "a", OLD, make_tensors(OLD, base), base)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("function", "call"), [("save_file", 0), ("_sync", 0), ("_sync", 2)])
+def test_a_save_that_fails_aside_leaves_the_old_adapter(
+    function, call, base, tmp_path, monkeypatch
+):
+    write_adapter(tmp_path, OLD, make_tensors(OLD, base), base)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    kill_at(monkeypatch, function, call)
+    with pytest.raises(KilledError):
+        write_adapter(tmp_path, SAME_SHAPES, make_tensors(OLD, base, 1), base, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_new_weights_are_never_seen_under_the_old_config(renames, base, tmp_path, monkeypatch):
+    old, new = make_tensors(OLD, base), make_tensors(OLD, base, seed=1)
+    write_adapter(tmp_path, OLD, old, base)
+    fail_rename(monkeypatch, after=renames)
+    with pytest.raises(KilledError):
+        write_adapter(tmp_path, SAME_SHAPES, new, base, overwrite=True)
+    with pytest.raises(FormatError, match=r"must have adapter_config.json.*cut short"):
+        read_adapter(tmp_path, base)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_under_an_unchanged_config_there_is_always_an_adapter(renames, base, tmp_path, monkeypatch):
+    old, new = make_tensors(OLD, base), make_tensors(OLD, base, seed=1)
+    write_adapter(tmp_path, OLD, old, base)
+    fail_rename(monkeypatch, after=renames)
+    with pytest.raises(KilledError):
+        write_adapter(tmp_path, OLD, new, base, overwrite=True)
+    assert_same_tensors(read_adapter(tmp_path, base)[1], new if renames else old)
+
+
+def fail_rename(monkeypatch, after: int) -> None:
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) > after:
+            raise KilledError
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+
+
+def test_what_a_killed_process_has_left_aside_is_cleared(base, tmp_path):
+    aside = tmp_path / ".adapter.writing"
+    aside.mkdir()
+    (aside / "adapter_model.safetensors").write_text("half")
+    tensors = make_tensors(OLD, base)
+    write_adapter(tmp_path, OLD, tensors, base)
+    assert not aside.exists()
+    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
+
+
+def test_a_system_that_can_not_write_is_one_clear_error(base, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "save_file", full)
+    with pytest.raises(AdapterError, match=r"can't be written to .*No space left"):
+        write_adapter(tmp_path / "a", OLD, make_tensors(OLD, base), base)
+
+
+def test_the_weights_can_be_read_by_whoever_can_read_the_config(base, tmp_path):
+    write_adapter(tmp_path, OLD, make_tensors(OLD, base), base)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]
+
+
+def test_the_config_is_json_that_people_can_read(base, tmp_path):
+    write_adapter(tmp_path, OLD, make_tensors(OLD, base), base)
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert json.loads(text)["r"] == 2
+    assert text.count("\n") > 10

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from tests.formats.tiny import assert_same_tensors, make_tensors
+
+from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.errors import FormatError
+from loraloom.formats import read_adapter
+
+OLD_PROJECTIONS = {"gate_proj": "w1_proj", "down_proj": "w2_proj", "up_proj": "w3_proj"}
+
+
+def write_legacy(directory, tensors, rename, **fields):
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    torch.save(renamed, directory / "adapter_model.bin")
+    config = {
+        "bias": "none",
+        "r": 2,
+        "lora_alpha": 4,
+        "lora_dropout": 0.05,
+        "base_model_name_or_path": "some-org/tiny-llama",
+        "task_type": "CAUSAL_LM",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config | fields))
+
+
+def old_mixture_name(name: str) -> str:
+    name = name.replace(".mlp.router", ".gate")
+    name = re.sub(r"mlp\.(\w+)\.(experts\.\d+)", r"\2.\1", name)
+    return f"mixlora.{name}.weight"
+
+
+def old_projection(name: str) -> str:
+    for new, old in OLD_PROJECTIONS.items():
+        name = name.replace(new, old)
+    return name
+
+
+def test_legacy_mixtures_are_read(base, tmp_path):
+    config = MixLoraConfig(
+        rank=2,
+        alpha=4,
+        dropout=0.05,
+        num_experts=2,
+        target_modules=base.attention_projections + base.ffn_projections,
+    )
+    tensors = make_tensors(config, base)
+    write_legacy(
+        tmp_path,
+        tensors,
+        lambda name: old_projection(old_mixture_name(name)),
+        peft_type="MIXLORA",
+        routing_strategy="mixtral",
+        num_experts=2,
+        act_fn="silu",
+        top_k=2,
+        target_modules=[OLD_PROJECTIONS.get(name, name) for name in config.target_modules],
+    )
+    read, read_tensors = read_adapter(tmp_path, base)
+    assert read == config
+    assert_same_tensors(read_tensors, tensors)
+
+
+def test_legacy_mixtures_of_0_4_name_projections_as_today(base, tmp_path):
+    config = MixLoraConfig(rank=2, alpha=4, num_experts=2, target_modules="ffn")
+    tensors = make_tensors(config, base)
+    write_legacy(
+        tmp_path,
+        tensors,
+        old_mixture_name,
+        peft_type="MIXLORA",
+        routing_strategy="mixtral",
+        num_experts=2,
+        target_modules={"q_proj": False, "gate_proj": True, "up_proj": True, "down_proj": True},
+    )
+    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
+
+
+def test_legacy_plain_adapters_kept_the_ffn_under_attention(base, tmp_path):
+    config = LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "gate_proj", "down_proj"))
+    tensors = make_tensors(config, base)
+    write_legacy(
+        tmp_path,
+        tensors,
+        lambda name: old_projection(
+            f"base_model.model.model.{name.replace('mlp', 'self_attn')}.weight"
+        ),
+        peft_type="LORA",
+        target_modules=["q_proj", "w1_proj", "w2_proj"],
+    )
+    read, read_tensors = read_adapter(tmp_path, base)
+    assert read.target_modules == ("q_proj", "gate_proj", "down_proj")
+    assert_same_tensors(read_tensors, tensors)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"routing_strategy": "switch"}, "got 'mixlora-switch'"),
+        ({"routing_strategy": "mixtral", "sparse_step": 2}, "`sparse_step` must be unset"),
+    ],
+)
+def test_what_we_lack_is_refused(fields, message, base, tmp_path):
+    config = MixLoraConfig(rank=2, num_experts=2)
+    write_legacy(
+        tmp_path,
+        make_tensors(config, base),
+        old_mixture_name,
+        peft_type="MIXLORA",
+        num_experts=2,
+        target_modules=["q_proj"],
+        **fields,
+    )
+    with pytest.raises(FormatError, match=message):
+        read_adapter(tmp_path, base)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.formats.tiny import assert_same_tensors, make_tensors
+
+from loraloom.config.adapter import LoraConfig
+from loraloom.errors import FormatError
+from loraloom.formats import read_adapter, write_adapter
+from loraloom.formats.contents import AdapterFiles, BaseRecord
+from loraloom.formats.peft import render
+
+CONFIGS = [
+    LoraConfig(rank=4, alpha=8),
+    LoraConfig(rank=4, alpha=2.5, dropout=0.1, target_modules="attention", init="gaussian"),
+    LoraConfig(rank=3, rank_stabilized=True, target_modules=("down_proj", "q_proj")),
+    LoraConfig(rank=2, weight_decomposition=True, target_modules="ffn"),
+]
+
+
+def edit_config(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_written_is_read_back(config, base, tmp_path):
+    tensors = make_tensors(config, base)
+    write_adapter(tmp_path, config, tensors, base)
+    read, read_tensors = read_adapter(tmp_path, base)
+    assert_same_tensors(read_tensors, tensors)
+    same_but = {"target_modules"}
+    assert read.model_dump(exclude=same_but) == config.model_dump(exclude=same_but)
+
+
+def test_target_groups_are_written_as_names_in_the_base_models_order(base, tmp_path):
+    config = LoraConfig(rank=2, target_modules="attention")
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    read, _ = read_adapter(tmp_path, base)
+    assert read.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_names_follow_the_families_own_modules(gpt_neox_base, tmp_path):
+    config = LoraConfig(rank=2)
+    write_adapter(tmp_path, config, make_tensors(config, gpt_neox_base), gpt_neox_base)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "base_model.model.gpt_neox.layers.1.attention.query_key_value.lora_A.weight" in names
+
+
+def test_magnitudes_are_read_with_and_without_the_suffix(base, tmp_path):
+    config = LoraConfig(rank=2, weight_decomposition=True)
+    tensors = make_tensors(config, base)
+    write_adapter(tmp_path, config, tensors, base)
+    path = tmp_path / "adapter_model.safetensors"
+    suffix = "lora_magnitude_vector"
+    renamed = {k + ".weight" * k.endswith(suffix): v for k, v in load_file(path).items()}
+    save_file(renamed, path)
+    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
+
+
+def test_half_precision_files_are_read_as_float32(base, tmp_path):
+    config = LoraConfig(rank=2)
+    tensors = {k: v.bfloat16() for k, v in make_tensors(config, base).items()}
+    write_adapter(tmp_path, config, tensors, base)
+    _, read = read_adapter(tmp_path, base)
+    assert {tensor.dtype for tensor in read.values()} == {torch.float32}
+
+
+def test_a_pickle_is_read_where_there_are_no_safetensors(base, tmp_path):
+    config = LoraConfig(rank=2)
+    tensors = make_tensors(config, base)
+    write_adapter(tmp_path, config, tensors, base)
+    weights = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter_model.bin")
+    weights.unlink()
+    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
+
+
+def test_a_pattern_of_modules_is_taken_from_the_tensors(base, tmp_path):
+    config = LoraConfig(rank=2, target_modules=("q_proj", "v_proj"))
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    edit_config(tmp_path, target_modules=r".*self_attn\.(q|v)_proj")
+    assert read_adapter(tmp_path, base)[0].target_modules == ("q_proj", "v_proj")
+
+
+def test_listed_modules_that_the_base_lacks_have_no_effect_as_in_peft(base, tmp_path):
+    config = LoraConfig(rank=2, target_modules=("q_proj",))
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    edit_config(tmp_path, target_modules=["q_proj", "c_attn"])
+    assert read_adapter(tmp_path, base)[0].target_modules == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 8}),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("layers_to_transform", [1]),
+        ("trainable_token_indices", [3]),
+        ("a_field_of_the_future", {"on": True}),
+        ("init_lora_weights", "pissa"),
+        ("task_type", "SEQ_CLS"),
+    ],
+)
+def test_what_can_not_be_represented_is_an_error_that_names_the_field(field, value, base, tmp_path):
+    config = LoraConfig(rank=2)
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    edit_config(tmp_path, **{field: value})
+    with pytest.raises(FormatError, match=f"`{field}` must"):
+        read_adapter(tmp_path, base)
+
+
+def test_fields_out_of_range_are_named_as_in_the_file(base, tmp_path):
+    config = LoraConfig(rank=2)
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    edit_config(tmp_path, r=0, lora_dropout=2)
+    with pytest.raises(FormatError, match=r"r: Input should.*lora_dropout: Input should"):
+        read_adapter(tmp_path, base)
+
+
+def test_a_missing_field_is_named(base, tmp_path):
+    config = LoraConfig(rank=2)
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    del fields["lora_alpha"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(FormatError, match="must have the field `lora_alpha`"):
+        read_adapter(tmp_path, base)
+
+
+def test_a_dora_without_magnitudes_is_an_error(base, tmp_path):
+    config = LoraConfig(rank=2)
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    edit_config(tmp_path, use_dora=True)
+    with pytest.raises(FormatError, match="a DoRA must have its magnitudes"):
+        read_adapter(tmp_path, base)
+
+
+def test_tensors_of_other_methods_are_unexpected(base, tmp_path):
+    config = LoraConfig(rank=2)
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    path = tmp_path / "adapter_model.safetensors"
+    extra = {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 4)}
+    save_file(load_file(path) | extra, path)
+    with pytest.raises(FormatError, match=r"unexpected tensors: .*lora_embedding_A"):
+        read_adapter(tmp_path, base)
+
+
+def test_a_mixtures_tensors_do_not_pass_as_a_plain_adapters(base):
+    record = BaseRecord()
+    tensors = {"layers.0.mlp.router": torch.zeros(2, 64)}
+    with pytest.raises(FormatError, match="not a tensor of a plain LoRA"):
+        render(LoraConfig(), tensors, base, record)
+
+
+def test_the_base_models_record_is_in_the_weights_header_not_in_the_config(base):
+    config = LoraConfig(rank=2)
+    record = BaseRecord(base.name_or_path, base.model_type, base.fingerprint, base.num_parameters)
+    files = render(config, make_tensors(config, base), base, record)
+    assert "loraloom" not in files.config
+    assert BaseRecord.from_files(files, json.loads(files.metadata["loraloom"])) == record
+
+
+def test_a_record_by_a_newer_version_is_refused():
+    with pytest.raises(FormatError, match="newer loraloom"):
+        BaseRecord.from_files(AdapterFiles({}, {}), {"version": 2})

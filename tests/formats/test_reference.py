@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
+
+from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
+from loraloom.errors import AdapterError, FormatError
+from loraloom.formats import read_adapter, write_adapter
+
+CONFIGS = [
+    MixLoraConfig(rank=4, alpha=8, num_experts=4, target_modules=("q_proj", "up_proj")),
+    MixLoraConfig(
+        rank=2, num_experts=3, top_k=3, experts=ExpertsConfig(rank=1), target_modules=("fc1", "fc2")
+    ),
+    MixLoraConfig(
+        rank=4,
+        alpha=2.5,
+        dropout=0.1,
+        num_experts=2,
+        target_modules=("v_proj", "down_proj"),
+        weight_decomposition=True,
+        rank_stabilized=True,
+        init="gaussian",
+        experts=ExpertsConfig(rank=2, alpha=3, dropout=0.2),
+        router_init_std=0.1,
+        router_jitter=0.05,
+        router_aux_loss_coef=0.02,
+        router_z_loss_coef=0.001,
+        router_loss_scope="per_layer",
+    ),
+]
+
+
+def write_mixture(directory, base, **settings):
+    config = MixLoraConfig(**({"rank": 2, "num_experts": 2} | settings))
+    tensors = make_tensors(config, base)
+    write_adapter(directory, config, tensors, base)
+    return config, tensors
+
+
+def edit_config(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_written_is_read_back(config, base, phi_base, tmp_path):
+    base = phi_base if "fc1" in config.target_modules else base
+    tensors = make_tensors(config, base)
+    write_adapter(tmp_path, config, tensors, base)
+    read, read_tensors = read_adapter(tmp_path, base)
+    assert read == config
+    assert_same_tensors(read_tensors, tensors)
+
+
+def test_target_groups_are_written_as_names(base, tmp_path):
+    write_mixture(tmp_path, base, target_modules="ffn")
+    assert read_adapter(tmp_path, base)[0].target_modules == base.ffn_projections
+
+
+def test_names_and_fields_are_the_references(base, tmp_path):
+    write_mixture(tmp_path, base, weight_decomposition=True)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "mixlora.layers.1.mlp.moe_gate.weight" in names
+    assert "mixlora.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert "mixlora.layers.0.mlp.up_proj.experts.1.lora_magnitude_vector.weight" in names
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["peft_type"] == "MIXLORA"
+    assert fields["routing_strategy"] == "mixlora"
+    assert fields["act_fn"] == "silu"
+    assert isinstance(fields["lora_alpha"], int)
+    assert fields["loraloom"]["base"]["fingerprint"] == base.fingerprint
+    assert fields["loraloom"]["adapter"]["router_loss_scope"] == "pooled"
+
+
+def test_families_the_reference_lacks_use_their_own_module_names(gpt_neox_base, tmp_path):
+    _, tensors = write_mixture(tmp_path, gpt_neox_base)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "mixlora.layers.0.attention.query_key_value.lora_A.weight" in names
+    assert "mixlora.layers.0.mlp.dense_h_to_4h.experts.0.lora_B.weight" in names
+    assert_same_tensors(read_adapter(tmp_path, gpt_neox_base)[1], tensors)
+
+
+@pytest.mark.parametrize(("case", "width"), [("llama-mixlora", 96), ("qwen2-mixlora", 88)])
+def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_fixtures):
+    ffn = {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}
+    base = replace(base, shapes=base.shapes | {f"mlp.{name}": size for name, size in ffn.items()})
+    directory = shared_fixtures / case / "adapter"
+    config, tensors = read_adapter(directory, base)
+    assert config == MixLoraConfig(
+        rank=4,
+        alpha=8,
+        dropout=0.05,
+        num_experts=4,
+        top_k=2,
+        target_modules=base.attention_projections + base.ffn_projections,
+    )
+    raw = torch.load(directory / "adapter_model.bin", weights_only=True)
+    assert len(tensors) == len(raw)
+    up = "layers.1.mlp.up_proj.experts.3.lora_B"
+    assert torch.equal(tensors[up], raw[f"mixlora.{up}.weight"].detach())
+    assert torch.equal(tensors["layers.0.mlp.router"], raw["mixlora.layers.0.mlp.moe_gate.weight"])
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+def test_phi_checkpoints_of_moe_peft_are_read(phi_base, shared_fixtures):
+    config, tensors = read_adapter(shared_fixtures / "phi-mixlora" / "adapter", phi_base)
+    assert config.target_modules == ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+    assert tensors["layers.1.mlp.fc2.experts.3.lora_A"].shape == (4, 100)
+    assert len(tensors) == 2 * (1 + 4 * 2 + 2 * 4 * 2)
+
+
+@pytest.mark.parametrize("case", ["llama-lora/adapter", "multi/lora"])
+def test_plain_checkpoints_of_moe_peft_are_read(case, base, shared_fixtures):
+    config, tensors = read_adapter(shared_fixtures / case, base)
+    assert type(config) is LoraConfig
+    assert config.scaling == 2
+    assert len(tensors) == 2 * 7 * 2
+
+
+@pytest.mark.parametrize("case", ["llama-mola", "llama-loramoe"])
+def test_methods_to_come_are_refused_by_name(case, base, shared_fixtures):
+    with pytest.raises(FormatError, match=r"`peft_type` (MOLA|LORAMOE) is not supported yet"):
+        read_adapter(shared_fixtures / case / "adapter", base)
+
+
+@pytest.mark.parametrize("strategy", ["mixlora-dynamic", "mixlora-switch"])
+def test_other_routings_are_refused_by_name(strategy, base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(tmp_path, routing_strategy=strategy)
+    with pytest.raises(FormatError, match=f"must be mixlora .*{strategy}.*doesn't support yet"):
+        read_adapter(tmp_path, base)
+
+
+def test_another_activation_is_an_error(base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(tmp_path, act_fn="gelu")
+    with pytest.raises(FormatError, match=r"`act_fn` must be .* 'silu', got 'gelu'"):
+        read_adapter(tmp_path, base)
+
+
+def test_two_names_of_one_activation_agree(tmp_path):
+    write_mixture(tmp_path, llama_base(activation="gelu_pytorch_tanh"))
+    read_adapter(tmp_path, llama_base(activation="gelu_new"))
+
+
+def test_an_activation_that_is_not_named_is_the_base_models(base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(tmp_path, act_fn=None)
+    read_adapter(tmp_path, base)
+
+
+def test_settings_of_training_that_the_file_lacks_are_our_defaults(base, tmp_path):
+    write_mixture(tmp_path, base, router_aux_loss_coef=0.5)
+    edit_config(tmp_path, loraloom=None)
+    assert read_adapter(tmp_path, base)[0].router_aux_loss_coef == 0.01
+
+
+def test_settings_of_training_at_the_references_names_are_taken(base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(
+        tmp_path, loraloom=None, router_init_range=0.3, router_loss=False, lora_init="gaussian"
+    )
+    config = read_adapter(tmp_path, base)[0]
+    assert (config.router_init_std, config.router_aux_loss_coef) == (0.3, 0)
+    assert config.init == "gaussian"
+
+
+def test_experts_inherit_what_expert_lora_does_not_say(base, tmp_path):
+    config, _ = write_mixture(tmp_path, base, alpha=6, experts=ExpertsConfig(rank=1))
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["expert_lora"] == {"bias": "none", "r": 1}
+    assert read_adapter(tmp_path, base)[0].expert_config == config.expert_config.model_copy(
+        update={"target_modules": base.attention_projections + base.ffn_projections}
+    )
+
+
+def test_experts_of_another_kind_than_the_adapter_are_refused(base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(tmp_path, expert_lora={"r": 2, "use_dora": True})
+    with pytest.raises(FormatError, match=r"`expert_lora.use_dora` must be the adapter's own"):
+        read_adapter(tmp_path, base)
+
+
+def test_a_mixture_needs_experts_on_the_ffn(base, tmp_path):
+    write_mixture(tmp_path, base, target_modules=("q_proj", "up_proj"))
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "up_proj" not in k}, path)
+    edit_config(tmp_path, target_modules=["q_proj"])
+    with pytest.raises(FormatError, match="must have experts on an FFN projection"):
+        read_adapter(tmp_path, base)
+
+
+def test_more_chosen_experts_than_there_are_is_an_error(base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(tmp_path, top_k=3)
+    with pytest.raises(FormatError, match=r"top_k must be in \[1, num_experts=2\], got 3"):
+        read_adapter(tmp_path, base)
+
+
+def test_a_number_of_experts_that_the_tensors_do_not_have_is_an_error(base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(tmp_path, num_experts=3)
+    with pytest.raises(FormatError, match=r"missing tensors: .*experts\.2"):
+        read_adapter(tmp_path, base)
+
+
+def test_a_section_that_is_no_object_is_an_error(base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(tmp_path, loraloom=[1])
+    with pytest.raises(FormatError, match=r"`loraloom` in adapter_config.json must be an object"):
+        read_adapter(tmp_path, base)
+
+
+def test_classification_heads_are_refused(base, tmp_path):
+    write_mixture(tmp_path, base)
+    edit_config(tmp_path, task_type="SEQ_CLS")
+    with pytest.raises(FormatError, match="`task_type` must be CAUSAL_LM"):
+        read_adapter(tmp_path, base)
+
+
+def test_tensors_that_are_views_of_one_parameter_are_saved_apart(base, tmp_path):
+    config = MixLoraConfig(rank=2, num_experts=2, target_modules=("up_proj",))
+    stacked = torch.randn(2, 2, 64)
+    tensors = make_tensors(config, base)
+    for expert in range(2):
+        tensors[f"layers.0.mlp.up_proj.experts.{expert}.lora_A"] = stacked[expert]
+    write_adapter(tmp_path, config, tensors, base)
+    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
+
+
+def test_saving_other_tensors_than_the_configurations_is_an_error(base, tmp_path):
+    config = MixLoraConfig(rank=2, num_experts=2)
+    tensors = make_tensors(config, base)
+    tensors.pop("layers.1.mlp.router")
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.router"):
+        write_adapter(tmp_path / "new", config, tensors, base)
+    assert not (tmp_path / "new").exists()

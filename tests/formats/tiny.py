@@ -1,0 +1,50 @@
+"""Tiny base models and adapters with random weights, for tests of formats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraloom.config.adapter import LoraConfig
+from loraloom.formats.base import BaseInfo
+from loraloom.formats.keys import tensor_shapes
+
+
+def llama_base(**changes) -> BaseInfo:
+    """The base model of the fixtures' llama cases."""
+    fields = {
+        "name_or_path": "some-org/tiny-llama",
+        "model_type": "llama",
+        "layers_path": "model.layers",
+        "attention": "self_attn",
+        "ffn": "mlp",
+        "attention_projections": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "ffn_projections": ("gate_proj", "up_proj", "down_proj"),
+        "activation": "silu",
+        "num_layers": 2,
+        "hidden_size": 64,
+        "shapes": {
+            "self_attn.q_proj": (64, 64),
+            "self_attn.k_proj": (32, 64),
+            "self_attn.v_proj": (32, 64),
+            "self_attn.o_proj": (64, 64),
+            "mlp.gate_proj": (96, 64),
+            "mlp.up_proj": (96, 64),
+            "mlp.down_proj": (64, 96),
+        },
+        "num_parameters": 100_000,
+        "fingerprint": "0123456789abcdef",
+    }
+    return BaseInfo(**(fields | changes))
+
+
+def make_tensors(config: LoraConfig, base: BaseInfo, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = tensor_shapes(config, base)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0)
