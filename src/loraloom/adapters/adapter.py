@@ -110,6 +110,8 @@ class Adapter(nn.Module, ABC):
             self._build_layer(layer, targets, dtype) for layer in base_layers
         )
         self._prepared: dict[Any, tuple[tuple[int, ...], Any]] = {}
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(self._forget_prepared)
 
     @abstractmethod
     def _build_layer(
@@ -211,7 +213,7 @@ class Adapter(nn.Module, ABC):
         return self.layers[layer]  # pyright: ignore[reportReturnType]
 
     def _block(self, layer: int, block: str) -> Mapping[str, LowRank]:
-        return self._layer(layer)[block]  # pyright: ignore[reportReturnType]
+        return dict(self._layer(layer)[block].items())  # pyright: ignore
 
     def _input_group(
         self, layer: int, modules: Sequence[LowRank], dtype: torch.dtype
@@ -238,11 +240,19 @@ class Adapter(nn.Module, ABC):
             [draw(Site.FFN_SLOT + slot, ffn_size, probability) for slot in range(top_k)],
         )
 
+    def _forget_prepared(self, parameter: Tensor) -> None:
+        self._prepared.clear()
+
     def _prepare(self, key: Any, modules: Sequence[LowRank], build: Callable[[], Any]) -> Any:
-        """Build compute forms; without gradients keep them until a weight changes."""
-        if torch.is_grad_enabled():
+        """Build compute forms; without gradients keep them until a weight changes.
+
+        A fused optimizer changes weights without counting their versions, but no optimizer does
+        so without gradients: nothing is kept while there are any, and new ones drop what was.
+        """
+        parameters = [p for module in modules for p in module.parameters()]
+        if torch.is_grad_enabled() or any(p.grad is not None for p in parameters):
             return build()
-        versions = tuple(p._version for module in modules for p in module.parameters())
+        versions = tuple(p._version for p in parameters)
         known = self._prepared.get(key)
         if known is None or known[0] != versions:
             known = self._prepared[key] = (versions, build())
@@ -293,7 +303,7 @@ def ffn_weights(block: Mapping[str, LowRank], layer: BaseLayer, dtype: torch.dty
     sides = [None if group is None else group.projections.get(name) for name in shape.inputs]
     if shape.fused:
         sides = _halves(sides[0])
-    down = block[shape.output] if shape.output in block else None
+    down = block.get(shape.output)
     any_module = next(iter(block.values()))
     return FfnWeights(
         input_A=None if group is None else group.A,

@@ -131,7 +131,7 @@ def _peft(mlp: LlamaMLP, setting: LayerSetting) -> tuple[Callable[[Tensor], Tens
     for parameter in trained:
         parameter.data = parameter.data.float()  # as get_peft_model does by default
     _fill_B(mlp)
-    return mlp, trained
+    return mlp, list[Tensor](trained)
 
 
 def _fill_B(module: nn.Module) -> None:

@@ -101,7 +101,7 @@ def family_of(model: nn.Module) -> Family:
 
 def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:
     """List each decoder layer's projections."""
-    hidden_size = model.config.hidden_size  # pyright: ignore
+    config: Any = model.config
     attention = [name for group in family.attention_inputs for name in group]
     ffn = [*family.ffn_shape.inputs, family.ffn_shape.output]
     return [
@@ -112,7 +112,7 @@ def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:
             ffn_block=family.ffn,
             ffn=_projections(layer, index, family.ffn, ffn),
             ffn_shape=family.ffn_shape,
-            hidden_size=hidden_size,
+            hidden_size=config.hidden_size,
         )
         for index, layer in enumerate(model.get_submodule(family.layers).children())
     ]

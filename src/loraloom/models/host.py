@@ -179,7 +179,7 @@ class Host:
             raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")
         return self.adapters[name]
 
-    def train(self, mode: bool = True) -> Host:  # noqa: FBT001, FBT002
+    def train(self, mode: bool = True) -> Host:
         """Switch adapters' dropout and jitter on; the base model stays in eval mode."""
         self._training = mode
         for adapter in self.adapters.values():
@@ -191,7 +191,7 @@ class Host:
         """Switch dropout and jitter off."""
         return self.train(False)
 
-    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:  # noqa: FBT001, FBT002
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recompute each decoder layer in the backward pass, in training mode.
 
         Non-reentrant; the base's own dropout stays off.
@@ -211,7 +211,7 @@ class Host:
 
         Args:
             input_ids: Tokens, [B, L].
-            attention_mask: 1 at real tokens, [B, L] (or [B, past + L] with a cache); None: all real.
+            attention_mask: 1 at real tokens, [B, L], or [B, past + L] with a cache; None: all are.
             adapters: An adapter's name, or None for the base model, for each row; None: base model.
             sample_keys: A key for each row's dropout in training (see `samples.sample_key`); drawn
                 from a count of forwards when left out.

@@ -47,9 +47,10 @@ class RunningForward:
         The last result is kept, and used again for the same input tensor.
         """
         key = (layer, site, dtype)
-        if self._shared is not None and self._shared[0] is hidden_states:
-            if self._shared[1] == key:
-                return self._shared[2]
+        if self._shared is not None:
+            known_states, known_key, known_parts = self._shared
+            if known_states is hidden_states and known_key == key:
+                return known_parts
         parts: list[AttentionPart | None] = []
         rows = self.layout.split(hidden_states)
         for segment, adapter, tokens in zip(self.layout.segments, self.adapters, rows, strict=True):

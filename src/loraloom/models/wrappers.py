@@ -50,13 +50,13 @@ class AttentionProjection:
         sides: Sequence[UpProjection | None],
         output: Tensor,
     ) -> Tensor:
-        spans, low_ranks, lora_Bs = [], [], []
+        spans, low_ranks, up_projections = [], [], []
         for segment, part, side in zip(forward.layout.segments, parts, sides, strict=True):
             if part is not None and side is not None:
                 spans.append(segment.tokens)
                 low_ranks.append(part[1][:, side.columns])
-                lora_Bs.append(side.B)
-        return add_low_rank_(output, spans, low_ranks, lora_Bs)
+                up_projections.append(side.B)
+        return add_low_rank_(output, spans, low_ranks, up_projections)
 
     def _rebuilt(
         self,

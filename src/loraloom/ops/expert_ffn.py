@@ -30,7 +30,7 @@ class FfnWeights:
     """An adapter's weights in one FFN block, in compute form; None where nothing is adapted.
 
     Args:
-        input_A: The A of gate and up stacked, [P, D]; a fused gate_up projection has one A for both.
+        input_A: The A of gate and up stacked, [P, D]; a fused gate_up has one A for both.
         gate: B side of the gate (of the only input projection in an ungated FFN).
         up: B side of up; None in an ungated FFN.
         down: The update of the output projection.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,10 +186,10 @@ class _LeanFfn(torch.autograd.Function):
         tokens, features = gate.shape
         rows = slots.num_slots * tokens if slots.apart else tokens
         hidden = gate.new_empty(rows, features)
-        unweighted = None if down_A is None else gate.new_zeros(tokens, len(down_A))
+        unweighted: Any = None if down_A is None else gate.new_zeros(tokens, len(down_A))
         weighted = unweighted
         if down_A is not None and slot_weights is not None:
-            weighted = torch.zeros_like(unweighted)
+            weighted = gate.new_zeros(unweighted.shape)
         for part in _blocks(gate):
             for slot in range(slots.num_slots):
                 states = forward.hidden(slot, part)[-1]
@@ -261,18 +262,20 @@ class _Recomputation:
 class _Backward:
     """Gradients of the function's tensors, summed up over slots and blocks."""
 
-    def __init__(self, block, tensors, down_A, slot_weights, unweighted):
+    def __init__(
+        self, block: _Block, tensors: Any, down_A: Any, slot_weights: Any, unweighted: Any
+    ):
         gate, up, low_rank, gate_B, gate_c, up_B, up_c = tensors
         self.block = block
         self.forward = _Recomputation(block, *tensors)
         self.down_A, self.slot_weights, self.unweighted = down_A, slot_weights, unweighted
         self.grad_gate = torch.empty_like(gate)
-        self.grad_up = None if up is None else torch.empty_like(up)
-        self.grad_low_rank = None if low_rank is None else torch.zeros_like(low_rank)
+        self.grad_up: Any = None if up is None else torch.empty_like(up)
+        self.grad_low_rank: Any = None if low_rank is None else torch.zeros_like(low_rank)
         self.grad_gate_B, self.grad_gate_c = _zeros(gate_B), _zeros(gate_c)
         self.grad_up_B, self.grad_up_c = _zeros(up_B), _zeros(up_c)
-        self.grad_down_A = _zeros(down_A)
-        self.grad_weights = None if slot_weights is None else torch.empty_like(slot_weights)
+        self.grad_down_A: Any = _zeros(down_A)
+        self.grad_weights: Any = None if slot_weights is None else torch.empty_like(slot_weights)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return them in the order of the function's tensors."""
@@ -324,7 +327,16 @@ class _Backward:
             return torch.addmm(grad_states, grad_rank, self.down_A)
         return grad_states + self.block.drop(grad_rank @ self.down_A, slot, part)
 
-    def _backproject(self, slot, part, grad, masked, side, lora_B, grad_B) -> None:
+    def _backproject(
+        self,
+        slot: int,
+        part: slice,
+        grad: Tensor,
+        masked: Any,
+        side: _Side,
+        lora_B: Any,
+        grad_B: Any,
+    ) -> None:
         """Add a block's part to the gradients of B and of the rank-space input."""
         if lora_B is None:
             return

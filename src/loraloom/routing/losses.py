@@ -33,9 +33,10 @@ def load_balance_loss(
         MoE-PEFT 2.0.2 (`MixtralRouterLoss`).
     """
     num_experts = router_logits.shape[-1]
-    share = one_hot(selected_experts, num_experts).to(router_logits.dtype).mean(0)  # (K, E)
-    probability = router_logits.softmax(-1).mean(0)
-    return num_experts * (share * probability).sum()
+    num_tokens = max(1, len(router_logits))  # no tokens cost nothing
+    share = one_hot(selected_experts, num_experts).to(router_logits.dtype).sum(0)  # (K, E)
+    probability = router_logits.softmax(-1).sum(0)
+    return num_experts * (share * probability).sum() / num_tokens**2
 
 
 def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
@@ -43,7 +44,7 @@ def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 
     Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5.
     """
-    return router_logits.logsumexp(-1).square().mean()
+    return router_logits.logsumexp(-1).square().sum() / max(1, len(router_logits))
 
 
 def router_loss(routing: Sequence[LayerRouting], config: MixLoraConfig) -> Float[Tensor, ""]:

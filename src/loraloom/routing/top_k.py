@@ -55,7 +55,7 @@ def top_k_routing(
         The experts, best first, and their weights.
 
     Source:
-        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; MoE-PEFT 2.0.2, `moe_peft/adapters/mixlora`.
+        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2.
     """
     weights, selected = logits.softmax(-1).topk(top_k, dim=-1)
     return selected, weights / weights.sum(-1, keepdim=True)

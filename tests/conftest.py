@@ -1,0 +1,50 @@
+"""What tests of several packages share: a tiny tokenizer and the directory of real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+_CORPUS = [
+    "Question: What color is the sky? Answer: blue",
+    "Please choose the correct answer to the question: (A) one (B) two",
+    "### Instruction: Write a short answer. ### Response: yes no true false",
+]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of some 300 tokens; it adds neither BOS nor EOS by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of its own for each test, so that a test may change it."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The directory of real data: $LORALOOM_SHARED, or `shared` beside the repository."""
+    directory = Path(os.environ.get("LORALOOM_SHARED", _ROOT.parent / "shared"))
+    if not directory.is_dir():
+        pytest.skip(f"no real data in {directory}; set LORALOOM_SHARED")
+    return directory

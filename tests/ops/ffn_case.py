@@ -1,0 +1,204 @@
+"""One FFN block with random weights, and its output by a dense loop.
+
+Axes: T tokens, D hidden, F feed-forward, E experts, R rank, K top_k.
+
+The loop materialises `W + s·B_e·A_e` and goes through tokens and slots. It shares nothing with the
+code that it judges but the masks of dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
+from loraloom.ops.low_rank import LowRankWeights, UpProjection
+
+D, F, R = 5, 6, 2
+SCALING = 0.75
+SHAPES: dict[str, tuple[str, ...]] = {
+    "gated": ("gate", "up", "down"),
+    "ungated": ("gate", "down"),
+    "fused": ("gate_up", "down"),
+}
+FfnFunction = Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]
+
+
+@dataclass
+class FfnCase:
+    """Base weights, experts, tokens and routing; `leaves` are the tensors that get gradients."""
+
+    shape: str
+    base: dict[str, Tensor]
+    bias: dict[str, Tensor]
+    leaves: dict[str, Tensor]
+    selected: Tensor
+    dropout: FfnDropout
+    num_experts: int
+
+    @property
+    def adapted(self) -> list[str]:
+        return [name for name in SHAPES[self.shape] if f"{name}.A" in self.leaves]
+
+    @property
+    def routing_weights(self) -> Tensor:
+        """g: positive, summing to one over slots; at padding all of it on the first slot."""
+        weights = self.leaves["slot_logits"].softmax(-1)
+        first = torch.zeros_like(weights)
+        first[:, 0] = 1
+        return torch.where(self.selected[:, :1] >= 0, weights, first)
+
+    def with_leaves(self, values: Sequence[Tensor]) -> FfnCase:
+        leaves = dict(zip(self.leaves, values, strict=True))
+        return FfnCase(**{**self.__dict__, "leaves": leaves})
+
+
+def make_case(
+    shape: str,
+    *,
+    top_k: int = 2,
+    num_experts: int = 4,
+    num_tokens: int = 5,
+    targets: Sequence[str] | None = None,
+    dropout: float = 0.0,
+    padding: Sequence[int] = (),
+    decomposed: bool = False,
+) -> FfnCase:
+    torch.manual_seed(0)
+    sizes = {"gate": (F, D), "up": (F, D), "gate_up": (2 * F, D), "down": (D, F)}
+    names = SHAPES[shape]
+    leaves = {"x": _leaf(num_tokens, D), "slot_logits": _leaf(num_tokens, top_k)}
+    for name in targets or names:
+        out_features, in_features = sizes[name]
+        leaves[f"{name}.A"] = _leaf(num_experts, R, in_features)
+        leaves[f"{name}.B"] = _leaf(num_experts, out_features, R)
+        if decomposed:
+            leaves[f"{name}.m"] = _leaf(num_experts, out_features)
+    selected = torch.rand(num_tokens, num_experts).topk(top_k).indices
+    selected[list(padding)] = -1
+    return FfnCase(
+        shape=shape,
+        base={name: torch.randn(sizes[name], dtype=torch.float64) for name in names},
+        bias={name: torch.randn(sizes[name][0], dtype=torch.float64) for name in names},
+        leaves=leaves,
+        selected=selected,
+        dropout=_masks(dropout, num_tokens, top_k),
+        num_experts=num_experts,
+    )
+
+
+def run(ffn: FfnFunction, case: FfnCase) -> Tensor:
+    """Compute the block's output with the code that ships, around the base's own products."""
+    x, weights = case.leaves["x"], compute_form(case)
+    if case.shape == "fused":
+        gate, up = _base(case, "gate_up", x).chunk(2, dim=-1)
+    else:
+        gate = _base(case, "gate", x)
+        up = _base(case, "up", x) if case.shape == "gated" else None
+    routing = Routing(case.selected, case.routing_weights)
+    hidden, finish = ffn(x, gate, up, weights, routing, silu, case.dropout)
+    return finish(_base(case, "down", hidden))
+
+
+def dense_loop(case: FfnCase) -> Tensor:
+    """Compute the block's output token by token and slot by slot."""
+    return torch.stack([_token(case, token) for token in range(len(case.selected))])
+
+
+def compute_form(case: FfnCase) -> FfnWeights:
+    """Concatenate experts along the rank, as `adapters` does."""
+    leaves = case.leaves
+    present = [name for name in SHAPES[case.shape][:-1] if name in case.adapted]
+    size, sides, stacked = case.num_experts * R, {}, []
+    for position, name in enumerate(present):
+        columns = slice(position * size, (position + 1) * size)
+        stacked.append(leaves[f"{name}.A"].flatten(0, 1))
+        scale = row_scale(case, name)
+        bias = case.bias[name]
+        if name == "gate_up":
+            halves = zip(
+                ("gate", "up"),
+                _compute_B(leaves["gate_up.B"]).chunk(2, dim=1),
+                (None, None) if scale is None else scale.chunk(2, dim=1),
+                bias.chunk(2),
+                strict=True,
+            )
+            sides |= {half: UpProjection(columns, *rest) for half, *rest in halves}
+        else:
+            sides[name] = UpProjection(columns, _compute_B(leaves[f"{name}.B"]), scale, bias)
+    down = None
+    if "down" in case.adapted:
+        down_A, down_B = leaves["down.A"].flatten(0, 1), _compute_B(leaves["down.B"])
+        down = LowRankWeights(down_A, down_B, row_scale(case, "down"))
+    return FfnWeights(
+        input_A=torch.cat(stacked) if stacked else None,
+        gate=sides.get("gate"),
+        up=sides.get("up"),
+        down=down,
+        down_bias=case.bias["down"],
+        num_experts=case.num_experts,
+        rank=R,
+    )
+
+
+def row_scale(case: FfnCase, name: str) -> Tensor | None:
+    """DoRA's c by the dense product, its norm without gradient."""
+    if f"{name}.m" not in case.leaves:
+        return None
+    product = case.leaves[f"{name}.B"] @ case.leaves[f"{name}.A"]
+    norms = (case.base[name] + SCALING * product).norm(dim=-1).detach()
+    return case.leaves[f"{name}.m"] / norms
+
+
+def _token(case: FfnCase, token: int) -> Tensor:
+    x, dropout = case.leaves["x"][token], case.dropout
+    total = torch.zeros(D, dtype=torch.float64)
+    for slot, expert in enumerate(case.selected[token].tolist()):
+        dropped = _drop(x, dropout.keep_input, token, dropout.probability)
+        if case.shape == "fused":
+            gate, up = _linear(case, "gate_up", expert, x, dropped).split(F)
+        else:
+            gate = _linear(case, "gate", expert, x, dropped)
+            up = _linear(case, "up", expert, x, dropped) if case.shape == "gated" else 1
+        hidden = silu(gate) * up
+        dropped = _drop(hidden, dropout.keep_slots[slot], token, dropout.probability)
+        output = _linear(case, "down", expert, hidden, dropped)
+        total = total + case.routing_weights[token, slot] * output
+    return total
+
+
+def _linear(case: FfnCase, name: str, expert: int, x: Tensor, dropped: Tensor) -> Tensor:
+    weight, bias = case.base[name], case.bias[name]
+    if expert < 0 or name not in case.adapted:
+        return weight @ x + bias
+    update = SCALING * case.leaves[f"{name}.B"][expert] @ case.leaves[f"{name}.A"][expert]
+    scale = row_scale(case, name)
+    factor = 1 if scale is None else scale[expert]
+    return factor * (weight @ x + update @ dropped) + bias
+
+
+def _drop(values: Tensor, keep: Tensor | None, token: int, probability: float) -> Tensor:
+    return values if keep is None else values * keep[token] / (1 - probability)
+
+
+def _base(case: FfnCase, name: str, x: Tensor) -> Tensor:
+    return x @ case.base[name].T + case.bias[name]
+
+
+def _compute_B(lora_B: Tensor) -> Tensor:
+    return (SCALING * lora_B).transpose(1, 2).flatten(0, 1)
+
+
+def _masks(dropout: float, num_tokens: int, top_k: int) -> FfnDropout:
+    if dropout == 0:
+        return FfnDropout.none(top_k)
+    keep_slots = [torch.rand(num_tokens, F) > dropout for _ in range(top_k)]
+    return FfnDropout(dropout, torch.rand(num_tokens, D) > dropout, keep_slots)
+
+
+def _leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,145 @@
+"""Random numbers that belong to a sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.models.samples import sample_key
+from loraloom.ops.dropout import SampleNoise, SampleSpan, Site, apply_keep_mask, mix64
+
+KEY = sample_key(0, 0, 7)
+N = 64
+
+
+def noise(spans, num_tokens: int, layer: int = 0) -> SampleNoise:
+    return SampleNoise(tuple(spans), num_tokens, layer, torch.device("cpu"))
+
+
+def alone(key: int = KEY, tokens: int = 5, site: int = Site.FFN_INPUT, layer: int = 0, dropout=0.5):
+    spans = [SampleSpan(key, slice(0, tokens))]
+    return noise(spans, tokens, layer).keep_mask(site, N, dropout)
+
+
+def test_mix64_is_what_splitmix64_gives():
+    assert mix64(0) == 0xE220A8397B1DCDAF  # the first output of SplitMix64 seeded with 0
+
+
+def test_mix64_tells_apart_order_and_number_of_words():
+    values = {mix64(1, 2), mix64(2, 1), mix64(1), mix64(1, 2, 0), mix64(0, 1, 2), mix64(-1)}
+    assert len(values) == 6
+    assert all(0 <= value < 1 << 64 for value in values)
+
+
+def test_each_bit_of_mix64_is_set_half_of_the_time():
+    values = [mix64(3, n) for n in range(2000)]
+    shares = [sum(value >> bit & 1 for value in values) / len(values) for bit in range(64)]
+    assert max(abs(share - 0.5) for share in shares) < 0.06
+
+
+def test_neighbouring_samples_and_epochs_have_different_keys():
+    keys = {sample_key(s, e, i) for s in range(5) for e in range(5) for i in range(100)}
+    assert len(keys) == 2500
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_a_mask(side, padding):
+    start = padding if side == "left" else 0
+    span = slice(start, start + 5)
+    mask = noise([SampleSpan(KEY, span)], 5 + padding).keep_mask(Site.FFN_INPUT, N, 0.5)
+    assert torch.equal(mask[span], alone())
+
+
+def test_padding_is_kept():
+    mask = noise([SampleSpan(KEY, slice(2, 4))], 6).keep_mask(Site.FFN_INPUT, N, 0.9)
+    assert mask[[0, 1, 4, 5]].all()
+
+
+def test_neighbours_and_their_order_do_not_change_a_mask():
+    other = sample_key(0, 0, 8)
+    first = noise([SampleSpan(KEY, slice(0, 5)), SampleSpan(other, slice(5, 9))], 9)
+    second = noise([SampleSpan(other, slice(0, 4)), SampleSpan(KEY, slice(4, 9))], 9)
+    masks = [n.keep_mask(Site.FFN_INPUT, N, 0.5) for n in (first, second)]
+    assert torch.equal(masks[0][:5], alone())
+    assert torch.equal(masks[1][4:], alone())
+    assert torch.equal(masks[0][5:], masks[1][:4])
+
+
+@pytest.mark.parametrize("positions", [[0, 2, 3, 6, 7], [7, 6, 3, 2, 0]])
+def test_tokens_need_not_lie_side_by_side(positions):
+    places = torch.tensor(positions)
+    mask = noise([SampleSpan(KEY, places)], 8).keep_mask(Site.FFN_INPUT, N, 0.5)
+    assert torch.equal(mask[places], alone())
+    assert mask[[1, 4, 5]].all()
+
+
+def test_an_empty_sample_draws_nothing():
+    mask = noise([SampleSpan(KEY, slice(0, 0))], 3).keep_mask(Site.FFN_INPUT, N, 0.5)
+    assert mask.all()
+
+
+def test_drawing_again_gives_the_same_mask():
+    source = noise([SampleSpan(KEY, slice(0, 5))], 5)
+    masks = [source.keep_mask(site, N, 0.5) for site in (Site.FFN_INPUT, 1, Site.FFN_INPUT)]
+    assert torch.equal(masks[0], masks[2])
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    alone()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_layer_site_slot_sample_epoch_and_seed_each_change_a_mask():
+    masks = [
+        alone(),
+        alone(layer=1),
+        alone(site=Site.ATTENTION_INPUT),
+        alone(site=Site.FFN_SLOT),
+        alone(site=Site.FFN_SLOT + 1),
+        alone(key=sample_key(0, 0, 8)),
+        alone(key=sample_key(0, 1, 7)),
+        alone(key=sample_key(1, 0, 7)),
+    ]
+    for index, mask in enumerate(masks):
+        for other in masks[:index]:
+            agreement = (mask == other).double().mean()
+            assert 0.35 < agreement < 0.65
+
+
+def test_slots_come_after_all_other_sites():
+    assert max(Site) == Site.FFN_SLOT
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.3, 0.9])
+def test_a_share_of_one_minus_dropout_is_kept(dropout):
+    spans = [SampleSpan(sample_key(0, 0, i), slice(40 * i, 40 * i + 40)) for i in range(20)]
+    mask = noise(spans, 800).keep_mask(Site.FFN_INPUT, N, dropout)
+    deviation = (dropout * (1 - dropout) / mask.numel()) ** 0.5
+    assert abs(mask.double().mean() - (1 - dropout)) < 5 * deviation
+    assert mask.double().mean(0).std() < 3 * (dropout * (1 - dropout) / 800) ** 0.5
+
+
+def test_jitter_is_uniform_around_one_and_leaves_padding_alone():
+    spans = [SampleSpan(KEY, slice(1, 200))]
+    factors = noise(spans, 201).jitter(Site.ROUTER_JITTER, N, 0.1)
+    real = factors[1:200]
+    assert factors.dtype == torch.float32
+    assert (factors[[0, 200]] == 1).all()
+    assert 0.9 <= real.min() < 0.901 < 1.099 < real.max() <= 1.1
+    assert abs(real.mean() - 1) < 2e-3
+
+
+def test_kept_values_are_scaled_up():
+    values = torch.randn(4, 8, dtype=torch.float64)
+    keep = torch.rand(4, 8) > 0.25
+    expected = torch.where(keep, values / 0.75, 0.0)
+    torch.testing.assert_close(apply_keep_mask(values, keep, 0.25), expected)
+
+
+def test_without_a_mask_values_are_the_same_object():
+    values = torch.randn(4, 8)
+    assert apply_keep_mask(values, None, 0.25) is values

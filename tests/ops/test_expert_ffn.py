@@ -1,0 +1,208 @@
+"""The FFN block of a mixture: specification and lean twin against a dense loop, in float64."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import silu
+
+from loraloom.ops import lean_expert_ffn as lean_module
+from loraloom.ops.expert_ffn import FfnDropout, Routing, expert_ffn
+from loraloom.ops.lean_expert_ffn import lean_expert_ffn
+from tests.ops.ffn_case import (
+    SHAPES,
+    FfnCase,
+    FfnFunction,
+    compute_form,
+    dense_loop,
+    make_case,
+    run,
+)
+
+both = pytest.mark.parametrize("ffn", [expert_ffn, lean_expert_ffn])
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+PARTS = [
+    ("gated", ["gate"]),
+    ("gated", ["up"]),
+    ("gated", ["down"]),
+    ("gated", ["up", "down"]),
+    ("ungated", ["gate"]),
+    ("ungated", ["down"]),
+    ("fused", ["gate_up"]),
+    ("fused", ["down"]),
+]
+
+
+def assert_same(actual: FfnFunction, expected, case: FfnCase, tolerance: float = 1e-10) -> None:
+    """Outputs and the gradients of every leaf are equal."""
+    results = []
+    for function in (lambda: run(actual, case), expected):
+        output = function()
+        upstream = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
+        leaves = list(case.leaves.values())
+        grads = torch.autograd.grad((output * upstream).sum(), leaves, materialize_grads=True)
+        results.append((output.detach(), *grads))
+    for ours, theirs, name in zip(*results, ["output", *case.leaves], strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@both
+@every_shape
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_output_and_gradients_are_those_of_a_dense_loop(ffn, shape, top_k, dropout):
+    case = make_case(shape, top_k=top_k, dropout=dropout)
+    assert_same(ffn, lambda: dense_loop(case), case)
+
+
+@both
+@pytest.mark.parametrize(("shape", "targets"), PARTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_projections_without_experts_keep_their_base_output(ffn, shape, targets, dropout):
+    case = make_case(shape, targets=targets, dropout=dropout)
+    assert_same(ffn, lambda: dense_loop(case), case)
+
+
+@both
+@every_shape
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_tokens_of_expert_minus_one_get_the_base_output(ffn, shape, dropout):
+    case = make_case(shape, padding=[1, 4], dropout=dropout)
+    assert_same(ffn, lambda: dense_loop(case), case)
+    zeros = [torch.zeros_like(v) if n.endswith(".B") else v for n, v in case.leaves.items()]
+    base = run(expert_ffn, case.with_leaves(zeros))
+    torch.testing.assert_close(run(ffn, case)[[1, 4]], base[[1, 4]], rtol=1e-12, atol=1e-12)
+
+
+@every_shape
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("padding", [[], [2]])
+def test_decomposed_experts_are_those_of_a_dense_loop(shape, dropout, padding):
+    case = make_case(shape, dropout=dropout, padding=padding, decomposed=True)
+    assert_same(expert_ffn, lambda: dense_loop(case), case)
+
+
+@pytest.mark.parametrize(("shape", "targets"), PARTS)
+def test_a_part_of_the_projections_can_be_decomposed_experts(shape, targets):
+    case = make_case(shape, targets=targets, decomposed=True)
+    assert_same(expert_ffn, lambda: dense_loop(case), case)
+
+
+@both
+@every_shape
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(("top_k", "padding"), [(1, []), (2, [1]), (3, [])])
+def test_gradcheck(ffn, shape, dropout, top_k, padding):
+    case = make_case(shape, top_k=top_k, dropout=dropout, padding=padding, num_tokens=3)
+    leaves = tuple(case.leaves.values())
+    assert gradcheck(lambda *values: run(ffn, case.with_leaves(values)), leaves, fast_mode=True)
+
+
+@both
+@pytest.mark.parametrize(("shape", "targets"), PARTS)
+def test_gradcheck_with_missing_projections(ffn, shape, targets):
+    case = make_case(shape, targets=targets, dropout=0.4, num_tokens=3)
+    leaves = tuple(case.leaves.values())
+    assert gradcheck(lambda *values: run(ffn, case.with_leaves(values)), leaves, fast_mode=True)
+
+
+@both
+def test_gradcheck_in_full_of_one_case(ffn):
+    case = make_case("gated", num_experts=3, num_tokens=3, dropout=0.4, padding=[2])
+    leaves = tuple(case.leaves.values())
+    assert gradcheck(lambda *values: run(ffn, case.with_leaves(values)), leaves)
+
+
+@every_shape
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("num_tokens", [64, 65, 150])
+def test_blocks_of_tokens_do_not_change_the_result(shape, dropout, num_tokens, monkeypatch):
+    case = make_case(shape, num_tokens=num_tokens, dropout=dropout, padding=[0, 63, num_tokens - 1])
+    monkeypatch.setattr(lean_module, "_BLOCK_BYTES", 1)
+    blocks = len(list(lean_module._blocks(torch.empty(num_tokens, 6))))
+    assert blocks == -(-num_tokens // 64)
+    assert_same(lean_expert_ffn, lambda: run(expert_ffn, case), case)
+
+
+@every_shape
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_plain_lora_is_one_expert_of_weight_one(shape, dropout):
+    case = make_case(shape, top_k=1, num_experts=1, dropout=dropout)
+
+    def without_routing(x, gate, up, weights, routing, act, masks):
+        return lean_expert_ffn(x, gate, up, weights, None, act, masks)
+
+    assert_same(without_routing, lambda: dense_loop(case), case)
+
+
+@both
+def test_no_tokens_give_no_output(ffn):
+    case = make_case("gated", num_tokens=0)
+    assert run(ffn, case).shape == (0, 5)
+
+
+def test_the_base_sees_each_token_once_whatever_top_k_is():
+    for top_k in (1, 2, 3):
+        case = make_case("gated", top_k=top_k)
+        x = case.leaves["x"]
+        gate = torch.randn(5, 6, dtype=x.dtype)
+        routing = Routing(case.selected, case.routing_weights)
+        arguments = (x, gate, gate, compute_form(case), routing, silu, case.dropout)
+        assert [len(ffn(*arguments)[0]) for ffn in (expert_ffn, lean_expert_ffn)] == [5, 5]
+
+
+class Kept:
+    """What autograd holds in place of a saved tensor."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+def kept_numbers(ffn: FfnFunction, top_k: int) -> int:
+    """Count the numbers that autograd keeps for the backward pass, inputs left out."""
+    case = make_case("gated", top_k=top_k, num_tokens=200)
+    x, gate, up = case.leaves["x"], *torch.randn(2, 200, 6, dtype=torch.float64, requires_grad=True)
+    weights, routing = compute_form(case), Routing(case.selected, case.routing_weights)
+    inputs = {t.untyped_storage().data_ptr() for t in (x, gate, up, *case.leaves.values())}
+    refs = []
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        refs.append(weakref.ref(kept := Kept(tensor)))
+        return kept
+
+    with saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        outputs = ffn(x, gate, up, weights, routing, silu, FfnDropout.none(top_k))
+    storages = {
+        kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes()
+        for ref in refs
+        if (kept := ref()) is not None
+    }
+    del outputs
+    return sum(size for key, size in storages.items() if key not in inputs) // 8
+
+
+def test_the_lean_twin_keeps_no_hidden_states_of_slots():
+    feed_forward = 200 * 6
+    more = kept_numbers(expert_ffn, 3) - kept_numbers(expert_ffn, 1)
+    assert more >= 2 * feed_forward
+    assert kept_numbers(lean_expert_ffn, 3) - kept_numbers(lean_expert_ffn, 1) < feed_forward
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_run_in_the_base_dtype(ffn, dtype):
+    case = make_case("gated", dropout=0.4, padding=[1])
+    exact = run(ffn, case)
+    case.base, case.bias, case.leaves = (
+        {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        for tensors in (case.base, case.bias, case.leaves)
+    )
+    output = run(ffn, case)
+    assert output.dtype == dtype
+    assert (output - exact).norm() < 0.02 * exact.norm()

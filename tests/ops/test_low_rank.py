@@ -1,0 +1,150 @@
+"""Low-rank updates of a linear layer, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from loraloom.ops.low_rank import (
+    add_low_rank_,
+    decompose,
+    dora_norms,
+    down_project,
+    slot_masks,
+)
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_down_project_is_a_product_with_the_dropped_input(dropout):
+    x, lora_A = leaf(5, 4), leaf(3, 4)
+    keep = torch.rand(5, 4) > dropout if dropout else None
+    factor = torch.ones(5, 4, dtype=x.dtype) if keep is None else keep / (1 - dropout)
+    torch.testing.assert_close(down_project(x, lora_A, keep, dropout), (x * factor) @ lora_A.T)
+    assert gradcheck(lambda *leaves: down_project(*leaves, keep, dropout), (x, lora_A))
+
+
+def test_down_project_keeps_the_input_itself_for_the_backward_pass():
+    x, lora_A, saved = leaf(5, 4), leaf(3, 4), []
+    keep = torch.rand(5, 4) > 0.4
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        down_project(x, lora_A, keep, 0.4)
+    pointers = {t.untyped_storage().data_ptr() for t in saved}
+    assert pointers == {t.untyped_storage().data_ptr() for t in (x, lora_A, keep)}
+
+
+def test_down_project_of_a_frozen_input_gives_gradient_to_the_weights_alone():
+    x, lora_A = leaf(5, 4).detach(), leaf(3, 4)
+    down_project(x, lora_A).sum().backward()
+    torch.testing.assert_close(lora_A.grad, x.sum(0).expand(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (2, 4, 3)])
+def test_add_low_rank_adds_to_its_spans_alone(shape):
+    output = torch.randn(shape, dtype=torch.float64)
+    spans = [slice(1, 3), slice(5, 8)]
+    low_rank, lora_B = [leaf(2, 2), leaf(3, 4)], [leaf(2, 3), leaf(4, 3)]
+    expected = output.reshape(8, 3).clone()
+    expected[1:3] += (low_rank[0] @ lora_B[0]).detach()
+    expected[5:8] += (low_rank[1] @ lora_B[1]).detach()
+    result = add_low_rank_(output, spans, low_rank, lora_B)
+    torch.testing.assert_close(result.detach().reshape(8, 3), expected)
+    assert result.data_ptr() == output.data_ptr()
+
+
+def test_add_low_rank_leaves_other_rows_bit_equal_even_beside_nan():
+    output = torch.randn(2, 4, 3)
+    before = output.clone()
+    low_rank, lora_B = torch.full((4, 2), torch.nan), torch.full((2, 3), torch.nan)
+    add_low_rank_(output, [slice(0, 4)], [low_rank], [lora_B])
+    assert output[0].isnan().all()
+    assert torch.equal(output[1], before[1])
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 3)])
+def test_add_low_rank_gradcheck(shape):
+    spans = [slice(0, 2), slice(3, 6)]
+
+    def function(output, *pairs):
+        return add_low_rank_(output.clone(), spans, list(pairs[::2]), list(pairs[1::2]))
+
+    assert gradcheck(function, (leaf(*shape), leaf(2, 2), leaf(2, 3), leaf(3, 4), leaf(4, 3)))
+
+
+def test_add_low_rank_gives_the_base_output_its_gradient():
+    output, low_rank, lora_B = leaf(4, 3), leaf(2, 2), leaf(2, 3)
+    upstream = torch.randn(4, 3, dtype=torch.float64)
+    result = add_low_rank_(output * 2, [slice(1, 3)], [low_rank], [lora_B])
+    result.backward(upstream)
+    torch.testing.assert_close(output.grad, 2 * upstream)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_decompose_scales_all_but_the_bias(with_bias):
+    base, update, scale = torch.randn(3, 4, 5, dtype=torch.float64)
+    bias = torch.randn(5, dtype=torch.float64) if with_bias else None
+    output = base if bias is None else base + bias
+    expected = scale * (base + update) + (0 if bias is None else bias)
+    torch.testing.assert_close(decompose(output, update, scale, bias), expected)
+    torch.testing.assert_close(
+        decompose(output, update, scale[:1], bias)[0], expected[0], msg="one scale for all tokens"
+    )
+
+
+def test_decompose_gradcheck():
+    bias = torch.randn(5, dtype=torch.float64)
+    assert gradcheck(lambda *a: decompose(*a, bias), (leaf(4, 5), leaf(4, 5), leaf(1, 5)))
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_dora_norms_are_those_of_the_dense_weight(num_experts):
+    weight, scaling = leaf(6, 5), 1.7
+    lora_A, lora_B = leaf(num_experts, 2, 5), leaf(num_experts, 6, 2)
+    dense = weight + scaling * lora_B @ lora_A
+    norms = dora_norms(weight, weight.square().sum(1), lora_A, lora_B, scaling)
+    torch.testing.assert_close(norms, dense.norm(dim=-1), rtol=1e-12, atol=1e-12)
+
+
+def test_dora_norms_at_first_are_those_of_the_base_weight():
+    weight = torch.randn(6, 5)
+    lora_A, lora_B = torch.randn(2, 3, 5), torch.zeros(2, 6, 3)
+    norms = dora_norms(weight, weight.square().sum(1), lora_A, lora_B, 2.0)
+    torch.testing.assert_close(norms, weight.norm(dim=1).expand(2, 6))
+
+
+def test_dora_norms_of_a_cancelled_row_are_zero_not_nan():
+    weight = torch.randn(1, 4)
+    lora_A, lora_B = weight[None], -torch.ones(1, 1, 1)
+    norms = dora_norms(weight, weight.square().sum(1), lora_A, lora_B, 1.0)
+    assert norms.item() == pytest.approx(0, abs=1e-3)
+
+
+def test_dora_norms_of_a_bfloat16_base_are_near_the_exact_ones():
+    weight, lora_A, lora_B = torch.randn(64, 48), torch.randn(2, 4, 48) / 7, torch.randn(2, 64, 4)
+    rounded = weight.bfloat16()
+    exact = (rounded.double() + 2 * lora_B.double() @ lora_A.double()).norm(dim=-1)
+    squared = rounded.float().square().sum(1)
+    norms = dora_norms(rounded, squared, lora_A, lora_B, 2.0)
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms.double(), exact, rtol=5e-3, atol=0)
+
+
+def test_slot_masks_are_one_at_the_columns_of_the_slot_expert():
+    masks = slot_masks(torch.tensor([[2, 0], [1, 2]]), num_experts=3, rank=2, dtype=torch.float32)
+    expected = [[[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]], [[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]]
+    assert masks.tolist() == expected
+
+
+def test_slot_masks_of_expert_minus_one_are_zero():
+    masks = slot_masks(torch.tensor([[-1, -1], [1, 0]]), num_experts=2, rank=3, dtype=torch.float32)
+    assert masks.sum(-1).tolist() == [[0, 3], [0, 3]]

@@ -1,0 +1,119 @@
+"""Cross entropy of tokens through a frozen head, in chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn.functional import cross_entropy
+
+from loraloom.ops import token_loss
+from loraloom.ops.token_loss import token_losses
+
+D, V = 6, 11
+
+
+@pytest.fixture
+def weight():
+    torch.manual_seed(0)
+    return torch.randn(V, D, dtype=torch.float64)
+
+
+def heads(weight):
+    return {
+        "linear": lambda states: states @ weight.T,
+        "biased": lambda states: states @ weight.T + weight[:, 0],
+        "soft-capped": lambda states: torch.tanh(states @ weight.T / 3) * 3,
+    }
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * V * 2, 1 << 26])
+@pytest.mark.parametrize("head", ["linear", "biased", "soft-capped"])
+def test_losses_and_gradients_are_those_of_cross_entropy(head, chunk_bytes, weight, monkeypatch):
+    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", chunk_bytes)
+    function = heads(weight)[head]
+    states, labels = torch.randn(7, D, dtype=torch.float64), torch.randint(0, V, (7,))
+    upstream = torch.rand(7, dtype=torch.float64)
+    results = []
+    for compute in (
+        lambda x: token_losses(x, labels, function, V),
+        lambda x: cross_entropy(function(x), labels, reduction="none"),
+    ):
+        leaf = states.clone().requires_grad_()
+        losses = compute(leaf)
+        losses.backward(upstream)
+        results.append((losses.detach(), leaf.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck(weight, monkeypatch):
+    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", 4 * V * 2)
+    states = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, V, (5,))
+    head = heads(weight)["soft-capped"]
+    assert gradcheck(lambda x: token_losses(x, labels, head, V), states)
+
+
+def test_no_chunk_is_larger_than_asked(weight, monkeypatch):
+    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", 4 * V * 3)
+    rows = []
+
+    def head(states):
+        rows.append(len(states))
+        return states @ weight.T
+
+    token_losses(torch.randn(8, D, dtype=torch.float64), torch.randint(0, V, (8,)), head, V)
+    assert rows == [3, 3, 2]
+
+
+def test_no_tokens_have_no_losses_and_a_graph(weight):
+    states = torch.randn(0, D, dtype=torch.float64, requires_grad=True)
+    losses = token_losses(states, torch.zeros(0, dtype=torch.long), heads(weight)["linear"], V)
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert states.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_losses_are_float32_and_gradients_in_the_dtype_of_the_states(dtype, weight):
+    states = torch.randn(4, D, dtype=dtype, requires_grad=True)
+    head = heads(weight.to(dtype))["linear"]
+    losses = token_losses(states, torch.randint(0, V, (4,)), head, V)
+    losses.sum().backward()
+    assert (losses.dtype, states.grad.dtype) == (torch.float32, dtype)
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(weight):
+    with_gradients = []
+
+    def head(states):
+        with_gradients.append(states.requires_grad)
+        return states @ weight.T
+
+    states, labels = torch.randn(4, D, dtype=torch.float64), torch.randint(0, V, (4,))
+    assert not token_losses(states, labels, head, V).requires_grad
+    assert with_gradients == [False]
+
+
+def test_frozen_heads_get_no_gradient(weight):
+    weight.requires_grad_()
+    states = torch.randn(4, D, dtype=torch.float64, requires_grad=True)
+    token_losses(states, torch.randint(0, V, (4,)), heads(weight)["linear"], V).sum().backward()
+    assert weight.grad is None
+
+
+def test_a_diverged_token_leaves_the_others_as_they_are(weight):
+    states = torch.randn(4, D, dtype=torch.float64)
+    labels = torch.randint(0, V, (4,))
+    results = []
+    for value in (1.0, torch.nan):
+        leaf = states.clone()
+        leaf[2] = value
+        leaf.requires_grad_()
+        losses = token_losses(leaf, labels, heads(weight)["linear"], V)
+        losses.sum().backward()
+        results.append((losses.detach(), leaf.grad))
+    others = [0, 1, 3]
+    assert results[1][0][2].isnan()
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(*results, strict=True))

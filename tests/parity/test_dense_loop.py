@@ -1,0 +1,151 @@
+"""Whole models with adapters against dense weights and plain loops, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+import loraloom
+from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.models.samples import sample_key
+from loraloom.routing.losses import router_loss
+from tests.parity.dense_loop import DenseAdapter, RandomMasks
+from tests.tiny import (
+    ALL_FAMILIES,
+    METHODS,
+    gradients,
+    padded_mask,
+    randomise,
+    relative_error,
+    tiny_ids,
+    tiny_model,
+)
+
+IDS = tiny_ids(2, 6)
+MASK = padded_mask([6, 4], length=6)
+KEYS = [sample_key(3, 1, sample) for sample in (5, 6)]
+LAYOUTS = ("llama", "phi", "phi3", "gpt_neox")
+"""One family for each layout of the FFN: gated, ungated, fused, and ungated under other names."""
+
+
+def language_model_loss(logits: Tensor) -> Tensor:
+    real = MASK[:, 1:].bool()
+    return cross_entropy(logits[:, :-1][real], IDS[:, 1:][real], reduction="none").sum()
+
+
+def balance_loss(router_logits: list[Tensor], config: MixLoraConfig) -> Tensor:
+    """The formula over all layers' real tokens, written out."""
+    probability = torch.cat(router_logits).softmax(-1)
+    chosen = one_hot(probability.topk(config.top_k).indices, config.num_experts).double()
+    per_slot = [
+        (chosen[:, slot].mean(0) * probability.mean(0)).sum() for slot in range(config.top_k)
+    ]
+    return config.router_aux_loss_coef * config.num_experts * sum(per_slot)
+
+
+def compare(family: str, config: LoraConfig, *, train: bool = False, **changes) -> None:
+    """Logits at real tokens and the gradients of all weights are equal to 1e-10."""
+    plain = tiny_model(family, **changes)
+    host = loraloom.attach(copy.deepcopy(plain))
+    adapter = randomise(host.add("a", config))
+    tensors = {name: t.clone().requires_grad_() for name, t in adapter.tensors().items()}
+    masks = RandomMasks(KEYS, MASK) if train else None
+    oracle = DenseAdapter(config, host.base, tensors, MASK, masks)
+    expected = oracle.attach(plain)(input_ids=IDS, attention_mask=MASK).logits
+    host.train(train)
+    out = host.hidden(IDS, MASK, ["a", "a"], KEYS if train else None)
+    actual = host.logits(out.last_hidden_state)
+    real = MASK.bool()
+    assert relative_error(actual[real].detach(), expected[real].detach()) < 1e-10
+    loss, expected_loss = language_model_loss(actual), language_model_loss(expected)
+    if isinstance(config, MixLoraConfig):
+        loss = loss + router_loss(out.routing["a"], config)
+        expected_loss = expected_loss + balance_loss(oracle.router_logits, config)
+    loss.backward()
+    expected_loss.backward()
+    for name, grad in gradients(adapter).items():
+        wanted = tensors[name].grad
+        wanted = torch.zeros_like(grad) if wanted is None else wanted
+        torch.testing.assert_close(
+            grad, wanted, rtol=0, atol=1e-10 * float(wanted.norm() + 1e-3), msg=name
+        )
+
+
+def heavy_balance(config: LoraConfig) -> LoraConfig:
+    """Let the load-balance loss weigh as much as the language model's."""
+    if not isinstance(config, MixLoraConfig):
+        return config
+    return config.model_copy(update={"router_aux_loss_coef": 5.0})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_logits_and_gradients_are_those_of_a_dense_loop(family, method):
+    compare(family, heavy_balance(METHODS[method]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_so_they_are_with_dropout_and_jitter(family, method):
+    changes = {"dropout": 0.3}
+    if isinstance(METHODS[method], MixLoraConfig):
+        changes["router_jitter"] = 0.2
+    config = heavy_balance(METHODS[method].model_copy(update=changes))
+    compare(family, config, train=True)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_any_number_of_slots(top_k, decomposed):
+    config = MixLoraConfig(
+        rank=2, alpha=4, num_experts=4, top_k=top_k, weight_decomposition=decomposed
+    )
+    compare("llama", heavy_balance(config))
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", ("gate_proj",)),
+        ("llama", ("up_proj", "q_proj")),
+        ("llama", ("down_proj", "v_proj", "o_proj")),
+        ("phi", ("fc1", "k_proj")),
+        ("phi", ("fc2", "dense")),
+        ("phi3", ("gate_up_proj",)),
+        ("phi3", ("down_proj", "qkv_proj")),
+    ],
+)
+def test_any_part_of_the_projections(family, targets, decomposed):
+    for config in (
+        LoraConfig(rank=2, alpha=4, target_modules=targets, weight_decomposition=decomposed),
+        MixLoraConfig(
+            rank=2, alpha=4, num_experts=3, target_modules=targets, weight_decomposition=decomposed
+        ),
+    ):
+        compare(family, heavy_balance(config))
+
+
+def test_experts_have_their_own_rank_alpha_and_dropout():
+    config = MixLoraConfig(
+        rank=3,
+        alpha=6,
+        dropout=0.1,
+        num_experts=3,
+        experts={"rank": 2, "alpha": 7, "dropout": 0.4},
+    )
+    compare("llama", config, train=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rank_stabilized_scaling(method):
+    compare("llama", METHODS[method].model_copy(update={"rank_stabilized": True}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_biases_on_every_projection(method):
+    compare("llama", METHODS[method], attention_bias=True, mlp_bias=True)

@@ -1,0 +1,130 @@
+"""Router losses against the formula written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from loraloom.config.adapter import MixLoraConfig
+from loraloom.routing.losses import load_balance_loss, router_loss, router_z_loss
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.top_k import top_k_routing
+
+
+def layer(logits: Tensor, top_k: int = 2, index: int = 0) -> LayerRouting:
+    return LayerRouting(index, logits, *top_k_routing(logits, top_k))
+
+
+def by_hand(logits: Tensor, top_k: int) -> float:
+    """E · Σ_j Σ_n f[j, n] · P[n], one token at a time."""
+    num_tokens, num_experts = logits.shape
+    share = [[0.0] * num_experts for _ in range(top_k)]
+    probability = [0.0] * num_experts
+    for row in logits.tolist():
+        exponentials = [math.exp(value) for value in row]
+        chosen = sorted(range(num_experts), key=lambda n: -row[n])[:top_k]
+        for slot, expert in enumerate(chosen):
+            share[slot][expert] += 1 / num_tokens
+        for expert, value in enumerate(exponentials):
+            probability[expert] += value / sum(exponentials) / num_tokens
+    products = (f * p for slot in share for f, p in zip(slot, probability, strict=True))
+    return num_experts * sum(products)
+
+
+@pytest.fixture
+def routing():
+    torch.manual_seed(0)
+    return [layer(torch.randn(30, 6).double() + torch.arange(6) * n, 2, n) for n in range(3)]
+
+
+def test_the_balance_loss_is_the_formula_pooled_over_layers(routing):
+    config = MixLoraConfig(num_experts=6, router_aux_loss_coef=0.25)
+    pooled = torch.cat([r.router_logits for r in routing])
+    assert float(router_loss(routing, config)) == pytest.approx(0.25 * by_hand(pooled, 2))
+
+
+def test_the_balance_loss_can_be_averaged_over_layers(routing):
+    config = MixLoraConfig(num_experts=6, router_aux_loss_coef=0.25, router_loss_scope="per_layer")
+    mean = sum(by_hand(r.router_logits, 2) for r in routing) / 3
+    assert float(router_loss(routing, config)) == pytest.approx(0.25 * mean)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_balance_loss_is_that_of_transformers_mixtral(top_k):
+    torch.manual_seed(0)
+    routing = [layer(torch.randn(30, 6), top_k, n) for n in range(3)]
+    config = MixLoraConfig(num_experts=6, top_k=top_k, router_aux_loss_coef=1)
+    theirs = load_balancing_loss_func(tuple(r.router_logits for r in routing), 6, top_k)
+    torch.testing.assert_close(router_loss(routing, config), theirs)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_balance_loss_of_a_balanced_router_is_top_k(top_k):
+    logits = torch.stack([torch.arange(6.0).roll(shift) for shift in range(6)])
+    logits = logits - logits.mean()
+    routing = layer(logits, top_k)
+    assert float(load_balance_loss(logits, routing.selected_experts)) == pytest.approx(top_k)
+
+
+@pytest.mark.parametrize("scope", ["pooled", "per_layer"])
+def test_the_least_loss_is_coefficient_times_top_k(scope):
+    logits = torch.stack([torch.arange(6.0).roll(shift) for shift in range(6)])
+    config = MixLoraConfig(
+        num_experts=6, top_k=2, router_aux_loss_coef=0.01, router_loss_scope=scope
+    )
+    assert float(router_loss([layer(logits)] * 2, config)) == pytest.approx(0.02)
+
+
+def test_a_collapsed_router_loses_most():
+    logits = torch.tensor([[30.0, 0, 0, 0]] * 5)
+    assert float(load_balance_loss(logits, layer(logits, 1).selected_experts)) == pytest.approx(4)
+
+
+def test_pooling_lets_layers_cancel_and_averaging_does_not():
+    routing = [layer(torch.tensor([[9.0, -9]] * 4), 1), layer(torch.tensor([[-9.0, 9]] * 4), 1)]
+    config = MixLoraConfig(num_experts=2, top_k=1, router_aux_loss_coef=1)
+    per_layer = config.model_copy(update={"router_loss_scope": "per_layer"})
+    assert float(router_loss(routing, config)) == pytest.approx(1)
+    assert float(router_loss(routing, per_layer)) == pytest.approx(2, rel=1e-4)
+
+
+def test_only_the_probabilities_have_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    selected = layer(logits.detach()).selected_experts
+    load_balance_loss(logits, selected).backward()
+    share = torch.nn.functional.one_hot(selected, 4).double().mean(0).sum(0)
+    probability = logits.detach().softmax(-1)
+    inner = (probability * share).sum(-1, keepdim=True)
+    torch.testing.assert_close(logits.grad, 4 * probability * (share - inner) / 8)
+
+
+def test_the_z_loss_is_the_mean_squared_logsumexp():
+    logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+    expected = (math.log(2) ** 2 + math.log(math.e + math.e**2) ** 2) / 2
+    assert float(router_z_loss(logits)) == pytest.approx(expected)
+
+
+def test_the_router_loss_adds_the_z_loss_averaged_over_layers(routing):
+    config = MixLoraConfig(num_experts=6, router_aux_loss_coef=0, router_z_loss_coef=0.5)
+    mean = sum(float(router_z_loss(r.router_logits)) for r in routing) / 3
+    assert float(router_loss(routing, config)) == pytest.approx(0.5 * mean)
+
+
+def test_both_coefficients_add_up(routing):
+    only = [
+        MixLoraConfig(num_experts=6, router_aux_loss_coef=a, router_z_loss_coef=z)
+        for a, z in ((0.3, 0), (0, 0.2), (0.3, 0.2))
+    ]
+    aux, z_loss, total = (float(router_loss(routing, config)) for config in only)
+    assert total == pytest.approx(aux + z_loss)
+
+
+@pytest.mark.parametrize("scope", ["pooled", "per_layer"])
+def test_no_tokens_cost_nothing(scope):
+    config = MixLoraConfig(num_experts=4, router_z_loss_coef=1, router_loss_scope=scope)
+    assert float(router_loss([layer(torch.zeros(0, 4))], config)) == 0

@@ -1,0 +1,62 @@
+"""The shell scripts, where they can be tried without installing anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["scripts/setup", "scripts/test", "scripts/demo", "scripts/check", ".ci/run"]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    return tmp_path
+
+
+def run(script, *args, **environment):
+    return subprocess.run(
+        [script, *args],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+def fake_python(path):
+    """A Python that fails every check of its version and makes no virtual environment."""
+    path.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.6\nexit 1\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_is_executable_bash_without_syntax_errors(script):
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+@pytest.mark.parametrize("script", ["setup", "test", "demo", "check"])
+def test_old_python_is_refused_before_anything_is_made(checkout, script):
+    result = run(checkout / "scripts" / script, PYTHON=fake_python(checkout / "python"))
+    assert result.returncode == 1
+    assert "needs Python 3.11 or later, got Python 3.9.6; set PYTHON=" in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_missing_python_is_named(checkout):
+    result = run(checkout / "scripts" / "setup", PYTHON="no-such-python")
+    assert result.returncode == 1
+    assert "no-such-python was not found; install Python 3.11 or later" in result.stderr
+
+
+def test_unknown_option_is_refused(checkout):
+    result = run(checkout / "scripts" / "setup", "--prod")
+    assert result.returncode == 1
+    assert "takes --dev or nothing, got --prod" in result.stderr

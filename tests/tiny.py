@@ -1,0 +1,141 @@
+"""Tiny base models of every family with random weights, and adapters that change their outputs.
+
+Axes: B batch, L sequence, D hidden, F feed-forward.
+
+Models are in float64 unless asked otherwise. (transformers' norms, rotary embeddings and eager
+softmax round to float32 inside, for everybody alike.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import loraloom
+from loraloom.adapters.adapter import Adapter
+from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.models.families import FAMILIES
+from loraloom.models.host import Host
+
+VOCAB_SIZE = 97
+LAYERS = 2
+
+_SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 20.0},
+    "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5},
+    "phi": {"partial_rotary_factor": 0.5},
+    "stablelm": {"use_qkv_bias": True},
+}
+ALL_FAMILIES = tuple(FAMILIES)
+PADS_RIGHT_ONLY = ("gemma2",)
+"""Gemma 2 needs eager attention, and gives NaN by itself in float64 with padding on the left."""
+
+METHODS: dict[str, LoraConfig] = {
+    "lora": LoraConfig(rank=3, alpha=6),
+    "dora": LoraConfig(rank=2, alpha=6, weight_decomposition=True),
+    "mixlora": MixLoraConfig(rank=2, alpha=4, num_experts=4, top_k=2),
+    "mixdora": MixLoraConfig(rank=2, alpha=4, num_experts=3, top_k=2, weight_decomposition=True),
+}
+"""One configuration of each method; ranks differ."""
+
+
+def tiny_model(
+    family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """Make a model whose weights, biases and norms are random: none is zero or one."""
+    config = AutoConfig.for_model(family, **_SMALL | _OWN.get(family, {}) | changes)
+    attention = "eager" if family in PADS_RIGHT_ONLY else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model.to(dtype).eval()
+
+
+def randomise(adapter: Adapter, seed: int = 0) -> Adapter:
+    """Move an adapter away from its initial values; all slots of its routers keep some weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=generator)
+            elif "router" in name:
+                parameter.normal_(std=0.3, generator=generator)
+            elif "magnitude" in name:
+                factors = torch.empty_like(parameter).uniform_(0.5, 2, generator=generator)
+                parameter.mul_(factors)
+    return adapter
+
+
+def tiny_host(
+    family: str = "llama",
+    configs: Mapping[str, LoraConfig] = METHODS,
+    dtype: torch.dtype = torch.float64,
+    **changes: Any,
+) -> Host:
+    """Attach randomised adapters, named as in `configs`, to a tiny model."""
+    host = loraloom.attach(tiny_model(family, dtype, **changes))
+    for seed, (name, config) in enumerate(configs.items()):
+        randomise(host.add(name, config, seed=seed), seed)
+    return host
+
+
+def tiny_ids(rows: int, length: int = 7, seed: int = 0) -> Tensor:
+    """Draw tokens, [B, L], none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (rows, length), generator=generator)
+
+
+def padded_mask(lengths: Sequence[int], side: str = "right", length: int = 7) -> Tensor:
+    """Make a mask, [B, L], with so many real tokens in each row."""
+    places = torch.arange(length)
+    places = places if side == "right" else places.flip(0)
+    return (places < torch.tensor(lengths)[:, None]).long()
+
+
+def gradients(adapter: Adapter) -> dict[str, Tensor]:
+    """Return the gradient of every tensor under its name; zero where there is none.
+
+    The weights are overwritten on the way.
+    """
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            grad = parameter.grad
+            parameter.copy_(torch.zeros_like(parameter) if grad is None else grad)
+    return {name: tensor.clone() for name, tensor in adapter.tensors().items()}
+
+
+def parameter_grads(module: nn.Module) -> dict[str, Tensor]:
+    """Take the gradients of all parameters, and reset them."""
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return grads
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Compute ‖actual - expected‖ / ‖expected‖."""
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp_min(1e-300))
