@@ -228,10 +228,12 @@ class Adapter(nn.Module, ABC):
         build = lambda: ffn_weights(block, self.base_layers[layer], dtype)  # noqa: E731
         return self._prepare((layer, "ffn", dtype), list(block.values()), build)
 
-    def _ffn_dropout(self, config: LoraConfig, shape, top_k: int, tokens: SegmentTokens):
+    def _ffn_dropout(
+        self, config: LoraConfig, shape: tuple[int, int], top_k: int, tokens: SegmentTokens
+    ) -> FfnDropout | None:
         """Draw the masks of an FFN block: one for its input, one for each slot."""
         if tokens.noise is None or config.dropout == 0:
-            return FfnDropout.none(top_k)
+            return None
         hidden_size, ffn_size = shape
         draw, probability = tokens.noise.keep_mask, config.dropout
         return FfnDropout(

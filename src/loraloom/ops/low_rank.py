@@ -86,6 +86,8 @@ def down_project(
     dropout: float = 0.0,
 ) -> Float[Tensor, "T S"]:
     """Compute `(hidden_states * keep / (1 - dropout)) @ lora_A.T`."""
+    if not torch.is_grad_enabled():
+        return apply_keep_mask(hidden_states, keep, dropout) @ lora_A.T
     return _DownProject.apply(hidden_states, lora_A, keep, dropout)  # pyright: ignore
 
 
@@ -126,6 +128,11 @@ def add_low_rank_(
         low_rank: Rank-space activations of each span, [T_i, S_i].
         lora_B: Scaled up-projections, [S_i, O].
     """
+    if not torch.is_grad_enabled():
+        rows = output.view(-1, output.shape[-1])
+        for span, activations, up_projection in zip(spans, low_rank, lora_B, strict=True):
+            rows[span].addmm_(activations, up_projection)
+        return output
     pairs = [tensor for pair in zip(low_rank, lora_B, strict=True) for tensor in pair]
     return _AddLowRank.apply(output, spans, *pairs)  # pyright: ignore[reportReturnType]
 

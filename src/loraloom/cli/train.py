@@ -1,0 +1,105 @@
+"""`loraloom train`: from a run file to trained adapters."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loraloom.cli.options import RunFileArgument, SetOption
+from loraloom.config.fields import AttnImplementation, Dtype
+from loraloom.config.loading import load_run_config
+from loraloom.errors import TrainingError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.data.examples import ChoiceQuestion
+    from loraloom.models.host import Host
+    from loraloom.train.results import JobResult
+
+
+def train(
+    run_file: RunFileArgument,
+    overrides: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace earlier results of these jobs.")
+    ] = False,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="In place of the run file's dtype.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="DEVICE", help="In place of the run file's device."),
+    ] = None,
+    attn_implementation: Annotated[
+        AttnImplementation | None,
+        typer.Option("--attn-implementation", help="In place of the run file's."),
+    ] = None,
+) -> None:
+    """Train the adapters of a run file, all of them together on one base model.
+
+    Ctrl-C saves everything for --resume; a second one ends at once.
+    """
+    options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+    changes = [f"{name}={value}" for name, value in options.items() if value is not None]
+    run = load_run_config(run_file, [*(overrides or ()), *changes])
+    from rich.console import Console
+
+    from loraloom.train import run as training
+    from loraloom.train.progress import console_progress
+
+    console = Console()
+    results = training.train(
+        run,
+        score_accuracy,
+        resume=resume,
+        overwrite=overwrite,
+        progress=console_progress(console),
+        command=shlex.join(["loraloom", *sys.argv[1:]]),
+    )
+    console.print(_results_table(results))
+    _raise_failures(results)
+
+
+def score_accuracy(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[ChoiceQuestion],
+    adapters: Sequence[str],
+) -> Mapping[str, float]:
+    """Score choice questions with several adapters; training is handed this function.
+
+    Returns:
+        Each adapter's accuracy.
+    """
+    from loraloom.eval.protocol import accuracy, score_questions
+
+    scores = score_questions(host, tokenizer, list(questions), list(adapters))
+    return {name: accuracy(scores[name]).accuracy for name in adapters}
+
+
+def _results_table(results: Sequence[JobResult]) -> Table:
+    from rich.table import Table
+
+    table = Table("job", "method", "steps", "weights", "metrics", "files", box=None)
+    for result in results:
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        steps = f"{result.steps} ({result.status})"
+        table.add_row(
+            result.job, result.method, steps, result.weights, metrics or "-", result.directory
+        )
+    return table
+
+
+def _raise_failures(results: Sequence[JobResult]) -> None:
+    failures = [result.error for result in results if result.error is not None]
+    if failures:
+        raise TrainingError("\n".join(failures))
