@@ -58,6 +58,11 @@ METHODS: dict[str, LoraConfig] = {
 """One configuration of each method; ranks differ."""
 
 
+def changed(config: LoraConfig, **settings: Any) -> LoraConfig:
+    """Make a configuration with other settings; unlike `model_copy` it checks them."""
+    return type(config).model_validate(config.model_dump() | settings)
+
+
 def tiny_model(
     family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:

@@ -1,10 +1,10 @@
 """What can go wrong, as one tree.
 
-    LoraloomError           anything the user can act on; the command line prints it and exits with code 2
-    ├── ConfigError         a run file, an option or an adapter's configuration is wrong
+    LoraloomError           what a user can act on; the command line prints it, exits with 2
+    ├── ConfigError         a run file, an option or a configuration of an adapter is wrong
     ├── DataError           a data set is missing, empty or has a row that can't be used
     ├── ModelError          a base model can't be loaded or attached to
-    ├── AdapterError        an adapter is unknown, its name is taken, or it doesn't fit the base model
+    ├── AdapterError        an adapter is unknown, its name taken, or it does not fit the base
     ├── FormatError         files of an adapter can't be read
     └── TrainingError       a job can't go on (a loss that is not finite, say)
 

@@ -103,9 +103,7 @@ def test_lora_a_has_the_spread_of_its_initialisation(init):
 def test_routers_are_normal_with_the_configured_deviation():
     config = MixLoraConfig(rank=2, num_experts=8, router_init_std=0.5)
     routers = [
-        tensor
-        for name, tensor in fresh(config, hidden_size=256).items()
-        if name.endswith("router")
+        tensor for name, tensor in fresh(config, hidden_size=256).items() if name.endswith("router")
     ]
     assert float(torch.stack(routers).std()) == pytest.approx(0.5, rel=0.1)
 

@@ -30,7 +30,10 @@ FfnFunction = Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]
 
 @dataclass
 class FfnCase:
-    """Base weights, experts, tokens and routing; `leaves` are the tensors that get gradients."""
+    """Base weights, experts, tokens and routing; `leaves` are the tensors that get gradients.
+
+    DoRA's norms, by the dense product, are constants as in the method.
+    """
 
     shape: str
     base: dict[str, Tensor]
@@ -39,6 +42,7 @@ class FfnCase:
     selected: Tensor
     dropout: FfnDropout
     num_experts: int
+    norms: dict[str, Tensor]
 
     @property
     def adapted(self) -> list[str]:
@@ -80,14 +84,21 @@ def make_case(
             leaves[f"{name}.m"] = _leaf(num_experts, out_features)
     selected = torch.rand(num_tokens, num_experts).topk(top_k).indices
     selected[list(padding)] = -1
+    base = {name: torch.randn(sizes[name], dtype=torch.float64) for name in names}
+    norms = {
+        name: (base[name] + SCALING * leaves[f"{name}.B"] @ leaves[f"{name}.A"]).norm(dim=-1)
+        for name in names
+        if f"{name}.m" in leaves
+    }
     return FfnCase(
         shape=shape,
-        base={name: torch.randn(sizes[name], dtype=torch.float64) for name in names},
+        base=base,
         bias={name: torch.randn(sizes[name][0], dtype=torch.float64) for name in names},
         leaves=leaves,
         selected=selected,
         dropout=_masks(dropout, num_tokens, top_k),
         num_experts=num_experts,
+        norms={name: values.detach() for name, values in norms.items()},
     )
 
 
@@ -146,12 +157,9 @@ def compute_form(case: FfnCase) -> FfnWeights:
 
 
 def row_scale(case: FfnCase, name: str) -> Tensor | None:
-    """DoRA's c by the dense product, its norm without gradient."""
-    if f"{name}.m" not in case.leaves:
-        return None
-    product = case.leaves[f"{name}.B"] @ case.leaves[f"{name}.A"]
-    norms = (case.base[name] + SCALING * product).norm(dim=-1).detach()
-    return case.leaves[f"{name}.m"] / norms
+    """DoRA's c = m / ‖W + sBA‖, [E, O]."""
+    magnitude = case.leaves.get(f"{name}.m")
+    return None if magnitude is None else magnitude / case.norms[name]
 
 
 def _token(case: FfnCase, token: int) -> Tensor:

@@ -97,7 +97,9 @@ class DenseAdapter:
             site = Site.FFN_SLOT if is_output else Site.FFN_INPUT
         else:
             site = Site.ATTENTION_OUTPUT if name in OUTPUT_PROJECTIONS else Site.ATTENTION_INPUT
-        module.forward = lambda x: self._dense(module, key, self.config, x, self._drop(x, index, site))
+        module.forward = lambda x: self._dense(
+            module, key, self.config, x, self._drop(x, index, site)
+        )
 
     def _drop(self, x: Tensor, layer: int, site: int) -> Tensor:
         config = self.config

@@ -17,6 +17,7 @@ from tests.parity.dense_loop import DenseAdapter, RandomMasks
 from tests.tiny import (
     ALL_FAMILIES,
     METHODS,
+    changed,
     gradients,
     padded_mask,
     randomise,
@@ -79,7 +80,7 @@ def heavy_balance(config: LoraConfig) -> LoraConfig:
     """Let the load-balance loss weigh as much as the language model's."""
     if not isinstance(config, MixLoraConfig):
         return config
-    return config.model_copy(update={"router_aux_loss_coef": 5.0})
+    return changed(config, router_aux_loss_coef=5.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,7 +95,7 @@ def test_so_they_are_with_dropout_and_jitter(family, method):
     changes = {"dropout": 0.3}
     if isinstance(METHODS[method], MixLoraConfig):
         changes["router_jitter"] = 0.2
-    config = heavy_balance(METHODS[method].model_copy(update=changes))
+    config = heavy_balance(changed(METHODS[method], **changes))
     compare(family, config, train=True)
 
 
@@ -143,7 +144,7 @@ def test_experts_have_their_own_rank_alpha_and_dropout():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rank_stabilized_scaling(method):
-    compare("llama", METHODS[method].model_copy(update={"rank_stabilized": True}))
+    compare("llama", changed(METHODS[method], rank_stabilized=True))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 import loraloom
 from loraloom.config.adapter import LoraConfig
 from loraloom.formats.base import BaseInfo
-from tests.tiny import gradients, padded_mask, randomise, relative_error, tiny_ids, tiny_model
+from tests.tiny import (
+    changed,
+    gradients,
+    padded_mask,
+    randomise,
+    relative_error,
+    tiny_ids,
+    tiny_model,
+)
 
 # peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -89,7 +97,7 @@ def test_logits_and_gradients_are_those_of_peft(family, method, dtype, tolerance
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_dropout_is_off_in_eval_as_in_peft(method):
-    model, config = tiny_model(), CONFIGS[method].model_copy(update={"dropout": 0.5})
+    model, config = tiny_model(), changed(CONFIGS[method], dropout=0.5)
     host = loraloom.attach(copy.deepcopy(model))
     adapter = randomise(host.add("a", config))
     theirs = wrapped_by_peft(model, config, host.base).eval()

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import loraloom
-from loraloom.config.adapter import MixLoraConfig
 from loraloom.models.host import Host, HostOutput
 from loraloom.routing.losses import router_loss
+from tests.tiny import changed
 
 FIXTURES = Path(os.environ.get("LORALOOM_SHARED", "../shared")) / "fixtures"
 pytestmark = pytest.mark.skipif(
@@ -56,9 +56,7 @@ def test_logits_are_those_of_the_reference(case, batch):
     host = attach_base(case.partition("-")[0])
     host.load("a", FIXTURES / case / "adapter")
     out, real, expected = run(host, case, batch)
-    torch.testing.assert_close(
-        out.logits[real], expected["logits"][real], rtol=0, atol=TOLERANCE
-    )
+    torch.testing.assert_close(out.logits[real], expected["logits"][real], rtol=0, atol=TOLERANCE)
 
 
 @batches
@@ -70,7 +68,7 @@ def test_routing_is_that_of_the_reference(case, batch):
     record = out.routing["a"]
     for ours, theirs in zip(record, expected["router_logits"], strict=True):
         torch.testing.assert_close(ours.router_logits, theirs[real], rtol=0, atol=TOLERANCE)
-    config = adapter.config.model_copy(update={"router_aux_loss_coef": REFERENCE_COEFFICIENT})
+    config = changed(adapter.config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
     loss = router_loss(record, config)
     torch.testing.assert_close(loss, expected["aux_loss"].squeeze(), rtol=1e-5, atol=1e-7)
 
@@ -96,9 +94,7 @@ def test_a_saved_adapter_gives_the_same_logits_as_the_reference(tmp_path):
     host.save("first", tmp_path / "saved")
     assert host.load("a", tmp_path / "saved").config == host.adapters["first"].config
     out, real, expected = run(host, case, "")
-    torch.testing.assert_close(
-        out.logits[real], expected["logits"][real], rtol=0, atol=TOLERANCE
-    )
+    torch.testing.assert_close(out.logits[real], expected["logits"][real], rtol=0, atol=TOLERANCE)
 
 
 def test_rows_of_different_adapters_in_one_batch_are_those_of_the_reference():
@@ -113,18 +109,10 @@ def test_rows_of_different_adapters_in_one_batch_are_those_of_the_reference():
     with torch.no_grad():
         out = host(expected["input_ids"], mask, [names[i] for i in index.tolist()])
     known = mask & (index < 2)[:, None]
-    torch.testing.assert_close(
-        out.logits[known], expected["logits"][known], rtol=0, atol=TOLERANCE
-    )
+    torch.testing.assert_close(out.logits[known], expected["logits"][known], rtol=0, atol=TOLERANCE)
     rows = mask[index == 1]
-    for ours, theirs in zip(
-        out.routing["mixlora"], expected["mixlora.router_logits"], strict=True
-    ):
+    for ours, theirs in zip(out.routing["mixlora"], expected["mixlora.router_logits"], strict=True):
         torch.testing.assert_close(ours.router_logits, theirs[rows], rtol=0, atol=TOLERANCE)
-    config: MixLoraConfig = host.adapters["mixlora"].config.model_copy(
-        update={"router_aux_loss_coef": REFERENCE_COEFFICIENT}
-    )
+    config = changed(host.adapters["mixlora"].config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
     loss = router_loss(out.routing["mixlora"], config)
-    torch.testing.assert_close(
-        loss, expected["mixlora.aux_loss"].squeeze(), rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(loss, expected["mixlora.aux_loss"].squeeze(), rtol=1e-5, atol=1e-7)

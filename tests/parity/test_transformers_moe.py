@@ -15,7 +15,15 @@ import loraloom
 from loraloom.config.adapter import MixLoraConfig
 from loraloom.models.host import Host
 from loraloom.routing.losses import router_loss
-from tests.tiny import gradients, padded_mask, randomise, relative_error, tiny_ids, tiny_model
+from tests.tiny import (
+    changed,
+    gradients,
+    padded_mask,
+    randomise,
+    relative_error,
+    tiny_ids,
+    tiny_model,
+)
 
 IDS = tiny_ids(3)
 MASK = padded_mask([7, 4, 6])
@@ -94,7 +102,7 @@ def test_the_balance_loss_is_that_of_mixtral_over_real_tokens(host, mixtral):
         theirs = mixtral(input_ids=IDS, attention_mask=MASK, output_router_logits=True)
         ours = host(IDS, MASK, ["a"] * 3)
     expected = load_balancing_loss_func(theirs.router_logits, CONFIG.num_experts, 2, MASK)
-    config = CONFIG.model_copy(update={"router_aux_loss_coef": 1.0})
+    config = changed(CONFIG, router_aux_loss_coef=1.0)
     actual = router_loss(ours.routing["a"], config)
     assert float(actual) == pytest.approx(float(expected), rel=1e-6)
 

@@ -13,6 +13,7 @@ from loraloom.config.adapter import MixLoraConfig
 from loraloom.routing.losses import load_balance_loss, router_loss, router_z_loss
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.top_k import top_k_routing
+from tests.tiny import changed
 
 
 def layer(logits: Tensor, top_k: int = 2, index: int = 0) -> LayerRouting:
@@ -87,7 +88,7 @@ def test_a_collapsed_router_loses_most():
 def test_pooling_lets_layers_cancel_and_averaging_does_not():
     routing = [layer(torch.tensor([[9.0, -9]] * 4), 1), layer(torch.tensor([[-9.0, 9]] * 4), 1)]
     config = MixLoraConfig(num_experts=2, top_k=1, router_aux_loss_coef=1)
-    per_layer = config.model_copy(update={"router_loss_scope": "per_layer"})
+    per_layer = changed(config, router_loss_scope="per_layer")
     assert float(router_loss(routing, config)) == pytest.approx(1)
     assert float(router_loss(routing, per_layer)) == pytest.approx(2, rel=1e-4)
 

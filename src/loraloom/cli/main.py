@@ -14,12 +14,16 @@ import typer
 from typer.main import get_command
 
 import loraloom
-from loraloom.cli import config, inspect
+from loraloom.cli import config, eval, generate, inspect, quickstart, train
 from loraloom.errors import LoraloomError
 
 Command = Callable[..., None]
 
 VERBS: dict[str, Command] = {
+    "quickstart": quickstart.quickstart,
+    "train": train.train,
+    "eval": eval.evaluate,
+    "generate": generate.generate,
     "inspect": inspect.inspect,
 }
 """Verb -> function, in the order of --help."""

@@ -122,7 +122,8 @@ def _accuracies(
     adapters: list[str | None],
 ) -> dict[str | None, dict[str, float]]:
     """Return each adapter's accuracy by skill, and `average` over all questions."""
-    from loraloom.eval.protocol import accuracy, accuracy_by_group, score_questions
+    from loraloom.eval.accuracy import accuracy, accuracy_by_group
+    from loraloom.eval.protocol import score_questions
 
     scores = score_questions(host, tokenizer, list(questions), adapters)
     return {
@@ -154,10 +155,9 @@ def _draw(
     output_dir: Path,
 ) -> None:
     from loraloom.eval.expert_load import shares, tokens_per_expert
-    from loraloom.eval.plots import plot_expert_load, plot_loss_curves
-    from loraloom.train.tracking import read_curve
+    from loraloom.eval.plots import plot_expert_load, plot_loss_curves, read_curve
 
-    curves = {name: read_curve(output_dir / name, "loss") for name in _ADAPTERS}
+    curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in _ADAPTERS}
     plot_loss_curves(curves, output_dir / "loss.png")
     texts: dict[str, list[str]] = defaultdict(list)
     for question in questions:

@@ -66,7 +66,7 @@ def train(
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
     console.print(_results_table(results))
-    _raise_failures(results)
+    raise_failures(results)
 
 
 def score_accuracy(
@@ -99,7 +99,8 @@ def _results_table(results: Sequence[JobResult]) -> Table:
     return table
 
 
-def _raise_failures(results: Sequence[JobResult]) -> None:
+def raise_failures(results: Sequence[JobResult]) -> None:
+    """Raise a TrainingError that names every job that failed."""
     failures = [result.error for result in results if result.error is not None]
     if failures:
         raise TrainingError("\n".join(failures))

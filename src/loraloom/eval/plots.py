@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,12 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 
 Curve = Sequence[tuple[int, float]]
+
+
+def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
+    """Read one figure's course, (step, value), from a job's metrics.jsonl."""
+    lines = map(json.loads, metrics_file.read_text().splitlines())
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.9) -> None:

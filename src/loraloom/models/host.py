@@ -400,4 +400,5 @@ class Host:
 
 def _cache_of(output: Any) -> Any:
     """Return the key-value cache, whose field changed its name within transformers 5."""
-    return output["cache"] if "cache" in output else output.get("past_key_values")
+    present = [name for name in ("cache", "past_key_values") if name in output.keys()]  # noqa: SIM118
+    return output[present[0]] if present else None

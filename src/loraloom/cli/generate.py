@@ -1,0 +1,184 @@
+"""`loraloom generate`: completions of one prompt or of a file of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loraloom.cli.options import (
+    AdapterOption,
+    AttnOption,
+    BaseModelOption,
+    DeviceOption,
+    DtypeOption,
+    parse_adapters,
+)
+from loraloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loraloom.data.rows import Row
+    from loraloom.infer.prompts import Prompt
+
+BASE = "base"
+"""What files call the base model."""
+
+
+def generate(
+    base_model: BaseModelOption,
+    adapter: AdapterOption = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="A prompt; every adapter answers it.")
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE.jsonl",
+            help="A row for each prompt: `prompt` or `messages`, and perhaps `adapter`.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE.jsonl",
+            help="Write the rows there, with `completion` and `adapter`.",
+        ),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave out the tokenizer's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 takes the most likely token; above, draws.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Draw from the so many most likely tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the most likely tokens of this share.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1: say less again.")
+    ] = 1.0,
+    num_beams: Annotated[int, typer.Option("--num-beams", help="Width of a beam search.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="End a completion where this text appears. May be repeated."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Most prompts at once.")
+    ] = 16,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    attn_implementation: AttnOption = None,
+) -> None:
+    """Complete a prompt, or every prompt of a file, with the base model or adapters on it."""
+    adapters = parse_adapters(adapter)
+    from loraloom.infer import generate as inference
+    from loraloom.infer.disk import prepare_output
+    from loraloom.infer.loading import check_sources, load_host
+    from loraloom.infer.sampling import parse_sampling
+
+    sampling = parse_sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    rows, prompts = _read(prompt, input_file, adapters, output)
+    check_sources(base_model, adapters, device)
+    prepare_output(output, "--output")
+    host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
+    completions = inference.generate(
+        host, tokenizer, prompts, sampling, batch_size=batch_size, raw=raw
+    )
+    if input_file is None and output is None:
+        _print_completions(prompts, completions)
+    else:
+        _write_rows(rows, prompts, completions, output)
+
+
+def _read(
+    prompt: str | None,
+    input_file: Path | None,
+    adapters: Mapping[str, str],
+    output: Path | None,
+) -> tuple[list[dict[str, Any]], list[Prompt]]:
+    """Rows to write again, and their prompts."""
+    if (prompt is None) == (input_file is None):
+        raise ConfigError("generate needs either --prompt or --input; give one of them")
+    from loraloom.data.files import read_file
+    from loraloom.infer.prompts import Prompt
+
+    if input_file is None:
+        names = list(adapters) or [None]
+        return [{"prompt": prompt}] * len(names), [
+            Prompt(str(prompt), name, origin="--prompt") for name in names
+        ]
+    found = read_file(input_file)
+    return [dict(row) for row in found], [_prompt_of(row, adapters) for row in found]
+
+
+def _prompt_of(row: Row, adapters: Mapping[str, str]) -> Prompt:
+    from loraloom.data.chat import read_messages
+    from loraloom.infer.prompts import Prompt
+
+    if ("prompt" in row) == ("messages" in row):
+        row.reject("a row must have either 'prompt' or 'messages'")
+    content = row.text("prompt") if "prompt" in row else tuple(read_messages(row, "messages"))
+    return Prompt(content, _adapter_of(row, adapters), row.origin)
+
+
+def _adapter_of(row: Row, adapters: Mapping[str, str]) -> str | None:
+    """The adapter that a row asks for, or the only one."""
+    known = ", ".join([BASE, *adapters])
+    if "adapter" not in row:
+        if len(adapters) > 1:
+            row.reject(f"field 'adapter' must say which of {known}; there are several")
+        return next(iter(adapters), None)
+    name = row["adapter"]
+    if name is None or name == BASE:
+        return None
+    if name not in adapters:
+        row.reject(f"field 'adapter' must be one of {known}, got {name!r}; give --adapter for it")
+    return name
+
+
+def _print_completions(prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if len(prompts) > 1:
+            typer.echo(f"[{prompt.adapter or BASE}]")
+        typer.echo(completion)
+
+
+def _write_rows(
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    output: Path | None,
+) -> None:
+    from loraloom.infer.disk import write_text
+
+    lines = [
+        json.dumps(
+            {**row, "completion": completion, "adapter": prompt.adapter or BASE}, ensure_ascii=False
+        )
+        for row, prompt, completion in zip(rows, prompts, completions, strict=True)
+    ]
+    text = "".join(f"{line}\n" for line in lines)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(output, text)

@@ -1,0 +1,22 @@
+"""Data: reading, prompts, tokens; choice tasks for training and evaluation."""
+
+from loraloom.data.examples import NO_LOSS, Batch, ChoiceQuestion, Example, collate
+from loraloom.data.questions import load_questions
+from loraloom.data.tasks import TASKS, find_task
+from loraloom.data.tokenising import encode_pair, encode_pairs
+from loraloom.data.training_set import TrainingSet, load_training_set
+
+__all__ = [
+    "NO_LOSS",
+    "TASKS",
+    "Batch",
+    "ChoiceQuestion",
+    "Example",
+    "TrainingSet",
+    "collate",
+    "encode_pair",
+    "encode_pairs",
+    "find_task",
+    "load_questions",
+    "load_training_set",
+]

@@ -1,0 +1,127 @@
+"""Rows as token ids that fit the model: what is cut, what is dropped, what has a loss.
+
+An answer is never cut: a prompt that is too long loses its beginning, and a row whose answer alone
+is too long is dropped and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.data.examples import NO_LOSS
+from loraloom.data.tokenising import encode_pairs, encode_texts, eos_token, leading_tokens
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Token ids with their labels (NO_LOSS where nothing is learnt)."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """What became of a row: no piece if it was dropped, several if a long text was divided."""
+
+    pieces: tuple[Piece, ...]
+    is_cut: bool = False
+
+
+DROPPED = EncodedRow(pieces=())
+
+
+def encode_completions(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], max_length: int
+) -> list[EncodedRow]:
+    """Prompts with completions: loss on the completion and on the EOS that is put after it.
+
+    Args:
+        tokenizer: Must have an EOS token.
+        texts: Prompts and completions.
+        max_length: Most tokens of a row; see `fit`.
+
+    Raises:
+        DataError: If the tokenizer has no EOS token.
+    """
+    start, end = leading_tokens(tokenizer), eos_token(tokenizer)
+    encoded = []
+    for context, continuation in encode_pairs(tokenizer, texts):
+        ids = [*context, *continuation, end]
+        is_learnt = [False] * len(context) + [True] * (len(continuation) + 1)
+        encoded.append(fit(ids, is_learnt, start, max_length))
+    return encoded
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> list[EncodedRow]:
+    """Plain texts with an EOS after them: loss on every token.
+
+    Longer texts are divided. A piece begins with the last token of the one before, so that every
+    token is predicted once.
+
+    Raises:
+        DataError: If the tokenizer has no EOS token.
+    """
+    end = eos_token(tokenizer)
+    return [_divide([*ids, end], max_length) for ids in encode_texts(tokenizer, texts)]
+
+
+def fit(
+    ids: Sequence[int], is_learnt: Sequence[bool], start: Sequence[int], max_length: int
+) -> EncodedRow:
+    """A row of which one span or several are learnt, cut from the left to fit.
+
+    What comes after the last span is left out. If the row is still too long it loses its beginning;
+    a span that the cut goes through is no longer learnt. A row without a span, or whose last span
+    does not fit with a token before it, is dropped.
+
+    Args:
+        ids: Token ids.
+        is_learnt: Whether each token has a loss.
+        start: Tokens, such as BOS, that stay in front of a row that begins with them.
+        max_length: Most tokens of the row.
+    """
+    if not any(is_learnt):
+        return DROPPED
+    stop = len(ids) - list(reversed(is_learnt)).index(True)
+    labels = [
+        token if learnt else NO_LOSS for token, learnt in zip(ids[:stop], is_learnt, strict=False)
+    ]
+    if stop <= max_length:
+        return EncodedRow((Piece(tuple(ids[:stop]), tuple(labels)),))
+    kept = list(start) if list(ids[: len(start)]) == list(start) else []
+    cut = stop - max_length + len(kept)
+    last_span = _span_start(is_learnt, stop)
+    if cut >= last_span + bool(kept):
+        return DROPPED
+    if cut < last_span:
+        _forget_span(labels, cut)
+    piece = Piece((*kept, *ids[cut:stop]), (*[NO_LOSS] * len(kept), *labels[cut:]))
+    return EncodedRow((piece,), is_cut=True)
+
+
+def _span_start(is_learnt: Sequence[bool], stop: int) -> int:
+    """Where the span that ends before `stop` begins."""
+    position = stop
+    while position > 0 and is_learnt[position - 1]:
+        position -= 1
+    return position
+
+
+def _forget_span(labels: list[int], position: int) -> None:
+    """Take the loss from the rest of a span that has lost its beginning."""
+    while labels[position] != NO_LOSS:
+        labels[position] = NO_LOSS
+        position += 1
+
+
+def _divide(ids: list[int], max_length: int) -> EncodedRow:
+    step = max_length - 1
+    starts = range(0, max(len(ids) - 1, 1), step)
+    pieces = [tuple(ids[begin : begin + max_length]) for begin in starts]
+    return EncodedRow(tuple(Piece(piece, piece) for piece in pieces), is_cut=len(pieces) > 1)

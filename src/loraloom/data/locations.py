@@ -1,0 +1,129 @@
+"""Where data sets are: a file, a directory with a file for each split, or the hub.
+
+DIR/train.jsonl          one data set
+DIR/validation.jsonl.gz
+DIR/<name>/train.jsonl   a directory of data sets
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraloom.data.files import SUFFIXES, is_data_file, read_file
+from loraloom.data.names import suggestion
+from loraloom.data.rows import Row
+from loraloom.errors import DataError
+
+_SPLITS = ("train", "validation", "test")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the Hugging Face hub, pinned to a revision where one is given."""
+
+    repository: str
+    config: str | None = None
+    revision: str | None = None
+
+
+def read_rows(location: str, split: str, config: str | None = None) -> list[Row]:
+    """The rows of one split of a file, a directory or a hub data set.
+
+    Args:
+        location: Path of a file or directory, else the hub id of a data set.
+        split: Split to read; a file is one split, whatever its name.
+        config: Configuration of a hub data set.
+
+    Raises:
+        DataError: If there is no such data set or split, or it is empty or damaged.
+    """
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return _read_split(path, split)
+    if path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location):
+        return read_file(path)
+    return read_hub(HubSource(location, config), split)
+
+
+def read_named(path: Path, name: str, split: str) -> list[Row]:
+    """The rows of one split of the data set `name`, from a directory or a file.
+
+    Args:
+        path: The directory of the data set, a directory of data sets, or a single file.
+        name: Name that the data set's directory has among others.
+        split: Split to read.
+
+    Raises:
+        DataError: If there is no such data set or split, or it is empty or damaged.
+    """
+    path = path.expanduser()
+    if not path.is_dir():
+        return _read_single_file(path, split)
+    if (path / name).is_dir():
+        return _read_split(path / name, split)
+    if not _split_files(path):
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise DataError(
+            f"{path}: no data set {name!r} there; {suggestion(name, names)}"
+            f"the data sets are: {', '.join(names[:20]) or 'none'}"
+        )
+    return _read_split(path, split)
+
+
+def read_hub(source: HubSource, split: str) -> list[Row]:
+    """The rows of one split of a hub data set; they are downloaded once and cached.
+
+    Raises:
+        DataError: If the hub can't be reached or has no such data set or split.
+    """
+    import datasets
+
+    try:
+        table: Any = datasets.load_dataset(
+            source.repository, source.config, revision=source.revision, split=split
+        )
+    except Exception as error:  # datasets raises some dozen unrelated types
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{source.repository}: the data set's split {split!r} could not be loaded from the "
+            f"Hugging Face hub: {reason}; give the path of a local copy where there is no network"
+        ) from error
+    rows = [
+        Row(record, f"{source.repository}, {split}, row {number}")
+        for number, record in enumerate(table, start=1)
+    ]
+    if not rows:
+        raise DataError(f"{source.repository}: the split {split!r} has no rows")
+    return rows
+
+
+def _read_single_file(path: Path, split: str) -> list[Row]:
+    named = path.name.split(".")[0]
+    if named in _SPLITS and split in _SPLITS and named != split:
+        raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
+    return read_file(path)
+
+
+def _read_split(directory: Path, split: str) -> list[Row]:
+    files = _split_files(directory)
+    if split not in files:
+        raise DataError(
+            f"{directory}: no split {split!r} there (expected {split}.jsonl or "
+            f"{split}.jsonl.gz); {suggestion(split, files)}"
+            f"the splits are: {', '.join(sorted(files)) or 'none'}"
+        )
+    return read_file(files[split])
+
+
+def _split_files(directory: Path) -> dict[str, Path]:
+    """The file of each split, the first suffix of SUFFIXES where there are two."""
+    found: dict[str, Path] = {}
+    for suffix in reversed(SUFFIXES):
+        for ending in (f"{suffix}.gz", suffix):
+            for path in directory.glob(f"*{ending}"):
+                found[path.name.removesuffix(ending)] = path
+    return found

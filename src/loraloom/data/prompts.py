@@ -1,0 +1,111 @@
+"""How an instruction becomes a prompt: the templates `alpaca` and `plain`, or a Jinja template.
+
+A template is rendered with `instruction` and `input` (empty where a row has none) and with every
+other field of the row. It ends where the answer begins.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from loraloom.data.names import suggestion
+from loraloom.data.rows import Row
+from loraloom.errors import DataError
+
+_ALPACA = """\
+Below is an instruction that describes a task\
+{% if input %}, paired with an input that provides further context{% endif %}. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{{ instruction }}
+
+{% if input %}### Input:
+{{ input }}
+
+{% endif %}### Response:
+"""
+
+_PLAIN = """\
+{{ instruction }}
+{% if input %}{{ input }}
+{% endif %}"""
+
+TEMPLATES = {"alpaca": _ALPACA, "plain": _PLAIN}
+"""Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`."""
+
+INSTRUCTION_COLUMNS = (
+    {"instruction": "instruction", "input": "input", "output": "output"},
+    {"instruction": "instruction", "input": "context", "output": "response"},
+)
+"""Alpaca's and Dolly's names for the parts of an instruction row."""
+
+
+def load_template(template: str | None) -> Template:
+    """A template by name, by its text or from a file; None is `alpaca`.
+
+    Raises:
+        DataError: If it is none of these or not valid Jinja.
+    """
+    source = _template_source(template or "alpaca")
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise DataError(f"the prompt template {template!r} is not valid Jinja: {error}") from error
+
+
+def read_instruction(row: Row, columns: dict[str, str], template: Template) -> tuple[str, str]:
+    """Prompt and completion of an instruction row.
+
+    Args:
+        row: With the instruction, its output and perhaps an input.
+        columns: The row's name for each of `instruction`, `input` and `output`.
+        template: Renders the prompt.
+
+    Raises:
+        DataError: If a field is missing (`input` may be), or the template names an unknown one.
+    """
+    has_input = row.get(columns["input"]) is not None
+    instruction, output = row.text(columns["instruction"]), row.text(columns["output"])
+    given = row.text(columns["input"]) if has_input else ""
+    try:
+        return template.render({**row, "instruction": instruction, "input": given}), output
+    except (TemplateError, TypeError, ValueError) as error:
+        row.reject(f"the prompt template can't be filled in: {error}")
+
+
+def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, str]:
+    """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's.
+
+    Raises:
+        DataError: If the row lacks a column that the mapping names.
+    """
+    given = mapping or {}
+    for column in given.values():
+        row[column]
+    for columns in INSTRUCTION_COLUMNS:
+        merged = {**columns, **given}
+        if merged["output"] in row:
+            return merged
+    return {**INSTRUCTION_COLUMNS[0], **given}
+
+
+def _template_source(template: str) -> str:
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if "{{" in template or "{%" in template:
+        return template
+    path = Path(template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{suggestion(template, TEMPLATES)}template must be {', '.join(TEMPLATES)}, a Jinja "
+            f"template or a file with one, got {template!r}"
+        ) from error

@@ -1,0 +1,90 @@
+"""One source of training data: its rows, encoded as its format says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.data import SourceConfig
+from loraloom.data.chat import encode_conversations
+from loraloom.data.encoding import EncodedRow, encode_completions, encode_documents
+from loraloom.data.examples import ChoiceQuestion
+from loraloom.data.locations import read_rows
+from loraloom.data.prompts import instruction_columns, load_template, read_instruction
+from loraloom.data.rows import Row
+from loraloom.data.tasks import find_task
+from loraloom.errors import DataError
+
+
+@dataclass(frozen=True)
+class LoadedSource:
+    """A source's rows as token ids, and as questions where it is a choice task."""
+
+    name: str
+    rows: list[EncodedRow]
+    questions: list[ChoiceQuestion] | None = None
+
+
+def load_source(
+    config: SourceConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
+) -> LoadedSource:
+    """Read and encode a source.
+
+    Args:
+        config: A task or a data set.
+        tokenizer: The base model's.
+        max_length: Most tokens of an example.
+        split: What is read where the config names no split.
+
+    Raises:
+        DataError: If the data is missing, empty or has a row that can't be used, or no row fits
+            max_length.
+    """
+    if config.task is not None:
+        source = _load_task(config, config.task, tokenizer, max_length, split)
+    else:
+        assert config.dataset is not None, "SourceConfig has a task or a dataset"
+        rows = read_rows(config.dataset, config.split or split, config.config)
+        source = LoadedSource(config.dataset, _encode(config, rows, tokenizer, max_length))
+    if not any(row.pieces for row in source.rows):
+        raise DataError(
+            f"{source.name}: none of the {len(source.rows)} rows has an answer that fits "
+            f"max_length={max_length}; raise it"
+        )
+    return source
+
+
+def _load_task(
+    config: SourceConfig,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    split: str,
+) -> LoadedSource:
+    task, scoring = find_task(name), config.scoring or "label"
+    rows = task.load_rows(config.split or split, config.path)
+    texts = [task.training_text(row, scoring) for row in rows]
+    return LoadedSource(
+        name=f"{task.name} ({scoring})",
+        rows=encode_completions(tokenizer, texts, max_length),
+        questions=[task.question(row, index, scoring) for index, row in enumerate(rows)],
+    )
+
+
+def _encode(
+    config: SourceConfig, rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[EncodedRow]:
+    columns = config.fields or {}
+    match config.format:
+        case "chat":
+            field = columns.get("messages", "messages")
+            return encode_conversations(tokenizer, rows, field, max_length)
+        case "text":
+            field = columns.get("text", "text")
+            return encode_documents(tokenizer, [row.text(field) for row in rows], max_length)
+        case _:
+            template = load_template(config.template)
+            names = instruction_columns(rows[0], config.fields)
+            texts = [read_instruction(row, names, template) for row in rows]
+            return encode_completions(tokenizer, texts, max_length)

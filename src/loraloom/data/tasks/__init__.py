@@ -1,0 +1,40 @@
+"""The choice tasks by name."""
+
+from __future__ import annotations
+
+from loraloom.data.names import suggestion
+from loraloom.data.tasks.arc import ARC_CHALLENGE, ARC_EASY
+from loraloom.data.tasks.boolq import BOOLQ
+from loraloom.data.tasks.choice_task import ChoiceTask
+from loraloom.data.tasks.hellaswag import HELLASWAG
+from loraloom.data.tasks.openbookqa import OPENBOOKQA
+from loraloom.data.tasks.piqa import PIQA
+from loraloom.data.tasks.skills import SKILLS
+from loraloom.data.tasks.social_i_qa import SOCIAL_I_QA
+from loraloom.data.tasks.winogrande import WINOGRANDE
+from loraloom.errors import ConfigError
+
+TASKS: dict[str, ChoiceTask] = {
+    "arc_easy": ARC_EASY,
+    "arc_challenge": ARC_CHALLENGE,
+    "boolq": BOOLQ,
+    "openbookqa": OPENBOOKQA,
+    "piqa": PIQA,
+    "social_i_qa": SOCIAL_I_QA,
+    "hellaswag": HELLASWAG,
+    "winogrande": WINOGRANDE,
+    "skills": SKILLS,
+}
+
+
+def find_task(name: str) -> ChoiceTask:
+    """The task of that name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in TASKS:
+        raise ConfigError(
+            f"{suggestion(name, TASKS)}task must be one of {', '.join(TASKS)}, got {name!r}"
+        )
+    return TASKS[name]

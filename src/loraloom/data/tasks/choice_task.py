@@ -1,0 +1,186 @@
+"""Choice tasks: one row, two ways to ask and to score it.
+
+`label`: the question with its lettered choices, the answer is a label. The prompts are those of the
+paper's own code. `text`: the question alone, the answer is the choice's own text. Prompts,
+delimiters and normalisation are those of the lm-eval task.
+
+Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, with MoE-PEFT `moe_peft/tasks/qa_tasks.py`;
+lm-eval 0.4.13 `lm_eval/tasks/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraloom.config.data import Scoring
+from loraloom.data.examples import ChoiceQuestion
+from loraloom.data.locations import HubSource, read_hub, read_named
+from loraloom.data.rows import Row
+from loraloom.errors import DataError
+
+Generator = Callable[[str], list[dict[str, Any]]]
+"""Makes the rows of a split."""
+
+
+@dataclass(frozen=True)
+class ChoiceForm:
+    """A row as one scoring asks it: an entry for each choice, and which one is right.
+
+    A continuation includes its leading delimiter; a normalizer divides its log-likelihood.
+    """
+
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    normalizers: tuple[float, ...]
+    labels: tuple[str, ...]
+    gold: int
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """A data set of choice questions and how its rows are asked.
+
+    `name` is the task's name and that of its directory, `evaluation_split` the split that is
+    reported, `source` the copy on the hub, or the function that generates the rows; `by_label` and
+    `by_text` put a row into words.
+    """
+
+    name: str
+    evaluation_split: str
+    source: HubSource | Generator
+    by_label: Callable[[Row], ChoiceForm]
+    by_text: Callable[[Row], ChoiceForm]
+
+    def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
+        """The rows of a split, from a local copy where a path is given, else from the hub.
+
+        Raises:
+            DataError: If there is no such data, it is empty or damaged, or a path is given for a
+                task that is generated.
+        """
+        if isinstance(self.source, HubSource):
+            if path is None:
+                return read_hub(self.source, split)
+            return read_named(Path(path), self.name, split)
+        if path is not None:
+            raise DataError(f"{self.name} is generated and takes no path, got {path}; leave it out")
+        return [
+            Row(fields, f"{self.name}, {split}, row {number}")
+            for number, fields in enumerate(self.source(split), start=1)
+        ]
+
+    def question(self, row: Row, index: int, scoring: Scoring) -> ChoiceQuestion:
+        """The row as a question.
+
+        Args:
+            row: One row of `load_rows`.
+            index: Its place in the split.
+            scoring: `label` or `text`.
+
+        Raises:
+            DataError: If the row lacks a field or has no usable answer.
+        """
+        return as_question(self.name, index, self._form(row, scoring))
+
+    def training_text(self, row: Row, scoring: Scoring) -> tuple[str, str]:
+        """The row as prompt and completion, those of the right answer.
+
+        Raises:
+            DataError: If the row lacks a field or has no usable answer.
+        """
+        form = self._form(row, scoring)
+        return form.contexts[form.gold], form.continuations[form.gold]
+
+    def _form(self, row: Row, scoring: Scoring) -> ChoiceForm:
+        return self.by_text(row) if scoring == "text" else self.by_label(row)
+
+
+def as_question(task: str, index: int, form: ChoiceForm) -> ChoiceQuestion:
+    """The form as the question at that place of the task's split."""
+    return ChoiceQuestion(
+        task=task,
+        index=index,
+        contexts=form.contexts,
+        continuations=form.continuations,
+        labels=form.labels,
+        gold=form.gold,
+        normalizers=form.normalizers,
+        group=form.group,
+    )
+
+
+def choose_label(
+    prompt: str, labels: Sequence[str], gold: int, group: str | None = None
+) -> ChoiceForm:
+    """Ask for a label after a prompt that ends with the answer's cue."""
+    return choose_text(prompt, labels, labels, gold, group)
+
+
+def choose_text(
+    prompt: str,
+    answers: Sequence[str],
+    labels: Sequence[str],
+    gold: int,
+    group: str | None = None,
+) -> ChoiceForm:
+    """Compare the answers by log-likelihood: lm-eval's `acc`."""
+    return ChoiceForm(
+        contexts=(prompt,) * len(answers),
+        continuations=tuple(f" {answer}" for answer in answers),
+        normalizers=(1.0,) * len(answers),
+        labels=tuple(labels),
+        gold=gold,
+        group=group,
+    )
+
+
+def choose_text_per_character(
+    prompt: str,
+    answers: Sequence[str],
+    labels: Sequence[str],
+    gold: int,
+    group: str | None = None,
+) -> ChoiceForm:
+    """Compare the answers by log-likelihood per character: lm-eval's `acc_norm`.
+
+    The delimiter does not count as a character.
+    """
+    return ChoiceForm(
+        contexts=(prompt,) * len(answers),
+        continuations=tuple(f" {answer}" for answer in answers),
+        normalizers=tuple(float(max(len(answer), 1)) for answer in answers),
+        labels=tuple(labels),
+        gold=gold,
+        group=group,
+    )
+
+
+def lettered_lines(answers: Sequence[str]) -> str:
+    """The choices as lines `(A) first`, `(B) second` ..., each after a line break."""
+    return "".join(
+        f"\n({label}) {answer}"
+        for label, answer in zip(letters(len(answers)), answers, strict=True)
+    )
+
+
+def letters(count: int) -> tuple[str, ...]:
+    """The labels A, B, C ..."""
+    return tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count])
+
+
+def published(row: Row, field: str, gold: int, num_choices: int) -> int:
+    """The index of the right choice, as it came.
+
+    Raises:
+        DataError: If no choice has it: test splits without published labels carry -1 or nothing.
+    """
+    if not 0 <= gold < num_choices:
+        row.reject(
+            f"field {field!r} must name one of {num_choices} choices, got {row[field]!r}; "
+            "a split without published labels can't be used"
+        )
+    return gold

@@ -1,0 +1,117 @@
+"""Text to token ids, cut into what is given and what is scored or learnt.
+
+Training and evaluation both use `encode_pairs`: an answer is learnt as the tokens that it is scored
+as.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.errors import DataError
+
+
+class TokenPair(NamedTuple):
+    """The tokens of a context and of what follows it."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of the continuation after it; see `encode_pairs`."""
+    return encode_pairs(tokenizer, [(context, continuation)])[0]
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[TokenPair]:
+    """Encode each context with its continuation as one text and cut the tokens between them.
+
+    Whitespace at the end of the context goes to the continuation, as most vocabularies have it in
+    the token of the next word. A token that reaches over the cut belongs to the continuation, so
+    both together are the tokens of the whole text. In place of an empty context stands the token
+    that begins a text: BOS, or EOS where there is none.
+
+    Args:
+        tokenizer: BOS is added if it adds one itself.
+        pairs: Contexts and continuations; a continuation includes its leading delimiter.
+
+    Raises:
+        DataError: If a context is empty and the tokenizer has neither BOS nor EOS.
+
+    Source:
+        lm-eval 0.4.13 `lm_eval/api/model.py`, `_encode_pair`: the same cut, except where a token
+        reaches over it.
+    """
+    moved = [_move_trailing_space(context, continuation) for context, continuation in pairs]
+    wholes = encode_texts(tokenizer, [context + continuation for context, continuation in moved])
+    contexts = encode_texts(tokenizer, [context for context, _ in moved])
+    cuts = [_cut(whole, context) for whole, context in zip(wholes, contexts, strict=True)]
+    return [
+        pair if pair.context else TokenPair([_start_of_text(tokenizer)], pair.continuation)
+        for pair in cuts
+    ]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text after the tokens that the tokenizer puts in front, but never an EOS.
+
+    A text that begins with those tokens already gets them once.
+    """
+    if not texts:
+        return []
+    start = leading_tokens(tokenizer)
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return [ids if ids[: len(start)] == start else [*start, *ids] for ids in encoded]
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts in front of every text: BOS in most Llamas, often none."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for count in range(len(full) - len(bare) + 1):
+        if full[count : count + len(bare)] == bare:
+            return full[:count]
+    return []
+
+
+def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token that ends a text.
+
+    Raises:
+        DataError: If the tokenizer has none.
+    """
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise DataError(
+            f"the tokenizer must have an EOS token to end a text with, got {end}; "
+            "set tokenizer.eos_token"
+        )
+    return end
+
+
+def _move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
+
+
+def _cut(whole: list[int], context: list[int]) -> TokenPair:
+    shared = 0
+    for one, other in zip(whole, context, strict=False):
+        if one != other:
+            break
+        shared += 1
+    return TokenPair(whole[:shared], whole[shared:])
+
+
+def _start_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    bos = tokenizer.bos_token_id
+    return bos if isinstance(bos, int) else eos_token(tokenizer)

@@ -1,0 +1,157 @@
+"""What a job learns from and what it is measured on, and the order of each epoch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.data import DataConfig
+from loraloom.data.encoding import EncodedRow
+from loraloom.data.examples import ChoiceQuestion, Example
+from loraloom.data.hold_out import choose_held_out
+from loraloom.data.sources import LoadedSource, load_source
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The examples of one source, from `start` to `stop`, and how often an epoch has each."""
+
+    start: int
+    stop: int
+    weight: float
+
+    @property
+    def num_draws(self) -> int:
+        """Examples of this source in an epoch."""
+        return max(round(self.weight * (self.stop - self.start)), 1)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Examples to learn from, others held out, and what happened to the rows on the way.
+
+    `validation_questions` are the rows held out of choice tasks, as questions; `report` has a line
+    for each source.
+    """
+
+    examples: list[Example]
+    validation: list[Example]
+    validation_questions: list[ChoiceQuestion]
+    portions: tuple[Portion, ...]
+    report: tuple[str, ...]
+    seed: int
+
+    @property
+    def epoch_length(self) -> int:
+        """Examples in an epoch."""
+        return sum(portion.num_draws for portion in self.portions)
+
+    def epoch_order(self, epoch: int) -> list[int]:
+        """Indices into `examples` in the order of an epoch, shuffled anew in each.
+
+        A source of weight w has round(w × its examples) places: all its examples as many times as
+        fit, and for the rest a part that is drawn anew in each epoch.
+        """
+        generator = random.Random(f"epoch {epoch} of seed {self.seed}")
+        order = [index for portion in self.portions for index in _draw(portion, generator)]
+        generator.shuffle(order)
+        return order
+
+
+def load_training_set(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> TrainingSet:
+    """Read and encode a job's data, and hold out what it is measured on.
+
+    Args:
+        config: One source or a mix, and what to hold out.
+        tokenizer: The base model's.
+        max_length: Most tokens of an example.
+        seed: Decides which rows are held out, and the order of each epoch.
+
+    Raises:
+        DataError: If a source is missing, empty or has a row that can't be used, if no row fits
+            max_length, or if there are too few to hold any out.
+    """
+    sources = [load_source(source, tokenizer, max_length, "train") for source in config.sources]
+    sample_ids = count()
+    shares = [_share(source, config.validation_fraction, seed, sample_ids) for source in sources]
+    if config.validation is not None:
+        validation = load_source(config.validation, tokenizer, max_length, "validation")
+        shares.append(_all_held_out(validation, sample_ids))
+    stops = [0]
+    for share in shares:
+        stops.append(stops[-1] + len(share.examples))
+    return TrainingSet(
+        examples=list(chain.from_iterable(share.examples for share in shares)),
+        validation=list(chain.from_iterable(share.held_out for share in shares)),
+        validation_questions=list(chain.from_iterable(share.questions for share in shares)),
+        portions=tuple(
+            Portion(stops[place], stops[place + 1], source.weight)
+            for place, source in enumerate(config.sources)
+        ),
+        report=tuple(_describe(share, max_length) for share in shares),
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a source gives to learn from and to be measured on."""
+
+    source: LoadedSource
+    examples: list[Example]
+    held_out: list[Example]
+    questions: list[ChoiceQuestion]
+
+
+def _share(source: LoadedSource, fraction: float, seed: int, sample_ids: Iterator[int]) -> _Share:
+    chosen = choose_held_out(source.name, source.rows, fraction, seed)
+    examples = [_number(row, sample_ids) for row in source.rows]
+    return _Share(
+        source=source,
+        examples=[one for index, row in enumerate(examples) if index not in chosen for one in row],
+        held_out=[one for index, row in enumerate(examples) if index in chosen for one in row],
+        questions=[source.questions[index] for index in sorted(chosen)] if source.questions else [],
+    )
+
+
+def _all_held_out(source: LoadedSource, sample_ids: Iterator[int]) -> _Share:
+    held_out = [example for row in source.rows for example in _number(row, sample_ids)]
+    return _Share(source, [], held_out, source.questions or [])
+
+
+def _number(row: EncodedRow, sample_ids: Iterator[int]) -> list[Example]:
+    return [Example(piece.input_ids, piece.labels, next(sample_ids)) for piece in row.pieces]
+
+
+def _draw(portion: Portion, generator: random.Random) -> list[int]:
+    indices = range(portion.start, portion.stop)
+    times, rest = divmod(portion.num_draws, len(indices))
+    return [*indices] * times + generator.sample(indices, rest)
+
+
+def _describe(share: _Share, max_length: int) -> str:
+    tokens = sum(len(example.input_ids) for example in share.examples)
+    line = (
+        f"{share.source.name}: {len(share.source.rows)} rows, {len(share.examples)} examples, "
+        f"{tokens} tokens, {len(share.held_out)} held out"
+    )
+    cut, dropped = _count_cut(share.source.rows), _count_dropped(share.source.rows)
+    if cut:
+        line += f"; {cut} cut or divided to fit max_length={max_length}"
+    if dropped:
+        line += f"; {dropped} dropped, their answer is missing or does not fit"
+    return line
+
+
+def _count_cut(rows: Sequence[EncodedRow]) -> int:
+    return sum(row.is_cut for row in rows)
+
+
+def _count_dropped(rows: Sequence[EncodedRow]) -> int:
+    return sum(not row.pieces for row in rows)

@@ -1,0 +1,1 @@
+"""Evaluation: choice questions scored by log-likelihood."""

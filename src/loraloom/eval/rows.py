@@ -1,0 +1,125 @@
+"""Token rows in which the choices of a question share what they have in common.
+
+Axes: B rows, L tokens, N scored tokens.
+
+A row holds a context once, and after it each choice's continuation without its last token, which
+is only predicted. A continuation's positions count from the end of the context, and it sees the
+context and itself alone, so that it gets the log-likelihood that it has by itself:
+
+    input_ids       Q  :  the  sky  the  sea
+    position_ids    0  1   2    3    2    3
+    branches        0  0   1    1    2    2
+
+Continuations of one token, as labels mostly are, add nothing to the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraloom.data.tokenising import TokenPair
+
+_PADDING = -1
+"""Branch of the padding."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A context with the continuations that follow it.
+
+    `branches` is 0 in the context and counts continuations from 1. Then an entry for each scored
+    token: the place in the row whose state predicts it, its id, and the choice that it belongs to.
+    """
+
+    input_ids: list[int]
+    position_ids: list[int]
+    branches: list[int]
+    predictors: list[int]
+    targets: list[int]
+    choices: list[int]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows padded on the right, as the model takes them.
+
+    `attention_mask` is [B, L] where no row branches, else the mask to add to attention scores,
+    [B, 1, L, L]. `predictors` counts in the flattened batch.
+    """
+
+    input_ids: Tensor  # (B, L)
+    position_ids: Tensor  # (B, L)
+    attention_mask: Tensor
+    predictors: Tensor  # (N,)
+    targets: Tensor  # (N,)
+
+
+def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
+    """Put a question's choices into rows, one for each different context.
+
+    Args:
+        pairs: Context and continuation of each choice.
+        shared: Whether choices with the same context share a row; else each has its own.
+    """
+    groups: dict[object, list[int]] = {}
+    for choice, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair.context) if shared else choice, []).append(choice)
+    return [_make_row(pairs, choices) for choices in groups.values()]
+
+
+def _make_row(pairs: Sequence[TokenPair], choices: Sequence[int]) -> TokenRow:
+    context = pairs[choices[0]].context
+    end = len(context)
+    row = TokenRow(list(context), list(range(end)), [0] * end, [], [], [])
+    for branch, choice in enumerate(choices, start=1):
+        continuation = pairs[choice].continuation
+        start, num_read = len(row.input_ids), len(continuation) - 1
+        row.input_ids.extend(continuation[:-1])
+        row.position_ids.extend(range(end, end + num_read))
+        row.branches.extend([branch] * num_read)
+        row.predictors.extend([end - 1, *range(start, start + num_read)])
+        row.targets.extend(continuation)
+        row.choices.extend([choice] * len(continuation))
+    return row
+
+
+def collate_rows(rows: Sequence[TokenRow], dtype: torch.dtype, device: torch.device) -> RowBatch:
+    """Pad rows to the longest.
+
+    Args:
+        rows: At least one.
+        dtype: Of the attention scores.
+        device: Of the model's inputs.
+    """
+    length = max(len(row.input_ids) for row in rows)
+    branches = _padded([row.branches for row in rows], length, _PADDING)
+    if all(len(set(row.branches)) <= 2 for row in rows):
+        mask = (branches != _PADDING).long()
+    else:
+        mask = _branching_mask(branches, dtype)
+    predictors = [
+        place * length + predictor for place, row in enumerate(rows) for predictor in row.predictors
+    ]
+    return RowBatch(
+        input_ids=_padded([row.input_ids for row in rows], length, 0).to(device),
+        position_ids=_padded([row.position_ids for row in rows], length, 0).to(device),
+        attention_mask=mask.to(device),
+        predictors=torch.tensor(predictors, device=device),
+        targets=torch.tensor([t for row in rows for t in row.targets], device=device),
+    )
+
+
+def _padded(rows: Sequence[list[int]], length: int, fill: int) -> Tensor:
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+
+def _branching_mask(branches: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make the mask that keeps a token from later ones and from other branches, [B, 1, L, L]."""
+    queries, keys = branches[:, :, None], branches[:, None, :]
+    visible = ((keys == 0) | (keys == queries)).tril()  # (B, L, L)
+    mask = torch.zeros(visible.shape, dtype=dtype)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Inference: a host with its adapters, and text that they generate."""

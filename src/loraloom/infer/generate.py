@@ -1,0 +1,142 @@
+"""Completions of prompts of several adapters, in batches.
+
+Axes: B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.errors import DataError
+from loraloom.infer.prompts import Prompt, encode_prompt
+from loraloom.infer.sampling import SamplingConfig, draw_processors
+from loraloom.models.host import Host
+
+
+def generate(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    batch_size: int = 16,
+    raw: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Complete prompts, each with its adapter.
+
+    Args:
+        host: In eval mode, with the adapters that the prompts name.
+        tokenizer: The base model's; its chat template is used, see `encode_prompt`.
+        prompts: In any order.
+        sampling: How tokens are chosen.
+        batch_size: Most prompts at once; they are batched by length.
+        raw: Leave the chat template out.
+        on_progress: Told after each batch how many prompts of how many are done.
+
+    Returns:
+        The completions in the order of the prompts, without stop texts and special tokens.
+
+    Raises:
+        DataError: If a prompt is empty or leaves no room for `max_new_tokens`.
+        AdapterError: If a prompt names an adapter that the host lacks.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+    _check_lengths(host, prompts, encoded, sampling.max_new_tokens)
+    completions: dict[int, str] = {}
+    for places in _batches(prompts, encoded, batch_size):
+        rows = [encoded[place] for place in places]
+        names = [prompts[place].adapter for place in places]
+        new_ids = _generate_batch(host, tokenizer, rows, names, sampling, places)
+        for place, ids in zip(places, new_ids, strict=True):
+            completions[place] = _decode(tokenizer, ids, sampling.stop)
+        if on_progress is not None:
+            on_progress(len(completions), len(prompts))
+    return [completions[place] for place in range(len(prompts))]
+
+
+def _check_lengths(
+    host: Host, prompts: Sequence[Prompt], encoded: Sequence[list[int]], max_new_tokens: int
+) -> None:
+    room = host.config.max_position_embeddings - max_new_tokens
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) > room:
+            raise DataError(
+                f"{prompt.origin}: the prompt must have at most {max(room, 0)} tokens, so that "
+                f"{max_new_tokens} new ones fit the model's "
+                f"{host.config.max_position_embeddings}, got {len(ids)}; "
+                "shorten it or lower max_new_tokens"
+            )
+
+
+def _batches(
+    prompts: Sequence[Prompt], encoded: Sequence[list[int]], batch_size: int
+) -> Iterator[list[int]]:
+    """Cut the prompts' places into batches of like lengths, each adapter's rows together."""
+    order = sorted(range(len(prompts)), key=lambda place: -len(encoded[place]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        yield sorted(batch, key=lambda place: (prompts[place].adapter or "", place))
+
+
+def _generate_batch(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    names: Sequence[str | None],
+    sampling: SamplingConfig,
+    places: Sequence[int],
+) -> list[list[int]]:
+    input_ids, attention_mask = _pad_left(rows, host.device)
+    stops = {"stop_strings": list(sampling.stop), "tokenizer": tokenizer} if sampling.stop else {}
+    ends = _end_tokens(host, tokenizer)
+    output = host.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        adapters=names,
+        max_new_tokens=sampling.max_new_tokens,
+        num_beams=sampling.num_beams,
+        repetition_penalty=sampling.repetition_penalty,
+        logits_processor=draw_processors(sampling, places, host.device),
+        do_sample=False,  # the processors draw; these would be the model's own defaults:
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        **stops,
+    )
+    return [_until(ids, ends) for ids in output[:, input_ids.shape[1] :].tolist()]
+
+
+def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad prompts on the left, each with its own first token.
+
+    Padding is masked; but transformers' repetition penalty reads it, and would count it as said.
+    """
+    length = max(map(len, rows))
+    input_ids = [[row[0]] * (length - len(row)) + row for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(input_ids, device=device), torch.tensor(mask, device=device)
+
+
+def _end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: those of the model's generation config, and EOS."""
+    configured = host.model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """The ids before the first end token."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: Sequence[str]) -> str:
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    cuts = [place for place in map(text.find, stop) if place >= 0]
+    return text[: min(cuts, default=len(text))]

@@ -1,0 +1,60 @@
+"""A base model with adapters from files, ready for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedTokenizerBase
+
+import loraloom
+from loraloom.formats.files import read_stored
+from loraloom.formats.hub import find_adapter
+from loraloom.models.host import Host
+from loraloom.models.loading import find_device, load_base_model
+from loraloom.models.sources import find_source
+
+
+def check_sources(base_model: str, adapters: Mapping[str, str], device: str) -> None:
+    """Find what can be found wrong before the base model is loaded.
+
+    Args:
+        base_model: Hub name, directory, .gguf file or `smollm2-135m`.
+        adapters: Directory or hub id of each adapter by name.
+        device: Where the model is to run.
+
+    Raises:
+        ModelError: If there is no such model or device.
+        FormatError: If an adapter's files are missing or can't be read.
+    """
+    find_source(base_model)
+    find_device(device)
+    for path in adapters.values():
+        read_stored(find_adapter(path))
+
+
+def load_host(
+    base_model: str,
+    adapters: Mapping[str, str],
+    dtype: str,
+    device: str,
+    attn_implementation: str | None,
+) -> tuple[Host, PreTrainedTokenizerBase]:
+    """Load a base model, its tokenizer, and adapters by name.
+
+    Args:
+        base_model: Hub name, directory, .gguf file or `smollm2-135m`.
+        adapters: Directory or hub id of each adapter by name.
+        dtype: Of the base model's weights.
+        device: Where the model runs.
+        attn_implementation: None leaves it to transformers.
+
+    Raises:
+        ModelError: If the model can't be loaded or attached to.
+        FormatError: If an adapter's files can't be read.
+        AdapterError: If an adapter is for another base model.
+    """
+    model, tokenizer = load_base_model(base_model, dtype, device, attn_implementation)
+    host = loraloom.attach(model)
+    for name, path in adapters.items():
+        host.load(name, path)
+    return host, tokenizer

@@ -1,0 +1,75 @@
+"""Prompts, and the tokens that a model reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.data.chat import Message
+from loraloom.data.tokenising import encode_texts
+from loraloom.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one completion answers.
+
+    Args:
+        content: A text, or the turns of a conversation.
+        adapter: Name of the adapter that answers; None is the base model.
+        origin: Where it comes from, for messages: a file and line, say.
+    """
+
+    content: str | tuple[Message, ...]
+    adapter: str | None = None
+    origin: str = "prompt"
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, raw: bool = False
+) -> list[int]:
+    """Token ids of a prompt.
+
+    A text is the user's turn in the tokenizer's chat template where there is one, and else is read
+    as it stands.
+
+    Args:
+        tokenizer: BOS is added to a plain text if it adds one itself.
+        prompt: To encode.
+        raw: Read a text as it stands in any case.
+
+    Raises:
+        DataError: If the prompt is empty, or a conversation has no template that it fits.
+    """
+    if isinstance(prompt.content, str) and (raw or not tokenizer.chat_template):
+        ids = encode_texts(tokenizer, [prompt.content])[0]
+    else:
+        text = _render(tokenizer, prompt)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise DataError(f"{prompt.origin}: the prompt must not be empty")
+    return ids
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{prompt.origin}: messages need a chat template and the tokenizer has none; "
+            "write the conversation out as a prompt"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            _messages(prompt.content), tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{prompt.origin}: the messages do not fit the chat template: {error}"
+        ) from error
+    return str(text)
+
+
+def _messages(content: str | Sequence[Message]) -> list[Message]:
+    return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)

@@ -1,0 +1,177 @@
+"""Snapshots of a whole run: every job at one moment, so that a resumed run goes on as if unbroken.
+
+    <output_dir>/.checkpoints/round-00000120/
+        manifest.json    what each job's status, settings and metrics were, and the files' checksums
+        <job>.pt         its weights, optimizer, schedule, half-done step: tensors and plain values
+
+A snapshot appears at once, by a rename. The newest two are kept; a damaged one is passed over.
+Randomness needs no record: it is a function of seed, epoch and sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from loraloom.errors import TrainingError
+from loraloom.train.disk import write_directory
+
+MANIFEST = "manifest.json"
+KEPT_SNAPSHOTS = 2
+
+Status = Literal["running", "finished", "failed"]
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What a snapshot's manifest says of a job.
+
+    Args:
+        status: Whether it goes on.
+        settings: Its section of the run file, all defaults filled in.
+        metrics_bytes: Length of its metrics.jsonl at that moment.
+        sha256: Of its file; None where there is none, before the first step and after the end.
+    """
+
+    status: Status
+    settings: dict[str, Any]
+    metrics_bytes: int = 0
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole run at one moment.
+
+    Args:
+        directory: Where it is.
+        round: Fused steps until then.
+        seconds: Wall time of the training until then.
+        base: The base model and how it computed.
+        jobs: By name.
+    """
+
+    directory: Path
+    round: int
+    seconds: float
+    base: dict[str, Any]
+    jobs: dict[str, JobRecord] = field(default_factory=dict)
+
+    def load_state(self, job: str) -> dict[str, Any] | None:
+        """Read a job's state; None if it had none."""
+        if self.jobs[job].sha256 is None:
+            return None
+        return torch.load(_state_file(self.directory, job), weights_only=True, map_location="cpu")
+
+
+class SnapshotStore:
+    """The snapshots of a run.
+
+    Args:
+        directory: Where they are.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def write(
+        self,
+        round_number: int,
+        seconds: float,
+        base: dict[str, Any],
+        records: Mapping[str, JobRecord],
+        states: Mapping[str, dict[str, Any]],
+        keep: int = KEPT_SNAPSHOTS,
+    ) -> None:
+        """Write a snapshot, then delete old ones.
+
+        Args:
+            round_number: Fused steps so far.
+            seconds: Wall time of the training so far.
+            base: The base model and how it computes.
+            records: Every job's; checksums are filled in.
+            states: Of the jobs that have one.
+            keep: How many snapshots to leave.
+
+        Raises:
+            TrainingError: If the system can't write there.
+        """
+        directory = self.directory / f"round-{round_number:08}"
+
+        def fill(aside: Path) -> None:
+            for name, state in states.items():
+                torch.save(state, _state_file(aside, name))
+            jobs = {name: asdict(record) for name, record in records.items()}
+            for name in states:
+                jobs[name]["sha256"] = _file_hash(_state_file(aside, name))
+            body = {"round": round_number, "seconds": seconds, "base": base, "jobs": jobs}
+            manifest = {"checksum": _json_hash(body), **body}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+        try:
+            write_directory(directory, fill)
+        except OSError as error:
+            raise TrainingError(f"a checkpoint can't be written to {directory}: {error}") from error
+        for old in self._directories()[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def newest(self) -> tuple[Snapshot | None, list[str]]:
+        """Find the newest snapshot that is whole.
+
+        Returns:
+            The snapshot or None, and what was wrong with newer ones.
+        """
+        faults: list[str] = []
+        for directory in self._directories():
+            try:
+                return _read(directory), faults
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+                faults.append(
+                    f"checkpoint {directory} is damaged ({reason}); taking an earlier one"
+                )
+        return None, faults
+
+    def exists(self) -> bool:
+        """Whether there is any snapshot, whole or not."""
+        return bool(self._directories())
+
+    def clear(self) -> None:
+        """Delete all snapshots."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _directories(self) -> list[Path]:
+        return sorted(self.directory.glob("round-*"), reverse=True)
+
+
+def _read(directory: Path) -> Snapshot:
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    body = {name: value for name, value in manifest.items() if name != "checksum"}
+    if manifest["checksum"] != _json_hash(body):
+        raise ValueError(f"{MANIFEST} was changed")
+    jobs = {name: JobRecord(**record) for name, record in body["jobs"].items()}
+    for name, record in jobs.items():
+        file = _state_file(directory, name)
+        if record.sha256 is not None and _file_hash(file) != record.sha256:
+            raise ValueError(f"{file.name} was changed or is not whole")
+    return Snapshot(directory, body["round"], body["seconds"], body["base"], jobs)
+
+
+def _state_file(directory: Path, job: str) -> Path:
+    return directory / f"{job}.pt"
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

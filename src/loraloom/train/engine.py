@@ -1,0 +1,310 @@
+"""The loop: jobs take fused steps together, are measured, saved, and leave when they are done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loraloom.errors import ConfigError, TrainingError
+from loraloom.formats.files import read_adapter
+from loraloom.models.host import Host
+from loraloom.train.checkpoint import KEPT_SNAPSHOTS, JobRecord, Snapshot, Status
+from loraloom.train.evaluation import Evaluation
+from loraloom.train.interruption import Interruption
+from loraloom.train.job import Job, StepReport
+from loraloom.train.outputs import RunDirectory
+from loraloom.train.progress import JobProgress, Progress, describe_metrics
+from loraloom.train.results import JobResult, job_result, read_result, result_card
+from loraloom.train.step import forward_backward
+from loraloom.train.tracking import Tracker, open_trackers, step_metrics
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an engine tells and writes to.
+
+    Args:
+        directory: Of the run's results.
+        progress: Shows the run.
+        trackers: Names of trackers, as in a run file.
+        environment: Goes into each result.json.
+    """
+
+    directory: RunDirectory
+    progress: Progress
+    trackers: tuple[str, ...] = ("jsonl",)
+    environment: Mapping[str, Any] | None = None
+
+
+class Engine:
+    """Jobs that share one base model and its forwards.
+
+    Call `run`; or `step`, `evaluate`, `close` and `save_state` from a loop of one's own.
+
+    Args:
+        host: The base model with the jobs' adapters.
+        jobs: Each with an adapter on the host.
+        evaluation: What jobs are measured on.
+        surroundings: Where results and messages go.
+    """
+
+    def __init__(
+        self, host: Host, jobs: Sequence[Job], evaluation: Evaluation, surroundings: Surroundings
+    ):
+        self.host = host
+        self.jobs = {job.name: job for job in jobs}
+        self.results: dict[str, JobResult] = {}
+        self.round = 0
+        self._order = list(self.jobs)
+        self._settings = {job.name: job.config.model_dump(mode="json") for job in jobs}
+        self._evaluation = evaluation
+        self._directory = surroundings.directory
+        self._progress = surroundings.progress
+        self._environment = dict(surroundings.environment or {})
+        self._tracker_names = surroundings.trackers
+        self._trackers: dict[str, list[Tracker]] = {}
+        self._started_at = time.monotonic()
+        self._save_due = False
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training, earlier parts of a resumed one included."""
+        return time.monotonic() - self._started_at
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The base model and how it computes, as snapshots have it."""
+        return describe_base(self.host)
+
+    def run(self) -> list[JobResult]:
+        """Train until all jobs are done.
+
+        Returns:
+            What became of each job, in their order.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, when everything is saved; at once after another.
+        """
+        self._open_trackers()
+        self._progress.start([_progress_of(job, None) for job in self.jobs.values()])
+        try:
+            with Interruption(self._announce_stop) as interruption:
+                self._loop(interruption)
+        finally:
+            self._progress.stop()
+            for trackers in self._trackers.values():
+                _close_all(trackers)
+        return [self.results[name] for name in self._order]
+
+    def step(self) -> None:
+        """Let every job take its next micro-batch, and its step where that was the last one."""
+        jobs = list(self.jobs.values())
+        if not self.host.training:
+            self.host.train()
+        parts = [job.micro_batch() for job in jobs]
+        losses = forward_backward(self.host, parts, self._evaluation.pad_id)
+        self.round += 1
+        for job, part, loss in zip(jobs, parts, losses, strict=True):
+            try:
+                report = job.accept(part, loss)
+            except TrainingError as error:
+                self._fail(job, error)
+                continue
+            if report is not None:
+                self._report_step(job, report)
+
+    def evaluate(self, jobs: Sequence[Job]) -> None:
+        """Measure jobs between two of their steps, and keep their weights if they are the best."""
+        sound = [job for job in jobs if self._has_sound_weights(job)]
+        for name, metrics in self._evaluation.measure(sound).items():
+            job = self.jobs[name]
+            try:
+                is_best = job.take_evaluation(metrics)
+            except TrainingError as error:
+                self._fail(job, error)
+                continue
+            if is_best:
+                self.host.save(name, self._directory.best(name), overwrite=True)
+            self._report_evaluation(job, metrics)
+        self._save_due = True
+
+    def close(self, job: Job, error: str | None = None) -> JobResult:
+        """Write a job's files and take its adapter off the host.
+
+        The adapter's files are its best weights where an evaluation has chosen any, else the last.
+        """
+        name, directory = job.name, self._directory.job(job.name)
+        self.host.save(name, self._directory.last(name), overwrite=True)
+        if job.selection.step is not None:
+            job.adapter.load_tensors(read_adapter(self._directory.best(name), self.host.base)[1])
+        result = job_result(
+            job,
+            self.host.base,
+            directory,
+            error=error,
+            seconds=self.seconds,
+            environment=self._environment,
+        )
+        card = result_card(result, job, self.host.base)
+        self.host.save(name, directory, card, overwrite=True)
+        result.write(directory)
+        self._leave(job, result)
+        return result
+
+    def save_state(self) -> None:
+        """Write a snapshot of all jobs.
+
+        Raises:
+            TrainingError: If it can't be written.
+        """
+        states = {
+            name: job.state_dict()
+            for name, job in self.jobs.items()
+            if job.position.tokens > 0  # before, the seed says it all
+        }
+        keep = KEPT_SNAPSHOTS if self.jobs else 1
+        records = {name: self._record(name) for name in self._order}
+        store = self._directory.snapshots
+        store.write(self.round, self.seconds, self.base, records, states, keep)
+        self._save_due = False
+
+    def load_state(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot; jobs that it doesn't know begin.
+
+        Raises:
+            ConfigError: If the results of a job that was done are gone.
+        """
+        self.round = snapshot.round
+        self._started_at = time.monotonic() - snapshot.seconds
+        for name, job in list(self.jobs.items()):
+            record = snapshot.jobs.get(name)
+            if record is not None and record.status != "running":
+                self._leave(job, self._read_result(name))
+                continue
+            if record is not None and (state := snapshot.load_state(name)) is not None:
+                job.load_state_dict(state)
+            self._cut_metrics(name, 0 if record is None else record.metrics_bytes)
+
+    def _loop(self, interruption: Interruption) -> None:
+        while self.jobs:
+            if interruption.requested:
+                self.save_state()
+                raise KeyboardInterrupt
+            self._evaluate_due()
+            self._close_complete()
+            if self._save_due:
+                self.save_state()
+            if self.jobs and not interruption.requested:
+                self.step()
+
+    def _evaluate_due(self) -> None:
+        due = [job for job in self.jobs.values() if _is_evaluation_due(job)]
+        if due:
+            self.evaluate(due)
+
+    def _close_complete(self) -> None:
+        for job in [job for job in self.jobs.values() if job.is_complete]:
+            if self._has_sound_weights(job):
+                self._progress.message(f"{job.name}: done, {self.close(job).directory}")
+
+    def _has_sound_weights(self, job: Job) -> bool:
+        """Check a job's weights; end it if they are not finite."""
+        try:
+            job.check_weights()
+        except TrainingError as error:
+            self._fail(job, error)
+            return False
+        return True
+
+    def _fail(self, job: Job, error: TrainingError) -> None:
+        job.restore_proven_weights()
+        self.close(job, str(error))
+        self._progress.message(f"error: {error}")
+
+    def _leave(self, job: Job, result: JobResult) -> None:
+        job.release()
+        self.results[job.name] = result
+        self.host.remove(job.name)
+        del self.jobs[job.name]
+        _close_all(self._trackers.pop(job.name, []))
+        self._save_due = True
+
+    def _report_step(self, job: Job, report: StepReport) -> None:
+        self._log(job, step_metrics(report, self.seconds))
+        self._progress.update(_progress_of(job, report.loss.loss))
+        save_steps = job.config.train.save_steps
+        if save_steps is not None and report.step % save_steps == 0:
+            self._save_due = True
+
+    def _report_evaluation(self, job: Job, metrics: Mapping[str, float]) -> None:
+        step = job.position.step
+        place = {"step": step, "epoch": round(job.order.epochs_after(step), 4)}
+        self._log(job, {**place, **metrics, "seconds": round(self.seconds, 3)})
+        self._progress.message(f"{job.name}: step {step}, {describe_metrics(metrics)}")
+
+    def _log(self, job: Job, metrics: Mapping[str, Any]) -> None:
+        for tracker in self._trackers.get(job.name, ()):
+            tracker.log(metrics)
+
+    def _open_trackers(self) -> None:
+        for name, job in self.jobs.items():
+            directory = self._directory.job(name)
+            directory.mkdir(parents=True, exist_ok=True)
+            first_step = job.position.step + 1
+            self._trackers[name] = open_trackers(self._tracker_names, directory, first_step)
+
+    def _record(self, name: str) -> JobRecord:
+        status: Status = "running"
+        if name in self.results:
+            status = "failed" if self.results[name].error is not None else "finished"
+        metrics = self._directory.metrics(name)
+        size = metrics.stat().st_size if metrics.exists() else 0
+        return JobRecord(status, self._settings[name], size)
+
+    def _read_result(self, name: str) -> JobResult:
+        try:
+            return read_result(self._directory.job(name))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"--resume: job {name} was done, but its result can't be read: {error}; "
+                "give --overwrite to train it again"
+            ) from error
+
+    def _cut_metrics(self, name: str, size: int) -> None:
+        """Forget what was logged after the snapshot: it will be logged again."""
+        metrics = self._directory.metrics(name)
+        if metrics.exists() and metrics.stat().st_size > size:
+            with metrics.open("r+b") as file:
+                file.truncate(size)
+
+    def _announce_stop(self) -> None:
+        self._progress.message("stopping after this step, all saved; Ctrl-C again stops at once")
+
+
+def describe_base(host: Host) -> dict[str, Any]:
+    """Say which base model it is and how it computes, for snapshots."""
+    return {
+        "name": host.base.name_or_path,
+        "fingerprint": host.base.fingerprint,
+        "dtype": str(host.dtype).removeprefix("torch."),
+    }
+
+
+def _is_evaluation_due(job: Job) -> bool:
+    position, eval_steps = job.position, job.config.train.eval_steps
+    is_measured = bool(job.training_set.validation or job.config.eval)
+    if not is_measured or not job.at_boundary or position.evaluated_step == position.step:
+        return False
+    return job.is_complete or (eval_steps is not None and position.step % eval_steps == 0)
+
+
+def _progress_of(job: Job, loss: float | None) -> JobProgress:
+    position = job.position
+    return JobProgress(job.name, position.step, job.total_steps, position.tokens, loss)
+
+
+def _close_all(trackers: Sequence[Tracker]) -> None:
+    for tracker in trackers:
+        tracker.close()

@@ -1,0 +1,304 @@
+"""A job: an adapter with its data, optimizer, schedule, and the place where it stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.config.optimization import SCHEDULERS_ON_METRIC
+from loraloom.config.run import JobConfig
+from loraloom.data.examples import Example
+from loraloom.data.training_set import TrainingSet
+from loraloom.errors import TrainingError
+from loraloom.models.samples import sample_key
+from loraloom.train.optimizers import build_optimizer, build_scheduler
+from loraloom.train.selection import Selection, metric_mode
+from loraloom.train.window import StepOrder, Window
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a job puts into the next forward.
+
+    Args:
+        adapter: Whose rows these are.
+        examples: One a row.
+        sample_keys: Each row's key for dropout and jitter.
+        window: The step that they belong to.
+    """
+
+    adapter: Adapter
+    examples: Sequence[Example]
+    sample_keys: Sequence[int]
+    window: Window
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return sum(len(example.input_ids) for example in self.examples)
+
+
+@dataclass(frozen=True)
+class MicroBatchLoss:
+    """A micro-batch's share of its step: shares add up to the step's figures.
+
+    Args:
+        loss: Sum of its token losses over the labels of the whole step.
+        aux_loss: Router losses, with coefficients, by its share of the step's real tokens.
+        router_entropy: Of the routers, by the same share; None without a router.
+        router_load_cv: Likewise.
+    """
+
+    loss: float
+    aux_loss: float = 0.0
+    router_entropy: float | None = None
+    router_load_cv: float | None = None
+
+    def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
+        return MicroBatchLoss(
+            self.loss + other.loss,
+            self.aux_loss + other.aux_loss,
+            _add(self.router_entropy, other.router_entropy),
+            _add(self.router_load_cv, other.router_load_cv),
+        )
+
+
+def _add(left: float | None, right: float | None) -> float | None:
+    return right if left is None else left if right is None else left + right
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step of a job did."""
+
+    step: int
+    epoch: float
+    loss: MicroBatchLoss
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+
+
+@dataclass
+class Position:
+    """Where a job stands.
+
+    Args:
+        step: Steps done.
+        micro_step: Micro-batches done of the next step.
+        tokens: Real tokens learnt from.
+        loss: Of the micro-batches done of the next step.
+        evaluated_step: The step after which the last evaluation was; 0 for none.
+        metrics: Of that evaluation.
+        stopped_early: The metric no longer gets better.
+    """
+
+    step: int = 0
+    micro_step: int = 0
+    tokens: int = 0
+    loss: dict[str, float | None] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
+    evaluated_step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stopped_early: bool = False
+
+
+class Job:
+    """An adapter that learns.
+
+    Args:
+        config: What the run file says of it.
+        adapter: Its weights, on the host.
+        training_set: Its data.
+
+    Raises:
+        ConfigError: If optimizer or scheduler don't take their arguments.
+    """
+
+    def __init__(self, config: JobConfig, adapter: Adapter, training_set: TrainingSet):
+        self.config = config
+        self.adapter = adapter
+        self.training_set = training_set
+        self.order = StepOrder(training_set, config.train)
+        self.optimizer = build_optimizer(config.train, adapter)
+        self.scheduler = build_scheduler(
+            config.train,
+            self.optimizer,
+            self.total_steps,
+            metric_mode(config.selection_metric),
+            config.name,
+        )
+        self.position = Position()
+        self.selection = Selection(config.selection_metric)
+        self.parameters = dict(adapter.named_parameters())
+        self._window: tuple[int, Window] | None = None
+        self._proven: list[Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the job and of its adapter."""
+        return self.config.name
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the job, unless it is stopped early."""
+        return self.order.total_steps
+
+    @property
+    def window(self) -> Window:
+        """The examples of the step that comes next or is half done."""
+        step = self.position.step
+        if self._window is None or self._window[0] != step:
+            self._window = (step, self.order.window(step))
+        return self._window[1]
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no step is half done."""
+        return self.position.micro_step == 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to learn."""
+        return self.position.step >= self.total_steps or self.position.stopped_early
+
+    @property
+    def learning_rate(self) -> float:
+        """The job's own, without LoRA+'s ratio."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def micro_batch(self) -> MicroBatch:
+        """Return what the job puts into the next forward."""
+        window = self.window
+        examples = window.micro_batch(self.position.micro_step)
+        keys = [sample_key(self.config.seed, window.epoch, one.sample_id) for one in examples]
+        return MicroBatch(self.adapter, examples, keys, window)
+
+    def accept(self, micro_batch: MicroBatch, loss: MicroBatchLoss) -> StepReport | None:
+        """Count a micro-batch whose gradient is there; after the last one of a step, make it.
+
+        Returns:
+            What the step did, if this was its last micro-batch.
+
+        Raises:
+            TrainingError: If the loss or the gradient is not finite. The weights are left alone.
+        """
+        self._check_finite("loss", loss.loss + loss.aux_loss, self.position.step + 1)
+        self._proven = None
+        position = self.position
+        position.micro_step += 1
+        position.tokens += micro_batch.num_tokens
+        total = MicroBatchLoss(**position.loss) + loss  # pyright: ignore[reportArgumentType]
+        position.loss = asdict(total)
+        if position.micro_step < self.window.num_micro_batches:
+            return None
+        return self._make_step(total)
+
+    def take_evaluation(self, metrics: dict[str, float]) -> bool:
+        """Take the results of an evaluation after the last step.
+
+        Returns:
+            Whether the weights are the best so far.
+
+        Raises:
+            TrainingError: If a loss is not finite.
+        """
+        for name, value in metrics.items():
+            self._check_finite(name, value, self.position.step)
+        position, stopping = self.position, self.config.train.early_stopping
+        is_best = self.selection.update(position.step, metrics)
+        position.evaluated_step, position.metrics = position.step, metrics
+        if stopping is not None:
+            position.stopped_early = self.selection.evaluations_since >= stopping.patience
+        if self.config.train.lr_scheduler in SCHEDULERS_ON_METRIC:
+            self.scheduler.step(metrics[self.selection.metric])  # pyright: ignore
+        return is_best
+
+    def check_weights(self) -> None:
+        """Raise a TrainingError if a weight is not finite."""
+        if not all(bool(weight.isfinite().all()) for weight in self.parameters.values()):
+            raise self._error("weights must be finite, got inf or nan", self.position.step)
+
+    def restore_proven_weights(self) -> None:
+        """Go back to the last weights that gave a finite loss.
+
+        They are the present ones, unless no micro-batch went through them since the last step.
+        """
+        if self._proven is not None:
+            _copy_all(self.parameters.values(), self._proven)
+        self.release()
+
+    def release(self) -> None:
+        """Free what only learning needs."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        self._proven = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a later process needs to go on, in tensors and plain values."""
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        return {
+            "weights": {name: p.detach() for name, p in self.parameters.items()},
+            "gradients": grads,
+            "proven": self._proven,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "position": asdict(self.position),
+            "selection": asdict(self.selection),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        _copy_all(self.parameters.values(), state["weights"].values())
+        for name, gradient in state["gradients"].items():
+            self.parameters[name].grad = gradient.to(self.parameters[name].device)
+        self._proven = state["proven"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.position = Position(**state["position"])
+        self.selection = Selection(**state["selection"])
+
+    def _make_step(self, loss: MicroBatchLoss) -> StepReport:
+        grad_norm = self._clip()
+        learning_rate, position = self.learning_rate, self.position
+        # Until a finite loss proves the new weights, the old ones take the place of the gradients.
+        proven = [parameter.detach().clone() for parameter in self.parameters.values()]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._proven = proven
+        if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
+            self.scheduler.step()  # pyright: ignore[reportCallIssue]
+        position.step += 1
+        position.micro_step = 0
+        position.loss = asdict(MicroBatchLoss(0.0))
+        epoch = self.order.epochs_after(position.step)
+        return StepReport(position.step, epoch, loss, learning_rate, grad_norm, position.tokens)
+
+    def _clip(self) -> float:
+        max_norm = self.config.train.max_grad_norm
+        bound = math.inf if max_norm is None else max_norm
+        grad_norm = float(clip_grad_norm_(list(self.parameters.values()), bound))
+        self._check_finite("gradient norm", grad_norm, self.position.step + 1)
+        return grad_norm
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise self._error(f"{what} must be finite, got {value}", step)
+
+    def _error(self, fault: str, step: int) -> TrainingError:
+        return TrainingError(
+            f"job {self.name}, step {step}: {fault}; its last good weights are kept; "
+            "lower learning_rate, or look at the data"
+        )
+
+
+def _copy_all(targets: Any, values: Any) -> None:
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)

@@ -1,0 +1,109 @@
+"""The directory of a run's results, and what may be in it before the run begins.
+
+<output_dir>/<job>/                     the adapter's files, metrics.jsonl, result.json
+<output_dir>/<job>/checkpoints/last/    the adapter after its last step
+<output_dir>/<job>/checkpoints/best/    the adapter at its best evaluation
+<output_dir>/.checkpoints/              what --resume needs
+
+No job can be called .checkpoints: names begin with a letter or digit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraloom.errors import ConfigError
+from loraloom.formats.disk import ADAPTER_FILES
+from loraloom.train.checkpoint import SnapshotStore
+from loraloom.train.results import RESULT_FILE
+from loraloom.train.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY
+
+_CHECKPOINTS = "checkpoints"
+_OWN_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE)
+_OWN_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY)
+
+
+class RunDirectory:
+    """Where a run's results go.
+
+    Args:
+        path: The run file's `output_dir`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.snapshots = SnapshotStore(path / ".checkpoints")
+
+    def job(self, name: str) -> Path:
+        """Directory of a job's results."""
+        return self.path / name
+
+    def last(self, name: str) -> Path:
+        """Directory of a job's last weights."""
+        return self.job(name) / _CHECKPOINTS / "last"
+
+    def best(self, name: str) -> Path:
+        """Directory of a job's best weights."""
+        return self.job(name) / _CHECKPOINTS / "best"
+
+    def metrics(self, name: str) -> Path:
+        """A job's metrics.jsonl."""
+        return self.job(name) / METRICS_FILE
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Check that the run may write here. Nothing is written.
+
+        Raises:
+            ConfigError: If there are results that were not to be resumed or overwritten, there is
+                nothing to resume, or the directory can't be one.
+        """
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other; give one")
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir must be a directory, got the file {self.path}")
+        self._check_writable()
+        if overwrite or not self._has_results():
+            return
+        if not resume:
+            raise ConfigError(
+                f"output_dir must be new or empty, got {self.path}, which has "
+                f"{', '.join(self._entries()[:3])}; name another, or give --resume to go on from "
+                "its checkpoints or --overwrite to replace the jobs' results"
+            )
+        if not self.snapshots.exists():
+            raise ConfigError(
+                f"--resume needs checkpoints, {self.path} has results without any; "
+                "name another output_dir, or give --overwrite"
+            )
+
+    def prepare(self, jobs: Sequence[str]) -> None:
+        """Delete earlier results of these jobs, and all checkpoints of the run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.snapshots.clear()
+        for name in jobs:
+            for file in _OWN_FILES:
+                (self.job(name) / file).unlink(missing_ok=True)
+            for directory in _OWN_DIRECTORIES:
+                shutil.rmtree(self.job(name) / directory, ignore_errors=True)
+
+    def _has_results(self) -> bool:
+        """Whether a run got so far that there is something in the directory."""
+        return bool(self._entries()) or self.snapshots.exists()
+
+    def _entries(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        return sorted(entry.name for entry in self.path.iterdir() if entry.name != ".checkpoints")
+
+    def _check_writable(self) -> None:
+        existing = next(
+            path for path in (self.path, *self.path.absolute().parents) if path.exists()
+        )
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"output_dir must be where files can be written, got {self.path}: "
+                f"{existing} is no directory that can be written to"
+            )

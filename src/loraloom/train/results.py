@@ -1,0 +1,172 @@
+"""What became of a job: result.json and the text of its model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from loraloom.formats.base import BaseInfo
+from loraloom.formats.card import method_name, model_card
+from loraloom.train.disk import write_json
+from loraloom.train.job import Job
+
+RESULT_FILE = "result.json"
+
+Weights = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What became of a job.
+
+    Args:
+        job: Its name.
+        status: finished, stopped early, or failed.
+        error: Why it failed.
+        method: LoRA, DoRA, MixLoRA or MixDoRA.
+        base_model: Name of the base model.
+        num_parameters: Weights that were trained.
+        steps: Steps done.
+        epochs: Passes over the data.
+        tokens: Real tokens learnt from.
+        weights: Which weights the adapter's files hold.
+        metrics: Evaluation of those weights.
+        best: The metric that selects weights, its best value and the step of it.
+        last_metrics: The last evaluation.
+        data: A line for each source of data.
+        seconds: Wall time of the run until the job's end, in which other jobs trained as well.
+        peak_memory_bytes: Of the process (`rss`) and of the accelerator, until then.
+        environment: Versions, device, dtype, command.
+        directory: Where the adapter's files are.
+    """
+
+    job: str
+    status: Literal["finished", "stopped early", "failed"]
+    error: str | None
+    method: str
+    base_model: str
+    num_parameters: int
+    steps: int
+    epochs: float
+    tokens: int
+    weights: Weights
+    metrics: dict[str, float]
+    best: dict[str, Any] | None
+    last_metrics: dict[str, float]
+    data: tuple[str, ...]
+    seconds: float
+    peak_memory_bytes: dict[str, int]
+    environment: dict[str, Any]
+    directory: str = field(default="")
+
+    def write(self, directory: Path) -> None:
+        """Write result.json."""
+        write_json(directory / RESULT_FILE, asdict(self))
+
+
+def read_result(directory: Path) -> JobResult:
+    """Read what `JobResult.write` wrote."""
+    values = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
+    return JobResult(**{**values, "data": tuple(values["data"])})
+
+
+def job_result(
+    job: Job,
+    base: BaseInfo,
+    directory: Path,
+    *,
+    error: str | None,
+    seconds: float,
+    environment: Mapping[str, Any],
+) -> JobResult:
+    """Sum a job up.
+
+    Args:
+        job: At its end.
+        base: The base model.
+        directory: Where its files go.
+        error: Why it failed, if it did.
+        seconds: Wall time so far.
+        environment: See `describe_environment`.
+    """
+    position, selection = job.position, job.selection
+    has_best = selection.step is not None
+    early = "stopped early" if position.step < job.total_steps else "finished"
+    last_metrics = position.metrics if position.evaluated_step == position.step else {}
+    return JobResult(
+        job=job.name,
+        status="failed" if error is not None else early,
+        error=error,
+        method=method_name(job.config.adapter),
+        base_model=base.name_or_path,
+        num_parameters=sum(parameter.numel() for parameter in job.parameters.values()),
+        steps=position.step,
+        epochs=round(job.order.epochs_after(position.step), 4),
+        tokens=position.tokens,
+        weights="best" if has_best else "last",
+        metrics=selection.metrics if has_best else last_metrics,
+        best=_best(job) if has_best else None,
+        last_metrics=last_metrics,
+        data=job.training_set.report,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(),
+        environment=dict(environment),
+        directory=str(directory),
+    )
+
+
+def _best(job: Job) -> dict[str, Any]:
+    selection = job.selection
+    return {"metric": selection.metric, "value": selection.value, "step": selection.step}
+
+
+def result_card(result: JobResult, job: Job, base: BaseInfo) -> str:
+    """Write the README.md of a trained adapter."""
+    which = f"{result.weights} weights of {result.steps} steps"
+    if result.best is not None:
+        which += f", chosen by {result.best['metric']} after step {result.best['step']}"
+    rows = [f"| {name} | {value:.4f} |" for name, value in result.metrics.items()]
+    table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
+    training = f"{result.epochs:g} epochs, {result.tokens:,} tokens, seed {job.config.seed}"
+    return model_card(
+        job.config.adapter,
+        base,
+        name=result.job,
+        data="\n".join(f"- {line}" for line in result.data),
+        results="\n".join([f"The {which} ({training}).", *table]),
+    )
+
+
+def describe_environment(device: torch.device, dtype: torch.dtype, command: str) -> dict[str, Any]:
+    """Say with what a run was made."""
+    packages = ("loraloom", "torch", "transformers", "safetensors")
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in packages},
+        "platform": platform.platform(),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "command": command,
+    }
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """Return the high-water marks of this process's resident memory and of the accelerator's."""
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak

@@ -1,0 +1,98 @@
+"""Which examples a job learns from in a step, and how they are cut into micro-batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from loraloom.config.train import TrainConfig
+from loraloom.data.examples import NO_LOSS, Example
+from loraloom.data.training_set import TrainingSet
+
+
+@dataclass(frozen=True)
+class Window:
+    """The examples of one step.
+
+    Args:
+        epoch: Counted from 0.
+        examples: In the order of the epoch; fewer than batch_size at its end.
+        micro_batch_size: Examples that go through the model at once.
+    """
+
+    epoch: int
+    examples: tuple[Example, ...]
+    micro_batch_size: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forwards that the step takes."""
+        return math.ceil(len(self.examples) / self.micro_batch_size)
+
+    @cached_property
+    def num_labels(self) -> int:
+        """Tokens with a loss, over all micro-batches; what losses are divided by."""
+        return sum(count_labels(example) for example in self.examples)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Real tokens, over all micro-batches."""
+        return sum(len(example.input_ids) for example in self.examples)
+
+    def micro_batch(self, index: int) -> tuple[Example, ...]:
+        """Return the examples of one forward."""
+        start = index * self.micro_batch_size
+        return self.examples[start : start + self.micro_batch_size]
+
+
+def count_labels(example: Example) -> int:
+    """Count the tokens that are predicted: the first one has nothing before it."""
+    return sum(label != NO_LOSS for label in example.labels[1:])
+
+
+class StepOrder:
+    """The windows of a job: a function of the step alone, so that a job can begin anywhere.
+
+    Each epoch has its own order. An epoch's last window takes what is left.
+
+    Args:
+        training_set: The job's data.
+        config: Sizes of batches and micro-batches, and how long the job is.
+    """
+
+    def __init__(self, training_set: TrainingSet, config: TrainConfig):
+        self.training_set = training_set
+        self.config = config
+        self._order: tuple[int, list[int]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which an epoch is seen once."""
+        return math.ceil(self.training_set.epoch_length / self.config.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole job, unless it is stopped early."""
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        return (self.config.num_epochs or 1) * self.steps_per_epoch
+
+    def window(self, step: int) -> Window:
+        """Return the examples of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.config.batch_size
+        indices = self._epoch_order(epoch)[start : start + self.config.batch_size]
+        examples = tuple(self.training_set.examples[index] for index in indices)
+        return Window(epoch, examples, self.config.micro_batch_size)
+
+    def epochs_after(self, step: int) -> float:
+        """Return the passes over the data, as a fraction, after so many steps."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        length = self.training_set.epoch_length
+        return epoch + min(place * self.config.batch_size, length) / length
+
+    def _epoch_order(self, epoch: int) -> list[int]:
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self.training_set.epoch_order(epoch))
+        return self._order[1]

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from loraloom.data.files import read_file
+from loraloom.errors import DataError
+
+ROWS = [{"text": "one", "n": 1}, {"text": "zwei é", "n": 2}]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_json_lines_are_read_in_order(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    assert read_file(write(tmp_path / "a.jsonl", text)) == ROWS
+
+
+def test_gzipped_json_lines_are_read(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode()))
+    assert read_file(path) == ROWS
+
+
+def test_a_json_list_is_read_with_the_line_of_each_row(tmp_path):
+    rows = read_file(write(tmp_path / "a.json", json.dumps(ROWS, indent=2)))
+    assert rows == ROWS
+    assert rows[1].origin.endswith("a.json, line 6")
+
+
+def test_json_lines_named_json_are_read(tmp_path):
+    text = "\n".join(json.dumps(row) for row in ROWS)
+    assert read_file(write(tmp_path / "a.json", text)) == ROWS
+
+
+def test_csv_rows_know_their_line_over_quoted_line_breaks(tmp_path):
+    rows = read_file(write(tmp_path / "a.csv", 'text,n\n"one\nline",1\ntwo,2\n'))
+    assert rows == [{"text": "one\nline", "n": "1"}, {"text": "two", "n": "2"}]
+    assert rows[1].origin.endswith("a.csv, line 4")
+
+
+def test_a_short_csv_row_lacks_the_field(tmp_path):
+    row = read_file(write(tmp_path / "a.csv", "text,label\nonly text\n"))[0]
+    with pytest.raises(DataError, match=r"a.csv, line 2: the row has no field 'label'"):
+        row["label"]
+
+
+def test_a_long_csv_row_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"a.csv, line 2: a row must have at most 1 columns"):
+        read_file(write(tmp_path / "a.csv", "text\none,two\n"))
+
+
+def test_parquet_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist(ROWS), path)
+    rows = read_file(path)
+    assert rows == ROWS
+    assert rows[1].origin.endswith("a.parquet, row 2")
+
+
+def test_plain_text_gives_a_row_a_line(tmp_path):
+    rows = read_file(write(tmp_path / "a.txt", "one\n\ntwo\n"))
+    assert [row["text"] for row in rows] == ["one", "two"]
+
+
+def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
+    text = json.dumps({"text": "a\u2028b"}, ensure_ascii=False)
+    assert read_file(write(tmp_path / "a.jsonl", text)) == [{"text": "a\u2028b"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
+        ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json, line 2: not valid JSON"),
+        ("a.json", '[{"a": 1},\n', "a.json: not valid JSON: the list of rows is not closed"),
+        ("a.jsonl", "\n", "a.jsonl: the file has no rows"),
+        ("a.json", "[]", "a.json: the file has no rows"),
+        ("a.csv", "text,label\n", "a.csv: the file has no rows"),
+        ("a.parquet", "not parquet", "a.parquet: not a Parquet file that can be read"),
+        ("a.jsonl.gz", "not gzip", "a.jsonl.gz: the file can't be read"),
+        ("a.xlsx", "x", "a.xlsx: a data file must end in one of .jsonl, .json, .csv"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path, name, text, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_file(write(tmp_path / name, text))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(DataError, match=r"a.jsonl: the file must be UTF-8 text"):
+        read_file(tmp_path / "a.jsonl")
+
+
+def test_a_missing_file_offers_the_nearest_name(tmp_path):
+    write(tmp_path / "train.jsonl", "{}")
+    with pytest.raises(DataError, match=r"no such file or directory; did you mean 'train.jsonl'\?"):
+        read_file(tmp_path / "trian.jsonl")
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist either"):
+        read_file(tmp_path / "nowhere" / "train.jsonl")

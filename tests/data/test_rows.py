@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from loraloom.data.rows import Row
+from loraloom.errors import DataError
+
+ROW = Row({"question": "Why?", "label": "2", "choices": {"text": ["a", "b"]}}, "some.jsonl, line 7")
+
+
+def test_a_missing_field_is_named_with_file_and_line():
+    message = "some.jsonl, line 7: the row has no field 'answer'; its fields are question, label"
+    with pytest.raises(DataError, match=re.escape(message)):
+        ROW["answer"]
+
+
+def test_get_and_in_do_not_raise():
+    assert ROW.get("answer") is None
+    assert "answer" not in ROW
+
+
+def test_a_field_of_another_type_is_refused():
+    with pytest.raises(DataError, match=r"line 7: field 'choices' must be a string, got {'text'"):
+        ROW.text("choices")
+    with pytest.raises(DataError, match="line 7: field 'question' must be a list of strings"):
+        ROW.texts("question")
+    with pytest.raises(DataError, match="line 7: field 'question' must be an integer, got 'Why"):
+        ROW.integer("question")
+
+
+def test_digits_are_an_integer():
+    assert ROW.integer("label") == 2
+
+
+def test_a_part_of_a_row_knows_its_origin_too():
+    assert ROW.part("choices").texts("text") == ["a", "b"]
+    with pytest.raises(DataError, match="line 7, field 'choices': the row has no field 'label'"):
+        ROW.part("choices")["label"]
+
+
+def test_long_values_are_shortened_in_messages():
+    with pytest.raises(DataError) as caught:
+        Row({"text": ["x" * 1000]}, "f").text("text")
+    assert len(str(caught.value)) < 150

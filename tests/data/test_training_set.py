@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from loraloom.config.data import DataConfig
+from loraloom.data import NO_LOSS, load_training_set
+from loraloom.errors import DataError
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def alpaca(tmp_path):
+    """A file of 40 instructions, all different."""
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(40)]
+    return write_rows(tmp_path / "alpaca.jsonl", rows)
+
+
+@pytest.fixture
+def quiz(tmp_path):
+    """A directory with ten PIQA rows for training and four for validation."""
+    directory = tmp_path / "piqa"
+    directory.mkdir()
+    for split, count in (("train", 10), ("validation", 4)):
+        rows = [
+            {"goal": f"{split} goal {n}", "sol1": "yes", "sol2": "no", "label": n % 2}
+            for n in range(count)
+        ]
+        write_rows(directory / f"{split}.jsonl", rows)
+    return str(tmp_path)
+
+
+def load(tokenizer, *, max_length=64, seed=0, **data):
+    return load_training_set(DataConfig.model_validate(data), tokenizer, max_length, seed)
+
+
+def answer(tokenizer, example):
+    return tokenizer.decode([label for label in example.labels if label != NO_LOSS])
+
+
+def test_instructions_become_examples(tiny_tokenizer, alpaca):
+    loaded = load(tiny_tokenizer, dataset=alpaca, format="instruction", template="plain")
+    text = tiny_tokenizer.decode(loaded.examples[7].input_ids)
+    assert text == "Say 7.\n7<eos>"
+    assert answer(tiny_tokenizer, loaded.examples[7]) == "\n7<eos>"
+    assert [example.sample_id for example in loaded.examples] == list(range(40))
+    assert loaded.validation == []
+
+
+def test_text_and_chat_become_examples(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    turns = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]
+    chat = write_rows(tmp_path / "chat.jsonl", [{"turns": turns}])
+    text = write_rows(tmp_path / "text.jsonl", [{"body": "The sky"}])
+    loaded = load(
+        tiny_tokenizer,
+        mix=[
+            {"dataset": chat, "format": "chat", "fields": {"messages": "turns"}},
+            {"dataset": text, "format": "text", "fields": {"text": "body"}},
+        ],
+    )
+    assert answer(tiny_tokenizer, loaded.examples[0]) == "blue<eos>"
+    assert answer(tiny_tokenizer, loaded.examples[1]) == "The sky<eos>"
+    assert [example.sample_id for example in loaded.examples] == [0, 1]
+
+
+@pytest.mark.parametrize(("scoring", "completion"), [("label", " B<eos>"), ("text", " no<eos>")])
+def test_a_choice_task_is_learnt_in_either_scoring(tiny_tokenizer, quiz, scoring, completion):
+    loaded = load(tiny_tokenizer, max_length=256, task="piqa", path=quiz, scoring=scoring)
+    assert answer(tiny_tokenizer, loaded.examples[1]) == completion
+
+
+def test_the_report_tells_what_was_cut_and_dropped(tiny_tokenizer, tmp_path):
+    rows = [
+        {"instruction": "short", "output": "yes"},
+        {"instruction": "what color is the sky " * 10, "output": "yes"},
+        {"instruction": "short", "output": "what color is the sky " * 10},
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    loaded = load(
+        tiny_tokenizer, max_length=20, dataset=path, format="instruction", template="plain"
+    )
+    tokens = sum(len(example.input_ids) for example in loaded.examples)
+    assert len(loaded.examples) == 2
+    assert loaded.report == (
+        f"{path}: 3 rows, 2 examples, {tokens} tokens, 0 held out; 1 cut or divided to fit "
+        "max_length=20; 1 dropped, their answer is missing or does not fit",
+    )
+
+
+def test_a_source_of_which_nothing_fits_is_refused(tiny_tokenizer, alpaca):
+    with pytest.raises(DataError, match="none of the 40 rows has an answer that fits max_length=2"):
+        load(tiny_tokenizer, max_length=2, dataset=alpaca, format="instruction")
+
+
+def test_a_row_without_its_field_names_file_and_line(tiny_tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}, {"body": "two"}])
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: the row has no field 'text'"):
+        load(tiny_tokenizer, dataset=path, format="text")
+
+
+def test_an_epoch_has_every_example_once_in_an_order_of_its_own(tiny_tokenizer, alpaca):
+    loaded = load(tiny_tokenizer, dataset=alpaca, format="instruction", max_length=256)
+    orders = [loaded.epoch_order(epoch) for epoch in range(3)]
+    assert loaded.epoch_length == 40
+    for order in orders:
+        assert sorted(order) == list(range(40))
+    assert orders[0] != orders[1] != orders[2]
+    assert loaded.epoch_order(1) == orders[1]
+
+
+def test_another_seed_gives_another_order(tiny_tokenizer, alpaca):
+    one, other = (
+        load(tiny_tokenizer, seed=seed, dataset=alpaca, format="instruction", max_length=256)
+        for seed in (0, 1)
+    )
+    assert one.epoch_order(0) != other.epoch_order(0)
+    assert one.examples == other.examples
+
+
+def test_weights_say_how_often_a_source_is_drawn(tiny_tokenizer, alpaca, quiz):
+    loaded = load(
+        tiny_tokenizer,
+        max_length=256,
+        mix=[
+            {"dataset": alpaca, "format": "instruction", "weight": 0.25},
+            {"task": "piqa", "path": quiz, "weight": 2.5},
+        ],
+    )
+    counts = [Counter(loaded.epoch_order(epoch)) for epoch in (0, 1)]
+    for drawn in counts:
+        assert sum(drawn[index] for index in range(40)) == 10
+        assert max(drawn[index] for index in range(40)) == 1
+        assert sorted(drawn[index] for index in range(40, 50)) == [2] * 5 + [3] * 5
+    assert loaded.epoch_length == 35
+    assert set(counts[0]) != set(counts[1])
+
+
+def test_a_fraction_is_held_out_for_good(tiny_tokenizer, alpaca):
+    data = {"dataset": alpaca, "format": "instruction", "validation_fraction": 0.25}
+    loaded = load(tiny_tokenizer, max_length=256, **data)
+    assert (len(loaded.examples), len(loaded.validation)) == (30, 10)
+    ids = [example.sample_id for example in [*loaded.examples, *loaded.validation]]
+    assert sorted(ids) == list(range(40))
+    assert loaded.epoch_length == 30
+    assert load(tiny_tokenizer, max_length=256, **data).validation == loaded.validation
+    assert load(tiny_tokenizer, max_length=256, seed=1, **data).validation != loaded.validation
+
+
+def test_equal_rows_stay_on_one_side(tiny_tokenizer, tmp_path):
+    rows = [{"text": f"row {n % 8}"} for n in range(80)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    loaded = load(tiny_tokenizer, dataset=path, format="text", validation_fraction=0.3)
+    learnt = {example.input_ids for example in loaded.examples}
+    measured = {example.input_ids for example in loaded.validation}
+    assert learnt
+    assert measured
+    assert not learnt & measured
+
+
+def test_too_few_rows_to_hold_any_out_are_refused(tiny_tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}])
+    with pytest.raises(DataError, match=r"validation_fraction=0.5 of 1 rows leaves nothing"):
+        load(tiny_tokenizer, dataset=path, format="text", validation_fraction=0.5)
+
+
+def test_held_out_rows_of_a_task_are_questions_too(tiny_tokenizer, quiz):
+    loaded = load(tiny_tokenizer, max_length=256, task="piqa", path=quiz, validation_fraction=0.2)
+    assert len(loaded.validation_questions) == len(loaded.validation) == 2
+    for question, example in zip(loaded.validation_questions, loaded.validation, strict=True):
+        text = tiny_tokenizer.decode(example.input_ids)
+        right = question.contexts[question.gold] + question.continuations[question.gold]
+        assert text == f"{right}<eos>"
+
+
+def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, quiz):
+    loaded = load(
+        tiny_tokenizer,
+        max_length=256,
+        task="piqa",
+        path=quiz,
+        validation={"task": "piqa", "path": quiz, "scoring": "text"},
+    )
+    assert (len(loaded.examples), len(loaded.validation)) == (10, 4)
+    assert len(loaded.validation_questions) == 4
+    assert loaded.validation_questions[0].contexts[0] == "Question: validation goal 0\nAnswer:"
+    assert loaded.epoch_length == 10
+    assert len(loaded.report) == 2
+
+
+def test_real_data_sets_load(tiny_tokenizer, shared_dir):
+    directory = str(shared_dir / "data" / "dolly_3k")
+    loaded = load(tiny_tokenizer, max_length=512, dataset=directory, format="instruction")
+    assert loaded.report[0].startswith(f"{directory}: 2996 rows, ")
+    assert max(len(example.input_ids) for example in loaded.examples) <= 512
+    end = tiny_tokenizer.eos_token_id
+    assert all(example.labels[-1] == end for example in loaded.examples)

@@ -1,0 +1,79 @@
+"""Questions on a tiny model, and the plain way to score them: one sequence at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loraloom.config.adapter import LoraConfig
+from loraloom.data.examples import ChoiceQuestion
+from loraloom.data.tokenising import encode_pair
+from loraloom.models.host import Host
+from tests.tiny import METHODS, tiny_host
+
+VOCAB_SIZE = 300
+
+
+def scoring_host(
+    family: str = "llama", configs: dict[str, LoraConfig] = METHODS, **changes: Any
+) -> Host:
+    """Make a host in float64 for the tiny tokenizer."""
+    sizes = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 256}
+    return tiny_host(family, configs, **sizes | changes)
+
+
+def question(
+    context: str,
+    answers: Sequence[str],
+    gold: int = 0,
+    index: int = 0,
+    group: str | None = None,
+    normalizers: Sequence[float] | None = None,
+) -> ChoiceQuestion:
+    """Make a question whose choices share their context."""
+    return ChoiceQuestion(
+        task="toy",
+        index=index,
+        contexts=(context,) * len(answers),
+        continuations=tuple(f" {answer}" for answer in answers),
+        labels=tuple("ABCDE"[: len(answers)]),
+        gold=gold,
+        normalizers=tuple(normalizers or [1.0] * len(answers)),
+        group=group,
+    )
+
+
+def some_questions() -> list[ChoiceQuestion]:
+    """Several lengths, numbers of choices, single tokens, and contexts that differ."""
+    return [
+        question("Question: What color is the sky?\nAnswer:", ["blue", "no", "yes and no"]),
+        question("Answer:", ["a", "the", "c", "answer"], gold=2, index=1),
+        question("Please choose the correct one", ["a, b and c", "two"], gold=1, index=2),
+        question("The sky is", ["blue", "a green sea", "x"], index=3),
+        ChoiceQuestion(
+            task="toy",
+            index=4,
+            contexts=("The red", "The green one"),
+            continuations=(" is one", " is one"),
+            labels=("A", "B"),
+            gold=1,
+            normalizers=(1.0, 1.0),
+        ),
+    ]
+
+
+@torch.no_grad()
+def plain_log_likelihoods(
+    host: Host, tokenizer: Any, asked: ChoiceQuestion, adapter: str | None
+) -> list[float]:
+    """Score each choice by itself: no batch, no padding, all logits."""
+    values = []
+    for context, continuation in zip(asked.contexts, asked.continuations, strict=True):
+        given, scored = encode_pair(tokenizer, context, continuation)
+        ids = torch.tensor([given + scored])
+        log_probs = host(ids, adapters=[adapter]).logits[0, :-1].log_softmax(-1)
+        token_log_probs = log_probs.gather(1, ids[0, 1:, None]).squeeze(1)
+        values.append(float(token_log_probs[-len(scored) :].sum()))
+    return values

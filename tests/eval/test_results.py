@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from loraloom.errors import AdapterError
+from loraloom.eval.accuracy import QuestionScore
+from loraloom.eval.results import (
+    TaskScores,
+    check_finite,
+    group_table,
+    results_table,
+    summarise,
+    versions,
+    write_questions,
+    write_results,
+)
+from tests.eval.scoring import question
+
+
+def toy(group=None, task="toy", values=((-1.0, -2.0), (-1.0, -2.0))):
+    golds = (0, 1)
+    scores = [
+        QuestionScore(question("?", ["x", "y"], gold, index, group), tuple(value))
+        for index, (gold, value) in enumerate(zip(golds, values, strict=True))
+    ]
+    return TaskScores(task, "test", {None: scores, "law": scores[:1]})
+
+
+def printed(table):
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_results_are_by_adapter_and_task():
+    results = summarise([toy(), toy(task="other")])
+    assert list(results) == ["base", "law"]
+    assert results["base"]["toy"] == {
+        "accuracy": 0.5,
+        "stderr": 0.5,
+        "num_examples": 2,
+        "split": "test",
+    }
+    assert results["law"]["other"]["stderr"] is None
+
+
+def test_groups_have_results_of_their_own():
+    groups = summarise([toy(group="sums")])["base"]["toy"]["groups"]
+    assert groups == {"sums": {"accuracy": 0.5, "stderr": 0.5, "num_examples": 2}}
+
+
+def test_truncated_questions_are_counted():
+    scores = [QuestionScore(question("?", ["x", "y"]), (-1.0, -2.0), truncated=True)]
+    assert (
+        summarise([TaskScores("toy", "test", {None: scores})])["base"]["toy"]["num_truncated"] == 1
+    )
+
+
+def test_the_file_has_results_beside_their_provenance(tmp_path):
+    write_results(tmp_path / "result.json", [toy()], {"scoring": "text", "versions": versions()})
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["results"] == summarise([toy()])
+    assert written["scoring"] == "text"
+    assert {"loraloom", "python", "torch", "transformers"} == set(written["versions"])
+
+
+def test_every_question_has_a_line(tmp_path):
+    write_questions(tmp_path / "questions.jsonl", [toy()])
+    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert [(line["adapter"], line["index"]) for line in lines] == [
+        ("base", 0),
+        ("base", 1),
+        ("law", 0),
+    ]
+    assert lines[1] == {
+        "task": "toy",
+        "index": 1,
+        "adapter": "base",
+        "chosen": "A",
+        "correct_label": "B",
+        "scores": [-1.0, -2.0],
+    }
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_an_error(value):
+    scores = toy(values=((-1.0, -2.0), (-1.0, value)))
+    with pytest.raises(AdapterError, match="from the base model in toy, question 1"):
+        check_finite(scores)
+    check_finite(toy())
+
+
+def test_the_error_names_the_adapter():
+    scores = {"law": toy(values=((math.nan, -2.0), (0.0, 0.0))).scores["law"]}
+    with pytest.raises(AdapterError, match="from adapter 'law' in toy, question 0"):
+        check_finite(TaskScores("toy", "test", scores))
+
+
+def test_the_table_has_accuracies_with_their_errors():
+    text = printed(results_table([toy(), toy(task="other")]))
+    assert "toy (test)" in text
+    assert "base" in text
+    assert "50.0 ± 50.0 %" in text
+    assert "100.0 %" in text
+
+
+def test_groups_have_a_table_where_there_are_some():
+    assert group_table(toy()) is None
+    table = group_table(toy(group="sums"))
+    assert table is not None
+    text = printed(table)
+    assert "sums" in text
+    assert "law" in text

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import torch
+
+from loraloom.data.tokenising import TokenPair
+from loraloom.eval.rows import collate_rows, make_rows
+
+CPU = torch.device("cpu")
+
+
+def test_choices_with_one_context_share_a_row():
+    (row,) = make_rows([TokenPair([1, 2], [3, 4, 5]), TokenPair([1, 2], [6, 7])], shared=True)
+    assert row.input_ids == [1, 2, 3, 4, 6]
+    assert row.position_ids == [0, 1, 2, 3, 2]
+    assert row.branches == [0, 0, 1, 1, 2]
+    assert row.predictors == [1, 2, 3, 1, 4]
+    assert row.targets == [3, 4, 5, 6, 7]
+    assert row.choices == [0, 0, 0, 1, 1]
+
+
+def test_single_tokens_add_nothing_to_the_context():
+    (row,) = make_rows([TokenPair([1, 2], [label]) for label in (3, 4, 5)], shared=True)
+    assert row.input_ids == [1, 2]
+    assert row.predictors == [1, 1, 1]
+    assert row.choices == [0, 1, 2]
+
+
+def test_different_contexts_have_rows_of_their_own():
+    pairs = [TokenPair([1], [9]), TokenPair([2], [9]), TokenPair([1], [8])]
+    first, second = make_rows(pairs, shared=True)
+    assert (first.choices, second.choices) == ([0, 2], [1])
+
+
+def test_rows_are_not_shared_where_that_is_not_wanted():
+    rows = make_rows([TokenPair([1, 2], [3, 4]), TokenPair([1, 2], [5, 6])], shared=False)
+    assert [row.input_ids for row in rows] == [[1, 2, 3], [1, 2, 5]]
+
+
+def test_a_mask_of_its_own_is_made_for_branches_only():
+    single = make_rows([TokenPair([1, 2], [3, 4]), TokenPair([1, 2], [5])], shared=True)
+    branching = make_rows([TokenPair([1, 2, 6], [3, 4]), TokenPair([1, 2, 6], [5, 7])], shared=True)
+    assert collate_rows(single, torch.float32, CPU).attention_mask.tolist() == [[1, 1, 1]]
+    mask = collate_rows(single + branching, torch.float32, CPU).attention_mask
+    assert mask.shape == (2, 1, 5, 5)
+    visible = (mask[1, 0] == 0).long()
+    assert visible.tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 1],
+    ]
+
+
+def test_no_token_sees_padding():
+    rows = make_rows([TokenPair([1], [2, 3]), TokenPair([1], [4, 5])], shared=True)
+    rows += make_rows([TokenPair([1] * 5, [2, 3]), TokenPair([1] * 5, [4, 5])], shared=True)
+    mask = collate_rows(rows, torch.float32, CPU).attention_mask
+    assert (mask[0, 0, :3, 3:] < 0).all()
+
+
+def test_predictors_count_in_the_flattened_batch():
+    rows = make_rows([TokenPair([1, 2], [3]), TokenPair([4], [5])], shared=False)
+    batch = collate_rows(rows, torch.float32, CPU)
+    assert batch.input_ids.tolist() == [[1, 2], [4, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1], [1, 0]]
+    assert batch.predictors.tolist() == [1, 2]
+    assert batch.targets.tolist() == [3, 5]

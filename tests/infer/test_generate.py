@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.errors import AdapterError, DataError
+from loraloom.infer.generate import generate
+from loraloom.infer.prompts import Prompt
+from loraloom.infer.sampling import SamplingConfig
+from tests.tiny import METHODS, tiny_host
+
+TEXTS = ("one", "Question: yes or no? Answer:", "the sky", "Please choose", "a short answer is")
+
+
+@pytest.fixture(scope="module")
+def host():
+    return tiny_host(vocab_size=300, max_position_embeddings=128, eos_token_id=2)
+
+
+def prompts(texts=TEXTS):
+    names = [None, *METHODS]
+    return [Prompt(text, names[place % len(names)]) for place, text in enumerate(texts)]
+
+
+def completed(host, tokenizer, asked=None, batch_size=16, **settings):
+    sampling = SamplingConfig(**{"max_new_tokens": 8} | settings)
+    asked = prompts() if asked is None else asked
+    return generate(host, tokenizer, asked, sampling, batch_size=batch_size)
+
+
+def test_completions_are_in_the_order_of_the_prompts(host, tiny_tokenizer):
+    together = completed(host, tiny_tokenizer)
+    for prompt, completion in zip(prompts(), together, strict=True):
+        assert completed(host, tiny_tokenizer, [prompt]) == [completion]
+    assert len(set(together)) == len(together)
+
+
+def test_greedy_takes_the_most_likely_token(host, tiny_tokenizer):
+    ids = tiny_tokenizer("the sky", return_tensors="pt")["input_ids"]
+    for _ in range(8):
+        following = host(ids, adapters=["lora"]).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, following], dim=1)
+    expected = tiny_tokenizer.decode(ids[0, -8:])
+    assert completed(host, tiny_tokenizer, [Prompt("the sky", "lora")]) == [expected]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+        {"repetition_penalty": 1.8},
+        {"num_beams": 3},
+    ],
+)
+def test_completions_do_not_depend_on_the_batch(host, tiny_tokenizer, settings):
+    one_batch = completed(host, tiny_tokenizer, **settings)
+    assert completed(host, tiny_tokenizer, batch_size=2, **settings) == one_batch
+
+
+def test_seeds_draw_differently_and_repeat(host, tiny_tokenizer):
+    first, again, other = (
+        completed(host, tiny_tokenizer, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_same_prompt_twice_is_drawn_twice(host, tiny_tokenizer):
+    one, other = completed(host, tiny_tokenizer, [Prompt("one")] * 2, temperature=1.0)
+    assert one != other
+
+
+def test_drawing_leaves_torchs_own_numbers_alone(host, tiny_tokenizer):
+    state = torch.random.get_rng_state()
+    completed(host, tiny_tokenizer, temperature=1.0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_repetition_penalty_reads_no_padding(host, tiny_tokenizer):
+    short, long = Prompt("one", "lora"), Prompt("Please choose the correct answer", "lora")
+    together = completed(host, tiny_tokenizer, [short, long], repetition_penalty=2.5)
+    assert completed(host, tiny_tokenizer, [short], repetition_penalty=2.5) == together[:1]
+
+
+def test_a_completion_ends_before_a_stop_text(host, tiny_tokenizer):
+    whole = completed(host, tiny_tokenizer, [Prompt("the sky")], max_new_tokens=12)[0]
+    stop = whole[len(whole) // 2]
+    cut = completed(host, tiny_tokenizer, [Prompt("the sky")], max_new_tokens=12, stop=(stop,))[0]
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_a_completion_ends_at_an_end_token(host, tiny_tokenizer):
+    ids = tiny_tokenizer("the sky", return_tensors="pt")["input_ids"]
+    out = host.generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    new = out[0, ids.shape[1] :].tolist()
+    tiny_tokenizer.eos_token = tiny_tokenizer.convert_ids_to_tokens(new[2])
+    assert new[2] not in new[:2]
+    expected = tiny_tokenizer.decode(new[:2])
+    assert completed(host, tiny_tokenizer, [Prompt("the sky")]) == [expected]
+
+
+def test_progress_is_told(host, tiny_tokenizer):
+    told = []
+    sampling = SamplingConfig(max_new_tokens=1)
+    generate(
+        host,
+        tiny_tokenizer,
+        prompts(),
+        sampling,
+        batch_size=2,
+        on_progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_no_prompts_give_no_completions(host, tiny_tokenizer):
+    assert completed(host, tiny_tokenizer, []) == []
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error(host, tiny_tokenizer):
+    long = Prompt("one " * 100, origin="a.jsonl, line 2")
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 2: the prompt must have at most 120 tokens"
+    ):
+        completed(host, tiny_tokenizer, [Prompt("one"), long])
+
+
+def test_an_unknown_adapter_is_an_error(host, tiny_tokenizer):
+    with pytest.raises(AdapterError, match="got 'nobody'"):
+        completed(host, tiny_tokenizer, [Prompt("one", "nobody")])

@@ -1,0 +1,138 @@
+"""What a forward reports of its mixtures' routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny import LAYERS, METHODS, changed, padded_mask, tiny_host, tiny_ids
+
+NAMES = ["mixlora", None, "mixdora", "lora", "mixlora"]
+LENGTHS = [7, 5, 3, 7, 2]
+REAL = {"mixlora": 9, "mixdora": 3}
+
+
+def forward(host, **changes):
+    arguments = {"input_ids": tiny_ids(5), "attention_mask": padded_mask(LENGTHS)} | changes
+    return host.hidden(**arguments, adapters=NAMES, sample_keys=range(5))
+
+
+def test_the_record_has_an_entry_for_each_mixture_and_layer():
+    routing = forward(tiny_host()).routing
+    assert routing.keys() == REAL.keys()
+    for layers in routing.values():
+        assert [record.layer for record in layers] == list(range(LAYERS))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_record_has_real_tokens_only(side):
+    routing = forward(tiny_host(), attention_mask=padded_mask(LENGTHS, side)).routing
+    for name, layers in routing.items():
+        config = METHODS[name]
+        for record in layers:
+            assert record.router_logits.shape == (REAL[name], config.num_experts)
+            assert record.selected_experts.shape == (REAL[name], config.top_k)
+            assert record.routing_weights.shape == (REAL[name], config.top_k)
+            assert (record.selected_experts >= 0).all()
+
+
+def test_without_a_mask_all_tokens_are_real():
+    (record, *_) = forward(tiny_host(), attention_mask=None).routing["mixlora"]
+    assert len(record.router_logits) == 14
+
+
+def test_tokens_come_row_by_row():
+    host, ids, mask = tiny_host(), tiny_ids(5), padded_mask(LENGTHS)
+    with torch.no_grad():
+        together = host(ids, mask, NAMES).routing["mixlora"]
+        apart = [
+            host(ids[row : row + 1], mask[row : row + 1], ["mixlora"]).routing["mixlora"]
+            for row in (0, 4)
+        ]
+    for layer in range(LAYERS):
+        expected = torch.cat([routing[layer].router_logits for routing in apart])
+        torch.testing.assert_close(together[layer].router_logits, expected, rtol=0, atol=1e-10)
+
+
+def test_weights_belong_to_the_chosen_logits():
+    for layers in forward(tiny_host()).routing.values():
+        for record in layers:
+            chosen = record.router_logits.gather(1, record.selected_experts)
+            torch.testing.assert_close(record.routing_weights, chosen.softmax(-1))
+
+
+def test_recomputation_adds_nothing_to_the_record():
+    host = tiny_host()
+    host.train().enable_gradient_checkpointing()
+    out = forward(host)
+    before = {name: list(layers) for name, layers in out.routing.items()}
+    loss = out.last_hidden_state.sum()
+    loss = loss + sum(r.router_logits.sum() for layers in before.values() for r in layers)
+    loss.backward()
+    assert {name: len(layers) for name, layers in out.routing.items()} == dict.fromkeys(
+        REAL, LAYERS
+    )
+    assert all(
+        record is kept
+        for name, layers in out.routing.items()
+        for record, kept in zip(layers, before[name], strict=True)
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_router_logits_carry_gradient_to_routers_and_earlier_layers(checkpointing):
+    host = tiny_host()
+    host.train().enable_gradient_checkpointing(checkpointing)
+    last = forward(host).routing["mixlora"][-1]
+    last.router_logits.square().sum().backward()
+    grads = {name: p.grad for name, p in host.adapters["mixlora"].named_parameters()}
+    assert grads[f"layers.{LAYERS - 1}.router.weight"].any()
+    assert grads["layers.0.router.weight"].any()
+    assert grads["layers.0.self_attn.q_proj.lora_A"].any()
+    assert (
+        grads[f"layers.{LAYERS - 1}.mlp.down_proj.lora_A"] is None
+        or not grads[f"layers.{LAYERS - 1}.mlp.down_proj.lora_A"].any()
+    )
+
+
+def test_each_forward_has_its_own_record():
+    host = tiny_host()
+    first, second = forward(host).routing, forward(host).routing
+    assert first["mixlora"] is not second["mixlora"]
+    assert len(first["mixlora"]) == len(second["mixlora"]) == LAYERS
+
+
+def test_a_forward_without_mixtures_records_nothing():
+    host = tiny_host()
+    with torch.no_grad():
+        assert host(tiny_ids(2), adapters=["lora", None]).routing == {}
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_with_a_cache_the_record_has_the_new_tokens():
+    host, ids, mask = tiny_host(), tiny_ids(2), padded_mask([7, 5], "left")
+    names = ["mixlora", "mixlora"]
+    with torch.no_grad():
+        full = host(ids, mask, names).routing["mixlora"]
+        first = host(ids[:, :5], mask[:, :5], names, use_cache=True)
+        rest = host(ids[:, 5:], mask, names, past_key_values=first.past_key_values)
+    for layer in range(LAYERS):
+        assert len(first.routing["mixlora"][layer].router_logits) == 5 + 3
+        expected = full[layer].router_logits[[5, 6, 10, 11]]
+        torch.testing.assert_close(
+            rest.routing["mixlora"][layer].router_logits, expected, rtol=0, atol=1e-10
+        )
+
+
+def test_jitter_changes_the_routers_input_in_training_only():
+    jittery = {"a": changed(METHODS["mixlora"], router_jitter=0.5)}
+    host, plain = tiny_host(configs=jittery), tiny_host(configs={"a": METHODS["mixlora"]})
+    ids, logits = tiny_ids(2), {}
+    for train in (False, True):
+        for kind, each in (("jitter", host), ("plain", plain)):
+            each.train(train)
+            out = each.hidden(ids, adapters=["a", "a"], sample_keys=[1, 2])
+            logits[kind, train] = out.routing["a"][0].router_logits
+    assert torch.equal(logits["jitter", False], logits["plain", False])
+    assert torch.equal(logits["plain", True], logits["plain", False])
+    assert not torch.allclose(logits["jitter", True], logits["plain", True])

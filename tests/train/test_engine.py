@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from loraloom.formats.files import read_adapter
+from loraloom.train.checkpoint import SnapshotStore
+from loraloom.train.engine import Engine
+from loraloom.train.outputs import RunDirectory
+from loraloom.train.results import read_result
+from tests.tiny import relative_error
+from tests.train.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
+
+
+def matrix(max_steps: int = 20):
+    """Jobs of all methods, with other ranks, batches, lengths and ends."""
+    sizes = {"lora": (4, 2, 0), "dora": (6, 6, 4), "mixlora": (4, 4, 0), "mixdora": (3, 1, 7)}
+    configs = [
+        toy_config(
+            method,
+            ADAPTERS[method],
+            seed=seed,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            max_steps=max_steps - shorter,
+            learning_rate=1e-3 * (seed + 1),
+            max_grad_norm=0.5,
+        )
+        for seed, (method, (batch_size, micro_batch_size, shorter)) in enumerate(sizes.items())
+    ]
+    sets = {
+        config.name: toy_set(count=10, seed=seed, longest=6 + 5 * seed)
+        for seed, config in enumerate(configs)
+    }
+    return configs, sets
+
+
+def trained_weights(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
+    jobs = list(engine.jobs.values())
+    engine.run()
+    return {job.name: weights_of(job) for job in jobs}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_jobs_of_all_methods_train_together_as_they_do_alone(tmp_path, dtype):
+    configs, sets = matrix()
+    together = trained_weights(toy_engine(tmp_path / "all", configs, sets, dtype=dtype))
+    for config in configs:
+        directory = tmp_path / config.name
+        alone = trained_weights(toy_engine(directory, [config], sets, dtype=dtype))
+        for name, weight in alone[config.name].items():
+            tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+            assert relative_error(together[config.name][name], weight) < tolerance, name
+
+
+def test_order_of_jobs_does_not_matter(tmp_path):
+    configs, sets = matrix(max_steps=8)
+    forwards = trained_weights(toy_engine(tmp_path / "a", configs, sets))
+    backwards = trained_weights(toy_engine(tmp_path / "b", configs[::-1], sets))
+    for job, weights in forwards.items():
+        for name, weight in weights.items():
+            assert relative_error(backwards[job][name], weight) < 1e-9
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_loss_goes_down(tmp_path, method):
+    config = toy_config("a", ADAPTERS[method], batch_size=8, max_steps=40, learning_rate=2e-2)
+    toy_engine(tmp_path, [config]).run()
+    losses = [line["loss"] for line in read_metrics(tmp_path / "a")]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def read_metrics(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_job_that_is_done_leaves_and_the_others_go_on(tmp_path):
+    configs = [toy_config("short", max_steps=2), toy_config("long", max_steps=5)]
+    engine = toy_engine(tmp_path, configs)
+    results = engine.run()
+    assert [result.steps for result in results] == [2, 5]
+    assert engine.host.adapters == {}
+    assert engine.round == 5
+
+
+def test_epochs_see_every_example_once(tmp_path):
+    config = toy_config("a", batch_size=4, micro_batch_size=2, max_steps=None, num_epochs=3)
+    sets = {"a": toy_set(count=10)}
+    (result,) = toy_engine(tmp_path, [config], sets).run()
+    assert (result.steps, result.epochs) == (9, 3)
+    assert result.tokens == 3 * sum(len(example.input_ids) for example in sets["a"].examples)
+
+
+def with_validation(name: str = "a", **settings):
+    return toy_config(name, data={"task": "skills", "validation_fraction": 0.5}, **settings)
+
+
+def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path):
+    config = with_validation(max_steps=12, learning_rate=0.5, eval_steps=1)
+    engine = toy_engine(tmp_path, [config], {"a": toy_set(num_validation=6)}, dtype=torch.float32)
+    base = engine.host.base
+    (result,) = engine.run()
+    losses = {m["step"]: m["eval/loss"] for m in read_metrics(tmp_path / "a") if "eval/loss" in m}
+    best_step = min(losses, key=losses.__getitem__)
+    assert best_step < 12, "a learning rate this high must hurt"
+    assert result.weights == "best"
+    assert result.best == {"metric": "eval/loss", "value": losses[best_step], "step": best_step}
+    assert result.metrics == {"eval/loss": losses[best_step]}
+    assert result.last_metrics == {"eval/loss": losses[12]}
+
+    directory = RunDirectory(tmp_path)
+    final, best, last = (
+        read_adapter(path, base)[1]
+        for path in (directory.job("a"), directory.best("a"), directory.last("a"))
+    )
+    assert all(torch.equal(final[name], best[name]) for name in best)
+    assert not all(torch.equal(final[name], last[name]) for name in last)
+
+
+def test_final_files_are_the_last_weights_without_an_evaluation(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("a")], dtype=torch.float32)
+    job, base = engine.jobs["a"], engine.host.base
+    (result,) = engine.run()
+    assert (result.weights, result.best) == ("last", None)
+    _, tensors = read_adapter(tmp_path / "a", base)
+    assert all(torch.equal(tensors[name], own) for name, own in job.adapter.tensors().items())
+    assert not (tmp_path / "a/checkpoints/best").exists()
+
+
+def test_evaluation_at_the_end_comes_without_being_asked_for(tmp_path):
+    config = with_validation(max_steps=3)
+    toy_engine(tmp_path, [config], {"a": toy_set(num_validation=3)}).run()
+    steps = [line["step"] for line in read_metrics(tmp_path / "a") if "eval/loss" in line]
+    assert steps == [3]
+
+
+def test_early_stopping_waits_for_its_patience(tmp_path):
+    stopping = {"metric": "eval/skills/accuracy", "patience": 2}
+    task = [{"task": "skills", "limit": 5}]
+    config = toy_config("a", max_steps=20, eval_steps=2, early_stopping=stopping, eval=task)
+    accuracies = iter([0.2, 0.5, 0.5, 0.4])
+    asked = []
+
+    def evaluator(host, tokenizer, questions, adapters):
+        asked.append((list(questions), list(adapters), host.training))
+        return {"a": next(accuracies)}
+
+    engine = toy_engine(tmp_path, [config], evaluator=evaluator)
+    engine._evaluation.questions[config.eval[0]] = []
+    (result,) = engine.run()
+    assert (result.status, result.steps) == ("stopped early", 8)
+    assert result.best == {"metric": "eval/skills/accuracy", "value": 0.5, "step": 4}
+    assert asked == [([], ["a"], False)] * 4
+
+
+def test_jobs_with_the_same_evaluation_are_scored_in_one_call(tmp_path):
+    task = [{"task": "skills", "limit": 5}]
+    configs = [toy_config(name, max_steps=2, eval=task) for name in ("a", "b")]
+    calls = []
+
+    def evaluator(host, tokenizer, questions, adapters):
+        calls.append(list(adapters))
+        return dict.fromkeys(adapters, 0.25)
+
+    engine = toy_engine(tmp_path, configs, evaluator=evaluator)
+    engine._evaluation.questions[configs[0].eval[0]] = []
+    results = engine.run()
+    assert calls == [["a", "b"]]
+    assert results[1].metrics == {"eval/skills/accuracy": 0.25}
+
+
+def poison(job, step: int) -> None:
+    """Spoil an adapter's weights when its job comes to a step."""
+    take = job.micro_batch
+
+    def poisoned():
+        if job.position.step == step - 1:
+            with torch.no_grad():
+                job.parameters[next(iter(job.parameters))].fill_(float("nan"))
+        return take()
+
+    job.micro_batch = poisoned
+
+
+def test_loss_that_is_not_finite_stops_that_job_only(tmp_path):
+    sick = toy_config("sick", ADAPTERS["mixlora"], max_steps=6)
+    configs = [sick, toy_config("well", max_steps=6)]
+    expected = trained_weights(toy_engine(tmp_path / "healthy", configs))
+    engine = toy_engine(tmp_path / "run", configs)
+    sick, well, base = engine.jobs["sick"], engine.jobs["well"], engine.host.base
+    poison(sick, step=4)
+    results = engine.run()
+    assert [result.status for result in results] == ["failed", "finished"]
+    assert "job sick, step 4: loss must be finite, got nan" in results[0].error
+    assert results[0].steps == 3
+    for name, weight in weights_of(well).items():
+        assert relative_error(weight, expected["well"][name]) < 1e-9
+    _, tensors = read_adapter(tmp_path / "run/sick", base)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert read_result(tmp_path / "run/sick").error == results[0].error
+    assert [line["step"] for line in read_metrics(tmp_path / "run/sick")] == [1, 2, 3]
+
+
+def test_divergence_keeps_the_last_weights_that_gave_a_finite_loss(tmp_path):
+    config = toy_config("a", learning_rate=1e200, optimizer="sgd", max_grad_norm=None)
+    engine = toy_engine(tmp_path, [config])
+    job = engine.jobs["a"]
+    initial = weights_of(job)
+    (result,) = engine.run()
+    assert result.status == "failed"
+    assert "step 2: loss must be finite" in result.error
+    assert all(torch.equal(weight, initial[name]) for name, weight in weights_of(job).items())
+
+
+def test_weights_that_the_last_step_broke_are_not_handed_out(tmp_path):
+    config = toy_config("a", optimizer="sgd", max_steps=1, learning_rate=1e308, weight_decay=1e9)
+    engine = toy_engine(tmp_path, [config])
+    job = engine.jobs["a"]
+    with torch.no_grad():
+        for parameter in job.parameters.values():
+            parameter.fill_(1.0)
+    (result,) = engine.run()
+    assert "step 1: weights must be finite" in result.error
+    assert all(bool((weight == 1).all()) for weight in weights_of(job).values())
+
+
+def interrupted(engine: Engine, after_round: int) -> None:
+    """Run an engine and press Ctrl-C in a round."""
+    import os
+    import signal
+
+    step = engine.step
+
+    def stepping():
+        step()
+        if engine.round == after_round:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    engine.step = stepping
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+
+
+def resumed(directory, configs, sets, **options) -> Engine:
+    engine = toy_engine(directory, configs, sets, **options)
+    snapshot, faults = SnapshotStore(directory / ".checkpoints").newest()
+    assert faults == []
+    engine.load_state(snapshot)
+    return engine
+
+
+@pytest.mark.parametrize("stop", [1, 5, 14, 22])
+def test_a_resumed_run_equals_an_unbroken_one_bit_by_bit(tmp_path, stop):
+    configs, sets = matrix(max_steps=16)
+    jobs = {"optimizer": "adamw", "lr_scheduler": "cosine", "eval_steps": 5}
+    configs = [
+        config.model_copy(
+            update={
+                "train": config.train.model_copy(update=jobs),
+                "data": with_validation().data,
+            }
+        )
+        for config in configs
+    ]
+    for name, training_set in sets.items():
+        training_set.validation.extend(toy_set(count=3, seed=len(name)).examples)
+    options = {"dtype": torch.float32}
+    unbroken = trained_weights(toy_engine(tmp_path / "unbroken", configs, sets, **options))
+
+    interrupted(toy_engine(tmp_path / "run", configs, sets, **options), after_round=stop)
+    again = trained_weights(resumed(tmp_path / "run", configs, sets, **options))
+
+    for job, weights in again.items():
+        for name, weight in weights.items():
+            assert torch.equal(weight, unbroken[job][name]), (job, name)
+        for line, other in zip(
+            read_metrics(tmp_path / "run" / job),
+            read_metrics(tmp_path / "unbroken" / job),
+            strict=True,
+        ):
+            assert line | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_ctrl_c_in_the_middle_of_a_step_saves_its_half_done_gradient(tmp_path):
+    config = toy_config("a", batch_size=4, micro_batch_size=1)
+    interrupted(toy_engine(tmp_path, [config]), after_round=6)
+    engine = resumed(tmp_path, [config], {})
+    position = engine.jobs["a"].position
+    assert (position.step, position.micro_step) == (1, 2)
+    assert engine.jobs["a"].parameters["layers.0.self_attn.q_proj.lora_B"].grad is not None
+
+
+def test_resumed_jobs_that_were_done_stay_done(tmp_path):
+    configs = [toy_config("short", max_steps=2), toy_config("long", max_steps=8)]
+    interrupted(toy_engine(tmp_path, configs), after_round=4)
+    engine = resumed(tmp_path, configs, {})
+    assert list(engine.jobs) == ["long"]
+    assert [result.steps for result in engine.run()] == [2, 8]
+
+
+def test_a_finished_run_keeps_no_optimizer_states(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("a", save_steps=1)])
+    engine.run()
+    (snapshot,) = (tmp_path / ".checkpoints").iterdir()
+    assert [path.name for path in snapshot.iterdir()] == ["manifest.json"]
+
+
+def test_save_steps_saves_all_jobs_in_the_same_round(tmp_path):
+    configs = [
+        toy_config("a", save_steps=2),
+        toy_config("b", batch_size=8, micro_batch_size=2, max_steps=9),
+    ]
+    engine = toy_engine(tmp_path, configs)
+    engine.step()
+    engine.step()
+    assert engine._save_due
+    engine.save_state()
+    snapshot, _ = SnapshotStore(tmp_path / ".checkpoints").newest()
+    assert snapshot.round == 2
+    assert snapshot.load_state("a")["position"]["step"] == 2
+    assert snapshot.load_state("b")["position"]["micro_step"] == 2
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+def test_schedulers_on_a_metric_move_after_evaluations(tmp_path, scheduler):
+    args = {"factor": 0.5, "patience": 0, "min_lr": 1e-5}
+    config = with_validation(
+        max_steps=8,
+        eval_steps=1,
+        learning_rate=0.9,
+        lr_scheduler=scheduler,
+        lr_scheduler_args=args,
+    )
+    toy_engine(tmp_path, [config], {"a": toy_set(num_validation=4)}).run()
+    metrics = read_metrics(tmp_path / "a")
+    rates = [line["learning_rate"] for line in metrics if "learning_rate" in line]
+    assert rates[0] == 0.9
+    assert rates[-1] < 0.9
+
+
+def test_metrics_have_their_names(tmp_path):
+    configs = [toy_config("mixture", ADAPTERS["mixlora"], max_steps=1), toy_config("plain")]
+    toy_engine(tmp_path, configs).run()
+    plain = {"step", "epoch", "loss", "aux_loss", "learning_rate", "grad_norm", "tokens", "seconds"}
+    assert set(read_metrics(tmp_path / "plain")[0]) == plain
+    (line,) = read_metrics(tmp_path / "mixture")
+    assert set(line) == plain | {"router/entropy", "router/load_cv"}
+    assert (line["step"], line["epoch"], line["learning_rate"]) == (1, 0.25, 1e-2)
+    assert line["aux_loss"] > 0
+
+
+def test_card_names_data_and_results(tmp_path):
+    config = with_validation(max_steps=2)
+    toy_engine(tmp_path, [config], {"a": toy_set(num_validation=4)}).run()
+    card = (tmp_path / "a/README.md").read_text()
+    assert "toy: 16 rows" in card
+    assert "| eval/loss |" in card
+    assert "chosen by eval/loss after step 2" in card
