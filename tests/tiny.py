@@ -85,9 +85,7 @@ def randomise(adapter: Adapter, seed: int = 0) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3, generator=generator)
-            elif "router" in name:
+            if "lora_B" in name or "router" in name:
                 parameter.normal_(std=0.3, generator=generator)
             elif "magnitude" in name:
                 factors = torch.empty_like(parameter).uniform_(0.5, 2, generator=generator)

@@ -28,7 +28,6 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
 """About equal in trained parameters on SmolLM2-135M: 13.1 and 13.2 million."""
 
 _MIXTURE = "skills-mixlora"
-_NUM_QUESTIONS = 600
 
 
 def quickstart(
@@ -60,7 +59,7 @@ def quickstart(
 
     console = Console()
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
-    questions = load_questions("skills", "text", limit=_NUM_QUESTIONS)
+    questions = load_questions("skills", "text", split="test")
     console.print(f"Loading {base_model} ({dtype})")
     model, tokenizer = load_base_model(base_model, dtype, device)
     host = attach(model)

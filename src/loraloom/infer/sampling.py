@@ -27,8 +27,7 @@ from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import ConfigError
 from loraloom.models.samples import sample_key
 
-
-_ALL = {"top_k": 0, "top_p": 1.0}
+_ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
 """Draw from all tokens."""
 
 

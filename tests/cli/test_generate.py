@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from loraloom.cli import generate as verb
+from loraloom.cli import main as cli
+from tests.infer.saved import save_tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def run(saved, monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "generate", verb.generate)
+    given = ["--base-model", str(saved / "base"), "--device", "cpu", "--max-new-tokens", "6"]
+    return lambda *words: cli.main(["generate", *given, *words])
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_prompt_is_completed_on_the_terminal(run, capsys):
+    assert run("--prompt", "the sky") == 0
+    completion = capsys.readouterr().out
+    assert len(completion) > 1
+    assert completion.endswith("\n")
+
+
+def test_every_adapter_answers_a_prompt(run, saved, capsys):
+    adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
+    assert run("--prompt", "the sky", *adapters) == 0
+    output = capsys.readouterr().out
+    assert output.index("[a]\n") < output.index("[b]\n")
+
+
+def test_a_file_is_completed_row_by_row(run, saved, tmp_path):
+    rows = [{"prompt": "the sky", "id": 7}, {"prompt": "one"}, {"prompt": "one", "adapter": "base"}]
+    path = write_rows(tmp_path / "in.jsonl", *rows)
+    output = tmp_path / "out" / "completions.jsonl"
+    adapter = ["--adapter", f"a={saved / 'lora'}"]
+    assert run("--input", path, "--output", str(output), *adapter) == 0
+    written = read_rows(output)
+    assert [row["adapter"] for row in written] == ["a", "a", "base"]
+    assert [row["prompt"] for row in written] == ["the sky", "one", "one"]
+    assert written[0]["id"] == 7
+    assert written[1]["completion"] != written[2]["completion"]
+
+
+def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):
+    assert run("--input", write_rows(tmp_path / "in.jsonl", {"prompt": "one"})) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert set(row) == {"prompt", "completion", "adapter"}
+
+
+def test_a_prompt_can_be_written_to_a_file(run, tmp_path, capsys):
+    assert run("--prompt", "one", "--output", str(tmp_path / "out.jsonl")) == 0
+    assert read_rows(tmp_path / "out.jsonl")[0]["prompt"] == "one"
+    assert capsys.readouterr().out == ""
+
+
+def test_sampling_options_are_used(run, capsys):
+    options = ["--temperature", "1.5", "--top-p", "0.95", "--top-k", "50"]
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert run("--prompt", "one", "--raw", *options, "--seed", seed) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, "line 1: a row must have either 'prompt' or 'messages'"),
+        ({"prompt": 3}, "line 1: field 'prompt' must be a string"),
+        ({"prompt": "x", "adapter": "c"}, "field 'adapter' must be one of base, a, b, got 'c'"),
+        ({"prompt": "x"}, "field 'adapter' must say which of base, a, b"),
+        ({"messages": [{"role": "user"}]}, "no field 'content'"),
+    ],
+)
+def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
+    adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
+    assert run("--input", write_rows(tmp_path / "in.jsonl", row), *adapters) == 2
+    error = capsys.readouterr().err
+    assert "in.jsonl, line 1" in error
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "either --prompt or --input"),
+        ("--prompt x --input y", "either --prompt or --input"),
+        ("--input nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("--prompt x --adapter a=nowhere", "there is no nowhere"),
+        ("--prompt x --top-p 0.5", "top_p has no effect at temperature 0"),
+        ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be at least 1"),
+        ("--prompt x --output .", "--output must be a file"),
+    ],
+)
+def test_bad_input_is_one_error_before_the_model_is_loaded(
+    run, monkeypatch, capsys, words, message
+):
+    from loraloom.infer import loading
+
+    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
+    assert run(*words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_messages_without_a_template_are_an_error(run, tmp_path, capsys):
+    turns = {"messages": [{"role": "user", "content": "one"}]}
+    assert run("--input", write_rows(tmp_path / "in.jsonl", turns)) == 2
+    assert "in.jsonl, line 1: messages need a chat template" in capsys.readouterr().err
+
+
+def test_the_verb_imports_nothing_heavy():
+    code = (
+        "import sys, loraloom.cli.generate;"
+        "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,31 @@
+"""A tiny base model and adapters on the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loraloom
+from tests.conftest import build_tokenizer
+from tests.tiny import METHODS, randomise, tiny_model
+
+ADAPTERS = ("lora", "mixlora")
+
+
+def save_tiny(directory: Path, **changes: Any) -> Path:
+    """Write `base`, and one adapter directory for each of ADAPTERS, in float32.
+
+    Changes are of the base model's configuration.
+    """
+    sizes = {"vocab_size": 300, "max_position_embeddings": 256}
+    model = tiny_model(dtype=torch.float32, **sizes | changes)
+    model.save_pretrained(directory / "base")
+    build_tokenizer().save_pretrained(directory / "base")
+    host = loraloom.attach(model)
+    for seed, name in enumerate(ADAPTERS):
+        randomise(host.add(name, METHODS[name], seed=seed), seed)
+        host.save(name, directory / name)
+    host.detach()
+    return directory

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from loraloom.errors import AdapterError, FormatError, ModelError
+from loraloom.infer.loading import check_sources, load_host
+from tests.infer.saved import save_tiny
+from tests.tiny import tiny_ids
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("saved"))
+
+
+def test_a_host_has_its_adapters_by_name(saved):
+    adapters = {"a": str(saved / "mixlora"), "b": str(saved / "lora")}
+    host, tokenizer = load_host(str(saved / "base"), adapters, "float32", "cpu", None)
+    assert list(host.adapters) == ["a", "b"]
+    assert len(tokenizer) == host.config.vocab_size
+    logits = host(tiny_ids(1).repeat(3, 1), adapters=[None, "a", "b"]).logits
+    assert not logits[0].allclose(logits[1])
+    assert not logits[1].allclose(logits[2])
+
+
+def test_good_sources_pass(saved):
+    check_sources(str(saved / "base"), {"a": str(saved / "lora")}, "cpu")
+
+
+def test_a_missing_base_model_is_found_before_loading(saved):
+    with pytest.raises(ModelError, match=r"\./nowhere"):
+        check_sources("./nowhere", {}, "cpu")
+
+
+def test_a_missing_adapter_is_found_before_loading(saved):
+    with pytest.raises(FormatError, match="there is no"):
+        check_sources(str(saved / "base"), {"a": str(saved / "nowhere")}, "cpu")
+
+
+def test_a_broken_adapter_is_found_before_loading(saved, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(FormatError, match="must be JSON"):
+        check_sources(str(saved / "base"), {"a": str(tmp_path)}, "cpu")
+
+
+def test_an_adapter_of_another_base_model_is_an_error(saved, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_hidden_layers=1, **sizes))
+    other.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / name).write_bytes((saved / "base" / name).read_bytes())
+    with pytest.raises(AdapterError):
+        load_host(str(tmp_path / "other"), {"a": str(saved / "lora")}, "float32", "cpu", None)
