@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from loraloom.adapters.adapter import BaseLayer, FfnShape
 from loraloom.adapters.low_rank import BaseProjection
-from loraloom.bench.step import StepSetting, adapter_config
+from loraloom.bench.step import StepSetting, adapter_config, fill_B
 from loraloom.models.host import METHODS
 from loraloom.models.layout import make_layout
 from loraloom.models.running import RunningForward, RunningSlot
@@ -94,7 +94,7 @@ def _forward_of(
     step = StepSetting(rank=setting.rank, num_experts=setting.num_experts, top_k=setting.top_k)
     config = adapter_config(case, step).model_copy(update={"target_modules": "ffn"})
     adapter = METHODS[config.method](case, config, [_base_layer(mlp, setting)], torch.float32, 0)
-    _fill_B(adapter)
+    fill_B(adapter)
     slot = RunningSlot()
     block = FfnBlock(slot, 0, mlp, _SHAPE, "act_fn")
 
@@ -130,15 +130,8 @@ def _peft(mlp: LlamaMLP, setting: LayerSetting) -> tuple[Callable[[Tensor], Tens
     trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()  # as get_peft_model does by default
-    _fill_B(mlp)
+    fill_B(mlp)
     return mlp, list[Tensor](trained)
-
-
-def _fill_B(module: nn.Module) -> None:
-    """Give B values, so that gradients are not those of the first step only."""
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.02)
 
 
 def _saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:

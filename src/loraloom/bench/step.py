@@ -75,6 +75,13 @@ def adapter_config(case: str, setting: StepSetting) -> LoraConfig:
     )
 
 
+def fill_B(module: torch.nn.Module) -> None:
+    """Give every lora_B values: at zero a mixture's experts would be alike."""
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+
+
 def _host_step(host: Host, name: str, tokens: Tensor) -> Step:
     adapter = host.adapters[name]
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)

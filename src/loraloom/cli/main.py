@@ -14,7 +14,7 @@ import typer
 from typer.main import get_command
 
 import loraloom
-from loraloom.cli import config, eval, generate, inspect, quickstart, train
+from loraloom.cli import bench, config, eval, generate, inspect, quickstart, train
 from loraloom.errors import LoraloomError
 
 Command = Callable[..., None]
@@ -29,6 +29,7 @@ VERBS: dict[str, Command] = {
 """Verb -> function, in the order of --help."""
 
 GROUPS: dict[str, tuple[str, Mapping[str, Command]]] = {
+    "bench": ("What a layer, a training step and decoding cost.", bench.SUBCOMMANDS),
     "config": ("Run files: their schema, and one in full.", config.SUBCOMMANDS),
 }
 """Verb with verbs of its own -> its help, and the functions of those."""

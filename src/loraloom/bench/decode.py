@@ -1,0 +1,65 @@
+"""Decoding: new tokens a second for rows that share one adapter, or have different ones.
+
+Cases: `base` is transformers' own generate on a model that nothing is attached to; `lora` and
+`mixlora` give every row the same adapter; `mixed` deals four mixtures and the base out by turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraloom.bench.step import StepSetting, adapter_config, fill_B
+from loraloom.models.host import Host
+from loraloom.models.loading import load_base_model
+
+_MIXED = ("mixture-0", "mixture-1", "mixture-2", "mixture-3", None)
+
+
+@dataclass(frozen=True)
+class DecodeSetting:
+    """What is decoded.
+
+    Args:
+        adapter: Base model, rank and mixture.
+        rows: Sequences at once.
+        prompt_length: Tokens of each prompt.
+        new_tokens: Tokens to make.
+    """
+
+    adapter: StepSetting
+    rows: int = 16
+    prompt_length: int = 32
+    new_tokens: int = 32
+
+
+def make_decode(case: str, setting: DecodeSetting) -> Callable[[], object]:
+    """Load a base model and return a function that decodes once.
+
+    Args:
+        case: `base`, `lora`, `mixlora`, `mixdora` or `mixed`.
+        setting: Model and sizes.
+    """
+    model: Any
+    model, _ = load_base_model(setting.adapter.base_model, dtype=setting.adapter.dtype)
+    generator = torch.Generator().manual_seed(0)
+    shape = (setting.rows, setting.prompt_length)
+    prompts = torch.randint(3, model.config.vocab_size, shape, generator=generator)
+    options = {
+        "attention_mask": torch.ones_like(prompts),
+        "min_new_tokens": setting.new_tokens,
+        "max_new_tokens": setting.new_tokens,
+        "do_sample": False,
+    }
+    if case == "base":
+        return lambda: model.generate(prompts, **options)
+    host = Host(model)
+    names = _MIXED if case == "mixed" else (case,)
+    for seed, name in enumerate(filter(None, names)):
+        method = "mixlora" if case == "mixed" else case
+        fill_B(host.add(name, adapter_config(method, setting.adapter), seed))
+    rows = [names[row % len(names)] for row in range(setting.rows)]
+    return lambda: host.generate(prompts, adapters=rows, **options)

@@ -1,0 +1,147 @@
+"""`loraloom bench`: what a layer, a training step and decoding cost, against a named baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loraloom.cli.options import BaseModelOption, DtypeOption
+from loraloom.errors import ConfigError
+from loraloom.models.sources import SMALL_MODEL
+
+if TYPE_CHECKING:
+    from loraloom.bench.report import Figure
+
+CasesOption = Annotated[
+    str, typer.Option("--cases", help="What to measure, with commas; the first is the baseline.")
+]
+RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Timed turns of every case.")]
+RankOption = Annotated[int, typer.Option("--rank", min=1, help="Of LoRA and of each expert.")]
+ExpertsOption = Annotated[int, typer.Option("--num-experts", min=1, help="Of a mixture.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=1, help="Experts that a token uses.")]
+PictureOption = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE", help="Draw the ratios there.")
+]
+
+
+def layer(
+    hidden_size: Annotated[int, typer.Option("--hidden-size", min=1, help="D.")] = 576,
+    ffn_size: Annotated[int, typer.Option("--ffn-size", min=1, help="F.")] = 1536,
+    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="T.")] = 2048,
+    rank: RankOption = 8,
+    num_experts: ExpertsOption = 8,
+    top_k: TopKOption = 2,
+    cases: CasesOption = "peft-lora,frozen,lora,dora,mixlora,mixdora",
+    rounds: RoundsOption = 9,
+    picture: PictureOption = None,
+) -> None:
+    """One FFN layer in bfloat16, forward and backward: time, and activations that it keeps."""
+    names = _names(cases, ("peft-lora", "frozen", "lora", "dora", "mixlora", "mixdora"))
+    from loraloom.bench.layer import LayerSetting, make_layer
+    from loraloom.bench.report import Figure
+    from loraloom.bench.timing import alternate
+
+    setting = LayerSetting(hidden_size, ffn_size, num_tokens, rank, num_experts, top_k)
+    made = {name: make_layer(name, setting) for name in names}
+    timings = alternate({name: one.run for name, one in made.items()}, rounds)
+    figures = [
+        Figure(
+            name,
+            {"ms": 1e3 * timings[name].median_s, "saved MB": made[name].saved_bytes / 1e6},
+        )
+        for name in names
+    ]
+    _show(figures, "ms", picture)
+
+
+def step(
+    base_model: BaseModelOption = SMALL_MODEL,
+    dtype: DtypeOption = "bfloat16",
+    num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of a step.")] = 4,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of each.")] = 256,
+    rank: RankOption = 8,
+    num_experts: ExpertsOption = 8,
+    top_k: TopKOption = 2,
+    cases: CasesOption = "peft-lora,lora,dora,mixlora,mixdora",
+    rounds: RoundsOption = 7,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure peak memory too, a process for each case.")
+    ] = False,
+    picture: PictureOption = None,
+) -> None:
+    """A training step, all linear layers adapted, loss on all tokens: time and peak memory."""
+    names = _names(cases, ("peft-lora", "lora", "dora", "mixlora", "mixdora"))
+    from loraloom.bench.memory import step_peak_rss_bytes
+    from loraloom.bench.report import Figure
+    from loraloom.bench.step import StepSetting, make_step
+    from loraloom.bench.timing import alternate
+
+    setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k)
+    peaks = {name: step_peak_rss_bytes(name, setting) for name in names} if memory else {}
+    timings = alternate({name: make_step(name, setting) for name in names}, rounds)
+    figures = []
+    for name in names:
+        values = {"s": timings[name].median_s}
+        if memory:
+            values["peak GB"] = peaks[name] / 1e9
+        figures.append(Figure(name, values))
+    _show(figures, "s", picture)
+
+
+def decode(
+    base_model: BaseModelOption = SMALL_MODEL,
+    dtype: DtypeOption = "bfloat16",
+    num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences at once.")] = 16,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Of each row.")] = 32,
+    rank: RankOption = 8,
+    num_experts: ExpertsOption = 8,
+    top_k: TopKOption = 2,
+    cases: CasesOption = "base,lora,mixlora,mixdora,mixed",
+    rounds: RoundsOption = 5,
+    picture: PictureOption = None,
+) -> None:
+    """Greedy decoding with a cache: tokens a second."""
+    names = _names(cases, ("base", "lora", "mixlora", "mixdora", "mixed"))
+    from loraloom.bench.decode import DecodeSetting, make_decode
+    from loraloom.bench.report import Figure
+    from loraloom.bench.step import StepSetting
+    from loraloom.bench.timing import alternate
+
+    adapter = StepSetting(base_model, dtype, rank=rank, num_experts=num_experts, top_k=top_k)
+    setting = DecodeSetting(adapter, rows=num_rows, new_tokens=new_tokens)
+    timings = alternate({name: make_decode(name, setting) for name in names}, rounds, warmup=1)
+    tokens = num_rows * new_tokens
+    figures = [Figure(name, {"tokens/s": tokens / timings[name].median_s}) for name in names]
+    _show(figures, "tokens/s", picture)
+
+
+SUBCOMMANDS: Mapping[str, Callable[..., None]] = {"layer": layer, "step": step, "decode": decode}
+
+
+def _names(cases: str, known: tuple[str, ...]) -> list[str]:
+    """Split `--cases`.
+
+    Raises:
+        ConfigError: If one is unknown or none is given.
+    """
+    names = list(dict.fromkeys(name.strip() for name in cases.split(",") if name.strip()))
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ConfigError(
+            f"--cases must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
+        )
+    return names
+
+
+def _show(figures: list[Figure], column: str, picture: Path | None) -> None:
+    from rich.console import Console
+
+    from loraloom.bench.report import plot_ratios, results_table
+
+    baseline = figures[0].case
+    Console().print(results_table(figures, baseline))
+    if picture is not None:
+        plot_ratios(figures, baseline, column, picture)
