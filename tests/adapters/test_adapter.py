@@ -192,6 +192,20 @@ def test_evaluation_sees_weights_that_training_has_changed(change, method):
     assert not torch.equal(logits_of(host), before)
 
 
+def test_an_evaluation_between_backward_and_step_does_not_hide_the_step():
+    host = tiny_host("llama", {"a": METHODS["mixdora"]})
+    adapter = host.adapters["a"]
+    sum(parameter.square().sum() for parameter in adapter.parameters()).backward()
+    before = logits_of(host)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
+    optimizer.step()
+    optimizer.zero_grad()
+    fresh = loraloom.attach(tiny_model("llama"))
+    fresh.add("a", METHODS["mixdora"]).load_tensors(adapter.tensors())
+    assert torch.equal(logits_of(host), logits_of(fresh))
+    assert not torch.equal(logits_of(host), before)
+
+
 def test_evaluation_with_and_without_gradients_is_the_same():
     for method, config in METHODS.items():
         host = tiny_host("llama", {"a": config})

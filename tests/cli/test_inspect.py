@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import typer
-from tests.formats.tiny import llama_base, make_tensors
 from typer.testing import CliRunner
 
 from loraloom.cli.inspect import inspect
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.formats import write_adapter
+from tests.formats.tiny import llama_base, make_tensors
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.formats.tiny import llama_base
 
 from loraloom.formats.base import BaseInfo
+from tests.formats.tiny import llama_base
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from tests.formats.tiny import llama_base
 
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.formats import model_card
 from loraloom.formats.card import method_name
+from tests.formats.tiny import llama_base
 
 
 def front_matter(card: str) -> dict:

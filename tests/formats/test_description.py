@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.formats.tiny import make_tensors
 
 from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import describe, write_adapter
+from tests.formats.tiny import make_tensors
 
 
 def test_a_plain_adapter_is_described(base, tmp_path):

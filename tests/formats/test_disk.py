@@ -6,11 +6,11 @@ import json
 import os
 
 import pytest
-from tests.formats.tiny import assert_same_tensors, make_tensors
 
 from loraloom.config.adapter import LoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import disk, read_adapter, write_adapter
+from tests.formats.tiny import assert_same_tensors, make_tensors
 
 OLD = LoraConfig(rank=2, alpha=2)
 SAME_SHAPES = LoraConfig(rank=2, alpha=4)
@@ -33,7 +33,7 @@ def kill_at(monkeypatch, function: str, call: int) -> None:
     monkeypatch.setattr(disk, function, killed)
 
 
-@pytest.mark.parametrize(("function", "call"), [("save_file", 0), ("_sync", 0), ("_sync", 2)])
+@pytest.mark.parametrize(("function", "call"), [("save_file", 0), ("sync", 0), ("sync", 2)])
 def test_a_first_save_that_fails_leaves_nothing(function, call, base, tmp_path, monkeypatch):
     kill_at(monkeypatch, function, call)
     with pytest.raises(KilledError):
@@ -41,7 +41,7 @@ def test_a_first_save_that_fails_leaves_nothing(function, call, base, tmp_path, 
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("function", "call"), [("save_file", 0), ("_sync", 0), ("_sync", 2)])
+@pytest.mark.parametrize(("function", "call"), [("save_file", 0), ("sync", 0), ("sync", 2)])
 def test_a_save_that_fails_aside_leaves_the_old_adapter(
     function, call, base, tmp_path, monkeypatch
 ):

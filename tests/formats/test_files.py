@@ -8,11 +8,11 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
 
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import hub, read_adapter, write_adapter
+from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
 
 LORA = LoraConfig(rank=2)
 MIXTURE = MixLoraConfig(rank=2, num_experts=2)

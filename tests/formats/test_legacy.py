@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from tests.formats.tiny import assert_same_tensors, make_tensors
 
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
+from tests.formats.tiny import assert_same_tensors, make_tensors
 
 OLD_PROJECTIONS = {"gate_proj": "w1_proj", "down_proj": "w2_proj", "up_proj": "w3_proj"}
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.formats.tiny import assert_same_tensors, make_tensors
 
 from loraloom.config.adapter import LoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter, write_adapter
 from loraloom.formats.contents import AdapterFiles, BaseRecord
 from loraloom.formats.peft import render
+from tests.formats.tiny import assert_same_tensors, make_tensors
 
 CONFIGS = [
     LoraConfig(rank=4, alpha=8),

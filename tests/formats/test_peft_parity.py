@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.formats.tiny import assert_same_tensors, make_tensors
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -21,6 +20,7 @@ from loraloom.config.adapter import LoraConfig
 from loraloom.formats import read_adapter, write_adapter
 from loraloom.formats.base import BaseInfo
 from loraloom.models.families import base_info, base_layers, family_of
+from tests.formats.tiny import assert_same_tensors, make_tensors
 
 CONFIGS = [
     LoraConfig(rank=4, alpha=8, target_modules="attention"),

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
 
 from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import read_adapter, write_adapter
+from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
 
 CONFIGS = [
     MixLoraConfig(rank=4, alpha=8, num_experts=4, target_modules=("q_proj", "up_proj")),

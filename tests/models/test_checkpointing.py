@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -118,6 +119,18 @@ def test_the_base_models_own_dropout_is_off_while_adapters_train(family, checkpo
     first = torch.autograd.grad(states.sum(), weights)
     second = torch.autograd.grad(states_of(host).sum(), weights)
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_a_checkpointed_layer_keeps_no_inputs_of_projections():
+    host, inputs = noisy_host(), []
+    for layer in host.model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args: inputs.append(weakref.ref(args[0]))
+        )
+    host.train().enable_gradient_checkpointing()
+    states = states_of(host)
+    assert [ref() for ref in inputs] == [None] * len(inputs)
+    states.sum().backward()
 
 
 def live_bytes() -> int:

@@ -90,8 +90,8 @@ def evaluate(
     _check_options(tasks, adapters, scoring, compat, no_base)
     from rich.console import Console
 
+    from loraloom.durable import prepare_output
     from loraloom.eval.results import write_questions, write_results
-    from loraloom.infer.disk import prepare_output
     from loraloom.infer.loading import check_sources, load_host
 
     check_sources(base_model, adapters, device)

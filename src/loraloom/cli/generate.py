@@ -82,8 +82,8 @@ def generate(
 ) -> None:
     """Complete a prompt, or every prompt of a file, with the base model or adapters on it."""
     adapters = parse_adapters(adapter)
+    from loraloom.durable import prepare_output
     from loraloom.infer import generate as inference
-    from loraloom.infer.disk import prepare_output
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.infer.sampling import parse_sampling
 
@@ -169,7 +169,7 @@ def _write_rows(
     completions: Sequence[str],
     output: Path | None,
 ) -> None:
-    from loraloom.infer.disk import write_text
+    from loraloom.durable import write_output
 
     lines = [
         json.dumps(
@@ -181,4 +181,4 @@ def _write_rows(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        write_text(output, text)
+        write_output(output, text)

@@ -13,9 +13,9 @@ from typing import Any
 from rich.table import Table
 
 import loraloom
+from loraloom.durable import write_output
 from loraloom.errors import AdapterError
 from loraloom.eval.accuracy import Accuracy, QuestionScore, accuracy, accuracy_by_group
-from loraloom.infer.disk import write_text
 
 BASE = "base"
 """What results call the base model."""
@@ -81,7 +81,7 @@ def write_results(path: Path, tasks: Sequence[TaskScores], provenance: Mapping[s
         ConfigError: If the file can't be written.
     """
     value = {"results": summarise(tasks), **provenance}
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_output(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_questions(path: Path, tasks: Sequence[TaskScores]) -> None:
@@ -91,7 +91,7 @@ def write_questions(path: Path, tasks: Sequence[TaskScores]) -> None:
         ConfigError: If the file can't be written.
     """
     lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in _lines(tasks))
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    write_output(path, "".join(f"{line}\n" for line in lines))
 
 
 def _lines(tasks: Sequence[TaskScores]) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraloom.durable import sync
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats.contents import (
     CARD_FILE,
@@ -144,7 +145,7 @@ def _stage(staging: Path, files: AdapterFiles, card: str) -> None:
     (staging / CARD_FILE).write_text(card, encoding="utf-8")
     shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors makes it 0600
     for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
-        _sync(staging / name)
+        sync(staging / name)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -156,22 +157,11 @@ def _publish(staging: Path, directory: Path) -> None:
     old, new = directory / CONFIG_FILE, staging / CONFIG_FILE
     if old.exists() and old.read_bytes() != new.read_bytes():
         old.unlink()
-        _sync(directory)
+        sync(directory)
     for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
         os.replace(staging / name, directory / name)
-        _sync(directory)
+        sync(directory)
     (directory / PICKLE_FILE).unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or, where the system can, a directory to the disk."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_if_empty(directory: Path) -> None:

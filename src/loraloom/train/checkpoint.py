@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import torch
 
+from loraloom.durable import write_directory
 from loraloom.errors import TrainingError
-from loraloom.train.disk import write_directory
 
 MANIFEST = "manifest.json"
 KEPT_SNAPSHOTS = 2

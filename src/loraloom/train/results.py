@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
+from loraloom.durable import write_json
 from loraloom.formats.base import BaseInfo
 from loraloom.formats.card import method_name, model_card
-from loraloom.train.disk import write_json
 from loraloom.train.job import Job
 
 RESULT_FILE = "result.json"

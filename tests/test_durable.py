@@ -4,28 +4,28 @@ import os
 
 import pytest
 
+from loraloom.durable import prepare_output, write_output
 from loraloom.errors import ConfigError
-from loraloom.infer.disk import prepare_output, write_text
 
 
 def test_text_is_written_and_replaced(tmp_path):
     path = tmp_path / "a.txt"
-    write_text(path, "old")
-    write_text(path, "neu, größer\n")
+    write_output(path, "old")
+    write_output(path, "neu, größer\n")
     assert path.read_text(encoding="utf-8") == "neu, größer\n"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_file_that_cannot_be_replaced_stays_and_nothing_is_left_over(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    write_text(path, "old")
+    write_output(path, "old")
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(ConfigError, match=r"a\.txt can't be written: disk full"):
-        write_text(path, "new")
+        write_output(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
