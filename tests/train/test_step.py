@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.data.examples import NO_LOSS, Example, collate
 from loraloom.models.host import Host
-from loraloom.train.job import Job, MicroBatchLoss
+from loraloom.train.job import Job
+from loraloom.train.micro_batch import MicroBatchLoss
 from loraloom.train.step import forward_backward, label_losses
 from tests.tiny import METHODS, relative_error
 from tests.train.toy import (

@@ -187,6 +187,7 @@ def _score_rows(host: Host, rows: Sequence[TokenRow], adapters: Sequence[str | N
         batch.input_ids.repeat(copies, 1),
         mask.repeat(copies, *[1] * (mask.dim() - 1)),
         [name for name in adapters for _ in rows],
+        token_mask=batch.token_mask.repeat(copies, 1),
         position_ids=batch.position_ids.repeat(copies, 1),
     ).last_hidden_state
     by_adapter = hidden_states.view(copies, -1, hidden_states.shape[-1])  # (A, B L, D)

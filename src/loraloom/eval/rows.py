@@ -48,12 +48,14 @@ class RowBatch:
     """Rows padded on the right, as the model takes them.
 
     `attention_mask` is [B, L] where no row branches, else the mask to add to attention scores,
-    [B, 1, L, L]. `predictors` counts in the flattened batch.
+    [B, 1, L, L]. `token_mask` is 1 at tokens, 0 at padding. `predictors` counts in the flattened
+    batch.
     """
 
     input_ids: Tensor  # (B, L)
     position_ids: Tensor  # (B, L)
     attention_mask: Tensor
+    token_mask: Tensor  # (B, L)
     predictors: Tensor  # (N,)
     targets: Tensor  # (N,)
 
@@ -97,9 +99,8 @@ def collate_rows(rows: Sequence[TokenRow], dtype: torch.dtype, device: torch.dev
     """
     length = max(len(row.input_ids) for row in rows)
     branches = _padded([row.branches for row in rows], length, _PADDING)
-    if all(len(set(row.branches)) <= 2 for row in rows):
-        mask = (branches != _PADDING).long()
-    else:
+    token_mask = mask = (branches != _PADDING).long()
+    if any(len(set(row.branches)) > 2 for row in rows):
         mask = _branching_mask(branches, dtype)
     predictors = [
         place * length + predictor for place, row in enumerate(rows) for predictor in row.predictors
@@ -108,6 +109,7 @@ def collate_rows(rows: Sequence[TokenRow], dtype: torch.dtype, device: torch.dev
         input_ids=_padded([row.input_ids for row in rows], length, 0).to(device),
         position_ids=_padded([row.position_ids for row in rows], length, 0).to(device),
         attention_mask=mask.to(device),
+        token_mask=token_mask.to(device),
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor([t for row in rows for t in row.targets], device=device),
     )

@@ -231,10 +231,21 @@ class Host:
         attention_mask: Tensor | None = None,
         adapters: Sequence[str | None] | None = None,
         sample_keys: Sequence[int] | None = None,
+        token_mask: Tensor | None = None,
         **model_inputs: Any,
     ) -> HiddenOutput:
-        """Run rows up to the final norm; arguments and errors as in calling the host."""
-        forward = self._forward(input_ids, attention_mask, adapters, sample_keys)
+        """Run rows up to the final norm; other arguments and errors as in calling the host.
+
+        Args:
+            input_ids: Tokens, [B, L].
+            attention_mask: Padding mask, or a mask of your own to add to attention scores.
+            adapters: A name or None for each row.
+            sample_keys: A key for each row's dropout.
+            token_mask: 1 at real tokens, [B, L], where the attention mask doesn't say it.
+            model_inputs: Passed to the base model.
+        """
+        real = attention_mask if token_mask is None else token_mask
+        forward = self._forward(input_ids, real, adapters, sample_keys)
         model_inputs.setdefault("use_cache", False)
         with self._slot.running(forward):
             out = self.model.base_model(

@@ -1,6 +1,6 @@
 """Snapshots of a whole run: every job at one moment, so that a resumed run goes on as if unbroken.
 
-    <output_dir>/.checkpoints/round-00000120/
+    <output_dir>/.checkpoints/snapshot-000007/
         manifest.json    what each job's status, settings and metrics were, and the files' checksums
         <job>.pt         its weights, optimizer, schedule, half-done step: tensors and plain values
 
@@ -103,7 +103,7 @@ class SnapshotStore:
         Raises:
             TrainingError: If the system can't write there.
         """
-        directory = self.directory / f"round-{round_number:08}"
+        directory = self.directory / f"snapshot-{self._next_number():06}"
 
         def fill(aside: Path) -> None:
             for name, state in states.items():
@@ -134,9 +134,7 @@ class SnapshotStore:
                 return _read(directory), faults
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-                faults.append(
-                    f"checkpoint {directory} is damaged ({reason}); taking an earlier one"
-                )
+                faults.append(f"checkpoint {directory} is damaged ({reason}); passing it over")
         return None, faults
 
     def exists(self) -> bool:
@@ -147,8 +145,12 @@ class SnapshotStore:
         """Delete all snapshots."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def _next_number(self) -> int:
+        newest = next(iter(self._directories()), None)
+        return 1 if newest is None else int(newest.name.rpartition("-")[2]) + 1
+
     def _directories(self) -> list[Path]:
-        return sorted(self.directory.glob("round-*"), reverse=True)
+        return sorted(self.directory.glob("snapshot-*"), reverse=True)
 
 
 def _read(directory: Path) -> Snapshot:

@@ -13,12 +13,13 @@ from loraloom.models.host import Host
 from loraloom.train.checkpoint import KEPT_SNAPSHOTS, JobRecord, Snapshot, Status
 from loraloom.train.evaluation import Evaluation
 from loraloom.train.interruption import Interruption
-from loraloom.train.job import Job, StepReport
+from loraloom.train.job import Job
+from loraloom.train.micro_batch import StepReport
 from loraloom.train.outputs import RunDirectory
-from loraloom.train.progress import JobProgress, Progress, describe_metrics
+from loraloom.train.progress import Progress
+from loraloom.train.reporting import Reporter
 from loraloom.train.results import JobResult, job_result, read_result, result_card
 from loraloom.train.step import forward_backward
-from loraloom.train.tracking import Tracker, open_trackers, step_metrics
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Engine:
         self._settings = {job.name: job.config.model_dump(mode="json") for job in jobs}
         self._evaluation = evaluation
         self._directory = surroundings.directory
-        self._progress = surroundings.progress
         self._environment = dict(surroundings.environment or {})
-        self._tracker_names = surroundings.trackers
-        self._trackers: dict[str, list[Tracker]] = {}
+        self._reporter = Reporter(
+            surroundings.directory, surroundings.progress, surroundings.trackers
+        )
         self._started_at = time.monotonic()
         self._save_due = False
 
@@ -87,15 +88,12 @@ class Engine:
         Raises:
             KeyboardInterrupt: After Ctrl-C, when everything is saved; at once after another.
         """
-        self._open_trackers()
-        self._progress.start([_progress_of(job, None) for job in self.jobs.values()])
+        self._reporter.start(list(self.jobs.values()))
         try:
             with Interruption(self._announce_stop) as interruption:
                 self._loop(interruption)
         finally:
-            self._progress.stop()
-            for trackers in self._trackers.values():
-                _close_all(trackers)
+            self._reporter.stop()
         return [self.results[name] for name in self._order]
 
     def step(self) -> None:
@@ -127,7 +125,7 @@ class Engine:
                 continue
             if is_best:
                 self.host.save(name, self._directory.best(name), overwrite=True)
-            self._report_evaluation(job, metrics)
+            self._reporter.evaluation(job, metrics, self.seconds)
         self._save_due = True
 
     def close(self, job: Job, error: str | None = None) -> JobResult:
@@ -185,12 +183,14 @@ class Engine:
                 continue
             if record is not None and (state := snapshot.load_state(name)) is not None:
                 job.load_state_dict(state)
-            self._cut_metrics(name, 0 if record is None else record.metrics_bytes)
+            self._reporter.forget_after(name, 0 if record is None else record.metrics_bytes)
+        self._save_due = False
 
     def _loop(self, interruption: Interruption) -> None:
         while self.jobs:
             if interruption.requested:
                 self.save_state()
+                self._reporter.message("saved; --resume goes on from here")
                 raise KeyboardInterrupt
             self._evaluate_due()
             self._close_complete()
@@ -207,7 +207,7 @@ class Engine:
     def _close_complete(self) -> None:
         for job in [job for job in self.jobs.values() if job.is_complete]:
             if self._has_sound_weights(job):
-                self._progress.message(f"{job.name}: done, {self.close(job).directory}")
+                self._reporter.message(f"{job.name}: done, {self.close(job).directory}")
 
     def _has_sound_weights(self, job: Job) -> bool:
         """Check a job's weights; end it if they are not finite."""
@@ -221,47 +221,27 @@ class Engine:
     def _fail(self, job: Job, error: TrainingError) -> None:
         job.restore_proven_weights()
         self.close(job, str(error))
-        self._progress.message(f"error: {error}")
+        self._reporter.message(f"error: {error}")
 
     def _leave(self, job: Job, result: JobResult) -> None:
         job.release()
         self.results[job.name] = result
         self.host.remove(job.name)
         del self.jobs[job.name]
-        _close_all(self._trackers.pop(job.name, []))
+        self._reporter.end(job.name)
         self._save_due = True
 
     def _report_step(self, job: Job, report: StepReport) -> None:
-        self._log(job, step_metrics(report, self.seconds))
-        self._progress.update(_progress_of(job, report.loss.loss))
+        self._reporter.step(job, report, self.seconds)
         save_steps = job.config.train.save_steps
         if save_steps is not None and report.step % save_steps == 0:
             self._save_due = True
-
-    def _report_evaluation(self, job: Job, metrics: Mapping[str, float]) -> None:
-        step = job.position.step
-        place = {"step": step, "epoch": round(job.order.epochs_after(step), 4)}
-        self._log(job, {**place, **metrics, "seconds": round(self.seconds, 3)})
-        self._progress.message(f"{job.name}: step {step}, {describe_metrics(metrics)}")
-
-    def _log(self, job: Job, metrics: Mapping[str, Any]) -> None:
-        for tracker in self._trackers.get(job.name, ()):
-            tracker.log(metrics)
-
-    def _open_trackers(self) -> None:
-        for name, job in self.jobs.items():
-            directory = self._directory.job(name)
-            directory.mkdir(parents=True, exist_ok=True)
-            first_step = job.position.step + 1
-            self._trackers[name] = open_trackers(self._tracker_names, directory, first_step)
 
     def _record(self, name: str) -> JobRecord:
         status: Status = "running"
         if name in self.results:
             status = "failed" if self.results[name].error is not None else "finished"
-        metrics = self._directory.metrics(name)
-        size = metrics.stat().st_size if metrics.exists() else 0
-        return JobRecord(status, self._settings[name], size)
+        return JobRecord(status, self._settings[name], self._reporter.metrics_bytes(name))
 
     def _read_result(self, name: str) -> JobResult:
         try:
@@ -272,15 +252,8 @@ class Engine:
                 "give --overwrite to train it again"
             ) from error
 
-    def _cut_metrics(self, name: str, size: int) -> None:
-        """Forget what was logged after the snapshot: it will be logged again."""
-        metrics = self._directory.metrics(name)
-        if metrics.exists() and metrics.stat().st_size > size:
-            with metrics.open("r+b") as file:
-                file.truncate(size)
-
     def _announce_stop(self) -> None:
-        self._progress.message("stopping after this step, all saved; Ctrl-C again stops at once")
+        self._reporter.message("saving everything after this step; Ctrl-C again stops at once")
 
 
 def describe_base(host: Host) -> dict[str, Any]:
@@ -298,13 +271,3 @@ def _is_evaluation_due(job: Job) -> bool:
     if not is_measured or not job.at_boundary or position.evaluated_step == position.step:
         return False
     return job.is_complete or (eval_steps is not None and position.step % eval_steps == 0)
-
-
-def _progress_of(job: Job, loss: float | None) -> JobProgress:
-    position = job.position
-    return JobProgress(job.name, position.step, job.total_steps, position.tokens, loss)
-
-
-def _close_all(trackers: Sequence[Tracker]) -> None:
-    for tracker in trackers:
-        tracker.close()

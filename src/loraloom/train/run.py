@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 import loraloom
 from loraloom.config.run import JobConfig, RunConfig
 from loraloom.data.training_set import TrainingSet, load_training_set
-from loraloom.errors import ConfigError, LoraloomError
+from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.train.checkpoint import Snapshot
@@ -90,6 +90,8 @@ def train_on_host(
     snapshot, faults = directory.snapshots.newest() if resume else (None, [])
     if snapshot is not None:
         _check_same_run(snapshot, run, describe_base(host))
+    elif faults:
+        raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
     evaluation = Evaluation(host, tokenizer, evaluator)
     jobs = _build_jobs(host, tokenizer, run.jobs)
     evaluation.read(run.jobs)
@@ -128,10 +130,20 @@ def _build_jobs(
                 training_sets[key] = load_training_set(
                     config.data, tokenizer, config.train.max_length, config.seed
                 )
+            _check_enough(config, training_sets[key])
             jobs.append(Job(config, adapter, training_sets[key]))
         except LoraloomError as error:
             raise type(error)(f"job {config.name}: {error}") from error
     return jobs
+
+
+def _check_enough(config: JobConfig, training_set: TrainingSet) -> None:
+    missing = "learn from" if not training_set.examples else "measure eval/loss on"
+    if not training_set.examples or (config.data.has_validation and not training_set.validation):
+        raise DataError(
+            f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
+            "give more rows, or raise max_length"
+        )
 
 
 def _describe_data(jobs: Sequence[Job]) -> list[str]:

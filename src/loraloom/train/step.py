@@ -20,7 +20,7 @@ from loraloom.models.host import Host
 from loraloom.routing.losses import router_loss
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_statistics
-from loraloom.train.job import MicroBatch, MicroBatchLoss
+from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.train.window import count_labels
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loraloom.errors import ConfigError
-from loraloom.train.job import StepReport
+from loraloom.train.micro_batch import StepReport
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"

@@ -1,0 +1,83 @@
+"""What a run says while it goes on: metrics to trackers, lines to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loraloom.train.job import Job
+from loraloom.train.micro_batch import StepReport
+from loraloom.train.outputs import RunDirectory
+from loraloom.train.progress import JobProgress, Progress, describe_metrics
+from loraloom.train.tracking import Tracker, open_trackers, step_metrics
+
+
+class Reporter:
+    """Tells trackers and the user how jobs get on.
+
+    Args:
+        directory: Of the run's results.
+        progress: Shows the run.
+        tracker_names: As in a run file.
+    """
+
+    def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: tuple[str, ...]):
+        self._directory = directory
+        self._progress = progress
+        self._tracker_names = tracker_names
+        self._trackers: dict[str, list[Tracker]] = {}
+
+    def start(self, jobs: Iterable[Job]) -> None:
+        """Open the trackers of jobs and begin to show them."""
+        for job in jobs:
+            directory, first_step = self._directory.job(job.name), job.position.step + 1
+            directory.mkdir(parents=True, exist_ok=True)
+            self._trackers[job.name] = open_trackers(self._tracker_names, directory, first_step)
+        self._progress.start([_progress_of(job, None) for job in jobs])
+
+    def step(self, job: Job, report: StepReport, seconds: float) -> None:
+        """Tell what a step did."""
+        self._log(job.name, step_metrics(report, seconds))
+        self._progress.update(_progress_of(job, report.loss.loss))
+
+    def evaluation(self, job: Job, metrics: Mapping[str, float], seconds: float) -> None:
+        """Tell what was measured after a job's last step."""
+        step = job.position.step
+        place = {"step": step, "epoch": round(job.order.epochs_after(step), 4)}
+        self._log(job.name, {**place, **metrics, "seconds": round(seconds, 3)})
+        self.message(f"{job.name}: step {step}, {describe_metrics(metrics)}")
+
+    def message(self, text: str) -> None:
+        """Say something to the user."""
+        self._progress.message(text)
+
+    def end(self, job_name: str) -> None:
+        """Close a job's trackers."""
+        for tracker in self._trackers.pop(job_name, ()):
+            tracker.close()
+
+    def stop(self) -> None:
+        """Close all trackers and show nothing more."""
+        self._progress.stop()
+        for name in list(self._trackers):
+            self.end(name)
+
+    def metrics_bytes(self, job_name: str) -> int:
+        """Return the length of a job's metrics.jsonl."""
+        metrics = self._directory.metrics(job_name)
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    def forget_after(self, job_name: str, num_bytes: int) -> None:
+        """Cut a job's metrics.jsonl: what followed will be logged again."""
+        if self.metrics_bytes(job_name) > num_bytes:
+            with self._directory.metrics(job_name).open("r+b") as file:
+                file.truncate(num_bytes)
+
+    def _log(self, job_name: str, metrics: Mapping[str, Any]) -> None:
+        for tracker in self._trackers.get(job_name, ()):
+            tracker.log(metrics)
+
+
+def _progress_of(job: Job, loss: float | None) -> JobProgress:
+    position = job.position
+    return JobProgress(job.name, position.step, job.total_steps, position.tokens, loss)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraloom.cli import main as cli
+from loraloom.train.engine import Engine
+from tests.train.saved import run_settings, save_inputs, write_run_file
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def run_file(inputs, tmp_path):
+    return str(write_run_file(tmp_path / "run.yaml", run_settings(inputs, tmp_path / "out")))
+
+
+def test_train_writes_adapters_and_prints_a_table(run_file, tmp_path, capsys):
+    assert cli.main(["train", run_file]) == 0
+    printed = capsys.readouterr().out
+    assert "mixture: step 4, eval/arc_easy/accuracy" in printed
+    assert "4 (finished)" in printed
+    for name in ("plain", "mixture"):
+        result = json.loads((tmp_path / "out" / name / "result.json").read_text())
+        assert result["status"] == "finished"
+
+
+def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):
+    words = ["--set", "jobs.0.train.max_steps=1", "--set", "jobs.1.train.max_steps=2"]
+    assert cli.main(["train", run_file, *words, "--dtype", "bfloat16"]) == 0
+    results = [
+        json.loads((tmp_path / "out" / name / "result.json").read_text())
+        for name in ("plain", "mixture")
+    ]
+    assert [result["steps"] for result in results] == [1, 2]
+    assert results[0]["environment"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "jobs.0.train.learnin_rate=1"], "learning_rate"),
+        (["--dtype", "float16"], "loss scaling"),
+        (["--set", "jobs.1.adapter.top_k=9"], "top_k must be in [1, num_experts=4], got 9"),
+        (["--set", "base_model=gone/"], "gone/"),
+        (["--resume", "--overwrite"], "exclude each other"),
+    ],
+)
+def test_a_fault_is_one_message_and_code_2_and_nothing_is_written(
+    run_file, tmp_path, capsys, words, message
+):
+    assert cli.main(["train", run_file, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_directory_needs_resume_or_overwrite(run_file, tmp_path, capsys):
+    (tmp_path / "out/plain").mkdir(parents=True)
+    assert cli.main(["train", run_file]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main(["train", run_file, "--overwrite"]) == 0
+
+
+def test_a_job_that_fails_gives_code_2_and_the_others_are_trained(run_file, tmp_path, capsys):
+    words = ["--set", "jobs.0.train.learning_rate=1e30", "--set", "jobs.0.train.max_grad_norm=null"]
+    assert cli.main(["train", run_file, *words]) == 2
+    assert "error: job plain, step 2: loss must be finite" in capsys.readouterr().err
+    statuses = [
+        json.loads((tmp_path / "out" / name / "result.json").read_text())["status"]
+        for name in ("plain", "mixture")
+    ]
+    assert statuses == ["failed", "finished"]
+    tensors = load_file(tmp_path / "out/plain/adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_ctrl_c_saves_everything_for_resume_and_gives_code_130(
+    run_file, tmp_path, capsys, monkeypatch
+):
+    step = Engine.step
+
+    def stepping(engine):
+        step(engine)
+        if engine.round == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stepping)
+        assert cli.main(["train", run_file]) == 130
+    assert "--resume goes on from here" in capsys.readouterr().out
+    assert cli.main(["train", run_file, "--resume"]) == 0
+    assert "going on after 3 fused steps" in capsys.readouterr().out
+
+
+def test_train_help_imports_no_torch():
+    code = (
+        "import sys; from loraloom.cli.main import main; code = main(['train', '--help']);"
+        "sys.exit('imported torch' if 'torch' in sys.modules else code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_resumed_to_the_same_weights(inputs, tmp_path):
+    settings = run_settings(inputs, tmp_path / "out")
+    for job in settings["jobs"]:
+        job["train"] |= {"max_steps": 60, "save_steps": 1}
+    run_file = write_run_file(tmp_path / "run.yaml", settings)
+    main = "from loraloom.cli.main import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", main, "train", str(run_file)]
+    unbroken = ["--set", f"output_dir={tmp_path / 'unbroken'}"]
+    subprocess.run([*command, *unbroken], check=True, capture_output=True)
+
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "out/plain/metrics.jsonl"
+    while process.poll() is None and not (
+        metrics.exists() and len(metrics.read_text().splitlines()) > 15
+    ):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    for name in ("plain", "mixture"):
+        file = f"{name}/adapter_model.safetensors"
+        tensors, expected = (
+            load_file(tmp_path / "out" / file),
+            load_file(tmp_path / "unbroken" / file),
+        )
+        assert all(torch.equal(tensors[key], value) for key, value in expected.items())
