@@ -136,8 +136,6 @@ def test_a_killed_process_is_resumed_to_the_same_weights(inputs, tmp_path):
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
     for name in ("plain", "mixture"):
         file = f"{name}/adapter_model.safetensors"
-        tensors, expected = (
-            load_file(tmp_path / "out" / file),
-            load_file(tmp_path / "unbroken" / file),
-        )
+        tensors = load_file(tmp_path / "out" / file)
+        expected = load_file(tmp_path / "unbroken" / file)
         assert all(torch.equal(tensors[key], value) for key, value in expected.items())

@@ -80,7 +80,6 @@ def test_two_forwards_can_wait_for_one_backward_pass():
             torch.testing.assert_close(results[1][name][key], grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="the recomputation's context is used up")
 def test_a_graph_can_be_gone_through_twice():
     host = noisy_host()
     host.train().enable_gradient_checkpointing()
@@ -140,7 +139,6 @@ def live_bytes() -> int:
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.xfail(strict=True, reason="masks are kept on ctx, out of checkpointing's sight")
 @pytest.mark.parametrize("method", ["dora", "mixlora"])
 def test_a_checkpointed_layer_keeps_no_masks(method):
     grown = []

@@ -271,7 +271,6 @@ def test_an_unsupported_model_is_told_the_families_and_its_linear_modules(model,
     assert message.endswith(f"its linear modules are {linears}")
 
 
-@pytest.mark.xfail(strict=True, reason="a model with another head than a causal LM's is taken")
 def test_a_classifier_is_no_causal_language_model():
     config = LlamaConfig(num_hidden_layers=1, **SMALL)
     with pytest.raises(ModelError, match="causal LM"):

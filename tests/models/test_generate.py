@@ -55,7 +55,6 @@ def test_without_adapters_it_is_the_base_models_generate(family):
     assert torch.equal(host.generate(ids, attention_mask=mask, **GREEDY), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="generate can't see what the wrapped forward takes")
 def test_without_a_mask_transformers_makes_one_from_the_padding():
     host, (ids, mask) = tiny_host(), prompts()
     expected = host.generate(ids, attention_mask=mask, adapters=NAMES, **GREEDY)
@@ -128,7 +127,6 @@ def test_scores_are_those_of_the_rows_adapter():
     torch.testing.assert_close(torch.stack(out.logits, 1), logits.to(out.logits[0].dtype))
 
 
-@pytest.mark.xfail(strict=True, reason="generate can't see what the wrapped forward takes")
 def test_the_head_sees_the_last_position_of_a_prompt_alone():
     host, seen = tiny_host(), []
     host.model.lm_head.register_forward_hook(
@@ -154,7 +152,7 @@ def test_adapters_are_one_a_row():
     "own_forward",
     [
         False,
-        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="it is deleted")),
+        True,
     ],
 )
 def test_generation_leaves_the_model_as_it_was(own_forward):

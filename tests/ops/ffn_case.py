@@ -204,8 +204,8 @@ def _compute_B(lora_B: Tensor) -> Tensor:
 def _masks(dropout: float, num_tokens: int, top_k: int) -> FfnDropout:
     if dropout == 0:
         return FfnDropout.none(top_k)
-    keep_slots = [torch.rand(num_tokens, F) > dropout for _ in range(top_k)]
-    return FfnDropout(dropout, torch.rand(num_tokens, D) > dropout, keep_slots)
+    keep_slots = [(torch.rand(num_tokens, F) > dropout).double() for _ in range(top_k)]
+    return FfnDropout(dropout, (torch.rand(num_tokens, D) > dropout).double(), keep_slots)
 
 
 def _leaf(*shape: int) -> Tensor:

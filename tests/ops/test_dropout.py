@@ -133,13 +133,15 @@ def test_jitter_is_uniform_around_one_and_leaves_padding_alone():
     assert abs(real.mean() - 1) < 2e-3
 
 
-def test_kept_values_are_scaled_up():
-    values = torch.randn(4, 8, dtype=torch.float64)
-    keep = torch.rand(4, 8) > 0.25
-    expected = torch.where(keep, values / 0.75, 0.0)
-    torch.testing.assert_close(apply_keep_mask(values, keep, 0.25), expected)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_is_ones_and_zeros_and_the_same_in_every_dtype(dtype):
+    source = noise([SampleSpan(KEY, slice(0, 5))], 5)
+    mask = source.keep_mask(Site.FFN_INPUT, N, 0.3, dtype)
+    assert mask.dtype == dtype
+    assert set(mask.flatten().tolist()) == {0.0, 1.0}
+    assert torch.equal(mask.double(), alone(dropout=0.3).double())
 
 
 def test_without_a_mask_values_are_the_same_object():
     values = torch.randn(4, 8)
-    assert apply_keep_mask(values, None, 0.25) is values
+    assert apply_keep_mask(values, None) is values

@@ -28,7 +28,7 @@ def _seed():
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_down_project_is_a_product_with_the_dropped_input(dropout):
     x, lora_A = leaf(5, 4), leaf(3, 4)
-    keep = torch.rand(5, 4) > dropout if dropout else None
+    keep = (torch.rand(5, 4) > dropout).double() if dropout else None
     factor = torch.ones(5, 4, dtype=x.dtype) if keep is None else keep / (1 - dropout)
     torch.testing.assert_close(down_project(x, lora_A, keep, dropout), (x * factor) @ lora_A.T)
     assert gradcheck(lambda *leaves: down_project(*leaves, keep, dropout), (x, lora_A))
@@ -36,7 +36,7 @@ def test_down_project_is_a_product_with_the_dropped_input(dropout):
 
 def test_down_project_keeps_the_input_itself_for_the_backward_pass():
     x, lora_A, saved = leaf(5, 4), leaf(3, 4), []
-    keep = torch.rand(5, 4) > 0.4
+    keep = (torch.rand(5, 4) > 0.4).double()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         down_project(x, lora_A, keep, 0.4)
     pointers = {t.untyped_storage().data_ptr() for t in saved}

@@ -5,6 +5,7 @@ Axes: T tokens of one segment, I in_features, D hidden, F feed-forward, E expert
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,8 +111,9 @@ class Adapter(nn.Module, ABC):
             self._build_layer(layer, targets, dtype) for layer in base_layers
         )
         self._prepared: dict[Any, tuple[tuple[int, ...], Any]] = {}
+        own = weakref.ref(self)  # a parameter's hook that held the adapter would keep it alive
         for parameter in self.parameters():
-            parameter.register_post_accumulate_grad_hook(self._forget_prepared)
+            parameter.register_post_accumulate_grad_hook(lambda _: _forget_prepared(own()))
 
     @abstractmethod
     def _build_layer(
@@ -162,7 +164,7 @@ class Adapter(nn.Module, ABC):
         """Compute `dropout(x) Aᵀ` of a group, [T, P]."""
         dropout, keep = self.config.dropout, None
         if tokens.noise is not None and dropout > 0:
-            keep = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout)
+            keep = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout, group.A.dtype)
         return down_project(hidden_states.to(group.A.dtype), group.A, keep, dropout)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -229,21 +231,22 @@ class Adapter(nn.Module, ABC):
         return self._prepare((layer, "ffn", dtype), list(block.values()), build)
 
     def _ffn_dropout(
-        self, config: LoraConfig, shape: tuple[int, int], top_k: int, tokens: SegmentTokens
+        self, layer: int, hidden_size: int, gate: Tensor, top_k: int, tokens: SegmentTokens
     ) -> FfnDropout | None:
         """Draw the masks of an FFN block: one for its input, one for each slot."""
-        if tokens.noise is None or config.dropout == 0:
+        block = self._block(layer, self.base_layers[layer].ffn_block)
+        probability = next(iter(block.values())).config.dropout
+        if tokens.noise is None or probability == 0:
             return None
-        hidden_size, ffn_size = shape
-        draw, probability = tokens.noise.keep_mask, config.dropout
+        draw, dtype = tokens.noise.keep_mask, gate.dtype
         return FfnDropout(
             probability,
-            draw(Site.FFN_INPUT, hidden_size, probability),
-            [draw(Site.FFN_SLOT + slot, ffn_size, probability) for slot in range(top_k)],
+            draw(Site.FFN_INPUT, hidden_size, probability, dtype),
+            [
+                draw(Site.FFN_SLOT + slot, gate.shape[-1], probability, dtype)
+                for slot in range(top_k)
+            ],
         )
-
-    def _forget_prepared(self, parameter: Tensor) -> None:
-        self._prepared.clear()
 
     def _prepare(self, key: Any, modules: Sequence[LowRank], build: Callable[[], Any]) -> Any:
         """Build compute forms; without gradients keep them until a weight changes.
@@ -259,6 +262,11 @@ class Adapter(nn.Module, ABC):
         if known is None or known[0] != versions:
             known = self._prepared[key] = (versions, build())
         return known[1]
+
+
+def _forget_prepared(adapter: Adapter | None) -> None:
+    if adapter is not None:
+        adapter._prepared.clear()
 
 
 def resolve_targets(config: LoraConfig, layer: BaseLayer) -> frozenset[str]:

@@ -39,8 +39,7 @@ class LoraAdapter(Adapter):
     ) -> FfnRows:
         """Compute the block as a mixture of one expert with weight 1."""
         weights = self._ffn_weights(layer, gate.dtype)
-        shape = (hidden_states.shape[-1], gate.shape[-1])
-        dropout = self._ffn_dropout(self.config, shape, 1, tokens)
+        dropout = self._ffn_dropout(layer, hidden_states.shape[-1], gate, 1, tokens)
         hidden_states = hidden_states.to(gate.dtype)
         hidden, finish = adapter_ffn(hidden_states, gate, up, weights, None, act, dropout)
         return FfnRows(hidden, finish)

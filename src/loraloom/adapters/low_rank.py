@@ -124,7 +124,8 @@ class LowRank(nn.Module):
                 self.lora_B,
                 self.config.scaling,
             )
-        return self.lora_magnitude_vector / norms
+        tiny = torch.finfo(norms.dtype).tiny  # a zero row of W: 0 / tiny instead of 0 / 0
+        return self.lora_magnitude_vector / norms.clamp_min(tiny)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor under its name, experts apart, as views of the parameters."""

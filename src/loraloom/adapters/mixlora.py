@@ -76,8 +76,7 @@ class MixLoraAdapter(Adapter):
         """Route the real tokens and compute their experts; padding gets the base's output."""
         routing, record = self._route(layer, hidden_states, tokens)
         weights = self._ffn_weights(layer, gate.dtype)
-        shape = (hidden_states.shape[-1], gate.shape[-1])
-        dropout = self._ffn_dropout(self.config.expert_config, shape, self.config.top_k, tokens)
+        dropout = self._ffn_dropout(layer, hidden_states.shape[-1], gate, self.config.top_k, tokens)
         hidden, finish = adapter_ffn(
             hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout
         )

@@ -89,13 +89,11 @@ def score_accuracy(
 def _results_table(results: Sequence[JobResult]) -> Table:
     from rich.table import Table
 
-    table = Table("job", "method", "steps", "weights", "metrics", "files", box=None)
+    table = Table("job", "method", "steps", "weights", "metrics", box=None)
     for result in results:
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        metrics = "\n".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         steps = f"{result.steps} ({result.status})"
-        table.add_row(
-            result.job, result.method, steps, result.weights, metrics or "-", result.directory
-        )
+        table.add_row(result.job, result.method, steps, result.weights, metrics or "-")
     return table
 
 

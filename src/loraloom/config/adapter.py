@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
@@ -114,7 +113,7 @@ class MixLoraConfig(LoraConfig):
             raise ValueError(f"top_k must be in [1, num_experts={num_experts}], got {top_k}")
         return top_k
 
-    @cached_property
+    @property
     def expert_config(self) -> LoraConfig:
         """The experts as a plain LoRA's configuration, with what they inherit filled in."""
         own = {} if self.experts is None else self.experts.model_dump(exclude_none=True)

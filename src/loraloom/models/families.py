@@ -87,7 +87,7 @@ def family_of(model: nn.Module) -> Family:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     family = FAMILIES.get(model_type)
-    if family is None or not _has_path(model, family.layers):
+    if family is None or not _has_path(model, family.layers) or not _has_head(model):
         linears = sorted(
             {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
         )
@@ -191,6 +191,11 @@ def _fingerprint(
 
 def _is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether it maps hidden states to a vocabulary; a classifier has other heads."""
+    return model.get_output_embeddings() is not None  # pyright: ignore
 
 
 def _has_path(model: nn.Module, path: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from loraloom.ops.token_loss import token_losses
 from loraloom.routing.record import LayerRouting
 
 METHODS: dict[str, type[Adapter]] = {"lora": LoraAdapter, "mixlora": MixLoraAdapter}
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 _SITES = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
 
 
@@ -81,9 +82,11 @@ class Host:
         self._slot = RunningSlot()
         self._training = False
         self._checkpointing = False
+        self._detached = False
         self._forwards = 0
         self._restore: list[Callable[[], object]] = []
         self._freeze()
+        self._restore_checkpointing()
         self._wrap()
 
     @property
@@ -180,7 +183,16 @@ class Host:
         return self.adapters[name]
 
     def train(self, mode: bool = True) -> Host:
-        """Switch adapters' dropout and jitter on; the base model stays in eval mode."""
+        """Switch adapters' dropout and jitter on; the base model stays in eval mode.
+
+        Raises:
+            ModelError: If the base model is in float16.
+        """
+        if mode and self.dtype == torch.float16:
+            raise ModelError(
+                "training needs a base model in bfloat16 or float32, got float16: without loss "
+                "scaling small gradients become zero; load it in another dtype"
+            )
         self._training = mode
         for adapter in self.adapters.values():
             adapter.train(mode)
@@ -295,8 +307,7 @@ class Host:
 
     def detach(self) -> nn.Module:
         """Take everything off and return the base model as it was before `attach`."""
-        self._checkpointing = False
-        self._set_checkpointing()
+        self._detached = True
         for undo in reversed(self._restore):
             undo()
         self._restore.clear()
@@ -305,6 +316,10 @@ class Host:
 
     def _build(self, name: str, config: LoraConfig, seed: int) -> Adapter:
         check_name(name)
+        if self._detached:
+            raise AdapterError(
+                "host must be attached to its model, got a detached one; attach again"
+            )
         if name in self.adapters:
             raise AdapterError(f"adapter name {name!r} is taken; remove it or choose another")
         dtype = torch.promote_types(torch.float32, self.dtype)
@@ -322,6 +337,18 @@ class Host:
         model.requires_grad_(False)
         self._restore.append(lambda: [setattr(m, "training", mode) for m, mode in modes])
         self._restore.append(lambda: [p.requires_grad_(True) for p in trainable])
+
+    def _restore_checkpointing(self) -> None:
+        """Note the decoder layers' own checkpointing for `detach`."""
+        for layer in self._decoder_layers():
+            own = {name: layer.__dict__[name] for name in _CHECKPOINTING if name in layer.__dict__}
+
+            def undo(layer: nn.Module = layer, own: dict[str, Any] = own) -> None:
+                for name in _CHECKPOINTING:
+                    layer.__dict__.pop(name, None)
+                layer.__dict__.update(own)
+
+            self._restore.append(undo)
 
     def _wrap(self) -> None:
         family = self._family
@@ -363,6 +390,10 @@ class Host:
     def _row_adapters(
         self, adapters: Sequence[str | None] | None, batch_size: int
     ) -> Sequence[str | None]:
+        if isinstance(adapters, str):
+            raise AdapterError(
+                f"adapters must be a list, one name a row, got the text {adapters!r}"
+            )
         names = [None] * batch_size if adapters is None else list(adapters)
         if len(names) != batch_size:
             raise AdapterError(
@@ -385,16 +416,27 @@ class Host:
         keys = None
         if self._training:
             self._forwards += 1
-            keys = sample_keys or [sample_key(0, self._forwards, row) for row in range(batch_size)]
+            keys = self._sample_keys(sample_keys, batch_size)
         mask = query_mask(attention_mask, length)
         layout = make_layout(names, length, mask, keys, self.device)
         return RunningForward(layout, self.adapters)
 
+    def _sample_keys(self, keys: Sequence[int] | None, batch_size: int) -> list[int]:
+        if keys is None:
+            return [sample_key(0, self._forwards, row) for row in range(batch_size)]
+        if len(keys) != batch_size:
+            raise AdapterError(
+                f"sample_keys must have one key for each of the {batch_size} rows, got {len(keys)}"
+            )
+        return [int(key) for key in keys]
+
     @contextmanager
     def _generating(self, adapters: Sequence[str | None]) -> Iterator[None]:
         """Give every forward inside transformers' generation loop its layout."""
+        own_forward = self.model.__dict__.get("forward")
         base_forward = self.model.forward
 
+        @wraps(base_forward)  # generate asks what a forward takes
         def forward(*args: Any, **kwargs: Any) -> Any:
             tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
             names = expand_adapters(adapters, len(tokens))
@@ -407,6 +449,8 @@ class Host:
             yield
         finally:
             del self.model.__dict__["forward"]
+            if own_forward is not None:
+                self.model.forward = own_forward
 
 
 def _cache_of(output: Any) -> Any:

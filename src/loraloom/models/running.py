@@ -87,7 +87,7 @@ class RunningSlot:
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed layer's forward and of its recomputation."""
         forward = self.current
-        return nullcontext(), nullcontext() if forward is None else self._filled(forward)
+        return nullcontext(), nullcontext() if forward is None else _Refilled(self, forward)
 
     @contextmanager
     def _filled(self, forward: RunningForward) -> Iterator[None]:
@@ -97,6 +97,22 @@ class RunningSlot:
         finally:
             self.current = before
             forward.forget_shared()
+
+
+class _Refilled(AbstractContextManager[None]):
+    """Fills a slot while a layer is recomputed; a graph that is kept is gone through again."""
+
+    def __init__(self, slot: RunningSlot, forward: RunningForward):
+        self._slot = slot
+        self._forward = forward
+        self._before: RunningForward | None = None
+
+    def __enter__(self) -> None:
+        self._before, self._slot.current = self._slot.current, self._forward
+
+    def __exit__(self, *error: object) -> None:
+        self._slot.current = self._before
+        self._forward.forget_shared()
 
 
 def expand_adapters(adapters: Sequence[str | None], batch_size: int) -> Sequence[str | None]:

@@ -9,12 +9,12 @@ generator with a hash of that key and fills the sample's tokens in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
@@ -68,10 +68,25 @@ class SampleNoise:
     layer: int
     device: torch.device
 
-    def keep_mask(self, site: int, num_features: int, dropout: float) -> Bool[Tensor, "T N"]:
-        """Return True where a feature is kept, with probability 1 - dropout."""
-        mask = torch.ones(self.num_tokens, num_features, dtype=torch.bool, device=self.device)
-        return self._fill(mask, site, lambda part, rng: part.bernoulli_(1 - dropout, generator=rng))
+    def keep_mask(
+        self, site: int, num_features: int, dropout: float, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "T N"]:
+        """Return 1 where a feature is kept, with probability 1 - dropout, and 0 elsewhere.
+
+        Four features share a 64-bit draw, so probabilities are multiples of 2^-16. That is three
+        times as fast as a Bernoulli draw each, and a mask in the dtype of what it multiplies
+        eight times as fast to apply as a boolean one (two CPU cores, bfloat16).
+        """
+        threshold = min(round(dropout * 65536), 65535) - 32768
+
+        def draw(part: Tensor, generator: torch.Generator) -> Tensor:
+            words = torch.empty(-(-part.numel() // 4), dtype=torch.int64, device=self.device)
+            words.random_(-(2**63), None, generator=generator)
+            bits = words.view(torch.int16)[: part.numel()].view(part.shape)
+            return torch.ge(bits, threshold, out=part)
+
+        mask = torch.ones(self.num_tokens, num_features, dtype=dtype, device=self.device)
+        return self._fill(mask, site, draw)
 
     def jitter(self, site: int, num_features: int, amount: float) -> Float[Tensor, "T N"]:
         """Return float32 factors, uniform in [1 - amount, 1 + amount]."""
@@ -80,7 +95,9 @@ class SampleNoise:
             factors, site, lambda part, rng: part.uniform_(1 - amount, 1 + amount, generator=rng)
         )
 
-    def _fill(self, values: Tensor, site: int, draw) -> Tensor:
+    def _fill(
+        self, values: Tensor, site: int, draw: Callable[[Tensor, torch.Generator], Tensor]
+    ) -> Tensor:
         generator = torch.Generator(device=self.device)
         for span in self.spans:
             generator.manual_seed(mix64(span.key, self.layer, site) >> 1)
@@ -93,7 +110,10 @@ class SampleNoise:
 
 
 def apply_keep_mask(
-    values: Float[Tensor, "T N"], keep: Bool[Tensor, "T N"] | None, dropout: float
+    values: Float[Tensor, "T N"], keep: Float[Tensor, "T N"] | None
 ) -> Float[Tensor, "T N"]:
-    """Compute `values * keep / (1 - dropout)`; the values themselves without a mask."""
-    return values if keep is None else values * keep * (1 / (1 - dropout))
+    """Compute `values * keep`; the values themselves without a mask.
+
+    The factor 1 / (1 - dropout) is left to the narrow side of the product that follows.
+    """
+    return values if keep is None else values * keep

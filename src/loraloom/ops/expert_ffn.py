@@ -81,6 +81,11 @@ class FfnDropout:
     keep_input: Tensor | None
     keep_slots: Sequence[Tensor | None]
 
+    @property
+    def scale(self) -> float:
+        """What makes up for the dropped features: 1 / (1 - probability)."""
+        return 1 / (1 - self.probability)
+
     @staticmethod
     def none(top_k: int) -> FfnDropout:
         """Nothing is dropped."""
@@ -115,8 +120,8 @@ def expert_ffn(
     slot_weights = routing.routing_weights.to(gate.dtype).T.unsqueeze(-1)  # (K, T, 1)
     low_rank = None
     if weights.input_A is not None:
-        dropped = apply_keep_mask(hidden_states, dropout.keep_input, dropout.probability)
-        low_rank = dropped @ weights.input_A.T
+        dropped = apply_keep_mask(hidden_states, dropout.keep_input)
+        low_rank = dropped @ weights.input_A.T * dropout.scale
     slots = []
     for slot, mask in enumerate(masks):
         experts = routing.selected_experts[:, slot]
@@ -127,8 +132,7 @@ def expert_ffn(
     if weights.down is None:
         return combine_slots(slots, slot_weights), _unchanged
     updates = [
-        (apply_keep_mask(hidden, keep, dropout.probability) @ weights.down.A.T * mask)
-        @ weights.down.B
+        (apply_keep_mask(hidden, keep) @ weights.down.A.T * dropout.scale * mask) @ weights.down.B
         for hidden, keep, mask in zip(slots, dropout.keep_slots, masks, strict=True)
     ]
     if weights.down.row_scale is None:

@@ -14,12 +14,14 @@ float32 inside); gradients of weights are summed over blocks in float32 or bette
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
@@ -116,6 +118,8 @@ class _Slots:
         self.num_slots = 1 if routing is None else routing.top_k
         self.masks: Tensor | None = None
         self.num_experts = weights.num_experts
+        self.routed = routing is not None
+        self.dtype = dtype
         if routing is None:
             device = weights.any_tensor().device
             self.experts = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
@@ -124,6 +128,14 @@ class _Slots:
             self.masks = slot_masks(
                 routing.selected_experts, weights.num_experts, weights.rank, dtype
             )
+
+    def with_experts(self, experts: Any) -> _Slots:
+        """Return these slots with their masks made anew, or without any tensors."""
+        slots = copy.copy(self)
+        slots.experts, slots.masks = experts, None
+        if self.routed and experts is not None:
+            slots.masks = slot_masks(experts.T, self.num_experts, self.rank, self.dtype)
+        return slots
 
     def mask(self, slot: int, block: slice) -> Tensor | None:
         """1 at the columns of a slot's expert, [t, S]; None when there is but one expert."""
@@ -159,11 +171,23 @@ class _Block:
     act: Activation
     dropout: FfnDropout
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Choices and masks, which autograd is to save: checkpointing drops only what it sees."""
+        return self.slots.experts, *self.dropout.keep_slots
+
+    def without_tensors(self) -> _Block:
+        dropout = replace(self.dropout, keep_input=None, keep_slots=())
+        return replace(self, slots=self.slots.with_experts(None), dropout=dropout)
+
+    def with_tensors(self, experts: Tensor, *keep_slots: Tensor | None) -> _Block:
+        dropout = replace(self.dropout, keep_slots=keep_slots)
+        return replace(self, slots=self.slots.with_experts(experts), dropout=dropout)
+
     def drop(self, values: Tensor, slot: int, block: slice) -> Tensor:
         keep = self.dropout.keep_slots[slot]
         if keep is None:
             return values
-        return apply_keep_mask(values, keep[block], self.dropout.probability)
+        return apply_keep_mask(values, keep[block])
 
 
 @dataclass(frozen=True)
@@ -180,8 +204,8 @@ class _LeanFfn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights):
-        ctx.block = block
-        forward = _Recomputation(block, gate, up, low_rank, gate_B, gate_c, up_B, up_c)
+        ctx.block = block.without_tensors()
+        forward = _SlotForward(block, gate, up, low_rank, gate_B, gate_c, up_B, up_c)
         slots = block.slots
         tokens, features = gate.shape
         rows = slots.num_slots * tokens if slots.apart else tokens
@@ -203,30 +227,37 @@ class _LeanFfn(torch.autograd.Function):
                 if down_A is None:
                     continue
                 down = _masked(block.drop(states, slot, part) @ down_A.T, slots.mask(slot, part))
+                down = down * block.dropout.scale if block.dropout.probability else down
                 unweighted[part] += down
                 if weight is not None:
                     weighted[part].addcmul_(down, weight)
         ctx.save_for_backward(
-            gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights, unweighted
-        )
+            gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights, unweighted,
+            *block.tensors(),
+        )  # fmt: skip
         return hidden, gate.new_empty(0) if weighted is None else weighted
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_hidden, grad_down):  # pyright: ignore
-        *tensors, down_A, slot_weights, unweighted = ctx.saved_tensors
-        gate = tensors[0]
-        backward = _Backward(ctx.block, tensors, down_A, slot_weights, unweighted)
-        for part in _blocks(gate):
-            for slot in range(ctx.block.slots.num_slots):
+        saved = ctx.saved_tensors
+        tensors, (down_A, slot_weights, unweighted) = saved[:7], saved[7:10]
+        block = ctx.block.with_tensors(*saved[10:])
+        backward = _Backward(block, tensors, down_A, slot_weights, unweighted)
+        for part in _blocks(tensors[0]):
+            for slot in range(block.slots.num_slots):
                 backward.accumulate(slot, part, grad_hidden, grad_down)
         return None, *backward.gradients()
 
 
-class _Recomputation:
-    """The forward pass of one slot and block of tokens."""
+class _SlotForward:
+    """The forward pass of one slot and block of tokens; with a graph over the activation alone."""
 
-    def __init__(self, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c):
+    def __init__(
+        self, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c, *, with_graph: bool = False
+    ):
         self.block = block
+        self.with_graph = with_graph
         self.gate, self.up, self.low_rank = gate, up, low_rank
         self.gate_B, self.up_B = gate_B, up_B
         self.gate_c = None if gate_c is None else _with_unit_row(gate_c).to(gate.dtype)
@@ -249,8 +280,8 @@ class _Recomputation:
         inner = _project(
             self.gate[part], masked, self.block.gate, self.gate_B, self.gate_c, experts
         )
-        with torch.enable_grad():
-            leaf = inner.value.detach().requires_grad_()
+        with torch.set_grad_enabled(self.with_graph):
+            leaf = inner.value.detach().requires_grad_(self.with_graph)
             activated = self.block.act(leaf)
         inner = _Projected(leaf, inner.update, inner.row_scale)
         if self.up is None:
@@ -267,7 +298,7 @@ class _Backward:
     ):
         gate, up, low_rank, gate_B, gate_c, up_B, up_c = tensors
         self.block = block
-        self.forward = _Recomputation(block, *tensors)
+        self.forward = _SlotForward(block, *tensors, with_graph=True)
         self.down_A, self.slot_weights, self.unweighted = down_A, slot_weights, unweighted
         self.grad_gate = torch.empty_like(gate)
         self.grad_up: Any = None if up is None else torch.empty_like(up)
@@ -322,6 +353,8 @@ class _Backward:
         if weight is not None:
             self.grad_weights[part, slot] += (grad_rank * self.unweighted[part]).sum(-1)
             grad_rank = grad_rank * weight
+        if self.block.dropout.probability:
+            grad_rank = grad_rank * self.block.dropout.scale
         self.grad_down_A += grad_rank.T @ self.block.drop(states, slot, part)
         if self.block.dropout.keep_slots[slot] is None:
             return torch.addmm(grad_states, grad_rank, self.down_A)

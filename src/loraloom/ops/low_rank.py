@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loraloom.ops.dropout import apply_keep_mask
@@ -66,29 +66,37 @@ class _DownProject(torch.autograd.Function):
     def forward(ctx, hidden_states, lora_A, keep, dropout):
         ctx.save_for_backward(hidden_states, lora_A, keep)
         ctx.dropout = dropout
-        return apply_keep_mask(hidden_states, keep, dropout) @ lora_A.T
+        return _down_project(hidden_states, lora_A, keep, dropout)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_states, lora_A, keep = ctx.saved_tensors
+        grad = grad * (1 / (1 - ctx.dropout)) if keep is not None else grad
         grad_hidden = grad_A = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = apply_keep_mask(grad @ lora_A, keep, ctx.dropout)
+            grad_hidden = apply_keep_mask(grad @ lora_A, keep)
         if ctx.needs_input_grad[1]:
-            grad_A = grad.T @ apply_keep_mask(hidden_states, keep, ctx.dropout)
+            grad_A = grad.T @ apply_keep_mask(hidden_states, keep)
         return grad_hidden, grad_A, None, None
 
 
 def down_project(
     hidden_states: Float[Tensor, "T I"],
     lora_A: Float[Tensor, "S I"],
-    keep: Bool[Tensor, "T I"] | None = None,
+    keep: Float[Tensor, "T I"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T S"]:
     """Compute `(hidden_states * keep / (1 - dropout)) @ lora_A.T`."""
     if not torch.is_grad_enabled():
-        return apply_keep_mask(hidden_states, keep, dropout) @ lora_A.T
+        return _down_project(hidden_states, lora_A, keep, dropout)
     return _DownProject.apply(hidden_states, lora_A, keep, dropout)  # pyright: ignore
+
+
+def _down_project(
+    hidden_states: Tensor, lora_A: Tensor, keep: Tensor | None, dropout: float
+) -> Tensor:
+    low_rank = apply_keep_mask(hidden_states, keep) @ lora_A.T
+    return low_rank if keep is None else low_rank * (1 / (1 - dropout))
 
 
 class _AddLowRank(torch.autograd.Function):

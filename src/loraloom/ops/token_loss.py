@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _CHUNK_BYTES = 1 << 26
 
@@ -34,6 +35,7 @@ class _TokenLosses(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (unit_grad,) = ctx.saved_tensors
         return (unit_grad * grad[:, None]).to(unit_grad.dtype), None, None, None
