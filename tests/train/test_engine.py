@@ -122,25 +122,41 @@ def with_validation(name: str = "a", **settings):
 
 
 def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path):
-    config = with_validation(max_steps=12, learning_rate=0.5, eval_steps=1)
-    engine = toy_engine(tmp_path, [config], {"a": toy_set(num_validation=6)}, dtype=torch.float32)
-    base = engine.host.base
+    task = [{"task": "skills", "limit": 5}]
+    config = toy_config("a", max_steps=3, eval_steps=1, eval=task)
+    accuracies = iter([0.2, 0.6, 0.4])
+    engine = toy_engine(
+        tmp_path,
+        [config],
+        dtype=torch.float32,
+        evaluator=lambda *_: {"a": next(accuracies)},
+    )
+    engine._evaluation.questions[config.eval[0]] = []
+    job, base = engine.jobs["a"], engine.host.base
+    weights_after = {}
+    step = engine.step
+
+    def stepping():
+        step()
+        tensors = job.adapter.tensors().items()
+        weights_after[job.position.step] = {name: tensor.clone() for name, tensor in tensors}
+
+    engine.step = stepping
     (result,) = engine.run()
-    losses = {m["step"]: m["eval/loss"] for m in read_metrics(tmp_path / "a") if "eval/loss" in m}
-    best_step = min(losses, key=losses.__getitem__)
-    assert best_step < 12, "a learning rate this high must hurt"
     assert result.weights == "best"
-    assert result.best == {"metric": "eval/loss", "value": losses[best_step], "step": best_step}
-    assert result.metrics == {"eval/loss": losses[best_step]}
-    assert result.last_metrics == {"eval/loss": losses[12]}
+    assert result.best == {"metric": "eval/skills/accuracy", "value": 0.6, "step": 2}
+    assert result.metrics == {"eval/skills/accuracy": 0.6}
+    assert result.last_metrics == {"eval/skills/accuracy": 0.4}
 
     directory = RunDirectory(tmp_path)
-    final, best, last = (
-        read_adapter(path, base)[1]
-        for path in (directory.job("a"), directory.best("a"), directory.last("a"))
-    )
-    assert all(torch.equal(final[name], best[name]) for name in best)
-    assert not all(torch.equal(final[name], last[name]) for name in last)
+    for path, of_step in (
+        (directory.job("a"), 2),
+        (directory.best("a"), 2),
+        (directory.last("a"), 3),
+    ):
+        _, tensors = read_adapter(path, base)
+        expected = weights_after[of_step]
+        assert all(torch.equal(tensors[name], own) for name, own in expected.items()), path
 
 
 def test_final_files_are_the_last_weights_without_an_evaluation(tmp_path):
@@ -349,19 +365,22 @@ def test_save_steps_saves_all_jobs_in_the_same_round(tmp_path):
 
 @pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
 def test_schedulers_on_a_metric_move_after_evaluations(tmp_path, scheduler):
-    args = {"factor": 0.5, "patience": 0, "min_lr": 1e-5}
-    config = with_validation(
-        max_steps=8,
+    config = toy_config(
+        "a",
+        max_steps=6,
         eval_steps=1,
-        learning_rate=0.9,
+        learning_rate=1e-2,
         lr_scheduler=scheduler,
-        lr_scheduler_args=args,
+        lr_scheduler_args={"factor": 0.5, "patience": 0, "min_lr": 1e-5},
+        eval=[{"task": "skills", "limit": 5}],
     )
-    toy_engine(tmp_path, [config], {"a": toy_set(num_validation=4)}).run()
+    engine = toy_engine(tmp_path, [config], evaluator=lambda *_: {"a": 0.5})
+    engine._evaluation.questions[config.eval[0]] = []
+    engine.run()
     metrics = read_metrics(tmp_path / "a")
     rates = [line["learning_rate"] for line in metrics if "learning_rate" in line]
-    assert rates[0] == 0.9
-    assert rates[-1] < 0.9
+    assert rates[0] == 1e-2
+    assert rates[-1] == rates[-2] / 2 < 1e-2
 
 
 def test_metrics_have_their_names(tmp_path):

@@ -17,7 +17,8 @@ class Window:
 
     Args:
         epoch: Counted from 0.
-        examples: In the order of the epoch; fewer than batch_size at its end.
+        examples: Fewer than batch_size at an epoch's end. The longest come first, so that a
+            micro-batch has examples of like lengths and little padding.
         micro_batch_size: Examples that go through the model at once.
     """
 
@@ -83,8 +84,9 @@ class StepOrder:
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.config.batch_size
         indices = self._epoch_order(epoch)[start : start + self.config.batch_size]
-        examples = tuple(self.training_set.examples[index] for index in indices)
-        return Window(epoch, examples, self.config.micro_batch_size)
+        examples = [self.training_set.examples[index] for index in indices]
+        examples.sort(key=lambda example: -len(example.input_ids))
+        return Window(epoch, tuple(examples), self.config.micro_batch_size)
 
     def epochs_after(self, step: int) -> float:
         """Return the passes over the data, as a fraction, after so many steps."""
