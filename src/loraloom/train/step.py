@@ -30,8 +30,8 @@ def forward_backward(
     """Add each micro-batch's gradient to its adapter's.
 
     A loss is the sum of token losses over the labels of the whole step, so that the gradient does
-    not depend on how the step is cut. Of a micro-batch whose loss is not finite
-    nothing is differentiated; its adapter's gradient is of no use then.
+    not depend on how the step is cut. A loss that is not finite is left out of the backward pass;
+    its adapter's gradient is of no use then.
 
     Args:
         host: In training mode.
