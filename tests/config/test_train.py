@@ -45,6 +45,7 @@ CONTRADICTIONS = [
     ({"lr_scheduler": "cosine", "lr_scheduler_args": {"power": 2}}, "must hold only num_cycles"),
     ({"lr_scheduler": "cosine_with_min_lr"}, "must hold min_lr or min_lr_rate"),
     ({"lr_scheduler": "warmup_stable_decay"}, "must hold num_decay_steps"),
+    ({"optimizer": "muon"}, "optimizer must be another than muon: it takes matrices only"),
     ({"optimizer": "lbfgs"}, "optimizer must be another than lbfgs: it evaluates the loss several"),
     ({"optimizer": "SparseAdam"}, "it takes sparse gradients only"),
     ({"optimizer": "adamx"}, "'adamw'"),

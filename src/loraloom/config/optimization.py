@@ -12,7 +12,6 @@ OptimizerName = Literal[
     "adamax",
     "adamw",
     "asgd",
-    "muon",
     "nadam",
     "radam",
     "rmsprop",
@@ -23,6 +22,7 @@ OptimizerName = Literal[
 
 REFUSED_OPTIMIZERS = {
     "lbfgs": "it evaluates the loss several times a step",
+    "muon": "it takes matrices only, and a mixture's experts are stacked",
     "sparseadam": "it takes sparse gradients only",
 }
 

@@ -23,7 +23,6 @@ OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {
     "adamax": torch.optim.Adamax,
     "adamw": torch.optim.AdamW,
     "asgd": torch.optim.ASGD,
-    "muon": torch.optim.Muon,
     "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
     "rmsprop": torch.optim.RMSprop,
@@ -39,10 +38,12 @@ def build_optimizer(config: TrainConfig, adapter: Adapter) -> Optimizer:
     """Make the optimizer of an adapter.
 
     Raises:
-        ConfigError: If the optimizer does not take `optimizer_args`, or weights of this shape.
+        ConfigError: If the optimizer does not take `optimizer_args`.
     """
     groups = parameter_groups(config, adapter)
     arguments = {"lr": config.learning_rate, **config.optimizer_args}
+    if config.optimizer in ("adam", "adamw") and "foreach" not in arguments:
+        arguments.setdefault("fused", True)  # an adapter has hundreds of small tensors
     try:
         return OPTIMIZERS[config.optimizer](groups, **arguments)
     except (TypeError, ValueError) as error:
