@@ -179,7 +179,7 @@ def _print_outlook(console: Console, output_dir: Path, base_model: str) -> None:
         "\nTry next:\n"
         f"  loraloom inspect {adapter}\n"
         f"  loraloom generate --base-model {base_model} --adapter mix={adapter} "
-        '--prompt "Once upon a time"\n'
+        '--raw --prompt "Bus 34 in Orlen goes to the" --max-new-tokens 4\n'
         f"  loraloom eval --base-model {base_model} --adapter mix={adapter} "
         f"--task skills --scoring text --output {output_dir}/eval.json",
         soft_wrap=True,
