@@ -23,7 +23,7 @@ def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line[name]) for line in lines if name in line]
 
 
-def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.9) -> None:
+def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.8) -> None:
     """Draw each job's training loss over its steps, smoothed, with the raw values behind.
 
     Args:

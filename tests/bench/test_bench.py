@@ -1,0 +1,57 @@
+"""The benchmarks run; tests assert no times."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraloom.bench.layer import LayerSetting, make_layer
+from loraloom.bench.timing import alternate
+from loraloom.cli import main as cli
+from tests.infer.saved import save_tiny
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("saved")) / "base")
+
+
+def test_cases_take_turns_after_the_warmup():
+    calls = []
+    cases = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = alternate(cases, rounds=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert [len(timing.seconds) for timing in timings.values()] == [3, 3]
+
+
+def test_a_mixture_keeps_less_than_pefts_lora():
+    setting = LayerSetting(hidden_size=64, ffn_size=128, num_tokens=256)
+    kept = {case: make_layer(case, setting).saved_bytes for case in ("peft-lora", "mixlora")}
+    assert kept["mixlora"] < 0.9 * kept["peft-lora"]
+
+
+def test_the_layer_benchmark_prints_ratios_and_draws(tmp_path, capsys):
+    picture = tmp_path / "layer.png"
+    words = ["--hidden-size", "32", "--ffn-size", "64", "--tokens", "16", "--rounds", "1"]
+    assert cli.main(["bench", "layer", *words, "--picture", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    for case in ("peft-lora", "frozen", "lora", "dora", "mixlora", "mixdora"):
+        assert case in printed
+    assert picture.is_file()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_the_step_benchmark_runs_all_cases(base_model, capsys):
+    words = ["--base-model", base_model, "--rows", "2", "--length", "8", "--rounds", "1"]
+    assert cli.main(["bench", "step", *words]) == 0
+    assert "mixdora" in capsys.readouterr().out
+
+
+def test_the_decode_benchmark_runs_all_cases(base_model, capsys):
+    words = ["--base-model", base_model, "--rows", "5", "--new-tokens", "2", "--rounds", "1"]
+    assert cli.main(["bench", "decode", *words]) == 0
+    assert "mixed" in capsys.readouterr().out
+
+
+def test_an_unknown_case_is_an_error(capsys):
+    assert cli.main(["bench", "layer", "--cases", "qlora"]) == 2
+    assert "--cases must be some of peft-lora" in capsys.readouterr().err
