@@ -167,3 +167,14 @@ def test_generation_leaves_the_model_as_it_was(own_forward):
     with pytest.raises(ValueError, match="nonsense"):
         host.generate(tiny_ids(2), adapters=["a", None], nonsense=1, **GREEDY)
     assert model.__dict__.get("forward") is before
+
+
+def test_the_head_reads_contiguous_states_of_prompts():
+    host = tiny_host("llama", {"a": METHODS["lora"]})
+    seen = []
+    host.model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(args[0])
+    )
+    host.generate(tiny_ids(3), adapters=["a"] * 3, max_new_tokens=2)
+    assert seen[0].shape[1] == 1
+    assert all(states.is_contiguous() for states in seen)

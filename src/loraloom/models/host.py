@@ -360,6 +360,8 @@ class Host:
                     handle = attention.get_submodule(name).register_forward_hook(hook)
                     self._restore.append(handle.remove)
             self._wrap_ffn(index, layer.get_submodule(family.ffn))
+        head = self.model.get_output_embeddings()
+        self._restore.append(head.register_forward_pre_hook(_contiguous_input).remove)
 
     def _wrap_ffn(self, index: int, module: nn.Module) -> None:
         before = module.__dict__.get("forward")
@@ -451,6 +453,15 @@ class Host:
             del self.model.__dict__["forward"]
             if own_forward is not None:
                 self.model.forward = own_forward
+
+
+def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copy the head's input where it is a slice, as the last states of prompts are.
+
+    For a frozen weight, torch.matmul multiplies strided rows batch by batch and not as one matrix
+    (on two CPU cores 550 in place of 2.4 ms for 16 prompts and 49,152 tokens).
+    """
+    return (args[0].contiguous(), *args[1:])
 
 
 def _cache_of(output: Any) -> Any:
