@@ -110,6 +110,10 @@ class Adapter(nn.Module, ABC):
         self.layers = nn.ModuleList(
             self._build_layer(layer, targets, dtype) for layer in base_layers
         )
+        self._blocks: list[dict[str, dict[str, Any]]] = [
+            {name: dict(block.items()) for name, block in _blocks_of(layer).items()}
+            for layer in self.layers
+        ]
         self._prepared: dict[Any, tuple[tuple[int, ...], Any]] = {}
         own = weakref.ref(self)  # a parameter's hook that held the adapter would keep it alive
         for parameter in self.parameters():
@@ -215,7 +219,7 @@ class Adapter(nn.Module, ABC):
         return self.layers[layer]  # pyright: ignore[reportReturnType]
 
     def _block(self, layer: int, block: str) -> Mapping[str, LowRank]:
-        return dict(self._layer(layer)[block].items())  # pyright: ignore
+        return self._blocks[layer][block]
 
     def _input_group(
         self, layer: int, modules: Sequence[LowRank], dtype: torch.dtype
@@ -254,7 +258,7 @@ class Adapter(nn.Module, ABC):
         A fused optimizer changes weights without counting their versions, but no optimizer does
         so without gradients: nothing is kept while there are any, and new ones drop what was.
         """
-        parameters = [p for module in modules for p in module.parameters()]
+        parameters = [weight for module in modules for weight in module.weights]
         if torch.is_grad_enabled() or any(p.grad is not None for p in parameters):
             return build()
         versions = tuple(p._version for p in parameters)
@@ -262,6 +266,11 @@ class Adapter(nn.Module, ABC):
         if known is None or known[0] != versions:
             known = self._prepared[key] = (versions, build())
         return known[1]
+
+
+def _blocks_of(layer: Any) -> dict[str, nn.ModuleDict]:
+    """Return a layer's blocks of LowRank modules; its router is none of them."""
+    return {name: block for name, block in layer.items() if isinstance(block, nn.ModuleDict)}
 
 
 def _forget_prepared(adapter: Adapter | None) -> None:

@@ -98,6 +98,7 @@ class LowRank(nn.Module):
         if config.weight_decomposition:
             norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
             self.lora_magnitude_vector = nn.Parameter(norms)
+        self.weights = tuple(self.parameters())
 
     @property
     def num_experts(self) -> int:
