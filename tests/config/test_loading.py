@@ -1,7 +1,7 @@
 import pytest
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
-from loraloom.config.loading import load_run_config, parse_adapter_config, schema
+from loraloom.config.adapter import MixLoraConfig
+from loraloom.config.loading import load_run_config, schema
 from loraloom.errors import ConfigError
 
 RUN = """
@@ -176,22 +176,6 @@ def test_a_binary_file_is_no_run_file(tmp_path):
 def test_a_file_without_settings_is_refused(tmp_path, text, got):
     with pytest.raises(ConfigError, match=f"must be a mapping of settings, got {got}"):
         load(tmp_path, text)
-
-
-def test_adapter_settings_are_parsed_by_their_method():
-    assert parse_adapter_config({"method": "lora", "rank": 4}) == LoraConfig(rank=4)
-    assert parse_adapter_config({"method": "mixlora", "rank": 4}) == MixLoraConfig(rank=4)
-
-
-def test_all_faults_of_adapter_settings_are_in_one_message():
-    with pytest.raises(ConfigError) as error:
-        parse_adapter_config({"method": "mixlora", "rank": 0, "top_k": 9, "experts": {"rnk": 2}})
-    assert str(error.value).splitlines() == [
-        "adapter has 3 faults:",
-        "  rank must be at least 1, got 0",
-        "  top_k must be in [1, num_experts=8], got 9",
-        "  experts: unknown key 'rnk'; did you mean 'rank'?",
-    ]
 
 
 def test_the_schema_knows_every_setting_with_its_help():

@@ -12,12 +12,7 @@ def test_defaults_are_those_that_the_documentation_names():
 
 def test_a_micro_batch_is_the_whole_batch_by_default():
     config = TrainConfig(num_epochs=1, batch_size=12)
-    assert (config.micro_batch_size, config.gradient_accumulation_steps) == (12, 1)
-
-
-def test_micro_batches_divide_a_step():
-    config = TrainConfig(num_epochs=1, batch_size=12, micro_batch_size=4)
-    assert config.gradient_accumulation_steps == 3
+    assert config.micro_batch_size == 12
 
 
 def test_an_optimizer_is_named_in_any_case():

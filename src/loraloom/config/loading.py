@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from loraloom.config.adapter import AdapterConfig, LoraConfig, MixLoraConfig
-from loraloom.config.faults import Models, describe_faults
+from loraloom.config.faults import describe_faults
 from loraloom.config.overrides import apply_override
 from loraloom.config.run import RunConfig
 from loraloom.config.yaml_text import parse_yaml
@@ -36,19 +35,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise _config_error(str(path), error, (RunConfig,)) from None
-
-
-def parse_adapter_config(settings: Mapping[str, Any]) -> LoraConfig | MixLoraConfig:
-    """The configuration of an adapter from plain settings, `{"method": "lora", "rank": 8}` say.
-
-    Raises:
-        ConfigError: For any faults, which are then all in the message.
-    """
-    try:
-        return TypeAdapter(AdapterConfig).validate_python(dict(settings))
-    except ValidationError as error:
-        raise _config_error("adapter", error, (LoraConfig, MixLoraConfig)) from None
+        raise _config_error(path, error) from None
 
 
 def schema() -> dict[str, Any]:
@@ -70,7 +57,7 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from None
 
 
-def _config_error(origin: str, error: ValidationError, models: Models) -> ConfigError:
-    faults = describe_faults(error, models)
+def _config_error(path: str | Path, error: ValidationError) -> ConfigError:
+    faults = describe_faults(error, (RunConfig,))
     count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
-    return ConfigError("\n".join([f"{origin} has {count}:", *(f"  {fault}" for fault in faults)]))
+    return ConfigError("\n".join([f"{path} has {count}:", *(f"  {fault}" for fault in faults)]))

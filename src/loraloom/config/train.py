@@ -177,11 +177,6 @@ class TrainConfig(StrictModel):
             raise ValueError("early_stopping has no effect without eval_steps; give it")
         return early_stopping
 
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches in a step."""
-        return self.batch_size // self.micro_batch_size
-
     def warmup_steps_of(self, num_training_steps: int) -> int:
         """Warm-up in steps, of a job of so many; a share is rounded up, as transformers does."""
         if self.warmup_ratio is not None:
