@@ -115,6 +115,8 @@ class Adapter(nn.Module, ABC):
             for layer in self.layers
         ]
         self._prepared: dict[Any, tuple[tuple[int, ...], Any]] = {}
+        self._all_weights = tuple(self.parameters())
+        self._backwards = 0
         own = weakref.ref(self)  # a parameter's hook that held the adapter would keep it alive
         for parameter in self.parameters():
             parameter.register_post_accumulate_grad_hook(lambda _: _forget_prepared(own()))
@@ -148,13 +150,13 @@ class Adapter(nn.Module, ABC):
 
     def adapts_ffn(self, layer: int) -> bool:
         """Whether the adapter has weights in this layer's FFN block."""
-        return len(self._block(layer, self.base_layers[layer].ffn_block)) > 0
+        return len(self.block(layer, self.base_layers[layer].ffn_block)) > 0
 
     def attention_group(
         self, layer: int, names: Sequence[str], dtype: torch.dtype
     ) -> InputGroup | None:
         """Return the compute form of attention projections that share their input."""
-        block = self._block(layer, self.base_layers[layer].attention_block)
+        block = self.block(layer, self.base_layers[layer].attention_block)
         return self._input_group(layer, [block[name] for name in names if name in block], dtype)
 
     def attention_low_rank(
@@ -170,6 +172,16 @@ class Adapter(nn.Module, ABC):
         if tokens.noise is not None and dropout > 0:
             keep = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout, group.A.dtype)
         return down_project(hidden_states.to(group.A.dtype), group.A, keep, dropout)
+
+    def version(self) -> tuple[int, int] | None:
+        """Return what changes when a weight does; None while there are gradients.
+
+        A fused optimizer changes weights without counting their versions, but no optimizer does so
+        without gradients.
+        """
+        if any(weight.grad is not None for weight in self._all_weights):
+            return None
+        return self._backwards, sum(weight._version for weight in self._all_weights)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor under its file-neutral name, as views of the parameters."""
@@ -218,7 +230,8 @@ class Adapter(nn.Module, ABC):
     def _layer(self, layer: int) -> nn.ModuleDict:
         return self.layers[layer]  # pyright: ignore[reportReturnType]
 
-    def _block(self, layer: int, block: str) -> Mapping[str, LowRank]:
+    def block(self, layer: int, block: str) -> Mapping[str, LowRank]:
+        """Return the weights of a layer's attention or FFN block, by projection."""
         return self._blocks[layer][block]
 
     def _input_group(
@@ -230,18 +243,18 @@ class Adapter(nn.Module, ABC):
         return self._prepare(key, modules, lambda: input_group(modules, dtype))
 
     def _ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
-        block = self._block(layer, self.base_layers[layer].ffn_block)
+        block = self.block(layer, self.base_layers[layer].ffn_block)
         build = lambda: ffn_weights(block, self.base_layers[layer], dtype)  # noqa: E731
         return self._prepare((layer, "ffn", dtype), list(block.values()), build)
 
     def _ffn_dropout(
         self, layer: int, hidden_size: int, gate: Tensor, top_k: int, tokens: SegmentTokens
-    ) -> FfnDropout | None:
+    ) -> FfnDropout:
         """Draw the masks of an FFN block: one for its input, one for each slot."""
-        block = self._block(layer, self.base_layers[layer].ffn_block)
+        block = self.block(layer, self.base_layers[layer].ffn_block)
         probability = next(iter(block.values())).config.dropout
         if tokens.noise is None or probability == 0:
-            return None
+            return FfnDropout.none(top_k)
         draw, dtype = tokens.noise.keep_mask, gate.dtype
         return FfnDropout(
             probability,
@@ -276,6 +289,7 @@ def _blocks_of(layer: Any) -> dict[str, nn.ModuleDict]:
 def _forget_prepared(adapter: Adapter | None) -> None:
     if adapter is not None:
         adapter._prepared.clear()
+        adapter._backwards += 1
 
 
 def resolve_targets(config: LoraConfig, layer: BaseLayer) -> frozenset[str]:

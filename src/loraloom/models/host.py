@@ -24,9 +24,10 @@ from loraloom.config.names import check_name
 from loraloom.errors import AdapterError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.families import base_info, base_layers, family_of, head_of
-from loraloom.models.layout import make_layout
+from loraloom.models.layout import Layout, make_layout
 from loraloom.models.running import RunningForward, RunningSlot, expand_adapters, query_mask
 from loraloom.models.samples import sample_key
+from loraloom.models.stacking import StackedPlan, Stacker
 from loraloom.models.wrappers import AttentionProjection, FfnBlock
 from loraloom.ops.dropout import Site
 from loraloom.ops.token_loss import token_losses
@@ -80,6 +81,7 @@ class Host:
         self.base = base_info(model, self._family, self._base_layers)
         self._head = head_of(model, self._family)
         self._slot = RunningSlot()
+        self._stacker = Stacker()
         self._training = False
         self._checkpointing = False
         self._detached = False
@@ -170,6 +172,7 @@ class Host:
         """
         self.adapter(name)
         del self.adapters[name]
+        self._stacker.forget()
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter.
@@ -412,6 +415,8 @@ class Host:
         attention_mask: Tensor | None,
         adapters: Sequence[str | None] | None,
         sample_keys: Sequence[int] | None,
+        *,
+        recording: bool = True,
     ) -> RunningForward:
         batch_size, length = input_ids.shape
         names = self._row_adapters(adapters, batch_size)
@@ -421,7 +426,16 @@ class Host:
             keys = self._sample_keys(sample_keys, batch_size)
         mask = query_mask(attention_mask, length)
         layout = make_layout(names, length, mask, keys, self.device)
-        return RunningForward(layout, self.adapters)
+        plan = self._stacked_plan(names, layout, length)
+        return RunningForward(layout, self.adapters, plan, recording=recording)
+
+    def _stacked_plan(
+        self, names: Sequence[str | None], layout: Layout, length: int
+    ) -> StackedPlan | None:
+        if torch.is_grad_enabled() or self._training or layout.has_padding:
+            return None
+        rows = [None if name is None else self.adapters[name] for name in names]
+        return self._stacker.plan(rows, length, self.dtype, self.device)
 
     def _sample_keys(self, keys: Sequence[int] | None, batch_size: int) -> list[int]:
         if keys is None:
@@ -442,7 +456,8 @@ class Host:
         def forward(*args: Any, **kwargs: Any) -> Any:
             tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
             names = expand_adapters(adapters, len(tokens))
-            running = self._forward(tokens, kwargs.get("attention_mask"), names, None)
+            mask = kwargs.get("attention_mask")
+            running = self._forward(tokens, mask, names, None, recording=False)
             with self._slot.running(running):
                 return base_forward(*args, **kwargs)
 

@@ -60,6 +60,11 @@ class Layout:
     row_order: Tensor | None
     row_inverse: Tensor | None
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether some tokens are not real."""
+        return any(segment.real is not None for segment in self.segments)
+
     def split(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, L, N] into each segment's tokens, [T, N]."""
         if self.row_order is not None:

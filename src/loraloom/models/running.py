@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.models.layout import Layout
+from loraloom.models.stacking import StackedForward, StackedPlan
 from loraloom.ops.dropout import Site
 from loraloom.ops.low_rank import InputGroup
 from loraloom.routing.record import LayerRouting
@@ -23,15 +24,30 @@ AttentionPart = tuple[InputGroup, Tensor]
 
 
 class RunningForward:
-    """One forward of a batch through the base model and its adapters."""
+    """One forward of a batch through the base model and its adapters.
 
-    def __init__(self, layout: Layout, adapters: Mapping[str, Adapter]):
+    Args:
+        layout: Which rows belong to which adapter.
+        adapters: The host's.
+        plan: How to compute it by cohorts, if it is a small forward without gradients.
+        recording: Keep a record of the routing.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        adapters: Mapping[str, Adapter],
+        plan: StackedPlan | None = None,
+        *,
+        recording: bool = True,
+    ):
         self.layout = layout
+        self.stacked = None if plan is None else StackedForward(plan)
         names = [segment.adapter_name for segment in layout.segments]
         self.adapters = [None if name is None else adapters[name] for name in names]
         self.has_adapters = any(adapter is not None for adapter in self.adapters)
         self.routing: dict[str, list[LayerRouting]] = {}
-        self.recording = True
+        self.recording = recording
         self._shared: tuple[Tensor, tuple, list[AttentionPart | None]] | None = None
 
     def record(self, adapter_name: str, routing: LayerRouting) -> None:

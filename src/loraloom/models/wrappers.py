@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.adapter import FfnRows, FfnShape
 from loraloom.models.running import AttentionPart, RunningForward, RunningSlot
+from loraloom.models.stacking import StackedForward
 from loraloom.ops.dropout import Site
 from loraloom.ops.low_rank import UpProjection, add_low_rank_, decompose
 
@@ -34,6 +35,10 @@ class AttentionProjection:
         forward = self.slot.current
         if forward is None or not forward.has_adapters:
             return output
+        if forward.stacked is not None:
+            return forward.stacked.project(
+                self.layer, self.group, self.name, args[0], output, module
+            )
         parts = forward.attention_parts(self.layer, self.group, self.site, args[0], output.dtype)
         sides = [None if part is None else part[0].projections.get(self.name) for part in parts]
         if all(side is None for side in sides):
@@ -100,8 +105,10 @@ class FfnBlock:
             adapter is not None and adapter.adapts_ffn(self.layer) for adapter in forward.adapters
         ):
             return self.base_forward(hidden_states)
-        layout = forward.layout
         gate, up = self._base_inputs(hidden_states)
+        if forward.stacked is not None:
+            return self._stacked(forward, forward.stacked, hidden_states, gate, up)
+        layout = forward.layout
         gates = layout.split(gate)
         ups = [None] * len(gates) if up is None else layout.split(up)
         parts = [
@@ -113,6 +120,21 @@ class FfnBlock:
         outputs = self.output(hidden).split(sizes)
         rows = [part.finish(output) for part, output in zip(parts, outputs, strict=True)]
         return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))
+
+    def _stacked(
+        self,
+        forward: RunningForward,
+        stacked: StackedForward,
+        hidden_states: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+    ) -> Tensor:
+        output, routing = stacked.ffn(
+            self.layer, hidden_states, gate, up, self.act, self.output, recording=forward.recording
+        )
+        for name, record in routing.items():
+            forward.record(name, record)
+        return output
 
     def _base_inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.shape.fused:

@@ -6,7 +6,8 @@ input projection that has its own A.
 `h_j = act(gate + Δgate_e(j)) ∘ (up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`. The
 down-projection of the frozen base is linear, so `Σ_j g_j W_d h_j = W_d Σ_j g_j h_j`: the base sees
 T rows whatever K is, unless a DoRA on it scales its rows for each expert. This file is the
-specification; `lean_expert_ffn.py`, which adapters use, computes the same with less memory.
+specification; `lean_expert_ffn.py` (training, long prompts) and `stacked.py` (decoding steps)
+compute the same.
 
 Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-7.
 """
@@ -177,8 +178,8 @@ def _decomposed(
     return torch.where(routed, scaled, output)
 
 
-def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor) -> Tensor:
-    """Compute Σ_j g_j x_j of the slots' values; weights are [K, T, 1]."""
+def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor | Sequence[Tensor]) -> Tensor:
+    """Compute Σ_j g_j x_j of the slots' values; weights are K times [T, 1]."""
     total = slots[0] * slot_weights[0]
     for values, weight in zip(slots[1:], slot_weights[1:], strict=True):
         total = torch.addcmul(total, values, weight)

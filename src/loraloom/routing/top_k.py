@@ -47,6 +47,8 @@ def top_k_routing(
 ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
     """Choose each token's k most probable experts and renormalise their probabilities to sum 1.
 
+    Softmax keeps the order of the logits, and its renormalised part is the softmax of that part.
+
     Args:
         logits: Router outputs, float32 or better.
         top_k: K.
@@ -57,5 +59,5 @@ def top_k_routing(
     Source:
         Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2.
     """
-    weights, selected = logits.softmax(-1).topk(top_k, dim=-1)
-    return selected, weights / weights.sum(-1, keepdim=True)
+    chosen, selected = logits.topk(top_k, dim=-1)
+    return selected, chosen.softmax(-1)

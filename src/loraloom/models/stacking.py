@@ -1,0 +1,325 @@
+"""Forwards of a few tokens without gradients: like adapters' rows are computed together.
+
+Axes: B batch, L sequence, T token rows (B·L), N adapters of a cohort, n token rows of each.
+
+A cohort is the like adapters of a batch. Its rows are gathered as [N, n, ...], shorter adapters
+padded with a row that is thrown away, and every product is one batched product over N. Rows that no
+cohort has are the base's; nothing of a cohort is ever added to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.stacks import Stack, likeness
+from loraloom.config.adapter import MixLoraConfig
+from loraloom.ops.expert_ffn import Activation
+from loraloom.ops.stacked import StackedFfnStep, StackedInput
+from loraloom.routing.record import LayerRouting
+
+MAX_HIDDEN_BYTES = 1 << 20
+"""Most bytes of all slots' hidden states; above it, blocks of tokens that stay in the processor's
+cache are faster (see ops/lean_expert_ffn.py)."""
+
+
+_Update = tuple[StackedInput | None, Tensor]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Like adapters of a batch and where their rows are.
+
+    Args:
+        adapters: N of them.
+        counts: Token rows of each.
+        stack: Their weights.
+        take: Token row of each place of [N, n], flat; None when the cohort has all rows in order.
+        put: Place of each token row, or N·n at rows that are not the cohort's; None as above.
+    """
+
+    adapters: tuple[Adapter, ...]
+    counts: tuple[int, ...]
+    stack: Stack
+    take: Tensor | None
+    put: Tensor | None
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Go from [T, ...] to [N, n, ...]."""
+        if self.take is not None:
+            rows = rows.index_select(0, self.take)
+        return rows.view(len(self.adapters), -1, rows.shape[-1])
+
+    def scatter(self, values: Tensor, blank: float = 0.0) -> Tensor:
+        """Go from [N, n, O] to [T, O], with `blank` at rows that are not the cohort's."""
+        values = values.flatten(0, 1)
+        if self.put is None:
+            return values
+        row = values.new_full((1, values.shape[-1]), blank)
+        return torch.cat([values, row]).index_select(0, self.put)
+
+
+@dataclass(frozen=True)
+class StackedPlan:
+    """The cohorts of a batch, and how their FFN rows lie behind one another.
+
+    Args:
+        cohorts: Of attention; those that adapt FFN blocks too come first.
+        num_in_ffn: How many of them.
+        base_rows: Token rows that no cohort's FFN has; None for none.
+        ffn_put: Place of each token row behind one another; None when there is one cohort with all
+            rows in order.
+    """
+
+    cohorts: tuple[Cohort, ...]
+    num_in_ffn: int
+    base_rows: Tensor | None
+    ffn_put: Tensor | None
+
+
+class StackedForward:
+    """A forward whose adapters are computed by cohorts."""
+
+    def __init__(self, plan: StackedPlan):
+        self._plan = plan
+        self._shared: tuple[Tensor, int, Sequence[str], Sequence[_Update]] | None = None
+
+    def project(
+        self,
+        layer: int,
+        group: Sequence[str],
+        name: str,
+        hidden_states: Tensor,
+        output: Tensor,
+        linear: nn.Module,
+    ) -> Tensor:
+        """Adapt an attention projection's output, [B, L, O], in place where that is possible.
+
+        Args:
+            layer: Index of the decoder layer.
+            group: Projections with the same input.
+            name: Of this one.
+            hidden_states: Its input, [B, L, I].
+            output: The base's output.
+            linear: The base's projection, for its bias.
+        """
+        rows = output.view(-1, output.shape[-1])
+        updates = self._updates(layer, group, hidden_states, output.dtype)
+        for cohort, (stack, update) in zip(self._plan.cohorts, updates, strict=True):
+            if stack is None or name not in stack.columns:
+                continue
+            rows = _updated(rows, update[:, stack.columns[name]], cohort, stack, name, linear)
+        return rows.view(output.shape)
+
+    def ffn(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        act: Activation,
+        down: nn.Module,
+        *,
+        recording: bool,
+    ) -> tuple[Tensor, dict[str, LayerRouting]]:
+        """Compute an FFN block from the base's gate and up; see FfnBlock."""
+        plan = self._plan
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        gate = gate.flatten(0, -2)
+        up = None if up is None else up.flatten(0, -2)
+        steps = [
+            StackedFfnStep(
+                cohort.stack.ffn(layer),
+                cohort.gather(rows),
+                cohort.gather(gate),
+                None if up is None else cohort.gather(up),
+                act,
+            )
+            for cohort in plan.cohorts[: plan.num_in_ffn]
+        ]
+        hidden = [step.hidden for step in steps]
+        if plan.base_rows is not None:
+            states = act(gate.index_select(0, plan.base_rows))
+            hidden.append(states if up is None else states * up.index_select(0, plan.base_rows))
+        outputs = _through(down, hidden)
+        for place, step in enumerate(steps):
+            outputs[place] = step.finish(outputs[place])
+        rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if plan.ffn_put is not None:
+            rows = rows.index_select(0, plan.ffn_put)
+        shape = (*hidden_states.shape[:-1], rows.shape[-1])
+        return rows.view(shape), self._records(layer, steps) if recording else {}
+
+    def _records(self, layer: int, steps: Sequence[StackedFfnStep]) -> dict[str, LayerRouting]:
+        records = {}
+        for cohort, step in zip(self._plan.cohorts, steps, strict=False):
+            routing = step.routing
+            if routing is None:
+                continue
+            for index, (adapter, count) in enumerate(
+                zip(cohort.adapters, cohort.counts, strict=True)
+            ):
+                records[adapter.name] = LayerRouting(
+                    layer,
+                    routing.router_logits[index, :count],
+                    routing.selected_experts[index, :count],
+                    routing.routing_weights[index, :count],
+                )
+        return records
+
+    def _updates(
+        self, layer: int, group: Sequence[str], hidden_states: Tensor, dtype: torch.dtype
+    ) -> Sequence[_Update]:
+        """Every cohort's update of projections with one input, [T, ΣO]; kept for the next one."""
+        if self._shared is not None:
+            known_states, known_layer, known_group, updates = self._shared
+            if known_states is hidden_states and known_layer == layer and known_group is group:
+                return updates
+        rows = hidden_states.view(-1, hidden_states.shape[-1]).to(dtype)
+        updates = []
+        for cohort in self._plan.cohorts:
+            stack = cohort.stack.attention(layer, group)
+            update = rows
+            if stack is not None:
+                low_rank = torch.bmm(cohort.gather(rows), stack.A)
+                update = cohort.scatter(torch.bmm(low_rank, stack.B))
+            updates.append((stack, update))
+        self._shared = (hidden_states, layer, group, updates)
+        return updates
+
+
+def _updated(
+    output: Tensor,
+    update: Tensor,
+    cohort: Cohort,
+    stack: StackedInput,
+    name: str,
+    linear: nn.Module,
+) -> Tensor:
+    """Add an update to the base's output, or rebuild the cohort's rows by DoRA's formula."""
+    row_scale = stack.row_scales.get(name)
+    if row_scale is None:
+        return output.add_(update)
+    factors = row_scale.unsqueeze(1).expand(-1, max(cohort.counts), -1)
+    factors = cohort.scatter(factors, blank=1.0)
+    bias: Any = linear.bias
+    if bias is None:
+        return (output + update) * factors
+    rebuilt = (output - bias + update) * factors + bias
+    if cohort.put is None:
+        return rebuilt
+    theirs = cohort.put < len(cohort.adapters) * max(cohort.counts)
+    return torch.where(theirs.unsqueeze(1), rebuilt, output)
+
+
+class Stacker:
+    """Plans of a host's small forwards; the last one is kept, as decoding repeats it."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Hashable, StackedPlan] | None = None
+
+    def plan(
+        self,
+        rows: Sequence[Adapter | None],
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> StackedPlan | None:
+        """Return how to compute a forward by cohorts; None if it is not such a forward.
+
+        Args:
+            rows: Each batch row's adapter.
+            length: L.
+            dtype: Of the base.
+            device: Of the hidden states.
+        """
+        adapters = {id(a): a for a in rows if a is not None}
+        if not adapters or not _is_small(adapters.values(), len(rows) * length, dtype):
+            return None
+        versions = [(key, adapter.version()) for key, adapter in adapters.items()]
+        if any(version is None for _, version in versions):
+            return None
+        key = (tuple(versions), tuple(map(id, rows)), length, dtype)
+        if self._last is None or self._last[0] != key:
+            self._last = (key, _make_plan(rows, length, dtype, device))
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Free the stacked weights."""
+        self._last = None
+
+
+def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Send several parts' rows through a linear layer at once."""
+    if len(parts) == 1:
+        return [linear(parts[0])]
+    return list(linear(torch.cat(list(parts))).split([len(part) for part in parts]))
+
+
+def _is_small(adapters: Iterable[Adapter], num_tokens: int, dtype: torch.dtype) -> bool:
+    top_k = max(a.config.top_k if isinstance(a.config, MixLoraConfig) else 1 for a in adapters)
+    layer = next(iter(adapters)).base_layers[0]
+    width = layer.ffn[layer.ffn_shape.output].in_features
+    return top_k * num_tokens * width * dtype.itemsize <= MAX_HIDDEN_BYTES
+
+
+def _make_plan(
+    rows: Sequence[Adapter | None], length: int, dtype: torch.dtype, device: torch.device
+) -> StackedPlan:
+    alike: dict[Hashable, list[Adapter]] = {}
+    for adapter in dict.fromkeys(row for row in rows if row is not None):
+        alike.setdefault(likeness(adapter), []).append(adapter)
+    ordered = sorted(alike.values(), key=lambda adapters: not adapters[0].adapts_ffn(0))
+    cohorts = tuple(_make_cohort(adapters, rows, length, dtype, device) for adapters in ordered)
+    in_ffn = [cohort for cohort in cohorts if cohort.adapters[0].adapts_ffn(0)]
+    if in_ffn and in_ffn[0].put is None:
+        return StackedPlan(cohorts, 1, None, None)
+    num_tokens, start = len(rows) * length, 0
+    place = torch.full((num_tokens,), -1)
+    for cohort in in_ffn:
+        size = len(cohort.adapters) * max(cohort.counts)
+        put: Tensor = cohort.put.cpu()  # pyright: ignore[reportOptionalMemberAccess]
+        place = torch.where(put < size, start + put, place)
+        start += size
+    base_rows = (place < 0).nonzero().squeeze(1)
+    place[base_rows] = start + torch.arange(len(base_rows))
+    return StackedPlan(
+        cohorts,
+        len(in_ffn),
+        base_rows.to(device) if len(base_rows) else None,
+        place.to(device),
+    )
+
+
+def _make_cohort(
+    adapters: Sequence[Adapter],
+    rows: Sequence[Adapter | None],
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Cohort:
+    tokens = [
+        [
+            row * length + place
+            for row, owner in enumerate(rows)
+            if owner is adapter
+            for place in range(length)
+        ]
+        for adapter in adapters
+    ]
+    counts = tuple(map(len, tokens))
+    stack = Stack(adapters, dtype)
+    num_tokens, width = len(rows) * length, max(counts)
+    if counts == (num_tokens,):
+        return Cohort(tuple(adapters), counts, stack, None, None)
+    padded = [places + places[:1] * (width - len(places)) for places in tokens]
+    put = torch.full((num_tokens,), len(adapters) * width)
+    for index, places in enumerate(tokens):
+        put[places] = index * width + torch.arange(len(places))
+    take = torch.tensor(padded).flatten()
+    return Cohort(tuple(adapters), counts, stack, take.to(device), put.to(device))

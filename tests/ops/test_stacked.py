@@ -1,0 +1,145 @@
+"""Like adapters' FFN blocks in one batched pass, against each alone in a dense loop, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from loraloom.ops.expert_ffn import FfnWeights
+from loraloom.ops.stacked import StackedFfn, StackedFfnStep, StackedSide
+from tests.ops.ffn_case import SHAPES, FfnCase, R, compute_form, dense_loop, make_case
+from tests.ops.test_expert_ffn import PARTS
+
+decomposed_or_not = pytest.mark.parametrize("decomposed", [False, True])
+
+
+def cases_of_two_adapters(shape: str, **options) -> list[FfnCase]:
+    """Two adapters' cases on one base; the second has other weights, tokens and choices."""
+    first, second = make_case(shape, **options), make_case(shape, **options)
+    leaves = {name: leaf.detach().roll(1, 0) * 1.3 for name, leaf in second.leaves.items()}
+    return [first, replace(second, leaves=leaves, selected=first.selected.roll(1, 0))]
+
+
+def stack(cases: list[FfnCase], *, routed: bool) -> StackedFfn:
+    parts = [compute_form(case) for case in cases]
+    first = parts[0]
+    eye = torch.eye(first.num_experts, dtype=torch.float64)
+    return StackedFfn(
+        input_A=_transposed([part.input_A for part in parts]),
+        gate=_side(parts, "gate"),
+        up=_side(parts, "up"),
+        down_A=_transposed([part.down and part.down.A for part in parts]),
+        down_B=_stacked([part.down and part.down.B for part in parts]),
+        down_row_scale=_joined([part.down and part.down.row_scale for part in parts]),
+        down_bias=first.down_bias,
+        router=torch.stack([_router(case) for case in cases]) if routed else None,
+        expert_columns=eye.repeat_interleave(R, dim=1),
+        top_k=cases[0].selected.shape[1] if routed else 1,
+    )
+
+
+def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], StackedFfnStep]:
+    base, bias = cases[0].base, cases[0].bias
+    x = torch.stack([case.leaves["x"] for case in cases])
+    project = lambda name: x @ base[name].T + bias[name]  # noqa: E731
+    if cases[0].shape == "fused":
+        gate, up = project("gate_up").chunk(2, dim=-1)
+    else:
+        gate, up = project("gate"), project("up") if cases[0].shape == "gated" else None
+    step = StackedFfnStep(stack(cases, routed=routed), x, gate, up, silu)
+    output = step.finish(step.hidden @ base["down"].T + bias["down"])
+    return list(output.view(*x.shape[:2], output.shape[-1])), step
+
+
+def follow_router(cases: list[FfnCase]) -> list[FfnCase]:
+    """Give the cases the choices that their routers make."""
+    followed = []
+    for case in cases:
+        logits = case.leaves["x"] @ _router(case)
+        chosen, selected = logits.topk(case.selected.shape[1])
+        followed.append(
+            replace(case, selected=selected, leaves={**case.leaves, "slot_logits": chosen})
+        )
+    return followed
+
+
+@torch.no_grad()
+@decomposed_or_not
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_mixtures_are_those_of_a_dense_loop(shape, top_k, decomposed):
+    cases = follow_router(cases_of_two_adapters(shape, top_k=top_k, decomposed=decomposed))
+    outputs, step = run(cases, routed=True)
+    assert step.routing is not None
+    for output, case, selected in zip(outputs, cases, step.routing.selected_experts, strict=True):
+        assert selected.equal(case.selected)
+        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+@decomposed_or_not
+@pytest.mark.parametrize(("shape", "targets"), PARTS)
+def test_projections_without_experts_keep_their_base_output(shape, targets, decomposed):
+    cases = follow_router(cases_of_two_adapters(shape, targets=targets, decomposed=decomposed))
+    outputs, _ = run(cases, routed=True)
+    for output, case in zip(outputs, cases, strict=True):
+        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+@decomposed_or_not
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plain_adapters_are_one_expert_of_weight_one(shape, decomposed):
+    cases = cases_of_two_adapters(shape, top_k=1, num_experts=1, decomposed=decomposed)
+    outputs, step = run(cases, routed=False)
+    assert step.routing is None
+    for output, case in zip(outputs, cases, strict=True):
+        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_one_adapter_alone_and_no_tokens():
+    case = follow_router([make_case("gated")])[0]
+    torch.testing.assert_close(run([case], routed=True)[0][0], dense_loop(case))
+    none = make_case("gated", num_tokens=0)
+    assert run([none], routed=True)[0][0].shape == (0, 5)
+
+
+def test_the_base_sees_each_token_once_whatever_top_k_is():
+    with torch.no_grad():
+        for top_k in (1, 3):
+            _, step = run(cases_of_two_adapters("gated", top_k=top_k), routed=True)
+            assert len(step.hidden) == 2 * 5
+
+
+def _router(case: FfnCase) -> Tensor:
+    """A router, [D, E], that depends on the case's own weights."""
+    generator = torch.Generator().manual_seed(int(case.leaves["x"].sum().item() * 1e6) % 2**31)
+    shape = (case.leaves["x"].shape[1], case.num_experts)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _side(parts: list[FfnWeights], name: str) -> StackedSide | None:
+    sides = [getattr(part, name) for part in parts]
+    if sides[0] is None:
+        return None
+    scale = _joined([side.row_scale for side in sides])
+    return StackedSide(
+        sides[0].columns, torch.stack([side.B for side in sides]), scale, sides[0].bias
+    )
+
+
+def _transposed(matrices) -> Tensor | None:
+    return None if matrices[0] is None else torch.stack(matrices).transpose(1, 2)
+
+
+def _stacked(matrices) -> Tensor | None:
+    return None if matrices[0] is None else torch.stack(matrices)
+
+
+def _joined(matrices) -> Tensor | None:
+    return None if matrices[0] is None else torch.cat(matrices)
