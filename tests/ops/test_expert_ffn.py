@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
-from loraloom.ops import lean_expert_ffn as lean_module
+from loraloom.ops import slot_pieces
 from loraloom.ops.expert_ffn import FfnDropout, Routing, expert_ffn
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from tests.ops.ffn_case import (
@@ -23,7 +23,17 @@ from tests.ops.ffn_case import (
     run,
 )
 
-both = pytest.mark.parametrize("ffn", [expert_ffn, lean_expert_ffn])
+
+def grouped_expert_ffn(*arguments):
+    """The lean twin with slots sorted by groups of two experts, as of many experts."""
+    with pytest.MonkeyPatch.context() as patch:
+        size = lambda experts, num_experts, rank: 2 if num_experts % 2 == 0 else 1  # noqa: E731
+        patch.setattr(slot_pieces, "group_size", size)
+        return lean_expert_ffn(*arguments)
+
+
+both = pytest.mark.parametrize("ffn", [expert_ffn, lean_expert_ffn, grouped_expert_ffn])
+lean_ways = pytest.mark.parametrize("ffn", [lean_expert_ffn, grouped_expert_ffn])
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 PARTS = [
     ("gated", ["gate"]),
@@ -129,21 +139,24 @@ def test_gradcheck_in_full_of_one_case(ffn, decomposed):
     assert gradcheck(lambda *values: run(ffn, case.with_leaves(values)), leaves)
 
 
+@lean_ways
 @every_shape
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("num_tokens", [64, 65, 150])
-def test_blocks_of_tokens_do_not_change_the_result(
-    shape, decomposed, dropout, num_tokens, monkeypatch
-):
+def test_pieces_do_not_change_the_result(ffn, shape, decomposed, dropout, num_tokens, monkeypatch):
     padding = [0, 63, num_tokens - 1]
     case = make_case(
         shape, num_tokens=num_tokens, dropout=dropout, padding=padding, decomposed=decomposed
     )
-    monkeypatch.setattr(lean_module, "_BLOCK_BYTES", 1)
-    blocks = len(list(lean_module._blocks(torch.empty(num_tokens, 6))))
-    assert blocks == -(-num_tokens // 64)
-    assert_same(lean_expert_ffn, lambda: run(expert_ffn, case), case)
+    monkeypatch.setattr(slot_pieces, "PIECE_BYTES", 1)
+    gate = torch.empty(num_tokens, 6)
+    blocks = list(slot_pieces.masked_pieces(case.selected.T, None, 2, gate))
+    assert len(blocks) == 2 * -(-num_tokens // 64)
+    groups = list(slot_pieces.sorted_pieces(case.selected.T, 4, 2, 2, gate))
+    assert sum(len(piece.rows) for piece in groups) == 2 * num_tokens
+    assert max(len(piece.rows) for piece in groups) <= 64
+    assert_same(ffn, lambda: run(expert_ffn, case), case)
 
 
 @every_shape
@@ -217,6 +230,26 @@ def test_the_lean_twin_keeps_no_hidden_states_of_slots():
     more = kept_numbers(expert_ffn, 3) - kept_numbers(expert_ffn, 1)
     assert more >= 2 * feed_forward
     assert kept_numbers(lean_expert_ffn, 3) - kept_numbers(lean_expert_ffn, 1) < feed_forward
+    rank_space = 200 * 4 * 4  # of a slot: gate, up, down and weighted down, of two experts
+    more = kept_numbers(grouped_expert_ffn, 3) - kept_numbers(grouped_expert_ffn, 1)
+    assert more < 2 * (rank_space + 200 * 3)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "rank", "num_slots", "size"),
+    [
+        (8, 8, 4096, None),  # masks over all experts are as fast
+        (64, 8, 1023, None),  # too few slots to gather
+        (32, 8, 1024, 8),
+        (64, 16, 4096, 4),
+        (31, 16, 4096, 1),  # a prime number has no groups
+        (4, 128, 4096, 1),
+    ],
+)
+def test_groups_have_few_columns(num_experts, rank, num_slots, size):
+    experts = torch.zeros(2, num_slots // 2 + num_slots % 2, dtype=torch.long)[:, : num_slots // 2]
+    assert slot_pieces.group_size(experts, num_experts, rank) == size
+    assert slot_pieces.group_size(experts.to("meta"), num_experts, rank) is None
 
 
 @both

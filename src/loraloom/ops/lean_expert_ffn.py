@@ -5,17 +5,16 @@ input product.
 
 The same numbers as `expert_ffn.py`, whose `expert_ffn` is this file's semantics. Kept for the
 backward pass: the block's input, the base's gate and up, the rank-space activations and the
-routing. The hidden states of the slots, K·T·F wide, are computed again. Tokens go through in
-blocks small enough that a block's hidden states stay in the processor's cache.
+routing. The hidden states of the slots, K·T·F wide, are computed again. Slots go through in pieces
+small enough that a piece's hidden states stay in the processor's cache; see `slot_pieces.py`.
 
 Numerics: products and sums over slots run in the dtype of `gate` (matrix products accumulate in
-float32 inside); gradients of weights are summed over blocks in float32 or better.
+float32 inside); gradients of weights are summed over pieces in float32 or better.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
-from loraloom.ops.low_rank import UpProjection, decompose, down_project, slot_masks
-
-_BLOCK_BYTES = 1 << 21
+from loraloom.ops.grouped_products import grouped_down, grouped_up
+from loraloom.ops.low_rank import UpProjection, decompose, down_project
+from loraloom.ops.slot_pieces import Piece, Slots
 
 
 def lean_expert_ffn(
@@ -54,13 +52,16 @@ def lean_expert_ffn(
         Hidden rows ([T, F], or [K·T, F] with a DoRA on down) and a function from the base's output
         for them to the block's output, [T, D].
     """
+    slots = Slots.of(weights, routing, gate)
     low_rank = None
     if weights.input_A is not None:
-        low_rank = down_project(
-            hidden_states, weights.input_A, dropout.keep_input, dropout.probability
-        )
-    slots = _Slots(weights, routing, gate.dtype, len(gate))
-    block = _Block(slots, _Side.of(weights.gate), _Side.of(weights.up), act, dropout)
+        keep, probability = dropout.keep_input, dropout.probability
+        if slots.group is None:
+            low_rank = down_project(hidden_states, weights.input_A, keep, probability)
+        else:
+            low_rank = grouped_down(hidden_states, weights.input_A, keep, probability, slots)
+    gate_side, up_side = (_Side.of(side, weights, slots) for side in (weights.gate, weights.up))
+    block = _Block(slots, gate_side, up_side, act, dropout)
     slot_weights = None
     if routing is not None and not slots.apart:
         slot_weights = routing.routing_weights.to(gate.dtype)
@@ -83,22 +84,26 @@ def _tensors(side: UpProjection | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _finish(
-    weights: FfnWeights, routing: Routing | None, slots: _Slots, down_rank: Tensor
+    weights: FfnWeights, routing: Routing | None, slots: Slots, down_rank: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """Return what is to be done with the base's down-projection of the hidden rows."""
     down = weights.down
     if down is None:
         return lambda output: output
     if down.row_scale is None:
-        return lambda output: torch.addmm(output, down_rank, down.B)
+        if slots.group is None:
+            return lambda output: torch.addmm(output, down_rank, down.B)
+        updates = grouped_up(down_rank, down.B, slots)
+        return lambda output: torch.stack([output, *updates.chunk(len(slots.experts))]).sum(0)
     row_scale = _with_unit_row(down.row_scale)
 
     def finish(output: Tensor) -> Tensor:
-        outputs = []
-        for slot, rows in enumerate(output.chunk(slots.num_slots)):
-            update = _masked(down_rank, slots.mask(slot, slice(None))) @ down.B
-            scale = row_scale[slots.experts[slot]]
-            outputs.append(decompose(rows, update, scale, weights.down_bias))
+        updates = _slot_updates(down_rank, down.B, slots)
+        parts = zip(output.chunk(len(slots.experts)), updates, slots.experts, strict=True)
+        outputs = [
+            decompose(rows, update, row_scale[experts], weights.down_bias)
+            for rows, update, experts in parts
+        ]
         if routing is None:
             return outputs[0]
         return combine_slots(outputs, routing.routing_weights.to(output.dtype).T.unsqueeze(-1))
@@ -106,45 +111,14 @@ def _finish(
     return finish
 
 
-class _Slots:
-    """Which expert each slot of a token uses, as masks over the experts' ranks."""
-
-    def __init__(
-        self, weights: FfnWeights, routing: Routing | None, dtype: torch.dtype, num_tokens: int
-    ):
-        down = weights.down
-        self.apart = down is not None and down.row_scale is not None
-        self.rank = weights.rank
-        self.num_slots = 1 if routing is None else routing.top_k
-        self.masks: Tensor | None = None
-        self.num_experts = weights.num_experts
-        self.routed = routing is not None
-        self.dtype = dtype
-        if routing is None:
-            device = weights.any_tensor().device
-            self.experts = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
-        else:
-            self.experts = routing.selected_experts.T
-            self.masks = slot_masks(
-                routing.selected_experts, weights.num_experts, weights.rank, dtype
-            )
-
-    def with_experts(self, experts: Any) -> _Slots:
-        """Return these slots with their masks made anew, or without any tensors."""
-        slots = copy.copy(self)
-        slots.experts, slots.masks = experts, None
-        if self.routed and experts is not None:
-            slots.masks = slot_masks(experts.T, self.num_experts, self.rank, self.dtype)
-        return slots
-
-    def mask(self, slot: int, block: slice) -> Tensor | None:
-        """1 at the columns of a slot's expert, [t, S]; None when there is but one expert."""
-        return None if self.masks is None else self.masks[slot, block]
-
-    def one_hot(self, slot: int, block: slice, like: Tensor) -> Tensor:
-        """1 at a slot's expert, [t, E]."""
-        mask = self.mask(slot, block)
-        return like.new_ones(len(like), 1) if mask is None else mask[:, :: self.rank]
+def _slot_updates(down_rank: Tensor, lora_B: Tensor, slots: Slots) -> Sequence[Tensor]:
+    """Compute each slot's update of the output projection, [T, D]."""
+    if slots.group is not None:
+        return grouped_up(down_rank, lora_B, slots).chunk(len(slots.experts))
+    masks = slots.masks(down_rank.dtype)
+    if masks is None:
+        return [down_rank @ lora_B]
+    return [(down_rank * mask) @ lora_B for mask in masks]
 
 
 @dataclass(frozen=True)
@@ -155,17 +129,18 @@ class _Side:
     bias: Tensor | None
 
     @staticmethod
-    def of(projection: UpProjection | None) -> _Side:
+    def of(projection: UpProjection | None, weights: FfnWeights, slots: Slots) -> _Side:
         if projection is None:
             return _Side(slice(0, 0), None)
-        return _Side(projection.columns, projection.bias)
+        place = projection.columns.start // (weights.num_experts * weights.rank)
+        return _Side(slice(place * slots.columns, (place + 1) * slots.columns), projection.bias)
 
 
 @dataclass(frozen=True)
 class _Block:
     """What the function needs besides tensors that have gradients."""
 
-    slots: _Slots
+    slots: Slots
     gate: _Side
     up: _Side
     act: Activation
@@ -177,26 +152,45 @@ class _Block:
 
     def without_tensors(self) -> _Block:
         dropout = replace(self.dropout, keep_input=None, keep_slots=())
-        return replace(self, slots=self.slots.with_experts(None), dropout=dropout)
+        return replace(self, slots=self.slots.without_experts(), dropout=dropout)
 
     def with_tensors(self, experts: Tensor, *keep_slots: Tensor | None) -> _Block:
         dropout = replace(self.dropout, keep_slots=keep_slots)
         return replace(self, slots=self.slots.with_experts(experts), dropout=dropout)
 
-    def drop(self, values: Tensor, slot: int, block: slice) -> Tensor:
-        keep = self.dropout.keep_slots[slot]
-        if keep is None:
-            return values
-        return apply_keep_mask(values, keep[block])
-
 
 @dataclass(frozen=True)
 class _Projected:
-    """An adapted input projection of one slot and block: before and after DoRA's row scale."""
+    """An adapted input projection of a piece.
+
+    Args:
+        value: With the update, [t, F].
+        unscaled: Before DoRA's row scale, without the bias.
+        row_scale: DoRA's factors; None where there are none.
+        rank_input: What B multiplied; None where nothing is adapted.
+    """
 
     value: Tensor
-    update: Tensor
+    unscaled: Tensor
     row_scale: Tensor | None
+    rank_input: Tensor | None
+
+
+@dataclass(frozen=True)
+class _PieceStates:
+    """A piece's way through the block.
+
+    Args:
+        inner: The adapted gate (or only input projection); its value is a leaf of a small graph.
+        activated: Its activation, on that graph.
+        outer: The adapted up.
+        hidden: `activated ∘ outer`.
+    """
+
+    inner: _Projected
+    activated: Tensor
+    outer: _Projected | None
+    hidden: Tensor
 
 
 class _LeanFfn(torch.autograd.Function):
@@ -205,32 +199,31 @@ class _LeanFfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights):
         ctx.block = block.without_tensors()
-        forward = _SlotForward(block, gate, up, low_rank, gate_B, gate_c, up_B, up_c)
-        slots = block.slots
-        tokens, features = gate.shape
-        rows = slots.num_slots * tokens if slots.apart else tokens
-        hidden = gate.new_empty(rows, features)
-        unweighted: Any = None if down_A is None else gate.new_zeros(tokens, len(down_A))
+        forward = _PieceForward(block, gate, up, low_rank, gate_B, gate_c, up_B, up_c)
+        slots, dropout = block.slots, block.dropout
+        if slots.apart:
+            hidden = gate.new_empty(slots.experts.numel(), gate.shape[1])
+        else:
+            hidden = slots.new_total(gate)
+        unweighted: Any = None if down_A is None else slots.new_rank_space(gate)
         weighted = unweighted
         if down_A is not None and slot_weights is not None:
-            weighted = gate.new_zeros(unweighted.shape)
-        for part in _blocks(gate):
-            for slot in range(slots.num_slots):
-                states = forward.hidden(slot, part)[-1]
-                weight = None if slot_weights is None else slot_weights[part, slot, None]
-                if slots.apart:
-                    hidden[slot * tokens :][part] = states
-                elif slot == 0:
-                    torch.mul(states, 1 if weight is None else weight, out=hidden[part])
-                else:
-                    hidden[part].addcmul_(states, weight)
-                if down_A is None:
-                    continue
-                down = _masked(block.drop(states, slot, part) @ down_A.T, slots.mask(slot, part))
-                down = down * block.dropout.scale if block.dropout.probability else down
-                unweighted[part] += down
-                if weight is not None:
-                    weighted[part].addcmul_(down, weight)
+            weighted = torch.zeros_like(unweighted)
+        for piece in slots.pieces(gate):
+            states = forward.states(piece).hidden
+            weight = None if slot_weights is None else piece.slot_weights(slot_weights)
+            if slots.apart:
+                piece.put_slots(hidden, states)
+            else:
+                piece.add(hidden, states, weight)
+            if down_A is None or not piece.adapted:
+                continue
+            dropped = piece.drop(states, dropout.keep_slots)
+            down = piece.keep_rank(dropped @ piece.of_experts(down_A).T)
+            down = down * dropout.scale if dropout.probability else down
+            piece.add_rank(unweighted, down)
+            if weight is not None:
+                piece.add_rank(weighted, down * weight)
         ctx.save_for_backward(
             gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights, unweighted,
             *block.tensors(),
@@ -244,14 +237,13 @@ class _LeanFfn(torch.autograd.Function):
         tensors, (down_A, slot_weights, unweighted) = saved[:7], saved[7:10]
         block = ctx.block.with_tensors(*saved[10:])
         backward = _Backward(block, tensors, down_A, slot_weights, unweighted)
-        for part in _blocks(tensors[0]):
-            for slot in range(block.slots.num_slots):
-                backward.accumulate(slot, part, grad_hidden, grad_down)
+        for piece in block.slots.pieces(tensors[0]):
+            backward.accumulate(piece, grad_hidden, grad_down)
         return None, *backward.gradients()
 
 
-class _SlotForward:
-    """The forward pass of one slot and block of tokens; with a graph over the activation alone."""
+class _PieceForward:
+    """The forward pass of one piece; with a graph over the activation alone."""
 
     def __init__(
         self, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c, *, with_graph: bool = False
@@ -263,45 +255,49 @@ class _SlotForward:
         self.gate_c = None if gate_c is None else _with_unit_row(gate_c).to(gate.dtype)
         self.up_c = None if up_c is None else _with_unit_row(up_c).to(gate.dtype)
 
-    def hidden(
-        self, slot: int, part: slice
-    ) -> tuple[Tensor | None, _Projected, Tensor, _Projected | None, Tensor]:
-        """Compute a slot's hidden states.
-
-        Returns:
-            The masked rank-space input; the gate before (a leaf) and after the activation, the
-            adapted up; and the hidden states.
-        """
-        slots = self.block.slots
-        masked = None
-        if self.low_rank is not None:
-            masked = _mask_columns(self.low_rank[part], slots.mask(slot, part))
-        experts = slots.experts[slot, part]
-        inner = _project(
-            self.gate[part], masked, self.block.gate, self.gate_B, self.gate_c, experts
-        )
+    def states(self, piece: Piece) -> _PieceStates:
+        """Compute a piece's hidden states."""
+        block = self.block
+        inner = self._project(piece, self.gate, block.gate, self.gate_B, self.gate_c)
         with torch.set_grad_enabled(self.with_graph):
             leaf = inner.value.detach().requires_grad_(self.with_graph)
-            activated = self.block.act(leaf)
-        inner = _Projected(leaf, inner.update, inner.row_scale)
+            activated = block.act(leaf)
+        inner = replace(inner, value=leaf)
         if self.up is None:
-            return masked, inner, activated, None, activated.detach()
-        outer = _project(self.up[part], masked, self.block.up, self.up_B, self.up_c, experts)
-        return masked, inner, activated, outer, activated.detach() * outer.value
+            return _PieceStates(inner, activated, None, activated.detach())
+        outer = self._project(piece, self.up, block.up, self.up_B, self.up_c)
+        return _PieceStates(inner, activated, outer, activated.detach() * outer.value)
+
+    def _project(
+        self, piece: Piece, output: Tensor, side: _Side, lora_B: Any, row_scale: Any
+    ) -> _Projected:
+        """Adapt a piece of the base's output; a missing B stands for nothing adapted."""
+        output = piece.take(output)
+        if lora_B is None or self.low_rank is None or not piece.adapted:
+            return _Projected(output, output, None, None)
+        rank_input = piece.take_rank(self.low_rank[:, side.columns])
+        if row_scale is not None and side.bias is not None:
+            output = output - side.bias
+        update = torch.addmm(output, rank_input, piece.of_experts(lora_B))
+        if row_scale is None:
+            return _Projected(update, update, None, rank_input)
+        scale = piece.row_scale(row_scale)
+        value = scale * update if side.bias is None else scale * update + side.bias
+        return _Projected(value, update, scale, rank_input)
 
 
 class _Backward:
-    """Gradients of the function's tensors, summed up over slots and blocks."""
+    """Gradients of the function's tensors, summed up over pieces."""
 
     def __init__(
         self, block: _Block, tensors: Any, down_A: Any, slot_weights: Any, unweighted: Any
     ):
         gate, up, low_rank, gate_B, gate_c, up_B, up_c = tensors
         self.block = block
-        self.forward = _SlotForward(block, *tensors, with_graph=True)
+        self.forward = _PieceForward(block, *tensors, with_graph=True)
         self.down_A, self.slot_weights, self.unweighted = down_A, slot_weights, unweighted
-        self.grad_gate = torch.empty_like(gate)
-        self.grad_up: Any = None if up is None else torch.empty_like(up)
+        self.grad_gate = block.slots.new_total(gate)
+        self.grad_up: Any = None if up is None else block.slots.new_total(up)
         self.grad_low_rank: Any = None if low_rank is None else torch.zeros_like(low_rank)
         self.grad_gate_B, self.grad_gate_c = _zeros(gate_B), _zeros(gate_c)
         self.grad_up_B, self.grad_up_c = _zeros(up_B), _zeros(up_c)
@@ -315,107 +311,91 @@ class _Backward:
             self.grad_up_B, self.grad_up_c, self.grad_down_A, self.grad_weights,
         )  # fmt: skip
 
-    def accumulate(self, slot: int, part: slice, grad_hidden: Tensor, grad_down: Tensor) -> None:
-        """Add a slot's and block's share."""
-        masked, inner, activated, outer, states = self.forward.hidden(slot, part)
-        grad_states = self._grad_states(slot, part, grad_hidden, grad_down, states)
+    def accumulate(self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor) -> None:
+        """Add a piece's share."""
+        states = self.forward.states(piece)
+        inner, outer = states.inner, states.outer
+        grad_states = self._grad_states(piece, grad_hidden, grad_down, states.hidden)
         grad_activated = grad_states if outer is None else grad_states * outer.value
-        grad_inner = torch.autograd.grad(activated, inner.value, grad_activated)[0]
-        one_hot = lambda: self.block.slots.one_hot(slot, part, states)  # noqa: E731
-        grad_inner = _unscale(grad_inner, inner, self.grad_gate_c, one_hot)
-        _add_slot(self.grad_gate, part, slot, grad_inner)
+        grad_inner = torch.autograd.grad(states.activated, inner.value, grad_activated)[0]
+        grad_inner = _unscale(piece, grad_inner, inner, self.grad_gate_c)
+        piece.add(self.grad_gate, grad_inner)
         self._backproject(
-            slot, part, grad_inner, masked, self.block.gate, self.forward.gate_B, self.grad_gate_B
+            piece, grad_inner, inner, self.block.gate, self.forward.gate_B, self.grad_gate_B
         )
         if outer is None:
             return
-        grad_outer = _unscale(grad_states * activated.detach(), outer, self.grad_up_c, one_hot)
-        _add_slot(self.grad_up, part, slot, grad_outer)
+        grad_outer = grad_states * states.activated.detach()
+        grad_outer = _unscale(piece, grad_outer, outer, self.grad_up_c)
+        piece.add(self.grad_up, grad_outer)
         self._backproject(
-            slot, part, grad_outer, masked, self.block.up, self.forward.up_B, self.grad_up_B
+            piece, grad_outer, outer, self.block.up, self.forward.up_B, self.grad_up_B
         )
 
     def _grad_states(
-        self, slot: int, part: slice, grad_hidden: Tensor, grad_down: Tensor, states: Tensor
+        self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor, states: Tensor
     ) -> Tensor:
-        """Gradient of a slot's hidden states; adds to those of the routing weights and down's A."""
+        """Gradient of the hidden states; adds to those of the routing weights and down's A."""
         if self.block.slots.apart:
-            grad_hidden = grad_hidden[slot * len(self.grad_gate) :]
-        grad_states = upstream = grad_hidden[part]
-        weight = None
-        if self.slot_weights is not None:
-            weight = self.slot_weights[part, slot, None]
-            grad_states = upstream * weight
-            self.grad_weights[part, slot] = (upstream * states).sum(-1)
-        if self.down_A is None:
+            upstream = piece.take_slots(grad_hidden)
+        else:
+            upstream = piece.take(grad_hidden)
+        if self.slot_weights is None:
+            return self._through_down(piece, upstream, grad_down, states, None)
+        weight = piece.slot_weights(self.slot_weights)
+        grad_weight = (upstream * states).sum(-1)
+        if self.down_A is not None and piece.adapted:
+            grad_rank = piece.take_rank(grad_down)
+            grad_weight += (grad_rank * piece.take_rank(self.unweighted)).sum(-1)
+        piece.put_slot_weights(self.grad_weights, grad_weight)
+        return self._through_down(piece, upstream * weight, grad_down, states, weight)
+
+    def _through_down(
+        self,
+        piece: Piece,
+        grad_states: Tensor,
+        grad_down: Tensor,
+        states: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        """Add what comes through the low-rank update of the output projection."""
+        if self.down_A is None or not piece.adapted:
             return grad_states
-        grad_rank = _masked(grad_down[part], self.block.slots.mask(slot, part))
-        if weight is not None:
-            self.grad_weights[part, slot] += (grad_rank * self.unweighted[part]).sum(-1)
-            grad_rank = grad_rank * weight
-        if self.block.dropout.probability:
-            grad_rank = grad_rank * self.block.dropout.scale
-        self.grad_down_A += grad_rank.T @ self.block.drop(states, slot, part)
-        if self.block.dropout.keep_slots[slot] is None:
-            return torch.addmm(grad_states, grad_rank, self.down_A)
-        return grad_states + self.block.drop(grad_rank @ self.down_A, slot, part)
+        dropout, down_A = self.block.dropout, piece.of_experts(self.down_A)
+        grad_rank = piece.take_rank(grad_down)
+        grad_rank = grad_rank if weight is None else grad_rank * weight
+        if dropout.probability:
+            grad_rank = grad_rank * dropout.scale
+        dropped = piece.drop(states, dropout.keep_slots)
+        grad_A = piece.of_experts(self.grad_down_A)
+        grad_A += grad_rank.T @ dropped
+        if dropped is states:
+            return torch.addmm(grad_states, grad_rank, down_A)
+        return grad_states + piece.drop(grad_rank @ down_A, dropout.keep_slots)
 
     def _backproject(
         self,
-        slot: int,
-        part: slice,
+        piece: Piece,
         grad: Tensor,
-        masked: Any,
+        projected: _Projected,
         side: _Side,
         lora_B: Any,
         grad_B: Any,
     ) -> None:
-        """Add a block's part to the gradients of B and of the rank-space input."""
-        if lora_B is None:
+        """Add a piece's part to the gradients of B and of the rank-space input."""
+        if projected.rank_input is None:
             return
-        grad_B += masked[:, side.columns].T @ grad
-        mask = self.block.slots.mask(slot, part)
-        self.grad_low_rank[part, side.columns] += _masked(grad @ lora_B.T, mask)
+        own = piece.of_experts(grad_B)
+        own += projected.rank_input.T @ grad
+        grad_rank = piece.keep_rank(grad @ piece.of_experts(lora_B).T)
+        piece.add_rank(self.grad_low_rank[:, side.columns], grad_rank)
 
 
-def _blocks(gate: Tensor) -> Iterator[slice]:
-    """Split T into ranges of tokens; one range on an accelerator."""
-    tokens, features = gate.shape
-    step = tokens
-    if gate.device.type == "cpu":
-        step = max(64, _BLOCK_BYTES // (features * gate.element_size()) // 32 * 32)
-    for start in range(0, tokens, max(step, 1)):
-        yield slice(start, min(start + step, tokens))
-
-
-def _project(
-    output: Tensor,
-    masked: Tensor | None,
-    side: _Side,
-    lora_B: Tensor | None,
-    row_scale: Tensor | None,
-    experts: Tensor,
-) -> _Projected:
-    """Adapt a block of the base's output; a missing B stands for nothing adapted."""
-    if lora_B is None or masked is None:
-        return _Projected(output, output, None)
-    if row_scale is None:
-        value = torch.addmm(output, masked[:, side.columns], lora_B)
-        return _Projected(value, value, None)
-    unbiased = output if side.bias is None else output - side.bias
-    update = torch.addmm(unbiased, masked[:, side.columns], lora_B)
-    scale = row_scale[experts]
-    value = scale * update
-    return _Projected(value if side.bias is None else value + side.bias, update, scale)
-
-
-def _unscale(
-    grad: Tensor, projected: _Projected, grad_c: Tensor | None, one_hot: Callable[[], Tensor]
-) -> Tensor:
+def _unscale(piece: Piece, grad: Tensor, projected: _Projected, grad_c: Tensor | None) -> Tensor:
     """Go back through DoRA's row scale, adding to its gradient."""
     if projected.row_scale is None or grad_c is None:
         return grad
-    grad_c += one_hot().T @ (grad * projected.update)
+    piece.add_row_scale(grad_c, grad * projected.unscaled)
     return grad * projected.row_scale
 
 
@@ -429,22 +409,3 @@ def _zeros(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values * mask
-
-
-def _mask_columns(low_rank: Tensor, mask: Tensor | None) -> Tensor:
-    """Mask each projection's S columns of the input product."""
-    if mask is None:
-        return low_rank
-    groups = low_rank.unflatten(1, (-1, mask.shape[1]))  # (t, P/S, S)
-    return (groups * mask.unsqueeze(1)).flatten(1)
-
-
-def _add_slot(total: Tensor, part: slice, slot: int, values: Tensor) -> None:
-    if slot == 0:
-        total[part] = values
-    else:
-        total[part] += values

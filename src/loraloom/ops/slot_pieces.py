@@ -1,0 +1,363 @@
+"""How the slots of a mixture's tokens are cut into pieces that go through an FFN block at once.
+
+Axes: T tokens, K top_k, E experts, R rank, S = E·R, G experts of a group, W = G·R, F feed-forward,
+t rows of a piece.
+
+`BlockOfSlot` is a block of tokens in one slot. All experts' weights are used, and a mask between A
+and B keeps each token's own: nothing is gathered, nothing waits for the host, and work grows with
+E·R. `RowsOfGroup` are the rows of a group of experts, whatever their slots: rows are gathered and
+added back, masks keep a row's own expert within the group, and work grows with K, not with E.
+
+A piece is small enough that its hidden states stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.ops.dropout import apply_keep_mask
+from loraloom.ops.expert_ffn import FfnWeights, Routing
+from loraloom.ops.low_rank import slot_masks
+
+PIECE_BYTES = 1 << 21
+"""Most bytes of a piece's hidden states."""
+
+GROUP_COLUMNS = 64
+"""Most columns of a group, G·R: processors multiply so few no faster."""
+
+MIN_SORTED_COLUMNS = 256
+"""Columns of all experts, E·R, from which groups are faster than masks over all of them."""
+
+MIN_SORTED_SLOTS = 1024
+"""Slots from which gathering them by group pays."""
+
+
+@dataclass(frozen=True)
+class BlockOfSlot:
+    """A block of tokens in one slot.
+
+    Args:
+        slot: j.
+        rows: Which tokens.
+        num_tokens: T.
+        experts: Expert of each row, [t]; -1 for the base's own output.
+        mask: 1 at the columns of a row's expert, [t, S]; None when there is but one expert.
+        rank: R.
+    """
+
+    slot: int
+    rows: slice
+    num_tokens: int
+    experts: Tensor
+    mask: Tensor | None
+    rank: int
+    adapted = True
+
+    def take(self, values: Tensor) -> Tensor:
+        """Rows of [T, ...]."""
+        return values[self.rows]
+
+    def take_slots(self, values: Tensor) -> Tensor:
+        """Rows of [K·T, ...], slot after slot."""
+        return values[self._slot_rows()]
+
+    def put_slots(self, total: Tensor, values: Tensor) -> None:
+        """Write rows of [K·T, ...]."""
+        total[self._slot_rows()] = values
+
+    def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add to rows of [T, ...] times a weight, [t, 1]; the first slot writes."""
+        if self.slot > 0:
+            rows = total[self.rows]
+            rows.add_(values) if weight is None else rows.addcmul_(values, weight)
+        elif weight is None:
+            total[self.rows] = values
+        else:
+            torch.mul(values, weight, out=total[self.rows])
+
+    def slot_weights(self, weights: Tensor) -> Tensor:
+        """Each row's weight from [T, K], [t, 1]."""
+        return weights[self.rows, self.slot, None]
+
+    def put_slot_weights(self, total: Tensor, values: Tensor) -> None:
+        """Write each row's value, [t], into [T, K]."""
+        total[self.rows, self.slot] = values
+
+    def of_experts(self, weights: Tensor) -> Tensor:
+        """Rows of [..., S, N] that belong to the piece's experts."""
+        return weights
+
+    def take_rank(self, values: Tensor) -> Tensor:
+        """Rank-space rows of [T, S], with zeros outside of their expert's columns."""
+        rows = values[self.rows]
+        return rows if self.mask is None else rows * self.mask
+
+    def add_rank(self, total: Tensor, values: Tensor) -> None:
+        """Add rank-space rows, kept by `keep_rank`, to [T, S]: slots have different columns."""
+        total[self.rows] += values
+
+    def keep_rank(self, values: Tensor) -> Tensor:
+        """Zero what is outside of a row's expert's columns."""
+        return values if self.mask is None else values * self.mask
+
+    def row_scale(self, scales: Tensor) -> Tensor:
+        """DoRA's factors from [E + 1, F], whose last row is ones: [t, F]."""
+        return scales[self.experts]
+
+    def add_row_scale(self, total: Tensor, values: Tensor) -> None:
+        """Add the factors' gradients, [t, F], to [E, F]."""
+        if self.mask is None:
+            total += values.sum(0, keepdim=True)
+        else:
+            total += self.mask[:, :: self.rank].T @ values
+
+    def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
+        """Zero what a slot's dropout drops."""
+        keep = keep_slots[self.slot]
+        return values if keep is None else apply_keep_mask(values, keep[self.rows])
+
+    def _slot_rows(self) -> slice:
+        first = self.slot * self.num_tokens
+        return slice(first + self.rows.start, first + self.rows.stop)
+
+
+@dataclass(frozen=True)
+class RowsOfGroup:
+    """Rows of a group of experts, in the order of their slots.
+
+    Args:
+        group: Columns of the group's experts; None for rows that get the base's own output.
+        rows: Token of each row, [t].
+        slot_rows: Their places among slot after slot, [t].
+        slot_sizes: How many rows each slot has.
+        experts: Expert of each row, [t].
+        mask: 1 at the columns of a row's expert within the group, [t, W].
+        num_tokens: T.
+        rank: R.
+    """
+
+    group: slice | None
+    rows: Tensor
+    slot_rows: Tensor
+    slot_sizes: tuple[int, ...]
+    experts: Tensor
+    mask: Tensor
+    num_tokens: int
+    rank: int
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the piece has experts."""
+        return self.group is not None
+
+    def take(self, values: Tensor) -> Tensor:
+        """Rows of [T, ...]."""
+        return values.index_select(0, self.rows)
+
+    def take_slots(self, values: Tensor) -> Tensor:
+        """Rows of [K·T, ...], slot after slot."""
+        return values.index_select(0, self.slot_rows)
+
+    def put_slots(self, total: Tensor, values: Tensor) -> None:
+        """Write rows of [K·T, ...]."""
+        total.index_copy_(0, self.slot_rows, values)
+
+    def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add to rows of [T, ...] times a weight, [t, 1]."""
+        total.index_add_(0, self.rows, values if weight is None else values * weight)
+
+    def slot_weights(self, weights: Tensor) -> Tensor:
+        """Each row's weight from [T, K], [t, 1]."""
+        return weights.T.flatten().index_select(0, self.slot_rows).unsqueeze(1)
+
+    def put_slot_weights(self, total: Tensor, values: Tensor) -> None:
+        """Write each row's value, [t], into [T, K]."""
+        slots = self.slot_rows.div(self.num_tokens, rounding_mode="floor")
+        total[self.rows, slots] = values
+
+    def of_experts(self, weights: Tensor) -> Tensor:
+        """Rows of [..., S, N] that belong to the group."""
+        return weights[..., self.group, :]
+
+    def take_rank(self, values: Tensor) -> Tensor:
+        """Rank-space rows of [K·T, W], with zeros outside of their expert's columns."""
+        return values.index_select(0, self.slot_rows)
+
+    def add_rank(self, total: Tensor, values: Tensor) -> None:
+        """Add rank-space rows, kept by `keep_rank`, to [K·T, W]."""
+        total.index_add_(0, self.slot_rows, values)
+
+    def keep_rank(self, values: Tensor) -> Tensor:
+        """Zero what is outside of a row's expert's columns."""
+        return values * self.mask
+
+    def row_scale(self, scales: Tensor) -> Tensor:
+        """DoRA's factors from [E + 1, F], whose last row is ones: [t, F]."""
+        return scales[self.experts]
+
+    def add_row_scale(self, total: Tensor, values: Tensor) -> None:
+        """Add the factors' gradients, [t, F], to [E, F]."""
+        group: slice = self.group  # pyright: ignore[reportAssignmentType]
+        own = total[group.start // self.rank : group.stop // self.rank]
+        own += self.mask[:, :: self.rank].T @ values
+
+    def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
+        """Zero what each slot's dropout drops."""
+        if keep_slots[0] is None:
+            return values
+        parts = zip(keep_slots, self.rows.split(self.slot_sizes), strict=True)
+        keep = [mask.index_select(0, rows) for mask, rows in parts if mask is not None]
+        return apply_keep_mask(values, torch.cat(keep))
+
+
+Piece = BlockOfSlot | RowsOfGroup
+
+
+def group_size(experts: Tensor, num_experts: int, rank: int) -> int | None:
+    """Return how many experts a group has; None where masks over all experts do as well.
+
+    Args:
+        experts: Of each slot, [K, T].
+        num_experts: E.
+        rank: R.
+    """
+    if experts.device.type != "cpu":
+        return None  # nothing may wait for the counts
+    if num_experts * rank < MIN_SORTED_COLUMNS or experts.numel() < MIN_SORTED_SLOTS:
+        return None
+    sizes = (size for size in range(1, num_experts + 1) if num_experts % size == 0)
+    return max((size for size in sizes if size * rank <= GROUP_COLUMNS), default=1)
+
+
+def sorted_pieces(
+    experts: Tensor, num_experts: int, size: int, rank: int, gate: Tensor
+) -> Iterator[RowsOfGroup]:
+    """Cut slots into the rows of each group of experts; expert -1 comes first.
+
+    Args:
+        experts: Of each slot, [K, T].
+        num_experts: E.
+        size: Experts of a group, a divisor of E.
+        rank: R.
+        gate: [T, F], as large as a slot's hidden states.
+    """
+    num_slots, num_tokens = experts.shape
+    flat = experts.flatten()
+    groups = flat.div(size, rounding_mode="floor") + 1
+    num_groups = num_experts // size
+    counts = torch.bincount(groups, minlength=num_groups + 1).tolist()
+    order = groups.argsort(stable=True)
+    longest = max(64, PIECE_BYTES // (gate.shape[1] * gate.element_size()))
+    for group, slot_rows in zip(range(-1, num_groups), order.split(counts), strict=True):
+        columns = slice(group * size * rank, (group + 1) * size * rank) if group >= 0 else None
+        for part in slot_rows.split(longest) if len(slot_rows) else ():
+            slots = part.div(num_tokens, rounding_mode="floor")
+            sizes = torch.bincount(slots, minlength=num_slots).tolist()
+            own = flat[part]
+            mask = slot_masks((own - group * size).unsqueeze(1), size, rank, gate.dtype)[0]
+            rows = part - slots * num_tokens
+            yield RowsOfGroup(columns, rows, part, tuple(sizes), own, mask, num_tokens, rank)
+
+
+def masked_pieces(
+    experts: Tensor, masks: Tensor | None, rank: int, gate: Tensor
+) -> Iterator[BlockOfSlot]:
+    """Cut slots, [K, T], into blocks of tokens, all slots of a block one after another.
+
+    Args:
+        experts: Of each slot, [K, T].
+        masks: See `slot_masks`, [K, T, S]; None when nothing is routed.
+        rank: R.
+        gate: [T, F], as large as a slot's hidden states; on an accelerator one block holds all.
+    """
+    num_slots, num_tokens = experts.shape
+    step = num_tokens
+    if experts.device.type == "cpu":
+        step = max(64, PIECE_BYTES // (gate.shape[1] * gate.element_size()) // 32 * 32)
+    for start in range(0, num_tokens, max(step, 1)):
+        rows = slice(start, min(start + step, num_tokens))
+        for slot in range(num_slots):
+            mask = None if masks is None else masks[slot, rows]
+            yield BlockOfSlot(slot, rows, num_tokens, experts[slot, rows], mask, rank)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which expert each slot of a token uses.
+
+    Args:
+        experts: Of each slot, [K, T]; -1 for the base's own output; None between the passes.
+        num_experts: E.
+        rank: R.
+        routed: Whether there is a router; without, there is one expert for all.
+        apart: A DoRA on the output projection scales each slot's rows: they are not combined.
+        group: Experts of a group that slots are sorted by; None where they are not.
+    """
+
+    experts: Any
+    num_experts: int
+    rank: int
+    routed: bool
+    apart: bool
+    group: int | None
+
+    @staticmethod
+    def of(weights: FfnWeights, routing: Routing | None, gate: Tensor) -> Slots:
+        """Decide how the slots of a block are cut.
+
+        Args:
+            weights: The adapter's.
+            routing: Slots of each token; None for a plain LoRA.
+            gate: Base output of the gate, [T, F].
+        """
+        if routing is None:
+            experts = torch.zeros(1, len(gate), dtype=torch.long, device=gate.device)
+        else:
+            experts = routing.selected_experts.T
+        return Slots(
+            experts,
+            weights.num_experts,
+            weights.rank,
+            routed=routing is not None,
+            apart=weights.down is not None and weights.down.row_scale is not None,
+            group=group_size(experts, weights.num_experts, weights.rank) if routing else None,
+        )
+
+    def without_experts(self) -> Slots:
+        """Return these slots without their tensor, which autograd is to save."""
+        return replace(self, experts=None)
+
+    def with_experts(self, experts: Tensor) -> Slots:
+        """Return these slots with their tensor."""
+        return replace(self, experts=experts)
+
+    def masks(self, dtype: torch.dtype) -> Tensor | None:
+        """1 at the columns of each slot's expert, [K, T, S]; None when nothing is routed."""
+        if not self.routed:
+            return None
+        return slot_masks(self.experts.T, self.num_experts, self.rank, dtype)
+
+    def pieces(self, gate: Tensor) -> Iterator[Piece]:
+        """Cut the slots into pieces."""
+        if self.group is not None:
+            return sorted_pieces(self.experts, self.num_experts, self.group, self.rank, gate)
+        return masked_pieces(self.experts, self.masks(gate.dtype), self.rank, gate)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a projection in rank space: S, or W of a group."""
+        return self.rank * (self.num_experts if self.group is None else self.group)
+
+    def new_rank_space(self, gate: Tensor) -> Tensor:
+        """Room for rank-space rows: [T, S], or [K·T, W] by groups."""
+        rows = len(gate) if self.group is None else self.experts.numel()
+        return gate.new_zeros(rows, self.columns)
+
+    def new_total(self, like: Tensor) -> Tensor:
+        """Room for a sum over slots; masked pieces write their first slot."""
+        return torch.empty_like(like) if self.group is None else torch.zeros_like(like)
