@@ -43,6 +43,7 @@ class FfnCase:
     dropout: FfnDropout
     num_experts: int
     norms: dict[str, Tensor]
+    rounds_rows: bool = False
 
     @property
     def adapted(self) -> list[str]:
@@ -71,6 +72,7 @@ def make_case(
     dropout: float = 0.0,
     padding: Sequence[int] = (),
     decomposed: bool = False,
+    rounds_rows: bool = False,
 ) -> FfnCase:
     torch.manual_seed(0)
     sizes = {"gate": (F, D), "up": (F, D), "gate_up": (2 * F, D), "down": (D, F)}
@@ -99,6 +101,7 @@ def make_case(
         dropout=_masks(dropout, num_tokens, top_k),
         num_experts=num_experts,
         norms={name: values.detach() for name, values in norms.items()},
+        rounds_rows=rounds_rows,
     )
 
 
@@ -112,7 +115,7 @@ def run(ffn: FfnFunction, case: FfnCase) -> Tensor:
         up = _base(case, "up", x) if case.shape == "gated" else None
     routing = Routing(case.selected, case.routing_weights)
     hidden, finish = ffn(x, gate, up, weights, routing, silu, case.dropout)
-    return finish(_base(case, "down", hidden))
+    return finish(_base(case, "down", hidden, case.rounds_rows))
 
 
 def dense_loop(case: FfnCase) -> Tensor:
@@ -153,6 +156,7 @@ def compute_form(case: FfnCase) -> FfnWeights:
         down_bias=case.bias["down"],
         num_experts=case.num_experts,
         rank=R,
+        base_combines=not case.rounds_rows,
     )
 
 
@@ -181,6 +185,8 @@ def _token(case: FfnCase, token: int) -> Tensor:
 
 def _linear(case: FfnCase, name: str, expert: int, x: Tensor, dropped: Tensor) -> Tensor:
     weight, bias = case.base[name], case.bias[name]
+    if name == "down" and case.rounds_rows:
+        x = bend(x)
     if expert < 0 or name not in case.adapted:
         return weight @ x + bias
     update = SCALING * case.leaves[f"{name}.B"][expert] @ case.leaves[f"{name}.A"][expert]
@@ -193,8 +199,13 @@ def _drop(values: Tensor, keep: Tensor | None, token: int, probability: float) -
     return values if keep is None else values * keep[token] / (1 - probability)
 
 
-def _base(case: FfnCase, name: str, x: Tensor) -> Tensor:
-    return x @ case.base[name].T + case.bias[name]
+def bend(rows: Tensor) -> Tensor:
+    """Stand in for a layer that rounds its rows: smooth, so that gradients can be compared."""
+    return rows + 0.3 * rows.square()
+
+
+def _base(case: FfnCase, name: str, x: Tensor, rounds_rows: bool = False) -> Tensor:
+    return (bend(x) if rounds_rows else x) @ case.base[name].T + case.bias[name]
 
 
 def _compute_B(lora_B: Tensor) -> Tensor:

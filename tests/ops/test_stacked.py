@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from loraloom.ops.expert_ffn import FfnWeights
 from loraloom.ops.stacked import StackedFfn, StackedFfnStep, StackedSide
-from tests.ops.ffn_case import SHAPES, FfnCase, R, compute_form, dense_loop, make_case
+from tests.ops.ffn_case import SHAPES, FfnCase, R, bend, compute_form, dense_loop, make_case
 from tests.ops.test_expert_ffn import PARTS
 
 decomposed_or_not = pytest.mark.parametrize("decomposed", [False, True])
@@ -39,6 +39,7 @@ def stack(cases: list[FfnCase], *, routed: bool) -> StackedFfn:
         router=torch.stack([_router(case) for case in cases]) if routed else None,
         expert_columns=eye.repeat_interleave(R, dim=1),
         top_k=cases[0].selected.shape[1] if routed else 1,
+        apart=first.apart,
     )
 
 
@@ -51,7 +52,8 @@ def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], StackedFfn
     else:
         gate, up = project("gate"), project("up") if cases[0].shape == "gated" else None
     step = StackedFfnStep(stack(cases, routed=routed), x, gate, up, silu)
-    output = step.finish(step.hidden @ base["down"].T + bias["down"])
+    hidden = bend(step.hidden) if cases[0].rounds_rows else step.hidden
+    output = step.finish(hidden @ base["down"].T + bias["down"])
     return list(output.view(*x.shape[:2], output.shape[-1])), step
 
 
@@ -97,6 +99,18 @@ def test_plain_adapters_are_one_expert_of_weight_one(shape, decomposed):
     cases = cases_of_two_adapters(shape, top_k=1, num_experts=1, decomposed=decomposed)
     outputs, step = run(cases, routed=False)
     assert step.routing is None
+    for output, case in zip(outputs, cases, strict=True):
+        torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+@decomposed_or_not
+@pytest.mark.parametrize(("shape", "targets"), [*PARTS, ("gated", None)])
+def test_a_base_that_rounds_rows_sees_slots_apart(shape, targets, decomposed):
+    options = {"targets": targets, "decomposed": decomposed, "rounds_rows": True}
+    cases = follow_router(cases_of_two_adapters(shape, **options))
+    outputs, step = run(cases, routed=True)
+    assert len(step.hidden) == 2 * 2 * 5
     for output, case in zip(outputs, cases, strict=True):
         torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
 

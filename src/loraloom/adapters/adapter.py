@@ -348,6 +348,7 @@ def ffn_weights(block: Mapping[str, LowRank], layer: BaseLayer, dtype: torch.dty
         down_bias=layer.ffn[shape.output].bias,
         num_experts=any_module.num_experts,
         rank=any_module.config.rank,
+        base_combines=layer.ffn[shape.output].is_linear_over_rows,
     )
 
 

@@ -53,6 +53,11 @@ class BaseProjection:
         return next(self.linear.parameters()).device
 
     @cached_property
+    def is_linear_over_rows(self) -> bool:
+        """Whether W(x + y) = Wx + Wy. LLM.int8 rounds each row of its input by its maximum."""
+        return type(self.linear).__name__ != "Linear8bitLt"
+
+    @cached_property
     def squared_norms(self) -> Tensor:
         """‖W‖² of each output row, [O], in float32 or better; computed once."""
         weight = self.weight.detach()

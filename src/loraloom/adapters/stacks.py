@@ -108,6 +108,7 @@ class Stack:
             else None,
             expert_columns=experts.repeat_interleave(first.rank, dim=1),
             top_k=config.top_k if is_mixture else 1,
+            apart=first.apart,
         )
 
 

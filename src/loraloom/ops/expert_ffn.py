@@ -5,9 +5,9 @@ input projection that has its own A.
 
 `h_j = act(gate + Δgate_e(j)) ∘ (up + Δup_e(j))` for slot j, `y = Σ_j g_j Down_e(j)(h_j)`. The
 down-projection of the frozen base is linear, so `Σ_j g_j W_d h_j = W_d Σ_j g_j h_j`: the base sees
-T rows whatever K is, unless a DoRA on it scales its rows for each expert. This file is the
-specification; `lean_expert_ffn.py` (training, long prompts) and `stacked.py` (decoding steps)
-compute the same.
+T rows whatever K is, unless a DoRA on it scales its rows for each expert or it rounds rows. This
+file is the specification; `lean_expert_ffn.py` (training, long prompts) and `stacked.py` (decoding
+steps) compute the same.
 
 Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-7.
 """
@@ -38,6 +38,8 @@ class FfnWeights:
         down_bias: Bias of the base's output projection.
         num_experts: E.
         rank: R.
+        base_combines: Whether the base's output projection is linear over rows, so that slots may
+            be added up in front of it. LLM.int8's is not: it rounds each row by its largest value.
     """
 
     input_A: Tensor | None
@@ -47,6 +49,13 @@ class FfnWeights:
     down_bias: Tensor | None
     num_experts: int
     rank: int
+    base_combines: bool = True
+
+    @property
+    def apart(self) -> bool:
+        """Whether each slot goes through the base's output projection by itself."""
+        decomposed = self.down is not None and self.down.row_scale is not None
+        return decomposed or not self.base_combines
 
     def any_tensor(self) -> Tensor:
         """One of the weights, for its device."""
@@ -114,8 +123,8 @@ def expert_ffn(
         dropout: Masks.
 
     Returns:
-        Hidden rows ([T, F], or [K·T, F] with a DoRA on down) and a function from the base's output
-        for these rows (bias included) to the block's output [T, D].
+        Hidden rows ([T, F], or [K·T, F] where slots stay apart) and a function from the base's
+        output for these rows (bias included) to the block's output [T, D].
     """
     masks = slot_masks(routing.selected_experts, weights.num_experts, weights.rank, gate.dtype)
     slot_weights = routing.routing_weights.to(gate.dtype).T.unsqueeze(-1)  # (K, T, 1)
@@ -130,20 +139,20 @@ def expert_ffn(
         if up is not None:
             hidden = hidden * _adapted(up, low_rank, weights.up, mask, experts)
         slots.append(hidden)
-    if weights.down is None:
-        return combine_slots(slots, slot_weights), _unchanged
-    updates = [
-        (apply_keep_mask(hidden, keep) @ weights.down.A.T * dropout.scale * mask) @ weights.down.B
-        for hidden, keep, mask in zip(slots, dropout.keep_slots, masks, strict=True)
-    ]
-    if weights.down.row_scale is None:
+    updates = [torch.zeros_like(hidden_states)] * len(slots)
+    if weights.down is not None:
+        low_ranks = [
+            apply_keep_mask(hidden, keep) @ weights.down.A.T * dropout.scale * mask
+            for hidden, keep, mask in zip(slots, dropout.keep_slots, masks, strict=True)
+        ]
+        updates = [low_rank @ weights.down.B for low_rank in low_ranks]
+    if not weights.apart:
         update = combine_slots(updates, slot_weights)
         return combine_slots(slots, slot_weights), lambda output: output + update
-    row_scale, bias = weights.down.row_scale, weights.down_bias
 
     def finish(output: Tensor) -> Tensor:
         outputs = [
-            _decomposed(rows, update, row_scale, bias, routing.selected_experts[:, slot])
+            _finished(rows, update, weights, routing.selected_experts[:, slot])
             for slot, (rows, update) in enumerate(
                 zip(output.chunk(len(slots)), updates, strict=True)
             )
@@ -151,6 +160,13 @@ def expert_ffn(
         return combine_slots(outputs, slot_weights)
 
     return torch.cat(slots), finish
+
+
+def _finished(output: Tensor, update: Tensor, weights: FfnWeights, experts: Tensor) -> Tensor:
+    """Adapt the base's output for one slot's rows."""
+    if weights.down is None or weights.down.row_scale is None:
+        return output + update
+    return _decomposed(output, update, weights.down.row_scale, weights.down_bias, experts)
 
 
 def _adapted(
@@ -184,7 +200,3 @@ def combine_slots(slots: Sequence[Tensor], slot_weights: Tensor | Sequence[Tenso
     for values, weight in zip(slots[1:], slot_weights[1:], strict=True):
         total = torch.addcmul(total, values, weight)
     return total
-
-
-def _unchanged(output: Tensor) -> Tensor:
-    return output

@@ -49,8 +49,8 @@ def lean_expert_ffn(
         dropout: Masks.
 
     Returns:
-        Hidden rows ([T, F], or [K·T, F] with a DoRA on down) and a function from the base's output
-        for them to the block's output, [T, D].
+        Hidden rows ([T, F], or [K·T, F] where slots stay apart) and a function from the base's
+        output for them to the block's output, [T, D].
     """
     slots = Slots.of(weights, routing, gate)
     low_rank = None
@@ -87,23 +87,27 @@ def _finish(
     weights: FfnWeights, routing: Routing | None, slots: Slots, down_rank: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """Return what is to be done with the base's down-projection of the hidden rows."""
-    down = weights.down
-    if down is None:
-        return lambda output: output
-    if down.row_scale is None:
+    down, num_slots = weights.down, len(slots.experts)
+    if not slots.apart:
+        if down is None:
+            return lambda output: output
         if slots.group is None:
             return lambda output: torch.addmm(output, down_rank, down.B)
         updates = grouped_up(down_rank, down.B, slots)
-        return lambda output: torch.stack([output, *updates.chunk(len(slots.experts))]).sum(0)
-    row_scale = _with_unit_row(down.row_scale)
+        return lambda output: torch.stack([output, *updates.chunk(num_slots)]).sum(0)
 
     def finish(output: Tensor) -> Tensor:
-        updates = _slot_updates(down_rank, down.B, slots)
-        parts = zip(output.chunk(len(slots.experts)), updates, slots.experts, strict=True)
-        outputs = [
-            decompose(rows, update, row_scale[experts], weights.down_bias)
-            for rows, update, experts in parts
-        ]
+        outputs = output.chunk(num_slots)
+        if down is not None:
+            updates = _slot_updates(down_rank, down.B, slots)
+            if down.row_scale is None:
+                outputs = [rows + update for rows, update in zip(outputs, updates, strict=True)]
+            else:
+                scales = _with_unit_row(down.row_scale)[slots.experts]
+                outputs = [
+                    decompose(*rows_of_slot, weights.down_bias)
+                    for rows_of_slot in zip(outputs, updates, scales, strict=True)
+                ]
         if routing is None:
             return outputs[0]
         return combine_slots(outputs, routing.routing_weights.to(output.dtype).T.unsqueeze(-1))

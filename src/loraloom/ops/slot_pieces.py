@@ -295,7 +295,7 @@ class Slots:
         num_experts: E.
         rank: R.
         routed: Whether there is a router; without, there is one expert for all.
-        apart: A DoRA on the output projection scales each slot's rows: they are not combined.
+        apart: Slots are not added up in front of the base's output projection.
         group: Experts of a group that slots are sorted by; None where they are not.
     """
 
@@ -324,7 +324,7 @@ class Slots:
             weights.num_experts,
             weights.rank,
             routed=routing is not None,
-            apart=weights.down is not None and weights.down.row_scale is not None,
+            apart=weights.apart,
             group=group_size(experts, weights.num_experts, weights.rank) if routing else None,
         )
 

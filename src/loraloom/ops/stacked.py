@@ -69,6 +69,7 @@ class StackedFfn:
         router: [N, D, E] float32; None for plain adapters.
         expert_columns: 1 at the columns of each expert, [E, S].
         top_k: K.
+        apart: Slots are not added up in front of the base's output projection.
     """
 
     input_A: Tensor | None
@@ -81,6 +82,7 @@ class StackedFfn:
     router: Tensor | None
     expert_columns: Tensor
     top_k: int
+    apart: bool
 
     @property
     def num_experts(self) -> int:
@@ -138,22 +140,22 @@ class StackedFfnStep:
             states = states * self._project(up, low_rank, weights.up)
         self._down_rank = self._reduce(states)
         self.hidden = self._hidden_rows(states)
-        """Rows for the base's output projection: [N·n, F], or [N·n·K, F] with a DoRA on it."""
+        """Rows for the base's output projection: [N·n, F], or [N·n·K, F] where slots stay apart."""
 
     def finish(self, output: Tensor) -> Tensor:
         """Go from the base's output projection of `hidden` to the block's output, [N·n, D]."""
         weights, down_rank = self.weights, self._down_rank
-        if weights.down_B is None or down_rank is None:
+        if weights.down_B is not None and down_rank is not None:
+            if weights.down_row_scale is not None and weights.down_bias is not None:
+                output = output - weights.down_bias
+            output = output + torch.bmm(down_rank.flatten(1, -2), weights.down_B).flatten(0, 1)
+        if not weights.apart:
             return output
-        update = torch.bmm(down_rank.flatten(1, -2), weights.down_B).flatten(0, 1)
-        if weights.down_row_scale is None:
-            return output + update
-        if weights.down_bias is not None:
-            output = output - weights.down_bias
-        rows = (output + update).view(*down_rank.shape[:-1], output.shape[-1])  # (N, n, [K,] D)
-        rows = rows * self._factors(weights.down_row_scale, rows)
-        if weights.down_bias is not None:
-            rows = rows + weights.down_bias
+        rows = output.view(*self._slot_shape, output.shape[-1])
+        if weights.down_row_scale is not None:
+            rows = rows * self._factors(weights.down_row_scale, rows)
+            if weights.down_bias is not None:
+                rows = rows + weights.down_bias
         return self._combined(rows).flatten(0, 1)
 
     def _project(self, output: Tensor, low_rank: Tensor | None, side: StackedSide | None) -> Tensor:
@@ -193,12 +195,13 @@ class StackedFfnStep:
             states = states.expand(-1, -1, self.weights.top_k, -1)
         down_rank = torch.bmm(states.flatten(1, 2), self.weights.down_A)
         down_rank = down_rank.view(self._masks.shape) * self._masks
-        return down_rank if self.weights.down_row_scale is not None else self._combined(down_rank)
+        return down_rank if self.weights.apart else self._combined(down_rank)
 
     def _hidden_rows(self, states: Tensor) -> Tensor:
         if self._masks is not None and states.shape[2] == 1:
             states = states.expand(-1, -1, self.weights.top_k, -1)
-        if self.weights.down_row_scale is None:
+        self._slot_shape = states.shape[:-1]
+        if not self.weights.apart:
             states = self._combined(states)
         return states.reshape(-1, states.shape[-1])
 
