@@ -323,7 +323,7 @@ def input_group(modules: Sequence[LowRank], dtype: torch.dtype) -> InputGroup:
         columns = slice(start, start + len(part))
         start = columns.stop
         projections[module.key.rpartition(".")[2]] = UpProjection(
-            columns, module.compute_B(dtype), module.row_scale(), module.base.bias
+            columns, module.compute_B(dtype), module.row_scale(), module.base.compute_bias(dtype)
         )
     return InputGroup(parts[0] if len(parts) == 1 else torch.cat(parts), projections)
 
@@ -345,7 +345,7 @@ def ffn_weights(block: Mapping[str, LowRank], layer: BaseLayer, dtype: torch.dty
         down=None
         if down is None
         else LowRankWeights(down.compute_A(dtype), down.compute_B(dtype), down.row_scale()),
-        down_bias=layer.ffn[shape.output].bias,
+        down_bias=layer.ffn[shape.output].compute_bias(dtype),
         num_experts=any_module.num_experts,
         rank=any_module.config.rank,
         base_combines=layer.ffn[shape.output].is_linear_over_rows,

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,10 @@ class BaseProjection:
             )
         return weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The layer's bias, [O]."""
-        return self.linear.bias  # pyright: ignore[reportReturnType]
+    def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The layer's bias in the dtype of its output, [O]."""
+        bias: Any = self.linear.bias
+        return None if bias is None else bias.to(dtype)
 
     @property
     def device(self) -> torch.device:

@@ -23,6 +23,7 @@ from loraloom.config.adapter import LoraConfig
 from loraloom.config.names import check_name
 from loraloom.errors import AdapterError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
+from loraloom.models.autocast import compute_dtype
 from loraloom.models.families import base_info, base_layers, family_of, head_of
 from loraloom.models.layout import Layout, make_layout
 from loraloom.models.running import RunningForward, RunningSlot, expand_adapters, query_mask
@@ -435,7 +436,8 @@ class Host:
         if torch.is_grad_enabled() or self._training or layout.has_padding:
             return None
         rows = [None if name is None else self.adapters[name] for name in names]
-        return self._stacker.plan(rows, length, self.dtype, self.device)
+        dtype = compute_dtype(self.dtype, self.device)
+        return self._stacker.plan(rows, length, dtype, self.device)
 
     def _sample_keys(self, keys: Sequence[int] | None, batch_size: int) -> list[int]:
         if keys is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.stacks import Stack, likeness
 from loraloom.config.adapter import MixLoraConfig
+from loraloom.models.autocast import outside_autocast
 from loraloom.ops.expert_ffn import Activation
 from loraloom.ops.stacked import StackedFfnStep, StackedInput
 from loraloom.routing.record import LayerRouting
@@ -132,23 +133,25 @@ class StackedForward:
         rows = hidden_states.view(-1, hidden_states.shape[-1])
         gate = gate.flatten(0, -2)
         up = None if up is None else up.flatten(0, -2)
-        steps = [
-            StackedFfnStep(
-                cohort.stack.ffn(layer),
-                cohort.gather(rows),
-                cohort.gather(gate),
-                None if up is None else cohort.gather(up),
-                act,
-            )
-            for cohort in plan.cohorts[: plan.num_in_ffn]
-        ]
+        with outside_autocast(gate):
+            steps = [
+                StackedFfnStep(
+                    cohort.stack.ffn(layer),
+                    cohort.gather(rows),
+                    cohort.gather(gate),
+                    None if up is None else cohort.gather(up),
+                    act,
+                )
+                for cohort in plan.cohorts[: plan.num_in_ffn]
+            ]
         hidden = [step.hidden for step in steps]
         if plan.base_rows is not None:
             states = act(gate.index_select(0, plan.base_rows))
             hidden.append(states if up is None else states * up.index_select(0, plan.base_rows))
         outputs = _through(down, hidden)
-        for place, step in enumerate(steps):
-            outputs[place] = step.finish(outputs[place])
+        with outside_autocast(gate):
+            for place, step in enumerate(steps):
+                outputs[place] = step.finish(outputs[place])
         rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if plan.ffn_put is not None:
             rows = rows.index_select(0, plan.ffn_put)
@@ -210,6 +213,7 @@ def _updated(
     bias: Any = linear.bias
     if bias is None:
         return (output + update) * factors
+    bias = bias.to(output.dtype)
     rebuilt = (output - bias + update) * factors + bias
     if cohort.put is None:
         return rebuilt

@@ -3,7 +3,9 @@
 Axes: B batch, L sequence, T tokens of a segment, D hidden, F feed-forward, O out_features.
 
 The base modules stay the ones that transformers made: an attention projection gets a forward hook,
-an FFN block an instance `forward`. Both step aside when no adapter wants them.
+an FFN block an instance `forward`. Both step aside when no adapter wants them. Under autocast the
+base computes in its dtype; adapters choose theirs: that of the base's outputs for low-rank
+products, float32 for routers and losses.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.adapter import FfnRows, FfnShape
+from loraloom.models.autocast import outside_autocast
 from loraloom.models.running import AttentionPart, RunningForward, RunningSlot
 from loraloom.models.stacking import StackedForward
 from loraloom.ops.dropout import Site
@@ -35,11 +38,19 @@ class AttentionProjection:
         forward = self.slot.current
         if forward is None or not forward.has_adapters:
             return output
+        with outside_autocast(output):
+            return self._adapted(forward, module, args[0], output)
+
+    def _adapted(
+        self, forward: RunningForward, module: nn.Module, hidden_states: Tensor, output: Tensor
+    ) -> Tensor:
         if forward.stacked is not None:
             return forward.stacked.project(
-                self.layer, self.group, self.name, args[0], output, module
+                self.layer, self.group, self.name, hidden_states, output, module
             )
-        parts = forward.attention_parts(self.layer, self.group, self.site, args[0], output.dtype)
+        parts = forward.attention_parts(
+            self.layer, self.group, self.site, hidden_states, output.dtype
+        )
         sides = [None if part is None else part[0].projections.get(self.name) for part in parts]
         if all(side is None for side in sides):
             return output
@@ -111,14 +122,16 @@ class FfnBlock:
         layout = forward.layout
         gates = layout.split(gate)
         ups = [None] * len(gates) if up is None else layout.split(up)
-        parts = [
-            self._segment(forward, index, tokens, gates[index], ups[index])
-            for index, tokens in enumerate(layout.split(hidden_states))
-        ]
+        with outside_autocast(gate):
+            parts = [
+                self._segment(forward, index, tokens, gates[index], ups[index])
+                for index, tokens in enumerate(layout.split(hidden_states))
+            ]
         sizes = [len(part.hidden) for part in parts]
         hidden = parts[0].hidden if len(parts) == 1 else torch.cat([p.hidden for p in parts])
         outputs = self.output(hidden).split(sizes)
-        rows = [part.finish(output) for part, output in zip(parts, outputs, strict=True)]
+        with outside_autocast(gate):
+            rows = [part.finish(output) for part, output in zip(parts, outputs, strict=True)]
         return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))
 
     def _stacked(
