@@ -39,6 +39,30 @@ def test_the_layer_benchmark_prints_ratios_and_draws(tmp_path, capsys):
     assert picture.is_file()
 
 
+@pytest.mark.parametrize("over", ["num-experts", "top-k", "rank", "tokens", "adapters"])
+def test_the_scaling_benchmark_varies_one_size(over, capsys):
+    words = ["--hidden-size", "32", "--ffn-size", "64", "--tokens", "16", "--rounds", "1"]
+    assert cli.main(["bench", "scaling", "--over", over, "--values", "2,4", *words]) == 0
+    printed = capsys.readouterr().out
+    assert f"{over} 2" in printed
+    assert f"{over} 4" in printed
+    assert "AdamW" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--over", "layers", "--values", "2"], "--over must be one of num-experts"),
+        (["--over", "rank", "--values", "2,x"], "--values must be positive numbers"),
+        (["--over", "rank", "--values", "2", "--case", "qlora"], "--case must be some of lora"),
+        (["--over", "adapters", "--values", "3", "--tokens", "16"], "a multiple of adapters"),
+    ],
+)
+def test_a_wrong_scaling_is_an_error(words, message, capsys):
+    assert cli.main(["bench", "scaling", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 def test_the_step_benchmark_runs_all_cases(base_model, capsys):
     words = ["--base-model", base_model, "--rows", "2", "--length", "8", "--rounds", "1"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from loraloom.config.adapter import LoraConfig
 from loraloom.errors import AdapterError
@@ -63,6 +64,26 @@ class BaseProjection:
         """‖W‖² of each output row, [O], in float32 or better; computed once."""
         weight = self.weight.detach()
         return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
+
+
+class _ScaledTranspose(torch.autograd.Function):
+    """B [E, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights."""
+
+    @staticmethod
+    def forward(ctx, lora_B, scaling, dtype):
+        ctx.scaling, ctx.dtype, ctx.rank = scaling, lora_B.dtype, lora_B.shape[-1]
+        num_experts, out_features, rank = lora_B.shape
+        scaled = lora_B.new_empty(num_experts, rank, out_features, dtype=dtype)
+        torch.mul(lora_B.transpose(1, 2), scaling, out=scaled)
+        return scaled.flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        experts = grad.unflatten(0, (-1, ctx.rank))  # (E, R, O)
+        grad_B = grad.new_empty(experts.transpose(1, 2).shape, dtype=ctx.dtype)
+        torch.mul(experts.transpose(1, 2), ctx.scaling, out=grad_B)
+        return grad_B, None, None
 
 
 class LowRank(nn.Module):
@@ -117,7 +138,7 @@ class LowRank(nn.Module):
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
         """B times scaling in compute form, [S, O]."""
-        return (self.lora_B * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
+        return _ScaledTranspose.apply(self.lora_B, self.config.scaling, dtype)  # pyright: ignore
 
     def row_scale(self) -> Tensor | None:
         """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [E, O]; the norm has no gradient."""

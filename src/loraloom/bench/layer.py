@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from loraloom.adapters.adapter import BaseLayer, FfnShape
 from loraloom.adapters.low_rank import BaseProjection
 from loraloom.bench.step import StepSetting, adapter_config, fill_B
+from loraloom.errors import ConfigError
 from loraloom.models.host import METHODS
 from loraloom.models.layout import make_layout
 from loraloom.models.running import RunningForward, RunningSlot
@@ -29,7 +30,7 @@ _SHAPE = FfnShape(("gate_proj", "up_proj"), "down_proj")
 
 @dataclass(frozen=True)
 class LayerSetting:
-    """Sizes of the layer: D, F, T, the rank, and the mixture's experts."""
+    """Sizes of the layer: D, F, T, the rank, the mixture's experts, and adapters that share T."""
 
     hidden_size: int = 576
     ffn_size: int = 1536
@@ -37,6 +38,7 @@ class LayerSetting:
     rank: int = 8
     num_experts: int = 8
     top_k: int = 2
+    num_adapters: int = 1
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -46,10 +48,12 @@ class LayerCase:
 
     Args:
         run: One forward and backward.
+        optimise: One step of AdamW on the trained weights, after `run`.
         saved_bytes: Activations kept between the two: unique storages, weights left out.
     """
 
     run: Callable[[], None]
+    optimise: Callable[[], object]
     saved_bytes: int
 
 
@@ -59,19 +63,29 @@ def make_layer(case: str, setting: LayerSetting) -> LayerCase:
     Args:
         case: `frozen`, `peft-lora`, `lora`, `dora`, `mixlora` or `mixdora`.
         setting: Sizes.
+
+    Raises:
+        ConfigError: If tokens can't be dealt out to the adapters.
     """
+    if setting.num_tokens % setting.num_adapters:
+        raise ConfigError(
+            f"tokens must be a multiple of adapters, got {setting.num_tokens} tokens and "
+            f"{setting.num_adapters} adapters"
+        )
     generator = torch.Generator().manual_seed(0)
     mlp = _base_mlp(setting, generator)
-    shape = (1, setting.num_tokens, setting.hidden_size)
+    adapters = setting.num_adapters
+    shape = (adapters, setting.num_tokens // adapters, setting.hidden_size)
     hidden_states = torch.randn(shape, generator=generator).to(setting.dtype).requires_grad_()
     grad = torch.randn(shape, generator=generator).to(setting.dtype)
-    forward, weights = _forward_of(case, mlp, setting)
-    weights += list(mlp.parameters())
+    forward, trained = _forward_of(case, mlp, setting)
+    optimise = torch.optim.AdamW(trained, fused=True).step if trained else lambda: None
+    weights = [*trained, *mlp.parameters()]
 
     def run() -> None:
         forward(hidden_states).backward(grad)
 
-    return LayerCase(run, _saved_bytes(lambda: forward(hidden_states), weights))
+    return LayerCase(run, optimise, _saved_bytes(lambda: forward(hidden_states), weights))
 
 
 def _base_mlp(setting: LayerSetting, generator: torch.Generator) -> LlamaMLP:
@@ -93,17 +107,23 @@ def _forward_of(
         return _peft(mlp, setting)
     step = StepSetting(rank=setting.rank, num_experts=setting.num_experts, top_k=setting.top_k)
     config = adapter_config(case, step).model_copy(update={"target_modules": "ffn"})
-    adapter = METHODS[config.method](case, config, [_base_layer(mlp, setting)], torch.float32, 0)
-    fill_B(adapter)
+    layers = [_base_layer(mlp, setting)]
+    adapters = {
+        name: METHODS[config.method](name, config, layers, torch.float32, seed)
+        for seed, name in enumerate(f"{case}-{index}" for index in range(setting.num_adapters))
+    }
+    for adapter in adapters.values():
+        fill_B(adapter)
     slot = RunningSlot()
     block = FfnBlock(slot, 0, mlp, _SHAPE, "act_fn")
 
     def forward(hidden_states: Tensor) -> Tensor:
-        layout = make_layout([case], setting.num_tokens, None, None, hidden_states.device)
-        with slot.running(RunningForward(layout, {case: adapter})):
+        names, device = list(adapters), hidden_states.device
+        layout = make_layout(names, hidden_states.shape[1], None, None, device)
+        with slot.running(RunningForward(layout, adapters)):
             return block(hidden_states)
 
-    return forward, list(adapter.parameters())
+    return forward, [weight for adapter in adapters.values() for weight in adapter.parameters()]
 
 
 def _base_layer(mlp: LlamaMLP, setting: LayerSetting) -> BaseLayer:

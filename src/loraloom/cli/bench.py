@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +54,57 @@ def layer(
             {"ms": 1e3 * timings[name].median_s, "saved MB": made[name].saved_bytes / 1e6},
         )
         for name in names
+    ]
+    _show(figures, "ms", picture)
+
+
+SCALED = ("num-experts", "top-k", "rank", "tokens", "adapters")
+"""What `loraloom bench scaling` varies."""
+
+
+def scaling(
+    over: Annotated[str, typer.Option("--over", help=f"One of {', '.join(SCALED)}.")],
+    values: Annotated[str, typer.Option("--values", help="Numbers with commas; baseline first.")],
+    case: Annotated[str, typer.Option("--case", help="lora, dora, mixlora, mixdora.")] = "mixlora",
+    hidden_size: Annotated[int, typer.Option("--hidden-size", min=1, help="D.")] = 576,
+    ffn_size: Annotated[int, typer.Option("--ffn-size", min=1, help="F.")] = 1536,
+    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="T.")] = 2048,
+    rank: RankOption = 8,
+    num_experts: ExpertsOption = 8,
+    top_k: TopKOption = 2,
+    num_adapters: Annotated[
+        int, typer.Option("--adapters", min=1, help="Adapters that share the tokens.")
+    ] = 1,
+    rounds: RoundsOption = 9,
+    picture: PictureOption = None,
+) -> None:
+    """One FFN layer in bfloat16 over a range of sizes: forward and backward, and AdamW apart."""
+    names = _names(case, ("lora", "dora", "mixlora", "mixdora"), "--case")
+    numbers = _numbers(values)
+    if over not in SCALED:
+        raise ConfigError(f"--over must be one of {', '.join(SCALED)}, got {over!r}")
+    from loraloom.bench.layer import LayerSetting, make_layer
+    from loraloom.bench.report import Figure
+    from loraloom.bench.timing import alternate
+
+    fixed = LayerSetting(hidden_size, ffn_size, num_tokens, rank, num_experts, top_k, num_adapters)
+    field = {"tokens": "num_tokens", "adapters": "num_adapters"}.get(over, over.replace("-", "_"))
+    made = {
+        f"{over} {number}": make_layer(names[0], replace(fixed, **{field: number}))
+        for number in numbers
+    }
+    timings = alternate({name: one.run for name, one in made.items()}, rounds)
+    steps = alternate({name: one.optimise for name, one in made.items()}, rounds)
+    figures = [
+        Figure(
+            name,
+            {
+                "ms": 1e3 * timings[name].median_s,
+                "AdamW ms": 1e3 * steps[name].median_s,
+                "saved MB": one.saved_bytes / 1e6,
+            },
+        )
+        for name, one in made.items()
     ]
     _show(figures, "ms", picture)
 
@@ -118,10 +170,27 @@ def decode(
     _show(figures, "tokens/s", picture)
 
 
-SUBCOMMANDS: Mapping[str, Callable[..., None]] = {"layer": layer, "step": step, "decode": decode}
+SUBCOMMANDS: Mapping[str, Callable[..., None]] = {
+    "layer": layer,
+    "scaling": scaling,
+    "step": step,
+    "decode": decode,
+}
 
 
-def _names(cases: str, known: tuple[str, ...]) -> list[str]:
+def _numbers(values: str) -> list[int]:
+    """Split `--values`.
+
+    Raises:
+        ConfigError: If they aren't positive whole numbers.
+    """
+    parts = [part.strip() for part in values.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--values must be positive numbers with commas between, got {values!r}")
+    return [int(part) for part in dict.fromkeys(parts)]
+
+
+def _names(cases: str, known: tuple[str, ...], option: str = "--cases") -> list[str]:
     """Split `--cases`.
 
     Raises:
@@ -131,7 +200,7 @@ def _names(cases: str, known: tuple[str, ...]) -> list[str]:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ConfigError(
-            f"--cases must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
+            f"{option} must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
         )
     return names
 

@@ -33,7 +33,7 @@ GROUP_COLUMNS = 64
 MIN_SORTED_COLUMNS = 256
 """Columns of all experts, E·R, from which groups are faster than masks over all of them."""
 
-MIN_SORTED_SLOTS = 1024
+MIN_SORTED_SLOTS = 512
 """Slots from which gathering them by group pays."""
 
 
