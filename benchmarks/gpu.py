@@ -1,7 +1,7 @@
 """Training steps on a GPU: seconds and peak memory at Llama-2-7B's shape, random weights, bfloat16.
 
-Rank 16, 8 experts, top-2, all linears; plain LoRA has rank 80. Each case runs in a process of its own. Cases
-with `lean` are the same without the Triton kernels (LORALOOM_TRITON=0).
+Rank 16, 8 experts, top-2, all linears; plain LoRA has rank 80. Each case runs in a
+process of its own. Cases with `lean` are the same without the Triton kernels (LORALOOM_TRITON=0).
 
     python benchmarks/gpu.py [--rows 16] [--length 512] [--layers 32] [--cases lora,mixlora]
 
