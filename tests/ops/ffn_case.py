@@ -50,6 +50,10 @@ class FfnCase:
         return [name for name in SHAPES[self.shape] if f"{name}.A" in self.leaves]
 
     @property
+    def rank(self) -> int:
+        return self.leaves[f"{self.adapted[0]}.A"].shape[1]
+
+    @property
     def routing_weights(self) -> Tensor:
         """g: positive, summing to one over slots; at padding all of it on the first slot."""
         weights = self.leaves["slot_logits"].softmax(-1)
@@ -73,15 +77,18 @@ def make_case(
     padding: Sequence[int] = (),
     decomposed: bool = False,
     rounds_rows: bool = False,
+    features: int = F,
+    rank: int = R,
 ) -> FfnCase:
     torch.manual_seed(0)
-    sizes = {"gate": (F, D), "up": (F, D), "gate_up": (2 * F, D), "down": (D, F)}
+    sizes = dict.fromkeys(("gate", "up"), (features, D))
+    sizes |= {"gate_up": (2 * features, D), "down": (D, features)}
     names = SHAPES[shape]
     leaves = {"x": _leaf(num_tokens, D), "slot_logits": _leaf(num_tokens, top_k)}
     for name in targets or names:
         out_features, in_features = sizes[name]
-        leaves[f"{name}.A"] = _leaf(num_experts, R, in_features)
-        leaves[f"{name}.B"] = _leaf(num_experts, out_features, R)
+        leaves[f"{name}.A"] = _leaf(num_experts, rank, in_features)
+        leaves[f"{name}.B"] = _leaf(num_experts, out_features, rank)
         if decomposed:
             leaves[f"{name}.m"] = _leaf(num_experts, out_features)
     selected = torch.rand(num_tokens, num_experts).topk(top_k).indices
@@ -98,7 +105,7 @@ def make_case(
         bias={name: torch.randn(sizes[name][0], dtype=torch.float64) for name in names},
         leaves=leaves,
         selected=selected,
-        dropout=_masks(dropout, num_tokens, top_k),
+        dropout=_masks(dropout, num_tokens, top_k, features),
         num_experts=num_experts,
         norms={name: values.detach() for name, values in norms.items()},
         rounds_rows=rounds_rows,
@@ -127,7 +134,7 @@ def compute_form(case: FfnCase) -> FfnWeights:
     """Concatenate experts along the rank, as `adapters` does."""
     leaves = case.leaves
     present = [name for name in SHAPES[case.shape][:-1] if name in case.adapted]
-    size, sides, stacked = case.num_experts * R, {}, []
+    size, sides, stacked = case.num_experts * case.rank, {}, []
     for position, name in enumerate(present):
         columns = slice(position * size, (position + 1) * size)
         stacked.append(leaves[f"{name}.A"].flatten(0, 1))
@@ -155,8 +162,8 @@ def compute_form(case: FfnCase) -> FfnWeights:
         down=down,
         down_bias=case.bias["down"],
         num_experts=case.num_experts,
-        rank=R,
         base_combines=not case.rounds_rows,
+        rank=case.rank,
     )
 
 
@@ -172,7 +179,7 @@ def _token(case: FfnCase, token: int) -> Tensor:
     for slot, expert in enumerate(case.selected[token].tolist()):
         dropped = _drop(x, dropout.keep_input, token, dropout.probability)
         if case.shape == "fused":
-            gate, up = _linear(case, "gate_up", expert, x, dropped).split(F)
+            gate, up = _linear(case, "gate_up", expert, x, dropped).chunk(2)
         else:
             gate = _linear(case, "gate", expert, x, dropped)
             up = _linear(case, "up", expert, x, dropped) if case.shape == "gated" else 1
@@ -212,10 +219,10 @@ def _compute_B(lora_B: Tensor) -> Tensor:
     return (SCALING * lora_B).transpose(1, 2).flatten(0, 1)
 
 
-def _masks(dropout: float, num_tokens: int, top_k: int) -> FfnDropout:
+def _masks(dropout: float, num_tokens: int, top_k: int, features: int) -> FfnDropout:
     if dropout == 0:
         return FfnDropout.none(top_k)
-    keep_slots = [(torch.rand(num_tokens, F) > dropout).double() for _ in range(top_k)]
+    keep_slots = [(torch.rand(num_tokens, features) > dropout).double() for _ in range(top_k)]
     return FfnDropout(dropout, (torch.rand(num_tokens, D) > dropout).double(), keep_slots)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter, BaseLayer, FfnRows, SegmentTokens
 from loraloom.adapters.low_rank import low_rank_block
+from loraloom.ops.adapter_ffn import adapter_ffn
 from loraloom.ops.expert_ffn import Activation
-from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 
 
 class LoraAdapter(Adapter):
@@ -41,5 +41,5 @@ class LoraAdapter(Adapter):
         weights = self._ffn_weights(layer, gate.dtype)
         dropout = self._ffn_dropout(layer, hidden_states.shape[-1], gate, 1, tokens)
         hidden_states = hidden_states.to(gate.dtype)
-        hidden, finish = lean_expert_ffn(hidden_states, gate, up, weights, None, act, dropout)
+        hidden, finish = adapter_ffn(hidden_states, gate, up, weights, None, act, dropout)
         return FfnRows(hidden, finish)

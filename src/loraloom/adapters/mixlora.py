@@ -14,9 +14,9 @@ from loraloom.adapters.adapter import Adapter, BaseLayer, FfnRows, SegmentTokens
 from loraloom.adapters.low_rank import generator_for, low_rank_block
 from loraloom.config.adapter import MixLoraConfig
 from loraloom.errors import AdapterError
+from loraloom.ops.adapter_ffn import adapter_ffn
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, Routing
-from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.top_k import router_logits, top_k_routing
 
@@ -77,7 +77,7 @@ class MixLoraAdapter(Adapter):
         routing, record = self._route(layer, hidden_states, tokens)
         weights = self._ffn_weights(layer, gate.dtype)
         dropout = self._ffn_dropout(layer, hidden_states.shape[-1], gate, self.config.top_k, tokens)
-        hidden, finish = lean_expert_ffn(
+        hidden, finish = adapter_ffn(
             hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout
         )
         return FfnRows(hidden, finish, record)
