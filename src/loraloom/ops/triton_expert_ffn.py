@@ -62,7 +62,7 @@ class Tile:
 def fits_triton(gate: Tensor, weights: FfnWeights, act: Activation) -> bool:
     """Whether the kernels can run: a GPU with Triton, an activation and a width that they know.
 
-    The environment variable LORALOOM_TRITON=0 turns them off.
+    They have not run on a GPU yet: the environment variable LORALOOM_TRITON=1 asks for them.
     """
     return (
         gate.is_cuda
@@ -76,7 +76,7 @@ def fits_triton(gate: Tensor, weights: FfnWeights, act: Activation) -> bool:
 @cache
 def _has_triton(device: torch.device) -> bool:
     """Whether Triton is there, wanted, and the GPU one of NVIDIA's since Ampere."""
-    if find_spec("triton") is None or os.environ.get("LORALOOM_TRITON") == "0":
+    if find_spec("triton") is None or os.environ.get("LORALOOM_TRITON") != "1":
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
