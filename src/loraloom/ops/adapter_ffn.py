@@ -2,7 +2,9 @@
 
 `triton`   on a GPU with Triton, where its kernels know the activation and dtype and the experts'
            ranks are few enough: the fewest passes over memory.
-`lean`     otherwise.
+`lean`     otherwise; `slot_pieces.py` says whether by masks or by groups of experts.
+
+Small forwards without gradients are computed by `stacked.py`, for several adapters at once.
 """
 
 from __future__ import annotations
