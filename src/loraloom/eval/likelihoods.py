@@ -66,13 +66,13 @@ def iter_pair_scores(
         host.device.type, _TOKENS_PER_BATCH_ELSEWHERE
     )
     for places in _batches(rows, budget // len(adapters)):
-        with _evaluating(host):
+        with evaluating(host):
             scores = _score_batch(host, [rows[place] for place in places], adapters)
         yield places, scores
 
 
 @contextmanager
-def _evaluating(host: Host) -> Iterator[None]:
+def evaluating(host: Host) -> Iterator[None]:
     """Put the host into eval mode without gradients, and back."""
     was_training = host.training
     host.eval()
