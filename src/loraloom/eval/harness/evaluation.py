@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lm_eval
 from lm_eval.api.group import Group
@@ -47,10 +47,8 @@ def evaluate_adapters(
     """
     models = shared_lms(host, tokenizer, adapters, **(lm_options or {}))
     manager = TaskManager(include_defaults=False)  # the tasks are there, so none is looked up
+    evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
     return {
-        name: dict(
-            lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
-            or {}
-        )
+        name: evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
         for name, model in models.items()
     }

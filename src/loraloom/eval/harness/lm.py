@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lm_eval.models  # noqa: F401  lm-eval's own models, which it leaves out once one is registered
 from jinja2 import TemplateError
@@ -16,25 +16,18 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.fields import check_device
-from loraloom.data.names import suggestion
 from loraloom.data.tokenising import TokenPair, eos_token
 from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.harness.answers import Answers, Completion
+from loraloom.eval.harness.arguments import load_arguments
 from loraloom.eval.harness.encoding import RequestEncoder, fit_pair
 from loraloom.eval.harness.sampling import parse_generation
-from loraloom.infer.loading import load_host
 from loraloom.models.host import Host
 
 MAX_NEW_TOKENS = 256
 """Of a completion whose task doesn't say; lm-eval's own default."""
 
-_LOADING = {"base_model": None, "adapter": None, "dtype": "float32", "device": "auto"}
-_LOADING_OPTIONS = {**_LOADING, "attn_implementation": None}
-_LM_OPTIONS = ("max_length", "add_bos_token", "prefix_token_id", "max_tokens_per_batch")
 
-
-@register_model("loraloom")
 class HostLM(TemplateLM):
     """An adapter on a host, or its base model.
 
@@ -92,41 +85,16 @@ class HostLM(TemplateLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict | None = None
     ) -> HostLM:
-        """Load a model from `--model_args`; see `create_from_arg_obj`."""
+        """Load a model from `--model_args`; see `load_arguments`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> HostLM:
-        """Load a base model and an adapter from files.
-
-        Args:
-            arg_dict: base_model, adapter (a directory or hub id; none for the base model), dtype,
-                device, attn_implementation, and what the class takes.
-            additional_config: batch_size and device of lm-eval's command line.
-
-        Raises:
-            ConfigError: If an argument is unknown, or base_model is missing.
-            LoraloomError: If the base model or the adapter can't be loaded.
-        """
-        given = {key: value for key, value in (additional_config or {}).items() if value}
-        given.pop("max_batch_size", None)
-        batch_size = given.pop("batch_size", "auto")
-        arguments = {**_LOADING_OPTIONS, **given, **arg_dict}
-        _check_arguments(arguments)
-        adapter = arguments["adapter"]
-        host, tokenizer = load_host(
-            str(arguments["base_model"]),
-            {} if adapter is None else {"adapter": str(adapter)},
-            str(arguments["dtype"]),
-            check_device(str(arguments["device"])),
-            arguments["attn_implementation"],
-        )
-        options = {name: arguments[name] for name in _LM_OPTIONS if name in arguments}
-        if str(batch_size).isdigit():
-            options["batch_size"] = int(batch_size)
-        return cls(host, tokenizer, None if adapter is None else "adapter", **options)
+        """Load a model from the arguments of lm-eval's command line; see `load_arguments`."""
+        host, tokenizer, adapter, options = load_arguments(arg_dict, additional_config or {})
+        return cls(host, tokenizer, adapter, **options)
 
     @property
     def eot_token_id(self) -> int:
@@ -196,10 +164,14 @@ class HostLM(TemplateLM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Score continuations of contexts: log-likelihood, and whether it is the greedy one."""
-        texts = [request.args for request in requests]
+        texts: list[Any] = [request.args for request in requests]
         pairs = self._encoder.encode_pairs(texts)
         return self._loglikelihood_tokens(
-            [(text, *pair) for text, pair in zip(texts, pairs, strict=True)], disable_tqdm
+            [
+                (text, pair.context, pair.continuation)
+                for text, pair in zip(texts, pairs, strict=True)
+            ],
+            disable_tqdm,
         )
 
     def _loglikelihood_tokens(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -250,11 +222,11 @@ class HostLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Complete prompts up to their stop texts."""
+        asked: list[Any] = [request.args for request in requests]
+        encoded = self._encoder.encode([text for text, _ in asked])
         prompts = [
-            self._completion(ids, request.args[1], place)
-            for place, (ids, request) in enumerate(
-                zip(self._encoder.encode([r.args[0] for r in requests]), requests, strict=True)
-            )
+            self._completion(ids, settings, place)
+            for place, (ids, (_, settings)) in enumerate(zip(encoded, asked, strict=True))
         ]
         with self._progress(len(prompts), "generate_until", disable_tqdm) as tell:
             texts = self._answers.complete(self.adapter, prompts, tell)
@@ -277,9 +249,12 @@ class HostLM(TemplateLM):
     def _progress(self, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], Any]]:
         """Show a bar on a terminal; give what tells it how many are done."""
         disable = True if quiet or self.rank != 0 else None
-        with tqdm(total=total, desc=what, disable=disable) as bar:
+        with cast("Any", tqdm)(total=total, desc=what, disable=disable) as bar:
             yield lambda num_done: bar.update(num_done - bar.n)
             bar.update(total - bar.n)
+
+
+register_model("loraloom")(HostLM)
 
 
 def shared_lms(
@@ -323,18 +298,3 @@ def _check_length(host: Host, max_length: int | None) -> int:
             f"max_length must be in [1, {longest}], as the model reads no more, got {max_length}"
         )
     return max_length
-
-
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    known = (*_LOADING_OPTIONS, *_LM_OPTIONS)
-    for name in arguments:
-        if name not in known:
-            raise ConfigError(
-                f"{suggestion(name, known)}model_args of loraloom may hold {', '.join(known)}, "
-                f"got {name!r}"
-            )
-    if not arguments["base_model"]:
-        raise ConfigError(
-            "model_args of loraloom must name a base_model; give base_model=M, and adapter=PATH "
-            "for an adapter on it"
-        )

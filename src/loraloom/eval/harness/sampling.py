@@ -26,7 +26,7 @@ def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> Sampli
     Raises:
         ConfigError: If a setting is unknown or out of its range.
     """
-    normal = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
+    normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
     stop = tuple(dict.fromkeys(text for text in normal.pop("until") if text))
     length, do_sample = normal.pop("max_gen_toks"), normal.pop("do_sample")
     unknown = [name for name in normal if name not in (*_DRAWING, *_ALWAYS)]
