@@ -52,8 +52,7 @@ def iter_pair_scores(
         host: With the adapters; dropout is off meanwhile.
         groups: Contexts and continuations that fit the model; a group is never divided.
         adapters: At least one name; None is the base model.
-        max_tokens_per_batch: Tokens of a batch, padding included. None: 1,024 on a CPU, 16,384
-            elsewhere.
+        max_tokens_per_batch: None for `tokens_per_batch`.
 
     Yields:
         The places of a batch's groups, and their scores.
@@ -61,14 +60,17 @@ def iter_pair_scores(
     Raises:
         AdapterError: If the host lacks an adapter.
     """
-    rows = _make_all_rows(host, groups)
-    budget = max_tokens_per_batch or _TOKENS_PER_BATCH.get(
-        host.device.type, _TOKENS_PER_BATCH_ELSEWHERE
-    )
-    for places in _batches(rows, budget // len(adapters)):
+    rows = make_all_rows(host, groups)
+    budget = max_tokens_per_batch or tokens_per_batch(host)
+    for places in token_batches(rows, budget // len(adapters)):
         with evaluating(host):
-            scores = _score_batch(host, [rows[place] for place in places], adapters)
+            scores = score_batch(host, [rows[place] for place in places], adapters)
         yield places, scores
+
+
+def tokens_per_batch(host: Host) -> int:
+    """Tokens of a batch, padding included: 1,024 on a CPU, 16,384 elsewhere."""
+    return _TOKENS_PER_BATCH.get(host.device.type, _TOKENS_PER_BATCH_ELSEWHERE)
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def evaluating(host: Host) -> Iterator[None]:
         host.train(was_training)
 
 
-def _make_all_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[TokenRow]]:
+def make_all_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[TokenRow]]:
     """Make each group's rows; continuations share one where attention takes a mask of our own.
 
     transformers leaves such a mask as it is: FlashAttention takes none, and a sliding window would
@@ -98,7 +100,7 @@ def _make_all_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[li
     return [make_rows(pairs, shared=False) for pairs in groups]
 
 
-def _batches(groups: Sequence[Sequence[TokenRow]], max_tokens: int) -> Iterator[list[int]]:
+def token_batches(groups: Sequence[Sequence[TokenRow]], max_tokens: int) -> Iterator[list[int]]:
     """Cut groups into batches of like lengths; each is a list of places."""
     lengths = [max(len(row.input_ids) for row in rows) for rows in groups]
     batch: list[int] = []
@@ -114,9 +116,10 @@ def _batches(groups: Sequence[Sequence[TokenRow]], max_tokens: int) -> Iterator[
         yield batch
 
 
-def _score_batch(
+def score_batch(
     host: Host, groups: Sequence[Sequence[TokenRow]], adapters: Sequence[str | None]
 ) -> GroupScores:
+    """Score a batch's groups with each adapter."""
     rows = [row for group in groups for row in group]
     log_probs, is_top = _score_rows(host, rows, adapters)
     owners = torch.tensor(_owners(groups))

@@ -12,7 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.eval.accuracy import Accuracy, QuestionScore, accuracy
 from loraloom.eval.encoding import QuestionEncoder, encode_choices, fit_question
-from loraloom.eval.likelihoods import iter_pair_scores
+from loraloom.eval.likelihoods import (
+    evaluating,
+    make_all_rows,
+    score_batch,
+    token_batches,
+    tokens_per_batch,
+)
 from loraloom.models.host import Host
 
 BatchScores = dict[str | None, dict[int, QuestionScore]]
@@ -86,16 +92,17 @@ def iter_scores(
         fit_question(question, pairs, max_length)
         for question, pairs in zip(questions, encode(tokenizer, questions), strict=True)
     ]
-    groups = [question.pairs for question in encoded]
-    for places, scores in iter_pair_scores(host, groups, adapters, max_tokens_per_batch):
+    rows = make_all_rows(host, [question.pairs for question in encoded])
+    budget = max_tokens_per_batch or tokens_per_batch(host)
+    for places in token_batches(rows, budget // len(adapters)):
+        batch = [rows[place] for place in places]
+        with evaluating(host):
+            scores = score_batch(host, batch, adapters)
+        likelihoods = [[[pair.log_likelihood for pair in q] for q in qs] for qs in scores]
         yield {
             name: {
-                place: QuestionScore(
-                    questions[place],
-                    tuple(choice.log_likelihood for choice in choices),
-                    encoded[place].truncated,
-                )
+                place: QuestionScore(questions[place], tuple(choices), encoded[place].truncated)
                 for place, choices in zip(places, by_question, strict=True)
             }
-            for name, by_question in zip(adapters, scores, strict=True)
+            for name, by_question in zip(adapters, likelihoods, strict=True)
         }
