@@ -10,7 +10,6 @@ from typing import Any, cast
 import lm_eval.models  # noqa: F401  lm-eval's own models, which it leaves out once one is registered
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.harness.answers import Answers, Completion
 from loraloom.eval.harness.arguments import load_arguments
 from loraloom.eval.harness.encoding import RequestEncoder, fit_pair
+from loraloom.eval.harness.processes import SharedByProcesses
 from loraloom.eval.harness.sampling import parse_generation
 from loraloom.models.host import Host
 
@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 256
 """Of a completion whose task doesn't say; lm-eval's own default."""
 
 
-class HostLM(TemplateLM):
+class HostLM(SharedByProcesses):
     """An adapter on a host, or its base model.
 
     Prompts are cut from the left and encoded as lm-eval's own class for transformers models does
