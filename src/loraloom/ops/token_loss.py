@@ -120,11 +120,12 @@ def token_scores(
     """
     chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
     log_probs, is_top = [], []
-    for states, chunk in zip(
-        hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True
-    ):
+    chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    for states, chunk_labels in chunks:
         logits = head(states)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_probs.append(wide.gather(1, chunk[:, None]).squeeze(1) - wide.logsumexp(-1))
-        is_top.append(wide.argmax(-1) == chunk)
+        for rows in _blocks(logits):
+            wide, targets = logits[rows].to(_wide_dtype(logits)), chunk_labels[rows]
+            picked = wide.gather(1, targets[:, None]).squeeze(1)
+            log_probs.append(picked - wide.logsumexp(-1))
+            is_top.append(wide.argmax(-1) == targets)
     return torch.cat(log_probs), torch.cat(is_top)
