@@ -51,7 +51,7 @@ def some_questions() -> list[ChoiceQuestion]:
         question("Question: What color is the sky?\nAnswer:", ["blue", "no", "yes and no"]),
         question("Answer:", ["a", "the", "c", "answer"], gold=2, index=1),
         question("Please choose the correct one", ["a, b and c", "two"], gold=1, index=2),
-        question("The sky is", ["blue", "a green sea", "x"], index=3),
+        question("The sky is", ["blue and green", "blue and red, a sea"], index=3),
         ChoiceQuestion(
             task="toy",
             index=4,

@@ -18,6 +18,28 @@ def test_choices_with_one_context_share_a_row():
     assert row.choices == [0, 0, 0, 1, 1]
 
 
+def test_what_all_choices_begin_with_stands_in_the_context():
+    (row,) = make_rows(
+        [TokenPair([1, 2], [7, 8, 3, 4]), TokenPair([1, 2], [7, 8, 5, 6]), TokenPair([9], [7, 8])],
+        shared=True,
+    )[:1]
+    assert row.input_ids == [1, 2, 7, 8, 3, 5]
+    assert row.position_ids == [0, 1, 2, 3, 4, 4]
+    assert row.branches == [0, 0, 0, 0, 1, 2]
+    assert row.predictors == [1, 2, 3, 4, 1, 2, 3, 5]
+    assert row.targets == [7, 8, 3, 4, 7, 8, 5, 6]
+
+
+def test_a_choice_may_be_the_beginning_of_another_or_the_same():
+    (row,) = make_rows([TokenPair([1], [7, 8]), TokenPair([1], [7, 8, 9])], shared=True)
+    assert row.input_ids == [1, 7, 8]
+    assert row.branches == [0, 0, 2]
+    assert row.predictors == [0, 1, 0, 1, 2]
+    (row,) = make_rows([TokenPair([1], [7, 8])] * 2, shared=True)
+    assert row.input_ids == [1, 7]
+    assert row.predictors == [0, 1, 0, 1]
+
+
 def test_single_tokens_add_nothing_to_the_context():
     (row,) = make_rows([TokenPair([1, 2], [label]) for label in (3, 4, 5)], shared=True)
     assert row.input_ids == [1, 2]

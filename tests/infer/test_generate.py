@@ -85,9 +85,18 @@ def test_a_repetition_penalty_reads_no_padding(host, tiny_tokenizer):
 
 def test_a_completion_ends_before_a_stop_text(host, tiny_tokenizer):
     whole = completed(host, tiny_tokenizer, [Prompt("the sky")], max_new_tokens=12)[0]
-    stop = whole[len(whole) // 2]
+    stop = next(
+        letter for letter in whole[len(whole) // 2 :] if letter != "\N{REPLACEMENT CHARACTER}"
+    )
     cut = completed(host, tiny_tokenizer, [Prompt("the sky")], max_new_tokens=12, stop=(stop,))[0]
     assert cut == whole[: whole.index(stop)]
+
+
+def test_a_stop_text_may_not_begin_in_the_prompt(host, tiny_tokenizer):
+    whole = completed(host, tiny_tokenizer, [Prompt("the sky")])[0]
+    assert "y" + whole[0] not in whole
+    stopped = completed(host, tiny_tokenizer, [Prompt("the sky")], stop=("y" + whole[0],))[0]
+    assert stopped == whole
 
 
 def test_a_completion_ends_at_an_end_token(host, tiny_tokenizer):

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from loraloom.ops import token_loss
-from loraloom.ops.token_loss import token_losses
+from loraloom.ops.token_loss import token_losses, token_scores
 
 D, V = 6, 11
 
@@ -117,3 +117,25 @@ def test_a_diverged_token_leaves_the_others_as_they_are(weight):
     others = [0, 1, 3]
     assert results[1][0][2].isnan()
     assert all(torch.equal(a[others], b[others]) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * V * 2, 1 << 26])
+@pytest.mark.parametrize("head", ["linear", "biased", "soft-capped"])
+def test_scores_are_log_softmax_and_argmax(head, chunk_bytes, weight, monkeypatch):
+    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", chunk_bytes)
+    function = heads(weight)[head]
+    states = torch.randn(7, D, dtype=torch.float64)
+    log_softmax = function(states).log_softmax(-1)
+    labels = log_softmax.argmax(-1)
+    labels[::2] = (labels[::2] + 1) % V
+    log_probs, is_top = token_scores(states, labels, function, V)
+    torch.testing.assert_close(log_probs, log_softmax[torch.arange(7), labels])
+    assert is_top.tolist() == [False, True] * 3 + [False]
+
+
+def test_scores_of_bfloat16_are_computed_in_float32(weight):
+    states = torch.randn(3, D, dtype=torch.bfloat16)
+    function = heads(weight.bfloat16())["linear"]
+    log_probs, _ = token_scores(states, torch.tensor([1, 2, 3]), function, V)
+    expected = function(states).float().log_softmax(-1)[torch.arange(3), [1, 2, 3]]
+    torch.testing.assert_close(log_probs, expected)

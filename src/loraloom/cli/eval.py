@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from loraloom.cli.harness import HarnessRun, check_harness, check_no_harness, run_harness
 from loraloom.cli.options import (
     AdapterOption,
     AttnOption,
@@ -36,11 +37,37 @@ Compat = Literal["moe-peft"]
 def evaluate(
     base_model: BaseModelOption,
     task: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--task", metavar="TASK[,TASK]", help="Choice tasks to score. May be repeated."
         ),
-    ],
+    ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--harness",
+            metavar="TASK[,TASK]",
+            help="Tasks of lm-evaluation-harness in place of --task. May be repeated.",
+        ),
+    ] = None,
+    harness_include: Annotated[
+        Path | None,
+        typer.Option(
+            "--harness-include", metavar="DIR", help="YAML files of more tasks for --harness."
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            "--num-fewshot", min=0, help="Examples before a question of --harness; as tasks say."
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template", help="Ask tasks of --harness in the model's chat template."
+        ),
+    ] = False,
     adapter: AdapterOption = None,
     data: Annotated[
         Path | None,
@@ -86,20 +113,54 @@ def evaluate(
 ) -> None:
     """Score choice questions with the base model and with adapters, all in one pass."""
     adapters = parse_adapters(adapter)
-    tasks = _split_names(task)
-    _check_options(tasks, adapters, scoring, compat, no_base)
+    names = [*([] if no_base else [None]), *adapters]
+    if not names:
+        raise ConfigError("--no-base leaves nothing to score without --adapter; give one")
+    from loraloom.durable import prepare_output
+    from loraloom.infer.loading import check_sources, load_host
+
+    only_harness = {
+        "--harness-include": harness_include,
+        "--num-fewshot": num_fewshot,
+        "--apply-chat-template": apply_chat_template,
+    }
+    if harness is not None:
+        run = HarnessRun(
+            tasks=_split_names(harness),
+            adapters=names,
+            include=harness_include,
+            data=data,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            batch_tokens=batch_tokens,
+            output=output,
+            per_question=per_question,
+        )
+        other_scoring = None if scoring == "label" else scoring
+        only_task = {"--task": task, "--split": split, "--compat": compat}
+        check_harness(run.tasks, {**only_task, "--scoring": other_scoring})
+        check_sources(base_model, adapters, device)
+        prepare_output(output, "--output")
+        prepare_output(per_question, "--per-question")
+        run_harness(
+            run,
+            lambda: load_host(base_model, adapters, dtype, device, attn_implementation),
+            lambda host: _provenance(host, adapters, {"dtype": dtype}),
+        )
+        return
+    check_no_harness(only_harness)
+    tasks = _split_names(task or [])
+    _check_options(tasks, scoring, compat)
     from rich.console import Console
 
-    from loraloom.durable import prepare_output
     from loraloom.eval.results import write_questions, write_results
-    from loraloom.infer.loading import check_sources, load_host
 
     check_sources(base_model, adapters, device)
     questions = {name: _load(name, scoring, compat, split, data, limit) for name in tasks}
     prepare_output(output, "--output")
     prepare_output(per_question, "--per-question")
     host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
-    names = [*([] if no_base else [None]), *adapters]
     scored = _score(host, tokenizer, questions, split, names, batch_tokens, compat)
     if per_question is not None:
         write_questions(per_question, scored)
@@ -115,22 +176,14 @@ def _split_names(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _check_options(
-    tasks: Sequence[str],
-    adapters: Mapping[str, str],
-    scoring: Scoring,
-    compat: Compat | None,
-    no_base: bool,
-) -> None:
+def _check_options(tasks: Sequence[str], scoring: Scoring, compat: Compat | None) -> None:
     from loraloom.data import find_task
     from loraloom.eval.moe_peft import check_tasks
 
     if not tasks:
-        raise ConfigError("--task must name at least one task, got none")
+        raise ConfigError("--task must name at least one task, got none; or give --harness")
     for name in tasks:
         find_task(name)
-    if no_base and not adapters:
-        raise ConfigError("--no-base leaves nothing to score without --adapter; give one")
     if compat is not None and scoring != "label":
         raise ConfigError(f"--compat {compat} scores labels; leave out --scoring {scoring}")
     if compat is not None:

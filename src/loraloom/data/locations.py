@@ -74,6 +74,22 @@ def read_named(path: Path, name: str, split: str) -> list[Row]:
     return _read_split(path, split)
 
 
+def find_splits(path: Path, name: str) -> dict[str, Path]:
+    """The file of each split of the data set `name`; none where there is no such data set.
+
+    Args:
+        path: The directory of the data set, or a directory of data sets.
+        name: Name that the data set's directory has among others.
+
+    Raises:
+        DataError: If the path is no directory.
+    """
+    path = path.expanduser()
+    if not path.is_dir():
+        raise DataError(f"{path}: there is no such directory of data sets")
+    return _split_files(path / name if (path / name).is_dir() else path)
+
+
 def read_hub(source: HubSource, split: str) -> list[Row]:
     """The rows of one split of a hub data set; they are downloaded once and cached.
 

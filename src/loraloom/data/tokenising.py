@@ -59,14 +59,21 @@ def encode_pairs(
     ]
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], start: list[int] | None = None
+) -> list[list[int]]:
     """Token ids of each text after the tokens that the tokenizer puts in front, but never an EOS.
 
     A text that begins with those tokens already gets them once.
+
+    Args:
+        tokenizer: The base model's.
+        texts: To encode.
+        start: Tokens to put in front in place of the tokenizer's own.
     """
     if not texts:
         return []
-    start = leading_tokens(tokenizer)
+    start = leading_tokens(tokenizer) if start is None else start
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]

@@ -1,28 +1,25 @@
 """Choice scoring: the log-likelihood of every choice, for several adapters in one pass.
 
-Axes: A adapters, B rows, L tokens, N scored tokens, D hidden.
-
-Questions are sorted by length and batched by tokens. A question's choices share a row (rows.py),
-and a batch holds its rows once for each adapter.
+A question's choices are scored together, see likelihoods.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.eval.accuracy import Accuracy, QuestionScore, accuracy
-from loraloom.eval.encoding import EncodedQuestion, QuestionEncoder, encode_choices, fit_question
-from loraloom.eval.rows import TokenRow, collate_rows, make_rows
+from loraloom.eval.encoding import QuestionEncoder, encode_choices, fit_question
+from loraloom.eval.likelihoods import (
+    evaluating,
+    make_all_rows,
+    score_batch,
+    token_batches,
+    tokens_per_batch,
+)
 from loraloom.models.host import Host
-
-_TOKENS_PER_BATCH = {"cpu": 1024}
-_TOKENS_PER_BATCH_ELSEWHERE = 16384
 
 BatchScores = dict[str | None, dict[int, QuestionScore]]
 """For each adapter, scores by the question's place in the list."""
@@ -95,14 +92,13 @@ def iter_scores(
         fit_question(question, pairs, max_length)
         for question, pairs in zip(questions, encode(tokenizer, questions), strict=True)
     ]
-    rows = _make_all_rows(host, encoded)
-    budget = max_tokens_per_batch or _TOKENS_PER_BATCH.get(
-        host.device.type, _TOKENS_PER_BATCH_ELSEWHERE
-    )
-    for places in _batches(rows, budget // len(adapters)):
+    rows = make_all_rows(host, [question.pairs for question in encoded])
+    budget = max_tokens_per_batch or tokens_per_batch(host)
+    for places in token_batches(rows, budget // len(adapters)):
         batch = [rows[place] for place in places]
-        with _evaluating(host):
-            likelihoods = _score_batch(host, batch, adapters)
+        with evaluating(host):
+            scores = score_batch(host, batch, adapters)
+        likelihoods = [[[pair.log_likelihood for pair in q] for q in qs] for qs in scores]
         yield {
             name: {
                 place: QuestionScore(questions[place], tuple(choices), encoded[place].truncated)
@@ -110,87 +106,3 @@ def iter_scores(
             }
             for name, by_question in zip(adapters, likelihoods, strict=True)
         }
-
-
-@contextmanager
-def _evaluating(host: Host) -> Iterator[None]:
-    """Put the host into eval mode without gradients, and back."""
-    was_training = host.training
-    host.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        host.train(was_training)
-
-
-def _make_all_rows(host: Host, questions: Sequence[EncodedQuestion]) -> list[list[TokenRow]]:
-    """Make each question's rows; choices share one where attention takes a mask of our own.
-
-    transformers leaves such a mask as it is: FlashAttention takes none, and a sliding window would
-    be missing from it.
-    """
-    rows = [make_rows(question.pairs, shared=True) for question in questions]
-    longest = max((len(row.input_ids) for shared in rows for row in shared), default=0)
-    window = host.config.to_dict().get("sliding_window")
-    takes_mask = host.config._attn_implementation in ("sdpa", "eager")
-    if takes_mask and (window is None or longest <= window):
-        return rows
-    return [make_rows(question.pairs, shared=False) for question in questions]
-
-
-def _batches(questions: Sequence[Sequence[TokenRow]], max_tokens: int) -> Iterator[list[int]]:
-    """Cut questions into batches of like lengths; each is a list of places."""
-    lengths = [max(len(row.input_ids) for row in rows) for rows in questions]
-    batch: list[int] = []
-    num_rows = 0
-    for place in sorted(range(len(questions)), key=lambda place: -lengths[place]):
-        added = len(questions[place])
-        if batch and (num_rows + added) * lengths[batch[0]] > max_tokens:
-            yield batch
-            batch, num_rows = [], 0
-        batch.append(place)
-        num_rows += added
-    if batch:
-        yield batch
-
-
-def _score_batch(
-    host: Host, questions: Sequence[Sequence[TokenRow]], adapters: Sequence[str | None]
-) -> list[list[list[float]]]:
-    """Compute log-likelihoods by adapter, question and choice."""
-    rows = [row for question_rows in questions for row in question_rows]
-    token_likelihoods = _score_rows(host, rows, adapters)
-    owners = _owners(questions)
-    num_choices = [1 + max(c for row in rows for c in row.choices) for rows in questions]
-    sums = token_likelihoods.new_zeros(len(adapters), sum(num_choices))
-    sums.index_add_(1, torch.tensor(owners), token_likelihoods)
-    return [[choices.tolist() for choices in by_adapter.split(num_choices)] for by_adapter in sums]
-
-
-def _owners(questions: Sequence[Sequence[TokenRow]]) -> list[int]:
-    """The choice that each scored token belongs to, counted through all questions."""
-    owners, first = [], 0
-    for rows in questions:
-        choices = [choice for row in rows for choice in row.choices]
-        owners += [first + choice for choice in choices]
-        first += max(choices) + 1
-    return owners
-
-
-def _score_rows(host: Host, rows: Sequence[TokenRow], adapters: Sequence[str | None]) -> Tensor:
-    """Compute the log-likelihood of every scored token, [A, N], in float64 on the CPU."""
-    batch = collate_rows(rows, host.dtype, host.device)
-    copies = len(adapters)
-    mask = batch.attention_mask
-    hidden_states = host.hidden(
-        batch.input_ids.repeat(copies, 1),
-        mask.repeat(copies, *[1] * (mask.dim() - 1)),
-        [name for name in adapters for _ in rows],
-        token_mask=batch.token_mask.repeat(copies, 1),
-        position_ids=batch.position_ids.repeat(copies, 1),
-    ).last_hidden_state
-    by_adapter = hidden_states.view(copies, -1, hidden_states.shape[-1])  # (A, B L, D)
-    states = by_adapter[:, batch.predictors].flatten(0, 1)  # (A N, D)
-    losses = host.token_losses(states, batch.targets.repeat(copies))
-    return -losses.cpu().double().view(copies, -1)

@@ -6,17 +6,19 @@ A row holds a context once, and after it each choice's continuation without its 
 is only predicted. A continuation's positions count from the end of the context, and it sees the
 context and itself alone, so that it gets the log-likelihood that it has by itself:
 
-    input_ids       Q  :  the  sky  the  sea
-    position_ids    0  1   2    3    2    3
-    branches        0  0   1    1    2    2
+    input_ids       Q  :  a  blue  the  red      of  Q: a blue sky  and  Q: the red sea
+    position_ids    0  1  2    3    2    3
+    branches        0  0  1    1    2    2
 
-Continuations of one token, as labels mostly are, add nothing to the context.
+Tokens that all continuations begin with stand there once, as part of the context. Continuations of
+one token, as labels mostly are, add nothing to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -75,18 +77,29 @@ def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
 
 def _make_row(pairs: Sequence[TokenPair], choices: Sequence[int]) -> TokenRow:
     context = pairs[choices[0]].context
-    end = len(context)
-    row = TokenRow(list(context), list(range(end)), [0] * end, [], [], [])
+    num_shared = _count_shared([pairs[choice].continuation for choice in choices])
+    trunk = [*context, *pairs[choices[0]].continuation[:num_shared]]
+    first, end = len(context) - 1, len(trunk)
+    row = TokenRow(trunk, list(range(end)), [0] * end, [], [], [])
     for branch, choice in enumerate(choices, start=1):
         continuation = pairs[choice].continuation
-        start, num_read = len(row.input_ids), len(continuation) - 1
-        row.input_ids.extend(continuation[:-1])
-        row.position_ids.extend(range(end, end + num_read))
-        row.branches.extend([branch] * num_read)
-        row.predictors.extend([end - 1, *range(start, start + num_read)])
+        own = continuation[num_shared:-1]
+        start = len(row.input_ids)
+        row.input_ids.extend(own)
+        row.position_ids.extend(range(end, end + len(own)))
+        row.branches.extend([branch] * len(own))
+        row.predictors.extend([*range(first, end), *range(start, start + len(own))])
         row.targets.extend(continuation)
         row.choices.extend([choice] * len(continuation))
     return row
+
+
+def _count_shared(continuations: Sequence[Sequence[int]]) -> int:
+    """Count the tokens that several continuations begin with, not counting a last one."""
+    if len(continuations) == 1:
+        return 0
+    columns = zip(*(continuation[:-1] for continuation in continuations), strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def collate_rows(rows: Sequence[TokenRow], dtype: torch.dtype, device: torch.device) -> RowBatch:

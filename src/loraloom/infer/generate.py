@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from loraloom.errors import DataError
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig, draw_processors
+from loraloom.infer.stopping import StopTexts, before_stop
 from loraloom.models.host import Host
 
 
@@ -47,16 +48,48 @@ def generate(
     """
     encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
     _check_lengths(host, prompts, encoded, sampling.max_new_tokens)
+    names = [prompt.adapter for prompt in prompts]
+    return complete(
+        host, tokenizer, encoded, names, sampling, batch_size=batch_size, on_progress=on_progress
+    )
+
+
+def complete(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[list[int]],
+    adapters: Sequence[str | None],
+    sampling: SamplingConfig,
+    *,
+    keys: Sequence[int] | None = None,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Complete prompts that are token ids and fit the model; see `generate`.
+
+    Args:
+        host: In eval mode.
+        tokenizer: The base model's.
+        encoded: Prompts, none empty.
+        adapters: A name or None for each.
+        sampling: How tokens are chosen.
+        keys: A number for each prompt; the draws follow from it and the seed. By default its place.
+        batch_size: Most prompts at once.
+        on_progress: As in `generate`.
+    """
+    keys = range(len(encoded)) if keys is None else keys
     completions: dict[int, str] = {}
-    for places in _batches(prompts, encoded, batch_size):
+    for places in _batches(encoded, adapters, batch_size):
         rows = [encoded[place] for place in places]
-        names = [prompts[place].adapter for place in places]
-        new_ids = _generate_batch(host, tokenizer, rows, names, sampling, places)
+        names = [adapters[place] for place in places]
+        row_keys = [keys[place] for place in places]
+        new_ids = _generate_batch(host, tokenizer, rows, names, sampling, row_keys)
         for place, ids in zip(places, new_ids, strict=True):
-            completions[place] = _decode(tokenizer, ids, sampling.stop)
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            completions[place] = before_stop(text, sampling.stop)
         if on_progress is not None:
-            on_progress(len(completions), len(prompts))
-    return [completions[place] for place in range(len(prompts))]
+            on_progress(len(completions), len(encoded))
+    return [completions[place] for place in range(len(encoded))]
 
 
 def _check_lengths(
@@ -74,13 +107,13 @@ def _check_lengths(
 
 
 def _batches(
-    prompts: Sequence[Prompt], encoded: Sequence[list[int]], batch_size: int
+    encoded: Sequence[list[int]], adapters: Sequence[str | None], batch_size: int
 ) -> Iterator[list[int]]:
     """Cut the prompts' places into batches of like lengths, each adapter's rows together."""
-    order = sorted(range(len(prompts)), key=lambda place: -len(encoded[place]))
+    order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        yield sorted(batch, key=lambda place: (prompts[place].adapter or "", place))
+        yield sorted(batch, key=lambda place: (adapters[place] or "", place))
 
 
 def _generate_batch(
@@ -89,10 +122,11 @@ def _generate_batch(
     rows: Sequence[list[int]],
     names: Sequence[str | None],
     sampling: SamplingConfig,
-    places: Sequence[int],
+    keys: Sequence[int],
 ) -> list[list[int]]:
     input_ids, attention_mask = _pad_left(rows, host.device)
-    stops = {"stop_strings": list(sampling.stop), "tokenizer": tokenizer} if sampling.stop else {}
+    prompt_length = input_ids.shape[1]
+    stops = [StopTexts(tokenizer, sampling.stop, prompt_length)] if sampling.stop else []
     ends = _end_tokens(host, tokenizer)
     output = host.generate(
         input_ids=input_ids,
@@ -101,16 +135,16 @@ def _generate_batch(
         max_new_tokens=sampling.max_new_tokens,
         num_beams=sampling.num_beams,
         repetition_penalty=sampling.repetition_penalty,
-        logits_processor=draw_processors(sampling, places, host.device),
+        logits_processor=draw_processors(sampling, keys, host.device),
         do_sample=False,  # the processors draw; these would be the model's own defaults:
         temperature=1.0,
         top_k=50,
         top_p=1.0,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
-        **stops,
+        stopping_criteria=StoppingCriteriaList(stops),
     )
-    return [_until(ids, ends) for ids in output[:, input_ids.shape[1] :].tolist()]
+    return [_until(ids, ends) for ids in output[:, prompt_length:].tolist()]
 
 
 def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -134,9 +168,3 @@ def _end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
     """The ids before the first end token."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: Sequence[str]) -> str:
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    cuts = [place for place in map(text.find, stop) if place >= 0]
-    return text[: min(cuts, default=len(text))]

@@ -31,7 +31,7 @@ from loraloom.models.samples import sample_key
 from loraloom.models.stacking import StackedPlan, Stacker
 from loraloom.models.wrappers import AttentionProjection, FfnBlock
 from loraloom.ops.dropout import Site
-from loraloom.ops.token_loss import token_losses
+from loraloom.ops.token_loss import token_losses, token_scores
 from loraloom.routing.record import LayerRouting
 
 METHODS: dict[str, type[Adapter]] = {"lora": LoraAdapter, "mixlora": MixLoraAdapter}
@@ -284,6 +284,15 @@ class Host:
             Losses, [N] float32, differentiable with respect to the states.
         """
         return token_losses(hidden_states, labels, self._head, self.config.vocab_size)
+
+    def token_scores(self, hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute log p of each label, [N], and whether it is the most likely token, [N].
+
+        Args:
+            hidden_states: After the final norm, [N, D].
+            labels: Token ids, [N].
+        """
+        return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
 
     @torch.no_grad()
     def generate(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -97,3 +97,35 @@ def token_losses(
     if len(labels) == 0:
         return hidden_states.sum(-1).to(_wide_dtype(hidden_states))  # (0,)
     return _TokenLosses.apply(hidden_states, labels, head, chunk_tokens)  # pyright: ignore
+
+
+@torch.no_grad()
+def token_scores(
+    hidden_states: Float[Tensor, "N D"],
+    labels: Int[Tensor, " N"],
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """Compute log p of each label, and whether the label is the most likely token, in chunks.
+
+    Args:
+        hidden_states: States that predict the labels, after the final norm.
+        labels: Token ids.
+        head: The frozen output layer, with its scaling and soft-capping.
+        vocab_size: V, from which the chunk is chosen, as in `token_losses`.
+
+    Returns:
+        Log-probabilities in float32 (float64 for float64 states), and whether argmax gives the
+        label; of equally likely tokens it gives the first.
+    """
+    chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    log_probs, is_top = [], []
+    chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    for states, chunk_labels in chunks:
+        logits = head(states)
+        for rows in _blocks(logits):
+            wide, targets = logits[rows].to(_wide_dtype(logits)), chunk_labels[rows]
+            picked = wide.gather(1, targets[:, None]).squeeze(1)
+            log_probs.append(picked - wide.logsumexp(-1))
+            is_top.append(wide.argmax(-1) == targets)
+    return torch.cat(log_probs), torch.cat(is_top)

@@ -1,0 +1,54 @@
+"""lm-eval's own evaluation of several adapters, whose requests share batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import lm_eval
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.eval.harness.lm import shared_lms
+from loraloom.models.host import Host
+
+Results = dict[str, Any]
+"""What `lm_eval.simple_evaluate` returns."""
+
+
+def evaluate_adapters(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task | Group],
+    adapters: Sequence[str | None],
+    *,
+    lm_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str | None, Results]:
+    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches.
+
+    Args:
+        host: With the adapters.
+        tokenizer: The base model's.
+        tasks: From `load_tasks`.
+        adapters: Names; None is the base model.
+        lm_options: Arguments of `shared_lms`.
+        options: Arguments of `lm_eval.simple_evaluate`: `num_fewshot`, `limit`,
+            `apply_chat_template`, ...
+
+    Returns:
+        For each adapter what `simple_evaluate` returns.
+
+    Raises:
+        AdapterError: If the host lacks an adapter, or its log-likelihoods are not finite.
+        DataError: If a continuation is empty or doesn't fit the model.
+    """
+    models = shared_lms(host, tokenizer, adapters, **(lm_options or {}))
+    manager = TaskManager(include_defaults=False)  # the tasks are there, so none is looked up
+    evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
+    return {
+        name: evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
+        for name, model in models.items()
+    }

@@ -1,0 +1,129 @@
+"""lm-eval's results in the form of our own, beside lm-eval's.
+
+{"results": {"base": {"arc_easy": {"accuracy": 0.4, "metric": "acc_norm,none", ...}}, ...},
+"lm_eval": {"base": {...}, ...}}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lm_eval.utils import handle_non_serializable
+from rich.table import Table
+
+from loraloom.eval.harness.evaluation import Results
+from loraloom.eval.results import BASE
+
+_ACCURACIES = ("acc_norm", "acc", "exact_match")
+"""What counts as a task's accuracy, the first that it has."""
+
+
+def summarise(results: Mapping[str | None, Results]) -> dict[str, dict[str, Any]]:
+    """Give figures by adapter and task: `accuracy`, where the task has one, and all `metrics`.
+
+    `metrics` are by lm-eval's names, a metric and a filter; `metric` is the one that `accuracy` is.
+    """
+    return {
+        name or BASE: {task: _summary(of_adapter, task) for task in of_adapter["results"]}
+        for name, of_adapter in results.items()
+    }
+
+
+def _summary(results: Results, task: str) -> dict[str, Any]:
+    metrics = _metrics(results["results"][task])
+    main = _main_metric(metrics)
+    accuracy = {} if main is None else {"accuracy": metrics[main]["value"]}
+    config = results["configs"].get(task, {})
+    split = config.get("test_split") or config.get("validation_split")
+    return {
+        **accuracy,
+        **({} if main is None else {"stderr": metrics[main]["stderr"], "metric": main}),
+        "num_examples": results["results"][task].get("sample_len"),
+        **({} if split is None else {"split": split}),
+        "num_fewshot": results["n-shot"].get(task),
+        "metrics": metrics,
+    }
+
+
+def _metrics(figures: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Value and standard error of each metric; None where there is none."""
+    metrics = {}
+    for key, value in figures.items():
+        metric, comma, chosen_filter = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = figures.get(f"{metric}_stderr,{chosen_filter}")
+            metrics[key] = {"value": _number(value), "stderr": _number(stderr)}
+    return metrics
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None: lm-eval says N/A where there is no standard error."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def _main_metric(metrics: Mapping[str, Any]) -> str | None:
+    for wanted in _ACCURACIES:
+        for key in metrics:
+            if key.partition(",")[0] == wanted:
+                return key
+    return None
+
+
+def plain_results(results: Mapping[str | None, Results]) -> dict[str, Any]:
+    """lm-eval's own results by adapter as JSON values, without the samples."""
+    without = {
+        name or BASE: {key: value for key, value in of_adapter.items() if key != "samples"}
+        for name, of_adapter in results.items()
+    }
+    text = json.dumps(without, default=handle_non_serializable)
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def question_lines(results: Mapping[str | None, Results]) -> Iterator[str]:
+    """Yield a JSON line for each task, filter, adapter and question."""
+    for name, of_adapter in results.items():
+        for task, samples in of_adapter["samples"].items():
+            for sample in samples:
+                line = {"task": task, "adapter": name or BASE, **_question(sample)}
+                yield json.dumps(line, default=handle_non_serializable, ensure_ascii=False)
+
+
+def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """One question: log-likelihoods and the choice with the highest, or what was answered."""
+    responses = sample["filtered_resps"]
+    fields = {
+        "index": sample["doc_id"],
+        "filter": sample["filter"],
+        "correct_label": sample["target"],
+        "metrics": {metric: sample[metric] for metric in sample["metrics"]},
+    }
+    if all(isinstance(response, list | tuple) and len(response) == 2 for response in responses):
+        scores = [response[0] for response in responses]
+        return {**fields, "chosen": scores.index(max(scores)), "scores": scores}
+    return {**fields, "responses": responses}
+
+
+def results_table(results: Mapping[str | None, Results]) -> Table:
+    """Make a table with a row for each task and metric, and a column for each adapter."""
+    summary = summarise(results)
+    table = Table("task", "metric", "examples", "shots", box=None, padding=(0, 2, 0, 0))
+    for name in summary:
+        table.add_column(name, justify="right")
+    for task, of_task in next(iter(summary.values())).items():
+        for metric in of_task["metrics"]:
+            cells = [_cell(by_task[task]["metrics"][metric]) for by_task in summary.values()]
+            labels = (task, metric.removesuffix(",none"))
+            counts = (of_task["num_examples"], of_task["num_fewshot"])
+            table.add_row(*labels, *map(str, counts), *cells)
+    return table
+
+
+def _cell(figure: Mapping[str, float | None]) -> str:
+    value, stderr = figure["value"], figure["stderr"]
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

@@ -1,0 +1,139 @@
+"""lm-eval's tasks by name, with local files in place of the hub's where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from loraloom.data.locations import find_splits
+from loraloom.data.names import suggestion
+from loraloom.errors import ConfigError, DataError
+
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_LOCAL_FORMS: dict[str, dict[str, str]] = {
+    # the task reads SuperGLUE's copy: titles stand in its passages, labels are numbers
+    "boolq": {
+        "doc_to_text": "{% if title is defined %}{{title}} -- {% endif %}"
+        "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+        "doc_to_target": "{{label if label is defined else answer | int}}",
+    }
+}
+"""What a task says otherwise where the data set's own files differ from the copy that it reads."""
+
+
+def load_tasks(
+    names: Sequence[str], include: Path | None = None, data: Path | None = None
+) -> list[Task | Group]:
+    """Load tasks, groups of tasks and tags with their data.
+
+    Args:
+        names: Names, patterns such as `arc_*`, or paths of YAML files.
+        include: Directory of YAML files of tasks of your own; they go before lm-eval's.
+        data: Directory of data sets (`DIR/arc_easy/test.jsonl`). A task whose name is among them
+            reads that one, with the columns of the hub's copy; boolq also google/boolq's columns.
+
+    Raises:
+        ConfigError: If a task is unknown, or `include` is no directory.
+        DataError: If a task's data can't be loaded.
+    """
+    manager = _find_manager(names, include)
+    found = [match for name in names for match in _match(manager, name)]
+    loaded: list[Task | Group] = []
+    with TemporaryDirectory() as scratch:
+        for name in dict.fromkeys(found):
+            spec = _redirect(manager, name, data, Path(scratch)) or name
+            loaded += _load(manager, name, spec)
+    return loaded
+
+
+def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
+    """Index tasks; lm-eval's own, which takes seconds, only where they are needed."""
+    if include is None:
+        return TaskManager()
+    if not include.is_dir():
+        raise ConfigError(f"--harness-include must be a directory of YAML files, got {include}")
+    own = TaskManager(include_path=str(include), include_defaults=False)
+    if set(names) <= set(own.all_subtasks):
+        return own
+    return TaskManager(include_path=str(include))
+
+
+def _match(manager: TaskManager, name: str) -> list[str]:
+    if name.endswith(".yaml") and Path(name).is_file():
+        return [name]
+    matches = manager.match_tasks([name])
+    if not matches:
+        raise ConfigError(
+            f"{suggestion(name, manager.all_tasks)}task must be one of lm-eval's "
+            f"(`lm-eval ls tasks` lists them) or of --harness-include, got {name!r}"
+        )
+    return list(matches)
+
+
+def _load(manager: TaskManager, name: str, spec: str) -> list[Task | Group]:
+    try:
+        loaded = manager.load([spec])
+    except Exception as error:  # of datasets, jinja2, yaml and the tasks' own code
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"task {name}: it could not be loaded: {reason}; where there is no network, put its "
+            "files into the --data directory or into a task of --harness-include"
+        ) from error
+    groups, tasks = loaded.get("groups", {}), loaded["tasks"]
+    return [groups[name]] if name in groups else list(tasks.values())
+
+
+def _redirect(manager: TaskManager, name: str, data: Path | None, scratch: Path) -> str | None:
+    """Write the task anew to read local files, and return the path; None where there are none."""
+    entry = manager.task_index.get(name)
+    files = {} if data is None else find_splits(data, name)
+    if not files or entry is None or entry.yaml_path is None or entry.cfg is None:
+        return None
+    config = {
+        "include": str(entry.yaml_path),
+        "task": name,
+        **_read_local(name, entry.cfg, files),
+        **_LOCAL_FORMS.get(name, {}),
+    }
+    path = scratch / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def _read_local(name: str, config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+    """The settings of a task that say where its data is."""
+    asked = config.get("test_split") or config.get("validation_split")
+    if asked not in files:
+        raise DataError(
+            f"task {name}: its split {asked!r} must be among the local files, got "
+            f"{', '.join(str(path) for path in files.values())}"
+        )
+    absent = {key: None for key in _SPLITS if config.get(key) not in (None, *files)}
+    return {
+        "dataset_path": _builder(name, files),
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {split: str(path.resolve()) for split, path in files.items()}
+        },
+        **absent,
+    }
+
+
+def _builder(name: str, files: Mapping[str, Path]) -> str:
+    suffixes = {Path(path.name.removesuffix(".gz")).suffix for path in files.values()}
+    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
+    builder = builders.pop()
+    if builders or builder is None:
+        raise DataError(
+            f"task {name}: local files must all be of one type of {', '.join(_BUILDERS)}, got "
+            f"{', '.join(sorted(suffixes))}"
+        )
+    return builder

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+import datasets
+
+from loraloom.cli import eval as verb
+from loraloom.cli import main as cli
+from tests.eval.harness.toy import write_tasks
+from tests.infer.saved import save_tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = save_tiny(tmp_path_factory.mktemp("saved"))
+    (directory / "tasks").mkdir()
+    write_tasks(directory / "tasks")
+    return directory
+
+
+@pytest.fixture
+def run(saved, monkeypatch, tmp_path):
+    """Run `loraloom eval` on the tiny model and the toy tasks."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setitem(cli.VERBS, "eval", verb.evaluate)
+    given = ["--base-model", str(saved / "base"), "--device", "cpu"]
+    include = ["--harness-include", str(saved / "tasks")]
+    return lambda *words: cli.main(["eval", *given, *include, *words])
+
+
+def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
+    adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
+    result, lines = tmp_path / "out" / "result.json", tmp_path / "lines.jsonl"
+    files = ["--output", str(result), "--per-question", str(lines)]
+    words = "--harness toy_choice,toy_generate --limit 5 --num-fewshot 1 --batch-tokens 300"
+    assert run(*words.split(), *adapters, *files) == 0
+    written = json.loads(result.read_text())
+    assert list(written["results"]) == ["base", "a", "b"]
+    summary = written["results"]["b"]["toy_choice"]
+    assert (summary["num_examples"], summary["num_fewshot"], summary["split"]) == (5, 1, "test")
+    own = written["lm_eval"]["b"]["results"]["toy_choice"]
+    assert summary["accuracy"] == own["acc_norm,none"]
+    assert written["base_model"] == str(saved / "base")
+    assert len(lines.read_text().splitlines()) == 3 * 2 * 5
+    output = capsys.readouterr().out
+    assert "toy_choice" in output
+    assert "exact_match" in output
+
+
+def test_adapters_can_go_without_the_base(run, saved, tmp_path):
+    words = ["--harness", "toy_letter", "--no-base", "--output", str(tmp_path / "r.json")]
+    assert run(*words, "--adapter", f"a={saved / 'lora'}") == 0
+    assert list(json.loads((tmp_path / "r.json").read_text())["results"]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--harness ,", "--harness must name at least one task"),
+        ("--harness toy_choice --task arc_easy", "--task has no effect with --harness"),
+        ("--harness toy_choice --scoring text", "--scoring has no effect with --harness, got text"),
+        ("--harness toy_choice --split test", "--split has no effect with --harness"),
+        ("--harness toy_choice --no-base", "--no-base leaves nothing to score"),
+        ("--harness toy_choice --adapter a=nowhere", "there is no nowhere"),
+        ("--harness toy_choice --harness-include nowhere", "--harness-include must be a directory"),
+        ("--harness toy_choice --output .", "--output must be a file"),
+        ("--task arc_easy", "--harness-include has an effect with --harness only"),
+    ],
+)
+def test_bad_input_is_one_error_before_the_model_is_loaded(
+    run, monkeypatch, capsys, words, message
+):
+    from loraloom.infer import loading
+
+    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
+    assert run(*words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_missing_lm_eval_is_one_error(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert run("--harness", "toy_choice") == 2
+    assert "pip install 'loraloom[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_one_error(run, capsys):
+    assert run("--harness", "toy_choise") == 2
+    assert "did you mean 'toy_choice'?" in capsys.readouterr().err

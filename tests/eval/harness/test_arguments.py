@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import lm_eval
+import pytest
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from loraloom.errors import ConfigError
+from loraloom.eval.harness import HostLM, load_tasks
+from tests.infer.saved import save_tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("saved"))
+
+
+def test_lm_eval_knows_the_model_and_its_own_ones():
+    assert get_model("loraloom") is HostLM
+    assert get_model("dummy").__name__ == "DummyLM"
+
+
+def test_arguments_load_a_model(saved):
+    text = f"base_model={saved / 'base'},adapter={saved / 'lora'},max_length=64"
+    lm = HostLM.create_from_arg_string(text, {"batch_size": "4", "device": "cpu"})
+    assert (lm.adapter, lm.max_length, lm.batch_size) == ("adapter", 64, 4)
+    base = HostLM.create_from_arg_obj({"base_model": str(saved / "base"), "device": "cpu"})
+    assert (base.adapter, base.max_length) == (None, 256)
+
+
+def test_simple_evaluate_takes_the_models_name(saved, toy_tasks):
+    results = lm_eval.simple_evaluate(
+        model="loraloom",
+        model_args=f"base_model={saved / 'base'},adapter={saved / 'lora'},device=cpu",
+        tasks=load_tasks(["toy_choice"], toy_tasks),
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert results["results"]["toy_choice"]["sample_len"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "must name a base_model"),
+        ({"base_model": "m", "adaptor": "a"}, "did you mean 'adapter'.*got 'adaptor'"),
+    ],
+)
+def test_wrong_arguments_are_an_error(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        HostLM.create_from_arg_obj(arguments)
+
+
+@pytest.mark.slow
+def test_lm_evals_command_line_knows_the_model(saved, toy_tasks):
+    arguments = f"base_model={saved / 'base'},adapter={saved / 'mixlora'},device=cpu"
+    words = f"--model loraloom --model_args {arguments} --include_path {toy_tasks} --limit 2"
+    command = [sys.executable, "-m", "loraloom.eval.harness", *words.split()]
+    done = subprocess.run([*command, "--tasks", "toy_choice"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "toy_choice" in done.stdout

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loraloom.eval.harness import evaluate_adapters, load_tasks
+from loraloom.eval.harness.results import (
+    plain_results,
+    question_lines,
+    results_table,
+    summarise,
+)
+from tests.eval.harness.toy import ROWS, TASKS
+from tests.eval.scoring import scoring_host
+from tests.tiny import METHODS
+
+EVERYBODY = [None, *METHODS]
+OPTIONS = {"bootstrap_iters": 0, "limit": 8}
+
+
+@pytest.fixture(scope="module")
+def tasks(toy_tasks):
+    return load_tasks(list(TASKS), toy_tasks)
+
+
+@pytest.fixture(scope="module")
+def results(tasks):
+    from tests.conftest import build_tokenizer
+
+    return evaluate_adapters(scoring_host(), build_tokenizer(), tasks, EVERYBODY, **OPTIONS)
+
+
+def numbers(results, task):
+    figures = results["results"][task].items()
+    return {key: value for key, value in figures if isinstance(value, float)}
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_adapters_together_are_as_alone(results, tasks, tiny_tokenizer, name):
+    alone = evaluate_adapters(scoring_host(), tiny_tokenizer, tasks, [name], **OPTIONS)[name]
+    for task in TASKS:
+        for key, value in numbers(alone, task).items():
+            assert results[name]["results"][task][key] == pytest.approx(value, rel=1e-6)
+        pairs = zip(alone["samples"][task], results[name]["samples"][task], strict=True)
+        assert all(one["arguments"] == other["arguments"] for one, other in pairs)
+
+
+def test_examples_are_the_same_for_every_adapter(tiny_tokenizer, toy_tasks):
+    tasks = load_tasks(["toy_choice"], toy_tasks)
+    host = scoring_host(configs={"lora": METHODS["lora"]})
+    results = evaluate_adapters(
+        host, tiny_tokenizer, tasks, [None, "lora"], num_fewshot=2, **OPTIONS
+    )
+    prompts = [
+        [sample["arguments"][0][0] for sample in of_adapter["samples"]["toy_choice"]]
+        for of_adapter in results.values()
+    ]
+    assert prompts[0] == prompts[1]
+    assert prompts[0][0].count("Answer:") == 3
+    assert results[None]["n-shot"] == {"toy_choice": 2}
+
+
+def test_the_chat_template_is_used(tiny_tokenizer, toy_tasks):
+    tiny_tokenizer.chat_template = (
+        "<bos>{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    results = evaluate_adapters(
+        scoring_host(configs={}),
+        tiny_tokenizer,
+        load_tasks(["toy_choice"], toy_tasks),
+        [None],
+        apply_chat_template=True,
+        **OPTIONS,
+    )
+    prompt = results[None]["samples"]["toy_choice"][0]["arguments"][0][0]
+    assert prompt.startswith("<bos>[user] Question:")
+    assert prompt.endswith("[assistant]")
+
+
+def test_results_are_in_our_form(results):
+    summary = summarise(results)
+    assert list(summary) == ["base", *METHODS]
+    choice = summary["lora"]["toy_choice"]
+    own = results["lora"]["results"]["toy_choice"]
+    assert choice["accuracy"] == own["acc_norm,none"] == choice["metrics"]["acc_norm,none"]["value"]
+    assert choice["metric"] == "acc_norm,none"
+    assert choice["metrics"]["acc,none"] == {"value": own["acc,none"], "stderr": None}
+    assert (choice["num_examples"], choice["split"], choice["num_fewshot"]) == (8, "test", 0)
+    assert summary["base"]["toy_generate"]["metric"] == "exact_match,none"
+    assert "accuracy" not in summary["base"]["toy_rolling"]
+    assert summary["base"]["toy_rolling"]["metrics"]["word_perplexity,none"]["value"] > 1
+
+
+def test_lm_evals_own_results_are_json(results):
+    plain = json.loads(json.dumps(plain_results(results), allow_nan=False))
+    assert plain["mixlora"]["results"] == results["mixlora"]["results"]
+    assert plain["mixlora"]["config"]["adapter"] == "mixlora"
+    assert "samples" not in plain["base"]
+
+
+def test_there_is_a_line_for_each_question(results):
+    lines = [json.loads(line) for line in question_lines(results)]
+    assert len(lines) == len(EVERYBODY) * len(TASKS) * 8
+    choice = next(line for line in lines if line["task"] == "toy_choice")
+    assert choice["adapter"] == "base"
+    assert len(choice["scores"]) == len(ROWS[choice["index"]]["choices"])
+    assert choice["scores"][choice["chosen"]] == max(choice["scores"])
+    assert choice["metrics"]["acc"] == float(choice["chosen"] == choice["correct_label"])
+    words = next(line for line in lines if line["task"] == "toy_generate")
+    assert isinstance(words["responses"][0], str)
+
+
+def test_the_table_has_a_column_for_each_adapter(results):
+    table = results_table(results)
+    assert [column.header for column in table.columns][4:] == ["base", *METHODS]
+    assert table.row_count == 3 * 2 + 1 + 1

@@ -1,0 +1,255 @@
+"""Answers of HostLM: those of a plain loop, and of lm-eval's own class for transformers models."""
+
+from __future__ import annotations
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from loraloom.errors import AdapterError, ConfigError, DataError
+from loraloom.eval.harness import HostLM, load_tasks, shared_lms
+from tests.eval.harness.toy import TASKS, instances, plain_score
+from tests.eval.scoring import scoring_host
+from tests.tiny import METHODS, randomise
+
+PAIRS = [
+    ("Question: What color is the sky?\nAnswer:", " blue"),
+    ("Question: What color is the sky?\nAnswer:", " a deep green"),
+    ("Question: What color is the sky?\nAnswer: ", "yes"),
+    ("The sky is", " blue"),
+    ("The sky is", " blue"),
+    ("The sk", "y is blue"),
+    ("", "The sky"),
+    ("", "The sky is blue"),
+]
+TEXTS = ["The sky is blue.", "yes", "Please choose the correct answer to the question. " * 20, ""]
+UNTIL = {"until": ["e", "\n\n"], "max_gen_toks": 12}
+
+
+def log_likelihoods(lm, pairs=PAIRS):
+    return lm.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+
+
+def rolling(lm, texts=TEXTS):
+    return lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in texts]))
+
+
+def completions(lm, prompts=("The sky", "Question: yes or no? Answer:", "one"), settings=UNTIL):
+    asked = [(prompt, dict(settings)) for prompt in prompts]
+    return lm.generate_until(instances("generate_until", asked), disable_tqdm=True)
+
+
+def hf_lm(host, tokenizer, logits_cache=False, **options):
+    """lm-eval's own class on the base model.
+
+    Its cache is wrong for a text that is cut at two places, as one of PAIRS is: for the shorter
+    continuation it takes the first of the longer one's logits.
+    """
+    return HFLM(
+        pretrained=host.model,
+        tokenizer=tokenizer,
+        batch_size=3,
+        logits_cache=logits_cache,
+        **options,
+    )
+
+
+def assert_same_scores(ours, theirs, tolerance=1e-4):
+    for (value, greedy), (other, other_greedy) in zip(ours, theirs, strict=True):
+        assert value == pytest.approx(other, abs=tolerance)
+        assert greedy == other_greedy
+
+
+@pytest.mark.parametrize("adapter", [None, *METHODS])
+def test_log_likelihoods_are_those_of_a_plain_loop(tiny_tokenizer, adapter):
+    host = scoring_host()
+    lm = HostLM(host, tiny_tokenizer, adapter)
+    pairs = lm._encoder.encode_pairs(PAIRS)
+    plain = [plain_score(host, adapter, *pair) for pair in pairs]
+    assert_same_scores(log_likelihoods(lm), plain, tolerance=1e-8)
+
+
+def test_a_greedy_continuation_is_known(host, tiny_tokenizer):
+    lm = HostLM(host, tiny_tokenizer, "lora")
+    context = tiny_tokenizer("The sky")["input_ids"]
+    out = host.generate(
+        torch.tensor([context]), adapters=["lora"], max_new_tokens=3, do_sample=False
+    )
+    best = out[0, len(context) :].tolist()
+    worse = [*best[:2], (best[2] + 1) % 300]
+    scores = lm._loglikelihood_tokens([(("", ""), context, best), (("", ""), context, worse)])
+    assert [greedy for _, greedy in scores] == [True, False]
+
+
+def test_everything_is_as_in_lm_evals_own_class(host, tiny_tokenizer):
+    theirs, ours = hf_lm(host, tiny_tokenizer), HostLM(host, tiny_tokenizer)
+    assert_same_scores(log_likelihoods(ours), log_likelihoods(theirs))
+    assert rolling(ours) == pytest.approx(rolling(theirs), abs=1e-3)
+    assert completions(ours) == completions(theirs)
+
+
+@pytest.mark.parametrize("max_length", [1, 5, 17])
+def test_long_contexts_are_cut_as_in_lm_evals_own_class(host, tiny_tokenizer, max_length):
+    theirs = hf_lm(host, tiny_tokenizer, max_length=max_length)
+    ours = HostLM(host, tiny_tokenizer, max_length=max_length)
+    short = [(context, continuation[:2]) for context, continuation in PAIRS]
+    short = [pair for pair in short if len(tiny_tokenizer(pair[1])["input_ids"]) <= max_length]
+    assert_same_scores(log_likelihoods(ours, short), log_likelihoods(theirs, short))
+    assert rolling(ours) == pytest.approx(rolling(theirs), abs=1e-3)
+    if max_length > 12:
+        assert completions(ours) == completions(theirs)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_tasks_have_the_results_of_lm_evals_own_class(
+    host, tiny_tokenizer, toy_tasks, name, num_fewshot
+):
+    if num_fewshot and name == "toy_rolling":
+        pytest.skip("perplexities have no examples")
+    results = []
+    for lm in (hf_lm(host, tiny_tokenizer, logits_cache=True), HostLM(host, tiny_tokenizer)):
+        results.append(
+            lm_eval.simple_evaluate(
+                model=lm,
+                tasks=load_tasks([name], toy_tasks),
+                task_manager=TaskManager(include_defaults=False),
+                num_fewshot=num_fewshot or None,
+                bootstrap_iters=0,
+            )
+        )
+    theirs, ours = results
+    numbers = {k: v for k, v in theirs["results"][name].items() if isinstance(v, float | int)}
+    for key, value in numbers.items():
+        assert ours["results"][name][key] == pytest.approx(value, rel=1e-3)
+    for one, other in zip(ours["samples"][name], theirs["samples"][name], strict=True):
+        assert one["arguments"] == other["arguments"]
+        assert one["prompt_hash"] == other["prompt_hash"]
+        if TASKS[name]["output_type"] == "multiple_choice":
+            assert_same_scores(one["filtered_resps"], other["filtered_resps"])
+            assert one["acc"] == other["acc"]
+        if TASKS[name]["output_type"] == "generate_until":
+            assert one["filtered_resps"] == other["filtered_resps"]
+
+
+def test_several_adapters_in_one_pass_are_as_one_at_a_time(tiny_tokenizer):
+    host = scoring_host()
+    names = [None, *METHODS]
+    together = shared_lms(host, tiny_tokenizer, names)
+    for name in names:
+        alone = HostLM(host, tiny_tokenizer, name)
+        assert_same_scores(log_likelihoods(together[name]), log_likelihoods(alone), 1e-8)
+        assert rolling(together[name]) == pytest.approx(rolling(alone), abs=1e-6)
+        assert completions(together[name]) == completions(alone)
+    values = {name: log_likelihoods(lm)[0][0] for name, lm in together.items()}
+    assert len(set(values.values())) == len(names)
+
+
+def test_draws_of_an_adapter_do_not_depend_on_the_others(host, tiny_tokenizer):
+    drawn = {**UNTIL, "do_sample": True, "temperature": 1.0}
+    together = shared_lms(host, tiny_tokenizer, [None, "lora", "mixlora"])
+    alone = completions(HostLM(host, tiny_tokenizer, "lora"), settings=drawn)
+    assert completions(together["lora"], settings=drawn) == alone
+    assert len(set(completions(together[None], ["one"] * 4, drawn))) > 1
+
+
+def test_what_was_computed_for_one_is_not_computed_again(host, tiny_tokenizer, monkeypatch):
+    lms = shared_lms(host, tiny_tokenizer, [None, "lora"])
+    calls, hidden = [], host.hidden
+    monkeypatch.setattr(
+        host, "hidden", lambda *args, **rest: calls.append(args) or hidden(*args, **rest)
+    )
+    first = log_likelihoods(lms[None])
+    num_calls = len(calls)
+    log_likelihoods(lms["lora"])
+    assert len(calls) == num_calls
+    assert log_likelihoods(lms[None]) == first
+    assert len(calls) == 2 * num_calls
+
+
+def test_what_was_kept_is_forgotten_when_weights_change(tiny_tokenizer):
+    host = scoring_host(configs={"lora": METHODS["lora"]})
+    lms = shared_lms(host, tiny_tokenizer, [None, "lora"])
+    log_likelihoods(lms[None])
+    randomise(host.adapters["lora"], seed=9)
+    now = log_likelihoods(HostLM(host, tiny_tokenizer, "lora"))
+    assert_same_scores(log_likelihoods(lms["lora"]), now, tolerance=1e-8)
+
+
+def test_evaluation_leaves_the_mode_as_it_was(tiny_tokenizer):
+    host = scoring_host().train()
+    lm = HostLM(host, tiny_tokenizer, "mixlora")
+    log_likelihoods(lm)
+    completions(lm)
+    assert host.training
+
+
+def test_a_special_stop_token_ends_a_completion(host, tiny_tokenizer):
+    whole = completions(HostLM(host, tiny_tokenizer), ["The sky"], {"max_gen_toks": 6})
+    ids = tiny_tokenizer("The sky", return_tensors="pt")["input_ids"]
+    third = host.generate(ids, max_new_tokens=3, do_sample=False)[0, -1:].tolist()
+    tiny_tokenizer.add_special_tokens(
+        {"additional_special_tokens": [tiny_tokenizer.convert_ids_to_tokens(third[0])]}
+    )
+    stop = tiny_tokenizer.decode(third)
+    stopped = completions(
+        HostLM(host, tiny_tokenizer), ["The sky"], {"max_gen_toks": 6, "until": stop}
+    )
+    assert whole[0].startswith(stopped[0])
+    assert len(stopped[0]) < len(whole[0])
+
+
+def test_chat_templates_are_as_in_lm_evals_own_class(host, tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "<bos>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    ours, theirs = HostLM(host, tiny_tokenizer), hf_lm(host, tiny_tokenizer)
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "one"}]
+    for with_prompt in (True, False):
+        text = ours.apply_chat_template(messages, add_generation_prompt=with_prompt)
+        assert text == theirs.apply_chat_template(messages, add_generation_prompt=with_prompt)
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    assert ours.tokenizer_name == theirs.tokenizer_name
+
+
+def test_a_missing_chat_template_is_an_error(host, tiny_tokenizer):
+    with pytest.raises(ConfigError, match="apply_chat_template needs a tokenizer with a chat"):
+        HostLM(host, tiny_tokenizer).apply_chat_template([{"role": "user", "content": "one"}])
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda lm: log_likelihoods(lm, [("a", "")]), "a continuation must not be empty"),
+        (lambda lm: log_likelihoods(lm, [("a", "yes " * 300)]), "must have at most 256 tokens"),
+        (lambda lm: completions(lm, settings={"max_gen_toks": 256}), "max_gen_toks must leave"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(host, tiny_tokenizer, ask, message):
+    with pytest.raises(DataError, match=message):
+        ask(HostLM(host, tiny_tokenizer))
+
+
+def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
+    host = scoring_host(configs={"lora": METHODS["lora"]})
+    for parameter in host.adapters["lora"].parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(AdapterError, match="got nan from adapter 'lora'"):
+        log_likelihoods(HostLM(host, tiny_tokenizer, "lora"))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda h, t: HostLM(h, t, "nobody"), AdapterError, "got 'nobody'"),
+        (lambda h, t: shared_lms(h, t, []), AdapterError, "adapters must name at least one"),
+        (lambda h, t: HostLM(h, t, max_length=257), ConfigError, r"max_length must be in \[1, 256"),
+    ],
+)
+def test_a_model_that_cannot_be_is_an_error(host, tiny_tokenizer, make, error, message):
+    with pytest.raises(error, match=message):
+        make(host, tiny_tokenizer)

@@ -1,0 +1,96 @@
+"""Local tasks of every kind that lm-eval asks, and a plain way to answer them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+
+from loraloom.models.host import Host
+
+COLOURS = ("blue", "a deep green", "yes and no", "the red one")
+ROWS = [
+    {
+        "question": f"What colour is the sky at {hour} o'clock" + " in town" * (hour % 4),
+        "choices": list(COLOURS[: 2 + hour % 3]),
+        "label": hour % 2,
+        "text": f"The sky is {COLOURS[hour % 4]} at {hour}. " * (1 + hour % 5),
+    }
+    for hour in range(12)
+]
+_CHOICES: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question}}?\nAnswer:",
+    "doc_to_target": "label",
+    "metric_list": [
+        {"metric": name, "aggregation": "mean", "higher_is_better": True}
+        for name in ("acc", "acc_norm")
+    ],
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "toy_choice": {**_CHOICES, "doc_to_choice": "choices"},
+    "toy_letter": {**_CHOICES, "doc_to_choice": ["A", "B", "C"]},
+    "toy_blank": {
+        **_CHOICES,
+        "doc_to_text": "",
+        "doc_to_choice": ["blue sky", "a green sea"],
+        "target_delimiter": "",
+    },
+    "toy_rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+    "toy_generate": {
+        "output_type": "generate_until",
+        "doc_to_text": "Question: {{question}}?\nAnswer:",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["e", "\n\n"], "max_gen_toks": 10, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+def write_tasks(directory: Path) -> Path:
+    """Write the rows, and a YAML file for each task; return the directory."""
+    lines = "".join(f"{json.dumps(row)}\n" for row in ROWS)
+    for split in ("train", "test"):
+        (directory / f"{split}.jsonl").write_text(lines)
+    for name, settings in TASKS.items():
+        files = {split: str(directory / f"{split}.jsonl") for split in ("train", "test")}
+        config = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "training_split": "train",
+            "test_split": "test",
+            **settings,
+        }
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return directory
+
+
+def instances(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
+    """Make requests of one kind: loglikelihood, loglikelihood_rolling or generate_until."""
+    return [
+        Instance(request_type=kind, doc={}, arguments=args, idx=0, metadata=("toy", place, 1))
+        for place, args in enumerate(arguments)
+    ]
+
+
+@torch.no_grad()
+def plain_score(
+    host: Host, adapter: str | None, context: list[int], continuation: list[int]
+) -> tuple[float, bool]:
+    """Score a continuation by itself: no batch, no padding, all logits."""
+    ids = torch.tensor([context + continuation])
+    log_probs = host(ids[:, :-1], adapters=[adapter]).logits[0].log_softmax(-1)
+    scored = log_probs[-len(continuation) :]
+    picked = scored.gather(1, torch.tensor(continuation)[:, None])
+    return float(picked.sum()), scored.argmax(-1).tolist() == continuation
