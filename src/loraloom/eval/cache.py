@@ -19,14 +19,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loraloom.data.tokenising import TokenPair
 from loraloom.durable import sync
 from loraloom.errors import ConfigError
-from loraloom.eval.encoding import EncodedQuestion
 from loraloom.eval.identity import adapter_digest, computation_key
 from loraloom.models.host import Host
 
 LogLikelihoods = tuple[float, ...]
 """Of a question's choices."""
+
+Tokens = Sequence[TokenPair]
+"""Of a question's choices: what the model reads, and what is scored."""
 
 
 def default_cache_directory() -> Path:
@@ -54,11 +57,11 @@ class ScoreFile:
         except OSError as error:
             raise _cache_error(path, error) from error
 
-    def find(self, question: EncodedQuestion) -> LogLikelihoods | None:
+    def find(self, question: Tokens) -> LogLikelihoods | None:
         """Give a question's log-likelihoods if they are known."""
         return self._scores.get(question_digest(question))
 
-    def add(self, scores: Sequence[tuple[EncodedQuestion, LogLikelihoods]]) -> None:
+    def add(self, scores: Sequence[tuple[Tokens, LogLikelihoods]]) -> None:
         """Keep scores; those that are not finite are left out.
 
         Raises:
@@ -110,15 +113,13 @@ class ScoreCache:
         key = {**computation, "adapter": digest}
         return ScoreFile(self.directory / f"{_digest(key)}.jsonl", key)
 
-    def find(self, adapter: str | None, question: EncodedQuestion) -> LogLikelihoods | None:
+    def find(self, adapter: str | None, question: Tokens) -> LogLikelihoods | None:
         """Give a question's log-likelihoods if they are known."""
         found = self._files[adapter].find(question)
         self.num_found += found is not None
         return found
 
-    def add(
-        self, adapter: str | None, scores: Sequence[tuple[EncodedQuestion, LogLikelihoods]]
-    ) -> None:
+    def add(self, adapter: str | None, scores: Sequence[tuple[Tokens, LogLikelihoods]]) -> None:
         """Keep scores; see `ScoreFile.add`."""
         self._files[adapter].add(scores)
         self.num_added += len(scores)
@@ -129,9 +130,9 @@ class ScoreCache:
             file.sync()
 
 
-def question_digest(question: EncodedQuestion) -> str:
-    """Hash what the model reads and what is scored: the tokens of each choice."""
-    return _digest([[pair.context, pair.continuation] for pair in question.pairs])
+def question_digest(question: Tokens) -> str:
+    """Hash the tokens of each choice."""
+    return _digest([[pair.context, pair.continuation] for pair in question])
 
 
 def _digest(value: Any) -> str:

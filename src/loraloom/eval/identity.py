@@ -1,4 +1,4 @@
-"""What scores depend on, as hashes: the base model's weights, an adapter's, and how they compute."""
+"""What scores depend on: the base model's weights, an adapter's, and how they are computed."""
 
 from __future__ import annotations
 

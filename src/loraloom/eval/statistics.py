@@ -59,7 +59,9 @@ class OverSeeds:
     num_seeds: int
 
 
-def wilson_interval(share: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(
+    share: float, count: int, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
     """Compute the score interval of a share of successes; it stays in [0, 1], also at 0 and 1.
 
     Args:
