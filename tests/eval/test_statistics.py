@@ -7,6 +7,7 @@ from scipy import stats
 from loraloom.errors import DataError
 from loraloom.eval.statistics import (
     compare_paired,
+    holm,
     mcnemar_p_value,
     over_seeds,
     wilson_interval,
@@ -102,3 +103,10 @@ def test_seeds_have_a_mean_and_a_sample_deviation():
         3,
     )
     assert over_seeds([0.5]).sd is None
+
+
+def test_holm_multiplies_by_the_tests_that_are_left():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []

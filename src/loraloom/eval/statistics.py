@@ -132,6 +132,22 @@ def compare_paired(
     )
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p-values of several tests, so that one of them below 5 % is news of all.
+
+    The i-th smallest of m is multiplied by m - i + 1, and none may be below a smaller one's.
+
+    Source:
+        Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, p_values[place] * (len(p_values) - rank)))
+        adjusted[place] = highest
+    return adjusted
+
+
 def over_seeds(accuracies: Sequence[float]) -> OverSeeds:
     """Summarise the accuracies of several seeds, at least one."""
     sd = stdev(accuracies) if len(accuracies) > 1 else None
