@@ -6,8 +6,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,10 +24,11 @@ from loraloom.config.data import Scoring
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from loraloom.data import ChoiceQuestion
+    from loraloom.data.questions import QuestionSet
+    from loraloom.eval.cache import ScoreCache
     from loraloom.eval.results import TaskScores
     from loraloom.models.host import Host
 
@@ -38,7 +40,9 @@ def evaluate(
     task: Annotated[
         list[str],
         typer.Option(
-            "--task", metavar="TASK[,TASK]", help="Choice tasks to score. May be repeated."
+            "--task",
+            metavar="TASK[,TASK]",
+            help="Choice tasks to score, by name or the .yaml file of one's own. May be repeated.",
         ),
     ],
     adapter: AdapterOption = None,
@@ -57,8 +61,12 @@ def evaluate(
         ),
     ] = None,
     scoring: Annotated[
-        Scoring, typer.Option("--scoring", help="Score the choice's label or its own text.")
-    ] = "label",
+        Scoring | None,
+        typer.Option(
+            "--scoring",
+            help="Score the choice's label or its own text; label, or a task file's own default.",
+        ),
+    ] = None,
     compat: Annotated[
         Compat | None,
         typer.Option("--compat", help="Score labels as MoE-PEFT does: its lists, last tokens."),
@@ -73,8 +81,35 @@ def evaluate(
         int | None,
         typer.Option("--batch-tokens", min=1, help="Tokens of a batch; 1024 on a CPU, else 16384."),
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare",
+            metavar="FIRST:SECOND",
+            help="Compare these two on the same questions: adapters, base, or NAME for the seeds "
+            "NAME@0, NAME@1, ... May be repeated. By default everybody against base, and all "
+            "pairs of up to four.",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Where scores are kept, so that an evaluation goes on where it was interrupted; "
+            "~/.cache/loraloom/eval by default.",
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep no scores, and take none that are kept.")
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE.json", help="Write the results there.")
+        list[Path] | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Write the results there: FILE.json, FILE.csv or FILE.md. May be repeated.",
+        ),
     ] = None,
     per_question: Annotated[
         Path | None,
@@ -84,29 +119,54 @@ def evaluate(
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
-    """Score choice questions with the base model and with adapters, all in one pass."""
+    """Score choice questions with the base model and with adapters, all in one pass.
+
+    Scores are kept: after Ctrl-C the same command goes on where it was.
+    """
     adapters = parse_adapters(adapter)
+    names = [*([] if no_base else [None]), *adapters]
+    outputs = output or []
     tasks = _split_names(task)
     _check_options(tasks, adapters, scoring, compat, no_base)
+    if cache is not None and no_cache:
+        raise ConfigError("--cache and --no-cache exclude each other; give one")
     from rich.console import Console
 
     from loraloom.durable import prepare_output
-    from loraloom.eval.results import write_questions, write_results
+    from loraloom.eval.answers import answers_of
+    from loraloom.eval.comparison import choose_pairs, compare_all, summarise_seeds
+    from loraloom.eval.outputs import check_outputs, write_outputs
+    from loraloom.eval.provenance import describe_evaluation
+    from loraloom.eval.results import BASE, write_questions
+    from loraloom.eval.tables import all_tables
     from loraloom.infer.loading import check_sources, load_host
 
+    pairs = choose_pairs([name or BASE for name in names], compare or ())
+    check_outputs(outputs)
     check_sources(base_model, adapters, device)
-    questions = {name: _load(name, scoring, compat, split, data, limit) for name in tasks}
-    prepare_output(output, "--output")
+    asked = _load(tasks, scoring, compat, split, data, limit)
+    for path in outputs:
+        prepare_output(path, "--output")
     prepare_output(per_question, "--per-question")
     host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
-    names = [*([] if no_base else [None]), *adapters]
-    scored = _score(host, tokenizer, questions, split, names, batch_tokens, compat)
+    messages = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    kept = None if no_cache else _open_cache(cache, host, names, messages)
+    with _kept(kept, messages):
+        scored = _score(host, tokenizer, asked, names, batch_tokens, compat, kept, messages)
+    answers = [answers_of(one) for one in scored]
+    seeds, comparisons = summarise_seeds(answers), compare_all(answers, pairs)
     if per_question is not None:
         write_questions(per_question, scored)
-    if output is not None:
-        settings = {"scoring": scoring, "compat": compat, "dtype": dtype}
-        write_results(output, scored, _provenance(host, adapters, settings))
-    _print_tables(Console(markup=False, highlight=False), scored)
+    command = shlex.join(["loraloom", *sys.argv[1:]])
+    beside = {
+        **describe_evaluation(host, adapters, asked, command),
+        "compat": compat,
+        "num_cached_scores": 0 if kept is None else kept.num_found,
+    }
+    write_outputs(outputs, scored, seeds, comparisons, beside)
+    console = Console(markup=False, highlight=False)
+    for number, table in enumerate(all_tables(scored, seeds, comparisons)):
+        console.print(*([""] if number else []), table, sep="\n")
 
 
 def _split_names(values: Sequence[str]) -> list[str]:
@@ -118,7 +178,7 @@ def _split_names(values: Sequence[str]) -> list[str]:
 def _check_options(
     tasks: Sequence[str],
     adapters: Mapping[str, str],
-    scoring: Scoring,
+    scoring: Scoring | None,
     compat: Compat | None,
     no_base: bool,
 ) -> None:
@@ -127,97 +187,101 @@ def _check_options(
 
     if not tasks:
         raise ConfigError("--task must name at least one task, got none")
-    for name in tasks:
-        find_task(name)
+    names = [find_task(task).name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--task must name tasks that differ, got {', '.join(names)}")
     if no_base and not adapters:
         raise ConfigError("--no-base leaves nothing to score without --adapter; give one")
-    if compat is not None and scoring != "label":
+    if compat is not None and scoring == "text":
         raise ConfigError(f"--compat {compat} scores labels; leave out --scoring {scoring}")
     if compat is not None:
         check_tasks(tasks)
 
 
 def _load(
-    task: str,
-    scoring: Scoring,
+    tasks: Sequence[str],
+    scoring: Scoring | None,
     compat: Compat | None,
     split: str | None,
     data: Path | None,
     limit: int | None,
-) -> list[ChoiceQuestion]:
-    from loraloom.data import load_questions
+) -> list[QuestionSet]:
+    from loraloom.data.questions import load_question_set
     from loraloom.eval.moe_peft import with_all_labels
 
-    questions = load_questions(task, scoring, split, data, limit)
-    return questions if compat is None else [with_all_labels(question) for question in questions]
+    asked = [load_question_set(task, scoring, split, data, limit) for task in tasks]
+    if compat is None:
+        return asked
+    return [replace(one, questions=[*map(with_all_labels, one.questions)]) for one in asked]
+
+
+def _open_cache(
+    directory: Path | None, host: Host, names: Sequence[str | None], messages: Console
+) -> ScoreCache | None:
+    """Open the cache; where the default directory can't be used, say so and go on without."""
+    from loraloom.eval.cache import ScoreCache, default_cache_directory
+
+    try:
+        return ScoreCache(directory or default_cache_directory(), host, names)
+    except ConfigError as error:
+        if directory is not None:
+            raise
+        messages.print(f"warning: {error}")
+        return None
+
+
+@contextmanager
+def _kept(cache: ScoreCache | None, messages: Console) -> Iterator[None]:
+    """Say what the cache had, and what it keeps of an evaluation that is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if cache is None:
+            messages.print("stopped; nothing is kept (--no-cache)")
+        else:
+            messages.print(
+                f"stopped; {cache.num_found + cache.num_added} scores are kept in "
+                f"{cache.directory}, the same command goes on from there"
+            )
+        raise
+    finally:
+        if cache is not None:
+            cache.sync()
+    if cache is not None and cache.num_found:
+        total = cache.num_found + cache.num_added
+        messages.print(f"{cache.num_found} of {total} scores were kept in {cache.directory}")
 
 
 def _score(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Mapping[str, list[ChoiceQuestion]],
-    split: str | None,
+    asked: Sequence[QuestionSet],
     adapters: Sequence[str | None],
     batch_tokens: int | None,
     compat: Compat | None,
+    cache: ScoreCache | None,
+    messages: Console,
 ) -> list[TaskScores]:
-    from loraloom.data import find_task
     from loraloom.eval.encoding import encode_choices
     from loraloom.eval.moe_peft import encode_last_tokens
+    from loraloom.eval.progress import TaskProgress, show_progress
     from loraloom.eval.protocol import score_questions
     from loraloom.eval.results import TaskScores, check_finite
 
     encode = encode_choices if compat is None else encode_last_tokens
     scored = []
-    with _progress() as progress:
-        for name, asked in questions.items():
-            bar = progress.add_task(name, total=len(asked))
+    with show_progress(messages) as progress:
+        for one in asked:
+            task = TaskProgress(one.task, one.questions)
+            progress.start(task)
+
+            def advance(places: Sequence[int], task: TaskProgress = task) -> None:
+                task.add(places)
+                progress.update(task)
+
             scores = score_questions(
-                host,
-                tokenizer,
-                asked,
-                adapters,
-                batch_tokens,
-                lambda done, _, bar=bar: progress.update(bar, completed=done),
-                encode,
+                host, tokenizer, one.questions, adapters, batch_tokens, advance, encode, cache
             )
-            scored.append(TaskScores(name, split or find_task(name).evaluation_split, scores))
+            scored.append(TaskScores(one.task, one.split, scores))
             check_finite(scored[-1])
     return scored
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show bars on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress
-
-
-def _provenance(
-    host: Host, adapters: Mapping[str, str], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    from loraloom.eval.results import versions
-
-    return {
-        "base_model": host.base.name_or_path,
-        "base_fingerprint": host.base.fingerprint,
-        "adapters": dict(adapters),
-        **settings,
-        "versions": versions(),
-        "command": shlex.join(["loraloom", *sys.argv[1:]]),
-    }
-
-
-def _print_tables(console: Any, scored: Sequence[TaskScores]) -> None:
-    from loraloom.eval.results import group_table, results_table
-
-    console.print(results_table(scored))
-    for task in scored:
-        table = group_table(task)
-        if table is not None:
-            console.print()
-            console.print(table)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import loraloom
 from loraloom.adapters.adapter import Adapter
 from loraloom.models.host import Host
 
@@ -20,12 +18,6 @@ SCORING_VERSION = 1
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of as many bytes as a number."""
-
-
-def versions() -> dict[str, str]:
-    """Versions of what results may depend on."""
-    packages = {name: version(name) for name in ("torch", "transformers")}
-    return {"loraloom": loraloom.__version__, "python": platform.python_version(), **packages}
 
 
 def computation_key(host: Host) -> dict[str, Any]:
