@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,13 +23,7 @@ from loraloom.config.data import Scoring
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
-
     from loraloom.data.questions import QuestionSet
-    from loraloom.eval.cache import ScoreCache
-    from loraloom.eval.results import TaskScores
-    from loraloom.models.host import Host
 
 Compat = Literal["moe-peft"]
 
@@ -124,49 +117,37 @@ def evaluate(
     Scores are kept: after Ctrl-C the same command goes on where it was.
     """
     adapters = parse_adapters(adapter)
-    names = [*([] if no_base else [None]), *adapters]
-    outputs = output or []
-    tasks = _split_names(task)
+    tasks, outputs = _split_names(task), output or []
     _check_options(tasks, adapters, scoring, compat, no_base)
     if cache is not None and no_cache:
         raise ConfigError("--cache and --no-cache exclude each other; give one")
-    from rich.console import Console
-
+    from loraloom.cli.choices import ChoiceRun, score_choices
     from loraloom.durable import prepare_output
-    from loraloom.eval.answers import answers_of
-    from loraloom.eval.comparison import choose_pairs, compare_all, summarise_seeds
-    from loraloom.eval.outputs import check_outputs, write_outputs
-    from loraloom.eval.provenance import describe_evaluation
-    from loraloom.eval.results import BASE, write_questions
-    from loraloom.eval.tables import all_tables
+    from loraloom.eval.comparison import choose_pairs
+    from loraloom.eval.outputs import check_outputs
     from loraloom.infer.loading import check_sources, load_host
 
-    pairs = choose_pairs([name or BASE for name in names], compare or ())
+    names = [*([] if no_base else [None]), *adapters]
+    pairs = choose_pairs(names, compare or ())
     check_outputs(outputs)
     check_sources(base_model, adapters, device)
-    asked = _load(tasks, scoring, compat, split, data, limit)
+    run = ChoiceRun(
+        asked=_load(tasks, scoring, compat, split, data, limit),
+        names=names,
+        adapters=adapters,
+        pairs=pairs,
+        compat=compat,
+        batch_tokens=batch_tokens,
+        cache=cache,
+        no_cache=no_cache,
+        outputs=outputs,
+        per_question=per_question,
+        command=shlex.join(["loraloom", *sys.argv[1:]]),
+    )
     for path in outputs:
         prepare_output(path, "--output")
     prepare_output(per_question, "--per-question")
-    host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
-    messages = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    kept = None if no_cache else _open_cache(cache, host, names, messages)
-    with _kept(kept, messages):
-        scored = _score(host, tokenizer, asked, names, batch_tokens, compat, kept, messages)
-    answers = [answers_of(one) for one in scored]
-    seeds, comparisons = summarise_seeds(answers), compare_all(answers, pairs)
-    if per_question is not None:
-        write_questions(per_question, scored)
-    command = shlex.join(["loraloom", *sys.argv[1:]])
-    beside = {
-        **describe_evaluation(host, adapters, asked, command),
-        "compat": compat,
-        "num_cached_scores": 0 if kept is None else kept.num_found,
-    }
-    write_outputs(outputs, scored, seeds, comparisons, beside)
-    console = Console(markup=False, highlight=False)
-    for number, table in enumerate(all_tables(scored, seeds, comparisons)):
-        console.print(*([""] if number else []), table, sep="\n")
+    score_choices(run, *load_host(base_model, adapters, dtype, device, attn_implementation))
 
 
 def _split_names(values: Sequence[str]) -> list[str]:
@@ -213,75 +194,3 @@ def _load(
     if compat is None:
         return asked
     return [replace(one, questions=[*map(with_all_labels, one.questions)]) for one in asked]
-
-
-def _open_cache(
-    directory: Path | None, host: Host, names: Sequence[str | None], messages: Console
-) -> ScoreCache | None:
-    """Open the cache; where the default directory can't be used, say so and go on without."""
-    from loraloom.eval.cache import ScoreCache, default_cache_directory
-
-    try:
-        return ScoreCache(directory or default_cache_directory(), host, names)
-    except ConfigError as error:
-        if directory is not None:
-            raise
-        messages.print(f"warning: {error}")
-        return None
-
-
-@contextmanager
-def _kept(cache: ScoreCache | None, messages: Console) -> Iterator[None]:
-    """Say what the cache had, and what it keeps of an evaluation that is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if cache is None:
-            messages.print("stopped; nothing is kept (--no-cache)")
-        else:
-            messages.print(
-                f"stopped; {cache.num_found + cache.num_added} scores are kept in "
-                f"{cache.directory}, the same command goes on from there"
-            )
-        raise
-    finally:
-        if cache is not None:
-            cache.sync()
-    if cache is not None and cache.num_found:
-        total = cache.num_found + cache.num_added
-        messages.print(f"{cache.num_found} of {total} scores were kept in {cache.directory}")
-
-
-def _score(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[QuestionSet],
-    adapters: Sequence[str | None],
-    batch_tokens: int | None,
-    compat: Compat | None,
-    cache: ScoreCache | None,
-    messages: Console,
-) -> list[TaskScores]:
-    from loraloom.eval.encoding import encode_choices
-    from loraloom.eval.moe_peft import encode_last_tokens
-    from loraloom.eval.progress import TaskProgress, show_progress
-    from loraloom.eval.protocol import score_questions
-    from loraloom.eval.results import TaskScores, check_finite
-
-    encode = encode_choices if compat is None else encode_last_tokens
-    scored = []
-    with show_progress(messages) as progress:
-        for one in asked:
-            task = TaskProgress(one.task, one.questions)
-            progress.start(task)
-
-            def advance(places: Sequence[int], task: TaskProgress = task) -> None:
-                task.add(places)
-                progress.update(task)
-
-            scores = score_questions(
-                host, tokenizer, one.questions, adapters, batch_tokens, advance, encode, cache
-            )
-            scored.append(TaskScores(one.task, one.split, scores))
-            check_finite(scored[-1])
-    return scored

@@ -66,17 +66,18 @@ def contestants(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(group_of.get(name, name) for name in names))
 
 
-def choose_pairs(names: Sequence[str], wanted: Sequence[str] = ()) -> list[Pair]:
+def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> list[Pair]:
     """Decide whom to compare.
 
     Args:
-        names: Adapters, `base` among them if it was scored.
+        adapters: Names; None is the base model.
         wanted: Pairs `first:second` of adapters, groups and `base`. Without any: everybody against
             the base model, and all pairs of the others where they are few.
 
     Raises:
         ConfigError: If a pair has another form or an unknown name.
     """
+    names = [name or BASE for name in adapters]
     if wanted:
         return [_parse_pair(text, names) for text in wanted]
     everybody = contestants(names)
