@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.data import find_task, load_questions
+from loraloom.config.data import DataConfig
+from loraloom.config.run import JobConfig
+from loraloom.data import find_task, load_questions, load_training_set
 from loraloom.data.questions import load_question_set, questions_digest, sha256
 from loraloom.errors import ConfigError, DataError
 
@@ -181,6 +183,24 @@ def test_a_task_without_data_needs_a_path(write, tmp_path):
     with pytest.raises(DataError, match="quiz has no data of its own; give its path"):
         load_questions(path)
     assert len(load_questions(path, path=tmp_path / "rows")) == 1
+
+
+def test_a_job_can_learn_from_a_task_and_be_measured_on_it(write, tiny_tokenizer):
+    config = DataConfig.model_validate({"task": write(TASK, ROW, {**ROW, "question": "?"})})
+    training = load_training_set(config, tiny_tokenizer, max_length=64, seed=0)
+    assert len(training.examples) == 2
+    assert training.report[0].startswith("quiz (text): 2 rows")
+    (evaluation,) = JobConfig.model_validate(
+        {
+            "name": "a",
+            "adapter": {"method": "lora"},
+            "data": {"task": write()},
+            "train": {"learning_rate": 1e-3, "batch_size": 1, "max_steps": 1},
+            "eval": [{"task": write(), "split": "test"}],
+        }
+    ).eval
+    asked = load_questions(evaluation.task, evaluation.scoring, evaluation.split, evaluation.path)
+    assert asked[0].continuations == (" one", " three")
 
 
 def test_an_unsafe_name_is_an_error(tmp_path):
