@@ -48,3 +48,9 @@ def shared_dir() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no real data in {directory}; set LORALOOM_SHARED")
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path_factory, monkeypatch):
+    """Keep scores away from the user's cache, and from other tests'."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

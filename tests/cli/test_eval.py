@@ -48,7 +48,7 @@ def test_base_and_adapters_are_scored_in_one_pass(run, saved, tmp_path, capsys):
     assert list(written["results"]) == ["base", "a", "b"]
     summary = written["results"]["a"]["arc_easy"]
     assert (summary["num_examples"], summary["split"]) == (7, "test")
-    assert written["scoring"] == "text"
+    assert written["tasks"]["arc_easy"]["scoring"] == "text"
     assert written["base_model"] == str(saved / "base")
     assert written["command"].startswith("loraloom")
     answers = [json.loads(line) for line in lines.read_text().splitlines()]

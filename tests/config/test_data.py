@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from loraloom.config.data import DataConfig, SourceConfig
+from loraloom.config.data import DataConfig, SourceConfig, task_name
 
 
 def test_a_task_is_a_source():
@@ -15,6 +15,20 @@ def test_a_mix_is_its_sources():
     data = DataConfig.model_validate({"mix": [first, second]})
     assert [source.weight for source in data.sources] == [2, 1]
     assert [source.dataset for source in data.sources] == [None, "alpaca.jsonl"]
+
+
+def test_a_task_may_be_a_file_whose_scoring_is_its_own():
+    assert SourceConfig(task="tasks/quiz.yaml").scoring is None
+    assert SourceConfig(task="quiz.yml", scoring="text", path="data").scoring == "text"
+
+
+def test_a_tasks_name_is_its_files():
+    assert [task_name(task) for task in ("piqa", "tasks/quiz.yaml")] == ["piqa", "quiz"]
+
+
+def test_editors_know_the_tasks_names():
+    options = SourceConfig.model_json_schema()["properties"]["task"]["anyOf"]
+    assert "arc_easy" in options[0]["enum"]
 
 
 def test_a_task_is_scored_by_label_by_default():
@@ -43,7 +57,7 @@ def test_held_out_rows_are_validation(held_out):
 CHAT = {"dataset": "a.jsonl", "format": "chat"}
 CONTRADICTIONS = [
     ({}, "a task, a dataset or a mix must be given"),
-    ({"task": "arc_easi"}, "Input should be 'arc_easy'"),
+    ({"task": "arc_easi"}, "task must be one of arc_easy, "),
     (
         {"task": "piqa", "dataset": "a.jsonl", "format": "text"},
         "dataset and task exclude each other",

@@ -73,10 +73,12 @@ def test_all_faults_are_in_one_message(tmp_path):
         "jobs.1.data.mix.1.format=null",
         "jobs.1.train.eval_steps=5",
     ]
-    safe = "name must be a safe file name (1 to 100 letters, digits, '.', '_' or '-', the first a"
+    safe = (
+        "name must be a safe file name (1 to 100 letters, digits, '.', '_', '-' or '@', the first a"
+    )
     tasks = (
-        "'arc_easy', 'arc_challenge', 'boolq', 'openbookqa', 'piqa', 'social_i_qa', 'hellaswag', "
-        "'winogrande' or 'skills'"
+        "one of arc_easy, arc_challenge, boolq, openbookqa, piqa, social_i_qa, hellaswag, "
+        "winogrande, skills, or a task's .yaml file"
     )
     assert sorted(faults(tmp_path, *overrides)) == sorted(
         [

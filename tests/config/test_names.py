@@ -4,7 +4,7 @@ from loraloom.config.names import check_name
 from loraloom.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ["a", "arc-mixlora", "0.1_b", "x" * 100])
+@pytest.mark.parametrize("name", ["a", "arc-mixlora", "0.1_b", "mix@0", "x" * 100])
 def test_a_safe_name_is_returned(name):
     assert check_name(name) == name
 

@@ -49,6 +49,18 @@ def test_an_evaluation_selects_the_weights():
     assert selection_metric(eval=[{"task": "piqa"}]) == "eval/piqa/accuracy"
 
 
+def test_a_task_file_is_measured_under_its_name():
+    own = {"task": "tasks/quiz.yaml", "path": "data"}
+    assert selection_metric(eval=[own]) == "eval/quiz/accuracy"
+    assert JobConfig.model_validate(job(eval=[own])).eval[0].scoring is None
+    with pytest.raises(ValidationError, match="eval must name each task once, got quiz, quiz"):
+        JobConfig.model_validate(job(eval=[own, {"task": "quiz.yml"}]))
+
+
+def test_an_evaluation_scores_labels_by_default():
+    assert JobConfig.model_validate(job(eval=[{"task": "piqa"}])).eval[0].scoring == "label"
+
+
 def test_a_test_split_never_selects_the_weights():
     on_test = [{"task": "arc_easy", "split": "test"}]
     assert selection_metric(eval=on_test) is None

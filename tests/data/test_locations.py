@@ -3,7 +3,8 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from loraloom.data.locations import HubSource, read_hub, read_named, read_rows
+from loraloom.data.files import read_file
+from loraloom.data.locations import HubSource, find_named, read_hub, read_rows
 from loraloom.errors import DataError
 
 
@@ -22,31 +23,33 @@ def texts(rows):
 
 
 def test_a_data_set_is_found_in_a_directory_of_data_sets(collection):
-    assert texts(read_named(collection, "quiz", "test")) == ["quiz test"]
+    assert texts(read_file(find_named(collection, "quiz", "test"))) == ["quiz test"]
 
 
 def test_a_data_set_is_found_in_its_own_directory(collection):
-    assert texts(read_named(collection / "riddles", "quiz", "train")) == ["riddles train"]
+    assert texts(read_file(find_named(collection / "riddles", "quiz", "train"))) == [
+        "riddles train"
+    ]
 
 
 def test_a_single_file_is_read_whatever_its_name(collection):
     (collection / "mine.jsonl").write_text('{"text": "mine"}')
-    assert texts(read_named(collection / "mine.jsonl", "quiz", "test")) == ["mine"]
+    assert texts(read_file(find_named(collection / "mine.jsonl", "quiz", "test"))) == ["mine"]
 
 
 def test_a_file_named_after_another_split_is_refused(collection):
     with pytest.raises(DataError, match="split must be train as the file's name says, got 'test'"):
-        read_named(collection / "quiz" / "train.jsonl", "quiz", "test")
+        find_named(collection / "quiz" / "train.jsonl", "quiz", "test")
 
 
 def test_an_absent_data_set_offers_the_nearest_name(collection):
     with pytest.raises(DataError, match=r"no data set 'quizz' there; did you mean 'quiz'\?"):
-        read_named(collection, "quizz", "test")
+        find_named(collection, "quizz", "test")
 
 
 def test_an_absent_split_lists_those_there_are(collection):
     with pytest.raises(DataError, match=r"no split 'validation' there .* splits are: test, train"):
-        read_named(collection, "quiz", "validation")
+        find_named(collection, "quiz", "validation")
 
 
 def test_a_dataset_may_be_a_directory_or_a_file(collection):

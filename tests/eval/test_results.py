@@ -14,10 +14,10 @@ from loraloom.eval.results import (
     group_table,
     results_table,
     summarise,
-    versions,
     write_questions,
     write_results,
 )
+from loraloom.eval.statistics import wilson_interval
 from tests.eval.scoring import question
 
 
@@ -44,6 +44,7 @@ def test_results_are_by_adapter_and_task():
         "accuracy": 0.5,
         "stderr": 0.5,
         "num_examples": 2,
+        "interval": list(wilson_interval(0.5, 2)),
         "split": "test",
     }
     assert results["law"]["other"]["stderr"] is None
@@ -51,7 +52,10 @@ def test_results_are_by_adapter_and_task():
 
 def test_groups_have_results_of_their_own():
     groups = summarise([toy(group="sums")])["base"]["toy"]["groups"]
-    assert groups == {"sums": {"accuracy": 0.5, "stderr": 0.5, "num_examples": 2}}
+    interval = list(wilson_interval(0.5, 2))
+    assert groups == {
+        "sums": {"accuracy": 0.5, "stderr": 0.5, "num_examples": 2, "interval": interval}
+    }
 
 
 def test_truncated_questions_are_counted():
@@ -61,12 +65,10 @@ def test_truncated_questions_are_counted():
     )
 
 
-def test_the_file_has_results_beside_their_provenance(tmp_path):
-    write_results(tmp_path / "result.json", [toy()], {"scoring": "text", "versions": versions()})
+def test_the_file_has_results_beside_how_they_were_got(tmp_path):
+    write_results(tmp_path / "result.json", [toy()], {"base_model": "tiny"})
     written = json.loads((tmp_path / "result.json").read_text())
-    assert written["results"] == summarise([toy()])
-    assert written["scoring"] == "text"
-    assert {"loraloom", "python", "torch", "transformers"} == set(written["versions"])
+    assert written == {"schema_version": 1, "results": summarise([toy()]), "base_model": "tiny"}
 
 
 def test_every_question_has_a_line(tmp_path):

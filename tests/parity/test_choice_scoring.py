@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loraloom
 from loraloom.cli import eval as verb
@@ -17,41 +15,9 @@ from loraloom.data import load_questions
 from loraloom.eval.protocol import score_questions
 from loraloom.models.loading import load_base_model
 from tests.infer.saved import save_tiny
+from tests.parity.plain_arc import load, read_rows, score
 
 TOLERANCE = 1e-4
-
-
-def read_questions(path: Path, limit: int) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()[:limit]]
-
-
-def choices_of(row: dict, scoring: str) -> tuple[str, list[str], list[int]]:
-    """Prompt, continuations and what to divide their log-likelihoods by."""
-    texts, labels = row["choices"]["text"], row["choices"]["label"]
-    if scoring == "text":
-        prompt = f"Question: {row['question']}\nAnswer:"
-        return prompt, [" " + text for text in texts], [len(text) for text in texts]
-    listed = " ".join(f"({label}) {text}" for label, text in zip(labels, texts, strict=True))
-    prompt = (
-        f"Please choose the correct answer to the question: {row['question']} {listed}\nAnswer:"
-    )
-    return prompt, [" " + label for label in labels], [1] * len(labels)
-
-
-@torch.no_grad()
-def log_likelihood(model, tokenizer, prompt: str, continuation: str) -> float:
-    ids = tokenizer(prompt + continuation, return_tensors="pt")["input_ids"]
-    start = len(tokenizer(prompt)["input_ids"])
-    log_probs = model(ids).logits[0, :-1].float().log_softmax(-1)
-    return float(log_probs.gather(1, ids[0, 1:, None])[start - 1 :].sum())
-
-
-def plain_scores(model, tokenizer, row: dict, scoring: str) -> list[float]:
-    prompt, continuations, lengths = choices_of(row, scoring)
-    return [
-        log_likelihood(model, tokenizer, prompt, continuation) / length
-        for continuation, length in zip(continuations, lengths, strict=True)
-    ]
 
 
 def evaluated(base_model: str, data: Path, scoring: str, limit: int, lines: Path) -> list[dict]:
@@ -81,10 +47,9 @@ def arc_easy(shared_dir, monkeypatch) -> Path:
 @pytest.mark.parametrize("scoring", ["label", "text"])
 def test_a_tiny_model_answers_as_in_plain_transformers(arc_easy, tmp_path, scoring):
     base = save_tiny(tmp_path, max_position_embeddings=1024) / "base"
-    model = AutoModelForCausalLM.from_pretrained(base)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = read_questions(arc_easy / "test.jsonl", limit=40)
-    plain = [plain_scores(model, tokenizer, row, scoring) for row in rows]
+    model, tokenizer = load(str(base))
+    rows = read_rows(arc_easy / "test.jsonl", limit=40)
+    plain = [score(model, tokenizer, row, scoring) for row in rows]
     answers = evaluated(str(base), arc_easy, scoring, 40, tmp_path / "lines.jsonl")
     assert_same_answers(answers, rows, plain)
 
@@ -100,11 +65,11 @@ def smollm2():
 @pytest.mark.parametrize("scoring", ["label", "text"])
 def test_smollm2_scores_as_in_plain_transformers(smollm2, arc_easy, scoring):
     model, tokenizer = smollm2
-    rows = read_questions(arc_easy / "test.jsonl", limit=8)
-    plain = [plain_scores(model, tokenizer, row, scoring) for row in rows]
+    rows = read_rows(arc_easy / "test.jsonl", limit=8)
+    plain = [score(model, tokenizer, row, scoring) for row in rows]
     host = loraloom.attach(model)
     questions = load_questions("arc_easy", scoring, path=arc_easy, limit=8)
     scores = score_questions(host, tokenizer, questions, [None])[None]
     host.detach()
-    for score, expected in zip(scores, plain, strict=True):
-        assert score.scores == pytest.approx(expected, abs=TOLERANCE)
+    for found, expected in zip(scores, plain, strict=True):
+        assert found.scores == pytest.approx(expected, abs=TOLERANCE)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,12 +24,7 @@ from loraloom.config.data import Scoring
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-    from transformers import PreTrainedTokenizerBase
-
-    from loraloom.data import ChoiceQuestion
-    from loraloom.eval.results import TaskScores
-    from loraloom.models.host import Host
+    from loraloom.data.questions import QuestionSet
 
 Compat = Literal["moe-peft"]
 
@@ -39,7 +34,9 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            "--task", metavar="TASK[,TASK]", help="Choice tasks to score. May be repeated."
+            "--task",
+            metavar="TASK[,TASK]",
+            help="Choice tasks to score, by name or the .yaml file of one's own. May be repeated.",
         ),
     ] = None,
     harness: Annotated[
@@ -84,8 +81,12 @@ def evaluate(
         ),
     ] = None,
     scoring: Annotated[
-        Scoring, typer.Option("--scoring", help="Score the choice's label or its own text.")
-    ] = "label",
+        Scoring | None,
+        typer.Option(
+            "--scoring",
+            help="Score the choice's label or its own text; label, or a task file's own default.",
+        ),
+    ] = None,
     compat: Annotated[
         Compat | None,
         typer.Option("--compat", help="Score labels as MoE-PEFT does: its lists, last tokens."),
@@ -100,8 +101,35 @@ def evaluate(
         int | None,
         typer.Option("--batch-tokens", min=1, help="Tokens of a batch; 1024 on a CPU, else 16384."),
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare",
+            metavar="FIRST:SECOND",
+            help="Compare these two on the same questions: adapters, base, or NAME for the seeds "
+            "NAME@0, NAME@1, ... May be repeated. By default everybody against base, and all "
+            "pairs of up to four.",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Where scores are kept, so that an evaluation goes on where it was interrupted; "
+            "~/.cache/loraloom/eval by default.",
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep no scores, and take none that are kept.")
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE.json", help="Write the results there.")
+        list[Path] | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Write the results there: FILE.json, FILE.csv or FILE.md. May be repeated.",
+        ),
     ] = None,
     per_question: Annotated[
         Path | None,
@@ -111,63 +139,81 @@ def evaluate(
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
-    """Score choice questions with the base model and with adapters, all in one pass."""
-    adapters = parse_adapters(adapter)
+    """Score choice questions with the base model and with adapters, all in one pass.
+
+    Scores are kept: after Ctrl-C the same command goes on where it was.
+    """
+    adapters, outputs = parse_adapters(adapter), output or []
     names = [*([] if no_base else [None]), *adapters]
     if not names:
         raise ConfigError("--no-base leaves nothing to score without --adapter; give one")
+    if cache is not None and no_cache:
+        raise ConfigError("--cache and --no-cache exclude each other; give one")
     from loraloom.durable import prepare_output
+    from loraloom.eval.outputs import check_outputs
     from loraloom.infer.loading import check_sources, load_host
 
+    command = shlex.join(["loraloom", *sys.argv[1:]])
+    check_outputs(outputs)
+    load = lambda: load_host(base_model, adapters, dtype, device, attn_implementation)  # noqa: E731
     only_harness = {
         "--harness-include": harness_include,
         "--num-fewshot": num_fewshot,
         "--apply-chat-template": apply_chat_template,
     }
     if harness is not None:
-        run = HarnessRun(
+        only_task = {
+            "--task": task,
+            "--split": split,
+            "--scoring": scoring,
+            "--compat": compat,
+            "--compare": compare,
+            "--cache": cache,
+        }
+        harness_run = HarnessRun(
             tasks=_split_names(harness),
-            adapters=names,
+            names=names,
+            adapters=adapters,
             include=harness_include,
             data=data,
             limit=limit,
             num_fewshot=num_fewshot,
             apply_chat_template=apply_chat_template,
             batch_tokens=batch_tokens,
-            output=output,
+            outputs=outputs,
             per_question=per_question,
+            command=command,
         )
-        other_scoring = None if scoring == "label" else scoring
-        only_task = {"--task": task, "--split": split, "--compat": compat}
-        check_harness(run.tasks, {**only_task, "--scoring": other_scoring})
+        check_harness(harness_run, only_task)
+        run = lambda: run_harness(harness_run, load)  # noqa: E731
         check_sources(base_model, adapters, device)
-        prepare_output(output, "--output")
-        prepare_output(per_question, "--per-question")
-        run_harness(
-            run,
-            lambda: load_host(base_model, adapters, dtype, device, attn_implementation),
-            lambda host: _provenance(host, adapters, {"dtype": dtype}),
+    else:
+        check_no_harness(only_harness)
+        from loraloom.cli.choices import ChoiceRun, score_choices
+        from loraloom.eval.comparison import choose_pairs
+
+        tasks = _split_names(task or [])
+        _check_options(tasks, scoring, compat)
+        pairs = choose_pairs(names, compare or ())
+        check_sources(base_model, adapters, device)
+        choice_run = ChoiceRun(
+            asked=_load(tasks, scoring, compat, split, data, limit),
+            names=names,
+            adapters=adapters,
+            pairs=pairs,
+            compat=compat,
+            batch_tokens=batch_tokens,
+            cache=cache,
+            no_cache=no_cache,
+            outputs=outputs,
+            per_question=per_question,
+            command=command,
         )
-        return
-    check_no_harness(only_harness)
-    tasks = _split_names(task or [])
-    _check_options(tasks, scoring, compat)
-    from rich.console import Console
-
-    from loraloom.eval.results import write_questions, write_results
-
-    check_sources(base_model, adapters, device)
-    questions = {name: _load(name, scoring, compat, split, data, limit) for name in tasks}
-    prepare_output(output, "--output")
+        run = lambda: score_choices(choice_run, *load())  # noqa: E731
+    for path in outputs:
+        prepare_output(path, "--output")
     prepare_output(per_question, "--per-question")
-    host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
-    scored = _score(host, tokenizer, questions, split, names, batch_tokens, compat)
-    if per_question is not None:
-        write_questions(per_question, scored)
-    if output is not None:
-        settings = {"scoring": scoring, "compat": compat, "dtype": dtype}
-        write_results(output, scored, _provenance(host, adapters, settings))
-    _print_tables(Console(markup=False, highlight=False), scored)
+    run()
 
 
 def _split_names(values: Sequence[str]) -> list[str]:
@@ -176,101 +222,33 @@ def _split_names(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _check_options(tasks: Sequence[str], scoring: Scoring, compat: Compat | None) -> None:
+def _check_options(tasks: Sequence[str], scoring: Scoring | None, compat: Compat | None) -> None:
     from loraloom.data import find_task
     from loraloom.eval.moe_peft import check_tasks
 
     if not tasks:
         raise ConfigError("--task must name at least one task, got none; or give --harness")
-    for name in tasks:
-        find_task(name)
-    if compat is not None and scoring != "label":
+    names = [find_task(task).name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--task must name tasks that differ, got {', '.join(names)}")
+    if compat is not None and scoring == "text":
         raise ConfigError(f"--compat {compat} scores labels; leave out --scoring {scoring}")
     if compat is not None:
         check_tasks(tasks)
 
 
 def _load(
-    task: str,
-    scoring: Scoring,
+    tasks: Sequence[str],
+    scoring: Scoring | None,
     compat: Compat | None,
     split: str | None,
     data: Path | None,
     limit: int | None,
-) -> list[ChoiceQuestion]:
-    from loraloom.data import load_questions
+) -> list[QuestionSet]:
+    from loraloom.data.questions import load_question_set
     from loraloom.eval.moe_peft import with_all_labels
 
-    questions = load_questions(task, scoring, split, data, limit)
-    return questions if compat is None else [with_all_labels(question) for question in questions]
-
-
-def _score(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Mapping[str, list[ChoiceQuestion]],
-    split: str | None,
-    adapters: Sequence[str | None],
-    batch_tokens: int | None,
-    compat: Compat | None,
-) -> list[TaskScores]:
-    from loraloom.data import find_task
-    from loraloom.eval.encoding import encode_choices
-    from loraloom.eval.moe_peft import encode_last_tokens
-    from loraloom.eval.protocol import score_questions
-    from loraloom.eval.results import TaskScores, check_finite
-
-    encode = encode_choices if compat is None else encode_last_tokens
-    scored = []
-    with _progress() as progress:
-        for name, asked in questions.items():
-            bar = progress.add_task(name, total=len(asked))
-            scores = score_questions(
-                host,
-                tokenizer,
-                asked,
-                adapters,
-                batch_tokens,
-                lambda done, _, bar=bar: progress.update(bar, completed=done),
-                encode,
-            )
-            scored.append(TaskScores(name, split or find_task(name).evaluation_split, scores))
-            check_finite(scored[-1])
-    return scored
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show bars on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress
-
-
-def _provenance(
-    host: Host, adapters: Mapping[str, str], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    from loraloom.eval.results import versions
-
-    return {
-        "base_model": host.base.name_or_path,
-        "base_fingerprint": host.base.fingerprint,
-        "adapters": dict(adapters),
-        **settings,
-        "versions": versions(),
-        "command": shlex.join(["loraloom", *sys.argv[1:]]),
-    }
-
-
-def _print_tables(console: Any, scored: Sequence[TaskScores]) -> None:
-    from loraloom.eval.results import group_table, results_table
-
-    console.print(results_table(scored))
-    for task in scored:
-        table = group_table(task)
-        if table is not None:
-            console.print()
-            console.print(table)
+    asked = [load_question_set(task, scoring, split, data, limit) for task in tasks]
+    if compat is None:
+        return asked
+    return [replace(one, questions=[*map(with_all_labels, one.questions)]) for one in asked]

@@ -24,44 +24,51 @@ class HarnessRun:
 
     Args:
         tasks: Names of tasks, groups and tags, or patterns.
-        adapters: Names; None is the base model.
+        names: Adapters to score; None is the base model.
+        adapters: Directory or hub id of each adapter by name.
         include: Directory of more tasks.
         data: Directory of local data sets.
         limit: Most questions of a task.
         num_fewshot: Examples before each question; None leaves it to the tasks.
         apply_chat_template: Ask in the tokenizer's chat template.
         batch_tokens: Tokens of a batch.
-        output: JSON file to write.
+        outputs: JSON files to write.
         per_question: JSON lines file to write.
+        command: What started it.
     """
 
     tasks: Sequence[str]
-    adapters: Sequence[str | None]
+    names: Sequence[str | None]
+    adapters: Mapping[str, str]
     include: Path | None
     data: Path | None
     limit: int | None
     num_fewshot: int | None
     apply_chat_template: bool
     batch_tokens: int | None
-    output: Path | None
+    outputs: Sequence[Path]
     per_question: Path | None
+    command: str
 
 
-def check_harness(tasks: Sequence[str], others: Mapping[str, Any]) -> None:
+def check_harness(run: HarnessRun, others: Mapping[str, Any]) -> None:
     """Check what `loraloom eval --harness` is given.
 
     Args:
-        tasks: Names of tasks.
+        run: What to evaluate.
         others: Options that concern `--task` alone, with what they are given, if anything.
 
     Raises:
         ConfigError: If there is no task, an option has no effect, or lm-eval is not installed.
     """
-    if not tasks:
+    if not run.tasks:
         raise ConfigError("--harness must name at least one task, got none")
     for option, value in others.items():
         if value:
             raise ConfigError(f"{option} has no effect with --harness, got {value}; leave it out")
+    for path in run.outputs:
+        if path.suffix.lower() != ".json":
+            raise ConfigError(f"--output must end in .json with --harness, got {path}")
     from loraloom.eval.harness.installed import check_installed
 
     check_installed()
@@ -77,14 +84,12 @@ def check_no_harness(options: Mapping[str, Any]) -> None:
 def run_harness(
     run: HarnessRun,
     load: Callable[[], tuple[Host, PreTrainedTokenizerBase]],
-    provenance: Callable[[Host], dict[str, Any]],
 ) -> None:
     """Score tasks of lm-eval with adapters, all in one pass; print a table and write files.
 
     Args:
         run: What to evaluate.
         load: Loads the host and its tokenizer; called once the tasks and their data are there.
-        provenance: What stands beside the results.
     """
     from rich.console import Console
 
@@ -96,6 +101,7 @@ def run_harness(
         results_table,
         summarise,
     )
+    from loraloom.eval.provenance import describe_evaluation
 
     with _errors_only():
         loaded = load_tasks(run.tasks, run.include, run.data)
@@ -104,7 +110,7 @@ def run_harness(
             host,
             tokenizer,
             loaded,
-            run.adapters,
+            run.names,
             lm_options={"max_tokens_per_batch": run.batch_tokens},
             limit=run.limit,
             num_fewshot=run.num_fewshot,
@@ -113,12 +119,10 @@ def run_harness(
         )
     if run.per_question is not None:
         write_output(run.per_question, "".join(f"{line}\n" for line in question_lines(results)))
-    if run.output is not None:
-        beside = {**provenance(host), "lm_eval": plain_results(results)}
-        value = {"results": summarise(results), **beside}
-        write_output(
-            run.output, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+    beside = describe_evaluation(host, run.adapters, (), run.command)
+    value = {"results": summarise(results), **beside, "lm_eval": plain_results(results)}
+    for path in run.outputs:
+        write_output(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     Console(markup=False, highlight=False).print(results_table(results))
 
 

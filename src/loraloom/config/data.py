@@ -9,9 +9,11 @@ One source, or several in a mix:
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from difflib import get_close_matches
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from loraloom.config.fields import CheckInfo, StrictModel
 
@@ -39,6 +41,50 @@ FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
 
 
+_TASK_FILE = r"\.ya?ml$"
+
+
+def is_task_file(task: str) -> bool:
+    """Whether a task is named by the YAML file that describes it."""
+    return re.search(_TASK_FILE, task, re.IGNORECASE) is not None
+
+
+def task_name(task: str) -> str:
+    """What results call a task: the name of a built-in one, the stem of a file."""
+    return PurePath(task).stem if is_task_file(task) else task
+
+
+def _check_task(task: str) -> str:
+    names = get_args(TaskName)
+    if task in names or is_task_file(task):
+        return task
+    nearest = get_close_matches(task, names, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(
+        f"task must be one of {', '.join(names)}, or a task's .yaml file, got {task!r}{hint}"
+    )
+
+
+TaskReference = Annotated[
+    str,
+    AfterValidator(_check_task),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": list(get_args(TaskName))},
+                {"type": "string", "pattern": _TASK_FILE},
+            ]
+        }
+    ),
+]
+"""A task's name, or the .yaml file of a task of one's own."""
+
+
+def default_scoring(task: str | None) -> Scoring | None:
+    """The scoring of a task where none is given; None: a task file's own, or there is no task."""
+    return None if task is None or is_task_file(task) else "label"
+
+
 def check_task_path(path: str | None, task: str | None) -> str | None:
     """Return the path of a task's data as it came.
 
@@ -53,8 +99,8 @@ def check_task_path(path: str | None, task: str | None) -> str | None:
 class _SourceFields(StrictModel):
     """One source's settings. What is for tasks is an error with a data set, and the reverse."""
 
-    task: TaskName | None = None
-    """Choice task to learn from."""
+    task: TaskReference | None = None
+    """Choice task to learn from: its name, or the .yaml file of a task of your own."""
     dataset: str | None = Field(default=None, min_length=1)
     """Data set to learn from: a hub id, a directory with a file for each split, or a single file.
 
@@ -66,7 +112,9 @@ class _SourceFields(StrictModel):
     split: str | None = Field(default=None, min_length=1)
     """Split to read; train by default, validation for validation data."""
     scoring: Scoring | None = Field(default=None, validate_default=True)
-    """Task: whether the answer is the choice's label (the default) or its own text."""
+    """Task: whether the answer is the choice's label or its own text.
+
+    label by default; a task file has a default of its own."""
     config: str | None = Field(default=None, min_length=1)
     """Data set on the hub: which of its configurations."""
     format: DataFormat | None = Field(default=None, validate_default=True)
@@ -98,9 +146,7 @@ class _SourceFields(StrictModel):
     @field_validator("scoring")
     @classmethod
     def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
-        if scoring is None and info.data.get("task") is not None:
-            return "label"
-        return scoring
+        return scoring or default_scoring(info.data.get("task"))
 
     @field_validator("config", "format", "template", "fields")
     @classmethod

@@ -1,4 +1,4 @@
-"""Reading of run files, with all the faults of a file in one message."""
+"""Reading of run files and task files, with all the faults of a file in one message."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from loraloom.config.faults import describe_faults
 from loraloom.config.overrides import apply_override
 from loraloom.config.run import RunConfig
+from loraloom.config.task import TaskConfig
 from loraloom.config.yaml_text import parse_yaml
 from loraloom.errors import ConfigError
 
@@ -27,15 +28,27 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
             which are then all in the message.
     """
-    settings = parse_yaml(_read_text(Path(path)), str(path))
-    if not isinstance(settings, dict):
-        got = "nothing" if settings is None else type(settings).__name__
-        raise ConfigError(f"{path} must be a mapping of settings, got {got}")
-    settings = reduce(apply_override, overrides, settings)
+    settings = reduce(apply_override, overrides, _read_settings(path, "a run file"))
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise _config_error(path, error) from None
+        raise _config_error(path, error, RunConfig) from None
+
+
+def load_task_config(path: str | Path) -> TaskConfig:
+    """What the file of a choice task says, checked.
+
+    Args:
+        path: The YAML file.
+
+    Raises:
+        ConfigError: As in `load_run_config`.
+    """
+    settings = _read_settings(path, "a task's file")
+    try:
+        return TaskConfig.model_validate(settings)
+    except ValidationError as error:
+        raise _config_error(path, error, TaskConfig) from None
 
 
 def schema() -> dict[str, Any]:
@@ -46,18 +59,26 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _read_text(path: Path) -> str:
+def _read_settings(path: str | Path, kind: str) -> dict[str, Any]:
+    settings = parse_yaml(_read_text(Path(path), kind), str(path))
+    if not isinstance(settings, dict):
+        got = "nothing" if settings is None else type(settings).__name__
+        raise ConfigError(f"{path} must be a mapping of settings, got {got}")
+    return settings
+
+
+def _read_text(path: Path, kind: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path} must be a run file, but there is no such file") from None
+        raise ConfigError(f"{path} must be {kind}, but there is no such file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} must be a YAML file, but it is not text in UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from None
 
 
-def _config_error(path: str | Path, error: ValidationError) -> ConfigError:
-    faults = describe_faults(error, (RunConfig,))
+def _config_error(path: str | Path, error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    faults = describe_faults(error, (model,))
     count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
     return ConfigError("\n".join([f"{path} has {count}:", *(f"  {fault}" for fault in faults)]))

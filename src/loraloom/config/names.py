@@ -6,7 +6,7 @@ import re
 
 from loraloom.errors import ConfigError
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 
 
 def check_name(name: str) -> str:
@@ -17,7 +17,7 @@ def check_name(name: str) -> str:
     """
     if not _SAFE_NAME.fullmatch(name):
         raise ConfigError(
-            "name must be a safe file name (1 to 100 letters, digits, '.', '_' or '-', the first a "
-            f"letter or digit), got {name!r}"
+            "name must be a safe file name (1 to 100 letters, digits, '.', '_', '-' or '@', the "
+            f"first a letter or digit), got {name!r}"
         )
     return name

@@ -14,7 +14,14 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails
 
 from loraloom.config.adapter import AdapterConfig
-from loraloom.config.data import DataConfig, Scoring, TaskName, check_task_path
+from loraloom.config.data import (
+    DataConfig,
+    Scoring,
+    TaskReference,
+    check_task_path,
+    default_scoring,
+    task_name,
+)
 from loraloom.config.fields import AttnImplementation, CheckInfo, Dtype, StrictModel, check_device
 from loraloom.config.names import check_name
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC
@@ -24,14 +31,14 @@ from loraloom.config.train import TrainConfig
 class EvaluationConfig(StrictModel):
     """A choice task that is scored while a job runs and at its end."""
 
-    task: TaskName
-    """Choice task to score."""
+    task: TaskReference
+    """Choice task to score: its name, or the .yaml file of a task of your own."""
     path: str | None = Field(default=None, min_length=1)
     """Directory that holds its data, or a directory of such directories; None for the hub."""
     split: str = Field(default="validation", min_length=1)
     """Split to score. Test splits are reported, they never select the weights."""
-    scoring: Scoring = "label"
-    """Score the choice's label or its own text."""
+    scoring: Scoring | None = Field(default=None, validate_default=True)
+    """Score the choice's label or its own text; label by default, a task file has its own."""
     limit: int | None = Field(default=None, ge=1)
     """Score the first so many questions only."""
 
@@ -40,10 +47,15 @@ class EvaluationConfig(StrictModel):
     def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
         return check_task_path(path, info.data.get("task"))
 
+    @field_validator("scoring")
+    @classmethod
+    def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
+        return scoring or default_scoring(info.data.get("task"))
+
     @property
     def metric(self) -> str:
         """Name of the result in metrics.jsonl."""
-        return f"eval/{self.task}/accuracy"
+        return f"eval/{task_name(self.task)}/accuracy"
 
 
 class JobConfig(StrictModel):
@@ -72,7 +84,7 @@ class JobConfig(StrictModel):
     def _check_tasks_differ(
         cls, evaluations: tuple[EvaluationConfig, ...]
     ) -> tuple[EvaluationConfig, ...]:
-        tasks = [evaluation.task for evaluation in evaluations]
+        tasks = [task_name(evaluation.task) for evaluation in evaluations]
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"eval must name each task once, got {', '.join(tasks)}")
         return evaluations

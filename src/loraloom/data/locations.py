@@ -8,6 +8,7 @@ DIR/<name>/train.jsonl   a directory of data sets
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,27 @@ from loraloom.errors import DataError
 
 _SPLITS = ("train", "validation", "test")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """A data set of local files, one a split. `name` is what messages call it."""
+
+    name: str
+    files: Mapping[str, Path]
+
+    def find(self, split: str) -> Path:
+        """The file of a split.
+
+        Raises:
+            DataError: If there is no such split.
+        """
+        if split not in self.files:
+            raise DataError(
+                f"{self.name}: no split {split!r} in its data; {suggestion(split, self.files)}"
+                f"the splits are: {', '.join(self.files) or 'none'}"
+            )
+        return self.files[split]
 
 
 @dataclass(frozen=True)
@@ -43,14 +65,14 @@ def read_rows(location: str, split: str, config: str | None = None) -> list[Row]
     """
     path = Path(location).expanduser()
     if path.is_dir():
-        return _read_split(path, split)
+        return read_file(_find_split(path, split))
     if path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location):
         return read_file(path)
     return read_hub(HubSource(location, config), split)
 
 
-def read_named(path: Path, name: str, split: str) -> list[Row]:
-    """The rows of one split of the data set `name`, from a directory or a file.
+def find_named(path: Path, name: str, split: str) -> Path:
+    """The file of one split of the data set `name`; a single file may turn out to be missing.
 
     Args:
         path: The directory of the data set, a directory of data sets, or a single file.
@@ -58,20 +80,20 @@ def read_named(path: Path, name: str, split: str) -> list[Row]:
         split: Split to read.
 
     Raises:
-        DataError: If there is no such data set or split, or it is empty or damaged.
+        DataError: If there is no such data set or split.
     """
     path = path.expanduser()
     if not path.is_dir():
-        return _read_single_file(path, split)
+        return _check_single_file(path, split)
     if (path / name).is_dir():
-        return _read_split(path / name, split)
+        return _find_split(path / name, split)
     if not _split_files(path):
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise DataError(
             f"{path}: no data set {name!r} there; {suggestion(name, names)}"
             f"the data sets are: {', '.join(names[:20]) or 'none'}"
         )
-    return _read_split(path, split)
+    return _find_split(path, split)
 
 
 def find_splits(path: Path, name: str) -> dict[str, Path]:
@@ -117,14 +139,14 @@ def read_hub(source: HubSource, split: str) -> list[Row]:
     return rows
 
 
-def _read_single_file(path: Path, split: str) -> list[Row]:
+def _check_single_file(path: Path, split: str) -> Path:
     named = path.name.split(".")[0]
     if named in _SPLITS and split in _SPLITS and named != split:
         raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
-    return read_file(path)
+    return path
 
 
-def _read_split(directory: Path, split: str) -> list[Row]:
+def _find_split(directory: Path, split: str) -> Path:
     files = _split_files(directory)
     if split not in files:
         raise DataError(
@@ -132,7 +154,7 @@ def _read_split(directory: Path, split: str) -> list[Row]:
             f"{split}.jsonl.gz); {suggestion(split, files)}"
             f"the splits are: {', '.join(sorted(files)) or 'none'}"
         )
-    return read_file(files[split])
+    return files[split]
 
 
 def _split_files(directory: Path) -> dict[str, Path]:

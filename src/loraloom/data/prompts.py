@@ -50,14 +50,28 @@ def load_template(template: str | None) -> Template:
     Raises:
         DataError: If it is none of these or not valid Jinja.
     """
-    source = _template_source(template or "alpaca")
+    return compile_template(
+        _template_source(template or "alpaca"), f"the prompt template {template!r}"
+    )
+
+
+def compile_template(source: str, origin: str) -> Template:
+    """A template from its text; an unknown name in it is an error when it is filled in.
+
+    Args:
+        source: Jinja.
+        origin: What an error calls it.
+
+    Raises:
+        DataError: If it is not valid Jinja.
+    """
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True
     )
     try:
         return environment.from_string(source)
     except TemplateError as error:
-        raise DataError(f"the prompt template {template!r} is not valid Jinja: {error}") from error
+        raise DataError(f"{origin} is not valid Jinja: {error}") from error
 
 
 def read_instruction(row: Row, columns: dict[str, str], template: Template) -> tuple[str, str]:

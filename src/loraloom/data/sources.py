@@ -62,7 +62,8 @@ def _load_task(
     max_length: int,
     split: str,
 ) -> LoadedSource:
-    task, scoring = find_task(name), config.scoring or "label"
+    task = find_task(name)
+    scoring = config.scoring or task.scoring
     rows = task.load_rows(config.split or split, config.path)
     texts = [task.training_text(row, scoring) for row in rows]
     return LoadedSource(

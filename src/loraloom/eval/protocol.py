@@ -5,13 +5,14 @@ A question's choices are scored together, see likelihoods.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.eval.accuracy import Accuracy, QuestionScore, accuracy
-from loraloom.eval.encoding import QuestionEncoder, encode_choices, fit_question
+from loraloom.eval.cache import LogLikelihoods, ScoreCache
+from loraloom.eval.encoding import EncodedQuestion, QuestionEncoder, encode_choices, fit_question
 from loraloom.eval.likelihoods import (
     evaluating,
     make_all_rows,
@@ -19,6 +20,7 @@ from loraloom.eval.likelihoods import (
     token_batches,
     tokens_per_batch,
 )
+from loraloom.eval.rows import TokenRow
 from loraloom.models.host import Host
 
 BatchScores = dict[str | None, dict[int, QuestionScore]]
@@ -42,8 +44,9 @@ def score_questions(
     questions: Sequence[ChoiceQuestion],
     adapters: Sequence[str | None],
     max_tokens_per_batch: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[Sequence[int]], None] | None = None,
     encode: QuestionEncoder = encode_choices,
+    cache: ScoreCache | None = None,
 ) -> dict[str | None, list[QuestionScore]]:
     """Score every choice of every question with each adapter.
 
@@ -54,8 +57,9 @@ def score_questions(
         adapters: Names; None is the base model.
         max_tokens_per_batch: Tokens of a batch, padding included; a question is never divided.
             None: 1,024 on a CPU, 16,384 elsewhere.
-        on_progress: Told after each batch how many questions of how many are done.
+        on_progress: Told after each batch the places of its questions.
         encode: What is scored of a choice; its whole continuation by default.
+        cache: Scores that are known, and where new ones are kept after each batch.
 
     Returns:
         For each adapter the scores in the order of the questions.
@@ -65,13 +69,13 @@ def score_questions(
         AdapterError: If the host lacks an adapter.
     """
     scores: BatchScores = {name: {} for name in adapters}
-    num_done = 0
-    for batch in iter_scores(host, tokenizer, questions, adapters, max_tokens_per_batch, encode):
+    for batch in iter_scores(
+        host, tokenizer, questions, adapters, max_tokens_per_batch, encode, cache
+    ):
         for name, by_place in batch.items():
             scores[name].update(by_place)
-        num_done += len(batch[adapters[0]])
         if on_progress is not None:
-            on_progress(num_done, len(questions))
+            on_progress(list(batch[adapters[0]]))
     places = range(len(questions))
     return {name: [by_place[place] for place in places] for name, by_place in scores.items()}
 
@@ -83,8 +87,13 @@ def iter_scores(
     adapters: Sequence[str | None],
     max_tokens_per_batch: int | None = None,
     encode: QuestionEncoder = encode_choices,
+    cache: ScoreCache | None = None,
 ) -> Iterator[BatchScores]:
-    """Score questions batch by batch, the longest first; see `score_questions`."""
+    """Score questions batch by batch, the longest first; see `score_questions`.
+
+    Batches are cut as if nothing were known, so that an interrupted evaluation goes on with the
+    batches that it would have had, and to the same numbers.
+    """
     if not adapters:
         return
     max_length = host.config.max_position_embeddings
@@ -95,14 +104,52 @@ def iter_scores(
     rows = make_all_rows(host, [question.pairs for question in encoded])
     budget = max_tokens_per_batch or tokens_per_batch(host)
     for places in token_batches(rows, budget // len(adapters)):
-        batch = [rows[place] for place in places]
-        with evaluating(host):
-            scores = score_batch(host, batch, adapters)
-        likelihoods = [[[pair.log_likelihood for pair in q] for q in qs] for qs in scores]
+        likelihoods = _find_or_score(host, encoded, rows, places, adapters, cache)
         yield {
             name: {
-                place: QuestionScore(questions[place], tuple(choices), encoded[place].truncated)
-                for place, choices in zip(places, by_question, strict=True)
+                place: QuestionScore(
+                    questions[place], likelihoods[name][place], encoded[place].truncated
+                )
+                for place in places
             }
-            for name, by_question in zip(adapters, likelihoods, strict=True)
+            for name in adapters
         }
+
+
+def _find_or_score(
+    host: Host,
+    encoded: Sequence[EncodedQuestion],
+    rows: Sequence[Sequence[TokenRow]],
+    places: Sequence[int],
+    adapters: Sequence[str | None],
+    cache: ScoreCache | None,
+) -> dict[str | None, dict[int, LogLikelihoods]]:
+    """Take what the cache knows of a batch, and compute and keep the rest."""
+    known: dict[str | None, dict[int, LogLikelihoods]] = {name: {} for name in adapters}
+    if cache is not None:
+        for name in adapters:
+            found = {place: cache.find(name, encoded[place].pairs) for place in places}
+            known[name] = {place: value for place, value in found.items() if value is not None}
+    for missing, names in _by_missing(places, known).items():
+        batch = [rows[place] for place in missing]
+        with evaluating(host):
+            scores = score_batch(host, batch, names)
+        for name, by_question in zip(names, scores, strict=True):
+            likelihoods = [tuple(pair.log_likelihood for pair in pairs) for pairs in by_question]
+            new = dict(zip(missing, likelihoods, strict=True))
+            known[name] |= new
+            if cache is not None:
+                cache.add(name, [(encoded[place].pairs, value) for place, value in new.items()])
+    return known
+
+
+def _by_missing(
+    places: Sequence[int], known: Mapping[str | None, Mapping[int, LogLikelihoods]]
+) -> dict[tuple[int, ...], list[str | None]]:
+    """Group adapters that lack the same questions of a batch, so that they are scored in one."""
+    groups: dict[tuple[int, ...], list[str | None]] = {}
+    for name, found in known.items():
+        missing = tuple(place for place in places if place not in found)
+        if missing:
+            groups.setdefault(missing, []).append(name)
+    return groups

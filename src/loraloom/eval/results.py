@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-import loraloom
 from loraloom.durable import write_output
 from loraloom.errors import AdapterError
 from loraloom.eval.accuracy import Accuracy, QuestionScore, accuracy, accuracy_by_group
+from loraloom.eval.statistics import wilson_interval
 
 BASE = "base"
 """What results call the base model."""
+
+SCHEMA_VERSION = 1
+"""Of the JSON file. A field that goes or changes its meaning raises it, a new one does not."""
 
 
 @dataclass(frozen=True)
@@ -53,34 +54,33 @@ def summarise(tasks: Sequence[TaskScores]) -> dict[str, dict[str, Any]]:
 
 
 def _summary(task: TaskScores, scores: Sequence[QuestionScore]) -> dict[str, Any]:
-    summary: dict[str, Any] = {**asdict(accuracy(scores)), "split": task.split}
+    summary: dict[str, Any] = {**_as_json(accuracy(scores)), "split": task.split}
     num_truncated = sum(score.truncated for score in scores)
     if num_truncated:
         summary["num_truncated"] = num_truncated
     groups = accuracy_by_group(scores)
     if groups:
-        summary["groups"] = {group: asdict(result) for group, result in groups.items()}
+        summary["groups"] = {group: _as_json(result) for group, result in groups.items()}
     return summary
 
 
-def versions() -> dict[str, str]:
-    """Versions of what results may depend on."""
-    packages = {name: version(name) for name in ("torch", "transformers")}
-    return {"loraloom": loraloom.__version__, "python": platform.python_version(), **packages}
+def _as_json(result: Accuracy) -> dict[str, Any]:
+    interval = wilson_interval(result.accuracy, result.num_examples)
+    return {**asdict(result), "interval": list(interval)}
 
 
-def write_results(path: Path, tasks: Sequence[TaskScores], provenance: Mapping[str, Any]) -> None:
-    """Write `{"results": {adapter: {task: {accuracy, ...}}}, ...}`.
+def write_results(path: Path, tasks: Sequence[TaskScores], beside: Mapping[str, Any]) -> None:
+    """Write `{"schema_version": 1, "results": {adapter: {task: {accuracy, ...}}}, ...}`.
 
     Args:
         path: The JSON file.
         tasks: What was scored.
-        provenance: How: base model, scoring, versions, command, ... stand beside `results`.
+        beside: What stands beside `results`: comparisons, seeds, and how they were got.
 
     Raises:
         ConfigError: If the file can't be written.
     """
-    value = {"results": summarise(tasks), **provenance}
+    value = {"schema_version": SCHEMA_VERSION, "results": summarise(tasks), **beside}
     write_output(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

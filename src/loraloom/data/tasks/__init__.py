@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loraloom.config.data import is_task_file
 from loraloom.data.names import suggestion
 from loraloom.data.tasks.arc import ARC_CHALLENGE, ARC_EASY
 from loraloom.data.tasks.boolq import BOOLQ
@@ -11,6 +12,7 @@ from loraloom.data.tasks.openbookqa import OPENBOOKQA
 from loraloom.data.tasks.piqa import PIQA
 from loraloom.data.tasks.skills import SKILLS
 from loraloom.data.tasks.social_i_qa import SOCIAL_I_QA
+from loraloom.data.tasks.task_file import load_task
 from loraloom.data.tasks.winogrande import WINOGRANDE
 from loraloom.errors import ConfigError
 
@@ -28,13 +30,17 @@ TASKS: dict[str, ChoiceTask] = {
 
 
 def find_task(name: str) -> ChoiceTask:
-    """The task of that name.
+    """The task of that name, or the one that a .yaml file describes.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is none, or for the faults of the file.
+        DataError: If a template in the file is not valid Jinja.
     """
+    if is_task_file(name):
+        return load_task(name)
     if name not in TASKS:
         raise ConfigError(
-            f"{suggestion(name, TASKS)}task must be one of {', '.join(TASKS)}, got {name!r}"
+            f"{suggestion(name, TASKS)}task must be one of {', '.join(TASKS)}, or a task's .yaml "
+            f"file, got {name!r}"
         )
     return TASKS[name]

@@ -17,7 +17,8 @@ from typing import Any
 
 from loraloom.config.data import Scoring
 from loraloom.data.examples import ChoiceQuestion
-from loraloom.data.locations import HubSource, read_hub, read_named
+from loraloom.data.files import read_file
+from loraloom.data.locations import HubSource, SplitFiles, find_named, read_hub
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 
@@ -45,33 +46,49 @@ class ChoiceTask:
     """A data set of choice questions and how its rows are asked.
 
     `name` is the task's name and that of its directory, `evaluation_split` the split that is
-    reported, `source` the copy on the hub, or the function that generates the rows; `by_label` and
-    `by_text` put a row into words.
+    reported, `source` the copy on the hub, local files, or the function that generates the rows
+    (None: a path must be given); `by_label` and `by_text` put a row into words, `scoring` says
+    which of them does so by default.
     """
 
     name: str
     evaluation_split: str
-    source: HubSource | Generator
+    source: HubSource | SplitFiles | Generator | None
     by_label: Callable[[Row], ChoiceForm]
     by_text: Callable[[Row], ChoiceForm]
+    scoring: Scoring = "label"
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
-        """The rows of a split, from a local copy where a path is given, else from the hub.
+        """The rows of a split, from a local copy where a path is given, else from the source.
 
         Raises:
             DataError: If there is no such data, it is empty or damaged, or a path is given for a
                 task that is generated.
         """
-        if isinstance(self.source, HubSource):
-            if path is None:
-                return read_hub(self.source, split)
-            return read_named(Path(path), self.name, split)
-        if path is not None:
-            raise DataError(f"{self.name} is generated and takes no path, got {path}; leave it out")
+        data = self.find_data(split, path)
+        if isinstance(data, Path):
+            return read_file(data)
+        if isinstance(data, HubSource):
+            return read_hub(data, split)
         return [
             Row(fields, f"{self.name}, {split}, row {number}")
-            for number, fields in enumerate(self.source(split), start=1)
+            for number, fields in enumerate(data(split), start=1)
         ]
+
+    def find_data(self, split: str, path: str | Path | None = None) -> Path | HubSource | Generator:
+        """Where the rows of a split come from: a file, the hub, or a function.
+
+        Raises:
+            DataError: If there is no such data, or a path is given for a task that is generated.
+        """
+        source = self.source
+        if path is not None and callable(source):
+            raise DataError(f"{self.name} is generated and takes no path, got {path}; leave it out")
+        if path is not None:
+            return find_named(Path(path), self.name, split)
+        if source is None:
+            raise DataError(f"{self.name} has no data of its own; give its path")
+        return source.find(split) if isinstance(source, SplitFiles) else source
 
     def question(self, row: Row, index: int, scoring: Scoring) -> ChoiceQuestion:
         """The row as a question.

@@ -1,0 +1,144 @@
+"""Adapters against each other on the same questions, and several seeds as one.
+
+Adapters named `NAME@SEED` are seeds of NAME: `mixlora@0`, `mixlora@1`. Together they count as one
+contestant NAME, whose answer to a question is the share of them that are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from loraloom.errors import ConfigError
+from loraloom.eval.answers import TaskAnswers
+from loraloom.eval.results import BASE
+from loraloom.eval.statistics import PairedComparison, compare_paired, holm, over_seeds
+
+MAX_FOR_ALL_PAIRS = 4
+"""Contestants, besides the base model, of whom all pairs are compared without being asked for."""
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two contestants on a task; `adjusted_p_value` is Holm's over all that were made together."""
+
+    task: str
+    first: str
+    second: str
+    result: PairedComparison
+    adjusted_p_value: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as it stands in the JSON file under `comparisons`."""
+        names = {"task": self.task, "first": self.first, "second": self.second}
+        return {**names, **asdict(self.result), "adjusted_p_value": self.adjusted_p_value}
+
+
+def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """Find adapters that are seeds of one thing; a single seed is no group.
+
+    Raises:
+        ConfigError: If an adapter has the name of a group.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        stem, at, _ = name.rpartition("@")
+        if at:
+            groups.setdefault(stem, []).append(name)
+    groups = {stem: members for stem, members in groups.items() if len(members) > 1}
+    for stem in groups:
+        if stem in names:
+            raise ConfigError(
+                f"adapter names must be clear, got {stem!r} and its seeds "
+                f"{', '.join(groups[stem])}; call one of them something else"
+            )
+    return groups
+
+
+def contestants(names: Sequence[str]) -> list[str]:
+    """Names to compare: seeds as their group, the others as they are."""
+    group_of = {member: stem for stem, members in seed_groups(names).items() for member in members}
+    return list(dict.fromkeys(group_of.get(name, name) for name in names))
+
+
+def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> list[Pair]:
+    """Decide whom to compare.
+
+    Args:
+        adapters: Names; None is the base model.
+        wanted: Pairs `first:second` of adapters, groups and `base`. Without any: everybody against
+            the base model, and all pairs of the others where they are few.
+
+    Raises:
+        ConfigError: If a pair has another form or an unknown name.
+    """
+    names = [name or BASE for name in adapters]
+    if wanted:
+        return [_parse_pair(text, names) for text in wanted]
+    everybody = contestants(names)
+    others = [name for name in everybody if name != BASE]
+    pairs = [(name, BASE) for name in others] if BASE in everybody else []
+    if len(others) <= MAX_FOR_ALL_PAIRS:
+        pairs += combinations(others, 2)
+    return pairs
+
+
+def _parse_pair(text: str, names: Sequence[str]) -> Pair:
+    known = list(dict.fromkeys([*names, *contestants(names)]))
+    first, _, second = text.partition(":")
+    if first not in known or second not in known or first == second:
+        raise ConfigError(
+            f"--compare must be FIRST:SECOND, two of {', '.join(known)}, got {text!r}"
+        )
+    return first, second
+
+
+def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> PairedComparison:
+    """Compare two contestants on a task; see `compare_paired`.
+
+    Args:
+        answers: Of both.
+        first: An adapter, a group of seeds, or `base`.
+        second: Another.
+        seed: Of the bootstrap.
+
+    Raises:
+        ConfigError: If the answers have no such name.
+    """
+    return compare_paired(shares_right(answers, first), shares_right(answers, second), seed)
+
+
+def compare_all(tasks: Sequence[TaskAnswers], pairs: Sequence[Pair]) -> list[Comparison]:
+    """Compare pairs on every task, and adjust the p-values for how many they are."""
+    found = [(task.task, *pair, compare(task, *pair)) for task in tasks for pair in pairs]
+    adjusted = holm([result.p_value for *_, result in found])
+    return [Comparison(*one, p_value) for one, p_value in zip(found, adjusted, strict=True)]
+
+
+def shares_right(answers: TaskAnswers, name: str) -> list[float]:
+    """For each question 1.0 if an adapter is right, 0.0 if not; of a group the share of its seeds.
+
+    Raises:
+        ConfigError: If the answers have no such name.
+    """
+    members = seed_groups(list(answers.right)).get(name, [name])
+    if not set(members) <= answers.right.keys():
+        known = [*answers.right, *seed_groups(list(answers.right))]
+        raise ConfigError(f"{answers.task} must have answers of {name!r}, got {', '.join(known)}")
+    return [fmean(seeds) for seeds in zip(*(answers.right[one] for one in members), strict=True)]
+
+
+def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
+    """Give mean and standard deviation by group and task, as they stand under `seeds`."""
+    summary: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        for stem, members in seed_groups(list(task.right)).items():
+            accuracies = [fmean(task.right[name]) for name in members]
+            group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
+            group["tasks"][task.task] = asdict(over_seeds(accuracies))
+    return summary

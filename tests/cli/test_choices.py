@@ -1,0 +1,272 @@
+"""`loraloom eval` with its cache, comparisons and files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraloom.cli import eval as verb
+from loraloom.cli import main as cli
+from loraloom.data.questions import load_question_set, questions_digest, sha256
+from loraloom.eval.answers import read_answers
+from loraloom.eval.comparison import compare
+from loraloom.models.host import Host
+from tests.infer.saved import save_tiny
+
+ROWS = [
+    {
+        "question": f"What is {'one ' * number}?",
+        "choices": {"text": list("aeimquc"[number % 5 :][:3]), "label": ["A", "B", "C"]},
+        "answerKey": "ABC"[number % 3],
+    }
+    for number in range(12)
+]
+TASK_FILE = """
+data: {files: {test: arc_easy/test.jsonl}}
+template: "Question: {{ question }}\\nAnswer:"
+choices: choices.text
+labels: choices.label
+answer: answerKey
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = save_tiny(tmp_path_factory.mktemp("saved"))
+    (directory / "data" / "arc_easy").mkdir(parents=True)
+    text = "".join(f"{json.dumps(row)}\n" for row in ROWS)
+    (directory / "data" / "arc_easy" / "test.jsonl").write_text(text)
+    (directory / "data" / "quiz.yaml").write_text(TASK_FILE)
+    return directory
+
+
+@pytest.fixture
+def words(saved, tmp_path, monkeypatch):
+    """The beginning of a command line that scores in batches of few questions."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = f"--base-model {saved / 'base'} --device cpu --batch-tokens 256"
+    return f"eval {base} --scoring text".split()
+
+
+@pytest.fixture
+def run(saved, words, tmp_path, monkeypatch):
+    """Run `loraloom eval` on two adapters; give the JSON file's content."""
+    monkeypatch.setitem(cli.VERBS, "eval", verb.evaluate)
+    data = ["--task", "arc_easy", "--data", str(saved / "data")]
+    adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
+
+    def run(*more, task=data, adapters=adapters, code=0):
+        output = tmp_path / "result.json"
+        given = [*words, *task, *adapters, "--output", str(output), *more]
+        assert cli.main(given) == code
+        return json.loads(output.read_text()) if code == 0 else None
+
+    return run
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Count forwards; Ctrl-C comes at the one numbered `stop_at`."""
+    hidden = Host.hidden
+
+    class Forwards:
+        count = 0
+        stop_at: int | None = None
+
+    def counted(self, *args, **options):
+        Forwards.count += 1
+        if Forwards.count == Forwards.stop_at:
+            raise KeyboardInterrupt
+        return hidden(self, *args, **options)
+
+    monkeypatch.setattr(Host, "hidden", counted)
+    return Forwards
+
+
+def test_an_evaluation_goes_on_after_ctrl_c(run, forwards, tmp_path, capsys):
+    unbroken = run("--no-cache")
+    num_batches, forwards.count, forwards.stop_at = forwards.count, 0, 3
+    run(code=130)
+    message = capsys.readouterr().err
+    assert message.startswith("stopped; ")
+    assert (
+        f"scores are kept in {tmp_path / 'cache' / 'loraloom' / 'eval'}, the same command goes on"
+        in message
+    )
+    forwards.count, forwards.stop_at = 0, None
+    resumed = run()
+    assert forwards.count == num_batches - 2
+    assert resumed["results"] == unbroken["results"]
+    assert resumed["num_cached_scores"] > 0
+    assert "of 36 scores were kept in" in capsys.readouterr().err
+
+
+def test_an_evaluation_goes_on_after_a_kill(run, words, saved, forwards):
+    code = (
+        "import os, signal, sys; from loraloom.models.host import Host\n"
+        "hidden, count = Host.hidden, []\n"
+        "def counted(*args, **options):\n"
+        "    count.append(1)\n"
+        "    if len(count) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return hidden(*args, **options)\n"
+        "Host.hidden = counted\n"
+        "from loraloom.cli.main import main; sys.exit(main(sys.argv[1:]))\n"
+    )
+    adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
+    given = [*words, "--task", "arc_easy", "--data", str(saved / "data"), *adapters]
+    killed = subprocess.run([sys.executable, "-c", code, *given], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = run()
+    num_batches, forwards.count = forwards.count, 0
+    assert resumed["results"] == run("--no-cache")["results"]
+    assert num_batches == forwards.count - 2
+
+
+def test_a_repeated_evaluation_computes_nothing(run, forwards, tmp_path):
+    first = run("--per-question", str(tmp_path / "first.jsonl"))
+    forwards.count = 0
+    again = run("--per-question", str(tmp_path / "again.jsonl"))
+    assert forwards.count == 0
+    assert again["results"] == first["results"]
+    assert (first["num_cached_scores"], again["num_cached_scores"]) == (0, 36)
+    assert (tmp_path / "first.jsonl").read_text() == (tmp_path / "again.jsonl").read_text()
+
+
+def test_without_a_cache_nothing_is_kept(run, tmp_path, forwards, capsys):
+    run("--no-cache")
+    forwards.stop_at = forwards.count + 2
+    run("--no-cache", code=130)
+    assert capsys.readouterr().err == "stopped; no scores are kept\n"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_scores_can_be_kept_elsewhere(run, tmp_path):
+    run("--cache", str(tmp_path / "elsewhere"))
+    assert len(list((tmp_path / "elsewhere").glob("*.jsonl"))) == 3
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_default_cache_that_can_not_be_used_is_a_warning(
+    words, saved, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cli.main([*words, "--task", "arc_easy", "--data", str(saved / "data")]) == 0
+    assert capsys.readouterr().err.startswith("warning: scores can't be kept in")
+
+
+def test_a_cache_that_can_not_be_used_is_an_error(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    run("--cache", str(tmp_path / "file" / "x"), code=2)
+    assert "error: scores can't be kept in" in capsys.readouterr().err
+
+
+def test_the_file_says_how_results_were_got(run, saved):
+    written = run("--limit", "5")
+    data = saved / "data" / "arc_easy" / "test.jsonl"
+    asked = load_question_set("arc_easy", "text", path=data, limit=5)
+    assert written["schema_version"] == 1
+    assert written["tasks"]["arc_easy"] == {
+        "split": "test",
+        "scoring": "text",
+        "num_questions": 5,
+        "questions_sha256": questions_digest(asked.questions),
+        "source": {"file": str(data), "sha256": sha256(data)},
+    }
+    weights = saved / "lora" / "adapter_model.safetensors"
+    assert written["adapters"]["a"]["path"] == str(saved / "lora")
+    assert written["adapters"]["a"]["sha256"]["adapter_model.safetensors"] == sha256(weights)
+    assert written["base_model"] == str(saved / "base")
+    assert (written["dtype"], written["attention"], written["device"]) == ("float32", "sdpa", "cpu")
+    assert set(written["versions"]) == {"loraloom", "python", "torch", "transformers"}
+    assert written["date"].endswith("+00:00")
+
+
+def test_everybody_is_compared_on_the_same_questions(run, tmp_path, capsys):
+    written = run("--per-question", str(tmp_path / "q.jsonl"))
+    pairs = [(one["first"], one["second"]) for one in written["comparisons"]]
+    assert pairs == [("a", "base"), ("b", "base"), ("a", "b")]
+    (answers,) = read_answers(tmp_path / "q.jsonl")
+    assert any(one["num_first_better"] for one in written["comparisons"])
+    for one in written["comparisons"]:
+        expected = compare(answers, one["first"], one["second"])
+        assert one["difference"] == expected.difference
+        assert one["p_value"] == expected.p_value
+        assert one["interval"] == list(expected.interval)
+    assert "a - base" in capsys.readouterr().out
+
+
+def test_pairs_can_be_chosen(run):
+    written = run("--compare", "b:a")
+    assert [(one["first"], one["second"]) for one in written["comparisons"]] == [("b", "a")]
+
+
+def test_seeds_are_reported_together(run, saved, capsys):
+    seeds = [
+        f"--adapter=mix@{seed}={saved / name}" for seed, name in enumerate(("lora", "mixlora"))
+    ]
+    written = run(adapters=seeds)
+    accuracies = [written["results"][f"mix@{seed}"]["arc_easy"]["accuracy"] for seed in (0, 1)]
+    group = written["seeds"]["mix"]
+    assert group["adapters"] == ["mix@0", "mix@1"]
+    assert group["tasks"]["arc_easy"]["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert [(one["first"], one["second"]) for one in written["comparisons"]] == [("mix", "base")]
+    assert "mean of seeds" in capsys.readouterr().out
+
+
+def test_results_are_written_in_three_forms(run, tmp_path):
+    files = [tmp_path / "out" / f"result.{suffix}" for suffix in ("csv", "md")]
+    written = run(*(word for file in files for word in ("--output", str(file))))
+    rows = list(csv.DictReader(files[0].read_text().splitlines()))
+    assert [row["adapter"] for row in rows] == ["base", "a", "b"]
+    for row in rows:
+        result = written["results"][row["adapter"]]["arc_easy"]
+        assert float(row["accuracy"]) == result["accuracy"]
+        assert [float(row["low"]), float(row["high"])] == result["interval"]
+    text = files[1].read_text()
+    assert "| adapter | arc_easy (test) |\n| --- | ---: |\n| base |" in text
+    assert "| a - base | arc_easy |" in text
+    assert written["base_fingerprint"] in text
+
+
+def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
+    built_in = run()["results"]["a"]["arc_easy"]
+    written = run(task=["--task", str(saved / "data" / "quiz.yaml")])
+    assert written["results"]["a"]["quiz"] == built_in
+    assert written["num_cached_scores"] == 36  # the same tokens
+    source = written["tasks"]["quiz"]["source"]
+    assert Path(source["task_file"]).name == "quiz.yaml"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--compare a:c", "--compare must be FIRST:SECOND, two of base, a, b, got 'a:c'"),
+        ("--output result.txt", "--output must end in .json, .csv, .md, got result.txt"),
+        ("--output a.md --output a.md", "--output must name each file once"),
+        ("--adapter mix@0=x --adapter mix@1=x --adapter mix=x", "got 'mix' and its seeds mix@0"),
+        ("--task nowhere.yaml", "nowhere.yaml must be a task's file, but there is no such file"),
+        ("--cache x --no-cache", "--cache and --no-cache exclude each other"),
+    ],
+)
+def test_bad_input_is_one_error_before_the_model_is_loaded(run, monkeypatch, capsys, more, message):
+    from loraloom.infer import loading
+
+    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
+    run(*more.split(), code=2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_tasks_of_one_name_are_an_error(run, saved, tmp_path, capsys):
+    (tmp_path / "arc_easy.yaml").write_text(TASK_FILE)
+    run("--task", str(tmp_path / "arc_easy.yaml"), code=2)
+    assert "--task must name tasks that differ, got arc_easy, arc_easy" in capsys.readouterr().err

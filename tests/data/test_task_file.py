@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loraloom.config.data import DataConfig
+from loraloom.config.run import JobConfig
+from loraloom.data import find_task, load_questions, load_training_set
+from loraloom.data.questions import load_question_set, questions_digest, sha256
+from loraloom.errors import ConfigError, DataError
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "tasks" / "custom_arc_easy.yaml"
+
+TASK = """
+data: {files: {train: rows/train.jsonl, test: rows/test.jsonl}}
+template: "Q: {{ question }}\\nA:"
+choices: options
+answer: answer
+answer_is: index
+"""
+ROW = {"question": "How many?", "options": ["one", "three"], "answer": 1, "topic": "sums"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write quiz.yaml and its rows; give the file's path."""
+
+    def write(text=TASK, *rows):
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows or (ROW,))
+        for split in ("train", "test"):
+            (tmp_path / "rows" / f"{split}.jsonl").write_text(lines)
+        (tmp_path / "quiz.yaml").write_text(text)
+        return str(tmp_path / "quiz.yaml")
+
+    return write
+
+
+def test_a_row_becomes_a_question(write):
+    (asked,) = load_questions(write())
+    assert asked.task == "quiz"
+    assert asked.contexts == ("Q: How many?\nA:",) * 2
+    assert asked.continuations == (" one", " three")
+    assert asked.normalizers == (3.0, 5.0)
+    assert (asked.labels, asked.gold, asked.group) == (("A", "B"), 1, None)
+
+
+@pytest.mark.parametrize("scoring", ["label", "text"])
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_recipe_asks_what_the_built_in_task_asks(shared_dir, scoring, split):
+    data = shared_dir / "data" / "arc_easy"
+    own = load_questions(str(RECIPE), scoring, split, data)
+    built_in = load_questions("arc_easy", scoring, split, data)
+    assert [replace(question, task="arc_easy") for question in own] == built_in
+
+
+def test_the_recipe_reads_the_same_copy_of_the_hub():
+    own, built_in = find_task(str(RECIPE)), find_task("arc_easy")
+    assert own.source == built_in.source
+    assert own.evaluation_split == built_in.evaluation_split
+
+
+@pytest.mark.parametrize(
+    ("answer_is", "answer", "gold"),
+    [
+        ("label", "B", 1),
+        ("label", " B ", 1),
+        ("index", 0, 0),
+        ("index", "1", 1),
+        ("text", "three", 1),
+    ],
+)
+def test_an_answer_is_a_label_an_index_or_a_text(write, answer_is, answer, gold):
+    text = TASK.replace("answer_is: index", f"answer_is: {answer_is}")
+    assert load_questions(write(text, {**ROW, "answer": answer}))[0].gold == gold
+
+
+def test_choices_labels_and_answer_may_be_templates(write):
+    text = """
+data: {files: {test: rows/test.jsonl}}
+template: "{{ question }}"
+choices: ["{{ first }}", "{{ second|upper }}"]
+labels: ["1", "2"]
+answer: "{{ number + 1 }}"
+delimiter: "\\n"
+normalization: none
+group: topic
+"""
+    row = {"question": "?", "first": "a", "second": "b", "number": 1, "topic": "sums"}
+    (asked,) = load_questions(write(text, row))
+    assert asked.continuations == ("\na", "\nB")
+    assert asked.normalizers == (1.0, 1.0)
+    assert (asked.labels, asked.gold, asked.group) == (("1", "2"), 1, "sums")
+
+
+def test_fields_may_be_inside_others_and_inside_lists(write):
+    text = TASK.replace("choices: options", "choices: q.options.text\nlabels: q.options.label")
+    text = text.replace("answer_is: index", "answer_is: label").replace("question }}", "q.stem }}")
+    options = [{"label": "x", "text": 1}, {"label": "y", "text": 2.5}]
+    row = {"q": {"stem": "?", "options": options}, "answer": "y"}
+    (asked,) = load_questions(write(text, row))
+    assert asked.contexts[0] == "Q: ?\nA:"
+    assert (asked.continuations, asked.labels, asked.gold) == ((" 1", " 2.5"), ("x", "y"), 1)
+
+
+def test_a_template_sees_the_choices(write):
+    text = TASK.replace("{{ question }}", "{{ choice_texts|join(',') }} {{ choice_labels[1] }}")
+    assert load_questions(write(text))[0].contexts[0] == "Q: one,three B\nA:"
+
+
+def test_scoring_by_label_offers_the_labels(write):
+    text = TASK.replace("template:", "scoring: label\ntemplate:")
+    (asked,) = load_questions(write(text))
+    assert asked.continuations == (" A", " B")
+    assert asked.normalizers == (1.0, 1.0)
+
+
+def test_a_scoring_without_a_template_is_an_error(write):
+    with pytest.raises(ConfigError, match=r"quiz.yaml: template must have one for scoring label"):
+        load_questions(write(), "label")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": None}, "field 'options' must be a list, got None"),
+        ({"options": ["one"]}, "choices must be at least 2, got 1"),
+        ({"options": ["one", ["x"]]}, r"field 'options' must be a text or a number, got \['x'\]"),
+        ({"options": ["x"] * 27}, "27 choices are more than there are letters; give labels"),
+        ({"answer": 2}, r"answer \(answer\) must be a choice's index, one of 0, 1, got '2'"),
+        ({"answer": None}, "answer must be a text or a number, got None"),
+    ],
+)
+def test_a_row_that_can_not_be_used_is_named(write, change, message):
+    with pytest.raises(DataError, match=rf"test.jsonl, line 2: {message}"):
+        load_questions(write(TASK, ROW, {**ROW, **change}))
+
+
+@pytest.mark.parametrize("field", ["options", "answer"])
+def test_a_missing_field_is_named_with_those_that_are_there(write, field):
+    row = {name: value for name, value in ROW.items() if name != field}
+    message = rf"line 1: the row has no field '{field}'; the fields there are question, "
+    with pytest.raises(DataError, match=message):
+        load_questions(write(TASK, row))
+
+
+def test_a_missing_field_of_a_template_is_named_too(write):
+    message = r"line 1: template text can't be filled in: 'question' is undefined; the row's fields"
+    with pytest.raises(DataError, match=message):
+        load_questions(write(TASK, {"options": ["a", "b"], "answer": 0}))
+
+
+def test_labels_must_fit_the_choices(write):
+    text = TASK.replace("choices: options", "choices: options\nlabels: tags")
+    with pytest.raises(DataError, match="as many labels as choices, got 1 and 2"):
+        load_questions(write(text, {**ROW, "tags": ["x"]}))
+    with pytest.raises(DataError, match="labels must differ, got x, x"):
+        load_questions(write(text, {**ROW, "tags": ["x", "x"]}))
+
+
+def test_a_broken_template_is_an_error(write):
+    with pytest.raises(DataError, match=r"quiz.yaml: template text is not valid Jinja"):
+        load_questions(write(TASK.replace("{{ question }}", "{{ question")))
+
+
+def test_a_split_that_is_not_there_is_an_error(write):
+    with pytest.raises(DataError, match=r"no split 'tset' in its data; did you mean 'test'\?"):
+        load_questions(write(), split="tset")
+
+
+def test_a_file_that_is_not_there_is_an_error(write, tmp_path):
+    path = write()
+    (tmp_path / "rows" / "test.jsonl").unlink()
+    with pytest.raises(DataError, match=r"test.jsonl: no such file"):
+        load_questions(path)
+
+
+def test_a_task_without_data_needs_a_path(write, tmp_path):
+    path = write(TASK.replace("data:", "#"))
+    with pytest.raises(DataError, match="quiz has no data of its own; give its path"):
+        load_questions(path)
+    assert len(load_questions(path, path=tmp_path / "rows")) == 1
+
+
+def test_a_job_can_learn_from_a_task_and_be_measured_on_it(write, tiny_tokenizer):
+    config = DataConfig.model_validate({"task": write(TASK, ROW, {**ROW, "question": "?"})})
+    training = load_training_set(config, tiny_tokenizer, max_length=64, seed=0)
+    assert len(training.examples) == 2
+    assert training.report[0].startswith("quiz (text): 2 rows")
+    (evaluation,) = JobConfig.model_validate(
+        {
+            "name": "a",
+            "adapter": {"method": "lora"},
+            "data": {"task": write()},
+            "train": {"learning_rate": 1e-3, "batch_size": 1, "max_steps": 1},
+            "eval": [{"task": write(), "split": "test"}],
+        }
+    ).eval
+    asked = load_questions(evaluation.task, evaluation.scoring, evaluation.split, evaluation.path)
+    assert asked[0].continuations == (" one", " three")
+
+
+def test_an_unsafe_name_is_an_error(tmp_path):
+    (tmp_path / "my quiz.yaml").write_text(TASK)
+    with pytest.raises(ConfigError, match=r"my quiz.yaml: name must be a safe file name"):
+        load_questions(str(tmp_path / "my quiz.yaml"))
+
+
+def test_questions_come_with_where_they_are_from(write, tmp_path):
+    path = write()
+    found = load_question_set(path)
+    assert (found.task, found.split, found.scoring) == ("quiz", "test", "text")
+    assert found.source == {
+        "file": str(tmp_path / "rows" / "test.jsonl"),
+        "sha256": sha256(tmp_path / "rows" / "test.jsonl"),
+        "task_file": path,
+        "task_file_sha256": sha256(Path(path)),
+    }
+    assert load_question_set("skills", limit=1).source == {"generated": "by loraloom"}
+
+
+def test_what_is_asked_has_a_hash(write):
+    asked = load_questions(write())
+    assert questions_digest(asked) == questions_digest(load_questions(write()))
+    assert questions_digest(asked) != questions_digest([replace(asked[0], gold=0)])

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loraloom.errors import DataError
+from loraloom.eval.accuracy import QuestionScore
+from loraloom.eval.answers import answers_of, read_answers
+from loraloom.eval.results import TaskScores, write_questions
+from tests.eval.scoring import question
+
+
+def scores(task="toy", names=(None, "law"), right=(True, False, True)):
+    asked = [
+        QuestionScore(question("?", ["x", "y"], 0, index), (-1.0, -2.0 if correct else 0.0))
+        for index, correct in enumerate(right)
+    ]
+    return TaskScores(task, "test", dict.fromkeys(names, asked))
+
+
+def test_answers_survive_their_file(tmp_path):
+    tasks = [scores(), scores("other", right=(False,))]
+    write_questions(tmp_path / "q.jsonl", tasks)
+    expected = [answers_of(task) for task in tasks]
+    assert read_answers(tmp_path / "q.jsonl") == expected
+    assert expected[0].right == {"base": (True, False, True), "law": (True, False, True)}
+    assert expected[0].questions == (0, 1, 2)
+
+
+def test_files_of_several_adapters_are_joined(tmp_path):
+    write_questions(tmp_path / "a.jsonl", [scores(names=[None, "a"])])
+    write_questions(tmp_path / "b.jsonl", [scores(names=[None, "b"])])
+    (task,) = read_answers(tmp_path / "a.jsonl", str(tmp_path / "b.jsonl"))
+    assert list(task.right) == ["base", "a", "b"]
+
+
+def test_other_answers_under_the_same_name_are_an_error(tmp_path):
+    write_questions(tmp_path / "a.jsonl", [scores()])
+    write_questions(tmp_path / "b.jsonl", [scores(right=(False, False, True))])
+    with pytest.raises(DataError, match=r"b.jsonl: 'base' must have the answers to toy that it"):
+        read_answers(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+
+def test_other_questions_are_an_error(tmp_path):
+    write_questions(tmp_path / "a.jsonl", [scores(names=["a"])])
+    write_questions(tmp_path / "b.jsonl", [scores(names=["b"], right=(True,))])
+    with pytest.raises(DataError, match="toy: adapters must have been asked the same questions"):
+        read_answers(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"task": "toy", "index": 0, "adapter": "a"}], "line 1: the row has no field 'chosen'"),
+        (
+            [{"task": "t", "index": 0, "adapter": "a", "chosen": "A", "correct_label": "A"}] * 2,
+            "line 2: 'a' must answer question 0 of t once, got it again",
+        ),
+    ],
+)
+def test_a_line_that_can_not_be_used_is_named(tmp_path, lines, message):
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=message):
+        read_answers(path)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from loraloom.errors import DataError
+from loraloom.eval.statistics import (
+    compare_paired,
+    holm,
+    mcnemar_p_value,
+    over_seeds,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(0, 0), (1, 0), (5, 5), (3, 11), (40, 25), (900, 1000)]
+)
+def test_mcnemar_is_scipys_binomial_test(first, second):
+    expected = 1.0 if first + second == 0 else stats.binomtest(first, first + second).pvalue
+    assert mcnemar_p_value(first, second) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar_p_value(second, first) == mcnemar_p_value(first, second)
+
+
+def test_mcnemar_stays_exact_where_floats_would_overflow():
+    assert mcnemar_p_value(0, 1000) == pytest.approx(2.0**-999)
+    assert mcnemar_p_value(0, 2000) == 0.0  # below the smallest float
+
+
+@pytest.mark.parametrize(("successes", "count"), [(0, 5), (5, 5), (1, 7), (1108, 2376)])
+def test_wilsons_interval_is_scipys(successes, count):
+    expected = stats.binomtest(successes, count).proportion_ci(method="wilson")
+    interval = wilson_interval(successes / count, count)
+    assert interval == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def answers(seed, count=400, share=0.6):
+    return (np.random.default_rng(seed).random(count) < share).astype(float).tolist()
+
+
+def test_the_paired_difference_has_the_standard_error_of_a_paired_t_test():
+    first, second = answers(0), answers(1, share=0.5)
+    comparison = compare_paired(first, second)
+    test = stats.ttest_rel(first, second)
+    assert comparison.difference == pytest.approx(np.mean(first) - np.mean(second))
+    assert comparison.difference / comparison.stderr == pytest.approx(test.statistic)
+
+
+def test_the_p_value_is_that_of_the_discordant_questions():
+    comparison = compare_paired([1, 1, 1, 0, 0, 1], [0, 0, 1, 0, 1, 0])
+    assert (comparison.num_first_better, comparison.num_second_better) == (3, 1)
+    assert comparison.p_value == pytest.approx(stats.binomtest(3, 4).pvalue)
+    assert comparison.num_examples == 6
+
+
+def test_the_bootstrap_interval_is_scipys_but_for_chance():
+    first, second = np.array(answers(2)), np.array(answers(3, share=0.5))
+    result = stats.bootstrap(
+        (first - second,),
+        np.mean,
+        n_resamples=10_000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    low, high = result.confidence_interval
+    assert compare_paired(first.tolist(), second.tolist()).interval == pytest.approx(
+        (low, high), abs=0.006
+    )
+
+
+def test_the_bootstrap_repeats_with_its_seed():
+    first, second = answers(4), answers(5)
+    assert compare_paired(first, second, seed=3) == compare_paired(first, second, seed=3)
+
+
+def test_answers_of_several_seeds_are_averaged_within_a_question():
+    thirds = compare_paired([1, 2 / 3, 0, 1], [1 / 3, 1, 0, 0])
+    assert thirds.difference == pytest.approx((2 / 3 - 1 / 3 + 1) / 4)
+    assert (thirds.num_first_better, thirds.num_second_better) == (2, 1)
+
+
+def test_equal_answers_do_not_differ():
+    same = compare_paired([1, 0, 1], [1, 0, 1])
+    assert (same.difference, same.interval, same.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_one_question_has_no_standard_error():
+    assert compare_paired([1], [0]).stderr is None
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), ([1, 0], [1])])
+def test_other_questions_can_not_be_compared(first, second):
+    with pytest.raises(DataError, match="needs the same questions of both, at least one, got"):
+        compare_paired(first, second)
+
+
+def test_seeds_have_a_mean_and_a_sample_deviation():
+    result = over_seeds([0.5, 0.6, 0.7])
+    assert (result.mean, result.sd, result.num_seeds) == (
+        pytest.approx(0.6),
+        pytest.approx(0.1),
+        3,
+    )
+    assert over_seeds([0.5]).sd is None
+
+
+def test_holm_multiplies_by_the_tests_that_are_left():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
