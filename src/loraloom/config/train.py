@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.config.objective import ObjectiveConfig, SftConfig
 from loraloom.config.optimization import (
     NEEDED_SCHEDULER_ARGS,
     REFUSED_OPTIMIZERS,
@@ -22,7 +23,7 @@ class EarlyStoppingConfig(StrictModel):
     """Stop when a metric no longer gets better."""
 
     metric: str = "eval/loss"
-    """Metric to watch, by its name in metrics.jsonl: eval/loss or eval/<task>/accuracy."""
+    """Metric to watch, by its name in metrics.jsonl: eval/loss, eval/<task>/accuracy, ..."""
     patience: int = Field(default=3, ge=1)
     """Evaluations in a row without a better value after which the job ends."""
 
@@ -30,6 +31,8 @@ class EarlyStoppingConfig(StrictModel):
 class TrainConfig(StrictModel):
     """How a job learns."""
 
+    objective: ObjectiveConfig = Field(default_factory=SftConfig)
+    """What the job minimises: sft (the default), or dpo or cpo on preference data."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate of the schedule."""
     optimizer: OptimizerName = "adamw"
@@ -49,7 +52,7 @@ class TrainConfig(StrictModel):
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """The same as a share of all steps."""
     batch_size: int = Field(default=16, ge=1)
-    """Rows in a step."""
+    """Rows in a step; with preference data, pairs of rows."""
     micro_batch_size: int = Field(
         default_factory=lambda fields: fields["batch_size"], ge=1, validate_default=True
     )
@@ -176,6 +179,11 @@ class TrainConfig(StrictModel):
         if early_stopping is not None and info.data.get("eval_steps", 1) is None:
             raise ValueError("early_stopping has no effect without eval_steps; give it")
         return early_stopping
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether an example is a chosen and a rejected answer."""
+        return not isinstance(self.objective, SftConfig)
 
     def warmup_steps_of(self, num_training_steps: int) -> int:
         """Warm-up in steps, of a job of so many; a share is rounded up, as transformers does."""

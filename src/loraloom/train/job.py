@@ -17,7 +17,9 @@ from loraloom.data.training_set import TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key
 from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss, StepReport
+from loraloom.train.objectives import build_objective
 from loraloom.train.optimizers import build_optimizer, build_scheduler
+from loraloom.train.reference import Reference
 from loraloom.train.selection import Selection, metric_mode
 from loraloom.train.window import StepOrder, Window
 
@@ -39,7 +41,7 @@ class Position:
     step: int = 0
     micro_step: int = 0
     tokens: int = 0
-    loss: dict[str, float | None] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
+    loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
     evaluated_step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
@@ -52,15 +54,24 @@ class Job:
         config: What the run file says of it.
         adapter: Its weights, on the host.
         training_set: Its data.
+        reference: What its objective compares with, if it does.
 
     Raises:
         ConfigError: If optimizer or scheduler don't take their arguments.
     """
 
-    def __init__(self, config: JobConfig, adapter: Adapter, training_set: TrainingSet):
+    def __init__(
+        self,
+        config: JobConfig,
+        adapter: Adapter,
+        training_set: TrainingSet,
+        reference: Reference | None = None,
+    ):
         self.config = config
         self.adapter = adapter
         self.training_set = training_set
+        self.objective = build_objective(config.train.objective)
+        self.reference = reference
         self.order = StepOrder(training_set, config.train)
         self.optimizer = build_optimizer(config.train, adapter)
         self.scheduler = build_scheduler(
@@ -114,7 +125,7 @@ class Job:
         window = self.window
         examples = window.micro_batch(self.position.micro_step)
         keys = [sample_key(self.config.seed, window.epoch, one.sample_id) for one in examples]
-        return MicroBatch(self.adapter, examples, keys, window)
+        return MicroBatch(self.adapter, examples, keys, window, self.objective, self.reference)
 
     def accept(self, micro_batch: MicroBatch, loss: MicroBatchLoss) -> StepReport | None:
         """Count a micro-batch whose gradient is there; after the last one of a step, make it.
@@ -130,7 +141,7 @@ class Job:
         position = self.position
         position.micro_step += 1
         position.tokens += micro_batch.num_tokens
-        total = MicroBatchLoss(**position.loss) + loss  # pyright: ignore[reportArgumentType]
+        total = MicroBatchLoss(**position.loss) + loss
         position.loss = asdict(total)
         if position.micro_step < self.window.num_micro_batches:
             return None
@@ -187,6 +198,7 @@ class Job:
             "scheduler": self.scheduler.state_dict(),
             "position": asdict(self.position),
             "selection": asdict(self.selection),
+            "reference": {} if self.reference is None else self.reference.log_probs,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -199,6 +211,8 @@ class Job:
         self.scheduler.load_state_dict(state["scheduler"])
         self.position = Position(**state["position"])
         self.selection = Selection(**state["selection"])
+        if self.reference is not None:
+            self.reference.log_probs = state["reference"]
 
     def _make_step(self, loss: MicroBatchLoss) -> StepReport:
         grad_norm = self._clip()

@@ -19,6 +19,7 @@ from loraloom.train.evaluation import Evaluation, Evaluator
 from loraloom.train.job import Job
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress, Progress
+from loraloom.train.reference import load_reference
 from loraloom.train.results import JobResult, describe_environment
 from loraloom.train.tracking import check_trackers
 
@@ -125,13 +126,15 @@ def _build_jobs(
     for config in configs:
         try:
             adapter = host.add(config.name, config.adapter, config.seed)
-            key = (config.data.model_dump_json(), config.train.max_length, config.seed)
+            reference = load_reference(host, config.train.objective)
+            max_length, as_pairs = config.train.max_length, config.train.learns_from_pairs
+            key = (config.data.model_dump_json(), max_length, config.seed, as_pairs)
             if key not in training_sets:
                 training_sets[key] = load_training_set(
-                    config.data, tokenizer, config.train.max_length, config.seed
+                    config.data, tokenizer, max_length, config.seed, as_pairs=as_pairs
                 )
             _check_enough(config, training_sets[key])
-            jobs.append(Job(config, adapter, training_sets[key]))
+            jobs.append(Job(config, adapter, training_sets[key], reference))
         except LoraloomError as error:
             raise type(error)(f"job {config.name}: {error}") from error
     return jobs

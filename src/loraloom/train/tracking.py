@@ -20,8 +20,8 @@ Metrics = dict[str, float | int | None]
 def step_metrics(report: StepReport, seconds: float) -> Metrics:
     """Name what a step did, as metrics.jsonl has it.
 
-    `tokens` and `seconds` are totals since the job and the run began; `loss` is the mean over the
-    step's labels, `aux_loss` the router losses with their coefficients.
+    `tokens` and `seconds` are totals since the job and the run began; `loss` is the objective's
+    over the whole step, `aux_loss` the router losses with their coefficients.
     """
     loss = report.loss
     metrics: Metrics = {
@@ -37,7 +37,7 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
     if loss.router_entropy is not None:
         metrics["router/entropy"] = loss.router_entropy
         metrics["router/load_cv"] = loss.router_load_cv
-    return metrics
+    return metrics | loss.metrics
 
 
 class Tracker(ABC):
