@@ -6,9 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC
@@ -18,7 +16,14 @@ from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key
 from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss, StepReport
 from loraloom.train.objectives import build_objective
-from loraloom.train.optimizers import build_optimizer, build_scheduler
+from loraloom.train.optimizers import (
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    copy_all,
+    learning_state,
+    load_learning_state,
+)
 from loraloom.train.reference import Reference
 from loraloom.train.selection import Selection, metric_mode
 from loraloom.train.window import StepOrder, Window
@@ -178,7 +183,7 @@ class Job:
         They are the present ones, unless no micro-batch went through them since the last step.
         """
         if self._proven is not None:
-            _copy_all(self.parameters.values(), self._proven)
+            copy_all(self.parameters.values(), self._proven)
         self.release()
 
     def release(self) -> None:
@@ -189,12 +194,9 @@ class Job:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a later process needs to go on, in tensors and plain values."""
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         return {
-            "weights": {name: p.detach() for name, p in self.parameters.items()},
-            "gradients": grads,
+            **learning_state(self.parameters, self.optimizer),
             "proven": self._proven,
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "position": asdict(self.position),
             "selection": asdict(self.selection),
@@ -203,11 +205,8 @@ class Job:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        _copy_all(self.parameters.values(), state["weights"].values())
-        for name, gradient in state["gradients"].items():
-            self.parameters[name].grad = gradient.to(self.parameters[name].device)
+        load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
-        self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.position = Position(**state["position"])
         self.selection = Selection(**state["selection"])
@@ -231,9 +230,7 @@ class Job:
         return StepReport(position.step, epoch, loss, learning_rate, grad_norm, position.tokens)
 
     def _clip(self) -> float:
-        max_norm = self.config.train.max_grad_norm
-        bound = math.inf if max_norm is None else max_norm
-        grad_norm = float(clip_grad_norm_(list(self.parameters.values()), bound))
+        grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)
         self._check_finite("gradient norm", grad_norm, self.position.step + 1)
         return grad_norm
 
@@ -246,9 +243,3 @@ class Job:
             f"job {self.name}, step {step}: {fault}; its last good weights are kept; "
             "lower learning_rate, or look at the data"
         )
-
-
-def _copy_all(targets: Any, values: Any) -> None:
-    with torch.no_grad():
-        for target, value in zip(targets, values, strict=True):
-            target.copy_(value)

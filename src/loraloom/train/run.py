@@ -13,7 +13,7 @@ from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
-from loraloom.train.checkpoint import Snapshot
+from loraloom.train.checkpoint import Snapshot, describe_changes
 from loraloom.train.engine import Engine, Surroundings, describe_base
 from loraloom.train.evaluation import Evaluation, Evaluator
 from loraloom.train.job import Job
@@ -168,18 +168,10 @@ def _check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) ->
     for job in run.jobs:
         record = snapshot.jobs.get(job.name)
         if record is not None:
-            changes = _changes(record.settings, job.model_dump(mode="json"))
+            changes = describe_changes(record.settings, job.model_dump(mode="json"))
             changed += [f"job {job.name}: {change}" for change in changes]
     if changed:
         raise ConfigError(
             "--resume needs the settings that the run began with, these differ: "
             f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
         )
-
-
-def _changes(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        parts = [_changes(old.get(key), new.get(key), f"{path}.{key}".strip(".")) for key in keys]
-        return [change for part in parts for change in part]
-    return [] if old == new else [f"{path} was {old!r} and is {new!r}"]

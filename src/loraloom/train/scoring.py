@@ -47,7 +47,7 @@ def label_log_probs(host: Host, rows: Sequence[Row], pad_id: int) -> list[Tensor
         A tensor for each row in their order, [N], float64 on the CPU.
     """
     log_probs: dict[int, Tensor] = {}
-    with _evaluating(host):
+    with evaluating(host):
         for places in _batches(rows):
             batch = [rows[place] for place in places]
             parts = _batch_log_probs(host, batch, pad_id)
@@ -68,7 +68,8 @@ def _batch_log_probs(host: Host, rows: Sequence[Row], pad_id: int) -> Sequence[T
 
 
 @contextmanager
-def _evaluating(host: Host) -> Iterator[None]:
+def evaluating(host: Host) -> Iterator[None]:
+    """Switch dropout and jitter off for a while."""
     training = host.training
     host.eval()
     try:
