@@ -74,7 +74,7 @@ RUN_FAULTS = [
     ({"dtype": "float16"}, "dtype must be float32 or bfloat16 in training, got float16"),
     ({"device": "gpu"}, "device must be auto, cpu, cuda"),
     ({"attn_implementation": "flash_attention_2"}, "computes in 16 bits only"),
-    ({"trackers": ["wandb"]}, "'jsonl' or 'tensorboard'"),
+    ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
     ({"base_model": ""}, "at least 1 character"),
     ({"jobs": []}, "at least 1 item"),
 ]

@@ -166,7 +166,7 @@ class RunConfig(StrictModel):
     """How transformers computes attention; null for its own choice."""
     output_dir: Path
     """Directory of the results, one directory a job in it."""
-    trackers: tuple[Literal["jsonl", "tensorboard"], ...] = ("jsonl",)
+    trackers: tuple[Literal["jsonl", "tensorboard", "trackio", "wandb"], ...] = ("jsonl",)
     """Where metrics go. metrics.jsonl is always written."""
     jobs: tuple[JobConfig, ...] = Field(min_length=1)
     """Adapters to train, all in the same steps."""
