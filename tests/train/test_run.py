@@ -260,3 +260,15 @@ def test_a_reference_that_is_not_there_stops_the_run_before_it_begins(inputs, tm
     with pytest.raises(loraloom.errors.FormatError, match=r"job plain: .*gone"):
         train(run, score)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_goes_on_from_an_adapter_and_is_held_at_it(inputs, tmp_path):
+    train(settings(inputs, tmp_path / "first"), score)
+    start = str(tmp_path / "first" / "plain")
+    run = preference_settings(inputs, tmp_path / "out", reference=start).model_dump(mode="json")
+    run["jobs"][0]["start_from"] = start
+    train(RunConfig.model_validate(run), score)
+    lines = (tmp_path / "out/plain/metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line)["rewards/margins"] for line in lines[:2])
+    assert first == pytest.approx(0, abs=1e-5)
+    assert abs(second) > 1e-4

@@ -55,6 +55,8 @@ class JobConfig(StrictModel):
     """Seed of the initial weights, the order of the data, dropout and jitter."""
     adapter: AdapterConfig
     """Method and size of the adapter."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Adapter to start from, by directory or hub id, of the same method and size; null for new."""
     data: DataConfig
     """What the job learns from."""
     train: TrainConfig

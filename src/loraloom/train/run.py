@@ -21,6 +21,7 @@ from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress, Progress
 from loraloom.train.reference import load_reference
 from loraloom.train.results import JobResult, describe_environment
+from loraloom.train.start import load_start
 from loraloom.train.tracking import check_trackers
 
 
@@ -126,6 +127,8 @@ def _build_jobs(
     for config in configs:
         try:
             adapter = host.add(config.name, config.adapter, config.seed)
+            if config.start_from is not None:
+                load_start(host, adapter, config.start_from)
             reference = load_reference(host, config.train.objective)
             max_length, as_pairs = config.train.max_length, config.train.learns_from_pairs
             key = (config.data.model_dump_json(), max_length, config.seed, as_pairs)
