@@ -71,6 +71,14 @@ CONTRADICTIONS = [
     ({**CHAT, "path": "data"}, "path has no effect on a dataset"),
     ({**CHAT, "scoring": "text"}, "scoring has no effect on a dataset"),
     ({**CHAT, "template": "alpaca"}, "template has no effect on format chat"),
+    (
+        {"dataset": "a.jsonl", "format": "preference", "template": "alpaca"},
+        "template has no effect on format preference",
+    ),
+    (
+        {"dataset": "a.jsonl", "format": "preference", "fields": {"output": "t"}},
+        "fields must map prompt, chosen, rejected to column names, got output",
+    ),
     ({**CHAT, "split": "train"}, "split has no effect on a file"),
     ({**CHAT, "config": "main"}, "config has no effect on a file"),
     ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages to column names, got turns"),

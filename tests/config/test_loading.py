@@ -98,7 +98,8 @@ def test_all_faults_are_in_one_message(tmp_path):
             f"jobs.1.{safe} letter or digit), got 'A/B'",
             "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, dropout, init, "
             "method, rank, rank_stabilized, target_modules, weight_decomposition",
-            "jobs.1.data.mix.1.format must be given with a dataset: instruction, chat or text",
+            "jobs.1.data.mix.1.format must be given with a dataset: instruction, chat, text or "
+            "preference",
         ]
     )
 
@@ -137,6 +138,29 @@ def test_all_faults_are_in_one_message(tmp_path):
             "jobs.1.train.eval_steps=5",
             "jobs.1.train.eval_steps has nothing to evaluate; "
             "give data.validation_fraction, data.validation or eval",
+        ),
+        (
+            "jobs.1.train.objective={name: dpoo}",
+            "jobs.1.train.objective.name must be sft or dpo or cpo, got 'dpoo'; "
+            "did you mean 'dpo'?",
+        ),
+        (
+            "jobs.1.train.objective={beta: 1}",
+            "jobs.1.train.objective.name must be sft or dpo or cpo, it is missing",
+        ),
+        (
+            "jobs.0.train.objective={name: dpo, beta: 0}",
+            "jobs.0.train.objective.beta must be greater than 0, got 0",
+        ),
+        (
+            "jobs.0.train.objective={name: cpo, reference: base}",
+            "jobs.0.train.objective: unknown key 'reference'; known keys are beta, cpo_alpha, "
+            "label_smoothing, loss_type, name",
+        ),
+        (
+            "jobs.1.train.objective={name: dpo}",
+            "jobs.1.train.objective dpo needs pairs of answers: a task, or a dataset of format "
+            "preference, got format instruction",
         ),
         (
             "jobs.0.adapter.target_modules=attention",

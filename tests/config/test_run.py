@@ -4,6 +4,9 @@ from pydantic import ValidationError
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.config.run import JobConfig, RunConfig
 
+PAIRS = {"dataset": "pairs.jsonl", "format": "preference"}
+DPO = {"num_epochs": 1, "objective": {"name": "dpo"}}
+
 
 def job(**settings):
     defaults = {
@@ -83,7 +86,7 @@ RUN_FAULTS = [
     ({"dtype": "float16"}, "dtype must be float32 or bfloat16 in training, got float16"),
     ({"device": "gpu"}, "device must be auto, cpu, cuda"),
     ({"attn_implementation": "flash_attention_2"}, "computes in 16 bits only"),
-    ({"trackers": ["wandb"]}, "'jsonl' or 'tensorboard'"),
+    ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
     ({"base_model": ""}, "at least 1 character"),
     ({"jobs": []}, "at least 1 item"),
 ]
@@ -112,6 +115,14 @@ def test_jobs_made_in_python_are_checked_too():
         run(made, made)
 
 
+def test_an_objective_for_pairs_may_select_by_its_accuracy():
+    stopping = {"metric": "eval/rewards/accuracies"}
+    train = {**DPO, "eval_steps": 5, "early_stopping": stopping}
+    data = {"mix": [PAIRS, {"task": "piqa"}], "validation_fraction": 0.1}
+    assert selection_metric(data=data, train=train) == stopping["metric"]
+    assert selection_metric(data=data, train=DPO) == "eval/loss"
+
+
 WATCHED = {"num_epochs": 1, "eval_steps": 5}
 JOB_FAULTS = [
     ({"name": "a/b"}, "name must be a safe file name"),
@@ -130,6 +141,15 @@ JOB_FAULTS = [
     ),
     ({"eval": [{"task": "piqa"}, {"task": "piqa", "limit": 5}]}, "eval must name each task once"),
     ({"eval": [{"task": "skills", "path": "data"}]}, "path has no effect on skills"),
+    ({"data": PAIRS}, "train.objective must be dpo or cpo for data of format preference, got sft"),
+    (
+        {"train": DPO, "data": {"mix": [PAIRS, {"dataset": "a.jsonl", "format": "chat"}]}},
+        "train.objective dpo needs pairs of answers: .* got format chat",
+    ),
+    (
+        {"train": DPO, "data": {**PAIRS, "validation": {"dataset": "a.txt", "format": "text"}}},
+        "got format text",
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
+from loraloom.config.objective import DpoConfig, SftConfig
 from loraloom.config.train import TrainConfig
 
 
@@ -29,6 +30,12 @@ def test_clipping_can_be_switched_off():
     assert TrainConfig(num_epochs=1, max_grad_norm=None).max_grad_norm is None
 
 
+def test_the_objective_is_supervised_fine_tuning_by_default():
+    assert TrainConfig(num_epochs=1).objective == SftConfig()
+    assert not TrainConfig(num_epochs=1).learns_from_pairs
+    assert TrainConfig(num_epochs=1, objective=DpoConfig()).learns_from_pairs
+
+
 CONTRADICTIONS = [
     ({"num_epochs": None}, "max_steps or num_epochs must be given"),
     ({"max_steps": 5}, "max_steps and num_epochs exclude each other, got 5 and 1"),
@@ -53,6 +60,16 @@ CONTRADICTIONS = [
     ({"batch_size": 4, "micro_batch_size": 8}, "micro_batch_size must divide batch_size=4, got 8"),
     ({"early_stopping": {}}, "early_stopping has no effect without eval_steps"),
     ({"learning_rate": 0}, "greater than 0"),
+    (
+        {"objective": {"name": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}},
+        "label_smoothing has no effect on loss_type ipo",
+    ),
+    (
+        {"objective": {"name": "cpo", "loss_type": "hinge", "label_smoothing": 0.1}},
+        "label_smoothing has no effect on loss_type hinge",
+    ),
+    ({"objective": {"name": "dpo", "label_smoothing": 0.5}}, "less than 0.5"),
+    ({"objective": {"name": "dpo", "loss_type": "hinge"}}, "'sigmoid' or 'ipo'"),
     ({"max_length": 1}, "greater than or equal to 2"),
 ]
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.data import NO_LOSS, load_training_set
+from loraloom.data import NO_LOSS, find_task, load_training_set
 from loraloom.errors import DataError
 
 
@@ -36,8 +36,9 @@ def quiz(tmp_path):
     return str(tmp_path)
 
 
-def load(tokenizer, *, max_length=64, seed=0, **data):
-    return load_training_set(DataConfig.model_validate(data), tokenizer, max_length, seed)
+def load(tokenizer, *, max_length=64, seed=0, as_pairs=False, **data):
+    config = DataConfig.model_validate(data)
+    return load_training_set(config, tokenizer, max_length, seed, as_pairs=as_pairs)
 
 
 def answer(tokenizer, example):
@@ -180,6 +181,41 @@ def test_held_out_rows_of_a_task_are_questions_too(tiny_tokenizer, quiz):
         text = tiny_tokenizer.decode(example.input_ids)
         right = question.contexts[question.gold] + question.continuations[question.gold]
         assert text == f"{right}<eos>"
+
+
+@pytest.mark.parametrize(
+    ("scoring", "answers"), [("label", [" A<eos>", " B<eos>"]), ("text", [" yes<eos>", " no<eos>"])]
+)
+def test_a_task_gives_preferences_of_the_right_answer_over_a_wrong_one(
+    tiny_tokenizer, quiz, scoring, answers
+):
+    data = {"task": "piqa", "path": quiz, "scoring": scoring}
+    loaded = load(tiny_tokenizer, max_length=256, as_pairs=True, **data)
+    pairs = [[answer(tiny_tokenizer, row) for row in pair.rows] for pair in loaded.examples[:2]]
+    assert pairs == [answers, answers[::-1]]
+    ids = [row.sample_id for pair in loaded.examples for row in pair.rows]
+    assert ids == list(range(20))
+    assert "10 rows, 10 pairs, " in loaded.report[0]
+
+
+def test_wrong_answers_take_turns():
+    task = find_task("skills")
+    rows = task.load_rows("train")[:12]
+    questions = [task.question(row, 0, "text") for row in rows]
+    for index, (row, question) in enumerate(zip(rows, questions, strict=True)):
+        right, wrong = task.preference_texts(row, index, "text")
+        choices = list(zip(question.contexts, question.continuations, strict=True))
+        assert right == choices.pop(question.gold)
+        assert wrong == choices[index % len(choices)]
+
+
+def test_preferences_are_held_out_as_pairs(tiny_tokenizer, tmp_path):
+    rows = [{"prompt": f"{n}?", "chosen": " yes", "rejected": " no"} for n in range(8)]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    data = {"dataset": path, "format": "preference", "validation_fraction": 0.25}
+    loaded = load(tiny_tokenizer, as_pairs=True, **data)
+    assert (len(loaded.examples), len(loaded.validation)) == (6, 2)
+    assert all(len(pair.rows) == 2 for pair in [*loaded.examples, *loaded.validation])
 
 
 def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, quiz):

@@ -18,6 +18,8 @@ def save_inputs(directory: Path) -> Path:
     save_tiny(directory)
     rows = [{"instruction": f"Say {word} {n}", "output": word} for n in (1, 2) for word in WORDS]
     (directory / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pairs = [{"prompt": f"Say {word}", "chosen": f" {word}", "rejected": " no"} for word in WORDS]
+    (directory / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs))
     (directory / "arc_easy").mkdir()
     choices = {"text": ["one", "two", "blue"], "label": ["A", "B", "C"]}
     questions = [

@@ -16,8 +16,16 @@ from loraloom.train.checkpoint import SnapshotStore
 from loraloom.train.engine import Engine
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.results import read_result
-from tests.tiny import relative_error
-from tests.train.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
+from tests.tiny import randomise, relative_error
+from tests.train.toy import (
+    ADAPTERS,
+    toy_config,
+    toy_engine,
+    toy_host,
+    toy_pair_set,
+    toy_set,
+    weights_of,
+)
 
 
 def matrix(max_steps: int = 20):
@@ -401,3 +409,108 @@ def test_card_names_data_and_results(tmp_path):
     assert "toy: 16 rows" in card
     assert "| eval/loss |" in card
     assert "chosen by eval/loss after step 2" in card
+
+
+PAIR_METRICS = {
+    f"{name}/{answer}" for name in ("rewards", "logps") for answer in ("chosen", "rejected")
+} | {"rewards/accuracies", "rewards/margins"}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Directory of an adapter to stay near."""
+    host, directory = toy_host(torch.float32), tmp_path_factory.mktemp("start") / "start"
+    randomise(host.add("start", ADAPTERS["mixlora"]), seed=3)
+    host.save("start", directory)
+    return str(directory)
+
+
+def preference_matrix(start: str, max_steps: int = 9):
+    """Jobs of all objectives, with evaluations, several epochs and micro-batches."""
+    objectives = {
+        "sft": {"name": "sft"},
+        "dpo": {"name": "dpo", "beta": 0.5, "label_smoothing": 0.1},
+        "ipo": {"name": "dpo", "loss_type": "ipo", "reference": start},
+        "cpo": {"name": "cpo"},
+    }
+    configs = [
+        toy_config(
+            name,
+            ADAPTERS[method],
+            seed=seed,
+            objective=objective,
+            batch_size=4,
+            micro_batch_size=2,
+            max_steps=max_steps,
+            eval_steps=3,
+            data={"task": "skills", "validation_fraction": 0.5},
+        )
+        for seed, ((name, objective), method) in enumerate(
+            zip(objectives.items(), ADAPTERS, strict=True)
+        )
+    ]
+    sets = {
+        name: (toy_set if name == "sft" else toy_pair_set)(10, num_validation=3)
+        for name in objectives
+    }
+    return configs, sets
+
+
+def test_jobs_of_all_objectives_train_together_as_they_do_alone(tmp_path, start):
+    configs, sets = preference_matrix(start)
+    together = trained_weights(toy_engine(tmp_path / "all", configs, sets))
+    for config in configs:
+        alone = trained_weights(toy_engine(tmp_path / config.name, [config], sets))
+        for name, weight in alone[config.name].items():
+            assert relative_error(together[config.name][name], weight) < 1e-9, name
+
+
+def test_a_resumed_run_of_all_objectives_equals_an_unbroken_one_bit_by_bit(tmp_path, start):
+    configs, sets = preference_matrix(start)
+    toy_engine(tmp_path / "unbroken", configs, sets, dtype=torch.float32).run()
+    broken = toy_engine(tmp_path / "broken", configs, sets, dtype=torch.float32)
+    interrupted(broken, after_round=9)
+    resumed(tmp_path / "broken", configs, sets, dtype=torch.float32).run()
+    for config in configs:
+        tensors, expected = (
+            load_file(tmp_path / run / config.name / "adapter_model.safetensors")
+            for run in ("broken", "unbroken")
+        )
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected), config.name
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "cpo"])
+def test_preferences_are_learnt_and_measured(tmp_path, start, name):
+    configs, sets = preference_matrix(start, max_steps=12)
+    (config,) = [config for config in configs if config.name == name]
+    engine = toy_engine(tmp_path, [config], sets)
+    (result,) = engine.run()
+    assert engine.host.adapters == {}
+    lines = read_metrics(tmp_path / name)
+    steps = [line for line in lines if "loss" in line]
+    measured = [line for line in lines if "eval/loss" in line]
+    expected = PAIR_METRICS | ({"nll_loss"} if name == "cpo" else set())
+    assert expected <= set(steps[0])
+    assert {f"eval/{metric}" for metric in expected} <= set(measured[0])
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"]
+    assert measured[-1]["eval/rewards/margins"] > measured[0]["eval/rewards/margins"]
+    assert result.metrics["eval/loss"] == min(line["eval/loss"] for line in measured)
+
+
+def test_held_out_pairs_are_measured_as_one_step_of_them_would_be(tmp_path):
+    config = toy_config(
+        "a", objective={"name": "dpo"}, data={"task": "skills", "validation_fraction": 0.5}
+    )
+    sets = {"a": toy_pair_set(4, num_validation=0)}
+    sets["a"].validation.extend(sets["a"].examples)
+    adapter = ADAPTERS["lora"].model_copy(update={"dropout": 0.0})
+    engine = toy_engine(tmp_path, [config.model_copy(update={"adapter": adapter})], sets)
+    job = engine.jobs["a"]
+    randomise(job.adapter)
+    measured = engine._evaluation.measure([job])["a"]
+    engine.host.train()
+    (loss,) = step.forward_backward(engine.host, [job.micro_batch()], 0)
+    assert measured == pytest.approx(
+        {"eval/loss": loss.loss} | {f"eval/{name}": value for name, value in loss.metrics.items()}
+    )

@@ -229,3 +229,46 @@ def test_gradient_checkpointing_of_one_job_changes_no_weights(inputs, tmp_path):
     for name in plain:
         for key, tensor in plain[name].items():
             torch.testing.assert_close(checked[name][key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def preference_settings(inputs, output_dir, **objective):
+    """Make a run of two jobs that learn from pairs: of a file, and of a task."""
+    run = run_settings(inputs, output_dir)
+    pairs = {"dataset": str(inputs / "pairs.jsonl"), "format": "preference"}
+    run["jobs"][0]["data"] = {**pairs, "validation_fraction": 0.25}
+    run["jobs"][0]["train"]["objective"] = {"name": "dpo", **objective}
+    run["jobs"][1]["train"]["objective"] = {"name": "cpo"}
+    return RunConfig.model_validate(run)
+
+
+def test_preferences_of_a_file_and_of_a_task_are_learnt_together(inputs, tmp_path, monkeypatch):
+    train(settings(inputs, tmp_path / "first", max_steps=1), score)
+    reference = str(tmp_path / "first" / "mixture")
+    whole = train(preference_settings(inputs, tmp_path / "out", reference=reference), score)
+    assert whole[0].metrics["eval/rewards/accuracies"] <= 1
+    assert whole[1].data[0].startswith("arc_easy (text): 5 rows, 5 pairs")
+    run = preference_settings(inputs, tmp_path / "resumed", reference=reference)
+    killed(run, monkeypatch, 3)
+    train(run, score, resume=True)
+    expected = weights(tmp_path / "out")
+    for name, tensors in weights(tmp_path / "resumed").items():
+        assert all(torch.equal(tensors[key], value) for key, value in expected[name].items())
+
+
+def test_a_reference_that_is_not_there_stops_the_run_before_it_begins(inputs, tmp_path):
+    run = preference_settings(inputs, tmp_path / "out", reference=str(tmp_path / "gone"))
+    with pytest.raises(loraloom.errors.FormatError, match=r"job plain: .*gone"):
+        train(run, score)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_goes_on_from_an_adapter_and_is_held_at_it(inputs, tmp_path):
+    train(settings(inputs, tmp_path / "first"), score)
+    start = str(tmp_path / "first" / "plain")
+    run = preference_settings(inputs, tmp_path / "out", reference=start).model_dump(mode="json")
+    run["jobs"][0]["start_from"] = start
+    train(RunConfig.model_validate(run), score)
+    lines = (tmp_path / "out/plain/metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line)["rewards/margins"] for line in lines[:2])
+    assert first == pytest.approx(0, abs=1e-5)
+    assert abs(second) > 1e-4

@@ -5,6 +5,7 @@ from loraloom.train.selection import Selection, metric_mode
 
 def test_accuracies_grow_and_losses_fall():
     assert metric_mode("eval/piqa/accuracy") == "max"
+    assert metric_mode("eval/rewards/margins") == "max"
     assert metric_mode("eval/loss") == "min"
     assert metric_mode(None) == "min"
 

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
-from loraloom.data.examples import NO_LOSS, Example, collate
+from loraloom.data.examples import Example, collate
 from loraloom.models.host import Host
 from loraloom.train.job import Job
 from loraloom.train.micro_batch import MicroBatchLoss
-from loraloom.train.step import forward_backward, label_losses
-from tests.tiny import METHODS, relative_error
+from loraloom.train.step import forward_backward
+from tests.tiny import METHODS, randomise, relative_error
 from tests.train.toy import (
     ADAPTERS,
     PAD_ID,
@@ -86,15 +88,6 @@ def test_loss_is_the_base_models_own_while_an_adapter_is_new():
     job = add_job(host, toy_config("a", LoraConfig(rank=2), batch_size=5))
     expected = mean_label_loss(host, job.window.examples)
     assert run_window(host, [job])["a"].loss == pytest.approx(expected, rel=1e-12)
-
-
-def test_label_losses_are_in_the_order_of_rows_and_places():
-    host = toy_host()
-    labels = torch.tensor([[5, 6, NO_LOSS, 7], [NO_LOSS, NO_LOSS, 9, NO_LOSS]])
-    hidden_states = torch.randn(2, 4, 32, dtype=torch.float64)
-    log_p = host.logits(hidden_states).log_softmax(-1)
-    expected = [-log_p[0, 0, 6], -log_p[0, 2, 7], -log_p[1, 1, 9]]
-    torch.testing.assert_close(label_losses(host, hidden_states, labels), torch.stack(expected))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -181,3 +174,86 @@ def test_example_without_a_label_that_is_predicted_has_loss_zero():
     training_set.examples[0] = Example((5,), (5,), 0)
     job = add_job(host, toy_config("a", LoraConfig(rank=2), batch_size=1), training_set)
     assert run_window(host, [job])["a"].loss == 0
+
+
+OBJECTIVES = {
+    "dpo": {"name": "dpo", "beta": 0.5},
+    "ipo": {"name": "dpo", "loss_type": "ipo"},
+    "cpo": {"name": "cpo"},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_gradient_of_a_pair_eight_times_is_that_of_eight_pairs_at_once(method, objective):
+    adapter = without_router_loss(ADAPTERS[method])
+    results = []
+    for micro_batch_size in (8, 1, 2):
+        host = toy_host()
+        config = toy_config(
+            "a",
+            adapter,
+            objective=OBJECTIVES[objective],
+            batch_size=8,
+            micro_batch_size=micro_batch_size,
+        )
+        job = add_job(host, config, random=True)
+        results.append((run_window(host, [job])["a"], gradients_of(job)))
+    for loss, gradients in results[1:]:
+        assert loss.loss == pytest.approx(results[0][0].loss, rel=1e-9)
+        assert loss.metrics == pytest.approx(results[0][0].metrics, rel=1e-9)
+        assert_same(gradients, results[0][1], 1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_jobs_of_different_objectives_share_a_forward_and_equal_each_alone(objective):
+    configs = [
+        toy_config("sft", ADAPTERS["mixlora"], batch_size=6, micro_batch_size=3),
+        toy_config(
+            "pairs",
+            ADAPTERS["dora"],
+            seed=4,
+            objective=OBJECTIVES[objective],
+            batch_size=4,
+            micro_batch_size=2,
+        ),
+        toy_config("dpo", ADAPTERS["lora"], seed=2, objective=OBJECTIVES["dpo"]),
+    ]
+    host = toy_host()
+    jobs = [add_job(host, config, random=True) for config in configs]
+    together = run_window(host, jobs)
+    for config, job in zip(configs, jobs, strict=True):
+        alone_host = toy_host()
+        alone = add_job(alone_host, config, random=True)
+        loss = run_window(alone_host, [alone])[config.name]
+        assert together[config.name].loss == pytest.approx(loss.loss, rel=1e-9)
+        assert together[config.name].metrics == pytest.approx(loss.metrics, rel=1e-9)
+        assert_same(gradients_of(job), gradients_of(alone), 1e-6)
+
+
+def test_a_new_adapter_has_no_margin_to_the_base_model():
+    host = toy_host()
+    config = toy_config("a", LoraConfig(rank=2), objective=OBJECTIVES["dpo"])
+    loss = run_window(host, [add_job(host, config)])["a"]
+    assert loss.loss == pytest.approx(math.log(2))
+    assert loss.metrics["rewards/margins"] == pytest.approx(0, abs=1e-12)
+
+
+def test_an_adapter_as_reference_is_what_margins_are_measured_from(tmp_path):
+    host = toy_host()
+    randomise(host.add("start", METHODS["mixlora"], seed=3), seed=3)
+    host.save("start", tmp_path / "start")
+    objective = {"name": "dpo", "reference": str(tmp_path / "start")}
+    job = add_job(host, toy_config("a", METHODS["mixlora"], objective=objective))
+    job.adapter.load_state_dict(host.adapter("start").state_dict())
+    loss = run_window(host, [job])["a"]
+    assert loss.loss == pytest.approx(math.log(2))
+    assert loss.aux_loss > 0
+    reference = host.adapter(job.reference.adapter_name)
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_the_rows_of_a_pair_are_samples_of_their_own():
+    host = toy_host()
+    part = add_job(host, toy_config("a", objective=OBJECTIVES["dpo"])).micro_batch()
+    assert len(set(part.sample_keys)) == len(part.examples) == 8

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import loraloom
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.config.run import JobConfig
-from loraloom.data.examples import NO_LOSS, Example
+from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
 from loraloom.train.engine import Engine, Surroundings
@@ -25,6 +25,7 @@ from loraloom.train.evaluation import Evaluation, Evaluator
 from loraloom.train.job import Job
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress, Progress
+from loraloom.train.reference import load_reference
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
 PAD_ID = 0
@@ -89,6 +90,41 @@ def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: An
     )
 
 
+def toy_pairs(
+    count: int, seed: int = 0, longest: int = 9, first_id: int = 0
+) -> list[PreferencePair]:
+    """Prefer counting up to counting down from the same two tokens; lengths differ."""
+    generator = random.Random(seed)
+    pairs = []
+    for place in range(count):
+        start, first_sample = generator.randrange(20, 40), first_id + 2 * place
+        answers = []
+        for direction in (1, -1):
+            length = generator.randrange(2, longest)
+            ids = (start, start, *range(start + direction, start + direction * length, direction))
+            answers.append((ids, (NO_LOSS, NO_LOSS, *ids[2:])))
+        chosen, rejected = (
+            Example(ids, labels, first_sample + place)
+            for place, (ids, labels) in enumerate(answers)
+        )
+        pairs.append(PreferencePair(chosen, rejected))
+    return pairs
+
+
+def toy_pair_set(
+    count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any
+) -> TrainingSet:
+    """Make a training set of toy pairs."""
+    return TrainingSet(
+        examples=toy_pairs(count, seed, **kinds),
+        validation=toy_pairs(num_validation, seed + 1000, first_id=2 * count),
+        validation_questions=[],
+        portions=(Portion(0, count, 1.0),),
+        report=(f"toy: {count} pairs",),
+        seed=seed,
+    )
+
+
 def toy_config(
     name: str, adapter: LoraConfig | None = None, seed: int = 0, **settings: Any
 ) -> JobConfig:
@@ -119,7 +155,9 @@ def add_job(
     adapter = host.add(config.name, config.adapter, config.seed)
     if random:
         randomise(adapter, config.seed)
-    return Job(config, adapter, training_set or toy_set(seed=config.seed))
+    own_set = toy_pair_set if config.train.learns_from_pairs else toy_set
+    reference = load_reference(host, config.train.objective)
+    return Job(config, adapter, training_set or own_set(seed=config.seed), reference)
 
 
 def no_evaluator(*_: Any) -> Mapping[str, float]:

@@ -29,14 +29,22 @@ TaskName = Literal[
     "skills",
 ]
 Scoring = Literal["label", "text"]
-DataFormat = Literal["instruction", "chat", "text"]
+DataFormat = Literal["instruction", "chat", "text", "preference"]
 
 FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output"),
     "chat": ("messages",),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected"),
 }
 """What a row of each format is made of: the keys that `fields` may map to columns."""
+
+_NO_TEMPLATE = {
+    "chat": "the tokenizer's chat template is used",
+    "text": "plain text is taken as it is",
+    "preference": "prompts are taken as they are, and messages have the chat template",
+}
+"""Why a format takes no prompt template."""
 
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
 
@@ -118,7 +126,7 @@ class _SourceFields(StrictModel):
     config: str | None = Field(default=None, min_length=1)
     """Data set on the hub: which of its configurations."""
     format: DataFormat | None = Field(default=None, validate_default=True)
-    """Data set: whether rows are instructions, conversations or plain text."""
+    """Data set: whether rows are instructions, conversations, plain text or preferences."""
     template: str | None = Field(default=None, min_length=1)
     """Instructions: the prompt template, alpaca (the default) or plain, a Jinja text or a file."""
     fields: dict[str, str] | None = None
@@ -177,18 +185,17 @@ class _SourceFields(StrictModel):
     @classmethod
     def _check_format(cls, data_format: str | None, info: CheckInfo) -> str | None:
         if data_format is None and info.data.get("dataset") is not None:
-            raise ValueError("format must be given with a dataset: instruction, chat or text")
+            raise ValueError(
+                "format must be given with a dataset: instruction, chat, text or preference"
+            )
         return data_format
 
     @field_validator("template")
     @classmethod
     def _check_template(cls, template: str | None, info: CheckInfo) -> str | None:
         data_format = info.data.get("format")
-        if template is not None and data_format in ("chat", "text"):
-            reason = {
-                "chat": "the tokenizer's chat template is used",
-                "text": "plain text is taken as it is",
-            }[data_format]
+        if template is not None and data_format in _NO_TEMPLATE:
+            reason = _NO_TEMPLATE[data_format]
             raise ValueError(f"template has no effect on format {data_format}: {reason}; remove it")
         return template
 

@@ -71,6 +71,9 @@ _METHODS = {
 }
 """How loraloom writes what others call a method of its own."""
 
+_TAGS = ("method", "name")
+"""Fields that tell the members of a union apart."""
+
 
 def describe_faults(error: ValidationError, models: Models) -> list[str]:
     """A line for each fault: `<path> must be ..., got ...`.
@@ -104,7 +107,7 @@ def _describe(details: ErrorDetails, root: Models) -> str:
         case "extra_forbidden":
             return _describe_unknown_key(path, models)
         case "union_tag_invalid" | "union_tag_not_found":
-            return _describe_method(place, models[-1], details)
+            return _describe_tag(place, models[-1], details)
     if details["type"] not in _EXPECTED:
         return f"{place}: {details['msg']}, got {reprlib.repr(details['input'])}"
     expected = _EXPECTED[details["type"]].format(**_context(details))
@@ -117,7 +120,7 @@ def _locate(loc: Sequence[int | str], root: Models) -> tuple[list[int | str], li
     path: list[int | str] = []
     models = [root]
     for step in loc:
-        chosen = tuple(model for model in models[-1] if _method(model) == step)
+        chosen = tuple(model for model in models[-1] if _tag(model) == step)
         if chosen and len(models[-1]) > 1:  # the tag of a union, which is no step in the file
             models[-1] = chosen
             continue
@@ -126,9 +129,10 @@ def _locate(loc: Sequence[int | str], root: Models) -> tuple[list[int | str], li
     return path, models
 
 
-def _method(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("method")
-    return None if field is None else field.default
+def _tag(model: type[BaseModel]) -> str | None:
+    """What a section is recognised by: the method of an adapter, the name of an objective."""
+    defaults = [model.model_fields[name].default for name in _TAGS if name in model.model_fields]
+    return next((default for default in defaults if isinstance(default, str)), None)
 
 
 def _models_under(models: Models, field: str) -> Models:
@@ -176,18 +180,22 @@ def _advice(key: str, known: list[str]) -> str:
     return f"known keys are {', '.join(known)}"
 
 
-def _describe_method(place: str, models: Models, details: ErrorDetails) -> str:
-    methods = [str(_method(model)) for model in models]
-    setting = f"{place}.method" if place else "method"
-    expected = " or ".join(methods)
+def _describe_tag(place: str, models: Models, details: ErrorDetails) -> str:
+    tags = [str(_tag(model)) for model in models]
+    setting = f"{place}.{_tag_field(models)}".removeprefix(".")
+    expected = " or ".join(tags)
     if details["type"] == "union_tag_not_found":
         return f"{setting} must be {expected}, it is missing"
     given = str(_context(details)["tag"])
     if given.lower() in _METHODS:
         hint = f"; write {_METHODS[given.lower()]}"
     else:
-        hint = _did_you_mean(given, methods)
+        hint = _did_you_mean(given, tags)
     return f"{setting} must be {expected}, got {given!r}{hint}"
+
+
+def _tag_field(models: Models) -> str:
+    return next(name for name in _TAGS if all(name in model.model_fields for model in models))
 
 
 def _nearest_choice(details: ErrorDetails) -> str:

@@ -67,6 +67,8 @@ class JobConfig(StrictModel):
     """Seed of the initial weights, the order of the data, dropout and jitter."""
     adapter: AdapterConfig
     """Method and size of the adapter."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Adapter to start from, by directory or hub id, of the same method and size; null for new."""
     data: DataConfig
     """What the job learns from."""
     train: TrainConfig
@@ -98,6 +100,13 @@ class JobConfig(StrictModel):
             _check_metrics(info.data["train"], info.data["data"], evaluations)
         return evaluations
 
+    @field_validator("train")
+    @classmethod
+    def _check_objective(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
+        if "data" in info.data:
+            _check_fits_objective(info.data["data"], train)
+        return train
+
     @property
     def selection_metric(self) -> str | None:
         """The metric that chooses the best weights; None: nothing is held out, the last are kept.
@@ -107,13 +116,35 @@ class JobConfig(StrictModel):
         """
         if self.train.early_stopping is not None:
             return self.train.early_stopping.metric
-        return next(iter(_selecting_metrics(self.data, self.eval)), None)
+        return next(iter(_selecting_metrics(self.train, self.data, self.eval)), None)
 
 
-def _selecting_metrics(data: DataConfig, evaluations: Sequence[EvaluationConfig]) -> list[str]:
+def _check_fits_objective(data: DataConfig, train: TrainConfig) -> None:
+    """Check that pairs are learnt from by an objective for pairs, and nothing else by it."""
+    objective, has_pairs = train.objective.name, train.learns_from_pairs
+    held_out = () if data.validation is None else (data.validation,)
+    for data_format in (source.format for source in (*data.sources, *held_out)):
+        if not has_pairs and data_format == "preference":
+            raise ValueError(
+                "train.objective must be dpo or cpo for data of format preference, got sft; to "
+                "learn the chosen answers take format instruction with fields "
+                "{instruction: prompt, output: chosen}"
+            )
+        if has_pairs and data_format not in ("preference", None):
+            raise ValueError(
+                f"train.objective {objective} needs pairs of answers: a task, or a dataset of "
+                f"format preference, got format {data_format}"
+            )
+
+
+def _selecting_metrics(
+    train: TrainConfig, data: DataConfig, evaluations: Sequence[EvaluationConfig]
+) -> list[str]:
     """Metrics that may choose weights: a test split must not."""
-    loss = ["eval/loss"] if data.has_validation else []
-    return loss + [item.metric for item in evaluations if item.split != "test"]
+    held_out = ["eval/loss"] if data.has_validation else []
+    if data.has_validation and train.learns_from_pairs:
+        held_out += ["eval/rewards/accuracies", "eval/rewards/margins"]
+    return held_out + [item.metric for item in evaluations if item.split != "test"]
 
 
 def _check_metrics(
@@ -121,7 +152,7 @@ def _check_metrics(
 ) -> None:
     """Check that what waits for an evaluation gets one."""
     give = "give data.validation_fraction, data.validation or eval"
-    selecting = _selecting_metrics(data, evaluations)
+    selecting = _selecting_metrics(train, data, evaluations)
     if train.eval_steps is not None and not (selecting or evaluations):
         raise ValueError(f"train.eval_steps has nothing to evaluate; {give}")
     if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
@@ -149,7 +180,7 @@ class RunConfig(StrictModel):
     """How transformers computes attention; null for its own choice."""
     output_dir: Path
     """Directory of the results, one directory a job in it."""
-    trackers: tuple[Literal["jsonl", "tensorboard"], ...] = ("jsonl",)
+    trackers: tuple[Literal["jsonl", "tensorboard", "trackio", "wandb"], ...] = ("jsonl",)
     """Where metrics go. metrics.jsonl is always written."""
     jobs: tuple[JobConfig, ...] = Field(min_length=1)
     """Adapters to train, all in the same steps."""

@@ -8,38 +8,30 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.config.objective import ObjectiveConfig, SftConfig
 from loraloom.config.optimization import (
     NEEDED_SCHEDULER_ARGS,
-    REFUSED_OPTIMIZERS,
     SCHEDULER_ARGS,
     SCHEDULERS_WITHOUT_WARMUP,
     LrScheduler,
-    OptimizerName,
 )
+from loraloom.config.optimizer import OptimizerConfig
 
 
 class EarlyStoppingConfig(StrictModel):
     """Stop when a metric no longer gets better."""
 
     metric: str = "eval/loss"
-    """Metric to watch, by its name in metrics.jsonl: eval/loss or eval/<task>/accuracy."""
+    """Metric to watch, by its name in metrics.jsonl: eval/loss, eval/<task>/accuracy, ..."""
     patience: int = Field(default=3, ge=1)
     """Evaluations in a row without a better value after which the job ends."""
 
 
-class TrainConfig(StrictModel):
+class TrainConfig(OptimizerConfig):
     """How a job learns."""
 
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Highest learning rate of the schedule."""
-    optimizer: OptimizerName = "adamw"
-    """An optimizer of torch.optim by name, in any case."""
-    optimizer_args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the optimizer, `{betas: [0.9, 0.95]}` say."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decay of the adapter's weights. 0 as in transformers' Trainer; torch's own is 0.01."""
-    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
-    """LoRA+: lora_B learns at this multiple of learning_rate (Hayou et al., arXiv:2402.12354)."""
+    objective: ObjectiveConfig = Field(default_factory=SftConfig)
+    """What the job minimises: sft (the default), or dpo or cpo on preference data."""
     lr_scheduler: LrScheduler = "linear"
     """A scheduler of transformers by name."""
     lr_scheduler_args: dict[str, Any] = Field(default_factory=dict, validate_default=True)
@@ -49,7 +41,7 @@ class TrainConfig(StrictModel):
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
     """The same as a share of all steps."""
     batch_size: int = Field(default=16, ge=1)
-    """Rows in a step."""
+    """Rows in a step; with preference data, pairs of rows."""
     micro_batch_size: int = Field(
         default_factory=lambda fields: fields["batch_size"], ge=1, validate_default=True
     )
@@ -70,39 +62,6 @@ class TrainConfig(StrictModel):
     """Keep what --resume needs every so many steps; null for evaluations and the end only."""
     early_stopping: EarlyStoppingConfig | None = None
     """Stop when a metric no longer gets better."""
-
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _check_optimizer(cls, name: Any) -> Any:
-        if not isinstance(name, str):
-            return name
-        if name.lower() in REFUSED_OPTIMIZERS:
-            raise ValueError(
-                f"optimizer must be another than {name}: {REFUSED_OPTIMIZERS[name.lower()]}; "
-                "adamw is the usual one"
-            )
-        return name.lower()
-
-    @field_validator("optimizer_args")
-    @classmethod
-    def _check_optimizer_args(cls, args: dict[str, Any]) -> dict[str, Any]:
-        for own, argument in (
-            ("learning_rate", "lr"),
-            ("weight_decay", "weight_decay"),
-            ("parameters", "params"),
-        ):
-            if argument in args:
-                raise ValueError(
-                    f"optimizer_args must not hold {argument}: the job's own {own} is used"
-                )
-        return args
-
-    @field_validator("weight_decay")
-    @classmethod
-    def _check_weight_decay(cls, weight_decay: float, info: CheckInfo) -> float:
-        if weight_decay > 0 and info.data.get("optimizer") == "rprop":
-            raise ValueError("weight_decay has no effect on rprop; remove it")
-        return weight_decay
 
     @field_validator("lr_scheduler_args")
     @classmethod
@@ -176,6 +135,11 @@ class TrainConfig(StrictModel):
         if early_stopping is not None and info.data.get("eval_steps", 1) is None:
             raise ValueError("early_stopping has no effect without eval_steps; give it")
         return early_stopping
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether an example is a chosen and a rejected answer."""
+        return not isinstance(self.objective, SftConfig)
 
     def warmup_steps_of(self, num_training_steps: int) -> int:
         """Warm-up in steps, of a job of so many; a share is rounded up, as transformers does."""

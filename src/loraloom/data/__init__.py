@@ -1,6 +1,13 @@
 """Data: reading, prompts, tokens; choice tasks for training and evaluation."""
 
-from loraloom.data.examples import NO_LOSS, Batch, ChoiceQuestion, Example, collate
+from loraloom.data.examples import (
+    NO_LOSS,
+    Batch,
+    ChoiceQuestion,
+    Example,
+    PreferencePair,
+    collate,
+)
 from loraloom.data.questions import load_questions
 from loraloom.data.tasks import TASKS, find_task
 from loraloom.data.tokenising import encode_pair, encode_pairs
@@ -12,6 +19,7 @@ __all__ = [
     "Batch",
     "ChoiceQuestion",
     "Example",
+    "PreferencePair",
     "TrainingSet",
     "collate",
     "encode_pair",

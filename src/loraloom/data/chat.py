@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.encoding import EncodedRow, fit
+from loraloom.data.encoding import EncodedRow, LearntTokens, fit
 from loraloom.data.rows import Row
 from loraloom.data.tokenising import leading_tokens
 from loraloom.errors import DataError
@@ -55,49 +55,73 @@ def encode_conversations(
         DataError: If there is no template, a row can't be put into it, or the template changes
             earlier turns so that the assistant's part can't be told apart.
     """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer must have a chat template for data of format chat, it has none; "
-            "set tokenizer.chat_template or use format instruction"
-        )
-    find_answers = (
-        _marked_tokens if _GENERATION_TAG.search(tokenizer.get_chat_template()) else _added_tokens
-    )
     start = leading_tokens(tokenizer)
     encoded = []
     for row in rows:
-        ids, is_learnt = find_answers(tokenizer, row, read_messages(row, field))
-        encoded.append(fit(ids, is_learnt, start, max_length))
+        answered = learn_answers(tokenizer, row, read_messages(row, field))
+        encoded.append(fit(answered.ids, answered.is_learnt, start, max_length))
     return encoded
+
+
+def learn_answers(
+    tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[Message], first: int = 0
+) -> LearntTokens:
+    """A conversation in full length: loss on the assistant's turns from message `first` on.
+
+    Raises:
+        DataError: As `encode_conversations`.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer must have a chat template for messages, it has none; "
+            "set tokenizer.chat_template or write the conversations out as texts"
+        )
+    if _GENERATION_TAG.search(tokenizer.get_chat_template()):
+        num_answers = sum(message["role"] == "assistant" for message in messages[first:])
+        marked = _marked_tokens(tokenizer, row, messages)
+        return LearntTokens(marked.ids, _last_runs(marked.is_learnt, num_answers))
+    return _added_tokens(tokenizer, row, messages, first)
+
+
+def _last_runs(is_learnt: Sequence[bool], count: int) -> list[bool]:
+    """Keep the marks of the last `count` spans."""
+    starts = [
+        place
+        for place, learnt in enumerate(is_learnt)
+        if learnt and (place == 0 or not is_learnt[place - 1])
+    ]
+    kept = starts[-count:] if count else []
+    first = kept[0] if kept else len(is_learnt)
+    return [learnt and place >= first for place, learnt in enumerate(is_learnt)]
 
 
 def _marked_tokens(
     tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[Message]
-) -> tuple[list[int], list[bool]]:
+) -> LearntTokens:
     try:
         encoding: Any = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
     except (TemplateError, TypeError, ValueError) as error:
         row.reject(f"the conversation does not fit the chat template: {error}")
-    return encoding["input_ids"], [bool(mark) for mark in encoding["assistant_masks"]]
+    return LearntTokens(encoding["input_ids"], [bool(mark) for mark in encoding["assistant_masks"]])
 
 
 def _added_tokens(
-    tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[Message]
-) -> tuple[list[int], list[bool]]:
+    tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[Message], first: int
+) -> LearntTokens:
     text = _render(tokenizer, row, messages)
     spans = [
         _answer_span(tokenizer, row, messages, position, text)
         for position, message in enumerate(messages)
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and position >= first
     ]
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     is_learnt = [
         any(begin < end and token_begin < end and token_end > begin for begin, end in spans)
         for token_begin, token_end in encoding["offset_mapping"]
     ]
-    return encoding["input_ids"], is_learnt
+    return LearntTokens(encoding["input_ids"], is_learnt)
 
 
 def _answer_span(

@@ -25,13 +25,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """What became of a row: no piece if it was dropped, several if a long text was divided."""
+    """What became of a row: no piece if it was dropped, several if a long text was divided.
+
+    A preference that was not dropped is two pieces, the chosen and the rejected.
+    """
 
     pieces: tuple[Piece, ...]
     is_cut: bool = False
+    is_pair: bool = False
 
 
 DROPPED = EncodedRow(pieces=())
+
+
+@dataclass(frozen=True)
+class LearntTokens:
+    """Token ids, and whether each has a loss."""
+
+    ids: list[int]
+    is_learnt: list[bool]
 
 
 def encode_completions(
@@ -47,13 +59,47 @@ def encode_completions(
     Raises:
         DataError: If the tokenizer has no EOS token.
     """
-    start, end = leading_tokens(tokenizer), eos_token(tokenizer)
-    encoded = []
-    for context, continuation in encode_pairs(tokenizer, texts):
-        ids = [*context, *continuation, end]
-        is_learnt = [False] * len(context) + [True] * (len(continuation) + 1)
-        encoded.append(fit(ids, is_learnt, start, max_length))
-    return encoded
+    start = leading_tokens(tokenizer)
+    return [
+        fit(answered.ids, answered.is_learnt, start, max_length)
+        for answered in learn_completions(tokenizer, texts)
+    ]
+
+
+def learn_completions(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
+) -> list[LearntTokens]:
+    """Prompts with completions in full length: loss on the completion and on an EOS after it.
+
+    Raises:
+        DataError: If the tokenizer has no EOS token.
+    """
+    end = eos_token(tokenizer)
+    return [
+        LearntTokens(
+            [*context, *continuation, end],
+            [False] * len(context) + [True] * (len(continuation) + 1),
+        )
+        for context, continuation in encode_pairs(tokenizer, texts)
+    ]
+
+
+def fit_pair(
+    chosen: LearntTokens, rejected: LearntTokens, start: Sequence[int], max_length: int
+) -> EncodedRow:
+    """Two answers to one prompt, both cut from the left by what the longer one needs.
+
+    So both keep the same part of the prompt. If either is dropped (see `fit`), both are.
+    """
+    longest = max(len(chosen.ids), len(rejected.ids))
+    fitted = [
+        fit(answer.ids, answer.is_learnt, start, max_length - (longest - len(answer.ids)))
+        for answer in (chosen, rejected)
+    ]
+    if not all(row.pieces for row in fitted):
+        return DROPPED
+    pieces = tuple(piece for row in fitted for piece in row.pieces)
+    return EncodedRow(pieces, is_cut=any(row.is_cut for row in fitted), is_pair=True)
 
 
 def encode_documents(

@@ -28,6 +28,33 @@ class Example:
     labels: tuple[int, ...]
     sample_id: int
 
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        """The rows that it puts into a forward: itself."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two tokenised answers to one prompt, each a row and a sample of its own.
+
+    Args:
+        chosen: The prompt with the better answer, which has the labels.
+        rejected: With the worse one.
+    """
+
+    chosen: Example
+    rejected: Example
+
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        """The rows that it puts into a forward: the chosen, then the rejected."""
+        return (self.chosen, self.rejected)
+
+
+TrainingExample = Example | PreferencePair
+"""What a batch is counted in."""
+
 
 @dataclass(frozen=True)
 class ChoiceQuestion:

@@ -11,6 +11,7 @@ from loraloom.data.chat import encode_conversations
 from loraloom.data.encoding import EncodedRow, encode_completions, encode_documents
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.locations import read_rows
+from loraloom.data.preferences import encode_preferences, encode_text_pairs
 from loraloom.data.prompts import instruction_columns, load_template, read_instruction
 from loraloom.data.rows import Row
 from loraloom.data.tasks import find_task
@@ -27,7 +28,12 @@ class LoadedSource:
 
 
 def load_source(
-    config: SourceConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
+    config: SourceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    split: str,
+    *,
+    as_pairs: bool = False,
 ) -> LoadedSource:
     """Read and encode a source.
 
@@ -36,13 +42,14 @@ def load_source(
         tokenizer: The base model's.
         max_length: Most tokens of an example.
         split: What is read where the config names no split.
+        as_pairs: Make each question of a task a preference: the right answer over a wrong one.
 
     Raises:
         DataError: If the data is missing, empty or has a row that can't be used, or no row fits
             max_length.
     """
     if config.task is not None:
-        source = _load_task(config, config.task, tokenizer, max_length, split)
+        source = _load_task(config, config.task, tokenizer, max_length, split, as_pairs=as_pairs)
     else:
         assert config.dataset is not None, "SourceConfig has a task or a dataset"
         rows = read_rows(config.dataset, config.split or split, config.config)
@@ -61,14 +68,21 @@ def _load_task(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     split: str,
+    *,
+    as_pairs: bool,
 ) -> LoadedSource:
     task = find_task(name)
     scoring = config.scoring or task.scoring
     rows = task.load_rows(config.split or split, config.path)
-    texts = [task.training_text(row, scoring) for row in rows]
+    if as_pairs:
+        pairs = [task.preference_texts(row, index, scoring) for index, row in enumerate(rows)]
+        encoded = encode_text_pairs(tokenizer, pairs, max_length)
+    else:
+        texts = [task.training_text(row, scoring) for row in rows]
+        encoded = encode_completions(tokenizer, texts, max_length)
     return LoadedSource(
         name=f"{task.name} ({scoring})",
-        rows=encode_completions(tokenizer, texts, max_length),
+        rows=encoded,
         questions=[task.question(row, index, scoring) for index, row in enumerate(rows)],
     )
 
@@ -84,6 +98,8 @@ def _encode(
         case "text":
             field = columns.get("text", "text")
             return encode_documents(tokenizer, [row.text(field) for row in rows], max_length)
+        case "preference":
+            return encode_preferences(tokenizer, rows, columns, max_length)
         case _:
             template = load_template(config.template)
             names = instruction_columns(rows[0], config.fields)

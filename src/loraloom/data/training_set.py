@@ -11,7 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import DataConfig
 from loraloom.data.encoding import EncodedRow
-from loraloom.data.examples import ChoiceQuestion, Example
+from loraloom.data.examples import (
+    ChoiceQuestion,
+    Example,
+    PreferencePair,
+    TrainingExample,
+)
 from loraloom.data.hold_out import choose_held_out
 from loraloom.data.sources import LoadedSource, load_source
 
@@ -38,8 +43,8 @@ class TrainingSet:
     for each source.
     """
 
-    examples: list[Example]
-    validation: list[Example]
+    examples: list[TrainingExample]
+    validation: list[TrainingExample]
     validation_questions: list[ChoiceQuestion]
     portions: tuple[Portion, ...]
     report: tuple[str, ...]
@@ -63,7 +68,12 @@ class TrainingSet:
 
 
 def load_training_set(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int,
+    *,
+    as_pairs: bool = False,
 ) -> TrainingSet:
     """Read and encode a job's data, and hold out what it is measured on.
 
@@ -72,16 +82,22 @@ def load_training_set(
         tokenizer: The base model's.
         max_length: Most tokens of an example.
         seed: Decides which rows are held out, and the order of each epoch.
+        as_pairs: Whether examples are pairs of answers; data sets are then preferences already.
 
     Raises:
         DataError: If a source is missing, empty or has a row that can't be used, if no row fits
             max_length, or if there are too few to hold any out.
     """
-    sources = [load_source(source, tokenizer, max_length, "train") for source in config.sources]
+    sources = [
+        load_source(source, tokenizer, max_length, "train", as_pairs=as_pairs)
+        for source in config.sources
+    ]
     sample_ids = count()
     shares = [_share(source, config.validation_fraction, seed, sample_ids) for source in sources]
     if config.validation is not None:
-        validation = load_source(config.validation, tokenizer, max_length, "validation")
+        validation = load_source(
+            config.validation, tokenizer, max_length, "validation", as_pairs=as_pairs
+        )
         shares.append(_all_held_out(validation, sample_ids))
     stops = [0]
     for share in shares:
@@ -104,8 +120,8 @@ class _Share:
     """What a source gives to learn from and to be measured on."""
 
     source: LoadedSource
-    examples: list[Example]
-    held_out: list[Example]
+    examples: list[TrainingExample]
+    held_out: list[TrainingExample]
     questions: list[ChoiceQuestion]
 
 
@@ -125,8 +141,9 @@ def _all_held_out(source: LoadedSource, sample_ids: Iterator[int]) -> _Share:
     return _Share(source, [], held_out, source.questions or [])
 
 
-def _number(row: EncodedRow, sample_ids: Iterator[int]) -> list[Example]:
-    return [Example(piece.input_ids, piece.labels, next(sample_ids)) for piece in row.pieces]
+def _number(row: EncodedRow, sample_ids: Iterator[int]) -> Sequence[TrainingExample]:
+    examples = [Example(piece.input_ids, piece.labels, next(sample_ids)) for piece in row.pieces]
+    return [PreferencePair(*examples)] if row.is_pair else examples
 
 
 def _draw(portion: Portion, generator: random.Random) -> list[int]:
@@ -136,9 +153,11 @@ def _draw(portion: Portion, generator: random.Random) -> list[int]:
 
 
 def _describe(share: _Share, max_length: int) -> str:
-    tokens = sum(len(example.input_ids) for example in share.examples)
+    rows = [row for example in share.examples for row in example.rows]
+    tokens = sum(len(row.input_ids) for row in rows)
+    kind = "pairs" if any(row.is_pair for row in share.source.rows) else "examples"
     line = (
-        f"{share.source.name}: {len(share.source.rows)} rows, {len(share.examples)} examples, "
+        f"{share.source.name}: {len(share.source.rows)} rows, {len(share.examples)} {kind}, "
         f"{tokens} tokens, {len(share.held_out)} held out"
     )
     cut, dropped = _count_cut(share.source.rows), _count_dropped(share.source.rows)

@@ -6,6 +6,8 @@ Axes: B rows, L tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +48,48 @@ def generate(
         DataError: If a prompt is empty or leaves no room for `max_new_tokens`.
         AdapterError: If a prompt names an adapter that the host lacks.
     """
+    completions = generate_tokens(
+        host,
+        tokenizer,
+        prompts,
+        sampling,
+        batch_size=batch_size,
+        raw=raw,
+        on_progress=on_progress,
+    )
+    return [one.text for one in completions]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for a prompt.
+
+    Args:
+        prompt_ids: Tokens that were read.
+        ids: Tokens that were generated, with the one that ended them if any did.
+        text: Without stop texts, the end token and special tokens.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+
+
+def generate_tokens(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    batch_size: int = 16,
+    raw: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """Complete prompts as `generate` does, and return tokens too."""
     encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
     _check_lengths(host, prompts, encoded, sampling.max_new_tokens)
     names = [prompt.adapter for prompt in prompts]
-    return complete(
+    return complete_tokens(
         host, tokenizer, encoded, names, sampling, batch_size=batch_size, on_progress=on_progress
     )
 
@@ -77,16 +117,46 @@ def complete(
         batch_size: Most prompts at once.
         on_progress: As in `generate`.
     """
+    completions = complete_tokens(
+        host,
+        tokenizer,
+        encoded,
+        adapters,
+        sampling,
+        keys=keys,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    return [one.text for one in completions]
+
+
+def complete_tokens(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[list[int]],
+    adapters: Sequence[str | None],
+    sampling: SamplingConfig,
+    *,
+    keys: Sequence[int] | None = None,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """Complete prompts as `complete` does, and return tokens too."""
     keys = range(len(encoded)) if keys is None else keys
-    completions: dict[int, str] = {}
+    ends = _end_tokens(host, tokenizer)
+    completions: dict[int, Completion] = {}
     for places in _batches(encoded, adapters, batch_size):
         rows = [encoded[place] for place in places]
         names = [adapters[place] for place in places]
         row_keys = [keys[place] for place in places]
         new_ids = _generate_batch(host, tokenizer, rows, names, sampling, row_keys)
         for place, ids in zip(places, new_ids, strict=True):
-            text = str(tokenizer.decode(ids, skip_special_tokens=True))
-            completions[place] = before_stop(text, sampling.stop)
+            said = _until(ids, ends)
+            text = str(tokenizer.decode(said, skip_special_tokens=True))
+            kept = _without_padding(ids[: len(said) + 1], tokenizer.pad_token_id, ends)
+            completions[place] = Completion(
+                list(encoded[place]), kept, before_stop(text, sampling.stop)
+            )
         if on_progress is not None:
             on_progress(len(completions), len(encoded))
     return [completions[place] for place in range(len(encoded))]
@@ -144,7 +214,7 @@ def _generate_batch(
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=StoppingCriteriaList(stops),
     )
-    return [_until(ids, ends) for ids in output[:, prompt_length:].tolist()]
+    return output[:, prompt_length:].tolist()
 
 
 def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -168,3 +238,11 @@ def _end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
     """The ids before the first end token."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _without_padding(ids: list[int], pad_id: Any, ends: Sequence[int]) -> list[int]:
+    """The ids without the padding that follows a stop text in a batch."""
+    length = len(ids)
+    while pad_id not in ends and length > 0 and ids[length - 1] == pad_id:
+        length -= 1
+    return ids[:length]

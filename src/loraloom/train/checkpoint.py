@@ -153,6 +153,17 @@ class SnapshotStore:
         return sorted(self.directory.glob("snapshot-*"), reverse=True)
 
 
+def describe_changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """Tell where settings differ, as `train.seed was 0 and is 1`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        parts = [
+            describe_changes(old.get(key), new.get(key), f"{path}.{key}".strip(".")) for key in keys
+        ]
+        return [change for part in parts for change in part]
+    return [] if old == new else [f"{path} was {old!r} and is {new!r}"]
+
+
 def _read(directory: Path) -> Snapshot:
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     body = {name: value for name, value in manifest.items() if name != "checksum"}

@@ -17,6 +17,7 @@ from loraloom.train.job import Job
 from loraloom.train.micro_batch import StepReport
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import Progress
+from loraloom.train.reference import drop_reference
 from loraloom.train.reporting import Reporter
 from loraloom.train.results import JobResult, job_result, read_result, result_card
 from loraloom.train.step import forward_backward
@@ -228,6 +229,8 @@ class Engine:
         self.results[job.name] = result
         self.host.remove(job.name)
         del self.jobs[job.name]
+        others = [other.reference for other in self.jobs.values()]
+        drop_reference(self.host, job.reference, others)
         self._reporter.end(job.name)
         self._save_due = True
 

@@ -1,26 +1,25 @@
-"""Measuring jobs while they train: the loss on held-out examples, and choice tasks.
+"""Measuring jobs while they train: their objective on held-out examples, and choice tasks.
 
 Choice tasks are scored by a function from outside, so that training does not know how.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.run import EvaluationConfig, JobConfig
-from loraloom.data.examples import ChoiceQuestion, Example, collate
+from loraloom.data.examples import ChoiceQuestion, Example
 from loraloom.data.questions import load_questions
 from loraloom.models.host import Host
 from loraloom.train.job import Job
-from loraloom.train.step import label_losses
-from loraloom.train.window import count_labels
-
-MAX_TOKENS_PER_BATCH = 4096
+from loraloom.train.objectives import ScoredSamples
+from loraloom.train.reference import ask_references
+from loraloom.train.scoring import label_log_probs
+from loraloom.train.window import count_totals
 
 Evaluator = Callable[
     [Host, PreTrainedTokenizerBase, Sequence[ChoiceQuestion], Sequence[str]], Mapping[str, float]
@@ -61,11 +60,14 @@ class Evaluation:
             )
 
     def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
-        """Measure jobs together: `eval/loss`, and `eval/<task>/accuracy` for each of its tasks."""
+        """Measure jobs together: `eval/loss`, and `eval/<task>/accuracy` for each task.
+
+        An objective's own metrics come as `eval/<name>` too.
+        """
         self.host.eval()
         metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
-        for name, loss in self._losses(jobs).items():
-            metrics[name]["eval/loss"] = loss
+        for name, held_out in self._held_out(jobs).items():
+            metrics[name] |= held_out
         for evaluation, names in _by_evaluation(jobs).items():
             questions = self.questions[evaluation]
             accuracies = self.evaluator(self.host, self.tokenizer, questions, names)
@@ -73,27 +75,36 @@ class Evaluation:
                 metrics[name][evaluation.metric] = accuracies[name]
         return metrics
 
-    def _losses(self, jobs: Sequence[Job]) -> dict[str, float]:
-        """Compute the mean loss of a label on each job's held-out examples."""
-        rows = [(job.name, example) for job in jobs for example in job.training_set.validation]
-        sums: dict[str, float] = defaultdict(float)
-        counts: dict[str, int] = defaultdict(int)
-        for batch in _batches(rows):
-            for (name, example), loss in zip(batch, self._row_losses(batch), strict=True):
-                sums[name] += loss
-                counts[name] += count_labels(example)
-        return {name: sums[name] / max(counts[name], 1) for name in sums}
-
-    @torch.no_grad()
-    def _row_losses(self, rows: Sequence[tuple[str, Example]]) -> list[float]:
-        batch = collate([example for _, example in rows], self.pad_id)
-        device = self.host.device
-        output = self.host.hidden(
-            batch.input_ids.to(device), batch.attention_mask.to(device), [name for name, _ in rows]
+    def _held_out(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+        """Compute each job's objective on its held-out examples, as one step of it would."""
+        rows = {
+            job.name: [row for example in job.training_set.validation for row in example.rows]
+            for job in jobs
+            if job.training_set.validation
+        }
+        measured = [job for job in jobs if job.name in rows]
+        ask_references(
+            self.host, [(job.reference, rows[job.name]) for job in measured], self.pad_id
         )
-        losses = label_losses(self.host, output.last_hidden_state, batch.labels)
-        parts = losses.double().cpu().split([count_labels(example) for _, example in rows])
-        return [float(part.sum()) for part in parts]
+        named_rows = [(name, row) for name in rows for row in rows[name]]
+        log_probs = iter(label_log_probs(self.host, named_rows, self.pad_id))
+        return {
+            job.name: _evaluate(job, rows[job.name], [next(log_probs) for _ in rows[job.name]])
+            for job in measured
+        }
+
+
+def _evaluate(
+    job: Job, rows: Sequence[Example], log_probs: Sequence[torch.Tensor]
+) -> dict[str, float]:
+    """Name a job's objective on samples, and its metrics."""
+    references = None
+    if job.reference is not None:
+        references = torch.tensor(job.reference.of(rows), dtype=torch.float64)
+    scored = ScoredSamples(torch.cat(list(log_probs)), [len(one) for one in log_probs], references)
+    terms = job.objective.terms(scored, count_totals(job.training_set.validation))
+    values = {"loss": terms.loss, **terms.metrics}
+    return {f"eval/{name}": float(value) for name, value in values.items()}
 
 
 def _by_evaluation(jobs: Sequence[Job]) -> dict[EvaluationConfig, list[str]]:
@@ -103,16 +114,3 @@ def _by_evaluation(jobs: Sequence[Job]) -> dict[EvaluationConfig, list[str]]:
         for evaluation in job.config.eval:
             names.setdefault(evaluation, []).append(job.name)
     return names
-
-
-def _batches(rows: Sequence[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
-    """Cut rows into batches of like lengths, each adapter's rows together."""
-    batch: list[tuple[str, Example]] = []
-    for row in sorted(rows, key=lambda row: -len(row[1].input_ids)):
-        longest = len((batch or [row])[0][1].input_ids)
-        if batch and longest * (len(batch) + 1) > MAX_TOKENS_PER_BATCH:
-            yield sorted(batch, key=lambda row: row[0])
-            batch = []
-        batch.append(row)
-    if batch:
-        yield sorted(batch, key=lambda row: row[0])

@@ -6,9 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC
@@ -17,7 +15,16 @@ from loraloom.data.training_set import TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key
 from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss, StepReport
-from loraloom.train.optimizers import build_optimizer, build_scheduler
+from loraloom.train.objectives import build_objective
+from loraloom.train.optimizers import (
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    copy_all,
+    learning_state,
+    load_learning_state,
+)
+from loraloom.train.reference import Reference
 from loraloom.train.selection import Selection, metric_mode
 from loraloom.train.window import StepOrder, Window
 
@@ -39,7 +46,7 @@ class Position:
     step: int = 0
     micro_step: int = 0
     tokens: int = 0
-    loss: dict[str, float | None] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
+    loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
     evaluated_step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
@@ -52,15 +59,24 @@ class Job:
         config: What the run file says of it.
         adapter: Its weights, on the host.
         training_set: Its data.
+        reference: What its objective compares with, if it does.
 
     Raises:
         ConfigError: If optimizer or scheduler don't take their arguments.
     """
 
-    def __init__(self, config: JobConfig, adapter: Adapter, training_set: TrainingSet):
+    def __init__(
+        self,
+        config: JobConfig,
+        adapter: Adapter,
+        training_set: TrainingSet,
+        reference: Reference | None = None,
+    ):
         self.config = config
         self.adapter = adapter
         self.training_set = training_set
+        self.objective = build_objective(config.train.objective)
+        self.reference = reference
         self.order = StepOrder(training_set, config.train)
         self.optimizer = build_optimizer(config.train, adapter)
         self.scheduler = build_scheduler(
@@ -114,7 +130,7 @@ class Job:
         window = self.window
         examples = window.micro_batch(self.position.micro_step)
         keys = [sample_key(self.config.seed, window.epoch, one.sample_id) for one in examples]
-        return MicroBatch(self.adapter, examples, keys, window)
+        return MicroBatch(self.adapter, examples, keys, window, self.objective, self.reference)
 
     def accept(self, micro_batch: MicroBatch, loss: MicroBatchLoss) -> StepReport | None:
         """Count a micro-batch whose gradient is there; after the last one of a step, make it.
@@ -130,7 +146,7 @@ class Job:
         position = self.position
         position.micro_step += 1
         position.tokens += micro_batch.num_tokens
-        total = MicroBatchLoss(**position.loss) + loss  # pyright: ignore[reportArgumentType]
+        total = MicroBatchLoss(**position.loss) + loss
         position.loss = asdict(total)
         if position.micro_step < self.window.num_micro_batches:
             return None
@@ -167,7 +183,7 @@ class Job:
         They are the present ones, unless no micro-batch went through them since the last step.
         """
         if self._proven is not None:
-            _copy_all(self.parameters.values(), self._proven)
+            copy_all(self.parameters.values(), self._proven)
         self.release()
 
     def release(self) -> None:
@@ -178,27 +194,24 @@ class Job:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a later process needs to go on, in tensors and plain values."""
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         return {
-            "weights": {name: p.detach() for name, p in self.parameters.items()},
-            "gradients": grads,
+            **learning_state(self.parameters, self.optimizer),
             "proven": self._proven,
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "position": asdict(self.position),
             "selection": asdict(self.selection),
+            "reference": {} if self.reference is None else self.reference.log_probs,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        _copy_all(self.parameters.values(), state["weights"].values())
-        for name, gradient in state["gradients"].items():
-            self.parameters[name].grad = gradient.to(self.parameters[name].device)
+        load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
-        self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.position = Position(**state["position"])
         self.selection = Selection(**state["selection"])
+        if self.reference is not None:
+            self.reference.log_probs = state["reference"]
 
     def _make_step(self, loss: MicroBatchLoss) -> StepReport:
         grad_norm = self._clip()
@@ -217,9 +230,7 @@ class Job:
         return StepReport(position.step, epoch, loss, learning_rate, grad_norm, position.tokens)
 
     def _clip(self) -> float:
-        max_norm = self.config.train.max_grad_norm
-        bound = math.inf if max_norm is None else max_norm
-        grad_norm = float(clip_grad_norm_(list(self.parameters.values()), bound))
+        grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)
         self._check_finite("gradient norm", grad_norm, self.position.step + 1)
         return grad_norm
 
@@ -232,9 +243,3 @@ class Job:
             f"job {self.name}, step {step}: {fault}; its last good weights are kept; "
             "lower learning_rate, or look at the data"
         )
-
-
-def _copy_all(targets: Any, values: Any) -> None:
-    with torch.no_grad():
-        for target, value in zip(targets, values, strict=True):
-            target.copy_(value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example
+from loraloom.train.objectives import Objective
+from loraloom.train.reference import Reference
 from loraloom.train.window import Window
 
 
@@ -16,15 +18,19 @@ class MicroBatch:
 
     Args:
         adapter: Whose rows these are.
-        examples: One a row.
+        examples: One a row; the chosen and the rejected answer of a pair in turn.
         sample_keys: Each row's key for dropout and jitter.
         window: The step that they belong to.
+        objective: What is minimised.
+        reference: What the objective compares with, if it does.
     """
 
     adapter: Adapter
     examples: Sequence[Example]
     sample_keys: Sequence[int]
     window: Window
+    objective: Objective
+    reference: Reference | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -37,16 +43,18 @@ class MicroBatchLoss:
     """A micro-batch's share of its step: shares add up to the step's figures.
 
     Args:
-        loss: Sum of its token losses over the labels of the whole step.
+        loss: Its part of the objective.
         aux_loss: Router losses, with coefficients, by its share of the step's real tokens.
         router_entropy: Of the routers, by the same share; None without a router.
         router_load_cv: Likewise.
+        metrics: Of the objective, by their names in metrics.jsonl.
     """
 
     loss: float
     aux_loss: float = 0.0
     router_entropy: float | None = None
     router_load_cv: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
         return MicroBatchLoss(
@@ -54,6 +62,7 @@ class MicroBatchLoss:
             self.aux_loss + other.aux_loss,
             _add(self.router_entropy, other.router_entropy),
             _add(self.router_load_cv, other.router_load_cv),
+            {name: self.metrics.get(name, 0.0) + value for name, value in other.metrics.items()},
         )
 
 

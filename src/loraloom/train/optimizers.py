@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import GreedyLR
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC, OptimizerName
+from loraloom.config.optimizer import OptimizerConfig
 from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError
 
@@ -34,7 +40,7 @@ OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {
 Scheduler = LRScheduler | GreedyLR
 
 
-def build_optimizer(config: TrainConfig, adapter: Adapter) -> Optimizer:
+def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     """Make the optimizer of an adapter.
 
     Raises:
@@ -53,7 +59,7 @@ def build_optimizer(config: TrainConfig, adapter: Adapter) -> Optimizer:
         ) from error
 
 
-def parameter_groups(config: TrainConfig, adapter: Adapter) -> list[dict[str, Any]]:
+def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str, Any]]:
     """Group an adapter's weights by learning rate and weight decay.
 
     lora_B learns at `loraplus_lr_ratio` times the learning rate (LoRA+). lora_A, lora_B and
@@ -67,7 +73,7 @@ def parameter_groups(config: TrainConfig, adapter: Adapter) -> list[dict[str, An
         Hayou et al. 2024, LoRA+, arXiv:2402.12354.
     """
     ratio = config.loraplus_lr_ratio or 1.0
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in adapter.named_parameters():
         factor = ratio if name.endswith("lora_B") else 1.0
         decay = 0.0 if name.endswith("lora_magnitude_vector") else config.weight_decay
@@ -76,6 +82,54 @@ def parameter_groups(config: TrainConfig, adapter: Adapter) -> list[dict[str, An
         {"params": parameters, "lr": config.learning_rate * factor, "weight_decay": decay}
         for (factor, decay), parameters in groups.items()
     ]
+
+
+def set_learning_rate(
+    config: OptimizerConfig, optimizer: Optimizer, adapter: Adapter, learning_rate: float
+) -> None:
+    """Give an adapter's optimizer another learning rate; LoRA+ keeps its ratio."""
+    changed = config.model_copy(update={"learning_rate": learning_rate})
+    groups = parameter_groups(changed, adapter)
+    for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+        group["lr"] = wanted["lr"]
+
+
+def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None) -> float:
+    """Scale gradients down to a norm; None leaves them.
+
+    Returns:
+        Their norm before.
+    """
+    bound = math.inf if max_grad_norm is None else max_grad_norm
+    return float(clip_grad_norm_(list(parameters), bound))
+
+
+def learning_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> dict[str, Any]:
+    """Return weights, gradients and the optimizer's state, in tensors and plain values."""
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    return {
+        "weights": {name: p.detach() for name, p in parameters.items()},
+        "gradients": grads,
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def load_learning_state(
+    parameters: Mapping[str, Parameter], optimizer: Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Go on from what `learning_state` returned."""
+    copy_all(parameters.values(), state["weights"].values())
+    for name, parameter in parameters.items():
+        gradient = state["gradients"].get(name)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copy values into tensors, one into each."""
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
 
 
 def build_scheduler(

@@ -19,11 +19,16 @@ from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.train.checkpoint import SnapshotStore
 from loraloom.train.results import RESULT_FILE
-from loraloom.train.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY
+from loraloom.train.tracking import (
+    METRICS_FILE,
+    RUN_ID_FILE,
+    TENSORBOARD_DIRECTORY,
+    WANDB_DIRECTORY,
+)
 
 _CHECKPOINTS = "checkpoints"
-_OWN_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE)
-_OWN_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY)
+_OWN_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE, RUN_ID_FILE)
+_OWN_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
 
 
 class RunDirectory:

@@ -32,7 +32,9 @@ class Reporter:
         for job in jobs:
             directory, first_step = self._directory.job(job.name), job.position.step + 1
             directory.mkdir(parents=True, exist_ok=True)
-            self._trackers[job.name] = open_trackers(self._tracker_names, directory, first_step)
+            self._trackers[job.name] = open_trackers(
+                self._tracker_names, directory, first_step, job.config.model_dump(mode="json")
+            )
         self._progress.start([_progress_of(job, None) for job in jobs])
 
     def step(self, job: Job, report: StepReport, seconds: float) -> None:

@@ -13,13 +13,15 @@ from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
-from loraloom.train.checkpoint import Snapshot
+from loraloom.train.checkpoint import Snapshot, describe_changes
 from loraloom.train.engine import Engine, Surroundings, describe_base
 from loraloom.train.evaluation import Evaluation, Evaluator
 from loraloom.train.job import Job
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress, Progress
+from loraloom.train.reference import load_reference
 from loraloom.train.results import JobResult, describe_environment
+from loraloom.train.start import load_start
 from loraloom.train.tracking import check_trackers
 
 
@@ -125,13 +127,17 @@ def _build_jobs(
     for config in configs:
         try:
             adapter = host.add(config.name, config.adapter, config.seed)
-            key = (config.data.model_dump_json(), config.train.max_length, config.seed)
+            if config.start_from is not None:
+                load_start(host, adapter, config.start_from)
+            reference = load_reference(host, config.train.objective)
+            max_length, as_pairs = config.train.max_length, config.train.learns_from_pairs
+            key = (config.data.model_dump_json(), max_length, config.seed, as_pairs)
             if key not in training_sets:
                 training_sets[key] = load_training_set(
-                    config.data, tokenizer, config.train.max_length, config.seed
+                    config.data, tokenizer, max_length, config.seed, as_pairs=as_pairs
                 )
             _check_enough(config, training_sets[key])
-            jobs.append(Job(config, adapter, training_sets[key]))
+            jobs.append(Job(config, adapter, training_sets[key], reference))
         except LoraloomError as error:
             raise type(error)(f"job {config.name}: {error}") from error
     return jobs
@@ -165,18 +171,10 @@ def _check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) ->
     for job in run.jobs:
         record = snapshot.jobs.get(job.name)
         if record is not None:
-            changes = _changes(record.settings, job.model_dump(mode="json"))
+            changes = describe_changes(record.settings, job.model_dump(mode="json"))
             changed += [f"job {job.name}: {change}" for change in changes]
     if changed:
         raise ConfigError(
             "--resume needs the settings that the run began with, these differ: "
             f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
         )
-
-
-def _changes(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        parts = [_changes(old.get(key), new.get(key), f"{path}.{key}".strip(".")) for key in keys]
-        return [change for part in parts for change in part]
-    return [] if old == new else [f"{path} was {old!r} and is {new!r}"]

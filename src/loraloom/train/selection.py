@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 
 def metric_mode(metric: str | None) -> str:
-    """Tell which way a metric gets better: `max` for an accuracy, `min` for a loss."""
-    return "max" if metric is not None and metric.endswith("accuracy") else "min"
+    """Tell which way a metric gets better: `min` for a loss, `max` for every other."""
+    return "min" if metric is None or metric.endswith("loss") else "max"
 
 
 @dataclass

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from loraloom.config.adapter import MixLoraConfig
-from loraloom.data.examples import NO_LOSS, collate
+from loraloom.data.examples import collate
 from loraloom.models.host import Host
 from loraloom.routing.losses import router_loss
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_statistics
 from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss
+from loraloom.train.objectives import ScoredSamples
+from loraloom.train.reference import ask_references
+from loraloom.train.scoring import label_losses
 from loraloom.train.window import count_labels
 
 
@@ -29,9 +32,9 @@ def forward_backward(
 ) -> list[MicroBatchLoss]:
     """Add each micro-batch's gradient to its adapter's.
 
-    A loss is the sum of token losses over the labels of the whole step, so that the gradient does
-    not depend on how the step is cut. A loss that is not finite is left out of the backward pass;
-    its adapter's gradient is of no use then.
+    A loss is the micro-batch's share of its objective over the whole step, so that the gradient
+    does not depend on how the step is cut. A loss that is not finite is left out of the backward
+    pass; its adapter's gradient is of no use then.
 
     Args:
         host: In training mode.
@@ -41,6 +44,8 @@ def forward_backward(
     Returns:
         The losses, in the order of the micro-batches.
     """
+    wanted = [(part.reference, part.examples) for part in micro_batches]
+    ask_references(host, wanted, pad_id)
     batch = collate([example for part in micro_batches for example in part.examples], pad_id)
     output = host.hidden(
         batch.input_ids.to(host.device),
@@ -54,50 +59,44 @@ def forward_backward(
         _loss_terms(part, part_losses, output.routing.get(part.adapter.name))
         for part, part_losses in zip(micro_batches, losses.split(counts), strict=True)
     ]
-    values = torch.stack([torch.stack(pair) for pair in terms]).tolist()
+    values = _to_floats(terms)
     _backward(
-        [pair[0] + pair[1] for pair, value in zip(terms, values, strict=True) if _is_finite(value)]
+        [
+            term["loss"] + term["aux_loss"]
+            for term, value in zip(terms, values, strict=True)
+            if math.isfinite(value["loss"] + value["aux_loss"])
+        ]
     )
     return [
-        _with_statistics(part, loss, aux_loss, output.routing.get(part.adapter.name))
-        for part, (loss, aux_loss) in zip(micro_batches, values, strict=True)
+        _with_statistics(part, value, output.routing.get(part.adapter.name))
+        for part, value in zip(micro_batches, values, strict=True)
     ]
-
-
-def label_losses(host: Host, hidden_states: Tensor, labels: Tensor) -> Tensor:
-    """Compute -log p of every label, [N], row after row: state i predicts label i + 1.
-
-    Args:
-        host: Whose head is used.
-        hidden_states: After the final norm, [B, L, D].
-        labels: Tokens, or NO_LOSS, [B, L], on the CPU.
-    """
-    places = _predicting_places(labels).to(hidden_states.device)
-    states = hidden_states.flatten(0, 1).index_select(0, places)  # (N, D)
-    targets = labels[:, 1:][labels[:, 1:] != NO_LOSS].to(hidden_states.device)
-    return host.token_losses(states, targets)
-
-
-def _predicting_places(labels: Tensor) -> Tensor:
-    """Return where in the flattened batch the states lie that predict a label, [N]."""
-    predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != NO_LOSS
-    return predicts.flatten().nonzero().squeeze(1)
 
 
 def _loss_terms(
     part: MicroBatch, token_losses: Tensor, routing: list[LayerRouting] | None
-) -> tuple[Tensor, Tensor]:
-    """Return a micro-batch's share of the step's loss and of its router loss."""
-    loss = token_losses.sum() / max(part.window.num_labels, 1)
+) -> dict[str, Tensor]:
+    """Return a micro-batch's share of the step's loss, router loss and metrics."""
+    terms = part.objective.terms(_scored(part, token_losses), part.window.totals)
+    aux_loss = torch.zeros_like(terms.loss)
     config = part.adapter.config
-    if routing is None or not isinstance(config, MixLoraConfig):
-        return loss, torch.zeros_like(loss)
-    return loss, (router_loss(routing, config) * _token_share(part)).to(loss.dtype)
+    if routing is not None and isinstance(config, MixLoraConfig):
+        aux_loss = (router_loss(routing, config) * _token_share(part)).to(terms.loss.dtype)
+    return {"loss": terms.loss, "aux_loss": aux_loss, **terms.metrics}
 
 
-def _is_finite(values: Sequence[float]) -> bool:
-    return all(map(math.isfinite, values))
+def _scored(part: MicroBatch, token_losses: Tensor) -> ScoredSamples:
+    references = None
+    if part.reference is not None:
+        references = token_losses.new_tensor(part.reference.of(part.examples))
+    return ScoredSamples(-token_losses, list(map(count_labels, part.examples)), references)
+
+
+def _to_floats(terms: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Fetch all values from the device at once."""
+    stacked = torch.stack([value.detach() for term in terms for value in term.values()])
+    values = iter(stacked.tolist())
+    return [{name: next(values) for name in term} for term in terms]
 
 
 def _backward(losses: Sequence[Tensor]) -> None:
@@ -106,12 +105,16 @@ def _backward(losses: Sequence[Tensor]) -> None:
 
 
 def _with_statistics(
-    part: MicroBatch, loss: float, aux_loss: float, routing: list[LayerRouting] | None
+    part: MicroBatch, values: dict[str, float], routing: list[LayerRouting] | None
 ) -> MicroBatchLoss:
+    metrics = dict(values)
+    loss, aux_loss = metrics.pop("loss"), metrics.pop("aux_loss")
     if routing is None:
-        return MicroBatchLoss(loss, aux_loss)
+        return MicroBatchLoss(loss, aux_loss, metrics=metrics)
     statistics, share = load_statistics(routing), _token_share(part)
-    return MicroBatchLoss(loss, aux_loss, statistics.entropy * share, statistics.load_cv * share)
+    return MicroBatchLoss(
+        loss, aux_loss, statistics.entropy * share, statistics.load_cv * share, metrics
+    )
 
 
 def _token_share(part: MicroBatch) -> float:

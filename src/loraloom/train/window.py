@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from loraloom.config.train import TrainConfig
-from loraloom.data.examples import NO_LOSS, Example
+from loraloom.data.examples import NO_LOSS, Example, TrainingExample
 from loraloom.data.training_set import TrainingSet
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What a step has in all its micro-batches; losses are divided by it.
+
+    Args:
+        num_examples: Examples, or pairs of answers.
+        num_labels: Tokens with a loss.
+        num_chosen_labels: Those of the first row of each example, a pair's chosen answer.
+    """
+
+    num_examples: int
+    num_labels: int
+    num_chosen_labels: int
 
 
 @dataclass(frozen=True)
@@ -23,7 +39,7 @@ class Window:
     """
 
     epoch: int
-    examples: tuple[Example, ...]
+    examples: tuple[TrainingExample, ...]
     micro_batch_size: int
 
     @property
@@ -32,19 +48,29 @@ class Window:
         return math.ceil(len(self.examples) / self.micro_batch_size)
 
     @cached_property
-    def num_labels(self) -> int:
-        """Tokens with a loss, over all micro-batches; what losses are divided by."""
-        return sum(count_labels(example) for example in self.examples)
+    def totals(self) -> StepTotals:
+        """What losses are divided by."""
+        return count_totals(self.examples)
 
     @cached_property
     def num_tokens(self) -> int:
         """Real tokens, over all micro-batches."""
-        return sum(len(example.input_ids) for example in self.examples)
+        return sum(len(row.input_ids) for example in self.examples for row in example.rows)
 
     def micro_batch(self, index: int) -> tuple[Example, ...]:
-        """Return the examples of one forward."""
+        """Return the rows of one forward; the two of a pair are side by side."""
         start = index * self.micro_batch_size
-        return self.examples[start : start + self.micro_batch_size]
+        examples = self.examples[start : start + self.micro_batch_size]
+        return tuple(row for example in examples for row in example.rows)
+
+
+def count_totals(examples: Sequence[TrainingExample]) -> StepTotals:
+    """Count what a step with these examples has."""
+    return StepTotals(
+        num_examples=len(examples),
+        num_labels=sum(count_labels(row) for example in examples for row in example.rows),
+        num_chosen_labels=sum(count_labels(example.rows[0]) for example in examples),
+    )
 
 
 def count_labels(example: Example) -> int:
@@ -85,7 +111,7 @@ class StepOrder:
         start = place * self.config.batch_size
         indices = self._epoch_order(epoch)[start : start + self.config.batch_size]
         examples = [self.training_set.examples[index] for index in indices]
-        examples.sort(key=lambda example: -len(example.input_ids))
+        examples.sort(key=lambda example: -max(len(row.input_ids) for row in example.rows))
         return Window(epoch, tuple(examples), self.config.micro_batch_size)
 
     def epochs_after(self, step: int) -> float:

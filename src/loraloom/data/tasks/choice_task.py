@@ -112,6 +112,26 @@ class ChoiceTask:
         form = self._form(row, scoring)
         return form.contexts[form.gold], form.continuations[form.gold]
 
+    def preference_texts(
+        self, row: Row, index: int, scoring: Scoring
+    ) -> tuple[tuple[str, str], tuple[str, str]]:
+        """The row as two prompts and completions: those of the right answer and of a wrong one.
+
+        Which of the wrong ones goes round with the row's place in the split.
+
+        Raises:
+            DataError: If the row lacks a field, or has no usable answer or only one choice.
+        """
+        form = self._form(row, scoring)
+        wrong = [choice for choice in range(len(form.contexts)) if choice != form.gold]
+        if not wrong:
+            row.reject("a preference needs a wrong choice beside the right one, got one choice")
+        chosen, rejected = form.gold, wrong[index % len(wrong)]
+        return (
+            (form.contexts[chosen], form.continuations[chosen]),
+            (form.contexts[rejected], form.continuations[rejected]),
+        )
+
     def _form(self, row: Row, scoring: Scoring) -> ChoiceForm:
         return self.by_text(row) if scoring == "text" else self.by_label(row)
 

@@ -1,0 +1,58 @@
+"""How an adapter's weights follow their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.config.optimization import REFUSED_OPTIMIZERS, OptimizerName
+
+
+class OptimizerConfig(StrictModel):
+    """How an adapter's weights follow their gradients."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Highest learning rate of the schedule."""
+    optimizer: OptimizerName = "adamw"
+    """An optimizer of torch.optim by name, in any case."""
+    optimizer_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, `{betas: [0.9, 0.95]}` say."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of the adapter's weights. 0 as in transformers' Trainer; torch's own is 0.01."""
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: lora_B learns at this multiple of learning_rate (Hayou et al., arXiv:2402.12354)."""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _check_optimizer(cls, name: Any) -> Any:
+        if not isinstance(name, str):
+            return name
+        if name.lower() in REFUSED_OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be another than {name}: {REFUSED_OPTIMIZERS[name.lower()]}; "
+                "adamw is the usual one"
+            )
+        return name.lower()
+
+    @field_validator("optimizer_args")
+    @classmethod
+    def _check_optimizer_args(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for own, argument in (
+            ("learning_rate", "lr"),
+            ("weight_decay", "weight_decay"),
+            ("parameters", "params"),
+        ):
+            if argument in args:
+                raise ValueError(
+                    f"optimizer_args must not hold {argument}: the job's own {own} is used"
+                )
+        return args
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _check_weight_decay(cls, weight_decay: float, info: CheckInfo) -> float:
+        if weight_decay > 0 and info.data.get("optimizer") == "rprop":
+            raise ValueError("weight_decay has no effect on rprop; remove it")
+        return weight_decay

@@ -1,0 +1,89 @@
+"""Pairs of answers, a better and a worse one: texts, or messages in the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.data.chat import Message, learn_answers, read_messages
+from loraloom.data.encoding import EncodedRow, LearntTokens, fit_pair, learn_completions
+from loraloom.data.rows import Row
+from loraloom.data.tokenising import leading_tokens
+
+TextPair = tuple[tuple[str, str], tuple[str, str]]
+"""Prompt and completion of the chosen, and of the rejected."""
+
+
+def encode_preferences(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    columns: dict[str, str],
+    max_length: int,
+) -> list[EncodedRow]:
+    """Rows of `prompt`, `chosen` and `rejected` with a loss on both answers.
+
+    Texts are read as they stand, with an EOS after each answer. Where `chosen` and `rejected` are
+    messages they follow those of `prompt`; without such a prompt, both are whole conversations and
+    what they begin with alike is the prompt.
+
+    Args:
+        tokenizer: With an EOS token for texts, a chat template for messages.
+        rows: All of one kind.
+        columns: The rows' names for the three, where they differ.
+        max_length: Most tokens of either answer with its prompt; see `fit_pair`.
+
+    Raises:
+        DataError: If a row lacks a field or has one of another kind, or the tokenizer lacks what
+            is needed.
+    """
+    names = {role: columns.get(role, role) for role in ("prompt", "chosen", "rejected")}
+    if isinstance(rows[0][names["chosen"]], str):
+        return encode_text_pairs(tokenizer, [_read_texts(row, names) for row in rows], max_length)
+    start = leading_tokens(tokenizer)
+    return [
+        fit_pair(*_learn_conversations(tokenizer, row, names), start, max_length) for row in rows
+    ]
+
+
+def encode_text_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TextPair], max_length: int
+) -> list[EncodedRow]:
+    """Chosen and rejected texts, each after its prompt, with a loss on the text and an EOS.
+
+    Raises:
+        DataError: If the tokenizer has no EOS token.
+    """
+    start = leading_tokens(tokenizer)
+    chosen = learn_completions(tokenizer, [pair[0] for pair in pairs])
+    rejected = learn_completions(tokenizer, [pair[1] for pair in pairs])
+    return [fit_pair(*answers, start, max_length) for answers in zip(chosen, rejected, strict=True)]
+
+
+def _read_texts(row: Row, names: dict[str, str]) -> TextPair:
+    prompt = row.text(names["prompt"])
+    return (prompt, row.text(names["chosen"])), (prompt, row.text(names["rejected"]))
+
+
+def _learn_conversations(
+    tokenizer: PreTrainedTokenizerBase, row: Row, names: dict[str, str]
+) -> tuple[LearntTokens, LearntTokens]:
+    chosen, rejected = (read_messages(row, names[role]) for role in ("chosen", "rejected"))
+    if isinstance(row.get(names["prompt"]), list):
+        prompt = read_messages(row, names["prompt"])
+        first, chosen, rejected = len(prompt), [*prompt, *chosen], [*prompt, *rejected]
+    else:
+        first = _count_shared(chosen, rejected)
+    return (
+        learn_answers(tokenizer, row, chosen, first),
+        learn_answers(tokenizer, row, rejected, first),
+    )
+
+
+def _count_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """Count the messages that two conversations begin with alike."""
+    pairs = zip(chosen, rejected, strict=False)
+    return next(
+        (place for place, (one, other) in enumerate(pairs) if one != other),
+        min(len(chosen), len(rejected)),
+    )

@@ -1,0 +1,208 @@
+"""Losses, metrics and gradients against trl's own code on the same logits, in float32."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraloom.data.examples import NO_LOSS, collate
+from loraloom.models.host import Host
+from loraloom.train.job import Job
+from loraloom.train.micro_batch import MicroBatchLoss
+from tests.tiny import METHODS, parameter_grads
+from tests.train.test_step import run_window
+from tests.train.toy import PAD_ID, add_job, toy_config, toy_host, toy_pair_set
+
+pytest.importorskip("trl")
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def dpo_trainer():
+    from trl import DPOTrainer
+
+    return DPOTrainer
+
+
+@pytest.fixture(scope="module")
+def cpo_trainer():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "TRL_EXPERIMENTAL_SILENCE", "1")
+        from trl.experimental.cpo import CPOTrainer
+    return CPOTrainer
+
+
+def pair_job(objective: dict, method: str = "lora") -> tuple[Host, Job]:
+    host = toy_host(torch.float32)
+    config = toy_config("a", METHODS[method], objective=objective, batch_size=6, micro_batch_size=2)
+    return host, add_job(host, config, toy_pair_set(6), random=True)
+
+
+def logits_of(host: Host, job: Job, name: str | None) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the job's step: the chosen answers, then the rejected."""
+    pairs = job.window.examples
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    batch = collate(rows, PAD_ID)
+    host.eval()
+    output = host(batch.input_ids, batch.attention_mask, adapters=[name] * len(rows))
+    return output.logits, batch.labels
+
+
+def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p of each label in its place, 0 elsewhere."""
+    targets = labels[:, 1:].clamp_min(0)
+    log_p = logits[:, :-1].log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    return log_p * (labels[:, 1:] != NO_LOSS)
+
+
+class Calm:
+    """trl's trainer, made without its constructor, with what its loss reads."""
+
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        gather=lambda values: values,
+        gather_for_metrics=lambda values: values,
+    )
+
+
+def trl_dpo(trainer_class, host: Host, job: Job, objective: dict) -> tuple[Tensor, dict]:
+    logits, labels = logits_of(host, job, "a")
+    log_probs = log_probs_of(logits, labels)
+    with torch.no_grad():
+        references = log_probs_of(*logits_of(host, job, None)).sum(1).chunk(2)
+    empty = torch.zeros_like(log_probs)
+
+    def model(**_):
+        return SimpleNamespace(
+            log_probs=log_probs, entropy=empty, mean_logits=empty, is_top1=empty.bool()
+        )
+
+    trainer = object.__new__(trainer_class)
+    model.training = True
+    vars(trainer).update(
+        model=model,
+        accelerator=Calm.accelerator,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[objective.get("loss_type", "sigmoid")],
+        loss_weights=[1.0],
+        beta=objective.get("beta", 0.1),
+        label_smoothing=0.0,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {
+        "input_ids": labels.clamp_min(0),
+        "attention_mask": torch.ones_like(labels),
+        "completion_mask": (labels != NO_LOSS).long(),
+        "ref_chosen_logps": references[0],
+        "ref_rejected_logps": references[1],
+    }
+    loss = trainer._compute_loss(model, inputs, return_outputs=False)
+    return loss, {name: values[0] for name, values in trainer._metrics["train"].items()}
+
+
+def assert_equals(ours: MicroBatchLoss, job: Job, loss: Tensor, metrics: dict) -> None:
+    """Compare loss, metrics of the same name, and gradients."""
+    torch.testing.assert_close(ours.loss, loss.item(), **TOLERANCE)
+    assert ours.metrics
+    for name, value in ours.metrics.items():
+        torch.testing.assert_close(value, float(metrics[name]), msg=name, **TOLERANCE)
+    gradients = parameter_grads(job.adapter)
+    loss.backward()
+    expected = parameter_grads(job.adapter)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, **TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "dpo"},
+        {"name": "dpo", "beta": 1.5},
+        {"name": "dpo", "loss_type": "ipo", "beta": 0.3},
+    ],
+    ids=["sigmoid", "strict", "ipo"],
+)
+def test_dpo_is_that_of_trl(dpo_trainer, objective, method):
+    host, job = pair_job(objective, method)
+    ours = run_window(host, [job])["a"]
+    assert_equals(ours, job, *trl_dpo(dpo_trainer, host, job, objective))
+
+
+def cpo_trainer_with(trainer_class, objective: dict):
+    trainer = object.__new__(trainer_class)
+    vars(trainer).update(
+        accelerator=Calm.accelerator,
+        alpha=0.0,
+        aux_loss_enabled=False,
+        beta=objective.get("beta", 0.1),
+        cpo_alpha=objective.get("cpo_alpha", 1.0),
+        is_encoder_decoder=False,
+        label_smoothing=objective.get("label_smoothing", 0.0),
+        loss_type=objective.get("loss_type", "sigmoid"),
+    )
+    return trainer
+
+
+def trl_cpo(trainer_class, host: Host, job: Job, objective: dict) -> tuple[Tensor, dict]:
+    logits, labels = logits_of(host, job, "a")
+    trainer = cpo_trainer_with(trainer_class, objective)
+    trainer.concatenated_inputs = lambda *_, **__: {
+        "concatenated_input_ids": labels,
+        "concatenated_attention_mask": labels,
+        "concatenated_labels": labels,
+    }
+    trainer.pad_token_id = PAD_ID
+    chosen = labels[: len(labels) // 2]
+    return trainer.get_batch_loss_metrics(
+        lambda *_, **__: SimpleNamespace(logits=logits), {"chosen_labels": chosen}
+    )
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "cpo"},
+        {"name": "cpo", "loss_type": "hinge", "beta": 0.4},
+        {"name": "cpo", "label_smoothing": 0.2, "cpo_alpha": 0.5, "beta": 0.5},
+    ],
+    ids=["sigmoid", "hinge", "smoothed"],
+)
+def test_cpo_is_that_of_trl(cpo_trainer, objective):
+    host, job = pair_job(objective)
+    ours = run_window(host, [job])["a"]
+    loss, metrics = trl_cpo(cpo_trainer, host, job, objective)
+    assert_equals(ours, job, loss, metrics)
+
+
+def test_smoothed_dpo_is_trls_smoothed_loss_of_log_ratios(cpo_trainer):
+    """trl's DPO dropped label smoothing; its CPO has the same formula, of log-probabilities."""
+    objective = {"name": "dpo", "label_smoothing": 0.2, "beta": 0.5}
+    host, job = pair_job(objective)
+    ours = run_window(host, [job])["a"]
+    policy = log_probs_of(*logits_of(host, job, "a")).sum(1)
+    with torch.no_grad():
+        reference = log_probs_of(*logits_of(host, job, None)).sum(1)
+    trainer = cpo_trainer_with(cpo_trainer, objective)
+    losses, chosen, rejected = trainer.cpo_loss(*(policy - reference).chunk(2))
+    metrics = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/accuracies": (chosen > rejected).float().mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "logps/chosen": policy.detach().chunk(2)[0].mean(),
+        "logps/rejected": policy.detach().chunk(2)[1].mean(),
+    }
+    assert_equals(ours, job, losses.mean(), metrics)
