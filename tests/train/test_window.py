@@ -4,8 +4,8 @@ import pytest
 
 from loraloom.config.train import TrainConfig
 from loraloom.data.examples import NO_LOSS, Example
-from loraloom.train.window import StepOrder, count_labels
-from tests.train.toy import toy_set
+from loraloom.train.window import StepOrder, count_labels, longest_row
+from tests.train.toy import toy_pair_set, toy_set
 
 
 def order_of(count: int, **train) -> StepOrder:
@@ -59,3 +59,32 @@ def test_epochs_are_turned_into_steps(count, num_epochs, steps):
 def test_epochs_are_counted_in_examples():
     order = order_of(10, batch_size=4)
     assert [order.epochs_after(step) for step in range(5)] == [0, 0.4, 0.8, 1, 1.4]
+
+
+def test_groups_by_length_have_every_example_once_and_lengths_alike():
+    order = order_of(200, batch_size=4, group_by_length=True)
+    windows = [order.window(step) for step in range(order.steps_per_epoch)]
+    assert sorted(i for window in windows for i in ids(window)) == list(range(200))
+    spreads = [max(lengths(window)) - min(lengths(window)) for window in windows[1:]]
+    assert sum(spread > 1 for spread in spreads) < 4  # where mega-batches meet
+    assert max(lengths(windows[0])) == 9
+
+
+def lengths(window) -> list[int]:
+    return [len(example.input_ids) for example in window.examples]
+
+
+def test_groups_by_length_are_other_ones_in_each_epoch_and_the_same_in_each_run():
+    order = order_of(64, batch_size=4, group_by_length=True)
+    again = order_of(64, batch_size=4, group_by_length=True)
+    assert ids(order.window(17)) == ids(again.window(17))
+    assert ids(order.window(1)) != ids(order.window(17))
+
+
+def test_a_pair_is_as_long_as_its_longest_row():
+    training_set = toy_pair_set(40)
+    config = TrainConfig(max_steps=10, batch_size=4, group_by_length=True)
+    windows = [StepOrder(training_set, config).window(step) for step in range(10)]
+    longest = [[longest_row(example) for example in window.examples] for window in windows]
+    assert longest[0][0] == max(map(longest_row, training_set.examples))
+    assert all(rows == sorted(rows, reverse=True) for rows in longest)

@@ -52,6 +52,8 @@ class TrainConfig(OptimizerConfig):
     """Steps after which the job ends; or give num_epochs."""
     max_length: int = Field(default=512, ge=2)
     """Longest row in tokens."""
+    group_by_length: bool = False
+    """Let examples of similar length share a step, for less padding; orders stay random."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the norm of the adapter's whole gradient to this; null for no clipping."""
     gradient_checkpointing: bool = False

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from loraloom.config.train import TrainConfig
 from loraloom.data.examples import NO_LOSS, Example, TrainingExample
+from loraloom.data.grouping import group_by_length
 from loraloom.data.training_set import TrainingSet
 
 
@@ -78,6 +79,11 @@ def count_labels(example: Example) -> int:
     return sum(label != NO_LOSS for label in example.labels[1:])
 
 
+def longest_row(example: TrainingExample) -> int:
+    """Count the tokens of an example's longest row."""
+    return max(len(row.input_ids) for row in example.rows)
+
+
 class StepOrder:
     """The windows of a job: a function of the step alone, so that a job can begin anywhere.
 
@@ -111,7 +117,7 @@ class StepOrder:
         start = place * self.config.batch_size
         indices = self._epoch_order(epoch)[start : start + self.config.batch_size]
         examples = [self.training_set.examples[index] for index in indices]
-        examples.sort(key=lambda example: -max(len(row.input_ids) for row in example.rows))
+        examples.sort(key=lambda example: -longest_row(example))
         return Window(epoch, tuple(examples), self.config.micro_batch_size)
 
     def epochs_after(self, step: int) -> float:
@@ -122,5 +128,12 @@ class StepOrder:
 
     def _epoch_order(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self.training_set.epoch_order(epoch))
+            self._order = (epoch, self._make_order(epoch))
         return self._order[1]
+
+    def _make_order(self, epoch: int) -> list[int]:
+        order = self.training_set.epoch_order(epoch)
+        if not self.config.group_by_length:
+            return order
+        lengths = [longest_row(self.training_set.examples[index]) for index in order]
+        return group_by_length(order, lengths, self.config.batch_size)
