@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom.config.run import JobConfig
+from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing.statistics import load_statistics
 from loraloom.train import step
@@ -19,6 +20,7 @@ from loraloom.train.results import read_result
 from tests.tiny import randomise, relative_error
 from tests.train.toy import (
     ADAPTERS,
+    add_job,
     toy_config,
     toy_engine,
     toy_host,
@@ -289,9 +291,11 @@ def interrupted(engine: Engine, after_round: int) -> None:
 
 
 def resumed(directory, configs, sets, **options) -> Engine:
-    engine = toy_engine(directory, configs, sets, **options)
     snapshot, faults = SnapshotStore(directory / ".checkpoints").newest()
     assert faults == []
+    done = {name for name, record in snapshot.jobs.items() if record.status != "running"}
+    configs = [config for config in configs if config.name not in done]
+    engine = toy_engine(directory, configs, sets, **options)
     engine.load_state(snapshot)
     return engine
 
@@ -369,6 +373,137 @@ def test_save_steps_saves_all_jobs_in_the_same_round(tmp_path):
     assert snapshot.round == 2
     assert snapshot.load_state("a")["position"]["step"] == 2
     assert snapshot.load_state("b")["position"]["micro_step"] == 2
+
+
+def test_a_job_that_joins_trains_as_it_does_from_the_start(tmp_path):
+    configs, sets = matrix(max_steps=8)
+    together = trained_weights(toy_engine(tmp_path / "together", configs, sets))
+    engine = toy_engine(tmp_path / "joined", configs[:2], sets)
+    jobs = dict(engine.jobs)
+
+    def join(engine):
+        if engine.round == 3:
+            for config in configs[2:]:
+                jobs[config.name] = add_job(engine.host, config, sets[config.name])
+                engine.add(jobs[config.name])
+
+    results = engine.run(between_steps=join)
+    assert [result.job for result in results] == [config.name for config in configs]
+    for name, job in jobs.items():
+        for key, weight in weights_of(job).items():
+            assert relative_error(weight, together[name][key]) < 1e-9
+    assert [line["step"] for line in read_metrics(tmp_path / "joined/mixdora")] == [1]
+
+
+def test_jobs_may_join_when_none_is_left(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("first", max_steps=2)])
+
+    def chain(engine):
+        if not engine.jobs and "second" not in engine.results:
+            engine.add(add_job(engine.host, toy_config("second", max_steps=3)))
+
+    assert [result.steps for result in engine.run(between_steps=chain)] == [2, 3]
+    assert engine.round == 5
+
+
+def test_a_job_that_joined_is_in_the_snapshot_and_goes_on_from_it(tmp_path):
+    configs = [toy_config("a", max_steps=5), toy_config("b", ADAPTERS["mixdora"], max_steps=5)]
+
+    def start(name):
+        engine = toy_engine(tmp_path / name, configs[:1], dtype=torch.float32)
+        engine.add(add_job(engine.host, configs[1]))
+        return engine
+
+    start("unbroken").run()
+    interrupted(start("broken"), after_round=3)
+    engine = resumed(tmp_path / "broken", configs, {}, dtype=torch.float32)
+    snapshot, _ = SnapshotStore(tmp_path / "broken/.checkpoints").newest()
+    assert {name: record.joined_later for name, record in snapshot.jobs.items()} == {
+        "a": False,
+        "b": True,
+    }
+    engine.save_state()
+    engine.run()
+    snapshot, _ = SnapshotStore(tmp_path / "broken/.checkpoints").newest()
+    assert snapshot.jobs["b"].joined_later
+    for name in "ab":
+        tensors, expected = (
+            load_file(tmp_path / run / name / "adapter_model.safetensors")
+            for run in ("broken", "unbroken")
+        )
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["A", "done", "earlier"])
+def test_a_job_that_can_not_join_leaves_nothing_on_the_host(tmp_path, name):
+    toy_engine(tmp_path, [toy_config("earlier", max_steps=1)]).run()
+    engine = toy_engine(tmp_path, [toy_config("a"), toy_config("done")])
+    engine.stop("done", "no longer wanted")
+    before = dict(engine.host.adapters)
+    with pytest.raises(ConfigError, match="must be new in"):
+        engine.add(add_job(engine.host, toy_config(name)))
+    assert engine.host.adapters == before
+
+
+def test_results_of_an_earlier_run_are_replaced_if_asked_for(tmp_path):
+    toy_engine(tmp_path, [toy_config("a", max_steps=2)]).run()
+    engine = toy_engine(tmp_path, [])
+    engine.add(add_job(engine.host, toy_config("a", max_steps=3)), overwrite=True)
+    (result,) = engine.run()
+    assert result.steps == len(read_metrics(tmp_path / "a")) == 3
+
+
+def test_a_stopped_job_keeps_its_weights_and_says_why(tmp_path):
+    configs = [toy_config("a", max_steps=6), toy_config("b", max_steps=6)]
+    expected = trained_weights(toy_engine(tmp_path / "whole", configs))
+    engine = toy_engine(tmp_path / "run", configs)
+    stopped, going, base = engine.jobs["a"], engine.jobs["b"], engine.host.base
+
+    def stop(engine):
+        if engine.round == 3:
+            result = engine.stop("a", "the other one is better")
+            assert result == engine.results["a"]
+
+    results = engine.run(between_steps=stop)
+    assert [(result.status, result.steps) for result in results] == [
+        ("stopped", 3),
+        ("finished", 6),
+    ]
+    assert results[0].error is None
+    assert read_result(tmp_path / "run/a").stop_reason == "the other one is better"
+    _, tensors = read_adapter(tmp_path / "run/a", base)
+    for name, own in stopped.adapter.tensors().items():
+        assert torch.equal(tensors[name], own)
+    for name, weight in weights_of(going).items():
+        assert relative_error(weight, expected["b"][name]) < 1e-9
+    snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
+    assert {name: record.status for name, record in snapshot.jobs.items()} == {
+        "a": "stopped",
+        "b": "finished",
+    }
+
+
+def test_a_stopped_job_stays_stopped_when_the_run_goes_on(tmp_path):
+    configs = [toy_config("a", max_steps=6), toy_config("b", max_steps=6)]
+    engine = toy_engine(tmp_path, configs)
+    engine.stop("a", "no need")
+    interrupted(engine, after_round=2)
+    results = {result.job: result for result in resumed(tmp_path, configs, {}).run()}
+    assert (results["a"].status, results["a"].stop_reason) == ("stopped", "no need")
+    assert results["b"].steps == 6
+
+
+def test_a_job_whose_weights_are_broken_fails_when_it_is_stopped(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("a")])
+    with torch.no_grad():
+        next(iter(engine.jobs["a"].parameters.values())).fill_(torch.nan)
+    assert engine.stop("a", "enough").status == "failed"
+
+
+def test_only_a_job_that_trains_can_be_stopped(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("a")])
+    with pytest.raises(ConfigError, match=r"must be one of those that train \(a\), got 'b'"):
+        engine.stop("b", "why not")
 
 
 @pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])

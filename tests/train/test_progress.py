@@ -31,7 +31,9 @@ def test_a_terminal_gets_live_lines_and_a_file_plain_ones():
 def test_live_lines_show_every_job():
     screen = console(force_terminal=True)
     progress = LiveProgress(screen)
-    progress.start([JobProgress("math", 0, 9, 0), JobProgress("law", 3, 5, 0)])
+    progress.add(JobProgress("math", 0, 9, 0))
+    progress.start()
+    progress.add(JobProgress("law", 3, 5, 0))
     progress.update(JobProgress("math", 1, 9, 320, 1.25))
     progress.message("law: [done]")
     progress.stop()
@@ -42,14 +44,14 @@ def test_live_lines_show_every_job():
 def test_plain_lines_come_every_few_seconds_and_at_the_end():
     screen = console()
     progress = PlainProgress(screen, interval_s=1000.0)
-    progress.start([JobProgress("math", 0, 3, 0)])
+    progress.add(JobProgress("math", 0, 3, 0))
     for step in (1, 2, 3):
         progress.update(JobProgress("math", step, 3, 100 * step, 2.0))
     (line,) = printed(screen).splitlines()
     assert line.startswith("math: step 3/3, loss 2.0000, ")
 
     often = PlainProgress(console(), interval_s=0.0)
-    often.start([JobProgress("math", 0, 3, 0)])
+    often.add(JobProgress("math", 0, 3, 0))
     often.update(JobProgress("math", 1, 3, 100, 2.0))
     assert "step 1/3" in printed(often._console)
 

@@ -123,7 +123,7 @@ def test_a_fault_in_any_job_is_found_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def killed(run, monkeypatch, rounds: int) -> None:
+def killed(run, monkeypatch, rounds: int, **options) -> None:
     """Begin a run and let it die after some fused steps, without a chance to save."""
     step = Engine.step
 
@@ -135,7 +135,7 @@ def killed(run, monkeypatch, rounds: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", stepping)
         with pytest.raises(RuntimeError, match="killed"):
-            train(run, score)
+            train(run, score, **options)
 
 
 def weights(directory):
@@ -160,6 +160,27 @@ def test_resume_after_a_crash_gives_the_weights_of_an_unbroken_run(
         ]
         assert steps == sorted(steps)
         assert len(steps) == len(set(steps)) + {"plain": 2, "mixture": 1}[name]
+
+
+def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
+    def join(engine, builder):
+        if engine.round == 1 and "joined" not in engine.jobs:
+            engine.add(
+                builder.build(engine.jobs["plain"].config.model_copy(update={"name": "joined"}))
+            )
+
+    train(settings(inputs, tmp_path / "unbroken"), score, between_steps=join)
+    run = settings(inputs, tmp_path / "out")
+    killed(run, monkeypatch, 3, between_steps=join)
+    results = train(run, score, resume=True)
+    assert {result.job: result.steps for result in results} == {
+        "plain": 4,
+        "mixture": 4,
+        "joined": 4,
+    }
+    expected = weights(tmp_path / "unbroken")
+    for name, tensors in weights(tmp_path / "out").items():
+        assert all(torch.equal(tensors[key], value) for key, value in expected[name].items())
 
 
 def test_resume_of_a_finished_run_trains_nothing(inputs, tmp_path):

@@ -26,7 +26,7 @@ from loraloom.errors import TrainingError
 MANIFEST = "manifest.json"
 KEPT_SNAPSHOTS = 2
 
-Status = Literal["running", "finished", "failed"]
+Status = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ class JobRecord:
         settings: Its section of the run file, all defaults filled in.
         metrics_bytes: Length of its metrics.jsonl at that moment.
         sha256: Of its file; None where there is none, before the first step and after the end.
+        joined_later: It is none of the run file's.
     """
 
     status: Status
     settings: dict[str, Any]
     metrics_bytes: int = 0
     sha256: str | None = None
+    joined_later: bool = False
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,27 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self.snapshots.clear()
         for name in jobs:
-            for file in _OWN_FILES:
-                (self.job(name) / file).unlink(missing_ok=True)
-            for directory in _OWN_DIRECTORIES:
-                shutil.rmtree(self.job(name) / directory, ignore_errors=True)
+            self._clear(name)
+
+    def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
+        """Make room for a job that joins; what a run that died left of it is deleted.
+
+        Raises:
+            ConfigError: If there is a result of that name that was not to be overwritten.
+        """
+        result = self.job(name) / RESULT_FILE
+        if result.exists() and not overwrite:
+            raise ConfigError(
+                f"job {name} must be new in {self.path}, but there is {result}; "
+                "take another name, or delete its directory"
+            )
+        self._clear(name)
+
+    def _clear(self, name: str) -> None:
+        for file in _OWN_FILES:
+            (self.job(name) / file).unlink(missing_ok=True)
+        for directory in _OWN_DIRECTORIES:
+            shutil.rmtree(self.job(name) / directory, ignore_errors=True)
 
     def _has_results(self) -> bool:
         """Whether a run got so far that there is something in the directory."""

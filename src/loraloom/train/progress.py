@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -41,8 +41,12 @@ class Progress(ABC):
     """Shows a run to its user."""
 
     @abstractmethod
-    def start(self, jobs: Sequence[JobProgress]) -> None:
-        """Begin to show these jobs."""
+    def start(self) -> None:
+        """Begin to show."""
+
+    @abstractmethod
+    def add(self, job: JobProgress) -> None:
+        """Show one more job."""
 
     @abstractmethod
     def update(self, job: JobProgress) -> None:
@@ -107,15 +111,17 @@ class LiveProgress(Progress):
         self._tasks: dict[str, Any] = {}
         self._rates: dict[str, Rate] = {}
 
-    def start(self, jobs: Sequence[JobProgress]) -> None:
-        """Begin to show these jobs."""
-        for job in jobs:
-            self._rates[job.name] = rate = Rate()
-            rate.add(job)
-            self._tasks[job.name] = self._bars.add_task(
-                job.name, total=job.total_steps, completed=job.step, **_fields(job, rate)
-            )
+    def start(self) -> None:
+        """Begin to draw."""
         self._bars.start()
+
+    def add(self, job: JobProgress) -> None:
+        """Give a job a line."""
+        self._rates[job.name] = rate = Rate()
+        rate.add(job)
+        self._tasks[job.name] = self._bars.add_task(
+            job.name, total=job.total_steps, completed=job.step, **_fields(job, rate)
+        )
 
     def update(self, job: JobProgress) -> None:
         """Show a job after a step."""
@@ -146,12 +152,14 @@ class PlainProgress(Progress):
         self._rates: dict[str, Rate] = {}
         self._shown_at: dict[str, float] = {}
 
-    def start(self, jobs: Sequence[JobProgress]) -> None:
+    def start(self) -> None:
+        """Nothing is to do yet."""
+
+    def add(self, job: JobProgress) -> None:
         """Begin to measure."""
-        for job in jobs:
-            self._rates[job.name] = rate = Rate()
-            rate.add(job)
-            self._shown_at[job.name] = time.monotonic()
+        self._rates[job.name] = rate = Rate()
+        rate.add(job)
+        self._shown_at[job.name] = time.monotonic()
 
     def update(self, job: JobProgress) -> None:
         """Print a line if it is time."""
@@ -177,7 +185,10 @@ class PlainProgress(Progress):
 class NoProgress(Progress):
     """Shows nothing."""
 
-    def start(self, jobs: Sequence[JobProgress]) -> None:
+    def start(self) -> None:
+        """Show nothing."""
+
+    def add(self, job: JobProgress) -> None:
         """Show nothing."""
 
     def update(self, job: JobProgress) -> None:

@@ -26,16 +26,25 @@ class Reporter:
         self._progress = progress
         self._tracker_names = tracker_names
         self._trackers: dict[str, list[Tracker]] = {}
+        self._is_started = False
 
     def start(self, jobs: Iterable[Job]) -> None:
         """Open the trackers of jobs and begin to show them."""
+        self._is_started = True
+        self._progress.start()
         for job in jobs:
-            directory, first_step = self._directory.job(job.name), job.position.step + 1
-            directory.mkdir(parents=True, exist_ok=True)
-            self._trackers[job.name] = open_trackers(
-                self._tracker_names, directory, first_step, job.config.model_dump(mode="json")
-            )
-        self._progress.start([_progress_of(job, None) for job in jobs])
+            self.add(job)
+
+    def add(self, job: Job) -> None:
+        """Open a job's trackers and show it, if the run has begun."""
+        if not self._is_started:
+            return
+        directory, first_step = self._directory.job(job.name), job.position.step + 1
+        directory.mkdir(parents=True, exist_ok=True)
+        self._trackers[job.name] = open_trackers(
+            self._tracker_names, directory, first_step, job.config.model_dump(mode="json")
+        )
+        self._progress.add(_progress_of(job, None))
 
     def step(self, job: Job, report: StepReport, seconds: float) -> None:
         """Tell what a step did."""
@@ -60,6 +69,7 @@ class Reporter:
 
     def stop(self) -> None:
         """Close all trackers and show nothing more."""
+        self._is_started = False
         self._progress.stop()
         for name in list(self._trackers):
             self.end(name)

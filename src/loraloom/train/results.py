@@ -21,6 +21,7 @@ from loraloom.train.job import Job
 RESULT_FILE = "result.json"
 
 Weights = Literal["best", "last"]
+Status = Literal["finished", "stopped early", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class JobResult:
 
     Args:
         job: Its name.
-        status: finished, stopped early, or failed.
+        status: finished; stopped early (the metric no longer got better); stopped from outside;
+            or failed.
         error: Why it failed.
         method: LoRA, DoRA, MixLoRA or MixDoRA.
         base_model: Name of the base model.
@@ -46,10 +48,11 @@ class JobResult:
         peak_memory_bytes: Of the process (`rss`) and of the accelerator, until then.
         environment: Versions, device, dtype, command.
         directory: Where the adapter's files are.
+        stop_reason: Why it was stopped.
     """
 
     job: str
-    status: Literal["finished", "stopped early", "failed"]
+    status: Status
     error: str | None
     method: str
     base_model: str
@@ -66,6 +69,7 @@ class JobResult:
     peak_memory_bytes: dict[str, int]
     environment: dict[str, Any]
     directory: str = field(default="")
+    stop_reason: str | None = None
 
     def write(self, directory: Path) -> None:
         """Write result.json."""
@@ -83,7 +87,8 @@ def job_result(
     base: BaseInfo,
     directory: Path,
     *,
-    error: str | None,
+    error: str | None = None,
+    stop_reason: str | None = None,
     seconds: float,
     environment: Mapping[str, Any],
 ) -> JobResult:
@@ -94,16 +99,16 @@ def job_result(
         base: The base model.
         directory: Where its files go.
         error: Why it failed, if it did.
+        stop_reason: Why it was stopped, if it was.
         seconds: Wall time so far.
         environment: See `describe_environment`.
     """
     position, selection = job.position, job.selection
     has_best = selection.step is not None
-    early = "stopped early" if position.step < job.total_steps else "finished"
     last_metrics = position.metrics if position.evaluated_step == position.step else {}
     return JobResult(
         job=job.name,
-        status="failed" if error is not None else early,
+        status=_status(job, error, stop_reason),
         error=error,
         method=method_name(job.config.adapter),
         base_model=base.name_or_path,
@@ -120,7 +125,16 @@ def job_result(
         peak_memory_bytes=peak_memory_bytes(),
         environment=dict(environment),
         directory=str(directory),
+        stop_reason=stop_reason,
     )
+
+
+def _status(job: Job, error: str | None, stop_reason: str | None) -> Status:
+    if error is not None:
+        return "failed"
+    if stop_reason is not None:
+        return "stopped"
+    return "stopped early" if job.position.step < job.total_steps else "finished"
 
 
 def _best(job: Job) -> dict[str, Any]:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 import loraloom
 from loraloom.config.run import JobConfig, RunConfig
-from loraloom.data.training_set import TrainingSet, load_training_set
-from loraloom.errors import ConfigError, DataError, LoraloomError
+from loraloom.errors import ConfigError
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
+from loraloom.train.builder import JobBuilder
 from loraloom.train.checkpoint import Snapshot, describe_changes
 from loraloom.train.engine import Engine, Surroundings, describe_base
 from loraloom.train.evaluation import Evaluation, Evaluator
 from loraloom.train.job import Job
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress, Progress
-from loraloom.train.reference import load_reference
 from loraloom.train.results import JobResult, describe_environment
-from loraloom.train.start import load_start
 from loraloom.train.tracking import check_trackers
+
+
+class BetweenSteps(Protocol):
+    """Is called between two fused steps; may add jobs and stop some."""
+
+    def __call__(self, engine: Engine, builder: JobBuilder) -> None:
+        """Look at the engine's jobs and results, call its `add` and `stop`."""
+        ...
 
 
 def train(
@@ -33,6 +41,7 @@ def train(
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str = "",
+    between_steps: BetweenSteps | None = None,
 ) -> list[JobResult]:
     """Train all jobs of a run on its base model.
 
@@ -45,6 +54,7 @@ def train(
         overwrite: Replace earlier results of these jobs.
         progress: Shows the run; None for nothing.
         command: What result.json says the run was started with.
+        between_steps: As in `Engine.run`, with what builds further jobs.
 
     Returns:
         What became of each job; a failed one has an `error`.
@@ -68,6 +78,7 @@ def train(
         overwrite=overwrite,
         progress=progress,
         command=command,
+        between_steps=between_steps,
     )
 
 
@@ -81,12 +92,9 @@ def train_on_host(
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str = "",
+    between_steps: BetweenSteps | None = None,
 ) -> list[JobResult]:
-    """Train as `train` does on a base model that is loaded already.
-
-    Gradient checkpointing is a matter of the whole forward: it is on if any job asks for it.
-    Gradients are the same.
-    """
+    """Train as `train` does on a base model that is loaded already."""
     progress = progress or NoProgress()
     directory = _check(run, resume=resume, overwrite=overwrite)
     snapshot, faults = directory.snapshots.newest() if resume else (None, [])
@@ -95,20 +103,19 @@ def train_on_host(
     elif faults:
         raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
     evaluation = Evaluation(host, tokenizer, evaluator)
-    jobs = _build_jobs(host, tokenizer, run.jobs)
-    evaluation.read(run.jobs)
-    host.enable_gradient_checkpointing(any(job.train.gradient_checkpointing for job in run.jobs))
+    builder = JobBuilder(host, tokenizer, evaluation)
+    jobs = [builder.build(config) for config in _jobs_to_build(run, snapshot)]
     environment = describe_environment(host.device, host.dtype, command)
     surroundings = Surroundings(directory, progress, run.trackers, environment)
     engine = Engine(host, jobs, evaluation, surroundings)
     _say(progress, [*faults, *_describe_data(jobs)])
     if snapshot is not None:
         _say(progress, [f"going on after {snapshot.round} fused steps"])
-        engine.load_state(snapshot)
+        engine.load_state(_without_dropped(snapshot, run))
     else:
         directory.prepare([job.name for job in run.jobs])
         engine.save_state()
-    return engine.run()
+    return engine.run(None if between_steps is None else partial(between_steps, builder=builder))
 
 
 def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:
@@ -118,38 +125,29 @@ def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:
     return directory
 
 
-def _build_jobs(
-    host: Host, tokenizer: PreTrainedTokenizerBase, configs: Sequence[JobConfig]
-) -> list[Job]:
-    """Add the adapters and read the data; jobs with the same data and seed share them."""
-    training_sets: dict[tuple[Any, ...], TrainingSet] = {}
-    jobs = []
-    for config in configs:
-        try:
-            adapter = host.add(config.name, config.adapter, config.seed)
-            if config.start_from is not None:
-                load_start(host, adapter, config.start_from)
-            reference = load_reference(host, config.train.objective)
-            max_length, as_pairs = config.train.max_length, config.train.learns_from_pairs
-            key = (config.data.model_dump_json(), max_length, config.seed, as_pairs)
-            if key not in training_sets:
-                training_sets[key] = load_training_set(
-                    config.data, tokenizer, max_length, config.seed, as_pairs=as_pairs
-                )
-            _check_enough(config, training_sets[key])
-            jobs.append(Job(config, adapter, training_sets[key], reference))
-        except LoraloomError as error:
-            raise type(error)(f"job {config.name}: {error}") from error
-    return jobs
+def _jobs_to_build(run: RunConfig, snapshot: Snapshot | None) -> list[JobConfig]:
+    """The jobs that train: of a run that goes on also those that joined, but none that is done."""
+    if snapshot is None:
+        return list(run.jobs)
+    names = {job.name for job in run.jobs}
+    joined = [
+        JobConfig.model_validate(record.settings)
+        for name, record in snapshot.jobs.items()
+        if record.joined_later and name not in names
+    ]
+    done = {name for name, record in snapshot.jobs.items() if record.status != "running"}
+    return [job for job in (*run.jobs, *joined) if job.name not in done]
 
 
-def _check_enough(config: JobConfig, training_set: TrainingSet) -> None:
-    missing = "learn from" if not training_set.examples else "measure eval/loss on"
-    if not training_set.examples or (config.data.has_validation and not training_set.validation):
-        raise DataError(
-            f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
-            "give more rows, or raise max_length"
-        )
+def _without_dropped(snapshot: Snapshot, run: RunConfig) -> Snapshot:
+    """Leave out the jobs that were taken out of the run file since."""
+    names = {job.name for job in run.jobs}
+    kept = {
+        name: record
+        for name, record in snapshot.jobs.items()
+        if record.joined_later or name in names
+    }
+    return replace(snapshot, jobs=kept)
 
 
 def _describe_data(jobs: Sequence[Job]) -> list[str]:
