@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,12 +24,8 @@ from loraloom.train.results import JobResult, describe_environment
 from loraloom.train.tracking import check_trackers
 
 
-class BetweenSteps(Protocol):
-    """Is called between two fused steps; may add jobs and stop some."""
-
-    def __call__(self, engine: Engine, builder: JobBuilder) -> None:
-        """Look at the engine's jobs and results, call its `add` and `stop`."""
-        ...
+BetweenSteps = Callable[[Engine, JobBuilder], None]
+"""Called between two fused steps: may build jobs, and call the engine's `add` and `stop`."""
 
 
 def train(
@@ -115,7 +110,9 @@ def train_on_host(
     else:
         directory.prepare([job.name for job in run.jobs])
         engine.save_state()
-    return engine.run(None if between_steps is None else partial(between_steps, builder=builder))
+    if between_steps is None:
+        return engine.run()
+    return engine.run(lambda engine: between_steps(engine, builder))
 
 
 def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:
