@@ -23,7 +23,6 @@ from loraloom.train.progress import NoProgress, Progress
 from loraloom.train.results import JobResult, describe_environment
 from loraloom.train.tracking import check_trackers
 
-
 BetweenSteps = Callable[[Engine, JobBuilder], None]
 """Called between two fused steps: may build jobs, and call the engine's `add` and `stop`."""
 
