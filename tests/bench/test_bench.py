@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from loraloom.bench.layer import LayerSetting, make_layer
+from loraloom.bench.memory import JobsMemory
+from loraloom.bench.step import StepSetting, make_job_steps
 from loraloom.bench.timing import alternate
 from loraloom.cli import main as cli
 from tests.infer.saved import save_tiny
@@ -68,6 +71,31 @@ def test_the_step_benchmark_runs_all_cases(base_model, capsys):
     words = ["--base-model", base_model, "--rows", "2", "--length", "8", "--rounds", "1"]
     assert cli.main(["bench", "step", *words]) == 0
     assert "mixdora" in capsys.readouterr().out
+
+
+def test_the_jobs_benchmark_compares_fused_steps_with_turns_and_measures_memory(base_model, capsys):
+    words = ["--base-model", base_model, "--jobs", "3", "--length", "8", "--rounds", "1"]
+    assert cli.main(["bench", "jobs", *words, "--memory"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("by turns", "fused", "of 3 times one", "each further job adds"):
+        assert word in printed
+
+
+def test_the_figures_of_jobs_memory():
+    memory = JobsMemory(num_jobs=5, one_bytes=100, all_bytes=180, state_bytes=16)
+    assert memory.share == pytest.approx(180 / 500)
+    assert memory.added == pytest.approx(20 / 16)
+
+
+def test_fused_steps_and_turns_give_the_same_weights(base_model):
+    setting = StepSetting(base_model, dtype="float32", length=8, num_jobs=3)
+    fused, turns = (make_job_steps("mixlora", setting) for _ in range(2))
+    for _ in range(2):
+        fused.fused()
+        turns.by_turns()
+    for one, other in zip(fused.adapters, turns.adapters, strict=True):
+        for weight, expected in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_decode_benchmark_runs_all_cases(base_model, capsys):

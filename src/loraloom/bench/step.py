@@ -6,12 +6,13 @@ others are loraloom's. Dropout 0, no gradient checkpointing, all linear layers a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loraloom.adapters.adapter import Adapter
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
@@ -32,6 +33,7 @@ class StepSetting:
         rank: Of LoRA and of each expert.
         num_experts: Of a mixture.
         top_k: Of a mixture.
+        num_jobs: Adapters, each with rows of its own in the batch.
     """
 
     base_model: str = "smollm2-135m"
@@ -41,6 +43,7 @@ class StepSetting:
     rank: int = 8
     num_experts: int = 8
     top_k: int = 2
+    num_jobs: int = 1
 
 
 def make_step(case: str, setting: StepSetting) -> Step:
@@ -50,15 +53,71 @@ def make_step(case: str, setting: StepSetting) -> Step:
         case: `peft-lora`, `lora`, `dora`, `mixlora` or `mixdora`.
         setting: Model and sizes.
     """
-    model, _ = load_base_model(setting.base_model, dtype=setting.dtype)
-    generator = torch.Generator().manual_seed(0)
-    shape = (setting.rows, setting.length)
-    tokens = torch.randint(3, model.config.vocab_size, shape, generator=generator)
     if case == "peft-lora":
-        return _peft_step(model, tokens, setting)
+        return _peft_step(setting)
+    return make_job_steps(case, setting).fused
+
+
+class JobSteps:
+    """Adapters on one host, each with an AdamW and with rows of its own.
+
+    Args:
+        host: In training mode, with the adapters.
+        tokens: (rows of all adapters, length), by adapter.
+    """
+
+    def __init__(self, host: Host, tokens: Tensor):
+        self._host = host
+        self._tokens = tokens.chunk(len(host.adapters))
+        self._optimizers = {
+            name: torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)
+            for name, adapter in host.adapters.items()
+        }
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The adapters."""
+        return list(self._host.adapters.values())
+
+    def fused(self) -> None:
+        """One step of all adapters, in one forward and one backward."""
+        self._step(list(self._host.adapters), self._tokens)
+
+    def by_turns(self) -> None:
+        """One step of each adapter, one after another."""
+        for name, tokens in zip(self._host.adapters, self._tokens, strict=True):
+            self._step([name], [tokens])
+
+    def _step(self, names: Sequence[str], tokens: Sequence[Tensor]) -> None:
+        rows = torch.cat(list(tokens))
+        out = self._host.hidden(rows, adapters=[n for n in names for _ in tokens[0]])
+        states = out.last_hidden_state[:, :-1].flatten(0, 1)
+        losses = self._host.token_losses(states, rows[:, 1:].flatten())
+        loss = losses.view(len(names), -1).mean(dim=1).sum()
+        for name in names:
+            config = self._host.adapters[name].config
+            if isinstance(config, MixLoraConfig):
+                loss = loss + router_loss(out.routing[name], config)
+        loss.backward()
+        for name in names:
+            self._optimizers[name].step()
+            self._optimizers[name].zero_grad()
+
+
+def make_job_steps(case: str, setting: StepSetting) -> JobSteps:
+    """Load a base model and put `num_jobs` adapters of a case on it."""
+    model, _ = load_base_model(setting.base_model, dtype=setting.dtype)
     host = Host(model).train()
-    host.add(case, adapter_config(case, setting))
-    return _host_step(host, case, tokens)
+    for job in range(setting.num_jobs):
+        host.add(f"{case}-{job}", adapter_config(case, setting), seed=job)
+    return JobSteps(host, _random_tokens(model, setting))
+
+
+def _random_tokens(model: torch.nn.Module, setting: StepSetting) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (setting.num_jobs * setting.rows, setting.length)
+    vocab_size: int = model.config.vocab_size  # pyright: ignore
+    return torch.randint(3, vocab_size, shape, generator=generator)
 
 
 def adapter_config(case: str, setting: StepSetting) -> LoraConfig:
@@ -82,27 +141,11 @@ def fill_B(module: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
 
 
-def _host_step(host: Host, name: str, tokens: Tensor) -> Step:
-    adapter = host.adapters[name]
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)
-    names = [name] * len(tokens)
-
-    def step() -> None:
-        out = host.hidden(tokens, adapters=names)
-        states = out.last_hidden_state[:, :-1].flatten(0, 1)
-        loss = host.token_losses(states, tokens[:, 1:].flatten()).mean()
-        if isinstance(adapter.config, MixLoraConfig):
-            loss = loss + router_loss(out.routing[name], adapter.config)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _peft_step(model: torch.nn.Module, tokens: Tensor, setting: StepSetting) -> Step:
+def _peft_step(setting: StepSetting) -> Step:
     import peft
 
+    model, _ = load_base_model(setting.base_model, dtype=setting.dtype)
+    tokens = _random_tokens(model, setting)
     config = peft.LoraConfig(
         r=setting.rank,
         lora_alpha=2 * setting.rank,

@@ -143,6 +143,43 @@ def step(
     _show(figures, "s", picture)
 
 
+def jobs(
+    base_model: BaseModelOption = SMALL_MODEL,
+    dtype: DtypeOption = "bfloat16",
+    num_jobs: Annotated[int, typer.Option("--jobs", min=2, help="Adapters that train.")] = 8,
+    num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of each job.")] = 1,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of each.")] = 128,
+    rank: RankOption = 8,
+    num_experts: ExpertsOption = 8,
+    top_k: TopKOption = 2,
+    case: Annotated[str, typer.Option("--case", help="lora, dora, mixlora, mixdora.")] = "mixlora",
+    rounds: RoundsOption = 5,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure peak memory of one and of all jobs too.")
+    ] = False,
+    picture: PictureOption = None,
+) -> None:
+    """Training steps of many jobs: fused, against the same jobs one after another."""
+    (name,) = _names(case, ("lora", "dora", "mixlora", "mixdora"), "--case")
+    from loraloom.bench.memory import jobs_memory
+    from loraloom.bench.report import Figure
+    from loraloom.bench.step import StepSetting, make_job_steps
+    from loraloom.bench.timing import alternate
+
+    setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k, num_jobs)
+    peaks = jobs_memory(name, setting) if memory else None
+    steps = make_job_steps(name, setting)
+    timings = alternate({"by turns": steps.by_turns, "fused": steps.fused}, rounds, warmup=1)
+    tokens = num_jobs * num_rows * length
+    figures = [
+        Figure(way, {"tokens/s": tokens / timing.median_s, "s": timing.median_s})
+        for way, timing in timings.items()
+    ]
+    _show(figures, "tokens/s", picture)
+    if peaks is not None:
+        typer.echo(peaks.describe())
+
+
 def decode(
     base_model: BaseModelOption = SMALL_MODEL,
     dtype: DtypeOption = "bfloat16",
@@ -174,6 +211,7 @@ SUBCOMMANDS: Mapping[str, Callable[..., None]] = {
     "layer": layer,
     "scaling": scaling,
     "step": step,
+    "jobs": jobs,
     "decode": decode,
 }
 
