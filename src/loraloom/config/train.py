@@ -54,6 +54,8 @@ class TrainConfig(OptimizerConfig):
     """Longest row in tokens."""
     group_by_length: bool = False
     """Let examples of similar length share a step, for less padding; orders stay random."""
+    packing: bool = False
+    """Put several examples into a row of up to max_length tokens; nothing else changes."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the norm of the adapter's whole gradient to this; null for no clipping."""
     gradient_checkpointing: bool = False

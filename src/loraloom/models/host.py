@@ -26,6 +26,12 @@ from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.families import base_info, base_layers, family_of, head_of
 from loraloom.models.layout import Layout, make_layout
+from loraloom.models.packing import (
+    SampleLengths,
+    check_takes_packed_rows,
+    packed_positions,
+    packed_token_mask,
+)
 from loraloom.models.running import RunningForward, RunningSlot, expand_adapters, query_mask
 from loraloom.models.samples import sample_key
 from loraloom.models.stacking import StackedPlan, Stacker
@@ -248,6 +254,7 @@ class Host:
         adapters: Sequence[str | None] | None = None,
         sample_keys: Sequence[int] | None = None,
         token_mask: Tensor | None = None,
+        sample_lengths: SampleLengths | None = None,
         **model_inputs: Any,
     ) -> HiddenOutput:
         """Run rows up to the final norm; other arguments and errors as in calling the host.
@@ -256,12 +263,23 @@ class Host:
             input_ids: Tokens, [B, L].
             attention_mask: Padding mask, or a mask of your own to add to attention scores.
             adapters: A name or None for each row.
-            sample_keys: A key for each row's dropout.
+            sample_keys: A key for each sample's dropout, row after row.
             token_mask: 1 at real tokens, [B, L], where the attention mask doesn't say it.
+            sample_lengths: Of rows that hold several samples from the left, the samples' tokens;
+                they replace both masks and `position_ids`. None: a row is a sample.
             model_inputs: Passed to the base model.
+
+        Raises:
+            ModelError: If attention can't keep the samples of a row apart.
         """
         real = attention_mask if token_mask is None else token_mask
-        forward = self._forward(input_ids, real, adapters, sample_keys)
+        if sample_lengths is not None:
+            check_takes_packed_rows(self.config)
+            length = input_ids.shape[1]
+            real = packed_token_mask(sample_lengths, length).to(self.device)
+            positions = packed_positions(sample_lengths, length)
+            model_inputs["position_ids"] = positions.to(self.device)
+        forward = self._forward(input_ids, real, adapters, sample_keys, sample_lengths)
         model_inputs.setdefault("use_cache", False)
         with self._slot.running(forward):
             out = self.model.base_model(
@@ -425,6 +443,7 @@ class Host:
         attention_mask: Tensor | None,
         adapters: Sequence[str | None] | None,
         sample_keys: Sequence[int] | None,
+        sample_lengths: SampleLengths | None = None,
         *,
         recording: bool = True,
     ) -> RunningForward:
@@ -433,9 +452,9 @@ class Host:
         keys = None
         if self._training:
             self._forwards += 1
-            keys = self._sample_keys(sample_keys, batch_size)
+            keys = self._sample_keys(sample_keys, batch_size, sample_lengths)
         mask = query_mask(attention_mask, length)
-        layout = make_layout(names, length, mask, keys, self.device)
+        layout = make_layout(names, length, mask, keys, self.device, sample_lengths)
         plan = self._stacked_plan(names, layout, length)
         return RunningForward(layout, self.adapters, plan, recording=recording)
 
@@ -448,12 +467,17 @@ class Host:
         dtype = compute_dtype(self.dtype, self.device)
         return self._stacker.plan(rows, length, dtype, self.device)
 
-    def _sample_keys(self, keys: Sequence[int] | None, batch_size: int) -> list[int]:
+    def _sample_keys(
+        self, keys: Sequence[int] | None, batch_size: int, lengths: SampleLengths | None
+    ) -> list[int]:
+        count, what = batch_size, "rows"
+        if lengths is not None:
+            count, what = sum(map(len, lengths)), "samples"
         if keys is None:
-            return [sample_key(0, self._forwards, row) for row in range(batch_size)]
-        if len(keys) != batch_size:
+            return [sample_key(0, self._forwards, place) for place in range(count)]
+        if len(keys) != count:
             raise AdapterError(
-                f"sample_keys must have one key for each of the {batch_size} rows, got {len(keys)}"
+                f"sample_keys must have one key for each of the {count} {what}, got {len(keys)}"
             )
         return [int(key) for key in keys]
 

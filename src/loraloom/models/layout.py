@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from loraloom.adapters.adapter import SegmentTokens
+from loraloom.models.packing import SampleLengths
 from loraloom.ops.dropout import SampleNoise, SampleSpan
 
 
@@ -87,6 +89,7 @@ def make_layout(
     mask: Tensor | None,
     sample_keys: Sequence[int] | None,
     device: torch.device,
+    sample_lengths: SampleLengths | None = None,
 ) -> Layout:
     """Group a batch's rows by adapter.
 
@@ -94,24 +97,41 @@ def make_layout(
         adapters: An adapter's name, or None for the base model, for each row.
         length: L, tokens of a row in this forward.
         mask: 1 at real tokens, [B, L]; None when all are real.
-        sample_keys: A key for each row's random numbers; None outside training.
+        sample_keys: A key for each sample's random numbers, row after row; None outside training.
         device: Of the hidden states.
+        sample_lengths: Tokens of the samples in each row; None where a row is a sample.
     """
     if mask is not None and bool(mask.all()):
         mask = None
     order = sorted(range(len(adapters)), key=_first_place(adapters))
     grouped = order == list(range(len(adapters)))
+    samples = None if sample_keys is None else _samples(sample_keys, sample_lengths)
     segments, start = [], 0
     while start < len(order):
         name = adapters[order[start]]
         stop = start + sum(other == name for other in adapters)
         rows = order[start:stop]
-        segments.append(_segment(name, rows, start, length, mask, sample_keys))
+        segments.append(_segment(name, rows, start, length, mask, samples))
         start = stop
     if grouped:
         return Layout(tuple(segments), None, None)
     row_order = torch.tensor(order, device=device)
     return Layout(tuple(segments), row_order, row_order.argsort())
+
+
+@dataclass(frozen=True)
+class _RowSamples:
+    """The samples of a row: their keys, and their lengths where there may be several."""
+
+    keys: Sequence[int]
+    lengths: Sequence[int] | None
+
+
+def _samples(keys: Sequence[int], lengths: SampleLengths | None) -> list[_RowSamples]:
+    if lengths is None:
+        return [_RowSamples([key], None) for key in keys]
+    rest = iter(keys)
+    return [_RowSamples([next(rest) for _ in row], row) for row in lengths]
 
 
 def _first_place(adapters: Sequence[str | None]):
@@ -127,27 +147,33 @@ def _segment(
     start: int,
     length: int,
     mask: Tensor | None,
-    sample_keys: Sequence[int] | None,
+    samples: Sequence[_RowSamples] | None,
 ) -> Segment:
     tokens = slice(start * length, (start + len(rows)) * length)
     real = None if mask is None else mask[rows].bool()
     spans = None
-    if sample_keys is not None:
-        spans = _spans([sample_keys[row] for row in rows], real, length)
+    if samples is not None:
+        spans = _spans([samples[row] for row in rows], real, length)
     if real is None or bool(real.all()):
         return Segment(name, tokens, None, None, spans)
     flat = real.flatten()
     return Segment(name, tokens, flat, flat.nonzero().squeeze(1), spans)
 
 
-def _spans(keys: list[int], real: Tensor | None, length: int) -> tuple[SampleSpan, ...]:
-    if real is None:
-        whole = [slice(row * length, (row + 1) * length) for row in range(len(keys))]
-        return tuple(SampleSpan(key, tokens) for key, tokens in zip(keys, whole, strict=True))
-    return tuple(
-        SampleSpan(key, _positions(mask, row * length))
-        for row, (key, mask) in enumerate(zip(keys, real, strict=True))
-    )
+def _spans(
+    samples: Sequence[_RowSamples], real: Tensor | None, length: int
+) -> tuple[SampleSpan, ...]:
+    spans: list[SampleSpan] = []
+    for row, own in enumerate(samples):
+        offset = row * length
+        if own.lengths is not None:
+            stops = list(accumulate(own.lengths, initial=offset))
+            spans += map(SampleSpan, own.keys, map(slice, stops, stops[1:]))
+        elif real is None:
+            spans.append(SampleSpan(own.keys[0], slice(offset, offset + length)))
+        else:
+            spans.append(SampleSpan(own.keys[0], _positions(real[row], offset)))
+    return tuple(spans)
 
 
 def _positions(mask: Tensor, offset: int) -> slice | Tensor:

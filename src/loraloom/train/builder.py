@@ -14,6 +14,7 @@ from loraloom.config.run import JobConfig
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import DataError, LoraloomError
 from loraloom.models.host import Host
+from loraloom.models.packing import check_takes_packed_rows
 from loraloom.train.evaluation import Evaluation
 from loraloom.train.job import Job
 from loraloom.train.reference import load_reference
@@ -56,6 +57,8 @@ class JobBuilder:
             raise
 
     def _build(self, config: JobConfig) -> Job:
+        if config.train.packing:
+            check_takes_packed_rows(self._host.config)
         adapter = self._host.add(config.name, config.adapter, config.seed)
         if config.start_from is not None:
             load_start(self._host, adapter, config.start_from)

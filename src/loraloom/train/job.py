@@ -130,7 +130,16 @@ class Job:
         window = self.window
         examples = window.micro_batch(self.position.micro_step)
         keys = [sample_key(self.config.seed, window.epoch, one.sample_id) for one in examples]
-        return MicroBatch(self.adapter, examples, keys, window, self.objective, self.reference)
+        train = self.config.train
+        return MicroBatch(
+            self.adapter,
+            examples,
+            keys,
+            window,
+            self.objective,
+            self.reference,
+            train.max_length if train.packing else None,
+        )
 
     def accept(self, micro_batch: MicroBatch, loss: MicroBatchLoss) -> StepReport | None:
         """Count a micro-batch whose gradient is there; after the last one of a step, make it.

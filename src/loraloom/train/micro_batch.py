@@ -18,11 +18,12 @@ class MicroBatch:
 
     Args:
         adapter: Whose rows these are.
-        examples: One a row; the chosen and the rejected answer of a pair in turn.
-        sample_keys: Each row's key for dropout and jitter.
+        examples: The samples; the chosen and the rejected answer of a pair in turn.
+        sample_keys: Each sample's key for dropout and jitter.
         window: The step that they belong to.
         objective: What is minimised.
         reference: What the objective compares with, if it does.
+        max_row_length: Most tokens of a row that samples share; None: each has a row.
     """
 
     adapter: Adapter
@@ -31,6 +32,7 @@ class MicroBatch:
     window: Window
     objective: Objective
     reference: Reference | None = None
+    max_row_length: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -48,6 +50,7 @@ class MicroBatchLoss:
         router_entropy: Of the routers, by the same share; None without a router.
         router_load_cv: Likewise.
         metrics: Of the objective, by their names in metrics.jsonl.
+        computed_tokens: Tokens of its rows, padding included.
     """
 
     loss: float
@@ -55,6 +58,7 @@ class MicroBatchLoss:
     router_entropy: float | None = None
     router_load_cv: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    computed_tokens: int = 0
 
     def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
         return MicroBatchLoss(
@@ -63,6 +67,7 @@ class MicroBatchLoss:
             _add(self.router_entropy, other.router_entropy),
             _add(self.router_load_cv, other.router_load_cv),
             {name: self.metrics.get(name, 0.0) + value for name, value in other.metrics.items()},
+            self.computed_tokens + other.computed_tokens,
         )
 
 

@@ -2,14 +2,16 @@
 
 Axes: B rows of all jobs, L sequence, N labelled tokens, D hidden.
 
-Rows are collated by job. Logits exist at labels only. The sum of the jobs' losses is differentiated
-at once; as no adapter's weights touch another's rows, each gets the gradient of its own loss.
+Rows are collated by job (`rows.py`). Logits exist at labels only. The sum of the jobs' losses is
+differentiated at once; as no adapter's weights touch another's rows, each gets the gradient of its
+own loss.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from loraloom.routing.statistics import load_statistics
 from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.train.objectives import ScoredSamples
 from loraloom.train.reference import ask_references
+from loraloom.train.rows import lay_out
 from loraloom.train.scoring import label_losses
 from loraloom.train.window import count_labels
 
@@ -46,18 +49,19 @@ def forward_backward(
     """
     wanted = [(part.reference, part.examples) for part in micro_batches]
     ask_references(host, wanted, pad_id)
-    batch = collate([example for part in micro_batches for example in part.examples], pad_id)
+    layout = lay_out(micro_batches)
+    batch = collate(layout.joined(), pad_id)
     output = host.hidden(
         batch.input_ids.to(host.device),
-        batch.attention_mask.to(host.device),
-        adapters=[part.adapter.name for part in micro_batches for _ in part.examples],
-        sample_keys=[key for part in micro_batches for key in part.sample_keys],
+        None if layout.is_packed else batch.attention_mask.to(host.device),
+        adapters=layout.adapters,
+        sample_keys=layout.sample_keys,
+        sample_lengths=layout.sample_lengths,
     )
     losses = label_losses(host, output.last_hidden_state, batch.labels)
-    counts = [sum(map(count_labels, part.examples)) for part in micro_batches]
     terms = [
         _loss_terms(part, part_losses, output.routing.get(part.adapter.name))
-        for part, part_losses in zip(micro_batches, losses.split(counts), strict=True)
+        for part, part_losses in zip(micro_batches, layout.split_losses(losses), strict=True)
     ]
     values = _to_floats(terms)
     _backward(
@@ -68,8 +72,10 @@ def forward_backward(
         ]
     )
     return [
-        _with_statistics(part, value, output.routing.get(part.adapter.name))
-        for part, value in zip(micro_batches, values, strict=True)
+        _with_statistics(part, value, output.routing.get(part.adapter.name), computed_tokens)
+        for part, value, computed_tokens in zip(
+            micro_batches, values, layout.computed_tokens, strict=True
+        )
     ]
 
 
@@ -105,15 +111,21 @@ def _backward(losses: Sequence[Tensor]) -> None:
 
 
 def _with_statistics(
-    part: MicroBatch, values: dict[str, float], routing: list[LayerRouting] | None
+    part: MicroBatch,
+    values: dict[str, float],
+    routing: list[LayerRouting] | None,
+    computed_tokens: int,
 ) -> MicroBatchLoss:
     metrics = dict(values)
     loss, aux_loss = metrics.pop("loss"), metrics.pop("aux_loss")
+    found = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=computed_tokens)
     if routing is None:
-        return MicroBatchLoss(loss, aux_loss, metrics=metrics)
+        return found
     statistics, share = load_statistics(routing), _token_share(part)
-    return MicroBatchLoss(
-        loss, aux_loss, statistics.entropy * share, statistics.load_cv * share, metrics
+    return replace(
+        found,
+        router_entropy=statistics.entropy * share,
+        router_load_cv=statistics.load_cv * share,
     )
 
 
