@@ -46,9 +46,10 @@ def test_plain_lines_come_every_few_seconds_and_at_the_end():
     progress = PlainProgress(screen, interval_s=1000.0)
     progress.add(JobProgress("math", 0, 3, 0))
     for step in (1, 2, 3):
-        progress.update(JobProgress("math", step, 3, 100 * step, 2.0))
+        progress.update(JobProgress("math", step, 3, 100 * step, 2.0, 125 * step))
     (line,) = printed(screen).splitlines()
     assert line.startswith("math: step 3/3, loss 2.0000, ")
+    assert "padding 20.0 %" in line
 
     often = PlainProgress(console(), interval_s=0.0)
     often.add(JobProgress("math", 0, 3, 0))

@@ -16,7 +16,7 @@ from tests.train.toy import toy_config, toy_engine, toy_set
 
 
 def test_a_step_of_a_plain_adapter_has_no_router_metrics():
-    report = StepReport(3, 0.123456, MicroBatchLoss(1.5), 1e-3, 0.7, 420)
+    report = StepReport(3, 0.123456, MicroBatchLoss(1.5), 1e-3, 0.7, 420, 500)
     assert step_metrics(report, 2.00049) == {
         "step": 3,
         "epoch": 0.1235,
@@ -25,12 +25,13 @@ def test_a_step_of_a_plain_adapter_has_no_router_metrics():
         "learning_rate": 1e-3,
         "grad_norm": 0.7,
         "tokens": 420,
+        "computed_tokens": 500,
         "seconds": 2.0,
     }
 
 
 def test_a_step_of_a_mixture_has_router_metrics():
-    report = StepReport(1, 1.0, MicroBatchLoss(1.5, 0.02, 0.9, 0.1), 1e-3, 0.7, 42)
+    report = StepReport(1, 1.0, MicroBatchLoss(1.5, 0.02, 0.9, 0.1), 1e-3, 0.7, 42, 50)
     metrics = step_metrics(report, 1.0)
     assert (metrics["router/entropy"], metrics["router/load_cv"]) == (0.9, 0.1)
     assert metrics["aux_loss"] == 0.02

@@ -37,6 +37,7 @@ class Position:
         step: Steps done.
         micro_step: Micro-batches done of the next step.
         tokens: Real tokens learnt from.
+        computed_tokens: Tokens that went through the model to learn from them, with padding.
         loss: Of the micro-batches done of the next step.
         evaluated_step: The step after which the last evaluation was; 0 for none.
         metrics: Of that evaluation.
@@ -46,6 +47,7 @@ class Position:
     step: int = 0
     micro_step: int = 0
     tokens: int = 0
+    computed_tokens: int = 0
     loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
     evaluated_step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -155,6 +157,7 @@ class Job:
         position = self.position
         position.micro_step += 1
         position.tokens += micro_batch.num_tokens
+        position.computed_tokens += loss.computed_tokens
         total = MicroBatchLoss(**position.loss) + loss
         position.loss = asdict(total)
         if position.micro_step < self.window.num_micro_batches:
@@ -236,7 +239,15 @@ class Job:
         position.micro_step = 0
         position.loss = asdict(MicroBatchLoss(0.0))
         epoch = self.order.epochs_after(position.step)
-        return StepReport(position.step, epoch, loss, learning_rate, grad_norm, position.tokens)
+        return StepReport(
+            position.step,
+            epoch,
+            loss,
+            learning_rate,
+            grad_norm,
+            position.tokens,
+            position.computed_tokens,
+        )
 
     def _clip(self) -> float:
         grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)

@@ -85,3 +85,9 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     tokens: int
+    computed_tokens: int
+
+
+def padding_share(tokens: int, computed_tokens: int) -> float:
+    """Return the share of computed tokens that are no real ones; 0 before the first."""
+    return 1 - tokens / computed_tokens if computed_tokens else 0.0

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichBars
 
+from loraloom.train.micro_batch import padding_share
+
 PLAIN_INTERVAL_S = 5.0
 _RATE_STEPS = 20
 
@@ -28,6 +30,7 @@ class JobProgress:
         total_steps: Steps of the whole job.
         tokens: Real tokens learnt from.
         loss: Of the last step; None before the first.
+        computed_tokens: Those that went through the model, with padding.
     """
 
     name: str
@@ -35,6 +38,7 @@ class JobProgress:
     total_steps: int
     tokens: int
     loss: float | None = None
+    computed_tokens: int = 0
 
 
 class Progress(ABC):
@@ -105,6 +109,7 @@ class LiveProgress(Progress):
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[rate]} tokens/s"),
+            TextColumn("padding {task.fields[padding]}"),
             TextColumn("ETA {task.fields[eta]}"),
             console=console,
         )
@@ -171,7 +176,7 @@ class PlainProgress(Progress):
         fields = _fields(job, rate)
         self.message(
             f"{job.name}: step {job.step}/{job.total_steps}, loss {fields['loss']}, "
-            f"{fields['rate']} tokens/s, ETA {fields['eta']}"
+            f"{fields['rate']} tokens/s, padding {fields['padding']}, ETA {fields['eta']}"
         )
 
     def message(self, text: str) -> None:
@@ -216,5 +221,6 @@ def _fields(job: JobProgress, rate: Rate) -> dict[str, Any]:
     return {
         "loss": "-" if job.loss is None else f"{job.loss:.4f}",
         "rate": "-" if tokens_per_s is None else f"{tokens_per_s:.0f}",
+        "padding": f"{100 * padding_share(job.tokens, job.computed_tokens):.1f} %",
         "eta": rate.remaining(job),
     }

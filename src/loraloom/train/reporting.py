@@ -92,4 +92,6 @@ class Reporter:
 
 def _progress_of(job: Job, loss: float | None) -> JobProgress:
     position = job.position
-    return JobProgress(job.name, position.step, job.total_steps, position.tokens, loss)
+    return JobProgress(
+        job.name, position.step, job.total_steps, position.tokens, loss, position.computed_tokens
+    )

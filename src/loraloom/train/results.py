@@ -17,6 +17,7 @@ from loraloom.durable import write_json
 from loraloom.formats.base import BaseInfo
 from loraloom.formats.card import method_name, model_card
 from loraloom.train.job import Job
+from loraloom.train.micro_batch import padding_share
 
 RESULT_FILE = "result.json"
 
@@ -39,6 +40,8 @@ class JobResult:
         steps: Steps done.
         epochs: Passes over the data.
         tokens: Real tokens learnt from.
+        computed_tokens: Tokens that went through the model for them, with padding.
+        padding_share: Of the computed tokens.
         weights: Which weights the adapter's files hold.
         metrics: Evaluation of those weights.
         best: The metric that selects weights, its best value and the step of it.
@@ -60,6 +63,8 @@ class JobResult:
     steps: int
     epochs: float
     tokens: int
+    computed_tokens: int
+    padding_share: float
     weights: Weights
     metrics: dict[str, float]
     best: dict[str, Any] | None
@@ -116,6 +121,8 @@ def job_result(
         steps=position.step,
         epochs=round(job.order.epochs_after(position.step), 4),
         tokens=position.tokens,
+        computed_tokens=position.computed_tokens,
+        padding_share=round(padding_share(position.tokens, position.computed_tokens), 4),
         weights="best" if has_best else "last",
         metrics=selection.metrics if has_best else last_metrics,
         best=_best(job) if has_best else None,

@@ -40,8 +40,9 @@ Metrics = dict[str, float | int | None]
 def step_metrics(report: StepReport, seconds: float) -> Metrics:
     """Name what a step did, as metrics.jsonl has it.
 
-    `tokens` and `seconds` are totals since the job and the run began; `loss` is the objective's
-    over the whole step, `aux_loss` the router losses with their coefficients.
+    `tokens`, `computed_tokens` (with padding) and `seconds` are totals since the job and the run
+    began; `loss` is the objective's over the whole step, `aux_loss` the router losses with their
+    coefficients.
     """
     loss = report.loss
     metrics: Metrics = {
@@ -52,6 +53,7 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
         "learning_rate": report.learning_rate,
         "grad_norm": report.grad_norm,
         "tokens": report.tokens,
+        "computed_tokens": report.computed_tokens,
         "seconds": round(seconds, 3),
     }
     if loss.router_entropy is not None:
