@@ -12,6 +12,7 @@ from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.train.checkpoint import KEPT_SNAPSHOTS, JobRecord, Snapshot, Status
 from loraloom.train.evaluation import Evaluation
+from loraloom.train.fitting import StepRunner
 from loraloom.train.interruption import Interruption
 from loraloom.train.job import Job
 from loraloom.train.micro_batch import StepReport
@@ -20,7 +21,6 @@ from loraloom.train.progress import Progress
 from loraloom.train.reference import drop_reference
 from loraloom.train.reporting import Reporter
 from loraloom.train.results import JobResult, job_result, read_result, result_card
-from loraloom.train.step import forward_backward
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Engine:
         self._reporter = Reporter(
             surroundings.directory, surroundings.progress, surroundings.trackers
         )
+        self._runner = StepRunner(host, evaluation.pad_id)
         self._started_at = time.monotonic()
         self._save_due = False
         for job in jobs:
@@ -164,11 +165,11 @@ class Engine:
             any(job.config.train.gradient_checkpointing for job in jobs)
         )
         parts = [job.micro_batch() for job in jobs]
-        losses = forward_backward(self.host, parts, self._evaluation.pad_id)
+        outcomes = self._runner.run(parts)
         self.round += 1
-        for job, part, loss in zip(jobs, parts, losses, strict=True):
+        for job, part, outcome in zip(jobs, parts, outcomes, strict=True):
             try:
-                report = job.accept(part, loss)
+                report = job.accept(part, outcome)
             except TrainingError as error:
                 self._fail(job, error)
                 continue

@@ -143,15 +143,20 @@ class Job:
             train.max_length if train.packing else None,
         )
 
-    def accept(self, micro_batch: MicroBatch, loss: MicroBatchLoss) -> StepReport | None:
+    def accept(
+        self, micro_batch: MicroBatch, loss: MicroBatchLoss | TrainingError
+    ) -> StepReport | None:
         """Count a micro-batch whose gradient is there; after the last one of a step, make it.
 
         Returns:
             What the step did, if this was its last micro-batch.
 
         Raises:
-            TrainingError: If the loss or the gradient is not finite. The weights are left alone.
+            TrainingError: If the loss or the gradient is not finite, or this error stands in place
+                of a gradient. The weights are left alone.
         """
+        if isinstance(loss, TrainingError):
+            raise loss
         self._check_finite("loss", loss.loss + loss.aux_loss, self.position.step + 1)
         self._proven = None
         position = self.position

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example
@@ -38,6 +38,29 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """Real tokens."""
         return sum(len(example.input_ids) for example in self.examples)
+
+    def halves(self) -> list[MicroBatch]:
+        """Cut it in two of about the same size, pairs of answers whole; nothing if it has one.
+
+        Examples come the longest first: where they are packed, every other one makes halves alike.
+        """
+        num_rows = len(self.window.examples[0].rows)
+        starts = range(0, len(self.examples), num_rows)
+        if len(starts) < 2:
+            return []
+        middle = (len(starts) + 1) // 2
+        cut = (starts[:middle], starts[middle:])
+        if self.max_row_length is not None:
+            cut = (starts[::2], starts[1::2])
+        return [
+            self._part([start + row for start in half for row in range(num_rows)]) for half in cut
+        ]
+
+    def _part(self, places: Sequence[int]) -> MicroBatch:
+        examples = [self.examples[place] for place in places]
+        return replace(
+            self, examples=examples, sample_keys=[self.sample_keys[place] for place in places]
+        )
 
 
 @dataclass(frozen=True)

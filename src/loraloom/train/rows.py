@@ -21,7 +21,7 @@ from loraloom.train.micro_batch import MicroBatch
 from loraloom.train.window import count_labels
 
 _LENGTHS = 16
-_LITTLE_PADDING = 0.02
+_LITTLE_PADDING = 0.015
 
 Rows = list[list[int]]
 """A job's rows; a row has the places of its samples among the micro-batch's examples."""
