@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails
 
 Models = tuple[type[BaseModel], ...]
 
@@ -83,6 +83,37 @@ def describe_faults(error: ValidationError, models: Models) -> list[str]:
         models: The model that was validated, or the members of the union.
     """
     return [_describe(details, models) for details in error.errors() if not _follows(details)]
+
+
+def value_fault(loc: tuple[int | str, ...], reason: str) -> InitErrorDetails:
+    """A fault that a check of ours found, for `ValidationError.from_exception_data`."""
+    return {
+        "type": "value_error",
+        "loc": loc,
+        "input": None,
+        "ctx": {"error": ValueError(reason)},
+    }
+
+
+def describe_unknown_setting(path: str, models: Models) -> str | None:
+    """What is wrong with a path that `--set` would take; None if a setting may be there.
+
+    Args:
+        path: Keys and list indices joined with dots.
+        models: Where it begins.
+    """
+    section: list[int | str] = []
+    for key in path.split("."):
+        if not models:  # a plain value, or a mapping of anything
+            return None
+        if not key.isdecimal():
+            if key not in _known_keys(models):
+                where = f"{'.'.join(map(str, section))} has" if section else "there is"
+                known = _known_keys(models)
+                return f"{where} no setting {key!r}; {_advice(key, known)}"
+            models = _models_under(models, key)
+        section.append(key)
+    return None
 
 
 def _follows(details: ErrorDetails) -> bool:

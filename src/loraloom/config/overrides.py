@@ -26,32 +26,48 @@ def apply_override(settings: Any, override: str) -> Any:
         raise ConfigError(
             f"--set must be path=value, like jobs.0.train.learning_rate=1e-4, got {override!r}"
         )
-    keys = path.strip().split(".")
-    return _replaced(settings, keys, 0, parse_yaml(value, f"the value of --set {path}"))
+    path = path.strip()
+    return set_setting(settings, path, parse_yaml(value, f"the value of --set {path}"), "--set ")
 
 
-def _replaced(node: Any, keys: Sequence[str], depth: int, value: Any) -> Any:
+def set_setting(settings: Any, path: str, value: Any, origin: str) -> Any:
+    """A copy of nested settings with one of them changed.
+
+    Args:
+        settings: Mappings and lists. Left as they are.
+        path: Keys and list indices joined with dots.
+        value: The new value.
+        origin: What an error has in front of the path.
+
+    Raises:
+        ConfigError: If the path leads into something that is neither a mapping nor a list of that
+            length.
+    """
+    return _replaced(settings, path.split("."), 0, value, origin)
+
+
+def _replaced(node: Any, keys: Sequence[str], depth: int, value: Any, origin: str) -> Any:
     if depth == len(keys):
         return value
     key = keys[depth]
     if isinstance(node, list):
-        index = _index(node, keys, depth)
-        changed = _replaced(node[index], keys, depth + 1, value)
+        index = _index(node, keys, depth, origin)
+        changed = _replaced(node[index], keys, depth + 1, value, origin)
         return [*node[:index], changed, *node[index + 1 :]]
     if node is not None and not isinstance(node, dict):
         raise ConfigError(
-            f"--set {'.'.join(keys)}: {'.'.join(keys[:depth])} must be a mapping or a list to be "
+            f"{origin}{'.'.join(keys)}: {'.'.join(keys[:depth])} must be a mapping or a list to be "
             f"changed inside, got {node!r}"
         )
     mapping = {} if node is None else node
-    return {**mapping, key: _replaced(mapping.get(key), keys, depth + 1, value)}
+    return {**mapping, key: _replaced(mapping.get(key), keys, depth + 1, value, origin)}
 
 
-def _index(entries: list[Any], keys: Sequence[str], depth: int) -> int:
+def _index(entries: list[Any], keys: Sequence[str], depth: int, origin: str) -> int:
     key = keys[depth]
     if not key.isdecimal() or int(key) >= len(entries):
         raise ConfigError(
-            f"--set {'.'.join(keys)}: after {'.'.join(keys[:depth])} must come an index in "
+            f"{origin}{'.'.join(keys)}: after {'.'.join(keys[:depth])} must come an index in "
             f"[0, {len(entries) - 1}], got {key!r}"
         )
     return int(key)

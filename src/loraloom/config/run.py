@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +24,11 @@ from loraloom.config.data import (
     default_scoring,
     task_name,
 )
+from loraloom.config.faults import describe_faults, describe_unknown_setting, value_fault
 from loraloom.config.fields import AttnImplementation, CheckInfo, Dtype, StrictModel, check_device
 from loraloom.config.names import check_name
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC
+from loraloom.config.sweep import SweepConfig, format_values
 from loraloom.config.train import TrainConfig
 
 
@@ -116,7 +120,12 @@ class JobConfig(StrictModel):
         """
         if self.train.early_stopping is not None:
             return self.train.early_stopping.metric
-        return next(iter(_selecting_metrics(self.train, self.data, self.eval)), None)
+        return next(iter(self.selecting_metrics), None)
+
+    @property
+    def selecting_metrics(self) -> list[str]:
+        """Metrics that the job measures outside test splits."""
+        return _selecting_metrics(self.train, self.data, self.eval)
 
 
 def _check_fits_objective(data: DataConfig, train: TrainConfig) -> None:
@@ -167,6 +176,24 @@ def _check_metrics(
         )
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A job of a sweep.
+
+    Args:
+        job: Its settings.
+        parameters: Those that the sweep varies, by their paths.
+    """
+
+    job: JobConfig
+    parameters: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the job."""
+        return self.job.name
+
+
 class RunConfig(StrictModel):
     """One base model and the jobs that share it."""
 
@@ -182,8 +209,10 @@ class RunConfig(StrictModel):
     """Directory of the results, one directory a job in it."""
     trackers: tuple[Literal["jsonl", "tensorboard", "trackio", "wandb"], ...] = ("jsonl",)
     """Where metrics go. metrics.jsonl is always written."""
-    jobs: tuple[JobConfig, ...] = Field(min_length=1)
+    jobs: tuple[JobConfig, ...] = ()
     """Adapters to train, all in the same steps."""
+    sweep: SweepConfig | None = Field(default=None, validate_default=True)
+    """A job in many versions, which train in the same steps as well."""
 
     @field_validator("dtype")
     @classmethod
@@ -226,6 +255,116 @@ class RunConfig(StrictModel):
             raise ValidationError.from_exception_data("jobs", faults)
         return checked
 
+    @field_validator("sweep")
+    @classmethod
+    def _check_sweep(cls, sweep: SweepConfig | None, info: CheckInfo) -> SweepConfig | None:
+        if "jobs" not in info.data:
+            return sweep
+        jobs: Sequence[JobConfig] = info.data["jobs"]
+        if sweep is not None:
+            _check_trials(sweep, jobs)
+        elif not jobs:
+            raise ValueError("jobs must be a list of 1 or more, or sweep must be given")
+        return sweep
+
+    @cached_property
+    def trials(self) -> tuple[Trial, ...]:
+        """The jobs of the sweep."""
+        if self.sweep is None:
+            return ()
+        settings = self.sweep.expand(_template(self.sweep, self.jobs))
+        return tuple(
+            Trial(JobConfig.model_validate(job), parameters)
+            for job, parameters in zip(settings, self.sweep.combinations(), strict=True)
+        )
+
+    @property
+    def all_jobs(self) -> tuple[JobConfig, ...]:
+        """The jobs that train: those of the sweep after the others, without its template."""
+        template = None if self.sweep is None else self.sweep.job
+        others = [job for job in self.jobs if job.name != template]
+        return (*others, *(trial.job for trial in self.trials))
+
+
+def _template(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> Mapping[str, Any]:
+    """The settings that a sweep varies."""
+    if not isinstance(sweep.job, str):
+        return sweep.job
+    named = next((job for job in jobs if job.name == sweep.job), None)
+    if named is None:
+        names = ", ".join(job.name for job in jobs) or "none"
+        raise ValueError(
+            f"job must be the settings of a job or the name of one of jobs ({names}), "
+            f"got {sweep.job!r}"
+        )
+    return named.model_dump(mode="json", exclude_unset=True)
+
+
+def _check_trials(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> None:
+    """Check every job of a sweep; a fault of all of them is told once."""
+    template = _template(sweep, jobs)
+    _raise_faults(_unknown_parameters(sweep))
+    trials, faults = _build_trials(sweep, template)
+    _raise_faults(faults)
+    taken = {job.name.casefold() for job in jobs}
+    _raise_faults(
+        [
+            f"job.name must give new names, but {job.name} is one of jobs"
+            for job in trials
+            if job.name.casefold() in taken
+        ]
+    )
+    for job in trials:
+        if sweep.metric not in job.selecting_metrics:
+            raise ValueError(
+                f"metric must be one that every job measures outside test splits "
+                f"({', '.join(job.selecting_metrics) or 'none'}), got {sweep.metric!r}; give "
+                "data.validation_fraction, data.validation or eval"
+            )
+    lengths = [job.train.max_steps for job in trials]
+    known = [length for length in lengths if length is not None]
+    if sweep.early_stopping is not None and len(known) == len(lengths):
+        sweep.early_stopping.asha.check_reached(known)
+
+
+def _unknown_parameters(sweep: SweepConfig) -> list[str]:
+    faults = []
+    for path in sweep.parameters:
+        unknown = describe_unknown_setting(path, (JobConfig,))
+        if unknown is not None:
+            faults.append(f"parameters.{path} must be a setting of a job: {unknown}")
+        elif path == "name":
+            faults.append("parameters.name must be left out: the jobs are numbered")
+    return faults
+
+
+def _build_trials(
+    sweep: SweepConfig, template: Mapping[str, Any]
+) -> tuple[list[JobConfig], list[str]]:
+    """The jobs that are right, and a line for each fault of the others."""
+    jobs: list[JobConfig] = []
+    faults: dict[str, list[str]] = {}
+    settings = sweep.expand(template)
+    for job, parameters in zip(settings, sweep.combinations(), strict=True):
+        try:
+            jobs.append(JobConfig.model_validate(job))
+        except ValidationError as error:
+            for fault in describe_faults(error, (JobConfig,)):
+                faults.setdefault(fault, []).append(f"{job['name']}, {format_values(parameters)}")
+    return jobs, [_describe_fault(*item, len(settings)) for item in faults.items()]
+
+
+def _describe_fault(fault: str, jobs: Sequence[str], num_jobs: int) -> str:
+    if len(jobs) == num_jobs:
+        return f"job.{fault}"
+    others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+    return f"{fault} ({jobs[0]}{others})"
+
+
+def _raise_faults(faults: Sequence[str]) -> None:
+    if faults:
+        raise ValidationError.from_exception_data("sweep", [value_fault((), one) for one in faults])
+
 
 def _repeated_name_faults(jobs: Any) -> list[InitErrorDetails]:
     """A fault for each job whose name an earlier one has, also where only the case differs."""
@@ -236,13 +375,8 @@ def _repeated_name_faults(jobs: Any) -> list[InitErrorDetails]:
         if name is None:
             continue
         if name.casefold() in seen:
-            reason = ValueError(
-                f"name must differ from those of the other jobs, got {name!r} again"
-            )
-            loc = (index, "name")
-            faults.append(
-                {"type": "value_error", "loc": loc, "input": name, "ctx": {"error": reason}}
-            )
+            reason = f"name must differ from those of the other jobs, got {name!r} again"
+            faults.append(value_fault((index, "name"), reason))
         seen.add(name.casefold())
     return faults
 

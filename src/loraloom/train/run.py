@@ -107,7 +107,7 @@ def train_on_host(
         _say(progress, [f"going on after {snapshot.round} fused steps"])
         engine.load_state(_without_dropped(snapshot, run))
     else:
-        directory.prepare([job.name for job in run.jobs])
+        directory.prepare([job.name for job in run.all_jobs])
         engine.save_state()
     if between_steps is None:
         return engine.run()
@@ -124,20 +124,20 @@ def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:
 def _jobs_to_build(run: RunConfig, snapshot: Snapshot | None) -> list[JobConfig]:
     """The jobs that train: of a run that goes on also those that joined, but none that is done."""
     if snapshot is None:
-        return list(run.jobs)
-    names = {job.name for job in run.jobs}
+        return list(run.all_jobs)
+    names = {job.name for job in run.all_jobs}
     joined = [
         JobConfig.model_validate(record.settings)
         for name, record in snapshot.jobs.items()
         if record.joined_later and name not in names
     ]
     done = {name for name, record in snapshot.jobs.items() if record.status != "running"}
-    return [job for job in (*run.jobs, *joined) if job.name not in done]
+    return [job for job in (*run.all_jobs, *joined) if job.name not in done]
 
 
 def _without_dropped(snapshot: Snapshot, run: RunConfig) -> Snapshot:
     """Leave out the jobs that were taken out of the run file since."""
-    names = {job.name for job in run.jobs}
+    names = {job.name for job in run.all_jobs}
     kept = {
         name: record
         for name, record in snapshot.jobs.items()
@@ -162,7 +162,7 @@ def _check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) ->
         ConfigError: If the base model or a setting of a job is another one.
     """
     changed = [f"base {name}" for name, value in base.items() if snapshot.base.get(name) != value]
-    for job in run.jobs:
+    for job in run.all_jobs:
         record = snapshot.jobs.get(job.name)
         if record is not None:
             changes = describe_changes(record.settings, job.model_dump(mode="json"))
