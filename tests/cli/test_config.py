@@ -27,7 +27,7 @@ def run_file(tmp_path):
 def test_the_schema_is_json(capsys):
     assert main(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
-    assert {"base_model", "output_dir", "jobs"} == set(schema["required"])
+    assert {"base_model", "output_dir"} == set(schema["required"])
 
 
 def test_a_run_is_shown_with_its_defaults(run_file, capsys):
@@ -69,3 +69,21 @@ def test_faults_are_listed_with_code_2(run_file, capsys):
 def test_a_missing_run_file_is_code_2(capsys):
     assert main(["config", "show", "nowhere.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: nowhere.yaml must be a run file")
+
+
+def test_the_jobs_of_a_sweep_are_listed_and_the_rest_is_the_same_run(run_file, tmp_path, capsys):
+    overrides = [
+        "jobs.0.data.validation_fraction=0.1",
+        "sweep={job: a, parameters: {train.learning_rate: [1e-4, 1e-3]}}",
+    ]
+    words = [word for one in overrides for word in ("--set", one)]
+    assert main(["config", "show", str(run_file), *words]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-3:] == [
+        "# The sweep's 2 jobs:",
+        "# a-000 train.learning_rate=0.0001",
+        "# a-001 train.learning_rate=0.001",
+    ]
+    again = tmp_path / "again.yaml"
+    again.write_text(shown)
+    assert load_run_config(again) == load_run_config(run_file, overrides)

@@ -124,7 +124,7 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("jobs.1.adapter.dropout=1", "jobs.1.adapter.dropout must be less than 1, got 1"),
         ("jobs.1.adapter.alpha=.inf", "jobs.1.adapter.alpha must be a finite number, got inf"),
         ("jobs.1.name=7", "jobs.1.name must be a text (in quotes), got 7"),
-        ("jobs=[]", "jobs must be a list of 1 or more, got []"),
+        ("jobs=[]", "jobs must be a list of 1 or more, or sweep must be given"),
         ("jobs=3", "jobs must be a list, got 3"),
         ("output_dir=3", "output_dir must be a path, got 3"),
         ("base_model=null", "base_model must be a text (in quotes), got nothing"),

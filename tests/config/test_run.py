@@ -88,7 +88,7 @@ RUN_FAULTS = [
     ({"attn_implementation": "flash_attention_2"}, "computes in 16 bits only"),
     ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
     ({"base_model": ""}, "at least 1 character"),
-    ({"jobs": []}, "at least 1 item"),
+    ({"jobs": []}, "jobs must be a list of 1 or more, or sweep must be given"),
 ]
 
 

@@ -11,7 +11,13 @@ import pytest
 from loraloom.errors import ConfigError
 from loraloom.train.micro_batch import MicroBatchLoss, StepReport
 from loraloom.train.outputs import RunDirectory
-from loraloom.train.tracking import MetricsFile, check_trackers, open_trackers, step_metrics
+from loraloom.train.tracking import (
+    MetricsFile,
+    check_trackers,
+    open_trackers,
+    read_curve,
+    step_metrics,
+)
 from tests.train.toy import toy_config, toy_engine, toy_set
 
 
@@ -35,6 +41,14 @@ def test_a_step_of_a_mixture_has_router_metrics():
     metrics = step_metrics(report, 1.0)
     assert (metrics["router/entropy"], metrics["router/load_cv"]) == (0.9, 0.1)
     assert metrics["aux_loss"] == 0.02
+
+
+def test_a_curve_has_the_lines_that_carry_its_figure(tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 1, "eval/loss": 1.5}, {"step": 2, "loss": 1.0}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_curve(path, "loss") == [(1, 2.0), (2, 1.0)]
+    assert read_curve(path, "eval/loss") == [(1, 1.5)]
 
 
 def test_metrics_file_appends_a_line_at_once(tmp_path):

@@ -10,6 +10,7 @@ import yaml
 from loraloom.cli.options import RunFileArgument, SetOption
 from loraloom.config.loading import load_run_config
 from loraloom.config.loading import schema as run_file_schema
+from loraloom.config.sweep import format_values
 
 
 def schema() -> None:
@@ -18,9 +19,14 @@ def schema() -> None:
 
 
 def show(run_file: RunFileArgument, overrides: SetOption = None) -> None:
-    """Check a run file and print all its settings, defaults filled in."""
-    settings = load_run_config(run_file, overrides or ()).model_dump(mode="json")
+    """Check a run file and print all its settings, defaults filled in, and a sweep's jobs."""
+    run = load_run_config(run_file, overrides or ())
+    settings = run.model_dump(mode="json")
     typer.echo(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), nl=False)
+    if run.trials:
+        typer.echo(f"# The sweep's {len(run.trials)} jobs:")
+    for trial in run.trials:
+        typer.echo(f"# {trial.name} {format_values(trial.parameters)}")
 
 
 SUBCOMMANDS = {"schema": schema, "show": show}

@@ -154,7 +154,8 @@ def _draw(
     output_dir: Path,
 ) -> None:
     from loraloom.eval.expert_load import shares, tokens_per_expert
-    from loraloom.eval.plots import plot_expert_load, plot_loss_curves, read_curve
+    from loraloom.eval.plots import plot_expert_load, plot_loss_curves
+    from loraloom.train.tracking import read_curve
 
     curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in _ADAPTERS}
     plot_loss_curves(curves, output_dir / "loss.png")

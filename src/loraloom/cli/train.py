@@ -65,7 +65,10 @@ def train(
         progress=console_progress(console),
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    console.print(_results_table(results))
+    swept = {trial.name for trial in run.trials}
+    others = [result for result in results if result.job not in swept]
+    if others:
+        console.print(_results_table(others))
     raise_failures(results)
 
 

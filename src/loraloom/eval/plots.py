@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,6 @@ matplotlib.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt
 
 Curve = Sequence[tuple[int, float]]
-
-
-def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
-    """Read one figure's course, (step, value), from a job's metrics.jsonl."""
-    lines = map(json.loads, metrics_file.read_text().splitlines())
-    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.8) -> None:
@@ -40,7 +33,7 @@ def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float =
     axes.set_ylabel("loss per token (nats)")
     axes.set_ylim(bottom=0)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_expert_load(
@@ -67,7 +60,7 @@ def plot_expert_load(
     right.set_yticks(range(len(by_group)), list(by_group))
     figure.colorbar(image, ax=[left, right], label="share of tokens")
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _smoothed(values: Sequence[float], smoothing: float) -> list[float]:
@@ -81,7 +74,8 @@ def _smoothed(values: Sequence[float], smoothing: float) -> list[float]:
     return smoothed
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -370,4 +370,5 @@ def _is_evaluation_due(job: Job) -> bool:
     is_measured = bool(job.training_set.validation or job.config.eval)
     if not is_measured or not job.at_boundary or position.evaluated_step == position.step:
         return False
-    return job.is_complete or (eval_steps is not None and position.step % eval_steps == 0)
+    is_milestone = job.is_complete or position.step in job.milestones
+    return is_milestone or (eval_steps is not None and position.step % eval_steps == 0)

@@ -63,6 +63,9 @@ class Job:
         training_set: Its data.
         reference: What its objective compares with, if it does.
 
+    Attributes:
+        milestones: Steps after which it is evaluated, beside every eval_steps and its end.
+
     Raises:
         ConfigError: If optimizer or scheduler don't take their arguments.
     """
@@ -90,6 +93,7 @@ class Job:
         )
         self.position = Position()
         self.selection = Selection(config.selection_metric)
+        self.milestones: frozenset[int] = frozenset()
         self.parameters = dict(adapter.named_parameters())
         self._window: tuple[int, Window] | None = None
         self._proven: list[Tensor] | None = None

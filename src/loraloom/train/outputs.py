@@ -4,6 +4,7 @@
 <output_dir>/<job>/checkpoints/last/    the adapter after its last step
 <output_dir>/<job>/checkpoints/best/    the adapter at its best evaluation
 <output_dir>/.checkpoints/              what --resume needs
+<output_dir>/sweep.csv, sweep.png       the jobs of a sweep, compared
 
 No job can be called .checkpoints: names begin with a letter or digit.
 """
@@ -58,6 +59,16 @@ class RunDirectory:
         """A job's metrics.jsonl."""
         return self.job(name) / METRICS_FILE
 
+    @property
+    def sweep_table(self) -> Path:
+        """Table of a sweep."""
+        return self.path / "sweep.csv"
+
+    @property
+    def sweep_picture(self) -> Path:
+        """Picture of a sweep."""
+        return self.path / "sweep.png"
+
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Check that the run may write here. Nothing is written.
 
@@ -88,6 +99,8 @@ class RunDirectory:
         """Delete earlier results of these jobs, and all checkpoints of the run."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.snapshots.clear()
+        self.sweep_table.unlink(missing_ok=True)
+        self.sweep_picture.unlink(missing_ok=True)
         for name in jobs:
             self._clear(name)
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichBars
 
 from loraloom.train.micro_batch import padding_share
+from loraloom.train.ranking import Ranking, ranking_line, ranking_table
 
 PLAIN_INTERVAL_S = 5.0
+PLAIN_WIDTH = 400
+"""Room for a table in a file, where lines do not end."""
 _RATE_STEPS = 20
 
 
@@ -57,6 +60,14 @@ class Progress(ABC):
         """Show a job after a step."""
 
     @abstractmethod
+    def rank(self, ranking: Ranking) -> None:
+        """Show how the jobs of a sweep stand, in place of each by itself."""
+
+    @abstractmethod
+    def conclude(self, ranking: Ranking) -> None:
+        """Show how the jobs of a sweep stand in the end."""
+
+    @abstractmethod
     def message(self, text: str) -> None:
         """Say something."""
 
@@ -95,6 +106,18 @@ class Rate:
         return (last[column] - first[column]) / elapsed if elapsed > 0 else None
 
 
+class _Bars(RichBars):
+    """A line for each task, and perhaps a table under them."""
+
+    table: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is shown."""
+        yield from super().get_renderables()
+        if self.table is not None:
+            yield self.table
+
+
 class LiveProgress(Progress):
     """A line for each job that is kept up to date.
 
@@ -103,7 +126,7 @@ class LiveProgress(Progress):
     """
 
     def __init__(self, console: Console):
-        self._bars = RichBars(
+        self._bars = _Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -134,12 +157,24 @@ class LiveProgress(Progress):
         rate.add(job)
         self._bars.update(self._tasks[job.name], completed=job.step, **_fields(job, rate))
 
+    def rank(self, ranking: Ranking) -> None:
+        """Show a table under the lines."""
+        for one in ranking.standings:
+            if one.name in self._tasks:
+                self._bars.update(self._tasks[one.name], visible=False)
+        self._bars.table = ranking_table(ranking)
+
+    def conclude(self, ranking: Ranking) -> None:
+        """Print the table."""
+        self._bars.console.print(ranking_table(ranking))
+
     def message(self, text: str) -> None:
         """Print above the lines."""
         self._bars.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
-        """Leave the lines as they are."""
+        """Leave the lines as they are, without the table."""
+        self._bars.table = None
         self._bars.stop()
 
 
@@ -156,6 +191,8 @@ class PlainProgress(Progress):
         self._interval_s = interval_s
         self._rates: dict[str, Rate] = {}
         self._shown_at: dict[str, float] = {}
+        self._ranking: Ranking | None = None
+        self._ranked_at = 0.0
 
     def start(self) -> None:
         """Nothing is to do yet."""
@@ -170,6 +207,8 @@ class PlainProgress(Progress):
         """Print a line if it is time."""
         rate, now = self._rates[job.name], time.monotonic()
         rate.add(job)
+        if self._ranking is not None and job.name in self._ranking.names:
+            return
         if job.step < job.total_steps and now - self._shown_at[job.name] < self._interval_s:
             return
         self._shown_at[job.name] = now
@@ -178,6 +217,20 @@ class PlainProgress(Progress):
             f"{job.name}: step {job.step}/{job.total_steps}, loss {fields['loss']}, "
             f"{fields['rate']} tokens/s, padding {fields['padding']}, ETA {fields['eta']}"
         )
+
+    def rank(self, ranking: Ranking) -> None:
+        """Print a line if it is time, or if something was measured or ended."""
+        before, now = self._ranking, time.monotonic()
+        self._ranking = ranking
+        is_news = before is None or before.measured != ranking.measured
+        if not is_news and now - self._ranked_at < self._interval_s:
+            return
+        self._ranked_at = now
+        self.message(ranking_line(ranking))
+
+    def conclude(self, ranking: Ranking) -> None:
+        """Print the table, as wide as it is."""
+        self._console.print(ranking_table(ranking), width=PLAIN_WIDTH, crop=False)
 
     def message(self, text: str) -> None:
         """Print a line."""
@@ -197,6 +250,12 @@ class NoProgress(Progress):
         """Show nothing."""
 
     def update(self, job: JobProgress) -> None:
+        """Show nothing."""
+
+    def rank(self, ranking: Ranking) -> None:
+        """Show nothing."""
+
+    def conclude(self, ranking: Ranking) -> None:
         """Show nothing."""
 
     def message(self, text: str) -> None:

@@ -21,6 +21,11 @@ from loraloom.train.job import Job
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress, Progress
 from loraloom.train.results import JobResult, describe_environment
+<<<<<<< HEAD
+=======
+from loraloom.train.start import load_start
+from loraloom.train.sweep import Sweep
+>>>>>>> aad57a1 (Rank the jobs of a sweep and stop those that lose)
 from loraloom.train.tracking import check_trackers
 
 BetweenSteps = Callable[[Engine, JobBuilder], None]
@@ -102,6 +107,7 @@ def train_on_host(
     environment = describe_environment(host.device, host.dtype, command)
     surroundings = Surroundings(directory, progress, run.trackers, environment)
     engine = Engine(host, jobs, evaluation, surroundings)
+    sweep = None if run.sweep is None else Sweep(run, directory, progress, jobs)
     _say(progress, [*faults, *_describe_data(jobs)])
     if snapshot is not None:
         _say(progress, [f"going on after {snapshot.round} fused steps"])
@@ -109,9 +115,19 @@ def train_on_host(
     else:
         directory.prepare([job.name for job in run.all_jobs])
         engine.save_state()
-    if between_steps is None:
-        return engine.run()
-    return engine.run(lambda engine: between_steps(engine, builder))
+    if sweep is not None:
+        sweep.restore()
+
+    def callback(engine: Engine) -> None:
+        if sweep is not None:
+            sweep.between_steps(engine)
+        if between_steps is not None:
+            between_steps(engine, builder)
+
+    results = engine.run(callback)
+    if sweep is not None:
+        sweep.finish(engine)
+    return results
 
 
 def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:

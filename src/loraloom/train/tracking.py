@@ -205,6 +205,12 @@ class Wandb(Tracker):
         self._run.finish()
 
 
+def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
+    """Read one figure's course, (step, value), from a job's metrics.jsonl."""
+    lines = map(json.loads, metrics_file.read_text(encoding="utf-8").splitlines())
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
 def check_trackers(names: tuple[str, ...]) -> None:
     """Check that what trackers need is installed.
 

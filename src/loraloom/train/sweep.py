@@ -1,0 +1,167 @@
+"""A sweep while it trains: jobs that do badly at a rung are stopped, the others are ranked.
+
+Jobs that come to a rung between the same two fused steps are recorded first and then judged
+together; those that come later are judged against all that came before. So jobs of the same length,
+which train in the same steps, get plain successive halving, and no job ever waits.
+
+What is decided follows from the jobs' positions and the metrics that were recorded, so that a
+resumed sweep decides as an unbroken one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from loraloom.config.run import RunConfig, Trial
+from loraloom.config.sweep import AshaConfig
+from loraloom.durable import write_output
+from loraloom.train.engine import Engine
+from loraloom.train.job import Job
+from loraloom.train.outputs import RunDirectory
+from loraloom.train.progress import Progress
+from loraloom.train.ranking import Ranking, Standing, ranking_csv, survivors
+from loraloom.train.results import JobResult
+from loraloom.train.tracking import read_curve
+
+
+class Sweep:
+    """The jobs of a sweep.
+
+    Args:
+        run: With a sweep.
+        directory: Of the run's results.
+        progress: Shows the ranking.
+        jobs: Those that are not done; others than the sweep's are left alone.
+
+    Raises:
+        ConfigError: If no job is long enough to reach a rung.
+    """
+
+    def __init__(
+        self, run: RunConfig, directory: RunDirectory, progress: Progress, jobs: Iterable[Job]
+    ):
+        assert run.sweep is not None
+        stopping = run.sweep.early_stopping
+        self._metric = run.sweep.metric
+        self._asha = None if stopping is None else stopping.asha
+        self._trials = run.trials
+        self._directory = directory
+        self._progress = progress
+        self._curves: dict[str, dict[int, float]] = {trial.name: {} for trial in run.trials}
+        self._total_steps = {trial.name: trial.job.train.max_steps for trial in run.trials}
+        self._written: list[tuple[Any, ...]] = []
+        own = [job for job in jobs if job.name in self._curves]
+        self._total_steps |= {job.name: job.total_steps for job in own}
+        if self._asha is not None and own:
+            _set_rungs(own, self._asha)
+
+    def between_steps(self, engine: Engine) -> None:
+        """Record what was measured, stop the jobs that lost, and show the ranking."""
+        self._record(engine)
+        if self._asha is not None:
+            self._halve(engine, self._asha)
+        self._show(self.ranking(engine))
+
+    def restore(self) -> None:
+        """Take in what was measured before the run was interrupted, after the state was loaded."""
+        for name in self._curves:
+            metrics = self._directory.metrics(name)
+            if metrics.exists():
+                self._curves[name] = dict(read_curve(metrics, self._metric))
+
+    def finish(self, engine: Engine) -> None:
+        """Write the table a last time, and the picture."""
+        from loraloom.eval.sweep_plot import plot_sweep  # matplotlib takes a second to import
+
+        self._record(engine)
+        ranking = self.ranking(engine)
+        self._show(ranking)
+        self._progress.conclude(ranking)
+        stopped = {one.name for one in ranking.standings if one.status == "stopped"}
+        parameters = {trial.name: trial.parameters for trial in self._trials}
+        curves = {name: list(curve.items()) for name, curve in self._curves.items() if curve}
+        if curves:
+            plot_sweep(curves, parameters, stopped, self._metric, self._directory.sweep_picture)
+
+    def ranking(self, engine: Engine) -> Ranking:
+        """Tell how the jobs stand."""
+        rungs = self._rungs()
+        standings = tuple(self._standing(trial, engine, rungs) for trial in self._trials)
+        return Ranking(self._metric, rungs, standings)
+
+    def _record(self, engine: Engine) -> None:
+        """Take in the last evaluation of each job."""
+        for name, curve in self._curves.items():
+            if name in engine.results:
+                result = engine.results[name]
+                step, metrics = result.steps, result.last_metrics
+                if result.status == "finished":
+                    self._total_steps[name] = step
+            elif name in engine.jobs:
+                position = engine.jobs[name].position
+                step, metrics = position.evaluated_step, position.metrics
+            else:
+                continue
+            if self._metric in metrics:
+                curve[step] = metrics[self._metric]
+
+    def _halve(self, engine: Engine, asha: AshaConfig) -> None:
+        """Stop the jobs that stand at a rung and are not among its best."""
+        for rung in self._rungs():
+            values = {name: curve[rung] for name, curve in self._curves.items() if rung in curve}
+            kept = survivors(values, asha.reduction_factor, self._metric)
+            lost = [name for name in values if name not in kept]
+            for name in lost:
+                job = engine.jobs.get(name)
+                if job is not None and job.at_boundary and job.position.step == rung:
+                    engine.stop(name, self._reason(values, name, len(kept)))
+
+    def _reason(self, values: dict[str, float], name: str, num_kept: int) -> str:
+        return (
+            f"{self._metric} {values[name]:.4f} is not among the best {num_kept} of {len(values)}"
+        )
+
+    def _rungs(self) -> tuple[int, ...]:
+        """All rungs that a job may reach."""
+        if self._asha is None:
+            return ()
+        lengths = {length for length in self._total_steps.values() if length is not None}
+        return tuple(sorted({rung for length in lengths for rung in self._asha.rungs_of(length)}))
+
+    def _standing(self, trial: Trial, engine: Engine, rungs: tuple[int, ...]) -> Standing:
+        curve = self._curves[trial.name]
+        standing = Standing(
+            trial.name,
+            trial.parameters,
+            total_steps=self._total_steps[trial.name],
+            rung_values={rung: curve[rung] for rung in rungs if rung in curve},
+            value=curve[max(curve)] if curve else None,
+            seconds=engine.seconds,
+        )
+        if trial.name in engine.results:
+            return self._ended(standing, engine.results[trial.name])
+        return replace(standing, steps=engine.jobs[trial.name].position.step)
+
+    def _ended(self, standing: Standing, result: JobResult) -> Standing:
+        return replace(
+            standing,
+            status=result.status,
+            steps=result.steps,
+            value=result.metrics.get(self._metric),
+            seconds=result.seconds,
+        )
+
+    def _show(self, ranking: Ranking) -> None:
+        self._progress.rank(ranking)
+        if ranking.measured != self._written:
+            write_output(self._directory.sweep_table, ranking_csv(ranking))
+            self._written = ranking.measured
+
+
+def _set_rungs(jobs: list[Job], asha: AshaConfig) -> None:
+    """Have jobs evaluated at their rungs."""
+    asha.check_reached([job.total_steps for job in jobs])
+    for job in jobs:
+        job.milestones = frozenset(asha.rungs_of(job.total_steps))

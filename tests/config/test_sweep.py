@@ -1,0 +1,224 @@
+import pytest
+import yaml
+
+from loraloom.config.loading import load_run_config
+from loraloom.config.run import RunConfig
+from loraloom.config.sweep import AshaConfig, SweepConfig, format_values
+from loraloom.errors import ConfigError
+
+RATES = [1e-4, 3e-4]
+TEMPLATE = {
+    "adapter": {"method": "lora", "rank": 8},
+    "data": {"task": "skills", "validation_fraction": 0.1},
+    "train": {"max_steps": 24},
+}
+
+
+def sweep(**settings):
+    return {"job": TEMPLATE, "parameters": {"train.learning_rate": RATES}, **settings}
+
+
+def run(jobs=(), **settings):
+    base = {"base_model": "smollm2-135m", "output_dir": "runs/a", "jobs": list(jobs)}
+    return RunConfig.model_validate({**base, "sweep": sweep(**settings)})
+
+
+def faults(tmp_path, jobs=(), **settings):
+    """The message about a faulty run file, without its first line."""
+    path = tmp_path / "run.yaml"
+    base = {"base_model": "smollm2-135m", "output_dir": "runs/a", "jobs": list(jobs)}
+    path.write_text(yaml.safe_dump({**base, "sweep": sweep(**settings)}, sort_keys=False))
+    with pytest.raises(ConfigError) as error:
+        load_run_config(path)
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
+
+
+def test_a_grid_has_every_combination_and_the_last_parameter_changes_fastest():
+    parameters = {"train.learning_rate": RATES, "adapter.method": ["lora", "mixlora"]}
+    trials = run(parameters=parameters).trials
+    assert [trial.name for trial in trials] == [f"sweep-00{number}" for number in range(4)]
+    assert [(t.job.train.learning_rate, t.job.adapter.method) for t in trials] == [
+        (1e-4, "lora"),
+        (1e-4, "mixlora"),
+        (3e-4, "lora"),
+        (3e-4, "mixlora"),
+    ]
+    assert all(trial.job.adapter.rank == 8 for trial in trials)
+    assert (
+        format_values(trials[3].parameters) == "train.learning_rate=0.0003 adapter.method=mixlora"
+    )
+
+
+def test_a_parameter_may_be_a_whole_section_or_a_place_in_a_list():
+    parameters = {
+        "adapter": [{"method": "lora"}, {"method": "mixlora", "top_k": 1}],
+        "eval.0.limit": [5],
+    }
+    template = {**TEMPLATE, "eval": [{"task": "skills"}]}
+    trials = run(parameters=parameters, job=template).trials
+    assert [trial.job.adapter.method for trial in trials] == ["lora", "mixlora"]
+    assert trials[1].job.eval[0].limit == 5
+    assert TEMPLATE["adapter"]["rank"] == 8
+
+
+def test_jobs_are_named_after_their_template():
+    assert run(job={**TEMPLATE, "name": "lr"}).trials[1].name == "lr-001"
+
+
+def test_a_named_job_is_the_template_and_does_not_train_itself():
+    jobs = [{**TEMPLATE, "name": "a"}, {**TEMPLATE, "name": "b"}]
+    config = run(jobs, job="a")
+    assert [job.name for job in config.all_jobs] == ["b", "a-000", "a-001"]
+    assert config.trials[0].job.adapter == config.jobs[0].adapter
+
+
+def test_a_sweep_survives_being_dumped_and_read_again():
+    parameters = {"train.learning_rate": {"log_uniform": [1e-5, 1e-3]}, "adapter.rank": [4, 8]}
+    for changes in ({}, {"parameters": parameters, "search": {"random": 3}}):
+        config = run([{**TEMPLATE, "name": "a"}], job="a", **changes)
+        again = RunConfig.model_validate(config.model_dump(mode="json"))
+        assert again == config
+        assert again.all_jobs == config.all_jobs
+
+
+PARAMETERS = {
+    "train.learning_rate": {"log_uniform": [1e-5, 1e-2]},
+    "adapter.dropout": {"uniform": [0.1, 0.2]},
+    "adapter.rank": {"int_uniform": [2, 4]},
+    "seed": {"choice": [1, 2]},
+}
+
+
+def draw(number: int, seed: int = 0):
+    config = {"parameters": PARAMETERS, "search": {"random": number, "seed": seed}}
+    return SweepConfig.model_validate({"job": "a", **config}).combinations()
+
+
+def test_random_values_are_in_their_ranges_and_reach_all_of_them():
+    drawn = draw(200)
+    rates = [values["train.learning_rate"] for values in drawn]
+    assert 1e-5 <= min(rates) < 2e-5 < 5e-3 < max(rates) <= 1e-2
+    assert 80 < sum(rate < 10**-3.5 for rate in rates) < 120
+    assert all(0.1 <= values["adapter.dropout"] <= 0.2 for values in drawn)
+    assert {values["adapter.rank"] for values in drawn} == {2, 3, 4}
+    assert {values["seed"] for values in drawn} == {1, 2}
+
+
+def test_draws_are_a_function_of_the_seed_and_more_of_them_begin_with_the_same():
+    assert draw(5) == draw(20)[:5]
+    assert draw(5) != draw(5, seed=1)
+
+
+def test_random_search_over_lists_draws_each_combination_once():
+    parameters = {"seed": [1, 2, 3], "adapter.rank": [4, 8]}
+    drawn = run(parameters=parameters, search={"random": 6}).sweep.combinations()
+    assert len({tuple(values.values()) for values in drawn}) == 6
+
+
+def test_rungs_are_powers_below_the_last_step():
+    asha = AshaConfig(min_steps=4, reduction_factor=3)
+    assert asha.rungs_of(40) == (4, 12, 36)
+    assert asha.rungs_of(36) == (4, 12)
+    assert AshaConfig(rungs=(5, 10)).rungs_of(10) == (5,)
+
+
+def test_every_fault_of_the_paths_is_told(tmp_path):
+    parameters = {"adapter.rnak": [1], "lr": [1], "name": ["b"], "train.max_steps": [3]}
+    unknown = "must be a setting of a job:"
+    assert faults(tmp_path, parameters=parameters) == [
+        f"sweep.parameters.adapter.rnak {unknown} adapter has no setting 'rnak'; "
+        "did you mean 'rank'?",
+        f"sweep.parameters.lr {unknown} there is no setting 'lr'; known keys are adapter, data, "
+        "eval, name, seed, start_from, train",
+        "sweep.parameters.name must be left out: the jobs are numbered",
+    ]
+
+
+def test_every_fault_of_the_values_is_told(tmp_path):
+    parameters = {
+        "seed": [],
+        "adapter.rank": 8,
+        "adapter.alpha": [4, 8, 4],
+        "train.learning_rate": {"log_uniform": [0, 1]},
+        "train.batch_size": {"int_uniform": [1, 2.5]},
+        "adapter": [{"method": "lora"}],
+    }
+    kinds = "{uniform: [low, high]}, {log_uniform: [low, high]}, {int_uniform: [low, high]}"
+    assert faults(tmp_path, parameters=parameters) == [
+        "sweep.parameters.seed must be a list of one value or more, got none",
+        f"sweep.parameters.adapter.rank must be a list of values, or one of {kinds}, got 8",
+        "sweep.parameters.adapter.alpha must have each value once, got 4 again",
+        "sweep.parameters.train.learning_rate must be {log_uniform: [low, high]} with "
+        "0 < low < high, got [0, 1]",
+        "sweep.parameters.train.batch_size must be {int_uniform: [low, high]} with two whole "
+        "numbers, got [1, 2.5]",
+        "sweep.parameters.adapter.rank must not be inside another parameter, adapter",
+        "sweep.parameters.adapter.alpha must not be inside another parameter, adapter",
+    ]
+
+
+def test_a_fault_of_one_job_names_it_and_one_of_all_names_the_template(tmp_path):
+    assert faults(tmp_path, parameters={"adapter.rank": [8, 0]}) == [
+        "sweep: adapter.rank must be at least 1, got 0 (sweep-001, adapter.rank=0)"
+    ]
+    template = {**TEMPLATE, "train": {"max_steps": 24, "epochs": 1}}
+    assert faults(tmp_path, job=template) == [
+        "sweep.job.train: unknown key 'epochs'; did you mean 'num_epochs'?"
+    ]
+
+
+SWEEP_FAULTS = [
+    ({"job": 3}, "job must be settings of a job or the name of one, got 3"),
+    ({"job": "b"}, "job must be the settings of a job or the name of one of jobs (none), got 'b'"),
+    ({"job": {**TEMPLATE, "name": "a/b"}}, "job.name must be a safe file name"),
+    ({"parameters": {}}, "parameters must map settings to their values, got {}"),
+    ({"search": "gird"}, "search must be grid or {random: how many, seed: 0}, got 'gird'"),
+    ({"search": {"random": 0}}, "search.random must be at least 1, got 0"),
+    ({"search": {"random": 3}}, "search.random must be at most the 2 combinations"),
+    (
+        {"parameters": {"seed": list(range(30)), "adapter.rank": list(range(1, 31))}},
+        "search grid must give at most 512 jobs, got 30 × 30 = 900; take search: {random",
+    ),
+    (
+        {"parameters": {"seed": {"int_uniform": [1, 2]}}},
+        "search grid needs a list for each parameter, got a range for seed; take search: {random",
+    ),
+    (
+        {"parameters": {"seed": {"int_uniform": [1, 2]}}, "search": {"random": 3}},
+        "search.random must not be above what the parameters can give, got 3 and only 2",
+    ),
+    ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
+    ({"early_stopping": {"asha": {}}}, "early_stopping.asha.rungs or min_steps must be given"),
+    (
+        {"early_stopping": {"asha": {"min_steps": 24}}},
+        "early_stopping.asha.min_steps must be below the jobs' 24 steps, got 24",
+    ),
+    (
+        {"early_stopping": {"asha": {"rungs": [4, 30]}}},
+        "early_stopping.asha.rungs must be below the jobs' 24 steps, got [4, 30]",
+    ),
+    (
+        {"early_stopping": {"asha": {"rungs": [8, 4]}}},
+        "early_stopping.asha.rungs must be steps that rise from 1 or more, got [8, 4]",
+    ),
+    ({"early_stopping": {"asha": {"min_steps": 4, "eta": 3}}}, "unknown key 'eta'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), SWEEP_FAULTS)
+def test_a_faulty_sweep_is_refused_by_one_line(tmp_path, settings, message):
+    (line,) = faults(tmp_path, **settings)
+    assert message in line
+    assert line.startswith("sweep")
+
+
+def test_names_of_jobs_must_be_free(tmp_path):
+    (line,) = faults(tmp_path, [{**TEMPLATE, "name": "Sweep-001"}])
+    assert line == "sweep.job.name must give new names, but sweep-001 is one of jobs"
+
+
+def test_a_run_needs_jobs_or_a_sweep(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("base_model: smollm2-135m\noutput_dir: runs/a\n")
+    with pytest.raises(ConfigError, match="jobs must be a list of 1 or more, or sweep must be"):
+        load_run_config(path)
