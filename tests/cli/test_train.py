@@ -139,3 +139,21 @@ def test_a_killed_process_is_resumed_to_the_same_weights(inputs, tmp_path):
         tensors = load_file(tmp_path / "out" / file)
         expected = load_file(tmp_path / "unbroken" / file)
         assert all(torch.equal(tensors[key], value) for key, value in expected.items())
+
+
+def test_a_sweep_prints_its_ranking_and_leaves_a_table_and_a_picture(inputs, tmp_path, capsys):
+    settings = run_settings(inputs, tmp_path / "out")
+    plain = settings.pop("jobs")[0]
+    settings["sweep"] = {
+        "job": plain,
+        "parameters": {"adapter.method": ["lora", "mixlora"], "train.learning_rate": [1e-5, 1e-2]},
+        "early_stopping": {"asha": {"min_steps": 2}},
+    }
+    run_file = write_run_file(tmp_path / "run.yaml", settings)
+    assert cli.main(["train", str(run_file)]) == 0
+    printed = capsys.readouterr().out
+    assert "sweep: 4 of 4 jobs train, at step 0/4" in printed
+    assert "is not among the best 1 of 4" in printed
+    assert printed.count(" finished") == 1
+    assert len((tmp_path / "out/sweep.csv").read_text().splitlines()) == 5
+    assert (tmp_path / "out/sweep.png").exists()

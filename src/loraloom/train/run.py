@@ -21,11 +21,7 @@ from loraloom.train.job import Job
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress, Progress
 from loraloom.train.results import JobResult, describe_environment
-<<<<<<< HEAD
-=======
-from loraloom.train.start import load_start
 from loraloom.train.sweep import Sweep
->>>>>>> aad57a1 (Rank the jobs of a sweep and stop those that lose)
 from loraloom.train.tracking import check_trackers
 
 BetweenSteps = Callable[[Engine, JobBuilder], None]
