@@ -51,6 +51,8 @@ def test_base_and_adapters_are_scored_in_one_pass(run, saved, tmp_path, capsys):
     assert written["tasks"]["arc_easy"]["scoring"] == "text"
     assert written["base_model"] == str(saved / "base")
     assert written["command"].startswith("loraloom")
+    assert list(written["routing"]) == ["b"]
+    assert written["routing"]["b"]["tasks"]["arc_easy"]["num_questions_covered"] == 7
     answers = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len(answers) == 21
     right = [answer["chosen"] == answer["correct_label"] for answer in answers[7:14]]

@@ -22,6 +22,7 @@ from loraloom.eval.progress import Progress, TaskProgress, show_progress
 from loraloom.eval.protocol import score_questions
 from loraloom.eval.provenance import describe_evaluation
 from loraloom.eval.results import TaskScores, check_finite, write_questions
+from loraloom.eval.routing import RoutingTally, summarise_routing
 from loraloom.eval.tables import all_tables
 from loraloom.models.host import Host
 
@@ -67,13 +68,18 @@ def score_choices(run: ChoiceRun, host: Host, tokenizer: PreTrainedTokenizerBase
     """
     messages = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     cache = None if run.no_cache else _open_cache(run, host, messages)
+    tally = RoutingTally(host, run.names)
     with _kept(cache, messages), show_progress(messages) as progress:
-        scored = [_score(run, host, tokenizer, asked, cache, progress) for asked in run.asked]
+        scored = [
+            _score(run, host, tokenizer, asked, cache, progress, tally) for asked in run.asked
+        ]
     answers = [answers_of(task) for task in scored]
     seeds, comparisons = summarise_seeds(answers), compare_all(answers, run.pairs)
     if run.per_question is not None:
         write_questions(run.per_question, scored)
+    num_questions = {asked.task: len(asked.questions) for asked in run.asked}
     beside = {
+        "routing": summarise_routing(tally, tokenizer, num_questions),
         **describe_evaluation(host, run.adapters, run.asked, run.command),
         "compat": run.compat,
         "num_cached_scores": 0 if cache is None else cache.num_found,
@@ -91,6 +97,7 @@ def _score(
     asked: QuestionSet,
     cache: ScoreCache | None,
     progress: Progress,
+    tally: RoutingTally,
 ) -> TaskScores:
     task = TaskProgress(asked.task, asked.questions)
     progress.start(task)
@@ -108,6 +115,7 @@ def _score(
         advance,
         encode_choices if run.compat is None else encode_last_tokens,
         cache,
+        tally.of(asked.task),
     )
     scored = TaskScores(asked.task, asked.split, scores)
     check_finite(scored)

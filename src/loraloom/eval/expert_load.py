@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.models.host import Host
-from loraloom.routing.statistics import load_statistics
+from loraloom.routing.statistics import count_choices, load_shares
 
 _TEXTS_PER_BATCH = 32
 
@@ -52,9 +52,9 @@ def _count(
 ) -> Tensor:
     batch = tokenizer(list(texts), return_tensors="pt", padding=True).to(host.device)
     output = host.hidden(batch.input_ids, batch.attention_mask, [adapter_name] * len(texts))
-    return load_statistics(output.routing[adapter_name]).tokens_per_expert.cpu()
+    return count_choices(output.routing[adapter_name]).cpu()
 
 
 def shares(counts: Tensor) -> list[list[float]]:
     """Turn counts into each row's shares, which sum to one."""
-    return (counts / counts.sum(-1, keepdim=True).clamp_min(1)).tolist()
+    return load_shares(counts).tolist()

@@ -9,7 +9,7 @@ rows once for each adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from loraloom.data.tokenising import TokenPair
 from loraloom.eval.rows import TokenRow, collate_rows, make_rows
 from loraloom.models.host import Host
+from loraloom.routing.record import LayerRouting
 
 _TOKENS_PER_BATCH = {"cpu": 1024}
 _TOKENS_PER_BATCH_ELSEWHERE = 16384
@@ -38,6 +39,9 @@ class PairScore(NamedTuple):
 
 GroupScores = list[list[list[PairScore]]]
 """By adapter, group and continuation."""
+
+TellRouting = Callable[[Tensor, Mapping[str, Sequence[LayerRouting]]], None]
+"""Takes the real tokens of a batch's rows in turn, and by adapter the record of their routing."""
 
 
 def iter_pair_scores(
@@ -117,11 +121,14 @@ def token_batches(groups: Sequence[Sequence[TokenRow]], max_tokens: int) -> Iter
 
 
 def score_batch(
-    host: Host, groups: Sequence[Sequence[TokenRow]], adapters: Sequence[str | None]
+    host: Host,
+    groups: Sequence[Sequence[TokenRow]],
+    adapters: Sequence[str | None],
+    tell_routing: TellRouting | None = None,
 ) -> GroupScores:
-    """Score a batch's groups with each adapter."""
+    """Score a batch's groups with each adapter; `tell_routing` learns of mixtures' routing."""
     rows = [row for group in groups for row in group]
-    log_probs, is_top = _score_rows(host, rows, adapters)
+    log_probs, is_top = _score_rows(host, rows, adapters, tell_routing)
     owners = torch.tensor(_owners(groups))
     sizes = [1 + max(choice for row in rows for choice in row.choices) for rows in groups]
     sums = log_probs.new_zeros(len(adapters), sum(sizes))  # (A, C)
@@ -155,7 +162,10 @@ def _owners(groups: Sequence[Sequence[TokenRow]]) -> list[int]:
 
 
 def _score_rows(
-    host: Host, rows: Sequence[TokenRow], adapters: Sequence[str | None]
+    host: Host,
+    rows: Sequence[TokenRow],
+    adapters: Sequence[str | None],
+    tell_routing: TellRouting | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute each scored token's log p in float64, and whether it is the likeliest.
 
@@ -164,13 +174,16 @@ def _score_rows(
     batch = collate_rows(rows, host.dtype, host.device)
     copies = len(adapters)
     mask = batch.attention_mask
-    hidden_states = host.hidden(
+    output = host.hidden(
         batch.input_ids.repeat(copies, 1),
         mask.repeat(copies, *[1] * (mask.dim() - 1)),
         [name for name in adapters for _ in rows],
         token_mask=batch.token_mask.repeat(copies, 1),
         position_ids=batch.position_ids.repeat(copies, 1),
-    ).last_hidden_state
+    )
+    if tell_routing is not None and output.routing:
+        tell_routing(batch.input_ids[batch.token_mask.bool()], output.routing)
+    hidden_states = output.last_hidden_state
     by_adapter = hidden_states.view(copies, -1, hidden_states.shape[-1])  # (A, B L, D)
     states = by_adapter[:, batch.predictors].flatten(0, 1)  # (A N, D)
     log_probs, is_top = host.token_scores(states, batch.targets.repeat(copies))

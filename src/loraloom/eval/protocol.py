@@ -14,12 +14,14 @@ from loraloom.eval.accuracy import Accuracy, QuestionScore, accuracy
 from loraloom.eval.cache import LogLikelihoods, ScoreCache
 from loraloom.eval.encoding import EncodedQuestion, QuestionEncoder, encode_choices, fit_question
 from loraloom.eval.likelihoods import (
+    TellRouting,
     evaluating,
     make_all_rows,
     score_batch,
     token_batches,
     tokens_per_batch,
 )
+from loraloom.eval.routing import OnRouting, RoutedBatch
 from loraloom.eval.rows import TokenRow
 from loraloom.models.host import Host
 
@@ -47,6 +49,7 @@ def score_questions(
     on_progress: Callable[[Sequence[int]], None] | None = None,
     encode: QuestionEncoder = encode_choices,
     cache: ScoreCache | None = None,
+    on_routing: OnRouting | None = None,
 ) -> dict[str | None, list[QuestionScore]]:
     """Score every choice of every question with each adapter.
 
@@ -60,6 +63,7 @@ def score_questions(
         on_progress: Told after each batch the places of its questions.
         encode: What is scored of a choice; its whole continuation by default.
         cache: Scores that are known, and where new ones are kept after each batch.
+        on_routing: Told of every batch that is computed where mixtures sent its tokens.
 
     Returns:
         For each adapter the scores in the order of the questions.
@@ -70,7 +74,7 @@ def score_questions(
     """
     scores: BatchScores = {name: {} for name in adapters}
     for batch in iter_scores(
-        host, tokenizer, questions, adapters, max_tokens_per_batch, encode, cache
+        host, tokenizer, questions, adapters, max_tokens_per_batch, encode, cache, on_routing
     ):
         for name, by_place in batch.items():
             scores[name].update(by_place)
@@ -88,6 +92,7 @@ def iter_scores(
     max_tokens_per_batch: int | None = None,
     encode: QuestionEncoder = encode_choices,
     cache: ScoreCache | None = None,
+    on_routing: OnRouting | None = None,
 ) -> Iterator[BatchScores]:
     """Score questions batch by batch, the longest first; see `score_questions`.
 
@@ -104,7 +109,7 @@ def iter_scores(
     rows = make_all_rows(host, [question.pairs for question in encoded])
     budget = max_tokens_per_batch or tokens_per_batch(host)
     for places in token_batches(rows, budget // len(adapters)):
-        likelihoods = _find_or_score(host, encoded, rows, places, adapters, cache)
+        likelihoods = _find_or_score(host, encoded, rows, places, adapters, cache, on_routing)
         yield {
             name: {
                 place: QuestionScore(
@@ -123,6 +128,7 @@ def _find_or_score(
     places: Sequence[int],
     adapters: Sequence[str | None],
     cache: ScoreCache | None,
+    on_routing: OnRouting | None,
 ) -> dict[str | None, dict[int, LogLikelihoods]]:
     """Take what the cache knows of a batch, and compute and keep the rest."""
     known: dict[str | None, dict[int, LogLikelihoods]] = {name: {} for name in adapters}
@@ -133,7 +139,7 @@ def _find_or_score(
     for missing, names in _by_missing(places, known).items():
         batch = [rows[place] for place in missing]
         with evaluating(host):
-            scores = score_batch(host, batch, names)
+            scores = score_batch(host, batch, names, _teller(on_routing, missing, batch))
         for name, by_question in zip(names, scores, strict=True):
             likelihoods = [tuple(pair.log_likelihood for pair in pairs) for pairs in by_question]
             new = dict(zip(missing, likelihoods, strict=True))
@@ -141,6 +147,15 @@ def _find_or_score(
             if cache is not None:
                 cache.add(name, [(encoded[place].pairs, value) for place, value in new.items()])
     return known
+
+
+def _teller(
+    on_routing: OnRouting | None, places: Sequence[int], groups: Sequence[Sequence[TokenRow]]
+) -> TellRouting | None:
+    """Make what tells a batch's routing with its questions' places and rows."""
+    if on_routing is None:
+        return None
+    return lambda token_ids, routing: on_routing(RoutedBatch(places, groups, token_ids, routing))
 
 
 def _by_missing(

@@ -34,7 +34,7 @@ class RouterStatistics:
 
 def load_statistics(routing: Sequence[LayerRouting]) -> RouterStatistics:
     """Compute the statistics of one forward's record; layers without tokens count as balanced."""
-    counts = torch.stack([_count(layer) for layer in routing])
+    counts = count_choices(routing)
     load = counts.double()
     mean = load.mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
     load_cv = (load.std(-1, correction=0) / mean).mean()
@@ -42,9 +42,21 @@ def load_statistics(routing: Sequence[LayerRouting]) -> RouterStatistics:
     return RouterStatistics(counts, sum(entropies) / len(entropies), float(load_cv))
 
 
-def _count(layer: LayerRouting) -> Tensor:
-    num_experts = layer.router_logits.shape[-1]
-    return torch.bincount(layer.selected_experts.flatten(), minlength=num_experts)
+def count_choices(routing: Sequence[LayerRouting]) -> Tensor:
+    """Count how often each expert was chosen in each layer, [N, E] int64."""
+    num_experts = routing[0].router_logits.shape[-1]
+    chosen = [
+        layer.selected_experts.flatten() + index * num_experts
+        for index, layer in enumerate(routing)
+    ]
+    counts = torch.bincount(torch.cat(chosen), minlength=len(routing) * num_experts)
+    return counts.view(len(routing), num_experts)
+
+
+def load_shares(counts: Tensor) -> Tensor:
+    """Divide counts [..., E] by their sum; a row of zeros stays zero."""
+    total = counts.sum(-1, keepdim=True)
+    return counts.double() / total.where(total > 0, 1)
 
 
 def _entropy(router_logits: Tensor) -> float:

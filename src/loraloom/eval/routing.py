@@ -1,0 +1,298 @@
+"""Where mixtures send the tokens of an evaluation: by layer and expert, task, and word.
+
+Axes: N layers, T tokens, K top_k, E experts, V vocabulary.
+
+Everything is summed up batch by batch, so memory does not grow with the tokens. The tokens are
+those that the model reads to score a question: contexts once, and every choice's continuation
+without its last token. Scores that were kept from before cost no forward and are not covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.adapter import MixLoraConfig
+from loraloom.eval.rows import TokenRow
+from loraloom.models.host import Host
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.statistics import load_shares
+from loraloom.routing.totals import RoutingTotals, load_similarity, rounded, routing_totals
+
+NUM_WORDS = 12
+"""Tokens that are named for each expert."""
+
+WORD_PRIOR = 10
+"""Choices that a token is taken to have made before, as all tokens do; rare ones count less."""
+
+MAX_EXAMPLE_TOKENS = 160
+"""Of a task's first question, whose tokens are kept one by one."""
+
+
+@dataclass(frozen=True)
+class RoutedBatch:
+    """Questions that were scored in a forward, and what became of their tokens.
+
+    Args:
+        places: Of the questions in their task.
+        groups: Each question's rows.
+        token_ids: Real tokens of all rows in turn, [T].
+        routing: By adapter the record of these tokens.
+    """
+
+    places: Sequence[int]
+    groups: Sequence[Sequence[TokenRow]]
+    token_ids: Tensor
+    routing: Mapping[str, Sequence[LayerRouting]]
+
+
+OnRouting = Callable[[RoutedBatch], None]
+
+
+@dataclass
+class TaskRouting:
+    """The routing of one adapter in one task.
+
+    Args:
+        num_questions: That were scored now.
+        totals: Over their tokens; None before the first.
+        example: The first question's context as token ids, and the first choice of each, by layer.
+    """
+
+    num_questions: int = 0
+    totals: RoutingTotals | None = None
+    example: tuple[list[int], dict[int, list[int]]] | None = None
+
+
+class WordCounts:
+    """How often each token of the vocabulary chose each expert, in a few layers.
+
+    It takes 4 bytes × layers × V × E, however many tokens are counted.
+
+    Args:
+        layers: Places of the layers in the record.
+        vocab_size: V.
+        num_experts: E.
+    """
+
+    def __init__(self, layers: Sequence[int], vocab_size: int, num_experts: int):
+        self.layers = layers
+        self._counts = torch.zeros(len(layers), vocab_size * num_experts, dtype=torch.int32)
+        self._num_experts = num_experts
+
+    def add(self, token_ids: Tensor, routing: Sequence[LayerRouting]) -> None:
+        """Count the choices of a forward's tokens, [T]."""
+        for counts, layer in zip(self._counts, self.layers, strict=True):
+            chosen = routing[layer].selected_experts.cpu()  # (T, K)
+            cells = (token_ids.cpu()[:, None] * self._num_experts + chosen).flatten()
+            counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+
+    def table(self, index: int) -> Tensor:
+        """The counts of the layer `self.layers[index]`, [V, E]."""
+        return self._counts[index].view(-1, self._num_experts)
+
+
+@dataclass
+class AdapterRouting:
+    """The routing of one adapter in all tasks."""
+
+    config: MixLoraConfig
+    tasks: dict[str, TaskRouting] = field(default_factory=dict)
+    words: WordCounts | None = None
+
+
+class RoutingTally:
+    """Adds up the routing of every mixture in an evaluation.
+
+    Args:
+        host: With the adapters.
+        adapters: Names; None is the base model. Only mixtures are looked at.
+    """
+
+    def __init__(self, host: Host, adapters: Sequence[str | None]):
+        configs = {name: host.adapter(name).config for name in adapters if name is not None}
+        self._vocab_size = host.config.vocab_size
+        self.adapters = {
+            name: AdapterRouting(config)
+            for name, config in configs.items()
+            if isinstance(config, MixLoraConfig)
+        }
+
+    def of(self, task: str) -> OnRouting | None:
+        """Give what takes in a task's batches; None if there is no mixture."""
+        for adapter in self.adapters.values():
+            adapter.tasks[task] = TaskRouting()
+        return (lambda batch: self._add(task, batch)) if self.adapters else None
+
+    def _add(self, task: str, batch: RoutedBatch) -> None:
+        for name, routing in batch.routing.items():
+            adapter = self.adapters[name]
+            of_task = adapter.tasks[task]
+            totals = routing_totals(routing)
+            of_task.num_questions += len(batch.places)
+            of_task.totals = totals if of_task.totals is None else of_task.totals + totals
+            if adapter.words is None:
+                layers = some_layers(len(routing))
+                num_experts = adapter.config.num_experts
+                adapter.words = WordCounts(layers, self._vocab_size, num_experts)
+            adapter.words.add(batch.token_ids, routing)
+            if 0 in batch.places:
+                of_task.example = _example(batch, routing, adapter.words.layers)
+
+
+def some_layers(num_layers: int) -> list[int]:
+    """The first, the middle and the last."""
+    return sorted({0, num_layers // 2, num_layers - 1})
+
+
+def _example(
+    batch: RoutedBatch, routing: Sequence[LayerRouting], layers: Sequence[int]
+) -> tuple[list[int], dict[int, list[int]]]:
+    """Take the first question's context out of a batch."""
+    place = list(batch.places).index(0)
+    start = sum(len(row.input_ids) for rows in batch.groups[:place] for row in rows)
+    length = min(batch.groups[place][0].branches.count(0), MAX_EXAMPLE_TOKENS)
+    tokens = slice(start, start + length)
+    chosen = {
+        routing[layer].layer: routing[layer].selected_experts[tokens, 0].tolist()
+        for layer in layers
+    }
+    return batch.token_ids[tokens].tolist(), chosen
+
+
+def summarise_routing(
+    tally: RoutingTally, tokenizer: PreTrainedTokenizerBase, num_questions: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Give the routing by adapter, as it stands in the JSON file under `routing`.
+
+    Args:
+        tally: After the last task.
+        tokenizer: The base model's, to name tokens.
+        num_questions: Of each task, whether their scores were kept from before or not.
+    """
+    return {
+        name: _summarise_adapter(adapter, tokenizer, num_questions)
+        for name, adapter in tally.adapters.items()
+    }
+
+
+def _summarise_adapter(
+    adapter: AdapterRouting, tokenizer: PreTrainedTokenizerBase, num_questions: Mapping[str, int]
+) -> dict[str, Any]:
+    covered = {task: one.totals for task, one in adapter.tasks.items() if one.totals is not None}
+    layers = next(iter(covered.values())).layers if covered else ()
+    return {
+        "num_experts": adapter.config.num_experts,
+        "top_k": adapter.config.top_k,
+        "layers": list(layers),
+        "tasks": {
+            task: _summarise_task(one, tokenizer, num_questions[task])
+            for task, one in adapter.tasks.items()
+        },
+        "similarity": [
+            _compare(first, second, covered) for first, second in combinations(covered, 2)
+        ],
+        "words": _summarise_words(adapter.words, layers, tokenizer),
+    }
+
+
+def _summarise_task(
+    routing: TaskRouting, tokenizer: PreTrainedTokenizerBase, num_questions: int
+) -> dict[str, Any]:
+    totals = routing.totals
+    summary: dict[str, Any] = {
+        "num_questions": num_questions,
+        "num_questions_covered": routing.num_questions,
+        "num_tokens": 0 if totals is None else totals.num_tokens,
+    }
+    if totals is not None:
+        summary |= {
+            "load": rounded(totals.load),
+            "effective_experts": rounded(totals.effective_experts),
+            "mean_entropy_bits": rounded(totals.mean_entropy_bits),
+            "token_entropy_bits": rounded(totals.token_entropy_bits),
+        }
+    if routing.example is not None:
+        token_ids, chosen = routing.example
+        summary["example"] = {
+            "tokens": token_texts(token_ids, tokenizer),
+            "experts": {str(layer): experts for layer, experts in chosen.items()},
+        }
+    return summary
+
+
+def _compare(first: str, second: str, totals: Mapping[str, RoutingTotals]) -> dict[str, Any]:
+    by_layer = load_similarity(totals[first].load, totals[second].load)
+    return {
+        "first": first,
+        "second": second,
+        "mean": rounded(by_layer.mean()),
+        "by_layer": rounded(by_layer),
+    }
+
+
+def _summarise_words(
+    words: WordCounts | None, layers: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    if words is None:
+        return []
+    return [
+        {
+            "layer": layers[layer],
+            "experts": [
+                [_describe_word(token, expert, words.table(index), tokenizer) for token in tokens]
+                for expert, tokens in enumerate(words_by_expert(words.table(index)))
+            ],
+        }
+        for index, layer in enumerate(words.layers)
+    ]
+
+
+def _describe_word(
+    token_id: int, expert: int, counts: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    chosen = counts[token_id]
+    (text,) = token_texts([token_id], tokenizer)
+    share = float(chosen[expert]) / int(chosen.sum())
+    return {"token": text, "count": int(chosen[expert]), "share": round(share, 4)}
+
+
+def words_by_expert(counts: Tensor, num_words: int = NUM_WORDS) -> list[list[int]]:
+    """Find the tokens that go to an expert more than others do.
+
+    A token's share at an expert, after `WORD_PRIOR` choices like everybody's, is divided by the
+    expert's load; the tokens with the largest quotients above 1 are taken.
+
+    Args:
+        counts: How often each token chose each expert, [V, E].
+        num_words: Most tokens of an expert.
+
+    Returns:
+        For each expert token ids, the most typical first.
+    """
+    seen = counts.sum(-1).nonzero().squeeze(1)
+    choices = counts[seen].double()  # (T, E)
+    load = load_shares(choices.sum(0))
+    shares = (choices + WORD_PRIOR * load) / (choices.sum(-1, keepdim=True) + WORD_PRIOR)
+    lift = shares / load.where(load > 0, 1)
+    best = lift.topk(min(num_words, len(seen)), dim=0)
+    return [
+        [int(seen[row]) for value, row in zip(values, rows, strict=True) if value > 1]
+        for values, rows in zip(best.values.T.tolist(), best.indices.T.tolist(), strict=True)
+    ]
+
+
+def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Each token's text; the vocabulary's own name of it where it is no whole character."""
+    texts = [str(tokenizer.decode([token_id])) for token_id in token_ids]
+    names = tokenizer.convert_ids_to_tokens(list(token_ids))
+    return [
+        str(name) if "\ufffd" in text or not text else text
+        for text, name in zip(texts, names, strict=True)
+    ]

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from loraloom.eval.cache import ScoreCache
+from loraloom.eval.protocol import score_questions
+from loraloom.eval.routing import (
+    RoutingTally,
+    some_layers,
+    summarise_routing,
+    token_texts,
+    words_by_expert,
+)
+from tests.eval.scoring import scoring_host, some_questions
+from tests.tiny import METHODS
+
+NAMES = [None, "lora", "mixlora", "mixdora"]
+
+
+def tallied(host, tokenizer, adapters=NAMES, tasks=("toy",), **options):
+    """Score the toy questions as each task; give the tally's summary."""
+    tally = RoutingTally(host, adapters)
+    questions = some_questions()
+    for task in tasks:
+        score_questions(host, tokenizer, questions, adapters, on_routing=tally.of(task), **options)
+    return summarise_routing(tally, tokenizer, dict.fromkeys(tasks, len(questions)))
+
+
+@pytest.fixture
+def summary(tiny_tokenizer):
+    return tallied(scoring_host(), tiny_tokenizer)
+
+
+def test_every_mixture_is_there_and_nobody_else(summary):
+    assert list(summary) == ["mixlora", "mixdora"]
+    assert summary["mixlora"]["num_experts"] == METHODS["mixlora"].num_experts
+    assert summary["mixlora"]["layers"] == [0, 1]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_all_questions_are_covered_and_loads_sum_to_one(summary):
+    task = summary["mixlora"]["tasks"]["toy"]
+    assert task["num_questions"] == task["num_questions_covered"] == len(some_questions())
+    for row in task["load"]:
+        assert sum(row) == pytest.approx(1, abs=1e-5)
+    assert all(1 <= number <= 4 for number in task["effective_experts"])
+
+
+def test_batches_and_neighbours_change_nothing(tiny_tokenizer):
+    host = scoring_host()
+    together = tallied(host, tiny_tokenizer)["mixlora"]["tasks"]["toy"]
+    alone = tallied(host, tiny_tokenizer, ["mixlora"], max_tokens_per_batch=1)
+    alone = alone["mixlora"]["tasks"]["toy"]
+    assert alone["num_tokens"] == together["num_tokens"]
+    assert alone["example"] == together["example"]
+    torch.testing.assert_close(alone["load"], together["load"])
+
+
+def test_padding_is_not_counted(tiny_tokenizer):
+    host, questions = scoring_host(), some_questions()
+    lengths = []
+    tally = RoutingTally(host, ["mixlora"])
+    add = tally.of("toy")
+
+    def observe(batch):
+        lengths.extend(len(row.input_ids) for rows in batch.groups for row in rows)
+        assert len(batch.token_ids) == sum(len(r.input_ids) for g in batch.groups for r in g)
+        add(batch)
+
+    score_questions(host, tiny_tokenizer, questions, ["mixlora"], on_routing=observe)
+    summary = summarise_routing(tally, tiny_tokenizer, {"toy": 5})
+    assert summary["mixlora"]["tasks"]["toy"]["num_tokens"] == sum(lengths)
+    assert len(set(lengths)) > 1
+
+
+def test_questions_whose_scores_were_kept_are_not_covered(tiny_tokenizer, tmp_path):
+    host = scoring_host()
+    cache = ScoreCache(tmp_path, host, NAMES)
+    score_questions(host, tiny_tokenizer, some_questions()[1:3], NAMES, cache=cache)
+    task = tallied(host, tiny_tokenizer, cache=cache)["mixlora"]["tasks"]["toy"]
+    assert (task["num_questions"], task["num_questions_covered"]) == (5, 3)
+    task = tallied(host, tiny_tokenizer, cache=cache)["mixlora"]["tasks"]["toy"]
+    assert task == {"num_questions": 5, "num_questions_covered": 0, "num_tokens": 0}
+
+
+def test_the_example_is_the_first_questions_context(summary, tiny_tokenizer):
+    example = summary["mixlora"]["tasks"]["toy"]["example"]
+    context = some_questions()[0].contexts[0]
+    assert "".join(example["tokens"]).startswith(context)
+    assert list(example["experts"]) == ["0", "1"]
+    assert all(len(experts) == len(example["tokens"]) for experts in example["experts"].values())
+
+
+def test_the_same_task_twice_is_similar(tiny_tokenizer):
+    summary = tallied(scoring_host(), tiny_tokenizer, tasks=("one", "two"))["mixlora"]
+    (pair,) = summary["similarity"]
+    assert (pair["first"], pair["second"], pair["mean"]) == ("one", "two", 1)
+    assert pair["by_layer"] == [1, 1]
+
+
+def test_words_are_counted_where_they_went(tiny_tokenizer):
+    words = tallied(scoring_host(), tiny_tokenizer)["mixlora"]["words"]
+    assert [layer["layer"] for layer in words] == [0, 1]
+    for layer in words:
+        assert len(layer["experts"]) == 4
+        assert all(0 < w["share"] <= 1 and w["count"] > 0 for e in layer["experts"] for w in e)
+
+
+def test_typical_tokens_are_those_with_more_than_the_load():
+    counts = torch.tensor([[40, 0], [30, 10], [0, 60], [1, 0], [0, 0]])
+    assert words_by_expert(counts) == [[0, 1, 3], [2]]
+    assert words_by_expert(counts, num_words=1) == [[0], [2]]
+    assert words_by_expert(torch.zeros(3, 2)) == [[], []]
+
+
+def test_few_layers_are_looked_at_by_word():
+    assert [some_layers(n) for n in (1, 2, 30)] == [[0], [0, 1], [0, 15, 29]]
+
+
+def test_half_characters_go_by_the_vocabularys_name(tiny_tokenizer):
+    first, *_ = tiny_tokenizer("é").input_ids
+    assert "\ufffd" not in token_texts([first], tiny_tokenizer)[0]
+    assert token_texts(tiny_tokenizer(" the").input_ids, tiny_tokenizer)[0].startswith(" ")
+
+
+def test_without_a_mixture_nothing_is_observed(tiny_tokenizer):
+    tally = RoutingTally(scoring_host(), [None, "lora"])
+    assert tally.of("toy") is None
+    assert summarise_routing(tally, tiny_tokenizer, {"toy": 5}) == {}
