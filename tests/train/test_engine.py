@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from loraloom.config.run import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
+from loraloom.routing import collapse as routing_collapse
 from loraloom.routing.statistics import load_statistics
-from loraloom.train import step
+from loraloom.train import collapse, step
 from loraloom.train.checkpoint import SnapshotStore
 from loraloom.train.engine import Engine
 from loraloom.train.outputs import RunDirectory
@@ -649,3 +650,22 @@ def test_held_out_pairs_are_measured_as_one_step_of_them_would_be(tmp_path):
     assert measured == pytest.approx(
         {"eval/loss": loss.loss} | {f"eval/{name}": value for name, value in loss.metrics.items()}
     )
+
+
+def test_a_collapsed_router_is_told_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(collapse, "WINDOW_STEPS", 2)
+    monkeypatch.setattr(routing_collapse, "MIN_CHOICES_PER_EXPERT", 1)
+    adapter = ADAPTERS["mixlora"].model_copy(update={"num_experts": 8, "router_jitter": 0.0})
+    engine = toy_engine(tmp_path / "run", [toy_config("a", adapter, max_steps=8)])
+    with torch.no_grad():  # all tokens to two experts
+        for name, parameter in engine.jobs["a"].parameters.items():
+            if "router" in name:
+                parameter.mul_(0).requires_grad_(False)
+    result = engine.run()[0]
+    assert [warning.split(" (")[0] for warning in result.warnings] == [
+        "steps 1 to 2: 12 of 16 experts are hardly used",
+        "steps 1 to 2: layers that send nearly all tokens to the same experts",
+    ]
+    lines = [json.loads(x) for x in (tmp_path / "run/a/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "warnings" in line] == [2]
+    assert read_result(tmp_path / "run/a").warnings == result.warnings

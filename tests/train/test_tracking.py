@@ -51,6 +51,11 @@ def test_a_curve_has_the_lines_that_carry_its_figure(tmp_path):
     assert read_curve(path, "eval/loss") == [(1, 1.5)]
 
 
+def test_warnings_are_in_the_line_of_their_step():
+    report = StepReport(1, 1.0, MicroBatchLoss(1.5), 1e-3, 0.7, 42, 64, ("collapsed",))
+    assert step_metrics(report, 1.0)["warnings"] == ["collapsed"]
+
+
 def test_metrics_file_appends_a_line_at_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2):
@@ -67,7 +72,7 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     )
     trackers = open_trackers(("jsonl", "tensorboard"), tmp_path, first_step=1, config={})
     for tracker in trackers:
-        tracker.log({"step": 1, "loss": 2.0, "eval/loss": 3.0})
+        tracker.log({"step": 1, "loss": 2.0, "eval/loss": 3.0, "warnings": ["collapsed"]})
         tracker.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["eval/loss", "loss"]

@@ -78,8 +78,12 @@ def score_choices(run: ChoiceRun, host: Host, tokenizer: PreTrainedTokenizerBase
     if run.per_question is not None:
         write_questions(run.per_question, scored)
     num_questions = {asked.task: len(asked.questions) for asked in run.asked}
+    routing = summarise_routing(tally, tokenizer, num_questions)
+    for name, of_adapter in routing.items():
+        for warning in of_adapter["warnings"]:
+            messages.print(f"warning: adapter {name}: {warning}")
     beside = {
-        "routing": summarise_routing(tally, tokenizer, num_questions),
+        "routing": routing,
         **describe_evaluation(host, run.adapters, run.asked, run.command),
         "compat": run.compat,
         "num_cached_scores": 0 if cache is None else cache.num_found,

@@ -9,8 +9,10 @@ without its last token. Scores that were kept from before cost no forward and ar
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import combinations
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.adapter import MixLoraConfig
 from loraloom.eval.rows import TokenRow
 from loraloom.models.host import Host
+from loraloom.routing.collapse import advice, find_collapse
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_shares
 from loraloom.routing.totals import RoutingTotals, load_similarity, rounded, routing_totals
@@ -199,7 +202,17 @@ def _summarise_adapter(
             _compare(first, second, covered) for first, second in combinations(covered, 2)
         ],
         "words": _summarise_words(adapter.words, layers, tokenizer),
+        "warnings": _find_warnings(list(covered.values()), adapter.config),
     }
+
+
+def _find_warnings(totals: Sequence[RoutingTotals], config: MixLoraConfig) -> list[str]:
+    """Judge the load over all tasks."""
+    if not totals:
+        return []
+    together = reduce(operator.add, totals)
+    found = find_collapse(together.layers, together.tokens_per_expert, config)
+    return [f"{text}; train again: {advice(config)}" for text in found.values()]
 
 
 def _summarise_task(

@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
+from loraloom.config.adapter import MixLoraConfig
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC
 from loraloom.config.run import JobConfig
 from loraloom.data.training_set import TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key
+from loraloom.train.collapse import CollapseWatch
 from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss, StepReport
 from loraloom.train.objectives import build_objective
 from loraloom.train.optimizers import (
@@ -94,6 +96,7 @@ class Job:
         self.position = Position()
         self.selection = Selection(config.selection_metric)
         self.milestones: frozenset[int] = frozenset()
+        self.collapse = CollapseWatch()
         self.parameters = dict(adapter.named_parameters())
         self._window: tuple[int, Window] | None = None
         self._proven: list[Tensor] | None = None
@@ -221,6 +224,7 @@ class Job:
             "scheduler": self.scheduler.state_dict(),
             "position": asdict(self.position),
             "selection": asdict(self.selection),
+            "collapse": asdict(self.collapse),
             "reference": {} if self.reference is None else self.reference.log_probs,
         }
 
@@ -231,6 +235,7 @@ class Job:
         self.scheduler.load_state_dict(state["scheduler"])
         self.position = Position(**state["position"])
         self.selection = Selection(**state["selection"])
+        self.collapse = CollapseWatch(**state.get("collapse", {}))  # older ones have none
         if self.reference is not None:
             self.reference.log_probs = state["reference"]
 
@@ -247,16 +252,23 @@ class Job:
         position.step += 1
         position.micro_step = 0
         position.loss = asdict(MicroBatchLoss(0.0))
-        epoch = self.order.epochs_after(position.step)
         return StepReport(
             position.step,
-            epoch,
+            self.order.epochs_after(position.step),
             loss,
             learning_rate,
             grad_norm,
             position.tokens,
             position.computed_tokens,
+            self._warnings(loss),
         )
+
+    def _warnings(self, loss: MicroBatchLoss) -> tuple[str, ...]:
+        """Judge a mixture's load after a step."""
+        config = self.config.adapter
+        if not isinstance(config, MixLoraConfig) or not loss.tokens_per_expert:
+            return ()
+        return tuple(self.collapse.take(self.position.step, loss.tokens_per_expert, config))
 
     def _clip(self) -> float:
         grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)

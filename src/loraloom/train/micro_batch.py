@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example
+from loraloom.train.collapse import add_counts
 from loraloom.train.objectives import Objective
 from loraloom.train.reference import Reference
 from loraloom.train.window import Window
@@ -74,6 +75,7 @@ class MicroBatchLoss:
         router_load_cv: Likewise.
         metrics: Of the objective, by their names in metrics.jsonl.
         computed_tokens: Tokens of its rows, padding included.
+        tokens_per_expert: How often routers chose each expert, by layer; empty without a router.
     """
 
     loss: float
@@ -82,6 +84,7 @@ class MicroBatchLoss:
     router_load_cv: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     computed_tokens: int = 0
+    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
 
     def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
         return MicroBatchLoss(
@@ -91,6 +94,7 @@ class MicroBatchLoss:
             _add(self.router_load_cv, other.router_load_cv),
             {name: self.metrics.get(name, 0.0) + value for name, value in other.metrics.items()},
             self.computed_tokens + other.computed_tokens,
+            add_counts(self.tokens_per_expert, other.tokens_per_expert),
         )
 
 
@@ -100,7 +104,7 @@ def _add(left: float | None, right: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step of a job did."""
+    """What a step of a job did; `warnings` are new with it."""
 
     step: int
     epoch: float
@@ -109,6 +113,7 @@ class StepReport:
     grad_norm: float
     tokens: int
     computed_tokens: int
+    warnings: tuple[str, ...] = ()
 
 
 def padding_share(tokens: int, computed_tokens: int) -> float:

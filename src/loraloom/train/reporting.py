@@ -50,6 +50,8 @@ class Reporter:
         """Tell what a step did."""
         self._log(job.name, step_metrics(report, seconds))
         self._progress.update(_progress_of(job, report.loss.loss))
+        for warning in report.warnings:
+            self.message(f"warning: job {job.name}, {warning}")
 
     def evaluation(self, job: Job, metrics: Mapping[str, float], seconds: float) -> None:
         """Tell what was measured after a job's last step."""

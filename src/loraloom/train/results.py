@@ -52,6 +52,7 @@ class JobResult:
         environment: Versions, device, dtype, command.
         directory: Where the adapter's files are.
         stop_reason: Why it was stopped.
+        warnings: What was said while it trained: routers that collapsed.
     """
 
     job: str
@@ -75,6 +76,7 @@ class JobResult:
     environment: dict[str, Any]
     directory: str = field(default="")
     stop_reason: str | None = None
+    warnings: tuple[str, ...] = ()
 
     def write(self, directory: Path) -> None:
         """Write result.json."""
@@ -84,7 +86,8 @@ class JobResult:
 def read_result(directory: Path) -> JobResult:
     """Read what `JobResult.write` wrote."""
     values = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
-    return JobResult(**{**values, "data": tuple(values["data"])})
+    lists = {"data": (), "warnings": ()} | values
+    return JobResult(**{**values, **{name: tuple(lists[name]) for name in ("data", "warnings")}})
 
 
 def job_result(
@@ -133,6 +136,7 @@ def job_result(
         environment=dict(environment),
         directory=str(directory),
         stop_reason=stop_reason,
+        warnings=tuple(job.collapse.warnings.values()),
     )
 
 

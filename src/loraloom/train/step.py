@@ -122,10 +122,12 @@ def _with_statistics(
     if routing is None:
         return found
     statistics, share = load_statistics(routing), _token_share(part)
+    layers = [layer.layer for layer in routing]
     return replace(
         found,
         router_entropy=statistics.entropy * share,
         router_load_cv=statistics.load_cv * share,
+        tokens_per_expert=dict(zip(layers, statistics.tokens_per_expert.tolist(), strict=True)),
     )
 
 

@@ -34,7 +34,7 @@ _NEEDED_MODULES = {
     "wandb": "wandb",
 }
 
-Metrics = dict[str, float | int | None]
+Metrics = dict[str, float | int | list[str] | None]
 
 
 def step_metrics(report: StepReport, seconds: float) -> Metrics:
@@ -42,7 +42,7 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
 
     `tokens`, `computed_tokens` (with padding) and `seconds` are totals since the job and the run
     began; `loss` is the objective's over the whole step, `aux_loss` the router losses with their
-    coefficients.
+    coefficients. `warnings` are there only after a step that gave some.
     """
     loss = report.loss
     metrics: Metrics = {
@@ -59,6 +59,8 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
     if loss.router_entropy is not None:
         metrics["router/entropy"] = loss.router_entropy
         metrics["router/load_cv"] = loss.router_load_cv
+    if report.warnings:
+        metrics["warnings"] = list(report.warnings)
     return metrics | loss.metrics
 
 
@@ -67,7 +69,10 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of a step or of an evaluation; `step` is among them."""
+        """Take the metrics of a step or of an evaluation; `step` is among them.
+
+        What is no number, `warnings` that is, goes to metrics.jsonl alone.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -110,9 +115,9 @@ class TensorBoard(Tracker):
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Add each metric but the step as a scalar."""
-        for name, value in metrics.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, global_step=metrics["step"])
+        values, step = _at_step(metrics)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=step)
 
     def close(self) -> None:
         """Write what is left."""
@@ -261,8 +266,13 @@ def _tracked_run(directory: Path, config: Mapping[str, Any]) -> TrackedRun:
 
 
 def _at_step(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """Take the step out of metrics."""
-    return {name: value for name, value in metrics.items() if name != "step"}, metrics["step"]
+    """Take the step out of metrics, and leave out what is no number."""
+    values = {
+        name: value
+        for name, value in metrics.items()
+        if name != "step" and not isinstance(value, list)
+    }
+    return values, metrics["step"]
 
 
 def _mute_wandb_reports() -> None:
