@@ -102,7 +102,8 @@ def test_the_same_task_twice_is_similar(tiny_tokenizer):
 
 
 def test_words_are_counted_where_they_went(tiny_tokenizer):
-    words = tallied(scoring_host(), tiny_tokenizer)["mixlora"]["words"]
+    summary = tallied(scoring_host(), tiny_tokenizer)["mixlora"]
+    words = summary["words"]
     assert [layer["layer"] for layer in words] == [0, 1]
     for layer in words:
         assert len(layer["experts"]) == 4

@@ -14,7 +14,7 @@ import typer
 from typer.main import get_command
 
 import loraloom
-from loraloom.cli import bench, config, eval, generate, inspect, quickstart, train
+from loraloom.cli import bench, config, eval, generate, inspect, quickstart, report, train
 from loraloom.errors import LoraloomError
 
 Command = Callable[..., None]
@@ -23,6 +23,7 @@ VERBS: dict[str, Command] = {
     "quickstart": quickstart.quickstart,
     "train": train.train,
     "eval": eval.evaluate,
+    "report": report.report,
     "generate": generate.generate,
     "inspect": inspect.inspect,
 }

@@ -201,7 +201,7 @@ def _summarise_adapter(
         "similarity": [
             _compare(first, second, covered) for first, second in combinations(covered, 2)
         ],
-        "words": _summarise_words(adapter.words, layers, tokenizer),
+        "words": _summarise_words(adapter.words, layers, adapter.config.top_k, tokenizer),
         "warnings": _find_warnings(list(covered.values()), adapter.config),
     }
 
@@ -251,7 +251,10 @@ def _compare(first: str, second: str, totals: Mapping[str, RoutingTotals]) -> di
 
 
 def _summarise_words(
-    words: WordCounts | None, layers: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    words: WordCounts | None,
+    layers: Sequence[int],
+    top_k: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     if words is None:
         return []
@@ -259,21 +262,21 @@ def _summarise_words(
         {
             "layer": layers[layer],
             "experts": [
-                [_describe_word(token, expert, words.table(index), tokenizer) for token in tokens]
-                for expert, tokens in enumerate(words_by_expert(words.table(index)))
+                [_describe_word(token, counts[token], expert, top_k, tokenizer) for token in tokens]
+                for expert, tokens in enumerate(words_by_expert(counts))
             ],
         }
         for index, layer in enumerate(words.layers)
+        for counts in [words.table(index)]
     ]
 
 
 def _describe_word(
-    token_id: int, expert: int, counts: Tensor, tokenizer: PreTrainedTokenizerBase
+    token_id: int, counts: Tensor, expert: int, top_k: int, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    chosen = counts[token_id]
     (text,) = token_texts([token_id], tokenizer)
-    share = float(chosen[expert]) / int(chosen.sum())
-    return {"token": text, "count": int(chosen[expert]), "share": round(share, 4)}
+    share = int(counts[expert]) * top_k / int(counts.sum())
+    return {"token": text, "count": int(counts[expert]), "share": round(share, 4)}
 
 
 def words_by_expert(counts: Tensor, num_words: int = NUM_WORDS) -> list[list[int]]:

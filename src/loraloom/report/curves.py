@@ -1,0 +1,104 @@
+"""Learning curves of all jobs, a chart for each figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from loraloom.report.charts import (
+    DASHES,
+    NUM_COLORS,
+    LineChart,
+    Series,
+    Style,
+    line_chart,
+    smoothed,
+)
+from loraloom.report.files import Job
+
+SMOOTHING = 0.9
+"""Weight of the past in the running mean of what jumps from step to step."""
+
+_TITLES = {
+    "loss": "Training loss",
+    "eval/loss": "Loss on held-out examples",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "aux_loss": "Router losses with their coefficients",
+    "router/entropy": "Router entropy (1: uniform)",
+    "router/load_cv": "Spread of the experts' load (0: balanced)",
+}
+_SMOOTHED = ("loss", "grad_norm")
+_PASSED_OVER = ("step", "epoch", "tokens", "seconds")
+
+
+def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
+    """Give each job a color by its name, so that seeds look alike, and dashes by its run.
+
+    Returns:
+        Styles by label.
+    """
+    names = list(dict.fromkeys(job.name for job in jobs))
+    runs = list(dict.fromkeys(job.run for job in jobs))
+    labels = job_labels(jobs)
+    styles = {}
+    for label, job in zip(labels, jobs, strict=True):
+        place = names.index(job.name)
+        dash = runs.index(job.run) + place // NUM_COLORS
+        styles[label] = Style(place % NUM_COLORS, DASHES[dash % len(DASHES)])
+    return styles
+
+
+def job_labels(jobs: Sequence[Job]) -> list[str]:
+    """Name jobs so that they differ: with their run where there are several."""
+    if len({job.run for job in jobs}) <= 1:
+        return [job.name for job in jobs]
+    return [f"{job.run}/{job.name}" for job in jobs]
+
+
+def learning_curves(jobs: Sequence[Job]) -> list[LineChart]:
+    """Make a chart for each figure in the jobs' metrics, the well-known ones first."""
+    found = dict.fromkeys(
+        name
+        for job in jobs
+        for line in job.metrics
+        for name, value in line.items()
+        if isinstance(value, int | float) and name not in _PASSED_OVER
+    )
+    accuracies = [name for name in found if name.startswith("eval/") and name not in _TITLES]
+    others = [name for name in found if name not in _TITLES and name not in accuracies]
+    order = ["loss", "eval/loss", *accuracies, *list(_TITLES)[2:], *others]
+    charts = [_chart(name, jobs) for name in order if name in found]
+    return [chart for chart in charts if chart is not None]
+
+
+def _chart(name: str, jobs: Sequence[Job]) -> LineChart | None:
+    styles = job_styles(jobs)
+    curves = {
+        label: _curve(job.metrics, name) for label, job in zip(job_labels(jobs), jobs, strict=True)
+    }
+    if name == "aux_loss" and not any(value for curve in curves.values() for _, value in curve):
+        return None  # plain adapters have none
+    if name == "aux_loss":
+        curves = {label: curve for label, curve in curves.items() if any(v for _, v in curve)}
+    title = _TITLES.get(name) or _title(name)
+    if name in _SMOOTHED:
+        curves = {label: smoothed(curve, SMOOTHING) for label, curve in curves.items()}
+        title += ", running mean"
+    series = [Series(label, styles[label], curve) for label, curve in curves.items()]
+    return line_chart(title, series)
+
+
+def _title(name: str) -> str:
+    """Name what has no title of its own."""
+    start, _, rest = name.partition("/")
+    task, _, last = rest.rpartition("/")
+    return f"Accuracy in {task}" if (start, last) == ("eval", "accuracy") else name
+
+
+def _curve(metrics: Sequence[Mapping[str, object]], name: str) -> list[tuple[float, float]]:
+    """One figure's course, (step, value)."""
+    return [
+        (float(line["step"]), float(value))  # pyright: ignore[reportArgumentType]
+        for line in metrics
+        if isinstance(value := line.get(name), int | float)
+    ]

@@ -1,0 +1,298 @@
+"""What `loraloom train` and `loraloom eval` wrote, as far as a report shows it.
+
+Fields that a report has no use for are passed over, so that files with more of them can be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from loraloom.errors import ConfigError, DataError
+
+METRICS_FILE = "metrics.jsonl"
+RESULT_FILE = "result.json"
+
+Metrics = dict[str, Any]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+_Kind = TypeVar("_Kind", bound=_Record)
+
+
+class Environment(_Record):
+    """With what a run was made."""
+
+    versions: dict[str, str] = {}
+    platform: str = ""
+    device: str = ""
+    dtype: str = ""
+    command: str = ""
+
+
+class JobResult(_Record):
+    """A job's result.json."""
+
+    status: str
+    error: str | None = None
+    method: str
+    base_model: str
+    num_parameters: int
+    steps: int
+    epochs: float
+    tokens: int
+    weights: str
+    metrics: dict[str, float] = {}
+    seconds: float
+    peak_memory_bytes: dict[str, int] = {}
+    environment: Environment = Environment()
+    warnings: tuple[str, ...] = ()
+
+
+class TaskResult(_Record):
+    """An adapter's accuracy in a task; lm-eval's tasks may have none, and have no interval."""
+
+    accuracy: float | None = None
+    stderr: float | None = None
+    interval: tuple[float, float] | None = None
+    num_examples: int | None = None
+    split: str | None = None
+
+
+class Comparison(_Record):
+    """Two adapters on the same questions of a task."""
+
+    task: str
+    first: str
+    second: str
+    difference: float
+    stderr: float | None
+    interval: tuple[float, float]
+    p_value: float
+    adjusted_p_value: float
+    num_first_better: int
+    num_second_better: int
+
+
+class SeedTask(_Record):
+    """A task's accuracy over seeds."""
+
+    mean: float
+    sd: float | None
+    num_seeds: int
+
+
+class SeedGroup(_Record):
+    """Adapters that differ in their seed alone."""
+
+    adapters: tuple[str, ...]
+    tasks: dict[str, SeedTask]
+
+
+class Example(_Record):
+    """A text's tokens, and by layer the first choice of each."""
+
+    tokens: tuple[str, ...]
+    experts: dict[int, tuple[int, ...]]
+
+
+class TaskRouting(_Record):
+    """A mixture's routing in a task; rows by layer, empty where no question is covered."""
+
+    num_questions: int
+    num_questions_covered: int
+    num_tokens: int
+    load: tuple[tuple[float, ...], ...] = ()
+    mean_entropy_bits: tuple[float, ...] = ()
+    token_entropy_bits: tuple[float, ...] = ()
+    example: Example | None = None
+
+
+class Similarity(_Record):
+    """How alike the loads of two tasks are."""
+
+    first: str
+    second: str
+    mean: float
+
+
+class Word(_Record):
+    """A token that is typical of an expert."""
+
+    token: str
+    count: int
+    share: float
+
+
+class LayerWords(_Record):
+    """The typical tokens of a layer's experts."""
+
+    layer: int
+    experts: tuple[tuple[Word, ...], ...]
+
+
+class AdapterRouting(_Record):
+    """A mixture's routing in all tasks."""
+
+    num_experts: int
+    top_k: int
+    layers: tuple[int, ...]
+    tasks: dict[str, TaskRouting]
+    similarity: tuple[Similarity, ...] = ()
+    words: tuple[LayerWords, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class AskedTask(_Record):
+    """How a task was asked."""
+
+    scoring: str = ""
+    num_questions: int | None = None
+
+
+class EvalFile(_Record):
+    """The JSON file of `loraloom eval --output`."""
+
+    schema_version: Literal[1]
+    results: dict[str, dict[str, TaskResult]]
+    seeds: dict[str, SeedGroup] = {}
+    comparisons: tuple[Comparison, ...] = ()
+    routing: dict[str, AdapterRouting] = {}
+    base_model: str = ""
+    dtype: str = ""
+    tasks: dict[str, AskedTask] = {}
+    versions: dict[str, str] = {}
+    device: str = ""
+    command: str = ""
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a run.
+
+    Args:
+        name: Its name.
+        run: Name of its run's directory.
+        metrics: Lines of metrics.jsonl.
+        result: None while it trains, or where it was interrupted.
+        ended: When result.json was written.
+    """
+
+    name: str
+    run: str
+    metrics: Sequence[Metrics]
+    result: JobResult | None
+    ended: datetime | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation and the name of its file."""
+
+    name: str
+    content: EvalFile
+
+
+def read_run(path: Path) -> list[Job]:
+    """Read the jobs of a run, by name.
+
+    Args:
+        path: A run's `output_dir`, or the directory of one job in it.
+
+    Raises:
+        ConfigError: If it is no such directory.
+        DataError: If a file in it can't be used.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}")
+    own = sorted(entry for entry in path.iterdir() if _is_job(entry))
+    if own:
+        return [_read_job(directory, _name_of(path)) for directory in own]
+    if _is_job(path):
+        return [_read_job(path, _name_of(path.absolute().parent))]
+    raise ConfigError(
+        f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}, where no "
+        f"directory of a job has {METRICS_FILE} or {RESULT_FILE}; give the run file's output_dir"
+    )
+
+
+def _name_of(path: Path) -> str:
+    return path.resolve().name
+
+
+def _is_job(path: Path) -> bool:
+    files = (path / METRICS_FILE, path / RESULT_FILE)
+    return not path.name.startswith(".") and any(file.is_file() for file in files)
+
+
+def _read_job(directory: Path, run: str) -> Job:
+    file = directory / RESULT_FILE
+    has_result = file.is_file()
+    return Job(
+        name=_name_of(directory),
+        run=run,
+        metrics=_read_metrics(directory / METRICS_FILE),
+        result=_read(file, JobResult, "what `loraloom train` wrote") if has_result else None,
+        ended=datetime.fromtimestamp(file.stat().st_mtime, UTC) if has_result else None,
+    )
+
+
+def _read_metrics(file: Path) -> list[Metrics]:
+    """Read metrics.jsonl; a last line that is being written is passed over."""
+    if not file.is_file():
+        return []
+    lines = _text(file).split("\n")
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line) if line.strip() else {}
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{file}, line {number} must be JSON: {error}") from error
+        if not isinstance(value, dict) or not isinstance(value.get("step", 0), int):
+            raise DataError(f"{file}, line {number} must be an object with a step, got {line!r}")
+        if "step" in value:
+            metrics.append(value)
+    return metrics
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read an evaluation's JSON file.
+
+    Raises:
+        ConfigError: If there is none.
+        DataError: If it is something else, or of a later version.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--eval must be a file of `loraloom eval --output`, got {path}")
+    return Evaluation(path.name, _read(path, EvalFile, "what `loraloom eval --output` wrote"))
+
+
+def _read(path: Path, kind: type[_Kind], expected: str) -> _Kind:
+    try:
+        return kind.model_validate_json(_text(path))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise DataError(
+            f"{path} must be {expected}, got another file: {f'{place}: ' if place else ''}"
+            f"{fault['msg']}"
+        ) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read: {error}") from error

@@ -1,0 +1,244 @@
+"""The page: what files hold, laid out and put into the template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import loraloom
+from loraloom.errors import ConfigError
+from loraloom.report.charts import IntervalChart, Style, interval_chart
+from loraloom.report.curves import job_labels, job_styles, learning_curves
+from loraloom.report.files import EvalFile, Evaluation, Job, TaskResult, read_evaluation, read_run
+from loraloom.report.routing import LEVELS, Mixture, lay_out
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation, laid out.
+
+    Args:
+        name: Of its file.
+        content: What the file says.
+        charts: A chart for each task.
+        means: Each adapter's mean accuracy, where there are several tasks; None without accuracy.
+        mixtures: Where their tokens went.
+    """
+
+    name: str
+    content: EvalFile
+    charts: Sequence[IntervalChart]
+    means: Mapping[str, float | None]
+    mixtures: Sequence[Mixture]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the file's order."""
+        by_adapter = self.content.results.values()
+        return list(dict.fromkeys(task for by_task in by_adapter for task in by_task))
+
+
+def make_page(
+    runs: Sequence[Path], evaluations: Sequence[Path] = (), now: datetime | None = None
+) -> str:
+    """Make the report of one or several runs.
+
+    Args:
+        runs: Their directories; several may be seeds of one recipe.
+        evaluations: JSON files of `loraloom eval --output`.
+        now: What the page says it was made at.
+
+    Returns:
+        HTML that needs no other file.
+
+    Raises:
+        ConfigError: If a directory is no run, or a file is missing.
+        DataError: If a file can't be used.
+    """
+    jobs = [job for path in runs for job in read_run(path)]
+    _check_labels(jobs)
+    results = [_lay_out(read_evaluation(path)) for path in evaluations]
+    page = _environment().get_template("page.html.j2")
+    return page.render(
+        title=", ".join(dict.fromkeys(job.run for job in jobs)),
+        jobs=list(zip(job_labels(jobs), jobs, strict=True)),
+        facts=_facts(jobs, results),
+        commands=_commands(jobs, results),
+        warnings=_warnings(jobs, results),
+        metrics=_metric_names(jobs),
+        styles=_legend(jobs),
+        charts=learning_curves(jobs),
+        results=results,
+        levels=LEVELS,
+        made=_date(now or datetime.now(UTC)),
+        version=loraloom.__version__,
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("loraloom.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": lambda value: f"{100 * value:.1f}",
+        "points": lambda value: f"{100 * value:+.1f}",
+        "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
+        "millions": lambda value: f"{value / 1e6:.2f} M" if value >= 1e4 else f"{value:,}",
+        "duration": _duration,
+        "gib": lambda value: f"{value / 2**30:.2f} GiB",
+        "word": _visible,
+    }
+    return environment
+
+
+def _check_labels(jobs: Sequence[Job]) -> None:
+    labels = job_labels(jobs)
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigError(
+            f"RUN_DIR must give each job a name of its own, got {', '.join(twice)} more than once; "
+            "name each directory once, and let the runs' directories have different names"
+        )
+
+
+def _facts(jobs: Sequence[Job], results: Sequence[Results]) -> dict[str, str]:
+    """What the header says."""
+    trained = [job.result for job in jobs if job.result is not None]
+    contents = [one.content for one in results]
+    ended = [job.ended for job in jobs if job.ended is not None]
+    environments = [result.environment for result in trained]
+    versions = [e.versions for e in environments] + [content.versions for content in contents]
+    return _without_empty(
+        {
+            "Base model": _unique(
+                [*(r.base_model for r in trained), *(content.base_model for content in contents)]
+            ),
+            "Number format": _unique(
+                [*(e.dtype for e in environments), *(content.dtype for content in contents)]
+            ),
+            "Jobs": f"{len(jobs)}",
+            "Training ended": _date(max(ended)) if ended else "",
+            "Evaluated": _unique([content.date for content in contents]),
+            "Versions": _unique([_join(one) for one in versions]),
+            "Device": _unique(
+                [*(e.device for e in environments), *(content.device for content in contents)]
+            ),
+            "Platform": _unique([e.platform for e in environments]),
+        }
+    )
+
+
+def _unique(values: Sequence[str]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, values)))
+
+
+def _without_empty(facts: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in facts.items() if value}
+
+
+def _join(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _commands(jobs: Sequence[Job], results: Sequence[Results]) -> list[str]:
+    trained = [job.result.environment.command for job in jobs if job.result is not None]
+    evaluated = [one.content.command for one in results]
+    return list(dict.fromkeys(filter(None, [*trained, *evaluated])))
+
+
+def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str, str]]:
+    """Who, and what went wrong."""
+    found = []
+    for label, job in zip(job_labels(jobs), jobs, strict=True):
+        if job.result is None:
+            found.append((label, "has not ended: there is no result.json"))
+            continue
+        found += [(label, error) for error in filter(None, [job.result.error])]
+        found += [(label, warning) for warning in job.result.warnings]
+    for one in results:
+        found += [(m.name, f"{one.name}: {text}") for m in one.mixtures for text in m.warnings]
+    return found
+
+
+def _metric_names(jobs: Sequence[Job]) -> list[str]:
+    """Columns of the table of jobs, for what some of them measured."""
+    names = (name for job in jobs if job.result is not None for name in job.result.metrics)
+    return list(dict.fromkeys(names))
+
+
+def _legend(jobs: Sequence[Job]) -> dict[str, Style]:
+    return job_styles(jobs)
+
+
+def _lay_out(evaluation: Evaluation) -> Results:
+    content = evaluation.content
+    tasks = list(dict.fromkeys(task for by_task in content.results.values() for task in by_task))
+    charts = [_interval_chart(task, content.results) for task in tasks]
+    return Results(
+        name=evaluation.name,
+        content=content,
+        charts=[chart for chart in charts if chart is not None],
+        means={name: _mean(by_task, tasks) for name, by_task in content.results.items()}
+        if len(tasks) > 1
+        else {},
+        mixtures=[lay_out(name, routing) for name, routing in content.routing.items()],
+    )
+
+
+def _interval_chart(
+    task: str, results: Mapping[str, Mapping[str, TaskResult]]
+) -> IntervalChart | None:
+    rows = [
+        (name, result.accuracy, interval_of(result), _in_words(result))
+        for name, by_task in results.items()
+        if (result := by_task.get(task)) is not None and result.accuracy is not None
+    ]
+    return interval_chart(task, rows) if rows else None
+
+
+def interval_of(result: TaskResult) -> tuple[float, float]:
+    """The file's interval, or 1.96 standard errors, or nothing around the accuracy."""
+    accuracy = result.accuracy or 0.0
+    if result.interval is not None:
+        return result.interval
+    half = 1.96 * (result.stderr or 0.0)
+    return accuracy - half, accuracy + half
+
+
+def _in_words(result: TaskResult) -> str:
+    low, high = interval_of(result)
+    return f"{100 * (result.accuracy or 0):.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})"
+
+
+def _mean(by_task: Mapping[str, TaskResult], tasks: Sequence[str]) -> float | None:
+    accuracies = [by_task[task].accuracy for task in tasks if task in by_task]
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    return math.fsum(known) / len(known) if len(known) == len(tasks) else None
+
+
+def _date(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _visible(token: str) -> str:
+    """Show the white space of a token."""
+    marks: dict[str, Any] = {" ": "␣", "\n": "↵", "\t": "⇥"}
+    if token.strip():
+        return token.strip() if token.startswith(" ") else token
+    return "".join(marks.get(letter, letter) for letter in token)

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from loraloom.cli import main as cli
+from loraloom.errors import ConfigError
+from loraloom.report.curves import job_labels, job_styles, learning_curves
+from loraloom.report.files import read_run
+from loraloom.report.page import make_page
+from loraloom.report.routing import effective_number, level
+from loraloom.routing import totals
+from tests.report.made import evaluation, job_result, write_evaluation, write_run
+
+VOID = {"meta", "link", "br"}
+
+
+class Checked(HTMLParser):
+    """Every element is closed in turn; gathers texts, tags and attributes."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+@pytest.fixture
+def page(run, tmp_path):
+    return make_page([run], [write_evaluation(tmp_path / "result.json")])
+
+
+def test_the_page_is_whole(page):
+    checked = Checked(page)
+    text = " ".join(" ".join(checked.text).split())
+    for part in ("Jobs", "Results", "Learning curves", "Where mixtures send tokens"):
+        assert part in text
+    for part in (
+        "a/base",
+        "loraloom train run.yaml",
+        "top-2 of 8 experts",
+        "2026-01-02",
+        "13.20 M",
+    ):
+        assert part in text
+    assert "+20.0 ± 7.0" in text
+    assert "0.012 *" in text
+
+
+def test_the_page_needs_nothing_else(page):
+    checked = Checked(page)
+    assert checked.of("script") == []
+    for tag, attributes in checked.tags:
+        for name in ("src", "href"):
+            if name in attributes:
+                assert attributes[name].startswith(("#", "data:")), (tag, attributes)
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_charts_and_tables_have_names_for_screen_readers(page):
+    checked = Checked(page)
+    for svg in checked.of("svg"):
+        assert svg.get("aria-label") or svg.get("aria-hidden") == "true"
+    assert all("scope" in header for header in checked.of("th"))
+    ids = [attributes["id"] for _, attributes in checked.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+
+
+def test_names_and_texts_from_files_are_escaped(tmp_path):
+    bad = '<script>alert("1")</script>'
+    run = write_run(tmp_path / "run", ["mix"])
+    result = job_result("mix", 40, base_model=bad, warnings=[bad], error=bad)
+    (run / "mix/result.json").write_text(json.dumps(result))
+    (run / "mix").rename(run / "<b onclick=x>")
+    content = evaluation([f"mix {bad}"], [bad, "piqa"])
+    routing = content["routing"][f"mix {bad}"]
+    routing["words"][0]["experts"][0][0]["token"] = bad
+    routing["tasks"][bad]["example"]["tokens"][0] = bad
+    page = make_page([run], [write_evaluation(tmp_path / "result.json", content)])
+    checked = Checked(page)
+    assert "<script" not in page
+    assert "<b " not in page
+    assert checked.of("b") == []
+    assert any(bad in text for text in checked.text)
+
+
+def test_without_evaluations_sections_say_so(run):
+    text = " ".join(Checked(make_page([run])).text)
+    assert "No evaluation was given" in text
+    assert "no evaluation of a mixture was given" in text
+
+
+def test_without_mixtures_the_section_says_so(run, tmp_path):
+    content = evaluation(["lora"])
+    page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])
+    assert "no evaluation of a mixture was given" in page
+
+
+def test_questions_that_are_not_covered_are_told(run, tmp_path):
+    content = evaluation()
+    empty = {"num_questions": 40, "num_questions_covered": 0, "num_tokens": 0}
+    content["routing"]["mix"] |= {"layers": [], "words": [], "similarity": []}
+    content["routing"]["mix"]["tasks"] = {"arc_easy": empty, "piqa": empty}
+    page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])
+    assert "0 of 80 questions, 0 tokens." in page
+    assert "--no-cache" in page
+
+
+def test_results_of_the_harness_may_lack_an_accuracy(run, tmp_path):
+    content = {
+        "schema_version": 1,
+        "results": {"base": {"a": {"accuracy": 0.5, "stderr": 0.1}, "wiki": {"num_examples": 3}}},
+    }
+    page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])
+    assert "50.0 ± 10.0" in page
+    Checked(page)
+
+
+def test_a_running_job_is_shown_as_it_is(run):
+    (run / "mix/result.json").unlink()
+    text = " ".join(" ".join(Checked(make_page([run])).text).split())
+    assert "not ended, 40 steps so far" in text
+    assert "mix : has not ended" in text
+
+
+def test_an_empty_job_has_no_curves(tmp_path):
+    run = write_run(tmp_path / "run", ["mix"])
+    (run / "mix/metrics.jsonl").write_text("")
+    (run / "mix/result.json").unlink()
+    assert "No job has a line" in make_page([run])
+
+
+def test_seeds_share_a_color_and_differ_in_dashes(tmp_path):
+    runs = [write_run(tmp_path / f"seed{seed}", ["lora", "mix"]) for seed in range(3)]
+    jobs = [job for run in runs for job in read_run(run)]
+    assert job_labels(jobs)[:2] == ["seed0/lora", "seed0/mix"]
+    styles = list(job_styles(jobs).values())
+    assert [style.color for style in styles] == [0, 1] * 3
+    assert len(set(styles)) == 6
+
+
+def test_the_same_run_twice_is_an_error(run):
+    with pytest.raises(ConfigError, match="a name of its own, got lora, mix more than once"):
+        make_page([run, run])
+
+
+def test_curves_come_with_the_losses_first(run):
+    titles = [chart.title for chart in learning_curves(read_run(run))]
+    assert titles == [
+        "Training loss, running mean",
+        "Accuracy in arc_easy",
+        "Learning rate",
+        "Gradient norm, running mean",
+        "Router losses with their coefficients",
+    ]
+
+
+def test_colors_compare_with_an_even_share():
+    assert [level(x) for x in (0, 0.2, 0.5, 1, 2, 4)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_effective_number_is_routings():
+    load = [0.5, 0.25, 0.25, 0.0]
+    expected = float(totals.effective_number(torch.tensor(load, dtype=torch.float64)))
+    assert effective_number(load) == pytest.approx(expected)
+
+
+def test_the_verb_writes_one_file(run, tmp_path, capsys):
+    evaluated = write_evaluation(tmp_path / "result.json")
+    assert cli.main(["report", str(run), "--eval", str(evaluated)]) == 0
+    assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
+    assert (run / "report.html").read_text().lstrip().startswith("<!doctype html>")
+    other = tmp_path / "new" / "page.html"
+    assert cli.main(["report", str(run), "--output", str(other)]) == 0
+    assert [path.name for path in other.parent.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{tmp}"], "RUN_DIR must be a directory that `loraloom train` wrote"),
+        (["{run}", "--eval", "nowhere.json"], "--eval must be a file of `loraloom eval --output`"),
+        (["{run}", "--output", "{tmp}/page.json"], "--output must end in .html"),
+    ],
+)
+def test_bad_input_is_one_error_and_nothing_is_written(run, tmp_path, capsys, words, message):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    given = [word.format(run=run, tmp=empty) for word in words]
+    assert cli.main(["report", *given]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert list(empty.iterdir()) == []
