@@ -13,6 +13,7 @@ from loraloom.train.progress import (
     console_progress,
     describe_metrics,
 )
+from loraloom.train.ranking import Ranking, Standing
 
 
 def console(**options) -> Console:
@@ -55,6 +56,44 @@ def test_plain_lines_come_every_few_seconds_and_at_the_end():
     often.add(JobProgress("math", 0, 3, 0))
     often.update(JobProgress("math", 1, 3, 100, 2.0))
     assert "step 1/3" in printed(often._console)
+
+
+def ranking(step: int, value: float | None = None) -> Ranking:
+    parameters = {"train.learning_rate": 1e-4}
+    standings = (
+        Standing("lr-000", parameters, steps=step, total_steps=9, value=value),
+        Standing("lr-001", parameters, status="stopped", steps=4, rung_values={4: 2.5}, value=2.5),
+    )
+    return Ranking("eval/loss", (4,), standings)
+
+
+def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():
+    screen = console(force_terminal=True)
+    progress = LiveProgress(screen)
+    progress.start()
+    for name in ("lr-000", "lr-001", "law"):
+        progress.add(JobProgress(name, 0, 9, 0))
+    progress.rank(ranking(1, 2.25))
+    shown = list(progress._bars.get_renderables())
+    assert [task.visible for task in progress._bars.tasks] == [False, False, True]
+    assert len(shown) == 2
+    progress.stop()
+    assert len(list(progress._bars.get_renderables())) == 1
+    progress.conclude(ranking(9, 2.25))
+    assert "2.2500" in printed(screen)
+
+
+def test_plain_lines_of_a_sweep_come_when_there_is_news():
+    screen = console()
+    progress = PlainProgress(screen, interval_s=1000.0)
+    progress.start()
+    progress.add(JobProgress("lr-000", 0, 9, 0))
+    for step, value in ((0, None), (1, None), (2, 2.25), (3, 2.25)):
+        progress.rank(ranking(step, value))
+        progress.update(JobProgress("lr-000", 9, 9, 100, 2.0))
+    first, second = printed(screen).splitlines()
+    assert first.startswith("sweep: 1 of 2 jobs train, at step 0/9; best lr-001")
+    assert second.startswith("sweep: 1 of 2 jobs train, at step 2/9; best lr-000")
 
 
 def test_rates_are_measured_over_the_last_steps(monkeypatch):

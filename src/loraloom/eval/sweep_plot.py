@@ -13,6 +13,8 @@ from loraloom.config.sweep import format_value
 from loraloom.eval.plots import Curve, save_figure
 
 MAX_PANELS = 4
+MAX_NAMES = 5
+"""Jobs that the legend names, the best."""
 _LOG_SPREAD = 20
 """A parameter whose values are further apart than this factor gets a logarithmic axis."""
 
@@ -29,7 +31,7 @@ def plot_sweep(
     Jobs that were stopped are grey and end in a cross.
 
     Args:
-        curves: (step, value) of each job that was measured.
+        curves: (step, value) of each job that was measured, the best first.
         parameters: Those that the sweep varies, of each job. More than four are left out.
         stopped: Jobs that were stopped.
         metric: What was measured.
@@ -37,46 +39,39 @@ def plot_sweep(
     """
     names = list(next(iter(parameters.values())))[:MAX_PANELS]
     figure, panels = plt.subplots(
-        1, 1 + len(names), figsize=(4.5 + 3 * len(names), 4), sharey=True, layout="constrained"
+        1, 1 + len(names), figsize=(4.5 + 2.5 * len(names), 3.6), sharey=True, layout="constrained"
     )
+    styles = _styles(curves, stopped)
     left, *others = panels
-    _draw_curves(left, curves, stopped)
+    _draw_curves(left, curves, styles)
     left.set(xlabel="step", ylabel=metric)
     for axes, name in zip(others, names, strict=True):
-        values = {job: parameters[job][name] for job in curves}
-        _draw_parameter(axes, values, {job: curve[-1][1] for job, curve in curves.items()}, stopped)
+        places = _places(axes, [parameters[job][name] for job in curves])
+        for (job, curve), place in zip(curves.items(), places, strict=True):
+            axes.plot([place], [curve[-1][1]], linestyle="", **styles[job])
         axes.set_xlabel(name)
     save_figure(figure, path)
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, Curve], stopped: Collection[str]) -> None:
-    for index, (name, curve) in enumerate(curves.items()):
-        steps, values = zip(*sorted(curve), strict=True)
-        if name in stopped:
-            axes.plot(steps, values, color="0.7", linewidth=1, marker=".", markersize=3)
-            axes.plot(steps[-1:], values[-1:], color="0.5", marker="x", linestyle="")
-        else:
-            axes.plot(steps, values, color=f"C{index}", marker=".", label=name)
-    if len(stopped) < len(curves):
-        axes.legend(fontsize="small")
+def _styles(curves: Mapping[str, Curve], stopped: Collection[str]) -> dict[str, dict[str, Any]]:
+    """How each job is drawn: from dark for the best to light for the worst."""
+    kept = [name for name in curves if name not in stopped]
+    shades = plt.colormaps["viridis"]
+    styles = {
+        name: {"color": shades(0.9 * place / max(1, len(kept) - 1)), "marker": "o"}
+        for place, name in enumerate(kept)
+    }
+    return styles | {name: {"color": "0.6", "marker": "x"} for name in curves if name in stopped}
 
 
-def _draw_parameter(
-    axes: Axes,
-    values: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    stopped: Collection[str],
+def _draw_curves(
+    axes: Axes, curves: Mapping[str, Curve], styles: Mapping[str, dict[str, Any]]
 ) -> None:
-    places = _places(axes, list(values.values()))
-    for index, (name, place) in enumerate(zip(values, places, strict=True)):
-        is_stopped = name in stopped
-        axes.plot(
-            [place],
-            [metrics[name]],
-            color="0.5" if is_stopped else f"C{index}",
-            marker="x" if is_stopped else "o",
-            linestyle="",
-        )
+    for place, (name, curve) in enumerate(curves.items()):
+        steps, values = zip(*curve, strict=True)
+        label = name if place < MAX_NAMES else None
+        axes.plot(steps, values, markevery=[-1], linewidth=1.2, label=label, **styles[name])
+    axes.legend(fontsize="small")
 
 
 def _places(axes: Axes, values: Sequence[Any]) -> list[int | float]:

@@ -81,7 +81,11 @@ class Sweep:
         self._progress.conclude(ranking)
         stopped = {one.name for one in ranking.standings if one.status == "stopped"}
         parameters = {trial.name: trial.parameters for trial in self._trials}
-        curves = {name: list(curve.items()) for name, curve in self._curves.items() if curve}
+        curves = {
+            one.name: sorted(self._curves[one.name].items())
+            for one in ranking.ranked
+            if self._curves[one.name]
+        }
         if curves:
             plot_sweep(curves, parameters, stopped, self._metric, self._directory.sweep_picture)
 
