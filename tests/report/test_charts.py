@@ -37,7 +37,7 @@ def test_ticks_are_at_round_values_within_the_axis(low, high, values):
     [
         (0, 45, ["0", "10", "20", "30", "40"]),
         (0.9978, 0.9987, ["0.9978", "0.9980", "0.9982", "0.9984", "0.9986"]),
-        (0, 5e-4, ["0e0", "1e-4", "2e-4", "3e-4", "4e-4", "5e-4"]),
+        (0, 5e-4, ["0", "1e-4", "2e-4", "3e-4", "4e-4", "5e-4"]),
     ],
 )
 def test_ticks_have_digits_enough(low, high, labels):

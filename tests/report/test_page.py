@@ -71,6 +71,7 @@ def test_the_page_is_whole(page):
     ):
         assert part in text
     assert "+20.0 ± 7.0" in text
+    assert text.count("loraloom 0.1.0") == 2  # in the header and the footer
     assert "0.012 *" in text
 
 
@@ -110,6 +111,12 @@ def test_names_and_texts_from_files_are_escaped(tmp_path):
     assert "<b " not in page
     assert checked.of("b") == []
     assert any(bad in text for text in checked.text)
+
+
+def test_line_breaks_of_a_text_are_seen_and_kept(page):
+    assert "↵</span>" in page
+    start = page.index('<p class="text">')
+    assert "\n" in page[start : page.index("</p>", start)]
 
 
 def test_without_evaluations_sections_say_so(run):

@@ -26,7 +26,7 @@ from loraloom.models.host import Host
 from loraloom.routing.collapse import advice, find_collapse
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_shares
-from loraloom.routing.totals import RoutingTotals, load_similarity, rounded, routing_totals
+from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
 
 NUM_WORDS = 12
 """Tokens that are named for each expert."""
@@ -226,10 +226,10 @@ def _summarise_task(
     }
     if totals is not None:
         summary |= {
-            "load": rounded(totals.load),
-            "effective_experts": rounded(totals.effective_experts),
-            "mean_entropy_bits": rounded(totals.mean_entropy_bits),
-            "token_entropy_bits": rounded(totals.token_entropy_bits),
+            "load": _rounded(totals.load),
+            "effective_experts": _rounded(totals.effective_experts),
+            "mean_entropy_bits": _rounded(totals.mean_entropy_bits),
+            "token_entropy_bits": _rounded(totals.token_entropy_bits),
         }
     if routing.example is not None:
         token_ids, chosen = routing.example
@@ -245,9 +245,14 @@ def _compare(first: str, second: str, totals: Mapping[str, RoutingTotals]) -> di
     return {
         "first": first,
         "second": second,
-        "mean": rounded(by_layer.mean()),
-        "by_layer": rounded(by_layer),
+        "mean": _rounded(by_layer.mean()),
+        "by_layer": _rounded(by_layer),
     }
+
+
+def _rounded(values: Tensor) -> Any:
+    """Values as lists with six decimals."""
+    return values.double().round(decimals=6).tolist()
 
 
 def _summarise_words(

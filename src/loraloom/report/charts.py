@@ -141,7 +141,8 @@ def _short(values: Sequence[Number]) -> list[str]:
     form = "f" if 1e-3 <= max(map(abs, values), default=0) < 1e5 else "e"
     written = ([f"{value:.{digits}{form}}" for value in values] for digits in range(10))
     texts = next(texts for texts in written if _says(texts, values))
-    return [text.replace("e-0", "e-").replace("e+0", "e") for text in texts]
+    short = {"0e+00": "0"}
+    return [short.get(text, text.replace("e-0", "e-").replace("e+0", "e")) for text in texts]
 
 
 def _says(texts: Sequence[str], values: Sequence[Number]) -> bool:

@@ -28,7 +28,7 @@ _TITLES = {
     "router/load_cv": "Spread of the experts' load (0: balanced)",
 }
 _SMOOTHED = ("loss", "grad_norm")
-_PASSED_OVER = ("step", "epoch", "tokens", "seconds")
+_PASSED_OVER = ("step", "epoch", "tokens", "computed_tokens", "seconds")
 
 
 def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:

@@ -91,7 +91,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "percent": lambda value: f"{100 * value:.1f}",
-        "points": lambda value: f"{100 * value:+.1f}",
+        "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
         "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
         "millions": lambda value: f"{value / 1e6:.2f} M" if value >= 1e4 else f"{value:,}",
         "duration": _duration,
@@ -129,7 +129,7 @@ def _facts(jobs: Sequence[Job], results: Sequence[Results]) -> dict[str, str]:
             "Jobs": f"{len(jobs)}",
             "Training ended": _date(max(ended)) if ended else "",
             "Evaluated": _unique([content.date for content in contents]),
-            "Versions": _unique([_join(one) for one in versions]),
+            "Versions": _join(versions),
             "Device": _unique(
                 [*(e.device for e in environments), *(content.device for content in contents)]
             ),
@@ -146,8 +146,11 @@ def _without_empty(facts: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _join(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def _join(versions: Sequence[Mapping[str, str]]) -> str:
+    """Name each package once, with every version of it."""
+    names = dict.fromkeys(name for one in versions for name in one)
+    found = {name: _unique([one.get(name, "") for one in versions]) for name in names}
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _commands(jobs: Sequence[Job], results: Sequence[Results]) -> list[str]:

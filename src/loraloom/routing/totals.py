@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,8 +116,3 @@ def load_similarity(first: Tensor, second: Tensor) -> Tensor:
     middle = entropy_bits((first + second) / 2)
     divergence = middle - (entropy_bits(first) + entropy_bits(second)) / 2
     return 1 - divergence.clamp(0, 1).sqrt()
-
-
-def rounded(values: Tensor) -> Any:
-    """Give values as lists with six decimals, for files."""
-    return torch.as_tensor(values).double().round(decimals=6).tolist()
