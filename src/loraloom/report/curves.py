@@ -10,6 +10,7 @@ from loraloom.report.charts import (
     LineChart,
     Series,
     Style,
+    finite,
     line_chart,
     smoothed,
 )
@@ -76,13 +77,11 @@ def _chart(name: str, jobs: Sequence[Job]) -> LineChart | None:
     curves = {
         label: _curve(job.metrics, name) for label, job in zip(job_labels(jobs), jobs, strict=True)
     }
-    if name == "aux_loss" and not any(value for curve in curves.values() for _, value in curve):
-        return None  # plain adapters have none
-    if name == "aux_loss":
+    if name == "aux_loss":  # always 0 without a router
         curves = {label: curve for label, curve in curves.items() if any(v for _, v in curve)}
     title = _TITLES.get(name) or _title(name)
     if name in _SMOOTHED:
-        curves = {label: smoothed(curve, SMOOTHING) for label, curve in curves.items()}
+        curves = {label: smoothed(finite(curve), SMOOTHING) for label, curve in curves.items()}
         title += ", running mean"
     series = [Series(label, styles[label], curve) for label, curve in curves.items()]
     return line_chart(title, series)

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import loraloom
 from loraloom.errors import ConfigError
-from loraloom.report.charts import IntervalChart, Style, interval_chart
+from loraloom.report.charts import IntervalChart, interval_chart
 from loraloom.report.curves import job_labels, job_styles, learning_curves
 from loraloom.report.files import EvalFile, Evaluation, Job, TaskResult, read_evaluation, read_run
 from loraloom.report.routing import LEVELS, Mixture, lay_out
@@ -26,6 +26,7 @@ class Results:
     Args:
         name: Of its file.
         content: What the file says.
+        tasks: Names, in the file's order.
         charts: A chart for each task.
         means: Each adapter's mean accuracy, where there are several tasks; None without accuracy.
         mixtures: Where their tokens went.
@@ -33,15 +34,10 @@ class Results:
 
     name: str
     content: EvalFile
+    tasks: Sequence[str]
     charts: Sequence[IntervalChart]
     means: Mapping[str, float | None]
     mixtures: Sequence[Mixture]
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, in the file's order."""
-        by_adapter = self.content.results.values()
-        return list(dict.fromkeys(task for by_task in by_adapter for task in by_task))
 
 
 def make_page(
@@ -72,7 +68,7 @@ def make_page(
         commands=_commands(jobs, results),
         warnings=_warnings(jobs, results),
         metrics=_metric_names(jobs),
-        styles=_legend(jobs),
+        styles=job_styles(jobs),
         charts=learning_curves(jobs),
         results=results,
         levels=LEVELS,
@@ -179,10 +175,6 @@ def _metric_names(jobs: Sequence[Job]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _legend(jobs: Sequence[Job]) -> dict[str, Style]:
-    return job_styles(jobs)
-
-
 def _lay_out(evaluation: Evaluation) -> Results:
     content = evaluation.content
     tasks = list(dict.fromkeys(task for by_task in content.results.values() for task in by_task))
@@ -190,6 +182,7 @@ def _lay_out(evaluation: Evaluation) -> Results:
     return Results(
         name=evaluation.name,
         content=content,
+        tasks=tasks,
         charts=[chart for chart in charts if chart is not None],
         means={name: _mean(by_task, tasks) for name, by_task in content.results.items()}
         if len(tasks) > 1
