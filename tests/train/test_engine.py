@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
-import signal
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,13 +8,12 @@ from loraloom.config.run import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import collapse as routing_collapse
-from loraloom.routing.statistics import load_statistics
 from loraloom.train import collapse, step
 from loraloom.train.checkpoint import SnapshotStore
-from loraloom.train.engine import Engine
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.results import read_result
 from tests.tiny import randomise, relative_error
+from tests.train.running import interrupted, matrix, read_metrics, resumed, trained_weights
 from tests.train.toy import (
     ADAPTERS,
     add_job,
@@ -31,84 +26,12 @@ from tests.train.toy import (
 )
 
 
-def matrix(max_steps: int = 20):
-    """Jobs of all methods, with other ranks, batches, lengths and ends."""
-    sizes = {"lora": (4, 2, 0), "dora": (6, 6, 4), "mixlora": (4, 4, 0), "mixdora": (3, 1, 7)}
-    configs = [
-        toy_config(
-            method,
-            ADAPTERS[method],
-            seed=seed,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            max_steps=max_steps - shorter,
-            learning_rate=1e-3 * (seed + 1),
-            max_grad_norm=0.5,
-        )
-        for seed, (method, (batch_size, micro_batch_size, shorter)) in enumerate(sizes.items())
-    ]
-    sets = {
-        config.name: toy_set(count=10, seed=seed, longest=6 + 5 * seed)
-        for seed, config in enumerate(configs)
-    }
-    return configs, sets
-
-
-def trained_weights(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
-    jobs = list(engine.jobs.values())
-    engine.run()
-    return {job.name: weights_of(job) for job in jobs}
-
-
-@pytest.fixture
-def margins(monkeypatch) -> list[float]:
-    """Collect how far each step's routing is from choosing another expert."""
-    found: list[float] = []
-
-    def spy(routing):
-        for layer in routing:
-            logits = layer.router_logits.detach().sort(-1, descending=True).values
-            top_k = layer.selected_experts.shape[1]
-            found.append(float((logits[:, top_k - 1] - logits[:, top_k]).min()))
-        return load_statistics(routing)
-
-    monkeypatch.setattr(step, "load_statistics", spy)
-    return found
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_jobs_of_all_methods_train_together_as_they_do_alone(tmp_path, dtype, margins):
-    configs, sets = matrix()
-    together = trained_weights(toy_engine(tmp_path / "all", configs, sets, dtype=dtype))
-    for config in configs:
-        directory = tmp_path / config.name
-        alone = trained_weights(toy_engine(directory, [config], sets, dtype=dtype))
-        for name, weight in alone[config.name].items():
-            tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-            assert relative_error(together[config.name][name], weight) < tolerance, name
-    assert min(margins) > 3e-5, "too near to a tie for float32; take other seeds"
-
-
-def test_order_of_jobs_does_not_matter(tmp_path):
-    configs, sets = matrix(max_steps=8)
-    forwards = trained_weights(toy_engine(tmp_path / "a", configs, sets))
-    backwards = trained_weights(toy_engine(tmp_path / "b", configs[::-1], sets))
-    for job, weights in forwards.items():
-        for name, weight in weights.items():
-            assert relative_error(backwards[job][name], weight) < 1e-9
-
-
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_loss_goes_down(tmp_path, method):
     config = toy_config("a", ADAPTERS[method], batch_size=8, max_steps=40, learning_rate=2e-2)
     toy_engine(tmp_path, [config]).run()
     losses = [line["loss"] for line in read_metrics(tmp_path / "a")]
     assert losses[-1] < 0.6 * losses[0]
-
-
-def read_metrics(directory):
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_a_job_that_is_done_leaves_and_the_others_go_on(tmp_path):
@@ -275,30 +198,6 @@ def test_weights_that_the_last_step_broke_are_not_handed_out(tmp_path):
     (result,) = engine.run()
     assert "step 1: weights must be finite" in result.error
     assert all(bool((weight == 1).all()) for weight in weights_of(job).values())
-
-
-def interrupted(engine: Engine, after_round: int) -> None:
-    """Run an engine and press Ctrl-C in a round."""
-    step = engine.step
-
-    def stepping():
-        step()
-        if engine.round == after_round:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    engine.step = stepping
-    with pytest.raises(KeyboardInterrupt):
-        engine.run()
-
-
-def resumed(directory, configs, sets, **options) -> Engine:
-    snapshot, faults = SnapshotStore(directory / ".checkpoints").newest()
-    assert faults == []
-    done = {name for name, record in snapshot.jobs.items() if record.status != "running"}
-    configs = [config for config in configs if config.name not in done]
-    engine = toy_engine(directory, configs, sets, **options)
-    engine.load_state(snapshot)
-    return engine
 
 
 def measured_matrix():

@@ -13,6 +13,7 @@ from loraloom.models.loading import load_base_model
 from loraloom.train.engine import Engine
 from loraloom.train.progress import NoProgress
 from loraloom.train.run import train
+from tests.tiny import relative_error
 from tests.train.saved import run_settings, save_inputs
 
 
@@ -201,6 +202,34 @@ def test_resume_with_other_settings_is_an_error_that_names_them(inputs, tmp_path
         ConfigError, match=r"job plain: train\.learning_rate was 0\.005 and is 1\.0"
     ):
         train(other, score, resume=True)
+
+
+def test_priorities_and_the_size_of_steps_may_change_when_a_run_goes_on(
+    inputs, tmp_path, monkeypatch
+):
+    train(settings(inputs, tmp_path / "unbroken"), score)
+    run = settings(inputs, tmp_path / "out")
+    killed(run, monkeypatch, 3)
+    jobs = tuple(job.model_copy(update={"priority": 2.0}) for job in run.jobs)
+    other = {"jobs": jobs, "max_tokens_per_step": 500, "keep_snapshots": 5}
+    train(run.model_copy(update=other), score, resume=True)
+    expected = weights(tmp_path / "unbroken")
+    for name, tensors in weights(tmp_path / "out").items():
+        for key, value in expected[name].items():
+            assert relative_error(tensors[key], value) < 1e-5, key
+
+
+def test_a_job_that_fits_no_step_is_refused_before_anything_is_written(inputs, tmp_path):
+    run = settings(inputs, tmp_path / "out").model_copy(update={"max_tokens_per_step": 5})
+    with pytest.raises(ConfigError, match="job plain: max_tokens_per_step must hold"):
+        train(run, score)
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_many_snapshots_are_kept_as_asked_for(inputs, tmp_path, monkeypatch):
+    run = settings(inputs, tmp_path / "out", save_steps=1)
+    killed(run.model_copy(update={"keep_snapshots": 3}), monkeypatch, 5)
+    assert len(list((tmp_path / "out/.checkpoints").iterdir())) == 3
 
 
 def test_resume_on_another_base_model_is_an_error(inputs, tmp_path, monkeypatch):

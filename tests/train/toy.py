@@ -128,8 +128,9 @@ def toy_pair_set(
 def toy_config(
     name: str, adapter: LoraConfig | None = None, seed: int = 0, **settings: Any
 ) -> JobConfig:
-    """Make a job's configuration: `eval`, `data` and settings of `train`."""
-    sections = {key: settings.pop(key) for key in ("eval", "data") if key in settings}
+    """Make a job's configuration: `eval`, `data`, `priority` and settings of `train`."""
+    own = ("eval", "data", "priority")
+    sections = {key: settings.pop(key) for key in own if key in settings}
     train = {"batch_size": 4, "max_steps": 4, "lr_scheduler": "constant", "learning_rate": 1e-2}
     return JobConfig.model_validate(
         {
@@ -173,13 +174,14 @@ def toy_engine(
     dtype: torch.dtype = torch.float64,
     evaluator: Evaluator = no_evaluator,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Engine:
     """Set up jobs on a new tiny model."""
     host = toy_host(dtype)
     jobs = [add_job(host, config, (sets or {}).get(config.name)) for config in configs]
     tokenizer = toy_tokenizer()
     surroundings = Surroundings(RunDirectory(directory), progress or NoProgress())
-    return Engine(host, jobs, Evaluation(host, tokenizer, evaluator), surroundings)
+    return Engine(host, jobs, Evaluation(host, tokenizer, evaluator), surroundings, **options)
 
 
 def weights_of(job: Job) -> dict[str, Tensor]:

@@ -69,6 +69,8 @@ class JobConfig(StrictModel):
     """Name of the job, of its adapter and of their directory in output_dir."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights, the order of the data, dropout and jitter."""
+    priority: float = Field(default=1.0, gt=0)
+    """Share of the computed tokens, against other jobs', where max_tokens_per_step bounds steps."""
     adapter: AdapterConfig
     """Method and size of the adapter."""
     start_from: str | None = Field(default=None, min_length=1)
@@ -207,6 +209,10 @@ class RunConfig(StrictModel):
     """How transformers computes attention; null for its own choice."""
     output_dir: Path
     """Directory of the results, one directory a job in it."""
+    max_tokens_per_step: int | None = Field(default=None, ge=1)
+    """Most tokens of a fused forward, padding included; null: all jobs take part in each step."""
+    keep_snapshots: int = Field(default=2, ge=1)
+    """How many snapshots --resume may choose from; the newest whole one is taken."""
     trackers: tuple[Literal["jsonl", "tensorboard", "trackio", "wandb"], ...] = ("jsonl",)
     """Where metrics go. metrics.jsonl is always written."""
     jobs: tuple[JobConfig, ...] = ()

@@ -4,7 +4,7 @@
         manifest.json    what each job's status, settings and metrics were, and the files' checksums
         <job>.pt         its weights, optimizer, schedule, half-done step: tensors and plain values
 
-A snapshot appears at once, by a rename. The newest two are kept; a damaged one is passed over.
+A snapshot appears at once, by a rename. The newest ones are kept; a damaged one is passed over.
 Randomness needs no record: it is a function of seed, epoch and sample.
 """
 
@@ -24,7 +24,6 @@ from loraloom.durable import write_directory
 from loraloom.errors import TrainingError
 
 MANIFEST = "manifest.json"
-KEPT_SNAPSHOTS = 2
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -39,6 +38,8 @@ class JobRecord:
         metrics_bytes: Length of its metrics.jsonl at that moment.
         sha256: Of its file; None where there is none, before the first step and after the end.
         joined_later: It is none of the run file's.
+        scheduler_pass: Its place in the queue for steps; see `Schedule`.
+        result: What became of it, once it is done.
     """
 
     status: Status
@@ -46,6 +47,8 @@ class JobRecord:
     metrics_bytes: int = 0
     sha256: str | None = None
     joined_later: bool = False
+    scheduler_pass: float = 0.0
+    result: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class SnapshotStore:
         base: dict[str, Any],
         records: Mapping[str, JobRecord],
         states: Mapping[str, dict[str, Any]],
-        keep: int = KEPT_SNAPSHOTS,
+        keep: int = 2,
     ) -> None:
         """Write a snapshot, then delete old ones.
 
@@ -119,7 +122,7 @@ class SnapshotStore:
 
         try:
             write_directory(directory, fill)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save on a full disk: RuntimeError
             raise TrainingError(f"a checkpoint can't be written to {directory}: {error}") from error
         for old in self._directories()[keep:]:
             shutil.rmtree(old, ignore_errors=True)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from loraloom.errors import ConfigError, TrainingError
-from loraloom.formats.files import read_adapter
+from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
-from loraloom.train.checkpoint import KEPT_SNAPSHOTS, JobRecord, Snapshot, Status
+from loraloom.train.checkpoint import JobRecord, Snapshot, Status
+from loraloom.train.closing import write_job
 from loraloom.train.evaluation import Evaluation
 from loraloom.train.fitting import StepRunner
 from loraloom.train.interruption import Interruption
 from loraloom.train.job import Job
-from loraloom.train.micro_batch import StepReport
+from loraloom.train.micro_batch import MicroBatch, StepReport
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import Progress
 from loraloom.train.reference import drop_reference
 from loraloom.train.reporting import Reporter
-from loraloom.train.results import JobResult, job_result, read_result, result_card
+from loraloom.train.results import JobResult, job_result, parse_result
+from loraloom.train.schedule import Schedule
+
+SNAPSHOT_RETRY_S = 60.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Engine:
     Call `run`; or `step`, `evaluate`, `close` and `save_state` from a loop of one's own. Jobs may
     join (`add`) and be ended (`stop`) before a run and between two of its steps.
 
+    A fault of one job ends that job with its reason and its last good weights; the others go on.
+
     Gradient checkpointing is a matter of the whole forward: it is on if any job in it asks for it.
     Gradients are the same.
 
@@ -54,16 +63,31 @@ class Engine:
         jobs: Each with an adapter on the host.
         evaluation: What jobs are measured on.
         surroundings: Where results and messages go.
+        max_tokens_per_step: Most tokens of a fused forward, padding included; None for no bound.
+        keep_snapshots: How many are left when a new one is written.
+
+    Raises:
+        ConfigError: If a job does not fit into a step.
     """
 
     def __init__(
-        self, host: Host, jobs: Sequence[Job], evaluation: Evaluation, surroundings: Surroundings
+        self,
+        host: Host,
+        jobs: Sequence[Job],
+        evaluation: Evaluation,
+        surroundings: Surroundings,
+        *,
+        max_tokens_per_step: int | None = None,
+        keep_snapshots: int = 2,
     ):
         self.host = host
         self.jobs: dict[str, Job] = {}
         self.results: dict[str, JobResult] = {}
         self.round = 0
         self._records: dict[str, JobRecord] = {}
+        self._schedule = Schedule(max_tokens_per_step)
+        self._keep_snapshots = keep_snapshots
+        self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs whose files could not be
         self._interruption: Interruption | None = None
         self._evaluation = evaluation
         self._directory = surroundings.directory
@@ -74,6 +98,7 @@ class Engine:
         self._runner = StepRunner(host, evaluation.pad_id)
         self._started_at = time.monotonic()
         self._save_due = False
+        self._no_save_before = 0.0
         for job in jobs:
             self._enter(job, joined_later=False)
 
@@ -122,17 +147,21 @@ class Engine:
             overwrite: Replace the results of an earlier run's job of that name.
 
         Raises:
-            ConfigError: If its name is taken or results are in the way. The job is off the host.
+            ConfigError: If its name is taken, results are in the way, or it does not fit into a
+                step. The job is off the host then.
         """
         try:
             self._check_new(job.name)
             self._directory.prepare_job(job.name, overwrite=overwrite)
-        except ConfigError:
+            self._enter(job, joined_later=True)
+        except (ConfigError, OSError):
             self._take_off(job)
             raise
-        self._enter(job, joined_later=True)
-        self._reporter.add(job)
         self._save_due = True
+        try:
+            self._reporter.add(job)
+        except Exception as error:  # of a tracker, say
+            self._fail(job, error)
 
     def stop(self, name: str, reason: str) -> JobResult:
         """End a job now. Its files are written as at its end, with the reason in result.json.
@@ -157,20 +186,26 @@ class Engine:
         return self.results[name]
 
     def step(self) -> None:
-        """Let every job take its next micro-batch, and its step where that was the last one."""
-        jobs = list(self.jobs.values())
+        """Let jobs take their next micro-batch, and their step where that was the last one.
+
+        All jobs take part, or as many as max_tokens_per_step has room for.
+        """
+        parts = self._schedule.choose(self._micro_batches())
+        if not parts:
+            return
+        jobs = [self.jobs[part.adapter.name] for part in parts]
         if not self.host.training:
             self.host.train()
         self.host.enable_gradient_checkpointing(
             any(job.config.train.gradient_checkpointing for job in jobs)
         )
-        parts = [job.micro_batch() for job in jobs]
         outcomes = self._runner.run(parts)
         self.round += 1
+        self._schedule.charge(parts)
         for job, part, outcome in zip(jobs, parts, outcomes, strict=True):
             try:
                 report = job.accept(part, outcome)
-            except TrainingError as error:
+            except Exception as error:
                 self._fail(job, error)
                 continue
             if report is not None:
@@ -179,15 +214,13 @@ class Engine:
     def evaluate(self, jobs: Sequence[Job]) -> None:
         """Measure jobs between two of their steps, and keep their weights if they are the best."""
         sound = [job for job in jobs if self._has_sound_weights(job)]
-        for name, metrics in self._evaluation.measure(sound).items():
+        for name, metrics in self._measure(sound).items():
             job = self.jobs[name]
             try:
-                is_best = job.take_evaluation(metrics)
-            except TrainingError as error:
+                self._take_evaluation(job, metrics)
+            except Exception as error:
                 self._fail(job, error)
                 continue
-            if is_best:
-                self.host.save(name, self._directory.best(name), overwrite=True)
             self._reporter.evaluation(job, metrics, self.seconds)
         self._save_due = True
 
@@ -197,28 +230,25 @@ class Engine:
         """Write a job's files and take its adapter off the host.
 
         The adapter's files are its best weights where an evaluation has chosen any, else the last.
+        A job whose files can't be written has failed. If it was complete, snapshots keep what a
+        later process needs to write them.
 
         Args:
             job: That trains.
             error: Why it failed.
             stop_reason: Why it was stopped.
         """
-        name, directory = job.name, self._directory.job(job.name)
-        self.host.save(name, self._directory.last(name), overwrite=True)
-        if job.selection.step is not None:
-            job.adapter.load_tensors(read_adapter(self._directory.best(name), self.host.base)[1])
-        result = job_result(
-            job,
-            self.host.base,
-            directory,
-            error=error,
-            stop_reason=stop_reason,
-            seconds=self.seconds,
-            environment=self._environment,
-        )
-        card = result_card(result, job, self.host.base)
-        self.host.save(name, directory, card, overwrite=True)
-        result.write(directory)
+        result = self._result(job, error, stop_reason)
+        try:
+            write_job(self.host, job, self._directory, result)
+        except Exception as fault:
+            reason = f"its files can't be written: {_describe(fault)}"
+            result = self._result(job, f"{error or f'job {job.name}'}: {reason}", stop_reason)
+            self._reporter.message(f"error: {result.error}")
+            with suppress(OSError):
+                result.write(self._directory.job(job.name))
+            if error is None and stop_reason is None:
+                self._unwritten[job.name] = job.state_dict()
         self._leave(job, result)
         return result
 
@@ -228,12 +258,12 @@ class Engine:
         Raises:
             TrainingError: If it can't be written.
         """
-        states = {
+        states = self._unwritten | {
             name: job.state_dict()
             for name, job in self.jobs.items()
             if job.position.tokens > 0  # before, the seed says it all
         }
-        keep = KEPT_SNAPSHOTS if self.jobs else 1
+        keep = self._keep_snapshots if states else 1
         records = {name: self._record(name) for name in self._records}
         store = self._directory.snapshots
         store.write(self.round, self.seconds, self.base, records, states, keep)
@@ -242,41 +272,98 @@ class Engine:
     def load_state(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot; jobs that it doesn't know begin.
 
-        Jobs that it calls done must not be on the host: their results are read.
-
-        Raises:
-            ConfigError: If the results of a job that was done are gone.
+        Jobs that it calls done must not be on the host.
         """
         self.round = snapshot.round
         self._started_at = time.monotonic() - snapshot.seconds
-        for name, record in snapshot.jobs.items():
-            if record.status != "running":
-                self.results[name] = self._read_result(name)
-            elif (state := snapshot.load_state(name)) is not None:
+        running = {name: one for name, one in snapshot.jobs.items() if one.result is None}
+        for name in running:
+            if (state := snapshot.load_state(name)) is not None:
                 self.jobs[name].load_state_dict(state)
-        new = {name: record for name, record in self._records.items() if name not in snapshot.jobs}
+        self._schedule.restore({name: one.scheduler_pass for name, one in running.items()})
+        self.results = {
+            name: parse_result(record.result)
+            for name, record in snapshot.jobs.items()
+            if record.result is not None
+        }
+        new = {name: one for name, one in self._records.items() if name not in snapshot.jobs}
         self._records = {**snapshot.jobs, **new}
-        for name in self.jobs:
+        for name, job in self.jobs.items():
+            settings = job.config.model_dump(mode="json")
+            self._records[name] = replace(self._records[name], settings=settings)
             self._reporter.forget_after(name, self._records[name].metrics_bytes)
         self._save_due = False
 
     def _loop(self, between_steps: Callable[[Engine], None] | None) -> None:
         while True:
             if self.is_interrupted:
-                self.save_state()
-                self._reporter.message("saved; --resume goes on from here")
-                raise KeyboardInterrupt
+                self._save_and_end()
             self._evaluate_due()
             self._close_complete()
             if between_steps is not None:
                 between_steps(self)
-            if self._save_due:
-                self.save_state()
+            self._save_if_due()
             if self.is_interrupted:
                 continue
             if not self.jobs:
                 return
             self.step()
+
+    def _save_and_end(self) -> None:
+        try:
+            self.save_state()
+            self._reporter.message("saved; --resume goes on from here")
+        except TrainingError as error:
+            self._reporter.message(f"error: {error}; --resume goes on from the one before")
+        raise KeyboardInterrupt
+
+    def _save_if_due(self) -> None:
+        """Write a snapshot where one is due; if that fails, wait with the next try."""
+        if not self._save_due or (self.jobs and time.monotonic() < self._no_save_before):
+            return
+        try:
+            self.save_state()
+        except TrainingError as error:
+            self._no_save_before = time.monotonic() + SNAPSHOT_RETRY_S
+            self._reporter.message(
+                f"warning: {error}; the one before is kept, the next try is in "
+                f"{SNAPSHOT_RETRY_S:.0f} s"
+            )
+
+    def _micro_batches(self) -> list[MicroBatch]:
+        """Return each job's next micro-batch; a job that has none to give ends."""
+        parts = []
+        for job in list(self.jobs.values()):
+            try:
+                parts.append(job.micro_batch())
+            except Exception as error:
+                self._fail(job, error)
+        return parts
+
+    def _measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+        """Measure jobs together; if that fails, each alone, to find whose fault it is."""
+        if not jobs:
+            return {}
+        try:
+            return self._evaluation.measure(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return {}
+        measured: dict[str, dict[str, float]] = {}
+        for job in jobs:
+            measured |= self._measure([job])
+        return measured
+
+    def _take_evaluation(self, job: Job, metrics: dict[str, float]) -> None:
+        """Give a job what was measured; its weights are written if they are the best."""
+        before = replace(job.selection)
+        if job.take_evaluation(metrics):
+            try:
+                self.host.save(job.name, self._directory.best(job.name), overwrite=True)
+            except Exception:
+                job.selection = before
+                raise
 
     def _evaluate_due(self) -> None:
         due = [job for job in self.jobs.values() if _is_evaluation_due(job)]
@@ -286,7 +373,9 @@ class Engine:
     def _close_complete(self) -> None:
         for job in [job for job in self.jobs.values() if job.is_complete]:
             if self._has_sound_weights(job):
-                self._reporter.message(f"{job.name}: done, {self.close(job).directory}")
+                result = self.close(job)
+                if result.error is None:
+                    self._reporter.message(f"{job.name}: done, {result.directory}")
 
     def _has_sound_weights(self, job: Job) -> bool:
         """Check a job's weights; end it if they are not finite."""
@@ -297,10 +386,27 @@ class Engine:
             return False
         return True
 
-    def _fail(self, job: Job, error: TrainingError) -> None:
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a job for a fault of its own, with its last good weights."""
+        reason = str(error)
+        if not isinstance(error, TrainingError):
+            reason = f"job {job.name}, after step {job.position.step}: {_describe(error)}"
+        if not isinstance(error, LoraloomError | OSError):
+            _log.error("job %s failed", job.name, exc_info=error)
+        self._reporter.message(f"error: {reason}")
         job.restore_proven_weights()
-        self.close(job, str(error))
-        self._reporter.message(f"error: {error}")
+        self.close(job, error=reason)
+
+    def _result(self, job: Job, error: str | None, stop_reason: str | None) -> JobResult:
+        return job_result(
+            job,
+            self.host.base,
+            self._directory.job(job.name),
+            error=error,
+            stop_reason=stop_reason,
+            seconds=self.seconds,
+            environment=self._environment,
+        )
 
     def _check_new(self, name: str) -> None:
         taken = [other for other in self._records if other.casefold() == name.casefold()]
@@ -308,6 +414,7 @@ class Engine:
             raise ConfigError(f"job name must be new in this run, got {name!r} again")
 
     def _enter(self, job: Job, *, joined_later: bool) -> None:
+        self._schedule.enter(job)
         self.jobs[job.name] = job
         settings = job.config.model_dump(mode="json")
         self._records[job.name] = JobRecord("running", settings, joined_later=joined_later)
@@ -316,6 +423,7 @@ class Engine:
         job.release()
         self.results[job.name] = result
         del self.jobs[job.name]
+        self._schedule.leave(job.name)
         self._take_off(job)
         self._reporter.end(job.name)
         self._save_due = True
@@ -333,19 +441,15 @@ class Engine:
             self._save_due = True
 
     def _record(self, name: str) -> JobRecord:
-        status = _status(self.results[name]) if name in self.results else "running"
-        metrics_bytes = self._reporter.metrics_bytes(name)
-        record = self._records[name]
-        return replace(record, status=status, metrics_bytes=metrics_bytes, sha256=None)
-
-    def _read_result(self, name: str) -> JobResult:
-        try:
-            return read_result(self._directory.job(name))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(
-                f"--resume: job {name} was done, but its result can't be read: {error}; "
-                "give --overwrite to train it again"
-            ) from error
+        result = None if name in self._unwritten else self.results.get(name)
+        return replace(
+            self._records[name],
+            status="running" if result is None else _status(result),
+            metrics_bytes=self._reporter.metrics_bytes(name),
+            sha256=None,
+            scheduler_pass=self._schedule.passes.get(name, 0.0),
+            result=None if result is None else asdict(result),
+        )
 
     def _announce_stop(self) -> None:
         self._reporter.message("saving everything after this step; Ctrl-C again stops at once")
@@ -363,6 +467,10 @@ def describe_base(host: Host) -> dict[str, Any]:
 def _status(result: JobResult) -> Status:
     """Say what became of a job, as snapshots have it."""
     return "finished" if result.status == "stopped early" else result.status
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, LoraloomError) else f"{type(error).__name__}: {error}"
 
 
 def _is_evaluation_due(job: Job) -> bool:

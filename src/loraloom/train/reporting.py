@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from loraloom.train.job import Job
@@ -26,6 +27,7 @@ class Reporter:
         self._progress = progress
         self._tracker_names = tracker_names
         self._trackers: dict[str, list[Tracker]] = {}
+        self._silent: set[Tracker] = set()
         self._is_started = False
 
     def start(self, jobs: Iterable[Job]) -> None:
@@ -67,7 +69,9 @@ class Reporter:
     def end(self, job_name: str) -> None:
         """Close a job's trackers."""
         for tracker in self._trackers.pop(job_name, ()):
-            tracker.close()
+            with self._noting_faults(tracker, job_name):
+                tracker.close()
+            self._silent.discard(tracker)
 
     def stop(self) -> None:
         """Close all trackers and show nothing more."""
@@ -87,9 +91,23 @@ class Reporter:
             with self._directory.metrics(job_name).open("r+b") as file:
                 file.truncate(num_bytes)
 
+    @contextmanager
+    def _noting_faults(self, tracker: Tracker, job_name: str) -> Iterator[None]:
+        """Let a tracker's fault, a full disk say, be said once and not end the training."""
+        try:
+            yield
+            self._silent.discard(tracker)
+        except Exception as error:
+            if tracker not in self._silent:
+                self.message(
+                    f"warning: job {job_name}: {type(tracker).__name__} can't take metrics: {error}"
+                )
+            self._silent.add(tracker)
+
     def _log(self, job_name: str, metrics: Mapping[str, Any]) -> None:
         for tracker in self._trackers.get(job_name, ()):
-            tracker.log(metrics)
+            with self._noting_faults(tracker, job_name):
+                tracker.log(metrics)
 
 
 def _progress_of(job: Job, loss: float | None) -> JobProgress:

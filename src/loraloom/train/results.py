@@ -85,7 +85,11 @@ class JobResult:
 
 def read_result(directory: Path) -> JobResult:
     """Read what `JobResult.write` wrote."""
-    values = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
+    return parse_result(json.loads((directory / RESULT_FILE).read_text(encoding="utf-8")))
+
+
+def parse_result(values: Mapping[str, Any]) -> JobResult:
+    """Make a result of what JSON has of it."""
     lists = {"data": (), "warnings": ()} | values
     return JobResult(**{**values, **{name: tuple(lists[name]) for name in ("data", "warnings")}})
 

@@ -102,7 +102,14 @@ def train_on_host(
     jobs = [builder.build(config) for config in _jobs_to_build(run, snapshot)]
     environment = describe_environment(host.device, host.dtype, command)
     surroundings = Surroundings(directory, progress, run.trackers, environment)
-    engine = Engine(host, jobs, evaluation, surroundings)
+    engine = Engine(
+        host,
+        jobs,
+        evaluation,
+        surroundings,
+        max_tokens_per_step=run.max_tokens_per_step,
+        keep_snapshots=run.keep_snapshots,
+    )
     sweep = None if run.sweep is None else Sweep(run, directory, progress, jobs)
     _say(progress, [*faults, *_describe_data(jobs)])
     if snapshot is not None:
@@ -177,10 +184,15 @@ def _check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) ->
     for job in run.all_jobs:
         record = snapshot.jobs.get(job.name)
         if record is not None:
-            changes = describe_changes(record.settings, job.model_dump(mode="json"))
+            changes = describe_changes(_fixed(record.settings), _fixed(job.model_dump(mode="json")))
             changed += [f"job {job.name}: {change}" for change in changes]
     if changed:
         raise ConfigError(
             "--resume needs the settings that the run began with, these differ: "
             f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
         )
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what does not change a job's result."""
+    return {name: value for name, value in settings.items() if name != "priority"}

@@ -111,6 +111,19 @@ class StepOrder:
             return self.config.max_steps
         return (self.config.num_epochs or 1) * self.steps_per_epoch
 
+    @property
+    def max_micro_batch_tokens(self) -> int:
+        """Tokens of the longest micro-batch of all, padding included.
+
+        Where examples are packed, only what the longest one takes is known in advance.
+        """
+        examples = self.training_set.examples
+        num_examples = min(self.config.micro_batch_size, self.training_set.epoch_length)
+        if self.config.packing:
+            num_examples = 1
+        num_rows = num_examples * len(examples[0].rows)
+        return num_rows * max(map(longest_row, examples))
+
     def window(self, step: int) -> Window:
         """Return the examples of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
