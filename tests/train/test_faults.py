@@ -7,6 +7,7 @@ import torch
 
 import loraloom.train.closing as closing
 import loraloom.train.engine as engine_module
+import loraloom.train.fitting as fitting
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.train.checkpoint import SnapshotStore
@@ -97,6 +98,34 @@ def test_a_row_that_can_not_be_read_stops_that_job_only(engine, unhurt):
         job.micro_batch, lambda: job.position.step == 3, OSError(5, "Input/output error")
     )
     run_and_check_neighbour(engine, unhurt, "job hit, after step 3: OSError: [Errno 5]")
+
+
+def test_a_forward_that_raises_stops_the_job_whose_rows_make_it_raise(
+    engine, unhurt, tmp_path, monkeypatch
+):
+    hit = engine.jobs["hit"]
+
+    def raises(host, parts, pad_id):
+        return hit.position.step == 3 and any(part.adapter is hit.adapter for part in parts)
+
+    fault = IndexError("index out of range in self")
+    monkeypatch.setattr(
+        fitting, "forward_backward", failing(fitting.forward_backward, raises, fault)
+    )
+    run_and_check_neighbour(engine, unhurt, "IndexError: index out of range in self")
+    assert read_result(tmp_path / "run/hit").steps == 3
+
+
+def test_a_fault_that_the_base_model_has_too_ends_the_run(engine, tmp_path, monkeypatch):
+    def lose(engine):
+        if engine.round == 3:
+            monkeypatch.setattr(Host, "hidden", failing(None, lambda *_: True, fault))
+
+    fault = RuntimeError("the device is gone")
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        engine.run(between_steps=lose)
+    snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
+    assert {record.status for record in snapshot.jobs.values()} == {"running"}
 
 
 def test_an_optimizer_that_raises_stops_that_job_only(engine, unhurt):

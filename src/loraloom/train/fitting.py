@@ -1,12 +1,13 @@
-"""Fused steps that fit into memory: one that runs out of it is done again in parts.
+"""Fused steps that fail: one that runs out of memory or raises is done again in parts.
 
-Jobs are parted first, which changes nothing for any of them. A job that is alone has its
-micro-batch halved, example by whole example, down to one.
+Jobs are parted first, which changes nothing for any of them. A job that is alone when memory runs
+out has its micro-batch halved, example by whole example, down to one.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,8 @@ from loraloom.models.host import Host
 from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.train.rows import lay_out
 from loraloom.train.step import forward_backward
+
+_log = logging.getLogger(__name__)
 
 Group = list[tuple[int, MicroBatch]]
 """Micro-batches of one forward, with their places in the step."""
@@ -43,21 +46,32 @@ class StepRunner:
             micro_batches: One of each job.
 
         Returns:
-            The losses in their order; an error for each job of which one example doesn't fit.
+            The losses in their order; an error for each job of which one example doesn't fit, or
+            that raises when it is alone.
+
+        Raises:
+            Exception: If all jobs raise, and the base model does without any.
         """
+        faults: list[Exception] = []
         outcomes: list[MicroBatchLoss | TrainingError] = [MicroBatchLoss(0.0)] * len(micro_batches)
         waiting: list[Group] = [list(enumerate(micro_batches))]
         while waiting:
             group = [one for one in waiting.pop() if not isinstance(outcomes[one[0]], Exception)]
             if not group:
                 continue
-            if not group:
-                continue
             halves = _halves(group)
             if halves and self._is_too_large(group):
                 waiting += halves[::-1]
                 continue
-            losses = self._attempt([part for _, part in group])
+            try:
+                losses = self._attempt([part for _, part in group])
+            except Exception as error:
+                if len(group) > 1:
+                    waiting += halves[::-1]
+                    continue
+                faults.append(error)
+                outcomes[group[0][0]] = _fault(group[0][1], error)
+                continue
             if losses is not None:
                 for (place, _), loss in zip(group, losses, strict=True):
                     outcomes[place] += loss  # pyright: ignore[reportOperatorIssue]
@@ -66,15 +80,27 @@ class StepRunner:
                 waiting += halves[::-1]
             else:
                 outcomes[group[0][0]] = _does_not_fit(group[0][1])
+        if faults and len(faults) == len(micro_batches):
+            self._raise_if_general(faults[0])
         return outcomes
+
+    def _raise_if_general(self, fault: Exception) -> None:
+        """Raise a fault again if the base model has it too: a device that is gone, say."""
+        one_token = torch.full((1, 1), self._pad_id, device=self._host.device)
+        try:
+            with torch.no_grad():
+                self._host.hidden(one_token)
+        except Exception:
+            raise fault from None
 
     def _is_too_large(self, group: Group) -> bool:
         return self.max_tokens is not None and _count_tokens(group) > self.max_tokens
 
     def _attempt(self, parts: Sequence[MicroBatch]) -> list[MicroBatchLoss] | None:
-        """Add the gradients of a forward; None if memory runs out, gradients are as before then.
+        """Add the gradients of a forward; None if memory runs out.
 
-        What is there already is set aside meanwhile, as a backward pass may end half-way.
+        If it does, or an exception is raised, gradients are as before: what is there already is
+        set aside meanwhile, as a backward pass may end half-way.
         """
         weights = [weight for part in parts for weight in part.adapter.parameters()]
         before = [weight.grad for weight in weights]
@@ -83,6 +109,9 @@ class StepRunner:
             losses = forward_backward(self._host, parts, self._pad_id)
         except torch.OutOfMemoryError:
             losses = None
+        except Exception:
+            _set_gradients(weights, before)
+            raise
         if losses is None:  # the error, which holds on to the activations, is gone by now
             _set_gradients(weights, before)
             _free_memory()
@@ -114,6 +143,16 @@ def _halves(group: Group) -> list[Group]:
 
 def _count_tokens(group: Group) -> int:
     return sum(lay_out([part for _, part in group]).computed_tokens)
+
+
+def _fault(part: MicroBatch, error: Exception) -> TrainingError:
+    if isinstance(error, TrainingError):
+        return error
+    _log.error("job %s failed", part.adapter.name, exc_info=error)
+    return TrainingError(
+        f"job {part.adapter.name}: its forward or backward pass raised {type(error).__name__}: "
+        f"{error}; its last good weights are kept"
+    )
 
 
 def _does_not_fit(part: MicroBatch) -> TrainingError:
