@@ -55,6 +55,8 @@ def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):
         (["--set", "jobs.1.adapter.top_k=9"], "top_k must be in [1, num_experts=4], got 9"),
         (["--set", "base_model=gone/"], "gone/"),
         (["--resume", "--overwrite"], "exclude each other"),
+        (["--watch-exit-when-idle"], "has no effect without --watch DIR"),
+        (["--set", "jobs=[]"], "jobs must be a list of 1 or more"),
     ],
 )
 def test_a_fault_is_one_message_and_code_2_and_nothing_is_written(
@@ -103,6 +105,41 @@ def test_ctrl_c_saves_everything_for_resume_and_gives_code_130(
     assert "--resume goes on from here" in capsys.readouterr().out
     assert cli.main(["train", run_file, "--resume"]) == 0
     assert "going on after 3 fused steps" in capsys.readouterr().out
+
+
+def test_watch_trains_job_files_beside_a_run_file_without_jobs(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    run = run_settings(inputs, tmp_path / "out")
+    inbox, (first, second) = tmp_path / "inbox", run.pop("jobs")
+    inbox.mkdir()
+    for name, job in (("one", first), ("two", second), ("bad", {**first, "adapter": 3})):
+        write_run_file(inbox / f"{name}.yaml", {**job, "name": name})
+    run_file = str(write_run_file(tmp_path / "run.yaml", run))
+    words = ["train", run_file, "--watch", str(inbox), "--watch-exit-when-idle"]
+    step = Engine.step
+
+    def stepping(engine):
+        step(engine)
+        if engine.round == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stepping)
+        assert cli.main(words) == 130
+    assert cli.main([*words, "--resume"]) == 0
+    assert "going on after 3 fused steps" in capsys.readouterr().out
+    states = {
+        name: json.loads((inbox / f"{name}.state.json").read_text())
+        for name in ("one", "two", "bad")
+    }
+    assert {name: state["state"] for name, state in states.items()} == {
+        "one": "done",
+        "two": "done",
+        "bad": "failed",
+    }
+    assert "adapter must be" in states["bad"]["reason"]
+    assert (tmp_path / "out/two/adapter_model.safetensors").exists()
 
 
 def test_train_help_imports_no_torch():

@@ -1,7 +1,7 @@
 import pytest
 
 from loraloom.config.adapter import MixLoraConfig
-from loraloom.config.loading import load_run_config, schema
+from loraloom.config.loading import load_job_config, load_run_config, schema
 from loraloom.errors import ConfigError
 
 RUN = """
@@ -41,6 +41,39 @@ def test_a_run_file_is_read(tmp_path):
     assert config.jobs[0].adapter == MixLoraConfig(rank=16, alpha=32, dropout=0.05)
     assert config.jobs[0].train.learning_rate == 2e-4
     assert config.jobs[1].train.optimizer_args == {"eps": 1e-6}
+
+
+def test_jobs_may_come_later(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text("base_model: smollm2-135m\noutput_dir: out")
+    assert load_run_config(path, needs_jobs=False).jobs == ()
+    with pytest.raises(ConfigError, match="jobs must be a list of 1 or more"):
+        load_run_config(path)
+
+
+JOB = """
+adapter: {method: lora, rank: 8}
+data: {task: arc_easy}
+train: {max_steps: 10}
+"""
+
+
+def test_a_job_file_is_the_settings_of_one_job(tmp_path):
+    path = tmp_path / "math.yaml"
+    path.write_text(JOB)
+    assert load_job_config(path).name == "math"
+    path.write_text(f"name: law\n{JOB}")
+    assert load_job_config(path).name == "law"
+
+
+def test_faults_of_a_job_file_are_in_one_message(tmp_path):
+    path = tmp_path / "math.yaml"
+    path.write_text(
+        JOB.replace("rank: 8", "rank: 0").replace("max_steps", "batch_sizes: 3, max_steps")
+    )
+    with pytest.raises(ConfigError, match=r"math\.yaml has 2 faults:") as error:
+        load_job_config(path)
+    assert "adapter.rank must be at least 1, got 0" in str(error.value)
 
 
 def test_later_overrides_win(tmp_path):
@@ -125,6 +158,9 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("jobs.1.adapter.alpha=.inf", "jobs.1.adapter.alpha must be a finite number, got inf"),
         ("jobs.1.name=7", "jobs.1.name must be a text (in quotes), got 7"),
         ("jobs=[]", "jobs must be a list of 1 or more, or sweep must be given"),
+        ("max_tokens_per_step=0", "max_tokens_per_step must be at least 1, got 0"),
+        ("keep_snapshots=0", "keep_snapshots must be at least 1, got 0"),
+        ("jobs.0.priority=0", "jobs.0.priority must be greater than 0, got 0"),
         ("jobs=3", "jobs must be a list, got 3"),
         ("output_dir=3", "output_dir must be a path, got 3"),
         ("base_model=null", "base_model must be a text (in quotes), got nothing"),

@@ -89,8 +89,7 @@ def resumed(
     """Set up the jobs of a run that go on, where its newest snapshot has them."""
     snapshot, faults = SnapshotStore(directory / ".checkpoints").newest()
     assert faults == []
-    done = {name for name, record in snapshot.jobs.items() if record.status != "running"}
-    configs = [config for config in configs if config.name not in done]
+    configs = [config for config in configs if config.name not in snapshot.done]
     engine = toy_engine(directory, configs, sets, **options)
     engine.load_state(snapshot)
     return engine

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import loraloom
-from loraloom.config.run import RunConfig
+from loraloom.config.run import JobConfig, RunConfig
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.loading import load_base_model
 from loraloom.train.engine import Engine
@@ -182,6 +182,26 @@ def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
     expected = weights(tmp_path / "unbroken")
     for name, tensors in weights(tmp_path / "out").items():
         assert all(torch.equal(tensors[key], value) for key, value in expected[name].items())
+
+
+def test_a_job_that_had_joined_and_can_not_be_built_any_more_is_left_out(
+    inputs, tmp_path, monkeypatch
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((inputs / "rows.jsonl").read_text())
+
+    def join(engine, builder):
+        if engine.round == 1 and "joined" not in engine.jobs:
+            job = engine.jobs["plain"].config.model_dump(mode="json") | {"name": "joined"}
+            job["data"]["dataset"] = str(rows)
+            engine.add(builder.build(JobConfig.model_validate(job)))
+
+    run, spoken = settings(inputs, tmp_path / "out"), Spoken()
+    killed(run, monkeypatch, 3, between_steps=join)
+    rows.unlink()
+    results = train(run, score, resume=True, progress=spoken)
+    assert {result.job for result in results} == {"plain", "mixture"}
+    assert any("job joined: " in text and "is left out" in text for text in spoken.messages)
 
 
 def test_resume_of_a_finished_run_trains_nothing(inputs, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +13,7 @@ import typer
 from loraloom.cli.options import RunFileArgument, SetOption
 from loraloom.config.fields import AttnImplementation, Dtype
 from loraloom.config.loading import load_run_config
-from loraloom.errors import TrainingError
+from loraloom.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +33,18 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace earlier results of these jobs.")
     ] = False,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            "--watch",
+            metavar="DIR",
+            help="Go on, and train the job files that come into this directory too.",
+        ),
+    ] = None,
+    watch_exit_when_idle: Annotated[
+        bool,
+        typer.Option("--watch-exit-when-idle", help="With --watch: end when all files are done."),
+    ] = False,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="In place of the run file's dtype.")
     ] = None,
@@ -50,12 +63,16 @@ def train(
     """
     options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     changes = [f"{name}={value}" for name, value in options.items() if value is not None]
-    run = load_run_config(run_file, [*(overrides or ()), *changes])
+    if watch_exit_when_idle and watch is None:
+        raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
+    run = load_run_config(run_file, [*(overrides or ()), *changes], needs_jobs=watch is None)
     from rich.console import Console
 
     from loraloom.train import run as training
     from loraloom.train.progress import console_progress
+    from loraloom.train.watch import WatchOptions
 
+    watching = watch and WatchOptions(watch, overwrite, watch_exit_when_idle)
     console = Console()
     results = training.train(
         run,
@@ -64,6 +81,7 @@ def train(
         overwrite=overwrite,
         progress=console_progress(console),
         command=shlex.join(["loraloom", *sys.argv[1:]]),
+        watch=watching,
     )
     swept = {trial.name for trial in run.trials}
     others = [result for result in results if result.job not in swept]

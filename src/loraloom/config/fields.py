@@ -43,6 +43,11 @@ class CheckInfo(Protocol):
         """The field that is checked."""
         ...
 
+    @property
+    def context(self) -> Any:
+        """What the caller of the check has said about it."""
+        ...
+
 
 def check_device(device: str) -> str:
     """Return a device's name as it came.

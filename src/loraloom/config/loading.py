@@ -1,4 +1,4 @@
-"""Reading of run files and task files, with all the faults of a file in one message."""
+"""Reading of run files, job files and task files, with all the faults of a file in one message."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from pydantic import BaseModel, ValidationError
 
 from loraloom.config.faults import describe_faults
 from loraloom.config.overrides import apply_override
-from loraloom.config.run import RunConfig
+from loraloom.config.run import JobConfig, RunConfig
 from loraloom.config.task import TaskConfig
 from loraloom.config.yaml_text import parse_yaml
 from loraloom.errors import ConfigError
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(
+    path: str | Path, overrides: Sequence[str] = (), *, needs_jobs: bool = True
+) -> RunConfig:
     """What a run file says, checked.
 
     Args:
         path: The YAML file.
         overrides: Changes to it, each as `path=value`; later ones win.
+        needs_jobs: Whether there must be a job; else they may come later.
 
     Raises:
         ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
@@ -30,9 +33,25 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """
     settings = reduce(apply_override, overrides, _read_settings(path, "a run file"))
     try:
-        return RunConfig.model_validate(settings)
+        return RunConfig.model_validate(settings, context={"needs_jobs": needs_jobs})
     except ValidationError as error:
         raise _config_error(path, error, RunConfig) from None
+
+
+def load_job_config(path: str | Path) -> JobConfig:
+    """What a job file says, checked: the settings of one job, as in `jobs:` of a run file.
+
+    Args:
+        path: The YAML file; the job has its name unless it names another.
+
+    Raises:
+        ConfigError: As in `load_run_config`.
+    """
+    settings = {"name": Path(path).stem} | _read_settings(path, "a job file")
+    try:
+        return JobConfig.model_validate(settings)
+    except ValidationError as error:
+        raise _config_error(path, error, JobConfig) from None
 
 
 def load_task_config(path: str | Path) -> TaskConfig:

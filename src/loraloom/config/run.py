@@ -269,7 +269,7 @@ class RunConfig(StrictModel):
         jobs: Sequence[JobConfig] = info.data["jobs"]
         if sweep is not None:
             _check_trials(sweep, jobs)
-        elif not jobs:
+        elif not jobs and (info.context or {}).get("needs_jobs", True):
             raise ValueError("jobs must be a list of 1 or more, or sweep must be given")
         return sweep
 

@@ -69,6 +69,11 @@ class Snapshot:
     base: dict[str, Any]
     jobs: dict[str, JobRecord] = field(default_factory=dict)
 
+    @property
+    def done(self) -> set[str]:
+        """Names of the jobs that no longer train."""
+        return {name for name, record in self.jobs.items() if record.status != "running"}
+
     def load_state(self, job: str) -> dict[str, Any] | None:
         """Read a job's state; None if it had none."""
         if self.jobs[job].sha256 is None:

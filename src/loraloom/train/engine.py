@@ -6,12 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
-from loraloom.train.checkpoint import JobRecord, Snapshot, Status
+from loraloom.train.checkpoint import Snapshot
 from loraloom.train.closing import write_job
 from loraloom.train.evaluation import Evaluation
 from loraloom.train.fitting import StepRunner
@@ -22,7 +22,8 @@ from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import Progress
 from loraloom.train.reference import drop_reference
 from loraloom.train.reporting import Reporter
-from loraloom.train.results import JobResult, job_result, parse_result
+from loraloom.train.results import JobResult, job_result
+from loraloom.train.roster import Roster
 from loraloom.train.schedule import Schedule
 
 SNAPSHOT_RETRY_S = 60.0
@@ -81,13 +82,10 @@ class Engine:
         keep_snapshots: int = 2,
     ):
         self.host = host
-        self.jobs: dict[str, Job] = {}
-        self.results: dict[str, JobResult] = {}
         self.round = 0
-        self._records: dict[str, JobRecord] = {}
+        self._roster = Roster()
         self._schedule = Schedule(max_tokens_per_step)
         self._keep_snapshots = keep_snapshots
-        self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs whose files could not be
         self._interruption: Interruption | None = None
         self._evaluation = evaluation
         self._directory = surroundings.directory
@@ -101,6 +99,16 @@ class Engine:
         self._no_save_before = 0.0
         for job in jobs:
             self._enter(job, joined_later=False)
+
+    @property
+    def jobs(self) -> dict[str, Job]:
+        """The jobs that train, by name."""
+        return self._roster.jobs
+
+    @property
+    def results(self) -> dict[str, JobResult]:
+        """What became of the others, by name."""
+        return self._roster.results
 
     @property
     def seconds(self) -> float:
@@ -137,7 +145,7 @@ class Engine:
         finally:
             self._interruption = None
             self._reporter.stop()
-        return [self.results[name] for name in self._records]
+        return list(self.results.values())
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
         """Let a job join. It takes part from the next fused step on, and snapshots have it.
@@ -151,7 +159,7 @@ class Engine:
                 step. The job is off the host then.
         """
         try:
-            self._check_new(job.name)
+            self._roster.check_new(job.name)
             self._directory.prepare_job(job.name, overwrite=overwrite)
             self._enter(job, joined_later=True)
         except (ConfigError, OSError):
@@ -238,7 +246,7 @@ class Engine:
             error: Why it failed.
             stop_reason: Why it was stopped.
         """
-        result = self._result(job, error, stop_reason)
+        result, state = self._result(job, error, stop_reason), None
         try:
             write_job(self.host, job, self._directory, result)
         except Exception as fault:
@@ -248,8 +256,8 @@ class Engine:
             with suppress(OSError):
                 result.write(self._directory.job(job.name))
             if error is None and stop_reason is None:
-                self._unwritten[job.name] = job.state_dict()
-        self._leave(job, result)
+                state = job.state_dict()
+        self._leave(job, result, state)
         return result
 
     def save_state(self) -> None:
@@ -258,13 +266,9 @@ class Engine:
         Raises:
             TrainingError: If it can't be written.
         """
-        states = self._unwritten | {
-            name: job.state_dict()
-            for name, job in self.jobs.items()
-            if job.position.tokens > 0  # before, the seed says it all
-        }
+        states = self._roster.states
+        records = self._roster.records(self._reporter.metrics_bytes, self._schedule.passes)
         keep = self._keep_snapshots if states else 1
-        records = {name: self._record(name) for name in self._records}
         store = self._directory.snapshots
         store.write(self.round, self.seconds, self.base, records, states, keep)
         self._save_due = False
@@ -276,22 +280,11 @@ class Engine:
         """
         self.round = snapshot.round
         self._started_at = time.monotonic() - snapshot.seconds
+        self._roster.restore(snapshot)
         running = {name: one for name, one in snapshot.jobs.items() if one.result is None}
-        for name in running:
-            if (state := snapshot.load_state(name)) is not None:
-                self.jobs[name].load_state_dict(state)
         self._schedule.restore({name: one.scheduler_pass for name, one in running.items()})
-        self.results = {
-            name: parse_result(record.result)
-            for name, record in snapshot.jobs.items()
-            if record.result is not None
-        }
-        new = {name: one for name, one in self._records.items() if name not in snapshot.jobs}
-        self._records = {**snapshot.jobs, **new}
-        for name, job in self.jobs.items():
-            settings = job.config.model_dump(mode="json")
-            self._records[name] = replace(self._records[name], settings=settings)
-            self._reporter.forget_after(name, self._records[name].metrics_bytes)
+        for name in self.jobs:
+            self._reporter.forget_after(name, self._roster.metrics_bytes(name))
         self._save_due = False
 
     def _loop(self, between_steps: Callable[[Engine], None] | None) -> None:
@@ -408,21 +401,13 @@ class Engine:
             environment=self._environment,
         )
 
-    def _check_new(self, name: str) -> None:
-        taken = [other for other in self._records if other.casefold() == name.casefold()]
-        if taken:
-            raise ConfigError(f"job name must be new in this run, got {name!r} again")
-
     def _enter(self, job: Job, *, joined_later: bool) -> None:
         self._schedule.enter(job)
-        self.jobs[job.name] = job
-        settings = job.config.model_dump(mode="json")
-        self._records[job.name] = JobRecord("running", settings, joined_later=joined_later)
+        self._roster.enter(job, joined_later=joined_later)
 
-    def _leave(self, job: Job, result: JobResult) -> None:
+    def _leave(self, job: Job, result: JobResult, state: dict[str, Any] | None) -> None:
         job.release()
-        self.results[job.name] = result
-        del self.jobs[job.name]
+        self._roster.leave(job.name, result, state)
         self._schedule.leave(job.name)
         self._take_off(job)
         self._reporter.end(job.name)
@@ -440,17 +425,6 @@ class Engine:
         if save_steps is not None and report.step % save_steps == 0:
             self._save_due = True
 
-    def _record(self, name: str) -> JobRecord:
-        result = None if name in self._unwritten else self.results.get(name)
-        return replace(
-            self._records[name],
-            status="running" if result is None else _status(result),
-            metrics_bytes=self._reporter.metrics_bytes(name),
-            sha256=None,
-            scheduler_pass=self._schedule.passes.get(name, 0.0),
-            result=None if result is None else asdict(result),
-        )
-
     def _announce_stop(self) -> None:
         self._reporter.message("saving everything after this step; Ctrl-C again stops at once")
 
@@ -462,11 +436,6 @@ def describe_base(host: Host) -> dict[str, Any]:
         "fingerprint": host.base.fingerprint,
         "dtype": str(host.dtype).removeprefix("torch."),
     }
-
-
-def _status(result: JobResult) -> Status:
-    """Say what became of a job, as snapshots have it."""
-    return "finished" if result.status == "stopped early" else result.status
 
 
 def _describe(error: Exception) -> str:

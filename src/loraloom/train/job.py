@@ -44,6 +44,7 @@ class Position:
         evaluated_step: The step after which the last evaluation was; 0 for none.
         metrics: Of that evaluation.
         stopped_early: The metric no longer gets better.
+        last_loss: Of the last step that is done.
     """
 
     step: int = 0
@@ -54,6 +55,7 @@ class Position:
     evaluated_step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
+    last_loss: float | None = None
 
 
 class Job:
@@ -252,6 +254,7 @@ class Job:
         position.step += 1
         position.micro_step = 0
         position.loss = asdict(MicroBatchLoss(0.0))
+        position.last_loss = loss.loss
         return StepReport(
             position.step,
             self.order.epochs_after(position.step),

@@ -28,6 +28,7 @@ from loraloom.train.tracking import (
 )
 
 _CHECKPOINTS = "checkpoints"
+_SNAPSHOTS = ".checkpoints"
 _OWN_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE, RUN_ID_FILE)
 _OWN_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
 
@@ -41,7 +42,7 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
-        self.snapshots = SnapshotStore(path / ".checkpoints")
+        self.snapshots = SnapshotStore(path / _SNAPSHOTS)
 
     def job(self, name: str) -> Path:
         """Directory of a job's results."""
@@ -84,9 +85,10 @@ class RunDirectory:
         if overwrite or not self._has_results():
             return
         if not resume:
+            found = ", ".join(self._entries()[:3] or [_SNAPSHOTS])
             raise ConfigError(
-                f"output_dir must be new or empty, got {self.path}, which has "
-                f"{', '.join(self._entries()[:3])}; name another, or give --resume to go on from "
+                f"output_dir must be new or empty, got {self.path}, which has {found}; "
+                "name another, or give --resume to go on from "
                 "its checkpoints or --overwrite to replace the jobs' results"
             )
         if not self.snapshots.exists():
@@ -131,7 +133,7 @@ class RunDirectory:
     def _entries(self) -> list[str]:
         if not self.path.exists():
             return []
-        return sorted(entry.name for entry in self.path.iterdir() if entry.name != ".checkpoints")
+        return sorted(entry.name for entry in self.path.iterdir() if entry.name != _SNAPSHOTS)
 
     def _check_writable(self) -> None:
         existing = next(

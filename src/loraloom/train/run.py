@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 import loraloom
 from loraloom.config.run import JobConfig, RunConfig
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.train.builder import JobBuilder
@@ -23,6 +23,7 @@ from loraloom.train.progress import NoProgress, Progress
 from loraloom.train.results import JobResult, describe_environment
 from loraloom.train.sweep import Sweep
 from loraloom.train.tracking import check_trackers
+from loraloom.train.watch import WatchedDirectory, WatchOptions
 
 BetweenSteps = Callable[[Engine, JobBuilder], None]
 """Called between two fused steps: may build jobs, and call the engine's `add` and `stop`."""
@@ -37,6 +38,7 @@ def train(
     progress: Progress | None = None,
     command: str = "",
     between_steps: BetweenSteps | None = None,
+    watch: WatchOptions | None = None,
 ) -> list[JobResult]:
     """Train all jobs of a run on its base model.
 
@@ -50,6 +52,7 @@ def train(
         progress: Shows the run; None for nothing.
         command: What result.json says the run was started with.
         between_steps: As in `Engine.run`, with what builds further jobs.
+        watch: A directory of job files to train as well.
 
     Returns:
         What became of each job; a failed one has an `error`.
@@ -74,6 +77,7 @@ def train(
         progress=progress,
         command=command,
         between_steps=between_steps,
+        watch=watch,
     )
 
 
@@ -88,6 +92,7 @@ def train_on_host(
     progress: Progress | None = None,
     command: str = "",
     between_steps: BetweenSteps | None = None,
+    watch: WatchOptions | None = None,
 ) -> list[JobResult]:
     """Train as `train` does on a base model that is loaded already."""
     progress = progress or NoProgress()
@@ -99,7 +104,12 @@ def train_on_host(
         raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
     evaluation = Evaluation(host, tokenizer, evaluator)
     builder = JobBuilder(host, tokenizer, evaluation)
-    jobs = [builder.build(config) for config in _jobs_to_build(run, snapshot)]
+    done = set() if snapshot is None else snapshot.done
+    jobs = [builder.build(config) for config in run.all_jobs if config.name not in done]
+    if snapshot is not None:
+        joined, left_out = _rebuild_joined(builder, run, snapshot)
+        snapshot = _restrict(snapshot, {*done, *(job.name for job in (*jobs, *joined))}, run)
+        jobs, faults = jobs + joined, faults + left_out
     environment = describe_environment(host.device, host.dtype, command)
     surroundings = Surroundings(directory, progress, run.trackers, environment)
     engine = Engine(
@@ -114,7 +124,7 @@ def train_on_host(
     _say(progress, [*faults, *_describe_data(jobs)])
     if snapshot is not None:
         _say(progress, [f"going on after {snapshot.round} fused steps"])
-        engine.load_state(_without_dropped(snapshot, run))
+        engine.load_state(snapshot)
     else:
         directory.prepare([job.name for job in run.all_jobs])
         engine.save_state()
@@ -127,7 +137,10 @@ def train_on_host(
         if between_steps is not None:
             between_steps(engine, builder)
 
-    results = engine.run(callback)
+    if watch is not None:
+        results = WatchedDirectory(watch, engine, builder, progress.message).run(callback)
+    else:
+        results = engine.run(callback)
     if sweep is not None:
         sweep.finish(engine)
     return results
@@ -140,27 +153,33 @@ def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:
     return directory
 
 
-def _jobs_to_build(run: RunConfig, snapshot: Snapshot | None) -> list[JobConfig]:
-    """The jobs that train: of a run that goes on also those that joined, but none that is done."""
-    if snapshot is None:
-        return list(run.all_jobs)
-    names = {job.name for job in run.all_jobs}
-    joined = [
-        JobConfig.model_validate(record.settings)
-        for name, record in snapshot.jobs.items()
-        if record.joined_later and name not in names
-    ]
-    done = {name for name, record in snapshot.jobs.items() if record.status != "running"}
-    return [job for job in (*run.all_jobs, *joined) if job.name not in done]
+def _rebuild_joined(
+    builder: JobBuilder, run: RunConfig, snapshot: Snapshot
+) -> tuple[list[Job], list[str]]:
+    """Build the jobs again that had joined a run.
+
+    Returns:
+        The jobs, and what is wrong with those that can't be built any more.
+    """
+    names = {job.name for job in run.all_jobs} | snapshot.done
+    jobs, faults = [], []
+    for name, record in snapshot.jobs.items():
+        if name in names or not record.joined_later:
+            continue
+        try:
+            jobs.append(builder.build(JobConfig.model_validate(record.settings)))
+        except LoraloomError as error:
+            faults.append(f"warning: {error}; it had joined the run and is left out")
+    return jobs, faults
 
 
-def _without_dropped(snapshot: Snapshot, run: RunConfig) -> Snapshot:
-    """Leave out the jobs that were taken out of the run file since."""
-    names = {job.name for job in run.all_jobs}
+def _restrict(snapshot: Snapshot, names: set[str], run: RunConfig) -> Snapshot:
+    """Leave out what a run file no longer has, and what can't be built any more."""
+    in_file = {job.name for job in run.all_jobs}
     kept = {
         name: record
         for name, record in snapshot.jobs.items()
-        if record.joined_later or name in names
+        if name in names and (record.joined_later or name in in_file)
     }
     return replace(snapshot, jobs=kept)
 
