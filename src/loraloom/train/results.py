@@ -90,8 +90,8 @@ def read_result(directory: Path) -> JobResult:
 
 def parse_result(values: Mapping[str, Any]) -> JobResult:
     """Make a result of what JSON has of it."""
-    lists = {"data": (), "warnings": ()} | values
-    return JobResult(**{**values, **{name: tuple(lists[name]) for name in ("data", "warnings")}})
+    lists = {name: tuple(values.get(name, ())) for name in ("data", "warnings")}
+    return JobResult(**{**values, **lists})
 
 
 def job_result(
