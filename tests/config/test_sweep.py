@@ -129,7 +129,7 @@ def test_every_fault_of_the_paths_is_told(tmp_path):
         f"sweep.parameters.adapter.rnak {unknown} adapter has no setting 'rnak'; "
         "did you mean 'rank'?",
         f"sweep.parameters.lr {unknown} there is no setting 'lr'; known keys are adapter, data, "
-        "eval, name, seed, start_from, train",
+        "eval, name, priority, seed, start_from, train",
         "sweep.parameters.name must be left out: the jobs are numbered",
     ]
 
