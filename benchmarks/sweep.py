@@ -3,7 +3,8 @@
 Both are trained one after the other; a run that is interrupted goes on when the same command is
 given again. Then the best job of each is measured on the held-out rows that ranked the jobs, and on
 the validation split that neither training nor ranking has seen, row by row, so that their
-difference has a paired standard error.
+difference has a paired standard error. This is done in float32: in bfloat16 a loss moves in the
+third digit with the batch that it is computed in.
 
     .venv/bin/python benchmarks/sweep.py --data ../shared/data --output sweep.json
 """
@@ -129,7 +130,7 @@ def main() -> None:
         train_or_resume(run)
     report: dict[str, Any] = {name: summary(run) for name, run in both.items()}
     report["share of steps"] = report[ASHA]["steps"] / report[GRID]["steps"]
-    model, tokenizer = load_base_model(arguments.base_model, both[GRID].dtype, both[GRID].device)
+    model, tokenizer = load_base_model(arguments.base_model, "float32", both[GRID].device)
     host = loraloom.attach(model)
     for name, run in both.items():
         host.load(name, run.output_dir / report[name]["best"])

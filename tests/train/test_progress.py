@@ -91,7 +91,9 @@ def test_plain_lines_of_a_sweep_come_when_there_is_news():
     for step, value in ((0, None), (1, None), (2, 2.25), (3, 2.25)):
         progress.rank(ranking(step, value))
         progress.update(JobProgress("lr-000", 9, 9, 100, 2.0))
-    first, second = printed(screen).splitlines()
+    progress.conclude(ranking(9, 2.25))
+    first, second, *table = printed(screen).splitlines()
+    assert len(table) == 3
     assert first.startswith("sweep: 1 of 2 jobs train, at step 0/9; best lr-001")
     assert second.startswith("sweep: 1 of 2 jobs train, at step 2/9; best lr-000")
 

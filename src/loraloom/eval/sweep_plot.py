@@ -14,7 +14,7 @@ from loraloom.eval.plots import Curve, save_figure
 
 MAX_PANELS = 4
 MAX_NAMES = 5
-"""Jobs that the legend names, the best."""
+"""Jobs that the legend names, the best that were not stopped."""
 _LOG_SPREAD = 20
 """A parameter whose values are further apart than this factor gets a logarithmic axis."""
 
@@ -43,12 +43,14 @@ def plot_sweep(
     )
     styles = _styles(curves, stopped)
     left, *others = panels
-    _draw_curves(left, curves, styles)
+    kept = [name for name in curves if name not in stopped]
+    _draw_curves(left, curves, styles, named=kept[:MAX_NAMES])
     left.set(xlabel="step", ylabel=metric)
     for axes, name in zip(others, names, strict=True):
-        places = _places(axes, [parameters[job][name] for job in curves])
-        for (job, curve), place in zip(curves.items(), places, strict=True):
-            axes.plot([place], [curve[-1][1]], linestyle="", **styles[job])
+        places = _places(axes, [values[name] for values in parameters.values()])
+        for job, place in zip(parameters, places, strict=True):
+            if job in curves:
+                axes.plot([place], [curves[job][-1][1]], linestyle="", **styles[job])
         axes.set_xlabel(name)
     save_figure(figure, path)
 
@@ -65,13 +67,17 @@ def _styles(curves: Mapping[str, Curve], stopped: Collection[str]) -> dict[str, 
 
 
 def _draw_curves(
-    axes: Axes, curves: Mapping[str, Curve], styles: Mapping[str, dict[str, Any]]
+    axes: Axes,
+    curves: Mapping[str, Curve],
+    styles: Mapping[str, dict[str, Any]],
+    named: Collection[str],
 ) -> None:
-    for place, (name, curve) in enumerate(curves.items()):
-        steps, values = zip(*curve, strict=True)
-        label = name if place < MAX_NAMES else None
-        axes.plot(steps, values, markevery=[-1], linewidth=1.2, label=label, **styles[name])
-    axes.legend(fontsize="small")
+    for name in reversed(list(curves)):  # the best above the others
+        steps, values = zip(*curves[name], strict=True)
+        axes.plot(steps, values, markevery=[-1], linewidth=1.2, label=name, **styles[name])
+    handles = {line.get_label(): line for line in axes.get_lines()}
+    if named:
+        axes.legend([handles[name] for name in named], named, fontsize="small")
 
 
 def _places(axes: Axes, values: Sequence[Any]) -> list[int | float]:

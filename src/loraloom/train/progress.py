@@ -230,7 +230,7 @@ class PlainProgress(Progress):
 
     def conclude(self, ranking: Ranking) -> None:
         """Print the table, as wide as it is."""
-        self._console.print(ranking_table(ranking), width=PLAIN_WIDTH, crop=False)
+        Console(file=self._console.file, width=PLAIN_WIDTH).print(ranking_table(ranking))
 
     def message(self, text: str) -> None:
         """Print a line."""
