@@ -1,14 +1,14 @@
-"""A training step of MoE-PEFT 2.0.2 with one MixLoRA adapter: median seconds and peak memory.
+"""A training step of MoE-PEFT 2.0.2 with MixLoRA adapters: median seconds and peak memory.
 
 The setting of `loraloom bench step`: 4 x 256 tokens, rank 8 on all linear layers, 8 experts, top-2,
 loss on all tokens, AdamW. MoE-PEFT refuses dropout 0, so it is 0.05. See README.md for its own
 environment.
 
-    python benchmarks/peers/moe_peft_step.py MODEL_DIRECTORY
+    python benchmarks/peers/moe_peft_step.py MODEL_DIRECTORY [--adapters 4 --rows 2]
 """
 
+import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -18,18 +18,35 @@ import torch
 from moe_peft.common import LLMBatchConfig, LLMModelInput
 from torch.nn.functional import cross_entropy
 
-ROWS, LENGTH, STEPS = 4, 256, 6
+LENGTH, STEPS = 256, 6
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def main(directory: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", help="of the base model")
+    parser.add_argument("--adapters", type=int, default=1, help="that share a step")
+    parser.add_argument("--rows", type=int, default=4, help="sequences of each adapter")
+    args = parser.parse_args()
     torch.set_num_threads(2)
     model = moe_peft.LLMModel.from_pretrained(
-        directory, device="cpu", load_dtype=torch.bfloat16, attn_impl="eager"
+        args.directory, device="cpu", load_dtype=torch.bfloat16, attn_impl="eager"
     )
+    names = [f"mixture-{number}" for number in range(args.adapters)]
+    trained = [weight for name in names for weight in add_mixture(model, name)]
+    optimizer = torch.optim.AdamW([weight.requires_grad_() for weight in trained], lr=1e-4)
+    tokens = torch.randint(3, 40000, (len(names) * args.rows, LENGTH))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    seconds = [step(model, optimizer, names, tokens) for _ in range(STEPS)]
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
+    print(f"median {statistics.median(seconds[1:]):.2f} s, peak {int(peak) / 1e6:.2f} GB")
+
+
+def add_mixture(model, name: str) -> list[torch.Tensor]:
     config = moe_peft.adapter_factory(
         peft_type="MIXLORA",
-        adapter_name="mixture",
+        adapter_name=name,
         r=8,
         lora_alpha=16,
         lora_dropout=0.05,
@@ -39,32 +56,38 @@ def main(directory: str) -> None:
         top_k=2,
     )
     model.init_adapter(config)
-    trained = list(model.get_adapter_weight_dict("mixture").values())
-    optimizer = torch.optim.AdamW([weight.requires_grad_() for weight in trained], lr=1e-4)
-    tokens = torch.randint(3, 40000, (ROWS, LENGTH))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    seconds = [step(model, optimizer, tokens) for _ in range(STEPS)]
-    status = Path("/proc/self/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
-    print(f"median {statistics.median(seconds[1:]):.2f} s, peak {int(peak) / 1e6:.2f} GB")
+    return list(model.get_adapter_weight_dict(name).values())
 
 
-def step(model, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
+def step(model, optimizer: torch.optim.Optimizer, names: list[str], tokens: torch.Tensor) -> float:
     start = time.perf_counter()
-    (output,) = model.forward(batch(tokens))
-    logits = output.logits[:, :-1].flatten(0, 1).float()
-    loss = cross_entropy(logits, tokens[:, 1:].flatten()) + output.aux_loss
-    loss.backward()
+    outputs = model.forward(batch(names, tokens))
+    losses = [
+        loss_of(output, rows)
+        for output, rows in zip(outputs, tokens.chunk(len(names)), strict=True)
+    ]
+    torch.stack(losses).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     return time.perf_counter() - start
 
 
-def batch(tokens: torch.Tensor) -> LLMModelInput:
+def loss_of(output, rows: torch.Tensor) -> torch.Tensor:
+    logits = output.logits[:, :-1].flatten(0, 1).float()
+    return cross_entropy(logits, rows[:, 1:].flatten()) + output.aux_loss
+
+
+def batch(names: list[str], tokens: torch.Tensor) -> LLMModelInput:
     rows = tokens.tolist()
+    share = len(rows) // len(names)
     return LLMModelInput(
         batch_configs_=[
-            LLMBatchConfig(adapter_name_="mixture", batch_start_idx_=0, batch_end_idx_=len(rows))
+            LLMBatchConfig(
+                adapter_name_=name,
+                batch_start_idx_=place * share,
+                batch_end_idx_=(place + 1) * share,
+            )
+            for place, name in enumerate(names)
         ],
         batch_tokens_=rows,
         batch_labels_=[list(row) for row in rows],
@@ -76,4 +99,4 @@ def batch(tokens: torch.Tensor) -> LLMModelInput:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
