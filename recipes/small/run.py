@@ -10,6 +10,7 @@ was interrupted goes on: run it again after Ctrl-C or a crash.
 2. Three seeds of all four methods, trained together in one process.
 3. The first 400 questions of each task for all twelve adapters and the base model, with paired
    comparisons; --full: all questions, for the adapters of seed 0.
+4. One page of it all: report.html.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def main() -> None:
     evaluate(args, SEEDS, args.output / "first400", "--limit", "400")
     if args.full:
         evaluate(args, SEEDS[:1], args.output / "full")
+    directories = [args.output / f"seed{seed}" for seed in SEEDS]
+    results = [f"--eval={path}" for path in sorted(args.output.glob("*.json"))]
+    run("report", *directories, *results, f"--output={args.output}/report.html")
 
 
 def search(args: argparse.Namespace) -> dict[str, str]:
