@@ -19,6 +19,8 @@ Models = tuple[type[BaseModel], ...]
 _EXPECTED = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
+    "byte_size": 'a number of bytes, or a text like "20GB"',
+    "byte_size_unit": 'a number of bytes, or a text like "20GB"',
     "dict_type": "a mapping",
     "finite_number": "a finite number",
     "float_parsing": "a number",

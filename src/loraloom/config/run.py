@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
+    ByteSize,
     Field,
     ValidationError,
     field_validator,
@@ -213,6 +214,8 @@ class RunConfig(StrictModel):
     """Most tokens of a fused forward, padding included; null: all jobs take part in each step."""
     keep_snapshots: int = Field(default=2, ge=1)
     """How many snapshots --resume may choose from; the newest whole one is taken."""
+    memory_limit: ByteSize | None = None
+    """Most memory of a training step, base model included: bytes or "20GB"; null: what is there."""
     trackers: tuple[Literal["jsonl", "tensorboard", "trackio", "wandb"], ...] = ("jsonl",)
     """Where metrics go. metrics.jsonl is always written."""
     jobs: tuple[JobConfig, ...] = ()

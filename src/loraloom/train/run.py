@@ -18,6 +18,7 @@ from loraloom.train.checkpoint import Snapshot, describe_changes
 from loraloom.train.engine import Engine, Surroundings, describe_base
 from loraloom.train.evaluation import Evaluation, Evaluator
 from loraloom.train.job import Job
+from loraloom.train.memory import check_memory, predict_memory
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress, Progress
 from loraloom.train.results import JobResult, describe_environment
@@ -120,6 +121,10 @@ def train_on_host(
         max_tokens_per_step=run.max_tokens_per_step,
         keep_snapshots=run.keep_snapshots,
     )
+    if jobs:
+        prediction = predict_memory(host, jobs, run.max_tokens_per_step)
+        check_memory(prediction, run.memory_limit, host.device)
+        _say(progress, [f"memory: {prediction.describe()}"])
     sweep = None if run.sweep is None else Sweep(run, directory, progress, jobs)
     _say(progress, [*faults, *_describe_data(jobs)])
     if snapshot is not None:
