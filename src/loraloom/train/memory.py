@@ -27,7 +27,7 @@ _TOKENS = 32
 _ALLOCATOR_SHARE = {"cpu": 0.15}
 """What an allocator leaves unused between tensors that are kept, as a share of them."""
 _ALLOCATOR_SHARE_ELSEWHERE = 0.05
-_CHECKPOINT_ROOM = {"cpu": 4.0}
+_CHECKPOINT_ROOM = {"cpu": 4.5}
 """Room that a checkpointed layer's input takes, in its sizes: glibc doesn't give back what lies
 freed between the inputs that are kept (SmolLM2: 342 MB of which 76 MB are in use)."""
 _OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
