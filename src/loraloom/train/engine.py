@@ -189,8 +189,9 @@ class Engine:
             raise ConfigError(f"job must be one of those that train ({running}), got {name!r}")
         job = self.jobs[name]
         if self._has_sound_weights(job):
-            self.close(job, stop_reason=reason)
-            self._reporter.message(f"{name}: stopped after step {job.position.step}: {reason}")
+            result = self.close(job, stop_reason=reason)
+            if result.error is None:
+                self._reporter.message(f"{name}: stopped after step {result.steps}: {reason}")
         return self.results[name]
 
     def step(self) -> None:
