@@ -137,6 +137,16 @@ def test_those_that_come_later_to_a_rung_are_judged_against_all_before(inputs, t
     assert [row["status"] for row in rows] == expected
 
 
+def test_jobs_that_take_turns_are_judged_as_they_come(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path)
+    train(RunConfig.model_validate({**run.model_dump(), "max_tokens_per_step": 450}), score)
+    rows = read_csv(tmp_path)
+    assert {row["status"] for row in rows} == {"finished", "stopped"}
+    assert all(int(row["steps"]) in (2, 4, 8, 9) for row in rows)
+    (best,) = [row for row in rows if row["rank"] == "1"]
+    assert best["status"] == "finished"
+
+
 def without_seconds(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
