@@ -41,3 +41,8 @@ def test_a_syntax_error_is_named_with_its_line():
 def test_what_safe_yaml_does_not_know_is_refused(text):
     with pytest.raises(ConfigError, match=r"run\.yaml must be valid YAML"):
         parse_yaml(text, "run.yaml")
+
+
+def test_what_is_nested_too_deeply_is_refused():
+    with pytest.raises(ConfigError, match="here must be YAML of a few levels"):
+        parse_yaml("[" * 5000, "here")

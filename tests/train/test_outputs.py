@@ -59,3 +59,14 @@ def test_overwriting_takes_this_runs_files_and_leaves_others(tmp_path):
     directory.prepare(["a"])
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
     assert len(list((tmp_path / "other").iterdir())) == 5
+
+
+def test_a_system_that_refuses_to_write_is_told_as_a_setting(tmp_path):
+    (tmp_path / "a").write_text("a file where the job's directory goes")
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(ConfigError, match=r"output_dir must be where files can be written, got "):
+        directory.prepare(["a"])
+    with pytest.raises(ConfigError, match=r"output_dir must be where files can be written, got "):
+        directory.prepare_job("a")
+    with pytest.raises(ConfigError, match=r"output_dir must be where files can be written, got "):
+        RunDirectory(tmp_path / ("x" * 300)).check(resume=False, overwrite=False)

@@ -13,6 +13,7 @@ from loraloom.models.loading import load_base_model
 from loraloom.train.engine import Engine
 from loraloom.train.progress import NoProgress
 from loraloom.train.run import train
+from loraloom.train.watch import WatchOptions
 from tests.tiny import relative_error
 from tests.train.saved import run_settings, save_inputs
 
@@ -329,6 +330,27 @@ def test_a_reference_that_is_not_there_stops_the_run_before_it_begins(inputs, tm
     run = preference_settings(inputs, tmp_path / "out", reference=str(tmp_path / "gone"))
     with pytest.raises(loraloom.errors.FormatError, match=r"job plain: .*gone"):
         train(run, score)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", ["start_from", "reference"])
+def test_an_adapter_that_the_run_would_replace_can_not_be_read_by_it(inputs, tmp_path, setting):
+    train(settings(inputs, tmp_path / "out"), score)
+    own = str(tmp_path / "out" / "plain")
+    reference = own if setting == "reference" else "base"
+    run = preference_settings(inputs, tmp_path / "out", reference=reference)
+    run = run.model_dump(mode="json")
+    if setting == "start_from":
+        run["jobs"][0]["start_from"] = f"{own}/checkpoints/last"
+    with pytest.raises(ConfigError, match=rf"{setting} must not be in what the run writes"):
+        train(RunConfig.model_validate(run), score, overwrite=True)
+    assert (tmp_path / "out/plain/adapter_model.safetensors").exists()
+
+
+def test_a_directory_to_watch_that_is_a_file_is_found_before_anything_is_written(inputs, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--watch must name a directory"):
+        train(settings(inputs, tmp_path / "out"), score, watch=WatchOptions(tmp_path / "file"))
     assert not (tmp_path / "out").exists()
 
 

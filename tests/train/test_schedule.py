@@ -10,7 +10,7 @@ from loraloom.train.schedule import Schedule, computed_tokens
 from loraloom.train.step import forward_backward
 from tests.tiny import relative_error
 from tests.train.running import assert_same_files, interrupted, matrix, resumed, trained_weights
-from tests.train.toy import add_job, toy_config, toy_engine, toy_host, toy_set
+from tests.train.toy import add_job, toy_config, toy_engine, toy_host, toy_pair_set, toy_set
 
 LIMIT = 80
 
@@ -90,6 +90,16 @@ def test_a_job_that_fits_no_step_is_refused_with_the_number_that_it_needs(tmp_pa
     ):
         toy_engine(tmp_path, [toy_config("big")], sets, max_tokens_per_step=4 * longest - 1)
     toy_engine(tmp_path, [toy_config("big")], sets, max_tokens_per_step=4 * longest)
+
+
+def test_a_packed_pair_needs_its_own_tokens_only(tmp_path):
+    sets = {"pairs": toy_pair_set()}
+    needed = max(sum(len(row.input_ids) for row in pair.rows) for pair in sets["pairs"].examples)
+    config = toy_config("pairs", objective={"name": "dpo"}, packing=True, batch_size=1)
+    engine = toy_engine(tmp_path, [config], sets, max_tokens_per_step=needed)
+    engine.step()
+    with pytest.raises(ConfigError, match=rf"longest micro-batch, which has {needed} tokens"):
+        toy_engine(tmp_path, [config], sets, max_tokens_per_step=needed - 1)
 
 
 def test_a_job_that_fits_no_step_can_not_join(tmp_path):

@@ -209,3 +209,47 @@ def test_a_rung_that_no_job_reaches_is_an_error_before_anything_is_written(input
     with pytest.raises(ConfigError, match=r"rungs must be below the jobs' 6 steps, got \[2, 8\]"):
         train(RunConfig.model_validate({**run.model_dump(), "sweep": jobs}), score)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_goes_on_when_only_jobs_below_the_rungs_are_left(inputs, tmp_path, monkeypatch):
+    """The long job ends at rung 2; the short one, of 2 steps, is interrupted after its first."""
+    parameters = {"train.max_steps": [9, 2], "train.micro_batch_size": [2]}
+    run = sweep_run(inputs, tmp_path, parameters=parameters)
+    step = Engine.step
+
+    def stepping(engine):
+        if engine.round == 1:
+            engine.stop("plain-000", "enough")
+            os.kill(os.getpid(), signal.SIGINT)
+        step(engine)
+
+    monkeypatch.setattr(Engine, "step", stepping)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, score)
+    monkeypatch.setattr(Engine, "step", step)
+    results = train(run, score, resume=True)
+    assert [result.status for result in results] == ["stopped", "finished"]
+
+
+def test_the_picture_is_there_when_the_sweeps_jobs_are_done(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path)
+    long = run.trials[0].job.model_dump(mode="json") | {"name": "long"}
+    long["train"] |= {"max_steps": 12}
+    seen = []
+
+    def look(engine, _):
+        if set(engine.jobs) == {"long"}:
+            seen.append((tmp_path / "sweep.png").exists())
+
+    train(sweep_run(inputs, tmp_path, jobs=[long]), score, between_steps=look)
+    assert seen
+    assert all(seen)
+
+
+def test_a_table_that_can_not_be_written_stops_nothing(inputs, tmp_path, monkeypatch):
+    def full(*_):
+        raise ConfigError("sweep.csv can't be written: No space left on device")
+
+    monkeypatch.setattr("loraloom.train.sweep.write_output", full)
+    results = train(sweep_run(inputs, tmp_path), score)
+    assert all(result.error is None for result in results)

@@ -10,7 +10,7 @@ import loraloom.train.watch as watch
 from loraloom.errors import ConfigError
 from loraloom.train.builder import JobBuilder
 from loraloom.train.checkpoint import SnapshotStore
-from loraloom.train.watch import WatchedDirectory, WatchOptions
+from loraloom.train.watch import WatchedDirectory, WatchOptions, prepare_watched
 from tests.train.running import assert_same_files, interrupted
 from tests.train.toy import toy_config, toy_engine
 
@@ -269,7 +269,72 @@ def test_state_files_that_can_not_be_written_stop_nothing(tmp_path, inbox, monke
     assert result.status == "finished"
 
 
-def test_a_directory_to_watch_that_is_a_file_is_an_error(tmp_path):
+def test_a_fault_of_writing_is_told_once(tmp_path, inbox, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path, told = drop(inbox, "a"), []
+    directory = watched(tmp_path, inbox)
+    directory._say = told.append
+    monkeypatch.setattr(watch, "write_json", full)
+    directory.run()
+    (warning,) = [text for text in told if text.startswith("warning")]
+    assert str(path) in warning
+    assert "No space left" in warning
+
+
+def test_a_directory_that_can_not_be_read_for_a_while_stops_no_job(tmp_path, inbox):
+    drop(inbox, "a")
+    directory = watched(tmp_path, inbox)
+    step, engine, away = directory._engine.step, directory._engine, tmp_path / "away"
+
+    def stepping():
+        step()
+        if engine.round == 1:
+            inbox.rename(away)
+        if engine.round == 2:
+            away.rename(inbox)
+
+    engine.step = stepping
+    (result,) = directory.run()
+    assert (result.status, result.steps) == ("finished", 3)
+
+
+def test_only_files_count(tmp_path, inbox):
+    (inbox / "directory.yaml").mkdir()
+    (inbox / "loop.yaml").symlink_to("loop.yaml")
+    os.mkfifo(inbox / "pipe.yaml")
+    assert watched(tmp_path, inbox).run() == []
+
+
+def test_files_of_an_earlier_run_have_no_part_in_jobs_of_their_name(tmp_path, inbox):
+    old = drop(inbox, "old", name="math")
+    watched(tmp_path / "earlier", inbox).run()
+    before = state_of(old)
+    directory = watched(tmp_path, inbox, toy_config("math", max_steps=5))
+    step = directory._engine.step
+
+    def stepping():
+        step()
+        if directory._engine.round == 1:
+            assert state_of(old) == before
+            old.unlink()
+
+    directory._engine.step = stepping
+    (result,) = directory.run()
+    assert (result.status, result.steps) == ("finished", 5)
+
+
+def test_a_state_file_can_not_name_a_file_elsewhere(tmp_path, inbox):
+    victim = tmp_path / "victim.state.json"
+    victim.write_text("{}")
+    text = json.dumps({"file": "../victim.yaml", "state": "queued", "updated_at": ""})
+    (inbox / "a.state.json").write_text(text)
+    watched(tmp_path, inbox).run()
+    assert victim.exists()
+
+
+def test_a_directory_that_can_not_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--watch must name a directory"):
-        watched(tmp_path, tmp_path / "file")
+        prepare_watched(tmp_path / "file")

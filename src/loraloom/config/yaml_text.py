@@ -33,7 +33,8 @@ def parse_yaml(text: str, origin: str) -> Any:
         origin: What an error calls it, a file's name say.
 
     Raises:
-        ConfigError: If it is not valid YAML, or a key stands twice in a mapping.
+        ConfigError: If it is not valid YAML, is nested too deeply, or a key stands twice in a
+            mapping.
     """
     try:
         loader = _Loader(text)
@@ -47,6 +48,8 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin} must be valid YAML{place}: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a 13th month, say
         raise ConfigError(f"{origin} must be valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{origin} must be YAML of a few levels, its are too deep") from None
 
 
 def _check_keys_differ(node: yaml.Node | None, origin: str, seen: set[int]) -> None:

@@ -111,6 +111,11 @@ class Engine:
         return self._roster.results
 
     @property
+    def joined(self) -> set[str]:
+        """Names of the jobs that joined a run that had begun."""
+        return self._roster.joined
+
+    @property
     def seconds(self) -> float:
         """Wall time of the training, earlier parts of a resumed one included."""
         return time.monotonic() - self._started_at

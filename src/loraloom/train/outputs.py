@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from loraloom.errors import ConfigError
@@ -79,10 +80,12 @@ class RunDirectory:
         """
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other; give one")
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir must be a directory, got the file {self.path}")
-        self._check_writable()
-        if overwrite or not self._has_results():
+        with self._writing():
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"output_dir must be a directory, got the file {self.path}")
+            self._check_writable()
+            has_results = self._has_results()
+        if overwrite or not has_results:
             return
         if not resume:
             found = ", ".join(self._entries()[:3] or [_SNAPSHOTS])
@@ -98,19 +101,25 @@ class RunDirectory:
             )
 
     def prepare(self, jobs: Sequence[str]) -> None:
-        """Delete earlier results of these jobs, and all checkpoints of the run."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.snapshots.clear()
-        self.sweep_table.unlink(missing_ok=True)
-        self.sweep_picture.unlink(missing_ok=True)
-        for name in jobs:
-            self._clear(name)
+        """Delete earlier results of these jobs, and all checkpoints of the run.
+
+        Raises:
+            ConfigError: If the system can't write there.
+        """
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.snapshots.clear()
+            self.sweep_table.unlink(missing_ok=True)
+            self.sweep_picture.unlink(missing_ok=True)
+            for name in jobs:
+                self._clear(name)
 
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that joins; what a run that died left of it is deleted.
 
         Raises:
-            ConfigError: If there is a result of that name that was not to be overwritten.
+            ConfigError: If there is a result of that name that was not to be overwritten, or the
+                system can't write there.
         """
         result = self.job(name) / RESULT_FILE
         if result.exists() and not overwrite:
@@ -118,13 +127,24 @@ class RunDirectory:
                 f"job {name} must be new in {self.path}, but there is {result}; "
                 "take another name, or delete its directory"
             )
-        self._clear(name)
+        with self._writing():
+            self._clear(name)
 
     def _clear(self, name: str) -> None:
         for file in _OWN_FILES:
             (self.job(name) / file).unlink(missing_ok=True)
         for directory in _OWN_DIRECTORIES:
             shutil.rmtree(self.job(name) / directory, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir must be where files can be written, got {self.path}: {error}; "
+                "name another"
+            ) from error
 
     def _has_results(self) -> bool:
         """Whether a run got so far that there is something in the directory."""

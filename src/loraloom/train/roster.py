@@ -36,6 +36,11 @@ class Roster:
         }
         return self._unwritten | running
 
+    @property
+    def joined(self) -> set[str]:
+        """Names of the jobs that joined a run that had begun."""
+        return {name for name, record in self._records.items() if record.joined_later}
+
     def check_new(self, name: str) -> None:
         """Check that no job of the run has a name.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 import loraloom
+from loraloom.config.objective import BASE_REFERENCE, DpoConfig
 from loraloom.config.run import JobConfig, RunConfig
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.host import Host
@@ -24,7 +26,7 @@ from loraloom.train.progress import NoProgress, Progress
 from loraloom.train.results import JobResult, describe_environment
 from loraloom.train.sweep import Sweep
 from loraloom.train.tracking import check_trackers
-from loraloom.train.watch import WatchedDirectory, WatchOptions
+from loraloom.train.watch import WatchedDirectory, WatchOptions, prepare_watched
 
 BetweenSteps = Callable[[Engine, JobBuilder], None]
 """Called between two fused steps: may build jobs, and call the engine's `add` and `stop`."""
@@ -63,7 +65,7 @@ def train(
         ModelError, AdapterError, DataError: If the base model, an adapter or data can't be had.
         KeyboardInterrupt: After Ctrl-C, when everything is saved.
     """
-    _check(run, resume=resume, overwrite=overwrite)
+    _check(run, resume=resume, overwrite=overwrite, watch=watch)
     model, tokenizer = load_base_model(
         run.base_model, run.dtype, run.device, run.attn_implementation
     )
@@ -97,7 +99,7 @@ def train_on_host(
 ) -> list[JobResult]:
     """Train as `train` does on a base model that is loaded already."""
     progress = progress or NoProgress()
-    directory = _check(run, resume=resume, overwrite=overwrite)
+    directory = _check(run, resume=resume, overwrite=overwrite, watch=watch)
     snapshot, faults = directory.snapshots.newest() if resume else (None, [])
     if snapshot is not None:
         _check_same_run(snapshot, run, describe_base(host))
@@ -151,11 +153,44 @@ def train_on_host(
     return results
 
 
-def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> RunDirectory:
+def _check(
+    run: RunConfig, *, resume: bool, overwrite: bool, watch: WatchOptions | None
+) -> RunDirectory:
     directory = RunDirectory(run.output_dir)
     directory.check(resume=resume, overwrite=overwrite)
+    _check_sources(run, directory)
     check_trackers(run.trackers)
+    if watch is not None:
+        prepare_watched(watch.path)
     return directory
+
+
+def _check_sources(run: RunConfig, directory: RunDirectory) -> None:
+    """Check that no adapter that a job reads is one that the run will replace.
+
+    Raises:
+        ConfigError: If one is.
+    """
+    written = {directory.job(job.name).resolve(): job.name for job in run.all_jobs}
+    for job in run.all_jobs:
+        for setting, source in _sources(job).items():
+            path = Path(source).resolve()
+            replaced = next((written[one] for one in (path, *path.parents) if one in written), None)
+            if replaced is not None:
+                raise ConfigError(
+                    f"job {job.name}: {setting} must not be in what the run writes, got {source}, "
+                    f"where job {replaced} goes; give another output_dir or name"
+                )
+
+
+def _sources(job: JobConfig) -> dict[str, str]:
+    """The adapters that a job reads, by setting."""
+    sources, objective = {}, job.train.objective
+    if job.start_from is not None:
+        sources["start_from"] = job.start_from
+    if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
+        sources["train.objective.reference"] = objective.reference
+    return sources
 
 
 def _rebuild_joined(

@@ -33,8 +33,14 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
 
 
 def _formula(config: LoraConfig) -> dict[str, object]:
-    """Return what decides how weights are used, beside their names and shapes."""
-    values: dict[str, object] = {"method": config.method, "scaling": config.scaling}
+    """Return what decides how weights are used, and most of what decides their shapes."""
+    values: dict[str, object] = {
+        "method": config.method,
+        "rank": config.rank,
+        "scaling": config.scaling,
+    }
     if isinstance(config, MixLoraConfig):
-        values |= {"top_k": config.top_k, "experts' scaling": config.expert_config.scaling}
+        experts = config.expert_config
+        values |= {"num_experts": config.num_experts, "top_k": config.top_k}
+        values |= {"experts' rank": experts.rank, "experts' scaling": experts.scaling}
     return values

@@ -10,13 +10,15 @@ resumed sweep decides as an unbroken one does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from loraloom.config.run import RunConfig, Trial
 from loraloom.config.sweep import AshaConfig
 from loraloom.durable import write_output
+from loraloom.errors import ConfigError
 from loraloom.train.engine import Engine
 from loraloom.train.job import Job
 from loraloom.train.outputs import RunDirectory
@@ -52,17 +54,23 @@ class Sweep:
         self._curves: dict[str, dict[int, float]] = {trial.name: {} for trial in run.trials}
         self._total_steps = {trial.name: trial.job.train.max_steps for trial in run.trials}
         self._written: list[tuple[Any, ...]] = []
+        self._is_drawn = False
         own = [job for job in jobs if job.name in self._curves]
         self._total_steps |= {job.name: job.total_steps for job in own}
-        if self._asha is not None and own:
+        if self._asha is not None:
+            if len(own) == len(run.trials):  # else the run goes on: it was checked when it began
+                self._asha.check_reached([job.total_steps for job in own])
             _set_rungs(own, self._asha)
 
     def between_steps(self, engine: Engine) -> None:
-        """Record what was measured, stop the jobs that lost, and show the ranking."""
+        """Record what was measured, stop the jobs that lost, and show how they stand."""
         self._record(engine)
         if self._asha is not None:
             self._halve(engine, self._asha)
         self._show(self.ranking(engine))
+        if not self._is_drawn and self._curves.keys() <= engine.results.keys():
+            self._draw(self.ranking(engine))
+            self._is_drawn = True
 
     def restore(self) -> None:
         """Take in what was measured before the run was interrupted, after the state was loaded."""
@@ -72,22 +80,8 @@ class Sweep:
                 self._curves[name] = dict(read_curve(metrics, self._metric))
 
     def finish(self, engine: Engine) -> None:
-        """Write the table a last time, and the picture."""
-        from loraloom.eval.sweep_plot import plot_sweep  # matplotlib takes a second to import
-
-        self._record(engine)
-        ranking = self.ranking(engine)
-        self._show(ranking)
-        self._progress.conclude(ranking)
-        stopped = {one.name for one in ranking.standings if one.status == "stopped"}
-        parameters = {trial.name: trial.parameters for trial in self._trials}
-        curves = {
-            one.name: sorted(self._curves[one.name].items())
-            for one in ranking.ranked
-            if self._curves[one.name]
-        }
-        if curves:
-            plot_sweep(curves, parameters, stopped, self._metric, self._directory.sweep_picture)
+        """Show the ranking a last time."""
+        self._progress.conclude(self.ranking(engine))
 
     def ranking(self, engine: Engine) -> Ranking:
         """Tell how the jobs stand."""
@@ -157,15 +151,39 @@ class Sweep:
             seconds=result.seconds,
         )
 
+    def _draw(self, ranking: Ranking) -> None:
+        """Write the picture."""
+        from loraloom.eval.sweep_plot import plot_sweep  # matplotlib takes a second to import
+
+        stopped = {one.name for one in ranking.standings if one.status == "stopped"}
+        parameters = {trial.name: trial.parameters for trial in self._trials}
+        curves = {
+            one.name: sorted(self._curves[one.name].items())
+            for one in ranking.ranked
+            if self._curves[one.name]
+        }
+        picture = self._directory.sweep_picture
+        with self._noting_faults():
+            if curves:
+                plot_sweep(curves, parameters, stopped, self._metric, picture)
+
+    @contextmanager
+    def _noting_faults(self) -> Iterator[None]:
+        """Let a file that can't be written, on a full disk say, not end the training."""
+        try:
+            yield
+        except (ConfigError, OSError) as error:
+            self._progress.message(f"warning: {error}")
+
     def _show(self, ranking: Ranking) -> None:
         self._progress.rank(ranking)
         if ranking.measured != self._written:
-            write_output(self._directory.sweep_table, ranking_csv(ranking))
             self._written = ranking.measured
+            with self._noting_faults():
+                write_output(self._directory.sweep_table, ranking_csv(ranking))
 
 
 def _set_rungs(jobs: list[Job], asha: AshaConfig) -> None:
     """Have jobs evaluated at their rungs."""
-    asha.check_reached([job.total_steps for job in jobs])
     for job in jobs:
         job.milestones = frozenset(asha.rungs_of(job.total_steps))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -84,7 +86,7 @@ class WatchOptions:
     """Which directory to watch, and how.
 
     Args:
-        path: The directory; made if it isn't there.
+        path: The directory; see `prepare_watched`.
         overwrite: Replace results of earlier runs' jobs.
         exit_when_idle: End when all jobs and all files are done, in place of waiting for more.
     """
@@ -102,9 +104,6 @@ class WatchedDirectory:
         engine: That the jobs join; those that it has already are found by their state files.
         builder: Of the jobs.
         say: Tells the user.
-
-    Raises:
-        ConfigError: If the directory can't be made.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class WatchedDirectory:
         self._next_look = self._next_progress = 0.0
         self._versions: dict[Path, tuple[int, int]] = {}
         self._published: dict[Path, FileState] = {}
-        prepare_watched(self.path)
+        self._told: set[Path] = set()
         self._states = dict(map(self._take_over, _read_states(self.path)))
 
     @property
@@ -158,7 +157,9 @@ class WatchedDirectory:
         """Take in new and deleted files, and write what has changed."""
         now = time.monotonic()
         self._next_look = now + LOOK_S
-        versions = _job_files(self.path)
+        versions = self._read_directory()
+        if versions is None:
+            return
         for path in self._states.keys() - versions.keys():
             self._forget(path)
         for path, version in versions.items():
@@ -167,6 +168,16 @@ class WatchedDirectory:
         self._publish(with_progress=now >= self._next_progress)
         if now >= self._next_progress:
             self._next_progress = now + PROGRESS_S
+
+    def _read_directory(self) -> dict[Path, tuple[int, int]] | None:
+        """Return the job files; None if the directory can't be read: no file was deleted then."""
+        try:
+            versions = _job_files(self.path)
+        except OSError as error:
+            self._warn_once(self.path, f"can't be read, jobs go on: {error}")
+            return None
+        self._told.discard(self.path)
+        return versions
 
     def _wait_for_jobs(self) -> bool:
         """Wait until the engine has something to do; False: nothing is to come."""
@@ -183,11 +194,17 @@ class WatchedDirectory:
             self.look()
 
     def _take_over(self, state: FileState) -> tuple[Path, FileState]:
-        """Go on from a state file; what was to come and is not in the engine waits again."""
-        is_known = state.job in self._engine.jobs or state.job in self._engine.results
-        if state.is_open and not is_known:
-            state = FileState(state.file, "queued", queued_at=state.queued_at)
-        return self.path / state.file, state
+        """Go on from a state file; what was to come and is not in the engine waits again.
+
+        What is done by an earlier run has nothing to do with a job of this one, whatever its name.
+        """
+        path = self.path / state.file
+        if state.job in self._engine.joined:
+            return path, state
+        if state.is_open:
+            return path, FileState(state.file, "queued", queued_at=state.queued_at)
+        self._published[path] = state = replace(state, job=None)
+        return path, state
 
     def _follow(self, path: Path, *, is_stable: bool) -> None:
         """Bring a file one step further."""
@@ -265,20 +282,31 @@ class WatchedDirectory:
         try:
             write_json(_state_file(path), asdict(state) | {"updated_at": _now()})
             self._published[path] = state
+            self._told.discard(path)
         except OSError as error:
-            self._say(f"warning: {_state_file(path)} can't be written: {error}")
+            self._warn_once(path, f"has a state file that can't be written: {error}")
+
+    def _warn_once(self, path: Path, fault: str) -> None:
+        """Tell a fault, unless it was told since all was well."""
+        if path not in self._told:
+            self._say(f"warning: {path} {fault}")
+        self._told.add(path)
 
 
 def prepare_watched(path: Path) -> None:
-    """Make the directory.
+    """Make a directory to watch, if it isn't there.
 
     Raises:
-        ConfigError: If it can't be made.
+        ConfigError: If it can't be made, or not be read and written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--watch must name a directory, got {path}: {error}") from error
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--watch must name a directory that can be read and written to, got {path}"
+        )
 
 
 def _ended(result: JobResult, state: FileState) -> FileState:
@@ -296,14 +324,21 @@ def _ended(result: JobResult, state: FileState) -> FileState:
 
 
 def _job_files(directory: Path) -> dict[Path, tuple[int, int]]:
-    """The job files, with the time and size by which a change shows."""
+    """The job files, with the time and size by which a change shows.
+
+    Raises:
+        OSError: If the directory can't be read.
+    """
     files = {}
-    for path in sorted(directory.glob(f"[!.]*{SUFFIX}")):
+    for path in sorted(directory.iterdir()):  # glob is silent about what it can't read
+        if path.suffix != SUFFIX or path.name.startswith("."):
+            continue
         try:
             status = path.stat()
-        except FileNotFoundError:  # deleted just now
+        except OSError:  # deleted just now, or a link to nothing
             continue
-        files[path] = (status.st_mtime_ns, status.st_size)
+        if stat.S_ISREG(status.st_mode):
+            files[path] = (status.st_mtime_ns, status.st_size)
     return files
 
 
@@ -314,9 +349,12 @@ def _read_states(directory: Path) -> list[FileState]:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             values.pop("updated_at")
-            states.append(FileState(**values))
+            state = FileState(**values)
+            is_beside = _state_file(directory / state.file) == file
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
+        if is_beside:
+            states.append(state)
     return states
 
 

@@ -115,12 +115,12 @@ class StepOrder:
     def max_micro_batch_tokens(self) -> int:
         """Tokens of the longest micro-batch of all, padding included.
 
-        Where examples are packed, only what the longest one takes is known in advance.
+        Where examples are packed, only what the longest one has is known in advance.
         """
         examples = self.training_set.examples
-        num_examples = min(self.config.micro_batch_size, self.training_set.epoch_length)
         if self.config.packing:
-            num_examples = 1
+            return max(sum(len(row.input_ids) for row in one.rows) for one in examples)
+        num_examples = min(self.config.micro_batch_size, self.training_set.epoch_length)
         num_rows = num_examples * len(examples[0].rows)
         return num_rows * max(map(longest_row, examples))
 
