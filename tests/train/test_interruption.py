@@ -9,8 +9,8 @@ import pytest
 from loraloom.train.interruption import Interruption
 
 
-def press() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+def press(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
 
 
 def test_the_first_ctrl_c_is_a_request_and_the_second_ends_at_once():
@@ -24,11 +24,33 @@ def test_the_first_ctrl_c_is_a_request_and_the_second_ends_at_once():
             press()
 
 
-def test_ctrl_c_is_its_old_self_afterwards():
-    before = signal.getsignal(signal.SIGINT)
+def test_sigterm_asks_as_ctrl_c_does_and_ends_with_143():
+    with Interruption(lambda: None) as interruption:
+        press(signal.SIGTERM)
+        assert interruption.requested
+        with pytest.raises(SystemExit, match="143"):
+            interruption.end()
+        with pytest.raises(SystemExit, match="143"):
+            press(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            press(signal.SIGINT)
+
+
+def test_a_terminal_that_is_being_written_to_raises_nothing():
+    def tell() -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+    with Interruption(tell) as interruption:
+        press()
+        assert interruption.requested
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_their_old_selves_afterwards(number):
+    before = signal.getsignal(number)
     with Interruption(lambda: None):
         pass
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 def test_other_threads_leave_signals_alone():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 import yaml
@@ -191,6 +192,23 @@ def resumed_engine(tmp_path):
             engine._enter(builder.build(config), joined_later=True)
     engine.load_state(snapshot)
     return engine
+
+
+def test_sigterm_saves_and_says_that_jobs_wait(tmp_path, inbox):
+    path = drop(inbox, "a")
+    directory = watched(tmp_path, inbox)
+    step = directory._engine.step
+
+    def stepping():
+        step()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    directory._engine.step = stepping
+    with pytest.raises(SystemExit, match="143"):
+        directory.run()
+    assert state_of(path)["state"] == "queued"
+    (result,) = watched(tmp_path, inbox, engine=resumed_engine(tmp_path)).run()
+    assert (result.status, result.steps) == ("finished", 3)
 
 
 @pytest.mark.parametrize("after_round", [1, 2])

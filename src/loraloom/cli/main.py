@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `loraloom`; None takes the process's own.
 
     Returns:
-        The exit code: 0, 2 after a user's fault (one message on stderr), 130 after Ctrl-C.
+        The exit code: 0, 2 after a user's fault (one message on stderr), 130 after Ctrl-C,
+        143 after SIGTERM in training.
     """
     try:
         get_command(_build_app()).main(args=argv, prog_name="loraloom")

@@ -59,7 +59,7 @@ def train(
 ) -> None:
     """Train the adapters of a run file, all of them together on one base model.
 
-    Ctrl-C saves everything for --resume; a second one ends at once.
+    Ctrl-C or SIGTERM saves everything for --resume; a second one ends at once.
     """
     options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     changes = [f"{name}={value}" for name, value in options.items() if value is not None]

@@ -127,7 +127,7 @@ class Engine:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether Ctrl-C was pressed: the run ends after what is being done."""
+        """Whether Ctrl-C or SIGTERM came: the run ends after what is being done."""
         return self._interruption is not None and self._interruption.requested
 
     def run(self, between_steps: Callable[[Engine], None] | None = None) -> list[JobResult]:
@@ -142,11 +142,15 @@ class Engine:
 
         Raises:
             KeyboardInterrupt: After Ctrl-C, when everything is saved; at once after another.
+            SystemExit: After SIGTERM, likewise.
         """
         self._reporter.start(list(self.jobs.values()))
         try:
             with Interruption(self._announce_stop) as self._interruption:
                 self._loop(between_steps)
+                if self.is_interrupted:
+                    self._save_for_later()
+                    self._interruption.end()
         finally:
             self._interruption = None
             self._reporter.stop()
@@ -294,27 +298,23 @@ class Engine:
         self._save_due = False
 
     def _loop(self, between_steps: Callable[[Engine], None] | None) -> None:
-        while True:
-            if self.is_interrupted:
-                self._save_and_end()
+        while not self.is_interrupted:
             self._evaluate_due()
             self._close_complete()
             if between_steps is not None:
                 between_steps(self)
             self._save_if_due()
-            if self.is_interrupted:
-                continue
-            if not self.jobs:
+            if self.is_interrupted or not self.jobs:
                 return
             self.step()
 
-    def _save_and_end(self) -> None:
+    def _save_for_later(self) -> None:
+        """Write a snapshot at the end of an interrupted run."""
         try:
             self.save_state()
             self._reporter.message("saved; --resume goes on from here")
         except TrainingError as error:
             self._reporter.message(f"error: {error}; --resume goes on from the one before")
-        raise KeyboardInterrupt
 
     def _save_if_due(self) -> None:
         """Write a snapshot where one is due; if that fails, wait with the next try."""

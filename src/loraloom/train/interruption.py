@@ -1,38 +1,55 @@
-"""Ctrl-C: the first one asks for an orderly end, the second one ends at once."""
+"""Ctrl-C and SIGTERM: the first one asks for an orderly end, the second one ends at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """A context in which the first Ctrl-C sets a flag. Outside the main thread it does nothing.
+    """A context in which the first Ctrl-C or SIGTERM sets a flag. It does so in the main thread.
 
     Args:
-        on_request: Called at that Ctrl-C, to tell the user.
+        on_request: Called at that signal, to tell the user.
     """
 
     def __init__(self, on_request: Callable[[], None]):
         self.requested = False
         self._on_request = on_request
-        self._before: Any = None
+        self._number: int = signal.SIGINT
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            self._before = {one: signal.signal(one, self._handle) for one in _SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def end(self) -> NoReturn:
+        """End as the signal would have ended it.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C.
+            SystemExit: After SIGTERM, with the exit code 143.
+        """
+        if self._number == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
         if self.requested:
-            raise KeyboardInterrupt
+            self.end()
         self.requested = True
-        self._on_request()
+        with suppress(RuntimeError):  # the signal came in the midst of a write to the terminal
+            self._on_request()

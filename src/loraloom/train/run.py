@@ -64,6 +64,7 @@ def train(
         ConfigError: If results are in the way, there is nothing to resume, or a setting is wrong.
         ModelError, AdapterError, DataError: If the base model, an adapter or data can't be had.
         KeyboardInterrupt: After Ctrl-C, when everything is saved.
+        SystemExit: After SIGTERM, likewise.
     """
     _check(run, resume=resume, overwrite=overwrite, watch=watch)
     model, tokenizer = load_base_model(

@@ -130,7 +130,7 @@ class WatchedDirectory:
         return not any(state.is_open for state in self._states.values())
 
     def run(self, between_steps: Callable[[Engine], None] | None = None) -> list[JobResult]:
-        """Train what is there and what comes, until Ctrl-C.
+        """Train what is there and what comes, until Ctrl-C or SIGTERM.
 
         Args:
             between_steps: As in `Engine.run`.
@@ -149,7 +149,7 @@ class WatchedDirectory:
                 results = self._engine.run(look_and_call)
                 if not self._wait_for_jobs():
                     return results
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             self._pause()
             raise
 
