@@ -8,8 +8,17 @@ from loraloom.errors import ConfigError
 from loraloom.train import memory
 from loraloom.train.memory import check_memory, predict_memory, step_rows
 from loraloom.train.run import train
+from tests.train.running import trained_weights
 from tests.train.saved import run_settings, save_inputs, write_run_file
-from tests.train.toy import ADAPTERS, add_job, no_evaluator, toy_config, toy_host, toy_set
+from tests.train.toy import (
+    ADAPTERS,
+    add_job,
+    no_evaluator,
+    toy_config,
+    toy_engine,
+    toy_host,
+    toy_set,
+)
 
 
 def predict(*configs, max_tokens_per_step=None, sets=None):
@@ -119,3 +128,20 @@ def test_a_limit_that_is_no_size_is_refused(tmp_path, given):
     path = write_run_file(tmp_path / "run.yaml", {**settings, "memory_limit": given})
     with pytest.raises(ConfigError, match="memory_limit must be a number of bytes, or a text like"):
         load_run_config(path)
+
+
+def test_a_job_that_joins_must_fit_as_well(tmp_path):
+    alone, config = toy_engine(tmp_path / "alone", [toy_config("a")]), toy_config("b")
+    limit = predict_memory(alone.host, list(alone.jobs.values())).total
+    engine = toy_engine(tmp_path / "out", [toy_config("a")], memory_limit=limit)
+    engine.step()
+    with pytest.raises(ConfigError, match=r"job b: a step must fit into .* \(memory_limit\)"):
+        engine.add(add_job(engine.host, config))
+    assert list(engine.host.adapters) == ["a"]
+    assert not (tmp_path / "out/b").exists()
+    alone.step()
+    expected = trained_weights(alone)["a"]
+    assert all(
+        torch.equal(weights, expected[name])
+        for name, weights in trained_weights(engine)["a"].items()
+    )

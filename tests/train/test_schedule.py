@@ -109,6 +109,15 @@ def test_a_job_that_fits_no_step_can_not_join(tmp_path):
     assert list(engine.host.adapters) == ["a"]
 
 
+def test_a_job_that_can_not_join_leaves_earlier_results_alone(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("a")], max_tokens_per_step=36)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big/result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="job big: max_tokens_per_step"):
+        engine.add(add_job(engine.host, toy_config("big", batch_size=8)), overwrite=True)
+    assert (tmp_path / "big/result.json").exists()
+
+
 def test_jobs_that_the_snapshot_does_not_know_do_not_get_ahead():
     host, schedule = toy_host(), Schedule(1000)
     for name in "ab":

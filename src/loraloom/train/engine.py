@@ -17,6 +17,7 @@ from loraloom.train.evaluation import Evaluation
 from loraloom.train.fitting import StepRunner
 from loraloom.train.interruption import Interruption
 from loraloom.train.job import Job
+from loraloom.train.memory import check_memory, predict_memory
 from loraloom.train.micro_batch import MicroBatch, StepReport
 from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import Progress
@@ -65,6 +66,7 @@ class Engine:
         evaluation: What jobs are measured on.
         surroundings: Where results and messages go.
         max_tokens_per_step: Most tokens of a fused forward, padding included; None for no bound.
+        memory_limit: Most bytes that a step may be predicted to take with a job that joins.
         keep_snapshots: How many are left when a new one is written.
 
     Raises:
@@ -79,12 +81,14 @@ class Engine:
         surroundings: Surroundings,
         *,
         max_tokens_per_step: int | None = None,
+        memory_limit: int | None = None,
         keep_snapshots: int = 2,
     ):
         self.host = host
         self.round = 0
         self._roster = Roster()
         self._schedule = Schedule(max_tokens_per_step)
+        self._memory_limit = memory_limit
         self._keep_snapshots = keep_snapshots
         self._interruption: Interruption | None = None
         self._evaluation = evaluation
@@ -98,6 +102,7 @@ class Engine:
         self._save_due = False
         self._no_save_before = 0.0
         for job in jobs:
+            self._schedule.check_fits(job)
             self._enter(job, joined_later=False)
 
     @property
@@ -165,10 +170,12 @@ class Engine:
 
         Raises:
             ConfigError: If its name is taken, results are in the way, or it does not fit into a
-                step. The job is off the host then.
+                step or into memory. The job is off the host then.
         """
         try:
             self._roster.check_new(job.name)
+            self._schedule.check_fits(job)
+            self._check_memory(job)
             self._directory.prepare_job(job.name, overwrite=overwrite)
             self._enter(job, joined_later=True)
         except (ConfigError, OSError):
@@ -410,6 +417,16 @@ class Engine:
     def _enter(self, job: Job, *, joined_later: bool) -> None:
         self._schedule.enter(job)
         self._roster.enter(job, joined_later=joined_later)
+
+    def _check_memory(self, job: Job) -> None:
+        if self._memory_limit is None:  # what is free can't be told from what a step has left over
+            return
+        jobs, bound = [*self.jobs.values(), job], self._schedule.max_tokens_per_step
+        prediction = predict_memory(self.host, jobs, bound)
+        try:
+            check_memory(prediction, self._memory_limit, self.host.device)
+        except ConfigError as error:
+            raise ConfigError(f"job {job.name}: {error}") from None
 
     def _leave(self, job: Job, result: JobResult, state: dict[str, Any] | None) -> None:
         job.release()

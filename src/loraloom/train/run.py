@@ -122,6 +122,7 @@ def train_on_host(
         evaluation,
         surroundings,
         max_tokens_per_step=run.max_tokens_per_step,
+        memory_limit=run.memory_limit,
         keep_snapshots=run.keep_snapshots,
     )
     if jobs:

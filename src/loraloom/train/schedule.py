@@ -32,13 +32,22 @@ class Schedule:
         self.passes: dict[str, float] = {}
         self._priorities: dict[str, float] = {}
 
-    def enter(self, job: Job) -> None:
-        """Take a job in, level with the one that is furthest behind.
+    def check_fits(self, job: Job) -> None:
+        """Check that a job can take part in a step.
 
         Raises:
-            ConfigError: If the job's longest micro-batch is more than a step may have.
+            ConfigError: If its longest micro-batch is more than a step may have.
         """
-        self._check_fits(job)
+        limit, needed = self.max_tokens_per_step, job.order.max_micro_batch_tokens
+        if limit is not None and needed > limit:
+            raise ConfigError(
+                f"job {job.name}: max_tokens_per_step must hold the job's longest micro-batch, "
+                f"which has {needed} tokens with padding, got {limit}; raise it, or lower "
+                "train.micro_batch_size or train.max_length"
+            )
+
+    def enter(self, job: Job) -> None:
+        """Take a job in, level with the one that is furthest behind."""
         self.passes[job.name] = min(self.passes.values(), default=0.0)
         self._priorities[job.name] = job.config.priority
 
@@ -77,15 +86,6 @@ class Schedule:
         for part, tokens in zip(micro_batches, computed_tokens(micro_batches), strict=True):
             name = part.adapter.name
             self.passes[name] += tokens / self._priorities[name]
-
-    def _check_fits(self, job: Job) -> None:
-        limit, needed = self.max_tokens_per_step, job.order.max_micro_batch_tokens
-        if limit is not None and needed > limit:
-            raise ConfigError(
-                f"job {job.name}: max_tokens_per_step must hold the job's longest micro-batch, "
-                f"which has {needed} tokens with padding, got {limit}; raise it, or lower "
-                "train.micro_batch_size or train.max_length"
-            )
 
 
 def computed_tokens(micro_batches: Sequence[MicroBatch]) -> list[int]:
