@@ -145,3 +145,14 @@ def test_a_job_that_joins_must_fit_as_well(tmp_path):
         torch.equal(weights, expected[name])
         for name, weights in trained_weights(engine)["a"].items()
     )
+
+
+def test_a_job_that_can_not_be_looked_at_is_off_the_host(tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room to look")
+
+    engine = toy_engine(tmp_path, [toy_config("a")], memory_limit=10**12)
+    monkeypatch.setattr("loraloom.train.engine.predict_memory", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.add(add_job(engine.host, toy_config("b")))
+    assert list(engine.host.adapters) == ["a"]

@@ -47,7 +47,11 @@ class Shown(NoProgress):
 
     def __init__(self):
         self.rankings = []
+        self.messages = []
         self.concluded = []
+
+    def message(self, text):
+        self.messages.append(text)
 
     def rank(self, ranking):
         self.rankings.append(ranking)
@@ -253,3 +257,24 @@ def test_a_table_that_can_not_be_written_stops_nothing(inputs, tmp_path, monkeyp
     monkeypatch.setattr("loraloom.train.sweep.write_output", full)
     results = train(sweep_run(inputs, tmp_path), score)
     assert all(result.error is None for result in results)
+
+
+UNLIKE = [
+    ({"seed": [0, 1]}, "they hold out other rows"),
+    ({"train.objective.beta": [0.1, 0.5]}, "their objectives differ"),
+    ({"train.learning_rate": [1e-3, 1e-2]}, None),
+]
+
+
+@pytest.mark.parametrize(("parameters", "warning"), UNLIKE, ids=["seed", "objective", "rate"])
+def test_a_run_warns_of_jobs_that_are_not_measured_alike(inputs, tmp_path, parameters, warning):
+    run = sweep_run(inputs, tmp_path).model_dump(mode="json")
+    job = run["sweep"]["job"]
+    job["data"] |= {"dataset": str(inputs / "pairs.jsonl"), "format": "preference"}
+    job["train"] |= {"objective": {"name": "dpo"}, "max_steps": 1}
+    run["sweep"] |= {"parameters": parameters, "early_stopping": None}
+    shown = Shown()
+    train(RunConfig.model_validate(run), score, progress=shown)
+    told = [text for text in shown.messages if text.startswith("warning")]
+    assert len(told) == (warning is not None)
+    assert warning is None or warning in told[0]

@@ -178,7 +178,7 @@ class Engine:
             self._check_memory(job)
             self._directory.prepare_job(job.name, overwrite=overwrite)
             self._enter(job, joined_later=True)
-        except (ConfigError, OSError):
+        except Exception:
             self._take_off(job)
             raise
         self._save_due = True

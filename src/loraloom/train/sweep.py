@@ -25,6 +25,7 @@ from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import Progress
 from loraloom.train.ranking import Ranking, Standing, ranking_csv, survivors
 from loraloom.train.results import JobResult
+from loraloom.train.selection import metric_mode
 from loraloom.train.tracking import read_curve
 
 
@@ -57,6 +58,8 @@ class Sweep:
         self._is_drawn = False
         own = [job for job in jobs if job.name in self._curves]
         self._total_steps |= {job.name: job.total_steps for job in own}
+        for difference in _differences(own, self._metric):
+            progress.message(f"warning: sweep: {self._metric} compares jobs roughly: {difference}")
         if self._asha is not None:
             if len(own) == len(run.trials):  # else the run goes on: it was checked when it began
                 self._asha.check_reached([job.total_steps for job in own])
@@ -187,3 +190,23 @@ def _set_rungs(jobs: list[Job], asha: AshaConfig) -> None:
     """Have jobs evaluated at their rungs."""
     for job in jobs:
         job.milestones = frozenset(asha.rungs_of(job.total_steps))
+
+
+def _differences(jobs: list[Job], metric: str) -> list[str]:
+    """Say why a metric of held-out rows does not measure jobs alike, if it doesn't."""
+    if metric in {one.metric for job in jobs for one in job.config.eval}:
+        return []
+    found = []
+    training_sets = {id(job.training_set): job.training_set for job in jobs}
+    held_out = {
+        tuple(row.input_ids for example in one.validation for row in example.rows)
+        for one in training_sets.values()
+    }
+    if len(held_out) > 1:
+        found.append(
+            "they hold out other rows, as seed, data or max_length differ; give data.validation"
+        )
+    objectives = {job.config.train.objective.model_dump_json() for job in jobs}
+    if metric_mode(metric) == "min" and len(objectives) > 1:
+        found.append("their objectives differ; take metric: eval/rewards/accuracies")
+    return found
