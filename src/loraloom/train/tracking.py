@@ -149,7 +149,7 @@ class Trackio(Tracker):
     """
 
     def __init__(self, run: TrackedRun):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         # init ends the run that its context knows, so each job has a context of its own
         self._context = contextvars.Context()
@@ -186,7 +186,7 @@ class Wandb(Tracker):
 
     def __init__(self, run: TrackedRun, directory: Path):
         _mute_wandb_reports()
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
