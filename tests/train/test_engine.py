@@ -269,7 +269,7 @@ def test_save_steps_saves_all_jobs_in_the_same_round(tmp_path):
     engine = toy_engine(tmp_path, configs)
     engine.step()
     engine.step()
-    assert engine._save_due
+    assert engine._saver.is_due
     engine.save_state()
     snapshot, _ = SnapshotStore(tmp_path / ".checkpoints").newest()
     assert snapshot.round == 2

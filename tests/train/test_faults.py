@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import loraloom.train.closing as closing
-import loraloom.train.engine as engine_module
 import loraloom.train.fitting as fitting
+import loraloom.train.saving as saving
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.train.checkpoint import SnapshotStore
 from loraloom.train.engine import Engine
-from loraloom.train.results import read_result
+from loraloom.train.results import JobResult, read_result
 from loraloom.train.tracking import MetricsFile
 from tests.tiny import relative_error
 from tests.train.running import read_metrics, resumed
@@ -176,9 +176,9 @@ def test_a_result_that_can_not_be_written_at_all_is_known_when_the_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(closing, "write_adapter", failing(closing.write_adapter, is_hit, NO_SPACE))
         patch.setattr(
-            engine_module.JobResult,
+            JobResult,
             "write",
-            failing(engine_module.JobResult.write, lambda _, path: path.name == "hit", NO_SPACE),
+            failing(JobResult.write, lambda _, path: path.name == "hit", NO_SPACE),
         )
         run_and_check_neighbour(engine, unhurt, "after step 3: OSError: [Errno 28]")
     assert not (tmp_path / "run/hit/result.json").exists()
@@ -203,7 +203,7 @@ def test_metrics_that_can_not_be_written_stop_nothing(
 def test_a_snapshot_that_can_not_be_written_is_tried_again_and_the_one_before_stays(
     engine, unhurt, tmp_path, monkeypatch, spoken
 ):
-    monkeypatch.setattr(engine_module, "SNAPSHOT_RETRY_S", 0.0)
+    monkeypatch.setattr(saving, "SNAPSHOT_RETRY_S", 0.0)
     store = tmp_path / "run/.checkpoints"
     well, seen = engine.jobs["well"], []
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
 from loraloom.train.checkpoint import Snapshot
-from loraloom.train.closing import write_job
+from loraloom.train.closing import Closing, describe_fault
 from loraloom.train.evaluation import Evaluation
 from loraloom.train.fitting import StepRunner
 from loraloom.train.interruption import Interruption
@@ -23,11 +22,10 @@ from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import Progress
 from loraloom.train.reference import drop_reference
 from loraloom.train.reporting import Reporter
-from loraloom.train.results import JobResult, job_result
+from loraloom.train.results import JobResult
 from loraloom.train.roster import Roster
+from loraloom.train.saving import Saver
 from loraloom.train.schedule import Schedule
-
-SNAPSHOT_RETRY_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -93,14 +91,13 @@ class Engine:
         self._interruption: Interruption | None = None
         self._evaluation = evaluation
         self._directory = surroundings.directory
-        self._environment = dict(surroundings.environment or {})
+        self._closing = Closing(host, surroundings.directory, surroundings.environment or {})
         self._reporter = Reporter(
             surroundings.directory, surroundings.progress, surroundings.trackers
         )
         self._runner = StepRunner(host, evaluation.pad_id)
         self._started_at = time.monotonic()
-        self._save_due = False
-        self._no_save_before = 0.0
+        self._saver = Saver(self.save_state, self._reporter.message)
         for job in jobs:
             self._schedule.check_fits(job)
             self._enter(job, joined_later=False)
@@ -154,7 +151,7 @@ class Engine:
             with Interruption(self._announce_stop) as self._interruption:
                 self._loop(between_steps)
                 if self.is_interrupted:
-                    self._save_for_later()
+                    self._saver.save_for_later()
                     self._interruption.end()
         finally:
             self._interruption = None
@@ -181,7 +178,7 @@ class Engine:
         except Exception:
             self._take_off(job)
             raise
-        self._save_due = True
+        self._saver.is_due = True
         try:
             self._reporter.add(job)
         except Exception as error:  # of a tracker, say
@@ -239,15 +236,14 @@ class Engine:
     def evaluate(self, jobs: Sequence[Job]) -> None:
         """Measure jobs between two of their steps, and keep their weights if they are the best."""
         sound = [job for job in jobs if self._has_sound_weights(job)]
-        for name, metrics in self._measure(sound).items():
-            job = self.jobs[name]
+        for job, outcome in zip(sound, self._evaluation.measure_apart(sound), strict=True):
             try:
-                self._take_evaluation(job, metrics)
+                metrics = self._take_evaluation(job, outcome)
             except Exception as error:
                 self._fail(job, error)
                 continue
             self._reporter.evaluation(job, metrics, self.seconds)
-        self._save_due = True
+        self._saver.is_due = True
 
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
@@ -263,17 +259,9 @@ class Engine:
             error: Why it failed.
             stop_reason: Why it was stopped.
         """
-        result, state = self._result(job, error, stop_reason), None
-        try:
-            write_job(self.host, job, self._directory, result)
-        except Exception as fault:
-            reason = f"its files can't be written: {_describe(fault)}"
-            result = self._result(job, f"{error or f'job {job.name}'}: {reason}", stop_reason)
+        result, state = self._closing.close(job, self.seconds, error, stop_reason)
+        if result.error != error:
             self._reporter.message(f"error: {result.error}")
-            with suppress(OSError):
-                result.write(self._directory.job(job.name))
-            if error is None and stop_reason is None:
-                state = job.state_dict()
         self._leave(job, result, state)
         return result
 
@@ -288,7 +276,7 @@ class Engine:
         keep = self._keep_snapshots if states else 1
         store = self._directory.snapshots
         store.write(self.round, self.seconds, self.base, records, states, keep)
-        self._save_due = False
+        self._saver.is_due = False
 
     def load_state(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot; jobs that it doesn't know begin.
@@ -302,7 +290,7 @@ class Engine:
         self._schedule.restore({name: one.scheduler_pass for name, one in running.items()})
         for name in self.jobs:
             self._reporter.forget_after(name, self._roster.metrics_bytes(name))
-        self._save_due = False
+        self._saver.is_due = False
 
     def _loop(self, between_steps: Callable[[Engine], None] | None) -> None:
         while not self.is_interrupted:
@@ -310,31 +298,10 @@ class Engine:
             self._close_complete()
             if between_steps is not None:
                 between_steps(self)
-            self._save_if_due()
+            self._saver.save_if_due(may_wait=bool(self.jobs))
             if self.is_interrupted or not self.jobs:
                 return
             self.step()
-
-    def _save_for_later(self) -> None:
-        """Write a snapshot at the end of an interrupted run."""
-        try:
-            self.save_state()
-            self._reporter.message("saved; --resume goes on from here")
-        except TrainingError as error:
-            self._reporter.message(f"error: {error}; --resume goes on from the one before")
-
-    def _save_if_due(self) -> None:
-        """Write a snapshot where one is due; if that fails, wait with the next try."""
-        if not self._save_due or (self.jobs and time.monotonic() < self._no_save_before):
-            return
-        try:
-            self.save_state()
-        except TrainingError as error:
-            self._no_save_before = time.monotonic() + SNAPSHOT_RETRY_S
-            self._reporter.message(
-                f"warning: {error}; the one before is kept, the next try is in "
-                f"{SNAPSHOT_RETRY_S:.0f} s"
-            )
 
     def _micro_batches(self) -> list[MicroBatch]:
         """Return each job's next micro-batch; a job that has none to give ends."""
@@ -346,30 +313,18 @@ class Engine:
                 self._fail(job, error)
         return parts
 
-    def _measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
-        """Measure jobs together; if that fails, each alone, to find whose fault it is."""
-        if not jobs:
-            return {}
-        try:
-            return self._evaluation.measure(jobs)
-        except Exception as error:
-            if len(jobs) == 1:
-                self._fail(jobs[0], error)
-                return {}
-        measured: dict[str, dict[str, float]] = {}
-        for job in jobs:
-            measured |= self._measure([job])
-        return measured
-
-    def _take_evaluation(self, job: Job, metrics: dict[str, float]) -> None:
+    def _take_evaluation(self, job: Job, outcome: dict[str, float] | Exception) -> dict[str, float]:
         """Give a job what was measured; its weights are written if they are the best."""
+        if isinstance(outcome, Exception):
+            raise outcome
         before = replace(job.selection)
-        if job.take_evaluation(metrics):
+        if job.take_evaluation(outcome):
             try:
                 self.host.save(job.name, self._directory.best(job.name), overwrite=True)
             except Exception:
                 job.selection = before
                 raise
+        return outcome
 
     def _evaluate_due(self) -> None:
         due = [job for job in self.jobs.values() if _is_evaluation_due(job)]
@@ -396,23 +351,12 @@ class Engine:
         """End a job for a fault of its own, with its last good weights."""
         reason = str(error)
         if not isinstance(error, TrainingError):
-            reason = f"job {job.name}, after step {job.position.step}: {_describe(error)}"
+            reason = f"job {job.name}, after step {job.position.step}: {describe_fault(error)}"
         if not isinstance(error, LoraloomError | OSError):
             _log.error("job %s failed", job.name, exc_info=error)
         self._reporter.message(f"error: {reason}")
         job.restore_proven_weights()
         self.close(job, error=reason)
-
-    def _result(self, job: Job, error: str | None, stop_reason: str | None) -> JobResult:
-        return job_result(
-            job,
-            self.host.base,
-            self._directory.job(job.name),
-            error=error,
-            stop_reason=stop_reason,
-            seconds=self.seconds,
-            environment=self._environment,
-        )
 
     def _enter(self, job: Job, *, joined_later: bool) -> None:
         self._schedule.enter(job)
@@ -434,7 +378,7 @@ class Engine:
         self._schedule.leave(job.name)
         self._take_off(job)
         self._reporter.end(job.name)
-        self._save_due = True
+        self._saver.is_due = True
 
     def _take_off(self, job: Job) -> None:
         """Free a job's adapter, and its reference's if no other job is held at it."""
@@ -446,7 +390,7 @@ class Engine:
         self._reporter.step(job, report, self.seconds)
         save_steps = job.config.train.save_steps
         if save_steps is not None and report.step % save_steps == 0:
-            self._save_due = True
+            self._saver.is_due = True
 
     def _announce_stop(self) -> None:
         self._reporter.message("saving everything after this step; Ctrl-C again stops at once")
@@ -459,10 +403,6 @@ def describe_base(host: Host) -> dict[str, Any]:
         "fingerprint": host.base.fingerprint,
         "dtype": str(host.dtype).removeprefix("torch."),
     }
-
-
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, LoraloomError) else f"{type(error).__name__}: {error}"
 
 
 def _is_evaluation_due(job: Job) -> bool:

@@ -75,6 +75,20 @@ class Evaluation:
                 metrics[name][evaluation.metric] = accuracies[name]
         return metrics
 
+    def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
+        """Measure jobs together; if that fails, each alone, to find whose fault it is.
+
+        Returns:
+            What was measured of each, or what its evaluation raised.
+        """
+        try:
+            measured = self.measure(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                return [error]
+            return [outcome for job in jobs for outcome in self.measure_apart([job])]
+        return [measured[job.name] for job in jobs]
+
     def _held_out(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
         """Compute each job's objective on its held-out examples, as one step of it would."""
         rows = {
