@@ -142,16 +142,15 @@ def _start(run_file: Path) -> BaseProcess:
 def _kill_often(
     directory: Path, kills: int, unbroken_s: float, moments: random.Random
 ) -> list[int | None]:
-    """Kill so many processes, each a random time after it began to train."""
+    """Kill so many processes, each a random time after it began to train; fewer if one ends."""
     rounds: list[int | None] = []
     while len(rounds) < kills:
         process = _start(directory / "killed.yaml")
         process.join(moments.uniform(0.0, 1.5 * unbroken_s / kills))
         if process.exitcode is not None:
-            raise SystemExit(
-                f"the run ended (code {process.exitcode}) after {len(rounds)} kills; "
-                "give more --steps"
-            )
+            _join(process)
+            print(f"the run ended after {len(rounds)} kills; give more --steps", flush=True)
+            return rounds
         process.kill()
         process.join()
         rounds.append(_newest_round(directory / "killed"))
