@@ -1,6 +1,6 @@
 """Make the seed table at a small scale: search learning rates, train three seeds, score them.
 
-    python recipes/small/run.py [--data DIR] [--output DIR] [--base-model NAME] [--full]
+    python recipes/small/run.py [--data DIR] [--output DIR] [--limit 400] [--full]
 
 Each part is one `loraloom` command, printed before it runs. What is done is not done again, what
 was interrupted goes on: run it again after Ctrl-C or a crash.
@@ -38,13 +38,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/small"))
     parser.add_argument("--base-model", default="smollm2-135m")
+    parser.add_argument("--limit", type=int, default=400, help="questions of each task")
     parser.add_argument("--full", action="store_true", help="score seed 0 on all questions too")
     args = parser.parse_args()
     learning_rates = search(args)
     print("learning rates:", learning_rates, flush=True)
     for seed in SEEDS:
         train(args, args.output / f"seed{seed}", seed, learning_rates)
-    evaluate(args, SEEDS, args.output / "first400", "--limit", "400")
+    evaluate(args, SEEDS, args.output / f"first{args.limit}", "--limit", str(args.limit))
     if args.full:
         evaluate(args, SEEDS[:1], args.output / "full")
     directories = [args.output / f"seed{seed}" for seed in SEEDS]
