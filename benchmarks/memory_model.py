@@ -20,7 +20,7 @@ import torch
 
 from loraloom.bench.step import StepSetting, adapter_config
 from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
-from loraloom.config.run import JobConfig
+from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host

@@ -2,7 +2,8 @@ import pytest
 from pydantic import ValidationError
 
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
-from loraloom.config.run import JobConfig, RunConfig
+from loraloom.config.job import JobConfig
+from loraloom.config.run import RunConfig
 
 PAIRS = {"dataset": "pairs.jsonl", "format": "preference"}
 DPO = {"num_epochs": 1, "objective": {"name": "dpo"}}

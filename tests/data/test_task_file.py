@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.config.run import JobConfig
+from loraloom.config.job import JobConfig
 from loraloom.data import find_task, load_questions, load_training_set
 from loraloom.data.questions import load_question_set, questions_digest, sha256
 from loraloom.errors import ConfigError, DataError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraloom.config.run import JobConfig
+from loraloom.config.job import JobConfig
 from loraloom.data.training_set import TrainingSet
 from loraloom.train.checkpoint import SnapshotStore
 from loraloom.train.engine import Engine

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from loraloom.config.run import JobConfig
+from loraloom.config.job import JobConfig
 from loraloom.errors import LoraloomError
 from loraloom.train.builder import JobBuilder
 from loraloom.train.evaluation import Evaluation

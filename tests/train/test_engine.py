@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraloom.config.run import JobConfig
+from loraloom.config.job import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import collapse as routing_collapse

@@ -12,6 +12,7 @@ from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.train.checkpoint import SnapshotStore
 from loraloom.train.engine import Engine
+from loraloom.train.evaluation import Evaluation
 from loraloom.train.results import JobResult, read_result
 from loraloom.train.tracking import MetricsFile
 from tests.tiny import relative_error
@@ -126,6 +127,22 @@ def test_a_fault_that_the_base_model_has_too_ends_the_run(engine, tmp_path, monk
         engine.run(between_steps=lose)
     snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
     assert {record.status for record in snapshot.jobs.values()} == {"running"}
+
+
+def test_a_fault_of_an_evaluation_that_the_base_model_has_too_ends_the_run(
+    engine, tmp_path, monkeypatch
+):
+    fault = RuntimeError("the device is gone")
+    measure = Evaluation.measure
+
+    def lose(evaluation, jobs):
+        monkeypatch.setattr(Host, "hidden", failing(None, lambda *_: True, fault))
+        return measure(evaluation, jobs)
+
+    monkeypatch.setattr(Evaluation, "measure", lose)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        engine.run()
+    assert not list((tmp_path / "run").glob("*/result.json"))
 
 
 def test_an_optimizer_that_raises_stops_that_job_only(engine, unhurt):

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import loraloom
-from loraloom.config.run import JobConfig, RunConfig
+from loraloom.config.job import JobConfig
+from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.loading import load_base_model
 from loraloom.train.engine import Engine

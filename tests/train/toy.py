@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import loraloom
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
-from loraloom.config.run import JobConfig
+from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host

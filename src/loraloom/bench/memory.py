@@ -10,7 +10,8 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 
-from loraloom.bench.step import StepSetting, make_job_steps, make_step
+from loraloom.adapters.adapter import Adapter
+from loraloom.bench.step import StepSetting, make_step
 from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
 
 _STEPS = 3
@@ -60,16 +61,20 @@ class JobsMemory:
         )
 
 
-def jobs_memory(case: str, setting: StepSetting) -> JobsMemory:
-    """Measure the peaks of one job and of `num_jobs`, a process each."""
-    one = replace(setting, num_jobs=1)
-    (adapter,) = make_job_steps(case, one).adapters
-    state_bytes = 4 * sum(p.numel() * p.element_size() for p in adapter.parameters())
+def jobs_memory(case: str, setting: StepSetting, adapter: Adapter) -> JobsMemory:
+    """Measure the peaks of one job and of `num_jobs`, a process each.
+
+    Args:
+        case: Its name.
+        setting: With the number of jobs.
+        adapter: One of them, whose weights are counted.
+    """
+    weight_bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
     return JobsMemory(
         setting.num_jobs,
-        step_peak_rss_bytes(case, one),
+        step_peak_rss_bytes(case, replace(setting, num_jobs=1)),
         step_peak_rss_bytes(case, setting),
-        state_bytes,
+        state_bytes=4 * weight_bytes,  # weights, gradients, two of AdamW's
     )
 
 

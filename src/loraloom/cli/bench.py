@@ -167,8 +167,8 @@ def jobs(
     from loraloom.bench.timing import alternate
 
     setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k, num_jobs)
-    peaks = jobs_memory(name, setting) if memory else None
     steps = make_job_steps(name, setting)
+    peaks = jobs_memory(name, setting, steps.adapters[0]) if memory else None
     timings = alternate({"by turns": steps.by_turns, "fused": steps.fused}, rounds, warmup=1)
     tokens = num_jobs * num_rows * length
     figures = [

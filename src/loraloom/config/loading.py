@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from loraloom.config.faults import describe_faults
+from loraloom.config.job import JobConfig
 from loraloom.config.overrides import apply_override
-from loraloom.config.run import JobConfig, RunConfig
+from loraloom.config.run import RunConfig
 from loraloom.config.task import TaskConfig
 from loraloom.config.yaml_text import parse_yaml
 from loraloom.errors import ConfigError

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import DataConfig
-from loraloom.config.run import JobConfig
+from loraloom.config.job import JobConfig
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import DataError, LoraloomError
 from loraloom.models.host import Host

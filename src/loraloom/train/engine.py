@@ -234,9 +234,17 @@ class Engine:
                 self._report_step(job, report)
 
     def evaluate(self, jobs: Sequence[Job]) -> None:
-        """Measure jobs between two of their steps, and keep their weights if they are the best."""
+        """Measure jobs between two of their steps, and keep their weights if they are the best.
+
+        Raises:
+            Exception: If all evaluations raise, and so does the base model alone.
+        """
         sound = [job for job in jobs if self._has_sound_weights(job)]
-        for job, outcome in zip(sound, self._evaluation.measure_apart(sound), strict=True):
+        outcomes = self._evaluation.measure_apart(sound)
+        faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        if faults and len(faults) == len(outcomes):
+            self._runner.raise_if_general(faults[0])
+        for job, outcome in zip(sound, outcomes, strict=True):
             try:
                 metrics = self._take_evaluation(job, outcome)
             except Exception as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.run import EvaluationConfig, JobConfig
+from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.data.examples import ChoiceQuestion, Example
 from loraloom.data.questions import load_questions
 from loraloom.models.host import Host

@@ -81,10 +81,10 @@ class StepRunner:
             else:
                 outcomes[group[0][0]] = _does_not_fit(group[0][1])
         if faults and len(faults) == len(micro_batches):
-            self._raise_if_general(faults[0])
+            self.raise_if_general(faults[0])
         return outcomes
 
-    def _raise_if_general(self, fault: Exception) -> None:
+    def raise_if_general(self, fault: Exception) -> None:
         """Raise a fault again if the base model has it too: a device that is gone, say."""
         one_token = torch.full((1, 1), self._pad_id, device=self._host.device)
         try:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.adapter import MixLoraConfig
+from loraloom.config.job import JobConfig
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC
-from loraloom.config.run import JobConfig
 from loraloom.data.training_set import TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key

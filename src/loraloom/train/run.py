@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 import loraloom
+from loraloom.config.job import JobConfig
 from loraloom.config.objective import BASE_REFERENCE, DpoConfig
-from loraloom.config.run import JobConfig, RunConfig
+from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model

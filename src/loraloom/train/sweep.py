@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from loraloom.config.run import RunConfig, Trial
+from loraloom.config.run import RunConfig
 from loraloom.config.sweep import AshaConfig
+from loraloom.config.trials import Trial
 from loraloom.durable import write_output
 from loraloom.errors import ConfigError
 from loraloom.train.engine import Engine
