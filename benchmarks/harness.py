@@ -24,7 +24,7 @@ from lm_eval.models.huggingface import HFLM
 import loraloom
 from loraloom.durable import write_json
 from loraloom.eval.harness import HostLM, load_tasks
-from loraloom.eval.results import versions
+from loraloom.eval.provenance import versions
 from loraloom.models.loading import load_base_model
 
 TOLERANCE = 1e-4
