@@ -5,7 +5,7 @@
 Each part is one `loraloom` command, printed before it runs. What is done is not done again, what
 was interrupted goes on: run it again after Ctrl-C or a crash.
 
-1. Learning rates: each method takes 19 steps (about 300 rows) with each of four, seed 100. The
+1. Learning rates: each method takes 19 steps (about 300 rows) with each of five, seed 100. The
    lowest loss on examples held out from the training data chooses; no question is looked at.
 2. Three seeds of all four methods, trained together in one process.
 3. The first 400 questions of each task for all twelve adapters and the base model, with paired
@@ -24,7 +24,7 @@ from pathlib import Path
 
 RECIPE = Path(__file__).with_name("seed_table.yaml")
 METHODS = ("lora", "dora", "mixlora", "mixdora")
-LEARNING_RATES = ("2e-4", "5e-4", "1e-3", "2e-3")
+LEARNING_RATES = ("2e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 SEARCH_SEED, SEARCH_STEPS = 100, 19
 SEEDS = (0, 1, 2)
 TASKS = "arc_easy,arc_challenge,boolq,openbookqa,piqa"
