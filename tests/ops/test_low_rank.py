@@ -12,6 +12,7 @@ from loraloom.ops.low_rank import (
     decompose,
     dora_norms,
     down_project,
+    rows_of_experts,
     slot_masks,
 )
 
@@ -104,6 +105,13 @@ def test_decompose_scales_all_but_the_bias(with_bias):
 def test_decompose_gradcheck():
     bias = torch.randn(5, dtype=torch.float64)
     assert gradcheck(lambda *a: decompose(*a, bias), (leaf(4, 5), leaf(4, 5), leaf(1, 5)))
+
+
+def test_rows_of_experts_are_those_of_an_index():
+    rows = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    experts = torch.tensor([[0, 2, -1], [1, 0, -1]])
+    assert rows_of_experts(rows, experts).equal(rows[experts])
+    assert torch.autograd.gradcheck(lambda table: rows_of_experts(table, experts), (rows,))
 
 
 @pytest.mark.parametrize("num_experts", [1, 3])

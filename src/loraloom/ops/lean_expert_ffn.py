@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
 from loraloom.ops.grouped_products import grouped_down, grouped_up
-from loraloom.ops.low_rank import UpProjection, decompose, down_project
+from loraloom.ops.low_rank import UpProjection, decompose, down_project, rows_of_experts
 from loraloom.ops.slot_pieces import Piece, Slots
 
 
@@ -103,7 +103,7 @@ def _finish(
             if down.row_scale is None:
                 outputs = [rows + update for rows, update in zip(outputs, updates, strict=True)]
             else:
-                scales = _with_unit_row(down.row_scale)[slots.experts]
+                scales = rows_of_experts(_with_unit_row(down.row_scale), slots.experts)
                 outputs = [
                     decompose(*rows_of_slot, weights.down_bias)
                     for rows_of_slot in zip(outputs, updates, scales, strict=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from loraloom.ops.dropout import apply_keep_mask
 
@@ -159,6 +160,16 @@ def decompose(
     if bias is None:
         return row_scale * (output + update)
     return row_scale * (output - bias + update) + bias
+
+
+def rows_of_experts(
+    rows: Float[Tensor, "N O"], experts: Int[Tensor, "*slots"]
+) -> Float[Tensor, "*slots O"]:
+    """Look up each slot's row of a table; -1 takes the last row.
+
+    `rows[experts]` is the same, and much slower on a CPU, forward and backward.
+    """
+    return embedding(experts.remainder(len(rows)), rows)
 
 
 def dora_norms(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.expert_ffn import FfnWeights, Routing
-from loraloom.ops.low_rank import slot_masks
+from loraloom.ops.low_rank import rows_of_experts, slot_masks
 
 PIECE_BYTES = 1 << 21
 """Most bytes of a piece's hidden states."""
@@ -107,7 +107,7 @@ class BlockOfSlot:
 
     def row_scale(self, scales: Tensor) -> Tensor:
         """DoRA's factors from [E + 1, F], whose last row is ones: [t, F]."""
-        return scales[self.experts]
+        return rows_of_experts(scales, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""
@@ -198,7 +198,7 @@ class RowsOfGroup:
 
     def row_scale(self, scales: Tensor) -> Tensor:
         """DoRA's factors from [E + 1, F], whose last row is ones: [t, F]."""
-        return scales[self.experts]
+        return rows_of_experts(scales, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""

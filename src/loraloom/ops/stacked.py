@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from loraloom.ops.expert_ffn import Activation, combine_slots
 from loraloom.routing.top_k import top_k_routing
@@ -125,7 +126,7 @@ class StackedFfnStep:
         self._factors_of: Tensor | None = None
         if self.routing is not None:
             selected = self.routing.selected_experts
-            self._masks = weights.expert_columns[selected]  # (N, n, K, S)
+            self._masks = embedding(selected, weights.expert_columns)  # (N, n, K, S)
             self._slot_weights = list(
                 self.routing.routing_weights.to(gate.dtype).unsqueeze(-1).unbind(2)
             )
@@ -183,7 +184,7 @@ class StackedFfnStep:
             return row_scale.unsqueeze(1)
         if self._factors_of is None:
             return row_scale.expand_as(rows)
-        return row_scale[self._factors_of]
+        return embedding(self._factors_of, row_scale)
 
     def _reduce(self, states: Tensor) -> Tensor | None:
         """Go to the rank space of the output projection, [N, n, [K,] S], combined if it may be."""

@@ -31,7 +31,7 @@ from transformers import activations
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
-from loraloom.ops.low_rank import UpProjection, decompose, down_project, slot_masks
+from loraloom.ops.low_rank import UpProjection, decompose, down_project, rows_of_experts, slot_masks
 
 MAX_RANKS = 256
 """Greatest S: wider, the products with zeros cost more than the traffic that they save."""
@@ -160,7 +160,7 @@ def _finish_apart(
             slots = [rows + update for rows, update in zip(slots, updates, strict=True)]
         else:
             ones = torch.ones_like(down.row_scale[:1])  # for expert -1, padding
-            scales = torch.cat([down.row_scale, ones])[experts]
+            scales = rows_of_experts(torch.cat([down.row_scale, ones]), experts)
             slots = [
                 decompose(*rows, weights.down_bias)
                 for rows in zip(slots, updates, scales, strict=True)
