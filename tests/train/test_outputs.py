@@ -70,3 +70,14 @@ def test_a_system_that_refuses_to_write_is_told_as_a_setting(tmp_path):
         directory.prepare_job("a")
     with pytest.raises(ConfigError, match=r"output_dir must be where files can be written, got "):
         RunDirectory(tmp_path / ("x" * 300)).check(resume=False, overwrite=False)
+
+
+def test_one_run_at_a_time(tmp_path):
+    with (
+        RunDirectory(tmp_path / "out").lock(),
+        pytest.raises(ConfigError, match=r"no other run writes to.*is in use"),
+        RunDirectory(tmp_path / "out").lock(),
+    ):
+        pass
+    with RunDirectory(tmp_path / "out").lock():
+        RunDirectory(tmp_path / "out").check(resume=False, overwrite=False)

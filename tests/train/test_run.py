@@ -12,6 +12,7 @@ from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.loading import load_base_model
 from loraloom.train.engine import Engine
+from loraloom.train.outputs import RunDirectory
 from loraloom.train.progress import NoProgress
 from loraloom.train.run import train
 from loraloom.train.watch import WatchOptions
@@ -212,6 +213,19 @@ def test_resume_of_a_finished_run_trains_nothing(inputs, tmp_path):
     assert train(run, score, resume=True) == results
 
 
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_runs_do_not_write_to_one_directory(inputs, tmp_path, monkeypatch, options):
+    run = settings(inputs, tmp_path / "out")
+    if options:
+        killed(run, monkeypatch, 3)
+    with RunDirectory(run.output_dir).lock():
+        before = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")}
+        with pytest.raises(ConfigError, match="no other run writes to"):
+            train(run, score, **options)
+        assert {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")} == before
+    assert [result.steps for result in train(run, score, **options)] == [4, 4]
+
+
 def test_resume_of_nothing_begins(inputs, tmp_path):
     results = train(settings(inputs, tmp_path / "out", max_steps=1), score, resume=True)
     assert [result.steps for result in results] == [1, 1]
@@ -251,7 +265,7 @@ def test_a_job_that_fits_no_step_is_refused_before_anything_is_written(inputs, t
 def test_as_many_snapshots_are_kept_as_asked_for(inputs, tmp_path, monkeypatch):
     run = settings(inputs, tmp_path / "out", save_steps=1)
     killed(run.model_copy(update={"keep_snapshots": 3}), monkeypatch, 5)
-    assert len(list((tmp_path / "out/.checkpoints").iterdir())) == 3
+    assert len(list((tmp_path / "out/.checkpoints").glob("snapshot-*"))) == 3
 
 
 def test_resume_on_another_base_model_is_an_error(inputs, tmp_path, monkeypatch):
@@ -267,7 +281,7 @@ def test_resume_takes_an_earlier_checkpoint_where_the_newest_is_damaged(
 ):
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 5)
-    newest = sorted((tmp_path / "out/.checkpoints").iterdir())[-1]
+    newest = sorted((tmp_path / "out/.checkpoints").glob("snapshot-*"))[-1]
     (newest / "mixture.pt").write_bytes(b"torn")
     spoken = Spoken()
     results = train(run, score, resume=True, progress=spoken)
@@ -278,7 +292,7 @@ def test_resume_takes_an_earlier_checkpoint_where_the_newest_is_damaged(
 def test_resume_without_a_whole_checkpoint_is_an_error(inputs, tmp_path, monkeypatch):
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 3)
-    for snapshot in (tmp_path / "out/.checkpoints").iterdir():
+    for snapshot in (tmp_path / "out/.checkpoints").glob("snapshot-*"):
         (snapshot / "manifest.json").write_text("{")
     with pytest.raises(ConfigError, match="needs a whole one"):
         train(run, score, resume=True)

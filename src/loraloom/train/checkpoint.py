@@ -152,8 +152,9 @@ class SnapshotStore:
         return bool(self._directories())
 
     def clear(self) -> None:
-        """Delete all snapshots."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Delete all snapshots, and what a run that died left of one."""
+        for entry in self.directory.glob("*/"):
+            shutil.rmtree(entry, ignore_errors=True)
 
     def _next_number(self) -> int:
         newest = next(iter(self._directories()), None)

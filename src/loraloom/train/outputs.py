@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.train.checkpoint import SnapshotStore
@@ -30,6 +32,7 @@ from loraloom.train.tracking import (
 
 _CHECKPOINTS = "checkpoints"
 _SNAPSHOTS = ".checkpoints"
+_LOCK_FILE = ".lock"
 _OWN_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE, RUN_ID_FILE)
 _OWN_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
 
@@ -99,6 +102,28 @@ class RunDirectory:
                 f"--resume needs checkpoints, {self.path} has results without any; "
                 "name another output_dir, or give --overwrite"
             )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the directory, until the end or the process's death.
+
+        Raises:
+            ConfigError: If another run is there, or the system can't write there.
+        """
+        lock = FileLock(self.snapshots.directory / _LOCK_FILE, timeout=0)
+        with self._writing():
+            self.snapshots.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise ConfigError(
+                    f"output_dir must be one that no other run writes to, {self.path} is in use by "
+                    "another; wait for its end, stop it, or name another directory"
+                ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def prepare(self, jobs: Sequence[str]) -> None:
         """Delete earlier results of these jobs, and all checkpoints of the run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def train(
         What became of each job; a failed one has an `error`.
 
     Raises:
-        ConfigError: If results are in the way, there is nothing to resume, or a setting is wrong.
+        ConfigError: If results are in the way, another run writes there, there is nothing to
+            resume, or a setting is wrong.
         ModelError, AdapterError, DataError: If the base model, an adapter or data can't be had.
         KeyboardInterrupt: After Ctrl-C, when everything is saved.
         SystemExit: After SIGTERM, likewise.
@@ -102,58 +104,65 @@ def train_on_host(
     """Train as `train` does on a base model that is loaded already."""
     progress = progress or NoProgress()
     directory = _check(run, resume=resume, overwrite=overwrite, watch=watch)
-    snapshot, faults = directory.snapshots.newest() if resume else (None, [])
-    if snapshot is not None:
-        _check_same_run(snapshot, run, describe_base(host))
-    elif faults:
-        raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
-    evaluation = Evaluation(host, tokenizer, evaluator)
-    builder = JobBuilder(host, tokenizer, evaluation)
-    done = set() if snapshot is None else snapshot.done
-    jobs = [builder.build(config) for config in run.all_jobs if config.name not in done]
-    if snapshot is not None:
-        joined, left_out = _rebuild_joined(builder, run, snapshot)
-        snapshot = _restrict(snapshot, {*done, *(job.name for job in (*jobs, *joined))}, run)
-        jobs, faults = jobs + joined, faults + left_out
-    environment = describe_environment(host.device, host.dtype, command)
-    surroundings = Surroundings(directory, progress, run.trackers, environment)
-    engine = Engine(
-        host,
-        jobs,
-        evaluation,
-        surroundings,
-        max_tokens_per_step=run.max_tokens_per_step,
-        memory_limit=run.memory_limit,
-        keep_snapshots=run.keep_snapshots,
-    )
-    if jobs:
-        prediction = predict_memory(host, jobs, run.max_tokens_per_step)
-        check_memory(prediction, run.memory_limit, host.device)
-        _say(progress, [f"memory: {prediction.describe()}"])
-    sweep = None if run.sweep is None else Sweep(run, directory, progress, jobs)
-    _say(progress, [*faults, *_describe_data(jobs)])
-    if snapshot is not None:
-        _say(progress, [f"going on after {snapshot.round} fused steps"])
-        engine.load_state(snapshot)
-    else:
-        directory.prepare([job.name for job in run.all_jobs])
-        engine.save_state()
-    if sweep is not None:
-        sweep.restore()
-
-    def callback(engine: Engine) -> None:
+    with ExitStack() as held:
+        if resume and directory.snapshots.exists():
+            held.enter_context(directory.lock())
+        snapshot, faults = directory.snapshots.newest() if resume else (None, [])
+        if snapshot is not None:
+            _check_same_run(snapshot, run, describe_base(host))
+        elif faults:
+            raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
+        evaluation = Evaluation(host, tokenizer, evaluator)
+        builder = JobBuilder(host, tokenizer, evaluation)
+        done = set() if snapshot is None else snapshot.done
+        jobs = [builder.build(config) for config in run.all_jobs if config.name not in done]
+        if snapshot is not None:
+            joined, left_out = _rebuild_joined(builder, run, snapshot)
+            snapshot = _restrict(snapshot, {*done, *(job.name for job in (*jobs, *joined))}, run)
+            jobs, faults = jobs + joined, faults + left_out
+        environment = describe_environment(host.device, host.dtype, command)
+        surroundings = Surroundings(directory, progress, run.trackers, environment)
+        engine = Engine(
+            host,
+            jobs,
+            evaluation,
+            surroundings,
+            max_tokens_per_step=run.max_tokens_per_step,
+            memory_limit=run.memory_limit,
+            keep_snapshots=run.keep_snapshots,
+        )
+        if jobs:
+            prediction = predict_memory(host, jobs, run.max_tokens_per_step)
+            check_memory(prediction, run.memory_limit, host.device)
+            _say(progress, [f"memory: {prediction.describe()}"])
+        sweep = None if run.sweep is None else Sweep(run, directory, progress, jobs)
+        _say(progress, [*faults, *_describe_data(jobs)])
+        if snapshot is not None:
+            _say(progress, [f"going on after {snapshot.round} fused steps"])
+            engine.load_state(snapshot)
+        else:
+            held.enter_context(directory.lock())
+            directory.check(
+                resume=resume, overwrite=overwrite
+            )  # another run may have ended just now
+            directory.prepare([job.name for job in run.all_jobs])
+            engine.save_state()
         if sweep is not None:
-            sweep.between_steps(engine)
-        if between_steps is not None:
-            between_steps(engine, builder)
+            sweep.restore()
 
-    if watch is not None:
-        results = WatchedDirectory(watch, engine, builder, progress.message).run(callback)
-    else:
-        results = engine.run(callback)
-    if sweep is not None:
-        sweep.finish(engine)
-    return results
+        def callback(engine: Engine) -> None:
+            if sweep is not None:
+                sweep.between_steps(engine)
+            if between_steps is not None:
+                between_steps(engine, builder)
+
+        if watch is not None:
+            results = WatchedDirectory(watch, engine, builder, progress.message).run(callback)
+        else:
+            results = engine.run(callback)
+        if sweep is not None:
+            sweep.finish(engine)
+        return results
 
 
 def _check(
