@@ -5,16 +5,15 @@ Axes: B batch, L sequence, N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.lora import LoraAdapter
@@ -35,14 +34,11 @@ from loraloom.models.packing import (
 from loraloom.models.running import RunningForward, RunningSlot, expand_adapters, query_mask
 from loraloom.models.samples import sample_key
 from loraloom.models.stacking import StackedPlan, Stacker
-from loraloom.models.wrappers import AttentionProjection, FfnBlock
-from loraloom.ops.dropout import Site
+from loraloom.models.wiring import Wiring
 from loraloom.ops.token_loss import token_losses, token_scores
 from loraloom.routing.record import LayerRouting
 
 METHODS: dict[str, type[Adapter]] = {"lora": LoraAdapter, "mixlora": MixLoraAdapter}
-_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
-_SITES = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,6 @@ class Host:
     """
 
     def __init__(self, model: nn.Module):
-        if any(isinstance(m.__dict__.get("forward"), FfnBlock) for m in model.modules()):
-            raise ModelError("model must not be attached yet: call detach() on its host first")
         self.model: Any = model
         self.adapters: dict[str, Adapter] = {}
         self._family = family_of(model)
@@ -88,15 +82,12 @@ class Host:
         self.base = base_info(model, self._family, self._base_layers)
         self._head = head_of(model, self._family)
         self._slot = RunningSlot()
+        self._wiring = Wiring(model, self._family, self._slot)
         self._stacker = Stacker()
         self._training = False
         self._checkpointing = False
         self._detached = False
         self._forwards = 0
-        self._restore: list[Callable[[], object]] = []
-        self._freeze()
-        self._restore_checkpointing()
-        self._wrap()
 
     @property
     def config(self) -> Any:
@@ -206,7 +197,7 @@ class Host:
         self._training = mode
         for adapter in self.adapters.values():
             adapter.train(mode)
-        self._set_checkpointing()
+        self._wiring.set_checkpointing(self._checkpointing and mode)
         return self
 
     def eval(self) -> Host:
@@ -219,7 +210,7 @@ class Host:
         Non-reentrant; the base's own dropout stays off.
         """
         self._checkpointing = enabled
-        self._set_checkpointing()
+        self._wiring.set_checkpointing(enabled and self._training)
 
     def __call__(
         self,
@@ -339,9 +330,7 @@ class Host:
     def detach(self) -> nn.Module:
         """Take everything off and return the base model as it was before `attach`."""
         self._detached = True
-        for undo in reversed(self._restore):
-            undo()
-        self._restore.clear()
+        self._wiring.undo()
         self.adapters.clear()
         return self.model
 
@@ -359,66 +348,6 @@ class Host:
     def _register(self, adapter: Adapter) -> Adapter:
         self.adapters[adapter.name] = adapter.train(self._training)
         return adapter
-
-    def _freeze(self) -> None:
-        model = self.model
-        modes = [(module, module.training) for module in model.modules()]
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        model.eval()
-        model.requires_grad_(False)
-        self._restore.append(lambda: [setattr(m, "training", mode) for m, mode in modes])
-        self._restore.append(lambda: [p.requires_grad_(True) for p in trainable])
-
-    def _restore_checkpointing(self) -> None:
-        """Note the decoder layers' own checkpointing for `detach`."""
-        for layer in self._decoder_layers():
-            own = {name: layer.__dict__[name] for name in _CHECKPOINTING if name in layer.__dict__}
-
-            def undo(layer: nn.Module = layer, own: dict[str, Any] = own) -> None:
-                for name in _CHECKPOINTING:
-                    layer.__dict__.pop(name, None)
-                layer.__dict__.update(own)
-
-            self._restore.append(undo)
-
-    def _wrap(self) -> None:
-        family = self._family
-        for index, layer in enumerate(self._decoder_layers()):
-            attention = layer.get_submodule(family.attention)
-            for group, site in zip(family.attention_inputs, _SITES, strict=True):
-                for name in group:
-                    hook = AttentionProjection(self._slot, index, name, group, site)
-                    handle = attention.get_submodule(name).register_forward_hook(hook)
-                    self._restore.append(handle.remove)
-            self._wrap_ffn(index, layer.get_submodule(family.ffn))
-        head = self.model.get_output_embeddings()
-        self._restore.append(head.register_forward_pre_hook(_contiguous_input).remove)
-
-    def _wrap_ffn(self, index: int, module: nn.Module) -> None:
-        before = module.__dict__.get("forward")
-        family = self._family
-        block = FfnBlock(self._slot, index, module, family.ffn_shape, family.activation)
-        module.forward = block  # pyright: ignore[reportAttributeAccessIssue]
-
-        def undo() -> None:
-            del module.__dict__["forward"]
-            if before is not None:
-                module.forward = before
-
-        self._restore.append(undo)
-
-    def _decoder_layers(self) -> list[nn.Module]:
-        return list(self.model.get_submodule(self._family.layers).children())
-
-    def _set_checkpointing(self) -> None:
-        """Set the decoder layers' own flags; their children stay in eval mode."""
-        contexts = self._slot.checkpoint_contexts
-        function = partial(checkpoint, use_reentrant=False, context_fn=contexts)
-        enabled = self._checkpointing and self._training
-        for layer in self._decoder_layers():
-            layer._gradient_checkpointing_func = function  # pyright: ignore
-            layer.gradient_checkpointing = enabled  # pyright: ignore
-            layer.training = enabled
 
     def _row_adapters(
         self, adapters: Sequence[str | None] | None, batch_size: int
@@ -503,15 +432,6 @@ class Host:
             del self.model.__dict__["forward"]
             if own_forward is not None:
                 self.model.forward = own_forward
-
-
-def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copy the head's input where it is a slice, as the last states of prompts are.
-
-    For a frozen weight, torch.matmul multiplies strided rows batch by batch and not as one matrix
-    (on two CPU cores 550 in place of 2.4 ms for 16 prompts and 49,152 tokens).
-    """
-    return (args[0].contiguous(), *args[1:])
 
 
 def _cache_of(output: Any) -> Any:
