@@ -95,7 +95,8 @@ def evaluate(args: argparse.Namespace, seeds: tuple[int, ...], output: Path, *mo
     if output.with_suffix(".json").exists():
         return
     adapters = [
-        f"--adapter={method}@{seed}={args.output}/seed{seed}/{method}"
+        f"--adapter={method if len(seeds) == 1 else f'{method}@{seed}'}"
+        f"={args.output}/seed{seed}/{method}"
         for method in METHODS
         for seed in seeds
     ]

@@ -1,12 +1,15 @@
-"""The run files that come with loraloom are ones that it takes."""
+"""The run files and scripts that come with loraloom are ones that it takes."""
 
 from __future__ import annotations
 
+import runpy
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from loraloom.config.loading import load_run_config
+from loraloom.eval.comparison import choose_pairs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RUN_FILES = sorted(p for p in RECIPES.rglob("*.yaml") if p.parent.name != "tasks")
@@ -15,3 +18,17 @@ RUN_FILES = sorted(p for p in RECIPES.rglob("*.yaml") if p.parent.name != "tasks
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_a_recipe_is_a_run_file(path):
     assert load_run_config(path).base_model
+
+
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (0,)])
+def test_the_small_recipe_compares_adapters_that_it_scores(seeds, tmp_path, monkeypatch):
+    recipe = runpy.run_path(str(RECIPES / "small" / "run.py"))
+    command: list[str] = []
+    monkeypatch.setitem(recipe["evaluate"].__globals__, "run", lambda *args: command.extend(args))
+    args = Namespace(output=tmp_path, base_model="base", data=tmp_path)
+    recipe["evaluate"](args, seeds, tmp_path / "scores")
+    names, pairs = (
+        [part.split("=")[1] for part in command if part.startswith(option)]
+        for option in ("--adapter=", "--compare=")
+    )
+    assert len(choose_pairs([None, *names], pairs)) == len(pairs)
