@@ -142,9 +142,8 @@ def train_on_host(
             engine.load_state(snapshot)
         else:
             held.enter_context(directory.lock())
-            directory.check(
-                resume=resume, overwrite=overwrite
-            )  # another run may have ended just now
+            # Another run may have ended just now.
+            directory.check(resume=resume, overwrite=overwrite)
             directory.prepare([job.name for job in run.all_jobs])
             engine.save_state()
         if sweep is not None:
