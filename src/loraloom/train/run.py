@@ -104,29 +104,19 @@ def train_on_host(
     """Train as `train` does on a base model that is loaded already."""
     progress = progress or NoProgress()
     directory = _check(run, resume=resume, overwrite=overwrite, watch=watch)
+    evaluation = Evaluation(host, tokenizer, evaluator)
+    builder = JobBuilder(host, tokenizer, evaluation)
     with ExitStack() as held:
         if resume and directory.snapshots.exists():
             held.enter_context(directory.lock())
-        snapshot, faults = directory.snapshots.newest() if resume else (None, [])
-        if snapshot is not None:
-            _check_same_run(snapshot, run, describe_base(host))
-        elif faults:
-            raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
-        evaluation = Evaluation(host, tokenizer, evaluator)
-        builder = JobBuilder(host, tokenizer, evaluation)
-        done = set() if snapshot is None else snapshot.done
-        jobs = [builder.build(config) for config in run.all_jobs if config.name not in done]
-        if snapshot is not None:
-            joined, left_out = _rebuild_joined(builder, run, snapshot)
-            snapshot = _restrict(snapshot, {*done, *(job.name for job in (*jobs, *joined))}, run)
-            jobs, faults = jobs + joined, faults + left_out
+        snapshot, faults = _read_snapshot(directory, run, host) if resume else (None, [])
+        jobs, snapshot, left_out = _build_jobs(builder, run, snapshot)
         environment = describe_environment(host.device, host.dtype, command)
-        surroundings = Surroundings(directory, progress, run.trackers, environment)
         engine = Engine(
             host,
             jobs,
             evaluation,
-            surroundings,
+            Surroundings(directory, progress, run.trackers, environment),
             max_tokens_per_step=run.max_tokens_per_step,
             memory_limit=run.memory_limit,
             keep_snapshots=run.keep_snapshots,
@@ -134,11 +124,12 @@ def train_on_host(
         if jobs:
             prediction = predict_memory(host, jobs, run.max_tokens_per_step)
             check_memory(prediction, run.memory_limit, host.device)
-            _say(progress, [f"memory: {prediction.describe()}"])
+            progress.message(f"memory: {prediction.describe()}")
         sweep = None if run.sweep is None else Sweep(run, directory, progress, jobs)
-        _say(progress, [*faults, *_describe_data(jobs)])
+        for line in (*faults, *left_out, *_describe_data(jobs)):
+            progress.message(line)
         if snapshot is not None:
-            _say(progress, [f"going on after {snapshot.round} fused steps"])
+            progress.message(f"going on after {snapshot.round} fused steps")
             engine.load_state(snapshot)
         else:
             held.enter_context(directory.lock())
@@ -146,22 +137,71 @@ def train_on_host(
             directory.check(resume=resume, overwrite=overwrite)
             directory.prepare([job.name for job in run.all_jobs])
             engine.save_state()
-        if sweep is not None:
-            sweep.restore()
+        return _run(engine, builder, sweep, between_steps, watch, progress)
 
-        def callback(engine: Engine) -> None:
-            if sweep is not None:
-                sweep.between_steps(engine)
-            if between_steps is not None:
-                between_steps(engine, builder)
 
-        if watch is not None:
-            results = WatchedDirectory(watch, engine, builder, progress.message).run(callback)
-        else:
-            results = engine.run(callback)
+def _read_snapshot(
+    directory: RunDirectory, run: RunConfig, host: Host
+) -> tuple[Snapshot | None, list[str]]:
+    """Read what a run goes on from.
+
+    Returns:
+        The newest whole snapshot, None where nothing was saved, and what is wrong with newer ones.
+
+    Raises:
+        ConfigError: If none is whole, or it is of a run with other settings.
+    """
+    snapshot, faults = directory.snapshots.newest()
+    if snapshot is not None:
+        _check_same_run(snapshot, run, describe_base(host))
+    elif faults:
+        raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
+    return snapshot, faults
+
+
+def _build_jobs(
+    builder: JobBuilder, run: RunConfig, snapshot: Snapshot | None
+) -> tuple[list[Job], Snapshot | None, list[str]]:
+    """Build what is not done yet.
+
+    Returns:
+        The jobs, the snapshot without those that are no longer trained, and what is wrong with
+        those that can't be built any more.
+    """
+    done = set() if snapshot is None else snapshot.done
+    jobs = [builder.build(config) for config in run.all_jobs if config.name not in done]
+    if snapshot is None:
+        return jobs, None, []
+    joined, faults = _rebuild_joined(builder, run, snapshot)
+    jobs += joined
+    return jobs, _restrict(snapshot, {*done, *(job.name for job in jobs)}, run), faults
+
+
+def _run(
+    engine: Engine,
+    builder: JobBuilder,
+    sweep: Sweep | None,
+    between_steps: BetweenSteps | None,
+    watch: WatchOptions | None,
+    progress: Progress,
+) -> list[JobResult]:
+    """Train an engine's jobs, with what happens between their steps."""
+    if sweep is not None:
+        sweep.restore()
+
+    def callback(engine: Engine) -> None:
         if sweep is not None:
-            sweep.finish(engine)
-        return results
+            sweep.between_steps(engine)
+        if between_steps is not None:
+            between_steps(engine, builder)
+
+    if watch is not None:
+        results = WatchedDirectory(watch, engine, builder, progress.message).run(callback)
+    else:
+        results = engine.run(callback)
+    if sweep is not None:
+        sweep.finish(engine)
+    return results
 
 
 def _check(
@@ -237,11 +277,6 @@ def _restrict(snapshot: Snapshot, names: set[str], run: RunConfig) -> Snapshot:
 
 def _describe_data(jobs: Sequence[Job]) -> list[str]:
     return [f"{job.name}: {line}" for job in jobs for line in job.training_set.report]
-
-
-def _say(progress: Progress, lines: Sequence[str]) -> None:
-    for line in lines:
-        progress.message(line)
 
 
 def _check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) -> None:
