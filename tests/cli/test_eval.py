@@ -94,6 +94,10 @@ def test_moe_pefts_labels_can_be_asked_for(run, tmp_path):
         ("--task arc_easy --adapter nowhere", "--adapter must be name=path"),
         ("--task arc_easy --base-model ./nowhere", "./nowhere"),
         ("--task arc_easy --output .", "--output must be a file, got the directory"),
+        ("--task arc_easy --output a.json --output b/../a.json", "must name each file once"),
+        ("--task arc_easy --output a.json --per-question a.json", "must name each file once"),
+        ("--task arc_easy --num-fewshot 0", "--num-fewshot has an effect with --harness only"),
+        ("--task arc_easy,piqa", "one for each of several tasks, got"),
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(

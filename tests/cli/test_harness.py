@@ -11,6 +11,8 @@ import datasets
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
+from loraloom.eval.answers import read_answers
+from loraloom.report.files import read_evaluation
 from tests.eval.harness.toy import write_tasks
 from tests.infer.saved import save_tiny
 
@@ -47,6 +49,10 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     assert summary["accuracy"] == own["acc_norm,none"]
     assert written["base_model"] == str(saved / "base")
     assert len(lines.read_text().splitlines()) == 3 * 2 * 5
+    assert read_evaluation(result).content.results["a"]["toy_choice"].num_examples == 5
+    choice, generated = read_answers(lines)
+    shares = [sum(right) / 5 for right in (choice.right["b"], generated.right["b"])]
+    assert shares == [summary["accuracy"], written["results"]["b"]["toy_generate"]["accuracy"]]
     output = capsys.readouterr().out
     assert "toy_choice" in output
     assert "exact_match" in output
@@ -69,6 +75,7 @@ def test_adapters_can_go_without_the_base(run, saved, tmp_path):
         ("--harness toy_choice --adapter a=nowhere", "there is no nowhere"),
         ("--harness toy_choice --harness-include nowhere", "--harness-include must be a directory"),
         ("--harness toy_choice --output .", "--output must be a file"),
+        ("--harness toy_choice --no-cache", "--no-cache has no effect with --harness"),
         ("--task arc_easy", "--harness-include has an effect with --harness only"),
     ],
 )

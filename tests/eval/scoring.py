@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from loraloom.config.adapter import LoraConfig
@@ -62,6 +63,26 @@ def some_questions() -> list[ChoiceQuestion]:
             normalizers=(1.0, 1.0),
         ),
     ]
+
+
+def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Let the end of a forward of more rows run out of memory; give the rows of the others."""
+    seen, rows, hidden, scored = [], 0, Host.hidden, Host.token_scores
+
+    def counted(self: Host, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        nonlocal rows
+        rows = len(ids)
+        return hidden(self, ids, *args, **options)
+
+    def limited(self: Host, *args: Any) -> Any:
+        if rows > most:
+            raise torch.OutOfMemoryError
+        seen.append(rows)
+        return scored(self, *args)
+
+    monkeypatch.setattr(Host, "hidden", counted)
+    monkeypatch.setattr(Host, "token_scores", limited)
+    return seen
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -49,12 +50,16 @@ def test_other_questions_are_an_error(tmp_path):
         read_answers(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 
+LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": True}
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"task": "toy", "index": 0, "adapter": "a"}], "line 1: the row has no field 'chosen'"),
+        ([LINE | {"correct": None}], "line 1: field 'correct' must be true or false, got None"),
+        ([{"task": "t", "index": 0, "adapter": "a"}], "field 'correct' must be true or false"),
         (
-            [{"task": "t", "index": 0, "adapter": "a", "chosen": "A", "correct_label": "A"}] * 2,
+            [LINE] * 2,
             "line 2: 'a' must answer question 0 of t once, got it again",
         ),
     ],
@@ -64,3 +69,28 @@ def test_a_line_that_can_not_be_used_is_named(tmp_path, lines, message):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError, match=message):
         read_answers(path)
+
+
+def test_another_question_at_the_same_place_is_an_error(tmp_path):
+    first, second = scores(names=["a"]), scores(names=["b"])
+    other = [
+        QuestionScore(replace(score.question, contexts=("!", "!")), score.log_likelihoods)
+        for score in second.scores["b"]
+    ]
+    write_questions(tmp_path / "a.jsonl", [first])
+    write_questions(tmp_path / "b.jsonl", [replace(second, scores={"b": other})])
+    with pytest.raises(DataError, match="got another question 0 of 'b' than of 'a'; take files of"):
+        read_answers(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+
+def test_filters_of_generated_answers_are_tasks_of_their_own(tmp_path):
+    line = {"task": "sums", "index": 0, "question": "f", "adapter": "a"}
+    lines = [
+        {**line, "filter": "strict", "correct": False},
+        {**line, "filter": "flexible", "correct": True},
+        {**line, "task": "choice", "filter": "none", "correct": True},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = {task.task: task.right["a"] for task in read_answers(path)}
+    assert answers == {"sums,strict": (False,), "sums,flexible": (True,), "choice": (True,)}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import ScoreCache, ScoreFile, default_cache_directory
+from loraloom.eval.identity import computation_key
 from loraloom.eval.protocol import iter_scores, score_questions
 from tests.eval.scoring import question, scoring_host, some_questions
 
@@ -186,3 +188,32 @@ def test_names_and_neighbours_do_not_matter(tiny_tokenizer, tmp_path):
     host.adapters["other"] = lora
     _, cache = score(host, tiny_tokenizer, tmp_path, ["other"])
     assert (cache.num_found, cache.num_added) == (5, 0)
+
+
+def test_a_file_may_be_deleted_at_any_time(tmp_path):
+    file = ScoreFile(tmp_path / "scores.jsonl", {})
+    (tmp_path / "scores.jsonl").unlink()
+    file.sync()
+    file.add([(encoded([3]), (-1.0,))])
+    assert ScoreFile(tmp_path / "scores.jsonl", {}).find(encoded([3])) == (-1.0,)
+
+
+def test_a_directory_may_be_deleted_at_any_time(tmp_path):
+    (tmp_path / "cache").mkdir()
+    file = ScoreFile(tmp_path / "cache" / "scores.jsonl", {})
+    shutil.rmtree(tmp_path / "cache")
+    file.sync()
+    file.add([(encoded([3]), (-1.0,))])
+    assert ScoreFile(tmp_path / "cache" / "scores.jsonl", {}).find(encoded([3])) == (-1.0,)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_the_order_of_weights_counts(name):
+    host = scoring_host(configs={})
+    weight = host.model.get_parameter(name)
+    weight.data.copy_(torch.rand(weight.shape))
+    before = computation_key(host)
+    weight.data.copy_(weight.data.roll(1, 0))
+    assert computation_key(host) != before
+    weight.data.copy_(weight.data.roll(-1, 0))
+    assert computation_key(host) == before

@@ -92,3 +92,14 @@ def test_seeds_are_summarised_by_task():
             "tasks": {"toy": {"mean": 0.75, "sd": 0.0, "num_seeds": 2}},
         }
     }
+
+
+def test_a_group_must_not_be_called_as_the_base_model():
+    with pytest.raises(ConfigError, match="got 'base' and its seeds base@0, base@1; call one"):
+        choose_pairs(["base@0", "base@1", "x"])
+
+
+@pytest.mark.parametrize("again", ["lora:base", "base:lora"])
+def test_a_pair_is_compared_once(again):
+    with pytest.raises(ConfigError, match="--compare must name each pair once, got lora:base, "):
+        choose_pairs(NAMES, ["lora:base", again])

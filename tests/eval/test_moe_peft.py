@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraloom.config.data import TaskName
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, DataError
 from loraloom.eval import moe_peft
 from loraloom.eval.protocol import score_questions
 from tests.eval.scoring import question, scoring_host
@@ -51,3 +51,9 @@ def test_a_task_that_moe_peft_lacks_is_an_error():
 
 def test_all_other_tasks_have_a_list():
     assert set(moe_peft.LABELS) == set(TaskName.__args__) - {"skills"}
+
+
+def test_a_label_that_moe_peft_does_not_ask_for_is_an_error():
+    asked = replace(arc("Answer:", "ABCD", gold=3), labels=("A", "B", "C", "F"), index=7)
+    with pytest.raises(DataError, match=r"arc_easy, question 7: its answer must be .* got 'F'"):
+        moe_peft.with_all_labels(asked)

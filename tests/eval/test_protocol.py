@@ -5,7 +5,13 @@ import torch
 
 from loraloom.errors import AdapterError, DataError
 from loraloom.eval.protocol import evaluate, iter_scores, score_questions
-from tests.eval.scoring import plain_log_likelihoods, question, scoring_host, some_questions
+from tests.eval.scoring import (
+    limit_rows,
+    plain_log_likelihoods,
+    question,
+    scoring_host,
+    some_questions,
+)
 from tests.tiny import ALL_FAMILIES, METHODS
 
 EVERYBODY = [None, *METHODS]
@@ -146,3 +152,43 @@ def test_evaluate_gives_each_adapter_its_accuracy(tiny_tokenizer):
 
 def test_no_adapters_give_no_scores(tiny_tokenizer):
     assert score_questions(scoring_host(), tiny_tokenizer, some_questions(), []) == {}
+
+
+def test_many_adapters_stay_within_the_tokens_too(tiny_tokenizer, monkeypatch):
+    host, asked = scoring_host(), some_questions()[:1]
+    expected = score_questions(host, tiny_tokenizer, asked, EVERYBODY)
+    sizes, hidden = [], host.hidden
+    monkeypatch.setattr(
+        host,
+        "hidden",
+        lambda ids, *args, **rest: sizes.append(ids.numel()) or hidden(ids, *args, **rest),
+    )
+    scores = score_questions(host, tiny_tokenizer, asked, EVERYBODY)
+    assert scores == expected
+    (of_all,) = sizes
+    sizes.clear()
+    halved = score_questions(host, tiny_tokenizer, asked, EVERYBODY, of_all // 2)
+    assert len(sizes) > 1
+    assert max(sizes) <= of_all // 2
+    for name in EVERYBODY:
+        (one,), (other,) = halved[name], expected[name]
+        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-10)
+
+
+@pytest.mark.parametrize("most", [5, 1])
+def test_what_does_not_fit_into_memory_is_scored_in_parts(tiny_tokenizer, monkeypatch, most):
+    host = scoring_host()
+    expected = score_questions(host, tiny_tokenizer, some_questions()[:4], EVERYBODY)
+    seen = limit_rows(monkeypatch, most)
+    scores = score_questions(host, tiny_tokenizer, some_questions()[:4], EVERYBODY)
+    assert max(seen) <= most
+    assert len(seen) > 1
+    for name in EVERYBODY:
+        for one, other in zip(scores[name], expected[name], strict=True):
+            assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-10)
+
+
+def test_a_question_that_does_not_fit_into_memory_is_an_error(tiny_tokenizer, monkeypatch):
+    limit_rows(monkeypatch, 0)
+    with pytest.raises(DataError, match=r"a question of \d+ tokens must fit into memory"):
+        score_questions(scoring_host(), tiny_tokenizer, some_questions(), EVERYBODY)

@@ -14,7 +14,7 @@ from loraloom.eval.routing import (
     token_texts,
     words_by_expert,
 )
-from tests.eval.scoring import scoring_host, some_questions
+from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import METHODS
 
 NAMES = [None, "lora", "mixlora", "mixdora"]
@@ -131,3 +131,12 @@ def test_without_a_mixture_nothing_is_observed(tiny_tokenizer):
     tally = RoutingTally(scoring_host(), [None, "lora"])
     assert tally.of("toy") is None
     assert summarise_routing(tally, tiny_tokenizer, {"toy": 5}) == {}
+
+
+def test_what_ran_out_of_memory_is_counted_once(tiny_tokenizer, monkeypatch):
+    whole = tallied(scoring_host(), tiny_tokenizer)["mixlora"]["tasks"]["toy"]
+    limit_rows(monkeypatch, 2)
+    parted = tallied(scoring_host(), tiny_tokenizer)["mixlora"]["tasks"]["toy"]
+    assert parted["num_tokens"] == whole["num_tokens"]
+    assert parted["num_questions_covered"] == whole["num_questions_covered"]
+    torch.testing.assert_close(parted["load"], whole["load"])

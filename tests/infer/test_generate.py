@@ -138,3 +138,21 @@ def test_a_prompt_that_leaves_no_room_is_an_error(host, tiny_tokenizer):
 def test_an_unknown_adapter_is_an_error(host, tiny_tokenizer):
     with pytest.raises(AdapterError, match="got 'nobody'"):
         completed(host, tiny_tokenizer, [Prompt("one", "nobody")])
+
+
+def test_what_does_not_fit_into_memory_is_completed_in_parts(host, tiny_tokenizer, monkeypatch):
+    expected = completed(host, tiny_tokenizer, temperature=1.0, seed=5)
+    seen, whole = [], host.generate
+
+    def limited(input_ids, **options):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError
+        seen.append(len(input_ids))
+        return whole(input_ids, **options)
+
+    monkeypatch.setattr(host, "generate", limited)
+    assert completed(host, tiny_tokenizer, temperature=1.0, seed=5) == expected
+    assert sum(seen) == len(TEXTS)
+    monkeypatch.setattr(host, "generate", lambda input_ids, **_: limited(torch.zeros(3)))
+    with pytest.raises(DataError, match=r"a prompt of \d+ tokens must fit into memory"):
+        completed(host, tiny_tokenizer)

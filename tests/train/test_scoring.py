@@ -52,3 +52,21 @@ def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_is():
         assert torch.equal(values, expected)
     assert host.training
     assert host.adapter("a").training
+
+
+def test_what_does_not_fit_into_memory_is_scored_in_parts(monkeypatch):
+    host = toy_host()
+    rows = [(None, example) for example in toy_examples(5)]
+    expected = label_log_probs(host, rows, PAD_ID)
+    seen, hidden = [], host.hidden
+
+    def limited(ids, *args):
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError
+        seen.append(len(ids))
+        return hidden(ids, *args)
+
+    monkeypatch.setattr(host, "hidden", limited)
+    for values, other in zip(label_log_probs(host, rows, PAD_ID), expected, strict=True):
+        torch.testing.assert_close(values, other)
+    assert sum(seen) == 5

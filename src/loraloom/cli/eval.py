@@ -154,7 +154,7 @@ def evaluate(
     from loraloom.infer.loading import check_sources, load_host
 
     command = shlex.join(["loraloom", *sys.argv[1:]])
-    check_outputs(outputs)
+    check_outputs(outputs, per_question)
     load = lambda: load_host(base_model, adapters, dtype, device, attn_implementation)  # noqa: E731
     only_harness = {
         "--harness-include": harness_include,
@@ -169,6 +169,7 @@ def evaluate(
             "--compat": compat,
             "--compare": compare,
             "--cache": cache,
+            "--no-cache": no_cache,
         }
         harness_run = HarnessRun(
             tasks=_split_names(harness),
@@ -237,6 +238,22 @@ def _check_options(tasks: Sequence[str], scoring: Scoring | None, compat: Compat
         check_tasks(tasks)
 
 
+def _check_data(tasks: Sequence[str], data: Path | None) -> None:
+    """Check that several tasks don't read the data of one."""
+    from loraloom.data import find_task
+
+    if data is None or len(tasks) == 1:
+        return
+    absent = [
+        name for name in (find_task(task).name for task in tasks) if not (data / name).is_dir()
+    ]
+    if absent:
+        raise ConfigError(
+            f"--data must be a directory with one for each of several tasks, got {data} without "
+            f"{', '.join(absent)}"
+        )
+
+
 def _load(
     tasks: Sequence[str],
     scoring: Scoring | None,
@@ -248,6 +265,7 @@ def _load(
     from loraloom.data.questions import load_question_set
     from loraloom.eval.moe_peft import with_all_labels
 
+    _check_data(tasks, data)
     asked = [load_question_set(task, scoring, split, data, limit) for task in tasks]
     if compat is None:
         return asked

@@ -77,7 +77,7 @@ def check_harness(run: HarnessRun, others: Mapping[str, Any]) -> None:
 def check_no_harness(options: Mapping[str, Any]) -> None:
     """Raise a ConfigError if an option that concerns `--harness` alone is given without it."""
     for option, value in options.items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise ConfigError(f"{option} has an effect with --harness only; leave it out")
 
 
@@ -102,6 +102,7 @@ def run_harness(
         summarise,
     )
     from loraloom.eval.provenance import describe_evaluation
+    from loraloom.eval.results import SCHEMA_VERSION
 
     with _errors_only():
         loaded = load_tasks(run.tasks, run.include, run.data)
@@ -120,7 +121,12 @@ def run_harness(
     if run.per_question is not None:
         write_output(run.per_question, "".join(f"{line}\n" for line in question_lines(results)))
     beside = describe_evaluation(host, run.adapters, (), run.command)
-    value = {"results": summarise(results), **beside, "lm_eval": plain_results(results)}
+    value = {
+        "schema_version": SCHEMA_VERSION,
+        "results": summarise(results),
+        **beside,
+        "lm_eval": plain_results(results),
+    }
     for path in run.outputs:
         write_output(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     Console(markup=False, highlight=False).print(results_table(results))

@@ -96,12 +96,13 @@ def find_named(path: Path, name: str, split: str) -> Path:
     return _find_split(path, split)
 
 
-def find_splits(path: Path, name: str) -> dict[str, Path]:
+def find_splits(path: Path, name: str, *, alone: bool) -> dict[str, Path]:
     """The file of each split of the data set `name`; none where there is no such data set.
 
     Args:
-        path: The directory of the data set, or a directory of data sets.
+        path: A directory of data sets, or the directory of the data set.
         name: Name that the data set's directory has among others.
+        alone: Whether `path` may be that of the data set itself.
 
     Raises:
         DataError: If the path is no directory.
@@ -109,7 +110,9 @@ def find_splits(path: Path, name: str) -> dict[str, Path]:
     path = path.expanduser()
     if not path.is_dir():
         raise DataError(f"{path}: there is no such directory of data sets")
-    return _split_files(path / name if (path / name).is_dir() else path)
+    if (path / name).is_dir():
+        return _split_files(path / name)
+    return _split_files(path) if alone else {}
 
 
 def read_hub(source: HubSource, split: str) -> list[Row]:

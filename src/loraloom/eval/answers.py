@@ -13,8 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraloom.data.files import read_file
+from loraloom.data.rows import Row
 from loraloom.errors import DataError
 from loraloom.eval.results import BASE, TaskScores
+
+_NO_FILTER = "none"
+"""What lm-eval calls the filter that leaves answers as they are."""
+
+_Answers = dict[int, tuple[str, bool]]
+"""By a question's place: its hash, and whether it was answered right."""
 
 
 @dataclass(frozen=True)
@@ -46,52 +53,68 @@ def answers_of(task: TaskScores) -> TaskAnswers:
 
 
 def read_answers(*paths: str | Path) -> list[TaskAnswers]:
-    """The answers in files of `loraloom eval --per-question`, joined by task.
+    """The answers in files of `loraloom eval --per-question`, `--harness` or not, joined by task.
 
     Args:
         paths: At least one. Several may hold different adapters, or different tasks.
 
     Raises:
-        DataError: If a file is missing or damaged, if adapters of one task were asked different
-            questions, or if two files have other answers of an adapter of the same name.
+        DataError: If a file is missing or damaged, or its task has no right answers, if adapters of
+            one task were asked different questions, or if two files have other answers of an
+            adapter of the same name.
     """
-    right: dict[str, dict[str, dict[int, bool]]] = {}
+    known_answers: dict[str, dict[str, _Answers]] = {}
     for path in paths:
         for task, adapter, answers in _read_file(Path(path)):
-            known = right.setdefault(task, {}).setdefault(adapter, answers)
+            known = known_answers.setdefault(task, {}).setdefault(adapter, answers)
             if known != answers:
                 raise DataError(
                     f"{path}: {adapter!r} must have the answers to {task} that it has in the files "
                     "before, got others; give each adapter a name of its own"
                 )
-    return [_join(task, by_adapter) for task, by_adapter in right.items()]
+    return [_join(task, by_adapter) for task, by_adapter in known_answers.items()]
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, str, dict[int, bool]]]:
-    answers: dict[tuple[str, str], dict[int, bool]] = {}
+def _read_file(path: Path) -> Iterator[tuple[str, str, _Answers]]:
+    answers: dict[tuple[str, str], _Answers] = {}
     for row in read_file(path):
-        key = (row.text("task"), row.text("adapter"))
-        index = row.integer("index")
+        key = (_task_of(row), row.text("adapter"))
+        index, correct = row.integer("index"), row.get("correct")
+        if not isinstance(correct, bool):
+            row.reject(f"field 'correct' must be true or false, got {correct!r}")
         if index in answers.setdefault(key, {}):
             row.reject(f"{key[1]!r} must answer question {index} of {key[0]} once, got it again")
-        answers[key][index] = row["chosen"] == row.text("correct_label")
+        answers[key][index] = (row.text("question"), correct)
     for (task, adapter), by_index in answers.items():
         yield task, adapter, by_index
 
 
-def _join(task: str, by_adapter: Mapping[str, Mapping[int, bool]]) -> TaskAnswers:
-    questions = sorted(next(iter(by_adapter.values())))
+def _task_of(row: Row) -> str:
+    """A task's name; answers that lm-eval filtered in several ways count as several tasks."""
+    chosen_filter = row.get("filter", _NO_FILTER)
+    return row.text("task") + ("" if chosen_filter == _NO_FILTER else f",{chosen_filter}")
+
+
+def _join(task: str, by_adapter: Mapping[str, _Answers]) -> TaskAnswers:
+    first, asked = next(iter(by_adapter.items()))
+    questions = sorted(asked)
     for adapter, answers in by_adapter.items():
+        others = [index for index in asked.keys() & answers if asked[index][0] != answers[index][0]]
+        if others:
+            raise DataError(
+                f"{task}: adapters must have been asked the same questions, got another question "
+                f"{min(others)} of {adapter!r} than of {first!r}; take files of the same split"
+            )
         if sorted(answers) != questions:
             raise DataError(
                 f"{task}: adapters must have been asked the same questions, got "
-                f"{len(questions)} of {next(iter(by_adapter))!r} and {len(answers)} of {adapter!r}"
+                f"{len(questions)} of {first!r} and {len(answers)} of {adapter!r}"
             )
     return TaskAnswers(
         task,
         tuple(questions),
         {
-            adapter: tuple(answers[question] for question in questions)
+            adapter: tuple(answers[question][1] for question in questions)
             for adapter, answers in by_adapter.items()
         },
     )

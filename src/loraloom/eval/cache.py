@@ -16,6 +16,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ class ScoreFile:
         self._scores.update(finite)
 
     def sync(self) -> None:
-        """Flush to the disk what was added."""
-        sync(self._path)
+        """Flush to the disk what was added, unless somebody has deleted it."""
+        with suppress(FileNotFoundError):
+            sync(self._path)
 
 
 class ScoreCache:
@@ -173,6 +175,7 @@ def _append(path: Path, scores: Iterable[tuple[str, LogLikelihoods]]) -> None:
     if not lines:
         return
     block = ("\n" + "".join(lines)).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may be deleted at any time
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if os.write(descriptor, block) < len(block):

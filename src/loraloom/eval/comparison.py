@@ -43,7 +43,7 @@ def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
     """Find adapters that are seeds of one thing; a single seed is no group.
 
     Raises:
-        ConfigError: If an adapter has the name of a group.
+        ConfigError: If an adapter, or the base model, has the name of a group.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -52,7 +52,7 @@ def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
             groups.setdefault(stem, []).append(name)
     groups = {stem: members for stem, members in groups.items() if len(members) > 1}
     for stem in groups:
-        if stem in names:
+        if stem in names or stem == BASE:
             raise ConfigError(
                 f"adapter names must be clear, got {stem!r} and its seeds "
                 f"{', '.join(groups[stem])}; call one of them something else"
@@ -75,11 +75,14 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
             the base model, and all pairs of the others where they are few.
 
     Raises:
-        ConfigError: If a pair has another form or an unknown name.
+        ConfigError: If a pair has another form or an unknown name, or is given twice.
     """
     names = [name or BASE for name in adapters]
     if wanted:
-        return [_parse_pair(text, names) for text in wanted]
+        pairs = [_parse_pair(text, names) for text in wanted]
+        if len({frozenset(pair) for pair in pairs}) < len(pairs):
+            raise ConfigError(f"--compare must name each pair once, got {', '.join(wanted)}")
+        return pairs
     everybody = contestants(names)
     others = [name for name in everybody if name != BASE]
     pairs = [(name, BASE) for name in others] if BASE in everybody else []

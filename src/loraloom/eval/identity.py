@@ -53,16 +53,20 @@ def adapter_digest(adapter: Adapter) -> str:
 
 
 def _weights_digest(host: Host) -> str:
-    """Hash the sum of every base tensor's bits: each weight counts, in one pass over the memory."""
+    """Hash sums of every base tensor's bits: each weight and its place count."""
     digest = hashlib.sha256()
     for name, parameter in host.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {_bit_sum(parameter)}".encode())
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        for sums in _bit_sums(parameter):
+            digest.update(sums.cpu().numpy().data)
     return digest.hexdigest()[:32]
 
 
-def _bit_sum(tensor: Tensor) -> int:
+def _bit_sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum a tensor's bits by row and by column: two passes over the memory, little to hash."""
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    matrix = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
+    return matrix.sum(0, dtype=torch.int64), matrix.sum(1, dtype=torch.int64)
 
 
 def _config_digest(host: Host) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.eval.rows import TokenRow, collate_rows, make_rows
+from loraloom.halving import in_halves
 from loraloom.models.host import Host
 from loraloom.routing.record import LayerRouting
 
@@ -40,8 +42,11 @@ class PairScore(NamedTuple):
 GroupScores = list[list[list[PairScore]]]
 """By adapter, group and continuation."""
 
-TellRouting = Callable[[Tensor, Mapping[str, Sequence[LayerRouting]]], None]
-"""Takes the real tokens of a batch's rows in turn, and by adapter the record of their routing."""
+Groups = Sequence[Sequence[TokenRow]]
+
+TellRouting = Callable[[Sequence[int], Tensor, Mapping[str, Sequence[LayerRouting]]], None]
+"""Takes the places of a forward's groups, the real tokens of their rows in turn, and by adapter the
+record of their routing."""
 
 
 def iter_pair_scores(
@@ -63,12 +68,13 @@ def iter_pair_scores(
 
     Raises:
         AdapterError: If the host lacks an adapter.
+        DataError: If a group alone doesn't fit into memory.
     """
     rows = make_all_rows(host, groups)
     budget = max_tokens_per_batch or tokens_per_batch(host)
     for places in token_batches(rows, budget // len(adapters)):
         with evaluating(host):
-            scores = score_batch(host, [rows[place] for place in places], adapters)
+            scores = score_groups(host, rows, places, adapters, budget)
         yield places, scores
 
 
@@ -104,7 +110,7 @@ def make_all_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[lis
     return [make_rows(pairs, shared=False) for pairs in groups]
 
 
-def token_batches(groups: Sequence[Sequence[TokenRow]], max_tokens: int) -> Iterator[list[int]]:
+def token_batches(groups: Groups, max_tokens: int) -> Iterator[list[int]]:
     """Cut groups into batches of like lengths; each is a list of places."""
     lengths = [max(len(row.input_ids) for row in rows) for rows in groups]
     batch: list[int] = []
@@ -120,15 +126,64 @@ def token_batches(groups: Sequence[Sequence[TokenRow]], max_tokens: int) -> Iter
         yield batch
 
 
-def score_batch(
+def score_groups(
     host: Host,
-    groups: Sequence[Sequence[TokenRow]],
+    groups: Groups,
+    places: Sequence[int],
     adapters: Sequence[str | None],
+    max_tokens: int,
     tell_routing: TellRouting | None = None,
 ) -> GroupScores:
-    """Score a batch's groups with each adapter; `tell_routing` learns of mixtures' routing."""
+    """Score the groups at some places, in one forward if that stays within the tokens and fits.
+
+    Adapters are parted first. Groups are parted where memory runs out with a single adapter.
+
+    Args:
+        host: In eval mode, without gradients.
+        groups: All of them.
+        places: Of groups of like lengths.
+        adapters: At least one name; None is the base model.
+        max_tokens: Of a forward, padding included; of one adapter it may have more.
+        tell_routing: Learns of mixtures' routing.
+
+    Raises:
+        DataError: If a group alone doesn't fit into memory.
+    """
+
+    def describe(place: int) -> str:
+        return f"a question of {_count_tokens([groups[place]])} tokens"
+
+    def score(names: Sequence[str | None]) -> GroupScores:
+        if len(names) > 1:
+            return _score_batch(host, groups, places, names, tell_routing)
+        alone = lambda part: _score_batch(host, groups, part, names, tell_routing)[0]  # noqa: E731
+        return [in_halves(alone, places, describe)]
+
+    at_once = max(1, max_tokens // _count_tokens([groups[place] for place in places]))
+    return [
+        of_adapter
+        for first in range(0, len(adapters), at_once)
+        for of_adapter in in_halves(score, adapters[first : first + at_once], str)
+    ]
+
+
+def _count_tokens(groups: Groups) -> int:
+    lengths = [len(row.input_ids) for rows in groups for row in rows]
+    return len(lengths) * max(lengths)
+
+
+def _score_batch(
+    host: Host,
+    all_groups: Groups,
+    places: Sequence[int],
+    adapters: Sequence[str | None],
+    tell_routing: TellRouting | None,
+) -> GroupScores:
+    """Score groups in one forward."""
+    groups = [all_groups[place] for place in places]
     rows = [row for group in groups for row in group]
-    log_probs, is_top = _score_rows(host, rows, adapters, tell_routing)
+    tell = None if tell_routing is None else partial(tell_routing, places)
+    log_probs, is_top = _score_rows(host, rows, adapters, tell)
     owners = torch.tensor(_owners(groups))
     sizes = [1 + max(choice for row in rows for choice in row.choices) for rows in groups]
     sums = log_probs.new_zeros(len(adapters), sum(sizes))  # (A, C)
@@ -151,7 +206,7 @@ def _cut(values: list, sizes: Sequence[int]) -> list[list]:
     return [[next(rest) for _ in range(size)] for size in sizes]
 
 
-def _owners(groups: Sequence[Sequence[TokenRow]]) -> list[int]:
+def _owners(groups: Groups) -> list[int]:
     """The continuation that each scored token belongs to, counted through all groups."""
     owners, first = [], 0
     for rows in groups:
@@ -165,7 +220,7 @@ def _score_rows(
     host: Host,
     rows: Sequence[TokenRow],
     adapters: Sequence[str | None],
-    tell_routing: TellRouting | None,
+    tell_routing: Callable[[Tensor, Mapping[str, Sequence[LayerRouting]]], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute each scored token's log p in float64, and whether it is the likeliest.
 
@@ -181,10 +236,10 @@ def _score_rows(
         token_mask=batch.token_mask.repeat(copies, 1),
         position_ids=batch.position_ids.repeat(copies, 1),
     )
-    if tell_routing is not None and output.routing:
-        tell_routing(batch.input_ids[batch.token_mask.bool()], output.routing)
     hidden_states = output.last_hidden_state
     by_adapter = hidden_states.view(copies, -1, hidden_states.shape[-1])  # (A, B L, D)
     states = by_adapter[:, batch.predictors].flatten(0, 1)  # (A N, D)
     log_probs, is_top = host.token_scores(states, batch.targets.repeat(copies))
+    if tell_routing is not None and output.routing:  # at the end, when nothing can fail any more
+        tell_routing(batch.input_ids[batch.token_mask.bool()], output.routing)
     return log_probs.cpu().double().view(copies, -1), is_top.cpu().view(copies, -1)

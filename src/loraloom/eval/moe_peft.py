@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.tokenising import TokenPair, encode_texts
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, DataError
 
 _ARC = ("1", "2", "3", "4", "A", "B", "C", "D", "E")
 
@@ -44,14 +44,23 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:
-    """Offer every label of the task's list, in its order."""
-    labels = LABELS[question.task]
+    """Offer every label of the task's list, in its order.
+
+    Raises:
+        DataError: If the right choice's label is not in the list.
+    """
+    labels, gold = LABELS[question.task], question.labels[question.gold]
+    if gold not in labels:
+        raise DataError(
+            f"{question.task}, question {question.index}: its answer must be a label that MoE-PEFT "
+            f"asks for ({', '.join(labels)}), got {gold!r}; leave out --compat"
+        )
     return replace(
         question,
         contexts=question.contexts[:1] * len(labels),
         continuations=tuple(f" {label}" for label in labels),
         labels=labels,
-        gold=labels.index(question.labels[question.gold]),
+        gold=labels.index(gold),
         normalizers=(1.0,) * len(labels),
     )
 

@@ -14,15 +14,19 @@ from loraloom.eval.tables import all_tables, write_csv, write_markdown
 SUFFIXES = (".json", ".csv", ".md")
 
 
-def check_outputs(paths: Sequence[Path]) -> None:
+def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:
     """Raise a ConfigError if a file's suffix says nothing, or two files are one."""
     for path in paths:
         if path.is_dir():
             raise ConfigError(f"--output must be a file, got the directory {path}")
         if path.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"--output must end in {', '.join(SUFFIXES)}, got {path}")
-    if len(set(paths)) < len(paths):
-        raise ConfigError(f"--output must name each file once, got {', '.join(map(str, paths))}")
+    files = [*paths, *([] if per_question is None else [per_question])]
+    if len({path.resolve() for path in files}) < len(files):
+        raise ConfigError(
+            "--output and --per-question must name each file once, "
+            f"got {', '.join(map(str, files))}"
+        )
 
 
 def write_outputs(

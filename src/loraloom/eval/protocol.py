@@ -17,7 +17,7 @@ from loraloom.eval.likelihoods import (
     TellRouting,
     evaluating,
     make_all_rows,
-    score_batch,
+    score_groups,
     token_batches,
     tokens_per_batch,
 )
@@ -58,8 +58,8 @@ def score_questions(
         tokenizer: The base model's.
         questions: In any order, of any tasks.
         adapters: Names; None is the base model.
-        max_tokens_per_batch: Tokens of a batch, padding included; a question is never divided.
-            None: 1,024 on a CPU, 16,384 elsewhere.
+        max_tokens_per_batch: Tokens of a batch, padding and all adapters included; a question is
+            never divided. None: 1,024 on a CPU, 16,384 elsewhere.
         on_progress: Told after each batch the places of its questions.
         encode: What is scored of a choice; its whole continuation by default.
         cache: Scores that are known, and where new ones are kept after each batch.
@@ -69,7 +69,7 @@ def score_questions(
         For each adapter the scores in the order of the questions.
 
     Raises:
-        DataError: If a choice has no tokens or doesn't fit the model.
+        DataError: If a choice has no tokens or doesn't fit the model, or a question not the memory.
         AdapterError: If the host lacks an adapter.
     """
     scores: BatchScores = {name: {} for name in adapters}
@@ -109,7 +109,9 @@ def iter_scores(
     rows = make_all_rows(host, [question.pairs for question in encoded])
     budget = max_tokens_per_batch or tokens_per_batch(host)
     for places in token_batches(rows, budget // len(adapters)):
-        likelihoods = _find_or_score(host, encoded, rows, places, adapters, cache, on_routing)
+        likelihoods = _find_or_score(
+            host, encoded, rows, places, adapters, budget, cache, on_routing
+        )
         yield {
             name: {
                 place: QuestionScore(
@@ -127,6 +129,7 @@ def _find_or_score(
     rows: Sequence[Sequence[TokenRow]],
     places: Sequence[int],
     adapters: Sequence[str | None],
+    max_tokens: int,
     cache: ScoreCache | None,
     on_routing: OnRouting | None,
 ) -> dict[str | None, dict[int, LogLikelihoods]]:
@@ -137,9 +140,8 @@ def _find_or_score(
             found = {place: cache.find(name, encoded[place].pairs) for place in places}
             known[name] = {place: value for place, value in found.items() if value is not None}
     for missing, names in _by_missing(places, known).items():
-        batch = [rows[place] for place in missing]
         with evaluating(host):
-            scores = score_batch(host, batch, names, _teller(on_routing, missing, batch))
+            scores = score_groups(host, rows, missing, names, max_tokens, _teller(on_routing, rows))
         for name, by_question in zip(names, scores, strict=True):
             likelihoods = [tuple(pair.log_likelihood for pair in pairs) for pairs in by_question]
             new = dict(zip(missing, likelihoods, strict=True))
@@ -149,13 +151,13 @@ def _find_or_score(
     return known
 
 
-def _teller(
-    on_routing: OnRouting | None, places: Sequence[int], groups: Sequence[Sequence[TokenRow]]
-) -> TellRouting | None:
-    """Make what tells a batch's routing with its questions' places and rows."""
+def _teller(on_routing: OnRouting | None, rows: Sequence[Sequence[TokenRow]]) -> TellRouting | None:
+    """Make what tells a forward's routing with its questions' rows."""
     if on_routing is None:
         return None
-    return lambda token_ids, routing: on_routing(RoutedBatch(places, groups, token_ids, routing))
+    return lambda places, token_ids, routing: on_routing(
+        RoutedBatch(places, [rows[place] for place in places], token_ids, routing)
+    )
 
 
 def _by_missing(

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from loraloom.data.questions import questions_digest
 from loraloom.durable import write_output
 from loraloom.errors import AdapterError
 from loraloom.eval.accuracy import Accuracy, QuestionScore, accuracy, accuracy_by_group
@@ -101,8 +102,11 @@ def _lines(tasks: Sequence[TaskScores]) -> Iterator[dict[str, Any]]:
                 question, chosen = score.question, score.chosen
                 yield {
                     "task": task.task,
+                    "split": task.split,
                     "index": question.index,
+                    "question": questions_digest([question])[:16],
                     "adapter": name or BASE,
+                    "correct": score.correct,
                     "chosen": None if chosen is None else question.labels[chosen],
                     "correct_label": question.labels[question.gold],
                     "scores": list(score.scores),

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from loraloom.errors import DataError
+from loraloom.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig, draw_processors
 from loraloom.infer.stopping import StopTexts, before_stop
@@ -141,15 +142,27 @@ def complete_tokens(
     batch_size: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
-    """Complete prompts as `complete` does, and return tokens too."""
+    """Complete prompts as `complete` does, and return tokens too.
+
+    Raises:
+        DataError: If a prompt alone doesn't fit into memory.
+    """
     keys = range(len(encoded)) if keys is None else keys
     ends = _end_tokens(host, tokenizer)
     completions: dict[int, Completion] = {}
     for places in _batches(encoded, adapters, batch_size):
-        rows = [encoded[place] for place in places]
-        names = [adapters[place] for place in places]
-        row_keys = [keys[place] for place in places]
-        new_ids = _generate_batch(host, tokenizer, rows, names, sampling, row_keys)
+        new_ids = in_halves(
+            lambda part: _generate_batch(
+                host,
+                tokenizer,
+                [encoded[place] for place in part],
+                [adapters[place] for place in part],
+                sampling,
+                [keys[place] for place in part],
+            ),
+            places,
+            lambda place: f"a prompt of {len(encoded[place])} tokens",
+        )
         for place, ids in zip(places, new_ids, strict=True):
             said = _until(ids, ends)
             text = str(tokenizer.decode(said, skip_special_tokens=True))

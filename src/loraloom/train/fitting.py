@@ -6,7 +6,6 @@ out has its micro-batch halved, example by whole example, down to one.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loraloom.errors import TrainingError
+from loraloom.halving import free_memory
 from loraloom.models.host import Host
 from loraloom.train.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.train.rows import lay_out
@@ -114,7 +114,7 @@ class StepRunner:
             raise
         if losses is None:  # the error, which holds on to the activations, is gone by now
             _set_gradients(weights, before)
-            _free_memory()
+            free_memory()
             return None
         for weight, gradient in zip(weights, before, strict=True):
             if gradient is not None:
@@ -125,12 +125,6 @@ class StepRunner:
 def _set_gradients(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _halves(group: Group) -> list[Group]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from loraloom.data.examples import NO_LOSS, Example, collate
+from loraloom.halving import in_halves
 from loraloom.models.host import Host
 from loraloom.train.window import count_labels
 
@@ -45,18 +47,21 @@ def label_log_probs(host: Host, rows: Sequence[Row], pad_id: int) -> list[Tensor
 
     Returns:
         A tensor for each row in their order, [N], float64 on the CPU.
+
+    Raises:
+        DataError: If a row alone doesn't fit into memory.
     """
     log_probs: dict[int, Tensor] = {}
     with evaluating(host):
         for places in _batches(rows):
             batch = [rows[place] for place in places]
-            parts = _batch_log_probs(host, batch, pad_id)
+            parts = in_halves(partial(_batch_log_probs, host, pad_id), batch, _describe)
             log_probs.update(zip(places, parts, strict=True))
     return [log_probs[place] for place in range(len(rows))]
 
 
 @torch.no_grad()
-def _batch_log_probs(host: Host, rows: Sequence[Row], pad_id: int) -> Sequence[Tensor]:
+def _batch_log_probs(host: Host, pad_id: int, rows: Sequence[Row]) -> list[Tensor]:
     batch = collate([example for _, example in rows], pad_id)
     output = host.hidden(
         batch.input_ids.to(host.device),
@@ -64,7 +69,12 @@ def _batch_log_probs(host: Host, rows: Sequence[Row], pad_id: int) -> Sequence[T
         [name for name, _ in rows],
     )
     losses = label_losses(host, output.last_hidden_state, batch.labels)
-    return (-losses.double()).cpu().split([count_labels(example) for _, example in rows])
+    counts = [count_labels(example) for _, example in rows]
+    return list((-losses.double()).cpu().split(counts))
+
+
+def _describe(row: Row) -> str:
+    return f"a row of {len(row[1].input_ids)} tokens to be scored"
 
 
 @contextmanager

@@ -253,3 +253,16 @@ def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
 def test_a_model_that_cannot_be_is_an_error(host, tiny_tokenizer, make, error, message):
     with pytest.raises(error, match=message):
         make(host, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_of_an_optimizer_is_noticed(tiny_tokenizer, fused):
+    host = scoring_host(configs={"lora": METHODS["lora"]})
+    lms = shared_lms(host, tiny_tokenizer, [None, "lora"])
+    log_likelihoods(lms[None])
+    optimizer = torch.optim.AdamW(host.adapters["lora"].parameters(), lr=0.1, fused=fused)
+    host(torch.tensor([[3, 4, 5]]), adapters=["lora"]).logits.logsumexp(-1).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    now = log_likelihoods(HostLM(host, tiny_tokenizer, "lora"))
+    assert_same_scores(log_likelihoods(lms["lora"]), now, tolerance=1e-8)

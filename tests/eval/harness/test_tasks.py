@@ -93,8 +93,18 @@ def test_local_files_take_the_place_of_the_hubs(tmp_path):
     assert (task.doc_to_choice(doc), task.doc_to_target(doc)) == (["a", "b"], 1)
     assert len(task.training_docs()) == 2
     assert not task.has_validation_docs()
+    (tmp_path / "arc_easy" / "LICENSE.txt").write_text("free")
     (same,) = load_tasks(["arc_easy"], data=tmp_path / "arc_easy")
     assert len(same.eval_docs) == 1
+
+
+def test_one_tasks_data_is_not_taken_for_anothers(tmp_path, toy_tasks):
+    write_split(tmp_path, "test", [ARC, ARC])
+    names = ["toy_choice", "toy_letter"]
+    both = load_tasks(names, toy_tasks, tmp_path)
+    assert [len(task.eval_docs) for task in both] == [len(ROWS)] * 2
+    (alone,) = load_tasks(names[:1], toy_tasks, tmp_path)
+    assert len(alone.eval_docs) == 2
 
 
 @pytest.mark.usefixtures("own_manager")

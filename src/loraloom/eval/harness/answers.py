@@ -6,6 +6,7 @@ once, and kept until each of the others is asked the same.
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError
 from loraloom.eval.likelihoods import PairScore, evaluating, iter_pair_scores
+from loraloom.eval.results import BASE
 from loraloom.infer.generate import complete
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.models.host import Host
@@ -153,14 +155,17 @@ class Answers:
         """Forget what adapters answered before their weights changed."""
         for name in self.adapters:
             weights = self._weights_of(name)
-            if weights != self._weights[name]:
+            if weights is None or weights != self._weights[name]:
                 self._kept[name].clear()
                 self._weights[name] = weights
 
-    def _weights_of(self, name: str | None) -> list[tuple[int, int]]:
-        """Which tensors an adapter has, and how often each was written to."""
-        parameters = [] if name is None else self.host.adapter(name).parameters()
-        return [(id(parameter), parameter._version) for parameter in parameters]
+    def _weights_of(self, name: str | None) -> Hashable:
+        """What changes when an adapter's weights do; None where that can't be known."""
+        if name is None:
+            return BASE
+        adapter = self.host.adapter(name)
+        version = adapter.version()
+        return None if version is None else (weakref.ref(adapter), version)
 
 
 def _packed(ids: Sequence[int]) -> bytes:

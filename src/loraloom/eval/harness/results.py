@@ -88,23 +88,37 @@ def question_lines(results: Mapping[str | None, Results]) -> Iterator[str]:
     for name, of_adapter in results.items():
         for task, samples in of_adapter["samples"].items():
             for sample in samples:
-                line = {"task": task, "adapter": name or BASE, **_question(sample)}
+                line = {
+                    "task": task,
+                    "index": sample["doc_id"],
+                    "question": sample["doc_hash"][:16],
+                    "adapter": name or BASE,
+                    **_question(sample),
+                }
                 yield json.dumps(line, default=handle_non_serializable, ensure_ascii=False)
 
 
 def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
     """One question: log-likelihoods and the choice with the highest, or what was answered."""
     responses = sample["filtered_resps"]
+    metrics = {metric: sample[metric] for metric in sample["metrics"]}
+    accuracy = next((metrics[name] for name in _ACCURACIES if name in metrics), None)
     fields = {
-        "index": sample["doc_id"],
         "filter": sample["filter"],
+        **({"correct": bool(accuracy)} if accuracy in (0, 1) else {}),
         "correct_label": sample["target"],
-        "metrics": {metric: sample[metric] for metric in sample["metrics"]},
+        "metrics": metrics,
     }
-    if all(isinstance(response, list | tuple) and len(response) == 2 for response in responses):
+    if all(map(_is_log_likelihood, responses)):
         scores = [response[0] for response in responses]
         return {**fields, "chosen": scores.index(max(scores)), "scores": scores}
     return {**fields, "responses": responses}
+
+
+def _is_log_likelihood(response: Any) -> bool:
+    """Whether a response is a log-likelihood and whether the continuation is the likeliest."""
+    is_pair = isinstance(response, list | tuple) and len(response) == 2
+    return is_pair and isinstance(response[0], float)
 
 
 def results_table(results: Mapping[str | None, Results]) -> Table:

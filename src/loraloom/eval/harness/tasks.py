@@ -17,6 +17,7 @@ from loraloom.data.names import suggestion
 from loraloom.errors import ConfigError, DataError
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_USUAL_SPLITS = ("train", "validation", "test")
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _LOCAL_FORMS: dict[str, dict[str, str]] = {
     # the task reads SuperGLUE's copy: titles stand in its passages, labels are numbers
@@ -39,17 +40,19 @@ def load_tasks(
         include: Directory of YAML files of tasks of your own; they go before lm-eval's.
         data: Directory of data sets (`DIR/arc_easy/test.jsonl`). A task whose name is among them
             reads that one, with the columns of the hub's copy; boolq also google/boolq's columns.
+            Of a single task it may be the data set's own.
 
     Raises:
         ConfigError: If a task is unknown, or `include` is no directory.
         DataError: If a task's data can't be loaded.
     """
     manager = _find_manager(names, include)
-    found = [match for name in names for match in _match(manager, name)]
+    found = dict.fromkeys(match for name in names for match in _match(manager, name))
     loaded: list[Task | Group] = []
     with TemporaryDirectory() as scratch:
-        for name in dict.fromkeys(found):
-            spec = _redirect(manager, name, data, Path(scratch)) or name
+        for name in found:
+            files = {} if data is None else find_splits(data, name, alone=len(found) == 1)
+            spec = _redirect(manager, name, files, Path(scratch)) or name
             loaded += _load(manager, name, spec)
     return loaded
 
@@ -91,11 +94,16 @@ def _load(manager: TaskManager, name: str, spec: str) -> list[Task | Group]:
     return [groups[name]] if name in groups else list(tasks.values())
 
 
-def _redirect(manager: TaskManager, name: str, data: Path | None, scratch: Path) -> str | None:
+def _redirect(
+    manager: TaskManager, name: str, files: Mapping[str, Path], scratch: Path
+) -> str | None:
     """Write the task anew to read local files, and return the path; None where there are none."""
     entry = manager.task_index.get(name)
-    files = {} if data is None else find_splits(data, name)
-    if not files or entry is None or entry.yaml_path is None or entry.cfg is None:
+    if entry is None or entry.yaml_path is None or entry.cfg is None:
+        return None
+    splits = {*_USUAL_SPLITS, *(entry.cfg.get(key) for key in _SPLITS)}
+    files = {split: path for split, path in files.items() if split in splits}
+    if not files:
         return None
     config = {
         "include": str(entry.yaml_path),
