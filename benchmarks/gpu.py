@@ -27,7 +27,7 @@ from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.models.host import Host
 from loraloom.routing.losses import router_loss
 
-CASES = ("peft-lora", "lora", "lora lean", "mixlora", "mixlora lean", "mixdora", "mixdora lean",
+CASES = ("peft-lora", "peft-lora autocast", "lora", "lora lean", "mixlora", "mixlora lean", "mixdora", "mixdora lean",
          "two mixlora", "two mixlora lean")  # fmt: skip
 SHARED = {"alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
 
@@ -94,25 +94,29 @@ def make_step(case: str, options: argparse.Namespace) -> Callable[[], None]:
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         tokens = torch.randint(3, config.vocab_size, (options.rows, options.length))
-    if options.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return peft_step(model, tokens) if case == "peft-lora" else host_step(model, case, tokens)
+    step = peft_step if case.startswith("peft-lora") else host_step
+    return step(model, case, tokens, options.checkpointing)
 
 
-def peft_step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+def peft_step(
+    model: torch.nn.Module, case: str, tokens: torch.Tensor, checkpointing: bool
+) -> Callable[[], None]:
     import peft
 
     config = peft.LoraConfig(r=80, lora_alpha=160, target_modules="all-linear",
                              task_type="CAUSAL_LM")  # fmt: skip
     wrapped = peft.get_peft_model(model, config).train()
-    if wrapped.is_gradient_checkpointing:
+    if checkpointing:
+        wrapped.gradient_checkpointing_enable({"use_reentrant": False})
         wrapped.enable_input_require_grads()
     fill_B(wrapped)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> None:
-        wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=case.endswith("autocast")):
+            loss = wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -130,8 +134,11 @@ def adapter_configs(case: str) -> dict[str, LoraConfig]:
     return {f"mixture-{index}": mixture for index in range(2 if case.startswith("two") else 1)}
 
 
-def host_step(model: torch.nn.Module, case: str, tokens: torch.Tensor) -> Callable[[], None]:
+def host_step(
+    model: torch.nn.Module, case: str, tokens: torch.Tensor, checkpointing: bool
+) -> Callable[[], None]:
     host = Host(model).train()
+    host.enable_gradient_checkpointing(checkpointing)
     configs = adapter_configs(case)
     for name, config in configs.items():
         host.add(name, config)

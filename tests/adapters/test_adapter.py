@@ -251,3 +251,83 @@ def test_a_layer_has_its_own_weights():
         if name.startswith("layers.0."):
             other = tensors[name.replace("layers.0.", f"layers.{LAYERS - 1}.")]
             assert not torch.equal(tensor, other), name
+
+
+def step_without_backward(adapter, host, ids, names):
+    """A fused step on gradients that no backward pass has put there."""
+    parameters = list(adapter.parameters())
+    loss = host(ids, adapters=names).logits.square().sum()
+    for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = grad
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def double_data(adapter, *_):
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data * 2
+
+
+def double_vector(adapter, *_):
+    parameters = list(adapter.parameters())
+    vector = torch.nn.utils.parameters_to_vector(parameters) * 2
+    torch.nn.utils.vector_to_parameters(vector, parameters)
+
+
+def load_doubled(adapter, *_):
+    adapter.load_state_dict({name: value * 2 for name, value in adapter.state_dict().items()})
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("method", ["lora", "mixdora"])
+@pytest.mark.parametrize(
+    "change", [step_without_backward, double_data, double_vector, load_doubled]
+)
+def test_every_way_to_change_weights_is_noticed(monkeypatch, change, method, length):
+    host, ids, names = tiny_host(configs={"a": METHODS[method]}), tiny_ids(2, length), ["a"] * 2
+    if length > 1:  # as in forwards that are not small
+        monkeypatch.setattr("loraloom.models.stacking.MAX_HIDDEN_BYTES", 0)
+    with torch.no_grad():
+        before = host(ids, adapters=names).logits
+    change(host.adapters["a"], host, ids, names)
+    with torch.no_grad():
+        after = host(ids, adapters=names).logits
+    fresh = tiny_host(configs={"a": METHODS[method]})
+    fresh.adapters["a"].load_tensors(host.adapters["a"].tensors())
+    with torch.no_grad():
+        expected = fresh(ids, adapters=names).logits
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, expected)
+
+
+def test_parameters_are_not_replaced():
+    adapter = empty_host().add("a", METHODS["lora"])
+    with pytest.raises(AdapterError, match="'a' keeps its parameters; load with assign=False"):
+        adapter.load_state_dict(adapter.state_dict(), assign=True)
+
+
+def test_an_adapter_of_inference_mode_decodes_and_trains():
+    host = empty_host()
+    with torch.inference_mode():
+        adapter = host.add("a", METHODS["mixdora"])
+        host(tiny_ids(1, 1), adapters=["a"])
+    host.train()
+    host(tiny_ids(1), adapters=["a"]).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("method", ["dora", "mixdora"])
+@pytest.mark.parametrize("factor", [1.003, 0.9985])
+def test_magnitudes_count_below_the_steps_of_bfloat16(method, factor, length):
+    host, ids = tiny_host(configs={"a": METHODS[method]}, dtype=torch.bfloat16), tiny_ids(8, length)
+    outputs = []
+    for scale in (1.0, factor):
+        with torch.no_grad():
+            for name, parameter in host.adapters["a"].named_parameters():
+                if "magnitude" in name:
+                    parameter.mul_(scale)
+        with torch.set_grad_enabled(length > 1):
+            outputs.append(host(ids, adapters=["a"] * 8).logits.detach())
+    assert not torch.equal(*outputs)

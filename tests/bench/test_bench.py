@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.bench.layer import LayerSetting, make_layer
+from loraloom.bench.layer import LAYER_CASES, LayerSetting, make_layer
 from loraloom.bench.memory import JobsMemory
 from loraloom.bench.step import StepSetting, make_job_steps
 from loraloom.bench.timing import alternate
@@ -37,7 +37,7 @@ def test_the_layer_benchmark_prints_ratios_and_draws(tmp_path, capsys):
     words = ["--hidden-size", "32", "--ffn-size", "64", "--tokens", "16", "--rounds", "1"]
     assert cli.main(["bench", "layer", *words, "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
-    for case in ("peft-lora", "frozen", "lora", "dora", "mixlora", "mixdora"):
+    for case in LAYER_CASES:
         assert case in printed
     assert picture.is_file()
 

@@ -181,6 +181,16 @@ def test_detach_restores_gradients_modes_hooks_and_forwards():
     assert host.adapters == {}
 
 
+def test_detach_lets_adapters_go():
+    host = tiny_host(configs=METHODS)
+    with torch.no_grad():
+        host(tiny_ids(1, 1), adapters=["mixlora"])
+    adapter = weakref.ref(host.adapters["mixlora"])
+    host.detach()
+    gc.collect()
+    assert adapter() is None
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_detach_restores_the_models_own_checkpointing():
     model = tiny_model().train()

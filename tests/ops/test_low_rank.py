@@ -156,3 +156,19 @@ def test_slot_masks_are_one_at_the_columns_of_the_slot_expert():
 def test_slot_masks_of_expert_minus_one_are_zero():
     masks = slot_masks(torch.tensor([[-1, -1], [1, 0]]), num_experts=2, rank=3, dtype=torch.float32)
     assert masks.sum(-1).tolist() == [[0, 3], [0, 3]]
+
+
+@pytest.mark.parametrize("factor", [1.003, 0.9985, 1.01])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_factors_below_the_steps_of_bfloat16_are_not_lost(factor, biased, with_graph):
+    output, update = torch.randn(4096, 8).bfloat16(), (0.02 * torch.randn(4096, 8)).bfloat16()
+    bias = torch.full((8,), 0.5).bfloat16() if biased else None
+    row_scale = torch.full((1, 8), factor, requires_grad=with_graph)
+    with torch.set_grad_enabled(with_graph):
+        scaled = decompose(output, update, row_scale, bias)
+    assert scaled.dtype == torch.bfloat16
+    shift = 0.5 if biased else 0.0
+    exact = output.double() - shift + update.double()
+    gain = ((scaled.detach().double() - shift) * exact).sum() / exact.square().sum()
+    assert float(gain) == pytest.approx(factor, abs=3e-4)

@@ -5,14 +5,14 @@ Axes: T tokens of one segment, I in_features, D hidden, F feed-forward, E expert
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loraloom.adapters.low_rank import BaseProjection, LowRank
 from loraloom.config.adapter import LoraConfig
@@ -114,12 +114,8 @@ class Adapter(nn.Module, ABC):
             {name: dict(block.items()) for name, block in _blocks_of(layer).items()}
             for layer in self.layers
         ]
-        self._prepared: dict[Any, tuple[tuple[int, ...], Any]] = {}
+        self._prepared: dict[Any, tuple[Hashable, Any]] = {}
         self._all_weights = tuple(self.parameters())
-        self._backwards = 0
-        own = weakref.ref(self)  # a parameter's hook that held the adapter would keep it alive
-        for parameter in self.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda _: _forget_prepared(own()))
 
     @abstractmethod
     def _build_layer(
@@ -173,15 +169,27 @@ class Adapter(nn.Module, ABC):
             keep = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout, group.A.dtype)
         return down_project(hidden_states.to(group.A.dtype), group.A, keep, dropout)
 
-    def version(self) -> tuple[int, int] | None:
-        """Return what changes when a weight does; None while there are gradients.
+    def version(self) -> Hashable:
+        """Return what changes when a weight does, or moves.
 
-        A fused optimizer changes weights without counting their versions, but no optimizer does so
-        without gradients.
+        Changes in place of a weight's `.data` (`weight.data.mul_(2)`) can't be seen; change the
+        weight itself under `torch.no_grad()`.
         """
-        if any(weight.grad is not None for weight in self._all_weights):
-            return None
-        return self._backwards, sum(weight._version for weight in self._all_weights)
+        return _version_of(self._all_weights)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copy values in, as in torch.
+
+        Raises:
+            AdapterError: With `assign`: an adapter keeps its parameters.
+        """
+        if assign:
+            raise AdapterError(
+                f"adapter {self.name!r} keeps its parameters; load with assign=False"
+            )
+        return super().load_state_dict(state_dict, strict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor under its file-neutral name, as views of the parameters."""
@@ -266,18 +274,14 @@ class Adapter(nn.Module, ABC):
         )
 
     def _prepare(self, key: Any, modules: Sequence[LowRank], build: Callable[[], Any]) -> Any:
-        """Build compute forms; without gradients keep them until a weight changes.
-
-        A fused optimizer changes weights without counting their versions, but no optimizer does
-        so without gradients: nothing is kept while there are any, and new ones drop what was.
-        """
-        parameters = [weight for module in modules for weight in module.weights]
-        if torch.is_grad_enabled() or any(p.grad is not None for p in parameters):
+        """Build compute forms; without gradients keep them until a weight changes."""
+        if torch.is_grad_enabled():
+            self._prepared.pop(key, None)
             return build()
-        versions = tuple(p._version for p in parameters)
+        version = _version_of([weight for module in modules for weight in module.weights])
         known = self._prepared.get(key)
-        if known is None or known[0] != versions:
-            known = self._prepared[key] = (versions, build())
+        if known is None or known[0] != version:
+            known = self._prepared[key] = (version, build())
         return known[1]
 
 
@@ -286,10 +290,22 @@ def _blocks_of(layer: Any) -> dict[str, nn.ModuleDict]:
     return {name: block for name, block in layer.items() if isinstance(block, nn.ModuleDict)}
 
 
-def _forget_prepared(adapter: Adapter | None) -> None:
-    if adapter is not None:
-        adapter._prepared.clear()
-        adapter._backwards += 1
+class _OptimizerSteps:
+    """Counts the steps of all optimizers: a fused one doesn't count what it changes."""
+
+    count = 0
+
+    @classmethod
+    def add(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_OptimizerSteps.add)
+
+
+def _version_of(weights: Sequence[Tensor]) -> Hashable:
+    places = hash(tuple([weight.data_ptr() for weight in weights]))
+    return _OptimizerSteps.count, sum([weight._version for weight in weights]), places
 
 
 def resolve_targets(config: LoraConfig, layer: BaseLayer) -> frozenset[str]:

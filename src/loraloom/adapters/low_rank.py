@@ -28,6 +28,7 @@ class BaseProjection:
         self.key = key
         self.in_features = in_features
         self.out_features = out_features
+        self._squared_norms: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -59,11 +60,14 @@ class BaseProjection:
         """Whether W(x + y) = Wx + Wy. LLM.int8 rounds each row of its input by its maximum."""
         return type(self.linear).__name__ != "Linear8bitLt"
 
-    @cached_property
+    @property
     def squared_norms(self) -> Tensor:
-        """‖W‖² of each output row, [O], in float32 or better; computed once."""
+        """‖W‖² of each output row, [O], in float32 or better; computed once on a device."""
         weight = self.weight.detach()
-        return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
+        if self._squared_norms is None or self._squared_norms.device != weight.device:
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            self._squared_norms = wide.square().sum(1)
+        return self._squared_norms
 
 
 class _ScaledTranspose(torch.autograd.Function):

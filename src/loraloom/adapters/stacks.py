@@ -73,7 +73,7 @@ class Stack:
             for name, side in part.projections.items():
                 entry[side.columns, columns[name]] = side.B
         scales = {
-            name: _stack_scales([part.projections[name].row_scale for part in parts], B)
+            name: _stack_scales([part.projections[name].row_scale for part in parts])
             for name in sizes
         }
         return StackedInput(
@@ -93,15 +93,15 @@ class Stack:
         is_mixture = isinstance(config, MixLoraConfig)
         inputs = [part.input_A for part in parts if part.input_A is not None]
         down = [part.down for part in parts if part.down is not None]
-        like = first.any_tensor()
-        experts = torch.eye(first.num_experts, dtype=self._dtype, device=like.device)
+        device = first.any_tensor().device
+        experts = torch.eye(first.num_experts, dtype=self._dtype, device=device)
         return StackedFfn(
             input_A=_stack_transposed(inputs),
-            gate=_stack_sides([part.gate for part in parts], like),
-            up=_stack_sides([part.up for part in parts], like),
+            gate=_stack_sides([part.gate for part in parts]),
+            up=_stack_sides([part.up for part in parts]),
             down_A=_stack_transposed([part.A for part in down]),
             down_B=torch.stack([part.B for part in down]) if down else None,
-            down_row_scale=_stack_scales([part.row_scale for part in down], like),
+            down_row_scale=_stack_scales([part.row_scale for part in down]),
             down_bias=first.down_bias,
             router=torch.stack([a.router(layer).detach().T for a in self._adapters])
             if is_mixture
@@ -116,13 +116,13 @@ def _stack_transposed(matrices: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(list(matrices)).transpose(1, 2) if matrices else None
 
 
-def _stack_scales(scales: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+def _stack_scales(scales: Sequence[Tensor | None]) -> Tensor | None:
     """Put DoRA's factors of all adapters' experts one below the other, [N·E, O]."""
     present = [scale for scale in scales if scale is not None]
-    return torch.cat(present).to(like.dtype) if present else None
+    return torch.cat(present) if present else None
 
 
-def _stack_sides(sides: Sequence[UpProjection | None], like: Tensor) -> StackedSide | None:
+def _stack_sides(sides: Sequence[UpProjection | None]) -> StackedSide | None:
     first = sides[0]
     if first is None:
         return None
@@ -130,6 +130,6 @@ def _stack_sides(sides: Sequence[UpProjection | None], like: Tensor) -> StackedS
     return StackedSide(
         columns=first.columns,
         B=torch.stack([side.B for side in present]),
-        row_scale=_stack_scales([side.row_scale for side in present], like),
+        row_scale=_stack_scales([side.row_scale for side in present]),
         bias=first.bias,
     )

@@ -3,7 +3,8 @@
 Axes: T tokens, D hidden, F feed-forward.
 
 Cases: `frozen` is the base's FFN with a gradient to its input only; `peft-lora` is PEFT's LoRA on
-its three projections (plain autograd, float32 adapters); the others are loraloom's.
+its three projections (plain autograd, float32 adapters), `peft-lora-tuned` the same in autocast;
+the others are loraloom's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from loraloom.models.host import METHODS
 from loraloom.models.layout import make_layout
 from loraloom.models.running import RunningForward, RunningSlot
 from loraloom.models.wrappers import FfnBlock
+
+LAYER_CASES = ("peft-lora", "peft-lora-tuned", "frozen", "lora", "dora", "mixlora", "mixdora")
 
 _SHAPE = FfnShape(("gate_proj", "up_proj"), "down_proj")
 
@@ -61,7 +64,7 @@ def make_layer(case: str, setting: LayerSetting) -> LayerCase:
     """Build a layer of a case with random weights.
 
     Args:
-        case: `frozen`, `peft-lora`, `lora`, `dora`, `mixlora` or `mixdora`.
+        case: One of `LAYER_CASES`.
         setting: Sizes.
 
     Raises:
@@ -103,8 +106,8 @@ def _forward_of(
 ) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
     if case == "frozen":
         return mlp, []
-    if case == "peft-lora":
-        return _peft(mlp, setting)
+    if case.startswith("peft-lora"):
+        return _peft(mlp, setting, tuned=case.endswith("tuned"))
     step = StepSetting(rank=setting.rank, num_experts=setting.num_experts, top_k=setting.top_k)
     config = adapter_config(case, step).model_copy(update={"target_modules": "ffn"})
     layers = [_base_layer(mlp, setting)]
@@ -137,7 +140,9 @@ def _base_layer(mlp: LlamaMLP, setting: LayerSetting) -> BaseLayer:
     return BaseLayer(0, "self_attn", {}, "mlp", projections, _SHAPE, setting.hidden_size)
 
 
-def _peft(mlp: LlamaMLP, setting: LayerSetting) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+def _peft(
+    mlp: LlamaMLP, setting: LayerSetting, *, tuned: bool
+) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
     import peft
 
     config = peft.LoraConfig(
@@ -151,7 +156,12 @@ def _peft(mlp: LlamaMLP, setting: LayerSetting) -> tuple[Callable[[Tensor], Tens
     for parameter in trained:
         parameter.data = parameter.data.float()  # as get_peft_model does by default
     fill_B(mlp)
-    return mlp, list[Tensor](trained)
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        with torch.autocast("cpu", setting.dtype, enabled=tuned):
+            return mlp(hidden_states)
+
+    return forward, list[Tensor](trained)
 
 
 def _saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:

@@ -1,7 +1,8 @@
 """A training step: forward, loss on all tokens, backward, AdamW.
 
-Cases: `peft-lora` is PEFT's LoRA on the same base model, trained as its documentation does; the
-others are loraloom's. Dropout 0, no gradient checkpointing, all linear layers adapted.
+Cases: `peft-lora` is PEFT's LoRA on the same base model, trained as its documentation does;
+`peft-lora-tuned` is the same in autocast and with our loss, which needs no logits of the whole
+batch; the others are loraloom's. Dropout 0, no gradient checkpointing, all linear layers adapted.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.models.families import family_of, head_of
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
+from loraloom.ops.token_loss import token_losses
 from loraloom.routing.losses import router_loss
 
 Step = Callable[[], object]
+
+STEP_CASES = ("peft-lora", "peft-lora-tuned", "lora", "dora", "mixlora", "mixdora")
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,11 @@ def make_step(case: str, setting: StepSetting) -> Step:
     """Load a base model and return a function that runs one step of a case.
 
     Args:
-        case: `peft-lora`, `lora`, `dora`, `mixlora` or `mixdora`.
+        case: One of `STEP_CASES`.
         setting: Model and sizes.
     """
-    if case == "peft-lora":
-        return _peft_step(setting)
+    if case.startswith("peft-lora"):
+        return _peft_step(setting, tuned=case.endswith("tuned"))
     return make_job_steps(case, setting).fused
 
 
@@ -141,11 +146,12 @@ def fill_B(module: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
 
 
-def _peft_step(setting: StepSetting) -> Step:
+def _peft_step(setting: StepSetting, *, tuned: bool) -> Step:
     import peft
 
     model, _ = load_base_model(setting.base_model, dtype=setting.dtype)
     tokens = _random_tokens(model, setting)
+    head = head_of(model, family_of(model))
     config = peft.LoraConfig(
         r=setting.rank,
         lora_alpha=2 * setting.rank,
@@ -155,10 +161,19 @@ def _peft_step(setting: StepSetting) -> Step:
     )
     wrapped = peft.get_peft_model(model, config).train()  # pyright: ignore[reportArgumentType]
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def loss() -> Tensor:
+        if not tuned:
+            return wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bfloat16"):
+            out = model.base_model(input_ids=tokens, use_cache=False)  # with PEFT's layers in it
+        states = out.last_hidden_state[:, :-1].flatten(0, 1)
+        vocab_size: int = model.config.vocab_size  # pyright: ignore
+        return token_losses(states, tokens[:, 1:].flatten(), head, vocab_size).mean()
 
     def step() -> None:
-        wrapped(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 

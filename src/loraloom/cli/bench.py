@@ -35,16 +35,16 @@ def layer(
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
-    cases: CasesOption = "peft-lora,frozen,lora,dora,mixlora,mixdora",
+    cases: CasesOption = "peft-lora,peft-lora-tuned,frozen,lora,dora,mixlora,mixdora",
     rounds: RoundsOption = 9,
     picture: PictureOption = None,
 ) -> None:
     """One FFN layer in bfloat16, forward and backward: time, and activations that it keeps."""
-    names = _names(cases, ("peft-lora", "frozen", "lora", "dora", "mixlora", "mixdora"))
-    from loraloom.bench.layer import LayerSetting, make_layer
+    from loraloom.bench.layer import LAYER_CASES, LayerSetting, make_layer
     from loraloom.bench.report import Figure
     from loraloom.bench.timing import alternate
 
+    names = _names(cases, LAYER_CASES)
     setting = LayerSetting(hidden_size, ffn_size, num_tokens, rank, num_experts, top_k)
     made = {name: make_layer(name, setting) for name in names}
     timings = alternate({name: one.run for name, one in made.items()}, rounds)
@@ -117,7 +117,7 @@ def step(
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
-    cases: CasesOption = "peft-lora,lora,dora,mixlora,mixdora",
+    cases: CasesOption = "peft-lora,peft-lora-tuned,lora,dora,mixlora,mixdora",
     rounds: RoundsOption = 7,
     memory: Annotated[
         bool, typer.Option("--memory", help="Measure peak memory too, a process for each case.")
@@ -125,12 +125,12 @@ def step(
     picture: PictureOption = None,
 ) -> None:
     """A training step, all linear layers adapted, loss on all tokens: time and peak memory."""
-    names = _names(cases, ("peft-lora", "lora", "dora", "mixlora", "mixdora"))
     from loraloom.bench.memory import step_peak_rss_bytes
     from loraloom.bench.report import Figure
-    from loraloom.bench.step import StepSetting, make_step
+    from loraloom.bench.step import STEP_CASES, StepSetting, make_step
     from loraloom.bench.timing import alternate
 
+    names = _names(cases, STEP_CASES)
     setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k)
     peaks = {name: step_peak_rss_bytes(name, setting) for name in names} if memory else {}
     timings = alternate({name: make_step(name, setting) for name in names}, rounds)

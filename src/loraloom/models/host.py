@@ -332,6 +332,7 @@ class Host:
         self._detached = True
         self._wiring.undo()
         self.adapters.clear()
+        self._stacker.forget()
         return self.model
 
     def _build(self, name: str, config: LoraConfig, seed: int) -> Adapter:
@@ -343,7 +344,8 @@ class Host:
         if name in self.adapters:
             raise AdapterError(f"adapter name {name!r} is taken; remove it or choose another")
         dtype = torch.promote_types(torch.float32, self.dtype)
-        return METHODS[config.method](name, config, self._base_layers, dtype, seed)
+        with torch.inference_mode(False):  # its tensors could neither be trained nor decode
+            return METHODS[config.method](name, config, self._base_layers, dtype, seed)
 
     def _register(self, adapter: Adapter) -> Adapter:
         self.adapters[adapter.name] = adapter.train(self._training)

@@ -21,6 +21,7 @@ from loraloom.adapters.stacks import Stack, likeness
 from loraloom.config.adapter import MixLoraConfig
 from loraloom.models.autocast import outside_autocast
 from loraloom.ops.expert_ffn import Activation
+from loraloom.ops.low_rank import decompose
 from loraloom.ops.stacked import StackedFfnStep, StackedInput
 from loraloom.routing.record import LayerRouting
 
@@ -211,11 +212,9 @@ def _updated(
     factors = row_scale.unsqueeze(1).expand(-1, max(cohort.counts), -1)
     factors = cohort.scatter(factors, blank=1.0)
     bias: Any = linear.bias
-    if bias is None:
-        return (output + update) * factors
-    bias = bias.to(output.dtype)
-    rebuilt = (output - bias + update) * factors + bias
-    if cohort.put is None:
+    bias = None if bias is None else bias.to(output.dtype)
+    rebuilt = decompose(output, update, factors, bias)
+    if bias is None or cohort.put is None:
         return rebuilt
     theirs = cohort.put < len(cohort.adapters) * max(cohort.counts)
     return torch.where(theirs.unsqueeze(1), rebuilt, output)
@@ -245,10 +244,8 @@ class Stacker:
         adapters = {id(a): a for a in rows if a is not None}
         if not adapters or not _is_small(adapters.values(), len(rows) * length, dtype):
             return None
-        versions = [(key, adapter.version()) for key, adapter in adapters.items()]
-        if any(version is None for _, version in versions):
-            return None
-        key = (tuple(versions), tuple(map(id, rows)), length, dtype)
+        versions = tuple([(key, adapter.version()) for key, adapter in adapters.items()])
+        key = (versions, tuple(map(id, rows)), length, dtype)
         if self._last is None or self._last[0] != key:
             self._last = (key, _make_plan(rows, length, dtype, device))
         return self._last[1]

@@ -41,7 +41,7 @@ class _GroupedDown(torch.autograd.Function):
         grad = grad if keep is None else grad * (1 / (1 - ctx.dropout))
         parts = _parts(lora_A, slots)
         grad_hidden = torch.zeros_like(hidden_states) if ctx.needs_input_grad[0] else None
-        grad_A = torch.zeros_like(lora_A)
+        grad_A = zeros_for_gradient(lora_A)
         grad_parts = _parts(grad_A, slots)
         for piece in slots.pieces(hidden_states):
             if not piece.adapted:
@@ -73,7 +73,7 @@ class _GroupedUp(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         low_rank, lora_B, experts = ctx.saved_tensors
         slots = ctx.slots.with_experts(experts)
-        grad_low_rank, grad_B = torch.zeros_like(low_rank), torch.zeros_like(lora_B)
+        grad_low_rank, grad_B = torch.zeros_like(low_rank), zeros_for_gradient(lora_B)
         for piece in slots.pieces(lora_B):
             if not piece.adapted:
                 continue
@@ -111,6 +111,11 @@ def grouped_up(low_rank: Tensor, lora_B: Tensor, slots: Slots) -> Tensor:
         slots: Sorted by groups.
     """
     return _GroupedUp.apply(low_rank, lora_B, slots, slots.experts)  # pyright: ignore
+
+
+def zeros_for_gradient(weight: Tensor) -> Tensor:
+    """Room to sum a weight's gradient up in, in float32 or better."""
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 def _parts(lora_A: Tensor, slots: Slots) -> Tensor:

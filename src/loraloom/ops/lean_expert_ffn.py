@@ -9,7 +9,8 @@ routing. The hidden states of the slots, K·T·F wide, are computed again. Slots
 small enough that a piece's hidden states stay in the processor's cache; see `slot_pieces.py`.
 
 Numerics: products and sums over slots run in the dtype of `gate` (matrix products accumulate in
-float32 inside); gradients of weights are summed over pieces in float32 or better.
+float32 inside); DoRA's factors, and sums over pieces of weights' gradients, are in float32 or
+better.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
-from loraloom.ops.grouped_products import grouped_down, grouped_up
-from loraloom.ops.low_rank import UpProjection, decompose, down_project, rows_of_experts
+from loraloom.ops.grouped_products import grouped_down, grouped_up, zeros_for_gradient
+from loraloom.ops.low_rank import (
+    UpProjection,
+    decompose,
+    down_project,
+    rows_of_experts,
+    scale_rows,
+    unscaled_rows,
+)
 from loraloom.ops.slot_pieces import Piece, Slots
 
 
@@ -169,7 +177,7 @@ class _Projected:
 
     Args:
         value: With the update, [t, F].
-        unscaled: Before DoRA's row scale, without the bias.
+        unscaled: Before DoRA's row scale, in its dtype, without the bias.
         row_scale: DoRA's factors; None where there are none.
         rank_input: What B multiplied; None where nothing is adapted.
     """
@@ -256,8 +264,8 @@ class _PieceForward:
         self.with_graph = with_graph
         self.gate, self.up, self.low_rank = gate, up, low_rank
         self.gate_B, self.up_B = gate_B, up_B
-        self.gate_c = None if gate_c is None else _with_unit_row(gate_c).to(gate.dtype)
-        self.up_c = None if up_c is None else _with_unit_row(up_c).to(gate.dtype)
+        self.gate_c = None if gate_c is None else _with_unit_row(gate_c)
+        self.up_c = None if up_c is None else _with_unit_row(up_c)
 
     def states(self, piece: Piece) -> _PieceStates:
         """Compute a piece's hidden states."""
@@ -279,15 +287,17 @@ class _PieceForward:
         output = piece.take(output)
         if lora_B is None or self.low_rank is None or not piece.adapted:
             return _Projected(output, output, None, None)
-        rank_input = piece.take_rank(self.low_rank[:, side.columns])
-        if row_scale is not None and side.bias is not None:
-            output = output - side.bias
-        update = torch.addmm(output, rank_input, piece.of_experts(lora_B))
+        rank_input, own_B = (
+            piece.take_rank(self.low_rank[:, side.columns]),
+            piece.of_experts(lora_B),
+        )
         if row_scale is None:
-            return _Projected(update, update, None, rank_input)
+            value = torch.addmm(output, rank_input, own_B)
+            return _Projected(value, value, None, rank_input)
         scale = piece.row_scale(row_scale)
-        value = scale * update if side.bias is None else scale * update + side.bias
-        return _Projected(value, update, scale, rank_input)
+        rows = unscaled_rows(output, rank_input @ own_B, scale.dtype, side.bias)
+        value = scale_rows(rows, scale, side.bias, output.dtype)
+        return _Projected(value, rows, scale, rank_input)
 
 
 class _Backward:
@@ -399,8 +409,8 @@ def _unscale(piece: Piece, grad: Tensor, projected: _Projected, grad_c: Tensor |
     """Go back through DoRA's row scale, adding to its gradient."""
     if projected.row_scale is None or grad_c is None:
         return grad
-    piece.add_row_scale(grad_c, grad * projected.unscaled)
-    return grad * projected.row_scale
+    piece.add_row_scale(grad_c, (grad * projected.unscaled).to(grad.dtype))
+    return scale_rows(grad, projected.row_scale, None, grad.dtype)
 
 
 def _with_unit_row(row_scale: Tensor) -> Tensor:
@@ -409,7 +419,4 @@ def _with_unit_row(row_scale: Tensor) -> Tensor:
 
 
 def _zeros(tensor: Tensor | None) -> Tensor | None:
-    """Room for a gradient in float32 or better."""
-    if tensor is None:
-        return None
-    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return None if tensor is None else zeros_for_gradient(tensor)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
 from loraloom.ops.dropout import apply_keep_mask
@@ -146,20 +147,55 @@ def add_low_rank_(
     return _AddLowRank.apply(output, spans, *pairs)  # pyright: ignore[reportReturnType]
 
 
+class _Decompose(torch.autograd.Function):
+    """`decompose`, keeping the unscaled rows in the products' dtype, not in float32."""
+
+    @staticmethod
+    def forward(ctx, output, update, row_scale, bias):
+        rows = unscaled_rows(output, update, row_scale.dtype, bias)
+        ctx.save_for_backward(rows.to(output.dtype), row_scale)
+        return scale_rows(rows, row_scale, bias, output.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, row_scale = ctx.saved_tensors
+        grad_rows = scale_rows(grad, row_scale, None, grad.dtype)
+        grad_scale = (grad * rows).to(row_scale.dtype).sum_to_size(row_scale.shape)
+        return grad_rows, grad_rows, grad_scale, None
+
+
 def decompose(
-    output: Float[Tensor, "T O"],
-    update: Float[Tensor, "T O"],
-    row_scale: Float[Tensor, "*T O"],
+    output: Float[Tensor, "*rows O"],
+    update: Float[Tensor, "*rows O"],
+    row_scale: Float[Tensor, "*scales O"],
     bias: Float[Tensor, " O"] | None,
-) -> Float[Tensor, "T O"]:
+) -> Float[Tensor, "*rows O"]:
     """Compute DoRA's `c ∘ (Wx + Δ) + b` from the base's output `Wx + b` and the update Δ.
+
+    The sum and its scaling are in float32 or better and are rounded once: c is hardly ever further
+    from 1 than the steps of bfloat16, and would be lost between numbers that are rounded already.
 
     Source: Liu et al. 2024, DoRA, arXiv:2402.09353, eq. 5; the bias stays unscaled.
     """
-    row_scale = row_scale.to(output.dtype)
-    if bias is None:
-        return row_scale * (output + update)
-    return row_scale * (output - bias + update) + bias
+    if torch.is_grad_enabled():
+        return _Decompose.apply(output, update, row_scale, bias)  # pyright: ignore
+    rows = unscaled_rows(output, update, row_scale.dtype, bias)
+    return scale_rows(rows, row_scale, bias, output.dtype)
+
+
+def unscaled_rows(
+    output: Tensor, update: Tensor, dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
+    """Compute `Wx + Δ` in DoRA's dtype from the base's output `Wx + b`."""
+    rows = output.to(dtype) + update
+    return rows if bias is None else rows.sub_(bias)
+
+
+def scale_rows(rows: Tensor, row_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Compute `c ∘ rows + b` in DoRA's dtype, and round it to another."""
+    scaled = row_scale * rows
+    return (scaled if bias is None else scaled.add_(bias)).to(dtype)
 
 
 def rows_of_experts(

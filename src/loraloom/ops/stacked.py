@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from loraloom.ops.expert_ffn import Activation, combine_slots
+from loraloom.ops.low_rank import decompose
 from loraloom.routing.top_k import top_k_routing
 
 
@@ -29,7 +30,7 @@ class StackedInput:
         A: Down-projections side by side, [N, I, P].
         B: Scaled up-projections, block-diagonal over the projections, [N, P, O].
         columns: Each projection's columns of the update, by name.
-        row_scales: DoRA's factors c by name, [N, o] in the products' dtype; empty without DoRA.
+        row_scales: DoRA's factors c by name, [N, o] float32; empty without DoRA.
     """
 
     A: Tensor
@@ -45,7 +46,7 @@ class StackedSide:
     Args:
         columns: Its columns of the input product.
         B: Scaled up-projections, [N, S, F].
-        row_scale: DoRA's factors, [N·E, F]; None without DoRA.
+        row_scale: DoRA's factors, [N·E, F] float32; None without DoRA.
         bias: The base's bias, which DoRA leaves unscaled.
     """
 
@@ -65,7 +66,7 @@ class StackedFfn:
         up: B side of up.
         down_A: Down-projections of the hidden states, [N, F, S].
         down_B: Scaled up-projections, [N, S, D].
-        down_row_scale: DoRA's factors of the output projection, [N·E, D].
+        down_row_scale: DoRA's factors of the output projection, [N·E, D] float32.
         down_bias: The base's bias, [D].
         router: [N, D, E] float32; None for plain adapters.
         expert_columns: 1 at the columns of each expert, [E, S].
@@ -147,17 +148,16 @@ class StackedFfnStep:
         """Go from the base's output projection of `hidden` to the block's output, [N·n, D]."""
         weights, down_rank = self.weights, self._down_rank
         if weights.down_B is not None and down_rank is not None:
-            if weights.down_row_scale is not None and weights.down_bias is not None:
-                output = output - weights.down_bias
-            output = output + torch.bmm(down_rank.flatten(1, -2), weights.down_B).flatten(0, 1)
+            update = torch.bmm(down_rank.flatten(1, -2), weights.down_B).flatten(0, 1)
+            if weights.down_row_scale is None:
+                output = output + update
+            else:
+                rows = update.view(*self._slot_shape, update.shape[-1])
+                factors = self._factors(weights.down_row_scale, rows)
+                output = decompose(output.view_as(rows), rows, factors, weights.down_bias)
         if not weights.apart:
             return output
-        rows = output.view(*self._slot_shape, output.shape[-1])
-        if weights.down_row_scale is not None:
-            rows = rows * self._factors(weights.down_row_scale, rows)
-            if weights.down_bias is not None:
-                rows = rows + weights.down_bias
-        return self._combined(rows).flatten(0, 1)
+        return self._combined(output.view(*self._slot_shape, output.shape[-1])).flatten(0, 1)
 
     def _project(self, output: Tensor, low_rank: Tensor | None, side: StackedSide | None) -> Tensor:
         """Adapt an input projection: [N, n, F], or [N, n, K, F] of a mixture."""
@@ -167,16 +167,16 @@ class StackedFfnStep:
             return output
         low_rank = low_rank[..., side.columns]
         if self._masks is None:
-            rows = torch.bmm(low_rank, side.B).add_(output)
+            update = torch.bmm(low_rank, side.B)
         else:
             masked = low_rank.unsqueeze(2) * self._masks
             update = torch.bmm(masked.flatten(1, 2), side.B)
-            rows = update.view(*masked.shape[:-1], side.B.shape[-1]).add_(output)
+            update = update.view(*masked.shape[:-1], side.B.shape[-1])
         if side.row_scale is None:
-            return rows
-        if side.bias is None:
-            return rows * self._factors(side.row_scale, rows)
-        return (rows - side.bias) * self._factors(side.row_scale, rows) + side.bias
+            return update.add_(output)
+        return decompose(
+            output.expand_as(update), update, self._factors(side.row_scale, update), side.bias
+        )
 
     def _factors(self, row_scale: Tensor, rows: Tensor) -> Tensor:
         """DoRA's factors of every row's adapter and expert."""

@@ -155,17 +155,16 @@ class Answers:
         """Forget what adapters answered before their weights changed."""
         for name in self.adapters:
             weights = self._weights_of(name)
-            if weights is None or weights != self._weights[name]:
+            if weights != self._weights[name]:
                 self._kept[name].clear()
                 self._weights[name] = weights
 
     def _weights_of(self, name: str | None) -> Hashable:
-        """What changes when an adapter's weights do; None where that can't be known."""
+        """What changes when an adapter's weights do, or another adapter takes its name."""
         if name is None:
             return BASE
         adapter = self.host.adapter(name)
-        version = adapter.version()
-        return None if version is None else (weakref.ref(adapter), version)
+        return weakref.ref(adapter), adapter.version()
 
 
 def _packed(ids: Sequence[int]) -> bytes:
