@@ -27,8 +27,8 @@ from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.models.host import Host
 from loraloom.routing.losses import router_loss
 
-CASES = ("peft-lora", "peft-lora autocast", "lora", "lora lean", "mixlora", "mixlora lean", "mixdora", "mixdora lean",
-         "two mixlora", "two mixlora lean")  # fmt: skip
+CASES = ("peft-lora", "peft-lora autocast", "lora", "lora lean", "mixlora", "mixlora lean",
+         "mixdora", "mixdora lean", "two mixlora", "two mixlora lean")  # fmt: skip
 SHARED = {"alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
 
 
