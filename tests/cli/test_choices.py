@@ -250,7 +250,7 @@ def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
     [
         ("--compare a:c", "--compare must be FIRST:SECOND, two of base, a, b, got 'a:c'"),
         ("--output result.txt", "--output must end in .json, .csv, .md, got result.txt"),
-        ("--output a.md --output a.md", "--output must name each file once"),
+        ("--output a.md --output a.md", "--per-question must name each file once"),
         ("--adapter mix@0=x --adapter mix@1=x --adapter mix=x", "got 'mix' and its seeds mix@0"),
         ("--task nowhere.yaml", "nowhere.yaml must be a task's file, but there is no such file"),
         ("--cache x --no-cache", "--cache and --no-cache exclude each other"),

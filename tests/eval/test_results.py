@@ -79,10 +79,13 @@ def test_every_question_has_a_line(tmp_path):
         ("base", 1),
         ("law", 0),
     ]
+    assert lines[0]["question"] == lines[2]["question"] != lines[1].pop("question")
     assert lines[1] == {
         "task": "toy",
+        "split": "test",
         "index": 1,
         "adapter": "base",
+        "correct": False,
         "chosen": "A",
         "correct_label": "B",
         "scores": [-1.0, -2.0],

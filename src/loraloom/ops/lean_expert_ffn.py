@@ -9,8 +9,7 @@ routing. The hidden states of the slots, K·T·F wide, are computed again. Slots
 small enough that a piece's hidden states stay in the processor's cache; see `slot_pieces.py`.
 
 Numerics: products and sums over slots run in the dtype of `gate` (matrix products accumulate in
-float32 inside); DoRA's factors, and sums over pieces of weights' gradients, are in float32 or
-better.
+float32 inside); gradients of weights are summed over pieces in float32 or better.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from loraloom.ops.low_rank import (
     UpProjection,
     decompose,
     down_project,
+    excess_of,
     rows_of_experts,
     scale_rows,
-    unscaled_rows,
 )
 from loraloom.ops.slot_pieces import Piece, Slots
 
@@ -177,14 +176,14 @@ class _Projected:
 
     Args:
         value: With the update, [t, F].
-        unscaled: Before DoRA's row scale, in its dtype, without the bias.
-        row_scale: DoRA's factors; None where there are none.
+        unscaled: Before DoRA's row scale, without the bias.
+        excess: DoRA's factors less 1; None where there are none.
         rank_input: What B multiplied; None where nothing is adapted.
     """
 
     value: Tensor
     unscaled: Tensor
-    row_scale: Tensor | None
+    excess: Tensor | None
     rank_input: Tensor | None
 
 
@@ -264,40 +263,37 @@ class _PieceForward:
         self.with_graph = with_graph
         self.gate, self.up, self.low_rank = gate, up, low_rank
         self.gate_B, self.up_B = gate_B, up_B
-        self.gate_c = None if gate_c is None else _with_unit_row(gate_c)
-        self.up_c = None if up_c is None else _with_unit_row(up_c)
+        self.gate_excess = _excess_rows(gate_c, gate.dtype)
+        self.up_excess = _excess_rows(up_c, gate.dtype)
 
     def states(self, piece: Piece) -> _PieceStates:
         """Compute a piece's hidden states."""
         block = self.block
-        inner = self._project(piece, self.gate, block.gate, self.gate_B, self.gate_c)
+        inner = self._project(piece, self.gate, block.gate, self.gate_B, self.gate_excess)
         with torch.set_grad_enabled(self.with_graph):
             leaf = inner.value.detach().requires_grad_(self.with_graph)
             activated = block.act(leaf)
         inner = replace(inner, value=leaf)
         if self.up is None:
             return _PieceStates(inner, activated, None, activated.detach())
-        outer = self._project(piece, self.up, block.up, self.up_B, self.up_c)
+        outer = self._project(piece, self.up, block.up, self.up_B, self.up_excess)
         return _PieceStates(inner, activated, outer, activated.detach() * outer.value)
 
     def _project(
-        self, piece: Piece, output: Tensor, side: _Side, lora_B: Any, row_scale: Any
+        self, piece: Piece, output: Tensor, side: _Side, lora_B: Any, excess: Any
     ) -> _Projected:
         """Adapt a piece of the base's output; a missing B stands for nothing adapted."""
         output = piece.take(output)
         if lora_B is None or self.low_rank is None or not piece.adapted:
             return _Projected(output, output, None, None)
-        rank_input, own_B = (
-            piece.take_rank(self.low_rank[:, side.columns]),
-            piece.of_experts(lora_B),
-        )
-        if row_scale is None:
+        rank_input = piece.take_rank(self.low_rank[:, side.columns])
+        own_B = piece.of_experts(lora_B)
+        if excess is None:
             value = torch.addmm(output, rank_input, own_B)
             return _Projected(value, value, None, rank_input)
-        scale = piece.row_scale(row_scale)
-        rows = unscaled_rows(output, rank_input @ own_B, scale.dtype, side.bias)
-        value = scale_rows(rows, scale, side.bias, output.dtype)
-        return _Projected(value, rows, scale, rank_input)
+        excess = piece.expert_rows(excess)
+        value, rows = scale_rows(output, rank_input @ own_B, excess, side.bias)
+        return _Projected(value, rows, excess, rank_input)
 
 
 class _Backward:
@@ -407,15 +403,20 @@ class _Backward:
 
 def _unscale(piece: Piece, grad: Tensor, projected: _Projected, grad_c: Tensor | None) -> Tensor:
     """Go back through DoRA's row scale, adding to its gradient."""
-    if projected.row_scale is None or grad_c is None:
+    if projected.excess is None or grad_c is None:
         return grad
-    piece.add_row_scale(grad_c, (grad * projected.unscaled).to(grad.dtype))
-    return scale_rows(grad, projected.row_scale, None, grad.dtype)
+    piece.add_row_scale(grad_c, grad * projected.unscaled)
+    return torch.addcmul(grad, projected.excess, grad)
 
 
 def _with_unit_row(row_scale: Tensor) -> Tensor:
     """Append a row of ones, which expert -1 (padding) indexes."""
     return torch.cat([row_scale, torch.ones_like(row_scale[:1])])
+
+
+def _excess_rows(row_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """DoRA's factors less 1, with a row for padding."""
+    return None if row_scale is None else excess_of(_with_unit_row(row_scale), dtype)
 
 
 def _zeros(tensor: Tensor | None) -> Tensor | None:

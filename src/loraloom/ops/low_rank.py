@@ -148,20 +148,22 @@ def add_low_rank_(
 
 
 class _Decompose(torch.autograd.Function):
-    """`decompose`, keeping the unscaled rows in the products' dtype, not in float32."""
+    """`decompose`, keeping the unscaled rows alone."""
 
     @staticmethod
     def forward(ctx, output, update, row_scale, bias):
-        rows = unscaled_rows(output, update, row_scale.dtype, bias)
-        ctx.save_for_backward(rows.to(output.dtype), row_scale)
-        return scale_rows(rows, row_scale, bias, output.dtype)
+        excess = excess_of(row_scale, output.dtype)
+        value, rows = scale_rows(output, update, excess, bias)
+        ctx.save_for_backward(rows, excess)
+        ctx.scale_dtype = row_scale.dtype
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, row_scale = ctx.saved_tensors
-        grad_rows = scale_rows(grad, row_scale, None, grad.dtype)
-        grad_scale = (grad * rows).to(row_scale.dtype).sum_to_size(row_scale.shape)
+        rows, excess = ctx.saved_tensors
+        grad_rows = torch.addcmul(grad, excess, grad)
+        grad_scale = (grad * rows).sum_to_size(excess.shape).to(ctx.scale_dtype)
         return grad_rows, grad_rows, grad_scale, None
 
 
@@ -173,29 +175,30 @@ def decompose(
 ) -> Float[Tensor, "*rows O"]:
     """Compute DoRA's `c ∘ (Wx + Δ) + b` from the base's output `Wx + b` and the update Δ.
 
-    The sum and its scaling are in float32 or better and are rounded once: c is hardly ever further
-    from 1 than the steps of bfloat16, and would be lost between numbers that are rounded already.
-
     Source: Liu et al. 2024, DoRA, arXiv:2402.09353, eq. 5; the bias stays unscaled.
     """
     if torch.is_grad_enabled():
         return _Decompose.apply(output, update, row_scale, bias)  # pyright: ignore
-    rows = unscaled_rows(output, update, row_scale.dtype, bias)
-    return scale_rows(rows, row_scale, bias, output.dtype)
+    return scale_rows(output, update, excess_of(row_scale, output.dtype), bias)[0]
 
 
-def unscaled_rows(
-    output: Tensor, update: Tensor, dtype: torch.dtype, bias: Tensor | None
-) -> Tensor:
-    """Compute `Wx + Δ` in DoRA's dtype from the base's output `Wx + b`."""
-    rows = output.to(dtype) + update
-    return rows if bias is None else rows.sub_(bias)
+def excess_of(row_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute `c - 1`, which bfloat16 holds to three digits where it has no c near 1 but 1."""
+    return (row_scale - 1).to(dtype)
 
 
-def scale_rows(rows: Tensor, row_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Compute `c ∘ rows + b` in DoRA's dtype, and round it to another."""
-    scaled = row_scale * rows
-    return (scaled if bias is None else scaled.add_(bias)).to(dtype)
+def scale_rows(
+    output: Tensor, update: Tensor, excess: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute `c ∘ (Wx + Δ) + b` as `(Wx + b) + (Δ + (c - 1) ∘ (Wx + Δ))`, and `Wx + Δ`.
+
+    What changes the base's output is summed up first and rounded with it once. A factor near 1 is
+    lost if it multiplies numbers that are rounded already: they round to themselves.
+    """
+    rows = output + update
+    if bias is not None:
+        rows -= bias
+    return torch.addcmul(update, excess, rows).add_(output), rows
 
 
 def rows_of_experts(

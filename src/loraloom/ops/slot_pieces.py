@@ -105,9 +105,9 @@ class BlockOfSlot:
         """Zero what is outside of a row's expert's columns."""
         return values if self.mask is None else values * self.mask
 
-    def row_scale(self, scales: Tensor) -> Tensor:
-        """DoRA's factors from [E + 1, F], whose last row is ones: [t, F]."""
-        return rows_of_experts(scales, self.experts)
+    def expert_rows(self, table: Tensor) -> Tensor:
+        """The rows of the slots' experts from [E + 1, F], whose last is for padding: [t, F]."""
+        return rows_of_experts(table, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""
@@ -196,9 +196,9 @@ class RowsOfGroup:
         """Zero what is outside of a row's expert's columns."""
         return values * self.mask
 
-    def row_scale(self, scales: Tensor) -> Tensor:
-        """DoRA's factors from [E + 1, F], whose last row is ones: [t, F]."""
-        return rows_of_experts(scales, self.experts)
+    def expert_rows(self, table: Tensor) -> Tensor:
+        """The rows of the slots' experts from [E + 1, F], whose last is for padding: [t, F]."""
+        return rows_of_experts(table, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""
