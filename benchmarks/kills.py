@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from loraloom.train.progress import NoProgress
-from tests.train.saved import run_settings, save_inputs, write_run_file
+from loraloom.training.run.progress import NoProgress
+from tests.training.saved import run_settings, save_inputs, write_run_file
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["loraloom.train.run", "loraloom.cli.train"])
+_PROCESSES.set_forkserver_preload(["loraloom.training.run.run", "loraloom.cli.train"])
 
 _ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3, "dropout": 0.1},
@@ -123,7 +123,7 @@ def _train(run_file: str, begun: Event) -> None:
     """Train in a process of its own."""
     from loraloom.cli.train import score_accuracy
     from loraloom.config.loading import load_run_config
-    from loraloom.train.run import train
+    from loraloom.training.run.run import train
 
     torch.set_num_threads(1)
     train(load_run_config(run_file), score_accuracy, resume=True, progress=_Announcer(begun))

@@ -25,9 +25,9 @@ from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
-from loraloom.train.fitting import StepRunner
-from loraloom.train.job import Job
-from loraloom.train.memory import predict_memory
+from loraloom.training.run.fitting import StepRunner
+from loraloom.training.run.job import Job
+from loraloom.training.run.memory import predict_memory
 
 STEPS = 3
 

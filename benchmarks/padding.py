@@ -18,9 +18,9 @@ from loraloom.config.data import DataConfig
 from loraloom.config.train import TrainConfig
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.models.loading import load_base_model
-from loraloom.train.micro_batch import MicroBatch, padding_share
-from loraloom.train.rows import lay_out
-from loraloom.train.window import StepOrder
+from loraloom.training.step.micro_batch import MicroBatch, padding_share
+from loraloom.training.step.rows import lay_out
+from loraloom.training.step.window import StepOrder
 
 CASES: dict[str, dict[str, bool]] = {
     "plain": {},

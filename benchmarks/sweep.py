@@ -31,10 +31,10 @@ from loraloom.data.training_set import load_training_set
 from loraloom.durable import write_json
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
-from loraloom.train.outputs import RunDirectory
-from loraloom.train.progress import PlainProgress
-from loraloom.train.run import train
-from loraloom.train.scoring import label_log_probs
+from loraloom.training.run.outputs import RunDirectory
+from loraloom.training.run.progress import PlainProgress
+from loraloom.training.run.run import train
+from loraloom.training.step.scoring import label_log_probs
 
 GRID, ASHA = "grid", "asha"
 

@@ -22,8 +22,8 @@ from loraloom.config.objective import DpoConfig
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.models.host import Host
-from loraloom.train.client import TrainingClient, example_of_completion
-from loraloom.train.requests import run_requests
+from loraloom.training.client import TrainingClient, example_of_completion
+from loraloom.training.run.requests import run_requests
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

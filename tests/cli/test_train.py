@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom.cli import main as cli
-from loraloom.train.engine import Engine
-from tests.train.saved import run_settings, save_inputs, write_run_file
+from loraloom.training.run.engine import Engine
+from tests.training.saved import run_settings, save_inputs, write_run_file
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from loraloom.data.examples import NO_LOSS, collate
 from loraloom.models.host import Host
-from loraloom.train.job import Job
-from loraloom.train.micro_batch import MicroBatchLoss
+from loraloom.training.run.job import Job
+from loraloom.training.step.micro_batch import MicroBatchLoss
 from tests.tiny import METHODS, parameter_grads
-from tests.train.test_step import run_window
-from tests.train.toy import PAD_ID, add_job, toy_config, toy_host, toy_pair_set
+from tests.training.step.test_fused import run_window
+from tests.training.toy import PAD_ID, add_job, toy_config, toy_host, toy_pair_set
 
 pytest.importorskip("trl")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

@@ -7,7 +7,7 @@ import pytest
 from loraloom.errors import ConfigError, DataError
 from loraloom.report import files
 from loraloom.report.files import read_evaluation, read_run
-from loraloom.train import results, tracking
+from loraloom.training.run import results, tracking
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
 

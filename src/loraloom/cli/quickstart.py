@@ -53,9 +53,9 @@ def quickstart(
     from loraloom.data.questions import load_questions
     from loraloom.models.attach import attach
     from loraloom.models.loading import load_base_model
-    from loraloom.train.outputs import RunDirectory
-    from loraloom.train.progress import console_progress
-    from loraloom.train.run import train_on_host
+    from loraloom.training.run.outputs import RunDirectory
+    from loraloom.training.run.progress import console_progress
+    from loraloom.training.run.run import train_on_host
 
     console = Console()
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
@@ -155,7 +155,7 @@ def _draw(
 ) -> None:
     from loraloom.eval.expert_load import shares, tokens_per_expert
     from loraloom.eval.plots import plot_expert_load, plot_loss_curves
-    from loraloom.train.tracking import read_curve
+    from loraloom.training.run.tracking import read_curve
 
     curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in _ADAPTERS}
     plot_loss_curves(curves, output_dir / "loss.png")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from loraloom.data.examples import ChoiceQuestion
     from loraloom.models.host import Host
-    from loraloom.train.results import JobResult
+    from loraloom.training.run.results import JobResult
 
 
 def train(
@@ -68,9 +68,9 @@ def train(
     run = load_run_config(run_file, [*(overrides or ()), *changes], needs_jobs=watch is None)
     from rich.console import Console
 
-    from loraloom.train import run as training
-    from loraloom.train.progress import console_progress
-    from loraloom.train.watch import WatchOptions
+    from loraloom.training.run import run as training
+    from loraloom.training.run.progress import console_progress
+    from loraloom.training.run.watch import WatchOptions
 
     watching = watch and WatchOptions(watch, overwrite, watch_exit_when_idle)
     console = Console()

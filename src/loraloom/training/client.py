@@ -1,0 +1,360 @@
+"""The verbs of a training loop of one's own: forward_backward, optim_step, sample, save_state.
+
+The verbs are those of the Tinker API (tinker-docs.thinkingmachines.ai). Here they run in this
+process and are done when they return. Steps, objectives and optimizers are those of
+`loraloom train`; when to do what is left to the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.adapter import LoraConfig
+from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
+from loraloom.config.optimizer import OptimizerConfig
+from loraloom.data.encoding import learn_completions
+from loraloom.data.examples import NO_LOSS, Example, PreferencePair, TrainingExample
+from loraloom.errors import ConfigError, TrainingError
+from loraloom.infer.generate import Completion, generate_tokens
+from loraloom.infer.prompts import Prompt
+from loraloom.infer.sampling import SamplingConfig
+from loraloom.models.host import Host
+from loraloom.models.samples import sample_key
+from loraloom.training.run.checkpoint import JobRecord, SnapshotStore, describe_changes
+from loraloom.training.run.engine import describe_base
+from loraloom.training.run.requests import (
+    CustomObjective,
+    ForwardBackwardOutput,
+    LossFunction,
+    Request,
+    number_rows,
+    run_requests,
+)
+from loraloom.training.step.objectives import build_objective
+from loraloom.training.step.optimizers import (
+    build_optimizer,
+    clip_gradients,
+    learning_state,
+    load_learning_state,
+    set_learning_rate,
+)
+from loraloom.training.step.reference import load_reference
+from loraloom.training.step.scoring import evaluating, label_log_probs
+
+ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConfig
+"""An objective with its settings, or its name for the defaults."""
+
+_DEFAULTS = {"sft": SftConfig(), "dpo": DpoConfig(), "cpo": CpoConfig()}
+_STATE = "client"
+
+
+@dataclass(frozen=True)
+class OptimStepOutput:
+    """What a step of the optimizer did.
+
+    Args:
+        step: Steps done.
+        grad_norm: Of the adapter's whole gradient, before clipping.
+    """
+
+    step: int
+    grad_norm: float
+
+
+class TrainingClient:
+    """An adapter that a loop of one's own trains and samples from; several may share a host.
+
+    Args:
+        host: The base model.
+        tokenizer: The base model's, with a padding token.
+        name: Of the adapter: a safe file name that is not taken.
+        adapter: Its method and settings.
+        optimizer: How weights follow gradients.
+        seed: Of the initial weights, dropout and draws.
+
+    Raises:
+        ConfigError: If the name or a setting of the optimizer can't be used.
+        AdapterError: If the name is taken, or target modules are not in the base model.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        adapter: LoraConfig,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        seed: int = 0,
+    ):
+        self.host = host
+        self.tokenizer = tokenizer
+        self.name = name
+        self.seed = seed
+        self.step = 0
+        self.adapter = host.add(name, adapter, seed)
+        self.parameters = dict(self.adapter.named_parameters())
+        self._optimizer_config = optimizer or OptimizerConfig()
+        self._optimizer = build_optimizer(self._optimizer_config, self.adapter)
+        self._forwards = 0
+        self._draws = 0
+
+    @property
+    def pad_id(self) -> int:
+        """Token to pad with."""
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    def example(self, prompt: str, completion: str) -> Example:
+        """Encode a prompt and a completion, to which EOS is added; the loss is on the completion.
+
+        A completion includes its leading space.
+
+        Raises:
+            DataError: If the tokenizer has no EOS token.
+        """
+        (learnt,) = learn_completions(self.tokenizer, [(prompt, completion)])
+        return example_of(learnt.ids, learnt.is_learnt)
+
+    def pair(self, prompt: str, chosen: str, rejected: str) -> PreferencePair:
+        """Encode a better and a worse completion of a prompt; see `example`."""
+        return PreferencePair(self.example(prompt, chosen), self.example(prompt, rejected))
+
+    def forward(self, data: Sequence[TrainingExample]) -> list[Tensor]:
+        """Compute log p of the labels of each row, without gradients and dropout, on the CPU."""
+        rows = [(self.name, row) for row in number_rows(data)]
+        return label_log_probs(self.host, rows, self.pad_id)
+
+    def forward_backward(
+        self,
+        data: Sequence[TrainingExample],
+        objective: ObjectiveChoice = "sft",
+        *,
+        micro_batch_size: int | None = None,
+    ) -> ForwardBackwardOutput:
+        """Add the gradient of an objective over data to what is there since the last step.
+
+        Args:
+            data: Examples for sft, pairs for dpo and cpo. Their sample ids are not read.
+            objective: Its means are over all of the data.
+            micro_batch_size: Examples that go through the model at once; None for all. The
+                gradient is the same.
+
+        Raises:
+            ConfigError: If the data is empty or does not fit the objective.
+            TrainingError: If the loss is not finite: gradients are dropped.
+        """
+        request = self.request(data, objective, micro_batch_size=micro_batch_size)
+        return run_requests(self.host, [request], self.pad_id)[0]
+
+    def forward_backward_custom(
+        self, data: Sequence[TrainingExample], loss_fn: LossFunction
+    ) -> ForwardBackwardOutput:
+        """Add the gradient of a loss of one's own, in one forward.
+
+        Args:
+            data: Examples or pairs.
+            loss_fn: Called with the data and, for each row, log p of its labels, differentiable.
+                Returns a scalar loss and metrics.
+
+        Raises:
+            ConfigError: If the data is empty.
+            TrainingError: If the loss is no scalar, does not depend on the log-probabilities, or
+                is not finite: gradients are dropped.
+        """
+        objective = CustomObjective(data, loss_fn)
+        request = Request(self.adapter, data, objective, self._next_sample_key())
+        return run_requests(self.host, [request], self.pad_id)[0]
+
+    def request(
+        self,
+        data: Sequence[TrainingExample],
+        objective: ObjectiveChoice = "sft",
+        *,
+        micro_batch_size: int | None = None,
+    ) -> Request:
+        """Make a `forward_backward` that `run_requests` does, for several clients in one forward.
+
+        Arguments are those of `forward_backward`.
+
+        Raises:
+            ConfigError: If the data does not fit the objective.
+            FormatError, AdapterError: If the objective's reference can't be loaded.
+        """
+        config = _DEFAULTS[objective] if isinstance(objective, str) else objective
+        _check_fits(data, config)
+        return Request(
+            self.adapter,
+            data,
+            build_objective(config),
+            self._next_sample_key(),
+            load_reference(self.host, config),
+            micro_batch_size,
+        )
+
+    def optim_step(
+        self, learning_rate: float | None = None, max_grad_norm: float | None = None
+    ) -> OptimStepOutput:
+        """Let the optimizer make a step, and reset gradients.
+
+        Args:
+            learning_rate: From now on; None leaves it.
+            max_grad_norm: Clip the adapter's whole gradient to this norm; None for no clipping.
+
+        Raises:
+            ConfigError: If the learning rate is negative or not finite.
+            TrainingError: If there is no gradient, or it is not finite: weights are left alone.
+        """
+        if learning_rate is not None:
+            self._set_learning_rate(learning_rate)
+        if all(parameter.grad is None for parameter in self.parameters.values()):
+            raise self._error("optim_step needs a gradient, there is none; call forward_backward")
+        grad_norm = clip_gradients(self.parameters.values(), max_grad_norm)
+        if not math.isfinite(grad_norm):
+            self.zero_grad()
+            raise self._error(f"gradient norm must be finite, got {grad_norm}; it is dropped")
+        self._optimizer.step()
+        self.zero_grad()
+        self.step += 1
+        return OptimStepOutput(self.step, grad_norm)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients since the last step."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        sampling: SamplingConfig | None = None,
+        *,
+        num_samples: int = 1,
+        raw: bool = False,
+    ) -> list[list[Completion]]:
+        """Complete prompts with the adapter as it is now.
+
+        Args:
+            prompts: The user's turn of the chat template where there is one; see `raw`.
+            sampling: Greedy by default. At a temperature above 0 every call draws anew.
+            num_samples: Completions of each prompt.
+            raw: Read prompts as they stand.
+
+        Returns:
+            For each prompt its completions; `example_of_completion` makes data of one.
+
+        Raises:
+            DataError: If a prompt is empty or leaves no room for `max_new_tokens`.
+        """
+        sampling = sampling or SamplingConfig()
+        self._draws += 1
+        seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
+        drawn = sampling.model_copy(update={"seed": seed})
+        copies = [Prompt(prompt, self.name) for prompt in prompts for _ in range(num_samples)]
+        with evaluating(self.host):
+            completions = generate_tokens(self.host, self.tokenizer, copies, drawn, raw=raw)
+        starts = range(0, len(completions), num_samples)
+        return [completions[start : start + num_samples] for start in starts]
+
+    def save(self, directory: str | Path) -> None:
+        """Write the adapter's files, as `loraloom train` does.
+
+        Raises:
+            AdapterError: If the directory holds an adapter already.
+        """
+        self.host.save(self.name, directory)
+
+    def save_state(self, directory: str | Path) -> None:
+        """Write what `load_state` needs to go on: weights, gradients, optimizer, counts.
+
+        An earlier state in the directory is deleted when the new one is whole.
+
+        Raises:
+            TrainingError: If it can't be written.
+        """
+        state = {
+            **learning_state(self.parameters, self._optimizer),
+            "step": self.step,
+            "forwards": self._forwards,
+            "draws": self._draws,
+        }
+        records = {_STATE: JobRecord("running", self._settings())}
+        store = SnapshotStore(Path(directory))
+        store.write(self.step, 0.0, describe_base(self.host), records, {_STATE: state}, keep=1)
+
+    def load_state(self, directory: str | Path) -> None:
+        """Go on from a saved state, of this client or of one with equal settings.
+
+        Raises:
+            ConfigError: If there is no whole state, or one of another base model or adapter.
+        """
+        snapshot, faults = SnapshotStore(Path(directory)).newest()
+        if snapshot is None or _STATE not in snapshot.jobs:
+            reason = "; ".join(faults) or "there is none"
+            raise ConfigError(f"{directory} must hold a client's saved state: {reason}")
+        self._check_same(snapshot.base, snapshot.jobs[_STATE].settings)
+        state = snapshot.load_state(_STATE)
+        assert state is not None, "save_state writes one"
+        load_learning_state(self.parameters, self._optimizer, state)
+        self.step, self._forwards, self._draws = state["step"], state["forwards"], state["draws"]
+
+    def close(self) -> None:
+        """Take the adapter off the host and free it."""
+        self._optimizer.state.clear()
+        self.host.remove(self.name)
+
+    def _next_sample_key(self) -> Callable[[int], int]:
+        """Make what gives the rows of a call their keys of dropout, other ones in each call."""
+        self._forwards += 1
+        return partial(sample_key, self.seed, self._forwards)
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        if not (math.isfinite(learning_rate) and learning_rate >= 0):
+            raise ConfigError(f"learning_rate must be 0 or more, got {learning_rate}")
+        set_learning_rate(self._optimizer_config, self._optimizer, self.adapter, learning_rate)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "adapter": self.adapter.config.model_dump(mode="json"),
+            "optimizer": self._optimizer_config.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+
+    def _check_same(self, base: dict[str, Any], settings: dict[str, Any]) -> None:
+        changed = describe_changes(base, describe_base(self.host), "base")
+        changed += describe_changes(settings, self._settings())
+        if changed:
+            raise ConfigError(
+                "a state must have been saved with the client's own settings, these differ: "
+                f"{'; '.join(changed)}"
+            )
+
+    def _error(self, fault: str) -> TrainingError:
+        return TrainingError(f"adapter {self.name}: {fault}")
+
+
+def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:
+    """Make data of tokens, and of whether each is learnt."""
+    labels = (token if learnt else NO_LOSS for token, learnt in zip(ids, is_learnt, strict=True))
+    return Example(tuple(ids), tuple(labels), sample_id=0)
+
+
+def example_of_completion(completion: Completion) -> Example:
+    """Make data of what was sampled; its tokens, the end token included, are the labels."""
+    prompt, ids = completion.prompt_ids, completion.ids
+    return example_of([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
+
+
+def _check_fits(data: Sequence[TrainingExample], config: SftConfig | DpoConfig | CpoConfig) -> None:
+    wanted = Example if isinstance(config, SftConfig) else PreferencePair
+    if not all(isinstance(example, wanted) for example in data):
+        given = ", ".join(sorted({type(example).__name__ for example in data}))
+        raise ConfigError(
+            f"data for {config.name} must be of {wanted.__name__}, got {given}; "
+            "sft takes examples, dpo and cpo take pairs"
+        )

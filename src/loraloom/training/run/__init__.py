@@ -1,0 +1,1 @@
+"""The loop around it: jobs, their order, files, evaluations, faults and snapshots."""

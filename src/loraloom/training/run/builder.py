@@ -1,0 +1,110 @@
+"""Building jobs: from a job's settings to an adapter on the host with its data, ready to train."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.data import DataConfig
+from loraloom.config.job import JobConfig
+from loraloom.data.training_set import TrainingSet, load_training_set
+from loraloom.errors import DataError, LoraloomError
+from loraloom.models.host import Host
+from loraloom.models.packing import check_takes_packed_rows
+from loraloom.training.run.evaluation import Evaluation
+from loraloom.training.run.job import Job
+from loraloom.training.run.start import load_start
+from loraloom.training.step.reference import load_reference
+
+KEPT_TRAINING_SETS = 8
+
+
+class JobBuilder:
+    """Builds jobs on one host; jobs with the same data and seed share what was read.
+
+    Args:
+        host: The base model.
+        tokenizer: The base model's.
+        evaluation: Is told what the jobs are measured on.
+    """
+
+    def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation):
+        self._host = host
+        self._tokenizer = tokenizer
+        self._evaluation = evaluation
+        self._training_sets: OrderedDict[tuple[Any, ...], TrainingSet] = OrderedDict()
+
+    def build(self, config: JobConfig) -> Job:
+        """Put a job's adapter on the host, and read its data and what it is measured on.
+
+        Raises:
+            LoraloomError: Of the kind that fits, its message with the job's name: if the adapter
+                does not fit the base model, or data or settings can't be used. What the job put
+                on the host is off it again.
+        """
+        before = set(self._host.adapters)
+        try:
+            return self._build(config)
+        except BaseException as error:
+            for name in self._host.adapters.keys() - before:
+                self._host.remove(name)
+            if isinstance(error, LoraloomError):
+                raise type(error)(f"job {config.name}: {error}") from error
+            raise
+
+    def _build(self, config: JobConfig) -> Job:
+        if config.train.packing:
+            check_takes_packed_rows(self._host.config)
+        adapter = self._host.add(config.name, config.adapter, config.seed)
+        if config.start_from is not None:
+            load_start(self._host, adapter, config.start_from)
+        reference = load_reference(self._host, config.train.objective)
+        training_set = self._training_set(config)
+        _check_enough(config, training_set)
+        job = Job(config, adapter, training_set, reference)
+        self._evaluation.read([config])
+        return job
+
+    def _training_set(self, config: JobConfig) -> TrainingSet:
+        max_length, as_pairs = config.train.max_length, config.train.learns_from_pairs
+        data, files = config.data.model_dump_json(), tuple(_file_versions(config.data))
+        key = (data, max_length, config.seed, as_pairs, files)
+        if key not in self._training_sets:
+            self._training_sets[key] = load_training_set(
+                config.data, self._tokenizer, max_length, config.seed, as_pairs=as_pairs
+            )
+            if len(self._training_sets) > KEPT_TRAINING_SETS:
+                self._training_sets.popitem(last=False)
+        self._training_sets.move_to_end(key)
+        return self._training_sets[key]
+
+
+def _file_versions(data: DataConfig) -> Iterator[tuple[str, int, int]]:
+    """Tell the local files that data comes from, with time and size: they may change meanwhile."""
+    for source in (*data.sources, *([data.validation] if data.validation else [])):
+        for name in (source.task, source.dataset, source.path, source.template):
+            for file in _files_of(name):
+                status = file.stat()
+                yield str(file), status.st_mtime_ns, status.st_size
+
+
+def _files_of(name: str | None) -> list[Path]:
+    if name is None or "\n" in name:  # a template's text
+        return []
+    path = Path(name)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path] if path.is_file() else []
+
+
+def _check_enough(config: JobConfig, training_set: TrainingSet) -> None:
+    missing = "learn from" if not training_set.examples else "measure eval/loss on"
+    if not training_set.examples or (config.data.has_validation and not training_set.validation):
+        raise DataError(
+            f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
+            "give more rows, or raise max_length"
+        )

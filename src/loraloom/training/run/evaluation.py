@@ -1,0 +1,130 @@
+"""Measuring jobs while they train: their objective on held-out examples, and choice tasks.
+
+Choice tasks are scored by a function from outside, so that training does not know how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.job import EvaluationConfig, JobConfig
+from loraloom.data.examples import ChoiceQuestion, Example
+from loraloom.data.questions import load_questions
+from loraloom.models.host import Host
+from loraloom.training.run.job import Job
+from loraloom.training.step.objectives import ScoredSamples
+from loraloom.training.step.reference import ask_references
+from loraloom.training.step.scoring import label_log_probs
+from loraloom.training.step.window import count_totals
+
+Evaluator = Callable[
+    [Host, PreTrainedTokenizerBase, Sequence[ChoiceQuestion], Sequence[str]], Mapping[str, float]
+]
+"""From questions and names of adapters to each adapter's accuracy."""
+
+
+@dataclass
+class Evaluation:
+    """Everything that jobs are measured on, read before training begins.
+
+    Args:
+        host: With the jobs' adapters.
+        tokenizer: The base model's.
+        evaluator: What scores choice questions; needed if a job names a task.
+        questions: Of each evaluation that a job names.
+    """
+
+    host: Host
+    tokenizer: PreTrainedTokenizerBase
+    evaluator: Evaluator
+    questions: dict[EvaluationConfig, list[ChoiceQuestion]] = field(default_factory=dict)
+
+    @property
+    def pad_id(self) -> int:
+        """Token to pad with."""
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    def read(self, jobs: Sequence[JobConfig]) -> None:
+        """Read the questions of all jobs, each set once.
+
+        Raises:
+            DataError: If they are missing or can't be used.
+        """
+        for one in {evaluation: None for job in jobs for evaluation in job.eval}:
+            self.questions[one] = load_questions(
+                one.task, one.scoring, one.split, one.path, one.limit
+            )
+
+    def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+        """Measure jobs together: `eval/loss`, and `eval/<task>/accuracy` for each task.
+
+        An objective's own metrics come as `eval/<name>` too.
+        """
+        self.host.eval()
+        metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
+        for name, held_out in self._held_out(jobs).items():
+            metrics[name] |= held_out
+        for evaluation, names in _by_evaluation(jobs).items():
+            questions = self.questions[evaluation]
+            accuracies = self.evaluator(self.host, self.tokenizer, questions, names)
+            for name in names:
+                metrics[name][evaluation.metric] = accuracies[name]
+        return metrics
+
+    def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
+        """Measure jobs together; if that fails, each alone, to find whose fault it is.
+
+        Returns:
+            What was measured of each, or what its evaluation raised.
+        """
+        try:
+            measured = self.measure(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                return [error]
+            return [outcome for job in jobs for outcome in self.measure_apart([job])]
+        return [measured[job.name] for job in jobs]
+
+    def _held_out(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+        """Compute each job's objective on its held-out examples, as one step of it would."""
+        rows = {
+            job.name: [row for example in job.training_set.validation for row in example.rows]
+            for job in jobs
+            if job.training_set.validation
+        }
+        measured = [job for job in jobs if job.name in rows]
+        ask_references(
+            self.host, [(job.reference, rows[job.name]) for job in measured], self.pad_id
+        )
+        named_rows = [(name, row) for name in rows for row in rows[name]]
+        log_probs = iter(label_log_probs(self.host, named_rows, self.pad_id))
+        return {
+            job.name: _evaluate(job, rows[job.name], [next(log_probs) for _ in rows[job.name]])
+            for job in measured
+        }
+
+
+def _evaluate(
+    job: Job, rows: Sequence[Example], log_probs: Sequence[torch.Tensor]
+) -> dict[str, float]:
+    """Name a job's objective on samples, and its metrics."""
+    references = None
+    if job.reference is not None:
+        references = torch.tensor(job.reference.of(rows), dtype=torch.float64)
+    scored = ScoredSamples(torch.cat(list(log_probs)), [len(one) for one in log_probs], references)
+    terms = job.objective.terms(scored, count_totals(job.training_set.validation))
+    values = {"loss": terms.loss, **terms.metrics}
+    return {f"eval/{name}": float(value) for name, value in values.items()}
+
+
+def _by_evaluation(jobs: Sequence[Job]) -> dict[EvaluationConfig, list[str]]:
+    """Group jobs that are measured on the same questions."""
+    names: dict[EvaluationConfig, list[str]] = {}
+    for job in jobs:
+        for evaluation in job.config.eval:
+            names.setdefault(evaluation, []).append(job.name)
+    return names

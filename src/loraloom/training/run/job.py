@@ -1,0 +1,289 @@
+"""A job: an adapter with its data, optimizer, schedule, and the place where it stands."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.config.adapter import MixLoraConfig
+from loraloom.config.job import JobConfig
+from loraloom.config.optimization import SCHEDULERS_ON_METRIC
+from loraloom.data.training_set import TrainingSet
+from loraloom.errors import TrainingError
+from loraloom.models.samples import sample_key
+from loraloom.training.run.collapse import CollapseWatch
+from loraloom.training.run.selection import Selection, metric_mode
+from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss, StepReport
+from loraloom.training.step.objectives import build_objective
+from loraloom.training.step.optimizers import (
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    copy_all,
+    learning_state,
+    load_learning_state,
+)
+from loraloom.training.step.reference import Reference
+from loraloom.training.step.window import StepOrder, Window
+
+
+@dataclass
+class Position:
+    """Where a job stands.
+
+    Args:
+        step: Steps done.
+        micro_step: Micro-batches done of the next step.
+        tokens: Real tokens learnt from.
+        computed_tokens: Tokens that went through the model to learn from them, with padding.
+        loss: Of the micro-batches done of the next step.
+        evaluated_step: The step after which the last evaluation was; 0 for none.
+        metrics: Of that evaluation.
+        stopped_early: The metric no longer gets better.
+        last_loss: Of the last step that is done.
+    """
+
+    step: int = 0
+    micro_step: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+    loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
+    evaluated_step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stopped_early: bool = False
+    last_loss: float | None = None
+
+
+class Job:
+    """An adapter that learns.
+
+    Args:
+        config: What the run file says of it.
+        adapter: Its weights, on the host.
+        training_set: Its data.
+        reference: What its objective compares with, if it does.
+
+    Attributes:
+        milestones: Steps after which it is evaluated, beside every eval_steps and its end.
+
+    Raises:
+        ConfigError: If optimizer or scheduler don't take their arguments.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        adapter: Adapter,
+        training_set: TrainingSet,
+        reference: Reference | None = None,
+    ):
+        self.config = config
+        self.adapter = adapter
+        self.training_set = training_set
+        self.objective = build_objective(config.train.objective)
+        self.reference = reference
+        self.order = StepOrder(training_set, config.train)
+        self.optimizer = build_optimizer(config.train, adapter)
+        self.scheduler = build_scheduler(
+            config.train,
+            self.optimizer,
+            self.total_steps,
+            metric_mode(config.selection_metric),
+            config.name,
+        )
+        self.position = Position()
+        self.selection = Selection(config.selection_metric)
+        self.milestones: frozenset[int] = frozenset()
+        self.collapse = CollapseWatch()
+        self.parameters = dict(adapter.named_parameters())
+        self._window: tuple[int, Window] | None = None
+        self._proven: list[Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the job and of its adapter."""
+        return self.config.name
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the job, unless it is stopped early."""
+        return self.order.total_steps
+
+    @property
+    def window(self) -> Window:
+        """The examples of the step that comes next or is half done."""
+        step = self.position.step
+        if self._window is None or self._window[0] != step:
+            self._window = (step, self.order.window(step))
+        return self._window[1]
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no step is half done."""
+        return self.position.micro_step == 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to learn."""
+        return self.position.step >= self.total_steps or self.position.stopped_early
+
+    @property
+    def learning_rate(self) -> float:
+        """The job's own, without LoRA+'s ratio."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def micro_batch(self) -> MicroBatch:
+        """Return what the job puts into the next forward."""
+        window = self.window
+        examples = window.micro_batch(self.position.micro_step)
+        keys = [sample_key(self.config.seed, window.epoch, one.sample_id) for one in examples]
+        train = self.config.train
+        return MicroBatch(
+            self.adapter,
+            examples,
+            keys,
+            window,
+            self.objective,
+            self.reference,
+            train.max_length if train.packing else None,
+        )
+
+    def accept(
+        self, micro_batch: MicroBatch, loss: MicroBatchLoss | TrainingError
+    ) -> StepReport | None:
+        """Count a micro-batch whose gradient is there; after the last one of a step, make it.
+
+        Returns:
+            What the step did, if this was its last micro-batch.
+
+        Raises:
+            TrainingError: If the loss or the gradient is not finite, or this error stands in place
+                of a gradient. The weights are left alone.
+        """
+        if isinstance(loss, TrainingError):
+            raise loss
+        self._check_finite("loss", loss.loss + loss.aux_loss, self.position.step + 1)
+        self._proven = None
+        position = self.position
+        position.micro_step += 1
+        position.tokens += micro_batch.num_tokens
+        position.computed_tokens += loss.computed_tokens
+        total = MicroBatchLoss(**position.loss) + loss
+        position.loss = asdict(total)
+        if position.micro_step < self.window.num_micro_batches:
+            return None
+        return self._make_step(total)
+
+    def take_evaluation(self, metrics: dict[str, float]) -> bool:
+        """Take the results of an evaluation after the last step.
+
+        Returns:
+            Whether the weights are the best so far.
+
+        Raises:
+            TrainingError: If a loss is not finite.
+        """
+        for name, value in metrics.items():
+            self._check_finite(name, value, self.position.step)
+        position, stopping = self.position, self.config.train.early_stopping
+        is_best = self.selection.update(position.step, metrics)
+        position.evaluated_step, position.metrics = position.step, metrics
+        if stopping is not None:
+            position.stopped_early = self.selection.evaluations_since >= stopping.patience
+        if self.config.train.lr_scheduler in SCHEDULERS_ON_METRIC:
+            self.scheduler.step(metrics[self.selection.metric])  # pyright: ignore
+        return is_best
+
+    def check_weights(self) -> None:
+        """Raise a TrainingError if a weight is not finite."""
+        if not all(bool(weight.isfinite().all()) for weight in self.parameters.values()):
+            raise self._error("weights must be finite, got inf or nan", self.position.step)
+
+    def restore_proven_weights(self) -> None:
+        """Go back to the last weights that gave a finite loss.
+
+        They are the present ones, unless no micro-batch went through them since the last step.
+        """
+        if self._proven is not None:
+            copy_all(self.parameters.values(), self._proven)
+        self.release()
+
+    def release(self) -> None:
+        """Free what only learning needs."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        self._proven = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a later process needs to go on, in tensors and plain values."""
+        return {
+            **learning_state(self.parameters, self.optimizer),
+            "proven": self._proven,
+            "scheduler": self.scheduler.state_dict(),
+            "position": asdict(self.position),
+            "selection": asdict(self.selection),
+            "collapse": asdict(self.collapse),
+            "reference": {} if self.reference is None else self.reference.log_probs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        load_learning_state(self.parameters, self.optimizer, state)
+        self._proven = state["proven"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.position = Position(**state["position"])
+        self.selection = Selection(**state["selection"])
+        self.collapse = CollapseWatch(**state.get("collapse", {}))  # older ones have none
+        if self.reference is not None:
+            self.reference.log_probs = state["reference"]
+
+    def _make_step(self, loss: MicroBatchLoss) -> StepReport:
+        grad_norm = self._clip()
+        learning_rate, position = self.learning_rate, self.position
+        # Until a finite loss proves the new weights, the old ones take the place of the gradients.
+        proven = [parameter.detach().clone() for parameter in self.parameters.values()]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._proven = proven
+        if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
+            self.scheduler.step()  # pyright: ignore[reportCallIssue]
+        position.step += 1
+        position.micro_step = 0
+        position.loss = asdict(MicroBatchLoss(0.0))
+        position.last_loss = loss.loss
+        return StepReport(
+            position.step,
+            self.order.epochs_after(position.step),
+            loss,
+            learning_rate,
+            grad_norm,
+            position.tokens,
+            position.computed_tokens,
+            self._warnings(loss),
+        )
+
+    def _warnings(self, loss: MicroBatchLoss) -> tuple[str, ...]:
+        """Judge a mixture's load after a step."""
+        config = self.config.adapter
+        if not isinstance(config, MixLoraConfig) or not loss.tokens_per_expert:
+            return ()
+        return tuple(self.collapse.take(self.position.step, loss.tokens_per_expert, config))
+
+    def _clip(self) -> float:
+        grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)
+        self._check_finite("gradient norm", grad_norm, self.position.step + 1)
+        return grad_norm
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise self._error(f"{what} must be finite, got {value}", step)
+
+    def _error(self, fault: str, step: int) -> TrainingError:
+        return TrainingError(
+            f"job {self.name}, step {step}: {fault}; its last good weights are kept; "
+            "lower learning_rate, or look at the data"
+        )

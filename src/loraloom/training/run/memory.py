@@ -1,0 +1,276 @@
+"""How much memory the largest step takes, told before the first one.
+
+Weights, gradients and optimizer states are counted. What a forward keeps for its backward pass
+depends on the model, the method and the kind of attention, so it is looked at: autograd is watched
+in forwards of a few tokens, and what it keeps is scaled to the step's rows. A row of L tokens keeps
+a·L + b·L² bytes (the square is in attention's masks), and an adapter's weights in their compute
+form a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import psutil
+import torch
+from torch import Tensor
+
+from loraloom.data.packing import first_fit
+from loraloom.errors import ConfigError
+from loraloom.models.host import Host
+from loraloom.ops.token_loss import loss_workspace_bytes
+from loraloom.training.run.job import Job
+from loraloom.training.step.window import longest_row
+
+_TOKENS = 32
+_ALLOCATOR_SHARE = {"cpu": 0.15}
+"""What an allocator leaves unused between tensors that are kept, as a share of them."""
+_ALLOCATOR_SHARE_ELSEWHERE = 0.05
+_CHECKPOINT_ROOM = {"cpu": 4.5}
+"""Room that a checkpointed layer's input takes, in its sizes: glibc doesn't give back what lies
+freed between the inputs that are kept (SmolLM2: 342 MB of which 76 MB are in use)."""
+_OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
+"""Copies of the weights that optimizers keep; others keep two."""
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """The largest step's memory, in bytes.
+
+    Args:
+        base_model: Its weights.
+        adapters: All adapters' weights, also those that are references.
+        learning: Optimizer states, the last weights that proved sound, and gradients, unless they
+            come while as much of the activations goes.
+        activations: What the forward keeps for the backward pass.
+        loss: Logits, or else what the backward pass of one layer needs, whichever is more.
+        rows: Of the largest step.
+        length: Tokens of each.
+    """
+
+    base_model: int
+    adapters: int
+    learning: int
+    activations: int
+    loss: int
+    rows: int
+    length: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.loaded + self.learning + self.activations + self.loss
+
+    @property
+    def loaded(self) -> int:
+        """What is there before the first step."""
+        return self.base_model + self.adapters
+
+    def describe(self) -> str:
+        """Name the parts."""
+        parts = ", ".join(
+            f"{part.name.replace('_', ' ')} {in_gb(getattr(self, part.name))}"
+            for part in fields(self)
+            if part.name not in ("rows", "length")
+        )
+        return (
+            f"{in_gb(self.total)} for a step of {self.rows} rows of {self.length} tokens ({parts})"
+        )
+
+
+def in_gb(num_bytes: int) -> str:
+    """Write bytes as `1.23 GB`."""
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def predict_memory(
+    host: Host, jobs: Sequence[Job], max_tokens_per_step: int | None = None
+) -> MemoryPrediction:
+    """Predict the memory of the largest step that jobs may take together.
+
+    Args:
+        host: With the jobs' adapters; left in eval mode, without gradient checkpointing.
+        jobs: At least one.
+        max_tokens_per_step: Bound of a fused forward's tokens, with padding.
+    """
+    shapes = [step_rows(job) for job in jobs]
+    length = max(shape.length for shape in shapes)
+    kept = _watch_all(host, jobs)
+    checkpointed = any(job.config.train.gradient_checkpointing for job in jobs)
+    costs = [one.per_row(length, host, checkpointed=checkpointed) for one in kept]
+    rows = _largest_step([shape.rows for shape in shapes], costs, length, max_tokens_per_step)
+    activations = sum(one.constant for one in kept)
+    activations += sum(count * cost for count, cost in zip(rows, costs, strict=True))
+    if not checkpointed:
+        activations *= 1 + _ALLOCATOR_SHARE.get(host.device.type, _ALLOCATOR_SHARE_ELSEWHERE)
+    num_tokens = sum(rows) * length
+    adapters = [_bytes_of(job.adapter.parameters()) for job in jobs]
+    everyone = [weight for adapter in host.adapters.values() for weight in adapter.parameters()]
+    copies = [_learning_copies(job, checkpointed=checkpointed) for job in jobs]
+    return MemoryPrediction(
+        base_model=_bytes_of([*host.model.parameters(), *host.model.buffers()]),
+        adapters=_bytes_of(everyone),
+        learning=sum(count * own for count, own in zip(copies, adapters, strict=True)),
+        activations=max(round(activations), sum(adapters)),
+        loss=max(_loss_bytes(host, num_tokens), _layer_backward_bytes(host, num_tokens)),
+        rows=sum(rows),
+        length=length,
+    )
+
+
+def check_memory(prediction: MemoryPrediction, limit: int | None, device: torch.device) -> None:
+    """Refuse a run whose largest step does not fit.
+
+    Args:
+        prediction: Of that step.
+        limit: Most bytes of the whole; None for what the device has.
+        device: Where it runs.
+
+    Raises:
+        ConfigError: If more is needed than there is; with the numbers.
+    """
+    there, named = limit, "memory_limit"
+    if there is None:
+        available = available_bytes(device)
+        if available is None:
+            return
+        there, named = available + prediction.loaded, f"what {device} has"
+    if prediction.total > there:
+        raise ConfigError(
+            f"a step must fit into {in_gb(there)} ({named}), it is predicted to take "
+            f"{prediction.describe()}; lower train.micro_batch_size or train.max_length, "
+            "set train.gradient_checkpointing: true or max_tokens_per_step, train fewer jobs at "
+            "once, or set memory_limit where you know better"
+        )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return the memory that is free on a device; None where there is no telling."""
+    if device.type in ("cpu", "mps"):
+        return psutil.virtual_memory().available
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return None
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The most rows that a job puts into a forward, and their length in tokens."""
+
+    rows: int
+    length: int
+
+
+def step_rows(job: Job) -> StepRows:
+    """Return the rows of a job's largest micro-batch: that of its longest examples."""
+    train, examples = job.config.train, job.training_set.examples
+    count = min(train.micro_batch_size, train.batch_size)
+    longest = sorted(examples, key=longest_row, reverse=True)[:count]
+    rows = [len(row.input_ids) for example in longest for row in example.rows]
+    if not train.packing:
+        return StepRows(len(rows), max(rows))
+    packed = first_fit(rows, train.max_length)
+    return StepRows(len(packed), max(sum(rows[place] for place in row) for row in packed))
+
+
+@dataclass(frozen=True)
+class KeptByForward:
+    """What an adapter's forward keeps for its backward pass, in bytes.
+
+    Args:
+        constant: Whatever the rows.
+        per_token: Of each token.
+        per_square: Times the square of each row's length.
+    """
+
+    constant: float
+    per_token: float
+    per_square: float
+
+    def per_row(self, length: int, host: Host, *, checkpointed: bool) -> float:
+        """Return what a row keeps; checkpointed: its layers' inputs, and one layer's all."""
+        whole = self.per_token * length + self.per_square * length**2
+        if not checkpointed:
+            return whole
+        inputs = length * host.base.hidden_size * host.dtype.itemsize * host.base.num_layers
+        return inputs * _CHECKPOINT_ROOM.get(host.device.type, 1.0) + whole / host.base.num_layers
+
+
+def _watch_all(host: Host, jobs: Sequence[Job]) -> list[KeptByForward]:
+    """Look at each kind of adapter once."""
+    host.enable_gradient_checkpointing(False)
+    host.train()
+    kinds = {job.config.adapter.model_dump_json(): job for job in jobs}
+    seen = {kind: _watch(host, job) for kind, job in kinds.items()}
+    host.eval()
+    return [seen[job.config.adapter.model_dump_json()] for job in jobs]
+
+
+def _watch(host: Host, job: Job) -> KeptByForward:
+    short = _kept_bytes(host, job, 2, _TOKENS)
+    more = _kept_bytes(host, job, 4, _TOKENS)
+    long = _kept_bytes(host, job, 2, 2 * _TOKENS)
+    constant = float(2 * short - more)
+    per_row, per_long_row = (short - constant) / 2, (long - constant) / 2
+    per_square = (per_long_row - 2 * per_row) / (2 * _TOKENS**2)
+    return KeptByForward(constant, per_row / _TOKENS - per_square * _TOKENS, per_square)
+
+
+def _kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
+    """Count the storages that autograd keeps in a forward of rows with padding."""
+    weights = [*host.model.parameters(), *host.model.buffers(), *job.adapter.parameters()]
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, int] = {}
+
+    def look(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    input_ids = torch.zeros(rows, length, dtype=torch.long, device=host.device)
+    mask = torch.ones_like(input_ids)
+    mask[0, -1] = 0
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        output = host.hidden(input_ids, mask, [job.name] * rows)
+    del output
+    return sum(kept.values())
+
+
+def _largest_step(
+    rows: Sequence[int], costs: Sequence[float], length: int, max_tokens: int | None
+) -> list[int]:
+    """Fill a step with rows of jobs, those that cost most first, up to a bound of tokens."""
+    left = max_tokens // length if max_tokens is not None else sum(rows)
+    left = max(left, *rows)
+    chosen = [0] * len(rows)
+    for job in sorted(range(len(rows)), key=lambda job: -costs[job]):
+        chosen[job] = min(rows[job], left)
+        left -= chosen[job]
+    return chosen
+
+
+def _learning_copies(job: Job, *, checkpointed: bool) -> int:
+    """Count copies of the weights beside them, at the beginning of a backward pass."""
+    train = job.config.train
+    earlier_gradients = int(train.micro_batch_size < train.batch_size)
+    return earlier_gradients + int(checkpointed) + _OPTIMIZER_STATES.get(train.optimizer, 2) + 1
+
+
+def _loss_bytes(host: Host, num_tokens: int) -> int:
+    config = host.config
+    return loss_workspace_bytes(num_tokens, config.hidden_size, config.vocab_size, host.dtype)
+
+
+def _layer_backward_bytes(host: Host, num_tokens: int) -> int:
+    """Gradients of a layer's widest tensors: three of the FFN's width, eight of the model's."""
+    widest = max(out_features for out_features, _ in host.base.shapes.values())
+    width = 3 * widest + 8 * host.base.hidden_size
+    return num_tokens * width * host.dtype.itemsize
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -1,0 +1,191 @@
+"""The directory of a run's results, and what may be in it before the run begins.
+
+<output_dir>/<job>/                     the adapter's files, metrics.jsonl, result.json
+<output_dir>/<job>/checkpoints/last/    the adapter after its last step
+<output_dir>/<job>/checkpoints/best/    the adapter at its best evaluation
+<output_dir>/.checkpoints/              what --resume needs
+<output_dir>/sweep.csv, sweep.png       the jobs of a sweep, compared
+
+No job can be called .checkpoints: names begin with a letter or digit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from loraloom.errors import ConfigError
+from loraloom.formats.disk import ADAPTER_FILES
+from loraloom.training.run.checkpoint import SnapshotStore
+from loraloom.training.run.results import RESULT_FILE
+from loraloom.training.run.tracking import (
+    METRICS_FILE,
+    RUN_ID_FILE,
+    TENSORBOARD_DIRECTORY,
+    WANDB_DIRECTORY,
+)
+
+_CHECKPOINTS = "checkpoints"
+_SNAPSHOTS = ".checkpoints"
+_LOCK_FILE = ".lock"
+_OWN_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE, RUN_ID_FILE)
+_OWN_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
+
+
+class RunDirectory:
+    """Where a run's results go.
+
+    Args:
+        path: The run file's `output_dir`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.snapshots = SnapshotStore(path / _SNAPSHOTS)
+
+    def job(self, name: str) -> Path:
+        """Directory of a job's results."""
+        return self.path / name
+
+    def last(self, name: str) -> Path:
+        """Directory of a job's last weights."""
+        return self.job(name) / _CHECKPOINTS / "last"
+
+    def best(self, name: str) -> Path:
+        """Directory of a job's best weights."""
+        return self.job(name) / _CHECKPOINTS / "best"
+
+    def metrics(self, name: str) -> Path:
+        """A job's metrics.jsonl."""
+        return self.job(name) / METRICS_FILE
+
+    @property
+    def sweep_table(self) -> Path:
+        """Table of a sweep."""
+        return self.path / "sweep.csv"
+
+    @property
+    def sweep_picture(self) -> Path:
+        """Picture of a sweep."""
+        return self.path / "sweep.png"
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Check that the run may write here. Nothing is written.
+
+        Raises:
+            ConfigError: If there are results that were not to be resumed or overwritten, there is
+                nothing to resume, or the directory can't be one.
+        """
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other; give one")
+        with self._writing():
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError(f"output_dir must be a directory, got the file {self.path}")
+            self._check_writable()
+            has_results = self._has_results()
+        if overwrite or not has_results:
+            return
+        if not resume:
+            found = ", ".join(self._entries()[:3] or [_SNAPSHOTS])
+            raise ConfigError(
+                f"output_dir must be new or empty, got {self.path}, which has {found}; "
+                "name another, or give --resume to go on from "
+                "its checkpoints or --overwrite to replace the jobs' results"
+            )
+        if not self.snapshots.exists():
+            raise ConfigError(
+                f"--resume needs checkpoints, {self.path} has results without any; "
+                "name another output_dir, or give --overwrite"
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the directory, until the end or the process's death.
+
+        Raises:
+            ConfigError: If another run is there, or the system can't write there.
+        """
+        lock = FileLock(self.snapshots.directory / _LOCK_FILE, timeout=0)
+        with self._writing():
+            self.snapshots.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise ConfigError(
+                    f"output_dir must be one that no other run writes to, {self.path} is in use by "
+                    "another; wait for its end, stop it, or name another directory"
+                ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def prepare(self, jobs: Sequence[str]) -> None:
+        """Delete earlier results of these jobs, and all checkpoints of the run.
+
+        Raises:
+            ConfigError: If the system can't write there.
+        """
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.snapshots.clear()
+            self.sweep_table.unlink(missing_ok=True)
+            self.sweep_picture.unlink(missing_ok=True)
+            for name in jobs:
+                self._clear(name)
+
+    def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
+        """Make room for a job that joins; what a run that died left of it is deleted.
+
+        Raises:
+            ConfigError: If there is a result of that name that was not to be overwritten, or the
+                system can't write there.
+        """
+        result = self.job(name) / RESULT_FILE
+        if result.exists() and not overwrite:
+            raise ConfigError(
+                f"job {name} must be new in {self.path}, but there is {result}; "
+                "take another name, or delete its directory"
+            )
+        with self._writing():
+            self._clear(name)
+
+    def _clear(self, name: str) -> None:
+        for file in _OWN_FILES:
+            (self.job(name) / file).unlink(missing_ok=True)
+        for directory in _OWN_DIRECTORIES:
+            shutil.rmtree(self.job(name) / directory, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir must be where files can be written, got {self.path}: {error}; "
+                "name another"
+            ) from error
+
+    def _has_results(self) -> bool:
+        """Whether a run got so far that there is something in the directory."""
+        return bool(self._entries()) or self.snapshots.exists()
+
+    def _entries(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        return sorted(entry.name for entry in self.path.iterdir() if entry.name != _SNAPSHOTS)
+
+    def _check_writable(self) -> None:
+        existing = next(
+            path for path in (self.path, *self.path.absolute().parents) if path.exists()
+        )
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"output_dir must be where files can be written, got {self.path}: "
+                f"{existing} is no directory that can be written to"
+            )

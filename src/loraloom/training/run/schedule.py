@@ -1,0 +1,93 @@
+"""Which jobs take part in a fused step, when one step can't hold them all.
+
+Stride scheduling: a job's pass is the tokens that were computed for it, divided by its priority.
+The job with the least pass goes first, and others fill what is left of the step, so that over time
+each job has a share of the computed tokens in proportion to its priority. It is a function of the
+passes alone, which snapshots keep: a resumed run chooses as an unbroken one.
+
+Source:
+    Waldspurger and Weihl 1995, Stride Scheduling, MIT/LCS/TM-528.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from loraloom.errors import ConfigError
+from loraloom.training.run.job import Job
+from loraloom.training.step.micro_batch import MicroBatch
+from loraloom.training.step.rows import lay_out
+
+
+class Schedule:
+    """Packs micro-batches of several jobs into steps of bounded size.
+
+    Args:
+        max_tokens_per_step: Most tokens of a fused forward, padding included; None: no bound, all
+            jobs take part in each step.
+    """
+
+    def __init__(self, max_tokens_per_step: int | None = None):
+        self.max_tokens_per_step = max_tokens_per_step
+        self.passes: dict[str, float] = {}
+        self._priorities: dict[str, float] = {}
+
+    def check_fits(self, job: Job) -> None:
+        """Check that a job can take part in a step.
+
+        Raises:
+            ConfigError: If its longest micro-batch is more than a step may have.
+        """
+        limit, needed = self.max_tokens_per_step, job.order.max_micro_batch_tokens
+        if limit is not None and needed > limit:
+            raise ConfigError(
+                f"job {job.name}: max_tokens_per_step must hold the job's longest micro-batch, "
+                f"which has {needed} tokens with padding, got {limit}; raise it, or lower "
+                "train.micro_batch_size or train.max_length"
+            )
+
+    def enter(self, job: Job) -> None:
+        """Take a job in, level with the one that is furthest behind."""
+        self.passes[job.name] = min(self.passes.values(), default=0.0)
+        self._priorities[job.name] = job.config.priority
+
+    def leave(self, name: str) -> None:
+        """Forget a job."""
+        del self.passes[name], self._priorities[name]
+
+    def restore(self, passes: Mapping[str, float]) -> None:
+        """Go on from the passes of a snapshot; jobs that it doesn't know join now."""
+        least = min(passes.values(), default=0.0)
+        self.passes = {name: passes.get(name, least) for name in self.passes}
+
+    def choose(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Choose what goes into the next step.
+
+        Args:
+            micro_batches: One of each job that could take part.
+
+        Returns:
+            Some of them, in the order in which they came. One that is more than a step may have,
+            as packed ones can be, is alone.
+        """
+        if self.max_tokens_per_step is None:
+            return list(micro_batches)
+        chosen: list[MicroBatch] = []
+        for part in sorted(micro_batches, key=lambda part: self.passes[part.adapter.name]):
+            if not chosen or sum(computed_tokens([*chosen, part])) <= self.max_tokens_per_step:
+                chosen.append(part)
+        names = {part.adapter.name for part in chosen}
+        return [part for part in micro_batches if part.adapter.name in names]
+
+    def charge(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Count a step that was made."""
+        if self.max_tokens_per_step is None:
+            return
+        for part, tokens in zip(micro_batches, computed_tokens(micro_batches), strict=True):
+            name = part.adapter.name
+            self.passes[name] += tokens / self._priorities[name]
+
+
+def computed_tokens(micro_batches: Sequence[MicroBatch]) -> list[int]:
+    """Count the tokens of each micro-batch in a fused forward of them, padding included."""
+    return lay_out(micro_batches).computed_tokens

@@ -1,0 +1,135 @@
+"""The fused step: micro-batches of many jobs in one forward and one backward.
+
+Axes: B rows of all jobs, L sequence, N labelled tokens, D hidden.
+
+Rows are collated by job (`rows.py`). Logits exist at labels only. The sum of the jobs' losses is
+differentiated at once; as no adapter's weights touch another's rows, each gets the gradient of its
+own loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loraloom.config.adapter import MixLoraConfig
+from loraloom.data.examples import collate
+from loraloom.models.host import Host
+from loraloom.routing.losses import router_loss
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.statistics import load_statistics
+from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
+from loraloom.training.step.objectives import ScoredSamples
+from loraloom.training.step.reference import ask_references
+from loraloom.training.step.rows import lay_out
+from loraloom.training.step.scoring import label_losses
+from loraloom.training.step.window import count_labels
+
+
+def forward_backward(
+    host: Host, micro_batches: Sequence[MicroBatch], pad_id: int
+) -> list[MicroBatchLoss]:
+    """Add each micro-batch's gradient to its adapter's.
+
+    A loss is the micro-batch's share of its objective over the whole step, so that the gradient
+    does not depend on how the step is cut. A loss that is not finite is left out of the backward
+    pass; its adapter's gradient is of no use then.
+
+    Args:
+        host: In training mode.
+        micro_batches: One of each job.
+        pad_id: Token to pad with, on the right.
+
+    Returns:
+        The losses, in the order of the micro-batches.
+    """
+    wanted = [(part.reference, part.examples) for part in micro_batches]
+    ask_references(host, wanted, pad_id)
+    layout = lay_out(micro_batches)
+    batch = collate(layout.joined(), pad_id)
+    output = host.hidden(
+        batch.input_ids.to(host.device),
+        None if layout.is_packed else batch.attention_mask.to(host.device),
+        adapters=layout.adapters,
+        sample_keys=layout.sample_keys,
+        sample_lengths=layout.sample_lengths,
+    )
+    losses = label_losses(host, output.last_hidden_state, batch.labels)
+    terms = [
+        _loss_terms(part, part_losses, output.routing.get(part.adapter.name))
+        for part, part_losses in zip(micro_batches, layout.split_losses(losses), strict=True)
+    ]
+    values = _to_floats(terms)
+    _backward(
+        [
+            term["loss"] + term["aux_loss"]
+            for term, value in zip(terms, values, strict=True)
+            if math.isfinite(value["loss"] + value["aux_loss"])
+        ]
+    )
+    return [
+        _with_statistics(part, value, output.routing.get(part.adapter.name), computed_tokens)
+        for part, value, computed_tokens in zip(
+            micro_batches, values, layout.computed_tokens, strict=True
+        )
+    ]
+
+
+def _loss_terms(
+    part: MicroBatch, token_losses: Tensor, routing: list[LayerRouting] | None
+) -> dict[str, Tensor]:
+    """Return a micro-batch's share of the step's loss, router loss and metrics."""
+    terms = part.objective.terms(_scored(part, token_losses), part.window.totals)
+    aux_loss = torch.zeros_like(terms.loss)
+    config = part.adapter.config
+    if routing is not None and isinstance(config, MixLoraConfig):
+        aux_loss = (router_loss(routing, config) * _token_share(part)).to(terms.loss.dtype)
+    return {"loss": terms.loss, "aux_loss": aux_loss, **terms.metrics}
+
+
+def _scored(part: MicroBatch, token_losses: Tensor) -> ScoredSamples:
+    references = None
+    if part.reference is not None:
+        references = token_losses.new_tensor(part.reference.of(part.examples))
+    return ScoredSamples(-token_losses, list(map(count_labels, part.examples)), references)
+
+
+def _to_floats(terms: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Fetch all values from the device at once."""
+    stacked = torch.stack([value.detach() for term in terms for value in term.values()])
+    values = iter(stacked.tolist())
+    return [{name: next(values) for name in term} for term in terms]
+
+
+def _backward(losses: Sequence[Tensor]) -> None:
+    if losses:
+        torch.stack(list(losses)).sum().backward()
+
+
+def _with_statistics(
+    part: MicroBatch,
+    values: dict[str, float],
+    routing: list[LayerRouting] | None,
+    computed_tokens: int,
+) -> MicroBatchLoss:
+    metrics = dict(values)
+    loss, aux_loss = metrics.pop("loss"), metrics.pop("aux_loss")
+    found = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=computed_tokens)
+    if routing is None:
+        return found
+    statistics, share = load_statistics(routing), _token_share(part)
+    layers = [layer.layer for layer in routing]
+    return replace(
+        found,
+        router_entropy=statistics.entropy * share,
+        router_load_cv=statistics.load_cv * share,
+        tokens_per_expert=dict(zip(layers, statistics.tokens_per_expert.tolist(), strict=True)),
+    )
+
+
+def _token_share(part: MicroBatch) -> float:
+    return part.num_tokens / part.window.num_tokens

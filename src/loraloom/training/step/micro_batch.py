@@ -1,0 +1,121 @@
+"""A job's share of a fused step: the rows that it puts in, and what comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.data.examples import Example
+from loraloom.training.run.collapse import add_counts
+from loraloom.training.step.objectives import Objective
+from loraloom.training.step.reference import Reference
+from loraloom.training.step.window import Window
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a job puts into the next forward.
+
+    Args:
+        adapter: Whose rows these are.
+        examples: The samples; the chosen and the rejected answer of a pair in turn.
+        sample_keys: Each sample's key for dropout and jitter.
+        window: The step that they belong to.
+        objective: What is minimised.
+        reference: What the objective compares with, if it does.
+        max_row_length: Most tokens of a row that samples share; None: each has a row.
+    """
+
+    adapter: Adapter
+    examples: Sequence[Example]
+    sample_keys: Sequence[int]
+    window: Window
+    objective: Objective
+    reference: Reference | None = None
+    max_row_length: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return sum(len(example.input_ids) for example in self.examples)
+
+    def halves(self) -> list[MicroBatch]:
+        """Cut it in two of about the same size, pairs of answers whole; nothing if it has one.
+
+        Examples come the longest first: where they are packed, every other one makes halves alike.
+        """
+        num_rows = len(self.window.examples[0].rows)
+        starts = range(0, len(self.examples), num_rows)
+        if len(starts) < 2:
+            return []
+        middle = (len(starts) + 1) // 2
+        cut = (starts[:middle], starts[middle:])
+        if self.max_row_length is not None:
+            cut = (starts[::2], starts[1::2])
+        return [
+            self._part([start + row for start in half for row in range(num_rows)]) for half in cut
+        ]
+
+    def _part(self, places: Sequence[int]) -> MicroBatch:
+        examples = [self.examples[place] for place in places]
+        return replace(
+            self, examples=examples, sample_keys=[self.sample_keys[place] for place in places]
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatchLoss:
+    """A micro-batch's share of its step: shares add up to the step's figures.
+
+    Args:
+        loss: Its part of the objective.
+        aux_loss: Router losses, with coefficients, by its share of the step's real tokens.
+        router_entropy: Of the routers, by the same share; None without a router.
+        router_load_cv: Likewise.
+        metrics: Of the objective, by their names in metrics.jsonl.
+        computed_tokens: Tokens of its rows, padding included.
+        tokens_per_expert: How often routers chose each expert, by layer; empty without a router.
+    """
+
+    loss: float
+    aux_loss: float = 0.0
+    router_entropy: float | None = None
+    router_load_cv: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    computed_tokens: int = 0
+    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
+
+    def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
+        return MicroBatchLoss(
+            self.loss + other.loss,
+            self.aux_loss + other.aux_loss,
+            _add(self.router_entropy, other.router_entropy),
+            _add(self.router_load_cv, other.router_load_cv),
+            {name: self.metrics.get(name, 0.0) + value for name, value in other.metrics.items()},
+            self.computed_tokens + other.computed_tokens,
+            add_counts(self.tokens_per_expert, other.tokens_per_expert),
+        )
+
+
+def _add(left: float | None, right: float | None) -> float | None:
+    return right if left is None else left if right is None else left + right
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step of a job did; `warnings` are new with it."""
+
+    step: int
+    epoch: float
+    loss: MicroBatchLoss
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    computed_tokens: int
+    warnings: tuple[str, ...] = ()
+
+
+def padding_share(tokens: int, computed_tokens: int) -> float:
+    """Return the share of computed tokens that are no real ones; 0 before the first."""
+    return 1 - tokens / computed_tokens if computed_tokens else 0.0

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.errors import TrainingError
+from loraloom.training.step.micro_batch import MicroBatchLoss
+from tests.training.toy import ADAPTERS, add_job, gradients_of, toy_config, toy_host, weights_of
+
+
+def with_gradient(job, value: float):
+    for parameter in job.parameters.values():
+        parameter.grad = torch.full_like(parameter, value)
+    return job
+
+
+def new_job(**settings):
+    return add_job(toy_host(), toy_config("a", ADAPTERS["mixlora"], **settings))
+
+
+def test_gradient_is_clipped_over_the_adapters_weights_alone():
+    host = toy_host()
+    jobs = [
+        with_gradient(add_job(host, toy_config(name, optimizer="sgd", max_grad_norm=0.5)), value)
+        for name, value in (("loud", 10.0), ("quiet", 1e-6))
+    ]
+    before = [weights_of(job) for job in jobs]
+    reports = [job.accept(job.micro_batch(), MicroBatchLoss(1.0)) for job in jobs]
+    moves = [
+        torch.stack([(old[name] - p.detach()).norm() for name, p in job.parameters.items()]).norm()
+        for job, old in zip(jobs, before, strict=True)
+    ]
+    assert float(moves[0]) == pytest.approx(0.5 * 1e-2, rel=1e-4)
+    assert reports[0].grad_norm > 0.5 > reports[1].grad_norm
+    assert float(moves[1]) == pytest.approx(reports[1].grad_norm * 1e-2, rel=1e-4)
+
+
+def test_null_means_no_clipping():
+    job = with_gradient(new_job(optimizer="sgd", max_grad_norm=None), 10.0)
+    before = weights_of(job)
+    job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    for name, parameter in job.parameters.items():
+        torch.testing.assert_close(
+            before[name] - parameter.detach(), 0.1 * torch.ones_like(parameter)
+        )
+
+
+def test_a_step_is_made_after_the_last_micro_batch():
+    job = with_gradient(new_job(batch_size=4, micro_batch_size=2), 1.0)
+    before = weights_of(job)
+    assert job.accept(job.micro_batch(), MicroBatchLoss(0.25, 0.5, 0.125, 1.0)) is None
+    assert all(torch.equal(p, before[name]) for name, p in job.parameters.items())
+    report = job.accept(job.micro_batch(), MicroBatchLoss(0.5, 0.25, 0.25, 1.0))
+    assert report.loss == MicroBatchLoss(0.75, 0.75, 0.375, 2.0)
+    assert (report.step, job.position.micro_step) == (1, 0)
+    assert report.tokens == sum(len(example.input_ids) for example in job.order.window(0).examples)
+    assert all(parameter.grad is None for parameter in job.parameters.values())
+
+
+@pytest.mark.parametrize("loss", [MicroBatchLoss(float("nan")), MicroBatchLoss(1.0, float("inf"))])
+def test_a_loss_that_is_not_finite_is_an_error_that_names_job_and_step(loss):
+    job = with_gradient(new_job(), 1.0)
+    job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    with pytest.raises(TrainingError, match="job a, step 2: loss must be finite"):
+        job.accept(job.micro_batch(), loss)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_and_moves_nothing():
+    job = with_gradient(new_job(), float("inf"))
+    before = weights_of(job)
+    with pytest.raises(TrainingError, match="job a, step 1: gradient norm must be finite"):
+        job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    job.restore_proven_weights()
+    assert all(torch.equal(p, before[name]) for name, p in job.parameters.items())
+
+
+def test_weights_are_proven_by_a_finite_loss():
+    job = with_gradient(new_job(batch_size=4, micro_batch_size=2), 1.0)
+    first = weights_of(job)
+    for _ in range(2):
+        job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    second = weights_of(job)
+    restored = new_job(batch_size=4, micro_batch_size=2)
+    restored.load_state_dict(job.state_dict())
+    restored.restore_proven_weights()
+    assert all(torch.equal(p, first[name]) for name, p in restored.parameters.items())
+    job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    job.restore_proven_weights()
+    assert all(torch.equal(p, second[name]) for name, p in job.parameters.items())
+
+
+def test_state_holds_tensors_and_plain_values_only(tmp_path):
+    job = with_gradient(new_job(batch_size=4, micro_batch_size=2, lr_scheduler="cosine"), 1.0)
+    for _ in range(3):
+        job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+        with_gradient(job, 0.5)
+    torch.save(job.state_dict(), tmp_path / "state.pt")
+    other = new_job(batch_size=4, micro_batch_size=2, lr_scheduler="cosine")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.position == job.position
+    assert other.learning_rate == job.learning_rate
+    gradients = gradients_of(other)
+    assert all(torch.equal(gradients[name], grad) for name, grad in gradients_of(job).items())
+
+
+def test_an_evaluation_that_is_not_finite_is_an_error():
+    job = new_job()
+    with pytest.raises(TrainingError, match="job a, step 0: eval/loss must be finite, got nan"):
+        job.take_evaluation({"eval/loss": float("nan")})
+
+
+def test_sample_keys_differ_by_seed_epoch_and_sample():
+    job, other = new_job(batch_size=16), new_job(batch_size=16, seed=1)
+    keys = set(job.micro_batch().sample_keys)
+    assert len(keys) == 16
+    assert keys.isdisjoint(other.micro_batch().sample_keys)
+    job.position.step = 1
+    assert job.window.epoch == 1
+    assert keys.isdisjoint(job.micro_batch().sample_keys)

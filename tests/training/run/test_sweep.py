@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraloom.config.run import RunConfig
+from loraloom.errors import ConfigError
+from loraloom.training.run.engine import Engine
+from loraloom.training.run.progress import NoProgress
+from loraloom.training.run.results import read_result
+from loraloom.training.run.run import train
+from tests.training.saved import run_settings, save_inputs
+
+RATES = [1e-5, 3e-2, 1e-3, 1e-2, 1e-4, 3e-3]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def sweep_run(inputs, output_dir, jobs=(), **settings) -> RunConfig:
+    """A sweep over the learning rate of the `plain` job, in batches that are cut in two."""
+    run = run_settings(inputs, output_dir)
+    plain = run["jobs"][0]
+    plain["train"] |= {"max_steps": 9, "micro_batch_size": 2, "eval_steps": None}
+    sweep = {
+        "job": plain,
+        "parameters": {"train.learning_rate": RATES},
+        "early_stopping": {"asha": {"min_steps": 2, "reduction_factor": 2}},
+    }
+    return RunConfig.model_validate({**run, "jobs": list(jobs), "sweep": sweep | settings})
+
+
+def score(host, tokenizer, questions, adapters):
+    return dict.fromkeys(adapters, 0.5)
+
+
+class Shown(NoProgress):
+    """Keeps the rankings that are shown."""
+
+    def __init__(self):
+        self.rankings = []
+        self.messages = []
+        self.concluded = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def rank(self, ranking):
+        self.rankings.append(ranking)
+
+    def conclude(self, ranking):
+        self.concluded.append(ranking)
+
+
+def read_csv(directory):
+    with (directory / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def halved(inputs, tmp_path_factory):
+    """Directory of a sweep that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("halved")
+    train(sweep_run(inputs, directory), score)
+    return directory
+
+
+def test_after_each_rung_the_best_half_goes_on(inputs, halved):
+    """Rungs 2, 4 and 8 of 9 steps; 6 jobs, then 3, then 1."""
+    rows = read_csv(halved)
+    steps = {row["name"]: int(row["steps"]) for row in rows}
+    assert sorted(steps.values()) == [2, 2, 2, 4, 4, 9]
+    for rung, num_kept in ((2, 3), (4, 1), (8, 1)):
+        values = {row["name"]: row[f"eval/loss@{rung}"] for row in rows}
+        reached = {name: float(value) for name, value in values.items() if value}
+        best = sorted(reached, key=reached.__getitem__)[:num_kept]
+        assert {name for name in reached if steps[name] > rung} == set(best)
+
+
+def test_a_job_that_lost_says_why_and_keeps_its_weights(halved):
+    (lost, *_) = [row["name"] for row in read_csv(halved) if row["steps"] == "4"]
+    result = read_result(halved / lost)
+    assert (result.status, result.steps) == ("stopped", 4)
+    assert "is not among the best 1 of 3" in result.stop_reason
+    assert (halved / lost / "adapter_model.safetensors").exists()
+
+
+def test_the_table_has_the_parameters_and_the_metric_of_the_weights(halved):
+    rows = read_csv(halved)
+    assert [row["name"] for row in rows] == [f"plain-00{number}" for number in range(6)]
+    assert [float(row["train.learning_rate"]) for row in rows] == RATES
+    (winner,) = [row for row in rows if row["status"] == "finished"]
+    assert winner["rank"] == "1"
+    assert float(winner["eval/loss"]) == read_result(halved / winner["name"]).metrics["eval/loss"]
+    assert (halved / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ranking_is_shown_from_the_start_to_the_end(inputs, tmp_path):
+    shown = Shown()
+    train(sweep_run(inputs, tmp_path, search={"random": 2}), score, progress=shown)
+    assert shown.rankings[0].best is None
+    assert all(one.is_running for one in shown.rankings[0].standings)
+    (final,) = shown.concluded
+    assert final == shown.rankings[-1]
+    assert [one.status for one in final.ranked] == ["finished", "stopped"]
+
+
+def test_jobs_beside_a_sweep_train_to_their_end(inputs, tmp_path):
+    jobs = run_settings(inputs, tmp_path)["jobs"]
+    run = sweep_run(inputs, tmp_path, jobs, job="plain", early_stopping=None)
+    results = train(run, score)
+    assert [result.job for result in results] == ["mixture", *(t.name for t in run.trials)]
+    assert {result.status for result in results} == {"finished"}
+    assert "eval/loss@2" not in read_csv(tmp_path)[0]
+
+
+def test_those_that_come_later_to_a_rung_are_judged_against_all_before(inputs, tmp_path):
+    """Jobs of one micro-batch a step come first: each is judged when it is there."""
+    sizes = [4, 2, 1]
+    run = sweep_run(
+        inputs,
+        tmp_path,
+        parameters={"train.micro_batch_size": sizes},
+        early_stopping={"asha": {"rungs": [2], "reduction_factor": 2}},
+    )
+    train(run, score)
+    rows = read_csv(tmp_path)
+    values = [float(row["eval/loss@2"]) for row in rows]
+    expected = ["finished"]  # the first is alone
+    for place in (1, 2):
+        best = min(values[: place + 1])
+        expected.append("finished" if values[place] == best else "stopped")
+    assert [row["status"] for row in rows] == expected
+
+
+def test_jobs_that_take_turns_are_judged_as_they_come(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path)
+    train(RunConfig.model_validate({**run.model_dump(), "max_tokens_per_step": 450}), score)
+    rows = read_csv(tmp_path)
+    assert {row["status"] for row in rows} == {"finished", "stopped"}
+    assert all(int(row["steps"]) in (2, 4, 8, 9) for row in rows)
+    (best,) = [row for row in rows if row["rank"] == "1"]
+    assert best["status"] == "finished"
+
+
+def without_seconds(lines):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def metrics_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 9])
+def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path, monkeypatch, stop):
+    """Interrupted in and after the fused steps that end at a rung."""
+    step = Engine.step
+
+    def stepping(engine):
+        step(engine)
+        if engine.round == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stepping)
+        with pytest.raises(KeyboardInterrupt):
+            train(sweep_run(inputs, tmp_path), score)
+    train(sweep_run(inputs, tmp_path), score, resume=True)
+    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
+    for trial in sweep_run(inputs, tmp_path).trials:
+        directory, unbroken = tmp_path / trial.name, halved / trial.name
+        assert without_seconds(metrics_of(directory)) == without_seconds(metrics_of(unbroken))
+        tensors = load_file(directory / "adapter_model.safetensors")
+        expected = load_file(unbroken / "adapter_model.safetensors")
+        assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+
+
+def test_a_killed_sweep_decides_again_what_was_not_saved(inputs, halved, tmp_path, monkeypatch):
+    """It dies after jobs were stopped and before that is in a snapshot."""
+    save = Engine.save_state
+
+    def dying(engine):
+        if len(engine.results) > 2:
+            raise RuntimeError("killed")
+        save(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "save_state", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(sweep_run(inputs, tmp_path), score)
+    train(sweep_run(inputs, tmp_path), score, resume=True)
+    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
+
+
+def test_a_finished_sweep_is_resumed_to_the_same_table(inputs, halved):
+    before = (halved / "sweep.csv").read_text()
+    train(sweep_run(inputs, halved), score, resume=True)
+    assert (halved / "sweep.csv").read_text() == before
+
+
+def test_a_rung_that_no_job_reaches_is_an_error_before_anything_is_written(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path / "out", early_stopping={"asha": {"rungs": [2, 8]}})
+    jobs = run.sweep.model_dump()
+    jobs["job"]["train"] |= {"max_steps": None, "num_epochs": 2}
+    with pytest.raises(ConfigError, match=r"rungs must be below the jobs' 6 steps, got \[2, 8\]"):
+        train(RunConfig.model_validate({**run.model_dump(), "sweep": jobs}), score)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_goes_on_when_only_jobs_below_the_rungs_are_left(inputs, tmp_path, monkeypatch):
+    """The long job ends at rung 2; the short one, of 2 steps, is interrupted after its first."""
+    parameters = {"train.max_steps": [9, 2], "train.micro_batch_size": [2]}
+    run = sweep_run(inputs, tmp_path, parameters=parameters)
+    step = Engine.step
+
+    def stepping(engine):
+        if engine.round == 1:
+            engine.stop("plain-000", "enough")
+            os.kill(os.getpid(), signal.SIGINT)
+        step(engine)
+
+    monkeypatch.setattr(Engine, "step", stepping)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, score)
+    monkeypatch.setattr(Engine, "step", step)
+    results = train(run, score, resume=True)
+    assert [result.status for result in results] == ["stopped", "finished"]
+
+
+def test_the_picture_is_there_when_the_sweeps_jobs_are_done(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path)
+    long = run.trials[0].job.model_dump(mode="json") | {"name": "long"}
+    long["train"] |= {"max_steps": 12}
+    seen = []
+
+    def look(engine, _):
+        if set(engine.jobs) == {"long"}:
+            seen.append((tmp_path / "sweep.png").exists())
+
+    train(sweep_run(inputs, tmp_path, jobs=[long]), score, between_steps=look)
+    assert seen
+    assert all(seen)
+
+
+def test_a_table_that_can_not_be_written_stops_nothing(inputs, tmp_path, monkeypatch):
+    def full(*_):
+        raise ConfigError("sweep.csv can't be written: No space left on device")
+
+    monkeypatch.setattr("loraloom.training.run.sweep.write_output", full)
+    results = train(sweep_run(inputs, tmp_path), score)
+    assert all(result.error is None for result in results)
+
+
+UNLIKE = [
+    ({"seed": [0, 1]}, "they hold out other rows"),
+    ({"train.objective.beta": [0.1, 0.5]}, "their objectives differ"),
+    ({"train.learning_rate": [1e-3, 1e-2]}, None),
+]
+
+
+@pytest.mark.parametrize(("parameters", "warning"), UNLIKE, ids=["seed", "objective", "rate"])
+def test_a_run_warns_of_jobs_that_are_not_measured_alike(inputs, tmp_path, parameters, warning):
+    run = sweep_run(inputs, tmp_path).model_dump(mode="json")
+    job = run["sweep"]["job"]
+    job["data"] |= {"dataset": str(inputs / "pairs.jsonl"), "format": "preference"}
+    job["train"] |= {"objective": {"name": "dpo"}, "max_steps": 1}
+    run["sweep"] |= {"parameters": parameters, "early_stopping": None}
+    shown = Shown()
+    train(RunConfig.model_validate(run), score, progress=shown)
+    told = [text for text in shown.messages if text.startswith("warning")]
+    assert len(told) == (warning is not None)
+    assert warning is None or warning in told[0]

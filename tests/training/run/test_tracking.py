@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import contextvars
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from loraloom.errors import ConfigError
+from loraloom.training.run.outputs import RunDirectory
+from loraloom.training.run.tracking import (
+    MetricsFile,
+    check_trackers,
+    open_trackers,
+    read_curve,
+    step_metrics,
+)
+from loraloom.training.step.micro_batch import MicroBatchLoss, StepReport
+from tests.training.toy import toy_config, toy_engine, toy_set
+
+
+def test_a_step_of_a_plain_adapter_has_no_router_metrics():
+    report = StepReport(3, 0.123456, MicroBatchLoss(1.5), 1e-3, 0.7, 420, 500)
+    assert step_metrics(report, 2.00049) == {
+        "step": 3,
+        "epoch": 0.1235,
+        "loss": 1.5,
+        "aux_loss": 0.0,
+        "learning_rate": 1e-3,
+        "grad_norm": 0.7,
+        "tokens": 420,
+        "computed_tokens": 500,
+        "seconds": 2.0,
+    }
+
+
+def test_a_step_of_a_mixture_has_router_metrics():
+    report = StepReport(1, 1.0, MicroBatchLoss(1.5, 0.02, 0.9, 0.1), 1e-3, 0.7, 42, 50)
+    metrics = step_metrics(report, 1.0)
+    assert (metrics["router/entropy"], metrics["router/load_cv"]) == (0.9, 0.1)
+    assert metrics["aux_loss"] == 0.02
+
+
+def test_a_curve_has_the_lines_that_carry_its_figure(tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 1, "eval/loss": 1.5}, {"step": 2, "loss": 1.0}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_curve(path, "loss") == [(1, 2.0), (2, 1.0)]
+    assert read_curve(path, "eval/loss") == [(1, 1.5)]
+
+
+def test_warnings_are_in_the_line_of_their_step():
+    report = StepReport(1, 1.0, MicroBatchLoss(1.5), 1e-3, 0.7, 42, 64, ("collapsed",))
+    assert step_metrics(report, 1.0)["warnings"] == ["collapsed"]
+
+
+def test_metrics_file_appends_a_line_at_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        tracker = MetricsFile(path)
+        tracker.log({"step": step, "loss": 0.5})
+        assert len(path.read_text().splitlines()) == step
+        tracker.close()
+    assert json.loads(path.read_text().splitlines()[1]) == {"step": 2, "loss": 0.5}
+
+
+def test_tensorboard_gets_every_scalar(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError
+    )
+    trackers = open_trackers(("jsonl", "tensorboard"), tmp_path, first_step=1, config={})
+    for tracker in trackers:
+        tracker.log({"step": 1, "loss": 2.0, "eval/loss": 3.0, "warnings": ["collapsed"]})
+        tracker.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["eval/loss", "loss"]
+    assert events.Scalars("loss")[0].value == 2.0
+
+
+class FakeRun:
+    """What trackio and wandb return from init."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.logged = []
+        self.finished = False
+
+    def log(self, metrics, step):
+        assert not self.finished
+        self.logged.append((step, metrics))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Stand-ins of trackio and wandb; the list is of the runs that were begun."""
+    runs = []
+    current = contextvars.ContextVar("current", default=None)
+
+    def init(**settings):
+        if current.get() is not None:
+            current.get().finish()  # as trackio does
+        runs.append(FakeRun(settings))
+        current.set(runs[-1])
+        return runs[-1]
+
+    wandb = SimpleNamespace(
+        init=lambda **settings: runs.append(FakeRun(settings)) or runs[-1],
+        login=lambda *, prompt, verify: prompt or verify,
+        Settings=lambda **settings: settings,
+    )
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for variable in ("WANDB_MODE", "WANDB_PROJECT", "TRACKIO_PROJECT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    return runs
+
+
+def open_hosted(name, directory, job):
+    (directory / job).mkdir(exist_ok=True)
+    file, tracker = open_trackers(("jsonl", name), directory / job, 1, {"seed": 7})
+    file.close()
+    return tracker
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_each_job_has_a_run_of_its_own_with_its_config(fakes, tmp_path, name):
+    directory = tmp_path / "arc"
+    directory.mkdir()
+    trackers = [open_hosted(name, directory, job) for job in ("a", "b")]
+    for step, tracker in enumerate([*trackers, trackers[0]]):
+        tracker.log({"step": step, "loss": 0.5 * step})
+    assert [run.logged for run in fakes] == [
+        [(0, {"loss": 0.0}), (2, {"loss": 1.0})],
+        [(1, {"loss": 0.5})],
+    ]
+    for run, job in zip(fakes, "ab", strict=True):
+        assert run.settings["config"] == {"seed": 7}
+        assert (run.settings["project"], run.settings["group"]) == ("loraloom", "arc")
+        assert run.settings["name"].startswith(job)
+    trackers[0].close()
+    assert [run.finished for run in fakes] == [True, False]
+
+
+@pytest.mark.parametrize(("name", "key"), [("trackio", "name"), ("wandb", "id")])
+def test_a_resumed_job_goes_on_in_its_run_and_a_new_one_does_not(fakes, tmp_path, name, key):
+    for _ in range(2):
+        open_hosted(name, tmp_path, "a").close()
+    RunDirectory(tmp_path).prepare(["a"])
+    open_hosted(name, tmp_path, "a").close()
+    first, resumed, new = [run.settings for run in fakes]
+    assert first[key] == resumed[key] != new[key]
+    assert {settings["resume"] for settings in (first, resumed, new)} == {"allow"}
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_the_environment_names_the_project(fakes, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "mine")
+    open_hosted(name, tmp_path, "a")
+    assert fakes[0].settings["project"] == "mine"
+
+
+def test_wandb_is_offline_unless_the_user_has_told_it_otherwise(fakes, tmp_path, monkeypatch):
+    open_hosted("wandb", tmp_path, "a")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    open_hosted("wandb", tmp_path, "b")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(sys.modules["wandb"], "login", lambda **_: True)
+    open_hosted("wandb", tmp_path, "c")
+    assert [run.settings["mode"] for run in fakes] == ["offline", None, None]
+
+
+def test_a_run_tells_its_trackers_of_every_step_and_evaluation(fakes, tmp_path):
+    config = toy_config("a", max_steps=2, data={"task": "skills", "validation_fraction": 0.5})
+    engine = toy_engine(tmp_path, [config], {"a": toy_set(num_validation=2)})
+    engine._reporter._tracker_names = ("wandb",)
+    engine.run()
+    (run,) = fakes
+    assert [step for step, _ in run.logged] == [1, 2, 2]
+    assert "eval/loss" in run.logged[-1][1]
+    assert run.settings["config"] == config.model_dump(mode="json")
+    assert run.finished
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch, name):
+    real_import = importlib.import_module
+
+    def without(module):
+        if name in module:
+            raise ImportError(module)
+        return real_import(module)
+
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(importlib, "import_module", without)
+    check_trackers(("jsonl",))
+    with pytest.raises(ConfigError, match=rf"{name} needs .* pip install 'loraloom\[track\]'"):
+        check_trackers(("jsonl", name))

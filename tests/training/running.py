@@ -1,0 +1,95 @@
+"""Running engines in tests: a matrix of jobs, to the end, to a Ctrl-C, and on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraloom.config.job import JobConfig
+from loraloom.data.training_set import TrainingSet
+from loraloom.training.run.checkpoint import SnapshotStore
+from loraloom.training.run.engine import Engine
+from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
+
+
+def matrix(max_steps: int = 20, **settings: Any) -> tuple[list[JobConfig], dict[str, TrainingSet]]:
+    """Jobs of all methods, with other ranks, batches, lengths and ends."""
+    sizes = {"lora": (4, 2, 0), "dora": (6, 6, 4), "mixlora": (4, 4, 0), "mixdora": (3, 1, 7)}
+    configs = [
+        toy_config(
+            method,
+            ADAPTERS[method],
+            seed=seed,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            max_steps=max_steps - shorter,
+            learning_rate=1e-3 * (seed + 1),
+            max_grad_norm=0.5,
+            **settings,
+        )
+        for seed, (method, (batch_size, micro_batch_size, shorter)) in enumerate(sizes.items())
+    ]
+    sets = {
+        config.name: toy_set(count=10, seed=seed, longest=6 + 5 * seed)
+        for seed, config in enumerate(configs)
+    }
+    return configs, sets
+
+
+def assert_same_files(directory: Path, expected: Path, jobs: Sequence[str]) -> None:
+    """Check that adapters' files have bit-equal weights."""
+    for job in jobs:
+        file = f"{job}/adapter_model.safetensors"
+        tensors, others = load_file(directory / file), load_file(expected / file)
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[name], others[name]) for name in others), job
+
+
+def trained_weights(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
+    """Train all jobs to their ends."""
+    jobs = list(engine.jobs.values())
+    engine.run()
+    return {job.name: weights_of(job) for job in jobs}
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Read a job's metrics.jsonl."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def interrupted(engine: Engine, after_round: int) -> None:
+    """Run an engine and press Ctrl-C in a round."""
+    step = engine.step
+
+    def stepping():
+        step()
+        if engine.round == after_round:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    engine.step = stepping
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+
+
+def resumed(
+    directory: Path,
+    configs: Sequence[JobConfig],
+    sets: Mapping[str, TrainingSet] | None = None,
+    **options: Any,
+) -> Engine:
+    """Set up the jobs of a run that go on, where its newest snapshot has them."""
+    snapshot, faults = SnapshotStore(directory / ".checkpoints").newest()
+    assert faults == []
+    configs = [config for config in configs if config.name not in snapshot.done]
+    engine = toy_engine(directory, configs, sets, **options)
+    engine.load_state(snapshot)
+    return engine

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.data.examples import Example, collate
+from loraloom.models.host import Host
+from loraloom.training.run.job import Job
+from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.micro_batch import MicroBatchLoss
+from tests.tiny import METHODS, randomise, relative_error
+from tests.training.toy import (
+    ADAPTERS,
+    PAD_ID,
+    add_job,
+    gradients_of,
+    toy_config,
+    toy_host,
+    toy_set,
+)
+
+
+def run_window(host: Host, jobs: list[Job]) -> dict[str, MicroBatchLoss]:
+    """Add the gradient of each job's whole first step, without making the step."""
+    host.train()
+    totals = {job.name: MicroBatchLoss(0.0) for job in jobs}
+    waiting = list(jobs)
+    while waiting:
+        parts = [job.micro_batch() for job in waiting]
+        losses = forward_backward(host, parts, PAD_ID)
+        for job, loss in zip(waiting, losses, strict=True):
+            totals[job.name] += loss
+            job.position.micro_step += 1
+        waiting = [j for j in waiting if j.position.micro_step < j.window.num_micro_batches]
+    return totals
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert relative_error(actual[name], tensor) < tolerance, name
+
+
+def without_router_loss(config: LoraConfig) -> LoraConfig:
+    if isinstance(config, MixLoraConfig):
+        return config.model_copy(update={"router_aux_loss_coef": 0.0})
+    return config
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_gradient_of_one_row_eight_times_is_that_of_eight_rows_at_once(method):
+    adapter = without_router_loss(ADAPTERS[method])
+    results = []
+    for micro_batch_size in (8, 1, 2):
+        host = toy_host()
+        config = toy_config("a", adapter, batch_size=8, micro_batch_size=micro_batch_size)
+        job = add_job(host, config, random=True)
+        results.append((run_window(host, [job])["a"].loss, gradients_of(job)))
+    for loss, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-12)
+        assert_same(gradients, results[0][1], 1e-6)
+
+
+def test_last_window_of_an_epoch_is_divided_by_its_own_labels():
+    host = toy_host()
+    config = toy_config("a", LoraConfig(rank=2), batch_size=8, micro_batch_size=4)
+    job = add_job(host, config, toy_set(count=11))
+    job.position.step = 1
+    examples = job.window.examples
+    assert len(examples) == 3
+    loss = run_window(host, [job])["a"].loss
+    assert loss == pytest.approx(mean_label_loss(host, examples), rel=1e-12)
+
+
+def mean_label_loss(host: Host, examples) -> float:
+    batch = collate(list(examples), PAD_ID)
+    logits = host.model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    return float(cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten()))
+
+
+def test_loss_is_the_base_models_own_while_an_adapter_is_new():
+    host = toy_host()
+    job = add_job(host, toy_config("a", LoraConfig(rank=2), batch_size=5))
+    expected = mean_label_loss(host, job.window.examples)
+    assert run_window(host, [job])["a"].loss == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_neighbours_and_their_padding_leave_a_gradient_as_it_is(method):
+    alone_host = toy_host()
+    config = toy_config("a", ADAPTERS[method], batch_size=6, micro_batch_size=3)
+    alone = add_job(alone_host, config, random=True)
+    alone_loss = run_window(alone_host, [alone])["a"]
+
+    host = toy_host()
+    long = add_job(
+        host,
+        toy_config("z", ADAPTERS["mixlora"], seed=5, batch_size=8, micro_batch_size=2),
+        toy_set(seed=5, longest=30),
+        random=True,
+    )
+    other = add_job(host, toy_config("b", ADAPTERS["dora"], seed=3, batch_size=2), random=True)
+    job = add_job(host, config, random=True)
+    loss = run_window(host, [long, job, other])["a"]
+
+    assert loss.loss == pytest.approx(alone_loss.loss, rel=1e-9)
+    assert loss.aux_loss == pytest.approx(alone_loss.aux_loss, rel=1e-9)
+    assert_same(gradients_of(job), gradients_of(alone), 1e-6)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_gradient_checkpointing_leaves_gradients_as_they_are(method):
+    gradients = []
+    for enabled in (False, True):
+        host = toy_host()
+        job = add_job(host, toy_config("a", ADAPTERS[method]), random=True)
+        host.enable_gradient_checkpointing(enabled)
+        run_window(host, [job])
+        gradients.append(gradients_of(job))
+    assert_same(gradients[1], gradients[0], 1e-12)
+
+
+def test_router_losses_weigh_by_the_micro_batchs_share_of_tokens():
+    host = toy_host()
+    adapter = METHODS["mixlora"].model_copy(update={"router_aux_loss_coef": 0.5})
+    job = add_job(host, toy_config("a", adapter, batch_size=4, micro_batch_size=1), random=True)
+    host.train()
+    whole, single = 0.0, []
+    for index in range(4):
+        job.position.micro_step = index
+        part = job.micro_batch()
+        (loss,) = forward_backward(host, [part], PAD_ID)
+        share = part.num_tokens / job.window.num_tokens
+        single.append(loss.aux_loss / share)
+        whole += loss.aux_loss
+    assert min(single) < whole < max(single)
+    assert all(value >= 0.5 * 2 * 0.99 for value in single)  # its minimum is coefficient × top_k
+
+
+def test_router_statistics_of_a_step_are_in_their_ranges():
+    host = toy_host()
+    config = toy_config("a", ADAPTERS["mixlora"], batch_size=6, micro_batch_size=2)
+    job = add_job(host, config, random=True)
+    loss = run_window(host, [job])["a"]
+    assert 0 < loss.router_entropy <= 1
+    assert 0 <= loss.router_load_cv <= 3**0.5
+
+
+def test_loss_that_is_not_finite_leaves_the_gradients_of_others_alone():
+    host = toy_host()
+    job = add_job(host, toy_config("a", ADAPTERS["mixlora"]), random=True)
+    run_window(host, [job])
+    expected = gradients_of(job)
+
+    host = toy_host()
+    broken = add_job(host, toy_config("broken", ADAPTERS["lora"]), random=True)
+    with torch.no_grad():
+        next(iter(broken.parameters.values())).fill_(float("nan"))
+    job = add_job(host, toy_config("a", ADAPTERS["mixlora"]), random=True)
+    losses = run_window(host, [broken, job])
+
+    assert not torch.tensor(losses["broken"].loss).isfinite()
+    assert_same(gradients_of(job), expected, 1e-9)
+
+
+def test_example_without_a_label_that_is_predicted_has_loss_zero():
+    host = toy_host()
+    training_set = toy_set(count=1)
+    training_set.examples[0] = Example((5,), (5,), 0)
+    job = add_job(host, toy_config("a", LoraConfig(rank=2), batch_size=1), training_set)
+    assert run_window(host, [job])["a"].loss == 0
+
+
+OBJECTIVES = {
+    "dpo": {"name": "dpo", "beta": 0.5},
+    "ipo": {"name": "dpo", "loss_type": "ipo"},
+    "cpo": {"name": "cpo"},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_gradient_of_a_pair_eight_times_is_that_of_eight_pairs_at_once(method, objective):
+    adapter = without_router_loss(ADAPTERS[method])
+    results = []
+    for micro_batch_size in (8, 1, 2):
+        host = toy_host()
+        config = toy_config(
+            "a",
+            adapter,
+            objective=OBJECTIVES[objective],
+            batch_size=8,
+            micro_batch_size=micro_batch_size,
+        )
+        job = add_job(host, config, random=True)
+        results.append((run_window(host, [job])["a"], gradients_of(job)))
+    for loss, gradients in results[1:]:
+        assert loss.loss == pytest.approx(results[0][0].loss, rel=1e-9)
+        assert loss.metrics == pytest.approx(results[0][0].metrics, rel=1e-9)
+        assert_same(gradients, results[0][1], 1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_jobs_of_different_objectives_share_a_forward_and_equal_each_alone(objective):
+    configs = [
+        toy_config("sft", ADAPTERS["mixlora"], batch_size=6, micro_batch_size=3),
+        toy_config(
+            "pairs",
+            ADAPTERS["dora"],
+            seed=4,
+            objective=OBJECTIVES[objective],
+            batch_size=4,
+            micro_batch_size=2,
+        ),
+        toy_config("dpo", ADAPTERS["lora"], seed=2, objective=OBJECTIVES["dpo"]),
+    ]
+    host = toy_host()
+    jobs = [add_job(host, config, random=True) for config in configs]
+    together = run_window(host, jobs)
+    for config, job in zip(configs, jobs, strict=True):
+        alone_host = toy_host()
+        alone = add_job(alone_host, config, random=True)
+        loss = run_window(alone_host, [alone])[config.name]
+        assert together[config.name].loss == pytest.approx(loss.loss, rel=1e-9)
+        assert together[config.name].metrics == pytest.approx(loss.metrics, rel=1e-9)
+        assert_same(gradients_of(job), gradients_of(alone), 1e-6)
+
+
+def test_a_new_adapter_has_no_margin_to_the_base_model():
+    host = toy_host()
+    config = toy_config("a", LoraConfig(rank=2), objective=OBJECTIVES["dpo"])
+    loss = run_window(host, [add_job(host, config)])["a"]
+    assert loss.loss == pytest.approx(math.log(2))
+    assert loss.metrics["rewards/margins"] == pytest.approx(0, abs=1e-12)
+
+
+def test_an_adapter_as_reference_is_what_margins_are_measured_from(tmp_path):
+    host = toy_host()
+    randomise(host.add("start", METHODS["mixlora"], seed=3), seed=3)
+    host.save("start", tmp_path / "start")
+    objective = {"name": "dpo", "reference": str(tmp_path / "start")}
+    job = add_job(host, toy_config("a", METHODS["mixlora"], objective=objective))
+    job.adapter.load_state_dict(host.adapter("start").state_dict())
+    loss = run_window(host, [job])["a"]
+    assert loss.loss == pytest.approx(math.log(2))
+    assert loss.aux_loss > 0
+    reference = host.adapter(job.reference.adapter_name)
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_the_rows_of_a_pair_are_samples_of_their_own():
+    host = toy_host()
+    part = add_job(host, toy_config("a", objective=OBJECTIVES["dpo"])).micro_batch()
+    assert len(set(part.sample_keys)) == len(part.examples) == 8

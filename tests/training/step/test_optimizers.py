@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.config.optimization import SCHEDULERS_ON_METRIC, OptimizerName
+from loraloom.errors import ConfigError
+from loraloom.training.step.optimizers import (
+    OPTIMIZERS,
+    build_optimizer,
+    build_scheduler,
+    parameter_groups,
+)
+from tests.training.toy import ADAPTERS, add_job, toy_config, toy_engine, toy_host
+
+NEEDED_ARGS = {
+    "cosine_with_min_lr": {"min_lr": 1e-5},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-5},
+    "warmup_stable_decay": {"num_decay_steps": 3},
+}
+
+
+def groups_of(method: str, **train):
+    """Name an adapter's groups: parameter -> (learning rate, weight decay)."""
+    job = add_job(toy_host(), toy_config("a", ADAPTERS[method], **train))
+    names = {id(parameter): name for name, parameter in job.parameters.items()}
+    groups = parameter_groups(job.config.train, job.adapter)
+    return {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
+
+
+def rates_of(method: str, **train):
+    """Take the learning rates and decays of the kinds of weights of an adapter."""
+    groups = groups_of(method, **train)
+    return {name.rpartition(".")[2]: settings for name, settings in groups.items()}
+
+
+def test_loraplus_speeds_lora_b_up_and_nothing_else():
+    rates = rates_of("mixdora", learning_rate=0.01, loraplus_lr_ratio=16)
+    assert {name: rate for name, (rate, _) in rates.items()} == {
+        "lora_A": 0.01,
+        "lora_B": 0.16,
+        "lora_magnitude_vector": 0.01,
+        "weight": 0.01,
+    }
+
+
+def test_everything_decays_but_magnitudes():
+    rates = rates_of("mixdora", weight_decay=0.1)
+    assert {name for name, (_, decay) in rates.items() if decay == 0} == {"lora_magnitude_vector"}
+    assert {decay for _, decay in rates.values()} == {0.1, 0.0}
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_every_weight_is_in_one_group(method):
+    job = add_job(toy_host(), toy_config("a", ADAPTERS[method], loraplus_lr_ratio=2))
+    grouped = [p for group in job.optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(job.parameters)
+    assert {id(p) for p in grouped} == {id(p) for p in job.parameters.values()}
+
+
+def test_first_group_has_the_jobs_own_learning_rate():
+    job = add_job(toy_host(), toy_config("a", learning_rate=0.5, loraplus_lr_ratio=4))
+    assert job.learning_rate == 0.5
+
+
+def test_optimizer_args_reach_the_optimizer():
+    config = toy_config("a", optimizer_args={"betas": [0.8, 0.9], "eps": 1e-6})
+    defaults = add_job(toy_host(), config).optimizer.defaults
+    assert (tuple(defaults["betas"]), defaults["eps"]) == ((0.8, 0.9), 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_steps_and_goes_on_after_a_save(tmp_path, name: OptimizerName):
+    config = toy_config("a", ADAPTERS["mixdora"], optimizer=name, max_steps=3)
+    engine = toy_engine(tmp_path, [config], dtype=torch.float32)
+    before = engine.jobs["a"].adapter.tensors()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    engine.step()
+    engine.save_state()
+    after = engine.jobs["a"].adapter.tensors()
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+    again = toy_engine(tmp_path, [config], dtype=torch.float32)
+    snapshot, _ = again._directory.snapshots.newest()
+    again.load_state(snapshot)
+    for one in (engine, again):
+        one.step()
+    for own, other in zip(
+        engine.jobs["a"].adapter.tensors().values(),
+        again.jobs["a"].adapter.tensors().values(),
+        strict=True,
+    ):
+        assert torch.equal(own, other)
+
+
+def test_arguments_that_an_optimizer_does_not_take_are_an_error():
+    config = toy_config("a", optimizer_args={"momentum": 0.9})
+    with pytest.raises(ConfigError, match=r"job a: optimizer adamw .*momentum"):
+        add_job(toy_host(), config)
+
+
+def learning_rates(**train) -> list[float]:
+    """Return a job's learning rate at each of its steps."""
+    job = add_job(toy_host(), toy_config("a", **train))
+    rates = []
+    for _ in range(job.total_steps):
+        rates.append(job.learning_rate)
+        job.optimizer.step()
+        if train["lr_scheduler"] not in SCHEDULERS_ON_METRIC:
+            job.scheduler.step()
+    return rates
+
+
+def test_linear_schedule_warms_up_and_comes_down_to_zero():
+    rates = learning_rates(lr_scheduler="linear", learning_rate=1, warmup_steps=2, max_steps=6)
+    assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
+
+
+def test_warmup_ratio_is_a_share_of_all_steps():
+    train = {"lr_scheduler": "constant_with_warmup", "learning_rate": 1, "max_steps": 8}
+    assert learning_rates(warmup_ratio=0.25, **train) == pytest.approx([0, 0.5, *[1] * 6])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        *NEEDED_ARGS,
+    ],
+)
+def test_every_scheduler_of_transformers_can_be_made(name):
+    rates = learning_rates(
+        lr_scheduler=name,
+        lr_scheduler_args=NEEDED_ARGS.get(name, {}),
+        learning_rate=0.5,
+        max_steps=6,
+    )
+    assert len(rates) == 6
+    assert max(rates) <= 0.5
+
+
+def test_schedule_keeps_the_ratio_of_loraplus():
+    job = add_job(
+        toy_host(), toy_config("a", lr_scheduler="cosine", loraplus_lr_ratio=8, max_steps=6)
+    )
+    for _ in range(4):
+        job.optimizer.step()
+        job.scheduler.step()
+        rates = [group["lr"] for group in job.optimizer.param_groups]
+        assert rates[1] == pytest.approx(8 * rates[0])
+
+
+def test_arguments_that_a_scheduler_does_not_take_are_an_error():
+    config = toy_config("a", lr_scheduler="polynomial", lr_scheduler_args={"lr_end": 1.0})
+    job_config = config.model_copy(update={"train": config.train})
+    host = toy_host()
+    adapter = host.add("a", job_config.adapter)
+    optimizer = build_optimizer(job_config.train, adapter)
+    with pytest.raises(ConfigError, match="job a: lr_scheduler polynomial can't be made"):
+        build_scheduler(job_config.train, optimizer, 10, "min", "a")

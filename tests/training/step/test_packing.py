@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.training.step.rows import lay_out
+from tests.tiny import relative_error
+from tests.training.step.test_fused import OBJECTIVES, assert_same, run_window
+from tests.training.toy import (
+    ADAPTERS,
+    add_job,
+    gradients_of,
+    toy_config,
+    toy_engine,
+    toy_host,
+    toy_set,
+    weights_of,
+)
+
+
+def first_step(configs, sets=None):
+    """Run the first step of jobs together."""
+    host = toy_host()
+    jobs = [add_job(host, config, (sets or {}).get(config.name), random=True) for config in configs]
+    losses = run_window(host, jobs)
+    return losses, {job.name: gradients_of(job) for job in jobs}
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_packed_rows_give_the_losses_and_gradients_of_rows_of_their_own(method):
+    results = []
+    for packing in (False, True):
+        settings = {"batch_size": 12, "micro_batch_size": 6, "packing": packing, "max_length": 30}
+        results.append(first_step([toy_config("a", ADAPTERS[method], **settings)]))
+    (plain, plain_gradients), (packed, packed_gradients) = results
+    assert packed["a"].loss == pytest.approx(plain["a"].loss, rel=1e-6)
+    assert packed["a"].aux_loss == pytest.approx(plain["a"].aux_loss, rel=1e-6)
+    assert packed["a"].router_load_cv == pytest.approx(plain["a"].router_load_cv)
+    assert packed["a"].router_entropy == pytest.approx(plain["a"].router_entropy)
+    assert packed["a"].computed_tokens < plain["a"].computed_tokens
+    assert_same(packed_gradients["a"], plain_gradients["a"], 1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_pairs_are_packed_too(objective):
+    results = []
+    for packing in (False, True):
+        settings = {"batch_size": 6, "packing": packing, "max_length": 24}
+        config = toy_config("a", ADAPTERS["mixlora"], objective=OBJECTIVES[objective], **settings)
+        results.append(first_step([config]))
+    (plain, plain_gradients), (packed, packed_gradients) = results
+    assert packed["a"].loss == pytest.approx(plain["a"].loss, rel=1e-6)
+    assert packed["a"].metrics == pytest.approx(plain["a"].metrics, rel=1e-6)
+    assert_same(packed_gradients["a"], plain_gradients["a"], 1e-6)
+
+
+def test_jobs_that_pack_and_jobs_that_do_not_share_a_forward():
+    configs = [
+        toy_config("packed", ADAPTERS["mixlora"], batch_size=9, packing=True, max_length=20),
+        toy_config("plain", ADAPTERS["dora"], seed=1, batch_size=3),
+        toy_config("short", ADAPTERS["lora"], seed=2, batch_size=7, packing=True, max_length=12),
+    ]
+    losses, gradients = first_step(configs)
+    for config in configs:
+        train = config.train.model_copy(update={"packing": False})
+        alone = config.model_copy(update={"train": train})
+        alone_losses, alone_gradients = first_step([alone])
+        assert losses[config.name].loss == pytest.approx(alone_losses[config.name].loss, rel=1e-6)
+        assert_same(gradients[config.name], alone_gradients[config.name], 1e-6)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_packed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
+    weights = []
+    for packing in (False, True):
+        config = toy_config(
+            "a", ADAPTERS[method], batch_size=8, packing=packing, max_length=32, learning_rate=1e-3
+        )
+        engine = toy_engine(tmp_path / str(packing), [config], dtype=torch.float32)
+        job = engine.jobs["a"]
+        engine.run()
+        weights.append(weights_of(job))
+    for name, plain in weights[0].items():
+        assert relative_error(weights[1][name], plain) < 1e-5, name
+
+
+def parts_of(configs, sets):
+    host = toy_host()
+    return [add_job(host, config, sets[config.name]).micro_batch() for config in configs]
+
+
+def test_rows_of_all_jobs_have_little_padding():
+    configs = [
+        toy_config(f"job{seed}", seed=seed, batch_size=16, packing=True, max_length=160)
+        for seed in range(3)
+    ]
+    parts = parts_of(configs, {c.name: toy_set(64, c.seed, longest=40) for c in configs})
+    layout = lay_out(parts)
+    real = sum(part.num_tokens for part in parts)
+    assert real / sum(layout.computed_tokens) > 0.9
+
+
+def test_no_row_is_longer_than_its_job_allows():
+    configs = [
+        toy_config("short", batch_size=16, packing=True, max_length=10),
+        toy_config("long", batch_size=16, packing=True, max_length=60),
+    ]
+    parts = parts_of(configs, {"short": toy_set(16), "long": toy_set(16, longest=40)})
+    layout = lay_out(parts)
+    for part, rows, longest in zip(parts, layout.rows, (10, 60), strict=True):
+        lengths = [sum(len(part.examples[place].input_ids) for place in row) for row in rows]
+        assert max(lengths) <= longest
+
+
+def test_without_packing_each_sample_has_a_row():
+    config = toy_config("a", batch_size=5)
+    layout = lay_out(parts_of([config], {"a": toy_set(16)}))
+    assert not layout.is_packed
+    assert layout.sample_lengths is None
+    assert layout.rows == [[[0], [1], [2], [3], [4]]]

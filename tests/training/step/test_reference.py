@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
+from loraloom.errors import FormatError
+from loraloom.training.step import reference
+from loraloom.training.step.reference import (
+    Reference,
+    ask_references,
+    drop_reference,
+    load_reference,
+)
+from loraloom.training.step.scoring import label_log_probs
+from tests.tiny import METHODS, randomise
+from tests.training.toy import PAD_ID, toy_examples, toy_host
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Directory of an adapter that changes the base model's outputs."""
+    host = toy_host()
+    randomise(host.add("start", METHODS["mixlora"], seed=3), seed=3)
+    host.save("start", tmp_path / "start")
+    return str(tmp_path / "start")
+
+
+def test_objectives_without_a_reference_have_none():
+    assert load_reference(toy_host(), SftConfig()) is None
+    assert load_reference(toy_host(), CpoConfig()) is None
+
+
+def test_the_base_model_needs_no_adapter():
+    host = toy_host()
+    assert load_reference(host, DpoConfig()) == Reference(None)
+    assert host.adapters == {}
+
+
+def test_an_adapter_is_loaded_once_and_dropped_with_its_last_job(start):
+    host = toy_host()
+    one, other = (load_reference(host, DpoConfig(reference=start)) for _ in range(2))
+    assert one.adapter_name == other.adapter_name
+    assert list(host.adapters) == [one.adapter_name]
+    drop_reference(host, one, [other, None])
+    assert list(host.adapters) == [one.adapter_name]
+    drop_reference(host, other, [None, Reference(None)])
+    assert host.adapters == {}
+
+
+def test_a_reference_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FormatError, match="gone"):
+        load_reference(toy_host(), DpoConfig(reference=str(tmp_path / "gone")))
+
+
+def test_a_sample_is_asked_for_once(start, monkeypatch):
+    host = toy_host()
+    base, adapter = Reference(), load_reference(host, DpoConfig(reference=start))
+    asked = []
+
+    def counted(host, rows, pad_id):
+        asked.append([(name, example.sample_id) for name, example in rows])
+        return label_log_probs(host, rows, pad_id)
+
+    monkeypatch.setattr(reference, "label_log_probs", counted)
+    examples = toy_examples(4)
+    host.train()
+    ask_references(host, [(base, examples[:2]), (None, examples), (adapter, examples[1:3])], PAD_ID)
+    ask_references(host, [(base, examples[1:]), (adapter, examples[1:3])], PAD_ID)
+    ask_references(host, [(base, examples)], PAD_ID)
+    name = adapter.adapter_name
+    assert asked == [[(None, 0), (None, 1), (name, 1), (name, 2)], [(None, 2), (None, 3)]]
+    (expected,) = label_log_probs(host, [(name, examples[2])], PAD_ID)
+    torch.testing.assert_close(adapter.of([examples[2]])[0], float(expected.sum()))
+    assert base.of([examples[2]]) != adapter.of([examples[2]])

@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraloom.config.objective import DpoConfig, SftConfig
+from loraloom.config.optimizer import OptimizerConfig
+from loraloom.errors import ConfigError, TrainingError
+from loraloom.infer.sampling import SamplingConfig
+from loraloom.models.host import Host
+from loraloom.training.client import TrainingClient, example_of, example_of_completion
+from loraloom.training.run.job import Job
+from loraloom.training.run.requests import run_requests
+from tests.tiny import METHODS, randomise, relative_error
+from tests.training.step.test_fused import run_window
+from tests.training.toy import (
+    ADAPTERS,
+    PAD_ID,
+    add_job,
+    toy_config,
+    toy_examples,
+    toy_host,
+    toy_pairs,
+    toy_tokenizer,
+)
+
+SGD = OptimizerConfig(optimizer="sgd", learning_rate=0.1)
+
+
+def new_client(
+    host: Host | None = None,
+    name: str = "a",
+    method: str = "lora",
+    optimizer: OptimizerConfig | None = None,
+    seed: int = 0,
+) -> TrainingClient:
+    """A client on a tiny model; its adapter has dropout."""
+    host = host or toy_host()
+    client = TrainingClient(host, toy_tokenizer(), name, ADAPTERS[method], optimizer, seed=seed)
+    randomise(client.adapter, seed)
+    return client
+
+
+def grads_of(client: TrainingClient) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in client.parameters.items() if p.grad is not None}
+
+
+def weights_of(client: TrainingClient | Job) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in client.parameters.items()}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance=1e-9) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert relative_error(actual[name], tensor) < tolerance, name
+
+
+@pytest.mark.parametrize("objective", [SftConfig(), DpoConfig(beta=0.5)], ids=["sft", "dpo"])
+def test_a_step_is_that_of_a_job(objective):
+    """A client and a job with the same data, objective and optimizer move alike."""
+    adapter = METHODS["mixlora"]
+    host = toy_host()
+    settings = {"optimizer": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1}
+    config = toy_config(
+        "job", adapter, objective=objective.model_dump(), max_grad_norm=0.5, **settings
+    )
+    job = add_job(host, config)
+    client = TrainingClient(host, toy_tokenizer(), "own", adapter, OptimizerConfig(**settings))
+    for one in (job.adapter, client.adapter):
+        randomise(one)
+    data = job.window.examples
+    part = job.micro_batch()
+    loss = run_window(host, [job])["job"]
+    job.position.micro_step = 0
+
+    output = client.forward_backward(data, objective)
+    assert output.loss == pytest.approx(loss.loss)
+    assert output.aux_loss == pytest.approx(loss.aux_loss)
+    assert output.metrics == pytest.approx(loss.metrics)
+    report = job.accept(part, loss)
+    step = client.optim_step(max_grad_norm=0.5)
+    assert step.step == 1
+    assert step.grad_norm == pytest.approx(report.grad_norm)
+    assert_same(weights_of(client), weights_of(job))
+
+
+def test_calls_between_steps_add_up_and_micro_batches_change_nothing():
+    client = new_client()
+    data = toy_examples(6)
+    whole = client.forward_backward(data)
+    expected = grads_of(client)
+    client.zero_grad()
+    client._forwards -= 1  # the same dropout again
+    cut = client.forward_backward(data, micro_batch_size=2)
+    assert cut.loss == pytest.approx(whole.loss)
+    assert_same(grads_of(client), expected, 1e-6)
+    for one, other in zip(cut.log_probs, whole.log_probs, strict=True):
+        torch.testing.assert_close(one, other)
+    before = grads_of(client)
+    client.forward_backward(data)
+    assert any(not torch.equal(grad, before[name]) for name, grad in grads_of(client).items())
+
+
+def test_a_loss_of_ones_own_gets_its_gradient():
+    """sft written by hand equals sft."""
+    host = toy_host()
+    client, other = new_client(host, "a"), new_client(host, "b")
+    data = toy_examples(5)
+    expected = client.forward_backward(data)
+
+    def loss_fn(given, log_probs):
+        assert given is data
+        assert [len(one) for one in log_probs] == [len(example.labels) - 2 for example in data]
+        joined = torch.cat(list(log_probs))
+        return -joined.mean(), {"perplexity": joined.detach().mean().neg().exp(), "rows": 5}
+
+    output = other.forward_backward_custom(data, loss_fn)
+    assert output.loss == pytest.approx(expected.loss)
+    assert output.metrics == pytest.approx({"perplexity": math.exp(expected.loss), "rows": 5})
+    assert_same(grads_of(other), grads_of(client))
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda data, log_probs: (log_probs[0], {}),
+        lambda data, log_probs: (log_probs[0].sum().detach(), {}),
+        lambda data, log_probs: (1.0, {}),
+    ],
+    ids=["vector", "detached", "number"],
+)
+def test_a_loss_that_has_no_gradient_is_refused(loss_fn):
+    with pytest.raises(TrainingError, match="loss_fn must return a scalar tensor that depends on"):
+        new_client().forward_backward_custom(toy_examples(2, longest=5), loss_fn)
+
+
+def test_forward_gives_log_probs_without_dropout():
+    client = new_client()
+    data = toy_examples(3)
+    calm = client.forward(data)
+    output = client.forward_backward(data)
+    assert [len(one) for one in calm] == [len(one) for one in output.log_probs]
+    assert not torch.allclose(torch.cat(calm), torch.cat(output.log_probs))
+    assert all(torch.equal(*pair) for pair in zip(client.forward(data), calm, strict=True))
+
+
+def test_clients_on_one_host_share_forwards_and_learn_as_alone(monkeypatch):
+    examples, pairs = toy_examples(6), toy_pairs(4)
+    host = toy_host()
+    clients = [new_client(host, "a", "mixlora"), new_client(host, "b", "dora", seed=3)]
+    requests = [
+        clients[0].request(examples, micro_batch_size=2),
+        clients[1].request(pairs, "dpo"),
+    ]
+    forwards = []
+    hidden = host.hidden
+    monkeypatch.setattr(host, "hidden", lambda *a, **k: forwards.append(1) or hidden(*a, **k))
+    outputs = run_requests(host, requests, PAD_ID)
+    assert len(forwards) == 3 + 1  # and one for the reference
+    alone = [new_client(None, "a", "mixlora"), new_client(None, "b", "dora", seed=3)]
+    expected = [
+        alone[0].forward_backward(examples, micro_batch_size=2),
+        alone[1].forward_backward(pairs, "dpo"),
+    ]
+    for place in (0, 1):
+        assert outputs[place].loss == pytest.approx(expected[place].loss)
+        assert_same(grads_of(clients[place]), grads_of(alone[place]), 1e-6)
+
+
+def test_a_learning_rate_holds_from_its_step_on_and_loraplus_keeps_its_ratio():
+    optimizer = OptimizerConfig(optimizer="sgd", learning_rate=0.1, loraplus_lr_ratio=4)
+    client = new_client(optimizer=optimizer)
+    for rate, expected in ((None, 0.1), (0.02, 0.02), (None, 0.02), (0.0, 0.0), (0.3, 0.3)):
+        client.forward_backward(toy_examples(2))
+        before, grads = weights_of(client), grads_of(client)
+        client.optim_step(learning_rate=rate)
+        for name, weight in client.parameters.items():
+            factor = 4 if name.endswith("lora_B") else 1
+            moved = before[name] - expected * factor * grads[name]
+            torch.testing.assert_close(weight.detach(), moved)
+    assert client.step == 5
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_a_learning_rate_that_is_none_is_refused(rate):
+    with pytest.raises(ConfigError, match="learning_rate must be 0 or more"):
+        new_client().optim_step(learning_rate=rate)
+
+
+def test_a_step_needs_a_gradient():
+    client = new_client()
+    with pytest.raises(TrainingError, match="adapter a: optim_step needs a gradient"):
+        client.optim_step()
+    client.forward_backward(toy_examples(2))
+    client.optim_step()
+    with pytest.raises(TrainingError, match="needs a gradient"):
+        client.optim_step()
+
+
+def test_what_is_not_finite_is_dropped_and_weights_are_left_alone():
+    client = new_client(optimizer=SGD)
+    before = weights_of(client)
+
+    def infinite(data, log_probs):
+        return log_probs[0].sum() * float("inf"), {}
+
+    with pytest.raises(TrainingError, match="adapter a: loss must be finite"):
+        client.forward_backward_custom(toy_examples(2), infinite)
+    assert grads_of(client) == {}
+    client.forward_backward(toy_examples(2))
+    next(iter(client.parameters.values())).grad.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="gradient norm must be finite, got nan"):
+        client.optim_step()
+    assert grads_of(client) == {}
+    assert all(torch.equal(weights_of(client)[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize(
+    ("data", "objective", "message"),
+    [
+        (toy_pairs(2), "sft", "data for sft must be of Example, got PreferencePair"),
+        (toy_examples(2), "cpo", "data for cpo must be of PreferencePair, got Example"),
+        ([], "sft", "adapter a: data must have an example, got none"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(data, objective, message):
+    with pytest.raises(ConfigError, match=message):
+        new_client().forward_backward(data, objective)
+
+
+def test_texts_become_data():
+    client = new_client()
+    example = client.example("ab", " cd")
+    ids = client.tokenizer("ab cd").input_ids
+    assert example.input_ids == (*ids, 2)
+    assert example.labels == (-100, -100, *ids[2:], 2)
+    pair = client.pair("ab", " c", " d")
+    assert pair.rejected == client.example("ab", " d")
+
+
+def test_samples_are_drawn_anew_and_are_data():
+    client, twin = new_client(), new_client()
+    drawn = SamplingConfig(max_new_tokens=5, temperature=1.0)
+    first, second = (client.sample(["ab", "c"], drawn, num_samples=3) for _ in range(2))
+    assert [len(one) for one in first] == [3, 3]
+    assert len({tuple(one.ids) for one in first[0] + second[0]}) > 3
+    assert twin.sample(["ab", "c"], drawn, num_samples=3) == first
+    completion = first[0][0]
+    assert completion.prompt_ids == client.tokenizer("ab").input_ids
+    example = example_of_completion(completion)
+    assert example.input_ids == (*completion.prompt_ids, *completion.ids)
+    assert example.labels == (-100, -100, *completion.ids)
+    assert example_of([1, 2], [False, True]).labels == (-100, 2)
+
+
+def test_sampling_uses_the_adapter_as_it_is_now_and_leaves_the_mode():
+    client = new_client(optimizer=OptimizerConfig(learning_rate=0.05))
+    data = [client.example("a", "bbb")] * 2
+    for _ in range(30):
+        client.forward_backward(data)
+        client.optim_step(max_grad_norm=1.0)
+    ((completion,),) = client.sample(["a"], SamplingConfig(max_new_tokens=8))
+    assert completion.ids == list(data[0].input_ids[1:])
+    assert completion.text.replace(" ", "") == "bbb"
+    assert client.host.training
+
+
+def learn(client: TrainingClient, steps: int) -> list[float]:
+    losses = []
+    for step in range(steps):
+        losses.append(client.forward_backward(toy_examples(4, seed=step)).loss)
+        client.optim_step(learning_rate=1e-2 / (step + 1))
+    return losses
+
+
+def test_a_loaded_state_goes_on_as_if_unbroken(tmp_path):
+    client = new_client(method="mixlora")
+    learn(client, 3)
+    client.forward_backward(toy_examples(3))
+    client.save_state(tmp_path / "state")
+    drawn = SamplingConfig(max_new_tokens=4, temperature=1.0)
+    expected = client.optim_step(), learn(client, 2), client.sample(["a"], drawn)
+    weights = weights_of(client)
+
+    again = new_client(method="mixlora")
+    again.load_state(tmp_path / "state")
+    assert again.step == 3
+    assert (again.optim_step(), learn(again, 2), again.sample(["a"], drawn)) == expected
+    assert all(torch.equal(weights_of(again)[name], weight) for name, weight in weights.items())
+    again.load_state(tmp_path / "state")
+    assert again.step == 3
+
+
+def test_a_newer_state_replaces_an_older_one(tmp_path):
+    client = new_client()
+    for _ in range(2):
+        learn(client, 1)
+        client.save_state(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    client.load_state(tmp_path)
+    assert client.step == 2
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path):
+    new_client(method="lora").save_state(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"differ: adapter\.alpha was .*adapter\.method was 'lora'"
+    ):
+        new_client(method="mixlora").load_state(tmp_path)
+    with pytest.raises(ConfigError, match="seed was 0 and is 1"):
+        new_client(seed=1).load_state(tmp_path)
+
+
+def test_a_state_that_is_missing_or_damaged_is_refused(tmp_path):
+    client = new_client()
+    with pytest.raises(ConfigError, match="must hold a client's saved state: there is none"):
+        client.load_state(tmp_path / "gone")
+    client.save_state(tmp_path)
+    (file,) = tmp_path.glob("*/client.pt")
+    file.write_bytes(b"torn")
+    with pytest.raises(ConfigError, match=r"client\.pt was changed or is not whole"):
+        client.load_state(tmp_path)
+
+
+def test_saved_files_are_an_adapter_and_a_closed_client_leaves_the_host(tmp_path):
+    client = new_client()
+    client.save(tmp_path / "adapter")
+    host = client.host
+    client.close()
+    assert host.adapters == {}
+    host.load("a", tmp_path / "adapter")

@@ -1,0 +1,197 @@
+"""Tiny jobs on a tiny model: data that can be learnt, and engines that are set up in one call."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+import loraloom
+from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.config.job import JobConfig
+from loraloom.data.examples import NO_LOSS, Example, PreferencePair
+from loraloom.data.training_set import Portion, TrainingSet
+from loraloom.models.host import Host
+from loraloom.training.run.engine import Engine, Surroundings
+from loraloom.training.run.evaluation import Evaluation, Evaluator
+from loraloom.training.run.job import Job
+from loraloom.training.run.outputs import RunDirectory
+from loraloom.training.run.progress import NoProgress, Progress
+from loraloom.training.step.reference import load_reference
+from tests.tiny import VOCAB_SIZE, randomise, tiny_model
+
+PAD_ID = 0
+
+ADAPTERS: dict[str, LoraConfig] = {
+    "lora": LoraConfig(rank=3, alpha=6, dropout=0.1),
+    "dora": LoraConfig(rank=2, alpha=6, dropout=0.2, weight_decomposition=True),
+    "mixlora": MixLoraConfig(
+        rank=2,
+        alpha=4,
+        dropout=0.1,
+        num_experts=4,
+        top_k=2,
+        router_init_std=1.0,
+        router_jitter=0.05,
+    ),
+    "mixdora": MixLoraConfig(
+        rank=4,
+        alpha=4,
+        dropout=0.1,
+        num_experts=3,
+        top_k=2,
+        weight_decomposition=True,
+        router_init_std=1.0,
+        router_jitter=0.02,
+    ),
+}
+"""Methods of different ranks, dropout and jitter on; routers that are far from ties."""
+
+
+def toy_tokenizer() -> PreTrainedTokenizerBase:
+    """Make a tokenizer of bytes in the tiny model's vocabulary: space to DEL without a few."""
+    special = {"<pad>": PAD_ID, "<s>": 1, "</s>": 2, "<unk>": 3}
+    letters = {chr(32 + index): 4 + index for index in range(VOCAB_SIZE - 4)}
+    tokenizer = Tokenizer(WordLevel(special | letters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def toy_examples(count: int, seed: int = 0, longest: int = 9, first_id: int = 0) -> list[Example]:
+    """Count up from a random token; the first two tokens have no loss, lengths differ."""
+    generator = random.Random(seed)
+    examples = []
+    for sample_id in range(first_id, first_id + count):
+        start, length = generator.randrange(3, 40), generator.randrange(4, longest + 1)
+        ids = tuple(range(start, start + length))
+        examples.append(Example(ids, (NO_LOSS, NO_LOSS, *ids[2:]), sample_id))
+    return examples
+
+
+def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any) -> TrainingSet:
+    """Make a training set of toy examples."""
+    return TrainingSet(
+        examples=toy_examples(count, seed, **kinds),
+        validation=toy_examples(num_validation, seed + 1000, first_id=count),
+        validation_questions=[],
+        portions=(Portion(0, count, 1.0),),
+        report=(f"toy: {count} rows",),
+        seed=seed,
+    )
+
+
+def toy_pairs(
+    count: int, seed: int = 0, longest: int = 9, first_id: int = 0
+) -> list[PreferencePair]:
+    """Prefer counting up to counting down from the same two tokens; lengths differ."""
+    generator = random.Random(seed)
+    pairs = []
+    for place in range(count):
+        start, first_sample = generator.randrange(20, 40), first_id + 2 * place
+        answers = []
+        for direction in (1, -1):
+            length = generator.randrange(2, longest)
+            ids = (start, start, *range(start + direction, start + direction * length, direction))
+            answers.append((ids, (NO_LOSS, NO_LOSS, *ids[2:])))
+        chosen, rejected = (
+            Example(ids, labels, first_sample + place)
+            for place, (ids, labels) in enumerate(answers)
+        )
+        pairs.append(PreferencePair(chosen, rejected))
+    return pairs
+
+
+def toy_pair_set(
+    count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any
+) -> TrainingSet:
+    """Make a training set of toy pairs."""
+    return TrainingSet(
+        examples=toy_pairs(count, seed, **kinds),
+        validation=toy_pairs(num_validation, seed + 1000, first_id=2 * count),
+        validation_questions=[],
+        portions=(Portion(0, count, 1.0),),
+        report=(f"toy: {count} pairs",),
+        seed=seed,
+    )
+
+
+def toy_config(
+    name: str, adapter: LoraConfig | None = None, seed: int = 0, **settings: Any
+) -> JobConfig:
+    """Make a job's configuration: `eval`, `data`, `priority` and settings of `train`."""
+    own = ("eval", "data", "priority")
+    sections = {key: settings.pop(key) for key in own if key in settings}
+    train = {"batch_size": 4, "max_steps": 4, "lr_scheduler": "constant", "learning_rate": 1e-2}
+    return JobConfig.model_validate(
+        {
+            "name": name,
+            "seed": seed,
+            "adapter": (adapter or ADAPTERS["lora"]).model_dump(),
+            "data": {"task": "skills"},
+            "train": train | settings,
+            **sections,
+        }
+    )
+
+
+def toy_host(dtype: torch.dtype = torch.float64) -> Host:
+    """Attach to a tiny Llama."""
+    return loraloom.attach(tiny_model(dtype=dtype))
+
+
+def add_job(
+    host: Host, config: JobConfig, training_set: TrainingSet | None = None, *, random: bool = False
+) -> Job:
+    """Put a job's adapter on a host."""
+    adapter = host.add(config.name, config.adapter, config.seed)
+    if random:
+        randomise(adapter, config.seed)
+    own_set = toy_pair_set if config.train.learns_from_pairs else toy_set
+    reference = load_reference(host, config.train.objective)
+    return Job(config, adapter, training_set or own_set(seed=config.seed), reference)
+
+
+def no_evaluator(*_: Any) -> Mapping[str, float]:
+    """Refuse to score questions."""
+    raise AssertionError("no job has a task to score")
+
+
+def toy_engine(
+    directory: Path,
+    configs: Sequence[JobConfig],
+    sets: Mapping[str, TrainingSet] | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    evaluator: Evaluator = no_evaluator,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Engine:
+    """Set up jobs on a new tiny model."""
+    host = toy_host(dtype)
+    jobs = [add_job(host, config, (sets or {}).get(config.name)) for config in configs]
+    tokenizer = toy_tokenizer()
+    surroundings = Surroundings(RunDirectory(directory), progress or NoProgress())
+    return Engine(host, jobs, Evaluation(host, tokenizer, evaluator), surroundings, **options)
+
+
+def weights_of(job: Job) -> dict[str, Tensor]:
+    """Copy an adapter's weights."""
+    return {name: parameter.detach().clone() for name, parameter in job.parameters.items()}
+
+
+def gradients_of(job: Job) -> dict[str, Tensor]:
+    """Copy an adapter's gradients, zero where there is none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in job.parameters.items()
+    }
