@@ -9,8 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-Curve = Sequence[tuple[int | float, float]]
-"""(step, value) of each measurement."""
+Point = tuple[int | float, int | float]
+"""A step and what was measured there."""
+
+Curve = Sequence[Point]
 
 
 def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.8) -> Figure:
@@ -67,7 +69,7 @@ def plot_expert_load(
     return save_figure(figure, path)
 
 
-def smoothed(curve: Curve, past: float) -> list[tuple[int | float, float]]:
+def smoothed(curve: Curve, past: int | float) -> list[Point]:
     """Take a running mean without the pull of its start; values that are not finite are left out.
 
     Args:

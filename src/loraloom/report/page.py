@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import loraloom
 from loraloom.errors import ConfigError
-from loraloom.report.charts import IntervalChart, interval_chart
+from loraloom.report.charts import Chart, interval_chart
 from loraloom.report.curves import job_labels, job_styles, learning_curves
 from loraloom.report.files import EvalFile, Evaluation, Job, TaskResult, read_evaluation, read_run
 from loraloom.report.routing import LEVELS, Mixture, lay_out
@@ -35,7 +35,7 @@ class Results:
     name: str
     content: EvalFile
     tasks: Sequence[str]
-    charts: Sequence[IntervalChart]
+    charts: Sequence[Chart]
     means: Mapping[str, float | None]
     mixtures: Sequence[Mixture]
 
@@ -191,9 +191,7 @@ def _lay_out(evaluation: Evaluation) -> Results:
     )
 
 
-def _interval_chart(
-    task: str, results: Mapping[str, Mapping[str, TaskResult]]
-) -> IntervalChart | None:
+def _interval_chart(task: str, results: Mapping[str, Mapping[str, TaskResult]]) -> Chart | None:
     rows = [
         (name, result.accuracy, interval_of(result), _in_words(result))
         for name, by_task in results.items()
