@@ -159,7 +159,7 @@ class AskedTask(_Record):
     num_questions: int | None = None
 
 
-class EvalFile(_Record):
+class EvalFile(Environment):
     """The JSON file of `loraloom eval --output`."""
 
     schema_version: Literal[1]
@@ -168,11 +168,7 @@ class EvalFile(_Record):
     comparisons: tuple[Comparison, ...] = ()
     routing: dict[str, AdapterRouting] = {}
     base_model: str = ""
-    dtype: str = ""
     tasks: dict[str, AskedTask] = {}
-    versions: dict[str, str] = {}
-    device: str = ""
-    command: str = ""
     date: str = ""
 
 
@@ -195,14 +191,6 @@ class Job:
     ended: datetime | None
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation and the name of its file."""
-
-    name: str
-    content: EvalFile
-
-
 def read_run(path: Path) -> list[Job]:
     """Read the jobs of a run, by name.
 
@@ -217,17 +205,13 @@ def read_run(path: Path) -> list[Job]:
         raise ConfigError(f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}")
     own = sorted(entry for entry in path.iterdir() if _is_job(entry))
     if own:
-        return [_read_job(directory, _name_of(path)) for directory in own]
+        return [_read_job(directory, path.resolve().name) for directory in own]
     if _is_job(path):
-        return [_read_job(path, _name_of(path.absolute().parent))]
+        return [_read_job(path, path.absolute().parent.resolve().name)]
     raise ConfigError(
         f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}, where no "
         f"directory of a job has {METRICS_FILE} or {RESULT_FILE}; give the run file's output_dir"
     )
-
-
-def _name_of(path: Path) -> str:
-    return path.resolve().name
 
 
 def _is_job(path: Path) -> bool:
@@ -239,7 +223,7 @@ def _read_job(directory: Path, run: str) -> Job:
     file = directory / RESULT_FILE
     has_result = file.is_file()
     return Job(
-        name=_name_of(directory),
+        name=directory.resolve().name,
         run=run,
         metrics=_read_metrics(directory / METRICS_FILE),
         result=_read(file, JobResult, "what `loraloom train` wrote") if has_result else None,
@@ -267,7 +251,7 @@ def _read_metrics(file: Path) -> list[Metrics]:
     return metrics
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> EvalFile:
     """Read an evaluation's JSON file.
 
     Raises:
@@ -276,7 +260,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """
     if not path.is_file():
         raise ConfigError(f"--eval must be a file of `loraloom eval --output`, got {path}")
-    return Evaluation(path.name, _read(path, EvalFile, "what `loraloom eval --output` wrote"))
+    return _read(path, EvalFile, "what `loraloom eval --output` wrote")
 
 
 def _read(path: Path, kind: type[_Kind], expected: str) -> _Kind:

@@ -9,14 +9,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import jinja2
 
 import loraloom
 from loraloom.errors import ConfigError
 from loraloom.report.charts import Chart, interval_chart
 from loraloom.report.curves import job_labels, job_styles, learning_curves
-from loraloom.report.files import EvalFile, Evaluation, Job, TaskResult, read_evaluation, read_run
-from loraloom.report.routing import LEVELS, Mixture, lay_out
+from loraloom.report.files import (
+    Environment,
+    EvalFile,
+    Job,
+    TaskResult,
+    read_evaluation,
+    read_run,
+)
+from loraloom.report.routing import LEVELS, Mixture, lay_out, level
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,15 @@ def make_page(
     """
     jobs = [job for path in runs for job in read_run(path)]
     _check_labels(jobs)
-    results = [_lay_out(read_evaluation(path)) for path in evaluations]
-    page = _environment().get_template("page.html.j2")
+    results = [_lay_out(path.name, read_evaluation(path)) for path in evaluations]
+    page = _templates().get_template("page.html.j2")
     return page.render(
         title=", ".join(dict.fromkeys(job.run for job in jobs)),
         jobs=list(zip(job_labels(jobs), jobs, strict=True)),
         facts=_facts(jobs, results),
-        commands=_commands(jobs, results),
+        commands=list(
+            dict.fromkeys(filter(None, (e.command for e in _environments(jobs, results))))
+        ),
         warnings=_warnings(jobs, results),
         metrics=_metric_names(jobs),
         styles=job_styles(jobs),
@@ -77,11 +86,11 @@ def make_page(
     )
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("loraloom.report"),
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("loraloom.report"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -91,6 +100,7 @@ def _environment() -> Environment:
         "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
         "millions": lambda value: f"{value / 1e6:.2f} M" if value >= 1e4 else f"{value:,}",
         "duration": _duration,
+        "level": level,
         "gib": lambda value: f"{value / 2**30:.2f} GiB",
         "word": _visible,
     }
@@ -111,35 +121,28 @@ def _facts(jobs: Sequence[Job], results: Sequence[Results]) -> dict[str, str]:
     """What the header says."""
     trained = [job.result for job in jobs if job.result is not None]
     contents = [one.content for one in results]
+    made_with = _environments(jobs, results)
     ended = [job.ended for job in jobs if job.ended is not None]
-    environments = [result.environment for result in trained]
-    versions = [e.versions for e in environments] + [content.versions for content in contents]
-    return _without_empty(
-        {
-            "Base model": _unique(
-                [*(r.base_model for r in trained), *(content.base_model for content in contents)]
-            ),
-            "Number format": _unique(
-                [*(e.dtype for e in environments), *(content.dtype for content in contents)]
-            ),
-            "Jobs": f"{len(jobs)}",
-            "Training ended": _date(max(ended)) if ended else "",
-            "Evaluated": _unique([content.date for content in contents]),
-            "Versions": _join(versions),
-            "Device": _unique(
-                [*(e.device for e in environments), *(content.device for content in contents)]
-            ),
-            "Platform": _unique([e.platform for e in environments]),
-        }
-    )
+    facts = {
+        "Base model": _unique([one.base_model for one in [*trained, *contents]]),
+        "Number format": _unique([one.dtype for one in made_with]),
+        "Jobs": f"{len(jobs)}",
+        "Training ended": _date(max(ended)) if ended else "",
+        "Evaluated": _unique([content.date for content in contents]),
+        "Versions": _join([one.versions for one in made_with]),
+        "Device": _unique([one.device for one in made_with]),
+        "Platform": _unique([one.platform for one in made_with]),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _environments(jobs: Sequence[Job], results: Sequence[Results]) -> list[Environment]:
+    trained = [job.result.environment for job in jobs if job.result is not None]
+    return [*trained, *(one.content for one in results)]
 
 
 def _unique(values: Sequence[str]) -> str:
     return "; ".join(dict.fromkeys(filter(None, values)))
-
-
-def _without_empty(facts: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in facts.items() if value}
 
 
 def _join(versions: Sequence[Mapping[str, str]]) -> str:
@@ -147,12 +150,6 @@ def _join(versions: Sequence[Mapping[str, str]]) -> str:
     names = dict.fromkeys(name for one in versions for name in one)
     found = {name: _unique([one.get(name, "") for one in versions]) for name in names}
     return ", ".join(f"{name} {version}" for name, version in found.items())
-
-
-def _commands(jobs: Sequence[Job], results: Sequence[Results]) -> list[str]:
-    trained = [job.result.environment.command for job in jobs if job.result is not None]
-    evaluated = [one.content.command for one in results]
-    return list(dict.fromkeys(filter(None, [*trained, *evaluated])))
 
 
 def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str, str]]:
@@ -175,12 +172,11 @@ def _metric_names(jobs: Sequence[Job]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _lay_out(evaluation: Evaluation) -> Results:
-    content = evaluation.content
+def _lay_out(name: str, content: EvalFile) -> Results:
     tasks = list(dict.fromkeys(task for by_task in content.results.values() for task in by_task))
     charts = [_interval_chart(task, content.results) for task in tasks]
     return Results(
-        name=evaluation.name,
+        name=name,
         content=content,
         tasks=tasks,
         charts=[chart for chart in charts if chart is not None],
