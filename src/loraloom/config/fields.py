@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from loraloom.config.faults import advise_on_unknown_keys
 from loraloom.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -24,6 +26,14 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_the_nearest_key(cls, settings: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(settings)
+        except ValidationError as error:
+            raise advise_on_unknown_keys(error, cls) from None
 
 
 @runtime_checkable
