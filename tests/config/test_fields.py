@@ -5,7 +5,9 @@ from pydantic import ValidationError
 
 from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.config.data import DataConfig
+from loraloom.config.fields import check_name
 from loraloom.config.train import TrainConfig
+from loraloom.errors import ConfigError
 
 PEFT_NAMES = {
     "r": "rank",
@@ -40,3 +42,17 @@ def test_a_key_like_no_other_gets_the_known_ones():
 def test_faults_inside_a_list_keep_their_place():
     with pytest.raises(ValidationError, match=r"mix\.1\.tsk\n  unknown key 'tsk'; did you mean 't"):
         DataConfig(mix=[{"task": "boolq"}, {"tsk": "piqa"}])
+
+
+@pytest.mark.parametrize("name", ["a", "arc-mixlora", "0.1_b", "mix@0", "x" * 100])
+def test_a_safe_name_is_returned(name):
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/b", "a\\b", "-a", ".hidden", "a b", "a\n", "ä", "x" * 101]
+)
+def test_an_unsafe_name_is_refused(name):
+    with pytest.raises(ConfigError, match="name must be a safe file name") as error:
+        check_name(name)
+    assert repr(name) in str(error.value)

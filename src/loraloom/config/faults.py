@@ -233,10 +233,7 @@ def _advice(key: str, known: list[str]) -> str:
         return "weight belongs to a source inside mix"
     if _RENAMED.get(key) in known:
         return f"did you mean {_RENAMED[key]!r}?"
-    nearest = get_close_matches(key, known, n=1)
-    if nearest:
-        return f"did you mean {nearest[0]!r}?"
-    return f"known keys are {', '.join(known)}"
+    return suggestion(key, known).rstrip() or f"known keys are {', '.join(known)}"
 
 
 def _describe_tag(place: str, models: Models, details: ErrorDetails) -> str:
@@ -249,7 +246,7 @@ def _describe_tag(place: str, models: Models, details: ErrorDetails) -> str:
     if given.lower() in _METHODS:
         hint = f"; write {_METHODS[given.lower()]}"
     else:
-        hint = _did_you_mean(given, tags)
+        hint = did_you_mean(given, tags)
     return f"{setting} must be {expected}, got {given!r}{hint}"
 
 
@@ -259,12 +256,18 @@ def _tag_field(models: Models) -> str:
 
 def _nearest_choice(details: ErrorDetails) -> str:
     choices = re.findall(r"'([^']*)'", _context(details)["expected"])
-    return _did_you_mean(str(details["input"]), choices)
+    return did_you_mean(str(details["input"]), choices)
 
 
-def _did_you_mean(given: str, choices: list[str]) -> str:
-    nearest = get_close_matches(given.lower(), choices, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The question `did you mean 'x'? ` for the nearest known name; nothing if none is near."""
+    nearest = get_close_matches(name, list(known), n=1)
+    return f"did you mean {nearest[0]!r}? " if nearest else ""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The question of `suggestion`, to be put behind a message."""
+    return f"; {suggestion(name.lower(), known)}".rstrip("; ")
 
 
 def _shown(value: Any) -> str:

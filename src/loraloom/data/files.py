@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loraloom.data.names import suggestion
+from loraloom.config.faults import suggestion
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraloom.config.faults import suggestion
 from loraloom.data.files import SUFFIXES, is_data_file, read_file
-from loraloom.data.names import suggestion
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 

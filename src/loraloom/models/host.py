@@ -19,7 +19,7 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.lora import LoraAdapter
 from loraloom.adapters.mixlora import MixLoraAdapter
 from loraloom.config.adapter import LoraConfig
-from loraloom.config.names import check_name
+from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.autocast import compute_dtype
