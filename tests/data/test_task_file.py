@@ -167,7 +167,7 @@ def test_a_broken_template_is_an_error(write):
 
 
 def test_a_split_that_is_not_there_is_an_error(write):
-    with pytest.raises(DataError, match=r"no split 'tset' in its data; did you mean 'test'\?"):
+    with pytest.raises(DataError, match=r"no split 'tset' there; did you mean 'test'\?"):
         load_questions(write(), split="tset")
 
 

@@ -150,7 +150,7 @@ def evaluate(
     if cache is not None and no_cache:
         raise ConfigError("--cache and --no-cache exclude each other; give one")
     from loraloom.durable import prepare_output
-    from loraloom.eval.outputs import check_outputs
+    from loraloom.eval.tables import check_outputs
     from loraloom.infer.loading import check_sources, load_host
 
     command = shlex.join(["loraloom", *sys.argv[1:]])

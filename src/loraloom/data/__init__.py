@@ -10,7 +10,7 @@ from loraloom.data.examples import (
 )
 from loraloom.data.questions import load_questions
 from loraloom.data.tasks import TASKS, find_task
-from loraloom.data.tokenising import encode_pair, encode_pairs
+from loraloom.data.tokenising import encode_pairs
 from loraloom.data.training_set import TrainingSet, load_training_set
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "PreferencePair",
     "TrainingSet",
     "collate",
-    "encode_pair",
     "encode_pairs",
     "find_task",
     "load_questions",
