@@ -46,39 +46,27 @@ def _exam_by_label(row: Row, question: str) -> ChoiceForm:
     return choose_label(prompt, labels, gold)
 
 
-def _arc_by_label(row: Row) -> ChoiceForm:
-    return _exam_by_label(row, row.text("question"))
-
-
-def _arc_by_text(row: Row) -> ChoiceForm:
-    prompt = f"Question: {row.text('question')}\nAnswer:"
-    return choose_text_per_character(prompt, *_read_lettered(row))
-
-
 def _arc(name: str, configuration: str) -> ChoiceTask:
     revision = "210d026faf9955653af8916fad021475a3f00453"
-    source = HubSource("allenai/ai2_arc", configuration, revision)
-    return ChoiceTask(name, "test", source, _arc_by_label, _arc_by_text)
+    return ChoiceTask(
+        name=name,
+        evaluation_split="test",
+        source=HubSource("allenai/ai2_arc", configuration, revision),
+        by_label=lambda row: _exam_by_label(row, row.text("question")),
+        by_text=lambda row: choose_text_per_character(
+            f"Question: {row.text('question')}\nAnswer:", *_read_lettered(row)
+        ),
+    )
 
 
 ARC_EASY = _arc("arc_easy", "ARC-Easy")
 ARC_CHALLENGE = _arc("arc_challenge", "ARC-Challenge")
-
-
-def _openbookqa_by_label(row: Row) -> ChoiceForm:
-    return _exam_by_label(row, row.text("question_stem"))
-
-
-def _openbookqa_by_text(row: Row) -> ChoiceForm:
-    return choose_text_per_character(row.text("question_stem"), *_read_lettered(row))
-
-
 OPENBOOKQA = ChoiceTask(
     name="openbookqa",
     evaluation_split="test",
     source=HubSource("allenai/openbookqa", "main", "388097ea7776314e93a529163e0fea805b8a6454"),
-    by_label=_openbookqa_by_label,
-    by_text=_openbookqa_by_text,
+    by_label=lambda row: _exam_by_label(row, row.text("question_stem")),
+    by_text=lambda row: choose_text_per_character(row.text("question_stem"), *_read_lettered(row)),
 )
 
 # BoolQ: yes/no questions that people typed into a search engine, with a passage each. `label` asks
@@ -138,17 +126,14 @@ def _piqa_by_label(row: Row) -> ChoiceForm:
     return choose_label(prompt, labels, gold)
 
 
-def _piqa_by_text(row: Row) -> ChoiceForm:
-    prompt = f"Question: {row.text('goal')}\nAnswer:"
-    return choose_text_per_character(prompt, *_read_solutions(row))
-
-
 PIQA = ChoiceTask(
     name="piqa",
     evaluation_split="validation",
     source=HubSource("baber/piqa", None, "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
     by_label=_piqa_by_label,
-    by_text=_piqa_by_text,
+    by_text=lambda row: choose_text_per_character(
+        f"Question: {row.text('goal')}\nAnswer:", *_read_solutions(row)
+    ),
 )
 
 # Social IQa: what people do next, feel or want in everyday situations. lm-eval calls it social_iqa
@@ -169,16 +154,14 @@ def _social_i_qa_by_label(row: Row) -> ChoiceForm:
     return choose_label(prompt, labels, gold)
 
 
-def _social_i_qa_by_text(row: Row) -> ChoiceForm:
-    return choose_text(f"Q: {row.text('context')} {row.text('question')}\nA:", *_read_answers(row))
-
-
 SOCIAL_I_QA = ChoiceTask(
     name="social_i_qa",
     evaluation_split="validation",
     source=HubSource("lighteval/siqa", None, "54c6a1f8cb6daf4f5abf24a601852612fb35eb25"),
     by_label=_social_i_qa_by_label,
-    by_text=_social_i_qa_by_text,
+    by_text=lambda row: choose_text(
+        f"Q: {row.text('context')} {row.text('question')}\nA:", *_read_answers(row)
+    ),
 )
 
 # HellaSwag: how a description of everyday activities goes on.
