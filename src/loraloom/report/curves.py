@@ -32,20 +32,12 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
     """
     names = list(dict.fromkeys(job.name for job in jobs))
     runs = list(dict.fromkeys(job.run for job in jobs))
-    labels = job_labels(jobs)
     styles = {}
-    for label, job in zip(labels, jobs, strict=True):
+    for job in jobs:
         place = names.index(job.name)
         dash = runs.index(job.run) + place // NUM_COLORS
-        styles[label] = Style(place % NUM_COLORS, DASHES[dash % len(DASHES)])
+        styles[job.label] = Style(place % NUM_COLORS, DASHES[dash % len(DASHES)])
     return styles
-
-
-def job_labels(jobs: Sequence[Job]) -> list[str]:
-    """Name jobs so that they differ: with their run where there are several."""
-    if len({job.run for job in jobs}) <= 1:
-        return [job.name for job in jobs]
-    return [f"{job.run}/{job.name}" for job in jobs]
 
 
 def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
@@ -65,9 +57,7 @@ def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
 
 
 def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
-    curves = {
-        label: _curve(job.metrics, name) for label, job in zip(job_labels(jobs), jobs, strict=True)
-    }
+    curves = {job.label: _curve(job.metrics, name) for job in jobs}
     if name == "aux_loss":  # always 0 without a router
         curves = {label: curve for label, curve in curves.items() if any(v for _, v in curve)}
     title = _TITLES.get(name) or _title(name)

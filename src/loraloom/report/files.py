@@ -6,8 +6,9 @@ Fields that a report has no use for are passed over, so that files with more of 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +20,8 @@ from loraloom.errors import ConfigError, DataError
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 
-Metrics = dict[str, Any]
+Fields = dict[str, Any]
+"""What the page shows as it stands in the file."""
 
 
 class _Record(BaseModel):
@@ -68,36 +70,6 @@ class TaskResult(_Record):
     split: str | None = None
 
 
-class Comparison(_Record):
-    """Two adapters on the same questions of a task."""
-
-    task: str
-    first: str
-    second: str
-    difference: float
-    stderr: float | None
-    interval: tuple[float, float]
-    p_value: float
-    adjusted_p_value: float
-    num_first_better: int
-    num_second_better: int
-
-
-class SeedTask(_Record):
-    """A task's accuracy over seeds."""
-
-    mean: float
-    sd: float | None
-    num_seeds: int
-
-
-class SeedGroup(_Record):
-    """Adapters that differ in their seed alone."""
-
-    adapters: tuple[str, ...]
-    tasks: dict[str, SeedTask]
-
-
 class Example(_Record):
     """A text's tokens, and by layer the first choice of each."""
 
@@ -117,29 +89,6 @@ class TaskRouting(_Record):
     example: Example | None = None
 
 
-class Similarity(_Record):
-    """How alike the loads of two tasks are."""
-
-    first: str
-    second: str
-    mean: float
-
-
-class Word(_Record):
-    """A token that is typical of an expert."""
-
-    token: str
-    count: int
-    share: float
-
-
-class LayerWords(_Record):
-    """The typical tokens of a layer's experts."""
-
-    layer: int
-    experts: tuple[tuple[Word, ...], ...]
-
-
 class AdapterRouting(_Record):
     """A mixture's routing in all tasks."""
 
@@ -147,28 +96,21 @@ class AdapterRouting(_Record):
     top_k: int
     layers: tuple[int, ...]
     tasks: dict[str, TaskRouting]
-    similarity: tuple[Similarity, ...] = ()
-    words: tuple[LayerWords, ...] = ()
+    similarity: tuple[Fields, ...] = ()
+    words: tuple[Fields, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-class AskedTask(_Record):
-    """How a task was asked."""
-
-    scoring: str = ""
-    num_questions: int | None = None
-
-
 class EvalFile(Environment):
-    """The JSON file of `loraloom eval --output`."""
+    """The JSON file of `loraloom eval --output`; its version says what the fields hold."""
 
     schema_version: Literal[1]
     results: dict[str, dict[str, TaskResult]]
-    seeds: dict[str, SeedGroup] = {}
-    comparisons: tuple[Comparison, ...] = ()
+    seeds: dict[str, Fields] = {}
+    comparisons: tuple[Fields, ...] = ()
     routing: dict[str, AdapterRouting] = {}
     base_model: str = ""
-    tasks: dict[str, AskedTask] = {}
+    tasks: dict[str, Fields] = {}
     date: str = ""
 
 
@@ -182,13 +124,39 @@ class Job:
         metrics: Lines of metrics.jsonl.
         result: None while it trains, or where it was interrupted.
         ended: When result.json was written.
+        label: What the page calls it: its name, after its run's where there are several.
     """
 
     name: str
     run: str
-    metrics: Sequence[Metrics]
+    metrics: Sequence[Fields]
     result: JobResult | None
     ended: datetime | None
+    label: str
+
+
+def read_runs(paths: Sequence[Path]) -> list[Job]:
+    """Read the jobs of several runs, whose labels differ.
+
+    Args:
+        paths: See `read_run`.
+
+    Raises:
+        ConfigError: If a path is no run, or two jobs would have one label.
+        DataError: If a file can't be used.
+    """
+    jobs = [job for path in paths for job in read_run(path)]
+    if len({job.run for job in jobs}) > 1:
+        jobs = [replace(job, label=f"{job.run}/{job.name}") for job in jobs]
+    twice = sorted(
+        label for label, count in Counter(job.label for job in jobs).items() if count > 1
+    )
+    if twice:
+        raise ConfigError(
+            f"RUN_DIR must give each job a name of its own, got {', '.join(twice)} more than once; "
+            "name each directory once, and let the runs' directories have different names"
+        )
+    return jobs
 
 
 def read_run(path: Path) -> list[Job]:
@@ -222,8 +190,10 @@ def _is_job(path: Path) -> bool:
 def _read_job(directory: Path, run: str) -> Job:
     file = directory / RESULT_FILE
     has_result = file.is_file()
+    name = directory.resolve().name
     return Job(
-        name=directory.resolve().name,
+        name=name,
+        label=name,
         run=run,
         metrics=_read_metrics(directory / METRICS_FILE),
         result=_read(file, JobResult, "what `loraloom train` wrote") if has_result else None,
@@ -231,7 +201,7 @@ def _read_job(directory: Path, run: str) -> Job:
     )
 
 
-def _read_metrics(file: Path) -> list[Metrics]:
+def _read_metrics(file: Path) -> list[Fields]:
     """Read metrics.jsonl; a last line that is being written is passed over."""
     if not file.is_file():
         return []

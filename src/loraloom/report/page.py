@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 import loraloom
-from loraloom.errors import ConfigError
+from loraloom.errors import DataError
 from loraloom.report.charts import Chart, interval_chart
-from loraloom.report.curves import job_labels, job_styles, learning_curves
+from loraloom.report.curves import job_styles, learning_curves
 from loraloom.report.files import (
     Environment,
     EvalFile,
     Job,
     TaskResult,
     read_evaluation,
-    read_run,
+    read_runs,
 )
 from loraloom.report.routing import LEVELS, Mixture, lay_out, level
 
@@ -64,26 +63,27 @@ def make_page(
         ConfigError: If a directory is no run, or a file is missing.
         DataError: If a file can't be used.
     """
-    jobs = [job for path in runs for job in read_run(path)]
-    _check_labels(jobs)
+    jobs = read_runs(runs)
     results = [_lay_out(path.name, read_evaluation(path)) for path in evaluations]
     page = _templates().get_template("page.html.j2")
-    return page.render(
-        title=", ".join(dict.fromkeys(job.run for job in jobs)),
-        jobs=list(zip(job_labels(jobs), jobs, strict=True)),
-        facts=_facts(jobs, results),
-        commands=list(
-            dict.fromkeys(filter(None, (e.command for e in _environments(jobs, results))))
-        ),
-        warnings=_warnings(jobs, results),
-        metrics=_metric_names(jobs),
-        styles=job_styles(jobs),
-        charts=learning_curves(jobs),
-        results=results,
-        levels=LEVELS,
-        made=_date(now or datetime.now(UTC)),
-        version=loraloom.__version__,
-    )
+    content = {
+        "title": ", ".join(dict.fromkeys(job.run for job in jobs)),
+        "jobs": jobs,
+        "facts": _facts(jobs, results),
+        "commands": _different([one.command for one in _environments(jobs, results)]),
+        "warnings": _warnings(jobs, results),
+        "metrics": _metric_names(jobs),
+        "styles": job_styles(jobs),
+        "charts": learning_curves(jobs),
+        "results": results,
+        "levels": LEVELS,
+        "made": _date(now or datetime.now(UTC)),
+        "version": loraloom.__version__,
+    }
+    try:
+        return page.render(content)
+    except jinja2.UndefinedError as error:
+        raise DataError(f"--eval got a file in which a field is missing: {error}") from error
 
 
 def _templates() -> jinja2.Environment:
@@ -99,22 +99,12 @@ def _templates() -> jinja2.Environment:
         "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
         "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
         "millions": lambda value: f"{value / 1e6:.2f} M" if value >= 1e4 else f"{value:,}",
-        "duration": _duration,
+        "duration": lambda seconds: str(timedelta(seconds=round(seconds))),
         "level": level,
         "gib": lambda value: f"{value / 2**30:.2f} GiB",
         "word": _visible,
     }
     return environment
-
-
-def _check_labels(jobs: Sequence[Job]) -> None:
-    labels = job_labels(jobs)
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ConfigError(
-            f"RUN_DIR must give each job a name of its own, got {', '.join(twice)} more than once; "
-            "name each directory once, and let the runs' directories have different names"
-        )
 
 
 def _facts(jobs: Sequence[Job], results: Sequence[Results]) -> dict[str, str]:
@@ -141,8 +131,13 @@ def _environments(jobs: Sequence[Job], results: Sequence[Results]) -> list[Envir
     return [*trained, *(one.content for one in results)]
 
 
+def _different(values: Sequence[str]) -> list[str]:
+    """What is not empty, each once."""
+    return list(dict.fromkeys(filter(None, values)))
+
+
 def _unique(values: Sequence[str]) -> str:
-    return "; ".join(dict.fromkeys(filter(None, values)))
+    return "; ".join(_different(values))
 
 
 def _join(versions: Sequence[Mapping[str, str]]) -> str:
@@ -155,12 +150,12 @@ def _join(versions: Sequence[Mapping[str, str]]) -> str:
 def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str, str]]:
     """Who, and what went wrong."""
     found = []
-    for label, job in zip(job_labels(jobs), jobs, strict=True):
+    for job in jobs:
         if job.result is None:
-            found.append((label, "has not ended: there is no result.json"))
-            continue
-        found += [(label, error) for error in filter(None, [job.result.error])]
-        found += [(label, warning) for warning in job.result.warnings]
+            found.append((job.label, "has not ended: there is no result.json"))
+        else:
+            texts = filter(None, [job.result.error, *job.result.warnings])
+            found += [(job.label, text) for text in texts]
     for one in results:
         found += [(m.name, f"{one.name}: {text}") for m in one.mixtures for text in m.warnings]
     return found
@@ -220,15 +215,8 @@ def _date(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
-
-
 def _visible(token: str) -> str:
     """Show the white space of a token."""
-    marks: dict[str, Any] = {" ": "␣", "\n": "↵", "\t": "⇥"}
     if token.strip():
         return token.strip() if token.startswith(" ") else token
-    return "".join(marks.get(letter, letter) for letter in token)
+    return token.translate(str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"}))

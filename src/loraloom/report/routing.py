@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from loraloom.report.files import AdapterRouting, Example, LayerWords, TaskRouting
+from loraloom.report.files import AdapterRouting, Example, Fields, TaskRouting
 
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
 """Where a cell's color changes: the load as a multiple of an even share."""
@@ -48,7 +48,7 @@ class Mixture:
     layers: Sequence[Row]
     tasks: Sequence[Row]
     similarity: Mapping[str, Sequence[float | None]]
-    words: Sequence[LayerWords]
+    words: Sequence[Fields]
     examples: Mapping[str, Example]
     warnings: Sequence[str]
 
@@ -124,7 +124,7 @@ def effective_number(load: Sequence[float]) -> float:
 
 
 def _similarity(routing: AdapterRouting, tasks: Sequence[str]) -> dict[str, list[float | None]]:
-    known = {frozenset((one.first, one.second)): one.mean for one in routing.similarity}
+    known = {frozenset((one["first"], one["second"])): one["mean"] for one in routing.similarity}
     if not known:
         return {}
     return {row: [known.get(frozenset((row, column))) for column in tasks] for row in tasks}
