@@ -8,8 +8,9 @@ import pytest
 
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
-from loraloom.data import find_task, load_questions, load_training_set
-from loraloom.data.questions import load_question_set, questions_digest, sha256
+from loraloom.data.questions import load_question_set, load_questions, questions_digest, sha256
+from loraloom.data.tasks import find_task
+from loraloom.data.training_set import load_training_set
 from loraloom.errors import ConfigError, DataError
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tasks" / "custom_arc_easy.yaml"

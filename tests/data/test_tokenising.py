@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from loraloom.data import encode_pairs
-from loraloom.data.tokenising import encode_texts, leading_tokens
+from loraloom.data.tokenising import encode_pairs, encode_texts, leading_tokens
 from loraloom.errors import DataError
 
 
