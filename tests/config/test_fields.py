@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom import LoraConfig, MixLoraConfig
 from loraloom.config.data import DataConfig
 from loraloom.config.fields import check_name
 from loraloom.config.train import TrainConfig
