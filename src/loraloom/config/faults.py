@@ -239,7 +239,7 @@ def _advice(key: str, known: list[str]) -> str:
 def _describe_tag(place: str, models: Models, details: ErrorDetails) -> str:
     tags = [str(_tag(model)) for model in models]
     setting = f"{place}.{_tag_field(models)}".removeprefix(".")
-    expected = " or ".join(tags)
+    expected = f"one of {', '.join(tags)}"
     if details["type"] == "union_tag_not_found":
         return f"{setting} must be {expected}, it is missing"
     given = str(_context(details)["tag"])
