@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
-from loraloom.config.names import check_name
+from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models import decoding
