@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from loraloom.errors import ConfigError
 
 
 def load_run_config(
-    path: str | Path, overrides: Sequence[str] = (), *, needs_jobs: bool = True
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    needs_jobs: bool = True,
 ) -> RunConfig:
     """What a run file says, checked.
 
     Args:
-        path: The YAML file.
+        source: The YAML file, or its settings.
         overrides: Changes to it, each as `path=value`; later ones win.
         needs_jobs: Whether there must be a job; else they may come later.
 
@@ -32,11 +35,15 @@ def load_run_config(
         ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
             which are then all in the message.
     """
-    settings = reduce(apply_override, overrides, _read_settings(path, "a run file"))
+    if isinstance(source, Mapping):
+        settings, place = dict(source), "the run"
+    else:
+        settings, place = _read_settings(source, "a run file"), source
+    settings = reduce(apply_override, overrides, settings)
     try:
         return RunConfig.model_validate(settings, context={"needs_jobs": needs_jobs})
     except ValidationError as error:
-        raise _config_error(path, error, RunConfig) from None
+        raise _config_error(place, error, RunConfig) from None
 
 
 def load_job_config(path: str | Path) -> JobConfig:

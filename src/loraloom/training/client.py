@@ -283,7 +283,7 @@ class TrainingClient:
             "forwards": self._forwards,
             "draws": self._draws,
         }
-        records = {_STATE: JobRecord("running", self._settings())}
+        records = {_STATE: JobRecord(self._settings())}
         store = SnapshotStore(Path(directory))
         store.write(self.step, 0.0, describe_base(self.host), records, {_STATE: state}, keep=1)
 

@@ -13,7 +13,6 @@ from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import (
     ADAPTERS,
     add_job,
-    no_evaluator,
     toy_config,
     toy_engine,
     toy_host,
@@ -118,7 +117,7 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path):
     settings = run_settings(save_inputs(tmp_path), tmp_path / "out")
     path = write_run_file(tmp_path / "run.yaml", {**settings, "memory_limit": "10kB"})
     with pytest.raises(ConfigError, match=r"must fit into 0.00 GB \(memory_limit\)"):
-        train(load_run_config(path), no_evaluator)
+        train(path)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from loraloom.config.adapter import MixLoraConfig
 from loraloom.routing.collapse import advice, find_collapse, has_enough_choices
+from loraloom.training.step.micro_batch import add_counts
 
 WINDOW_STEPS = 25
 """Steps whose load is judged together, so that one odd step warns nobody."""
@@ -40,25 +41,13 @@ class CollapseWatch:
         counts = torch.tensor(list(self.tokens_per_expert.values()))
         if self.num_steps < WINDOW_STEPS or not has_enough_choices(counts):
             return []
-        found = find_collapse(list(self.tokens_per_expert), counts, config)
+        collapses = find_collapse(list(self.tokens_per_expert), counts, config)
         first = step - self.num_steps + 1
         new = {
             kind: f"steps {first} to {step}: {text}; {advice(config)}"
-            for kind, text in found.items()
+            for kind, text in collapses.items()
             if kind not in self.warnings
         }
         self.warnings |= new
         self.num_steps, self.tokens_per_expert = 0, {}
         return list(new.values())
-
-
-def add_counts(
-    first: Mapping[int, list[int]], second: Mapping[int, list[int]]
-) -> dict[int, list[int]]:
-    """Add choices by layer and expert; none at all counts as zeros."""
-    if not first or not second:
-        return dict(first or second)
-    return {
-        layer: [a + b for a, b in zip(counts, second[layer], strict=True)]
-        for layer, counts in first.items()
-    }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example
-from loraloom.training.run.collapse import add_counts
 from loraloom.training.step.objectives import Objective
 from loraloom.training.step.reference import Reference
 from loraloom.training.step.window import Window
@@ -54,10 +53,10 @@ class MicroBatch:
         if self.max_row_length is not None:
             cut = (starts[::2], starts[1::2])
         return [
-            self._part([start + row for start in half for row in range(num_rows)]) for half in cut
+            self._subset([start + row for start in half for row in range(num_rows)]) for half in cut
         ]
 
-    def _part(self, places: Sequence[int]) -> MicroBatch:
+    def _subset(self, places: Sequence[int]) -> MicroBatch:
         examples = [self.examples[place] for place in places]
         return replace(
             self, examples=examples, sample_keys=[self.sample_keys[place] for place in places]
@@ -96,6 +95,18 @@ class MicroBatchLoss:
             self.computed_tokens + other.computed_tokens,
             add_counts(self.tokens_per_expert, other.tokens_per_expert),
         )
+
+
+def add_counts(
+    first: Mapping[int, list[int]], second: Mapping[int, list[int]]
+) -> dict[int, list[int]]:
+    """Add how often experts were chosen, by layer and expert; none at all counts as zeros."""
+    if not first or not second:
+        return dict(first or second)
+    return {
+        layer: [a + b for a, b in zip(counts, second[layer], strict=True)]
+        for layer, counts in first.items()
+    }
 
 
 def _add(left: float | None, right: float | None) -> float | None:
