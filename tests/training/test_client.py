@@ -13,7 +13,7 @@ from loraloom.infer.sampling import SamplingConfig
 from loraloom.models.host import Host
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
 from loraloom.training.run.job import Job
-from loraloom.training.run.requests import run_requests
+from loraloom.training.step.requests import run_requests
 from tests.tiny import METHODS, randomise, relative_error
 from tests.training.step.test_fused import run_window
 from tests.training.toy import (

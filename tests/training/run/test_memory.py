@@ -6,7 +6,13 @@ import torch
 from loraloom.config.loading import load_run_config
 from loraloom.errors import ConfigError
 from loraloom.training.run import memory
-from loraloom.training.run.memory import check_memory, predict_memory, step_rows
+from loraloom.training.run.memory import (
+    check_memory,
+    kept_bytes,
+    predict_memory,
+    step_rows,
+    watch_forwards,
+)
 from loraloom.training.run.run import train
 from tests.training.running import trained_weights
 from tests.training.saved import run_settings, save_inputs, write_run_file
@@ -31,14 +37,14 @@ def kept(adapter, rows: int, length: int) -> int:
     host = toy_host()
     job = add_job(host, toy_config("a", adapter))
     host.train()
-    return memory._kept_bytes(host, job, rows, length)
+    return kept_bytes(host, job, rows, length)
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_activations_of_a_large_forward_follow_from_small_ones(method):
     host = toy_host()
-    seen = memory._watch_all(host, [add_job(host, toy_config("a", ADAPTERS[method]))])[0]
-    predicted = seen.constant + 9 * seen.per_row(60, host, checkpointed=False)
+    cost = watch_forwards(host, [add_job(host, toy_config("a", ADAPTERS[method]))])[0]
+    predicted = cost.constant + 9 * cost.per_row(60)
     assert predicted == pytest.approx(kept(ADAPTERS[method], 9, 60), rel=0.02)
 
 
@@ -51,15 +57,15 @@ def test_looking_leaves_no_gradient():
 
 def test_the_largest_micro_batch_has_the_longest_examples():
     config = toy_config("a", batch_size=8, micro_batch_size=4)
-    shape = step_rows(add_job(toy_host(), config, toy_set(32, longest=40)))
+    rows, length = step_rows(add_job(toy_host(), config, toy_set(32, longest=40)))
     longest = max(len(example.input_ids) for example in toy_set(32, longest=40).examples)
-    assert (shape.rows, shape.length) == (4, longest)
+    assert (rows, length) == (4, longest)
 
 
 def test_packed_rows_are_fewer():
     config = toy_config("a", batch_size=16, packing=True, max_length=60)
-    shape = step_rows(add_job(toy_host(), config, toy_set(16)))
-    assert shape.rows * shape.length < 16 * 9
+    rows, length = step_rows(add_job(toy_host(), config, toy_set(16)))
+    assert rows * length < 16 * 9
 
 
 def test_parts_add_up_and_weights_are_counted():
@@ -80,10 +86,8 @@ def test_jobs_and_their_rows_add_up_and_checkpointing_takes_less():
     two = predict(one, toy_config("b", ADAPTERS["lora"], batch_size=16))
     assert two.rows == 32
     assert two.activations > predict(one).activations
-    host = toy_host()
-    (seen,) = memory._watch_all(host, [add_job(host, one)])
-    whole, checkpointed = (seen.per_row(9, host, checkpointed=value) for value in (False, True))
-    assert checkpointed < whole
+    less = toy_config("a", ADAPTERS["mixdora"], batch_size=16, gradient_checkpointing=True)
+    assert predict(less).activations < predict(one).activations
 
 
 def test_a_bound_of_tokens_bounds_the_step():
