@@ -20,7 +20,7 @@ from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
-from loraloom.training.run.engine import Engine, Surroundings
+from loraloom.training.run.engine import Engine
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
@@ -174,8 +174,10 @@ def toy_engine(
     host = toy_host(dtype)
     jobs = [add_job(host, config, (sets or {}).get(config.name)) for config in configs]
     tokenizer = toy_tokenizer()
-    surroundings = Surroundings(RunDirectory(directory), progress or Progress())
-    return Engine(host, jobs, Evaluation(host, tokenizer), surroundings, **options)
+    evaluation = Evaluation(host, tokenizer)
+    return Engine(
+        host, jobs, evaluation, RunDirectory(directory), progress or Progress(), **options
+    )
 
 
 def weights_of(job: Job) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ from loraloom.config.data import (
 )
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.config.names import check_name
-from loraloom.config.optimization import SCHEDULERS_ON_METRIC
-from loraloom.config.train import TrainConfig
+from loraloom.config.train import SCHEDULERS_ON_METRIC, TrainConfig
 
 
 class EvaluationConfig(StrictModel):

@@ -12,7 +12,7 @@ from loraloom.config.job import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import SnapshotStore
-from loraloom.training.run.engine import Engine, Surroundings
+from loraloom.training.run.engine import Engine
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox
 from loraloom.training.run.outputs import RunDirectory
@@ -78,7 +78,7 @@ class Watched:
             running = snapshot.jobs.keys() - snapshot.done
             settings = [snapshot.jobs[name].settings for name in sorted(running)]
             jobs += [self.builder.build(JobConfig.model_validate(one)) for one in settings]
-        self.engine = Engine(host, jobs, evaluation, Surroundings(directory, self.spoken))
+        self.engine = Engine(host, jobs, evaluation, directory, self.spoken)
         if resume:
             self.engine.load_state(snapshot)
         self.options = WatchOptions(inbox, **({"exit_when_idle": True} | options))

@@ -9,7 +9,7 @@ import pytest
 
 from loraloom.errors import ConfigError
 from loraloom.training.run import tracking
-from loraloom.training.run.engine import Engine, Surroundings
+from loraloom.training.run.engine import Engine
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
@@ -181,8 +181,15 @@ def test_wandb_is_offline_unless_the_user_has_told_it_otherwise(fakes, tmp_path,
 def tracked_engine(directory, config, *trackers, progress=None) -> Engine:
     host = toy_host()
     job = add_job(host, config, toy_set(num_validation=2))
-    surroundings = Surroundings(RunDirectory(directory), progress or Progress(), trackers)
-    return Engine(host, [job], Evaluation(host, toy_tokenizer()), surroundings)
+    evaluation = Evaluation(host, toy_tokenizer())
+    return Engine(
+        host,
+        [job],
+        evaluation,
+        RunDirectory(directory),
+        progress or Progress(),
+        trackers=trackers,
+    )
 
 
 def measured(max_steps: int):

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
@@ -30,23 +30,6 @@ SNAPSHOT_RETRY_S = 60.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What an engine tells and writes to.
-
-    Args:
-        directory: Of the run's results.
-        progress: Shows the run.
-        trackers: Names of trackers, as in a run file.
-        environment: Goes into each result.json.
-    """
-
-    directory: RunDirectory
-    progress: Progress
-    trackers: tuple[str, ...] = ("jsonl",)
-    environment: Mapping[str, Any] | None = None
-
-
 class Engine:
     """Jobs that share one base model and its forwards.
 
@@ -62,7 +45,10 @@ class Engine:
         host: The base model with the jobs' adapters.
         jobs: Each with an adapter on the host.
         evaluation: What jobs are measured on.
-        surroundings: Where results and messages go.
+        directory: Of the run's results.
+        progress: Shows the run.
+        trackers: Names of trackers, as in a run file.
+        environment: Goes into each result.json.
         max_tokens_per_step: Most tokens of a round's forward, padding included; None for no bound.
         memory_limit: Most bytes that a round may be predicted to take with a job that joins.
         keep_snapshots: How many are left when a new one is written.
@@ -81,8 +67,11 @@ class Engine:
         host: Host,
         jobs: Sequence[Job],
         evaluation: Evaluation,
-        surroundings: Surroundings,
+        directory: RunDirectory,
+        progress: Progress,
         *,
+        trackers: tuple[str, ...] = ("jsonl",),
+        environment: Mapping[str, Any] | None = None,
         max_tokens_per_step: int | None = None,
         memory_limit: int | None = None,
         keep_snapshots: int = 2,
@@ -101,11 +90,9 @@ class Engine:
         self._no_snapshot_before = 0.0
         self._interruption: Interruption | None = None
         self._evaluation = evaluation
-        self._directory = surroundings.directory
-        self._environment = dict(surroundings.environment or {})
-        self._reporter = Reporter(
-            surroundings.directory, surroundings.progress, surroundings.trackers
-        )
+        self._directory = directory
+        self._environment = dict(environment or {})
+        self._reporter = Reporter(directory, progress, trackers)
         self._runner = RoundRunner(host, evaluation.pad_id)
         self._started_at = time.monotonic()
         for job in jobs:

@@ -11,7 +11,7 @@ from torch import Tensor
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.adapter import MixLoraConfig
 from loraloom.config.job import JobConfig
-from loraloom.config.optimization import SCHEDULERS_ON_METRIC
+from loraloom.config.train import SCHEDULERS_ON_METRIC
 from loraloom.data.training_set import TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key

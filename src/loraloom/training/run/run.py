@@ -20,7 +20,7 @@ from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import Snapshot, describe_changes
-from loraloom.training.run.engine import Engine, Surroundings, describe_base
+from loraloom.training.run.engine import Engine, describe_base
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox
 from loraloom.training.run.job import Job
@@ -91,12 +91,10 @@ def train(
             host,
             jobs,
             evaluation,
-            Surroundings(
-                directory,
-                progress,
-                run.trackers,
-                describe_environment(host.device, host.dtype, command),
-            ),
+            directory,
+            progress,
+            trackers=run.trackers,
+            environment=describe_environment(host.device, host.dtype, command),
             max_tokens_per_step=run.max_tokens_per_step,
             memory_limit=run.memory_limit,
             keep_snapshots=run.keep_snapshots,
