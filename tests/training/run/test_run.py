@@ -18,7 +18,7 @@ from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.run import train
 from tests.tiny import relative_error
 from tests.training.running import Spoken
-from tests.training.saved import run_settings, save_inputs
+from tests.training.saved import run_settings, save_inputs, write_run_file
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,30 @@ def test_a_run_writes_adapters_metrics_and_results(inputs, tmp_path):
     assert result["environment"]["command"] == "loraloom train run.yaml"
     assert result["environment"]["versions"]["torch"] == torch.__version__
     assert result["peak_memory_bytes"]["rss"] > 0
+
+
+def test_settings_and_files_are_read_as_the_command_line_reads_them(inputs, tmp_path):
+    settings = run_settings(inputs, tmp_path / "out")
+    results = train(write_run_file(tmp_path / "run.yaml", settings))
+    assert [result.steps for result in results] == [4, 4]
+    assert train(settings, overwrite=True)[0].metrics == results[0].metrics
+    with pytest.raises(ConfigError, match=r"the run has a fault:\n  unknown key 'output'"):
+        train(settings | {"output": "elsewhere"})
+
+
+def test_choice_tasks_are_scored_without_an_evaluator(inputs, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    _, mixture = train(settings(inputs, tmp_path / "out"))
+    assert mixture.metrics["eval/arc_easy/accuracy"] in {0.2 * correct for correct in range(6)}
+
+
+def test_a_base_model_that_is_loaded_is_not_loaded_again(inputs, tmp_path, monkeypatch):
+    run = settings(inputs, tmp_path / "out")
+    model, tokenizer = load_base_model(run.base_model)
+    host = loraloom.attach(model)
+    monkeypatch.setattr("loraloom.training.run.run.load_base_model", None)
+    assert [result.steps for result in train(run, base=(host, tokenizer))] == [4, 4]
+    assert host.adapters == {}
 
 
 def test_trained_adapters_load_and_change_the_base_model(inputs, tmp_path):

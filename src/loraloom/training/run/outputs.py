@@ -89,9 +89,9 @@ class RunDirectory:
         if overwrite or not has_results:
             return
         if not resume:
-            found = ", ".join(self._entries()[:3] or [_SNAPSHOTS])
+            entries = ", ".join(self._entries()[:3] or [_SNAPSHOTS])
             raise ConfigError(
-                f"output_dir must be new or empty, got {self.path}, which has {found}; "
+                f"output_dir must be new or empty, got {self.path}, which has {entries}; "
                 "name another, or give --resume to go on from "
                 "its checkpoints or --overwrite to replace the jobs' results"
             )

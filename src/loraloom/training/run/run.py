@@ -75,10 +75,7 @@ def train(
     progress = progress or Progress()
     directory = RunDirectory(run.output_dir)
     directory.check(resume=resume, overwrite=overwrite)
-    _check_sources(run, directory)
-    check_trackers(run.trackers)
-    if watch is not None:
-        prepare_inbox(watch.path)
+    _check_surroundings(run, directory, watch)
     host, tokenizer = base or _load_base(run)
     evaluation = Evaluation(host, tokenizer)
     builder = JobBuilder(host, tokenizer, evaluation)
@@ -121,9 +118,9 @@ def train(
             callbacks.append(sweep.between_steps)
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, builder))
-        if watch is not None:
+        if watch is not None:  # the last one, as it may wait
             inbox = stack.enter_context(Inbox(watch, engine, builder, progress.message))
-            callbacks.insert(0, inbox.between_steps)
+            callbacks.append(inbox.between_steps)
         results = engine.run(*callbacks)
         if sweep is not None:
             sweep.finish(engine)
@@ -181,6 +178,16 @@ def _build_jobs(
                 continue
         kept[name] = record
     return jobs, replace(snapshot, jobs=kept), faults
+
+
+def _check_surroundings(
+    run: RunConfig, directory: RunDirectory, watch: WatchOptions | None
+) -> None:
+    """Check what needs no base model, before that is loaded."""
+    _check_sources(run, directory)
+    check_trackers(run.trackers)
+    if watch is not None:
+        prepare_inbox(watch.path)
 
 
 def _check_sources(run: RunConfig, directory: RunDirectory) -> None:
