@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters.config import AdapterConfig
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
 from loraloom.data.training_set import TrainingSet, load_training_set
@@ -135,15 +135,6 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     adapter.load_tensors(tensors)
 
 
-def _formula(config: LoraConfig) -> dict[str, object]:
+def _formula(config: AdapterConfig) -> dict[str, object]:
     """Return what decides how weights are used, and most of what decides their shapes."""
-    values: dict[str, object] = {
-        "method": config.method,
-        "rank": config.rank,
-        "scaling": config.scaling,
-    }
-    if isinstance(config, MixLoraConfig):
-        experts = config.expert_config
-        values |= {"num_experts": config.num_experts, "top_k": config.top_k}
-        values |= {"experts' rank": experts.rank, "experts' scaling": experts.scaling}
-    return values
+    return {"method": config.method, **config.summary()}

@@ -16,10 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraloom.config.adapter import MixLoraConfig
 from loraloom.data.examples import collate
 from loraloom.models.host import Host
-from loraloom.routing.losses import router_loss
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_statistics
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
@@ -88,9 +86,9 @@ def _loss_terms(
         _scored(micro_batch, token_losses), micro_batch.window.totals
     )
     aux_loss = torch.zeros_like(terms.loss)
-    config = micro_batch.adapter.config
-    if routing is not None and isinstance(config, MixLoraConfig):
-        aux_loss = (router_loss(routing, config) * _token_share(micro_batch)).to(terms.loss.dtype)
+    added = None if routing is None else micro_batch.adapter.auxiliary_loss(routing)
+    if added is not None:
+        aux_loss = (added * _token_share(micro_batch)).to(terms.loss.dtype)
     return {"loss": terms.loss, "aux_loss": aux_loss, **terms.metrics}
 
 
@@ -125,12 +123,11 @@ def _with_statistics(
     if routing is None:
         return summed
     statistics, share = load_statistics(routing), _token_share(micro_batch)
-    layers = [layer.layer for layer in routing]
     return replace(
         summed,
         router_entropy=statistics.entropy * share,
         router_load_cv=statistics.load_cv * share,
-        tokens_per_expert=dict(zip(layers, statistics.tokens_per_expert.tolist(), strict=True)),
+        tokens_per_expert=statistics.tokens_per_expert,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example
+from loraloom.routing.collapse import Choices
+from loraloom.routing.record import RouterName
 from loraloom.training.step.objectives import Objective
 from loraloom.training.step.reference import Reference
 from loraloom.training.step.window import Window
@@ -74,7 +76,7 @@ class MicroBatchLoss:
         router_load_cv: Likewise.
         metrics: Of the objective, by their names in metrics.jsonl.
         computed_tokens: Tokens of its rows, padding included.
-        tokens_per_expert: How often routers chose each expert, by layer; empty without a router.
+        tokens_per_expert: How often each router chose each expert; empty without a router.
     """
 
     loss: float
@@ -83,7 +85,7 @@ class MicroBatchLoss:
     router_load_cv: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     computed_tokens: int = 0
-    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
+    tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
 
     def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
         return MicroBatchLoss(
@@ -97,15 +99,13 @@ class MicroBatchLoss:
         )
 
 
-def add_counts(
-    first: Mapping[int, list[int]], second: Mapping[int, list[int]]
-) -> dict[int, list[int]]:
-    """Add how often experts were chosen, by layer and expert; none at all counts as zeros."""
+def add_counts(first: Choices, second: Choices) -> dict[RouterName, list[int]]:
+    """Add how often each router chose each expert; none at all counts as zeros."""
     if not first or not second:
-        return dict(first or second)
+        return {router: list(counts) for router, counts in (first or second).items()}
     return {
-        layer: [a + b for a, b in zip(counts, second[layer], strict=True)]
-        for layer, counts in first.items()
+        router: [a + b for a, b in zip(counts, second[router], strict=True)]
+        for router, counts in first.items()
     }
 
 
