@@ -125,7 +125,6 @@ def run_setting(base_model: str, setting: Setting) -> dict[str, int]:
     prediction = predict_memory(host, jobs)
     before = psutil.Process().memory_info().rss
     reset_peak_rss()
-    host.train()
     host.enable_gradient_checkpointing(setting.checkpointing)
     runner = RoundRunner(host, pad_id=0)
     for _ in range(STEPS * setting.micro_batches):

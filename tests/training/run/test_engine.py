@@ -121,7 +121,7 @@ def test_early_stopping_waits_for_its_patience(tmp_path, monkeypatch):
     asked = []
 
     def score(host, tokenizer, questions, adapters):
-        asked.append((list(questions), list(adapters), host.training))
+        asked.append((list(questions), list(adapters)))
         return {"a": next(accuracies)}
 
     monkeypatch.setattr(evaluation, "score_accuracy", score)
@@ -130,7 +130,7 @@ def test_early_stopping_waits_for_its_patience(tmp_path, monkeypatch):
     (result,) = engine.run()
     assert (result.status, result.steps) == ("stopped early", 8)
     assert result.best == {"metric": "eval/skills/accuracy", "value": 0.5, "step": 4}
-    assert asked == [([], ["a"], False)] * 4
+    assert asked == [([], ["a"])] * 4
 
 
 def test_jobs_with_the_same_evaluation_are_scored_in_one_call(tmp_path, monkeypatch):
@@ -552,7 +552,6 @@ def test_held_out_pairs_are_measured_as_one_step_of_them_would_be(tmp_path):
     job = engine.jobs["a"]
     randomise(job.adapter)
     measured = engine._evaluation.measure([job])["a"]
-    engine.host.train()
     (loss,) = step.forward_backward(engine.host, [job.micro_batch()], 0)
     assert measured == pytest.approx(
         {"eval/loss": loss.loss} | {f"eval/{name}": value for name, value in loss.metrics.items()}

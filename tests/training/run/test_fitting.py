@@ -52,7 +52,6 @@ def memory(monkeypatch):
 def one_step(*configs, sets=None, runner=None):
     """Run the first micro-batches of jobs, twice so that gradients add up."""
     host = toy_host()
-    host.train()
     jobs = [add_job(host, config, (sets or {}).get(config.name), random=True) for config in configs]
     runner = runner or RoundRunner(host, PAD_ID)
     for _ in range(2):

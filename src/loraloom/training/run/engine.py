@@ -207,8 +207,6 @@ class Engine:
         if not micro_batches:
             return
         jobs = [self.jobs[micro_batch.adapter.name] for micro_batch in micro_batches]
-        if not self.host.training:
-            self.host.train()
         self.host.enable_gradient_checkpointing(
             any(job.config.train.gradient_checkpointing for job in jobs)
         )

@@ -55,7 +55,6 @@ class Evaluation:
 
         An objective's own metrics come as `eval/<name>` too.
         """
-        self.host.eval()
         metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
         for name, held_out in self._held_out(jobs).items():
             metrics[name] |= held_out

@@ -29,7 +29,7 @@ class RoundRunner:
     """Runs rounds, and remembers how much fits.
 
     Args:
-        host: In training mode when it runs.
+        host: With the jobs' adapters.
         pad_id: Token to pad with.
 
     Attributes:

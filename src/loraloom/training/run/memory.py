@@ -82,7 +82,7 @@ def predict_memory(
     """Predict the memory of the largest round that jobs may take together.
 
     Args:
-        host: With the jobs' adapters; left in eval mode, without gradient checkpointing.
+        host: With the jobs' adapters; left without gradient checkpointing.
         jobs: At least one.
         max_tokens_per_step: Bound of a round's tokens, with padding.
     """
@@ -186,10 +186,8 @@ class ForwardCost:
 def watch_forwards(host: Host, jobs: Sequence[Job]) -> list[ForwardCost]:
     """Tell what the forward of each job keeps; each kind of adapter is looked at once."""
     host.enable_gradient_checkpointing(False)
-    host.train()
     kinds = {job.config.adapter.model_dump_json(): job for job in jobs}
     costs = {kind: _watch(host, job) for kind, job in kinds.items()}
-    host.eval()
     return [costs[job.config.adapter.model_dump_json()] for job in jobs]
 
 
@@ -220,7 +218,7 @@ def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
     mask = torch.ones_like(input_ids)
     mask[0, -1] = 0
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        output = host.hidden(input_ids, mask, [job.name] * rows)
+        output = host.hidden(input_ids, mask, [job.name] * rows, training=True)
     del output
     return sum(kept.values())
 

@@ -38,7 +38,7 @@ def forward_backward(
     pass; its adapter's gradient is of no use then.
 
     Args:
-        host: In training mode.
+        host: With the micro-batches' adapters.
         micro_batches: One of each job.
         pad_id: Token to pad with, on the right.
 
@@ -54,6 +54,7 @@ def forward_backward(
         adapters=layout.adapters,
         sample_keys=layout.sample_keys,
         sample_lengths=layout.sample_lengths,
+        training=True,
     )
     losses = label_losses(host, output.last_hidden_state, inputs.labels)
     terms = [

@@ -117,7 +117,7 @@ def run_requests(
     """Add the gradients of requests, each of another adapter, in shared forwards.
 
     Args:
-        host: Put into training mode.
+        host: With the requests' adapters.
         requests: In any order; each gets the gradient that it would get alone.
         pad_id: Token to pad with.
 
@@ -128,8 +128,6 @@ def run_requests(
     recorders = [_Recorder(request.objective) for request in requests]
     queues = [_micro_batches(*pair) for pair in zip(requests, recorders, strict=True)]
     totals = [MicroBatchLoss(0.0) for _ in requests]
-    if not host.training:
-        host.train()
     for one_round in zip_longest(*queues):
         places = [place for place, batch in enumerate(one_round) if batch is not None]
         losses = forward_backward(host, [one_round[place] for place in places], pad_id)
