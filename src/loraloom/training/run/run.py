@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,9 +26,11 @@ from loraloom.training.run.memory import check_memory, predict_memory
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import NoProgress, Progress
 from loraloom.training.run.results import JobResult, describe_environment
-from loraloom.training.run.sweep import Sweep
 from loraloom.training.run.tracking import check_trackers
 from loraloom.training.run.watch import WatchedDirectory, WatchOptions, prepare_watched
+
+if TYPE_CHECKING:
+    from loraloom.training.run.sweep import Sweep
 
 BetweenSteps = Callable[[Engine, JobBuilder], None]
 """Called between two fused steps: may build jobs, and call the engine's `add` and `stop`."""
@@ -125,7 +127,7 @@ def train_on_host(
             prediction = predict_memory(host, jobs, run.max_tokens_per_step)
             check_memory(prediction, run.memory_limit, host.device)
             progress.message(f"memory: {prediction.describe()}")
-        sweep = None if run.sweep is None else Sweep(run, directory, progress, jobs)
+        sweep = _sweep(run, directory, progress, builder, jobs)
         for line in (*faults, *left_out, *_describe_data(jobs)):
             progress.message(line)
         if snapshot is not None:
@@ -169,12 +171,26 @@ def _build_jobs(
         those that can't be built any more.
     """
     done = set() if snapshot is None else snapshot.done
-    jobs = [builder.build(config) for config in run.all_jobs if config.name not in done]
+    jobs = [builder.build(config) for config in run.first_jobs if config.name not in done]
     if snapshot is None:
         return jobs, None, []
     joined, faults = _rebuild_joined(builder, run, snapshot)
     jobs += joined
     return jobs, _restrict(snapshot, {*done, *(job.name for job in jobs)}, run), faults
+
+
+def _sweep(
+    run: RunConfig,
+    directory: RunDirectory,
+    progress: Progress,
+    builder: JobBuilder,
+    jobs: Sequence[Job],
+) -> Sweep | None:
+    if run.sweep is None:
+        return None
+    from loraloom.training.run.sweep import Sweep  # it needs Optuna
+
+    return Sweep(run, directory, progress, builder.build, jobs)
 
 
 def _run(
@@ -187,7 +203,7 @@ def _run(
 ) -> list[JobResult]:
     """Train an engine's jobs, with what happens between their steps."""
     if sweep is not None:
-        sweep.restore()
+        sweep.open()
 
     def callback(engine: Engine) -> None:
         if sweep is not None:
@@ -252,7 +268,7 @@ def _rebuild_joined(
     Returns:
         The jobs, and what is wrong with those that can't be built any more.
     """
-    names = {job.name for job in run.all_jobs} | snapshot.done
+    names = {job.name for job in run.first_jobs} | snapshot.done
     jobs, faults = [], []
     for name, record in snapshot.jobs.items():
         if name in names or not record.joined_later:
