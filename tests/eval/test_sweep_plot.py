@@ -57,7 +57,7 @@ def test_every_job_is_a_curve_and_stopped_ones_end_in_a_cross(drawn, tmp_path):
     assert [list(line.get_ydata()) for line in lines] == [list(one.values()) for one in curves]
     assert [line.get_marker() for line in lines] == ["o", "x"] * 3
     texts = [text.get_text() for text in drawn[0].get_legend().get_texts()]
-    assert texts == ["lr-000", "lr-002", "lr-004"]
+    assert texts == ["lr-004", "lr-002", "lr-000"]  # the best first
 
 
 def test_the_parameter_that_matters_is_ahead_at_the_last_step_that_all_reached(drawn, tmp_path):

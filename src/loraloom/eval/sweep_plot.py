@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import optuna
 from matplotlib.axes import Axes
 from optuna.importance import get_param_importances
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loraloom.eval.plots import save_figure
+
+MAX_NAMES = 5
+"""Jobs that the legend names, the best that were trained to their end."""
 
 
 def plot_sweep(study: optuna.Study, names: Sequence[str], metric: str, path: Path) -> None:
@@ -29,9 +34,8 @@ def plot_sweep(study: optuna.Study, names: Sequence[str], metric: str, path: Pat
     if not measured:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    _draw_curves(left, measured, names)
+    _draw_curves(left, measured, names, study.direction == StudyDirection.MAXIMIZE)
     left.set(xlabel="step", ylabel=metric)
-    left.legend(fontsize="small")
     step = _last_common_step(measured)
     if step is not None and len({trial.intermediate_values[step] for trial in measured}) > 1:
         importances = _importances(study, measured, step)
@@ -41,13 +45,20 @@ def plot_sweep(study: optuna.Study, names: Sequence[str], metric: str, path: Pat
     save_figure(figure, path)
 
 
-def _draw_curves(axes: Axes, trials: Sequence[FrozenTrial], names: Sequence[str]) -> None:
+def _draw_curves(
+    axes: Axes, trials: Sequence[FrozenTrial], names: Sequence[str], higher_is_better: bool
+) -> None:
+    lines = {}
     for trial in trials:
         steps, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
-        if trial.state == TrialState.PRUNED:
-            axes.plot(steps, values, color="0.6", marker="x", markevery=[-1])
-        else:
-            axes.plot(steps, values, marker="o", markevery=[-1], label=names[trial.number])
+        is_stopped = trial.state == TrialState.PRUNED
+        style: dict[str, Any] = {"color": "0.6", "marker": "x"} if is_stopped else {"marker": "o"}
+        (lines[trial.number],) = axes.plot(steps, values, markevery=[-1], **style)
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    finished.sort(key=lambda trial: trial.value or 0.0, reverse=higher_is_better)
+    named = [trial.number for trial in finished[:MAX_NAMES]]
+    if named:
+        axes.legend([lines[one] for one in named], [names[one] for one in named], fontsize="small")
 
 
 def _last_common_step(trials: Sequence[FrozenTrial]) -> int | None:

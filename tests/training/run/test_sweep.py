@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 
 import optuna
@@ -205,6 +206,16 @@ def test_a_killed_sweep_decides_again_what_was_not_saved(inputs, halved, tmp_pat
             train(sweep_run(inputs, tmp_path), score)
     train(sweep_run(inputs, tmp_path), score, resume=True)
     assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
+
+
+def test_a_sweep_goes_on_without_its_journal(inputs, halved, tmp_path):
+    directory = shutil.copytree(halved, tmp_path / "copy")
+    (directory / "sweep.journal").unlink()
+    shown = Shown()
+    train(sweep_run(inputs, directory), score, resume=True, progress=shown)
+    assert not [text for text in shown.messages if text.startswith(("error", "warning"))]
+    (final,) = shown.concluded
+    assert sorted(one.steps for one in final.standings) == [2, 2, 2, 4, 4, 9]
 
 
 def test_a_finished_sweep_is_resumed_to_the_same_table(inputs, halved):

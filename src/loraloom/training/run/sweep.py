@@ -257,8 +257,8 @@ class Sweep:
     def _start(self, engine: Engine, trial: FrozenTrial) -> bool:
         """Let a job join that does not train yet, unless it can't."""
         name = self._sweep.names[trial.number]
-        if name in engine.jobs:
-            return True
+        if name in engine.jobs or name in engine.results:
+            return name in engine.jobs
         try:
             job = self._build(self._run.trial(trial.number, trial.params).job)
             self._set_rungs(job)
