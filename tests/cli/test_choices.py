@@ -149,7 +149,7 @@ def test_without_a_cache_nothing_is_kept(run, tmp_path, forwards, capsys):
 
 def test_scores_can_be_kept_elsewhere(run, tmp_path):
     run("--cache", str(tmp_path / "elsewhere"))
-    assert len(list((tmp_path / "elsewhere").glob("*.jsonl"))) == 3
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["scores.sqlite3"]
     assert not (tmp_path / "cache").exists()
 
 

@@ -15,11 +15,10 @@ from loraloom.errors import ConfigError
 from loraloom.eval.answers import answers_of
 from loraloom.eval.cache import ScoreCache, default_cache_directory
 from loraloom.eval.comparison import Pair, compare_all, summarise_seeds
-from loraloom.eval.encoding import encode_choices
 from loraloom.eval.moe_peft import encode_last_tokens
 from loraloom.eval.outputs import write_outputs
 from loraloom.eval.progress import Progress, TaskProgress, show_progress
-from loraloom.eval.protocol import score_questions
+from loraloom.eval.protocol import encode_choices, score_questions
 from loraloom.eval.provenance import describe_evaluation
 from loraloom.eval.results import TaskScores, check_finite, write_questions
 from loraloom.eval.routing import RoutingTally, summarise_routing
@@ -151,9 +150,6 @@ def _kept(cache: ScoreCache | None, messages: Console) -> Iterator[None]:
                 f"{cache.directory}, the same command goes on from there"
             )
         raise
-    finally:
-        if cache is not None:
-            cache.sync()
     if cache is not None and cache.num_found:
         total = cache.num_found + cache.num_added
         messages.print(f"{cache.num_found} of {total} scores were kept in {cache.directory}")

@@ -2,11 +2,9 @@
 
 from loraloom.data.examples import (
     NO_LOSS,
-    Batch,
     ChoiceQuestion,
     Example,
     PreferencePair,
-    collate,
 )
 from loraloom.data.questions import load_questions
 from loraloom.data.tasks import TASKS, find_task
@@ -16,12 +14,10 @@ from loraloom.data.training_set import TrainingSet, load_training_set
 __all__ = [
     "NO_LOSS",
     "TASKS",
-    "Batch",
     "ChoiceQuestion",
     "Example",
     "PreferencePair",
     "TrainingSet",
-    "collate",
     "encode_pair",
     "encode_pairs",
     "find_task",

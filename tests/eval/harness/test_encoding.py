@@ -5,8 +5,8 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
 from loraloom.data.tokenising import TokenPair
-from loraloom.errors import ConfigError, DataError
-from loraloom.eval.harness.encoding import RequestEncoder, fit_pair
+from loraloom.errors import ConfigError
+from loraloom.eval.harness.encoding import RequestEncoder
 from tests.conftest import build_tokenizer
 from tests.eval.scoring import scoring_host
 
@@ -94,10 +94,3 @@ def test_eos_stands_for_an_empty_context_where_there_is_no_bos():
     assert RequestEncoder(tokenizer).prefix_token_id == 2
     with pytest.raises(ConfigError, match="add_bos_token needs a tokenizer with a BOS token"):
         RequestEncoder(tokenizer, add_bos_token=True)
-
-
-def test_contexts_are_cut_from_the_left():
-    assert fit_pair(TokenPair([1, 2, 3], [4, 5]), 3) == TokenPair([2, 3], [4, 5])
-    assert fit_pair(TokenPair([1, 2, 3], [4, 5]), 2) == TokenPair([3], [4, 5])
-    with pytest.raises(DataError, match="must have at most 1 tokens"):
-        fit_pair(TokenPair([1, 2, 3], [4, 5]), 1)

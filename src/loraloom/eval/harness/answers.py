@@ -9,16 +9,24 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Callable, Hashable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError
-from loraloom.eval.likelihoods import PairScore, evaluating, iter_pair_scores
 from loraloom.eval.results import BASE
 from loraloom.infer.generate import complete
 from loraloom.infer.sampling import SamplingConfig
+from loraloom.infer.scoring import (
+    PairScore,
+    evaluating,
+    group_rows,
+    score_groups,
+    token_batches,
+    tokens_per_batch,
+)
 from loraloom.models.host import Host
 
 _TOKENS_BESIDE_CONTEXT = 512
@@ -49,7 +57,7 @@ class Answers:
         host: With the adapters.
         tokenizer: The base model's.
         adapters: Names; None is the base model.
-        max_tokens_per_batch: Tokens of a batch of log-likelihoods; see `iter_pair_scores`.
+        max_tokens_per_batch: Tokens of a batch of log-likelihoods; see `tokens_per_batch`.
         batch_size: Most rows of a batch that generates.
 
     Raises:
@@ -69,7 +77,7 @@ class Answers:
         self.host = host
         self.tokenizer = tokenizer
         self.adapters = list(dict.fromkeys(adapters))
-        self._max_tokens = max_tokens_per_batch
+        self._max_tokens = max_tokens_per_batch or tokens_per_batch(host)
         self._batch_size = batch_size
         self._kept: dict[str | None, dict[Hashable, Any]] = {name: {} for name in self.adapters}
         self._weights = {name: self._weights_of(name) for name in self.adapters}
@@ -118,12 +126,13 @@ class Answers:
 
     def _score(self, missing: dict[Hashable, TokenPair], on_progress: OnProgress) -> None:
         groups = _group_by_context(missing)
-        pairs = [[missing[key] for key in group] for group in groups]
+        rows = group_rows(self.host, [[missing[key] for key in group] for group in groups])
         num_done = 0
-        for places, scores in iter_pair_scores(self.host, pairs, self.adapters, self._max_tokens):
-            for name, by_group in zip(self.adapters, scores, strict=True):
-                for place, by_pair in zip(places, by_group, strict=True):
-                    self._kept[name].update(zip(groups[place], by_pair, strict=True))
+        for places in token_batches(rows, self._max_tokens // len(self.adapters)):
+            wanted = list(product(self.adapters, places))
+            scores = score_groups(self.host, rows, wanted, self._max_tokens)
+            for (name, place), of_group in zip(wanted, scores, strict=True):
+                self._kept[name].update(zip(groups[place], of_group, strict=True))
             num_done += sum(len(groups[place]) for place in places)
             on_progress(num_done)
 

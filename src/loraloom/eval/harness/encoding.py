@@ -76,23 +76,6 @@ class RequestEncoder:
         return TokenPair([self.prefix_token_id], ids)
 
 
-def fit_pair(pair: TokenPair, max_length: int) -> TokenPair:
-    """Cut a context from the left so that the model reads at most `max_length` tokens.
-
-    The last token of a continuation is predicted, not read.
-
-    Raises:
-        DataError: If the continuation is longer by itself.
-    """
-    room = max_length + 1 - len(pair.continuation)
-    if room < 1:
-        raise DataError(
-            f"a continuation must have at most {max_length} tokens, as many as the model reads, "
-            f"got {len(pair.continuation)}"
-        )
-    return TokenPair(pair.context[-room:], pair.continuation)
-
-
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
     bos = tokenizer.bos_token_id
     return bos if isinstance(bos, int) else eos_token(tokenizer)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loraloom.config.adapter import MixLoraConfig
-from loraloom.data.examples import collate
+from loraloom.infer.rows import collate, example_row
 from loraloom.models.host import Host
 from loraloom.routing.losses import router_loss
 from loraloom.routing.record import LayerRouting
@@ -26,7 +26,6 @@ from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import ScoredSamples
 from loraloom.training.step.reference import ask_references
 from loraloom.training.step.rows import lay_out
-from loraloom.training.step.scoring import label_losses
 from loraloom.training.step.window import count_labels
 
 
@@ -48,17 +47,19 @@ def forward_backward(
         The losses, in the order of the micro-batches.
     """
     wanted = [(part.reference, part.examples) for part in micro_batches]
-    ask_references(host, wanted, pad_id)
+    ask_references(host, wanted)
     layout = lay_out(micro_batches)
-    batch = collate(layout.joined(), pad_id)
+    rows = [example_row(example) for example in layout.joined()]
+    batch = collate(rows, host.dtype, host.device, pad_id)
     output = host.hidden(
-        batch.input_ids.to(host.device),
-        None if layout.is_packed else batch.attention_mask.to(host.device),
+        batch.input_ids,
+        None if layout.is_packed else batch.attention_mask,
         adapters=layout.adapters,
         sample_keys=layout.sample_keys,
         sample_lengths=layout.sample_lengths,
     )
-    losses = label_losses(host, output.last_hidden_state, batch.labels)
+    states = batch.predicting_states(output.last_hidden_state)
+    losses = host.token_losses(states, batch.targets)
     terms = [
         _loss_terms(part, part_losses, output.routing.get(part.adapter.name))
         for part, part_losses in zip(micro_batches, layout.split_losses(losses), strict=True)
