@@ -69,7 +69,7 @@ def test_adapters_can_go_without_the_base(run, saved, tmp_path):
     [
         ("--harness ,", "--harness must name at least one task"),
         ("--harness toy_choice --task arc_easy", "--task has no effect with --harness"),
-        ("--harness toy_choice --scoring text", "--scoring has no effect with --harness, got text"),
+        ("--harness toy_choice --scoring text", "--scoring has no effect with --harness; leave"),
         ("--harness toy_choice --split test", "--split has no effect with --harness"),
         ("--harness toy_choice --no-base", "--no-base leaves nothing to score"),
         ("--harness toy_choice --adapter a=nowhere", "there is no nowhere"),
@@ -92,6 +92,7 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(
 
 
 def test_a_missing_lm_eval_is_one_error(run, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "loraloom.eval.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run("--harness", "toy_choice") == 2
     assert "pip install 'loraloom[eval]'" in capsys.readouterr().err

@@ -19,9 +19,8 @@ from loraloom.data.tokenising import TokenPair, eos_token
 from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.harness.answers import Answers, Completion
 from loraloom.eval.harness.arguments import load_arguments
-from loraloom.eval.harness.encoding import RequestEncoder
 from loraloom.eval.harness.processes import SharedByProcesses
-from loraloom.eval.harness.sampling import parse_generation
+from loraloom.eval.harness.requests import RequestEncoder, parse_generation
 from loraloom.infer.rows import fit_pair
 from loraloom.models.host import Host
 
