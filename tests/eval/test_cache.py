@@ -17,7 +17,7 @@ from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import FILE_NAME, ScoreCache, default_cache_directory
 from loraloom.eval.identity import computation_key
-from loraloom.eval.protocol import iter_scores, score_questions
+from loraloom.eval.protocol import score_questions
 from tests.eval.scoring import question, scoring_host, some_questions
 
 ADAPTERS = [None, "lora", "mixlora"]
@@ -220,11 +220,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(tiny_tokenizer, tmp_
     unbroken = score_questions(host, tiny_tokenizer, asked, ADAPTERS, max_tokens_per_batch=256)
     num_batches = len(calls)
     calls.clear()
-    cache = ScoreCache(tmp_path, host, ADAPTERS)
-    batches = iter_scores(host, tiny_tokenizer, asked, ADAPTERS, 256, cache=cache)
-    next(batches), next(batches)
-    batches.close()
-    resumed, _ = score(host, tiny_tokenizer, tmp_path, questions=asked, max_tokens_per_batch=256)
+
+    def stop(places):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    options = {"questions": asked, "max_tokens_per_batch": 256}
+    with pytest.raises(KeyboardInterrupt):
+        score(host, tiny_tokenizer, tmp_path, on_progress=stop, **options)
+    resumed, _ = score(host, tiny_tokenizer, tmp_path, **options)
     assert resumed == unbroken
     assert len(calls) == num_batches > 3
 

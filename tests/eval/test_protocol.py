@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.errors import AdapterError, DataError
-from loraloom.eval.protocol import iter_scores, score_accuracy, score_questions
+from loraloom.eval.protocol import score_accuracy, score_questions
 from tests.eval.scoring import (
     limit_rows,
     plain_log_likelihoods,
@@ -100,11 +100,6 @@ def test_progress_is_told_after_each_batch(tiny_tokenizer):
         on_progress=told.append,
     )
     assert sorted(told) == [[0], [1], [2], [3], [4]]
-
-
-def test_scores_come_batch_by_batch(tiny_tokenizer):
-    batches = list(iter_scores(scoring_host(), tiny_tokenizer, some_questions(), ["lora"], 1))
-    assert sorted(place for batch in batches for place in batch["lora"]) == [0, 1, 2, 3, 4]
 
 
 def test_evaluation_has_no_dropout_and_leaves_the_mode_as_it_was(tiny_tokenizer):

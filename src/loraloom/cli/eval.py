@@ -62,12 +62,6 @@ class EvalRun:
     per_question: Path | None
     command: str
 
-    def check_outputs(self) -> None:
-        """Raise a ConfigError for files that results can't be written to."""
-        from loraloom.eval.outputs import check_outputs
-
-        check_outputs(self.outputs, self.per_question)
-
     def check(self) -> None:
         """Find what can be found wrong before anything is loaded, and make room for the outputs.
 
@@ -211,6 +205,8 @@ def evaluate(
         raise ConfigError("--no-base leaves nothing to score without --adapter; give one")
     if cache is not None and no_cache:
         raise ConfigError("--cache and --no-cache exclude each other; give one")
+    from loraloom.eval.outputs import check_outputs
+
     if harness is None:
         only_harness = {
             "--harness-include": harness_include is not None,
@@ -243,7 +239,7 @@ def evaluate(
         per_question=per_question,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    run.check_outputs()
+    check_outputs(run.outputs, run.per_question)
     if harness is not None:
         from loraloom.cli.harness import score_harness
 

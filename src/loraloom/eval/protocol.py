@@ -5,7 +5,7 @@ A question's choices are scored together, see `loraloom.infer.scoring`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 from transformers import PreTrainedTokenizerBase
@@ -28,9 +28,6 @@ QuestionEncoder = Callable[
     [PreTrainedTokenizerBase, Sequence[ChoiceQuestion]], list[list[TokenPair]]
 ]
 """From questions to the context and the scored continuation of each of their choices."""
-
-BatchScores = dict[str | None, dict[int, QuestionScore]]
-"""For each adapter, scores by the question's place in the list."""
 
 
 def score_accuracy(
@@ -68,7 +65,10 @@ def score_questions(
     cache: ScoreCache | None = None,
     on_routing: OnRouting | None = None,
 ) -> dict[str | None, list[QuestionScore]]:
-    """Score every choice of every question with each adapter.
+    """Score every choice of every question with each adapter, batch by batch, the longest first.
+
+    Batches are cut as if nothing were known, so that an interrupted evaluation goes on with the
+    batches that it would have had, and to the same numbers.
 
     Args:
         host: With the adapters; dropout is off meanwhile.
@@ -89,58 +89,35 @@ def score_questions(
         DataError: If a choice has no tokens or doesn't fit the model, or a question not the memory.
         AdapterError: If the host lacks an adapter.
     """
-    scores: BatchScores = {name: {} for name in adapters}
-    for batch in iter_scores(
-        host, tokenizer, questions, adapters, max_tokens_per_batch, encode, cache, on_routing
-    ):
-        for name, by_place in batch.items():
-            scores[name].update(by_place)
-        if on_progress is not None:
-            on_progress(list(batch[adapters[0]]))
-    places = range(len(questions))
-    return {name: [by_place[place] for place in places] for name, by_place in scores.items()}
-
-
-def iter_scores(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[ChoiceQuestion],
-    adapters: Sequence[str | None],
-    max_tokens_per_batch: int | None = None,
-    encode: QuestionEncoder = encode_choices,
-    cache: ScoreCache | None = None,
-    on_routing: OnRouting | None = None,
-) -> Iterator[BatchScores]:
-    """Score questions batch by batch, the longest first; see `score_questions`.
-
-    Batches are cut as if nothing were known, so that an interrupted evaluation goes on with the
-    batches that it would have had, and to the same numbers.
-    """
     if not adapters:
-        return
+        return {}
     encoded = encode(tokenizer, questions)
     max_length = host.config.max_position_embeddings
     fitted = [_fit(*pair, max_length) for pair in zip(questions, encoded, strict=True)]
     rows = group_rows(host, fitted)
     budget = max_tokens_per_batch or tokens_per_batch(host)
+    scores: dict[tuple[str | None, int], LogLikelihoods] = {}
     for places in token_batches(rows, budget // len(adapters)):
         keys = list(product(adapters, places))
         known = {} if cache is None else _find(cache, keys, fitted)
         missing = [key for key in keys if key not in known]
         scored = score_groups(host, rows, missing, budget, on_routing)
-        for key, pairs in zip(missing, scored, strict=True):
-            known[key] = tuple(pair.log_likelihood for pair in pairs)
-        if cache is not None:
-            cache.add([(name, fitted[place], known[name, place]) for name, place in missing])
-        yield {
-            name: {
-                place: QuestionScore(
-                    questions[place], known[name, place], fitted[place] != encoded[place]
-                )
-                for place in places
-            }
-            for name in adapters
+        new = {
+            key: tuple(pair.log_likelihood for pair in pairs)
+            for key, pairs in zip(missing, scored, strict=True)
         }
+        if cache is not None:
+            cache.add([(name, fitted[place], new[name, place]) for name, place in missing])
+        scores |= known | new
+        if on_progress is not None:
+            on_progress(places)
+    return {
+        name: [
+            QuestionScore(question, scores[name, place], fitted[place] != encoded[place])
+            for place, question in enumerate(questions)
+        ]
+        for name in adapters
+    }
 
 
 def _find(
