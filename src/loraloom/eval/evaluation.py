@@ -122,10 +122,10 @@ def evaluate(
     """
     names = [None, *host.adapters] if adapters is None else list(adapters)
     pairs = choose_pairs(names) if pairs is None else pairs
-    asked = _question_sets(tasks, scoring, split, data, limit, compat)
+    question_sets = _question_sets(tasks, scoring, split, data, limit, compat)
     tally = RoutingTally(host, names)
     scored: list[TaskScores] = []
-    for task in asked:
+    for task in question_sets:
         scores = score_questions(
             host,
             tokenizer,
@@ -140,10 +140,10 @@ def evaluate(
         scored.append(TaskScores(task.task, task.split, scores))
         check_finite(scored[-1])
     answers = [answers_of(task) for task in scored]
-    num_questions = {task.task: len(task.questions) for task in asked}
+    num_questions = {task.task: len(task.questions) for task in question_sets}
     details = {
         "routing": summarise_routing(tally, tokenizer, num_questions),
-        **describe_evaluation(host, sources or {}, asked, command),
+        **describe_evaluation(host, sources or {}, question_sets, command),
         "compat": compat,
         "num_cached_scores": 0 if cache is None else cache.num_found,
     }
@@ -199,7 +199,7 @@ def load_question_sets(
     loaded = [load_question_set(task, scoring, split, data, limit) for task in tasks]
     if compat is None:
         return loaded
-    return [replace(one, questions=[*map(with_all_labels, one.questions)]) for one in loaded]
+    return [replace(task, questions=[*map(with_all_labels, task.questions)]) for task in loaded]
 
 
 def _check_directories(data: Path, names: Sequence[str]) -> None:

@@ -126,8 +126,8 @@ def _find(
     questions: Sequence[Sequence[TokenPair]],
 ) -> dict[tuple[str | None, int], LogLikelihoods]:
     """Take what the cache knows."""
-    found = {(name, place): cache.find(name, questions[place]) for name, place in keys}
-    return {key: values for key, values in found.items() if values is not None}
+    likelihoods = {(name, place): cache.find(name, questions[place]) for name, place in keys}
+    return {key: values for key, values in likelihoods.items() if values is not None}
 
 
 def _fit(question: ChoiceQuestion, pairs: Sequence[TokenPair], max_length: int) -> list[TokenPair]:

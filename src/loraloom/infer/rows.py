@@ -127,12 +127,12 @@ def _make_row(pairs: Sequence[TokenPair], choices: Sequence[int]) -> TokenRow:
     row = TokenRow(trunk, list(range(end)), [0] * end, [], [], [])
     for branch, choice in enumerate(choices, start=1):
         continuation = pairs[choice].continuation
-        own = continuation[num_shared:-1]
+        branch_ids = continuation[num_shared:-1]
         start = len(row.input_ids)
-        row.input_ids.extend(own)
-        row.position_ids.extend(range(end, end + len(own)))
-        row.branches.extend([branch] * len(own))
-        row.predictors.extend([*range(first, end), *range(start, start + len(own))])
+        row.input_ids.extend(branch_ids)
+        row.position_ids.extend(range(end, end + len(branch_ids)))
+        row.branches.extend([branch] * len(branch_ids))
+        row.predictors.extend([*range(first, end), *range(start, start + len(branch_ids))])
         row.targets.extend(continuation)
         row.choices.extend([choice] * len(continuation))
     return row

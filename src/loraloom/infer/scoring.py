@@ -180,8 +180,8 @@ def _forward(
     scores = zip(log_probs.cpu().double().split(counts), is_top.cpu().split(counts), strict=True)
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():
-            own = [place for place in places if requests[place][0] == name]
-            on_routing(RoutedRows(name, own, [requests[place][1] for place in own], routing))
+            routed = [place for place in places if requests[place][0] == name]
+            on_routing(RoutedRows(name, routed, [requests[place][1] for place in routed], routing))
     return [TokenScores(*pair) for pair in scores]
 
 
