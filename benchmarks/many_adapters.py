@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from loraloom.bench.step import StepSetting, adapter_config, fill_B
+from loraloom.bench.cases import StepSetting, adapter_config
+from loraloom.bench.step import fill_B
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
-from loraloom.bench.step import StepSetting, adapter_config
+from loraloom.bench.cases import StepSetting, adapter_config
 from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
 from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example

@@ -97,20 +97,21 @@ def score_questions(
     rows = group_rows(host, fitted)
     budget = max_tokens_per_batch or tokens_per_batch(host)
     scores: dict[tuple[str | None, int], LogLikelihoods] = {}
-    for places in token_batches(rows, budget // len(adapters)):
-        keys = list(product(adapters, places))
-        known = {} if cache is None else _find(cache, keys, fitted)
-        missing = [key for key in keys if key not in known]
-        scored = score_groups(host, rows, missing, budget, on_routing)
-        new = {
-            key: tuple(pair.log_likelihood for pair in pairs)
-            for key, pairs in zip(missing, scored, strict=True)
-        }
-        if cache is not None:
-            cache.add([(name, fitted[place], new[name, place]) for name, place in missing])
-        scores |= known | new
-        if on_progress is not None:
-            on_progress(places)
+    with host.prepared():
+        for places in token_batches(rows, budget // len(adapters)):
+            keys = list(product(adapters, places))
+            known = {} if cache is None else _find(cache, keys, fitted)
+            missing = [key for key in keys if key not in known]
+            scored = score_groups(host, rows, missing, budget, on_routing)
+            new = {
+                key: tuple(pair.log_likelihood for pair in pairs)
+                for key, pairs in zip(missing, scored, strict=True)
+            }
+            if cache is not None:
+                cache.add([(name, fitted[place], new[name, place]) for name, place in missing])
+            scores |= known | new
+            if on_progress is not None:
+                on_progress(places)
     return {
         name: [
             QuestionScore(question, scores[name, place], fitted[place] != encoded[place])

@@ -10,7 +10,6 @@ tokens, and done in halves where memory runs out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -77,18 +76,6 @@ class RoutedRows(NamedTuple):
 OnRouting = Callable[[RoutedRows], None]
 
 
-@contextmanager
-def evaluating(host: Host) -> Iterator[None]:
-    """Put the host into eval mode without gradients, and back."""
-    was_training = host.training
-    host.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        host.train(was_training)
-
-
 def tokens_per_batch(host: Host) -> int:
     """Tokens of a batch, padding included: 1,024 on a CPU, 16,384 elsewhere."""
     return _TOKENS_PER_BATCH.get(host.device.type, _TOKENS_PER_BATCH_ELSEWHERE)
@@ -124,7 +111,7 @@ def score_rows(
     """Score rows, each with its adapter, without dropout and gradients.
 
     Args:
-        host: With the adapters, in either mode, in which it is left.
+        host: With the adapters; weights must not change meanwhile.
         requests: In any order.
         max_tokens: Of a batch, padding included; None for `tokens_per_batch`.
         on_routing: Told after each forward where mixtures sent its tokens.
@@ -141,7 +128,7 @@ def score_rows(
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
     groups = [requests[place][1:] for place in scored]
     order = {name: number for number, (name, _) in enumerate(requests)}
-    with evaluating(host):
+    with torch.no_grad(), host.prepared():
         for batch in token_batches(groups, max_tokens or tokens_per_batch(host)):
             # the rows of an adapter lie together, so that a half has few adapters
             places = sorted(
@@ -172,6 +159,7 @@ def _forward(
         batch.attention_mask,
         [requests[place][0] for place in places],
         token_mask=batch.token_mask,
+        training=False,
         position_ids=batch.position_ids,
     )
     states = batch.predicting_states(output.last_hidden_state)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.adapter import LoraConfig
+from loraloom.adapters import LoraConfig
 from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.data.encoding import learn_completions
@@ -26,7 +26,7 @@ from loraloom.errors import ConfigError, TrainingError
 from loraloom.infer.generate import Completion, generate_tokens
 from loraloom.infer.prompts import Prompt
 from loraloom.infer.sampling import SamplingConfig
-from loraloom.infer.scoring import evaluating, label_log_probs
+from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.models.samples import sample_key
 from loraloom.training.run.checkpoint import JobRecord, SnapshotStore, describe_changes
@@ -256,8 +256,7 @@ class TrainingClient:
         seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
         drawn = sampling.model_copy(update={"seed": seed})
         copies = [Prompt(prompt, self.name) for prompt in prompts for _ in range(num_samples)]
-        with evaluating(self.host):
-            completions = generate_tokens(self.host, self.tokenizer, copies, drawn, raw=raw)
+        completions = generate_tokens(self.host, self.tokenizer, copies, drawn, raw=raw)
         starts = range(0, len(completions), num_samples)
         return [completions[start : start + num_samples] for start in starts]
 

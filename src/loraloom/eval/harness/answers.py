@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError
+from loraloom.eval.identity import adapter_digest
 from loraloom.eval.results import BASE
 from loraloom.infer.generate import complete
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.infer.scoring import (
     PairScore,
-    evaluating,
     group_rows,
     score_groups,
     token_batches,
@@ -133,32 +133,32 @@ class Answers:
             [[TokenPair(*map(list, request)) for request in group] for group in groups],
         )
         num_done = 0
-        for places in token_batches(rows, self._max_tokens // len(self.adapters)):
-            wanted = list(product(self.adapters, places))
-            scores = score_groups(self.host, rows, wanted, self._max_tokens)
-            for (name, place), of_group in zip(wanted, scores, strict=True):
-                self._kept[name].update(zip(groups[place], of_group, strict=True))
-            num_done += sum(len(groups[place]) for place in places)
-            on_progress(num_done)
+        with self.host.prepared():
+            for places in token_batches(rows, self._max_tokens // len(self.adapters)):
+                wanted = list(product(self.adapters, places))
+                scores = score_groups(self.host, rows, wanted, self._max_tokens)
+                for (name, place), of_group in zip(wanted, scores, strict=True):
+                    self._kept[name].update(zip(groups[place], of_group, strict=True))
+                num_done += sum(len(groups[place]) for place in places)
+                on_progress(num_done)
 
     def _complete(self, requests: list[CompletionRequest], on_progress: OnProgress) -> None:
         num_done = 0
         for sampling in dict.fromkeys(request.sampling for request in requests):
             chosen = [request for request in requests if request.sampling == sampling]
             rows = list(product(chosen, self.adapters))
-            with evaluating(self.host):
-                texts = complete(
-                    self.host,
-                    self.tokenizer,
-                    [list(request.input_ids) for request, _ in rows],
-                    [name for _, name in rows],
-                    sampling,
-                    keys=[request.draw for request, _ in rows],
-                    batch_size=self._batch_size,
-                    on_progress=lambda done, _, before=num_done: on_progress(
-                        before + done // len(self.adapters)
-                    ),
-                )
+            texts = complete(
+                self.host,
+                self.tokenizer,
+                [list(request.input_ids) for request, _ in rows],
+                [name for _, name in rows],
+                sampling,
+                keys=[request.draw for request, _ in rows],
+                batch_size=self._batch_size,
+                on_progress=lambda done, _, before=num_done: on_progress(
+                    before + done // len(self.adapters)
+                ),
+            )
             for (request, name), text in zip(rows, texts, strict=True):
                 self._kept[name][request] = text
             num_done += len(chosen)
@@ -176,7 +176,7 @@ class Answers:
         if name is None:
             return BASE
         adapter = self.host.adapter(name)
-        return weakref.ref(adapter), adapter.version()
+        return weakref.ref(adapter), adapter_digest(adapter)
 
 
 def _group_by_context(requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
