@@ -49,7 +49,7 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     assert summary["accuracy"] == own["acc_norm,none"]
     assert written["base_model"] == str(saved / "base")
     assert len(lines.read_text().splitlines()) == 3 * 2 * 5
-    assert read_evaluation(result).content.results["a"]["toy_choice"].num_examples == 5
+    assert read_evaluation(result).results["a"]["toy_choice"].num_examples == 5
     choice, generated = read_answers(lines)
     shares = [sum(right) / 5 for right in (choice.right["b"], generated.right["b"])]
     assert shares == [summary["accuracy"], written["results"]["b"]["toy_generate"]["accuracy"]]

@@ -205,7 +205,7 @@ def evaluate(
         raise ConfigError("--no-base leaves nothing to score without --adapter; give one")
     if cache is not None and no_cache:
         raise ConfigError("--cache and --no-cache exclude each other; give one")
-    from loraloom.eval.outputs import check_outputs
+    from loraloom.eval.tables import check_outputs
 
     if harness is None:
         only_harness = {

@@ -29,13 +29,12 @@ from loraloom.eval.comparison import (
     summarise_seeds,
 )
 from loraloom.eval.moe_peft import check_tasks, encode_last_tokens, with_all_labels
-from loraloom.eval.outputs import check_outputs, write_outputs
 from loraloom.eval.progress import EvaluationProgress
 from loraloom.eval.protocol import encode_choices, score_questions
 from loraloom.eval.provenance import describe_evaluation
 from loraloom.eval.results import TaskScores, check_finite, summarise
 from loraloom.eval.routing import RoutingTally, summarise_routing
-from loraloom.eval.tables import all_tables
+from loraloom.eval.tables import all_tables, check_outputs, write_outputs
 from loraloom.models.host import Host
 
 Compat = Literal["moe-peft"]
