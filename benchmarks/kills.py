@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from loraloom.training.run.progress import NoProgress
+from loraloom.training.run.progress import Progress
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -108,10 +108,11 @@ def _settings(inputs: Path, output_dir: Path, steps: int) -> dict[str, Any]:
     return {**run, "max_tokens_per_step": 800}
 
 
-class _Announcer(NoProgress):
+class _Announcer(Progress):
     """Tells another process when training begins."""
 
     def __init__(self, begun: Event):
+        super().__init__()
         self._begun = begun
 
     def start(self) -> None:
@@ -121,12 +122,10 @@ class _Announcer(NoProgress):
 
 def _train(run_file: str, begun: Event) -> None:
     """Train in a process of its own."""
-    from loraloom.cli.train import score_accuracy
-    from loraloom.config.loading import load_run_config
     from loraloom.training.run.run import train
 
     torch.set_num_threads(1)
-    train(load_run_config(run_file), score_accuracy, resume=True, progress=_Announcer(begun))
+    train(run_file, resume=True, progress=_Announcer(begun))
 
 
 def _start(run_file: Path) -> BaseProcess:

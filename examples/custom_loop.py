@@ -23,7 +23,7 @@ from loraloom.config.optimizer import OptimizerConfig
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.models.host import Host
 from loraloom.training.client import TrainingClient, example_of_completion
-from loraloom.training.run.requests import run_requests
+from loraloom.training.step.requests import run_requests
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
