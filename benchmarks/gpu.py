@@ -22,9 +22,8 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from loraloom import Host, LoraConfig, MixLoraConfig
 from loraloom.bench.step import fill_B
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
-from loraloom.models.host import Host
 from loraloom.routing.losses import router_loss
 
 CASES = ("peft-lora", "peft-lora autocast", "lora", "lora lean", "mixlora", "mixlora lean",

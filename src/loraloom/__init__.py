@@ -1,7 +1,94 @@
-"""Mixtures of LoRA experts: train, evaluate and run many adapters on one frozen base model."""
+"""Mixtures of LoRA experts: train, evaluate and run many adapters on one frozen base model.
 
-from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
-from loraloom.models.attach import attach
+Everything that is public is here and is imported on first use, so that `import loraloom` is
+immediate and brings no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraloom.config.adapter import ExpertsConfig as ExpertsConfig
+    from loraloom.config.adapter import LoraConfig as LoraConfig
+    from loraloom.config.adapter import MixLoraConfig as MixLoraConfig
+    from loraloom.config.job import JobConfig as JobConfig
+    from loraloom.config.objective import CpoConfig as CpoConfig
+    from loraloom.config.objective import DpoConfig as DpoConfig
+    from loraloom.config.objective import SftConfig as SftConfig
+    from loraloom.config.optimizer import OptimizerConfig as OptimizerConfig
+    from loraloom.config.run import RunConfig as RunConfig
+    from loraloom.errors import AdapterError as AdapterError
+    from loraloom.errors import ConfigError as ConfigError
+    from loraloom.errors import DataError as DataError
+    from loraloom.errors import FormatError as FormatError
+    from loraloom.errors import LoraloomError as LoraloomError
+    from loraloom.errors import ModelError as ModelError
+    from loraloom.errors import TrainingError as TrainingError
+    from loraloom.eval.answers import read_answers as read_answers
+    from loraloom.eval.comparison import compare as compare
+    from loraloom.eval.comparison import summarise_seeds as summarise_seeds
+    from loraloom.eval.statistics import compare_paired as compare_paired
+    from loraloom.infer.generate import Completion as Completion
+    from loraloom.infer.generate import generate as generate
+    from loraloom.infer.prompts import Prompt as Prompt
+    from loraloom.infer.sampling import SamplingConfig as SamplingConfig
+    from loraloom.models.attach import attach as attach
+    from loraloom.models.host import Host as Host
+    from loraloom.models.host import HostOutput as HostOutput
+    from loraloom.models.loading import load_base_model as load_base_model
+    from loraloom.training.client import TrainingClient as TrainingClient
+    from loraloom.training.client import example_of as example_of
+    from loraloom.training.client import example_of_completion as example_of_completion
+    from loraloom.training.run.requests import run_requests as run_requests
+    from loraloom.training.run.results import JobResult as JobResult
+    from loraloom.training.run.run import train as train
 
 __version__ = "0.1.0"
-__all__ = ["ExpertsConfig", "LoraConfig", "MixLoraConfig", "attach"]
+
+_HOMES = {
+    "config.adapter": ("ExpertsConfig", "LoraConfig", "MixLoraConfig"),
+    "config.job": ("JobConfig",),
+    "config.objective": ("CpoConfig", "DpoConfig", "SftConfig"),
+    "config.optimizer": ("OptimizerConfig",),
+    "config.run": ("RunConfig",),
+    "errors": (
+        "AdapterError",
+        "ConfigError",
+        "DataError",
+        "FormatError",
+        "LoraloomError",
+        "ModelError",
+        "TrainingError",
+    ),
+    "eval.answers": ("read_answers",),
+    "eval.comparison": ("compare", "summarise_seeds"),
+    "eval.statistics": ("compare_paired",),
+    "infer.generate": ("Completion", "generate"),
+    "infer.prompts": ("Prompt",),
+    "infer.sampling": ("SamplingConfig",),
+    "models.attach": ("attach",),
+    "models.host": ("Host", "HostOutput"),
+    "models.loading": ("load_base_model",),
+    "training.client": ("TrainingClient", "example_of", "example_of_completion"),
+    "training.run.requests": ("run_requests",),
+    "training.run.results": ("JobResult",),
+    "training.run.run": ("train",),
+}
+
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every attribute
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
+        return getattr(import_module(f"loraloom.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
