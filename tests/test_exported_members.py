@@ -95,5 +95,9 @@ def test_scripts_import_from_the_public_face(path):
     assert outside == [] or path.name in MEASURES_INSIDE
 
 
+def test_type_checkers_may_read_the_annotations():
+    assert (Path(loraloom.__file__).parent / "py.typed").exists()
+
+
 def test_version_is_that_of_the_package():
     assert loraloom.__version__ == version("loraloom")
