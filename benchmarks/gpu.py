@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraloom import Host, LoraConfig, MixLoraConfig
 from loraloom.bench.step import fill_B
-from loraloom.routing.losses import router_loss
 
 CASES = ("peft-lora", "peft-lora autocast", "lora", "lora lean", "mixlora", "mixlora lean",
          "mixdora", "mixdora lean", "two mixlora", "two mixlora lean")  # fmt: skip
@@ -148,12 +147,12 @@ def host_step(
     ]
 
     def step() -> None:
-        out = host.hidden(tokens, adapters=names)
+        out = host.hidden(tokens, adapters=names, training=True)
         states = out.last_hidden_state[:, :-1].flatten(0, 1)
         loss = host.token_losses(states, tokens[:, 1:].flatten()).mean() * len(configs)
-        for name, config in configs.items():
-            if isinstance(config, MixLoraConfig):
-                loss = loss + router_loss(out.routing[name], config)
+        for name in configs:
+            added = host.adapters[name].auxiliary_loss(out.routing.get(name, []))
+            loss = loss if added is None else loss + added
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 from loraloom import Host, load_base_model
-from loraloom.bench.step import StepSetting, adapter_config, fill_B
+from loraloom.bench.cases import StepSetting, adapter_config
+from loraloom.bench.step import fill_B
 
 ADAPTERS = {
     "lora": "lora",

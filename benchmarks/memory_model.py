@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from loraloom import Host, JobConfig, load_base_model
-from loraloom.bench.step import StepSetting, adapter_config
+from loraloom.bench.cases import StepSetting, adapter_config
 from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet

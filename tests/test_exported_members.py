@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import loraloom
-from loraloom import errors
+from loraloom import adapters, errors
 
 ROOT = Path(__file__).parent.parent
 INSIDE = ("loraloom.bench", "loraloom.eval.harness")
 """What measures, and what needs an extra, has modules of its own."""
-MEASURES_INSIDE = {"gpu.py", "kills.py", "memory_model.py", "padding.py", "sweep.py"}
+MEASURES_INSIDE = {"kills.py", "memory_model.py", "padding.py", "sweep.py"}
 """Benchmarks of parts that have no public name."""
 
 
@@ -46,13 +46,16 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_names_that_type_checkers_see_are_those_exported():
     tree = ast.parse(Path(loraloom.__file__).read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {
-        alias.asname: node.module
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        alias.asname: node.module for node in imports for alias in node.names if alias.name != "*"
     }
     assert seen == {name: f"loraloom.{home}" for name, home in loraloom._MODULE_OF.items()}
+    assert set(loraloom.__all__) - set(seen) <= set(adapters.__all__)
+
+
+def test_the_settings_of_every_method_are_exported():
+    assert {config.__name__ for config in adapters.CONFIGS} <= set(loraloom.__all__)
 
 
 def test_import_loads_nothing_heavy_and_is_immediate():

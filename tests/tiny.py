@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import loraloom
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.adapters.adapter import Adapter
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.models.families import FAMILIES
 from loraloom.models.host import Host
+from loraloom.routing import losses
+from loraloom.routing.record import LayerRouting
 
 VOCAB_SIZE = 97
 LAYERS = 2
@@ -142,3 +144,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Compute ‖actual - expected‖ / ‖expected‖."""
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-300))
+
+
+def router_loss(routing: list[LayerRouting], config: MixLoraConfig) -> Tensor:
+    """Add up router losses with a configuration's coefficients."""
+    return losses.router_loss(
+        routing,
+        aux_loss_coef=config.router_aux_loss_coef,
+        z_loss_coef=config.router_z_loss_coef,
+        scope=config.router_loss_scope,
+    )

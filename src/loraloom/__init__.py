@@ -10,9 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loraloom.config.adapter import ExpertsConfig as ExpertsConfig
-    from loraloom.config.adapter import LoraConfig as LoraConfig
-    from loraloom.config.adapter import MixLoraConfig as MixLoraConfig
+    from loraloom.adapters import *  # noqa: F403
     from loraloom.config.job import JobConfig as JobConfig
     from loraloom.config.objective import CpoConfig as CpoConfig
     from loraloom.config.objective import DpoConfig as DpoConfig
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "config.adapter": ("ExpertsConfig", "LoraConfig", "MixLoraConfig"),
     "config.job": ("JobConfig",),
     "config.objective": ("CpoConfig", "DpoConfig", "SftConfig"),
     "config.optimizer": ("OptimizerConfig",),
@@ -79,16 +76,29 @@ _HOMES = {
 
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
 if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every attribute
 
     def __getattr__(name: str) -> object:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
-        return getattr(import_module(f"loraloom.{_MODULE_OF[name]}"), name)
+        if name in _MODULE_OF:
+            return getattr(import_module(f"loraloom.{_MODULE_OF[name]}"), name)
+        if name == "__all__":
+            return sorted([*_MODULE_OF, *_adapter_configs()])
+        if name.endswith("Config") and name in (configs := _adapter_configs()):
+            return configs[name]
+        raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return sorted([*_MODULE_OF, *_adapter_configs(), "__version__"])
+
+
+def _adapter_configs() -> dict[str, type]:
+    """Find the settings of every method in the one list of methods."""
+    from loraloom import adapters
+    from loraloom.config.fields import StrictModel
+
+    return {
+        name: value
+        for name, value in vars(adapters).items()
+        if isinstance(value, type) and issubclass(value, StrictModel)
+    }

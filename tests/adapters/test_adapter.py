@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError
-from loraloom.formats.keys import tensor_shapes
 from tests.tiny import (
     ALL_FAMILIES,
     LAYERS,
@@ -53,7 +52,7 @@ def test_tensors_have_the_names_and_shapes_that_formats_expect(family, method):
     host = empty_host(family)
     adapter = host.add("a", METHODS[method])
     actual = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
-    assert actual == tensor_shapes(METHODS[method], host.base)
+    assert actual == METHODS[method].tensor_shapes(host.base)
     numbers = sum(tensor.numel() for tensor in adapter.tensors().values())
     assert numbers == sum(parameter.numel() for parameter in adapter.parameters())
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from tests.tiny import METHODS, tiny_host, tiny_ids
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.bench.layer import LAYER_CASES, LayerSetting, make_layer
+from loraloom.bench.cases import PEFT_CASES, StepSetting, adapter_cases
+from loraloom.bench.layer import LayerSetting, make_layer
 from loraloom.bench.memory import JobsMemory
-from loraloom.bench.step import StepSetting, make_job_steps
+from loraloom.bench.step import make_job_steps
 from loraloom.bench.timing import alternate
 from loraloom.cli import main as cli
 from tests.infer.saved import save_tiny
@@ -37,7 +38,7 @@ def test_the_layer_benchmark_prints_ratios_and_draws(tmp_path, capsys):
     words = ["--hidden-size", "32", "--ffn-size", "64", "--tokens", "16", "--rounds", "1"]
     assert cli.main(["bench", "layer", *words, "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
-    for case in LAYER_CASES:
+    for case in (*PEFT_CASES, "frozen", *adapter_cases()):
         assert case in printed
     assert picture.is_file()
 

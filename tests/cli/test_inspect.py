@@ -8,8 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.cli.inspect import inspect
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
 from loraloom.formats import write_adapter
 from tests.formats.tiny import llama_base, make_tensors
 

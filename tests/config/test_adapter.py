@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
+from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig
 
 
 def test_scaling_is_alpha_over_rank():

@@ -1,6 +1,6 @@
 import pytest
 
-from loraloom.config.adapter import MixLoraConfig
+from loraloom.adapters import MixLoraConfig
 from loraloom.config.loading import load_job_config, load_run_config, schema
 from loraloom.errors import ConfigError
 

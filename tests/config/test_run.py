@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.config.job import JobConfig
 from loraloom.config.run import RunConfig
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraloom.config.adapter import LoraConfig
+from loraloom.adapters import LoraConfig
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.tokenising import encode_pair
 from loraloom.models.host import Host

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.formats.base import BaseInfo
+from loraloom.adapters.base import BaseInfo
 from tests.formats.tiny import llama_base
 
 

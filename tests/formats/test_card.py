@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.formats import model_card
-from loraloom.formats.card import method_name
 from tests.formats.tiny import llama_base
 
 
@@ -23,7 +22,7 @@ def front_matter(card: str) -> dict:
     ],
 )
 def test_methods_have_the_papers_names(config, name):
-    assert method_name(config) == name
+    assert config.title == name
 
 
 def test_front_matter_names_base_and_library():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
+from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import describe, write_adapter
 from tests.formats.tiny import make_tensors
@@ -34,7 +34,7 @@ def test_parameters_add_up_by_kind(base, tmp_path):
     description = describe(tmp_path)
     assert description.method == "MixDoRA"
     assert description.experts is not None
-    assert (description.experts.num_experts, description.experts.rank) == (3, 2)
+    assert (description.experts["num_experts"], description.experts["rank"]) == (3, 2)
     assert description.target_modules == base.attention_projections + base.ffn_projections
     assert description.parameters["router"] == 2 * 3 * 64
     assert description.parameters.keys() == {

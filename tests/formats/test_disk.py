@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from loraloom.config.adapter import LoraConfig
+from loraloom.adapters import LoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import disk, read_adapter, write_adapter
 from tests.formats.tiny import assert_same_tensors, make_tensors

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.config.adapter import ExpertsConfig, LoraConfig, MixLoraConfig
-from loraloom.formats.keys import TensorKey, target_projections, tensor_shapes
+from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig
+from loraloom.adapters.keys import TensorKey, target_projections
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,7 @@ def test_other_names_are_not_ours(name):
 
 def test_groups_name_the_projections_of_their_block(base):
     targets = {
-        group: target_projections(LoraConfig(target_modules=group), base)
-        for group in ("attention", "ffn", "all-linear")
+        group: target_projections(group, base) for group in ("attention", "ffn", "all-linear")
     }
     assert targets["attention"][0] == "self_attn.q_proj"
     assert targets["ffn"] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -36,7 +35,7 @@ def test_groups_name_the_projections_of_their_block(base):
 
 def test_a_dora_has_three_tensors_a_projection(base):
     config = LoraConfig(rank=4, target_modules=("k_proj",), weight_decomposition=True)
-    shapes = tensor_shapes(config, base)
+    shapes = config.tensor_shapes(base)
     assert shapes["layers.1.self_attn.k_proj.lora_A"] == (4, 64)
     assert shapes["layers.1.self_attn.k_proj.lora_B"] == (32, 4)
     assert shapes["layers.1.self_attn.k_proj.magnitude"] == (32,)
@@ -45,7 +44,7 @@ def test_a_dora_has_three_tensors_a_projection(base):
 
 def test_a_mixture_has_a_router_a_layer_and_experts_of_their_own_rank(base):
     config = MixLoraConfig(rank=4, num_experts=3, experts=ExpertsConfig(rank=2))
-    shapes = tensor_shapes(config, base)
+    shapes = config.tensor_shapes(base)
     assert shapes["layers.0.mlp.router"] == (3, 64)
     assert shapes["layers.0.self_attn.q_proj.lora_A"] == (4, 64)
     assert shapes["layers.0.mlp.down_proj.experts.2.lora_A"] == (2, 96)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter
 from tests.formats.tiny import assert_same_tensors, make_tensors

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraloom.config.adapter import LoraConfig
+from loraloom.adapters import LoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter, write_adapter
 from loraloom.formats.contents import AdapterFiles, BaseRecord
@@ -156,7 +156,7 @@ def test_tensors_of_other_methods_are_unexpected(base, tmp_path):
 def test_a_mixtures_tensors_do_not_pass_as_a_plain_adapters(base):
     record = BaseRecord()
     tensors = {"layers.0.mlp.router": torch.zeros(2, 64)}
-    with pytest.raises(FormatError, match="not a tensor of a plain LoRA"):
+    with pytest.raises(FormatError, match="not a tensor that PEFT's layout has"):
         render(LoraConfig(), tensors, base, record)
 
 

@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from loraloom.config.adapter import LoraConfig
+from loraloom.adapters import LoraConfig
+from loraloom.adapters.base import BaseInfo
 from loraloom.formats import read_adapter, write_adapter
-from loraloom.formats.base import BaseInfo
 from loraloom.models.families import base_info, base_layers, family_of
 from tests.formats.tiny import assert_same_tensors, make_tensors
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraloom.config.adapter import LoraConfig
-from loraloom.formats.base import BaseInfo
-from loraloom.formats.keys import tensor_shapes
+from loraloom.adapters import LoraConfig
+from loraloom.adapters.base import BaseInfo
 
 
 def llama_base(**changes) -> BaseInfo:
@@ -40,7 +39,7 @@ def llama_base(**changes) -> BaseInfo:
 
 def make_tensors(config: LoraConfig, base: BaseInfo, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = tensor_shapes(config, base)
+    shapes = config.tensor_shapes(base)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 
 import loraloom
 from loraloom.errors import AdapterError
-from tests.tiny import METHODS, padded_mask, randomise, tiny_host, tiny_ids, tiny_model
+from tests.tiny import METHODS, changed, padded_mask, randomise, tiny_host, tiny_ids, tiny_model
 
 NAMES = ["mixlora", None, "lora", "mixdora", "dora", "mixlora"]
 LENGTHS = [7, 5, 3, 7, 6, 4]
@@ -136,11 +136,11 @@ def test_the_head_sees_the_last_position_of_a_prompt_alone():
     assert seen == [1] * 6
 
 
-def test_generation_needs_eval_mode():
-    host = tiny_host()
+def test_generation_is_in_eval_mode_whatever_the_default():
+    host = tiny_host(configs={"a": changed(METHODS["mixlora"], dropout=0.5)})
+    expected = host.generate(tiny_ids(2), adapters=["a", None], **GREEDY)
     host.train()
-    with pytest.raises(AdapterError, match=r"call host\.eval\(\)"):
-        host.generate(tiny_ids(2), **GREEDY)
+    assert torch.equal(host.generate(tiny_ids(2), adapters=["a", None], **GREEDY), expected)
 
 
 def test_adapters_are_one_a_row():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, ConfigError, ModelError
 from tests.tiny import METHODS, changed, padded_mask, tiny_host, tiny_ids, tiny_model
 
@@ -126,15 +126,6 @@ def test_dropout_is_off_outside_training(method):
         assert not torch.allclose(host(tiny_ids(2), adapters=["a", "a"]).logits, expected)
         host.eval()
         assert torch.equal(host(tiny_ids(2), adapters=["a", "a"]).logits, expected)
-
-
-def test_adapters_added_in_training_train_at_once():
-    host = tiny_host(configs={})
-    host.train()
-    assert host.add("a", LoraConfig()).training
-    host.eval()
-    assert not host.adapters["a"].training
-    assert not host.add("b", LoraConfig()).training
 
 
 def test_a_removed_adapter_is_freed():

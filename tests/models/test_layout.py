@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraloom.models.forward import query_mask
+from loraloom.models.host import expand_adapters
 from loraloom.models.layout import Layout, make_layout
-from loraloom.models.running import expand_adapters, query_mask
 from loraloom.ops.dropout import mix64
 from tests.tiny import padded_mask
 

@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.models.host import Host
 from loraloom.models.samples import sample_key
-from loraloom.routing.losses import router_loss
-from tests.tiny import METHODS, changed, padded_mask, parameter_grads, tiny_host, tiny_ids
+from tests.tiny import (
+    METHODS,
+    changed,
+    padded_mask,
+    parameter_grads,
+    router_loss,
+    tiny_host,
+    tiny_ids,
+)
 
 NAMES = ["mixlora", None, "lora", "mixdora", "dora", "mixlora"]
 LENGTHS = [7, 5, 3, 7, 6, 4]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from loraloom.ops.expert_ffn import FfnWeights
-from loraloom.ops.stacked import StackedFfn, StackedFfnStep, StackedSide
-from tests.ops.ffn_case import SHAPES, FfnCase, R, bend, compute_form, dense_loop, make_case
+from loraloom.ops.stacked import StackedFfn, StackedStep, stack_expert_ffn, stack_low_rank_ffn
+from tests.ops.ffn_case import SHAPES, FfnCase, bend, compute_form, dense_loop, make_case
 from tests.ops.test_expert_ffn import PARTS
 
 decomposed_or_not = pytest.mark.parametrize("decomposed", [False, True])
@@ -26,24 +25,23 @@ def cases_of_two_adapters(shape: str, **options) -> list[FfnCase]:
 
 def stack(cases: list[FfnCase], *, routed: bool) -> StackedFfn:
     parts = [compute_form(case) for case in cases]
-    first = parts[0]
-    eye = torch.eye(first.num_experts, dtype=torch.float64)
-    return StackedFfn(
-        input_A=_transposed([part.input_A for part in parts]),
-        gate=_side(parts, "gate"),
-        up=_side(parts, "up"),
-        down_A=_transposed([part.down and part.down.A for part in parts]),
-        down_B=_stacked([part.down and part.down.B for part in parts]),
-        down_row_scale=_joined([part.down and part.down.row_scale for part in parts]),
-        down_bias=first.down_bias,
-        router=torch.stack([_router(case) for case in cases]) if routed else None,
-        expert_columns=eye.repeat_interleave(R, dim=1),
-        top_k=cases[0].selected.shape[1] if routed else 1,
-        apart=first.apart,
-    )
+    if not routed:
+        return stack_low_rank_ffn(parts)
+    routers = [_router(case).T for case in cases]
+    return stack_expert_ffn(parts, routers, cases[0].selected.shape[1])
 
 
-def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], StackedFfnStep]:
+@dataclass
+class Recorder:
+    """Takes the choices of an adapter's router."""
+
+    selected: Tensor | None = None
+
+    def record_routing(self, router_logits: Tensor, selected: Tensor, weights: Tensor) -> None:
+        self.selected = selected
+
+
+def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], StackedStep, list[Recorder]]:
     base, bias = cases[0].base, cases[0].bias
     x = torch.stack([case.leaves["x"] for case in cases])
     project = lambda name: x @ base[name].T + bias[name]  # noqa: E731
@@ -51,10 +49,11 @@ def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], StackedFfn
         gate, up = project("gate_up").chunk(2, dim=-1)
     else:
         gate, up = project("gate"), project("up") if cases[0].shape == "gated" else None
-    step = StackedFfnStep(stack(cases, routed=routed), x, gate, up, silu)
+    recorders = [Recorder() for _ in cases]
+    step = stack(cases, routed=routed).step(x, gate, up, silu, recorders.__getitem__)
     hidden = bend(step.hidden) if cases[0].rounds_rows else step.hidden
     output = step.finish(hidden @ base["down"].T + bias["down"])
-    return list(output.view(*x.shape[:2], output.shape[-1])), step
+    return list(output.view(*x.shape[:2], output.shape[-1])), step, recorders
 
 
 def follow_router(cases: list[FfnCase]) -> list[FfnCase]:
@@ -75,10 +74,9 @@ def follow_router(cases: list[FfnCase]) -> list[FfnCase]:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_mixtures_are_those_of_a_dense_loop(shape, top_k, decomposed):
     cases = follow_router(cases_of_two_adapters(shape, top_k=top_k, decomposed=decomposed))
-    outputs, step = run(cases, routed=True)
-    assert step.routing is not None
-    for output, case, selected in zip(outputs, cases, step.routing.selected_experts, strict=True):
-        assert selected.equal(case.selected)
+    outputs, _, recorders = run(cases, routed=True)
+    for output, case, recorder in zip(outputs, cases, recorders, strict=True):
+        assert recorder.selected.equal(case.selected)
         torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
 
 
@@ -87,7 +85,7 @@ def test_mixtures_are_those_of_a_dense_loop(shape, top_k, decomposed):
 @pytest.mark.parametrize(("shape", "targets"), PARTS)
 def test_projections_without_experts_keep_their_base_output(shape, targets, decomposed):
     cases = follow_router(cases_of_two_adapters(shape, targets=targets, decomposed=decomposed))
-    outputs, _ = run(cases, routed=True)
+    outputs, _, _ = run(cases, routed=True)
     for output, case in zip(outputs, cases, strict=True):
         torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
 
@@ -97,8 +95,8 @@ def test_projections_without_experts_keep_their_base_output(shape, targets, deco
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_adapters_are_one_expert_of_weight_one(shape, decomposed):
     cases = cases_of_two_adapters(shape, top_k=1, num_experts=1, decomposed=decomposed)
-    outputs, step = run(cases, routed=False)
-    assert step.routing is None
+    outputs, _, recorders = run(cases, routed=False)
+    assert all(recorder.selected is None for recorder in recorders)
     for output, case in zip(outputs, cases, strict=True):
         torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
 
@@ -109,7 +107,7 @@ def test_plain_adapters_are_one_expert_of_weight_one(shape, decomposed):
 def test_a_base_that_rounds_rows_sees_slots_apart(shape, targets, decomposed):
     options = {"targets": targets, "decomposed": decomposed, "rounds_rows": True}
     cases = follow_router(cases_of_two_adapters(shape, **options))
-    outputs, step = run(cases, routed=True)
+    outputs, step, _ = run(cases, routed=True)
     assert len(step.hidden) == 2 * 2 * 5
     for output, case in zip(outputs, cases, strict=True):
         torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
@@ -126,7 +124,7 @@ def test_one_adapter_alone_and_no_tokens():
 def test_the_base_sees_each_token_once_whatever_top_k_is():
     with torch.no_grad():
         for top_k in (1, 3):
-            _, step = run(cases_of_two_adapters("gated", top_k=top_k), routed=True)
+            _, step, _ = run(cases_of_two_adapters("gated", top_k=top_k), routed=True)
             assert len(step.hidden) == 2 * 5
 
 
@@ -135,25 +133,3 @@ def _router(case: FfnCase) -> Tensor:
     generator = torch.Generator().manual_seed(int(case.leaves["x"].sum().item() * 1e6) % 2**31)
     shape = (case.leaves["x"].shape[1], case.num_experts)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def _side(parts: list[FfnWeights], name: str) -> StackedSide | None:
-    sides = [getattr(part, name) for part in parts]
-    if sides[0] is None:
-        return None
-    scale = _joined([side.row_scale for side in sides])
-    return StackedSide(
-        sides[0].columns, torch.stack([side.B for side in sides]), scale, sides[0].bias
-    )
-
-
-def _transposed(matrices) -> Tensor | None:
-    return None if matrices[0] is None else torch.stack(matrices).transpose(1, 2)
-
-
-def _stacked(matrices) -> Tensor | None:
-    return None if matrices[0] is None else torch.stack(matrices)
-
-
-def _joined(matrices) -> Tensor | None:
-    return None if matrices[0] is None else torch.cat(matrices)

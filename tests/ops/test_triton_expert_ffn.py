@@ -76,7 +76,7 @@ def test_triton_is_imported_only_where_it_runs():
         (ACT2FN["relu2"], None),
         (torch.tanh, None),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),
 )
 def test_activations_are_known_by_their_type(act, name):
     assert activation_name(act) == name

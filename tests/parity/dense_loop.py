@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
-from loraloom.formats.base import BaseInfo
+from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.adapters.base import BaseInfo
 from loraloom.ops.dropout import SampleNoise, SampleSpan, Site
 
 OUTPUT_PROJECTIONS = ("o_proj", "dense")

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 import loraloom
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.models.samples import sample_key
-from loraloom.routing.losses import router_loss
 from tests.parity.dense_loop import DenseAdapter, RandomMasks
 from tests.tiny import (
     ALL_FAMILIES,
@@ -22,6 +21,7 @@ from tests.tiny import (
     padded_mask,
     randomise,
     relative_error,
+    router_loss,
     tiny_ids,
     tiny_model,
 )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import loraloom
-from loraloom.config.adapter import LoraConfig
-from loraloom.formats.base import BaseInfo
+from loraloom.adapters import LoraConfig
+from loraloom.adapters.base import BaseInfo
 from tests.tiny import (
     changed,
     gradients,

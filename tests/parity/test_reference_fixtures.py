@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import loraloom
 from loraloom.models.host import Host, HostOutput
-from loraloom.routing.losses import router_loss
-from tests.tiny import changed
+from tests.tiny import changed, router_loss
 
 MIXTURES = ("llama-mixlora", "qwen2-mixlora", "phi-mixlora")
 CASES = (*MIXTURES, "llama-lora")

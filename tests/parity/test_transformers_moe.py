@@ -12,15 +12,15 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 import loraloom
-from loraloom.config.adapter import MixLoraConfig
+from loraloom.adapters import MixLoraConfig
 from loraloom.models.host import Host
-from loraloom.routing.losses import router_loss
 from tests.tiny import (
     changed,
     gradients,
     padded_mask,
     randomise,
     relative_error,
+    router_loss,
     tiny_ids,
     tiny_model,
 )

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from loraloom.config.adapter import MixLoraConfig
-from loraloom.routing.collapse import advice, find_collapse
+from loraloom.adapters import MixLoraConfig
+from loraloom.routing.collapse import find_collapse
 
 CONFIG = MixLoraConfig(num_experts=8, top_k=2)
 EVEN = [1000] * 8
@@ -13,7 +12,12 @@ COLLAPSED = [4000, 3900, 20, 20, 20, 20, 20, 20]
 
 
 def found(*rows: list[int], config: MixLoraConfig = CONFIG) -> dict[str, str]:
-    return find_collapse(range(10, 10 + len(rows)), torch.tensor(rows), config)
+    return find_collapse({(10 + n, None): row for n, row in enumerate(rows)}, config.top_k)
+
+
+def test_routers_of_projections_are_named_and_may_have_different_experts():
+    text = find_collapse({(3, "self_attn.q_proj"): COLLAPSED, (4, "mlp.up_proj"): [900] * 4}, 2)
+    assert text["collapsed layers"].endswith(": layer 3 self_attn.q_proj (2.2)")
 
 
 def test_a_balanced_load_is_nothing_to_speak_of():
@@ -54,6 +58,7 @@ def test_a_mixture_whose_tokens_take_all_experts_cant_collapse():
 
 @pytest.mark.parametrize(("scope", "named"), [("pooled", True), ("per_layer", False)])
 def test_advice_names_the_coefficient_and_what_is_not_set_yet(scope, named):
-    text = advice(MixLoraConfig(router_aux_loss_coef=0.02, router_loss_scope=scope))
+    config = MixLoraConfig(router_aux_loss_coef=0.02, router_loss_scope=scope)
+    text = config.collapse_advice
     assert "router_aux_loss_coef (it is 0.02)" in text
     assert ("router_loss_scope: per_layer" in text) is named

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from loraloom.config.adapter import MixLoraConfig
-from loraloom.routing.losses import load_balance_loss, router_loss, router_z_loss
+from loraloom.adapters import MixLoraConfig
+from loraloom.routing.losses import load_balance_loss, router_z_loss
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.top_k import top_k_routing
-from tests.tiny import changed
+from tests.tiny import changed, router_loss
 
 
 def layer(logits: Tensor, top_k: int = 2, index: int = 0) -> LayerRouting:

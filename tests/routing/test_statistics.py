@@ -12,17 +12,25 @@ from loraloom.routing.statistics import load_statistics
 from loraloom.routing.top_k import top_k_routing
 
 
-def layer(logits, top_k: int = 1) -> LayerRouting:
+def layer(logits, top_k: int = 1, index: int = 0) -> LayerRouting:
     logits = torch.as_tensor(logits, dtype=torch.float32)
-    return LayerRouting(0, logits, *top_k_routing(logits, top_k))
+    return LayerRouting(index, logits, *top_k_routing(logits, top_k))
 
 
 def test_tokens_per_expert_counts_every_slot_of_every_layer():
     statistics = load_statistics(
-        [layer([[3, 2, 1], [1, 3, 2], [3, 2, 1]], 2), layer([[1, 2, 3]] * 3, 2)]
+        [layer([[3, 2, 1], [1, 3, 2], [3, 2, 1]], 2), layer([[1, 2, 3]] * 3, 2, index=1)]
     )
-    assert statistics.tokens_per_expert.tolist() == [[2, 3, 1], [0, 3, 3]]
-    assert statistics.tokens_per_expert.dtype == torch.int64
+    assert statistics.tokens_per_expert == {(0, None): [2, 3, 1], (1, None): [0, 3, 3]}
+
+
+def test_routers_may_have_different_numbers_of_experts():
+    routers = [layer([[3, 2, 1], [1, 3, 2]]), layer([[1, 2], [1, 2]], index=1)]
+    alone = [load_statistics([router]) for router in routers]
+    together = load_statistics(routers)
+    assert together.tokens_per_expert == {(0, None): [1, 1, 0], (1, None): [0, 2]}
+    assert together.load_cv == pytest.approx(sum(one.load_cv for one in alone) / 2)
+    assert together.entropy == pytest.approx(sum(one.entropy for one in alone) / 2)
 
 
 def test_a_balanced_uniform_router_has_entropy_one_and_no_spread():

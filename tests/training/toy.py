@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import loraloom
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet

@@ -1,1 +1,38 @@
-"""Methods: each file holds one method's weights and formula."""
+"""Methods: a folder for each, and the list of them. Torch is not imported here."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import Field, TypeAdapter
+
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.lora.config import LoraConfig
+from loraloom.adapters.mixlora.config import ExpertsConfig, MixLoraConfig
+
+CONFIGS: tuple[type[AdapterConfig], ...] = (LoraConfig, MixLoraConfig)
+"""The methods. To add one, import its configuration above and name it here."""
+
+if TYPE_CHECKING:
+    AnyAdapterConfig = AdapterConfig
+else:
+    AnyAdapterConfig = Annotated[Union[CONFIGS], Field(discriminator="method")]  # noqa: UP007
+
+
+def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
+    """Check the settings of an adapter, as in the `adapter:` section of a run file.
+
+    Raises:
+        pydantic.ValidationError: With everything that is wrong.
+    """
+    return TypeAdapter(AnyAdapterConfig).validate_python(dict(settings))
+
+
+__all__ = [
+    "CONFIGS",
+    "AdapterConfig",
+    "AnyAdapterConfig",
+    "ExpertsConfig",
+    "LoraConfig",
+    "MixLoraConfig",
+    "parse_adapter_config",
+]

@@ -1,67 +1,71 @@
-"""What every adapter has: low-rank weights by layer and projection, and its side of the formula.
+"""The contract of a method's weights: what hosts, optimizers and files ask of an adapter.
 
-Axes: T tokens of one segment, I in_features, D hidden, F feed-forward, E experts, R rank, O out.
+Axes: T tokens of one segment, I in_features, D hidden, F feed-forward, E experts, P columns.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from loraloom.adapters.low_rank import BaseProjection, LowRank
-from loraloom.config.adapter import LoraConfig
+from loraloom.adapters.base import BaseLayer
+from loraloom.adapters.config import AdapterConfig
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import SampleNoise, Site
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
-from loraloom.ops.low_rank import InputGroup, LowRankWeights, UpProjection, down_project
+from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.routing.record import LayerRouting
 
-
-@dataclass(frozen=True)
-class FfnShape:
-    """How a family builds its FFN block: its input projections, its output, whether it is fused."""
-
-    inputs: tuple[str, ...]
-    output: str
-
-    @property
-    def fused(self) -> bool:
-        """One input projection makes gate and up side by side."""
-        return self.inputs == ("gate_up_proj",)
-
-
-@dataclass(frozen=True)
-class BaseLayer:
-    """One decoder layer's projections, as an adapter sees them."""
-
-    index: int
-    attention_block: str
-    attention: Mapping[str, BaseProjection]
-    ffn_block: str
-    ffn: Mapping[str, BaseProjection]
-    ffn_shape: FfnShape
-    hidden_size: int
+if TYPE_CHECKING:
+    from loraloom.adapters.low_rank import Projection
+    from loraloom.ops.stacked import StackedFfn
 
 
 @dataclass(frozen=True)
 class SegmentTokens:
-    """What an adapter is told of its tokens in a layer.
+    """An adapter's tokens in a layer.
 
     Args:
+        layer: Index of the decoder layer.
         real: True at real tokens, [T]; None when there is no padding.
         real_index: Their positions.
         noise: Random numbers for dropout and jitter; None outside training.
+        record: Takes what a router did; None where nobody asks.
     """
 
-    real: Tensor | None
-    real_index: Tensor | None
-    noise: SampleNoise | None
+    layer: int
+    real: Tensor | None = None
+    real_index: Tensor | None = None
+    noise: SampleNoise | None = None
+    record: Callable[[LayerRouting], None] | None = None
+
+    def record_routing(
+        self,
+        router_logits: Tensor,
+        selected_experts: Tensor,
+        routing_weights: Tensor,
+        projection: str | None = None,
+    ) -> None:
+        """Record what a router did with the real tokens among these.
+
+        Args:
+            router_logits: [T, E].
+            selected_experts: [T, K].
+            routing_weights: [T, K].
+            projection: Whose router it is, as `self_attn.q_proj`; None for an FFN block's.
+        """
+        if self.record is None:
+            return
+        values = (router_logits, selected_experts, routing_weights)
+        if self.real_index is not None:
+            values = [value.index_select(0, self.real_index) for value in values]
+        logits, selected, weights = values
+        self.record(LayerRouting(self.layer, logits, selected, weights, projection))
 
 
 @dataclass(frozen=True)
@@ -71,62 +75,55 @@ class FfnRows:
     Args:
         hidden: Rows to send through it, [n, F].
         finish: From its output for these rows, [n, D], to the block's output, [T, D].
-        routing: What a mixture's router did.
     """
 
     hidden: Tensor
     finish: Callable[[Tensor], Tensor]
-    routing: LayerRouting | None = None
+
+
+class Weights(nn.Module, ABC):
+    """Trained weights that know their names in files."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor under its name (keys.py), as a view of the parameters."""
 
 
 class Adapter(nn.Module, ABC):
-    """A named set of low-rank weights on a base model.
+    """A named set of trained weights on a base model.
 
     Args:
         name: Unique in its host.
         config: The method's settings.
         base_layers: The base model's projections.
-        dtype: Of the trained weights, at least float32.
-        seed: Of the initial weights.
-
-    Raises:
-        AdapterError: If `target_modules` names a projection that the base model lacks.
+        layers: For each of them, the weights of both blocks by the names of block and projection,
+            and under other names what else the method has in a layer.
     """
 
     def __init__(
         self,
         name: str,
-        config: LoraConfig,
+        config: AdapterConfig,
         base_layers: Sequence[BaseLayer],
-        dtype: torch.dtype,
-        seed: int,
+        layers: Sequence[nn.ModuleDict],
     ):
         super().__init__()
         self.name = name
         self.config = config
-        self.seed = seed
         self.base_layers = list(base_layers)
-        targets = resolve_targets(config, base_layers[0])
-        self.layers = nn.ModuleList(
-            self._build_layer(layer, targets, dtype) for layer in base_layers
-        )
-        self._blocks: list[dict[str, dict[str, Any]]] = [
-            {name: dict(block.items()) for name, block in _blocks_of(layer).items()}
-            for layer in self.layers
+        self.layers = nn.ModuleList(layers)
+        self._blocks: list[dict[str, dict[str, Projection]]] = [
+            {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
+            for base, layer in zip(base_layers, layers, strict=True)
         ]
-        self._prepared: dict[Any, tuple[Hashable, Any]] = {}
-        self._all_weights = tuple(self.parameters())
-
-    @abstractmethod
-    def _build_layer(
-        self, layer: BaseLayer, targets: frozenset[str], dtype: torch.dtype
-    ) -> nn.ModuleDict:
-        """Make a layer's weights: LowRank modules under the base's block and projection names."""
+        shapes = [(name, tuple(weight.shape)) for name, weight in self.named_parameters()]
+        self._shapes = hash(tuple(shapes))
 
     @abstractmethod
     def ffn(
         self,
         layer: int,
+        weights: FfnWeights,
         hidden_states: Tensor,
         gate: Tensor,
         up: Tensor | None,
@@ -137,6 +134,7 @@ class Adapter(nn.Module, ABC):
 
         Args:
             layer: Index of the decoder layer.
+            weights: What `ffn_weights` returned for it.
             hidden_states: The block's input, [T, D].
             gate: Base output of the gate, or of the only input projection, [T, F].
             up: Base output of up, [T, F], or None.
@@ -144,38 +142,55 @@ class Adapter(nn.Module, ABC):
             tokens: Which tokens are real, and random numbers.
         """
 
+    @abstractmethod
+    def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
+        """Bring the weights of an FFN block into compute form."""
+
+    def stack_key(self) -> Hashable | None:
+        """Return what adapters have in common that can decode side by side; None for none.
+
+        Adapters with one key have tensors of the same shapes; values, scalings and seeds may
+        differ. A method that has a key gives `stack_ffn` too.
+        """
+        return None
+
+    @classmethod
+    def stack_ffn(cls, adapters: Sequence[Any], layer: int, dtype: torch.dtype) -> StackedFfn:
+        """Put the FFN weights of adapters with the same `stack_key` side by side."""
+        raise NotImplementedError(f"{cls.__name__} has no stacked form")
+
+    def auxiliary_loss(self, routing: Sequence[LayerRouting]) -> Tensor | None:
+        """Compute what the method adds to the objective, with its coefficient; None for nothing.
+
+        Args:
+            routing: The record of one forward, an entry for each router.
+        """
+        return None
+
     def adapts_ffn(self, layer: int) -> bool:
         """Whether the adapter has weights in this layer's FFN block."""
-        return len(self.block(layer, self.base_layers[layer].ffn_block)) > 0
+        return len(self.ffn_block(layer)) > 0
 
-    def attention_group(
-        self, layer: int, names: Sequence[str], dtype: torch.dtype
-    ) -> InputGroup | None:
-        """Return the compute form of attention projections that share their input."""
-        block = self.block(layer, self.base_layers[layer].attention_block)
-        return self._input_group(layer, [block[name] for name in names if name in block], dtype)
+    def attention_block(self, layer: int) -> Mapping[str, Projection]:
+        """Return the weights of a layer's attention, by projection."""
+        return self._blocks[layer][self.base_layers[layer].attention_block]
+
+    def ffn_block(self, layer: int) -> Mapping[str, Projection]:
+        """Return the weights of a layer's FFN block, by projection."""
+        return self._blocks[layer][self.base_layers[layer].ffn_block]
 
     def attention_low_rank(
         self,
-        layer: int,
         group: InputGroup,
         hidden_states: Tensor,
         site: Site,
         tokens: SegmentTokens,
     ) -> Tensor:
-        """Compute `dropout(x) Aᵀ` of a group, [T, P]."""
+        """Compute `dropout(x) Aᵀ` of projections that share their input, [T, P]."""
         dropout, keep = self.config.dropout, None
         if tokens.noise is not None and dropout > 0:
             keep = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout, group.A.dtype)
         return down_project(hidden_states.to(group.A.dtype), group.A, keep, dropout)
-
-    def version(self) -> Hashable:
-        """Return what changes when a weight does, or moves.
-
-        Changes in place of a weight's `.data` (`weight.data.mul_(2)`) can't be seen; change the
-        weight itself under `torch.no_grad()`.
-        """
-        return _version_of(self._all_weights)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -192,21 +207,9 @@ class Adapter(nn.Module, ABC):
         return super().load_state_dict(state_dict, strict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor under its file-neutral name, as views of the parameters."""
-        modules = (m for m in self.modules() if isinstance(m, LowRank))
-        named = {name: tensor for module in modules for name, tensor in module.tensors()}
-        return named | self._router_tensors()
-
-    def _router_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"layers.{base.index}.{base.ffn_block}.router": self.router(base.index).detach()
-            for base in self.base_layers
-            if "router" in self._layer(base.index)
-        }
-
-    def router(self, layer: int) -> nn.Parameter:
-        """The router's weight in a layer of a mixture, [E, D]."""
-        return self._layer(layer)["router"].weight  # pyright: ignore[reportReturnType]
+        """Return every tensor under its file-neutral name (keys.py), as views of the parameters."""
+        holders = (module for module in self.modules() if isinstance(module, Weights))
+        return {name: tensor for holder in holders for name, tensor in holder.tensors()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names of `tensors()`.
@@ -235,80 +238,29 @@ class Adapter(nn.Module, ABC):
             for name, target in own.items():
                 target.copy_(tensors[name])
 
-    def _layer(self, layer: int) -> nn.ModuleDict:
-        return self.layers[layer]  # pyright: ignore[reportReturnType]
-
-    def block(self, layer: int, block: str) -> Mapping[str, LowRank]:
-        """Return the weights of a layer's attention or FFN block, by projection."""
-        return self._blocks[layer][block]
-
-    def _input_group(
-        self, layer: int, modules: Sequence[LowRank], dtype: torch.dtype
-    ) -> InputGroup | None:
-        if not modules:
-            return None
-        key = (modules[0].key, dtype)
-        return self._prepare(key, modules, lambda: input_group(modules, dtype))
-
-    def _ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
-        block = self.block(layer, self.base_layers[layer].ffn_block)
-        build = lambda: ffn_weights(block, self.base_layers[layer], dtype)  # noqa: E731
-        return self._prepare((layer, "ffn", dtype), list(block.values()), build)
-
-    def _ffn_dropout(
-        self, layer: int, hidden_size: int, gate: Tensor, top_k: int, tokens: SegmentTokens
+    def ffn_dropout(
+        self,
+        dropout: float,
+        hidden_size: int,
+        gate: Tensor,
+        num_slots: int,
+        tokens: SegmentTokens,
     ) -> FfnDropout:
-        """Draw the masks of an FFN block: one for its input, one for each slot."""
-        block = self.block(layer, self.base_layers[layer].ffn_block)
-        probability = next(iter(block.values())).config.dropout
-        if tokens.noise is None or probability == 0:
-            return FfnDropout.none(top_k)
+        """Draw the masks of an FFN block: one for its input, one for each slot's hidden states."""
+        if tokens.noise is None or dropout == 0:
+            return FfnDropout.none(num_slots)
         draw, dtype = tokens.noise.keep_mask, gate.dtype
         return FfnDropout(
-            probability,
-            draw(Site.FFN_INPUT, hidden_size, probability, dtype),
+            dropout,
+            draw(Site.FFN_INPUT, hidden_size, dropout, dtype),
             [
-                draw(Site.FFN_SLOT + slot, gate.shape[-1], probability, dtype)
-                for slot in range(top_k)
+                draw(Site.FFN_SLOT + slot, gate.shape[-1], dropout, dtype)
+                for slot in range(num_slots)
             ],
         )
 
-    def _prepare(self, key: Any, modules: Sequence[LowRank], build: Callable[[], Any]) -> Any:
-        """Build compute forms; without gradients keep them until a weight changes."""
-        if torch.is_grad_enabled():
-            self._prepared.pop(key, None)
-            return build()
-        version = _version_of([weight for module in modules for weight in module.weights])
-        known = self._prepared.get(key)
-        if known is None or known[0] != version:
-            known = self._prepared[key] = (version, build())
-        return known[1]
 
-
-def _blocks_of(layer: Any) -> dict[str, nn.ModuleDict]:
-    """Return a layer's blocks of LowRank modules; its router is none of them."""
-    return {name: block for name, block in layer.items() if isinstance(block, nn.ModuleDict)}
-
-
-class _OptimizerSteps:
-    """Counts the steps of all optimizers: a fused one doesn't count what it changes."""
-
-    count = 0
-
-    @classmethod
-    def add(cls, *_: Any) -> None:
-        cls.count += 1
-
-
-register_optimizer_step_post_hook(_OptimizerSteps.add)
-
-
-def _version_of(weights: Sequence[Tensor]) -> Hashable:
-    places = hash(tuple([weight.data_ptr() for weight in weights]))
-    return _OptimizerSteps.count, sum([weight._version for weight in weights]), places
-
-
-def resolve_targets(config: LoraConfig, layer: BaseLayer) -> frozenset[str]:
+def resolve_targets(config: AdapterConfig, layer: BaseLayer) -> frozenset[str]:
     """Turn `target_modules` into names of the base's projections.
 
     Raises:
@@ -329,56 +281,3 @@ def resolve_targets(config: LoraConfig, layer: BaseLayer) -> frozenset[str]:
             f"got {', '.join(unknown) or 'an empty list'}"
         )
     return frozenset(config.target_modules)
-
-
-def input_group(modules: Sequence[LowRank], dtype: torch.dtype) -> InputGroup:
-    """Stack the A of projections that share an input; keep the B side of each by name."""
-    parts = [module.compute_A(dtype) for module in modules]
-    projections, start = {}, 0
-    for module, part in zip(modules, parts, strict=True):
-        columns = slice(start, start + len(part))
-        start = columns.stop
-        projections[module.key.rpartition(".")[2]] = UpProjection(
-            columns, module.compute_B(dtype), module.row_scale(), module.base.compute_bias(dtype)
-        )
-    return InputGroup(parts[0] if len(parts) == 1 else torch.cat(parts), projections)
-
-
-def ffn_weights(block: Mapping[str, LowRank], layer: BaseLayer, dtype: torch.dtype) -> FfnWeights:
-    """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart."""
-    shape = layer.ffn_shape
-    inputs = [block[name] for name in shape.inputs if name in block]
-    group = input_group(inputs, dtype) if inputs else None
-    sides = [None if group is None else group.projections.get(name) for name in shape.inputs]
-    if shape.fused:
-        sides = _halves(sides[0])
-    down = block.get(shape.output)
-    any_module = next(iter(block.values()))
-    return FfnWeights(
-        input_A=None if group is None else group.A,
-        gate=sides[0],
-        up=sides[1] if len(sides) > 1 else None,
-        down=None
-        if down is None
-        else LowRankWeights(down.compute_A(dtype), down.compute_B(dtype), down.row_scale()),
-        down_bias=layer.ffn[shape.output].compute_bias(dtype),
-        num_experts=any_module.num_experts,
-        rank=any_module.config.rank,
-        base_combines=layer.ffn[shape.output].is_linear_over_rows,
-    )
-
-
-def _halves(fused: UpProjection | None) -> list[UpProjection | None]:
-    """Cut a fused gate_up projection's B side into gate (first half) and up."""
-    if fused is None:
-        return [None, None]
-    scales: Sequence[Tensor | None] = [None, None]
-    biases: Sequence[Tensor | None] = [None, None]
-    if fused.row_scale is not None:
-        scales = fused.row_scale.chunk(2, dim=1)
-    if fused.bias is not None:
-        biases = fused.bias.chunk(2)
-    return [
-        UpProjection(fused.columns, lora_B, scale, bias)
-        for lora_B, scale, bias in zip(fused.B.chunk(2, dim=1), scales, biases, strict=True)
-    ]

@@ -1,209 +1,249 @@
-"""The trained weights of one projection: one LoRA, or the experts of a mixture.
+"""Methods that work in rank space: all that lies between a projection's A and B.
 
-Axes: I in_features, O out_features, E experts (1 for a plain LoRA), R rank, S = E·R.
+    y = c ∘ (Wx + between(A drop(x)) B) + b
+
+A method of this kind is a `Projection`: its A, its B, DoRA's row scale c if it has one, and what
+it does between the two (nothing in a LoRA). From these come, without more code, the fused path of
+attention, the FFN block, stacked decoding, shared A products, packing, checkpointing and files.
+
+Axes: T tokens, I in_features, O out_features, P columns of the A product, S rows of B.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from functools import cached_property
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from loraloom.config.adapter import LoraConfig
-from loraloom.errors import AdapterError
-from loraloom.ops.low_rank import dora_norms
-
-
-class BaseProjection:
-    """A frozen linear layer of the base model, with what DoRA needs to know of it."""
-
-    def __init__(self, linear: nn.Module, key: str, in_features: int, out_features: int):
-        self.linear = linear
-        self.key = key
-        self.in_features = in_features
-        self.out_features = out_features
-        self._squared_norms: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """W, [O, I].
-
-        Raises:
-            AdapterError: If the base stores it quantised.
-        """
-        weight = self.linear.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise AdapterError(
-                f"weight_decomposition needs floating-point base weights, got a quantised "
-                f"{self.key}; load the base model unquantised or use a method without it"
-            )
-        return weight
-
-    def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The layer's bias in the dtype of its output, [O]."""
-        bias: Any = self.linear.bias
-        return None if bias is None else bias.to(dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return next(self.linear.parameters()).device
-
-    @cached_property
-    def is_linear_over_rows(self) -> bool:
-        """Whether W(x + y) = Wx + Wy. LLM.int8 rounds each row of its input by its maximum."""
-        return type(self.linear).__name__ != "Linear8bitLt"
-
-    @property
-    def squared_norms(self) -> Tensor:
-        """‖W‖² of each output row, [O], in float32 or better; computed once on a device."""
-        weight = self.weight.detach()
-        if self._squared_norms is None or self._squared_norms.device != weight.device:
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            self._squared_norms = wide.square().sum(1)
-        return self._squared_norms
+from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, Weights, resolve_targets
+from loraloom.adapters.base import BaseLayer, BaseProjection
+from loraloom.adapters.config import AdapterConfig
+from loraloom.ops.adapter_ffn import adapter_ffn
+from loraloom.ops.expert_ffn import Activation, FfnWeights
+from loraloom.ops.low_rank import (
+    InputGroup,
+    LowRankWeights,
+    UpProjection,
+)
+from loraloom.ops.low_rank_ffn import low_rank_ffn
+from loraloom.ops.stacked import StackedLowRankFfn, stack_low_rank_ffn
 
 
-class _ScaledTranspose(torch.autograd.Function):
-    """B [E, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights.
-
-    A plain LoRA's B is small enough for the four calls that this replaces to be faster.
-    """
-
-    @staticmethod
-    def forward(ctx, lora_B, scaling, dtype):
-        ctx.scaling, ctx.dtype, ctx.rank = scaling, lora_B.dtype, lora_B.shape[-1]
-        num_experts, out_features, rank = lora_B.shape
-        scaled = lora_B.new_empty(num_experts, rank, out_features, dtype=dtype)
-        torch.mul(lora_B.transpose(1, 2), scaling, out=scaled)
-        return scaled.flatten(0, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        experts = grad.unflatten(0, (-1, ctx.rank))  # (E, R, O)
-        grad_B = grad.new_empty(experts.transpose(1, 2).shape, dtype=ctx.dtype)
-        torch.mul(experts.transpose(1, 2), ctx.scaling, out=grad_B)
-        return grad_B, None, None
-
-
-class LowRank(nn.Module):
-    """A, B and, with weight decomposition, the magnitudes of a projection's experts.
+class Projection(Weights):
+    """The trained weights on one projection of the base model.
 
     Args:
-        base: The projection that is adapted.
-        config: Rank, scaling, initialisation, weight decomposition.
-        num_experts: E, or None for a plain LoRA (which is stored as E = 1).
-        dtype: Of the trained weights, at least float32.
-        key: The projection's name in files, from which each tensor draws its initial values.
-        seed: Of the job.
+        base: The projection.
     """
 
-    def __init__(
-        self,
-        base: BaseProjection,
-        config: LoraConfig,
-        num_experts: int | None,
-        dtype: torch.dtype,
-        key: str,
-        seed: int,
-    ):
+    maps_rank_space: ClassVar[bool] = False
+    """Whether `between` does anything; what doesn't goes through faster forms."""
+
+    def __init__(self, base: BaseProjection):
         super().__init__()
         self.base = base
-        self.config = config
-        self.key = key
-        self.is_mixture = num_experts is not None
-        names = [f"{key}.lora_A"]
-        if num_experts is not None:
-            names = [f"{key}.experts.{expert}.lora_A" for expert in range(num_experts)]
-        shape = (config.rank, base.in_features)
-        initial = torch.stack([_initial_A(shape, config.init, seed, name) for name in names])
-        options = {"dtype": dtype, "device": base.device}
-        self.lora_A = nn.Parameter(initial.to(**options))
-        zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
-        self.lora_B = nn.Parameter(zeros)
-        self.lora_magnitude_vector = None
-        if config.weight_decomposition:
-            norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
-            self.lora_magnitude_vector = nn.Parameter(norms)
-        self.weights = tuple(self.parameters())
+        self.key = base.key
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.lora_A)
+    def name(self) -> str:
+        """The projection's name in its block."""
+        return self.key.rpartition(".")[2]
 
+    @property
+    @abstractmethod
+    def num_columns(self) -> int:
+        """P."""
+
+    @abstractmethod
     def compute_A(self, dtype: torch.dtype) -> Tensor:
-        """A in compute form, [S, I]."""
-        return self.lora_A.flatten(0, 1).to(dtype)
+        """A in the products' dtype, [P, I]."""
 
+    @abstractmethod
     def compute_B(self, dtype: torch.dtype) -> Tensor:
-        """B times scaling in compute form, [S, O]."""
-        if not self.is_mixture:
-            return (self.lora_B * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
-        return _ScaledTranspose.apply(self.lora_B, self.config.scaling, dtype)  # pyright: ignore
+        """B times scaling, transposed, in the products' dtype, [S, O]."""
 
     def row_scale(self) -> Tensor | None:
-        """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [E, O]; the norm has no gradient."""
-        if self.lora_magnitude_vector is None:
-            return None
-        with torch.no_grad():
-            norms = dora_norms(
-                self.base.weight,
-                self.base.squared_norms,
-                self.lora_A,
-                self.lora_B,
-                self.config.scaling,
+        """DoRA's factor c of each output row, [1, O] float32 or better; None without."""
+        return None
+
+    def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
+        """Go from the A product to what B multiplies.
+
+        Args:
+            low_rank: dropout(x) Aᵀ, [T, P].
+            hidden_states: x, [T, I].
+            tokens: Which of them are real; takes the record of a router.
+
+        Returns:
+            [T, S], in the dtype of `low_rank`.
+        """
+        return low_rank
+
+
+class LowRankAdapter(Adapter):
+    """An adapter whose method works on each projection by itself."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        config: AdapterConfig,
+        base_layers: Sequence[BaseLayer],
+        build: Callable[[BaseProjection, BaseLayer], Projection],
+    ) -> LowRankAdapter:
+        """Make an adapter of a projection's weights, which `build` makes.
+
+        Raises:
+            AdapterError: If `target_modules` names projections that the base model lacks.
+        """
+        targets = resolve_targets(config, base_layers[0])
+        layers = [
+            nn.ModuleDict(
+                {
+                    block: projection_block(projections, targets, layer, build)
+                    for block, projections in layer.blocks.items()
+                }
             )
-        tiny = torch.finfo(norms.dtype).tiny  # a zero row of W: 0 / tiny instead of 0 / 0
-        return self.lora_magnitude_vector / norms.clamp_min(tiny)
+            for layer in base_layers
+        ]
+        return cls(name, config, base_layers, layers)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor under its name, experts apart, as views of the parameters."""
-        named = {
-            "lora_A": self.lora_A,
-            "lora_B": self.lora_B,
-            "magnitude": self.lora_magnitude_vector,
-        }
-        for expert in range(self.num_experts):
-            prefix = f"{self.key}.experts.{expert}" if self.is_mixture else self.key
-            for name, parameter in named.items():
-                if parameter is not None:
-                    yield f"{prefix}.{name}", parameter.detach()[expert]
+    def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
+        """See Adapter."""
+        return ffn_weights(self.ffn_block(layer), self.base_layers[layer], dtype)
+
+    def ffn(
+        self,
+        layer: int,
+        weights: FfnWeights,
+        hidden_states: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        act: Activation,
+        tokens: SegmentTokens,
+    ) -> FfnRows:
+        """Compute the block in the lean form where nothing lies between A and B."""
+        dropout = self.ffn_dropout(self.config.dropout, hidden_states.shape[-1], gate, 1, tokens)
+        hidden_states = hidden_states.to(gate.dtype)
+        if weights.is_plain:
+            hidden, finish = adapter_ffn(hidden_states, gate, up, weights, None, act, dropout)
+        else:
+            hidden, finish = low_rank_ffn(hidden_states, gate, up, weights, act, dropout, tokens)
+        return FfnRows(hidden, finish)
+
+    def stack_key(self) -> Hashable:
+        """See Adapter."""
+        return type(self.config), self._shapes
+
+    @classmethod
+    def stack_ffn(
+        cls, adapters: Sequence[LowRankAdapter], layer: int, dtype: torch.dtype
+    ) -> StackedLowRankFfn:
+        """See Adapter."""
+        return stack_low_rank_ffn([adapter.ffn_weights(layer, dtype) for adapter in adapters])
 
 
-def low_rank_block(
+def projection_block(
     projections: Mapping[str, BaseProjection],
     targets: frozenset[str],
-    config: LoraConfig,
-    num_experts: int | None,
-    dtype: torch.dtype,
-    seed: int,
+    layer: BaseLayer,
+    build: Callable[[BaseProjection, BaseLayer], Projection],
 ) -> nn.ModuleDict:
     """Make the weights of a block's targeted projections, by name."""
     return nn.ModuleDict(
-        {
-            name: LowRank(projection, config, num_experts, dtype, projection.key, seed)
-            for name, projection in projections.items()
-            if name in targets
-        }
+        {name: build(base, layer) for name, base in projections.items() if name in targets}
     )
 
 
-def _initial_A(shape: tuple[int, int], init: str, seed: int, name: str) -> Tensor:
-    """Draw A on the CPU in float32 from a generator seeded by the job's seed and the name."""
-    generator = generator_for(seed, name)
-    rank, in_features = shape
-    if init == "gaussian":
-        return torch.empty(shape).normal_(std=1 / rank, generator=generator)
-    bound = 1 / math.sqrt(in_features)  # Kaiming uniform with a = sqrt(5)
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup:
+    """Stack the A of projections that share an input; keep the B side of each by name."""
+    matrices = [module.compute_A(dtype) for module in modules]
+    projections, start = {}, 0
+    for module, lora_A in zip(modules, matrices, strict=True):
+        columns = slice(start, start + len(lora_A))
+        start = columns.stop
+        projections[module.name] = UpProjection(
+            columns,
+            module.compute_B(dtype),
+            module.row_scale(),
+            module.base.compute_bias(dtype),
+            module.between if module.maps_rank_space else None,
+        )
+    return InputGroup(matrices[0] if len(matrices) == 1 else torch.cat(matrices), projections)
+
+
+def ffn_weights(
+    block: Mapping[str, Projection],
+    layer: BaseLayer,
+    dtype: torch.dtype,
+    num_experts: int = 1,
+) -> FfnWeights:
+    """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart.
+
+    Args:
+        block: The projections' weights, at least one.
+        layer: The base's side.
+        dtype: Of the products.
+        num_experts: Experts whose A lie behind one another in each projection's.
+    """
+    shape = layer.ffn_shape
+    inputs = [block[name] for name in shape.inputs if name in block]
+    group = input_group(inputs, dtype) if inputs else None
+    sides = [None if group is None else group.projections.get(name) for name in shape.inputs]
+    if shape.fused:
+        sides = _halves(sides[0])
+    down, down_weights = block.get(shape.output), None
+    if down is not None:
+        down_weights = LowRankWeights(
+            down.compute_A(dtype),
+            down.compute_B(dtype),
+            down.row_scale(),
+            down.between if down.maps_rank_space else None,
+        )
+    any_module = next(iter(block.values()))
+    return FfnWeights(
+        input_A=None if group is None else group.A,
+        gate=sides[0],
+        up=sides[1] if len(sides) > 1 else None,
+        down=down_weights,
+        down_bias=layer.ffn[shape.output].compute_bias(dtype),
+        num_experts=num_experts,
+        rank=any_module.num_columns // num_experts,
+        base_combines=layer.ffn[shape.output].is_linear_over_rows,
+    )
+
+
+def _halves(fused: UpProjection | None) -> list[UpProjection | None]:
+    """Cut a fused gate_up projection's B side into gate (first half) and up."""
+    if fused is None:
+        return [None, None]
+    scales: Sequence[Tensor | None] = [None, None]
+    biases: Sequence[Tensor | None] = [None, None]
+    if fused.row_scale is not None:
+        scales = fused.row_scale.chunk(2, dim=1)
+    if fused.bias is not None:
+        biases = fused.bias.chunk(2)
+    return [
+        UpProjection(fused.columns, lora_B, scale, bias, fused.between)
+        for lora_B, scale, bias in zip(fused.B.chunk(2, dim=1), scales, biases, strict=True)
+    ]
+
+
+def kaiming_uniform(shape: tuple[int, int], seed: int, name: str) -> Tensor:
+    """Draw a matrix, Kaiming uniform with a = sqrt(5), on the CPU in float32.
+
+    Args:
+        shape: [out, in].
+        seed: Of the job.
+        name: The tensor's full name: what is drawn depends on it and the seed alone.
+    """
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator_for(seed, name))
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -1,7 +1,7 @@
 """Decoding: new tokens a second for rows that share one adapter, or have different ones.
 
-Cases: `base` is transformers' own generate on a model that nothing is attached to; `lora` and
-`mixlora` give every row the same adapter; `mixed` deals four mixtures and the base out by turns.
+Cases: `base` is transformers' own generate on a model that nothing is attached to; an adapter's
+name gives every row the same one; `mixed` deals four mixtures and the base out by turns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from loraloom.bench.step import StepSetting, adapter_config, fill_B
+from loraloom.bench.cases import StepSetting, adapter_config, mixture_case
+from loraloom.bench.step import fill_B
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 
@@ -40,7 +41,7 @@ def make_decode(case: str, setting: DecodeSetting) -> Callable[[], object]:
     """Load a base model and return a function that decodes once.
 
     Args:
-        case: `base`, `lora`, `mixlora`, `mixdora` or `mixed`.
+        case: `base`, `mixed` or an adapter of cases.yaml.
         setting: Model and sizes.
     """
     model: Any
@@ -59,7 +60,7 @@ def make_decode(case: str, setting: DecodeSetting) -> Callable[[], object]:
     host = Host(model)
     names = _MIXED if case == "mixed" else (case,)
     for seed, name in enumerate(filter(None, names)):
-        method = "mixlora" if case == "mixed" else case
-        fill_B(host.add(name, adapter_config(method, setting.adapter), seed))
+        config = adapter_config(mixture_case() if case == "mixed" else case, setting.adapter)
+        fill_B(host.add(name, config, seed))
     rows = [names[row % len(names)] for row in range(setting.rows)]
     return lambda: host.generate(prompts, adapters=rows, **options)

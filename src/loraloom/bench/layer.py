@@ -17,16 +17,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from loraloom.adapters.adapter import BaseLayer, FfnShape
-from loraloom.adapters.low_rank import BaseProjection
-from loraloom.bench.step import StepSetting, adapter_config, fill_B
+from loraloom.adapters.base import BaseLayer, BaseProjection, FfnShape
+from loraloom.bench.cases import StepSetting, adapter_config
+from loraloom.bench.step import fill_B
 from loraloom.errors import ConfigError
-from loraloom.models.host import METHODS
+from loraloom.models.forward import ForwardContext, running, segment_adapters
 from loraloom.models.layout import make_layout
-from loraloom.models.running import RunningForward, RunningSlot
 from loraloom.models.wrappers import FfnBlock
-
-LAYER_CASES = ("peft-lora", "peft-lora-tuned", "frozen", "lora", "dora", "mixlora", "mixdora")
 
 _SHAPE = FfnShape(("gate_proj", "up_proj"), "down_proj")
 
@@ -64,7 +61,7 @@ def make_layer(case: str, setting: LayerSetting) -> LayerCase:
     """Build a layer of a case with random weights.
 
     Args:
-        case: One of `LAYER_CASES`.
+        case: `frozen`, or as in `make_step`.
         setting: Sizes.
 
     Raises:
@@ -109,21 +106,22 @@ def _forward_of(
     if case.startswith("peft-lora"):
         return _peft(mlp, setting, tuned=case.endswith("tuned"))
     step = StepSetting(rank=setting.rank, num_experts=setting.num_experts, top_k=setting.top_k)
-    config = adapter_config(case, step).model_copy(update={"target_modules": "ffn"})
+    config = adapter_config(case, step, target_modules="ffn")
     layers = [_base_layer(mlp, setting)]
     adapters = {
-        name: METHODS[config.method](name, config, layers, torch.float32, seed)
+        name: config.build(name, layers, torch.float32, seed)
         for seed, name in enumerate(f"{case}-{index}" for index in range(setting.num_adapters))
     }
     for adapter in adapters.values():
         fill_B(adapter)
-    slot = RunningSlot()
-    block = FfnBlock(slot, 0, mlp, _SHAPE, "act_fn")
+    owner = object()
+    block = FfnBlock(owner, 0, mlp, _SHAPE, "act_fn")
 
     def forward(hidden_states: Tensor) -> Tensor:
         names, device = list(adapters), hidden_states.device
         layout = make_layout(names, hidden_states.shape[1], None, None, device)
-        with slot.running(RunningForward(layout, adapters)):
+        context = ForwardContext(owner, layout, segment_adapters(layout, adapters), record={})
+        with running(context):
             return block(hidden_states)
 
     return forward, [weight for adapter in adapters.values() for weight in adapter.parameters()]

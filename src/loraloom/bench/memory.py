@@ -11,7 +11,8 @@ import sys
 from dataclasses import asdict, dataclass, replace
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.bench.step import StepSetting, make_step
+from loraloom.bench.cases import StepSetting
+from loraloom.bench.step import make_step
 from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
 
 _STEPS = 3

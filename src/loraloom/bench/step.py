@@ -8,54 +8,25 @@ batch; the others are loraloom's. Dropout 0, no gradient checkpointing, all line
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.bench.cases import StepSetting, adapter_config
 from loraloom.models.families import family_of, head_of
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.ops.token_loss import token_losses
-from loraloom.routing.losses import router_loss
 
 Step = Callable[[], object]
-
-STEP_CASES = ("peft-lora", "peft-lora-tuned", "lora", "dora", "mixlora", "mixdora")
-
-
-@dataclass(frozen=True)
-class StepSetting:
-    """What a step is made of.
-
-    Args:
-        base_model: As `load_base_model` takes it.
-        dtype: Of the base model.
-        rows: Sequences in the batch.
-        length: Tokens of each.
-        rank: Of LoRA and of each expert.
-        num_experts: Of a mixture.
-        top_k: Of a mixture.
-        num_jobs: Adapters, each with rows of its own in the batch.
-    """
-
-    base_model: str = "smollm2-135m"
-    dtype: str = "bfloat16"
-    rows: int = 4
-    length: int = 256
-    rank: int = 8
-    num_experts: int = 8
-    top_k: int = 2
-    num_jobs: int = 1
 
 
 def make_step(case: str, setting: StepSetting) -> Step:
     """Load a base model and return a function that runs one step of a case.
 
     Args:
-        case: One of `STEP_CASES`.
+        case: `peft-lora`, `peft-lora-tuned` or an adapter of cases.yaml.
         setting: Model and sizes.
     """
     if case.startswith("peft-lora"):
@@ -67,7 +38,7 @@ class JobSteps:
     """Adapters on one host, each with an AdamW and with rows of its own.
 
     Args:
-        host: In training mode, with the adapters.
+        host: With the adapters.
         tokens: (rows of all adapters, length), by adapter.
     """
 
@@ -95,14 +66,14 @@ class JobSteps:
 
     def _step(self, names: Sequence[str], tokens: Sequence[Tensor]) -> None:
         rows = torch.cat(list(tokens))
-        out = self._host.hidden(rows, adapters=[n for n in names for _ in tokens[0]])
+        adapters = [name for name in names for _ in tokens[0]]
+        out = self._host.hidden(rows, adapters=adapters, training=True)
         states = out.last_hidden_state[:, :-1].flatten(0, 1)
         losses = self._host.token_losses(states, rows[:, 1:].flatten())
         loss = losses.view(len(names), -1).mean(dim=1).sum()
         for name in names:
-            config = self._host.adapters[name].config
-            if isinstance(config, MixLoraConfig):
-                loss = loss + router_loss(out.routing[name], config)
+            added = self._host.adapters[name].auxiliary_loss(out.routing.get(name, []))
+            loss = loss if added is None else loss + added
         loss.backward()
         for name in names:
             self._optimizers[name].step()
@@ -112,7 +83,7 @@ class JobSteps:
 def make_job_steps(case: str, setting: StepSetting) -> JobSteps:
     """Load a base model and put `num_jobs` adapters of a case on it."""
     model, _ = load_base_model(setting.base_model, dtype=setting.dtype)
-    host = Host(model).train()
+    host = Host(model)
     for job in range(setting.num_jobs):
         host.add(f"{case}-{job}", adapter_config(case, setting), seed=job)
     return JobSteps(host, _random_tokens(model, setting))
@@ -123,20 +94,6 @@ def _random_tokens(model: torch.nn.Module, setting: StepSetting) -> Tensor:
     shape = (setting.num_jobs * setting.rows, setting.length)
     vocab_size: int = model.config.vocab_size  # pyright: ignore
     return torch.randint(3, vocab_size, shape, generator=generator)
-
-
-def adapter_config(case: str, setting: StepSetting) -> LoraConfig:
-    """Return the adapter of a case."""
-    shared = {"rank": setting.rank, "alpha": 2.0 * setting.rank, "dropout": 0.0}
-    decomposed = case in ("dora", "mixdora")
-    if case in ("lora", "dora"):
-        return LoraConfig(**shared, weight_decomposition=decomposed)
-    return MixLoraConfig(
-        **shared,
-        num_experts=setting.num_experts,
-        top_k=setting.top_k,
-        weight_decomposition=decomposed,
-    )
 
 
 def fill_B(module: torch.nn.Module) -> None:

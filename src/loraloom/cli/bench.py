@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraloom.bench.cases import PEFT_CASES, StepSetting, adapter_cases, mixture_case
 from loraloom.cli.options import BaseModelOption, DtypeOption
 from loraloom.errors import ConfigError
 from loraloom.models.sources import SMALL_MODEL
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
     from loraloom.bench.report import Figure
 
 CasesOption = Annotated[
-    str, typer.Option("--cases", help="What to measure, with commas; the first is the baseline.")
+    str | None,
+    typer.Option(
+        "--cases", help="What to measure, with commas; the first is the baseline. Default: all."
+    ),
+]
+CaseOption = Annotated[
+    str | None, typer.Option("--case", help="Name of an adapter that benchmarks know: a mixture.")
 ]
 RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Timed turns of every case.")]
 RankOption = Annotated[int, typer.Option("--rank", min=1, help="Of LoRA and of each expert.")]
@@ -35,16 +42,16 @@ def layer(
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
-    cases: CasesOption = "peft-lora,peft-lora-tuned,frozen,lora,dora,mixlora,mixdora",
+    cases: CasesOption = None,
     rounds: RoundsOption = 9,
     picture: PictureOption = None,
 ) -> None:
     """One FFN layer in bfloat16, forward and backward: time, and activations that it keeps."""
-    from loraloom.bench.layer import LAYER_CASES, LayerSetting, make_layer
+    from loraloom.bench.layer import LayerSetting, make_layer
     from loraloom.bench.report import Figure
     from loraloom.bench.timing import alternate
 
-    names = _names(cases, LAYER_CASES)
+    names = _names(cases, (*PEFT_CASES, "frozen", *adapter_cases()))
     setting = LayerSetting(hidden_size, ffn_size, num_tokens, rank, num_experts, top_k)
     made = {name: make_layer(name, setting) for name in names}
     timings = alternate({name: one.run for name, one in made.items()}, rounds)
@@ -65,7 +72,7 @@ SCALED = ("num-experts", "top-k", "rank", "tokens", "adapters")
 def scaling(
     over: Annotated[str, typer.Option("--over", help=f"One of {', '.join(SCALED)}.")],
     values: Annotated[str, typer.Option("--values", help="Numbers with commas; baseline first.")],
-    case: Annotated[str, typer.Option("--case", help="lora, dora, mixlora, mixdora.")] = "mixlora",
+    case: CaseOption = None,
     hidden_size: Annotated[int, typer.Option("--hidden-size", min=1, help="D.")] = 576,
     ffn_size: Annotated[int, typer.Option("--ffn-size", min=1, help="F.")] = 1536,
     num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="T.")] = 2048,
@@ -79,7 +86,7 @@ def scaling(
     picture: PictureOption = None,
 ) -> None:
     """One FFN layer in bfloat16 over a range of sizes: forward and backward, and AdamW apart."""
-    names = _names(case, ("lora", "dora", "mixlora", "mixdora"), "--case")
+    names = _names(case or mixture_case(), adapter_cases(), "--case")
     numbers = _numbers(values)
     if over not in SCALED:
         raise ConfigError(f"--over must be one of {', '.join(SCALED)}, got {over!r}")
@@ -117,7 +124,7 @@ def step(
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
-    cases: CasesOption = "peft-lora,peft-lora-tuned,lora,dora,mixlora,mixdora",
+    cases: CasesOption = None,
     rounds: RoundsOption = 7,
     memory: Annotated[
         bool, typer.Option("--memory", help="Measure peak memory too, a process for each case.")
@@ -127,10 +134,10 @@ def step(
     """A training step, all linear layers adapted, loss on all tokens: time and peak memory."""
     from loraloom.bench.memory import step_peak_rss_bytes
     from loraloom.bench.report import Figure
-    from loraloom.bench.step import STEP_CASES, StepSetting, make_step
+    from loraloom.bench.step import make_step
     from loraloom.bench.timing import alternate
 
-    names = _names(cases, STEP_CASES)
+    names = _names(cases, (*PEFT_CASES, *adapter_cases()))
     setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k)
     peaks = {name: step_peak_rss_bytes(name, setting) for name in names} if memory else {}
     timings = alternate({name: make_step(name, setting) for name in names}, rounds)
@@ -152,7 +159,7 @@ def jobs(
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
-    case: Annotated[str, typer.Option("--case", help="lora, dora, mixlora, mixdora.")] = "mixlora",
+    case: CaseOption = None,
     rounds: RoundsOption = 5,
     memory: Annotated[
         bool, typer.Option("--memory", help="Measure peak memory of one and of all jobs too.")
@@ -160,10 +167,10 @@ def jobs(
     picture: PictureOption = None,
 ) -> None:
     """Training steps of many jobs: fused, against the same jobs one after another."""
-    (name,) = _names(case, ("lora", "dora", "mixlora", "mixdora"), "--case")
+    (name,) = _names(case or mixture_case(), adapter_cases(), "--case")
     from loraloom.bench.memory import jobs_memory
     from loraloom.bench.report import Figure
-    from loraloom.bench.step import StepSetting, make_job_steps
+    from loraloom.bench.step import make_job_steps
     from loraloom.bench.timing import alternate
 
     setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k, num_jobs)
@@ -188,15 +195,14 @@ def decode(
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
-    cases: CasesOption = "base,lora,mixlora,mixdora,mixed",
+    cases: CasesOption = None,
     rounds: RoundsOption = 5,
     picture: PictureOption = None,
 ) -> None:
     """Greedy decoding with a cache: tokens a second."""
-    names = _names(cases, ("base", "lora", "mixlora", "mixdora", "mixed"))
+    names = _names(cases, ("base", *adapter_cases(), "mixed"))
     from loraloom.bench.decode import DecodeSetting, make_decode
     from loraloom.bench.report import Figure
-    from loraloom.bench.step import StepSetting
     from loraloom.bench.timing import alternate
 
     adapter = StepSetting(base_model, dtype, rank=rank, num_experts=num_experts, top_k=top_k)
@@ -228,12 +234,14 @@ def _numbers(values: str) -> list[int]:
     return [int(part) for part in dict.fromkeys(parts)]
 
 
-def _names(cases: str, known: tuple[str, ...], option: str = "--cases") -> list[str]:
-    """Split `--cases`.
+def _names(cases: str | None, known: tuple[str, ...], option: str = "--cases") -> list[str]:
+    """Split `--cases`; None is all that are known.
 
     Raises:
         ConfigError: If one is unknown or none is given.
     """
+    if cases is None:
+        return list(known)
     names = list(dict.fromkeys(name.strip() for name in cases.split(",") if name.strip()))
     unknown = [name for name in names if name not in known]
     if unknown or not names:

@@ -48,13 +48,12 @@ def _settings(description: AdapterDescription) -> dict[str, str]:
         "adapter": description.path,
         "method": f"{description.method}{stabilized} ({description.layout} layout)",
         "base model": description.base_model or "unknown",
-        "rank": f"{description.rank}, alpha {description.alpha:g} (scaling "
-        f"{description.scaling:g}), dropout {description.dropout:g}",
+        "rank": _rank(description),
     }
     if experts := description.experts:
         rows["experts"] = (
-            f"{experts.num_experts}, top-{experts.top_k}, rank {experts.rank}, "
-            f"alpha {experts.alpha:g}, dropout {experts.dropout:g}"
+            f"{experts['num_experts']}, top-{experts['top_k']}, rank {experts['rank']}, "
+            f"alpha {experts['alpha']:g}, dropout {experts['dropout']:g}"
         )
     rows["target modules"] = ", ".join(description.target_modules)
     rows["layers"] = str(description.num_layers)
@@ -65,6 +64,13 @@ def _settings(description: AdapterDescription) -> dict[str, str]:
     for name, size in description.file_bytes.items():
         rows[name] = f"{size:,} bytes"
     return rows
+
+
+def _rank(description: AdapterDescription) -> str:
+    scaling = ""
+    if description.alpha is not None:
+        scaling = f", alpha {description.alpha:g} (scaling {description.scaling:g})"
+    return f"{description.rank}{scaling}, dropout {description.dropout:g}"
 
 
 def _share(description: AdapterDescription) -> str:

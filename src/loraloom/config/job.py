@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, field_validator
 
-from loraloom.config.adapter import AdapterConfig
+from loraloom.adapters import AnyAdapterConfig
 from loraloom.config.data import (
     DataConfig,
     Scoring,
@@ -60,7 +60,7 @@ class JobConfig(StrictModel):
     """Seed of the initial weights, the order of the data, dropout and jitter."""
     priority: float = Field(default=1.0, gt=0)
     """Share of the computed tokens, against other jobs', where max_tokens_per_step bounds steps."""
-    adapter: AdapterConfig
+    adapter: AnyAdapterConfig
     """Method and size of the adapter."""
     start_from: str | None = Field(default=None, min_length=1)
     """Adapter to start from, by directory or hub id, of the same method and size; null for new."""

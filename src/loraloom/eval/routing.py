@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.adapter import MixLoraConfig
+from loraloom.adapters.config import AdapterConfig
 from loraloom.eval.rows import TokenRow
 from loraloom.models.host import Host
-from loraloom.routing.collapse import advice, find_collapse
+from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_shares
 from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
@@ -105,7 +105,7 @@ class WordCounts:
 class AdapterRouting:
     """The routing of one adapter in all tasks."""
 
-    config: MixLoraConfig
+    config: AdapterConfig
     tasks: dict[str, TaskRouting] = field(default_factory=dict)
     words: WordCounts | None = None
 
@@ -124,7 +124,7 @@ class RoutingTally:
         self.adapters = {
             name: AdapterRouting(config)
             for name, config in configs.items()
-            if isinstance(config, MixLoraConfig)
+            if config.experts_per_token is not None
         }
 
     def of(self, task: str) -> OnRouting | None:
@@ -142,7 +142,7 @@ class RoutingTally:
             of_task.totals = totals if of_task.totals is None else of_task.totals + totals
             if adapter.words is None:
                 layers = some_layers(len(routing))
-                num_experts = adapter.config.num_experts
+                num_experts = max(record.num_experts for record in routing)
                 adapter.words = WordCounts(layers, self._vocab_size, num_experts)
             adapter.words.add(batch.token_ids, routing)
             if 0 in batch.places:
@@ -188,12 +188,15 @@ def summarise_routing(
 def _summarise_adapter(
     adapter: AdapterRouting, tokenizer: PreTrainedTokenizerBase, num_questions: Mapping[str, int]
 ) -> dict[str, Any]:
+    top_k = adapter.config.experts_per_token or 0
     covered = {task: one.totals for task, one in adapter.tasks.items() if one.totals is not None}
-    layers = next(iter(covered.values())).layers if covered else ()
+    some = next(iter(covered.values()), None)
+    routers = () if some is None else some.routers
+    layers = [layer if block is None else f"{layer}.{block}" for layer, block in routers]
     return {
-        "num_experts": adapter.config.num_experts,
-        "top_k": adapter.config.top_k,
-        "layers": list(layers),
+        "num_experts": adapter.config.experts_per_router,
+        "top_k": top_k,
+        "layers": layers,
         "tasks": {
             task: _summarise_task(one, tokenizer, num_questions[task])
             for task, one in adapter.tasks.items()
@@ -201,18 +204,19 @@ def _summarise_adapter(
         "similarity": [
             _compare(first, second, covered) for first, second in combinations(covered, 2)
         ],
-        "words": _summarise_words(adapter.words, layers, adapter.config.top_k, tokenizer),
+        "words": _summarise_words(adapter.words, layers, top_k, tokenizer),
         "warnings": _find_warnings(list(covered.values()), adapter.config),
     }
 
 
-def _find_warnings(totals: Sequence[RoutingTotals], config: MixLoraConfig) -> list[str]:
+def _find_warnings(totals: Sequence[RoutingTotals], config: AdapterConfig) -> list[str]:
     """Judge the load over all tasks."""
     if not totals:
         return []
     together = reduce(operator.add, totals)
-    found = find_collapse(together.layers, together.tokens_per_expert, config)
-    return [f"{text}; train again: {advice(config)}" for text in found.values()]
+    counts = dict(zip(together.routers, together.tokens_per_expert.tolist(), strict=True))
+    found = find_collapse(counts, config.experts_per_token or 0)
+    return [f"{text}; train again: {config.collapse_advice}" for text in found.values()]
 
 
 def _summarise_task(
@@ -257,7 +261,7 @@ def _rounded(values: Tensor) -> Any:
 
 def _summarise_words(
     words: WordCounts | None,
-    layers: Sequence[int],
+    layers: Sequence[int | str],
     top_k: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:

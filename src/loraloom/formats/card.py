@@ -8,20 +8,14 @@ from typing import Any
 
 import yaml
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
-from loraloom.formats.base import BaseInfo
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.config import AdapterConfig
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
-def method_name(config: LoraConfig) -> str:
-    """Name the method as papers do: LoRA, DoRA, MixLoRA or MixDoRA."""
-    kind = "DoRA" if config.weight_decomposition else "LoRA"
-    return f"Mix{kind}" if isinstance(config, MixLoraConfig) else kind
-
-
 def model_card(
-    config: LoraConfig,
+    config: AdapterConfig,
     base: BaseInfo,
     *,
     name: str | None = None,
@@ -40,7 +34,7 @@ def model_card(
     front_matter = yaml.safe_dump(_front_matter(config, base), sort_keys=False)
     sections = [
         f"---\n{front_matter}---",
-        f"# {name or method_name(config)}",
+        f"# {name or config.title}",
         f"An adapter for {_base_name(base)} (architecture: {base.model_type}), "
         "trained with loraloom.",
         f"## Method\n\n{_method(config)}",
@@ -57,13 +51,12 @@ def _base_name(base: BaseInfo) -> str:
     return f"`{base.name_or_path}`" if base.name_or_path else "a base model without a name"
 
 
-def _front_matter(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
+def _front_matter(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
     """Metadata that the Hub reads; it takes no local path as a base model."""
-    is_mixture = isinstance(config, MixLoraConfig)
     front_matter: dict[str, Any] = {
-        "library_name": "loraloom" if is_mixture else "peft",
+        "library_name": "peft" if config.layout == "peft" else "loraloom",
         "pipeline_tag": "text-generation",
-        "tags": ["loraloom", method_name(config).lower()],
+        "tags": ["loraloom", config.title.lower()],
     }
     if _HUB_ID.fullmatch(base.name_or_path) and not Path(base.name_or_path).exists():
         front_matter["tags"].append(f"base_model:adapter:{base.name_or_path}")
@@ -71,27 +64,22 @@ def _front_matter(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
     return front_matter
 
 
-def _method(config: LoraConfig) -> str:
+def _method(config: AdapterConfig) -> str:
     targets = config.target_modules
     lines = [
-        f"- method: {method_name(config)}{' (rank-stabilized)' if config.rank_stabilized else ''}",
-        f"- rank {config.rank}, alpha {config.alpha:g}, dropout {config.dropout:g}",
-        f"- target modules: {targets if isinstance(targets, str) else ', '.join(targets)}",
+        f"method: {config.title}, {config.formula}",
+        f"rank {config.rank}, dropout {config.dropout:g}",
+        f"target modules: {targets if isinstance(targets, str) else ', '.join(targets)}",
+        *config.card_lines(),
     ]
-    if isinstance(config, MixLoraConfig):
-        expert = config.expert_config
-        lines += [
-            f"- {config.num_experts} experts in each FFN, {config.top_k} for each token",
-            f"- experts: rank {expert.rank}, alpha {expert.alpha:g}, dropout {expert.dropout:g}",
-        ]
-    return "\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def _usage(config: LoraConfig) -> str:
+def _usage(config: AdapterConfig) -> str:
     text = (
         "```python\nimport loraloom\n\nhost = loraloom.attach(model)\n"
         'host.load("my-adapter", "path-or-hub-id")\n```'
     )
-    if isinstance(config, MixLoraConfig):
+    if config.layout != "peft":
         return text
     return f"{text}\n\nThe files are PEFT's: `PeftModel.from_pretrained` loads them too."

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from loraloom.config.adapter import LoraConfig
-from loraloom.errors import FormatError
-from loraloom.formats.keys import TensorKey
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
+from loraloom.adapters.keys import TensorKey
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 
 RECORD_VERSION = 1
 """Version of what loraloom adds to the two layouts; files with a higher one are refused."""
-
-Config = TypeVar("Config", bound=LoraConfig)
 
 _FILE_FIELDS = {
     "rank": "r",
@@ -31,37 +29,6 @@ _FILE_FIELDS = {
     "weight_decomposition": "use_dora",
     "experts": "expert_lora",
 }
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """The files of an adapter, before anything in them is understood."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
-    """The header of the safetensors file."""
-    source: str = "the adapter"
-    """Where they came from, for messages."""
-
-    def error(self, message: str) -> FormatError:
-        """Make an error that names these files."""
-        return FormatError(f"{self.source}: {message}")
-
-    def required(self, name: str) -> Any:
-        """Take a field that the configuration must have."""
-        if name not in self.config:
-            raise self.error(f"{CONFIG_FILE} must have the field `{name}`, it is missing")
-        return self.config[name]
-
-    def section(self, name: str) -> dict[str, Any]:
-        """Take a field that holds fields, {} where it is missing or null."""
-        value = self.config.get(name)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self.error(f"`{name}` in {CONFIG_FILE} must be an object, got {value!r}")
-        return value
 
 
 @dataclass(frozen=True)
@@ -110,8 +77,8 @@ class BaseRecord:
 class StoredAdapter:
     """An adapter as its files describe it, before it meets a base model."""
 
-    layout: Literal["peft", "moe-peft"]
-    config: LoraConfig
+    layout: str
+    config: AdapterConfig
     """`target_modules` holds all names that the configuration lists or the tensors use."""
     tensors: dict[str, Tensor]
     """By our keys (keys.py)."""
@@ -123,38 +90,57 @@ class StoredAdapter:
     """The activation of the FFN, where the layout tells."""
 
 
-def lora_fields(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the fields that both layouts share, under loraloom's names.
+def stored_adapter(
+    files: AdapterFiles,
+    method: type[AdapterConfig],
+    layout: str,
+    tensors: dict[str, Tensor],
+    record: Mapping[str, Any],
+    **known: Any,
+) -> StoredAdapter:
+    """Put an adapter together from what a layout has read.
 
-    A name in `target_modules` that matches nothing has no effect in PEFT and MoE-PEFT; it is kept
-    here and dropped when the adapter meets a base model without such a module.
+    Args:
+        files: What was found on disk.
+        method: Whose files they are.
+        layout: The layout's name for people.
+        tensors: By our keys.
+        record: What loraloom had added, {} for nothing.
+        known: More that the layout tells.
+
+    Raises:
+        FormatError: If a field of the configuration can't be used.
     """
-    used = [key.projection for key in map(TensorKey.parse, tensors) if key is not None]
-    names = [*_listed_modules(files), *(name for name in used if name is not None)]
+    keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
+    projections = [key.projection for key in keys if key.projection is not None]
+    settings = method.settings_of(files, projections)
+    config = _build_config(files, method, settings)
+    base = BaseRecord.from_files(files, record)
+    return StoredAdapter(layout, config, tensors, base, files.source, **known)
+
+
+def common_fields(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
+    """Give the fields that adapter_config.json has in every layout."""
     return {
-        "rank": files.required("r"),
-        "alpha": files.required("lora_alpha"),
-        "dropout": files.config.get("lora_dropout", 0.0),
-        "target_modules": tuple(dict.fromkeys(names)),
-        "rank_stabilized": files.config.get("use_rslora", False),
-        "weight_decomposition": files.config.get("use_dora", False),
+        "peft_type": config.peft_type,
+        "base_model_name_or_path": base.name_or_path or None,
+        "task_type": "CAUSAL_LM",
     }
 
 
-def _listed_modules(files: AdapterFiles) -> list[str]:
-    """Names in `target_modules`; a pattern (a string) is left to the tensors."""
-    modules = files.config.get("target_modules")
-    if isinstance(modules, dict):
-        modules = [name for name, wanted in modules.items() if wanted]
-    if not isinstance(modules, list):
-        return []
-    return [str(name).rpartition(".")[2] for name in modules]
+def check_task(files: AdapterFiles) -> None:
+    """Raise a FormatError if an adapter has a head or biases of its own."""
+    if files.config.get("task_type") == "SEQ_CLS" or "classifier" in files.tensors:
+        raise files.error("`task_type` must be CAUSAL_LM, got SEQ_CLS: it has a head of its own")
+    if files.config.get("bias", "none") != "none":
+        raise files.error(f"`bias` must be none, got {files.config['bias']!r}")
 
 
-def build_config(files: AdapterFiles, model: type[Config], fields: dict[str, Any]) -> Config:
-    """Make the configuration, or say which of the file's fields are wrong."""
+def _build_config(
+    files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
+) -> AdapterConfig:
     try:
-        return model(**fields)
+        return method(**settings)
     except ValidationError as error:
         faults = "; ".join(_fault(detail["loc"], detail["msg"]) for detail in error.errors())
         raise files.error(f"{CONFIG_FILE} can't be used: {faults}") from error

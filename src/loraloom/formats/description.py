@@ -12,23 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
-from loraloom.formats.card import method_name
-from loraloom.formats.contents import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, StoredAdapter
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.files import CONFIG_FILE
+from loraloom.adapters.keys import TensorKey
+from loraloom.formats.contents import PICKLE_FILE, WEIGHTS_FILE, StoredAdapter
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
-from loraloom.formats.keys import TensorKey
-
-
-@dataclass(frozen=True)
-class ExpertsDescription:
-    """The mixture's side of an adapter."""
-
-    num_experts: int
-    top_k: int
-    rank: int
-    alpha: float
-    dropout: float
 
 
 @dataclass(frozen=True)
@@ -50,13 +39,15 @@ class AdapterDescription:
     path: str
     layout: str
     method: str
+    formula: str
     rank: int
-    alpha: float
-    scaling: float
+    alpha: float | None
+    scaling: float | None
     dropout: float
     rank_stabilized: bool
     target_modules: tuple[str, ...]
-    experts: ExpertsDescription | None
+    experts: dict[str, Any] | None
+    """The mixture's side: num_experts, top_k, and the experts' rank, alpha and dropout."""
     base_model: str | None
     base_fingerprint: str | None
     num_layers: int
@@ -96,7 +87,11 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
     return AdapterDescription(
         path=str(path_or_hub_id),
         layout=stored.layout,
-        **_settings(stored.config),
+        method=stored.config.title,
+        formula=stored.config.formula,
+        rank=stored.config.rank,
+        dropout=stored.config.dropout,
+        **stored.config.description(),
         target_modules=_used_modules(stored.config, keys),
         base_model=stored.base.name_or_path,
         base_fingerprint=stored.base.fingerprint,
@@ -111,25 +106,7 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
     )
 
 
-def _settings(config: LoraConfig) -> dict[str, Any]:
-    experts = None
-    if isinstance(config, MixLoraConfig):
-        own = config.expert_config
-        experts = ExpertsDescription(
-            config.num_experts, config.top_k, own.rank, own.alpha, own.dropout
-        )
-    return {
-        "method": method_name(config),
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "scaling": config.scaling,
-        "dropout": config.dropout,
-        "rank_stabilized": config.rank_stabilized,
-        "experts": experts,
-    }
-
-
-def _used_modules(config: LoraConfig, keys: dict[str, TensorKey]) -> tuple[str, ...]:
+def _used_modules(config: AdapterConfig, keys: dict[str, TensorKey]) -> tuple[str, ...]:
     used = {key.projection for key in keys.values()}
     return tuple(name for name in config.target_modules if name in used)
 

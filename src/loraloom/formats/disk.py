@@ -14,16 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
 from loraloom.durable import sync
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats.contents import (
-    CARD_FILE,
-    CONFIG_FILE,
-    PICKLE_FILE,
-    WEIGHTS_FILE,
-    AdapterFiles,
-    names_in,
-)
+from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE, names_in
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
 _STAGING = ".adapter.writing"

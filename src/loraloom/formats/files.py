@@ -1,8 +1,11 @@
 """Adapters to and from directories, whichever layout they are in.
 
-    peft_type LORA       PEFT's layout (peft.py): plain LoRA and DoRA, also MoE-PEFT's and mLoRA's
-    peft_type MIXLORA    MoE-PEFT's layout (reference.py), its pickles and our safetensors
-    older names          brought up to date first (legacy.py)
+    peft         PEFT's layout (peft.py), also that of MoE-PEFT's and mLoRA's plain adapters
+    reference    MoE-PEFT's layout of mixtures (reference.py), its pickles and our safetensors
+    native       our own names (native.py), for methods that no other library has
+    older names  brought up to date first (legacy.py)
+
+`peft_type` in adapter_config.json says which method it is, and the method says which layout.
 
 Code in a pickle is never run.
 """
@@ -13,24 +16,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters import CONFIGS
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
 from loraloom.errors import AdapterError
-from loraloom.formats import legacy, peft, reference
-from loraloom.formats.base import BaseInfo
+from loraloom.formats import legacy, native, peft, reference
 from loraloom.formats.card import model_card
-from loraloom.formats.contents import CONFIG_FILE, AdapterFiles, BaseRecord, StoredAdapter, names_in
+from loraloom.formats.contents import BaseRecord, StoredAdapter, names_in
 from loraloom.formats.disk import read_files, refuse_to_overwrite, replace_files
 from loraloom.formats.fit import check_shapes, fit_to_base
 from loraloom.formats.hub import find_adapter
-from loraloom.formats.keys import tensor_shapes
 
-_PARSERS = {"LORA": peft.parse, "MIXLORA": reference.parse}
-_PLANNED = ("MOLA", "LORAMOE")
+_LAYOUTS = {"peft": peft, "reference": reference, "native": native}
 
 
 def read_adapter(
     path_or_hub_id: str | Path, base: BaseInfo
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Read an adapter for a base model.
 
     Args:
@@ -39,8 +42,7 @@ def read_adapter(
             (another fingerprint) give a warning.
 
     Returns:
-        The configuration (a MixLoraConfig for a mixture), and the tensors by our keys, on the
-        CPU, at least in float32.
+        The method's configuration, and the tensors by our keys, on the CPU, at least in float32.
 
     Raises:
         FormatError: If files are missing, broken, or say what loraloom can't represent.
@@ -60,19 +62,18 @@ def parse_files(files: AdapterFiles) -> StoredAdapter:
         files = legacy.upgrade(files)
     peft_type = files.config.get("peft_type")
     if peft_type is None and "routing_strategy" in files.config:
-        peft_type = "MIXLORA"
-    if peft_type in _PLANNED:
-        raise files.error(f"`peft_type` {peft_type} is not supported yet")
-    parser = _PARSERS.get(str(peft_type))
-    if parser is None:
-        known = " or ".join(_PARSERS)
-        raise files.error(f"`peft_type` in {CONFIG_FILE} must be {known}, got {peft_type!r}")
-    return parser(files)
+        peft_type = str(files.config["routing_strategy"]).partition("-")[0].upper()
+    methods = {method.peft_type: method for method in CONFIGS}
+    method = methods.get(str(peft_type))
+    if method is None:
+        known = ", ".join(methods)
+        raise files.error(f"`peft_type` in {CONFIG_FILE} must be one of {known}, got {peft_type!r}")
+    return _LAYOUTS[method.layout].parse(files, method)
 
 
 def write_adapter(
     directory: str | Path,
-    config: LoraConfig,
+    config: AdapterConfig,
     tensors: dict[str, Tensor],
     base: BaseInfo,
     card: str | None = None,
@@ -85,7 +86,7 @@ def write_adapter(
 
     Args:
         directory: Made if it isn't there.
-        config: A MixLoraConfig goes to MoE-PEFT's layout, a LoraConfig to PEFT's.
+        config: Its method says which layout.
         tensors: By our keys (keys.py), all of them.
         base: The base model, whose name, size and fingerprint are stored.
         card: Text of README.md, see `model_card`; None for a card with method and base alone.
@@ -100,15 +101,12 @@ def write_adapter(
         refuse_to_overwrite(directory)
     _check_complete(config, tensors, base)
     record = BaseRecord(base.name_or_path, base.model_type, base.fingerprint, base.num_parameters)
-    if isinstance(config, MixLoraConfig):
-        files = reference.render(config, tensors, base, record)
-    else:
-        files = peft.render(config, tensors, base, record)
+    files = _LAYOUTS[config.layout].render(config, tensors, base, record)
     replace_files(directory, files, model_card(config, base) if card is None else card)
 
 
-def _check_complete(config: LoraConfig, tensors: dict[str, Tensor], base: BaseInfo) -> None:
-    shapes = tensor_shapes(config, base)
+def _check_complete(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> None:
+    shapes = config.tensor_shapes(base)
     odd = sorted(shapes.keys() ^ tensors.keys())
     if odd:
         raise AdapterError(

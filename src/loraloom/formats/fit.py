@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.keys import TensorKey, target_projections
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats.base import BaseInfo
 from loraloom.formats.contents import StoredAdapter, names_in
-from loraloom.formats.keys import TensorKey, target_projections, tensor_shapes
 
 _SAME_ACTIVATION = {
     "swish": "silu",
@@ -23,7 +22,7 @@ _SAME_ACTIVATION = {
 """Names of transformers for one function; those on the right stand for both."""
 
 
-def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[LoraConfig, dict[str, Tensor]]:
+def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Check an adapter against a base model and give it in its final form.
 
     Returns:
@@ -37,7 +36,7 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[LoraConfig, dict
     _check_modules(stored, base)
     _check_activation(stored, base)
     config = _with_known_targets(stored, base)
-    shapes = tensor_shapes(config, base)
+    shapes = config.tensor_shapes(base)
     _check_names(stored, shapes)
     check_shapes(stored.source, stored.tensors, shapes, base)
     _warn_if_another_base(stored, base)
@@ -72,7 +71,7 @@ def _check_modules(stored: StoredAdapter, base: BaseInfo) -> None:
     if stored.layers_path not in (None, base.layers_path):
         raise _another_base(stored, base, f"its layers are at {stored.layers_path}")
     keys = [key for key in map(TensorKey.parse, stored.tensors) if key is not None]
-    paths = dict.fromkeys(f"{key.block}.{key.projection or key.part}" for key in keys)
+    paths = dict.fromkeys(key.path for key in keys)
     foreign = [path for path in paths if path not in (*base.shapes, f"{base.ffn}.router")]
     if foreign:
         raise _another_base(
@@ -91,22 +90,16 @@ def _another_base(stored: StoredAdapter, base: BaseInfo, reason: str) -> Adapter
     )
 
 
-def _with_known_targets(stored: StoredAdapter, base: BaseInfo) -> LoraConfig:
-    paths = target_projections(stored.config, base)
+def _with_known_targets(stored: StoredAdapter, base: BaseInfo) -> AdapterConfig:
+    paths = target_projections(stored.config.target_modules, base)
     if not paths:
         raise FormatError(f"{stored.source}: no tensors and no `target_modules` of the base model")
-    if isinstance(stored.config, MixLoraConfig) and not _names_ffn(paths, base):
-        raise FormatError(
-            f"{stored.source}: a mixture must have experts on an FFN projection, "
-            f"one of {', '.join(base.ffn_projections)}; got none"
-        )
+    fault = stored.config.check_targets(paths, base)
+    if fault is not None:
+        raise FormatError(f"{stored.source}: {fault}")
     names = tuple(path.rpartition(".")[2] for path in paths)
     fields = stored.config.model_dump() | {"target_modules": names}
     return type(stored.config).model_validate(fields)
-
-
-def _names_ffn(paths: Iterable[str], base: BaseInfo) -> bool:
-    return any(path.startswith(f"{base.ffn}.") for path in paths)
 
 
 def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from loraloom.adapters.files import CONFIG_FILE
 from loraloom.errors import FormatError
-from loraloom.formats.contents import CARD_FILE, CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 

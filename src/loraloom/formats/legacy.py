@@ -16,10 +16,11 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from loraloom.formats.contents import AdapterFiles
+from loraloom.adapters import CONFIGS
+from loraloom.adapters.files import AdapterFiles
 
 _PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
-_STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
+_STRATEGIES = {old: new for method in CONFIGS for old, new in method.old_strategies.items()}
 _ROUTER = re.compile(r"mixlora\.layers\.(\d+)\.gate\.weight")
 _EXPERT = re.compile(r"mixlora\.layers\.(\d+)\.experts\.(\d+)\.(\w+)\.(lora_[AB]\.weight)")
 _MISPLACED = re.compile(

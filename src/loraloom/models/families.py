@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import BaseLayer, FfnShape
-from loraloom.adapters.low_rank import BaseProjection
+from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, FfnShape
 from loraloom.errors import ModelError
-from loraloom.formats.base import BaseInfo
 
 _GATED = FfnShape(("gate_proj", "up_proj"), "down_proj")
 _SPLIT_QKV = (("q_proj", "k_proj", "v_proj"), ("o_proj",))

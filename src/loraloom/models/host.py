@@ -5,10 +5,11 @@ Axes: B batch, L sequence, N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import wraps
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,45 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.lora import LoraAdapter
-from loraloom.adapters.mixlora import MixLoraAdapter
-from loraloom.config.adapter import LoraConfig
+from loraloom.adapters.config import AdapterConfig
 from loraloom.config.names import check_name
 from loraloom.errors import AdapterError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
+from loraloom.models import decoding
 from loraloom.models.autocast import compute_dtype
+from loraloom.models.decoding import Decoding
 from loraloom.models.families import base_info, base_layers, family_of, head_of
-from loraloom.models.layout import Layout, make_layout
+from loraloom.models.forward import (
+    ForwardContext,
+    PreparedWeights,
+    Record,
+    current_forward,
+    query_mask,
+    running,
+    segment_adapters,
+)
+from loraloom.models.layout import make_layout
 from loraloom.models.packing import (
     SampleLengths,
     check_takes_packed_rows,
     packed_positions,
     packed_token_mask,
 )
-from loraloom.models.running import RunningForward, RunningSlot, expand_adapters, query_mask
 from loraloom.models.samples import sample_key
-from loraloom.models.stacking import StackedPlan, Stacker
+from loraloom.models.stacking import StackedForward, plan_stacked
 from loraloom.models.wiring import Wiring
 from loraloom.ops.token_loss import token_losses, token_scores
 from loraloom.routing.record import LayerRouting
 
-METHODS: dict[str, type[Adapter]] = {"lora": LoraAdapter, "mixlora": MixLoraAdapter}
+_prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
+    "loraloom_prepared", default=None
+)
+_entered: ContextVar[AbstractContextManager[None] | None] = ContextVar(
+    "loraloom_entered", default=None
+)
+_generating: ContextVar[tuple[object, Sequence[str | None]] | None] = ContextVar(
+    "loraloom_generating", default=None
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,7 @@ class HostOutput:
         logits: [B, L, V] (fewer positions with `logits_to_keep`).
         past_key_values: The cache, if one was asked for.
         loss: The base model's own loss, if labels were given.
-        routing: Each mixture's routing by adapter name, one entry a layer, real tokens only.
+        routing: Each mixture's routing by adapter name, an entry for each router, real tokens only.
     """
 
     logits: Tensor
@@ -70,8 +87,14 @@ class HiddenOutput:
 class Host:
     """A base model that runs rows of different adapters in one batch.
 
+    Forwards are in eval mode unless they say `training=True`. Several threads may use a host: one
+    at a time is inside the base model, and none sees another's adapters or mode.
+
     Args:
         model: A transformers causal LM.
+
+    Raises:
+        ModelError: If the family is not supported, or the model is attached or compiled already.
     """
 
     def __init__(self, model: nn.Module):
@@ -81,9 +104,10 @@ class Host:
         self._base_layers = base_layers(model, self._family)
         self.base = base_info(model, self._family, self._base_layers)
         self._head = head_of(model, self._family)
-        self._slot = RunningSlot()
-        self._wiring = Wiring(model, self._family, self._slot)
-        self._stacker = Stacker()
+        self._wiring = Wiring(model, self._family)
+        self._wiring.on_undo(model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        self._wiring.on_undo(model.register_forward_hook(self._leave, always_call=True).remove)
+        self._inside = threading.RLock()
         self._training = False
         self._checkpointing = False
         self._detached = False
@@ -104,12 +128,7 @@ class Host:
         """The base model's dtype, in which low-rank products run."""
         return self.model.dtype
 
-    @property
-    def training(self) -> bool:
-        """Whether dropout and jitter are on."""
-        return self._training
-
-    def add(self, name: str, config: LoraConfig, seed: int = 0) -> Adapter:
+    def add(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
         """Put a new adapter on the base model.
 
         Args:
@@ -170,7 +189,6 @@ class Host:
         """
         self.adapter(name)
         del self.adapters[name]
-        self._stacker.forget()
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter.
@@ -183,34 +201,49 @@ class Host:
             raise AdapterError(f"adapter must be one of those on this host ({known}), got {name!r}")
         return self.adapters[name]
 
+    @property
+    def training(self) -> bool:
+        """Whether forwards that don't say train."""
+        return self._training
+
     def train(self, mode: bool = True) -> Host:
-        """Switch adapters' dropout and jitter on; the base model stays in eval mode.
+        """Let forwards that don't say train, with dropout and jitter on.
 
         Raises:
             ModelError: If the base model is in float16.
         """
-        if mode and self.dtype == torch.float16:
-            raise ModelError(
-                "training needs a base model in bfloat16 or float32, got float16: without loss "
-                "scaling small gradients become zero; load it in another dtype"
-            )
+        if mode:
+            self._check_trainable()
         self._training = mode
-        for adapter in self.adapters.values():
-            adapter.train(mode)
-        self._wiring.set_checkpointing(self._checkpointing and mode)
         return self
 
     def eval(self) -> Host:
-        """Switch dropout and jitter off."""
+        """Let forwards that don't say be in eval mode."""
         return self.train(False)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute each decoder layer in the backward pass, in training mode.
+        """Let forwards that train recompute each decoder layer in the backward pass.
 
         Non-reentrant; the base's own dropout stays off.
         """
         self._checkpointing = enabled
-        self._wiring.set_checkpointing(enabled and self._training)
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Keep compute forms of the weights over this thread's forwards without gradients.
+
+        They are made once, when first needed. Inside, weights must not be changed; outside, every
+        forward computes from the parameters as they are.
+        """
+        outer = _prepared.get()
+        if outer is not None and outer[0] is self:
+            yield
+            return
+        token = _prepared.set((self, PreparedWeights()))
+        try:
+            yield
+        finally:
+            _prepared.reset(token)
 
     def __call__(
         self,
@@ -218,6 +251,7 @@ class Host:
         attention_mask: Tensor | None = None,
         adapters: Sequence[str | None] | None = None,
         sample_keys: Sequence[int] | None = None,
+        training: bool | None = None,
         **model_inputs: Any,
     ) -> HostOutput:
         """Run rows of several adapters.
@@ -228,15 +262,20 @@ class Host:
             adapters: An adapter's name, or None for the base model, for each row; None: base model.
             sample_keys: A key for each row's dropout in training (see `samples.sample_key`); drawn
                 from a count of forwards when left out.
+            training: Dropout and jitter are on, for this forward.
             model_inputs: Passed to the base model: `past_key_values`, `position_ids`, ...
 
         Raises:
             AdapterError: If `adapters` has another length than the batch or an unknown name.
+            ModelError: If it is to train and the base model is in float16.
         """
-        forward = self._forward(input_ids, attention_mask, adapters, sample_keys)
-        with self._slot.running(forward):
+        record: Record = {}
+        forward = self._forward(
+            input_ids, attention_mask, adapters, sample_keys, training=training, record=record
+        )
+        with self._run(forward):
             out = self.model(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)
-        return HostOutput(out.logits, _cache_of(out), out.get("loss"), forward.routing)
+        return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record))
 
     def hidden(
         self,
@@ -246,6 +285,7 @@ class Host:
         sample_keys: Sequence[int] | None = None,
         token_mask: Tensor | None = None,
         sample_lengths: SampleLengths | None = None,
+        training: bool | None = None,
         **model_inputs: Any,
     ) -> HiddenOutput:
         """Run rows up to the final norm; other arguments and errors as in calling the host.
@@ -258,6 +298,7 @@ class Host:
             token_mask: 1 at real tokens, [B, L], where the attention mask doesn't say it.
             sample_lengths: Of rows that hold several samples from the left, the samples' tokens;
                 they replace both masks and `position_ids`. None: a row is a sample.
+            training: Dropout and jitter are on, for this forward.
             model_inputs: Passed to the base model.
 
         Raises:
@@ -270,13 +311,16 @@ class Host:
             real = packed_token_mask(sample_lengths, length).to(self.device)
             positions = packed_positions(sample_lengths, length)
             model_inputs["position_ids"] = positions.to(self.device)
-        forward = self._forward(input_ids, real, adapters, sample_keys, sample_lengths)
+        record: Record = {}
+        forward = self._forward(
+            input_ids, real, adapters, sample_keys, sample_lengths, training=training, record=record
+        )
         model_inputs.setdefault("use_cache", False)
-        with self._slot.running(forward):
+        with self._run(forward):
             out = self.model.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, **model_inputs
             )
-        return HiddenOutput(out.last_hidden_state, forward.routing, _cache_of(out))
+        return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map final hidden states [..., D] to logits [..., V], scaled and soft-capped."""
@@ -303,6 +347,63 @@ class Host:
         """
         return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
 
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        adapters: Sequence[str | None] | None = None,
+    ) -> Decoding:
+        """Read prompts, as the first step of a decoding session.
+
+        Args:
+            input_ids: Prompts, [B, L], padded on the left.
+            attention_mask: 1 at real tokens, [B, L]; None: all are.
+            adapters: As in calling the host.
+
+        Returns:
+            A session with the logits of each row's next token. It keeps the weights as they are
+            now; its rows may go (`keep`), and those of another session join it (`join`).
+
+        Raises:
+            AdapterError: As in calling the host.
+        """
+        return decoding.prefill(self, input_ids, attention_mask, adapters)
+
+    def decode(self, session: Decoding, tokens: Tensor) -> Tensor:
+        """Continue every row of a session by a token.
+
+        Args:
+            session: Of this host.
+            tokens: The rows' next tokens, [B].
+
+        Returns:
+            Logits of the tokens after these, [B, V].
+        """
+        return decoding.decode(session, tokens)
+
+    def advance(self, session: Decoding, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Run tokens of a session through the decoder layers; see models/decoding.py.
+
+        Returns:
+            Hidden states after the final norm, [B, L, D].
+        """
+        forward = self._forward(
+            input_ids,
+            session.attention_mask,
+            session.adapters,
+            training=False,
+            prepared=session.prepared,
+        )
+        with self._run(forward):
+            out = self.model.base_model(
+                input_ids=input_ids,
+                attention_mask=session.attention_mask,
+                position_ids=position_ids,
+                past_key_values=session.cache,
+                use_cache=True,
+            )
+        return out.last_hidden_state
+
     @torch.no_grad()
     def generate(
         self,
@@ -320,22 +421,23 @@ class Host:
             generate_kwargs: Passed on: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
         """
         names = self._row_adapters(adapters, len(input_ids))
-        if self._training:
-            raise AdapterError("generate needs eval mode: call host.eval() first")
-        with self._generating(names):
-            return self.model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
-            )
+        token = _generating.set((self, names))
+        try:
+            with self.prepared():
+                return self.model.generate(
+                    input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
+                )
+        finally:
+            _generating.reset(token)
 
     def detach(self) -> nn.Module:
         """Take everything off and return the base model as it was before `attach`."""
         self._detached = True
         self._wiring.undo()
         self.adapters.clear()
-        self._stacker.forget()
         return self.model
 
-    def _build(self, name: str, config: LoraConfig, seed: int) -> Adapter:
+    def _build(self, name: str, config: AdapterConfig, seed: int) -> Adapter:
         check_name(name)
         if self._detached:
             raise AdapterError(
@@ -345,10 +447,10 @@ class Host:
             raise AdapterError(f"adapter name {name!r} is taken; remove it or choose another")
         dtype = torch.promote_types(torch.float32, self.dtype)
         with torch.inference_mode(False):  # its tensors could neither be trained nor decode
-            return METHODS[config.method](name, config, self._base_layers, dtype, seed)
+            return config.build(name, self._base_layers, dtype, seed)
 
     def _register(self, adapter: Adapter) -> Adapter:
-        self.adapters[adapter.name] = adapter.train(self._training)
+        self.adapters[adapter.name] = adapter
         return adapter
 
     def _row_adapters(
@@ -373,30 +475,70 @@ class Host:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         adapters: Sequence[str | None] | None,
-        sample_keys: Sequence[int] | None,
+        sample_keys: Sequence[int] | None = None,
         sample_lengths: SampleLengths | None = None,
         *,
-        recording: bool = True,
-    ) -> RunningForward:
+        training: bool | None = None,
+        record: Record | None = None,
+        prepared: PreparedWeights | None = None,
+    ) -> ForwardContext:
+        """Make the context of a forward, at the door."""
         batch_size, length = input_ids.shape
         names = self._row_adapters(adapters, batch_size)
+        training = self._training if training is None else training
         keys = None
-        if self._training:
+        if training:
+            self._check_trainable()
             self._forwards += 1
             keys = self._sample_keys(sample_keys, batch_size, sample_lengths)
         mask = query_mask(attention_mask, length)
         layout = make_layout(names, length, mask, keys, self.device, sample_lengths)
-        plan = self._stacked_plan(names, layout, length)
-        return RunningForward(layout, self.adapters, plan, recording=recording)
+        forward = ForwardContext(
+            self._wiring,
+            layout,
+            segment_adapters(layout, self.adapters),
+            training=training,
+            checkpointing=training and self._checkpointing,
+            record=record,
+            prepared=self._prepared_here() if prepared is None else prepared,
+        )
+        return self._stacked(forward, names, length)
 
-    def _stacked_plan(
-        self, names: Sequence[str | None], layout: Layout, length: int
-    ) -> StackedPlan | None:
-        if torch.is_grad_enabled() or self._training or layout.has_padding:
-            return None
-        rows = [None if name is None else self.adapters[name] for name in names]
-        dtype = compute_dtype(self.dtype, self.device)
-        return self._stacker.plan(rows, length, dtype, self.device)
+    def _stacked(
+        self, forward: ForwardContext, names: Sequence[str | None], length: int
+    ) -> ForwardContext:
+        """Have a small forward computed by stacks, where weights are prepared."""
+        prepared = forward.prepared
+        if prepared is None or forward.training or torch.is_grad_enabled():
+            return forward
+        if forward.layout.has_padding or not forward.has_adapters:
+            return forward
+        rows = tuple(None if name is None else self.adapters[name] for name in names)
+        dtype, device = compute_dtype(self.dtype, self.device), self.device
+        plan = prepared.get(
+            (rows, length, dtype), lambda: plan_stacked(rows, length, dtype, device)
+        )
+        if plan is None:
+            return forward
+        return replace(forward, stacked=StackedForward(plan, forward.recorder))
+
+    def _prepared_here(self) -> PreparedWeights | None:
+        """Return what a `with host.prepared():` of this thread keeps."""
+        kept = _prepared.get()
+        return kept[1] if kept is not None and kept[0] is self else None
+
+    @contextmanager
+    def _run(self, forward: ForwardContext) -> Iterator[None]:
+        """Be inside the base model, alone."""
+        with self._inside, running(forward):
+            yield
+
+    def _check_trainable(self) -> None:
+        if self.dtype == torch.float16:
+            raise ModelError(
+                "training needs a base model in bfloat16 or float32, got float16: without loss "
+                "scaling small gradients become zero; load it in another dtype"
+            )
 
     def _sample_keys(
         self, keys: Sequence[int] | None, batch_size: int, lengths: SampleLengths | None
@@ -412,28 +554,35 @@ class Host:
             )
         return [int(key) for key in keys]
 
-    @contextmanager
-    def _generating(self, adapters: Sequence[str | None]) -> Iterator[None]:
-        """Give every forward inside transformers' generation loop its layout."""
-        own_forward = self.model.__dict__.get("forward")
-        base_forward = self.model.forward
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Give a forward that transformers' generation makes by itself its context."""
+        generating = _generating.get()
+        if generating is None or generating[0] is not self or current_forward(self._wiring):
+            return
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        names = expand_adapters(generating[1], len(tokens))
+        forward = self._forward(tokens, kwargs.get("attention_mask"), names, training=False)
+        entered = self._run(forward)
+        entered.__enter__()
+        _entered.set(entered)
 
-        @wraps(base_forward)  # generate asks what a forward takes
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-            names = expand_adapters(adapters, len(tokens))
-            mask = kwargs.get("attention_mask")
-            running = self._forward(tokens, mask, names, None, recording=False)
-            with self._slot.running(running):
-                return base_forward(*args, **kwargs)
+    def _leave(self, *_: Any) -> None:
+        """Close the context that `_enter` has opened."""
+        entered = _entered.get()
+        if entered is not None:
+            _entered.set(None)
+            entered.__exit__(None, None, None)
 
-        self.model.forward = forward
-        try:
-            yield
-        finally:
-            del self.model.__dict__["forward"]
-            if own_forward is not None:
-                self.model.forward = own_forward
+
+def expand_adapters(adapters: Sequence[str | None], batch_size: int) -> Sequence[str | None]:
+    """Repeat each row's adapter for its beams or returned sequences."""
+    copies = batch_size // len(adapters)
+    return [name for name in adapters for _ in range(copies)]
+
+
+def _filled(record: Record) -> Record:
+    """Leave out adapters without routers."""
+    return {name: routing for name, routing in record.items() if routing}
 
 
 def _cache_of(output: Any) -> Any:

@@ -9,7 +9,7 @@ are gathered by segment and put back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from loraloom.adapters.adapter import SegmentTokens
 from loraloom.models.packing import SampleLengths
 from loraloom.ops.dropout import SampleNoise, SampleSpan
+from loraloom.routing.record import LayerRouting
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,18 @@ class Segment:
     real_index: Tensor | None
     spans: tuple[SampleSpan, ...] | None
 
-    def at_layer(self, layer: int, device: torch.device) -> SegmentTokens:
-        """Return what an adapter is told of these tokens in a layer."""
+    def at_layer(
+        self,
+        layer: int,
+        device: torch.device,
+        record: Callable[[LayerRouting], None] | None = None,
+    ) -> SegmentTokens:
+        """Describe these tokens in a layer to their adapter."""
         noise = None
         if self.spans is not None:
             num_tokens = self.tokens.stop - self.tokens.start
             noise = SampleNoise(self.spans, num_tokens, layer, device)
-        return SegmentTokens(self.real, self.real_index, noise)
+        return SegmentTokens(layer, self.real, self.real_index, noise, record)
 
 
 @dataclass(frozen=True)

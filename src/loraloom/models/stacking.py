@@ -9,20 +9,20 @@ cohort has are the base's; nothing of a cohort is ever added to them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.stacks import Stack, likeness
-from loraloom.config.adapter import MixLoraConfig
+from loraloom.adapters.adapter import Adapter, SegmentTokens
+from loraloom.adapters.low_rank import input_group
 from loraloom.models.autocast import outside_autocast
 from loraloom.ops.expert_ffn import Activation
 from loraloom.ops.low_rank import decompose
-from loraloom.ops.stacked import StackedFfnStep, StackedInput
+from loraloom.ops.stacked import StackedFfn, StackedInput, stack_inputs
 from loraloom.routing.record import LayerRouting
 
 MAX_HIDDEN_BYTES = 1 << 20
@@ -31,6 +31,40 @@ cache are faster (see ops/lean_expert_ffn.py)."""
 
 
 _Update = tuple[StackedInput | None, Tensor]
+Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
+"""From an adapter to what takes its routing; None where nobody asks."""
+
+
+class Stack:
+    """Like adapters' weights in compute form, layer by layer, made when first asked for.
+
+    Args:
+        adapters: One or more, all alike.
+        dtype: Of the products.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype):
+        self._adapters = adapters
+        self._dtype = dtype
+        self._inputs: dict[tuple[int, str], StackedInput | None] = {}
+        self._ffns: dict[int, StackedFfn] = {}
+
+    def attention(self, layer: int, names: Sequence[str]) -> StackedInput | None:
+        """Return the attention projections that share an input; None if none is adapted."""
+        key = (layer, names[0])
+        if key not in self._inputs:
+            blocks = [adapter.attention_block(layer) for adapter in self._adapters]
+            present = [name for name in names if name in blocks[0]]
+            groups = [input_group([block[n] for n in present], self._dtype) for block in blocks]
+            self._inputs[key] = stack_inputs(groups) if present else None
+        return self._inputs[key]
+
+    def ffn(self, layer: int) -> StackedFfn:
+        """Return an FFN block's weights."""
+        if layer not in self._ffns:
+            adapters = self._adapters
+            self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, self._dtype)
+        return self._ffns[layer]
 
 
 @dataclass(frozen=True)
@@ -50,6 +84,20 @@ class Cohort:
     stack: Stack
     take: Tensor | None
     put: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """N."""
+        return max(self.counts)
+
+    def tokens(self, layer: int, index: int, recorder: Recorder, device: Any) -> SegmentTokens:
+        """Describe an adapter's rows in a layer; padding at their end is not real."""
+        count = self.counts[index]
+        record = recorder(self.adapters[index])
+        if count == self.width or record is None:
+            return SegmentTokens(layer, record=record)
+        real_index = torch.arange(count, device=device)
+        return SegmentTokens(layer, None, real_index, None, record)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Go from [T, ...] to [N, n, ...]."""
@@ -76,19 +124,27 @@ class StackedPlan:
         base_rows: Token rows that no cohort's FFN has; None for none.
         ffn_put: Place of each token row behind one another; None when there is one cohort with all
             rows in order.
+        device: Of the hidden states.
     """
 
     cohorts: tuple[Cohort, ...]
     num_in_ffn: int
     base_rows: Tensor | None
     ffn_put: Tensor | None
+    device: torch.device
 
 
 class StackedForward:
-    """A forward whose adapters are computed by cohorts."""
+    """A forward whose adapters are computed by cohorts.
 
-    def __init__(self, plan: StackedPlan):
+    Args:
+        plan: The cohorts.
+        recorder: Says who takes an adapter's routing.
+    """
+
+    def __init__(self, plan: StackedPlan, recorder: Recorder):
         self._plan = plan
+        self._recorder = recorder
         self._shared: tuple[Tensor, int, Sequence[str], Sequence[_Update]] | None = None
 
     def project(
@@ -126,9 +182,7 @@ class StackedForward:
         up: Tensor | None,
         act: Activation,
         down: nn.Module,
-        *,
-        recording: bool,
-    ) -> tuple[Tensor, dict[str, LayerRouting]]:
+    ) -> Tensor:
         """Compute an FFN block from the base's gate and up; see FfnBlock."""
         plan = self._plan
         rows = hidden_states.view(-1, hidden_states.shape[-1])
@@ -136,12 +190,12 @@ class StackedForward:
         up = None if up is None else up.flatten(0, -2)
         with outside_autocast(gate):
             steps = [
-                StackedFfnStep(
-                    cohort.stack.ffn(layer),
+                cohort.stack.ffn(layer).step(
                     cohort.gather(rows),
                     cohort.gather(gate),
                     None if up is None else cohort.gather(up),
                     act,
+                    partial(self._tokens, cohort, layer),
                 )
                 for cohort in plan.cohorts[: plan.num_in_ffn]
             ]
@@ -156,25 +210,10 @@ class StackedForward:
         rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if plan.ffn_put is not None:
             rows = rows.index_select(0, plan.ffn_put)
-        shape = (*hidden_states.shape[:-1], rows.shape[-1])
-        return rows.view(shape), self._records(layer, steps) if recording else {}
+        return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
 
-    def _records(self, layer: int, steps: Sequence[StackedFfnStep]) -> dict[str, LayerRouting]:
-        records = {}
-        for cohort, step in zip(self._plan.cohorts, steps, strict=False):
-            routing = step.routing
-            if routing is None:
-                continue
-            for index, (adapter, count) in enumerate(
-                zip(cohort.adapters, cohort.counts, strict=True)
-            ):
-                records[adapter.name] = LayerRouting(
-                    layer,
-                    routing.router_logits[index, :count],
-                    routing.selected_experts[index, :count],
-                    routing.routing_weights[index, :count],
-                )
-        return records
+    def _tokens(self, cohort: Cohort, layer: int, index: int) -> SegmentTokens:
+        return cohort.tokens(layer, index, self._recorder, self._plan.device)
 
     def _updates(
         self, layer: int, group: Sequence[str], hidden_states: Tensor, dtype: torch.dtype
@@ -190,8 +229,8 @@ class StackedForward:
             stack = cohort.stack.attention(layer, group)
             update = rows
             if stack is not None:
-                low_rank = torch.bmm(cohort.gather(rows), stack.A)
-                update = cohort.scatter(torch.bmm(low_rank, stack.B))
+                tokens = partial(self._tokens, cohort, layer)
+                update = cohort.scatter(stack.update(cohort.gather(rows), tokens))
             updates.append((stack, update))
         self._shared = (hidden_states, layer, group, updates)
         return updates
@@ -209,50 +248,48 @@ def _updated(
     row_scale = stack.row_scales.get(name)
     if row_scale is None:
         return output.add_(update)
-    factors = row_scale.unsqueeze(1).expand(-1, max(cohort.counts), -1)
+    factors = row_scale.unsqueeze(1).expand(-1, cohort.width, -1)
     factors = cohort.scatter(factors, blank=1.0)
     bias: Any = linear.bias
     bias = None if bias is None else bias.to(output.dtype)
     rebuilt = decompose(output, update, factors, bias)
     if bias is None or cohort.put is None:
         return rebuilt
-    theirs = cohort.put < len(cohort.adapters) * max(cohort.counts)
+    theirs = cohort.put < len(cohort.adapters) * cohort.width
     return torch.where(theirs.unsqueeze(1), rebuilt, output)
 
 
-class Stacker:
-    """Plans of a host's small forwards; the last one is kept, as decoding repeats it."""
+def plan_stacked(
+    rows: Sequence[Adapter | None],
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StackedPlan | None:
+    """Plan how to compute a small forward without gradients by cohorts.
 
-    def __init__(self) -> None:
-        self._last: tuple[Hashable, StackedPlan] | None = None
+    Args:
+        rows: Each batch row's adapter.
+        length: L.
+        dtype: Of the base.
+        device: Of the hidden states.
 
-    def plan(
-        self,
-        rows: Sequence[Adapter | None],
-        length: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> StackedPlan | None:
-        """Return how to compute a forward by cohorts; None if it is not such a forward.
+    Returns:
+        The plan; None if the forward is large, has no adapters, or has one that doesn't stack.
+    """
+    adapters = list(dict.fromkeys(adapter for adapter in rows if adapter is not None))
+    if not adapters or not _is_small(adapters, len(rows) * length, dtype):
+        return None
+    alike: dict[Hashable, list[Adapter]] = {}
+    for adapter in adapters:
+        alike.setdefault(adapter.stack_key(), []).append(adapter)
+    if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter in adapters):
+        return None
+    return _make_plan(list(alike.values()), rows, length, dtype, device)
 
-        Args:
-            rows: Each batch row's adapter.
-            length: L.
-            dtype: Of the base.
-            device: Of the hidden states.
-        """
-        adapters = {id(a): a for a in rows if a is not None}
-        if not adapters or not _is_small(adapters.values(), len(rows) * length, dtype):
-            return None
-        versions = tuple([(key, adapter.version()) for key, adapter in adapters.items()])
-        key = (versions, tuple(map(id, rows)), length, dtype)
-        if self._last is None or self._last[0] != key:
-            self._last = (key, _make_plan(rows, length, dtype, device))
-        return self._last[1]
 
-    def forget(self) -> None:
-        """Free the stacked weights."""
-        self._last = None
+def _adapts_every_ffn_or_none(adapter: Adapter) -> bool:
+    layers = range(len(adapter.base_layers))
+    return len({adapter.adapts_ffn(layer) for layer in layers}) == 1
 
 
 def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -262,28 +299,29 @@ def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
     return list(linear(torch.cat(list(parts))).split([len(part) for part in parts]))
 
 
-def _is_small(adapters: Iterable[Adapter], num_tokens: int, dtype: torch.dtype) -> bool:
-    top_k = max(a.config.top_k if isinstance(a.config, MixLoraConfig) else 1 for a in adapters)
-    layer = next(iter(adapters)).base_layers[0]
+def _is_small(adapters: Sequence[Adapter], num_tokens: int, dtype: torch.dtype) -> bool:
+    slots = max(adapter.config.experts_per_token or 1 for adapter in adapters)
+    layer = adapters[0].base_layers[0]
     width = layer.ffn[layer.ffn_shape.output].in_features
-    return top_k * num_tokens * width * dtype.itemsize <= MAX_HIDDEN_BYTES
+    return slots * num_tokens * width * dtype.itemsize <= MAX_HIDDEN_BYTES
 
 
 def _make_plan(
-    rows: Sequence[Adapter | None], length: int, dtype: torch.dtype, device: torch.device
+    alike: Sequence[Sequence[Adapter]],
+    rows: Sequence[Adapter | None],
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> StackedPlan:
-    alike: dict[Hashable, list[Adapter]] = {}
-    for adapter in dict.fromkeys(row for row in rows if row is not None):
-        alike.setdefault(likeness(adapter), []).append(adapter)
-    ordered = sorted(alike.values(), key=lambda adapters: not adapters[0].adapts_ffn(0))
+    ordered = sorted(alike, key=lambda adapters: not adapters[0].adapts_ffn(0))
     cohorts = tuple(_make_cohort(adapters, rows, length, dtype, device) for adapters in ordered)
     in_ffn = [cohort for cohort in cohorts if cohort.adapters[0].adapts_ffn(0)]
     if in_ffn and in_ffn[0].put is None:
-        return StackedPlan(cohorts, 1, None, None)
+        return StackedPlan(cohorts, 1, None, None, device)
     num_tokens, start = len(rows) * length, 0
     place = torch.full((num_tokens,), -1)
     for cohort in in_ffn:
-        size = len(cohort.adapters) * max(cohort.counts)
+        size = len(cohort.adapters) * cohort.width
         put: Tensor = cohort.put.cpu()  # pyright: ignore[reportOptionalMemberAccess]
         place = torch.where(put < size, start + put, place)
         start += size
@@ -294,6 +332,7 @@ def _make_plan(
         len(in_ffn),
         base_rows.to(device) if len(base_rows) else None,
         place.to(device),
+        device,
     )
 
 

@@ -1,48 +1,81 @@
-"""Thin wrappers in front of a base model's attention projections and FFN blocks.
+"""Thin wrappers in front of a base model's decoder layers, attention projections and FFN blocks.
 
 Axes: B batch, L sequence, T tokens of a segment, D hidden, F feed-forward, O out_features.
 
 The base modules stay the ones that transformers made: an attention projection gets a forward hook,
-an FFN block an instance `forward`. Both step aside when no adapter wants them. Under autocast the
-base computes in its dtype; adapters choose theirs: that of the base's outputs for low-rank
-products, float32 for routers and losses.
+an FFN block and a decoder layer an instance `forward`. All step aside when no adapter wants them.
+Under autocast the base computes in its dtype; adapters choose theirs: that of the base's outputs
+for low-rank products, float32 for routers and losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from loraloom.adapters.adapter import FfnRows, FfnShape
+from loraloom.adapters.adapter import FfnRows
+from loraloom.adapters.base import FfnShape
 from loraloom.models.autocast import outside_autocast
-from loraloom.models.running import AttentionPart, RunningForward, RunningSlot
+from loraloom.models.forward import (
+    AttentionPart,
+    ForwardContext,
+    checkpoint_contexts,
+    current_forward,
+)
 from loraloom.models.stacking import StackedForward
 from loraloom.ops.dropout import Site
-from loraloom.ops.low_rank import UpProjection, add_low_rank_, decompose
+from loraloom.ops.low_rank import UpProjection, add_low_rank_
+from loraloom.ops.low_rank_ffn import apply_update
+
+
+class DecoderLayer:
+    """A decoder layer's forward: recomputed in the backward pass where the context says so."""
+
+    def __init__(self, owner: object, module: nn.Module):
+        self.owner = owner
+        self.base_forward = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer returns."""
+        forward = _forward_of(self.owner)
+        if forward is None or not forward.checkpointing or not torch.is_grad_enabled():
+            return self.base_forward(*args, **kwargs)
+        return checkpoint(
+            self.base_forward,
+            *args,
+            use_reentrant=False,
+            context_fn=partial(checkpoint_contexts, forward),
+            preserve_rng_state=False,  # adapters' random numbers depend on no generator's state
+            **kwargs,
+        )
 
 
 class AttentionProjection:
     """A forward hook that adds every segment's update to a projection's output."""
 
-    def __init__(self, slot: RunningSlot, layer: int, name: str, group: Sequence[str], site: Site):
-        self.slot = slot
+    def __init__(self, owner: object, layer: int, name: str, group: Sequence[str], site: Site):
+        self.owner = owner
         self.layer = layer
         self.name = name
         self.group = tuple(group)
         self.site = site
 
+    @torch.compiler.disable()
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the adapted output, [B, L, O]."""
-        forward = self.slot.current
+        forward = current_forward(self.owner)
         if forward is None or not forward.has_adapters:
             return output
         with outside_autocast(output):
             return self._adapted(forward, module, args[0], output)
 
     def _adapted(
-        self, forward: RunningForward, module: nn.Module, hidden_states: Tensor, output: Tensor
+        self, forward: ForwardContext, module: nn.Module, hidden_states: Tensor, output: Tensor
     ) -> Tensor:
         if forward.stacked is not None:
             return forward.stacked.project(
@@ -51,57 +84,73 @@ class AttentionProjection:
         parts = forward.attention_parts(
             self.layer, self.group, self.site, hidden_states, output.dtype
         )
-        sides = [None if part is None else part[0].projections.get(self.name) for part in parts]
+        sides = [None if part is None else part.group.projections.get(self.name) for part in parts]
         if all(side is None for side in sides):
             return output
         decomposed = any(side is not None and side.row_scale is not None for side in sides)
         if decomposed or forward.layout.row_order is not None:
-            return self._rebuilt(forward, parts, sides, output)
-        return self._added(forward, parts, sides, output)
+            return self._rebuilt(forward, parts, sides, hidden_states, output)
+        return self._added(forward, parts, sides, hidden_states, output)
 
     def _added(
         self,
-        forward: RunningForward,
+        forward: ForwardContext,
         parts: Sequence[AttentionPart | None],
         sides: Sequence[UpProjection | None],
+        hidden_states: Tensor,
         output: Tensor,
     ) -> Tensor:
+        """Add the updates in place: rows come grouped by adapter, and none is scaled."""
         spans, low_ranks, up_projections = [], [], []
-        for segment, part, side in zip(forward.layout.segments, parts, sides, strict=True):
+        for index, (part, side) in enumerate(zip(parts, sides, strict=True)):
             if part is not None and side is not None:
-                spans.append(segment.tokens)
-                low_ranks.append(part[1][:, side.columns])
+                spans.append(forward.layout.segments[index].tokens)
+                low_ranks.append(self._rank_input(forward, index, part, side, hidden_states))
                 up_projections.append(side.B)
         return add_low_rank_(output, spans, low_ranks, up_projections)
 
     def _rebuilt(
         self,
-        forward: RunningForward,
+        forward: ForwardContext,
         parts: Sequence[AttentionPart | None],
         sides: Sequence[UpProjection | None],
+        hidden_states: Tensor,
         output: Tensor,
     ) -> Tensor:
         rows = []
-        outputs = forward.layout.split(output)
-        for tokens, part, side in zip(outputs, parts, sides, strict=True):
-            rows.append(tokens if part is None or side is None else _updated(tokens, part[1], side))
+        for index, tokens in enumerate(forward.layout.split(output)):
+            part, side = parts[index], sides[index]
+            if part is None or side is None:
+                rows.append(tokens)
+                continue
+            rank_input = self._rank_input(forward, index, part, side, hidden_states)
+            rows.append(apply_update(tokens, rank_input, side.B, side.row_scale, side.bias))
         return forward.layout.join(rows, output.shape)
 
-
-def _updated(output: Tensor, low_rank: Tensor, side: UpProjection) -> Tensor:
-    low_rank = low_rank[:, side.columns]
-    if side.row_scale is None:
-        return torch.addmm(output, low_rank, side.B)
-    return decompose(output, low_rank @ side.B, side.row_scale, side.bias)
+    def _rank_input(
+        self,
+        forward: ForwardContext,
+        index: int,
+        part: AttentionPart,
+        side: UpProjection,
+        hidden_states: Tensor,
+    ) -> Tensor:
+        """Return what a segment's B multiplies, [T, S]."""
+        if side.between is None:
+            return part.low_rank[:, side.columns]
+        adapter, segment = forward.adapters[index], forward.layout.segments[index]
+        record = None if adapter is None else forward.recorder(adapter)
+        tokens = segment.at_layer(self.layer, hidden_states.device, record)
+        return side.rank_input(part.low_rank, forward.layout.split(hidden_states)[index], tokens)
 
 
 class FfnBlock:
     """An FFN block's forward: the base's projections once for all rows, adapters in between."""
 
     def __init__(
-        self, slot: RunningSlot, layer: int, module: nn.Module, shape: FfnShape, activation: str
+        self, owner: object, layer: int, module: nn.Module, shape: FfnShape, activation: str
     ):
-        self.slot = slot
+        self.owner = owner
         self.layer = layer
         self.shape = shape
         self.base_forward = module.forward
@@ -109,16 +158,15 @@ class FfnBlock:
         self.output = module.get_submodule(shape.output)
         self.act = getattr(module, activation)
 
+    @torch.compiler.disable()
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return the block's output, [B, L, D]."""
-        forward = self.slot.current
-        if forward is None or not any(
-            adapter is not None and adapter.adapts_ffn(self.layer) for adapter in forward.adapters
-        ):
+        forward = current_forward(self.owner)
+        if forward is None or not forward.adapts_ffn(self.layer):
             return self.base_forward(hidden_states)
         gate, up = self._base_inputs(hidden_states)
         if forward.stacked is not None:
-            return self._stacked(forward, forward.stacked, hidden_states, gate, up)
+            return self._stacked(forward.stacked, hidden_states, gate, up)
         layout = forward.layout
         gates = layout.split(gate)
         ups = [None] * len(gates) if up is None else layout.split(up)
@@ -135,19 +183,9 @@ class FfnBlock:
         return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))
 
     def _stacked(
-        self,
-        forward: RunningForward,
-        stacked: StackedForward,
-        hidden_states: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
+        self, stacked: StackedForward, hidden_states: Tensor, gate: Tensor, up: Tensor | None
     ) -> Tensor:
-        output, routing = stacked.ffn(
-            self.layer, hidden_states, gate, up, self.act, self.output, recording=forward.recording
-        )
-        for name, record in routing.items():
-            forward.record(name, record)
-        return output
+        return stacked.ffn(self.layer, hidden_states, gate, up, self.act, self.output)
 
     def _base_inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.shape.fused:
@@ -158,14 +196,17 @@ class FfnBlock:
         return self.inputs[0](hidden_states), self.inputs[1](hidden_states)
 
     def _segment(
-        self, forward: RunningForward, index: int, tokens: Tensor, gate: Tensor, up: Tensor | None
+        self, forward: ForwardContext, index: int, hidden_states: Tensor, gate: Tensor, up: Any
     ) -> FfnRows:
         segment, adapter = forward.layout.segments[index], forward.adapters[index]
         if adapter is None or not adapter.adapts_ffn(self.layer):
             hidden = self.act(gate)
             return FfnRows(hidden if up is None else hidden * up, lambda output: output)
-        told = segment.at_layer(self.layer, tokens.device)
-        part = adapter.ffn(self.layer, tokens, gate, up, self.act, told)
-        if part.routing is not None:
-            forward.record(adapter.name, part.routing)
-        return part
+        tokens = segment.at_layer(self.layer, gate.device, forward.recorder(adapter))
+        weights = forward.ffn_weights(adapter, self.layer, gate.dtype)
+        return adapter.ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)
+
+
+@torch.compiler.disable()
+def _forward_of(owner: object) -> ForwardContext | None:
+    return current_forward(owner)

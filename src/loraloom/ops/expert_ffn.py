@@ -57,6 +57,13 @@ class FfnWeights:
         decomposed = self.down is not None and self.down.row_scale is not None
         return decomposed or not self.base_combines
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing lies between A and B, and all projections have the same columns."""
+        weights = [part for part in self._parts() if part is not None]
+        sizes = {len(part.B) for part in weights}
+        return all(part.between is None for part in weights) and len(sizes) == 1
+
     def any_tensor(self) -> Tensor:
         """One of the weights, for its device."""
         return next(part.B for part in self._parts() if part is not None)

@@ -10,7 +10,9 @@ LoRA is the case E = 1 without a mask. Products run in the dtype of their inputs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
 from loraloom.ops.dropout import apply_keep_mask
+
+Between = Callable[[Tensor, Tensor, Any], Tensor]
+"""From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S]."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,13 @@ class LowRankWeights:
         A: Down-projections, [S, I].
         B: Up-projections times scaling, transposed, [S, O].
         row_scale: DoRA's factor c of each expert's output rows, [E, O] float32; None without DoRA.
+        between: What happens between the two; None for nothing.
     """
 
     A: Tensor
     B: Tensor
     row_scale: Tensor | None = None
+    between: Between | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,19 @@ class UpProjection:
         B: Up-projections times scaling, transposed, [S, O].
         row_scale: DoRA's factor c, [E, O] float32; None without DoRA.
         bias: The base's bias, which DoRA leaves unscaled.
+        between: What happens between A and B; None for nothing.
     """
 
     columns: slice
     B: Tensor
     row_scale: Tensor | None = None
     bias: Tensor | None = None
+    between: Between | None = None
+
+    def rank_input(self, low_rank: Tensor, hidden_states: Tensor, tokens: Any) -> Tensor:
+        """Return what B multiplies, from the product with all A of a group."""
+        own = low_rank[:, self.columns]
+        return own if self.between is None else self.between(own, hidden_states, tokens)
 
 
 @dataclass(frozen=True)

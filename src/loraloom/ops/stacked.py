@@ -3,23 +3,29 @@
 Axes: N adapters, n token rows of each (padded to the longest), T token rows of the batch, K top_k,
 I in_features, D hidden, F feed-forward, O out_features, E experts, S = E·R, P columns of a product.
 
-The same numbers as `expert_ffn.py`. A decoding step is bound by the count of operations, so the
-weights of like adapters are stacked and every product is one batched product: no sort, no loop
-over experts or adapters. A batch entry holds the rows and weights of one adapter alone.
+The same numbers as `expert_ffn.py` and `low_rank_ffn.py`. A decoding step is bound by the count of
+operations, so the weights of like adapters are stacked and every product is one batched product: no
+sort, no loop over experts, and over adapters only where a method does something of its own between
+A and B. A batch entry holds the rows and weights of one adapter alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from loraloom.ops.expert_ffn import Activation, combine_slots
-from loraloom.ops.low_rank import decompose
+from loraloom.ops.expert_ffn import Activation, FfnWeights, combine_slots
+from loraloom.ops.low_rank import Between, InputGroup, LowRankWeights, UpProjection, decompose
 from loraloom.routing.top_k import top_k_routing
+
+TokensOf = Callable[[int], Any]
+"""From an adapter's place in the stack to the description of its rows."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,40 @@ class StackedInput:
         B: Scaled up-projections, block-diagonal over the projections, [N, P, O].
         columns: Each projection's columns of the update, by name.
         row_scales: DoRA's factors c by name, [N, o] float32; empty without DoRA.
+        sources: The adapters' own weights, where something lies between A and B. That runs entry by
+            entry.
     """
 
     A: Tensor
     B: Tensor
     columns: Mapping[str, slice]
     row_scales: Mapping[str, Tensor]
+    sources: Sequence[InputGroup] = ()
+
+    def update(self, hidden_states: Tensor, tokens: TokensOf) -> Tensor:
+        """Compute every projection's update side by side, [N, n, ΣO].
+
+        Args:
+            hidden_states: [N, n, I], in the dtype of A.
+            tokens: Describes an entry's rows.
+        """
+        low_rank = torch.bmm(hidden_states, self.A)
+        if self.sources:
+            low_rank = torch.stack(
+                [
+                    torch.cat(
+                        [
+                            side.rank_input(entry, rows, tokens(index))
+                            for side in group.projections.values()
+                        ],
+                        dim=1,
+                    )
+                    for index, (group, entry, rows) in enumerate(
+                        zip(self.sources, low_rank, hidden_states, strict=True)
+                    )
+                ]
+            )
+        return torch.bmm(low_rank, self.B)
 
 
 @dataclass(frozen=True)
@@ -48,27 +82,144 @@ class StackedSide:
         B: Scaled up-projections, [N, S, F].
         row_scale: DoRA's factors, [N·E, F] float32; None without DoRA.
         bias: The base's bias, which DoRA leaves unscaled.
+        between: What each adapter does between A and B; empty where none does anything.
     """
 
     columns: slice
     B: Tensor
     row_scale: Tensor | None
     bias: Tensor | None
+    between: Sequence[Between] = ()
+
+
+class StackedStep(ABC):
+    """One pass of an FFN block, to both sides of the base's output projection."""
+
+    hidden: Tensor
+    """Rows for the base's output projection: [N·n, F], or [N·n·K, F] where slots stay apart."""
+
+    @abstractmethod
+    def finish(self, output: Tensor) -> Tensor:
+        """Go from the base's output projection of `hidden` to the block's output, [N·n, D]."""
+
+
+class StackedFfn(ABC):
+    """An FFN block's weights of like adapters."""
+
+    @abstractmethod
+    def step(
+        self,
+        hidden_states: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        act: Activation,
+        tokens: TokensOf,
+    ) -> StackedStep:
+        """Begin a pass.
+
+        Args:
+            hidden_states: The block's input, [N, n, D].
+            gate: Base output of the gate, or of the only input projection, [N, n, F].
+            up: Base output of up, [N, n, F], or None.
+            act: The base's activation.
+            tokens: Describes an adapter's rows, and takes the record of its routers.
+        """
 
 
 @dataclass(frozen=True)
-class StackedFfn:
-    """An FFN block's weights of like adapters; what no adapter targets is None.
+class StackedLowRankFfn(StackedFfn):
+    """Weights of adapters that work on each projection by itself.
 
     Args:
         input_A: Down-projections of the block's input, [N, D, P].
         gate: B side of the gate (or only) input projection.
         up: B side of up.
+        down_A: Down-projections of the hidden states, [N, F, P].
+        down: B side of the output projection.
+    """
+
+    input_A: Tensor | None
+    gate: StackedSide | None
+    up: StackedSide | None
+    down_A: Tensor | None
+    down: StackedSide | None
+
+    def step(
+        self,
+        hidden_states: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        act: Activation,
+        tokens: TokensOf,
+    ) -> StackedStep:
+        """See StackedFfn."""
+        return _LowRankStep(self, hidden_states.to(gate.dtype), gate, up, act, tokens)
+
+
+class _LowRankStep(StackedStep):
+    def __init__(self, weights, hidden_states, gate, up, act, tokens: TokensOf):
+        self._down: StackedSide | None = weights.down
+        low_rank = None
+        if weights.input_A is not None:
+            low_rank = torch.bmm(hidden_states, weights.input_A)
+        states = act(_adapted(gate, low_rank, weights.gate, hidden_states, tokens))
+        if up is not None:
+            states = states * _adapted(up, low_rank, weights.up, hidden_states, tokens)
+        self.hidden = states.flatten(0, 1)
+        self._update: Tensor | None = None
+        if self._down is not None:
+            down_rank = torch.bmm(states, weights.down_A)
+            rank_input = _rank_input(self._down, down_rank, states, tokens)
+            self._update = torch.bmm(rank_input, self._down.B)
+
+    def finish(self, output: Tensor) -> Tensor:
+        down, update = self._down, self._update
+        if down is None or update is None:
+            return output
+        if down.row_scale is None:
+            return output + update.flatten(0, 1)
+        rows = output.view_as(update)
+        return decompose(rows, update, down.row_scale.unsqueeze(1), down.bias).flatten(0, 1)
+
+
+def _rank_input(
+    side: StackedSide, low_rank: Tensor, hidden_states: Tensor, tokens: TokensOf
+) -> Tensor:
+    """Return what a projection's B multiplies, [N, n, S]."""
+    low_rank = low_rank[..., side.columns]
+    if not side.between:
+        return low_rank
+    entries = enumerate(zip(side.between, low_rank, hidden_states, strict=True))
+    return torch.stack([between(z, x, tokens(index)) for index, (between, z, x) in entries])
+
+
+def _adapted(
+    output: Tensor,
+    low_rank: Tensor | None,
+    side: StackedSide | None,
+    hidden_states: Tensor,
+    tokens: TokensOf,
+) -> Tensor:
+    """Adapt an input projection, [N, n, F]."""
+    if low_rank is None or side is None:
+        return output
+    update = torch.bmm(_rank_input(side, low_rank, hidden_states, tokens), side.B)
+    if side.row_scale is None:
+        return update.add_(output)
+    return decompose(output, update, side.row_scale.unsqueeze(1), side.bias)
+
+
+@dataclass(frozen=True)
+class StackedExpertFfn(StackedFfn):
+    """Weights of mixtures whose router chooses experts of a whole block.
+
+    Args:
+        input_A: Down-projections of the block's input, [N, D, P].
+        gate: B side of the gate (or only) input projection; factors [N·E, F].
+        up: B side of up.
         down_A: Down-projections of the hidden states, [N, F, S].
-        down_B: Scaled up-projections, [N, S, D].
-        down_row_scale: DoRA's factors of the output projection, [N·E, D] float32.
-        down_bias: The base's bias, [D].
-        router: [N, D, E] float32; None for plain adapters.
+        down: B side of the output projection; factors [N·E, D].
+        router: [N, D, E] float32.
         expert_columns: 1 at the columns of each expert, [E, S].
         top_k: K.
         apart: Slots are not added up in front of the base's output projection.
@@ -78,10 +229,8 @@ class StackedFfn:
     gate: StackedSide | None
     up: StackedSide | None
     down_A: Tensor | None
-    down_B: Tensor | None
-    down_row_scale: Tensor | None
-    down_bias: Tensor | None
-    router: Tensor | None
+    down: StackedSide | None
+    router: Tensor
     expert_columns: Tensor
     top_k: int
     apart: bool
@@ -91,97 +240,81 @@ class StackedFfn:
         """E."""
         return len(self.expert_columns)
 
-
-@dataclass(frozen=True)
-class StackedRouting:
-    """What the routers did: logits [N, n, E], experts [N, n, K] and their weights [N, n, K]."""
-
-    router_logits: Tensor
-    selected_experts: Tensor
-    routing_weights: Tensor
-
-
-class StackedFfnStep:
-    """One pass of an FFN block, to both sides of the base's output projection.
-
-    Args:
-        weights: The adapters'.
-        hidden_states: The block's input, [N, n, D].
-        gate: Base output of the gate, or of the only input projection, [N, n, F].
-        up: Base output of up, [N, n, F], or None.
-        act: The base's activation.
-    """
-
-    def __init__(
+    def step(
         self,
-        weights: StackedFfn,
         hidden_states: Tensor,
         gate: Tensor,
         up: Tensor | None,
         act: Activation,
-    ):
+        tokens: TokensOf,
+    ) -> StackedStep:
+        """See StackedFfn."""
+        return _ExpertStep(self, hidden_states, gate, up, act, tokens)
+
+
+class _ExpertStep(StackedStep):
+    def __init__(self, weights: StackedExpertFfn, hidden_states, gate, up, act, tokens: TokensOf):
         self.weights = weights
-        self.routing = None if weights.router is None else _route(weights, hidden_states)
-        self._slot_weights: list[Tensor] | None = None
-        self._masks: Tensor | None = None
+        selected, slot_weights = self._route(hidden_states, tokens)
+        self._masks = embedding(selected, weights.expert_columns)  # (N, n, K, S)
+        self._slot_weights = list(slot_weights.to(gate.dtype).unsqueeze(-1).unbind(2))
         self._factors_of: Tensor | None = None
-        if self.routing is not None:
-            selected = self.routing.selected_experts
-            self._masks = embedding(selected, weights.expert_columns)  # (N, n, K, S)
-            self._slot_weights = list(
-                self.routing.routing_weights.to(gate.dtype).unsqueeze(-1).unbind(2)
-            )
-            if weights.num_experts * len(selected) > 1:
-                first = torch.arange(len(selected), device=selected.device) * weights.num_experts
-                self._factors_of = selected + first[:, None, None]
+        if weights.num_experts * len(selected) > 1:
+            first = torch.arange(len(selected), device=selected.device) * weights.num_experts
+            self._factors_of = selected + first[:, None, None]
         low_rank = None
         if weights.input_A is not None:
             low_rank = torch.bmm(hidden_states.to(gate.dtype), weights.input_A)
         states = act(self._project(gate, low_rank, weights.gate))
         if up is not None:
             states = states * self._project(up, low_rank, weights.up)
+        if states.shape[2] == 1:  # neither gate nor up is adapted
+            states = states.expand(-1, -1, weights.top_k, -1)
+        self._slot_shape = states.shape[:-1]
         self._down_rank = self._reduce(states)
-        self.hidden = self._hidden_rows(states)
-        """Rows for the base's output projection: [N·n, F], or [N·n·K, F] where slots stay apart."""
+        hidden = states if weights.apart else self._combined(states)
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
 
     def finish(self, output: Tensor) -> Tensor:
-        """Go from the base's output projection of `hidden` to the block's output, [N·n, D]."""
-        weights, down_rank = self.weights, self._down_rank
-        if weights.down_B is not None and down_rank is not None:
-            update = torch.bmm(down_rank.flatten(1, -2), weights.down_B).flatten(0, 1)
-            if weights.down_row_scale is None:
+        weights, down = self.weights, self.weights.down
+        if down is not None and self._down_rank is not None:
+            update = torch.bmm(self._down_rank.flatten(1, -2), down.B).flatten(0, 1)
+            if down.row_scale is None:
                 output = output + update
             else:
                 rows = update.view(*self._slot_shape, update.shape[-1])
-                factors = self._factors(weights.down_row_scale, rows)
-                output = decompose(output.view_as(rows), rows, factors, weights.down_bias)
+                factors = self._factors(down.row_scale, rows)
+                output = decompose(output.view_as(rows), rows, factors, down.bias)
         if not weights.apart:
             return output
         return self._combined(output.view(*self._slot_shape, output.shape[-1])).flatten(0, 1)
 
+    def _route(self, hidden_states: Tensor, tokens: TokensOf) -> tuple[Tensor, Tensor]:
+        """Choose experts and their weights, both [N, n, K]."""
+        router, top_k = self.weights.router, self.weights.top_k
+        logits = torch.bmm(hidden_states.to(router.dtype), router)
+        selected, slot_weights = top_k_routing(logits.flatten(0, 1), top_k)
+        selected = selected.view(*logits.shape[:2], top_k)
+        slot_weights = slot_weights.view_as(selected)
+        for index, record in enumerate(zip(logits, selected, slot_weights, strict=True)):
+            tokens(index).record_routing(*record)
+        return selected, slot_weights
+
     def _project(self, output: Tensor, low_rank: Tensor | None, side: StackedSide | None) -> Tensor:
-        """Adapt an input projection: [N, n, F], or [N, n, K, F] of a mixture."""
-        if self._masks is not None:
-            output = output.unsqueeze(2)
+        """Adapt an input projection: [N, n, K, F], or [N, n, 1, F] where it is not adapted."""
+        output = output.unsqueeze(2)
         if low_rank is None or side is None:
             return output
-        low_rank = low_rank[..., side.columns]
-        if self._masks is None:
-            update = torch.bmm(low_rank, side.B)
-        else:
-            masked = low_rank.unsqueeze(2) * self._masks
-            update = torch.bmm(masked.flatten(1, 2), side.B)
-            update = update.view(*masked.shape[:-1], side.B.shape[-1])
+        masked = low_rank[..., side.columns].unsqueeze(2) * self._masks
+        update = torch.bmm(masked.flatten(1, 2), side.B)
+        update = update.view(*masked.shape[:-1], side.B.shape[-1])
         if side.row_scale is None:
             return update.add_(output)
-        return decompose(
-            output.expand_as(update), update, self._factors(side.row_scale, update), side.bias
-        )
+        factors = self._factors(side.row_scale, update)
+        return decompose(output.expand_as(update), update, factors, side.bias)
 
     def _factors(self, row_scale: Tensor, rows: Tensor) -> Tensor:
         """DoRA's factors of every row's adapter and expert."""
-        if self._masks is None:
-            return row_scale.unsqueeze(1)
         if self._factors_of is None:
             return row_scale.expand_as(rows)
         return embedding(self._factors_of, row_scale)
@@ -190,32 +323,105 @@ class StackedFfnStep:
         """Go to the rank space of the output projection, [N, n, [K,] S], combined if it may be."""
         if self.weights.down_A is None:
             return None
-        if self._masks is None:
-            return torch.bmm(states, self.weights.down_A)
-        if states.shape[2] == 1:  # neither gate nor up is adapted
-            states = states.expand(-1, -1, self.weights.top_k, -1)
         down_rank = torch.bmm(states.flatten(1, 2), self.weights.down_A)
         down_rank = down_rank.view(self._masks.shape) * self._masks
         return down_rank if self.weights.apart else self._combined(down_rank)
 
-    def _hidden_rows(self, states: Tensor) -> Tensor:
-        if self._masks is not None and states.shape[2] == 1:
-            states = states.expand(-1, -1, self.weights.top_k, -1)
-        self._slot_shape = states.shape[:-1]
-        if not self.weights.apart:
-            states = self._combined(states)
-        return states.reshape(-1, states.shape[-1])
-
     def _combined(self, slots: Tensor) -> Tensor:
-        """Add up a mixture's slots by their weights, [N, n, ...]."""
-        if self._slot_weights is None:
-            return slots
+        """Add up the slots by their weights, [N, n, ...]."""
         return combine_slots(slots.unbind(2), self._slot_weights)
 
 
-def _route(weights: StackedFfn, hidden_states: Tensor) -> StackedRouting:
-    router: Tensor = weights.router  # pyright: ignore[reportAssignmentType]
-    logits = torch.bmm(hidden_states.to(router.dtype), router)
-    selected, slot_weights = top_k_routing(logits.flatten(0, 1), weights.top_k)
-    shape = (*logits.shape[:2], weights.top_k)
-    return StackedRouting(logits, selected.view(shape), slot_weights.view(shape))
+def stack_inputs(groups: Sequence[InputGroup]) -> StackedInput:
+    """Put like adapters' projections of one input side by side."""
+    first = groups[0]
+    columns, stop = {}, 0
+    for name, side in first.projections.items():
+        columns[name] = slice(stop, stop + side.B.shape[1])
+        stop = columns[name].stop
+    num_rows = sum(len(side.B) for side in first.projections.values())
+    B = first.A.new_zeros(len(groups), num_rows, stop)
+    for entry, group in zip(B, groups, strict=True):
+        row = 0
+        for name, side in group.projections.items():
+            entry[row : row + len(side.B), columns[name]] = side.B
+            row += len(side.B)
+    scales = {
+        name: _stack_scales([group.projections[name].row_scale for group in groups])
+        for name in columns
+    }
+    maps = any(side.between is not None for side in first.projections.values())
+    return StackedInput(
+        A=torch.stack([group.A for group in groups]).transpose(1, 2),
+        B=B,
+        columns=columns,
+        row_scales={name: scale for name, scale in scales.items() if scale is not None},
+        sources=tuple(groups) if maps else (),
+    )
+
+
+def stack_low_rank_ffn(parts: Sequence[FfnWeights]) -> StackedLowRankFfn:
+    """Put the FFN weights of like adapters side by side, E = 1."""
+    return StackedLowRankFfn(**_stack_sides(parts))
+
+
+def stack_expert_ffn(
+    parts: Sequence[FfnWeights], routers: Sequence[Tensor], top_k: int
+) -> StackedExpertFfn:
+    """Put the FFN weights of like mixtures side by side.
+
+    Args:
+        parts: Each mixture's weights.
+        routers: Each mixture's router, [E, D].
+        top_k: K of all of them.
+    """
+    first = parts[0]
+    some = first.any_tensor()
+    experts = torch.eye(first.num_experts, dtype=some.dtype, device=some.device)
+    return StackedExpertFfn(
+        **_stack_sides(parts),
+        router=torch.stack([router.T for router in routers]),
+        expert_columns=experts.repeat_interleave(first.rank, dim=1),
+        top_k=top_k,
+        apart=first.apart,
+    )
+
+
+def _stack_sides(parts: Sequence[FfnWeights]) -> dict[str, Any]:
+    downs = [part.down for part in parts if part.down is not None]
+    biases = [part.down_bias for part in parts]
+    return {
+        "input_A": _stack_transposed([p.input_A for p in parts if p.input_A is not None]),
+        "gate": _stack_up([part.gate for part in parts if part.gate is not None]),
+        "up": _stack_up([part.up for part in parts if part.up is not None]),
+        "down_A": _stack_transposed([down.A for down in downs]),
+        "down": _stack_up([_as_up(down, biases[0]) for down in downs]),
+    }
+
+
+def _as_up(down: LowRankWeights, bias: Tensor | None) -> UpProjection:
+    """See the output projection's B side as the others': it has all columns of its product."""
+    return UpProjection(slice(None), down.B, down.row_scale, bias, down.between)
+
+
+def _stack_transposed(matrices: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(list(matrices)).transpose(1, 2) if matrices else None
+
+
+def _stack_scales(scales: Sequence[Tensor | None]) -> Tensor | None:
+    """Put DoRA's factors of all adapters' experts one below the other, [N·E, O]."""
+    present = [scale for scale in scales if scale is not None]
+    return torch.cat(present) if present else None
+
+
+def _stack_up(sides: Sequence[UpProjection]) -> StackedSide | None:
+    if not sides:
+        return None
+    first = sides[0]
+    return StackedSide(
+        columns=first.columns,
+        B=torch.stack([side.B for side in sides]),
+        row_scale=_stack_scales([side.row_scale for side in sides]),
+        bias=first.bias,
+        between=tuple(side.between for side in sides if side.between is not None),
+    )

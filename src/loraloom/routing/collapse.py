@@ -1,6 +1,6 @@
 """When a mixture is none any more: experts without tokens, layers that use the same few for all.
 
-Axes: N layers, E experts, K top_k.
+Axes: E experts, K top_k.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from loraloom.config.adapter import MixLoraConfig
+from loraloom.routing.record import RouterName, describe_router
 from loraloom.routing.statistics import load_shares
 from loraloom.routing.totals import effective_number
 
@@ -31,72 +31,67 @@ MIN_CHOICES_PER_EXPERT = 500
 _MAX_NAMED = 4
 
 
-def has_enough_choices(tokens_per_expert: Tensor) -> bool:
-    """Whether every layer has choices enough to be judged, [N, E]."""
-    num_experts = tokens_per_expert.shape[-1]
-    return int(tokens_per_expert.sum(-1).min()) >= MIN_CHOICES_PER_EXPERT * num_experts
+Choices = Mapping[RouterName, Sequence[int]]
+"""How often each router chose each of its experts."""
 
 
-def find_collapse(
-    layers: Sequence[int], tokens_per_expert: Tensor, config: MixLoraConfig
-) -> dict[str, str]:
+def has_enough_choices(choices: Choices) -> bool:
+    """Whether every router has choices enough to be judged."""
+    return all(sum(counts) >= MIN_CHOICES_PER_EXPERT * len(counts) for counts in choices.values())
+
+
+def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
     """Describe what has collapsed, by kind: `unused experts`, `collapsed layers`.
 
     Args:
-        layers: Index of each layer.
-        tokens_per_expert: How often each expert was chosen, [N, E].
-        config: Of the mixture.
+        choices: Of an adapter's routers.
+        top_k: Experts that a token chooses.
 
     Returns:
         A text for each kind that is there; nothing where a token takes all experts anyway.
     """
-    num_experts, top_k = config.num_experts, config.top_k
-    if num_experts == top_k or not has_enough_choices(tokens_per_expert):
+    choices = {router: counts for router, counts in choices.items() if len(counts) > top_k}
+    if not choices or not has_enough_choices(choices):
         return {}
-    load = load_shares(tokens_per_expert)
-    unused = load < UNUSED_SHARE / num_experts
-    least = top_k + COLLAPSED_PART * (num_experts - top_k)
-    collapsed = {
-        layer: f"{number:.1f}"
-        for layer, number in zip(layers, effective_number(load).tolist(), strict=True)
-        if number <= least
-    }
+    loads = {router: load_shares(torch.tensor(counts)) for router, counts in choices.items()}
+    most = max(map(len, choices.values()))
     found = {}
-    num_unused = int(unused.sum())
-    if num_unused >= UNUSED_PART * unused.numel():
-        limit = 100 * UNUSED_SHARE / num_experts
+    unused = {router: own for router, load in loads.items() if (own := _unused(load))}
+    num_unused, num_experts = sum(map(len, unused.values())), sum(map(len, choices.values()))
+    if num_unused >= UNUSED_PART * num_experts:
         found["unused experts"] = (
-            f"{num_unused} of {unused.numel()} experts are hardly used (below {limit:.2g} % of "
-            f"choices, {100 / num_experts:.3g} % would be even): "
-            f"{_name_layers(_name_experts(layers, unused))}"
+            f"{num_unused} of {num_experts} experts are hardly used (below "
+            f"{100 * UNUSED_SHARE / most:.2g} % of choices, {100 / most:.3g} % would be even): "
+            f"{_name_routers({router: _name_experts(own) for router, own in unused.items()})}"
         )
+    numbers = {router: float(effective_number(load)) for router, load in loads.items()}
+    collapsed = {
+        router: f"{number:.1f}"
+        for router, number in numbers.items()
+        if number <= _least_effective(len(choices[router]), top_k)
+    }
     if collapsed:
         found["collapsed layers"] = (
             f"layers that send nearly all tokens to the same experts (effective number at most "
-            f"{least:.1f} of {num_experts}, top_k is {top_k}): {_name_layers(collapsed)}"
+            f"{_least_effective(most, top_k):.1f} of {most}, top_k is {top_k}): "
+            f"{_name_routers(collapsed)}"
         )
     return found
 
 
-def advice(config: MixLoraConfig) -> str:
-    """Say what to change before training again."""
-    scope = "" if config.router_loss_scope == "per_layer" else ", set router_loss_scope: per_layer"
-    return (
-        f"raise router_aux_loss_coef (it is {config.router_aux_loss_coef:g}){scope}, or lower "
-        "learning_rate"
-    )
+def _unused(load: Tensor) -> list[int]:
+    return torch.nonzero(load < UNUSED_SHARE / len(load)).squeeze(1).tolist()
 
 
-def _name_experts(layers: Sequence[int], unused: Tensor) -> dict[int, str]:
-    """Name each layer's unused experts."""
-    return {
-        layer: f"expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}"
-        for layer, row in zip(layers, unused, strict=True)
-        if (experts := torch.nonzero(row).squeeze(1).tolist())
-    }
+def _least_effective(num_experts: int, top_k: int) -> float:
+    return top_k + COLLAPSED_PART * (num_experts - top_k)
 
 
-def _name_layers(by_layer: Mapping[int, str]) -> str:
-    named = [f"layer {layer} ({text})" for layer, text in list(by_layer.items())[:_MAX_NAMED]]
-    rest = len(by_layer) - len(named)
-    return ", ".join([*named, *([f"{rest} more layers"] if rest else [])])
+def _name_experts(experts: Sequence[int]) -> str:
+    return f"expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}"
+
+
+def _name_routers(texts: Mapping[RouterName, str]) -> str:
+    named = [f"{describe_router(router)} ({text})" for router, text in texts.items()]
+    rest = len(named) - _MAX_NAMED
+    return ", ".join([*named[:_MAX_NAMED], *([f"{rest} more layers"] if rest > 0 else [])])

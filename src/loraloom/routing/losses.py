@@ -6,13 +6,13 @@ Axes: T tokens (of all layers where pooled), E experts, K top_k.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from loraloom.config.adapter import MixLoraConfig
 from loraloom.routing.record import LayerRouting
 
 
@@ -47,21 +47,30 @@ def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
     return router_logits.logsumexp(-1).square().sum() / max(1, len(router_logits))
 
 
-def router_loss(routing: Sequence[LayerRouting], config: MixLoraConfig) -> Float[Tensor, ""]:
+def router_loss(
+    routing: Sequence[LayerRouting],
+    *,
+    aux_loss_coef: float,
+    z_loss_coef: float,
+    scope: Literal["pooled", "per_layer"],
+) -> Float[Tensor, ""]:
     """Add up an adapter's router losses with their coefficients.
 
     Args:
-        routing: The record of one forward, one entry a layer.
-        config: Coefficients, and whether to pool the load over layers or average a loss for each.
+        routing: The record of one forward, an entry for each router.
+        aux_loss_coef: Of the load-balance loss.
+        z_loss_coef: Of the z-loss.
+        scope: Pool the load over all routers, or average a loss for each. Routers with different
+            numbers of experts can't be pooled.
     """
-    if config.router_loss_scope == "pooled":
+    if scope == "pooled":
         logits = torch.cat([layer.router_logits for layer in routing])
         balance = load_balance_loss(logits, torch.cat([r.selected_experts for r in routing]))
     else:
-        per_layer = [load_balance_loss(r.router_logits, r.selected_experts) for r in routing]
-        balance = torch.stack(per_layer).mean()
-    loss = config.router_aux_loss_coef * balance
-    if config.router_z_loss_coef > 0:
+        per_router = [load_balance_loss(r.router_logits, r.selected_experts) for r in routing]
+        balance = torch.stack(per_router).mean()
+    loss = aux_loss_coef * balance
+    if z_loss_coef > 0:
         z_loss = torch.stack([router_z_loss(layer.router_logits) for layer in routing]).mean()
-        loss = loss + config.router_z_loss_coef * z_loss
+        loss = loss + z_loss_coef * z_loss
     return loss

@@ -1,6 +1,6 @@
 """How a router spreads its load: the signals of a collapse.
 
-Axes: N layers, T tokens, E experts, K top_k.
+Axes: N routers, T tokens, E experts, K top_k.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraloom.routing.record import LayerRouting
+from loraloom.routing.record import LayerRouting, RouterName
 
 
 @dataclass(frozen=True)
@@ -20,34 +20,45 @@ class RouterStatistics:
     """Load and certainty of an adapter's routers over some tokens.
 
     Args:
-        tokens_per_expert: How often each expert was chosen, [N, E] int64.
-        entropy: Mean over layers and tokens of the entropy of the router's probabilities, divided
+        tokens_per_expert: How often each router chose each of its experts.
+        entropy: Mean over routers and tokens of the entropy of the router's probabilities, divided
             by ln E: 1 is uniform, 0 is certain.
         load_cv: Standard deviation of the load over experts divided by its mean, averaged over
-            layers: 0 is balanced, sqrt(E - 1) is one expert for all.
+            routers: 0 is balanced, sqrt(E - 1) is one expert for all.
     """
 
-    tokens_per_expert: Tensor
+    tokens_per_expert: dict[RouterName, list[int]]
     entropy: float
     load_cv: float
 
 
 def load_statistics(routing: Sequence[LayerRouting]) -> RouterStatistics:
-    """Compute the statistics of one forward's record; layers without tokens count as balanced."""
+    """Compute the statistics of one forward's record; routers without tokens count as balanced."""
     counts = count_choices(routing)
     load = counts.double()
-    mean = load.mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
-    load_cv = (load.std(-1, correction=0) / mean).mean()
-    entropies = [_entropy(layer.router_logits.detach()) for layer in routing]
-    return RouterStatistics(counts, sum(entropies) / len(entropies), float(load_cv))
+    num_experts = load.new_tensor([record.num_experts for record in routing])
+    mean = load.sum(-1) / num_experts
+    spread = (load.square().sum(-1) / num_experts - mean.square()).clamp_min(0).sqrt()
+    entropies = [_entropy(record.router_logits.detach()) for record in routing]
+    return RouterStatistics(
+        {
+            record.router: row[: record.num_experts]
+            for record, row in zip(routing, counts.tolist(), strict=True)
+        },
+        sum(entropies) / len(entropies),
+        float((spread / mean.clamp_min(1 / num_experts)).mean()),
+    )
 
 
 def count_choices(routing: Sequence[LayerRouting]) -> Tensor:
-    """Count how often each expert was chosen in each layer, [N, E] int64."""
-    num_experts = routing[0].router_logits.shape[-1]
+    """Count how often each expert was chosen by each router, [N, E] int64.
+
+    E is the largest number of experts that any router has; where one has fewer, zeros follow.
+    """
+    num_experts = max(record.num_experts for record in routing)
     chosen = [
-        layer.selected_experts.flatten() + index * num_experts
-        for index, layer in enumerate(routing)
+        record.selected_experts.flatten() + index * num_experts
+        for index, record in enumerate(routing)
     ]
     counts = torch.bincount(torch.cat(chosen), minlength=len(routing) * num_experts)
     return counts.view(len(routing), num_experts)

@@ -1,6 +1,6 @@
 """Routing added up over many forwards, in memory that does not grow with the tokens.
 
-Axes: N layers, T tokens, E experts.
+Axes: N routers, T tokens, E experts (the most that a router has; zeros follow where it has fewer).
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraloom.routing.record import LayerRouting
+from loraloom.routing.record import LayerRouting, RouterName
 from loraloom.routing.statistics import count_choices, load_shares
 
 
 @dataclass(frozen=True)
 class RoutingTotals:
-    """Sums over the real tokens of one adapter; totals of the same layers can be added.
+    """Sums over the real tokens of one adapter; totals of the same routers can be added.
 
     Args:
-        layers: Index of each decoder layer that has a router.
+        routers: Each router's layer and projection.
         num_tokens: T; each chooses its experts in every layer.
         tokens_per_expert: How often each expert was chosen, [N, E] int64.
         probabilities: The router's probabilities, summed over tokens, [N, E] float64.
         token_entropies_bits: The entropy of each token's probabilities, summed, [N] float64.
     """
 
-    layers: tuple[int, ...]
+    routers: tuple[RouterName, ...]
     num_tokens: int
     tokens_per_expert: Tensor
     probabilities: Tensor
@@ -36,7 +36,7 @@ class RoutingTotals:
 
     def __add__(self, other: RoutingTotals) -> RoutingTotals:
         return RoutingTotals(
-            self.layers,
+            self.routers,
             self.num_tokens + other.num_tokens,
             self.tokens_per_expert + other.tokens_per_expert,
             self.probabilities + other.probabilities,
@@ -68,18 +68,22 @@ def routing_totals(routing: Sequence[LayerRouting]) -> RoutingTotals:
     """Sum up one forward's record, on the CPU.
 
     Args:
-        routing: At least one layer; all have the same tokens and numbers of experts.
+        routing: At least one router; all have the same tokens.
     """
-    logits = torch.stack([layer.router_logits.detach() for layer in routing])  # (N, T, E)
-    log_probabilities = logits.log_softmax(-1)
-    probabilities = log_probabilities.exp()
-    entropies = -(probabilities * log_probabilities).sum((-1, -2)) / math.log(2)
+    counts = count_choices(routing).cpu()
+    sums = counts.new_zeros(counts.shape, dtype=torch.float64)
+    entropies = sums.new_zeros(len(routing))
+    for index, record in enumerate(routing):
+        log_probabilities = record.router_logits.detach().log_softmax(-1)  # (T, E)
+        probabilities = log_probabilities.exp()
+        sums[index, : record.num_experts] = probabilities.sum(0)
+        entropies[index] = -(probabilities * log_probabilities).sum() / math.log(2)
     return RoutingTotals(
-        layers=tuple(layer.layer for layer in routing),
-        num_tokens=logits.shape[1],
-        tokens_per_expert=count_choices(routing).cpu(),
-        probabilities=probabilities.sum(1).cpu().double(),
-        token_entropies_bits=entropies.cpu().double(),
+        routers=tuple(record.router for record in routing),
+        num_tokens=len(routing[0].router_logits),
+        tokens_per_expert=counts,
+        probabilities=sums,
+        token_entropies_bits=entropies,
     )
 
 

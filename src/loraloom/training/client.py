@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.adapter import LoraConfig
+from loraloom.adapters import LoraConfig
 from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.data.encoding import learn_completions

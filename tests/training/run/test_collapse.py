@@ -4,12 +4,12 @@ from dataclasses import asdict
 
 import torch
 
-from loraloom.config.adapter import MixLoraConfig
+from loraloom.adapters import MixLoraConfig
 from loraloom.training.run.collapse import WINDOW_STEPS, CollapseWatch, add_counts
 
 CONFIG = MixLoraConfig(num_experts=4, top_k=1)
-EVEN = {0: [100] * 4, 3: [100] * 4}
-COLLAPSED = {0: [100] * 4, 3: [398, 2, 0, 0]}
+EVEN = {(0, None): [100] * 4, (3, None): [100] * 4}
+COLLAPSED = {(0, None): [100] * 4, (3, None): [398, 2, 0, 0]}
 
 
 def take(watch: CollapseWatch, counts, steps: int, first: int = 1) -> list[str]:
@@ -56,5 +56,7 @@ def test_it_goes_on_where_it_was_saved(tmp_path):
 
 
 def test_counts_are_added_by_layer():
-    assert add_counts({}, {2: [1, 2]}) == add_counts({2: [1, 2]}, {}) == {2: [1, 2]}
-    assert add_counts({2: [1, 2]}, {2: [3, 4]}) == {2: [4, 6]}
+    router = (2, None)
+    first = {router: [1, 2]}
+    assert add_counts({}, first) == add_counts(first, {}) == first
+    assert add_counts(first, {router: [3, 4]}) == {router: [4, 6]}

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError
+from loraloom.eval.identity import adapter_digest
 from loraloom.eval.likelihoods import PairScore, evaluating, iter_pair_scores
 from loraloom.eval.results import BASE
 from loraloom.infer.generate import complete
@@ -164,7 +165,7 @@ class Answers:
         if name is None:
             return BASE
         adapter = self.host.adapter(name)
-        return weakref.ref(adapter), adapter.version()
+        return weakref.ref(adapter), adapter_digest(adapter)
 
 
 def _packed(ids: Sequence[int]) -> bytes:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
-from loraloom.config.adapter import MixLoraConfig
-from loraloom.routing.collapse import advice, find_collapse, has_enough_choices
+from loraloom.adapters.config import AdapterConfig
+from loraloom.routing.collapse import Choices, find_collapse, has_enough_choices
+from loraloom.routing.record import RouterName
 
 WINDOW_STEPS = 25
 """Steps whose load is judged together, so that one odd step warns nobody."""
@@ -20,30 +18,27 @@ class CollapseWatch:
 
     Args:
         num_steps: Steps of the window so far.
-        tokens_per_expert: Their choices, by layer.
+        tokens_per_expert: Their choices, by router.
         warnings: What was said already, by kind; a kind is said once.
     """
 
     num_steps: int = 0
-    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
+    tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
 
-    def take(
-        self, step: int, tokens_per_expert: Mapping[int, list[int]], config: MixLoraConfig
-    ) -> list[str]:
+    def take(self, step: int, tokens_per_expert: Choices, config: AdapterConfig) -> list[str]:
         """Take a step's choices in; give new warnings.
 
         A window ends after `WINDOW_STEPS`, or later when it has too few tokens to be judged.
         """
         self.num_steps += 1
         self.tokens_per_expert = add_counts(self.tokens_per_expert, tokens_per_expert)
-        counts = torch.tensor(list(self.tokens_per_expert.values()))
-        if self.num_steps < WINDOW_STEPS or not has_enough_choices(counts):
+        if self.num_steps < WINDOW_STEPS or not has_enough_choices(self.tokens_per_expert):
             return []
-        found = find_collapse(list(self.tokens_per_expert), counts, config)
+        found = find_collapse(self.tokens_per_expert, config.experts_per_token or 0)
         first = step - self.num_steps + 1
         new = {
-            kind: f"steps {first} to {step}: {text}; {advice(config)}"
+            kind: f"steps {first} to {step}: {text}; {config.collapse_advice}"
             for kind, text in found.items()
             if kind not in self.warnings
         }
@@ -52,13 +47,11 @@ class CollapseWatch:
         return list(new.values())
 
 
-def add_counts(
-    first: Mapping[int, list[int]], second: Mapping[int, list[int]]
-) -> dict[int, list[int]]:
-    """Add choices by layer and expert; none at all counts as zeros."""
+def add_counts(first: Choices, second: Choices) -> dict[RouterName, list[int]]:
+    """Add choices by router and expert; none at all counts as zeros."""
     if not first or not second:
-        return dict(first or second)
+        return {router: list(counts) for router, counts in (first or second).items()}
     return {
-        layer: [a + b for a, b in zip(counts, second[layer], strict=True)]
-        for layer, counts in first.items()
+        router: [a + b for a, b in zip(counts, second[router], strict=True)]
+        for router, counts in first.items()
     }

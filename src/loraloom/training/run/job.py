@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.config.adapter import MixLoraConfig
 from loraloom.config.job import JobConfig
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC
 from loraloom.data.training_set import TrainingSet
@@ -269,7 +268,7 @@ class Job:
     def _warnings(self, loss: MicroBatchLoss) -> tuple[str, ...]:
         """Judge a mixture's load after a step."""
         config = self.config.adapter
-        if not isinstance(config, MixLoraConfig) or not loss.tokens_per_expert:
+        if config.experts_per_token is None or not loss.tokens_per_expert:
             return ()
         return tuple(self.collapse.take(self.position.step, loss.tokens_per_expert, config))
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
+from loraloom.adapters.base import BaseInfo
 from loraloom.durable import write_json
-from loraloom.formats.base import BaseInfo
-from loraloom.formats.card import method_name, model_card
+from loraloom.formats.card import model_card
 from loraloom.training.run.job import Job
 from loraloom.training.step.micro_batch import padding_share
 
@@ -122,7 +122,7 @@ def job_result(
         job=job.name,
         status=_status(job, error, stop_reason),
         error=error,
-        method=method_name(job.config.adapter),
+        method=job.config.adapter.title,
         base_model=base.name_or_path,
         num_parameters=sum(parameter.numel() for parameter in job.parameters.values()),
         steps=position.step,

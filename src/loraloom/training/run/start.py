@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.config.adapter import LoraConfig, MixLoraConfig
+from loraloom.adapters.config import AdapterConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
@@ -32,15 +32,6 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     adapter.load_tensors(tensors)
 
 
-def _formula(config: LoraConfig) -> dict[str, object]:
+def _formula(config: AdapterConfig) -> dict[str, object]:
     """Return what decides how weights are used, and most of what decides their shapes."""
-    values: dict[str, object] = {
-        "method": config.method,
-        "rank": config.rank,
-        "scaling": config.scaling,
-    }
-    if isinstance(config, MixLoraConfig):
-        experts = config.expert_config
-        values |= {"num_experts": config.num_experts, "top_k": config.top_k}
-        values |= {"experts' rank": experts.rank, "experts' scaling": experts.scaling}
-    return values
+    return {"method": config.method, **config.summary()}

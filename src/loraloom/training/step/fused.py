@@ -16,10 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraloom.config.adapter import MixLoraConfig
 from loraloom.data.examples import collate
 from loraloom.models.host import Host
-from loraloom.routing.losses import router_loss
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_statistics
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
@@ -85,9 +83,9 @@ def _loss_terms(
     """Return a micro-batch's share of the step's loss, router loss and metrics."""
     terms = part.objective.terms(_scored(part, token_losses), part.window.totals)
     aux_loss = torch.zeros_like(terms.loss)
-    config = part.adapter.config
-    if routing is not None and isinstance(config, MixLoraConfig):
-        aux_loss = (router_loss(routing, config) * _token_share(part)).to(terms.loss.dtype)
+    added = None if routing is None else part.adapter.auxiliary_loss(routing)
+    if added is not None:
+        aux_loss = (added * _token_share(part)).to(terms.loss.dtype)
     return {"loss": terms.loss, "aux_loss": aux_loss, **terms.metrics}
 
 
@@ -122,12 +120,11 @@ def _with_statistics(
     if routing is None:
         return found
     statistics, share = load_statistics(routing), _token_share(part)
-    layers = [layer.layer for layer in routing]
     return replace(
         found,
         router_entropy=statistics.entropy * share,
         router_load_cv=statistics.load_cv * share,
-        tokens_per_expert=dict(zip(layers, statistics.tokens_per_expert.tolist(), strict=True)),
+        tokens_per_expert=statistics.tokens_per_expert,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example
+from loraloom.routing.record import RouterName
 from loraloom.training.run.collapse import add_counts
 from loraloom.training.step.objectives import Objective
 from loraloom.training.step.reference import Reference
@@ -75,7 +76,7 @@ class MicroBatchLoss:
         router_load_cv: Likewise.
         metrics: Of the objective, by their names in metrics.jsonl.
         computed_tokens: Tokens of its rows, padding included.
-        tokens_per_expert: How often routers chose each expert, by layer; empty without a router.
+        tokens_per_expert: How often each router chose each expert; empty without a router.
     """
 
     loss: float
@@ -84,7 +85,7 @@ class MicroBatchLoss:
     router_load_cv: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     computed_tokens: int = 0
-    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
+    tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
 
     def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:
         return MicroBatchLoss(

@@ -1,0 +1,163 @@
+"""What the rest of the system asks of a method's configuration. Torch is not imported here.
+
+A method is a folder beside this file: `config.py` with a subclass of `AdapterConfig`, and the
+weights that its `build` makes. `docs/methods.md` says how to add one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, field_validator
+
+from loraloom.adapters.keys import Shape, TensorKey, target_projections
+from loraloom.config.fields import StrictModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraloom.adapters.adapter import Adapter
+    from loraloom.adapters.base import BaseInfo, BaseLayer
+    from loraloom.adapters.files import AdapterFiles
+
+TargetGroup = Literal["all-linear", "attention", "ffn"]
+Targets = TargetGroup | tuple[str, ...]
+
+
+class AdapterConfig(StrictModel, ABC):
+    """The settings that all methods have, and the questions that all must answer."""
+
+    peft_type: ClassVar[str]
+    """What adapter_config.json calls the method."""
+    layout: ClassVar[Literal["peft", "reference", "native"]] = "native"
+    """How tensors are named on disk; see formats/."""
+    formula: ClassVar[str]
+    """What an adapted projection computes, in a line."""
+    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Names that people give as `method` for settings of this one, and what to write instead."""
+    old_strategies: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Names of `routing_strategy` in the reference's old files, and what they are today."""
+    file_parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Names of the method's own parts of tensors in PEFT's or the reference's files."""
+
+    method: str
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of the update, in training only."""
+    target_modules: Targets = "all-linear"
+    """Projections to adapt: their names, or `all-linear`, `attention`, `ffn`."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _check_target_modules(cls, targets: Any) -> Any:
+        groups = get_args(TargetGroup)
+        is_list = isinstance(targets, list | tuple)
+        if targets in groups or (is_list and targets and all(_is_module_name(t) for t in targets)):
+            return targets
+        raise ValueError(
+            f"target_modules must be {', '.join(groups)} or a list of module names, got {targets!r}"
+        )
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The method as papers spell it, with its variant."""
+
+    @abstractmethod
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        """Make an adapter with initial weights.
+
+        Args:
+            name: Unique on its host.
+            base_layers: The base model's projections.
+            dtype: Of the trained weights, at least float32.
+            seed: Of the initial weights, together with each tensor's name.
+
+        Raises:
+            AdapterError: If `target_modules` names projections that the base model lacks.
+        """
+
+    @abstractmethod
+    def projection_shapes(
+        self, place: TensorKey, out_features: int, in_features: int
+    ) -> Iterator[tuple[TensorKey, Shape]]:
+        """Give the key and shape of each tensor of an adapted projection.
+
+        Args:
+            place: The key without its part.
+            out_features: O of the base's projection.
+            in_features: I.
+        """
+
+    def layer_shapes(self, base: BaseInfo, layer: int) -> Iterator[tuple[TensorKey, Shape]]:
+        """Give the key and shape of each tensor of a decoder layer."""
+        for path in target_projections(self.target_modules, base):
+            block, _, projection = path.partition(".")
+            place = TensorKey(layer, block, "", projection)
+            yield from self.projection_shapes(place, *base.shapes[path])
+
+    def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
+        """Give the name and shape of every tensor that an adapter has on a base model."""
+        return {
+            str(key): shape
+            for layer in range(base.num_layers)
+            for key, shape in self.layer_shapes(base, layer)
+        }
+
+    def check_targets(self, paths: Sequence[str], base: BaseInfo) -> str | None:
+        """Say what is wrong with the projections that files name; None if nothing is."""
+        return None
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """How many experts a router chooses for a token; None where it chooses none."""
+        return None
+
+    @property
+    def experts_per_router(self) -> int:
+        """The most experts that a router chooses from; 0 without routers."""
+        return 0
+
+    @property
+    def collapse_advice(self) -> str:
+        """What to change where routers send all tokens to the same few experts."""
+        return "lower learning_rate"
+
+    def card_lines(self) -> list[str]:
+        """What a model card lists beside rank and targets."""
+        return []
+
+    def summary(self) -> dict[str, Any]:
+        """The settings that decide what the weights compute, for `inspect` and `start_from`."""
+        return {"rank": self.rank}
+
+    def description(self) -> dict[str, Any]:
+        """The settings that `loraloom inspect` shows beside rank and dropout."""
+        return {"alpha": None, "scaling": None, "rank_stabilized": False, "experts": None}
+
+    def file_fields(self, base: BaseInfo) -> dict[str, Any]:
+        """The method's fields of adapter_config.json; by default its settings under our names."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
+        """Read settings from adapter_config.json, the other way round.
+
+        Args:
+            files: What was found on disk.
+            projections: Names of the projections that have tensors.
+
+        Raises:
+            FormatError: If a field says what the method can't represent.
+        """
+        return {name: files.config[name] for name in cls.model_fields if name in files.config}
+
+
+def _is_module_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and name not in get_args(TargetGroup)

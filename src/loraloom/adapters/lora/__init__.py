@@ -1,0 +1,1 @@
+"""LoRA, rsLoRA and DoRA: one low-rank update on each adapted projection."""

@@ -1,0 +1,105 @@
+"""Settings of LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.keys import Shape, TensorKey
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraloom.adapters.adapter import Adapter
+    from loraloom.adapters.base import BaseInfo, BaseLayer
+    from loraloom.adapters.files import AdapterFiles
+
+
+class LoraConfig(AdapterConfig):
+    """Low-rank adaptation: y = Wx + b + s·B(A(dropout(x))).
+
+    Source: Hu et al. 2021, LoRA, arXiv:2106.09685; Liu et al. 2024, DoRA, arXiv:2402.09353;
+    Kalajdzievski 2023, rsLoRA, arXiv:2312.03732.
+    """
+
+    peft_type = "LORA"
+    layout = "peft"
+    formula = "y = Wx + b + s·B(Ax)"
+    aliases: ClassVar = {"dora": "method: lora with weight_decomposition: true"}
+
+    method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Low-rank adaptation of linear layers."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Numerator of the scaling s = alpha / rank (alpha / sqrt(rank) when rank_stabilized)."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank), as rsLoRA does."""
+    weight_decomposition: bool = False
+    """Train the norm of each output row apart from its direction: DoRA, or MixDoRA in a mixture."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Start of A: Kaiming uniform with a = sqrt(5), or normal with std 1 / rank. B starts at 0."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    @property
+    def title(self) -> str:
+        """LoRA or DoRA."""
+        return "DoRA" if self.weight_decomposition else "LoRA"
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        """See AdapterConfig."""
+        from loraloom.adapters.lora.weights import LoraProjection
+        from loraloom.adapters.low_rank import LowRankAdapter
+
+        def build(projection, layer):
+            return LoraProjection(projection, self, None, dtype, seed)
+
+        return LowRankAdapter.of(name, self, base_layers, build)
+
+    def projection_shapes(
+        self, place: TensorKey, out_features: int, in_features: int
+    ) -> Iterator[tuple[TensorKey, Shape]]:
+        """See AdapterConfig."""
+        yield replace(place, part="lora_A"), (self.rank, in_features)
+        yield replace(place, part="lora_B"), (out_features, self.rank)
+        if self.weight_decomposition:
+            yield replace(place, part="magnitude"), (out_features,)
+
+    def summary(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        return {"rank": self.rank, "scaling": self.scaling}
+
+    def card_lines(self) -> list[str]:
+        """See AdapterConfig."""
+        kind = " (rank-stabilized)" if self.rank_stabilized else ""
+        return [f"alpha {self.alpha:g}{kind}"]
+
+    def description(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        return super().description() | {
+            "alpha": self.alpha,
+            "scaling": self.scaling,
+            "rank_stabilized": self.rank_stabilized,
+        }
+
+    def file_fields(self, base: BaseInfo) -> dict[str, Any]:
+        """See AdapterConfig."""
+        from loraloom.adapters.lora.files import peft_fields
+
+        return peft_fields(self, base)
+
+    @classmethod
+    def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
+        """See AdapterConfig."""
+        from loraloom.adapters.lora.files import settings_of
+
+        return settings_of(files, projections)

@@ -1,0 +1,126 @@
+"""A LoRA's or DoRA's weights on one projection; in a mixture, those of all its experts.
+
+Axes: I in_features, O out_features, E experts (1 for a plain LoRA), R rank, S = E·R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from loraloom.adapters.base import BaseProjection
+from loraloom.adapters.lora.config import LoraConfig
+from loraloom.adapters.low_rank import Projection, generator_for, kaiming_uniform
+from loraloom.ops.low_rank import dora_norms
+
+
+class _ScaledTranspose(torch.autograd.Function):
+    """B [E, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights.
+
+    A plain LoRA's B is small enough for the four calls that this replaces to be faster.
+    """
+
+    @staticmethod
+    def forward(ctx, lora_B, scaling, dtype):
+        ctx.scaling, ctx.dtype, ctx.rank = scaling, lora_B.dtype, lora_B.shape[-1]
+        num_experts, out_features, rank = lora_B.shape
+        scaled = lora_B.new_empty(num_experts, rank, out_features, dtype=dtype)
+        torch.mul(lora_B.transpose(1, 2), scaling, out=scaled)
+        return scaled.flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        experts = grad.unflatten(0, (-1, ctx.rank))  # (E, R, O)
+        grad_B = grad.new_empty(experts.transpose(1, 2).shape, dtype=ctx.dtype)
+        torch.mul(experts.transpose(1, 2), ctx.scaling, out=grad_B)
+        return grad_B, None, None
+
+
+class LoraProjection(Projection):
+    """A, B and, with weight decomposition, the magnitudes of a projection's experts.
+
+    Args:
+        base: The projection that is adapted.
+        config: Rank, scaling, initialisation, weight decomposition.
+        num_experts: E, or None for a plain LoRA (which is stored as E = 1).
+        dtype: Of the trained weights, at least float32.
+        seed: Of the job; each tensor draws its initial values from it and its own name.
+    """
+
+    def __init__(
+        self,
+        base: BaseProjection,
+        config: LoraConfig,
+        num_experts: int | None,
+        dtype: torch.dtype,
+        seed: int,
+    ):
+        super().__init__(base)
+        self.config = config
+        self.is_mixture = num_experts is not None
+        names = [f"{self.key}.lora_A"]
+        if num_experts is not None:
+            names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
+        shape = (config.rank, base.in_features)
+        initial = torch.stack([_initial_A(shape, config.init, seed, name) for name in names])
+        options = {"dtype": dtype, "device": base.device}
+        self.lora_A = nn.Parameter(initial.to(**options))
+        zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
+        self.lora_B = nn.Parameter(zeros)
+        self.lora_magnitude_vector = None
+        if config.weight_decomposition:
+            norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
+            self.lora_magnitude_vector = nn.Parameter(norms)
+
+    @property
+    def num_columns(self) -> int:
+        """S."""
+        return len(self.lora_A) * self.config.rank
+
+    def compute_A(self, dtype: torch.dtype) -> Tensor:
+        """A of all experts, [S, I]."""
+        return self.lora_A.flatten(0, 1).to(dtype)
+
+    def compute_B(self, dtype: torch.dtype) -> Tensor:
+        """B of all experts times scaling, [S, O]."""
+        if not self.is_mixture:
+            return (self.lora_B * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
+        return _ScaledTranspose.apply(self.lora_B, self.config.scaling, dtype)  # pyright: ignore
+
+    def row_scale(self) -> Tensor | None:
+        """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [E, O]; the norm has no gradient."""
+        if self.lora_magnitude_vector is None:
+            return None
+        with torch.no_grad():
+            norms = dora_norms(
+                self.base.weight,
+                self.base.squared_norms,
+                self.lora_A,
+                self.lora_B,
+                self.config.scaling,
+            )
+        tiny = torch.finfo(norms.dtype).tiny  # a zero row of W: 0 / tiny instead of 0 / 0
+        return self.lora_magnitude_vector / norms.clamp_min(tiny)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor under its name, experts apart."""
+        named = {
+            "lora_A": self.lora_A,
+            "lora_B": self.lora_B,
+            "magnitude": self.lora_magnitude_vector,
+        }
+        for expert in range(len(self.lora_A)):
+            prefix = f"{self.key}.experts.{expert}" if self.is_mixture else self.key
+            for name, parameter in named.items():
+                if parameter is not None:
+                    yield f"{prefix}.{name}", parameter.detach()[expert]
+
+
+def _initial_A(shape: tuple[int, int], init: str, seed: int, name: str) -> Tensor:
+    if init == "gaussian":
+        return torch.empty(shape).normal_(std=1 / shape[0], generator=generator_for(seed, name))
+    return kaiming_uniform(shape, seed, name)

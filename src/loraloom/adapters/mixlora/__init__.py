@@ -1,0 +1,1 @@
+"""MixLoRA and MixDoRA: a router and LoRA experts in each FFN block, LoRA on attention."""

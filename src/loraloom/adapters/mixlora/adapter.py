@@ -1,0 +1,168 @@
+"""MixLoRA and MixDoRA: a router and LoRA experts in each FFN block, LoRA on attention.
+
+Axes: T tokens, D hidden, E experts, K top_k.
+
+Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, Weights, resolve_targets
+from loraloom.adapters.base import BaseLayer
+from loraloom.adapters.lora.weights import LoraProjection
+from loraloom.adapters.low_rank import ffn_weights, generator_for, projection_block
+from loraloom.adapters.mixlora.config import MixLoraConfig
+from loraloom.errors import AdapterError
+from loraloom.ops.adapter_ffn import adapter_ffn
+from loraloom.ops.dropout import Site
+from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
+from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
+from loraloom.routing.losses import router_loss
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.top_k import router_logits, top_k_routing
+
+
+class Router(Weights):
+    """The linear gate of one layer; weight [E, D], normal with a small deviation at first."""
+
+    def __init__(self, shape: tuple[int, int], std: float, options: dict, key: str, seed: int):
+        super().__init__()
+        self.key = key
+        initial = torch.empty(shape).normal_(std=std, generator=generator_for(seed, key))
+        self.weight = nn.Parameter(initial.to(**options))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weight under its name."""
+        yield self.key, self.weight.detach()
+
+
+class MixLoraAdapter(Adapter):
+    """A mixture of LoRA experts; with weight decomposition a MixDoRA.
+
+    Raises:
+        AdapterError: If `target_modules` has no projection of the FFN block.
+    """
+
+    config: MixLoraConfig
+
+    def __init__(
+        self,
+        name: str,
+        config: MixLoraConfig,
+        base_layers: Sequence[BaseLayer],
+        dtype: torch.dtype,
+        seed: int,
+    ):
+        targets = resolve_targets(config, base_layers[0])
+        if not targets & frozenset(base_layers[0].ffn):
+            raise AdapterError(
+                f"a mixture needs experts: target_modules must have at least one of "
+                f"{', '.join(base_layers[0].ffn)}, got {', '.join(sorted(targets))}"
+            )
+        layers = [_build_layer(config, layer, targets, dtype, seed) for layer in base_layers]
+        super().__init__(name, config, base_layers, layers)
+
+    def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
+        """See Adapter."""
+        base = self.base_layers[layer]
+        return ffn_weights(self.ffn_block(layer), base, dtype, self.config.num_experts)
+
+    def ffn(
+        self,
+        layer: int,
+        weights: FfnWeights,
+        hidden_states: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        act: Activation,
+        tokens: SegmentTokens,
+    ) -> FfnRows:
+        """Route the real tokens and compute their experts; padding gets the base's output."""
+        config = self.config
+        routing = self._route(layer, hidden_states, tokens)
+        dropout = self.ffn_dropout(
+            config.expert_config.dropout, hidden_states.shape[-1], gate, config.top_k, tokens
+        )
+        hidden, finish = adapter_ffn(
+            hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout
+        )
+        return FfnRows(hidden, finish)
+
+    def stack_key(self) -> Hashable:
+        """See Adapter."""
+        return type(self.config), self.config.top_k, self._shapes
+
+    @classmethod
+    def stack_ffn(
+        cls, adapters: Sequence[MixLoraAdapter], layer: int, dtype: torch.dtype
+    ) -> StackedExpertFfn:
+        """See Adapter."""
+        return stack_expert_ffn(
+            [adapter.ffn_weights(layer, dtype) for adapter in adapters],
+            [adapter.router(layer).detach() for adapter in adapters],
+            adapters[0].config.top_k,
+        )
+
+    def auxiliary_loss(self, routing: Sequence[LayerRouting]) -> Tensor:
+        """See Adapter."""
+        config = self.config
+        return router_loss(
+            routing,
+            aux_loss_coef=config.router_aux_loss_coef,
+            z_loss_coef=config.router_z_loss_coef,
+            scope=config.router_loss_scope,
+        )
+
+    def router(self, layer: int) -> Tensor:
+        """The router's weight in a layer, [E, D]."""
+        return self.layers[layer]["router"].weight  # pyright: ignore
+
+    def _route(self, layer: int, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
+        jitter = None
+        if tokens.noise is not None and self.config.router_jitter > 0:
+            jitter = tokens.noise.jitter(
+                Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
+            )
+        logits = router_logits(hidden_states, self.router(layer), jitter)
+        selected, weights = top_k_routing(logits, self.config.top_k)
+        tokens.record_routing(logits, selected, weights)
+        if tokens.real is None:
+            return Routing(selected, weights)
+        real = tokens.real.unsqueeze(1)
+        first_slot = torch.zeros_like(weights)
+        first_slot[:, 0] = 1
+        return Routing(torch.where(real, selected, -1), torch.where(real, weights, first_slot))
+
+
+def _build_layer(
+    config: MixLoraConfig,
+    layer: BaseLayer,
+    targets: frozenset[str],
+    dtype: torch.dtype,
+    seed: int,
+) -> nn.ModuleDict:
+    def attention(base, layer):
+        return LoraProjection(base, config, None, dtype, seed)
+
+    def experts(base, layer):
+        return LoraProjection(base, config.expert_config, config.num_experts, dtype, seed)
+
+    router = Router(
+        (config.num_experts, layer.hidden_size),
+        config.router_init_std,
+        {"dtype": dtype, "device": layer.ffn[layer.ffn_shape.inputs[0]].device},
+        f"layers.{layer.index}.{layer.ffn_block}.router",
+        seed,
+    )
+    return nn.ModuleDict(
+        {
+            layer.attention_block: projection_block(layer.attention, targets, layer, attention),
+            layer.ffn_block: projection_block(layer.ffn, targets, layer, experts),
+            "router": router,
+        }
+    )

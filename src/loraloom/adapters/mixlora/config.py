@@ -1,0 +1,180 @@
+"""Settings of MixLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from loraloom.adapters.config import Targets
+from loraloom.adapters.keys import Shape, TensorKey
+from loraloom.adapters.lora.config import LoraConfig
+from loraloom.config.fields import CheckInfo, StrictModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraloom.adapters.adapter import Adapter
+    from loraloom.adapters.base import BaseInfo, BaseLayer
+    from loraloom.adapters.files import AdapterFiles
+
+
+class ExpertsConfig(StrictModel):
+    """The experts' settings where they differ from the attention LoRA's; None takes those."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """Rank of each expert."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Numerator of the experts' scaling."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on the experts' inputs, in training only."""
+
+
+class MixLoraConfig(LoraConfig):
+    """A router and several LoRA experts in each FFN block, plain LoRA on attention.
+
+    Source: Li et al. 2024, MixLoRA, arXiv:2404.15159.
+    """
+
+    peft_type = "MIXLORA"
+    layout = "reference"
+    formula = "FFN(x) = Σ_j g_j · W_d'_e(j)(act(W_g'_e(j) x) ∘ W_u'_e(j) x), W' = W + sBA"
+    aliases: ClassVar = {"mixdora": "method: mixlora with weight_decomposition: true"}
+    old_strategies: ClassVar = {"mixtral": "mixlora", "switch": "mixlora-switch"}
+
+    method: Literal["mixlora"] = "mixlora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Mixture of LoRA experts in the FFN blocks."""
+    num_experts: int = Field(default=8, ge=1)
+    """Experts in each FFN block."""
+    top_k: int = Field(default=2, ge=1, validate_default=True)
+    """Experts that each token uses."""
+    experts: ExpertsConfig | None = None
+    """The experts' own rank, alpha and dropout where they differ."""
+    router_init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the router's initial weights."""
+    router_jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""
+    router_aux_loss_coef: float = Field(default=0.01, ge=0)
+    """Weight of the load-balance loss; its minimum is coefficient × top_k."""
+    router_z_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared logsumexp of the router's logits."""
+    router_loss_scope: Literal["pooled", "per_layer"] = "pooled"
+    """Load over all layers together, as the reference has it, or the mean of the layers' losses."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_ffn_is_targeted(cls, targets: Targets) -> Targets:
+        if targets == "attention":
+            raise ValueError(
+                "target_modules must take in the FFN, where a mixture has its experts, got "
+                "'attention'; take all-linear or ffn, or method: lora"
+            )
+        return targets
+
+    @field_validator("top_k")
+    @classmethod
+    def _check_top_k(cls, top_k: int, info: CheckInfo) -> int:
+        num_experts = info.data.get("num_experts", top_k)
+        if top_k > num_experts:
+            raise ValueError(f"top_k must be in [1, num_experts={num_experts}], got {top_k}")
+        return top_k
+
+    @property
+    def expert_config(self) -> LoraConfig:
+        """The experts as a plain LoRA's configuration, with what they inherit filled in."""
+        own = {} if self.experts is None else self.experts.model_dump(exclude_none=True)
+        shared = {name: getattr(self, name) for name in LoraConfig.model_fields if name != "method"}
+        return LoraConfig(**{**shared, **own})
+
+    @property
+    def title(self) -> str:
+        """MixLoRA or MixDoRA."""
+        return f"Mix{super().title}"
+
+    @property
+    def experts_per_token(self) -> int:
+        """See AdapterConfig."""
+        return self.top_k
+
+    @property
+    def experts_per_router(self) -> int:
+        """See AdapterConfig."""
+        return self.num_experts
+
+    @property
+    def collapse_advice(self) -> str:
+        """See AdapterConfig."""
+        per_layer = self.router_loss_scope == "per_layer"
+        scope = "" if per_layer else ", set router_loss_scope: per_layer"
+        return (
+            f"raise router_aux_loss_coef (it is {self.router_aux_loss_coef:g}){scope}, or "
+            f"{super().collapse_advice}"
+        )
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        """See AdapterConfig."""
+        from loraloom.adapters.mixlora.adapter import MixLoraAdapter
+
+        return MixLoraAdapter(name, self, base_layers, dtype, seed)
+
+    def layer_shapes(self, base: BaseInfo, layer: int) -> Iterator[tuple[TensorKey, Shape]]:
+        """See AdapterConfig; an FFN projection has the tensors of each expert."""
+        yield TensorKey(layer, base.ffn, "router"), (self.num_experts, base.hidden_size)
+        for key, shape in super().layer_shapes(base, layer):
+            if key.block != base.ffn:
+                yield key, shape
+            elif key.part == "lora_A":  # once for each projection
+                place, expert = replace(key, part=""), self.expert_config
+                for number in range(self.num_experts):
+                    own = replace(place, expert=number)
+                    out_features, in_features = base.shapes[key.path]
+                    yield from expert.projection_shapes(own, out_features, in_features)
+
+    def check_targets(self, paths: Sequence[str], base: BaseInfo) -> str | None:
+        """See AdapterConfig."""
+        if any(path.startswith(f"{base.ffn}.") for path in paths):
+            return None
+        names = ", ".join(base.ffn_projections)
+        return f"a mixture must have experts on an FFN projection, one of {names}; got none"
+
+    def card_lines(self) -> list[str]:
+        """See AdapterConfig."""
+        expert = self.expert_config
+        return [
+            *super().card_lines(),
+            f"{self.num_experts} experts in each FFN, {self.top_k} for each token",
+            f"experts: rank {expert.rank}, alpha {expert.alpha:g}, dropout {expert.dropout:g}",
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        expert = self.expert_config
+        return super().summary() | {
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "experts' rank": expert.rank,
+            "experts' scaling": expert.scaling,
+        }
+
+    def description(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        own = self.expert_config.model_dump(include={"rank", "alpha", "dropout"})
+        sizes = {"num_experts": self.num_experts, "top_k": self.top_k}
+        return super().description() | {"experts": sizes | own}
+
+    def file_fields(self, base: BaseInfo) -> dict[str, Any]:
+        """See AdapterConfig."""
+        from loraloom.adapters.mixlora.files import reference_fields
+
+        return reference_fields(self, base)
+
+    @classmethod
+    def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
+        """See AdapterConfig."""
+        from loraloom.adapters.mixlora.files import settings_of
+
+        return settings_of(files, projections)

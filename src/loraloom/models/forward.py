@@ -1,0 +1,216 @@
+"""The context of a running forward: everything that wrappers in the base model need to know.
+
+It is made at the door (`Host`), never changed, and found through a context variable, so that
+threads don't see each other's, and a bare forward of the base model sees none. Under gradient
+checkpointing a decoder layer takes its context along: the backward pass may recompute it in
+another thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.low_rank import input_group
+from loraloom.models.layout import Layout
+from loraloom.models.stacking import StackedForward
+from loraloom.ops.dropout import Site
+from loraloom.ops.expert_ffn import FfnWeights
+from loraloom.ops.low_rank import InputGroup
+from loraloom.routing.record import LayerRouting
+
+Record = dict[str, list[LayerRouting]]
+"""What routers did, by adapter."""
+
+
+class PreparedWeights:
+    """Compute forms of adapters' weights, kept for as long as nobody changes the weights.
+
+    One thread at a time uses it: that of a decoding session, or of a `with host.prepared():`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """Return what was built for a key, built now if it never was."""
+        if key not in self._kept:
+            self._kept[key] = build()
+        return self._kept[key]
+
+
+@dataclass(frozen=True)
+class AttentionPart:
+    """A segment's share of attention projections that read the same input."""
+
+    group: InputGroup
+    low_rank: Tensor
+    """The product with all their A, [T, P]."""
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """One forward of a batch through the base model and its adapters.
+
+    Args:
+        owner: The wiring of the base model that it runs in.
+        layout: Which rows belong to which adapter.
+        adapters: Each segment's; None is the base model.
+        training: Dropout and jitter are on.
+        checkpointing: Decoder layers are recomputed in the backward pass.
+        record: Takes what routers do; None where nobody asks.
+        prepared: Compute forms of the weights; None: they are made from the parameters as they are.
+        stacked: How small steps are computed for like adapters at once.
+    """
+
+    owner: object
+    layout: Layout
+    adapters: tuple[Adapter | None, ...]
+    training: bool = False
+    checkpointing: bool = False
+    record: Record | None = None
+    prepared: PreparedWeights | None = None
+    stacked: StackedForward | None = None
+    _shared: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The last A product of attention, for the projections that read the same input."""
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether some rows are not the base model's."""
+        return any(adapter is not None for adapter in self.adapters)
+
+    def adapts_ffn(self, layer: int) -> bool:
+        """Whether some adapter has weights in this layer's FFN block."""
+        return any(adapter is not None and adapter.adapts_ffn(layer) for adapter in self.adapters)
+
+    def recorder(self, adapter: Adapter) -> Callable[[LayerRouting], None] | None:
+        """Return what takes an adapter's routing; None where nobody asks."""
+        if self.record is None:
+            return None
+        return self.record.setdefault(adapter.name, []).append
+
+    def ffn_weights(self, adapter: Adapter, layer: int, dtype: torch.dtype) -> FfnWeights:
+        """Return an FFN block's weights in compute form."""
+        key = (adapter, layer, "ffn", dtype)
+        return self._weights(key, lambda: adapter.ffn_weights(layer, dtype))
+
+    def attention_parts(
+        self, layer: int, names: Sequence[str], site: Site, hidden_states: Tensor, dtype
+    ) -> Sequence[AttentionPart | None]:
+        """Return each segment's share of projections with one input, computing its A product once.
+
+        The last result is kept, and used again for the same input tensor.
+        """
+        key = (layer, site, dtype)
+        known = self._shared.get("attention")
+        if known is not None and known[0] is hidden_states and known[1] == key:
+            return known[2]
+        rows = self.layout.split(hidden_states)
+        parts = [
+            None
+            if adapter is None
+            else self._attention_part(adapter, index, layer, names, site, tokens, dtype)
+            for index, (adapter, tokens) in enumerate(zip(self.adapters, rows, strict=True))
+        ]
+        self._shared["attention"] = (hidden_states, key, parts)
+        return parts
+
+    def recomputing(self) -> ForwardContext:
+        """Return the context in which a layer is recomputed: its routing is recorded already.
+
+        What is recorded again is thrown away, but not left out: autograd wants the same operations.
+        """
+        return replace(self, record=None if self.record is None else {}, _shared={})
+
+    def close(self) -> None:
+        """Drop the kept A products."""
+        self._shared.clear()
+
+    def _attention_part(
+        self,
+        adapter: Adapter,
+        index: int,
+        layer: int,
+        names: Sequence[str],
+        site: Site,
+        hidden_states: Tensor,
+        dtype: torch.dtype,
+    ) -> AttentionPart | None:
+        block = adapter.attention_block(layer)
+        modules = [block[name] for name in names if name in block]
+        if not modules:
+            return None
+        key = (adapter, layer, site, dtype)
+        group = self._weights(key, lambda: input_group(modules, dtype))
+        tokens = self.layout.segments[index].at_layer(layer, hidden_states.device, None)
+        low_rank = adapter.attention_low_rank(group, hidden_states, site, tokens)
+        return AttentionPart(group, low_rank)
+
+    def _weights(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        if self.prepared is None or torch.is_grad_enabled():
+            return build()
+        return self.prepared.get(key, build)
+
+
+_current: ContextVar[ForwardContext | None] = ContextVar("loraloom_forward", default=None)
+
+
+def current_forward(owner: object) -> ForwardContext | None:
+    """Return the forward that runs in this thread through a wiring; None if there is none."""
+    forward = _current.get()
+    return forward if forward is not None and forward.owner is owner else None
+
+
+@contextmanager
+def running(forward: ForwardContext | None) -> Iterator[None]:
+    """Make a forward the current one."""
+    token = _current.set(forward)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        if forward is not None:
+            forward.close()
+
+
+def checkpoint_contexts(
+    forward: ForwardContext,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a checkpointed layer's forward and of its recomputation."""
+    return nullcontext(), _Recomputation(forward)
+
+
+class _Recomputation(AbstractContextManager[None]):
+    """Enters a forward again while a layer is recomputed; a graph that is kept may do so often."""
+
+    def __init__(self, forward: ForwardContext):
+        self._forward = forward
+        self._entered: list[Any] = []
+
+    def __enter__(self) -> None:
+        entered = running(self._forward.recomputing())
+        entered.__enter__()
+        self._entered.append(entered)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+
+
+def query_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """Return the part of a padding mask that belongs to this forward's tokens, [B, L]."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -length:]
+
+
+def segment_adapters(layout: Layout, adapters: Mapping[str, Adapter]) -> tuple[Adapter | None, ...]:
+    """Look each segment's adapter up."""
+    names = [segment.adapter_name for segment in layout.segments]
+    return tuple(None if name is None else adapters[name] for name in names)
