@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import loraloom
-from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.adapters import (
+    AdapterConfig,
+    HydraLoraConfig,
+    LoraConfig,
+    MixLoraConfig,
+    MolaConfig,
+    VeraConfig,
+)
 from loraloom.adapters.adapter import Adapter
 from loraloom.models.families import FAMILIES
 from loraloom.models.host import Host
@@ -60,7 +67,15 @@ METHODS: dict[str, LoraConfig] = {
 """One configuration of each method; ranks differ."""
 
 
-def changed(config: LoraConfig, **settings: Any) -> LoraConfig:
+ALL_METHODS: dict[str, AdapterConfig] = METHODS | {
+    "vera": VeraConfig(rank=5, d_initial=0.5),
+    "hydralora": HydraLoraConfig(rank=2, alpha=4, num_experts=3),
+    "mola": MolaConfig(rank=2, alpha=4, num_experts=(3, 4), top_k=2, router_loss_scope="per_layer"),
+}
+"""The methods that work on each projection in their own way as well."""
+
+
+def changed(config: AdapterConfig, **settings: Any) -> AdapterConfig:
     """Make a configuration with other settings; unlike `model_copy` it checks them."""
     return type(config).model_validate(config.model_dump() | settings)
 
@@ -87,7 +102,7 @@ def randomise(adapter: Adapter, seed: int = 0) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
-            if "lora_B" in name or "router" in name:
+            if "lora_B" in name or "router" in name or "lambda_b" in name:
                 parameter.normal_(std=0.3, generator=generator)
             elif "magnitude" in name:
                 factors = torch.empty_like(parameter).uniform_(0.5, 2, generator=generator)
@@ -97,7 +112,7 @@ def randomise(adapter: Adapter, seed: int = 0) -> Adapter:
 
 def tiny_host(
     family: str = "llama",
-    configs: Mapping[str, LoraConfig] = METHODS,
+    configs: Mapping[str, AdapterConfig] = METHODS,
     dtype: torch.dtype = torch.float64,
     **changes: Any,
 ) -> Host:

@@ -6,10 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field, TypeAdapter
 
 from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.hydralora.config import HydraLoraConfig
 from loraloom.adapters.lora.config import LoraConfig
-from loraloom.adapters.mixlora.config import ExpertsConfig, MixLoraConfig
+from loraloom.adapters.mixlora.config import ExpertsConfig as ExpertsConfig
+from loraloom.adapters.mixlora.config import MixLoraConfig
+from loraloom.adapters.mola.config import MolaConfig
+from loraloom.adapters.vera.config import VeraConfig
 
-CONFIGS: tuple[type[AdapterConfig], ...] = (LoraConfig, MixLoraConfig)
+CONFIGS: tuple[type[AdapterConfig], ...] = (
+    LoraConfig,
+    MixLoraConfig,
+    VeraConfig,
+    HydraLoraConfig,
+    MolaConfig,
+)
 """The methods. To add one, import its configuration above and name it here."""
 
 if TYPE_CHECKING:
@@ -25,14 +35,3 @@ def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
         pydantic.ValidationError: With everything that is wrong.
     """
     return TypeAdapter(AnyAdapterConfig).validate_python(dict(settings))
-
-
-__all__ = [
-    "CONFIGS",
-    "AdapterConfig",
-    "AnyAdapterConfig",
-    "ExpertsConfig",
-    "LoraConfig",
-    "MixLoraConfig",
-    "parse_adapter_config",
-]

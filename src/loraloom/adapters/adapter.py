@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.config import AdapterConfig, RouterLossConfig
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import SampleNoise, Site
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
 from loraloom.ops.low_rank import InputGroup, down_project
+from loraloom.routing.losses import router_loss
 from loraloom.routing.record import LayerRouting
 
 if TYPE_CHECKING:
@@ -165,7 +166,15 @@ class Adapter(nn.Module, ABC):
         Args:
             routing: The record of one forward, an entry for each router.
         """
-        return None
+        config = self.config
+        if not routing or not isinstance(config, RouterLossConfig):
+            return None
+        return router_loss(
+            routing,
+            aux_loss_coef=config.router_aux_loss_coef,
+            z_loss_coef=config.router_z_loss_coef,
+            scope=config.router_loss_scope,
+        )
 
     def adapts_ffn(self, layer: int) -> bool:
         """Whether the adapter has weights in this layer's FFN block."""

@@ -6,6 +6,7 @@ weights that its `build` makes. `docs/methods.md` says how to add one.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -157,6 +158,60 @@ class AdapterConfig(StrictModel, ABC):
             FormatError: If a field says what the method can't represent.
         """
         return {name: files.config[name] for name in cls.model_fields if name in files.config}
+
+
+class LowRankConfig(AdapterConfig):
+    """What methods share whose updates are s·B(A(x)), with one rank and scaling."""
+
+    alpha: float = Field(default=32.0, gt=0)
+    """Numerator of the scaling s = alpha / rank (alpha / sqrt(rank) when rank_stabilized)."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank), as rsLoRA does."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Start of A: Kaiming uniform with a = sqrt(5), or normal with std 1 / rank. B starts at 0."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def summary(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        return {"rank": self.rank, "scaling": self.scaling}
+
+    def card_lines(self) -> list[str]:
+        """See AdapterConfig."""
+        kind = " (rank-stabilized)" if self.rank_stabilized else ""
+        return [f"alpha {self.alpha:g}{kind}"]
+
+    def description(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        return super().description() | {
+            "alpha": self.alpha,
+            "scaling": self.scaling,
+            "rank_stabilized": self.rank_stabilized,
+        }
+
+
+class RouterLossConfig(StrictModel):
+    """Losses on routers that choose a few experts for each token."""
+
+    router_aux_loss_coef: float = Field(default=0.01, ge=0)
+    """Weight of the load-balance loss; its minimum is coefficient × top_k."""
+    router_z_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared logsumexp of the router's logits."""
+    router_loss_scope: Literal["pooled", "per_layer"] = "pooled"
+    """Load over all routers together, as the reference has it, or the mean of each one's loss."""
+
+    @property
+    def collapse_advice(self) -> str:
+        """What to change where routers send all tokens to the same few experts."""
+        per_layer = self.router_loss_scope == "per_layer"
+        scope = "" if per_layer else ", set router_loss_scope: per_layer"
+        return (
+            f"raise router_aux_loss_coef (it is {self.router_aux_loss_coef:g}){scope}, or lower "
+            "learning_rate"
+        )
 
 
 def _is_module_name(name: Any) -> bool:

@@ -15,7 +15,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,11 @@ class Projection(Weights):
     def name(self) -> str:
         """The projection's name in its block."""
         return self.key.rpartition(".")[2]
+
+    @property
+    def path(self) -> str:
+        """The projection's name in its layer, `self_attn.q_proj` for instance."""
+        return self.key.split(".", 2)[2]
 
     @property
     @abstractmethod
@@ -95,8 +100,16 @@ class LowRankAdapter(Adapter):
         config: AdapterConfig,
         base_layers: Sequence[BaseLayer],
         build: Callable[[BaseProjection, BaseLayer], Projection],
+        shared: Weights | None = None,
     ) -> LowRankAdapter:
-        """Make an adapter of a projection's weights, which `build` makes.
+        """Make an adapter of each projection's weights, which `build` makes.
+
+        Args:
+            name: Unique on its host.
+            config: The method's.
+            base_layers: The base model's projections.
+            build: From a projection and its layer to the weights on it.
+            shared: What all of them use, and the adapter owns.
 
         Raises:
             AdapterError: If `target_modules` names projections that the base model lacks.
@@ -111,7 +124,9 @@ class LowRankAdapter(Adapter):
             )
             for layer in base_layers
         ]
-        return cls(name, config, base_layers, layers)
+        adapter = cls(name, config, base_layers, layers)
+        adapter.add_module("shared", shared)
+        return adapter
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         """See Adapter."""
@@ -232,6 +247,15 @@ def _halves(fused: UpProjection | None) -> list[UpProjection | None]:
         UpProjection(fused.columns, lora_B, scale, bias, fused.between)
         for lora_B, scale, bias in zip(fused.B.chunk(2, dim=1), scales, biases, strict=True)
     ]
+
+
+def initial_A(
+    shape: tuple[int, int], init: Literal["kaiming", "gaussian"], seed: int, name: str
+) -> Tensor:
+    """Draw an A, [R, I], by a configuration's `init`; see `kaiming_uniform`."""
+    if init == "gaussian":
+        return torch.empty(shape).normal_(std=1 / shape[0], generator=generator_for(seed, name))
+    return kaiming_uniform(shape, seed, name)
 
 
 def kaiming_uniform(shape: tuple[int, int], seed: int, name: str) -> Tensor:

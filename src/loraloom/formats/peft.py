@@ -37,6 +37,8 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<layers_path>(?:\w+\.)*?\w+)\.(?P<layer>\d+)\.(?P<block>\w+)\."
     r"(?P<projection>\w+)\.(?P<suffix>\w+(?:\.weight)?)"
 )
+_SHARED = re.compile(r"base_model\.(?P<suffix>\w+)")
+"""A tensor that all layers share."""
 _SUFFIX_OF_PART = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -77,12 +79,14 @@ def _our_tensors(
     files: AdapterFiles, method: type[AdapterConfig]
 ) -> tuple[str | None, dict[str, Tensor]]:
     parts = {suffix.removesuffix(".weight"): part for part, suffix in _suffixes(method).items()}
-    found = {}
-    for name in files.tensors:
-        match = _KEY.fullmatch(name)
+    found, shared = {}, {}
+    for name, tensor in files.tensors.items():
+        match, of_all = _KEY.fullmatch(name), _SHARED.fullmatch(name)
         if match is not None and match["suffix"].removesuffix(".weight") in parts:
             found[name] = match
-    unknown = [name for name in files.tensors if name not in found]
+        elif of_all is not None and of_all["suffix"] in parts:
+            shared[name] = f"shared.{parts[of_all['suffix']]}", tensor
+    unknown = [name for name in files.tensors if name not in {*found, *shared}]
     if unknown:
         raise files.error(
             f"unexpected tensors: {names_in(unknown)}; they are not a {method.peft_type} adapter's"
@@ -94,6 +98,7 @@ def _our_tensors(
             "adapters of several parts of a model can't be read"
         )
     tensors = {str(_our_key(match, parts)): files.tensors[name] for name, match in found.items()}
+    tensors |= dict(shared.values())
     return (paths[0] if paths else None), tensors
 
 
@@ -111,6 +116,9 @@ def _record(files: AdapterFiles) -> dict[str, Any]:
 
 
 def _peft_name(name: str, base: BaseInfo, suffixes: dict[str, str]) -> str:
+    shared = name.removeprefix("shared.")
+    if shared != name:
+        return f"base_model.{suffixes[shared]}"
     key = TensorKey.parse(name)
     if key is None or key.part not in suffixes or key.expert is not None:
         raise FormatError(f"`{name}` is not a tensor that PEFT's layout has")

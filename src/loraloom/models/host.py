@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ class Host:
         self._wiring.on_undo(model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         self._wiring.on_undo(model.register_forward_hook(self._leave, always_call=True).remove)
         self._inside = threading.RLock()
+        self._cache_argument = _cache_argument(self.model.base_model)
         self._training = False
         self._checkpointing = False
         self._detached = False
@@ -399,8 +401,8 @@ class Host:
                 input_ids=input_ids,
                 attention_mask=session.attention_mask,
                 position_ids=position_ids,
-                past_key_values=session.cache,
                 use_cache=True,
+                **{self._cache_argument: session.cache},
             )
         return out.last_hidden_state
 
@@ -583,6 +585,11 @@ def expand_adapters(adapters: Sequence[str | None], batch_size: int) -> Sequence
 def _filled(record: Record) -> Record:
     """Leave out adapters without routers."""
     return {name: routing for name, routing in record.items() if routing}
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """Name the argument for the key-value cache, which changed its name within transformers 5."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def _cache_of(output: Any) -> Any:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.config import LowRankConfig
 from loraloom.adapters.keys import Shape, TensorKey
 
 if TYPE_CHECKING:
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
     from loraloom.adapters.files import AdapterFiles
 
 
-class LoraConfig(AdapterConfig):
+class LoraConfig(LowRankConfig):
     """Low-rank adaptation: y = Wx + b + s·B(A(dropout(x))).
 
     Source: Hu et al. 2021, LoRA, arXiv:2106.09685; Liu et al. 2024, DoRA, arXiv:2402.09353;
@@ -34,19 +31,8 @@ class LoraConfig(AdapterConfig):
 
     method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Low-rank adaptation of linear layers."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Numerator of the scaling s = alpha / rank (alpha / sqrt(rank) when rank_stabilized)."""
-    rank_stabilized: bool = False
-    """Scale by alpha / sqrt(rank), as rsLoRA does."""
     weight_decomposition: bool = False
     """Train the norm of each output row apart from its direction: DoRA, or MixDoRA in a mixture."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Start of A: Kaiming uniform with a = sqrt(5), or normal with std 1 / rank. B starts at 0."""
-
-    @property
-    def scaling(self) -> float:
-        """The factor s of the update."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     @property
     def title(self) -> str:
@@ -73,23 +59,6 @@ class LoraConfig(AdapterConfig):
         yield replace(place, part="lora_B"), (out_features, self.rank)
         if self.weight_decomposition:
             yield replace(place, part="magnitude"), (out_features,)
-
-    def summary(self) -> dict[str, Any]:
-        """See AdapterConfig."""
-        return {"rank": self.rank, "scaling": self.scaling}
-
-    def card_lines(self) -> list[str]:
-        """See AdapterConfig."""
-        kind = " (rank-stabilized)" if self.rank_stabilized else ""
-        return [f"alpha {self.alpha:g}{kind}"]
-
-    def description(self) -> dict[str, Any]:
-        """See AdapterConfig."""
-        return super().description() | {
-            "alpha": self.alpha,
-            "scaling": self.scaling,
-            "rank_stabilized": self.rank_stabilized,
-        }
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.adapters.base import BaseProjection
 from loraloom.adapters.lora.config import LoraConfig
-from loraloom.adapters.low_rank import Projection, generator_for, kaiming_uniform
+from loraloom.adapters.low_rank import Projection, initial_A
 from loraloom.ops.low_rank import dora_norms
 
 
@@ -66,7 +66,7 @@ class LoraProjection(Projection):
         if num_experts is not None:
             names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
         shape = (config.rank, base.in_features)
-        initial = torch.stack([_initial_A(shape, config.init, seed, name) for name in names])
+        initial = torch.stack([initial_A(shape, config.init, seed, name) for name in names])
         options = {"dtype": dtype, "device": base.device}
         self.lora_A = nn.Parameter(initial.to(**options))
         zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
@@ -118,9 +118,3 @@ class LoraProjection(Projection):
             for name, parameter in named.items():
                 if parameter is not None:
                     yield f"{prefix}.{name}", parameter.detach()[expert]
-
-
-def _initial_A(shape: tuple[int, int], init: str, seed: int, name: str) -> Tensor:
-    if init == "gaussian":
-        return torch.empty(shape).normal_(std=1 / shape[0], generator=generator_for(seed, name))
-    return kaiming_uniform(shape, seed, name)

@@ -7,38 +7,23 @@ Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-8.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, Weights, resolve_targets
+from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, resolve_targets
 from loraloom.adapters.base import BaseLayer
 from loraloom.adapters.lora.weights import LoraProjection
-from loraloom.adapters.low_rank import ffn_weights, generator_for, projection_block
+from loraloom.adapters.low_rank import ffn_weights, projection_block
 from loraloom.adapters.mixlora.config import MixLoraConfig
+from loraloom.adapters.router import Router
 from loraloom.errors import AdapterError
 from loraloom.ops.adapter_ffn import adapter_ffn
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
-from loraloom.routing.losses import router_loss
-from loraloom.routing.record import LayerRouting
 from loraloom.routing.top_k import router_logits, top_k_routing
-
-
-class Router(Weights):
-    """The linear gate of one layer; weight [E, D], normal with a small deviation at first."""
-
-    def __init__(self, shape: tuple[int, int], std: float, options: dict, key: str, seed: int):
-        super().__init__()
-        self.key = key
-        initial = torch.empty(shape).normal_(std=std, generator=generator_for(seed, key))
-        self.weight = nn.Parameter(initial.to(**options))
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weight under its name."""
-        yield self.key, self.weight.detach()
 
 
 class MixLoraAdapter(Adapter):
@@ -108,16 +93,6 @@ class MixLoraAdapter(Adapter):
             adapters[0].config.top_k,
         )
 
-    def auxiliary_loss(self, routing: Sequence[LayerRouting]) -> Tensor:
-        """See Adapter."""
-        config = self.config
-        return router_loss(
-            routing,
-            aux_loss_coef=config.router_aux_loss_coef,
-            z_loss_coef=config.router_z_loss_coef,
-            scope=config.router_loss_scope,
-        )
-
     def router(self, layer: int) -> Tensor:
         """The router's weight in a layer, [E, D]."""
         return self.layers[layer]["router"].weight  # pyright: ignore
@@ -153,11 +128,12 @@ def _build_layer(
         return LoraProjection(base, config.expert_config, config.num_experts, dtype, seed)
 
     router = Router(
-        (config.num_experts, layer.hidden_size),
-        config.router_init_std,
-        {"dtype": dtype, "device": layer.ffn[layer.ffn_shape.inputs[0]].device},
         f"layers.{layer.index}.{layer.ffn_block}.router",
+        (config.num_experts, layer.hidden_size),
         seed,
+        std=config.router_init_std,
+        dtype=dtype,
+        device=layer.ffn[layer.ffn_shape.inputs[0]].device,
     )
     return nn.ModuleDict(
         {

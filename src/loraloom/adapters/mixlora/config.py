@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from loraloom.adapters.config import Targets
+from loraloom.adapters.config import RouterLossConfig, Targets
 from loraloom.adapters.keys import Shape, TensorKey
 from loraloom.adapters.lora.config import LoraConfig
 from loraloom.config.fields import CheckInfo, StrictModel
@@ -32,7 +32,7 @@ class ExpertsConfig(StrictModel):
     """Dropout on the experts' inputs, in training only."""
 
 
-class MixLoraConfig(LoraConfig):
+class MixLoraConfig(RouterLossConfig, LoraConfig):
     """A router and several LoRA experts in each FFN block, plain LoRA on attention.
 
     Source: Li et al. 2024, MixLoRA, arXiv:2404.15159.
@@ -56,12 +56,6 @@ class MixLoraConfig(LoraConfig):
     """Standard deviation of the router's initial weights."""
     router_jitter: float = Field(default=0.0, ge=0, lt=1)
     """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""
-    router_aux_loss_coef: float = Field(default=0.01, ge=0)
-    """Weight of the load-balance loss; its minimum is coefficient × top_k."""
-    router_z_loss_coef: float = Field(default=0.0, ge=0)
-    """Weight of the mean squared logsumexp of the router's logits."""
-    router_loss_scope: Literal["pooled", "per_layer"] = "pooled"
-    """Load over all layers together, as the reference has it, or the mean of the layers' losses."""
 
     @field_validator("target_modules")
     @classmethod
@@ -102,16 +96,6 @@ class MixLoraConfig(LoraConfig):
     def experts_per_router(self) -> int:
         """See AdapterConfig."""
         return self.num_experts
-
-    @property
-    def collapse_advice(self) -> str:
-        """See AdapterConfig."""
-        per_layer = self.router_loss_scope == "per_layer"
-        scope = "" if per_layer else ", set router_loss_scope: per_layer"
-        return (
-            f"raise router_aux_loss_coef (it is {self.router_aux_loss_coef:g}){scope}, or "
-            f"{super().collapse_advice}"
-        )
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int

@@ -1,0 +1,1 @@
+"""HydraLoRA: one A, several B, and a router on each adapted projection."""

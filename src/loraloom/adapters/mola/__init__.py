@@ -1,0 +1,1 @@
+"""MoLA: a mixture of LoRA experts on each adapted projection, more or fewer by layer."""

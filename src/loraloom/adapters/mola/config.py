@@ -1,0 +1,133 @@
+"""Settings of MoLA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from loraloom.adapters.config import LowRankConfig, RouterLossConfig
+from loraloom.adapters.keys import Shape, TensorKey
+from loraloom.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraloom.adapters.adapter import Adapter
+    from loraloom.adapters.base import BaseInfo, BaseLayer
+    from loraloom.adapters.files import AdapterFiles
+
+_Count = Annotated[int, Field(ge=1)]
+
+
+class MolaConfig(RouterLossConfig, LowRankConfig):
+    """A router and several LoRA experts on each linear layer: y = Wx + s·Σ_j g_j B_e(j)(A_e(j)(x)).
+
+    Source: Gao et al. 2024, MoLA, arXiv:2402.08562, eq. 2-4; files as in moe-peft 2.0.2.
+    """
+
+    peft_type = "MOLA"
+    layout = "reference"
+    formula = "y = Wx + s·Σ_j g_j B_e(j)(A_e(j) x)"
+
+    method: Literal["mola"] = "mola"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Mixture of LoRA experts on each linear layer."""
+    num_experts: _Count | tuple[_Count, ...] = 8
+    """Experts of each projection: a number, or a list with one for each layer."""
+    top_k: int = Field(default=2, ge=1)
+    """Experts that each token uses."""
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> MolaConfig:
+        counts = {self.num_experts} if isinstance(self.num_experts, int) else set(self.num_experts)
+        if not counts or self.top_k > min(counts):
+            fewest = min(counts, default=0)
+            raise ValueError(f"top_k must be in [1, num_experts={fewest}], got {self.top_k}")
+        if len(counts) > 1 and self.router_loss_scope == "pooled":
+            raise ValueError(
+                "router_loss_scope must be per_layer where num_experts differs by layer, got pooled"
+            )
+        return self
+
+    @property
+    def title(self) -> str:
+        """MoLA."""
+        return "MoLA"
+
+    @property
+    def experts_per_token(self) -> int:
+        """See AdapterConfig."""
+        return self.top_k
+
+    @property
+    def experts_per_router(self) -> int:
+        """See AdapterConfig."""
+        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+    def experts_of(self, layer: int) -> int:
+        """How many experts a projection of a layer has."""
+        return self.num_experts if isinstance(self.num_experts, int) else self.num_experts[layer]
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        """See AdapterConfig."""
+        from loraloom.adapters.low_rank import LowRankAdapter
+        from loraloom.adapters.mola.weights import MolaProjection
+
+        self._check_layers(len(base_layers))
+
+        def build(base, layer):
+            return MolaProjection(base, self, self.experts_of(layer.index), dtype, seed)
+
+        return LowRankAdapter.of(name, self, base_layers, build)
+
+    def projection_shapes(
+        self, place: TensorKey, out_features: int, in_features: int
+    ) -> Iterator[tuple[TensorKey, Shape]]:
+        """See AdapterConfig."""
+        num_experts = self.experts_of(place.layer)
+        yield replace(place, part="router"), (num_experts, in_features)
+        for expert in range(num_experts):
+            yield replace(place, part="lora_A", expert=expert), (self.rank, in_features)
+            yield replace(place, part="lora_B", expert=expert), (out_features, self.rank)
+
+    def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
+        """See AdapterConfig."""
+        self._check_layers(base.num_layers)
+        return super().tensor_shapes(base)
+
+    def summary(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        return super().summary() | {"num_experts": self.num_experts, "top_k": self.top_k}
+
+    def card_lines(self) -> list[str]:
+        """See AdapterConfig."""
+        counts = self.num_experts
+        text = str(counts) if isinstance(counts, int) else ", ".join(map(str, counts))
+        return [
+            *super().card_lines(),
+            f"{text} experts on each projection, {self.top_k} for each token",
+        ]
+
+    def file_fields(self, base: BaseInfo) -> dict[str, Any]:
+        """See AdapterConfig."""
+        from loraloom.adapters.mola.files import reference_fields
+
+        return reference_fields(self, base)
+
+    @classmethod
+    def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
+        """See AdapterConfig."""
+        from loraloom.adapters.mola.files import settings_of
+
+        return settings_of(files, projections)
+
+    def _check_layers(self, num_layers: int) -> None:
+        if isinstance(self.num_experts, tuple) and len(self.num_experts) != num_layers:
+            raise AdapterError(
+                f"num_experts must have a number for each of the base model's {num_layers} layers, "
+                f"got {len(self.num_experts)}"
+            )

@@ -1,0 +1,49 @@
+"""The linear gate that methods with experts share.
+
+Axes: E experts, I in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.adapters.adapter import Weights
+from loraloom.adapters.low_rank import generator_for, kaiming_uniform
+
+
+class Router(Weights):
+    """A gate's weight, [E, I].
+
+    Args:
+        key: Its name in files.
+        shape: [E, I].
+        seed: Of the job.
+        std: Deviation of the initial values; None: Kaiming uniform, as linear layers begin.
+        dtype: At least float32.
+        device: Where the base's projection computes.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        shape: tuple[int, int],
+        seed: int,
+        *,
+        std: float | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.key = key
+        if std is None:
+            initial = kaiming_uniform(shape, seed, key)
+        else:
+            initial = torch.empty(shape).normal_(std=std, generator=generator_for(seed, key))
+        self.weight = nn.Parameter(initial.to(dtype=dtype, device=device))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weight under its name."""
+        yield self.key, self.weight.detach()
