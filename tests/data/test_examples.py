@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from loraloom.data import NO_LOSS, Example, collate
+from loraloom.data.examples import NO_LOSS, Example, collate
 
 EXAMPLES = [
     Example(input_ids=(5, 6, 7), labels=(NO_LOSS, 6, 7), sample_id=40),

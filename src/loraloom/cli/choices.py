@@ -17,13 +17,12 @@ from loraloom.eval.cache import ScoreCache, default_cache_directory
 from loraloom.eval.comparison import Pair, compare_all, summarise_seeds
 from loraloom.eval.encoding import encode_choices
 from loraloom.eval.moe_peft import encode_last_tokens
-from loraloom.eval.outputs import write_outputs
 from loraloom.eval.progress import Progress, TaskProgress, show_progress
 from loraloom.eval.protocol import score_questions
 from loraloom.eval.provenance import describe_evaluation
 from loraloom.eval.results import TaskScores, check_finite, write_questions
 from loraloom.eval.routing import RoutingTally, summarise_routing
-from loraloom.eval.tables import all_tables
+from loraloom.eval.tables import all_tables, write_outputs
 from loraloom.models.host import Host
 
 

@@ -150,7 +150,7 @@ def evaluate(
     if cache is not None and no_cache:
         raise ConfigError("--cache and --no-cache exclude each other; give one")
     from loraloom.durable import prepare_output
-    from loraloom.eval.outputs import check_outputs
+    from loraloom.eval.tables import check_outputs
     from loraloom.infer.loading import check_sources, load_host
 
     command = shlex.join(["loraloom", *sys.argv[1:]])
@@ -224,7 +224,7 @@ def _split_names(values: Sequence[str]) -> list[str]:
 
 
 def _check_options(tasks: Sequence[str], scoring: Scoring | None, compat: Compat | None) -> None:
-    from loraloom.data import find_task
+    from loraloom.data.tasks import find_task
     from loraloom.eval.moe_peft import check_tasks
 
     if not tasks:
@@ -240,7 +240,7 @@ def _check_options(tasks: Sequence[str], scoring: Scoring | None, compat: Compat
 
 def _check_data(tasks: Sequence[str], data: Path | None) -> None:
     """Check that several tasks don't read the data of one."""
-    from loraloom.data import find_task
+    from loraloom.data.tasks import find_task
 
     if data is None or len(tasks) == 1:
         return

@@ -153,8 +153,9 @@ def _draw(
     questions: Sequence[ChoiceQuestion],
     output_dir: Path,
 ) -> None:
-    from loraloom.eval.expert_load import shares, tokens_per_expert
     from loraloom.eval.plots import plot_expert_load, plot_loss_curves
+    from loraloom.eval.routing import tokens_per_expert
+    from loraloom.routing.statistics import load_shares
     from loraloom.training.run.tracking import read_curve
 
     curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in _ADAPTERS}
@@ -166,8 +167,8 @@ def _draw(
         )
     counts = tokens_per_expert(host, tokenizer, _MIXTURE, texts)
     plot_expert_load(
-        shares(sum(counts.values())),  # pyright: ignore[reportArgumentType]
-        {skill: shares(count.sum(0)[None])[0] for skill, count in counts.items()},
+        load_shares(sum(counts.values())).tolist(),  # pyright: ignore[reportArgumentType]
+        {skill: load_shares(count.sum(0)).tolist() for skill, count in counts.items()},
         output_dir / "expert_load.png",
         "Where the mixture sends its tokens (top-2 of 8 experts)",
     )

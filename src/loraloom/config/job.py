@@ -11,12 +11,11 @@ from loraloom.config.data import (
     DataConfig,
     Scoring,
     TaskReference,
-    check_task_path,
+    check_effect,
     default_scoring,
     task_name,
 )
-from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.config.names import check_name
+from loraloom.config.fields import CheckInfo, StrictModel, check_name
 from loraloom.config.optimization import SCHEDULERS_ON_METRIC
 from loraloom.config.train import TrainConfig
 
@@ -38,7 +37,7 @@ class EvaluationConfig(StrictModel):
     @field_validator("path")
     @classmethod
     def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
-        return check_task_path(path, info.data.get("task"))
+        return check_effect(path, info)
 
     @field_validator("scoring")
     @classmethod

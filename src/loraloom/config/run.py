@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails, InitErrorDetails
+from pydantic_core import InitErrorDetails
 
-from loraloom.config.faults import value_fault
+from loraloom.config.faults import as_fault, value_fault
 from loraloom.config.fields import AttnImplementation, CheckInfo, Dtype, StrictModel, check_device
 from loraloom.config.job import JobConfig
 from loraloom.config.sweep import SweepConfig
@@ -78,7 +78,7 @@ class RunConfig(StrictModel):
         try:
             checked = handler(jobs)
         except ValidationError as error:
-            faults += [_as_fault(detail) for detail in error.errors()]
+            faults += map(as_fault, error.errors())
             raise ValidationError.from_exception_data("jobs", faults) from None
         if faults:
             raise ValidationError.from_exception_data("jobs", faults)
@@ -130,14 +130,3 @@ def _raw_name(job: Any) -> str | None:
         return job.name
     name = job.get("name") if isinstance(job, dict) else None
     return name if isinstance(name, str) else None
-
-
-def _as_fault(details: ErrorDetails) -> InitErrorDetails:
-    fault: InitErrorDetails = {
-        "type": details["type"],
-        "loc": details["loc"],
-        "input": details["input"],
-    }
-    if "ctx" in details:
-        fault["ctx"] = details["ctx"]
-    return fault

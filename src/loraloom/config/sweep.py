@@ -21,8 +21,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from loraloom.config.faults import value_fault
-from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.config.names import check_name
+from loraloom.config.fields import CheckInfo, StrictModel, check_name
 from loraloom.config.overrides import set_setting
 from loraloom.errors import ConfigError
 

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from loraloom.config.sweep import format_value
 from loraloom.eval.plots import Curve, save_figure
@@ -25,7 +26,7 @@ def plot_sweep(
     stopped: Collection[str],
     metric: str,
     path: Path,
-) -> None:
+) -> Figure:
     """Draw the metric by step for every job, and its last value by each parameter.
 
     Jobs that were stopped are grey and end in a cross.
@@ -36,13 +37,14 @@ def plot_sweep(
         stopped: Jobs that were stopped.
         metric: What was measured.
         path: Picture to write.
+
+    Returns:
+        What was drawn.
     """
     names = list(next(iter(parameters.values())))[:MAX_PANELS]
-    figure, panels = plt.subplots(
-        1, 1 + len(names), figsize=(4.5 + 2.5 * len(names), 3.6), sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(4.5 + 2.5 * len(names), 3.6), layout="constrained")
+    left, *others = figure.subplots(1, 1 + len(names), sharey=True)
     styles = _styles(curves, stopped)
-    left, *others = panels
     kept = [name for name in curves if name not in stopped]
     _draw_curves(left, curves, styles, named=kept[:MAX_NAMES])
     left.set(xlabel="step", ylabel=metric)
@@ -52,13 +54,13 @@ def plot_sweep(
             if job in curves:
                 axes.plot([place], [curves[job][-1][1]], linestyle="", **styles[job])
         axes.set_xlabel(name)
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _styles(curves: Mapping[str, Curve], stopped: Collection[str]) -> dict[str, dict[str, Any]]:
     """How each job is drawn: from dark for the best to light for the worst."""
     kept = [name for name in curves if name not in stopped]
-    shades = plt.colormaps["viridis"]
+    shades = colormaps["viridis"]
     styles = {
         name: {"color": shades(0.9 * place / max(1, len(kept) - 1)), "marker": "o"}
         for place, name in enumerate(kept)
