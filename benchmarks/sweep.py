@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 
 import loraloom
-from loraloom.cli.train import score_accuracy
 from loraloom.config.loading import load_run_config
 from loraloom.config.run import RunConfig
 from loraloom.data.examples import Example
@@ -32,7 +31,7 @@ from loraloom.durable import write_json
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import PlainProgress
+from loraloom.training.run.progress import Progress
 from loraloom.training.run.run import train
 from loraloom.training.step.scoring import label_log_probs
 
@@ -64,8 +63,8 @@ def runs(arguments: argparse.Namespace) -> dict[str, RunConfig]:
 def train_or_resume(run: RunConfig) -> None:
     directory = RunDirectory(run.output_dir)
     if not directory.sweep_picture.exists():  # it is drawn at the end
-        progress = PlainProgress(Console(), interval_s=60)
-        train(run, score_accuracy, resume=directory.snapshots.exists(), progress=progress)
+        progress = Progress(Console(), interval_s=60)
+        train(run, resume=directory.snapshots.exists(), progress=progress)
 
 
 def read_table(run: RunConfig) -> list[dict[str, str]]:

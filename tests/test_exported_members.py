@@ -15,7 +15,7 @@ from loraloom import adapters, errors
 ROOT = Path(__file__).parent.parent
 INSIDE = ("loraloom.bench", "loraloom.eval.harness")
 """What measures, and what needs an extra, has modules of its own."""
-MEASURES_INSIDE = {"kills.py", "memory_model.py", "padding.py", "sweep.py"}
+MEASURES_INSIDE = {"memory_model.py", "padding.py", "sweep.py"}
 """Benchmarks of parts that have no public name."""
 
 

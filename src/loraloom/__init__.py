@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from loraloom.training.client import TrainingClient as TrainingClient
     from loraloom.training.client import example_of as example_of
     from loraloom.training.client import example_of_completion as example_of_completion
-    from loraloom.training.run.requests import run_requests as run_requests
     from loraloom.training.run.results import JobResult as JobResult
     from loraloom.training.run.run import train as train
+    from loraloom.training.step.requests import run_requests as run_requests
 
 __version__ = "0.1.0"
 
@@ -69,9 +69,9 @@ _HOMES = {
     "models.host": ("Host", "HostOutput"),
     "models.loading": ("load_base_model",),
     "training.client": ("TrainingClient", "example_of", "example_of_completion"),
-    "training.run.requests": ("run_requests",),
     "training.run.results": ("JobResult",),
     "training.run.run": ("train",),
+    "training.step.requests": ("run_requests",),
 }
 
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -44,9 +44,7 @@ ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_blocks_run(document, world, monkeypatch, request):
-    if str(document) in ("README.md", "docs/training.md"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="train needs an evaluator"))
+def test_blocks_run(document, world, monkeypatch):
     if document.parts[0] in ("benchmarks", "recipes"):
         monkeypatch.setattr("tests.docs.test_blocks.RUN", set())
     blocks = list(SYBIL.parse(ROOT / document).examples())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraloom.cli.options import BaseModelOption, DeviceOption, DtypeOption
-from loraloom.cli.train import raise_failures, score_accuracy
+from loraloom.cli.train import raise_failures
 from loraloom.config.run import RunConfig
 from loraloom.models.sources import SMALL_MODEL
 
@@ -54,8 +54,8 @@ def quickstart(
     from loraloom.models.attach import attach
     from loraloom.models.loading import load_base_model
     from loraloom.training.run.outputs import RunDirectory
-    from loraloom.training.run.progress import console_progress
-    from loraloom.training.run.run import train_on_host
+    from loraloom.training.run.progress import Progress
+    from loraloom.training.run.run import train
 
     console = Console()
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
@@ -65,13 +65,11 @@ def quickstart(
     host = attach(model)
     console.print(f"Scoring the base model on {len(questions)} held-out questions")
     before = _accuracies(host, tokenizer, questions, [None])
-    results = train_on_host(
-        host,
-        tokenizer,
+    results = train(
         run,
-        score_accuracy,
         overwrite=overwrite,
-        progress=console_progress(console),
+        progress=Progress(console),
+        base=(host, tokenizer),
         command="loraloom quickstart",
     )
     raise_failures(results)

@@ -16,8 +16,7 @@ from loraloom.config.data import (
     task_name,
 )
 from loraloom.config.fields import CheckInfo, StrictModel, check_name
-from loraloom.config.optimization import SCHEDULERS_ON_METRIC
-from loraloom.config.train import TrainConfig
+from loraloom.config.train import SCHEDULERS_ON_METRIC, TrainConfig
 
 
 class EvaluationConfig(StrictModel):

@@ -21,12 +21,15 @@ _Config = TypeVar("_Config", bound=BaseModel)
 
 
 def load_run_config(
-    path: str | Path, overrides: Sequence[str] = (), *, needs_jobs: bool = True
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    needs_jobs: bool = True,
 ) -> RunConfig:
     """What a run file says, checked.
 
     Args:
-        path: The YAML file.
+        source: The YAML file, or its settings.
         overrides: Changes to it, each as `path=value`; later ones win.
         needs_jobs: Whether there must be a job; else they may come later.
 
@@ -34,8 +37,12 @@ def load_run_config(
         ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
             which are then all in the message.
     """
-    settings = reduce(apply_override, overrides, _read_settings(path, "a run file"))
-    return _checked(path, RunConfig, settings, {"needs_jobs": needs_jobs})
+    if isinstance(source, Mapping):
+        settings, place = dict(source), "the run"
+    else:
+        settings, place = _read_settings(source, "a run file"), source
+    settings = reduce(apply_override, overrides, settings)
+    return _checked(place, RunConfig, settings, {"needs_jobs": needs_jobs})
 
 
 def load_job_config(path: str | Path) -> JobConfig:

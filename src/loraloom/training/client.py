@@ -30,14 +30,6 @@ from loraloom.models.host import Host
 from loraloom.models.samples import sample_key
 from loraloom.training.run.checkpoint import JobRecord, SnapshotStore, describe_changes
 from loraloom.training.run.engine import describe_base
-from loraloom.training.run.requests import (
-    CustomObjective,
-    ForwardBackwardOutput,
-    LossFunction,
-    Request,
-    number_rows,
-    run_requests,
-)
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.optimizers import (
     build_optimizer,
@@ -47,6 +39,14 @@ from loraloom.training.step.optimizers import (
     set_learning_rate,
 )
 from loraloom.training.step.reference import load_reference
+from loraloom.training.step.requests import (
+    CustomObjective,
+    ForwardBackwardOutput,
+    LossFunction,
+    Request,
+    number_rows,
+    run_requests,
+)
 from loraloom.training.step.scoring import evaluating, label_log_probs
 
 ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConfig
@@ -78,7 +78,7 @@ class TrainingClient:
         name: Of the adapter: a safe file name that is not taken.
         adapter: Its method and settings.
         optimizer: How weights follow gradients.
-        seed: Of the initial weights, dropout and draws.
+        seed: Seed of the initial weights, the dropout and the random draws.
 
     Raises:
         ConfigError: If the name or a setting of the optimizer can't be used.
@@ -283,7 +283,7 @@ class TrainingClient:
             "forwards": self._forwards,
             "draws": self._draws,
         }
-        records = {_STATE: JobRecord("running", self._settings())}
+        records = {_STATE: JobRecord(self._settings())}
         store = SnapshotStore(Path(directory))
         store.write(self.step, 0.0, describe_base(self.host), records, {_STATE: state}, keep=1)
 

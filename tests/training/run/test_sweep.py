@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError
 from loraloom.training.run.engine import Engine
-from loraloom.training.run.progress import NoProgress
+from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import read_result
 from loraloom.training.run.run import train
 from tests.training.saved import run_settings, save_inputs
@@ -42,10 +42,11 @@ def score(host, tokenizer, questions, adapters):
     return dict.fromkeys(adapters, 0.5)
 
 
-class Shown(NoProgress):
+class Shown(Progress):
     """Keeps the rankings that are shown."""
 
     def __init__(self):
+        super().__init__()
         self.rankings = []
         self.messages = []
         self.concluded = []
@@ -69,7 +70,7 @@ def read_csv(directory):
 def halved(inputs, tmp_path_factory):
     """Directory of a sweep that nothing interrupted."""
     directory = tmp_path_factory.mktemp("halved")
-    train(sweep_run(inputs, directory), score)
+    train(sweep_run(inputs, directory))
     return directory
 
 
@@ -105,7 +106,7 @@ def test_the_table_has_the_parameters_and_the_metric_of_the_weights(halved):
 
 def test_the_ranking_is_shown_from_the_start_to_the_end(inputs, tmp_path):
     shown = Shown()
-    train(sweep_run(inputs, tmp_path, search={"random": 2}), score, progress=shown)
+    train(sweep_run(inputs, tmp_path, search={"random": 2}), progress=shown)
     assert shown.rankings[0].best is None
     assert all(one.is_running for one in shown.rankings[0].standings)
     (final,) = shown.concluded
@@ -116,7 +117,7 @@ def test_the_ranking_is_shown_from_the_start_to_the_end(inputs, tmp_path):
 def test_jobs_beside_a_sweep_train_to_their_end(inputs, tmp_path):
     jobs = run_settings(inputs, tmp_path)["jobs"]
     run = sweep_run(inputs, tmp_path, jobs, job="plain", early_stopping=None)
-    results = train(run, score)
+    results = train(run)
     assert [result.job for result in results] == ["mixture", *(t.name for t in run.trials)]
     assert {result.status for result in results} == {"finished"}
     assert "eval/loss@2" not in read_csv(tmp_path)[0]
@@ -131,7 +132,7 @@ def test_those_that_come_later_to_a_rung_are_judged_against_all_before(inputs, t
         parameters={"train.micro_batch_size": sizes},
         early_stopping={"asha": {"rungs": [2], "reduction_factor": 2}},
     )
-    train(run, score)
+    train(run)
     rows = read_csv(tmp_path)
     values = [float(row["eval/loss@2"]) for row in rows]
     expected = ["finished"]  # the first is alone
@@ -143,7 +144,7 @@ def test_those_that_come_later_to_a_rung_are_judged_against_all_before(inputs, t
 
 def test_jobs_that_take_turns_are_judged_as_they_come(inputs, tmp_path):
     run = sweep_run(inputs, tmp_path)
-    train(RunConfig.model_validate({**run.model_dump(), "max_tokens_per_step": 450}), score)
+    train(RunConfig.model_validate({**run.model_dump(), "max_tokens_per_step": 450}))
     rows = read_csv(tmp_path)
     assert {row["status"] for row in rows} == {"finished", "stopped"}
     assert all(int(row["steps"]) in (2, 4, 8, 9) for row in rows)
@@ -172,8 +173,8 @@ def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", stepping)
         with pytest.raises(KeyboardInterrupt):
-            train(sweep_run(inputs, tmp_path), score)
-    train(sweep_run(inputs, tmp_path), score, resume=True)
+            train(sweep_run(inputs, tmp_path))
+    train(sweep_run(inputs, tmp_path), resume=True)
     assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
     for trial in sweep_run(inputs, tmp_path).trials:
         directory, unbroken = tmp_path / trial.name, halved / trial.name
@@ -195,14 +196,14 @@ def test_a_killed_sweep_decides_again_what_was_not_saved(inputs, halved, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "save_state", dying)
         with pytest.raises(RuntimeError, match="killed"):
-            train(sweep_run(inputs, tmp_path), score)
-    train(sweep_run(inputs, tmp_path), score, resume=True)
+            train(sweep_run(inputs, tmp_path))
+    train(sweep_run(inputs, tmp_path), resume=True)
     assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
 
 
 def test_a_finished_sweep_is_resumed_to_the_same_table(inputs, halved):
     before = (halved / "sweep.csv").read_text()
-    train(sweep_run(inputs, halved), score, resume=True)
+    train(sweep_run(inputs, halved), resume=True)
     assert (halved / "sweep.csv").read_text() == before
 
 
@@ -211,7 +212,7 @@ def test_a_rung_that_no_job_reaches_is_an_error_before_anything_is_written(input
     jobs = run.sweep.model_dump()
     jobs["job"]["train"] |= {"max_steps": None, "num_epochs": 2}
     with pytest.raises(ConfigError, match=r"rungs must be below the jobs' 6 steps, got \[2, 8\]"):
-        train(RunConfig.model_validate({**run.model_dump(), "sweep": jobs}), score)
+        train(RunConfig.model_validate({**run.model_dump(), "sweep": jobs}))
     assert not (tmp_path / "out").exists()
 
 
@@ -229,9 +230,9 @@ def test_a_sweep_goes_on_when_only_jobs_below_the_rungs_are_left(inputs, tmp_pat
 
     monkeypatch.setattr(Engine, "step", stepping)
     with pytest.raises(KeyboardInterrupt):
-        train(run, score)
+        train(run)
     monkeypatch.setattr(Engine, "step", step)
-    results = train(run, score, resume=True)
+    results = train(run, resume=True)
     assert [result.status for result in results] == ["stopped", "finished"]
 
 
@@ -245,7 +246,7 @@ def test_the_picture_is_there_when_the_sweeps_jobs_are_done(inputs, tmp_path):
         if set(engine.jobs) == {"long"}:
             seen.append((tmp_path / "sweep.png").exists())
 
-    train(sweep_run(inputs, tmp_path, jobs=[long]), score, between_steps=look)
+    train(sweep_run(inputs, tmp_path, jobs=[long]), between_steps=look)
     assert seen
     assert all(seen)
 
@@ -255,7 +256,7 @@ def test_a_table_that_can_not_be_written_stops_nothing(inputs, tmp_path, monkeyp
         raise ConfigError("sweep.csv can't be written: No space left on device")
 
     monkeypatch.setattr("loraloom.training.run.sweep.write_output", full)
-    results = train(sweep_run(inputs, tmp_path), score)
+    results = train(sweep_run(inputs, tmp_path))
     assert all(result.error is None for result in results)
 
 
@@ -274,7 +275,7 @@ def test_a_run_warns_of_jobs_that_are_not_measured_alike(inputs, tmp_path, param
     job["train"] |= {"objective": {"name": "dpo"}, "max_steps": 1}
     run["sweep"] |= {"parameters": parameters, "early_stopping": None}
     shown = Shown()
-    train(RunConfig.model_validate(run), score, progress=shown)
+    train(RunConfig.model_validate(run), progress=shown)
     told = [text for text in shown.messages if text.startswith("warning")]
     assert len(told) == (warning is not None)
     assert warning is None or warning in told[0]

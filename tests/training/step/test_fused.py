@@ -27,7 +27,6 @@ from tests.training.toy import (
 
 def run_window(host: Host, jobs: list[Job]) -> dict[str, MicroBatchLoss]:
     """Add the gradient of each job's whole first step, without making the step."""
-    host.train()
     totals = {job.name: MicroBatchLoss(0.0) for job in jobs}
     waiting = list(jobs)
     while waiting:
@@ -129,7 +128,6 @@ def test_router_losses_weigh_by_the_micro_batchs_share_of_tokens():
     host = toy_host()
     adapter = METHODS["mixlora"].model_copy(update={"router_aux_loss_coef": 0.5})
     job = add_job(host, toy_config("a", adapter, batch_size=4, micro_batch_size=1), random=True)
-    host.train()
     whole, single = 0.0, []
     for index in range(4):
         job.position.micro_step = index

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import final
 
 import torch
@@ -116,7 +117,7 @@ def run_requests(
     """Add the gradients of requests, each of another adapter, in shared forwards.
 
     Args:
-        host: Put into training mode.
+        host: With the requests' adapters.
         requests: In any order; each gets the gradient that it would get alone.
         pad_id: Token to pad with.
 
@@ -125,13 +126,11 @@ def run_requests(
         TrainingError: If a loss is not finite: that adapter's gradients are dropped.
     """
     recorders = [_Recorder(request.objective) for request in requests]
-    cut = [_cut(*pair) for pair in zip(requests, recorders, strict=True)]
+    queues = [_micro_batches(*pair) for pair in zip(requests, recorders, strict=True)]
     totals = [MicroBatchLoss(0.0) for _ in requests]
-    if not host.training:
-        host.train()
-    for index in range(max(map(len, cut), default=0)):
-        places = [place for place, parts in enumerate(cut) if index < len(parts)]
-        losses = forward_backward(host, [cut[place][index] for place in places], pad_id)
+    for one_round in zip_longest(*queues):
+        places = [place for place, batch in enumerate(one_round) if batch is not None]
+        losses = forward_backward(host, [one_round[place] for place in places], pad_id)
         for place, loss in zip(places, losses, strict=True):
             totals[place] += loss
     for request, total in zip(requests, totals, strict=True):
@@ -148,18 +147,20 @@ def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
     return [replace(row, sample_id=place) for place, row in enumerate(rows)]
 
 
-def _cut(request: Request, recorder: _Recorder) -> list[MicroBatch]:
+def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
     """Cut a request's data into micro-batches."""
     if not request.data:
         raise ConfigError(f"adapter {request.adapter.name}: data must have an example, got none")
     window = Window(0, tuple(request.data), request.micro_batch_size or len(request.data))
     rows = iter(number_rows(request.data))
-    parts = []
+    micro_batches = []
     for index in range(window.num_micro_batches):
-        own = [next(rows) for _ in window.micro_batch(index)]
-        keys = [request.sample_key(row.sample_id) for row in own]
-        parts.append(MicroBatch(request.adapter, own, keys, window, recorder, request.reference))
-    return parts
+        examples = [next(rows) for _ in window.micro_batch(index)]
+        keys = [request.sample_key(example.sample_id) for example in examples]
+        micro_batches.append(
+            MicroBatch(request.adapter, examples, keys, window, recorder, request.reference)
+        )
+    return micro_batches
 
 
 def _check_finite(request: Request, total: MicroBatchLoss) -> None:

@@ -7,20 +7,24 @@ import signal
 import pytest
 import yaml
 
-import loraloom.training.run.watch as watch
+import loraloom.training.run.inbox as inbox_module
+from loraloom.config.job import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import SnapshotStore
-from loraloom.training.run.watch import WatchedDirectory, WatchOptions, prepare_watched
-from tests.training.running import assert_same_files, interrupted
-from tests.training.toy import toy_config, toy_engine
+from loraloom.training.run.engine import Engine
+from loraloom.training.run.evaluation import Evaluation
+from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox
+from loraloom.training.run.outputs import RunDirectory
+from tests.training.running import Spoken, assert_same_files
+from tests.training.toy import add_job, toy_config, toy_host, toy_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch):
     """Look between any two steps, and wait for nothing."""
-    monkeypatch.setattr(watch, "LOOK_S", 0.0)
-    monkeypatch.setattr(watch, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(inbox_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(inbox_module, "PROGRESS_S", 0.0)
 
 
 @pytest.fixture
@@ -50,16 +54,54 @@ def state_of(path):
     return json.loads(path.with_name(f"{path.stem}.state.json").read_text())
 
 
-def watched(tmp_path, inbox, *configs, engine=None, **options) -> WatchedDirectory:
-    engine = engine or toy_engine(tmp_path / "out", configs)
-    builder = JobBuilder(engine.host, engine._evaluation.tokenizer, engine._evaluation)
-    options = {"exit_when_idle": True} | options
-    return WatchedDirectory(WatchOptions(inbox, **options), engine, builder, lambda _: None)
+class Watched:
+    """An engine with an inbox, on a new tiny model.
+
+    Args:
+        tmp_path: Results go to `out` in it, on from its newest snapshot if asked for.
+        inbox: Directory of job files.
+        configs: Jobs of the run file.
+        after_step: Called with the engine after each round.
+        options: Of the watch.
+    """
+
+    def __init__(
+        self, tmp_path, inbox, *configs, resume=False, after_step=lambda engine: None, **options
+    ):
+        host, self.spoken = toy_host(), Spoken()
+        directory = RunDirectory(tmp_path / "out")
+        evaluation = Evaluation(host, toy_tokenizer())
+        self.builder = JobBuilder(host, evaluation.tokenizer, evaluation)
+        jobs, snapshot = [add_job(host, config) for config in configs], None
+        if resume:
+            snapshot, _ = directory.snapshots.newest()
+            running = snapshot.jobs.keys() - snapshot.done
+            settings = [snapshot.jobs[name].settings for name in sorted(running)]
+            jobs += [self.builder.build(JobConfig.model_validate(one)) for one in settings]
+        self.engine = Engine(host, jobs, evaluation, directory, self.spoken)
+        if resume:
+            self.engine.load_state(snapshot)
+        self.options = WatchOptions(inbox, **({"exit_when_idle": True} | options))
+        self.inbox = self.open_inbox()
+        step = self.engine.step
+
+        def stepping():
+            step()
+            after_step(self.engine)
+
+        self.engine.step = stepping
+
+    def open_inbox(self) -> Inbox:
+        return Inbox(self.options, self.engine, self.builder, self.spoken.message)
+
+    def run(self):
+        with self.inbox as inbox:
+            return self.engine.run(inbox.between_steps)
 
 
 def test_files_are_trained_and_their_states_tell_how_it_went(tmp_path, inbox):
     paths = [drop(inbox, "math"), drop(inbox, "other", name="law")]
-    results = watched(tmp_path, inbox).run()
+    results = Watched(tmp_path, inbox).run()
     assert [(result.job, result.steps) for result in results] == [("math", 3), ("law", 3)]
     state = state_of(paths[1])
     assert (state["file"], state["job"], state["state"]) == ("other.yaml", "law", "done")
@@ -70,18 +112,15 @@ def test_files_are_trained_and_their_states_tell_how_it_went(tmp_path, inbox):
 
 
 def test_a_file_that_comes_later_joins_the_jobs_that_train(tmp_path, inbox):
-    directory = watched(tmp_path, inbox, toy_config("first", max_steps=20))
-    engine, seen = directory._engine, set()
-    step = engine.step
+    seen = set()
 
-    def stepping():
+    def after_step(engine):
         seen.add(tuple(engine.jobs))
-        step()
         if engine.round == 2:
             drop(inbox, "late")
 
-    engine.step = stepping
-    results = directory.run()
+    first = toy_config("first", max_steps=20)
+    results = Watched(tmp_path, inbox, first, after_step=after_step).run()
     assert {result.job: result.steps for result in results} == {"first": 20, "late": 3}
     assert ("first", "late") in seen
 
@@ -100,73 +139,70 @@ def test_a_faulty_file_fails_with_its_reason_and_disturbs_nothing(tmp_path, inbo
     drop(inbox, "a", name="well")
     path = inbox / "broken.yaml"
     path.write_text(text)
-    directory = watched(tmp_path, inbox)
-    (result,) = directory.run()
+    watched = Watched(tmp_path, inbox)
+    (result,) = watched.run()
     assert (result.job, result.status) == ("well", "finished")
     state = state_of(path)
     assert state["state"] == "failed"
     assert reason in state["reason"]
-    assert directory._engine.host.adapters == {}
+    assert watched.engine.host.adapters == {}
 
 
 def test_a_faulty_file_is_read_again_when_it_was_edited(tmp_path, inbox):
     path = inbox / "math.yaml"
     path.write_text("adapter: 3")
-    directory = watched(tmp_path, inbox)
-    directory.run()
+    watched = Watched(tmp_path, inbox)
+    watched.run()
     assert state_of(path)["state"] == "failed"
     drop(inbox, "math")
     os.utime(path, ns=(1, 1))
-    (result,) = directory.run()
+    (result,) = watched.run()
     assert result.job == "math"
     assert state_of(path)["state"] == "done"
-    directory.run()
+    watched.run()
     assert state_of(path)["state"] == "done"
 
 
 def test_a_job_that_fails_says_so(tmp_path, inbox):
     train = {"max_steps": 3, "learning_rate": 1e200, "optimizer": "sgd", "max_grad_norm": None}
     path = drop(inbox, "wild", train=train)
-    (result,) = watched(tmp_path, inbox).run()
+    (result,) = Watched(tmp_path, inbox).run()
     assert state_of(path)["state"] == "failed"
     assert state_of(path)["reason"] == result.error
 
 
 def test_a_file_is_not_read_while_it_still_changes(tmp_path, inbox):
-    directory = watched(tmp_path, inbox)
+    watched = Watched(tmp_path, inbox)
     path = drop(inbox, "math")
-    directory.look()
+    watched.inbox.look()
     assert state_of(path)["state"] == "queued"
     os.utime(path, ns=(1, 1))
-    directory.look()
-    assert list(directory._engine.jobs) == []
-    directory.look()
-    assert list(directory._engine.jobs) == ["math"]
+    watched.inbox.look()
+    assert list(watched.engine.jobs) == []
+    watched.inbox.look()
+    assert list(watched.engine.jobs) == ["math"]
     assert state_of(path)["state"] == "running"
 
 
 def test_a_file_that_is_deleted_while_it_waits_is_forgotten(tmp_path, inbox):
-    directory = watched(tmp_path, inbox)
+    watched = Watched(tmp_path, inbox)
     path = drop(inbox, "math")
-    directory.look()
+    watched.inbox.look()
     path.unlink()
-    directory.look()
+    watched.inbox.look()
     assert list(inbox.iterdir()) == []
-    assert directory.is_idle
+    assert watched.run() == []
 
 
 def test_deleting_the_file_of_a_job_that_trains_stops_it(tmp_path, inbox):
     paths = [drop(inbox, "a"), drop(inbox, "b")]
-    directory = watched(tmp_path, inbox)
-    step = directory._engine.step
 
-    def stepping():
-        step()
-        if directory._engine.round == 1:
+    def delete(engine):
+        if engine.round == 1:
             paths[0].unlink()
 
-    directory._engine.step = stepping
-    results = {result.job: result for result in directory.run()}
+    watched = Watched(tmp_path, inbox, after_step=delete)
+    results = {result.job: result for result in watched.run()}
     assert (results["a"].status, results["a"].steps) == ("stopped", 1)
     assert results["b"].status == "finished"
     state = state_of(paths[0])
@@ -178,61 +214,37 @@ def test_deleting_the_file_of_a_job_that_trains_stops_it(tmp_path, inbox):
 def test_hidden_files_and_others_are_let_alone(tmp_path, inbox):
     for name in (".math.yaml", "notes.txt"):
         (inbox / name).write_text("half a file")
-    assert watched(tmp_path, inbox).run() == []
+    assert Watched(tmp_path, inbox).run() == []
     assert {path.name for path in inbox.iterdir()} == {".math.yaml", "notes.txt"}
-
-
-def resumed_engine(tmp_path):
-    snapshot, _ = SnapshotStore(tmp_path / "out/.checkpoints").newest()
-    engine = toy_engine(tmp_path / "out", [])
-    builder = JobBuilder(engine.host, engine._evaluation.tokenizer, engine._evaluation)
-    for name, record in snapshot.jobs.items():
-        if record.status == "running":
-            config = toy_config(name).model_validate(record.settings)
-            engine._enter(builder.build(config), joined_later=True)
-    engine.load_state(snapshot)
-    return engine
 
 
 def test_sigterm_saves_and_says_that_jobs_wait(tmp_path, inbox):
     path = drop(inbox, "a")
-    directory = watched(tmp_path, inbox)
-    step = directory._engine.step
-
-    def stepping():
-        step()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    directory._engine.step = stepping
+    watched = Watched(tmp_path, inbox, after_step=lambda _: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit, match="143"):
-        directory.run()
+        watched.run()
     assert state_of(path)["state"] == "queued"
-    (result,) = watched(tmp_path, inbox, engine=resumed_engine(tmp_path)).run()
+    (result,) = Watched(tmp_path, inbox, resume=True).run()
     assert (result.status, result.steps) == ("finished", 3)
 
 
 @pytest.mark.parametrize("after_round", [1, 2])
 def test_a_watch_that_was_interrupted_goes_on_to_the_same_weights(tmp_path, inbox, after_round):
     paths = [drop(inbox, "a"), drop(inbox, "b", name="c")]
-    watched(tmp_path / "unbroken", inbox).run()
+    Watched(tmp_path / "unbroken", inbox).run()
     for path in inbox.glob("*.state.json"):
         path.unlink()
-    directory = watched(tmp_path, inbox)
-    engine = directory._engine
-    step = engine.step
 
-    def stepping():
-        step()
+    def interrupt(engine):
         if engine.round == after_round:
-            engine._interruption.requested = True
+            os.kill(os.getpid(), signal.SIGINT)
 
-    engine.step = stepping
     with pytest.raises(KeyboardInterrupt):
-        directory.run()
+        Watched(tmp_path, inbox, after_step=interrupt).run()
     state = state_of(paths[0])
     assert (state["state"], state["step"]) == ("queued", after_round)
     assert "--resume" in state["reason"]
-    results = watched(tmp_path, inbox, engine=resumed_engine(tmp_path)).run()
+    results = Watched(tmp_path, inbox, resume=True).run()
     assert {result.job: result.steps for result in results} == {"a": 3, "c": 3}
     assert [state_of(path)["state"] for path in paths] == ["done", "done"]
     assert_same_files(tmp_path / "out", tmp_path / "unbroken/out", ["a", "c"])
@@ -240,32 +252,31 @@ def test_a_watch_that_was_interrupted_goes_on_to_the_same_weights(tmp_path, inbo
 
 def test_files_that_are_done_stay_done_when_the_run_goes_on(tmp_path, inbox):
     path = drop(inbox, "a")
-    watched(tmp_path, inbox).run()
+    Watched(tmp_path, inbox).run()
     before = state_of(path)
-    (result,) = watched(tmp_path, inbox, engine=resumed_engine(tmp_path)).run()
+    (result,) = Watched(tmp_path, inbox, resume=True).run()
     assert result.job == "a"
     assert state_of(path) == before
 
 
 def test_a_file_deleted_while_nothing_ran_stops_its_job(tmp_path, inbox):
     path = drop(inbox, "a")
-    directory = watched(tmp_path, inbox)
-    directory.look()
-    directory.look()
-    interrupted(directory._engine, after_round=1)
+    watched = Watched(tmp_path, inbox, after_step=lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        watched.run()
     path.unlink()
-    (result,) = watched(tmp_path, inbox, engine=resumed_engine(tmp_path)).run()
+    (result,) = Watched(tmp_path, inbox, resume=True).run()
     assert (result.status, result.steps) == ("stopped", 1)
     assert state_of(path)["state"] == "stopped"
 
 
 def test_a_job_that_was_lost_with_its_process_waits_again(tmp_path, inbox):
     path = drop(inbox, "a")
-    directory = watched(tmp_path, inbox)
-    directory.look()
-    directory.look()
+    watched = Watched(tmp_path, inbox)
+    watched.inbox.look()
+    watched.inbox.look()
     assert state_of(path)["state"] == "running"
-    (result,) = watched(tmp_path, inbox).run()
+    (result,) = Watched(tmp_path, inbox).run()
     assert result.status == "finished"
     assert state_of(path)["state"] == "done"
 
@@ -273,7 +284,7 @@ def test_a_job_that_was_lost_with_its_process_waits_again(tmp_path, inbox):
 def test_a_state_file_that_is_not_ours_counts_for_nothing(tmp_path, inbox):
     path = drop(inbox, "a")
     path.with_name("a.state.json").write_text("[1]")
-    watched(tmp_path, inbox).run()
+    Watched(tmp_path, inbox).run()
     assert state_of(path)["state"] == "done"
 
 
@@ -282,8 +293,8 @@ def test_state_files_that_can_not_be_written_stop_nothing(tmp_path, inbox, monke
         raise OSError(28, "No space left on device")
 
     drop(inbox, "a")
-    monkeypatch.setattr(watch, "write_json", full)
-    (result,) = watched(tmp_path, inbox).run()
+    monkeypatch.setattr(inbox_module, "write_json", full)
+    (result,) = Watched(tmp_path, inbox).run()
     assert result.status == "finished"
 
 
@@ -291,30 +302,25 @@ def test_a_fault_of_writing_is_told_once(tmp_path, inbox, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    path, told = drop(inbox, "a"), []
-    directory = watched(tmp_path, inbox)
-    directory._say = told.append
-    monkeypatch.setattr(watch, "write_json", full)
-    directory.run()
-    (warning,) = [text for text in told if text.startswith("warning")]
+    path, watched = drop(inbox, "a"), Watched(tmp_path, inbox)
+    monkeypatch.setattr(inbox_module, "write_json", full)
+    watched.run()
+    (warning,) = [text for text in watched.spoken.messages if text.startswith("warning")]
     assert str(path) in warning
     assert "No space left" in warning
 
 
 def test_a_directory_that_can_not_be_read_for_a_while_stops_no_job(tmp_path, inbox):
     drop(inbox, "a")
-    directory = watched(tmp_path, inbox)
-    step, engine, away = directory._engine.step, directory._engine, tmp_path / "away"
+    away = tmp_path / "away"
 
-    def stepping():
-        step()
+    def move(engine):
         if engine.round == 1:
             inbox.rename(away)
         if engine.round == 2:
             away.rename(inbox)
 
-    engine.step = stepping
-    (result,) = directory.run()
+    (result,) = Watched(tmp_path, inbox, after_step=move).run()
     assert (result.status, result.steps) == ("finished", 3)
 
 
@@ -322,24 +328,23 @@ def test_only_files_count(tmp_path, inbox):
     (inbox / "directory.yaml").mkdir()
     (inbox / "loop.yaml").symlink_to("loop.yaml")
     os.mkfifo(inbox / "pipe.yaml")
-    assert watched(tmp_path, inbox).run() == []
+    assert Watched(tmp_path, inbox).run() == []
 
 
 def test_files_of_an_earlier_run_have_no_part_in_jobs_of_their_name(tmp_path, inbox):
     old = drop(inbox, "old", name="math")
-    watched(tmp_path / "earlier", inbox).run()
+    Watched(tmp_path / "earlier", inbox).run()
     before = state_of(old)
-    directory = watched(tmp_path, inbox, toy_config("math", max_steps=5))
-    step = directory._engine.step
+    seen = []
 
-    def stepping():
-        step()
-        if directory._engine.round == 1:
-            assert state_of(old) == before
+    def delete(engine):
+        if engine.round == 1:
+            seen.append(state_of(old))
             old.unlink()
 
-    directory._engine.step = stepping
-    (result,) = directory.run()
+    math = toy_config("math", max_steps=5)
+    (result,) = Watched(tmp_path, inbox, math, after_step=delete).run()
+    assert seen == [before]
     assert (result.status, result.steps) == ("finished", 5)
 
 
@@ -348,11 +353,32 @@ def test_a_state_file_can_not_name_a_file_elsewhere(tmp_path, inbox):
     victim.write_text("{}")
     text = json.dumps({"file": "../victim.yaml", "state": "queued", "updated_at": ""})
     (inbox / "a.state.json").write_text(text)
-    watched(tmp_path, inbox).run()
+    Watched(tmp_path, inbox).run()
     assert victim.exists()
+
+
+def test_jobs_are_waited_for_until_the_run_is_interrupted(tmp_path, inbox, monkeypatch):
+    """A file comes while there is nothing to do; Ctrl-C comes when its job is done."""
+    waits, path = [], inbox / "late.yaml"
+
+    def wait(_):
+        waits.append(path.exists())
+        if len(waits) == 2:
+            drop(inbox, "late")
+        if len(waits) > 4 and state_of(path)["state"] == "done":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(inbox_module.time, "sleep", wait)
+    watched = Watched(tmp_path, inbox, exit_when_idle=False)
+    with pytest.raises(KeyboardInterrupt):
+        watched.run()
+    assert waits[:2] == [False, False]
+    assert watched.engine.results["late"].status == "finished"
+    snapshot, _ = SnapshotStore(tmp_path / "out/.checkpoints").newest()
+    assert snapshot.done == {"late"}
 
 
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--watch must name a directory"):
-        prepare_watched(tmp_path / "file")
+        prepare_inbox(tmp_path / "file")
