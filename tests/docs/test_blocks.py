@@ -43,6 +43,7 @@ ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 """Options that wait for ever, and what ends it."""
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_blocks_run(document, world, monkeypatch):
     if document.parts[0] in ("benchmarks", "recipes"):

@@ -78,7 +78,7 @@ def train(
         watch=watch and WatchOptions(watch, overwrite, watch_exit_when_idle),
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    swept = {trial.name for trial in run.trials}
+    swept = set() if run.sweep is None else set(run.sweep.names)
     others = [result for result in results if result.job not in swept]
     if others:
         console.print(_results_table(others))

@@ -104,7 +104,7 @@ def ranking(step: int, value: float | None = None) -> Ranking:
         Standing("lr-000", parameters, steps=step, total_steps=9, value=value),
         Standing("lr-001", parameters, status="stopped", steps=4, rung_values={4: 2.5}, value=2.5),
     )
-    return Ranking("eval/loss", (4,), standings)
+    return Ranking("eval/loss", (4,), standings, num_jobs=2)
 
 
 def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():

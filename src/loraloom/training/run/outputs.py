@@ -4,7 +4,7 @@
 <output_dir>/<job>/checkpoints/last/    the adapter after its last step
 <output_dir>/<job>/checkpoints/best/    the adapter at its best evaluation
 <output_dir>/.checkpoints/              what --resume needs
-<output_dir>/sweep.csv, sweep.png       the jobs of a sweep, compared
+<output_dir>/sweep.csv, .png, .journal  the jobs of a sweep, compared; Optuna's record of them
 
 No job can be called .checkpoints: names begin with a letter or digit.
 """
@@ -72,6 +72,11 @@ class RunDirectory:
         """Picture of a sweep."""
         return self.path / "sweep.png"
 
+    @property
+    def sweep_journal(self) -> Path:
+        """Optuna's record of a sweep."""
+        return self.path / "sweep.journal"
+
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Check that the run may write here. Nothing is written.
 
@@ -132,8 +137,8 @@ class RunDirectory:
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.snapshots.clear()
-            self.sweep_table.unlink(missing_ok=True)
-            self.sweep_picture.unlink(missing_ok=True)
+            for file in (self.sweep_table, self.sweep_picture, self.sweep_journal):
+                file.unlink(missing_ok=True)
             for name in jobs:
                 self._clear(name)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,8 +28,10 @@ from loraloom.training.run.memory import check_memory, predict_memory
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import JobResult, describe_environment
-from loraloom.training.run.sweep import Sweep
 from loraloom.training.run.tracking import check_trackers
+
+if TYPE_CHECKING:
+    from loraloom.training.run.sweep import Sweep
 
 BetweenSteps = Callable[[Engine, JobBuilder], None]
 """Called between two rounds: may build jobs, and call the engine's `add` and `stop`."""
@@ -100,7 +102,7 @@ def train(
             prediction = predict_memory(host, jobs, run.max_tokens_per_step)
             check_memory(prediction, run.memory_limit, host.device)
             progress.message(f"memory: {prediction.describe()}")
-        sweep = None if run.sweep is None else Sweep(run, directory, progress, jobs)
+        sweep = _sweep(run, directory, progress, builder, jobs)
         data = [f"{job.name}: {line}" for job in jobs for line in job.training_set.report]
         for line in (*faults, *left_out, *data):
             progress.message(line)
@@ -114,7 +116,7 @@ def train(
             engine.save_state()
         callbacks: list[Callable[[Engine], None]] = []
         if sweep is not None:
-            sweep.restore()
+            sweep.open()
             callbacks.append(sweep.between_steps)
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, builder))
@@ -163,14 +165,16 @@ def _build_jobs(
         any more, and what is wrong with the latter.
     """
     done = set() if snapshot is None else snapshot.done
-    jobs = [builder.build(config) for config in run.all_jobs if config.name not in done]
+    jobs = [builder.build(config) for config in run.first_jobs if config.name not in done]
     if snapshot is None:
         return jobs, None, []
-    names, kept, faults = {config.name for config in run.all_jobs}, {}, []
+    first = {config.name for config in run.first_jobs}
+    in_file = {config.name for config in run.all_jobs}
+    kept, faults = {}, []
     for name, record in snapshot.jobs.items():
-        if name not in names and not record.joined_later:
+        if name not in in_file and not record.joined_later:
             continue
-        if name not in names and record.result is None:
+        if name not in first and record.result is None:
             try:
                 jobs.append(builder.build(JobConfig.model_validate(record.settings)))
             except LoraloomError as error:
@@ -178,6 +182,20 @@ def _build_jobs(
                 continue
         kept[name] = record
     return jobs, replace(snapshot, jobs=kept), faults
+
+
+def _sweep(
+    run: RunConfig,
+    directory: RunDirectory,
+    progress: Progress,
+    builder: JobBuilder,
+    jobs: Sequence[Job],
+) -> Sweep | None:
+    if run.sweep is None:
+        return None
+    from loraloom.training.run.sweep import Sweep  # it needs Optuna
+
+    return Sweep(run, directory, progress, builder.build, jobs)
 
 
 def _check_surroundings(
