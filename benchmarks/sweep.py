@@ -28,12 +28,12 @@ from loraloom.data.examples import Example
 from loraloom.data.sources import load_source
 from loraloom.data.training_set import load_training_set
 from loraloom.durable import write_json
+from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.run import train
-from loraloom.training.step.scoring import label_log_probs
 
 GRID, ASHA = "grid", "asha"
 
@@ -105,7 +105,7 @@ def difference(host: Host, rows: list[Example], pad_id: int) -> dict[str, float]
     A loss is a mean over tokens, so the error is that of a ratio: of sums over rows.
     """
     losses = {
-        name: [-one for one in label_log_probs(host, [(name, row) for row in rows], pad_id)]
+        name: [-one for one in label_log_probs(host, [(name, row) for row in rows])]
         for name in (GRID, ASHA)
     }
     num_tokens = torch.tensor([len(one) for one in losses[GRID]], dtype=torch.float64)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from loraloom.eval.answers import read_answers as read_answers
     from loraloom.eval.comparison import compare as compare
     from loraloom.eval.comparison import summarise_seeds as summarise_seeds
+    from loraloom.eval.evaluation import Evaluation as Evaluation
+    from loraloom.eval.evaluation import evaluate as evaluate
     from loraloom.eval.statistics import compare_paired as compare_paired
     from loraloom.infer.generate import Completion as Completion
     from loraloom.infer.generate import generate as generate
@@ -61,6 +63,7 @@ _HOMES = {
     ),
     "eval.answers": ("read_answers",),
     "eval.comparison": ("compare", "summarise_seeds"),
+    "eval.evaluation": ("Evaluation", "evaluate"),
     "eval.statistics": ("compare_paired",),
     "infer.generate": ("Completion", "generate"),
     "infer.prompts": ("Prompt",),

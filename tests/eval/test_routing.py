@@ -66,10 +66,11 @@ def test_padding_is_not_counted(tiny_tokenizer):
     tally = RoutingTally(host, ["mixlora"])
     add = tally.of("toy")
 
-    def observe(batch):
-        lengths.extend(len(row.input_ids) for rows in batch.groups for row in rows)
-        assert len(batch.token_ids) == sum(len(r.input_ids) for g in batch.groups for r in g)
-        add(batch)
+    def observe(routed):
+        lengths.extend(len(row.input_ids) for row in routed.rows)
+        for layer in routed.routing:
+            assert len(layer.selected_experts) == sum(len(row.input_ids) for row in routed.rows)
+        add(routed)
 
     score_questions(host, tiny_tokenizer, questions, ["mixlora"], on_routing=observe)
     summary = summarise_routing(tally, tiny_tokenizer, {"toy": 5})

@@ -78,6 +78,20 @@ def toy_examples(count: int, seed: int = 0, longest: int = 9, first_id: int = 0)
     return examples
 
 
+def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and labels of examples, padded on the right."""
+    length = max(len(example.input_ids) for example in examples)
+
+    def column(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+
+    return (
+        column([example.input_ids for example in examples], PAD_ID),
+        column([[1] * len(example.input_ids) for example in examples], 0),
+        column([example.labels for example in examples], NO_LOSS),
+    )
+
+
 def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any) -> TrainingSet:
     """Make a training set of toy examples."""
     return TrainingSet(

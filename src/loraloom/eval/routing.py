@@ -10,7 +10,7 @@ without its last token. Scores that were kept from before cost no forward and ar
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import combinations
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.config import AdapterConfig
-from loraloom.eval.rows import TokenRow
+from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting
@@ -41,37 +41,17 @@ TEXTS_PER_BATCH = 32
 """Of `tokens_per_expert`."""
 
 
-@dataclass(frozen=True)
-class RoutedBatch:
-    """Questions that were scored in a forward, and what became of their tokens.
-
-    Args:
-        places: Of the questions in their task.
-        groups: Each question's rows.
-        token_ids: Real tokens of all rows in turn, [T].
-        routing: By adapter the record of these tokens.
-    """
-
-    places: Sequence[int]
-    groups: Sequence[Sequence[TokenRow]]
-    token_ids: Tensor
-    routing: Mapping[str, Sequence[LayerRouting]]
-
-
-OnRouting = Callable[[RoutedBatch], None]
-
-
 @dataclass
 class TaskRouting:
     """The routing of one adapter in one task.
 
     Args:
-        num_questions: That were scored now.
+        questions: Places of those that were scored now.
         totals: Over their tokens; None before the first.
         example: The first question's context as token ids, and the first choice of each, by layer.
     """
 
-    num_questions: int = 0
+    questions: set[int] = field(default_factory=set)
     totals: RoutingTotals | None = None
     example: tuple[list[int], dict[int, list[int]]] | None = None
 
@@ -134,22 +114,20 @@ class RoutingTally:
         """Give what takes in a task's batches; None if there is no mixture."""
         for adapter in self.adapters.values():
             adapter.tasks[task] = TaskRouting()
-        return (lambda batch: self._add(task, batch)) if self.adapters else None
+        return (lambda routed: self._add(task, routed)) if self.adapters else None
 
-    def _add(self, task: str, batch: RoutedBatch) -> None:
-        for name, routing in batch.routing.items():
-            adapter = self.adapters[name]
-            of_task = adapter.tasks[task]
-            totals = routing_totals(routing)
-            of_task.num_questions += len(batch.places)
-            of_task.totals = totals if of_task.totals is None else of_task.totals + totals
-            if adapter.words is None:
-                layers = some_layers(len(routing))
-                num_experts = max(record.num_experts for record in routing)
-                adapter.words = WordCounts(layers, self._vocab_size, num_experts)
-            adapter.words.add(batch.token_ids, routing)
-            if 0 in batch.places:
-                of_task.example = _example(batch, routing, adapter.words.layers)
+    def _add(self, task: str, routed: RoutedRows) -> None:
+        adapter = self.adapters[routed.adapter]
+        of_task, totals = adapter.tasks[task], routing_totals(routed.routing)
+        of_task.questions.update(routed.places)
+        of_task.totals = totals if of_task.totals is None else of_task.totals + totals
+        if adapter.words is None:
+            layers = some_layers(len(routed.routing))
+            num_experts = max(record.num_experts for record in routed.routing)
+            adapter.words = WordCounts(layers, self._vocab_size, num_experts)
+        token_ids = torch.tensor([token for row in routed.rows for token in row.input_ids])
+        adapter.words.add(token_ids, routed.routing)
+        of_task.example = of_task.example or _example(routed, adapter.words.layers)
 
 
 def some_layers(num_layers: int) -> list[int]:
@@ -158,18 +136,23 @@ def some_layers(num_layers: int) -> list[int]:
 
 
 def _example(
-    batch: RoutedBatch, routing: Sequence[LayerRouting], layers: Sequence[int]
-) -> tuple[list[int], dict[int, list[int]]]:
-    """Take the first question's context out of a batch."""
-    place = list(batch.places).index(0)
-    start = sum(len(row.input_ids) for rows in batch.groups[:place] for row in rows)
-    length = min(batch.groups[place][0].branches.count(0), MAX_EXAMPLE_TOKENS)
-    tokens = slice(start, start + length)
-    chosen = {
-        routing[layer].layer: routing[layer].selected_experts[tokens, 0].tolist()
-        for layer in layers
-    }
-    return batch.token_ids[tokens].tolist(), chosen
+    routed: RoutedRows, layers: Sequence[int]
+) -> tuple[list[int], dict[int, list[int]]] | None:
+    """Take the context of the first question's first choice out of a forward; None if not there."""
+    start = 0
+    for place, row in zip(routed.places, routed.rows, strict=True):
+        if place == 0 and 0 in row.choices:
+            length = min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
+            tokens = slice(start, start + length)
+            chosen = {
+                routed.routing[layer].layer: routed.routing[layer]
+                .selected_experts[tokens, 0]
+                .tolist()
+                for layer in layers
+            }
+            return row.input_ids[:length], chosen
+        start += len(row.input_ids)
+    return None
 
 
 def summarise_routing(
@@ -228,7 +211,7 @@ def _summarise_task(
     totals = routing.totals
     summary: dict[str, Any] = {
         "num_questions": num_questions,
-        "num_questions_covered": routing.num_questions,
+        "num_questions_covered": len(routing.questions),
         "num_tokens": 0 if totals is None else totals.num_tokens,
     }
     if totals is not None:

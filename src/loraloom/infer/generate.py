@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from loraloom.errors import DataError
-from loraloom.halving import in_halves
+from loraloom.infer.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig, TokenChooser
 from loraloom.infer.stopping import StopTexts, before_stop

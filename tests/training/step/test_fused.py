@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.data.examples import Example, collate
+from loraloom.data.examples import Example
 from loraloom.models.host import Host
 from loraloom.training.run.job import Job
 from loraloom.training.step.fused import forward_backward
@@ -19,6 +19,7 @@ from tests.training.toy import (
     PAD_ID,
     add_job,
     gradients_of,
+    padded,
     toy_config,
     toy_host,
     toy_set,
@@ -77,9 +78,9 @@ def test_last_window_of_an_epoch_is_divided_by_its_own_labels():
 
 
 def mean_label_loss(host: Host, examples) -> float:
-    batch = collate(list(examples), PAD_ID)
-    logits = host.model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
-    return float(cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten()))
+    input_ids, mask, labels = padded(examples)
+    logits = host.model(input_ids, attention_mask=mask).logits[:, :-1]
+    return float(cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
 
 
 def test_loss_is_the_base_models_own_while_an_adapter_is_new():

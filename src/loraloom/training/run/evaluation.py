@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.data.examples import ChoiceQuestion, Example
 from loraloom.data.questions import load_questions
-from loraloom.eval.protocol import evaluate
+from loraloom.eval.protocol import score_accuracy
+from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.run.job import Job
 from loraloom.training.step.objectives import ScoredSamples
 from loraloom.training.step.reference import ask_references
-from loraloom.training.step.scoring import label_log_probs
 from loraloom.training.step.window import count_totals
 
 
@@ -87,28 +87,15 @@ class Evaluation:
             if job.training_set.validation
         }
         measured = [job for job in jobs if job.name in rows]
-        ask_references(
-            self.host, [(job.reference, rows[job.name]) for job in measured], self.pad_id
-        )
+        ask_references(self.host, [(job.reference, rows[job.name]) for job in measured])
         named_rows = [(name, row) for name in rows for row in rows[name]]
-        log_probs = iter(label_log_probs(self.host, named_rows, self.pad_id))
+        log_probs = iter(label_log_probs(self.host, named_rows))
         return {
             job.name: _objective_metrics(
                 job, rows[job.name], [next(log_probs) for _ in rows[job.name]]
             )
             for job in measured
         }
-
-
-def score_accuracy(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[ChoiceQuestion],
-    adapters: Sequence[str],
-) -> dict[str, float]:
-    """Score choice questions; give each adapter's accuracy."""
-    accuracies = evaluate(host, tokenizer, questions, adapters)
-    return {name: accuracies[name].accuracy for name in adapters}
 
 
 def _objective_metrics(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from loraloom.errors import TrainingError
-from loraloom.halving import free_memory
+from loraloom.infer.halving import free_memory
 from loraloom.models.host import Host
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss

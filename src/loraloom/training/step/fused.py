@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraloom.data.examples import collate
+from loraloom.infer.rows import collate, example_row
 from loraloom.models.host import Host
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_statistics
@@ -24,7 +24,6 @@ from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import ScoredSamples
 from loraloom.training.step.reference import ask_references
 from loraloom.training.step.rows import lay_out
-from loraloom.training.step.scoring import label_losses
 from loraloom.training.step.window import count_labels
 
 
@@ -45,18 +44,20 @@ def forward_backward(
     Returns:
         The losses, in the order of the micro-batches.
     """
-    ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches], pad_id)
+    ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
     layout = lay_out(micro_batches)
-    inputs = collate(layout.joined(), pad_id)
+    rows = [example_row(example) for example in layout.joined()]
+    inputs = collate(rows, host.dtype, host.device, pad_id)
     output = host.hidden(
-        inputs.input_ids.to(host.device),
-        None if layout.is_packed else inputs.attention_mask.to(host.device),
+        inputs.input_ids,
+        None if layout.is_packed else inputs.attention_mask,
         adapters=layout.adapters,
         sample_keys=layout.sample_keys,
         sample_lengths=layout.sample_lengths,
         training=True,
     )
-    losses = label_losses(host, output.last_hidden_state, inputs.labels)
+    states = inputs.predicting_states(output.last_hidden_state)
+    losses = host.token_losses(states, inputs.targets)
     terms = [
         _loss_terms(batch, batch_losses, output.routing.get(batch.adapter.name))
         for batch, batch_losses in zip(micro_batches, layout.split_losses(losses), strict=True)

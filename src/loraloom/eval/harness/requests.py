@@ -1,17 +1,23 @@
-"""Text to token ids as lm-eval's own class for transformers models encodes it."""
+"""What lm-eval's requests say, in our terms: texts as token ids, and how tokens are chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import TokenPair, encode_texts, eos_token, leading_tokens
 from loraloom.errors import ConfigError, DataError
+from loraloom.infer.sampling import SamplingConfig, parse_sampling
+
+_DRAWING = ("temperature", "top_k", "top_p")
+_ALWAYS = ("repetition_penalty", "num_beams")
 
 
 class RequestEncoder:
-    """Encodes what lm-eval asks.
+    """Encodes texts as lm-eval's own class for transformers models does.
 
     Args:
         tokenizer: The base model's.
@@ -76,23 +82,6 @@ class RequestEncoder:
         return TokenPair([self.prefix_token_id], ids)
 
 
-def fit_pair(pair: TokenPair, max_length: int) -> TokenPair:
-    """Cut a context from the left so that the model reads at most `max_length` tokens.
-
-    The last token of a continuation is predicted, not read.
-
-    Raises:
-        DataError: If the continuation is longer by itself.
-    """
-    room = max_length + 1 - len(pair.continuation)
-    if room < 1:
-        raise DataError(
-            f"a continuation must have at most {max_length} tokens, as many as the model reads, "
-            f"got {len(pair.continuation)}"
-        )
-    return TokenPair(pair.context[-room:], pair.continuation)
-
-
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
     bos = tokenizer.bos_token_id
     return bos if isinstance(bos, int) else eos_token(tokenizer)
@@ -119,3 +108,32 @@ def _check_continuations(pairs: Sequence[tuple[str, str]]) -> None:
 def _move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
+
+
+def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
+    """Read a task's `generation_kwargs`.
+
+    Args:
+        settings: `until`, `max_gen_toks` or another of its names, `do_sample`, `temperature`,
+            `top_k`, `top_p`, `repetition_penalty`, `num_beams`. What only concerns drawing has no
+            effect where `do_sample` is false, as in lm-eval.
+        max_new_tokens: Where the settings don't say.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of its range.
+    """
+    normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
+    stop = tuple(dict.fromkeys(text for text in normal.pop("until") if text))
+    length, do_sample = normal.pop("max_gen_toks"), normal.pop("do_sample")
+    unknown = [name for name in normal if name not in (*_DRAWING, *_ALWAYS)]
+    if unknown:
+        known = ", ".join(("until", "max_gen_toks", "do_sample", *_DRAWING, *_ALWAYS))
+        raise ConfigError(f"generation_kwargs may hold {known}, got {', '.join(unknown)}")
+    if do_sample and float(normal.setdefault("temperature", 1.0)) == 0:
+        raise ConfigError(
+            "generation_kwargs: do_sample draws at a temperature above 0, got 0; "
+            "leave do_sample out or raise the temperature"
+        )
+    names = (*_ALWAYS, *(_DRAWING if do_sample else ()))
+    chosen = {name: normal[name] for name in names if normal.get(name) is not None}
+    return parse_sampling(max_new_tokens=length, stop=stop, **chosen)

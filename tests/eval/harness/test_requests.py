@@ -5,8 +5,9 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
 from loraloom.data.tokenising import TokenPair
-from loraloom.errors import ConfigError, DataError
-from loraloom.eval.harness.encoding import RequestEncoder, fit_pair
+from loraloom.errors import ConfigError
+from loraloom.eval.harness.requests import RequestEncoder, parse_generation
+from loraloom.infer.sampling import SamplingConfig
 from tests.conftest import build_tokenizer
 from tests.eval.scoring import scoring_host
 
@@ -96,8 +97,39 @@ def test_eos_stands_for_an_empty_context_where_there_is_no_bos():
         RequestEncoder(tokenizer, add_bos_token=True)
 
 
-def test_contexts_are_cut_from_the_left():
-    assert fit_pair(TokenPair([1, 2, 3], [4, 5]), 3) == TokenPair([2, 3], [4, 5])
-    assert fit_pair(TokenPair([1, 2, 3], [4, 5]), 2) == TokenPair([3], [4, 5])
-    with pytest.raises(DataError, match="must have at most 1 tokens"):
-        fit_pair(TokenPair([1, 2, 3], [4, 5]), 1)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"max_new_tokens": 50}),
+        ({"until": "\n"}, {"max_new_tokens": 50, "stop": ("\n",)}),
+        ({"until": ["a", "", "b", "a"]}, {"max_new_tokens": 50, "stop": ("a", "b")}),
+        ({"max_gen_toks": 7}, {"max_new_tokens": 7}),
+        ({"max_new_tokens": 8}, {"max_new_tokens": 8}),
+        ({"do_sample": False, "temperature": 0.0, "top_p": 0.9}, {"max_new_tokens": 50}),
+        ({"do_sample": True}, {"max_new_tokens": 50, "temperature": 1.0}),
+        ({"temperature": 0.7}, {"max_new_tokens": 50, "temperature": 0.7}),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5},
+            {"max_new_tokens": 50, "temperature": 0.7, "top_p": 0.9, "top_k": 5},
+        ),
+        (
+            {"num_beams": 3, "repetition_penalty": 1.2},
+            {"max_new_tokens": 50, "num_beams": 3, "repetition_penalty": 1.2},
+        ),
+    ],
+)
+def test_generation_settings_are_read(settings, expected):
+    assert parse_generation(settings, 50) == SamplingConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 9}, "generation_kwargs may hold until, .*, got max_length"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample draws at a temperature above 0"),
+        ({"do_sample": True, "top_p": 2.0}, "top_p"),
+    ],
+)
+def test_generation_that_cannot_be_done_is_an_error(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_generation(settings, 50)
