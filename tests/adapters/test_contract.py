@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loraloom.adapters import CONFIGS, parse_adapter_config
 from loraloom.adapters.config import AdapterConfig, RouterLossConfig
+from loraloom.formats.description import describe
 from loraloom.models.host import HiddenOutput, Host
 from loraloom.models.samples import sample_key
 from loraloom.models.stacking import StackedForward
@@ -173,6 +174,21 @@ def test_a_saved_adapter_is_read_back_as_it_was(tmp_path, method, family):
     with torch.no_grad():
         logits = [host(ids, adapters=[name] * 2).logits for name in ("a", "b")]
     assert torch.equal(*logits)
+
+
+@each_method
+def test_a_saved_adapter_is_described_without_a_base_model(tmp_path, method):
+    host, config = tiny_host(configs={"a": ALL_METHODS[method]}), ALL_METHODS[method]
+    host.save("a", tmp_path)
+    description = describe(tmp_path)
+    parameters = host.adapters["a"].parameters()
+    assert (description.method, description.rank) == (config.title, config.rank)
+    assert description.num_parameters == sum(parameter.numel() for parameter in parameters)
+    assert len(description.target_modules) == len(host.base.shapes)
+    if config.experts_per_router == 0:
+        assert description.experts is None
+    else:
+        assert {"num_experts", "top_k", "rank", "alpha", "dropout"} == description.experts.keys()
 
 
 @each_side
