@@ -18,14 +18,12 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
+from loraloom import Host, JobConfig, load_base_model
 from loraloom.bench.cases import StepSetting, adapter_config
 from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
-from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
-from loraloom.models.host import Host
-from loraloom.models.loading import load_base_model
-from loraloom.training.run.fitting import StepRunner
+from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import predict_memory
 
@@ -125,9 +123,8 @@ def run_setting(base_model: str, setting: Setting) -> dict[str, int]:
     prediction = predict_memory(host, jobs)
     before = psutil.Process().memory_info().rss
     reset_peak_rss()
-    host.train()
     host.enable_gradient_checkpointing(setting.checkpointing)
-    runner = StepRunner(host, pad_id=0)
+    runner = RoundRunner(host, pad_id=0)
     for _ in range(STEPS * setting.micro_batches):
         parts = [job.micro_batch() for job in jobs]
         for job, part, loss in zip(jobs, parts, runner.run(parts), strict=True):

@@ -22,19 +22,18 @@ import torch
 from rich.console import Console
 
 import loraloom
-from loraloom.cli.train import score_accuracy
 from loraloom.config.loading import load_run_config
 from loraloom.config.run import RunConfig
 from loraloom.data.examples import Example
 from loraloom.data.sources import load_source
 from loraloom.data.training_set import load_training_set
 from loraloom.durable import write_json
+from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import PlainProgress
+from loraloom.training.run.progress import Progress
 from loraloom.training.run.run import train
-from loraloom.training.step.scoring import label_log_probs
 
 GRID, ASHA = "grid", "asha"
 
@@ -64,8 +63,8 @@ def runs(arguments: argparse.Namespace) -> dict[str, RunConfig]:
 def train_or_resume(run: RunConfig) -> None:
     directory = RunDirectory(run.output_dir)
     if not directory.sweep_picture.exists():  # it is drawn at the end
-        progress = PlainProgress(Console(), interval_s=60)
-        train(run, score_accuracy, resume=directory.snapshots.exists(), progress=progress)
+        progress = Progress(Console(), interval_s=60)
+        train(run, resume=directory.snapshots.exists(), progress=progress)
 
 
 def read_table(run: RunConfig) -> list[dict[str, str]]:
@@ -106,7 +105,7 @@ def difference(host: Host, rows: list[Example], pad_id: int) -> dict[str, float]
     A loss is a mean over tokens, so the error is that of a ratio: of sums over rows.
     """
     losses = {
-        name: [-one for one in label_log_probs(host, [(name, row) for row in rows], pad_id)]
+        name: [-one for one in label_log_probs(host, [(name, row) for row in rows])]
         for name in (GRID, ASHA)
     }
     num_tokens = torch.tensor([len(one) for one in losses[GRID]], dtype=torch.float64)

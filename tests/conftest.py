@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,21 @@ def shared_dir() -> Path:
     return directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory) -> Iterator[Path]:
+    """Keep away from the user's cache; a GGUF file is dequantised once in a session."""
+    home = tmp_path_factory.mktemp("session-cache")
+    (home / "loraloom" / "gguf").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home
+    shutil.rmtree(home)
+
+
 @pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path_factory, monkeypatch):
-    """Keep scores away from the user's cache, and from other tests'."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+def _cache_of_its_own(_session_cache, tmp_path_factory, monkeypatch) -> None:
+    """Keep scores away from other tests' scores."""
+    home = tmp_path_factory.mktemp("cache")
+    (home / "loraloom").mkdir()
+    (home / "loraloom" / "gguf").symlink_to(_session_cache / "loraloom" / "gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))

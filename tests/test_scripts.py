@@ -60,3 +60,16 @@ def test_unknown_option_is_refused(checkout):
     result = run(checkout / "scripts" / "setup", "--prod")
     assert result.returncode == 1
     assert "takes --dev or nothing, got --prod" in result.stderr
+
+
+def test_arguments_of_test_go_to_pytest_behind_its_own(checkout):
+    (checkout / "scripts/setup").write_text("#!/bin/sh\n")
+    python = checkout / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho threads $OMP_NUM_THREADS\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    said = run(checkout / "scripts/test", "-n", "0", "-k", "a or b", OMP_NUM_THREADS="")
+    assert said.stdout.splitlines() == [
+        "threads 1",
+        *("-m", "pytest", "-n", "2", "--dist", "loadscope", "-n", "0", "-k", "a or b"),
+    ]

@@ -149,7 +149,7 @@ def test_without_a_cache_nothing_is_kept(run, tmp_path, forwards, capsys):
 
 def test_scores_can_be_kept_elsewhere(run, tmp_path):
     run("--cache", str(tmp_path / "elsewhere"))
-    assert len(list((tmp_path / "elsewhere").glob("*.jsonl"))) == 3
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["scores.sqlite3"]
     assert not (tmp_path / "cache").exists()
 
 
@@ -269,4 +269,4 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(run, monkeypatch, cap
 def test_tasks_of_one_name_are_an_error(run, saved, tmp_path, capsys):
     (tmp_path / "arc_easy.yaml").write_text(TASK_FILE)
     run("--task", str(tmp_path / "arc_easy.yaml"), code=2)
-    assert "--task must name tasks that differ, got arc_easy, arc_easy" in capsys.readouterr().err
+    assert "tasks must have different names, got arc_easy, arc_easy" in capsys.readouterr().err

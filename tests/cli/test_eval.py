@@ -85,7 +85,10 @@ def test_moe_pefts_labels_can_be_asked_for(run, tmp_path):
         ("--task arc_esay", "did you mean 'arc_easy'?"),
         ("--task ,", "--task must name at least one task"),
         ("--task arc_easy --no-base", "--no-base leaves nothing to score"),
-        ("--task arc_easy --compat moe-peft --scoring text", "--compat moe-peft scores labels"),
+        (
+            "--task arc_easy --compat moe-peft --scoring text",
+            "compat moe-peft scores labels; leave out scoring text",
+        ),
         ("--task skills --compat moe-peft", "compat moe-peft needs a task that MoE-PEFT has"),
         ("--task piqa", "no data set 'piqa' there"),
         ("--task arc_easy --split train", "no split 'train' there"),
@@ -97,7 +100,10 @@ def test_moe_pefts_labels_can_be_asked_for(run, tmp_path):
         ("--task arc_easy --output a.json --output b/../a.json", "must name each file once"),
         ("--task arc_easy --output a.json --per-question a.json", "must name each file once"),
         ("--task arc_easy --num-fewshot 0", "--num-fewshot has an effect with --harness only"),
-        ("--task arc_easy,piqa", "one for each of several tasks, got"),
+        (
+            "--task arc_easy,piqa",
+            "data must be a directory with one for each of several tasks, got",
+        ),
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(

@@ -49,7 +49,7 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     assert summary["accuracy"] == own["acc_norm,none"]
     assert written["base_model"] == str(saved / "base")
     assert len(lines.read_text().splitlines()) == 3 * 2 * 5
-    assert read_evaluation(result).content.results["a"]["toy_choice"].num_examples == 5
+    assert read_evaluation(result).results["a"]["toy_choice"].num_examples == 5
     choice, generated = read_answers(lines)
     shares = [sum(right) / 5 for right in (choice.right["b"], generated.right["b"])]
     assert shares == [summary["accuracy"], written["results"]["b"]["toy_generate"]["accuracy"]]
@@ -69,7 +69,7 @@ def test_adapters_can_go_without_the_base(run, saved, tmp_path):
     [
         ("--harness ,", "--harness must name at least one task"),
         ("--harness toy_choice --task arc_easy", "--task has no effect with --harness"),
-        ("--harness toy_choice --scoring text", "--scoring has no effect with --harness, got text"),
+        ("--harness toy_choice --scoring text", "--scoring has no effect with --harness; leave"),
         ("--harness toy_choice --split test", "--split has no effect with --harness"),
         ("--harness toy_choice --no-base", "--no-base leaves nothing to score"),
         ("--harness toy_choice --adapter a=nowhere", "there is no nowhere"),
@@ -92,6 +92,7 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(
 
 
 def test_a_missing_lm_eval_is_one_error(run, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "loraloom.eval.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run("--harness", "toy_choice") == 2
     assert "pip install 'loraloom[eval]'" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_a_sweep_prints_its_ranking_and_leaves_a_table_and_a_picture(inputs, tmp
     assert cli.main(["train", str(run_file)]) == 0
     printed = capsys.readouterr().out
     assert "sweep: 4 of 4 jobs train, at step 0/4" in printed
-    assert "is not among the best 1 of 4" in printed
+    assert "is not among the best after step 2" in printed
     assert printed.count(" finished") == 1
     assert len((tmp_path / "out/sweep.csv").read_text().splitlines()) == 5
     assert (tmp_path / "out/sweep.png").exists()

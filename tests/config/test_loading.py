@@ -22,6 +22,8 @@ jobs:
     train: {max_steps: 100, optimizer_args: {eps: 1e-6}}
 """
 
+METHODS = "lora, mixlora, vera, hydralora, mola"
+
 
 def load(tmp_path, text, *overrides):
     path = tmp_path / "run.yaml"
@@ -142,14 +144,17 @@ def test_all_faults_are_in_one_message(tmp_path):
     [
         (
             "jobs.1.adapter.method=dora",
-            "jobs.1.adapter.method must be lora or mixlora, got 'dora'; "
+            f"jobs.1.adapter.method must be one of {METHODS}, got 'dora'; "
             "write method: lora with weight_decomposition: true",
         ),
         (
             "jobs.1.adapter.method=mixlor",
-            "jobs.1.adapter.method must be lora or mixlora, got 'mixlor'; did you mean 'mixlora'?",
+            f"adapter.method must be one of {METHODS}, got 'mixlor'; did you mean 'mixlora'?",
         ),
-        ("jobs.1.adapter={}", "jobs.1.adapter.method must be lora or mixlora, it is missing"),
+        (
+            "jobs.1.adapter={}",
+            f"jobs.1.adapter.method must be one of {METHODS}, it is missing",
+        ),
         ("jobs.1.adapter=lora", "jobs.1.adapter must be a mapping, got 'lora'"),
         ("jobs.1.adapter.r=8", "jobs.1.adapter: unknown key 'r'; did you mean 'rank'?"),
         ("jobs.1.adapter.rank=1.5", "jobs.1.adapter.rank must be a whole number, got 1.5"),
@@ -177,12 +182,12 @@ def test_all_faults_are_in_one_message(tmp_path):
         ),
         (
             "jobs.1.train.objective={name: dpoo}",
-            "jobs.1.train.objective.name must be sft or dpo or cpo, got 'dpoo'; "
+            "jobs.1.train.objective.name must be one of sft, dpo, cpo, got 'dpoo'; "
             "did you mean 'dpo'?",
         ),
         (
             "jobs.1.train.objective={beta: 1}",
-            "jobs.1.train.objective.name must be sft or dpo or cpo, it is missing",
+            "jobs.1.train.objective.name must be one of sft, dpo, cpo, it is missing",
         ),
         (
             "jobs.0.train.objective={name: dpo, beta: 0}",

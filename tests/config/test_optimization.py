@@ -8,12 +8,8 @@ import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.trainer_utils import SchedulerType
 
-from loraloom.config.optimization import (
-    REFUSED_OPTIMIZERS,
-    SCHEDULER_ARGS,
-    LrScheduler,
-    OptimizerName,
-)
+from loraloom.config.optimizer import REFUSED_OPTIMIZERS, OptimizerName
+from loraloom.config.train import SCHEDULER_ARGS, LrScheduler
 
 SET_BY_THE_TRAINER = {
     *("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "mode", "verbose"),

@@ -1,9 +1,11 @@
+import sys
+
 import pytest
 import yaml
 
 from loraloom.config.loading import load_run_config
 from loraloom.config.run import RunConfig
-from loraloom.config.sweep import AshaConfig, SweepConfig, format_values
+from loraloom.config.sweep import SweepConfig, SweepStoppingConfig, format_values, parameter_value
 from loraloom.errors import ConfigError
 
 RATES = [1e-4, 3e-4]
@@ -74,7 +76,12 @@ def test_a_named_job_is_the_template_and_does_not_train_itself():
 
 def test_a_sweep_survives_being_dumped_and_read_again():
     parameters = {"train.learning_rate": {"log_uniform": [1e-5, 1e-3]}, "adapter.rank": [4, 8]}
-    for changes in ({}, {"parameters": parameters, "search": {"random": 3}}):
+    stopping = {"hyperband": {"min_steps": 4}}
+    for changes in (
+        {},
+        {"parameters": parameters, "search": {"random": 3}},
+        {"parameters": parameters, "search": {"tpe": 12}, "early_stopping": stopping},
+    ):
         config = run([{**TEMPLATE, "name": "a"}], job="a", **changes)
         again = RunConfig.model_validate(config.model_dump(mode="json"))
         assert again == config
@@ -91,7 +98,11 @@ PARAMETERS = {
 
 def draw(number: int, seed: int = 0):
     config = {"parameters": PARAMETERS, "search": {"random": number, "seed": seed}}
-    return SweepConfig.model_validate({"job": "a", **config}).combinations()
+    config = SweepConfig.model_validate({"job": "a", **config})
+    return [
+        {path: parameter_value(drawn) for path, drawn in combination.items()}
+        for combination in config.combinations()
+    ]
 
 
 def test_random_values_are_in_their_ranges_and_reach_all_of_them():
@@ -102,6 +113,7 @@ def test_random_values_are_in_their_ranges_and_reach_all_of_them():
     assert all(0.1 <= values["adapter.dropout"] <= 0.2 for values in drawn)
     assert {values["adapter.rank"] for values in drawn} == {2, 3, 4}
     assert {values["seed"] for values in drawn} == {1, 2}
+    assert all(rate == float(f"{rate:.4g}") for rate in rates)
 
 
 def test_draws_are_a_function_of_the_seed_and_more_of_them_begin_with_the_same():
@@ -115,11 +127,32 @@ def test_random_search_over_lists_draws_each_combination_once():
     assert len({tuple(values.values()) for values in drawn}) == 6
 
 
+def test_tpe_begins_with_ten_random_jobs_that_are_known_beforehand():
+    config = run(parameters=PARAMETERS, search={"tpe": 30})
+    assert [trial.parameters for trial in config.trials] == draw(10)
+    assert len(config.first_jobs) == 4
+    combination = config.sweep.combinations()[0] | {"seed": "2"}
+    later = config.trial(29, combination)
+    assert (later.name, later.job.seed) == ("sweep-029", 2)
+
+
+def test_so_many_jobs_train_at_once():
+    jobs = [{**TEMPLATE, "name": "a"}]
+    parameters = {"seed": [1, 2, 3, 4]}
+    first = run(jobs, parameters=parameters, max_concurrent=3).first_jobs
+    assert [job.name for job in first] == ["a", "sweep-000", "sweep-001", "sweep-002"]
+    assert len(run(jobs, parameters=parameters).first_jobs) == 5
+
+
 def test_rungs_are_powers_below_the_last_step():
-    asha = AshaConfig(min_steps=4, reduction_factor=3)
-    assert asha.rungs_of(40) == (4, 12, 36)
-    assert asha.rungs_of(36) == (4, 12)
-    assert AshaConfig(rungs=(5, 10)).rungs_of(10) == (5,)
+    def rungs(total_steps, **stopping):
+        return SweepStoppingConfig.model_validate(stopping).rungs(total_steps)
+
+    assert rungs(40, asha={"min_steps": 4, "reduction_factor": 3}) == (4, 12, 36)
+    assert rungs(36, asha={"min_steps": 4, "reduction_factor": 3}) == (4, 12)
+    assert rungs(10, asha={"rungs": (5, 10)}) == (5,)
+    assert rungs(36, hyperband={"min_steps": 4, "reduction_factor": 3}) == (4, 12)
+    assert rungs(36, median={}) == ()
 
 
 def test_every_fault_of_the_paths_is_told(tmp_path):
@@ -143,23 +176,24 @@ def test_every_fault_of_the_values_is_told(tmp_path):
         "train.batch_size": {"int_uniform": [1, 2.5]},
         "adapter": [{"method": "lora"}],
     }
-    kinds = "{uniform: [low, high]}, {log_uniform: [low, high]}, {int_uniform: [low, high]}"
+    expected = (
+        "must be a list of values that differ, or a range with low < high: {uniform: [low, high]}, "
+        "{log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of whole numbers, got"
+    )
     assert faults(tmp_path, parameters=parameters) == [
-        "sweep.parameters.seed must be a list of one value or more, got none",
-        f"sweep.parameters.adapter.rank must be a list of values, or one of {kinds}, got 8",
-        "sweep.parameters.adapter.alpha must have each value once, got 4 again",
-        "sweep.parameters.train.learning_rate must be {log_uniform: [low, high]} with "
-        "0 < low < high, got [0, 1]",
-        "sweep.parameters.train.batch_size must be {int_uniform: [low, high]} with two whole "
-        "numbers, got [1, 2.5]",
+        f"sweep.parameters.seed {expected} []",
+        f"sweep.parameters.adapter.rank {expected} 8",
+        f"sweep.parameters.adapter.alpha {expected} [4, 8, 4]",
+        f"sweep.parameters.train.learning_rate {expected} {{'log_uniform': [0, 1]}}",
+        f"sweep.parameters.train.batch_size {expected} {{'int_uniform': [1, 2.5]}}",
         "sweep.parameters.adapter.rank must not be inside another parameter, adapter",
         "sweep.parameters.adapter.alpha must not be inside another parameter, adapter",
     ]
 
 
-def test_a_fault_of_one_job_names_it_and_one_of_all_names_the_template(tmp_path):
+def test_a_fault_of_one_job_or_of_all_is_told_once(tmp_path):
     assert faults(tmp_path, parameters={"adapter.rank": [8, 0]}) == [
-        "sweep: adapter.rank must be at least 1, got 0 (sweep-001, adapter.rank=0)"
+        "sweep.job.adapter.rank must be at least 1, got 0"
     ]
     template = {**TEMPLATE, "train": {"max_steps": 24, "epochs": 1}}
     assert faults(tmp_path, job=template) == [
@@ -167,17 +201,25 @@ def test_a_fault_of_one_job_names_it_and_one_of_all_names_the_template(tmp_path)
     ]
 
 
+TOO_FEW = "search must not be for more jobs than the parameters can give, got 3 and only 2"
+TOO_LATE = "early_stopping must act before the last of the jobs' 24 steps, got {"
 SWEEP_FAULTS = [
     ({"job": 3}, "job must be settings of a job or the name of one, got 3"),
     ({"job": "b"}, "job must be the settings of a job or the name of one of jobs (none), got 'b'"),
     ({"job": {**TEMPLATE, "name": "a/b"}}, "job.name must be a safe file name"),
     ({"parameters": {}}, "parameters must map settings to their values, got {}"),
-    ({"search": "gird"}, "search must be grid or {random: how many, seed: 0}, got 'gird'"),
+    (
+        {"search": "gird"},
+        "search must be grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}, got 'gird'",
+    ),
     ({"search": {"random": 0}}, "search.random must be at least 1, got 0"),
-    ({"search": {"random": 3}}, "search.random must be at most the 2 combinations"),
+    ({"search": {"random": 3}}, TOO_FEW),
+    ({"search": {"tpe": 3}}, TOO_FEW),
+    ({"search": {"tpe": 2, "random": 2}}, "search: unknown key 'random'"),
+    ({"max_concurrent": 0}, "max_concurrent must be at least 1, got 0"),
     (
         {"parameters": {"seed": list(range(30)), "adapter.rank": list(range(1, 31))}},
-        "search grid must give at most 512 jobs, got 30 × 30 = 900; take search: {random",
+        "search grid must give at most 512 jobs, got 900; take search: {random",
     ),
     (
         {"parameters": {"seed": {"int_uniform": [1, 2]}}},
@@ -185,30 +227,40 @@ SWEEP_FAULTS = [
     ),
     (
         {"parameters": {"seed": {"int_uniform": [1, 2]}}, "search": {"random": 3}},
-        "search.random must not be above what the parameters can give, got 3 and only 2",
+        TOO_FEW,
     ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
     ({"early_stopping": {"asha": {}}}, "early_stopping.asha.rungs or min_steps must be given"),
     (
         {"early_stopping": {"asha": {"min_steps": 24}}},
-        "early_stopping.asha.min_steps must be below the jobs' 24 steps, got 24",
+        TOO_LATE + " ... 'min_steps': 24}",
     ),
     (
         {"early_stopping": {"asha": {"rungs": [4, 30]}}},
-        "early_stopping.asha.rungs must be below the jobs' 24 steps, got [4, 30]",
+        TOO_LATE + " ... 'rungs': (4, 30)}",
     ),
     (
         {"early_stopping": {"asha": {"rungs": [8, 4]}}},
         "early_stopping.asha.rungs must be steps that rise from 1 or more, got [8, 4]",
     ),
     ({"early_stopping": {"asha": {"min_steps": 4, "eta": 3}}}, "unknown key 'eta'"),
+    ({"early_stopping": {}}, "early_stopping must be one of asha, hyperband and median"),
+    (
+        {"early_stopping": {"asha": {"min_steps": 4}, "median": {}}},
+        "early_stopping must be one of asha, hyperband and median",
+    ),
+    ({"early_stopping": {"hyperband": {}}}, "early_stopping.hyperband.min_steps must be given"),
+    (
+        {"early_stopping": {"median": {"min_steps": 24}}},
+        TOO_LATE + " ... 'min_steps': 24}",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("settings", "message"), SWEEP_FAULTS)
 def test_a_faulty_sweep_is_refused_by_one_line(tmp_path, settings, message):
     (line,) = faults(tmp_path, **settings)
-    assert message in line
+    assert all(words in line for words in message.split(" ... "))
     assert line.startswith("sweep")
 
 
@@ -222,3 +274,9 @@ def test_a_run_needs_jobs_or_a_sweep(tmp_path):
     path.write_text("base_model: smollm2-135m\noutput_dir: runs/a\n")
     with pytest.raises(ConfigError, match="jobs must be a list of 1 or more, or sweep must be"):
         load_run_config(path)
+
+
+def test_without_optuna_a_sweep_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    (line,) = faults(tmp_path)
+    assert line == "sweep needs Optuna, which is not installed: pip install 'loraloom[sweep]'"

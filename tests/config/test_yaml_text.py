@@ -28,7 +28,8 @@ def test_a_merged_key_may_be_overridden():
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line():
-    with pytest.raises(ConfigError, match=r"run.yaml has the key 'rank' twice, line 3, column 3"):
+    message = r"run\.yaml must be valid YAML, line 3, column 3: the key 'rank' stands twice"
+    with pytest.raises(ConfigError, match=message):
         parse_yaml("a:\n  rank: 1\n  rank: 2\n", "run.yaml")
 
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.data import NO_LOSS
 from loraloom.data.chat import encode_conversations
 from loraloom.data.encoding import DROPPED
+from loraloom.data.examples import NO_LOSS
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 

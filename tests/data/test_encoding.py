@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.data import NO_LOSS
 from loraloom.data.encoding import DROPPED, encode_completions, encode_documents, fit
+from loraloom.data.examples import NO_LOSS
 from loraloom.errors import DataError
 
 _ = NO_LOSS

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 from pathlib import Path
 
@@ -83,7 +84,15 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
         ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json, line 2: not valid JSON"),
-        ("a.json", '[{"a": 1},\n', "a.json: not valid JSON: the list of rows is not closed"),
+        ("a.json", '[{"a": 1},\n', "a.json, line 2: not valid JSON: Expecting value"),
+        ("a.json", '[{"a": 1}\n', "a.json, line 2: not valid JSON: Expecting ',' delimiter"),
+        ("a.json", '[\n{"a": 1} {"b": 2}]', "a.json, line 2: not valid JSON: Expecting ','"),
+        ("a.json", '[{"a": 1}]\njunk', "a.json, line 2: not valid JSON: Extra data"),
+        ("a.json", '[{"a": 1}]\n[{"b": 2}]', "a.json, line 2: not valid JSON: Extra data"),
+        ("a.json", '[{"a": 1},]', "a.json, line 1: not valid JSON"),
+        ("a.json", '[\n[{"a": 1}]]', "a.json, line 2: a row must be a JSON object, got list"),
+        ("a.json", "[" * 100_000, "a.json, line 1: JSON that can't be read"),
+        ("a.jsonl", "{}\n" + "1" * 5000, "a.jsonl, line 2: JSON that can't be read"),
         ("a.jsonl", "\n", "a.jsonl: the file has no rows"),
         ("a.json", "[]", "a.json: the file has no rows"),
         ("a.csv", "text,label\n", "a.csv: the file has no rows"),
@@ -95,6 +104,32 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
 def test_a_bad_file_is_one_clear_error(tmp_path, name, text, message):
     with pytest.raises(DataError, match=re.escape(message)):
         read_file(write(tmp_path / name, text))
+
+
+ARRAY = json.dumps([{"text": "a, ]\n", "n": [1, {"m": None}]}, {}, {"text": "é"}], indent=1)
+
+
+@pytest.mark.parametrize("length", range(1, len(ARRAY)))
+def test_a_list_that_is_cut_short_is_refused_with_its_line(tmp_path, length):
+    path = write(tmp_path / "a.json", ARRAY[:length])
+    with pytest.raises(DataError, match=r"a\.json, line \d+: not valid JSON: "):
+        read_file(path)
+
+
+def test_a_list_with_a_character_changed_reads_as_json_does_or_not_at_all(tmp_path):
+    generator = random.Random(0)
+    for _ in range(300):
+        place = generator.randrange(1, len(ARRAY))
+        text = ARRAY[:place] + generator.choice('[]{}",: 1x\n') + ARRAY[place + 1 :]
+        path = write(tmp_path / "a.json", text)
+        try:
+            expected = json.loads(text)
+        except ValueError:
+            with pytest.raises(DataError, match=r"a\.json, line \d+: not valid JSON: "):
+                read_file(path)
+            continue
+        assert all(isinstance(row, dict) for row in expected), "changed into another kind of list"
+        assert read_file(path) == expected
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path):

@@ -48,7 +48,9 @@ def test_an_absent_data_set_offers_the_nearest_name(collection):
 
 
 def test_an_absent_split_lists_those_there_are(collection):
-    with pytest.raises(DataError, match=r"no split 'validation' there .* splits are: test, train"):
+    with pytest.raises(
+        DataError, match=r"no split 'validation' there; the splits are: test, train"
+    ):
         find_named(collection, "quiz", "validation")
 
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.data import NO_LOSS
 from loraloom.data.encoding import DROPPED
+from loraloom.data.examples import NO_LOSS
 from loraloom.data.preferences import encode_preferences
 from loraloom.data.rows import Row
 from loraloom.errors import DataError

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from loraloom.data import load_questions
+from loraloom.data.questions import load_questions
 from loraloom.data.skills import generate_skills
 from loraloom.data.skills.rules import SKILLS
 from loraloom.data.skills.splits import SPLITS, split_facts

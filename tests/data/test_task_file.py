@@ -8,8 +8,9 @@ import pytest
 
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
-from loraloom.data import find_task, load_questions, load_training_set
-from loraloom.data.questions import load_question_set, questions_digest, sha256
+from loraloom.data.questions import load_question_set, load_questions, questions_digest, sha256
+from loraloom.data.tasks import find_task
+from loraloom.data.training_set import load_training_set
 from loraloom.errors import ConfigError, DataError
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tasks" / "custom_arc_easy.yaml"
@@ -167,7 +168,7 @@ def test_a_broken_template_is_an_error(write):
 
 
 def test_a_split_that_is_not_there_is_an_error(write):
-    with pytest.raises(DataError, match=r"no split 'tset' in its data; did you mean 'test'\?"):
+    with pytest.raises(DataError, match=r"no split 'tset' there; did you mean 'test'\?"):
         load_questions(write(), split="tset")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.data import TASKS, ChoiceQuestion, load_questions
+from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.locations import HubSource
+from loraloom.data.questions import load_questions
 from loraloom.data.rows import Row
+from loraloom.data.tasks import TASKS
 from loraloom.errors import ConfigError, DataError
 
 ROWS = {

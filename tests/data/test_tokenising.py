@@ -3,9 +3,12 @@ from __future__ import annotations
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from loraloom.data import encode_pair, encode_pairs
-from loraloom.data.tokenising import encode_texts, leading_tokens
+from loraloom.data.tokenising import encode_pairs, encode_texts, leading_tokens
 from loraloom.errors import DataError
+
+
+def encode_pair(tokenizer, context, continuation):
+    return encode_pairs(tokenizer, [(context, continuation)])[0]
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from collections import Counter
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.data import NO_LOSS, find_task, load_training_set
+from loraloom.data.examples import NO_LOSS
+from loraloom.data.tasks import find_task
+from loraloom.data.training_set import load_training_set
 from loraloom.errors import DataError
 
 

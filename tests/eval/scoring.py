@@ -10,7 +10,7 @@ import torch
 
 from loraloom.adapters import LoraConfig
 from loraloom.data.examples import ChoiceQuestion
-from loraloom.data.tokenising import encode_pair
+from loraloom.data.tokenising import encode_pairs
 from loraloom.models.host import Host
 from tests.tiny import METHODS, tiny_host
 
@@ -92,7 +92,7 @@ def plain_log_likelihoods(
     """Score each choice by itself: no batch, no padding, all logits."""
     values = []
     for context, continuation in zip(asked.contexts, asked.continuations, strict=True):
-        given, scored = encode_pair(tokenizer, context, continuation)
+        ((given, scored),) = encode_pairs(tokenizer, [(context, continuation)])
         ids = torch.tensor([given + scored])
         log_probs = host(ids, adapters=[adapter]).logits[0, :-1].log_softmax(-1)
         token_log_probs = log_probs.gather(1, ids[0, 1:, None]).squeeze(1)

@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,9 @@ import torch
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError
-from loraloom.eval.cache import ScoreCache, ScoreFile, default_cache_directory
+from loraloom.eval.cache import FILE_NAME, ScoreCache, default_cache_directory
 from loraloom.eval.identity import computation_key
-from loraloom.eval.protocol import iter_scores, score_questions
+from loraloom.eval.protocol import score_questions
 from tests.eval.scoring import question, scoring_host, some_questions
 
 ADAPTERS = [None, "lora", "mixlora"]
@@ -24,71 +27,138 @@ def encoded(*continuations):
     return [TokenPair([1, 2], list(ids)) for ids in continuations]
 
 
+@pytest.fixture(scope="module")
+def base():
+    return scoring_host(configs={})
+
+
 @pytest.fixture
-def file(tmp_path):
-    return ScoreFile(tmp_path / "scores.jsonl", {"dtype": "float32"})
+def reopen(tmp_path, base):
+    """Open the cache of the base model."""
+    return lambda: ScoreCache(tmp_path, base, [None])
 
 
-def test_what_is_added_is_found_again_to_the_bit(tmp_path, file):
+def keep(cache, *tokens):
+    """Keep a score of each token."""
+    cache.add([(None, encoded([token]), (-float(token),)) for token in tokens])
+
+
+def kept(cache, *tokens):
+    """Those that are known."""
+    return [token for token in tokens if cache.find(None, encoded([token])) == (-float(token),)]
+
+
+def test_what_is_added_is_found_again_to_the_bit(reopen):
     values = (-1.0 / 3, -1e-300)
-    file.add([(encoded([3], [4, 5]), values)])
-    again = ScoreFile(tmp_path / "scores.jsonl", {"dtype": "float32"})
-    assert file.find(encoded([3], [4, 5])) == again.find(encoded([3], [4, 5])) == values
+    reopen().add([(None, encoded([3], [4, 5]), values)])
+    assert reopen().find(None, encoded([3], [4, 5])) == values
 
 
-def test_a_question_is_known_by_all_its_tokens(file):
-    file.add([(encoded([3], [4, 5]), (-1.0, -2.0))])
+def test_a_question_is_known_by_all_its_tokens(reopen):
+    reopen().add([(None, encoded([3], [4, 5]), (-1.0, -2.0))])
     for other in (encoded([3]), encoded([3], [4, 6]), encoded([3, 4], [5]), encoded([4, 5], [3])):
-        assert file.find(other) is None
+        assert reopen().find(None, other) is None
 
 
-def test_the_first_line_says_what_the_scores_depend_on(tmp_path, file):
-    first = (tmp_path / "scores.jsonl").read_text().splitlines()[0]
-    assert json.loads(first) == {"key": {"dtype": "float32"}}
+def test_the_file_says_what_its_scores_depend_on(tmp_path, reopen, base):
+    reopen()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as file:
+        ((description,),) = file.execute("SELECT description FROM computations")
+    assert json.loads(description) == {**computation_key(base), "adapter": None}
 
 
-@pytest.mark.parametrize("lost", [1, 5, 40])
-def test_a_torn_last_line_is_dropped_and_what_follows_it_is_kept(tmp_path, file, lost):
-    path = tmp_path / "scores.jsonl"
-    for token in (3, 4, 5):
-        file.add([(encoded([token]), (-float(token),))])
-    path.write_bytes(path.read_bytes()[:-lost])
-    torn = ScoreFile(path, {})
-    assert [torn.find(encoded([token])) for token in (3, 4)] == [(-3.0,), (-4.0,)]
-    kept = torn.find(encoded([5]))
-    assert kept == ((-5.0,) if lost == 1 else None)  # only the line break was lost
-    torn.add([(encoded([6]), (-6.0,))])
-    assert ScoreFile(path, {}).find(encoded([6])) == (-6.0,)
+def test_scores_that_are_not_finite_are_not_kept(reopen):
+    reopen().add([(None, encoded([3]), (float("nan"),)), (None, encoded([4]), (-4.0,))])
+    assert kept(reopen(), 3, 4) == [4]
 
 
-def test_a_changed_number_is_not_believed(tmp_path, file):
-    path = tmp_path / "scores.jsonl"
-    file.add([(encoded([3]), (-3.25,))])
-    path.write_text(path.read_text().replace("-3.25", "-2.25"))
-    assert ScoreFile(path, {}).find(encoded([3])) is None
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:8192] + b"\xff" * 8192 + content[16384:],
+        lambda content: content.replace(b"[-1999.0]", b"[-1?99.0]"),
+        lambda content: b"x" * len(content),
+        lambda _: b"junk",
+    ],
+    ids=["cut short", "overwritten", "one score", "no database", "too short"],
+)
+def test_a_damaged_file_is_put_aside_with_one_line(tmp_path, reopen, caplog, change):
+    path = tmp_path / FILE_NAME
+    keep(reopen(), *range(2000))
+    damaged = change(path.read_bytes())
+    path.write_bytes(damaged)
+    cache = reopen()
+    assert kept(cache, *range(2000)) == []
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{path} holds no scores that can be read (")
+    assert record.getMessage().endswith(f"): it is now {FILE_NAME}.aside-1")
+    assert (tmp_path / f"{FILE_NAME}.aside-1").read_bytes()[:4000] == damaged[:4000]
+    keep(cache, 5)
+    assert kept(reopen(), 4, 5) == [5]
 
 
-def test_scores_that_are_not_finite_are_not_kept(file):
-    file.add([(encoded([3]), (float("nan"),)), (encoded([4]), (-1.0,))])
-    assert (file.find(encoded([3])), file.find(encoded([4]))) == (None, (-1.0,))
+def test_a_file_that_is_damaged_meanwhile_is_put_aside_too(tmp_path, reopen, caplog):
+    cache = reopen()
+    (tmp_path / FILE_NAME).write_bytes(b"junk")
+    keep(cache, 5)
+    assert len(caplog.records) == 1
+    assert kept(reopen(), 5) == [5]
 
 
-def test_processes_can_share_a_file(tmp_path):
+def test_another_programs_database_is_left_whole(tmp_path, reopen, caplog):
+    path = tmp_path / FILE_NAME
+    for number in (1, 2):
+        with closing(sqlite3.connect(path)) as file, file:
+            file.execute("CREATE TABLE scores (a)")
+            file.execute("INSERT INTO scores VALUES (?)", [number])
+        keep(reopen(), 5)
+        assert "it is another program's database" in caplog.messages[-1]
+        with closing(sqlite3.connect(tmp_path / f"{FILE_NAME}.aside-{number}")) as file:
+            assert file.execute("SELECT * FROM scores").fetchall() == [(number,)]
+        assert kept(reopen(), 5) == [5]
+        path.unlink()
+
+
+def test_processes_can_share_a_file(tmp_path, reopen, base):
     code = (
-        "import sys; from pathlib import Path; from loraloom.eval.cache import _append, _create\n"
+        "import sys; from pathlib import Path; from loraloom.eval import cache\n"
         "path, start = Path(sys.argv[1]), int(sys.argv[2])\n"
-        "_create(path, {})\n"
-        "for n in range(200): _append(path, [(f'{start + n}', (-float(start + n),))] * 20)\n"
+        "insert = 'INSERT INTO scores VALUES (?, ?, ?)'\n"
+        "for n in range(start, start + 200):\n"
+        "    rows = [('a', f'{n}.{part}', '[-1.0]') for part in range(20)]\n"
+        "    cache._transact(path, lambda file: file.executemany(insert, rows))\n"
     )
-    path = tmp_path / "scores.jsonl"
+    path = tmp_path / FILE_NAME
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(path), start], env=os.environ)
         for start in ("0", "1000")
     ]
     assert [process.wait() for process in processes] == [0, 0]
-    lines = [line for line in path.read_text().splitlines() if line and "check" in line]
-    assert len(lines) == 2 * 200 * 20
-    assert len(ScoreFile(path, {})._scores) == 400
+    with closing(sqlite3.connect(path)) as file:
+        ((count,),) = file.execute("SELECT count(*) FROM scores")
+    assert count == 2 * 200 * 20
+    assert not list(tmp_path.glob("*.aside-*"))
+
+
+def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from loraloom.eval import cache\n"
+        "path = Path(sys.argv[1]); insert = 'INSERT INTO scores VALUES (?, ?, ?)'\n"
+        "cache._transact(path, lambda file: file.execute(insert, ('a', '1', '[-1.0]')))\n"
+        "def die(file):\n"
+        "    file.execute(insert, ('a', '2', '[-1.0]'))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cache._transact(path, die)\n"
+    )
+    path = tmp_path / FILE_NAME
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    keep(reopen(), 5)
+    with closing(sqlite3.connect(path)) as file:
+        rows = file.execute("SELECT question FROM scores WHERE computation = 'a'").fetchall()
+    assert rows == [("1",)]
+    assert kept(reopen(), 5) == [5]
 
 
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path):
@@ -150,11 +220,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(tiny_tokenizer, tmp_
     unbroken = score_questions(host, tiny_tokenizer, asked, ADAPTERS, max_tokens_per_batch=256)
     num_batches = len(calls)
     calls.clear()
-    cache = ScoreCache(tmp_path, host, ADAPTERS)
-    batches = iter_scores(host, tiny_tokenizer, asked, ADAPTERS, 256, cache=cache)
-    next(batches), next(batches)
-    batches.close()
-    resumed, _ = score(host, tiny_tokenizer, tmp_path, questions=asked, max_tokens_per_batch=256)
+
+    def stop(places):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    options = {"questions": asked, "max_tokens_per_batch": 256}
+    with pytest.raises(KeyboardInterrupt):
+        score(host, tiny_tokenizer, tmp_path, on_progress=stop, **options)
+    resumed, _ = score(host, tiny_tokenizer, tmp_path, **options)
     assert resumed == unbroken
     assert len(calls) == num_batches > 3
 
@@ -190,21 +264,28 @@ def test_names_and_neighbours_do_not_matter(tiny_tokenizer, tmp_path):
     assert (cache.num_found, cache.num_added) == (5, 0)
 
 
-def test_a_file_may_be_deleted_at_any_time(tmp_path):
-    file = ScoreFile(tmp_path / "scores.jsonl", {})
-    (tmp_path / "scores.jsonl").unlink()
-    file.sync()
-    file.add([(encoded([3]), (-1.0,))])
-    assert ScoreFile(tmp_path / "scores.jsonl", {}).find(encoded([3])) == (-1.0,)
+@pytest.mark.parametrize("others", [False, True])
+def test_the_file_may_be_deleted_at_any_time(tmp_path, reopen, others):
+    cache = reopen()
+    keep(cache, 4)
+    (tmp_path / FILE_NAME).unlink()
+    if others:
+        (tmp_path / f"{FILE_NAME}-wal").write_bytes(b"stale")
+    keep(cache, 5)
+    assert kept(reopen(), 4, 5) == [5]
 
 
-def test_a_directory_may_be_deleted_at_any_time(tmp_path):
-    (tmp_path / "cache").mkdir()
-    file = ScoreFile(tmp_path / "cache" / "scores.jsonl", {})
+def test_the_directory_may_be_deleted_at_any_time(tmp_path, base):
+    cache = ScoreCache(tmp_path / "cache", base, [None])
     shutil.rmtree(tmp_path / "cache")
-    file.sync()
-    file.add([(encoded([3]), (-1.0,))])
-    assert ScoreFile(tmp_path / "cache" / "scores.jsonl", {}).find(encoded([3])) == (-1.0,)
+    keep(cache, 5)
+    assert kept(ScoreCache(tmp_path / "cache", base, [None]), 5) == [5]
+
+
+def test_files_of_earlier_versions_are_left_alone(tmp_path, reopen):
+    (tmp_path / "0123.jsonl").write_text('{"key": {}}\n')
+    keep(reopen(), 5)
+    assert (tmp_path / "0123.jsonl").read_text() == '{"key": {}}\n'
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])

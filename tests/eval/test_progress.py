@@ -1,76 +1,53 @@
 from __future__ import annotations
 
 import io
+import re
 
-import pytest
 from rich.console import Console
 
-from loraloom.eval import progress
-from loraloom.eval.progress import PlainProgress, TaskProgress, show_progress
+from loraloom.eval.progress import EvaluationProgress
 from tests.eval.scoring import question
 
 
-@pytest.fixture
-def clock(monkeypatch):
+class Clock:
     """A clock that stands still unless it is moved."""
 
-    class Clock:
-        now = 100.0
+    now = 100.0
 
-    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
-    return Clock
-
-
-def task():
-    """Three questions: the first is as long as the others together."""
-    return TaskProgress("toy", [question("x" * 6, ["a", "b"]), *[question("x", ["a", "b"])] * 2])
+    def __call__(self):
+        return self.now
 
 
-def plain(interval_s=10.0):
-    stream = io.StringIO()
-    return PlainProgress(Console(file=stream, width=80), interval_s), stream
+def show(*steps, **console):
+    """Show batches `(seconds, places)` of a task whose first question is as long as the others."""
+    clock, stream = Clock(), io.StringIO()
+    shown = EvaluationProgress(Console(file=stream, width=80, **console), 10.0, clock)
+    questions = [question("x" * 6, ["a", "b"]), *[question("x", ["a", "b"])] * 2]
+    with shown as progress:
+        advance = progress.start("toy", questions)
+        for seconds, places in steps:
+            clock.now += seconds
+            advance(places)
+    return stream.getvalue()
 
 
-def test_the_time_left_goes_by_length(clock):
-    one = task()
-    assert one.remaining == "-:--:--"
-    clock.now += 30
-    one.add([0])
-    assert (one.num_done, one.remaining) == (1, "0:00:30")
-    clock.now += 15
-    one.add([1, 2])
-    assert one.remaining == "0:00:00"
+def test_a_line_comes_now_and_then():
+    assert show((5, [0])) == ""
+    assert show((10, [0])) == "toy: 1/3 questions, ETA -:--:--\n"
+    assert show((5, [0]), (10, [1])) == "toy: 2/3 questions, ETA 0:00:10\n"
+    assert show((5, [0]), (10, [1]), (5, [])) == "toy: 2/3 questions, ETA 0:00:10\n"
 
 
-def test_a_line_comes_now_and_then(clock):
-    shown, stream = plain()
-    one = task()
-    shown.start(one)
-    clock.now += 5
-    one.add([0])
-    shown.update(one)
-    assert stream.getvalue() == ""
-    clock.now += 5
-    one.add([1])
-    shown.update(one)
-    assert stream.getvalue() == "toy: 2/3 questions, ETA 0:00:03\n"
-    clock.now += 60
-    one.add([2])
-    shown.update(one)
-    assert stream.getvalue().count("\n") == 1
+def test_the_last_question_has_no_line():
+    assert show((60, [0, 1, 2])) == ""
+
+
+def test_the_time_left_goes_by_length():
+    shown = show((0, [1]), (30, [0]))
+    assert shown == "toy: 2/3 questions, ETA 0:00:15\n"
 
 
 def test_a_terminal_has_a_bar_that_disappears():
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=80)
-    with show_progress(console) as shown:
-        one = task()
-        shown.start(one)
-        one.add([0])
-        shown.update(one)
-    assert "1/3 questions" in stream.getvalue()
-
-
-def test_anything_else_has_lines():
-    with show_progress(Console(file=io.StringIO())) as shown:
-        assert isinstance(shown, PlainProgress)
+    shown = show((0, [1]), (30, [0]), force_terminal=True)
+    assert "2/3 questions ETA 0:00:15" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert shown.endswith("\x1b[1A\x1b[2K")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.errors import AdapterError, DataError
-from loraloom.eval.protocol import evaluate, iter_scores, score_questions
+from loraloom.eval.protocol import score_accuracy, score_questions
 from tests.eval.scoring import (
     limit_rows,
     plain_log_likelihoods,
@@ -102,11 +102,6 @@ def test_progress_is_told_after_each_batch(tiny_tokenizer):
     assert sorted(told) == [[0], [1], [2], [3], [4]]
 
 
-def test_scores_come_batch_by_batch(tiny_tokenizer):
-    batches = list(iter_scores(scoring_host(), tiny_tokenizer, some_questions(), ["lora"], 1))
-    assert sorted(place for batch in batches for place in batch["lora"]) == [0, 1, 2, 3, 4]
-
-
 def test_evaluation_has_no_dropout_and_leaves_the_mode_as_it_was(tiny_tokenizer):
     config = METHODS["lora"].model_copy(update={"dropout": 0.5})
     host = scoring_host(configs={"lora": config})
@@ -142,12 +137,12 @@ def test_a_choice_that_does_not_fit_is_an_error(tiny_tokenizer):
         score_questions(host, tiny_tokenizer, [question("?", ["one " * 30], index=7)], [None])
 
 
-def test_evaluate_gives_each_adapter_its_accuracy(tiny_tokenizer):
+def test_accuracies_are_shares_of_right_answers(tiny_tokenizer):
     host = scoring_host()
     scores = score_questions(host, tiny_tokenizer, some_questions(), [None, "dora"])
-    results = evaluate(host, tiny_tokenizer, some_questions(), [None, "dora"])
-    for name, result in results.items():
-        assert result.accuracy == sum(score.correct for score in scores[name]) / 5
+    accuracies = score_accuracy(host, tiny_tokenizer, some_questions(), [None, "dora"])
+    for name, accuracy in accuracies.items():
+        assert accuracy == sum(score.correct for score in scores[name]) / 5
 
 
 def test_no_adapters_give_no_scores(tiny_tokenizer):
@@ -190,5 +185,5 @@ def test_what_does_not_fit_into_memory_is_scored_in_parts(tiny_tokenizer, monkey
 
 def test_a_question_that_does_not_fit_into_memory_is_an_error(tiny_tokenizer, monkeypatch):
     limit_rows(monkeypatch, 0)
-    with pytest.raises(DataError, match=r"a question of \d+ tokens must fit into memory"):
+    with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored must fit into memory"):
         score_questions(scoring_host(), tiny_tokenizer, some_questions(), EVERYBODY)

@@ -142,17 +142,17 @@ def test_an_unknown_adapter_is_an_error(host, tiny_tokenizer):
 
 def test_what_does_not_fit_into_memory_is_completed_in_parts(host, tiny_tokenizer, monkeypatch):
     expected = completed(host, tiny_tokenizer, temperature=1.0, seed=5)
-    seen, whole = [], host.generate
+    seen, whole = [], host.prefill
 
-    def limited(input_ids, **options):
+    def limited(input_ids, *rest):
         if len(input_ids) > 2:
             raise torch.OutOfMemoryError
         seen.append(len(input_ids))
-        return whole(input_ids, **options)
+        return whole(input_ids, *rest)
 
-    monkeypatch.setattr(host, "generate", limited)
+    monkeypatch.setattr(host, "prefill", limited)
     assert completed(host, tiny_tokenizer, temperature=1.0, seed=5) == expected
     assert sum(seen) == len(TEXTS)
-    monkeypatch.setattr(host, "generate", lambda input_ids, **_: limited(torch.zeros(3)))
+    monkeypatch.setattr(host, "prefill", lambda input_ids, *_: limited(torch.zeros(3)))
     with pytest.raises(DataError, match=r"a prompt of \d+ tokens must fit into memory"):
         completed(host, tiny_tokenizer)

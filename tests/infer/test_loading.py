@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import AdapterError, FormatError, ModelError
+from loraloom.infer import loading
 from loraloom.infer.loading import check_sources, load_host
 from tests.infer.saved import save_tiny
 from tests.tiny import tiny_ids
@@ -23,8 +24,12 @@ def test_a_host_has_its_adapters_by_name(saved):
     assert not logits[1].allclose(logits[2])
 
 
-def test_good_sources_pass(saved):
+def test_sources_are_checked_without_loading_the_base_model(saved, monkeypatch):
+    read = []
+    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("must not load"))
+    monkeypatch.setattr(loading, "read_stored", read.append)
     check_sources(str(saved / "base"), {"a": str(saved / "lora")}, "cpu")
+    assert read == [saved / "lora"]
 
 
 def test_a_missing_base_model_is_found_before_loading(saved):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.errors import ConfigError
-from loraloom.infer.sampling import SamplingConfig, draw_processors, parse_sampling
+from loraloom.infer.sampling import SamplingConfig, TokenChooser, parse_sampling
 
 CPU = torch.device("cpu")
 NO_IDS = torch.empty(0, 0, dtype=torch.long)
@@ -12,8 +12,16 @@ NO_IDS = torch.empty(0, 0, dtype=torch.long)
 
 def draw(logits, rows, **settings):
     """Draw a token for each row from the same logits."""
-    processors = draw_processors(SamplingConfig(**settings), rows, CPU)
-    return processors(NO_IDS, torch.tensor(logits).repeat(len(rows), 1)).argmax(-1)
+    chooser = TokenChooser(SamplingConfig(**settings), rows, CPU)
+    return chooser.choose(NO_IDS, torch.tensor(logits).repeat(len(rows), 1))
+
+
+def test_rows_that_stay_draw_on_as_if_all_were_there():
+    logits, settings = torch.zeros(3, 50), SamplingConfig(temperature=1.0)
+    whole, part = (TokenChooser(settings, [3, 8, 9], CPU) for _ in range(2))
+    assert torch.equal(whole.choose(NO_IDS, logits), part.choose(NO_IDS, logits))
+    part.keep([2, 0])
+    assert torch.equal(part.choose(NO_IDS, logits[:2]), whole.choose(NO_IDS, logits)[[2, 0]])
 
 
 def test_greedy_leaves_the_logits_alone():

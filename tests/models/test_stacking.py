@@ -8,7 +8,8 @@ import weakref
 import pytest
 import torch
 
-from loraloom.models.host import Host
+from loraloom.models import stacking
+from loraloom.models.host import Host, HostOutput
 from tests.tiny import METHODS, tiny_host, tiny_ids
 
 ROWS = [
@@ -35,13 +36,18 @@ def host_with_pairs(family: str) -> Host:
     return host
 
 
+def stacked(host: Host, ids: torch.Tensor, rows) -> HostOutput:
+    """Run a small forward on prepared weights."""
+    with torch.no_grad(), host.prepared():
+        return host(ids, None, rows)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("length", [1, 5])
 def test_rows_get_what_the_way_with_gradients_gives_them(family, length):
     host, ids = host_with_pairs(family), tiny_ids(len(ROWS), length)
     with_gradients = host(ids, None, ROWS)
-    with torch.no_grad():
-        out = host(ids, None, ROWS)
+    out = stacked(host, ids, ROWS)
     torch.testing.assert_close(out.logits, with_gradients.logits.detach(), rtol=1e-9, atol=1e-9)
     assert out.routing.keys() == with_gradients.routing.keys()
     for name, layers in out.routing.items():
@@ -57,10 +63,10 @@ def test_rows_get_what_the_way_with_gradients_gives_them(family, length):
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_a_diverged_adapter_leaves_its_companions_alone(family, diverged):
     host, ids = host_with_pairs(family), tiny_ids(len(ROWS), 2)
-    before = host(ids, None, ROWS).logits
+    before = stacked(host, ids, ROWS).logits
     for parameter in host.adapters[diverged].parameters():
         parameter.fill_(torch.nan)
-    after = host(ids, None, ROWS).logits
+    after = stacked(host, ids, ROWS).logits
     others = [row for row, name in enumerate(ROWS) if name != diverged]
     assert torch.equal(after[others], before[others])
     assert not after[ROWS.index(diverged)].isfinite().any()
@@ -71,33 +77,13 @@ def test_base_rows_are_those_of_the_base_model():
     host, ids = host_with_pairs("phi"), tiny_ids(len(ROWS), 1)
     base = [row for row, name in enumerate(ROWS) if name is None]
     alone = host(ids, None, None).logits[base]
-    torch.testing.assert_close(host(ids, None, ROWS).logits[base], alone, rtol=1e-13, atol=1e-13)
-
-
-def test_new_weights_are_noticed():
-    host, ids = host_with_pairs("llama"), tiny_ids(3, 1)
-    names = ["lora", "lora-b", "lora"]
-    adapter = host.adapters["lora"]
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=True)
-    with torch.no_grad():
-        before = host(ids, None, names).logits
-    host(ids, None, names).logits.square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    host.adapters["lora-b"].zero_grad()
-    with torch.no_grad():
-        after = host(ids, None, names).logits
-        again = host(ids, torch.tensor([[1]] * 3), names).logits
-    assert not torch.equal(after[0], before[0])
-    assert torch.equal(after[1], before[1])
-    assert torch.equal(again, after)
-    torch.testing.assert_close(after, host(ids, None, names).logits.detach())
+    torch.testing.assert_close(stacked(host, ids, ROWS).logits[base], alone, rtol=1e-13, atol=1e-13)
 
 
 @torch.no_grad()
 def test_a_removed_adapter_is_freed():
     host = host_with_pairs("llama")
-    host(tiny_ids(2, 1), None, ["lora", "lora-b"])
+    stacked(host, tiny_ids(2, 1), ["lora", "lora-b"])
     gone = weakref.ref(host.adapters["lora-b"])
     host.remove("lora-b")
     gc.collect()
@@ -105,9 +91,23 @@ def test_a_removed_adapter_is_freed():
 
 
 @torch.no_grad()
-def test_a_large_forward_takes_the_other_way(monkeypatch):
-    monkeypatch.setattr("loraloom.models.stacking.MAX_HIDDEN_BYTES", 0)
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+def test_small_forwards_of_prepared_weights_alone_are_stacked(monkeypatch, limit):
+    monkeypatch.setattr(stacking, "MAX_HIDDEN_BYTES", limit)
+    host, ids, seen = host_with_pairs("llama"), tiny_ids(len(ROWS), 1), []
+    whole = stacking.StackedForward.ffn
+    monkeypatch.setattr(
+        stacking.StackedForward, "ffn", lambda *args: (seen.append(1), whole(*args))[1]
+    )
+    alone = host(ids, None, ROWS).logits
+    assert seen == []
+    torch.testing.assert_close(stacked(host, ids, ROWS).logits, alone, rtol=1e-9, atol=1e-9)
+    assert bool(seen) is bool(limit)
+
+
+def test_adapters_that_do_not_stack_go_the_general_way(monkeypatch):
+    """A method without a stacked form of its own takes the whole batch along."""
     host, ids = host_with_pairs("llama"), tiny_ids(len(ROWS), 1)
-    other_way = host(ids, None, ROWS).logits
-    monkeypatch.undo()
-    torch.testing.assert_close(host(ids, None, ROWS).logits, other_way, rtol=1e-9, atol=1e-9)
+    expected = stacked(host, ids, ROWS).logits
+    monkeypatch.setattr(host.adapters["lora"], "stack_key", lambda: None)
+    torch.testing.assert_close(stacked(host, ids, ROWS).logits, expected, rtol=1e-9, atol=1e-9)

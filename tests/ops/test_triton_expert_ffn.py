@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from loraloom.ops import adapter_ffn as choice
+from loraloom.ops import lean_expert_ffn as choice
 from loraloom.ops import triton_expert_ffn as module
 from loraloom.ops.triton_expert_ffn import activation_name, fits_triton, tiles
 from tests.ops.ffn_case import compute_form, dense_loop, make_case, run
@@ -52,7 +52,7 @@ def test_kernels_compile_for_gpus():
 
 def test_triton_is_imported_only_where_it_runs():
     program = (
-        "import sys, loraloom.ops.adapter_ffn; "
+        "import sys, loraloom.ops.lean_expert_ffn; "
         "sys.exit('loraloom.ops.expert_ffn_kernels' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
@@ -82,10 +82,16 @@ def test_activations_are_known_by_their_type(act, name):
     assert activation_name(act) == name
 
 
-def fake_gate(**differences) -> SimpleNamespace:
+class FakeGate(SimpleNamespace):
     """What the choice looks at of a tensor on a GPU."""
-    gate = {"is_cuda": True, "dtype": torch.bfloat16, "device": torch.device("cuda", 0)}
-    return SimpleNamespace(**gate | differences)
+
+    is_cuda = True
+    dtype = torch.bfloat16
+    device = torch.device("cuda", 0)
+    length = 8
+
+    def __len__(self) -> int:
+        return self.length
 
 
 @pytest.mark.parametrize(
@@ -98,13 +104,14 @@ def fake_gate(**differences) -> SimpleNamespace:
         ({}, 65, functional.silu, True, False),
         ({}, 2, torch.tanh, True, False),
         ({}, 2, functional.silu, False, False),
+        ({"length": 0}, 2, functional.silu, True, False),
     ],
 )
 def test_it_fits_where_its_kernels_can_run(differences, rank, act, triton, fits, monkeypatch):
     monkeypatch.setattr(module, "_has_triton", lambda device: triton)
     weights = compute_form(make_case("gated", num_experts=4, rank=rank))
     check = getattr(fits_triton, "__wrapped__", fits_triton)  # without the tests' type checks
-    assert check(fake_gate(**differences), weights, act) is fits
+    assert check(FakeGate(**differences), weights, act) is fits
 
 
 @pytest.mark.parametrize(

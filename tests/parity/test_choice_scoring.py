@@ -11,7 +11,7 @@ import pytest
 import loraloom
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
-from loraloom.data import load_questions
+from loraloom.data.questions import load_questions
 from loraloom.eval.protocol import score_questions
 from loraloom.models.loading import load_base_model
 from tests.infer.saved import save_tiny

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraloom.data.examples import NO_LOSS, collate
+from loraloom.data.examples import NO_LOSS
 from loraloom.models.host import Host
 from loraloom.training.run.job import Job
 from loraloom.training.step.micro_batch import MicroBatchLoss
 from tests.tiny import METHODS, parameter_grads
 from tests.training.step.test_fused import run_window
-from tests.training.toy import PAD_ID, add_job, toy_config, toy_host, toy_pair_set
+from tests.training.toy import PAD_ID, add_job, padded, toy_config, toy_host, toy_pair_set
 
 pytest.importorskip("trl")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -47,10 +47,9 @@ def logits_of(host: Host, job: Job, name: str | None) -> tuple[Tensor, Tensor]:
     """Logits and labels of the job's step: the chosen answers, then the rejected."""
     pairs = job.window.examples
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    batch = collate(rows, PAD_ID)
+    input_ids, mask, labels = padded(rows)
     host.eval()
-    output = host(batch.input_ids, batch.attention_mask, adapters=[name] * len(rows))
-    return output.logits, batch.labels
+    return host(input_ids, mask, adapters=[name] * len(rows)).logits, labels
 
 
 def log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:

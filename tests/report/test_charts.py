@@ -1,89 +1,126 @@
 from __future__ import annotations
 
 import math
+import re
+from xml.etree import ElementTree
 
 import pytest
 
-from loraloom.report.charts import (
-    MAX_POINTS,
-    Axis,
-    Series,
-    Style,
-    interval_chart,
-    line_chart,
-    round_values,
-    smoothed,
-    thinned,
-)
+from loraloom.report.charts import MAX_POINTS, Style, interval_chart, line_chart, thinned
 
 STYLE = Style(0, "none")
+STYLES = {"a": STYLE, "b": Style(3, "6 3")}
+
+
+def points(line):
+    return list(zip(*line.get_data(), strict=True))
+
+
+def elements(chart, tag):
+    return [one for one in ElementTree.fromstring(chart.svg).iter() if one.tag == tag]
+
+
+def texts(chart):
+    return ["".join(one.itertext()) for one in elements(chart, "text")]
+
+
+def places(chart):
+    """Coordinates of everything that is drawn in color."""
+    paths = [one.get("d") for one in elements(chart, "path") if "--c" in one.get("style", "")]
+    return [tuple(map(float, place.split())) for path in paths for place in path[1:].split("L")]
+
+
+def test_a_chart_draws_its_curves_as_they_are_in_the_colors_of_the_page():
+    curves = {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 3.0), (2, 2.5), (3, 2.0)]}
+    chart = line_chart("loss", curves, STYLES)
+    (axes,) = chart.figure.axes
+    assert [points(line) for line in axes.lines] == list(curves.values())
+    drawn = [one.get("style") for one in elements(chart, "path") if "--c" in one.get("style", "")]
+    assert ["stroke: var(--c0)" in style for style in drawn] == [True, False]
+    assert ["stroke: var(--c3)" in style for style in drawn] == [False, True]
+    assert ["stroke-dasharray: 6,3" in style for style in drawn] == [False, True]
+    assert "step" in texts(chart)
+
+
+def test_words_of_each_curve_are_its_title_and_in_the_name_of_the_chart():
+    chart = line_chart("loss <1>", {"a": [(1, 2.0), (2, 1.23456)], "b": [(7, 3.0)]}, STYLES)
+    said = ["a: 1.235 at step 2", "b: 3 at step 7"]
+    assert [one.text for one in elements(chart, "title")] == said
+    (root,) = elements(chart, "svg")
+    assert root.get("aria-label") == "loss <1>. " + ". ".join(said)
+    assert root.get("role") == "img"
+
+
+def test_a_chart_stays_within_its_box():
+    chart = line_chart("sine", {"a": [(step, math.sin(step)) for step in range(50)]}, STYLES)
+    assert len(places(chart)) == 50
+    _, _, width, height = map(float, elements(chart, "svg")[0].get("viewBox").split())
+    assert all(46 <= x <= width - 8 for x, _ in places(chart))
+    assert all(8 <= y <= height - 30 for _, y in places(chart))
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "values"),
+    ("curve", "labels"),
     [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (2.13, 2.49, [2.2, 2.3, 2.4]),
-        (-3, 47, [0, 10, 20, 30, 40]),
-        (1e-6, 9e-6, [2e-6, 4e-6, 6e-6, 8e-6]),
+        ([(0, 0.0), (45, 1.0)], ["0", "10", "20", "30", "40"]),
+        ([(0, 0.0), (4e-4, 1.0)], ["0", "0.0001", "0.0002", "0.0003", "0.0004"]),
+        ([(0, 0.0), (4e-5, 1.0)], ["0", "1e−05", "2e−05", "3e−05", "4e−05"]),
+        ([(0.9978, 0.0), (0.9987, 1.0)], ["0.9978", "0.998", "0.9982", "0.9984", "0.9986"]),
     ],
 )
-def test_ticks_are_at_round_values_within_the_axis(low, high, values):
-    assert round_values(Axis(low, high, 0, 1), 5) == pytest.approx(values)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "labels"),
-    [
-        (0, 45, ["0", "10", "20", "30", "40"]),
-        (0.9978, 0.9987, ["0.9978", "0.9980", "0.9982", "0.9984", "0.9986"]),
-        (0, 5e-4, ["0", "1e-4", "2e-4", "3e-4", "4e-4", "5e-4"]),
-    ],
-)
-def test_ticks_have_digits_enough(low, high, labels):
-    assert [tick.label for tick in Axis(low, high, 0, 1).ticks(5)] == labels
-
-
-def test_an_axis_maps_its_ends_to_places():
-    axis = Axis(2, 4, 100, 0)
-    assert [axis.place(value) for value in (2, 3, 4)] == [100, 50, 0]
-
-
-def test_a_curve_stays_within_its_chart():
-    points = [(float(step), math.sin(step)) for step in range(50)]
-    chart = line_chart("sine", [Series("a", STYLE, points)])
-    (line,) = chart.lines
-    places = [tuple(map(float, place.split())) for place in line.path[1:].split("L")]
-    assert len(places) == 50
-    assert all(chart.left <= x <= chart.right for x, _ in places)
-    assert all(chart.top <= y <= chart.bottom for _, y in places)
+def test_ticks_are_round_values_with_digits_enough(curve, labels):
+    assert texts(line_chart("t", {"a": curve}, STYLES))[: len(labels)] == labels
 
 
 def test_what_is_not_finite_is_left_out():
-    points = [(1.0, math.nan), (2.0, 1.0), (3.0, math.inf)]
-    chart = line_chart("loss", [Series("a", STYLE, points), Series("b", STYLE, [(1.0, math.nan)])])
-    assert [line.label for line in chart.lines] == ["a"]
-    assert line_chart("loss", [Series("a", STYLE, [(1.0, math.nan)])]) is None
+    curves = {"a": [(1, math.nan), (2, 1.0), (3, math.inf)], "b": [(1, math.nan)]}
+    (line,) = line_chart("loss", curves, STYLES).figure.axes[0].lines
+    assert line.get_label() == "a: 1 at step 2"
+    assert line_chart("loss", {"a": [(1, math.nan)]}, STYLES) is None
 
 
 def test_a_single_point_is_a_dot():
-    (line,) = line_chart("loss", [Series("a", STYLE, [(5.0, 0.0)])]).lines
-    assert line.dot is not None
+    chart = line_chart("loss", {"a": [(5, 0.0)]}, STYLES)
+    (line,) = chart.figure.axes[0].lines
+    assert line.get_linewidth() > 2
+    assert line.get_solid_capstyle() == "round"
+    first, second = places(chart)
+    assert first == second
 
 
 def test_long_curves_are_thinned_to_means():
-    points = [(float(step), float(step % 2)) for step in range(10 * MAX_POINTS)]
-    few = thinned(points)
+    curve = [(step, float(step % 2)) for step in range(10 * MAX_POINTS)]
+    few = thinned(curve)
     assert len(few) == MAX_POINTS
-    assert few[-1] == (points[-1][0], 0.5)
+    assert few[-1] == (curve[-1][0], 0.5)
+    assert points(line_chart("t", {"a": curve}, STYLES).figure.axes[0].lines[0]) == few
 
 
-def test_a_running_mean_starts_at_the_first_value():
-    assert smoothed([(1, 4.0), (2, 4.0)], 0.9) == [(1, pytest.approx(4)), (2, pytest.approx(4))]
+def test_intervals_share_an_axis_in_percent():
+    rows = [("a", 0.5, (0.4, 0.6), "50 %"), ("b", 0.55, (0.1, 0.9), "55 %")]
+    chart = interval_chart("t", rows)
+    (axes,) = chart.figure.axes
+    assert [points(line) for line in axes.lines] == [
+        [(40, 0), (60, 0)],
+        [(50, 0)] * 2,
+        [(pytest.approx(10), 1), (pytest.approx(90), 1)],
+        [(pytest.approx(55), 1)] * 2,
+    ]
+    assert chart.title == "t: accuracy and 95 % interval, %"
+    assert texts(chart)[-2:] == ["a", "b"]
+    assert axes.get_ylim() == (1.5, -0.5)  # the first on top
+    assert [one.text for one in elements(chart, "title")] == ["a: 50 %"] * 2 + ["b: 55 %"] * 2
 
 
-def test_bars_share_an_axis():
-    chart = interval_chart("t", [("a", 0.5, (0.4, 0.6), "50"), ("b", 0.5, (0.1, 0.9), "50")])
-    assert chart.bars[0].place == chart.bars[1].place == 50
-    assert 0 < chart.bars[1].low < chart.bars[0].low
-    assert chart.bars[1].high < 100
+def test_long_names_lose_their_middle_and_foreign_ones_warn_of_nothing():
+    rows = [("x" * 40 + "@2", 0.5, (0.4, 0.6), "50 %"), ("数学 $a$ <b>", 0.5, (0.4, 0.6), "50 %")]
+    assert texts(interval_chart("t", rows))[-2:] == [
+        "x" * 12 + "…" + "x" * 11 + "@2",
+        "数学 $a$ <b>",
+    ]
+
+
+def test_a_drawing_refers_to_nothing_and_is_the_same_again():
+    svg = line_chart("t", {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, STYLES).svg
+    assert svg == line_chart("t", {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 1.0)]}, STYLES).svg
+    assert not re.search(r"\bid=|href|url\(|<style|font-family|#c0de", svg)

@@ -69,9 +69,8 @@ def test_a_broken_result_is_named_with_its_field(tmp_path):
 def test_an_evaluation_is_read_and_what_is_new_in_it_passed_over(tmp_path):
     content = evaluation() | {"a later field": 1}
     read = read_evaluation(write_evaluation(tmp_path / "result.json", content))
-    assert read.name == "result.json"
-    assert list(read.content.results) == ["base", "mix", "lora"]
-    assert read.content.routing["mix"].num_experts == 8
+    assert list(read.results) == ["base", "mix", "lora"]
+    assert read.routing["mix"].num_experts == 8
 
 
 @pytest.mark.parametrize(

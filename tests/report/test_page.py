@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from loraloom.cli import main as cli
-from loraloom.errors import ConfigError
-from loraloom.report.curves import job_labels, job_styles, learning_curves
-from loraloom.report.files import read_run
+from loraloom.errors import ConfigError, DataError
+from loraloom.report.curves import job_styles, learning_curves
+from loraloom.report.files import read_runs
 from loraloom.report.page import make_page
 from loraloom.report.routing import effective_number, level
 from loraloom.routing import totals
@@ -167,8 +167,8 @@ def test_an_empty_job_has_no_curves(tmp_path):
 
 def test_seeds_share_a_color_and_differ_in_dashes(tmp_path):
     runs = [write_run(tmp_path / f"seed{seed}", ["lora", "mix"]) for seed in range(3)]
-    jobs = [job for run in runs for job in read_run(run)]
-    assert job_labels(jobs)[:2] == ["seed0/lora", "seed0/mix"]
+    jobs = read_runs(runs)
+    assert [job.label for job in jobs][:2] == ["seed0/lora", "seed0/mix"]
     styles = list(job_styles(jobs).values())
     assert [style.color for style in styles] == [0, 1] * 3
     assert len(set(styles)) == 6
@@ -180,7 +180,7 @@ def test_the_same_run_twice_is_an_error(run):
 
 
 def test_curves_come_with_the_losses_first(run):
-    titles = [chart.title for chart in learning_curves(read_run(run))]
+    titles = [chart.title for chart in learning_curves(read_runs([run]))]
     assert titles == [
         "Training loss, running mean",
         "Accuracy in arc_easy",
@@ -198,6 +198,13 @@ def test_the_effective_number_is_routings():
     load = [0.5, 0.25, 0.25, 0.0]
     expected = float(totals.effective_number(torch.tensor(load, dtype=torch.float64)))
     assert effective_number(load) == pytest.approx(expected)
+
+
+def test_a_field_that_is_missing_is_named(run, tmp_path):
+    content = evaluation()
+    del content["comparisons"][0]["p_value"]
+    with pytest.raises(DataError, match=r"a field is missing: .*'p_value'"):
+        make_page([run], [write_evaluation(tmp_path / "result.json", content)])
 
 
 def test_the_verb_writes_one_file(run, tmp_path, capsys):

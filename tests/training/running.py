@@ -17,7 +17,20 @@ from loraloom.config.job import JobConfig
 from loraloom.data.training_set import TrainingSet
 from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.engine import Engine
+from loraloom.training.run.progress import Progress
 from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
+
+
+class Spoken(Progress):
+    """Keeps what is said."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        """Keep it."""
+        self.messages.append(text)
 
 
 def matrix(max_steps: int = 20, **settings: Any) -> tuple[list[JobConfig], dict[str, TrainingSet]]:

@@ -20,11 +20,11 @@ from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
-from loraloom.training.run.engine import Engine, Surroundings
-from loraloom.training.run.evaluation import Evaluation, Evaluator
+from loraloom.training.run.engine import Engine
+from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import NoProgress, Progress
+from loraloom.training.run.progress import Progress
 from loraloom.training.step.reference import load_reference
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
@@ -76,6 +76,20 @@ def toy_examples(count: int, seed: int = 0, longest: int = 9, first_id: int = 0)
         ids = tuple(range(start, start + length))
         examples.append(Example(ids, (NO_LOSS, NO_LOSS, *ids[2:]), sample_id))
     return examples
+
+
+def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and labels of examples, padded on the right."""
+    length = max(len(example.input_ids) for example in examples)
+
+    def column(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+
+    return (
+        column([example.input_ids for example in examples], PAD_ID),
+        column([[1] * len(example.input_ids) for example in examples], 0),
+        column([example.labels for example in examples], NO_LOSS),
+    )
 
 
 def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any) -> TrainingSet:
@@ -161,18 +175,12 @@ def add_job(
     return Job(config, adapter, training_set or own_set(seed=config.seed), reference)
 
 
-def no_evaluator(*_: Any) -> Mapping[str, float]:
-    """Refuse to score questions."""
-    raise AssertionError("no job has a task to score")
-
-
 def toy_engine(
     directory: Path,
     configs: Sequence[JobConfig],
     sets: Mapping[str, TrainingSet] | None = None,
     *,
     dtype: torch.dtype = torch.float64,
-    evaluator: Evaluator = no_evaluator,
     progress: Progress | None = None,
     **options: Any,
 ) -> Engine:
@@ -180,8 +188,10 @@ def toy_engine(
     host = toy_host(dtype)
     jobs = [add_job(host, config, (sets or {}).get(config.name)) for config in configs]
     tokenizer = toy_tokenizer()
-    surroundings = Surroundings(RunDirectory(directory), progress or NoProgress())
-    return Engine(host, jobs, Evaluation(host, tokenizer, evaluator), surroundings, **options)
+    evaluation = Evaluation(host, tokenizer)
+    return Engine(
+        host, jobs, evaluation, RunDirectory(directory), progress or Progress(), **options
+    )
 
 
 def weights_of(job: Job) -> dict[str, Tensor]:

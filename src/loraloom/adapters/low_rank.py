@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, Weights, resolve_targets
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.config import AdapterConfig
-from loraloom.ops.adapter_ffn import adapter_ffn
 from loraloom.ops.expert_ffn import Activation, FfnWeights
+from loraloom.ops.lean_expert_ffn import adapter_ffn
 from loraloom.ops.low_rank import (
     InputGroup,
     LowRankWeights,

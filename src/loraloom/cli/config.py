@@ -23,10 +23,12 @@ def show(run_file: RunFileArgument, overrides: SetOption = None) -> None:
     run = load_run_config(run_file, overrides or ())
     settings = run.model_dump(mode="json")
     typer.echo(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), nl=False)
-    if run.trials:
-        typer.echo(f"# The sweep's {len(run.trials)} jobs:")
-    for trial in run.trials:
-        typer.echo(f"# {trial.name} {format_values(trial.parameters)}")
+    if run.sweep is not None:
+        typer.echo(f"# The sweep's {run.sweep.num_jobs} jobs:")
+        for trial in run.trials:
+            typer.echo(f"# {trial.name} {format_values(trial.parameters)}")
+        if len(run.trials) < run.sweep.num_jobs:
+            typer.echo("# and those that tpe chooses in the course of the run")
 
 
 SUBCOMMANDS = {"schema": schema, "show": show}

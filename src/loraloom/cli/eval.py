@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loraloom.cli.harness import HarnessRun, check_harness, check_no_harness, run_harness
 from loraloom.cli.options import (
     AdapterOption,
     AttnOption,
@@ -24,9 +23,66 @@ from loraloom.config.data import Scoring
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from loraloom.data.questions import QuestionSet
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.models.host import Host
 
 Compat = Literal["moe-peft"]
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """What every evaluation is given, of choice tasks or of lm-eval's.
+
+    Args:
+        base_model: Hub id, directory or .gguf file.
+        dtype: Of its weights.
+        device: Where it runs.
+        attn_implementation: None leaves it to transformers.
+        names: Adapters to score; None is the base model.
+        adapters: Directory or hub id of each adapter by name.
+        data: Directory of local data sets.
+        limit: Most questions of a task.
+        batch_tokens: Tokens of a batch; None for the device's default.
+        outputs: Files of results.
+        per_question: File with a line for each question.
+        command: What started it.
+    """
+
+    base_model: str
+    dtype: str
+    device: str
+    attn_implementation: str | None
+    names: Sequence[str | None]
+    adapters: Mapping[str, str]
+    data: Path | None
+    limit: int | None
+    batch_tokens: int | None
+    outputs: Sequence[Path]
+    per_question: Path | None
+    command: str
+
+    def check(self) -> None:
+        """Find what can be found wrong before anything is loaded, and make room for the outputs.
+
+        Raises:
+            LoraloomError: If a model, adapter or directory is missing.
+        """
+        from loraloom.durable import prepare_output
+        from loraloom.infer.loading import check_sources
+
+        check_sources(self.base_model, self.adapters, self.device)
+        for path in self.outputs:
+            prepare_output(path, "--output")
+        prepare_output(self.per_question, "--per-question")
+
+    def load(self) -> tuple[Host, PreTrainedTokenizerBase]:
+        """Load the base model, its tokenizer and the adapters."""
+        from loraloom.infer.loading import load_host
+
+        return load_host(
+            self.base_model, self.adapters, self.dtype, self.device, self.attn_implementation
+        )
 
 
 def evaluate(
@@ -149,19 +205,16 @@ def evaluate(
         raise ConfigError("--no-base leaves nothing to score without --adapter; give one")
     if cache is not None and no_cache:
         raise ConfigError("--cache and --no-cache exclude each other; give one")
-    from loraloom.durable import prepare_output
-    from loraloom.eval.outputs import check_outputs
-    from loraloom.infer.loading import check_sources, load_host
+    from loraloom.eval.tables import check_outputs
 
-    command = shlex.join(["loraloom", *sys.argv[1:]])
-    check_outputs(outputs, per_question)
-    load = lambda: load_host(base_model, adapters, dtype, device, attn_implementation)  # noqa: E731
-    only_harness = {
-        "--harness-include": harness_include,
-        "--num-fewshot": num_fewshot,
-        "--apply-chat-template": apply_chat_template,
-    }
-    if harness is not None:
+    if harness is None:
+        only_harness = {
+            "--harness-include": harness_include is not None,
+            "--num-fewshot": num_fewshot is not None,
+            "--apply-chat-template": apply_chat_template,
+        }
+        _reject(only_harness, "has an effect with --harness only; leave it out")
+    else:
         only_task = {
             "--task": task,
             "--split": split,
@@ -171,50 +224,45 @@ def evaluate(
             "--cache": cache,
             "--no-cache": no_cache,
         }
-        harness_run = HarnessRun(
-            tasks=_split_names(harness),
-            names=names,
-            adapters=adapters,
+        _reject(only_task, "has no effect with --harness; leave it out")
+    run = EvalRun(
+        base_model=base_model,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        names=names,
+        adapters=adapters,
+        data=data,
+        limit=limit,
+        batch_tokens=batch_tokens,
+        outputs=outputs,
+        per_question=per_question,
+        command=shlex.join(["loraloom", *sys.argv[1:]]),
+    )
+    check_outputs(run.outputs, run.per_question)
+    if harness is not None:
+        from loraloom.cli.harness import score_harness
+
+        score_harness(
+            run,
+            _split_names(harness),
             include=harness_include,
-            data=data,
-            limit=limit,
             num_fewshot=num_fewshot,
             apply_chat_template=apply_chat_template,
-            batch_tokens=batch_tokens,
-            outputs=outputs,
-            per_question=per_question,
-            command=command,
         )
-        check_harness(harness_run, only_task)
-        run = lambda: run_harness(harness_run, load)  # noqa: E731
-        check_sources(base_model, adapters, device)
-    else:
-        check_no_harness(only_harness)
-        from loraloom.cli.choices import ChoiceRun, score_choices
-        from loraloom.eval.comparison import choose_pairs
+        return
+    from loraloom.cli.choices import score_choices
 
-        tasks = _split_names(task or [])
-        _check_options(tasks, scoring, compat)
-        pairs = choose_pairs(names, compare or ())
-        check_sources(base_model, adapters, device)
-        choice_run = ChoiceRun(
-            asked=_load(tasks, scoring, compat, split, data, limit),
-            names=names,
-            adapters=adapters,
-            pairs=pairs,
-            compat=compat,
-            batch_tokens=batch_tokens,
-            cache=cache,
-            no_cache=no_cache,
-            outputs=outputs,
-            per_question=per_question,
-            command=command,
-        )
-        run = lambda: score_choices(choice_run, *load())  # noqa: E731
-    for path in outputs:
-        prepare_output(path, "--output")
-    prepare_output(per_question, "--per-question")
-    run()
+    score_choices(
+        run,
+        _split_names(task or []),
+        scoring=scoring,
+        split=split,
+        compat=compat,
+        compare=compare or (),
+        cache=cache,
+        no_cache=no_cache,
+    )
 
 
 def _split_names(values: Sequence[str]) -> list[str]:
@@ -223,50 +271,8 @@ def _split_names(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _check_options(tasks: Sequence[str], scoring: Scoring | None, compat: Compat | None) -> None:
-    from loraloom.data import find_task
-    from loraloom.eval.moe_peft import check_tasks
-
-    if not tasks:
-        raise ConfigError("--task must name at least one task, got none; or give --harness")
-    names = [find_task(task).name for task in tasks]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--task must name tasks that differ, got {', '.join(names)}")
-    if compat is not None and scoring == "text":
-        raise ConfigError(f"--compat {compat} scores labels; leave out --scoring {scoring}")
-    if compat is not None:
-        check_tasks(tasks)
-
-
-def _check_data(tasks: Sequence[str], data: Path | None) -> None:
-    """Check that several tasks don't read the data of one."""
-    from loraloom.data import find_task
-
-    if data is None or len(tasks) == 1:
-        return
-    absent = [
-        name for name in (find_task(task).name for task in tasks) if not (data / name).is_dir()
-    ]
-    if absent:
-        raise ConfigError(
-            f"--data must be a directory with one for each of several tasks, got {data} without "
-            f"{', '.join(absent)}"
-        )
-
-
-def _load(
-    tasks: Sequence[str],
-    scoring: Scoring | None,
-    compat: Compat | None,
-    split: str | None,
-    data: Path | None,
-    limit: int | None,
-) -> list[QuestionSet]:
-    from loraloom.data.questions import load_question_set
-    from loraloom.eval.moe_peft import with_all_labels
-
-    _check_data(tasks, data)
-    asked = [load_question_set(task, scoring, split, data, limit) for task in tasks]
-    if compat is None:
-        return asked
-    return [replace(one, questions=[*map(with_all_labels, one.questions)]) for one in asked]
+def _reject(options: Mapping[str, Any], reason: str) -> None:
+    """Raise a ConfigError if an option that has no effect is given."""
+    for option, value in options.items():
+        if value:
+            raise ConfigError(f"{option} {reason}")

@@ -4,93 +4,44 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from loraloom.models.host import Host
+    from loraloom.cli.eval import EvalRun
 
 
-@dataclass(frozen=True)
-class HarnessRun:
-    """What to evaluate.
-
-    Args:
-        tasks: Names of tasks, groups and tags, or patterns.
-        names: Adapters to score; None is the base model.
-        adapters: Directory or hub id of each adapter by name.
-        include: Directory of more tasks.
-        data: Directory of local data sets.
-        limit: Most questions of a task.
-        num_fewshot: Examples before each question; None leaves it to the tasks.
-        apply_chat_template: Ask in the tokenizer's chat template.
-        batch_tokens: Tokens of a batch.
-        outputs: JSON files to write.
-        per_question: JSON lines file to write.
-        command: What started it.
-    """
-
-    tasks: Sequence[str]
-    names: Sequence[str | None]
-    adapters: Mapping[str, str]
-    include: Path | None
-    data: Path | None
-    limit: int | None
-    num_fewshot: int | None
-    apply_chat_template: bool
-    batch_tokens: int | None
-    outputs: Sequence[Path]
-    per_question: Path | None
-    command: str
-
-
-def check_harness(run: HarnessRun, others: Mapping[str, Any]) -> None:
-    """Check what `loraloom eval --harness` is given.
-
-    Args:
-        run: What to evaluate.
-        others: Options that concern `--task` alone, with what they are given, if anything.
-
-    Raises:
-        ConfigError: If there is no task, an option has no effect, or lm-eval is not installed.
-    """
-    if not run.tasks:
-        raise ConfigError("--harness must name at least one task, got none")
-    for option, value in others.items():
-        if value:
-            raise ConfigError(f"{option} has no effect with --harness, got {value}; leave it out")
-    for path in run.outputs:
-        if path.suffix.lower() != ".json":
-            raise ConfigError(f"--output must end in .json with --harness, got {path}")
-    from loraloom.eval.harness.installed import check_installed
-
-    check_installed()
-
-
-def check_no_harness(options: Mapping[str, Any]) -> None:
-    """Raise a ConfigError if an option that concerns `--harness` alone is given without it."""
-    for option, value in options.items():
-        if value is not None and value is not False:
-            raise ConfigError(f"{option} has an effect with --harness only; leave it out")
-
-
-def run_harness(
-    run: HarnessRun,
-    load: Callable[[], tuple[Host, PreTrainedTokenizerBase]],
+def score_harness(
+    run: EvalRun,
+    tasks: Sequence[str],
+    *,
+    include: Path | None,
+    num_fewshot: int | None,
+    apply_chat_template: bool,
 ) -> None:
     """Score tasks of lm-eval with adapters, all in one pass; print a table and write files.
 
     Args:
-        run: What to evaluate.
-        load: Loads the host and its tokenizer; called once the tasks and their data are there.
+        run: Adapters, data and outputs.
+        tasks: Names of tasks, groups and tags, or patterns.
+        include: Directory of more tasks.
+        num_fewshot: Examples before each question; None leaves it to the tasks.
+        apply_chat_template: Ask in the tokenizer's chat template.
+
+    Raises:
+        ConfigError: If there is no such task, lm-eval is not installed, or a file can't be written.
+        DataError, AdapterError: As in `evaluate_adapters`.
     """
+    if not tasks:
+        raise ConfigError("--harness must name at least one task, got none")
+    for path in run.outputs:
+        if path.suffix.lower() != ".json":
+            raise ConfigError(f"--output must end in .json with --harness, got {path}")
+    run.check()
     from rich.console import Console
 
     from loraloom.durable import write_output
@@ -105,8 +56,8 @@ def run_harness(
     from loraloom.eval.results import SCHEMA_VERSION
 
     with _errors_only():
-        loaded = load_tasks(run.tasks, run.include, run.data)
-        host, tokenizer = load()
+        loaded = load_tasks(tasks, include, run.data)
+        host, tokenizer = run.load()
         results = evaluate_adapters(
             host,
             tokenizer,
@@ -114,17 +65,16 @@ def run_harness(
             run.names,
             lm_options={"max_tokens_per_batch": run.batch_tokens},
             limit=run.limit,
-            num_fewshot=run.num_fewshot,
-            apply_chat_template=run.apply_chat_template,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
             log_samples=run.per_question is not None,
         )
     if run.per_question is not None:
         write_output(run.per_question, "".join(f"{line}\n" for line in question_lines(results)))
-    beside = describe_evaluation(host, run.adapters, (), run.command)
     value = {
         "schema_version": SCHEMA_VERSION,
         "results": summarise(results),
-        **beside,
+        **describe_evaluation(host, run.adapters, (), run.command),
         "lm_eval": plain_results(results),
     }
     for path in run.outputs:

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from loraloom.config.fields import AttnImplementation, Dtype, check_device
-from loraloom.config.names import check_name
+from loraloom.config.fields import AttnImplementation, Dtype, check_device, check_name
 from loraloom.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,10 +17,7 @@ from loraloom.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from transformers import PreTrainedTokenizerBase
 
-    from loraloom.data.examples import ChoiceQuestion
-    from loraloom.models.host import Host
     from loraloom.training.run.results import JobResult
 
 
@@ -69,42 +66,23 @@ def train(
     from rich.console import Console
 
     from loraloom.training.run import run as training
-    from loraloom.training.run.progress import console_progress
-    from loraloom.training.run.watch import WatchOptions
+    from loraloom.training.run.inbox import WatchOptions
+    from loraloom.training.run.progress import Progress
 
-    watching = watch and WatchOptions(watch, overwrite, watch_exit_when_idle)
     console = Console()
     results = training.train(
         run,
-        score_accuracy,
         resume=resume,
         overwrite=overwrite,
-        progress=console_progress(console),
+        progress=Progress(console),
+        watch=watch and WatchOptions(watch, overwrite, watch_exit_when_idle),
         command=shlex.join(["loraloom", *sys.argv[1:]]),
-        watch=watching,
     )
-    swept = {trial.name for trial in run.trials}
+    swept = set() if run.sweep is None else set(run.sweep.names)
     others = [result for result in results if result.job not in swept]
     if others:
         console.print(_results_table(others))
     raise_failures(results)
-
-
-def score_accuracy(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[ChoiceQuestion],
-    adapters: Sequence[str],
-) -> Mapping[str, float]:
-    """Score choice questions with several adapters; training is handed this function.
-
-    Returns:
-        Each adapter's accuracy.
-    """
-    from loraloom.eval.protocol import accuracy, score_questions
-
-    scores = score_questions(host, tokenizer, list(questions), list(adapters))
-    return {name: accuracy(scores[name]).accuracy for name in adapters}
 
 
 def _results_table(results: Sequence[JobResult]) -> Table:

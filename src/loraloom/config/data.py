@@ -9,12 +9,12 @@ One source, or several in a mix:
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
+from loraloom.config.faults import did_you_mean
 from loraloom.config.fields import CheckInfo, StrictModel
 
 TaskName = Literal[
@@ -66,10 +66,9 @@ def _check_task(task: str) -> str:
     names = get_args(TaskName)
     if task in names or is_task_file(task):
         return task
-    nearest = get_close_matches(task, names, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(
-        f"task must be one of {', '.join(names)}, or a task's .yaml file, got {task!r}{hint}"
+        f"task must be one of {', '.join(names)}, or a task's .yaml file, got {task!r}"
+        f"{did_you_mean(task, names)}"
     )
 
 
@@ -93,15 +92,33 @@ def default_scoring(task: str | None) -> Scoring | None:
     return None if task is None or is_task_file(task) else "label"
 
 
-def check_task_path(path: str | None, task: str | None) -> str | None:
-    """Return the path of a task's data as it came.
+def check_effect(value: Any, info: CheckInfo) -> Any:
+    """Return a setting of a source as it came.
 
     Raises:
-        ValueError: If the task generates its data.
+        ValueError: If it has no effect beside the settings before it.
     """
-    if path is not None and task == "skills":
-        raise ValueError("path has no effect on skills, which loraloom generates; remove it")
-    return path
+    reason = None if value is None else _why_without_effect(info)
+    if reason is not None:
+        raise ValueError(f"{info.field_name} has no effect on {reason}; remove it")
+    return value
+
+
+def _why_without_effect(info: CheckInfo) -> str | None:
+    """What the setting would have no effect on; the settings before it are known where right."""
+    setting, before = info.field_name, info.data
+    task, dataset, data_format = (before.get(name) for name in ("task", "dataset", "format"))
+    if setting in ("path", "scoring") and dataset is not None:
+        return "a dataset, only on a task"
+    if setting == "path" and task == "skills":
+        return "skills, which loraloom generates"
+    if setting in ("config", "format", "template", "fields") and task and "dataset" in before:
+        return "a task, only on a dataset"
+    if setting in ("split", "config") and dataset and _DATA_FILE.fullmatch(dataset):
+        return f"a file ({dataset})"
+    if setting == "template" and data_format in _NO_TEMPLATE:
+        return f"format {data_format}: {_NO_TEMPLATE[data_format]}"
+    return None
 
 
 class _SourceFields(StrictModel):
@@ -142,44 +159,15 @@ class _SourceFields(StrictModel):
             )
         return dataset
 
-    @field_validator("path", "scoring")
+    @field_validator("path", "split", "scoring", "config", "format", "template", "fields")
     @classmethod
-    def _check_has_task(cls, value: Any, info: CheckInfo) -> Any:
-        if value is not None and info.data.get("dataset") is not None:
-            raise ValueError(
-                f"{info.field_name} has no effect on a dataset, only on a task; remove it"
-            )
-        return value
+    def _check_effect(cls, value: Any, info: CheckInfo) -> Any:
+        return check_effect(value, info)
 
     @field_validator("scoring")
     @classmethod
     def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
         return scoring or default_scoring(info.data.get("task"))
-
-    @field_validator("config", "format", "template", "fields")
-    @classmethod
-    def _check_has_dataset(cls, value: Any, info: CheckInfo) -> Any:
-        is_task = info.data.get("task") is not None and "dataset" in info.data
-        if value is not None and is_task:
-            raise ValueError(
-                f"{info.field_name} has no effect on a task, only on a dataset; remove it"
-            )
-        return value
-
-    @field_validator("path")
-    @classmethod
-    def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
-        return check_task_path(path, info.data.get("task"))
-
-    @field_validator("split")
-    @classmethod
-    def _check_split(cls, split: str | None, info: CheckInfo) -> str | None:
-        return _check_not_a_file("split", split, info)
-
-    @field_validator("config")
-    @classmethod
-    def _check_config(cls, config: str | None, info: CheckInfo) -> str | None:
-        return _check_not_a_file("config", config, info)
 
     @field_validator("format")
     @classmethod
@@ -189,15 +177,6 @@ class _SourceFields(StrictModel):
                 "format must be given with a dataset: instruction, chat, text or preference"
             )
         return data_format
-
-    @field_validator("template")
-    @classmethod
-    def _check_template(cls, template: str | None, info: CheckInfo) -> str | None:
-        data_format = info.data.get("format")
-        if template is not None and data_format in _NO_TEMPLATE:
-            reason = _NO_TEMPLATE[data_format]
-            raise ValueError(f"template has no effect on format {data_format}: {reason}; remove it")
-        return template
 
     @field_validator("fields")
     @classmethod
@@ -212,13 +191,6 @@ class _SourceFields(StrictModel):
                 f"fields must map {', '.join(roles)} to column names, got {', '.join(unknown)}"
             )
         return fields
-
-
-def _check_not_a_file(setting: str, value: str | None, info: CheckInfo) -> str | None:
-    dataset = info.data.get("dataset")
-    if value is not None and dataset is not None and _DATA_FILE.fullmatch(dataset):
-        raise ValueError(f"{setting} has no effect on a file ({dataset}); remove it")
-    return value
 
 
 class SourceConfig(_SourceFields):

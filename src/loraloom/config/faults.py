@@ -12,7 +12,8 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, InitErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
 
 Models = tuple[type[BaseModel], ...]
 
@@ -97,6 +98,38 @@ def value_fault(loc: tuple[int | str, ...], reason: str) -> InitErrorDetails:
     }
 
 
+def advise_on_unknown_keys(error: ValidationError, model: type[BaseModel]) -> ValidationError:
+    """The error with the nearest known key for each that the model itself doesn't know."""
+    known = _known_keys((model,))
+    faults = [
+        _unknown_key(details, known)
+        if details["type"] == "extra_forbidden" and len(details["loc"]) == 1
+        else as_fault(details)
+        for details in error.errors()
+    ]
+    return ValidationError.from_exception_data(error.title, faults)
+
+
+def _unknown_key(details: ErrorDetails, known: list[str]) -> InitErrorDetails:
+    key = str(details["loc"][0])
+    fault = PydanticCustomError(
+        "unknown_key",
+        "unknown key {key}; {advice}",
+        {"key": repr(key), "advice": _advice(key, known)},
+    )
+    return {"type": fault, "loc": details["loc"], "input": details["input"]}
+
+
+def as_fault(details: ErrorDetails) -> InitErrorDetails:
+    """A fault that pydantic reported, for `ValidationError.from_exception_data`."""
+    kind: Any = details["type"]
+    message: Any = details["msg"]
+    if kind not in get_args(ErrorType):  # one that is not built into pydantic
+        kind = PydanticCustomError(kind, message, _context(details))
+    place, given = details["loc"], details["input"]
+    return {"type": kind, "loc": place, "input": given, "ctx": _context(details)}
+
+
 def describe_unknown_setting(path: str, models: Models) -> str | None:
     """What is wrong with a path that `--set` would take; None if a setting may be there.
 
@@ -137,8 +170,8 @@ def _describe(details: ErrorDetails, root: Models) -> str:
             return _in_place(details, path, models)
         case "missing":
             return f"{place} must be given, it is missing"
-        case "extra_forbidden":
-            return _describe_unknown_key(path, models)
+        case "unknown_key":
+            return f"{'.'.join(map(str, path[:-1]))}: {details['msg']}".removeprefix(": ")
         case "union_tag_invalid" | "union_tag_not_found":
             return _describe_tag(place, models[-1], details)
     if details["type"] not in _EXPECTED:
@@ -195,35 +228,25 @@ def _in_place(details: ErrorDetails, path: list[int | str], models: list[Models]
     return f"{'.'.join(map(str, path))}: {message}".removeprefix(": ")
 
 
-def _describe_unknown_key(path: list[int | str], models: list[Models]) -> str:
-    *section, key = path
-    known = _known_keys(models[-2])
-    place = f"{'.'.join(map(str, section))}: " if section else ""
-    return f"{place}unknown key {key!r}; {_advice(str(key), known)}"
-
-
 def _advice(key: str, known: list[str]) -> str:
     if key == "weight":
         return "weight belongs to a source inside mix"
     if _RENAMED.get(key) in known:
         return f"did you mean {_RENAMED[key]!r}?"
-    nearest = get_close_matches(key, known, n=1)
-    if nearest:
-        return f"did you mean {nearest[0]!r}?"
-    return f"known keys are {', '.join(known)}"
+    return suggestion(key, known).rstrip() or f"known keys are {', '.join(known)}"
 
 
 def _describe_tag(place: str, models: Models, details: ErrorDetails) -> str:
     tags = [str(_tag(model)) for model in models]
     setting = f"{place}.{_tag_field(models)}".removeprefix(".")
-    expected = " or ".join(tags)
+    expected = f"one of {', '.join(tags)}"
     if details["type"] == "union_tag_not_found":
         return f"{setting} must be {expected}, it is missing"
     given = str(_context(details)["tag"])
     if given.lower() in _METHODS:
         hint = f"; write {_METHODS[given.lower()]}"
     else:
-        hint = _did_you_mean(given, tags)
+        hint = did_you_mean(given, tags)
     return f"{setting} must be {expected}, got {given!r}{hint}"
 
 
@@ -233,12 +256,18 @@ def _tag_field(models: Models) -> str:
 
 def _nearest_choice(details: ErrorDetails) -> str:
     choices = re.findall(r"'([^']*)'", _context(details)["expected"])
-    return _did_you_mean(str(details["input"]), choices)
+    return did_you_mean(str(details["input"]), choices)
 
 
-def _did_you_mean(given: str, choices: list[str]) -> str:
-    nearest = get_close_matches(given.lower(), choices, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The question `did you mean 'x'? ` for the nearest known name; nothing if none is near."""
+    nearest = get_close_matches(name, list(known), n=1)
+    return f"did you mean {nearest[0]!r}? " if nearest else ""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The question of `suggestion`, to be put behind a message."""
+    return f"; {suggestion(name.lower(), known)}".rstrip("; ")
 
 
 def _shown(value: Any) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from loraloom.config.faults import advise_on_unknown_keys
 from loraloom.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -15,6 +17,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 AttnImplementation = Literal["sdpa", "eager", "flash_attention_2"]
 """How transformers computes attention."""
 
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 
 
@@ -24,6 +27,14 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_the_nearest_key(cls, settings: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(settings)
+        except ValidationError as error:
+            raise advise_on_unknown_keys(error, cls) from None
 
 
 @runtime_checkable
@@ -60,3 +71,17 @@ def check_device(device: str) -> str:
             f"device must be auto, cpu, cuda, cuda:<index>, xpu, xpu:<index> or mps, got {device!r}"
         )
     return device
+
+
+def check_name(name: str) -> str:
+    """Return the name of a job or an adapter as it came. It becomes that of a directory.
+
+    Raises:
+        ConfigError: If it could not be the name of a file everywhere.
+    """
+    if not _SAFE_NAME.fullmatch(name):
+        raise ConfigError(
+            "name must be a safe file name (1 to 100 letters, digits, '.', '_', '-' or '@', the "
+            f"first a letter or digit), got {name!r}"
+        )
+    return name

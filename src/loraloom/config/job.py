@@ -11,14 +11,12 @@ from loraloom.config.data import (
     DataConfig,
     Scoring,
     TaskReference,
-    check_task_path,
+    check_effect,
     default_scoring,
     task_name,
 )
-from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.config.names import check_name
-from loraloom.config.optimization import SCHEDULERS_ON_METRIC
-from loraloom.config.train import TrainConfig
+from loraloom.config.fields import CheckInfo, StrictModel, check_name
+from loraloom.config.train import SCHEDULERS_ON_METRIC, TrainConfig
 
 
 class EvaluationConfig(StrictModel):
@@ -38,7 +36,7 @@ class EvaluationConfig(StrictModel):
     @field_validator("path")
     @classmethod
     def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
-        return check_task_path(path, info.data.get("task"))
+        return check_effect(path, info)
 
     @field_validator("scoring")
     @classmethod

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,14 +17,19 @@ from loraloom.config.task import TaskConfig
 from loraloom.config.yaml_text import parse_yaml
 from loraloom.errors import ConfigError
 
+_Config = TypeVar("_Config", bound=BaseModel)
+
 
 def load_run_config(
-    path: str | Path, overrides: Sequence[str] = (), *, needs_jobs: bool = True
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    needs_jobs: bool = True,
 ) -> RunConfig:
     """What a run file says, checked.
 
     Args:
-        path: The YAML file.
+        source: The YAML file, or its settings.
         overrides: Changes to it, each as `path=value`; later ones win.
         needs_jobs: Whether there must be a job; else they may come later.
 
@@ -32,11 +37,12 @@ def load_run_config(
         ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
             which are then all in the message.
     """
-    settings = reduce(apply_override, overrides, _read_settings(path, "a run file"))
-    try:
-        return RunConfig.model_validate(settings, context={"needs_jobs": needs_jobs})
-    except ValidationError as error:
-        raise _config_error(path, error, RunConfig) from None
+    if isinstance(source, Mapping):
+        settings, place = dict(source), "the run"
+    else:
+        settings, place = _read_settings(source, "a run file"), source
+    settings = reduce(apply_override, overrides, settings)
+    return _checked(place, RunConfig, settings, {"needs_jobs": needs_jobs})
 
 
 def load_job_config(path: str | Path) -> JobConfig:
@@ -49,10 +55,7 @@ def load_job_config(path: str | Path) -> JobConfig:
         ConfigError: As in `load_run_config`.
     """
     settings = {"name": Path(path).stem} | _read_settings(path, "a job file")
-    try:
-        return JobConfig.model_validate(settings)
-    except ValidationError as error:
-        raise _config_error(path, error, JobConfig) from None
+    return _checked(path, JobConfig, settings)
 
 
 def load_task_config(path: str | Path) -> TaskConfig:
@@ -64,11 +67,7 @@ def load_task_config(path: str | Path) -> TaskConfig:
     Raises:
         ConfigError: As in `load_run_config`.
     """
-    settings = _read_settings(path, "a task's file")
-    try:
-        return TaskConfig.model_validate(settings)
-    except ValidationError as error:
-        raise _config_error(path, error, TaskConfig) from None
+    return _checked(path, TaskConfig, _read_settings(path, "a task's file"))
 
 
 def schema() -> dict[str, Any]:
@@ -98,7 +97,15 @@ def _read_text(path: Path, kind: str) -> str:
         raise ConfigError(f"{path} can't be read: {error.strerror}") from None
 
 
-def _config_error(path: str | Path, error: ValidationError, model: type[BaseModel]) -> ConfigError:
-    faults = describe_faults(error, (model,))
+def _checked(
+    path: str | Path,
+    model: type[_Config],
+    settings: Mapping[str, Any],
+    context: Mapping[str, Any] | None = None,
+) -> _Config:
+    try:
+        return model.model_validate(settings, context=context)
+    except ValidationError as error:
+        faults = describe_faults(error, (model,))
     count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
-    return ConfigError("\n".join([f"{path} has {count}:", *(f"  {fault}" for fault in faults)]))
+    raise ConfigError("\n".join([f"{path} has {count}:", *(f"  {fault}" for fault in faults)]))

@@ -19,7 +19,19 @@ class SftConfig(StrictModel):
     """Supervised fine-tuning on the answers in the data."""
 
 
-class DpoConfig(StrictModel):
+class _PairConfig(StrictModel):
+    """What losses on pairs check alike."""
+
+    @field_validator("label_smoothing", check_fields=False)
+    @classmethod
+    def _check_label_smoothing(cls, smoothing: float, info: CheckInfo) -> float:
+        loss_type = info.data.get("loss_type", "sigmoid")
+        if smoothing > 0 and loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing has no effect on loss_type {loss_type}; remove it")
+        return smoothing
+
+
+class DpoConfig(_PairConfig):
     """Direct preference optimisation against a reference policy.
 
     Source: Rafailov et al. 2023, DPO, arXiv:2305.18290; Azar et al. 2023, IPO, arXiv:2310.12036;
@@ -37,13 +49,8 @@ class DpoConfig(StrictModel):
     reference: str = Field(default=BASE_REFERENCE, min_length=1)
     """Policy to stay near: base for the base model, or an adapter's directory or hub id."""
 
-    @field_validator("label_smoothing")
-    @classmethod
-    def _check_label_smoothing(cls, smoothing: float, info: CheckInfo) -> float:
-        return _check_smoothed(smoothing, info)
 
-
-class CpoConfig(StrictModel):
+class CpoConfig(_PairConfig):
     """Contrastive preference optimisation: no reference, and a likelihood term on chosen answers.
 
     Source: Xu et al. 2024, CPO, arXiv:2401.08417; hinge: Zhao et al. 2023, SLiC-HF,
@@ -61,20 +68,5 @@ class CpoConfig(StrictModel):
     cpo_alpha: float = Field(default=1.0, ge=0)
     """Weight of the chosen answers' mean -log p per token."""
 
-    @field_validator("label_smoothing")
-    @classmethod
-    def _check_label_smoothing(cls, smoothing: float, info: CheckInfo) -> float:
-        return _check_smoothed(smoothing, info)
-
-
-def _check_smoothed(smoothing: float, info: CheckInfo) -> float:
-    loss_type = info.data.get("loss_type", "sigmoid")
-    if smoothing > 0 and loss_type != "sigmoid":
-        raise ValueError(f"label_smoothing has no effect on loss_type {loss_type}; remove it")
-    return smoothing
-
-
-PreferenceConfig = DpoConfig | CpoConfig
-"""Objectives that learn from pairs of answers."""
 
 ObjectiveConfig = Annotated[SftConfig | DpoConfig | CpoConfig, Field(discriminator="name")]

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.config.optimization import REFUSED_OPTIMIZERS, OptimizerName
+
+OptimizerName = Literal[
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "asgd",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+]
+"""The optimizers of torch.optim, in lower case."""
+
+REFUSED_OPTIMIZERS = {
+    "lbfgs": "it evaluates the loss several times a step",
+    "muon": "it takes matrices only, and a mixture's experts are stacked",
+    "sparseadam": "it takes sparse gradients only",
+}
 
 
 class OptimizerConfig(StrictModel):
@@ -18,7 +39,7 @@ class OptimizerConfig(StrictModel):
     optimizer: OptimizerName = "adamw"
     """An optimizer of torch.optim by name, in any case."""
     optimizer_args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the optimizer, `{betas: [0.9, 0.95]}` say."""
+    """Further arguments of the optimizer, for example `{betas: [0.9, 0.95]}`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decay of the adapter's weights. 0 as in transformers' Trainer; torch's own is 0.01."""
     loraplus_lr_ratio: float | None = Field(default=None, gt=0)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails, InitErrorDetails
+from pydantic_core import InitErrorDetails
 
-from loraloom.config.faults import value_fault
+from loraloom.config.faults import as_fault, describe_faults, value_fault
 from loraloom.config.fields import AttnImplementation, CheckInfo, Dtype, StrictModel, check_device
 from loraloom.config.job import JobConfig
 from loraloom.config.sweep import SweepConfig
-from loraloom.config.trials import Trial, check_trials, expand_trials
+from loraloom.config.trials import Trial, check_trials, make_trial
+from loraloom.errors import ConfigError
 
 
 class RunConfig(StrictModel):
@@ -78,7 +79,7 @@ class RunConfig(StrictModel):
         try:
             checked = handler(jobs)
         except ValidationError as error:
-            faults += [_as_fault(detail) for detail in error.errors()]
+            faults += map(as_fault, error.errors())
             raise ValidationError.from_exception_data("jobs", faults) from None
         if faults:
             raise ValidationError.from_exception_data("jobs", faults)
@@ -98,8 +99,21 @@ class RunConfig(StrictModel):
 
     @cached_property
     def trials(self) -> tuple[Trial, ...]:
-        """The jobs of the sweep."""
-        return () if self.sweep is None else expand_trials(self.sweep, self.jobs)
+        """The jobs of the sweep, as far as they are known beforehand."""
+        combinations = [] if self.sweep is None else self.sweep.combinations()
+        return tuple(self.trial(*one) for one in enumerate(combinations))
+
+    def trial(self, number: int, combination: Mapping[str, Any]) -> Trial:
+        """A job of the sweep; see `make_trial`.
+
+        Raises:
+            ConfigError: If its values don't go together.
+        """
+        assert self.sweep is not None
+        try:
+            return make_trial(self.sweep, self.jobs, number, combination)
+        except ValidationError as error:
+            raise ConfigError("; ".join(describe_faults(error, (JobConfig,)))) from None
 
     @property
     def all_jobs(self) -> tuple[JobConfig, ...]:
@@ -107,6 +121,17 @@ class RunConfig(StrictModel):
         template = None if self.sweep is None else self.sweep.job
         others = [job for job in self.jobs if job.name != template]
         return (*others, *(trial.job for trial in self.trials))
+
+    @property
+    def first_trials(self) -> tuple[Trial, ...]:
+        """The jobs of the sweep that train from the beginning; the others join later."""
+        return () if self.sweep is None else self.trials[: self.sweep.num_concurrent]
+
+    @property
+    def first_jobs(self) -> tuple[JobConfig, ...]:
+        """The jobs that train from the beginning."""
+        later = {trial.name for trial in self.trials[len(self.first_trials) :]}
+        return tuple(job for job in self.all_jobs if job.name not in later)
 
 
 def _repeated_name_faults(jobs: Any) -> list[InitErrorDetails]:
@@ -130,14 +155,3 @@ def _raw_name(job: Any) -> str | None:
         return job.name
     name = job.get("name") if isinstance(job, dict) else None
     return name if isinstance(name, str) else None
-
-
-def _as_fault(details: ErrorDetails) -> InitErrorDetails:
-    fault: InitErrorDetails = {
-        "type": details["type"],
-        "loc": details["loc"],
-        "input": details["input"],
-    }
-    if "ctx" in details:
-        fault["ctx"] = details["ctx"]
-    return fault

@@ -3,32 +3,39 @@
     sweep:
       job: {adapter: {method: lora, rank: 8}, data: {...}, train: {...}}
       parameters:
-        train.learning_rate: [1e-4, 3e-4, 1e-3]
+        train.learning_rate: {log_uniform: [1e-5, 1e-2]}
         adapter.rank: [4, 16]
+      search: {tpe: 30}
 
-Every combination is a job of its own, `<name of the job>-000` and so on.
+Every combination is a job of its own, `<name of the job>-000` and so on. Optuna draws them, and has
+the values of a list as JSON text.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, product, repeat, takewhile
+from operator import mul
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
 from loraloom.config.faults import value_fault
-from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.config.names import check_name
-from loraloom.config.overrides import set_setting
+from loraloom.config.fields import CheckInfo, StrictModel, check_name
 from loraloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 MAX_JOBS = 512
 TEMPLATE_NAME = "sweep"
 """What jobs are called by whose template has no name."""
+TPE_STARTUP_JOBS = 10
+"""Random jobs that TPE begins with, as many as Optuna's sampler wants to have seen."""
+TPE_CONCURRENT_JOBS = 4
 
 RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
 Values = tuple[Any, ...]
@@ -45,8 +52,17 @@ class RandomSearch(StrictModel):
 
     random: int = Field(ge=1, le=MAX_JOBS)
     """How many."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the draws. A larger number of them begins with the same ones."""
+
+
+class TpeSearch(StrictModel):
+    """Learn from the jobs that ended which combinations to try, by Optuna's TPE sampler."""
+
+    tpe: int = Field(ge=1, le=MAX_JOBS)
+    """How many. The first ten are random."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the draws."""
 
 
 class AshaConfig(StrictModel):
@@ -74,35 +90,66 @@ class AshaConfig(StrictModel):
             raise ValueError(f"rungs must be steps that rise from 1 or more, got {list(rungs)}")
         return rungs
 
-    def rungs_of(self, total_steps: int) -> tuple[int, ...]:
-        """The rungs of a job of so many steps; at its last step there is nothing left to save."""
-        rungs = self.rungs
-        if rungs is None:
-            rungs = tuple(_powers(self.min_steps or 1, self.reduction_factor, total_steps))
-        return tuple(rung for rung in rungs if rung < total_steps)
 
-    def check_reached(self, total_steps: Sequence[int]) -> None:
-        """Check that the jobs are long enough.
+class HyperbandConfig(StrictModel):
+    """Successive halving in several brackets, each with a later first rung than the one before.
 
-        Raises:
-            ConfigError: If no job is longer than a rung.
-        """
-        longest = max(total_steps, default=0)
-        unused = self.rungs is not None and self.rungs[-1] >= longest
-        if unused or not self.rungs_of(longest):
-            setting = "min_steps" if self.rungs is None else "rungs"
-            given = self.min_steps if self.rungs is None else list(self.rungs)
-            raise ConfigError(
-                f"early_stopping.asha.{setting} must be below the jobs' {longest} steps, "
-                f"got {given}"
-            )
+    Source: Li et al. 2018, Hyperband, JMLR 18(185).
+    """
+
+    reduction_factor: int = Field(default=3, ge=2)
+    """One in so many goes on after a rung."""
+    min_steps: int = Field(ge=1)
+    """The first rung of the first bracket."""
+
+
+class MedianConfig(StrictModel):
+    """Stop a job whose best value is worse than the median of finished jobs at the same step."""
+
+    min_jobs: int = Field(default=5, ge=1)
+    """Jobs that must have trained to their end before any is stopped."""
+    min_steps: int = Field(default=1, ge=1)
+    """No job is stopped before this step."""
 
 
 class SweepStoppingConfig(StrictModel):
-    """How jobs of a sweep are stopped before their end."""
+    """How jobs of a sweep are stopped before their end: one of these."""
 
-    asha: AshaConfig
+    asha: AshaConfig | None = None
     """Successive halving."""
+    hyperband: HyperbandConfig | None = None
+    """Successive halving that begins early for some jobs and late for others."""
+    median: MedianConfig | None = Field(default=None, validate_default=True)
+    """Comparison with finished jobs."""
+
+    @field_validator("median")
+    @classmethod
+    def _check_one(cls, median: MedianConfig | None, info: CheckInfo) -> MedianConfig | None:
+        rules = [*info.data.values(), median]
+        if len(rules) == len(cls.model_fields) and len(rules) - rules.count(None) != 1:
+            raise ValueError("early_stopping must be one of asha, hyperband and median")
+        return median
+
+    def rungs(self, total_steps: int) -> tuple[int, ...]:
+        """The rungs of a job of so many steps; at its last step there is nothing left to save."""
+        halving = self.asha or self.hyperband
+        if halving is None:
+            return ()
+        powers = accumulate(repeat(halving.reduction_factor), mul, initial=halving.min_steps or 1)
+        given = None if self.asha is None else self.asha.rungs
+        return tuple(takewhile(lambda rung: rung < total_steps, given or powers))
+
+    def check_reached(self, longest: int) -> None:
+        """Check that the longest job is long enough.
+
+        Raises:
+            ConfigError: If it ends before it could be stopped.
+        """
+        (rule,) = self.model_dump(exclude_none=True).values()
+        if max(rule.get("rungs", [rule.get("min_steps")])) >= longest:
+            raise ConfigError(
+                f"early_stopping must act before the last of the jobs' {longest} steps, got {rule}"
+            )
 
 
 class SweepConfig(StrictModel):
@@ -111,10 +158,14 @@ class SweepConfig(StrictModel):
     job: str | dict[str, Any]
     """Settings of a job; or the name of one of `jobs`, which the sweep's then take the place of."""
     parameters: dict[str, Parameter]
-    """Settings of the job, train.learning_rate say, and the values of each: a list; or, for random
-    search, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
-    search: Literal["grid"] | RandomSearch = Field(default="grid", validate_default=True)
-    """grid (all combinations) or {random: how many, seed: 0}."""
+    """Settings of the job, train.learning_rate say, and the values of each: a list; or, unless the
+    search is a grid, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
+    search: Literal["grid"] | RandomSearch | TpeSearch = Field(
+        default="grid", validate_default=True
+    )
+    """grid (all combinations), {random: how many, seed: 0} or {tpe: how many, seed: 0}."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Most jobs that train at once; null: all of a grid or a random search, 4 of tpe."""
     metric: str = "eval/loss"
     """Metric that ranks the jobs, by its name in metrics.jsonl."""
     early_stopping: SweepStoppingConfig | None = None
@@ -126,7 +177,10 @@ class SweepConfig(StrictModel):
         if not isinstance(job, str | dict):
             raise ValueError(f"job must be settings of a job or the name of one, got {job!r}")
         if isinstance(job, dict):
-            _check_template_name(job.get("name", TEMPLATE_NAME))
+            try:
+                check_name(f"{job.get('name', TEMPLATE_NAME)}-000")
+            except ConfigError as error:
+                raise ValueError(f"job.{error}") from None
         return job
 
     @field_validator("parameters", mode="before")
@@ -134,58 +188,107 @@ class SweepConfig(StrictModel):
     def _check_parameters(cls, parameters: Any) -> Any:
         if not isinstance(parameters, dict) or not parameters:
             raise ValueError(f"parameters must map settings to their values, got {parameters!r}")
-        checked: dict[str, Any] = {}
-        faults: list[str] = []
+        checked, faults = {}, []
         for path, values in parameters.items():
             try:
                 checked[path] = _checked_values(values)
             except ValueError as error:
                 faults.append(f"parameters.{path} {error}")
-        faults += _overlaps([path for path in parameters if isinstance(path, str)])
-        _raise(faults)
+        faults += [
+            f"parameters.{inner} must not be inside another parameter, {outer}"
+            for inner, outer in product(parameters, parameters)
+            if str(inner).startswith(f"{outer}.")
+        ]
+        raise_faults(faults)
         return checked
 
     @field_validator("search", mode="before")
     @classmethod
     def _check_search(cls, search: Any, info: CheckInfo) -> Any:
         if isinstance(search, dict):
-            search = RandomSearch.model_validate(search)
-        elif search != "grid" and not isinstance(search, RandomSearch):
-            raise ValueError(
-                f"search must be grid or {{random: how many, seed: 0}}, got {search!r}"
-            )
-        if "parameters" in info.data:
-            _check_number(info.data["parameters"], search)
+            search = (TpeSearch if "tpe" in search else RandomSearch).model_validate(search)
+        elif search != "grid" and not isinstance(search, RandomSearch | TpeSearch):
+            choices = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
+            raise ValueError(f"search must be {choices}, got {search!r}")
+        if search == "grid" and "parameters" in info.data:
+            _check_grid(info.data["parameters"])
         return search
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the jobs."""
+        template = self.job if isinstance(self.job, str) else self.job.get("name", TEMPLATE_NAME)
+        return [f"{template}-{number:03}" for number in range(self.num_jobs)]
+
+    @property
+    def num_jobs(self) -> int:
+        """How many combinations are tried."""
+        match self.search:
+            case RandomSearch(random=number) | TpeSearch(tpe=number):
+                return number
+        return math.prod(map(len, self.parameters.values()))
+
+    @property
+    def num_concurrent(self) -> int:
+        """How many jobs train at once."""
+        default = TPE_CONCURRENT_JOBS if isinstance(self.search, TpeSearch) else self.num_jobs
+        return min(self.num_jobs, self.max_concurrent or default)
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The parameters as Optuna has them."""
+        return {path: _distribution(values) for path, values in self.parameters.items()}
+
     def combinations(self) -> list[dict[str, Any]]:
-        """The values of the parameters of each job."""
-        if self.search == "grid":
-            return list(_grid(self.parameters))
-        return _draw(self.parameters, self.search)
+        """The combinations that are known beforehand, as Optuna has them: all but TPE's later ones.
 
-    def expand(self, template: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The jobs' settings, as a run file would have them.
-
-        Args:
-            template: Settings of the job that they vary.
+        In a grid the last parameter changes fastest.
 
         Raises:
-            ConfigError: If a parameter's path leads into something that has no settings.
+            ConfigError: If there are fewer than were to be drawn.
         """
-        return [
-            _job_settings(template, values, number)
-            for number, values in enumerate(self.combinations())
-        ]
+        if self.search == "grid":
+            labels = [map(json.dumps, values) for values in self.parameters.values()]
+            return [dict(zip(self.parameters, one, strict=True)) for one in product(*labels)]
+        number = self.num_jobs
+        if isinstance(self.search, TpeSearch):
+            number = min(number, TPE_STARTUP_JOBS)
+        optuna, distributions = load_optuna(), self.distributions
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
+        drawn: list[dict[str, Any]] = []
+        for _ in range(_DRAWS_PER_JOB * number):
+            combination = study.ask(distributions).params
+            if combination not in drawn:
+                drawn.append(combination)
+            if len(drawn) == number:
+                return drawn
+        raise ConfigError(
+            f"search must not be for more jobs than the parameters can give, got {number} and only "
+            f"{len(drawn)} different combinations"
+        )
+
+
+def load_optuna() -> ModuleType:
+    """Import Optuna, which then says nothing but warnings.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "sweep needs Optuna, which is not installed: pip install 'loraloom[sweep]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
 
 
 def format_value(value: Any) -> str:
     """A parameter's value as tables show it."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value) if isinstance(value, str | int) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def format_values(values: Mapping[str, Any]) -> str:
@@ -193,141 +296,68 @@ def format_values(values: Mapping[str, Any]) -> str:
     return " ".join(f"{path}={format_value(value)}" for path, value in values.items())
 
 
-def _check_template_name(name: Any) -> None:
-    try:
-        check_name(f"{name}-000")
-    except ConfigError as error:
-        raise ValueError(f"job.{error}") from None
-
-
-def _job_settings(
-    template: Mapping[str, Any], values: Mapping[str, Any], number: int
-) -> dict[str, Any]:
-    settings: Any = dict(template)
-    for path, value in values.items():
-        settings = set_setting(settings, path, value, origin="parameters.")
-    return {**settings, "name": f"{template.get('name', TEMPLATE_NAME)}-{number:03}"}
-
-
-def _powers(first: int, factor: int, stop: int) -> Iterator[int]:
-    while first < stop:
-        yield first
-        first *= factor
-
-
-def _checked_values(values: Any) -> Parameter:
-    """Check one parameter's values; {choice: [...]} is a list by another name."""
-    if isinstance(values, dict) and list(values) == ["choice"]:
-        values = values["choice"]
-    if isinstance(values, list | tuple):
-        return _checked_list(values)
-    if isinstance(values, dict) and len(values) == 1:
-        ((kind, bounds),) = values.items()
-        if kind in get_args(RangeKind):
-            _check_bounds(kind, bounds)
-            return {kind: (bounds[0], bounds[1])}
-    kinds = ", ".join(f"{{{kind}: [low, high]}}" for kind in get_args(RangeKind))
-    raise ValueError(f"must be a list of values, or one of {kinds}, got {values!r}")
-
-
-def _checked_list(values: Sequence[Any]) -> Values:
-    if not values:
-        raise ValueError("must be a list of one value or more, got none")
-    repeated = next((value for place, value in enumerate(values) if value in values[:place]), None)
-    if repeated is not None:
-        raise ValueError(f"must have each value once, got {format_value(repeated)} again")
-    return tuple(values)
-
-
-def _check_bounds(kind: str, bounds: Any) -> None:
-    number = int if kind == "int_uniform" else int | float
-    is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
-    if not is_pair or not all(
-        isinstance(one, number) and not isinstance(one, bool) and math.isfinite(one)
-        for one in bounds
-    ):
-        what = "whole numbers" if kind == "int_uniform" else "numbers"
-        raise ValueError(f"must be {{{kind}: [low, high]}} with two {what}, got {bounds!r}")
-    low, high = bounds
-    if low >= high or (kind == "log_uniform" and low <= 0):
-        positive = "0 < low" if kind == "log_uniform" else "low"
-        raise ValueError(f"must be {{{kind}: [low, high]}} with {positive} < high, got {bounds!r}")
-
-
-def _overlaps(paths: Sequence[str]) -> list[str]:
-    """A fault for each parameter inside another one."""
-    return [
-        f"parameters.{inner} must not be inside another parameter, {outer}"
-        for inner in paths
-        for outer in paths
-        if inner.startswith(f"{outer}.")
-    ]
-
-
-def _raise(faults: Sequence[str]) -> None:
+def raise_faults(faults: Sequence[str]) -> None:
+    """Raise faults, if there are any, in a way that gives each a line."""
     if faults:
-        raise ValidationError.from_exception_data(
-            "parameters", [value_fault((), one) for one in faults]
-        )
+        raise ValidationError.from_exception_data("sweep", [value_fault((), one) for one in faults])
 
 
-def _check_number(parameters: Mapping[str, Parameter], search: Any) -> None:
-    """Check that a search finds neither too few nor too many combinations."""
+def _checked_values(values: Any) -> Any:
+    """Check one parameter's values; {choice: [...]} is a list by another name."""
+    match values:
+        case [*choices] | {"choice": [*choices]} if choices:
+            if all(one not in choices[:place] for place, one in enumerate(choices)):
+                return tuple(choices)
+        case {**ranges} if len(ranges) == 1:
+            ((kind, bounds),) = ranges.items()
+            if kind in get_args(RangeKind) and _are_bounds(kind, bounds):
+                return {kind: tuple(bounds)}
+    raise ValueError(
+        "must be a list of values that differ, or a range with low < high: "
+        "{uniform: [low, high]}, {log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of "
+        f"whole numbers, got {values!r}"
+    )
+
+
+def _are_bounds(kind: str, bounds: Any) -> bool:
+    number = int if kind == "int_uniform" else int | float
+    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+        return False
+    if not all(isinstance(one, number) and type(one) is not bool for one in bounds):
+        return False
+    return (0 if kind == "log_uniform" else -math.inf) < bounds[0] < bounds[1] < math.inf
+
+
+def _check_grid(parameters: Mapping[str, Parameter]) -> None:
+    """Check that there are neither too few nor too many combinations."""
     ranges = [path for path, values in parameters.items() if isinstance(values, dict)]
-    if search == "grid" and ranges:
+    if ranges:
         raise ValueError(
             f"search grid needs a list for each parameter, got a range for {', '.join(ranges)}; "
             "take search: {random: how many}"
         )
-    if ranges:
-        return
     number = math.prod(map(len, parameters.values()))
-    if search == "grid" and number > MAX_JOBS:
-        factors = " × ".join(str(len(values)) for values in parameters.values())
+    if number > MAX_JOBS:
         raise ValueError(
-            f"search grid must give at most {MAX_JOBS} jobs, got {factors} = {number}; "
+            f"search grid must give at most {MAX_JOBS} jobs, got {number}; "
             "take search: {random: how many}"
         )
-    if search != "grid" and search.random > number:
-        raise ValueError(
-            f"search.random must be at most the {number} combinations of the parameters, "
-            f"got {search.random}"
-        )
 
 
-def _grid(parameters: Mapping[str, Parameter]) -> Iterator[dict[str, Any]]:
-    """All combinations; the last parameter changes fastest."""
-    for values in product(*parameters.values()):
-        yield dict(zip(parameters, values, strict=True))
+def _distribution(values: Parameter) -> BaseDistribution:
+    distributions = load_optuna().distributions
+    match values:
+        case {"int_uniform": (low, high)}:
+            return distributions.IntDistribution(low, high)
+        case {"uniform": (low, high)}:
+            return distributions.FloatDistribution(low, high)
+        case {"log_uniform": (low, high)}:
+            return distributions.FloatDistribution(low, high, log=True)
+    return distributions.CategoricalDistribution([json.dumps(value) for value in values])
 
 
-def _draw(parameters: Mapping[str, Parameter], search: RandomSearch) -> list[dict[str, Any]]:
-    """Draw combinations that differ."""
-    drawn: list[dict[str, Any]] = []
-    for number in range(_DRAWS_PER_JOB * search.random):
-        values = {
-            path: _draw_value(choices, random.Random(f"{search.seed} {number} {path}").random())
-            for path, choices in parameters.items()
-        }
-        if values not in drawn:
-            drawn.append(values)
-        if len(drawn) == search.random:
-            return drawn
-    raise ConfigError(
-        f"search.random must not be above what the parameters can give, got {search.random} "
-        f"and only {len(drawn)} different combinations"
-    )
-
-
-def _draw_value(choices: Parameter, place: float) -> Any:
-    """The value at a place in [0, 1)."""
-    if not isinstance(choices, dict):
-        return choices[int(place * len(choices))]
-    ((kind, (low, high)),) = choices.items()
-    if kind == "int_uniform":
-        return int(low) + int(place * (int(high) - int(low) + 1))
-    if kind == "log_uniform":
-        value = math.exp(math.log(low) + place * (math.log(high) - math.log(low)))
-    else:
-        value = low + place * (high - low)
-    return float(f"{value:.{_DIGITS}g}")
+def parameter_value(drawn: str | int | float) -> Any:
+    """The value that Optuna means: of a list it has the JSON text; a real number is rounded."""
+    if isinstance(drawn, str):
+        return json.loads(drawn)
+    return float(f"{drawn:.{_DIGITS}g}") if isinstance(drawn, float) else drawn

@@ -30,13 +30,6 @@ class TaskDataConfig(StrictModel):
     revision: str | None = Field(default=None, min_length=1)
     """Hub: commit, tag or branch; a commit makes results repeatable."""
 
-    @field_validator("hub")
-    @classmethod
-    def _check_one_origin(cls, hub: str | None, info: CheckInfo) -> str | None:
-        if (hub is None) == (info.data.get("files") is None):
-            raise ValueError("hub or files must be given, one of them")
-        return hub
-
     @field_validator("config", "revision")
     @classmethod
     def _check_has_hub(cls, value: str | None, info: CheckInfo) -> str | None:
@@ -45,8 +38,8 @@ class TaskDataConfig(StrictModel):
         return value
 
     @model_validator(mode="after")
-    def _check_some_origin(self) -> TaskDataConfig:
-        if self.hub is None and self.files is None:
+    def _check_one_origin(self) -> TaskDataConfig:
+        if (self.hub is None) == (self.files is None):
             raise ValueError("hub or files must be given, one of them")
         return self
 

@@ -3,19 +3,86 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.config.objective import ObjectiveConfig, SftConfig
-from loraloom.config.optimization import (
-    NEEDED_SCHEDULER_ARGS,
-    SCHEDULER_ARGS,
-    SCHEDULERS_WITHOUT_WARMUP,
-    LrScheduler,
-)
 from loraloom.config.optimizer import OptimizerConfig
+
+LrScheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+"""The schedulers of transformers (SchedulerType)."""
+
+SCHEDULERS_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""They take no warm-up."""
+
+SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""They move after each evaluation, by the metric that selects the weights."""
+
+SCHEDULER_ARGS: dict[LrScheduler, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "reduce_lr_on_plateau": (
+        "factor",
+        "patience",
+        "threshold",
+        "threshold_mode",
+        "cooldown",
+        "min_lr",
+        "eps",
+    ),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
+    "greedy": (
+        "factor",
+        "patience",
+        "threshold",
+        "threshold_mode",
+        "cooldown",
+        "warmup",
+        "min_lr",
+        "max_lr",
+        "eps",
+        "smooth",
+        "window_size",
+        "reset_start",
+    ),
+}
+"""What `lr_scheduler_args` may hold. `mode` follows from the metric."""
+
+NEEDED_SCHEDULER_ARGS: dict[str, tuple[str, ...]] = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+"""Exactly one of these must be in `lr_scheduler_args`."""
 
 
 class EarlyStoppingConfig(StrictModel):
@@ -35,7 +102,7 @@ class TrainConfig(OptimizerConfig):
     lr_scheduler: LrScheduler = "linear"
     """A scheduler of transformers by name."""
     lr_scheduler_args: dict[str, Any] = Field(default_factory=dict, validate_default=True)
-    """Further arguments of the scheduler, `{num_cycles: 2}` say."""
+    """Further arguments of the scheduler, for example `{num_cycles: 2}`."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps over which the learning rate rises to its highest."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)

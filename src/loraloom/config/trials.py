@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from loraloom.config.faults import describe_faults, describe_unknown_setting, value_fault
+from loraloom.config.faults import describe_faults, describe_unknown_setting
 from loraloom.config.job import JobConfig
-from loraloom.config.sweep import SweepConfig, format_values
+from loraloom.config.overrides import set_setting
+from loraloom.config.sweep import (
+    SweepConfig,
+    load_optuna,
+    parameter_value,
+    raise_faults,
+)
 
 
 @dataclass(frozen=True)
@@ -31,95 +37,72 @@ class Trial:
         return self.job.name
 
 
-def expand_trials(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> tuple[Trial, ...]:
-    """Return the jobs of a sweep that was checked, in its order.
+def make_trial(
+    sweep: SweepConfig, jobs: Sequence[JobConfig], number: int, combination: Mapping[str, Any]
+) -> Trial:
+    """Make a job of a sweep.
 
     Args:
         sweep: What varies.
         jobs: Those beside it, one of which may be its template.
+        number: The job's place in the sweep.
+        combination: Its parameters as Optuna has them.
+
+    Raises:
+        ValueError: If there is no such template, or the values don't go together.
     """
-    settings = sweep.expand(_template(sweep, jobs))
-    return tuple(
-        Trial(JobConfig.model_validate(job), parameters)
-        for job, parameters in zip(settings, sweep.combinations(), strict=True)
-    )
-
-
-def _template(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> Mapping[str, Any]:
-    """The settings that a sweep varies."""
-    if not isinstance(sweep.job, str):
-        return sweep.job
-    named = next((job for job in jobs if job.name == sweep.job), None)
-    if named is None:
-        names = ", ".join(job.name for job in jobs) or "none"
-        raise ValueError(
-            f"job must be the settings of a job or the name of one of jobs ({names}), "
-            f"got {sweep.job!r}"
-        )
-    return named.model_dump(mode="json", exclude_unset=True)
+    settings: Any = _template(sweep, jobs)
+    parameters = {path: parameter_value(drawn) for path, drawn in combination.items()}
+    for path, value in parameters.items():
+        settings = set_setting(settings, path, value, origin="parameters.")
+    return Trial(JobConfig.model_validate({**settings, "name": sweep.names[number]}), parameters)
 
 
 def check_trials(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> None:
-    """Check every job of a sweep; a fault of all of them is told once."""
-    template = _template(sweep, jobs)
-    _raise_faults(_unknown_parameters(sweep))
-    trials, faults = _build_trials(sweep, template)
-    _raise_faults(faults)
+    """Check the jobs of a sweep; a fault that several have is told once."""
+    load_optuna()
+    _template(sweep, jobs)
+    raise_faults(list(_unknown_parameters(sweep)))
+    tried: list[JobConfig] = []
+    faults: list[str] = []
+    for number, combination in enumerate(sweep.combinations()):
+        try:
+            tried.append(make_trial(sweep, jobs, number, combination).job)
+        except ValidationError as error:
+            faults += describe_faults(error, (JobConfig,))
+    raise_faults([f"job.{fault}" for fault in dict.fromkeys(faults)])
     taken = {job.name.casefold() for job in jobs}
-    _raise_faults(
-        [
-            f"job.name must give new names, but {job.name} is one of jobs"
-            for job in trials
-            if job.name.casefold() in taken
-        ]
-    )
-    for job in trials:
+    clashes = [name for name in sweep.names if name.casefold() in taken]
+    raise_faults([f"job.name must give new names, but {name} is one of jobs" for name in clashes])
+    for job in tried:
         if sweep.metric not in job.selecting_metrics:
             raise ValueError(
                 f"metric must be one that every job measures outside test splits "
                 f"({', '.join(job.selecting_metrics) or 'none'}), got {sweep.metric!r}; give "
                 "data.validation_fraction, data.validation or eval"
             )
-    lengths = [job.train.max_steps for job in trials]
-    known = [length for length in lengths if length is not None]
-    if sweep.early_stopping is not None and len(known) == len(lengths):
-        sweep.early_stopping.asha.check_reached(known)
+    lengths = [job.train.max_steps for job in tried]
+    if sweep.early_stopping is not None and None not in lengths:
+        sweep.early_stopping.check_reached(max(length or 0 for length in lengths))
 
 
-def _unknown_parameters(sweep: SweepConfig) -> list[str]:
-    faults = []
+def _template(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> Mapping[str, Any]:
+    """The settings that a sweep varies."""
+    if not isinstance(sweep.job, str):
+        return sweep.job
+    for job in jobs:
+        if job.name == sweep.job:
+            return job.model_dump(mode="json", exclude_unset=True)
+    names = ", ".join(job.name for job in jobs) or "none"
+    raise ValueError(
+        f"job must be the settings of a job or the name of one of jobs ({names}), got {sweep.job!r}"
+    )
+
+
+def _unknown_parameters(sweep: SweepConfig) -> Iterator[str]:
     for path in sweep.parameters:
         unknown = describe_unknown_setting(path, (JobConfig,))
         if unknown is not None:
-            faults.append(f"parameters.{path} must be a setting of a job: {unknown}")
+            yield f"parameters.{path} must be a setting of a job: {unknown}"
         elif path == "name":
-            faults.append("parameters.name must be left out: the jobs are numbered")
-    return faults
-
-
-def _build_trials(
-    sweep: SweepConfig, template: Mapping[str, Any]
-) -> tuple[list[JobConfig], list[str]]:
-    """The jobs that are right, and a line for each fault of the others."""
-    jobs: list[JobConfig] = []
-    faults: dict[str, list[str]] = {}
-    settings = sweep.expand(template)
-    for job, parameters in zip(settings, sweep.combinations(), strict=True):
-        try:
-            jobs.append(JobConfig.model_validate(job))
-        except ValidationError as error:
-            for fault in describe_faults(error, (JobConfig,)):
-                faults.setdefault(fault, []).append(f"{job['name']}, {format_values(parameters)}")
-    return jobs, [_describe_fault(*item, len(settings)) for item in faults.items()]
-
-
-def _describe_fault(fault: str, jobs: Sequence[str], num_jobs: int) -> str:
-    if len(jobs) == num_jobs:
-        return f"job.{fault}"
-    others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
-    return f"{fault} ({jobs[0]}{others})"
-
-
-def _raise_faults(faults: Sequence[str]) -> None:
-    if faults:
-        raise ValidationError.from_exception_data("sweep", [value_fault((), one) for one in faults])
+            yield "parameters.name must be left out: the jobs are numbered"

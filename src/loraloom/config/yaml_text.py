@@ -19,7 +19,18 @@ _EXPONENT_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load's loader, with its own table of what is a number."""
+    """safe_load's loader, with its own table of what is a number and each key only once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG:
+                if key.value in seen:
+                    problem = f"the key {key.value!r} stands twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 _Loader.add_implicit_resolver(_FLOAT_TAG, _EXPONENT_FLOAT, list("-+.0123456789"))
@@ -37,38 +48,12 @@ def parse_yaml(text: str, origin: str) -> Any:
             mapping.
     """
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        _check_keys_differ(node, origin, seen=set())
-        return None if node is None else loader.construct_document(node)
-    except ConfigError:
-        raise
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        place = _place(error.problem_mark)
+        mark = error.problem_mark
+        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         raise ConfigError(f"{origin} must be valid YAML{place}: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a 13th month, say
         raise ConfigError(f"{origin} must be valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{origin} must be YAML of a few levels, its are too deep") from None
-
-
-def _check_keys_differ(node: yaml.Node | None, origin: str, seen: set[int]) -> None:
-    if id(node) in seen:  # an alias, perhaps to a node around it
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _check_keys_differ(child, origin, seen)
-    elif isinstance(node, yaml.MappingNode):
-        keys: set[str] = set()
-        for key, child in node.value:
-            if key.tag != _MERGE_TAG and isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    place = _place(key.start_mark)
-                    raise ConfigError(f"{origin} has the key {key.value!r} twice{place}")
-                keys.add(key.value)
-            _check_keys_differ(child, origin, seen)
-
-
-def _place(mark: yaml.Mark | None) -> str:
-    return "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"

@@ -1,16 +1,8 @@
-"""What training and evaluation are made of: examples, choice questions and batches.
-
-Axes: B batch, L sequence.
-"""
+"""What training and evaluation are made of: examples and choice questions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
 
 NO_LOSS = -100
 """The label of a token that is read but not learnt."""
@@ -73,41 +65,3 @@ class ChoiceQuestion:
     gold: int
     normalizers: tuple[float, ...]
     group: str | None = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Examples padded to one length."""
-
-    input_ids: Tensor  # (B, L)
-    attention_mask: Tensor  # (B, L), 1 on real tokens
-    labels: Tensor  # (B, L), NO_LOSS on padding
-    sample_ids: tuple[int, ...]
-
-
-def collate(
-    examples: Sequence[Example], pad_id: int, side: Literal["left", "right"] = "right"
-) -> Batch:
-    """Pad examples to the longest one.
-
-    Args:
-        examples: At least one.
-        pad_id: Token to fill up with; it is masked out and has no loss.
-        side: Where the padding goes.
-    """
-    length = max(len(example.input_ids) for example in examples)
-
-    def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([_pad(row, length, fill, side) for row in rows], dtype=torch.long)
-
-    return Batch(
-        input_ids=padded([example.input_ids for example in examples], pad_id),
-        attention_mask=padded([[1] * len(example.input_ids) for example in examples], 0),
-        labels=padded([example.labels for example in examples], NO_LOSS),
-        sample_ids=tuple(example.sample_id for example in examples),
-    )
-
-
-def _pad(row: Sequence[int], length: int, fill: int, side: Literal["left", "right"]) -> list[int]:
-    padding = [fill] * (length - len(row))
-    return [*padding, *row] if side == "left" else [*row, *padding]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loraloom.data.names import suggestion
+from loraloom.config.faults import suggestion
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 
@@ -75,6 +75,19 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: the file must be UTF-8 text: {error}") from error
 
 
+def _parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """The value of a JSON text that begins at a line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {line + error.lineno - 1}: not valid JSON: {error.msg}, column "
+            f"{error.colno}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # more digits or levels than Python takes
+        raise DataError(f"{path}, line {line}: JSON that can't be read: {error}") from error
+
+
 def _row(value: Any, origin: str) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row must be a JSON object, got {type(value).__name__}")
@@ -83,14 +96,8 @@ def _row(value: Any, origin: str) -> Row:
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{origin}: not valid JSON: {error}") from error
-        yield _row(value, origin)
+        if line.strip():
+            yield _row(_parse_json(line, path, number), f"{path}, line {number}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -98,23 +105,18 @@ def _read_json(path: Path) -> Iterator[Row]:
     if not text.lstrip().startswith("["):  # JSON lines under the wrong name, as often on the hub
         yield from _read_json_lines(path)
         return
+    _parse_json(text, path)  # the list as a whole; what follows only finds the line of each row
     decoder = json.JSONDecoder()
-    line, seen, position = 1, 0, _skip(text, 0, "[ \n\r\t")
-    while position < len(text) and text[position] != "]":
+    line, seen, position = 1, 0, _skip(text, text.index("[") + 1, " \n\r\t")
+    while text[position] != "]":
         line, seen = line + text.count("\n", seen, position), position
-        origin = f"{path}, line {line}"
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except ValueError as error:
-            raise DataError(f"{origin}: not valid JSON: {error}") from error
-        yield _row(value, origin)
+        value, position = decoder.raw_decode(text, position)
+        yield _row(value, f"{path}, line {line}")
         position = _skip(text, position, ", \n\r\t")
-    if position == len(text):
-        raise DataError(f"{path}: not valid JSON: the list of rows is not closed by ]")
 
 
 def _skip(text: str, position: int, characters: str) -> int:
-    while position < len(text) and text[position] in characters:
+    while text[position] in characters:
         position += 1
     return position
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraloom.config.faults import suggestion
 from loraloom.data.files import SUFFIXES, is_data_file, read_file
-from loraloom.data.names import suggestion
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 
@@ -37,8 +37,8 @@ class SplitFiles:
         """
         if split not in self.files:
             raise DataError(
-                f"{self.name}: no split {split!r} in its data; {suggestion(split, self.files)}"
-                f"the splits are: {', '.join(self.files) or 'none'}"
+                f"{self.name}: no split {split!r} there; {suggestion(split, self.files)}"
+                f"the splits are: {', '.join(sorted(self.files)) or f'none, {split}.jsonl say'}"
             )
         return self.files[split]
 
@@ -150,14 +150,7 @@ def _check_single_file(path: Path, split: str) -> Path:
 
 
 def _find_split(directory: Path, split: str) -> Path:
-    files = _split_files(directory)
-    if split not in files:
-        raise DataError(
-            f"{directory}: no split {split!r} there (expected {split}.jsonl or "
-            f"{split}.jsonl.gz); {suggestion(split, files)}"
-            f"the splits are: {', '.join(sorted(files)) or 'none'}"
-        )
-    return files[split]
+    return SplitFiles(str(directory), _split_files(directory)).find(split)
 
 
 def _split_files(directory: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from loraloom.data.names import suggestion
+from loraloom.config.faults import suggestion
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 

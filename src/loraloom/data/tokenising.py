@@ -21,13 +21,6 @@ class TokenPair(NamedTuple):
     continuation: list[int]
 
 
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
-) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of the continuation after it; see `encode_pairs`."""
-    return encode_pairs(tokenizer, [(context, continuation)])[0]
-
-
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[TokenPair]:

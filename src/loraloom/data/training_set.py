@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from loraloom.data.examples import (
     PreferencePair,
     TrainingExample,
 )
-from loraloom.data.hold_out import choose_held_out
 from loraloom.data.sources import LoadedSource, load_source
+from loraloom.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,41 @@ def _all_held_out(source: LoadedSource, sample_ids: Iterator[int]) -> _Share:
 def _number(row: EncodedRow, sample_ids: Iterator[int]) -> Sequence[TrainingExample]:
     examples = [Example(piece.input_ids, piece.labels, next(sample_ids)) for piece in row.pieces]
     return [PreferencePair(*examples)] if row.is_pair else examples
+
+
+def choose_held_out(
+    name: str, rows: Sequence[EncodedRow], fraction: float, seed: int
+) -> frozenset[int]:
+    """Indices of the held-out rows: those with the lowest seeded hashes of their tokens.
+
+    Rows that are equal have equal hashes and stay together, so that none is learnt and measured.
+
+    Args:
+        name: The source's, for the message.
+        rows: Dropped rows are passed over.
+        fraction: Share of the rows, at least one row unless it is 0.
+        seed: Chooses other rows.
+
+    Raises:
+        DataError: If nothing would be left to learn from.
+    """
+    if fraction == 0:
+        return frozenset()
+    hashes = {index: _row_hash(row, seed) for index, row in enumerate(rows) if row.pieces}
+    ordered = sorted(hashes.values())
+    threshold = ordered[max(round(fraction * len(ordered)), 1) - 1]
+    chosen = frozenset(index for index, value in hashes.items() if value <= threshold)
+    if len(chosen) == len(hashes):
+        raise DataError(
+            f"{name}: validation_fraction={fraction} of {len(hashes)} rows leaves nothing to learn "
+            "from; give more rows, a lower fraction or validation data of their own"
+        )
+    return chosen
+
+
+def _row_hash(row: EncodedRow, seed: int) -> bytes:
+    tokens = " ".join(str(token) for piece in row.pieces for token in piece.input_ids)
+    return hashlib.sha256(f"{seed}: {tokens}".encode()).digest()
 
 
 def _draw(portion: Portion, generator: random.Random) -> list[int]:

@@ -1,33 +1,53 @@
 """Scores that are kept, so that an evaluation goes on where it was interrupted.
 
-A file holds the scores of one adapter, or of the base model, under one way to compute them
-(identity.py). It is only ever appended to, a line for each question:
-
-    {"question": "<hash of its tokens>", "log_likelihoods": [-3.2, -5.1], "check": "<hash>"}
-
-A line that was cut short by a crash fails its check and is passed over. Each append is one write
-that begins on a new line, so that several processes can share a file.
+One SQLite file holds the scores of all base models and adapters. A score is known by its
+computation, a hash of all that it depends on (identity.py), and by a hash of its question's tokens.
+Every batch is a transaction of its own: several processes can share a file, and a crash leaves what
+was kept before. A connection is open only while something is read or written, so that the file can
+be deleted at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loraloom.data.tokenising import TokenPair
-from loraloom.durable import sync
 from loraloom.errors import ConfigError
 from loraloom.eval.identity import adapter_digest, computation_key
 from loraloom.models.host import Host
 
+FILE_NAME = "scores.sqlite3"
+
+_APPLICATION_ID = 0x4C4C5343
+"""What SQLite's header says of whose file it is."""
+
+_LOCK_TIMEOUT_S = 60
+
+_SCHEMA = f"""
+PRAGMA journal_mode = WAL;
+PRAGMA application_id = {_APPLICATION_ID};
+CREATE TABLE IF NOT EXISTS computations (id TEXT PRIMARY KEY, description TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scores (
+    computation TEXT, question TEXT, log_likelihoods TEXT, PRIMARY KEY (computation, question)
+) WITHOUT ROWID;
+"""
+
+_log = logging.getLogger(__name__)
+
 LogLikelihoods = tuple[float, ...]
 """Of a question's choices."""
+
+Result = TypeVar("Result")
 
 Tokens = Sequence[TokenPair]
 """Of a question's choices: what the model reads, and what is scored."""
@@ -39,97 +59,119 @@ def default_cache_directory() -> Path:
     return Path(home) / "loraloom" / "eval"
 
 
-class ScoreFile:
-    """The scores of one adapter.
-
-    Args:
-        path: The file; its directory is there.
-        key: What the scores depend on, for the file's first line.
-
-    Raises:
-        ConfigError: If it can't be read or written.
-    """
-
-    def __init__(self, path: Path, key: Mapping[str, Any]):
-        self._path = path
-        try:
-            _create(path, key)
-            self._scores = dict(_read(path))
-        except OSError as error:
-            raise _cache_error(path, error) from error
-
-    def find(self, question: Tokens) -> LogLikelihoods | None:
-        """Give a question's log-likelihoods if they are known."""
-        return self._scores.get(question_digest(question))
-
-    def add(self, scores: Sequence[tuple[Tokens, LogLikelihoods]]) -> None:
-        """Keep scores; those that are not finite are left out.
-
-        Raises:
-            ConfigError: If the system can't write them.
-        """
-        finite = {
-            question_digest(question): values
-            for question, values in scores
-            if all(map(math.isfinite, values))
-        }
-        try:
-            _append(self._path, finite.items())
-        except OSError as error:
-            raise _cache_error(self._path, error) from error
-        self._scores.update(finite)
-
-    def sync(self) -> None:
-        """Flush to the disk what was added, unless somebody has deleted it."""
-        with suppress(FileNotFoundError):
-            sync(self._path)
-
-
 class ScoreCache:
     """The scores of several adapters on one base model; None is the base model itself.
 
     Weights must not change while it is used.
 
     Args:
-        directory: Made when missing.
+        directory: Of the file; made when missing.
         host: With the adapters.
         adapters: Names.
 
     Raises:
-        ConfigError: If the directory can't be used.
+        ConfigError: If scores can't be kept there.
     """
 
     def __init__(self, directory: Path, host: Host, adapters: Sequence[str | None]):
         self.directory = directory
         self.num_found = 0
         self.num_added = 0
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cache_error(directory, error) from error
-        computation = computation_key(host)
-        self._files = {name: self._open(host, name, computation) for name in adapters}
-
-    def _open(self, host: Host, name: str | None, computation: Mapping[str, Any]) -> ScoreFile:
-        digest = None if name is None else adapter_digest(host.adapter(name))
-        key = {**computation, "adapter": digest}
-        return ScoreFile(self.directory / f"{_digest(key)}.jsonl", key)
+        self._path = directory / FILE_NAME
+        key = computation_key(host)
+        keys = {
+            name: {**key, "adapter": name and adapter_digest(host.adapter(name))}
+            for name in adapters
+        }
+        self._ids = {name: _digest(value) for name, value in keys.items()}
+        computations = {_digest(value): value for value in keys.values()}
+        self._scores = _transact(self._path, lambda file: _read_scores(file, computations))
 
     def find(self, adapter: str | None, question: Tokens) -> LogLikelihoods | None:
         """Give a question's log-likelihoods if they are known."""
-        found = self._files[adapter].find(question)
-        self.num_found += found is not None
-        return found
+        known = self._scores.get((self._ids[adapter], question_digest(question)))
+        self.num_found += known is not None
+        return known
 
-    def add(self, adapter: str | None, scores: Sequence[tuple[Tokens, LogLikelihoods]]) -> None:
-        """Keep scores; see `ScoreFile.add`."""
-        self._files[adapter].add(scores)
+    def add(self, scores: Sequence[tuple[str | None, Tokens, LogLikelihoods]]) -> None:
+        """Keep scores of adapters and questions; those that are not finite are left out.
+
+        Raises:
+            ConfigError: If the system can't write them.
+        """
+        finite = {
+            (self._ids[adapter], question_digest(question)): values
+            for adapter, question, values in scores
+            if all(map(math.isfinite, values))
+        }
+        rows = [(*key, json.dumps(values)) for key, values in finite.items()]
+        insert = "INSERT OR REPLACE INTO scores VALUES (?, ?, ?)"
+        if rows:
+            _transact(self._path, lambda file: file.executemany(insert, rows))
+        self._scores.update(finite)
         self.num_added += len(scores)
 
-    def sync(self) -> None:
-        """Flush to the disk what was added."""
-        for file in self._files.values():
-            file.sync()
+
+def _read_scores(
+    connection: sqlite3.Connection, computations: Mapping[str, Any]
+) -> dict[tuple[str, str], LogLikelihoods]:
+    """Note what is going to be computed, and read what is known of it."""
+    ((state,),) = connection.execute("PRAGMA quick_check(1)")
+    if state != "ok":
+        raise sqlite3.DatabaseError(state)
+    notes = [(name, json.dumps(description)) for name, description in computations.items()]
+    connection.executemany("INSERT OR IGNORE INTO computations VALUES (?, ?)", notes)
+    wanted = ", ".join("?" * len(computations))
+    rows = connection.execute(
+        f"SELECT * FROM scores WHERE computation IN ({wanted})", list(computations)
+    )
+    try:
+        return {(name, question): tuple(json.loads(values)) for name, question, values in rows}
+    except ValueError as error:
+        raise sqlite3.DatabaseError("a score is damaged") from error
+
+
+def _transact(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Result:
+    """Do a transaction; a file that is damaged or another program's is put aside with a warning.
+
+    Raises:
+        ConfigError: If the file can't be read or written.
+    """
+    try:
+        try:
+            return _attempt(path, work)
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses say nothing of the file
+                raise
+            _put_aside(path, error)
+            return _attempt(path, work)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(
+            f"scores can't be kept in {path.parent}: {error}; give another --cache DIR, or "
+            "--no-cache"
+        ) from error
+
+
+def _attempt(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Result:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as connection:
+        ((owner,),) = connection.execute("PRAGMA application_id")
+        if owner != _APPLICATION_ID:
+            if connection.execute("SELECT name FROM sqlite_master").fetchall():
+                raise sqlite3.DatabaseError("it is another program's database")
+            connection.executescript(_SCHEMA)
+        with connection:
+            return work(connection)
+
+
+def _put_aside(path: Path, reason: Exception) -> None:
+    names = (path.with_name(f"{path.name}.aside-{number}") for number in count(1))
+    aside = next(name for name in names if not name.exists())
+    with suppress(FileNotFoundError):  # another process was faster
+        path.rename(aside)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    _log.warning("%s holds no scores that can be read (%s): it is now %s", path, reason, aside.name)
 
 
 def question_digest(question: Tokens) -> str:
@@ -140,57 +182,3 @@ def question_digest(question: Tokens) -> str:
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _create(path: Path, key: Mapping[str, Any]) -> None:
-    """Begin a file with what its scores depend on, for whoever looks into it."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-        return
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(json.dumps({"key": dict(key)}).encode() + b"\n")
-
-
-def _read(path: Path) -> Iterable[tuple[str, LogLikelihoods]]:
-    for line in path.read_bytes().split(b"\n"):
-        record = _parse(line)
-        if record is not None:
-            yield record["question"], tuple(record["log_likelihoods"])
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Read a line's record; None for another line or a damaged one."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or "check" not in record:
-        return None
-    return record if record.pop("check") == _digest(record) else None
-
-
-def _append(path: Path, scores: Iterable[tuple[str, LogLikelihoods]]) -> None:
-    lines = [_line(question, values) for question, values in scores]
-    if not lines:
-        return
-    block = ("\n" + "".join(lines)).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)  # it may be deleted at any time
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        if os.write(descriptor, block) < len(block):
-            raise OSError("the disk is full")
-    finally:
-        os.close(descriptor)
-
-
-def _line(question: str, values: LogLikelihoods) -> str:
-    record = {"question": question, "log_likelihoods": list(values)}
-    return json.dumps({**record, "check": _digest(record)}) + "\n"
-
-
-def _cache_error(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"scores can't be kept in {path}: {error.strerror or error}; give another --cache DIR, "
-        "or --no-cache"
-    )

@@ -7,33 +7,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # no display is needed
+Point = tuple[int | float, int | float]
+"""A step and what was measured there."""
 
-import matplotlib.pyplot as plt
-
-Curve = Sequence[tuple[int, float]]
+Curve = Sequence[Point]
 
 
-def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.8) -> None:
+def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.8) -> Figure:
     """Draw each job's training loss over its steps, smoothed, with the raw values behind.
 
     Args:
         curves: (step, loss) of each job.
         path: Picture to write; the suffix chooses the format.
         smoothing: Weight of the past in the running mean.
+
+    Returns:
+        What was drawn.
     """
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
-        steps, losses = zip(*curve, strict=True)
-        axes.plot(steps, losses, color=f"C{index}", alpha=0.25, linewidth=1)
-        axes.plot(steps, _smoothed(losses, smoothing), color=f"C{index}", label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss per token (nats)")
+        axes.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=1)
+        means = smoothed(curve, smoothing)
+        axes.plot([x for x, _ in means], [y for _, y in means], color=f"C{index}", label=name)
+    axes.set(xlabel="step", ylabel="loss per token (nats)")
     axes.set_ylim(bottom=0)
     axes.legend()
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_expert_load(
@@ -41,7 +43,7 @@ def plot_expert_load(
     by_group: Mapping[str, Sequence[float]],
     path: Path,
     title: str,
-) -> None:
+) -> Figure:
     """Draw the share of tokens that each expert got, by layer and by group of questions.
 
     Args:
@@ -49,8 +51,12 @@ def plot_expert_load(
         by_group: The same over all layers, for each group (a skill, say).
         path: Picture to write.
         title: Heading.
+
+    Returns:
+        What was drawn.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     peak = max(max(map(max, by_layer)), max(map(max, by_group.values())))
     options: dict[str, Any] = {"aspect": "auto", "cmap": "viridis", "vmin": 0, "vmax": peak}
     image = left.imshow(by_layer, **options)
@@ -60,22 +66,28 @@ def plot_expert_load(
     right.set_yticks(range(len(by_group)), list(by_group))
     figure.colorbar(image, ax=[left, right], label="share of tokens")
     figure.suptitle(title)
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
-def _smoothed(values: Sequence[float], smoothing: float) -> list[float]:
-    """Running mean without the pull of its start; values that are not finite are skipped."""
-    total, weight, smoothed = 0.0, 0.0, []
-    for value in values:
+def smoothed(curve: Curve, past: int | float) -> list[Point]:
+    """Take a running mean without the pull of its start; values that are not finite are left out.
+
+    Args:
+        curve: What was measured.
+        past: Weight of what was before.
+    """
+    total = weight = 0.0
+    means = []
+    for step, value in curve:
         if math.isfinite(value):
-            total = smoothing * total + (1 - smoothing) * value
-            weight = smoothing * weight + (1 - smoothing)
-        smoothed.append(total / weight if weight else math.nan)
-    return smoothed
+            total = past * total + (1 - past) * value
+            weight = past * weight + (1 - past)
+            means.append((step, total / weight))
+    return means
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure and forget it."""
+def save_figure(figure: Figure, path: Path) -> Figure:
+    """Write a figure and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure

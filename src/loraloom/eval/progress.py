@@ -3,126 +3,94 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichBars
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loraloom.data.examples import ChoiceQuestion
 
 PLAIN_INTERVAL_S = 10.0
-_RATE_BATCHES = 20
+_SPEED_PERIOD_S = 300.0
+"""The time over which the speed is averaged: some batches even of a large model."""
+
+Advance = Callable[[Sequence[int]], None]
+"""Takes the places of questions that are done."""
 
 
-class TaskProgress:
-    """How far a task is. Questions weigh by their length, as the longest come first.
+class EvaluationProgress:
+    """Shows the questions that are done and the time left.
 
-    Args:
-        name: Of the task.
-        questions: All of it.
-    """
-
-    def __init__(self, name: str, questions: Sequence[ChoiceQuestion]):
-        self.name = name
-        self.num_questions = len(questions)
-        self.num_done = 0
-        self._sizes = [_size(question) for question in questions]
-        self._left = sum(self._sizes)
-        self._marks = deque([(time.monotonic(), self._left)], maxlen=_RATE_BATCHES + 1)
-
-    def add(self, places: Sequence[int]) -> None:
-        """Take in the questions that are done."""
-        self.num_done += len(places)
-        self._left -= sum(self._sizes[place] for place in places)
-        self._marks.append((time.monotonic(), self._left))
-
-    @property
-    def remaining(self) -> str:
-        """The time until the last question, as h:mm:ss."""
-        (start, left_then), (now, left_now) = self._marks[0], self._marks[-1]
-        if left_then == left_now:
-            return "-:--:--"
-        return str(timedelta(seconds=round(left_now * (now - start) / (left_then - left_now))))
-
-
-class Progress(ABC):
-    """Shows an evaluation to its user."""
-
-    @abstractmethod
-    def start(self, task: TaskProgress) -> None:
-        """Begin to show a task."""
-
-    @abstractmethod
-    def update(self, task: TaskProgress) -> None:
-        """Show a task after a batch."""
-
-
-class LiveProgress(Progress):
-    """A bar for each task.
+    On a terminal each task has a bar, which disappears at the end. Questions weigh by their length,
+    as the longest come first.
 
     Args:
-        bars: They are running.
+        console: Where it is shown.
+        interval_s: Least time between two lines, where there is no terminal.
+        clock: Tells the time in seconds.
     """
 
-    def __init__(self, bars: RichBars):
-        self._bars = bars
-
-    def start(self, task: TaskProgress) -> None:
-        """Add its bar."""
-        self._task = self._bars.add_task(task.name, total=task.num_questions, eta="-:--:--")
-
-    def update(self, task: TaskProgress) -> None:
-        """Move its bar."""
-        self._bars.update(self._task, completed=task.num_done, eta=task.remaining)
-
-
-class PlainProgress(Progress):
-    """Lines of text, every few seconds.
-
-    Args:
-        console: Where they go.
-        interval_s: Least time between two lines.
-    """
-
-    def __init__(self, console: Console, interval_s: float = PLAIN_INTERVAL_S):
+    def __init__(
+        self,
+        console: Console,
+        interval_s: float = PLAIN_INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._console = console
         self._interval_s = interval_s
-
-    def start(self, task: TaskProgress) -> None:
-        """Begin to measure."""
-        self._shown_at = time.monotonic()
-
-    def update(self, task: TaskProgress) -> None:
-        """Print a line if it is time."""
-        now = time.monotonic()
-        if now - self._shown_at < self._interval_s or task.num_done == task.num_questions:
-            return
-        self._shown_at = now
-        self._console.print(
-            f"{task.name}: {task.num_done}/{task.num_questions} questions, ETA {task.remaining}",
-            soft_wrap=True,
+        self._clock = clock
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[num_done]}/{task.fields[num_questions]} questions"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=_SPEED_PERIOD_S,
+            transient=True,
+            get_time=clock,
+            disable=not console.is_terminal,
         )
 
+    def __enter__(self) -> EvaluationProgress:
+        self._bars.start()
+        return self
 
-@contextmanager
-def show_progress(console: Console) -> Iterator[Progress]:
-    """Show bars, which disappear at the end, on a terminal, and plain lines on anything else."""
-    if not console.is_terminal:
-        yield PlainProgress(console)
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} questions"),
-        TextColumn("ETA {task.fields[eta]}"),
-    )
-    with RichBars(*columns, console=console, transient=True) as bars:
-        yield LiveProgress(bars)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def start(self, name: str, questions: Sequence[ChoiceQuestion]) -> Advance:
+        """Begin to show a task."""
+        sizes = [_size(question) for question in questions]
+        total = len(questions)
+        task_id = self._bars.add_task(name, total=sum(sizes), num_done=0, num_questions=total)
+        task = self._bars.tasks[task_id]
+        num_done, shown_at = 0, self._clock()
+
+        def advance(places: Sequence[int]) -> None:
+            nonlocal num_done, shown_at
+            num_done += len(places)
+            size = sum(sizes[place] for place in places)
+            self._bars.update(task_id, advance=size, num_done=num_done)
+            is_due = self._clock() - shown_at >= self._interval_s and num_done < total
+            if is_due and not self._console.is_terminal:
+                shown_at = self._clock()
+                eta = _duration(task.time_remaining)
+                line = f"{name}: {num_done}/{total} questions, ETA {eta}"
+                self._console.print(line, soft_wrap=True)
+
+        return advance
+
+
+def _duration(seconds: int | float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def _size(question: ChoiceQuestion) -> int:

@@ -10,7 +10,7 @@ without its last token. Scores that were kept from before cost no forward and ar
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import combinations
@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.config import AdapterConfig
-from loraloom.eval.rows import TokenRow
+from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import load_shares
+from loraloom.routing.statistics import count_choices, load_shares
 from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
 
 NUM_WORDS = 12
@@ -37,25 +37,8 @@ WORD_PRIOR = 10
 MAX_EXAMPLE_TOKENS = 160
 """Of a task's first question, whose tokens are kept one by one."""
 
-
-@dataclass(frozen=True)
-class RoutedBatch:
-    """Questions that were scored in a forward, and what became of their tokens.
-
-    Args:
-        places: Of the questions in their task.
-        groups: Each question's rows.
-        token_ids: Real tokens of all rows in turn, [T].
-        routing: By adapter the record of these tokens.
-    """
-
-    places: Sequence[int]
-    groups: Sequence[Sequence[TokenRow]]
-    token_ids: Tensor
-    routing: Mapping[str, Sequence[LayerRouting]]
-
-
-OnRouting = Callable[[RoutedBatch], None]
+TEXTS_PER_BATCH = 32
+"""Of `tokens_per_expert`."""
 
 
 @dataclass
@@ -63,12 +46,12 @@ class TaskRouting:
     """The routing of one adapter in one task.
 
     Args:
-        num_questions: That were scored now.
+        questions: Places of those that were scored now.
         totals: Over their tokens; None before the first.
         example: The first question's context as token ids, and the first choice of each, by layer.
     """
 
-    num_questions: int = 0
+    questions: set[int] = field(default_factory=set)
     totals: RoutingTotals | None = None
     example: tuple[list[int], dict[int, list[int]]] | None = None
 
@@ -131,22 +114,20 @@ class RoutingTally:
         """Give what takes in a task's batches; None if there is no mixture."""
         for adapter in self.adapters.values():
             adapter.tasks[task] = TaskRouting()
-        return (lambda batch: self._add(task, batch)) if self.adapters else None
+        return (lambda routed: self._add(task, routed)) if self.adapters else None
 
-    def _add(self, task: str, batch: RoutedBatch) -> None:
-        for name, routing in batch.routing.items():
-            adapter = self.adapters[name]
-            of_task = adapter.tasks[task]
-            totals = routing_totals(routing)
-            of_task.num_questions += len(batch.places)
-            of_task.totals = totals if of_task.totals is None else of_task.totals + totals
-            if adapter.words is None:
-                layers = some_layers(len(routing))
-                num_experts = max(record.num_experts for record in routing)
-                adapter.words = WordCounts(layers, self._vocab_size, num_experts)
-            adapter.words.add(batch.token_ids, routing)
-            if 0 in batch.places:
-                of_task.example = _example(batch, routing, adapter.words.layers)
+    def _add(self, task: str, routed: RoutedRows) -> None:
+        adapter = self.adapters[routed.adapter]
+        of_task, totals = adapter.tasks[task], routing_totals(routed.routing)
+        of_task.questions.update(routed.places)
+        of_task.totals = totals if of_task.totals is None else of_task.totals + totals
+        if adapter.words is None:
+            layers = some_layers(len(routed.routing))
+            num_experts = max(record.num_experts for record in routed.routing)
+            adapter.words = WordCounts(layers, self._vocab_size, num_experts)
+        token_ids = torch.tensor([token for row in routed.rows for token in row.input_ids])
+        adapter.words.add(token_ids, routed.routing)
+        of_task.example = of_task.example or _example(routed, adapter.words.layers)
 
 
 def some_layers(num_layers: int) -> list[int]:
@@ -155,18 +136,23 @@ def some_layers(num_layers: int) -> list[int]:
 
 
 def _example(
-    batch: RoutedBatch, routing: Sequence[LayerRouting], layers: Sequence[int]
-) -> tuple[list[int], dict[int, list[int]]]:
-    """Take the first question's context out of a batch."""
-    place = list(batch.places).index(0)
-    start = sum(len(row.input_ids) for rows in batch.groups[:place] for row in rows)
-    length = min(batch.groups[place][0].branches.count(0), MAX_EXAMPLE_TOKENS)
-    tokens = slice(start, start + length)
-    chosen = {
-        routing[layer].layer: routing[layer].selected_experts[tokens, 0].tolist()
-        for layer in layers
-    }
-    return batch.token_ids[tokens].tolist(), chosen
+    routed: RoutedRows, layers: Sequence[int]
+) -> tuple[list[int], dict[int, list[int]]] | None:
+    """Take the context of the first question's first choice out of a forward; None if not there."""
+    start = 0
+    for place, row in zip(routed.places, routed.rows, strict=True):
+        if place == 0 and 0 in row.choices:
+            length = min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
+            tokens = slice(start, start + length)
+            chosen = {
+                routed.routing[layer].layer: routed.routing[layer]
+                .selected_experts[tokens, 0]
+                .tolist()
+                for layer in layers
+            }
+            return row.input_ids[:length], chosen
+        start += len(row.input_ids)
+    return None
 
 
 def summarise_routing(
@@ -225,7 +211,7 @@ def _summarise_task(
     totals = routing.totals
     summary: dict[str, Any] = {
         "num_questions": num_questions,
-        "num_questions_covered": routing.num_questions,
+        "num_questions_covered": len(routing.questions),
         "num_tokens": 0 if totals is None else totals.num_tokens,
     }
     if totals is not None:
@@ -321,3 +307,41 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
         str(name) if "\ufffd" in text or not text else text
         for text, name in zip(texts, names, strict=True)
     ]
+
+
+def tokens_per_expert(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter_name: str,
+    texts: Mapping[str, Sequence[str]],
+) -> dict[str, Tensor]:
+    """Count how often each expert is chosen for the tokens of some texts.
+
+    Args:
+        host: In eval mode.
+        tokenizer: The base model's.
+        adapter_name: A mixture on the host.
+        texts: Texts by group, a skill or task say.
+
+    Returns:
+        For each group the choices of every layer's experts, [N, E].
+    """
+    return {
+        group: sum(
+            (
+                _count_texts(host, tokenizer, adapter_name, items[start : start + TEXTS_PER_BATCH])
+                for start in range(0, len(items), TEXTS_PER_BATCH)
+            ),
+            start=torch.zeros(1, 1, dtype=torch.long),
+        )
+        for group, items in texts.items()
+    }
+
+
+@torch.no_grad()
+def _count_texts(
+    host: Host, tokenizer: PreTrainedTokenizerBase, adapter_name: str, texts: Sequence[str]
+) -> Tensor:
+    batch = tokenizer(list(texts), return_tensors="pt", padding=True).to(host.device)
+    output = host.hidden(batch.input_ids, batch.attention_mask, [adapter_name] * len(texts))
+    return count_choices(output.routing[adapter_name]).cpu()

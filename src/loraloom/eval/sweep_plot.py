@@ -1,92 +1,82 @@
-"""The picture of a sweep: every job's course, and how the metric depends on each parameter."""
+"""The picture of a sweep: every job's course, and how much each parameter matters."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import optuna
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from optuna.importance import get_param_importances
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from loraloom.config.sweep import format_value
-from loraloom.eval.plots import Curve, save_figure
+from loraloom.eval.plots import save_figure
 
-MAX_PANELS = 4
 MAX_NAMES = 5
-"""Jobs that the legend names, the best that were not stopped."""
-_LOG_SPREAD = 20
-"""A parameter whose values are further apart than this factor gets a logarithmic axis."""
+"""Jobs that the legend names, the best that were trained to their end."""
 
 
-def plot_sweep(
-    curves: Mapping[str, Curve],
-    parameters: Mapping[str, Mapping[str, Any]],
-    stopped: Collection[str],
-    metric: str,
-    path: Path,
-) -> None:
-    """Draw the metric by step for every job, and its last value by each parameter.
+def plot_sweep(study: optuna.Study, names: Sequence[str], metric: str, path: Path) -> Figure | None:
+    """Draw the metric by step for every job, and the importance of the parameters for it.
 
-    Jobs that were stopped are grey and end in a cross.
+    Jobs that were stopped are grey and end in a cross. Nothing is drawn before an evaluation.
 
     Args:
-        curves: (step, value) of each job that was measured, the best first.
-        parameters: Those that the sweep varies, of each job. More than four are left out.
-        stopped: Jobs that were stopped.
+        study: Optuna's record of the sweep.
+        names: Of the jobs, by number.
         metric: What was measured.
         path: Picture to write.
+
+    Returns:
+        What was drawn.
     """
-    names = list(next(iter(parameters.values())))[:MAX_PANELS]
-    figure, panels = plt.subplots(
-        1, 1 + len(names), figsize=(4.5 + 2.5 * len(names), 3.6), sharey=True, layout="constrained"
-    )
-    styles = _styles(curves, stopped)
-    left, *others = panels
-    kept = [name for name in curves if name not in stopped]
-    _draw_curves(left, curves, styles, named=kept[:MAX_NAMES])
+    measured = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values]
+    if not measured:
+        return None
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_curves(left, measured, names, study.direction == StudyDirection.MAXIMIZE)
     left.set(xlabel="step", ylabel=metric)
-    for axes, name in zip(others, names, strict=True):
-        places = _places(axes, [values[name] for values in parameters.values()])
-        for job, place in zip(parameters, places, strict=True):
-            if job in curves:
-                axes.plot([place], [curves[job][-1][1]], linestyle="", **styles[job])
-        axes.set_xlabel(name)
-    save_figure(figure, path)
-
-
-def _styles(curves: Mapping[str, Curve], stopped: Collection[str]) -> dict[str, dict[str, Any]]:
-    """How each job is drawn: from dark for the best to light for the worst."""
-    kept = [name for name in curves if name not in stopped]
-    shades = plt.colormaps["viridis"]
-    styles = {
-        name: {"color": shades(0.9 * place / max(1, len(kept) - 1)), "marker": "o"}
-        for place, name in enumerate(kept)
-    }
-    return styles | {name: {"color": "0.6", "marker": "x"} for name in curves if name in stopped}
+    step = _last_common_step(measured)
+    if step is not None and len({trial.intermediate_values[step] for trial in measured}) > 1:
+        importances = _importances(study, measured, step)
+        right.barh(list(importances), list(importances.values()))
+        right.set(xlabel=f"importance for {metric} after step {step}", xlim=(0, 1))
+        right.invert_yaxis()
+    return save_figure(figure, path)
 
 
 def _draw_curves(
-    axes: Axes,
-    curves: Mapping[str, Curve],
-    styles: Mapping[str, dict[str, Any]],
-    named: Collection[str],
+    axes: Axes, trials: Sequence[FrozenTrial], names: Sequence[str], higher_is_better: bool
 ) -> None:
-    for name in reversed(list(curves)):  # the best above the others
-        steps, values = zip(*curves[name], strict=True)
-        axes.plot(steps, values, markevery=[-1], linewidth=1.2, label=name, **styles[name])
-    handles = {line.get_label(): line for line in axes.get_lines()}
+    lines = {}
+    for trial in trials:
+        steps, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
+        is_stopped = trial.state == TrialState.PRUNED
+        style: dict[str, Any] = {"color": "0.6", "marker": "x"} if is_stopped else {"marker": "o"}
+        (lines[trial.number],) = axes.plot(steps, values, markevery=[-1], **style)
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    finished.sort(key=lambda trial: trial.value or 0.0, reverse=higher_is_better)
+    named = [trial.number for trial in finished[:MAX_NAMES]]
     if named:
-        axes.legend([handles[name] for name in named], named, fontsize="small")
+        axes.legend([lines[one] for one in named], [names[one] for one in named], fontsize="small")
 
 
-def _places(axes: Axes, values: Sequence[Any]) -> list[int | float]:
-    """Where values lie on the axis, which is set up: numbers by size, others one after another."""
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        if min(values) > 0 and max(values) / min(values) > _LOG_SPREAD:
-            axes.set_xscale("log")
-        return list(values)
-    labels = list(dict.fromkeys(map(format_value, values)))
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    return [labels.index(format_value(value)) for value in values]
+def _last_common_step(trials: Sequence[FrozenTrial]) -> int | None:
+    """The last step at which all were measured: there they compare."""
+    steps = [set(trial.intermediate_values) for trial in trials]
+    return max(set.intersection(*steps), default=None)
+
+
+def _importances(study: optuna.Study, trials: Sequence[FrozenTrial], step: int) -> dict[str, float]:
+    """How much the metric at a step depends on each parameter; they sum to one."""
+    compared = optuna.create_study(direction=study.direction)
+    for trial in trials:
+        value = trial.intermediate_values[step]
+        compared.add_trial(
+            create_trial(params=trial.params, distributions=trial.distributions, value=value)
+        )
+    return get_param_importances(compared)

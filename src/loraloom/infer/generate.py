@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from loraloom.errors import DataError
-from loraloom.halving import in_halves
+from loraloom.infer.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
-from loraloom.infer.sampling import SamplingConfig, draw_processors
+from loraloom.infer.sampling import SamplingConfig, TokenChooser
 from loraloom.infer.stopping import StopTexts, before_stop
 from loraloom.models.host import Host
 
@@ -34,7 +34,7 @@ def generate(
     """Complete prompts, each with its adapter.
 
     Args:
-        host: In eval mode, with the adapters that the prompts name.
+        host: With the adapters that the prompts name.
         tokenizer: The base model's; its chat template is used, see `encode_prompt`.
         prompts: In any order.
         sampling: How tokens are chosen.
@@ -109,7 +109,7 @@ def complete(
     """Complete prompts that are token ids and fit the model; see `generate`.
 
     Args:
-        host: In eval mode.
+        host: With the adapters.
         tokenizer: The base model's.
         encoded: Prompts, none empty.
         adapters: A name or None for each.
@@ -164,11 +164,9 @@ def complete_tokens(
             lambda place: f"a prompt of {len(encoded[place])} tokens",
         )
         for place, ids in zip(places, new_ids, strict=True):
-            said = _until(ids, ends)
-            text = str(tokenizer.decode(said, skip_special_tokens=True))
-            kept = _without_padding(ids[: len(said) + 1], tokenizer.pad_token_id, ends)
+            text = str(tokenizer.decode(_until(ids, ends), skip_special_tokens=True))
             completions[place] = Completion(
-                list(encoded[place]), kept, before_stop(text, sampling.stop)
+                list(encoded[place]), ids, before_stop(text, sampling.stop)
             )
         if on_progress is not None:
             on_progress(len(completions), len(encoded))
@@ -207,9 +205,51 @@ def _generate_batch(
     sampling: SamplingConfig,
     keys: Sequence[int],
 ) -> list[list[int]]:
+    """Continue prompts together; a row leaves the batch when it has ended."""
     input_ids, attention_mask = _pad_left(rows, host.device)
     prompt_length = input_ids.shape[1]
-    stops = [StopTexts(tokenizer, sampling.stop, prompt_length)] if sampling.stop else []
+    stops = StopTexts(tokenizer, sampling.stop, prompt_length) if sampling.stop else None
+    ends = _end_tokens(host, tokenizer)
+    if sampling.num_beams > 1:
+        return _search_beams(host, tokenizer, input_ids, attention_mask, names, sampling, stops)
+    chooser = TokenChooser(sampling, keys, host.device)
+    session = host.prefill(input_ids, attention_mask, names)
+    new_ids: list[list[int]] = [[] for _ in rows]
+    alive = list(range(len(rows)))  # the session's rows
+    while True:
+        tokens = chooser.choose(input_ids, session.logits)
+        input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], dim=1)
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            new_ids[row].append(token)
+        stopped = [False] * len(alive) if stops is None else stops(input_ids, None).tolist()
+        staying = [
+            place
+            for place, row in enumerate(alive)
+            if new_ids[row][-1] not in ends
+            and not stopped[place]
+            and len(new_ids[row]) < sampling.max_new_tokens
+        ]
+        if not staying:
+            return new_ids
+        if len(staying) < len(alive):
+            alive = [alive[place] for place in staying]
+            index = torch.tensor(staying, device=tokens.device)
+            input_ids, tokens = input_ids[index], tokens[index]
+            session.keep(staying)
+            chooser.keep(staying)
+        host.decode(session, tokens)
+
+
+def _search_beams(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    names: Sequence[str | None],
+    sampling: SamplingConfig,
+    stops: StopTexts | None,
+) -> list[list[int]]:
+    """Continue prompts by transformers' beam search."""
     ends = _end_tokens(host, tokenizer)
     output = host.generate(
         input_ids=input_ids,
@@ -218,16 +258,18 @@ def _generate_batch(
         max_new_tokens=sampling.max_new_tokens,
         num_beams=sampling.num_beams,
         repetition_penalty=sampling.repetition_penalty,
-        logits_processor=draw_processors(sampling, keys, host.device),
-        do_sample=False,  # the processors draw; these would be the model's own defaults:
-        temperature=1.0,
+        do_sample=False,
+        temperature=1.0,  # these would be the model's own defaults
         top_k=50,
         top_p=1.0,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList(stops),
+        stopping_criteria=StoppingCriteriaList([] if stops is None else [stops]),
     )
-    return output[:, prompt_length:].tolist()
+    return [
+        _without_padding(ids[: len(_until(ids, ends)) + 1], tokenizer.pad_token_id, ends)
+        for ids in output[:, input_ids.shape[1] :].tolist()
+    ]
 
 
 def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-import loraloom
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
+from loraloom.models.attach import attach
 from loraloom.models.host import Host
 from loraloom.models.loading import find_device, load_base_model
 from loraloom.models.sources import find_source
@@ -54,7 +54,7 @@ def load_host(
         AdapterError: If an adapter is for another base model.
     """
     model, tokenizer = load_base_model(base_model, dtype, device, attn_implementation)
-    host = loraloom.attach(model)
+    host = attach(model)
     for name, path in adapters.items():
         host.load(name, path)
     return host, tokenizer

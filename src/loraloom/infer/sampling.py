@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, ValidationError, field_validator
 from torch import Tensor
 from transformers import (
-    LogitsProcessor,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -47,7 +47,7 @@ class SamplingConfig(StrictModel):
     num_beams: int = Field(default=1, ge=1)
     """Width of a beam search; 1 for none."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the draws."""
+    """Seed of the random draws."""
     stop: tuple[str, ...] = ()
     """Texts at whose first appearance a completion ends; they are not part of it."""
 
@@ -91,44 +91,55 @@ def parse_sampling(**settings: Any) -> SamplingConfig:
         raise ConfigError("\n".join(describe_faults(error, (SamplingConfig,)))) from error
 
 
-class _RowNoise(LogitsProcessor):
-    """Add Gumbel noise, so that the highest logit is a draw from the softmax.
-
-    Each row has a generator of its own.
-
-    Source:
-        The Gumbel-max trick: argmax(logits - log(e)), e ~ Exp(1), is a draw from softmax(logits).
-    """
-
-    def __init__(self, keys: Sequence[int], device: torch.device):
-        self.generators = [torch.Generator(device).manual_seed(key) for key in keys]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the noisy logits, [B, V]."""
-        draws = torch.empty_like(scores)
-        for row, generator in zip(draws, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - draws.clamp_min_(torch.finfo(draws.dtype).tiny).log_()
-
-
-def draw_processors(
-    sampling: SamplingConfig, rows: Sequence[int], device: torch.device
-) -> LogitsProcessorList:
-    """Make what turns logits into logits whose highest is the token to take.
+class TokenChooser:
+    """Chooses each row's next token.
 
     Args:
         sampling: The settings.
         rows: A number for each row that is its own among all prompts.
         device: Of the logits.
     """
-    processors = LogitsProcessorList()
-    if sampling.temperature == 0:
-        return processors
-    processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k > 0:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    keys = [sample_key(sampling.seed, 0, row) for row in rows]
-    processors.append(_RowNoise(keys, device))
-    return processors
+
+    def __init__(self, sampling: SamplingConfig, rows: Sequence[int], device: torch.device):
+        self._processors = LogitsProcessorList()
+        self._generators: list[torch.Generator] | None = None
+        if sampling.repetition_penalty != 1:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if sampling.temperature == 0:
+            return
+        self._processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k > 0:
+            self._processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._processors.append(TopPLogitsWarper(sampling.top_p))
+        keys = [sample_key(sampling.seed, 0, row) for row in rows]
+        self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
+
+    def choose(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """Choose tokens, [B].
+
+        Args:
+            input_ids: What each row said so far, [B, L].
+            logits: Of its next token, [B, V].
+        """
+        scores = self._processors(input_ids, logits.float())  # pyright: ignore[reportArgumentType]
+        if self._generators is not None:
+            scores = _add_noise(scores, self._generators)
+        return scores.argmax(-1)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let all other rows go."""
+        if self._generators is not None:
+            self._generators = [self._generators[row] for row in rows]
+
+
+def _add_noise(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Add Gumbel noise, so that the highest score is a draw from the softmax.
+
+    Source:
+        The Gumbel-max trick: argmax(logits - log(e)), e ~ Exp(1), is a draw from softmax(logits).
+    """
+    draws = torch.empty_like(scores)
+    for row, generator in zip(draws, generators, strict=True):
+        row.exponential_(generator=generator)
+    return scores - draws.clamp_min_(torch.finfo(draws.dtype).tiny).log_()

@@ -81,8 +81,14 @@ def family_of(model: nn.Module) -> Family:
     """Look a model's family up.
 
     Raises:
-        ModelError: If it is not in the table; lists the families and the model's linear modules.
+        ModelError: If it is not in the table; lists the families and the model's linear modules. Or
+            if the model is compiled as a whole.
     """
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise ModelError(
+            "model must not be compiled as a whole, as its rows may have different adapters in "
+            "each forward; attach the model itself and compile its decoder layers: layer.compile()"
+        )
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     family = FAMILIES.get(model_type)
     if family is None or not _has_path(model, family.layers) or not _has_head(model):

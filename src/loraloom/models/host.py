@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
-from loraloom.config.names import check_name
+from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models import decoding
@@ -30,11 +30,11 @@ from loraloom.models.forward import (
     ForwardContext,
     PreparedWeights,
     Record,
-    current_forward,
     query_mask,
     running,
     segment_adapters,
 )
+from loraloom.models.generation import Generation
 from loraloom.models.layout import make_layout
 from loraloom.models.packing import (
     SampleLengths,
@@ -50,12 +50,6 @@ from loraloom.routing.record import LayerRouting
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
     "loraloom_prepared", default=None
-)
-_entered: ContextVar[AbstractContextManager[None] | None] = ContextVar(
-    "loraloom_entered", default=None
-)
-_generating: ContextVar[tuple[object, Sequence[str | None]] | None] = ContextVar(
-    "loraloom_generating", default=None
 )
 
 
@@ -106,8 +100,8 @@ class Host:
         self.base = base_info(model, self._family, self._base_layers)
         self._head = head_of(model, self._family)
         self._wiring = Wiring(model, self._family)
-        self._wiring.on_undo(model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-        self._wiring.on_undo(model.register_forward_hook(self._leave, always_call=True).remove)
+        self._generation = Generation(model, self._open_generated)
+        self._wiring.on_undo(self._generation.undo)
         self._inside = threading.RLock()
         self._cache_argument = _cache_argument(self.model.base_model)
         self._training = False
@@ -423,14 +417,10 @@ class Host:
             generate_kwargs: Passed on: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
         """
         names = self._row_adapters(adapters, len(input_ids))
-        token = _generating.set((self, names))
-        try:
-            with self.prepared():
-                return self.model.generate(
-                    input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
-                )
-        finally:
-            _generating.reset(token)
+        with self.prepared(), self._generation.of_rows(names):
+            return self.model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
+            )
 
     def detach(self) -> nn.Module:
         """Take everything off and return the base model as it was before `attach`."""
@@ -535,6 +525,12 @@ class Host:
         with self._inside, running(forward):
             yield
 
+    def _open_generated(
+        self, input_ids: Tensor, attention_mask: Tensor | None, adapters: Sequence[str | None]
+    ) -> AbstractContextManager[None]:
+        """Open a forward that transformers' generation makes by itself."""
+        return self._run(self._forward(input_ids, attention_mask, adapters, training=False))
+
     def _check_trainable(self) -> None:
         if self.dtype == torch.float16:
             raise ModelError(
@@ -555,31 +551,6 @@ class Host:
                 f"sample_keys must have one key for each of the {count} {what}, got {len(keys)}"
             )
         return [int(key) for key in keys]
-
-    def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Give a forward that transformers' generation makes by itself its context."""
-        generating = _generating.get()
-        if generating is None or generating[0] is not self or current_forward(self._wiring):
-            return
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-        names = expand_adapters(generating[1], len(tokens))
-        forward = self._forward(tokens, kwargs.get("attention_mask"), names, training=False)
-        entered = self._run(forward)
-        entered.__enter__()
-        _entered.set(entered)
-
-    def _leave(self, *_: Any) -> None:
-        """Close the context that `_enter` has opened."""
-        entered = _entered.get()
-        if entered is not None:
-            _entered.set(None)
-            entered.__exit__(None, None, None)
-
-
-def expand_adapters(adapters: Sequence[str | None], batch_size: int) -> Sequence[str | None]:
-    """Repeat each row's adapter for its beams or returned sequences."""
-    copies = batch_size // len(adapters)
-    return [name for name in adapters for _ in range(copies)]
 
 
 def _filled(record: Record) -> Record:

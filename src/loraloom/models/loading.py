@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+from filelock import FileLock
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -24,8 +27,9 @@ from transformers import (
 from transformers.utils import logging
 
 from loraloom.config.fields import AttnImplementation, check_device
+from loraloom.durable import write_directory
 from loraloom.errors import ModelError
-from loraloom.models.sources import ModelSource, find_source
+from loraloom.models.sources import ModelSource, dequantised_copy, find_source
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -34,7 +38,16 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 # What transformers, safetensors and gguf raise at files that are missing, broken or unknown.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    struct.error,
+    SafetensorError,
+)
 
 _ADVICE = {
     "directory": "check that save_pretrained wrote model and tokenizer there",
@@ -69,12 +82,9 @@ def load_base_model(
         "device_map": find_device(device),
         **_attention_option(attn_implementation),
     }
-    with _quiet(source):
-        with _told_as_model_error(f"the tokenizer of {name}", source):
-            tokenizer = _load_tokenizer(source)
-        with _told_as_model_error(name, source):
-            model, report = _load_model(source, options)
-    _check_complete(name, model, report)
+    with _quiet(source), _told_as_model_error(name, source):
+        load = _load if source.gguf_file is None else _load_gguf
+        model, tokenizer = load(name, source, options)
     _set_padding(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer
@@ -117,6 +127,44 @@ def _attention_option(name: str | None) -> dict[str, str]:
     if name not in known:
         raise ModelError(f"attn_implementation must be one of {', '.join(known)}, got {name!r}")
     return {"attn_implementation": name}
+
+
+def _load(
+    name: str, source: ModelSource, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with _told_as_model_error(f"the tokenizer of {name}", source):
+        tokenizer = _load_tokenizer(source)
+    model, report = _load_model(source, options)
+    _check_complete(name, model, report)
+    return model, tokenizer
+
+
+def _load_gguf(
+    name: str, source: ModelSource, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a GGUF file by its dequantised copy, which is made where there is none or a broken one.
+
+    Where the cache can't be written, nothing is kept.
+    """
+    copy = dequantised_copy(source, options["dtype"])
+    with ExitStack() as stack:
+        with suppress(OSError):  # several processes wait for the first one's copy
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{copy}.lock"))
+        if copy.is_dir():
+            with suppress(ModelError, *_LOADING_ERRORS):
+                model, tokenizer = _load(name, ModelSource("directory", str(copy)), options)
+                tokenizer.name_or_path = source.location  # as if it came from the file
+                return model, tokenizer
+        loaded = _load(name, source, options)
+        with suppress(*_LOADING_ERRORS):
+            write_directory(copy, lambda aside: _save(aside, *loaded))
+        return loaded
+
+
+def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

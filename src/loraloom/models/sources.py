@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +60,28 @@ def find_source(name: str) -> ModelSource:
         raise ModelError(f"base model must be {_KINDS}, got the file {name}")
     _check_hub_name(name)
     return ModelSource("hub", name)
+
+
+def dequantised_copy(source: ModelSource, dtype: object) -> Path:
+    """Where a GGUF file's model is kept as `save_pretrained` writes it: in the cache directory.
+
+    That is `$XDG_CACHE_HOME/loraloom/gguf`, in `~/.cache` where that is not set. The name depends
+    on the file's bytes, the dtype and the packages that dequantise, so that a copy never is stale.
+
+    Raises:
+        ModelError: If the file can't be read.
+    """
+    assert source.gguf_file is not None, "only GGUF files are dequantised"
+    path = Path(source.location, source.gguf_file)
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error}") from error
+    made_by = f"{dtype} transformers {version('transformers')} gguf {version('gguf')}"
+    digest.update(made_by.encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "loraloom" / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
 
 
 def _gguf(path: Path) -> ModelSource:

@@ -33,6 +33,26 @@ from loraloom.ops.low_rank import (
     scale_rows,
 )
 from loraloom.ops.slot_pieces import Piece, Slots
+from loraloom.ops.triton_expert_ffn import fits_triton, triton_expert_ffn
+
+
+def adapter_ffn(
+    hidden_states: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    weights: FfnWeights,
+    routing: Routing | None,
+    act: Activation,
+    dropout: FfnDropout,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Compute what `expert_ffn` computes in the way that is fastest here; see there.
+
+    By Triton's kernels on a GPU where they fit: the fewest passes over memory. Else by
+    `lean_expert_ffn`; `slot_pieces.py` says whether by masks or by groups of experts. (Small
+    forwards on prepared weights are computed by `stacked.py`, for several adapters at once.)
+    """
+    ffn = triton_expert_ffn if fits_triton(gate, weights, act) else lean_expert_ffn
+    return ffn(hidden_states, gate, up, weights, routing, act, dropout)
 
 
 def lean_expert_ffn(
@@ -205,7 +225,22 @@ class _PieceStates:
 
 
 class _LeanFfn(torch.autograd.Function):
-    """(gate, up, rank-space input) -> (Σ_j g_j h_j, rank-space input of the down update)."""
+    """(gate, up, rank-space input) -> (Σ_j g_j h_j, rank-space input of the down update).
+
+    With u = gate + z_g B_g, v = up + z_u B_u (z the rank-space input, masked to the slot's expert),
+    h = act(u) ∘ v and y = Σ_j g_j h_j, z_d = Σ_j g_j drop(h_j) A_dᵀ, the backward pass has for each
+    slot, from ∂y [T, F] and ∂z_d [T, S]:
+
+        ∂g_j = <∂y, h_j> + <∂z_d, drop(h_j) A_dᵀ>       by row
+        ∂h_j = g_j (∂y + drop(∂z_d A_d))
+        ∂u   = act'(u) ∘ (∂h_j ∘ v),   ∂v = ∂h_j ∘ act(u)
+        ∂gate += ∂u,  ∂B_g += z_gᵀ ∂u,  ∂z_g += ∂u B_gᵀ;   the same for up with ∂v
+        ∂A_d += (g_j ∂z_d)ᵀ drop(h_j)
+
+    h, u and v are K·T·F wide, so they are computed again, piece by piece; what is kept is T·F (the
+    base's gate and up, which PEFT's layer keeps as well) or of rank-space width. Only act' needs
+    autograd, whatever activation the family has: a graph over one piece and one function.
+    """
 
     @staticmethod
     def forward(ctx, block, gate, up, low_rank, gate_B, gate_c, up_B, up_c, down_A, slot_weights):
@@ -346,6 +381,8 @@ class _Backward:
         self, piece: Piece, grad_hidden: Tensor, grad_down: Tensor, states: Tensor
     ) -> Tensor:
         """Gradient of the hidden states; adds to those of the routing weights and down's A."""
+        # Where slots stay apart (DoRA on the output projection, or a base that rounds rows) each
+        # slot has rows of its own in `hidden`, and its weight is applied behind the base's layer.
         if self.block.slots.apart:
             upstream = piece.take_slots(grad_hidden)
         else:

@@ -30,7 +30,6 @@ from torch.nn import functional
 from transformers import activations
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
-from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import UpProjection, decompose, down_project, rows_of_experts, slot_masks
 
 MAX_RANKS = 256
@@ -60,12 +59,13 @@ class Tile:
 
 
 def fits_triton(gate: Tensor, weights: FfnWeights, act: Activation) -> bool:
-    """Whether the kernels can run: a GPU with Triton, an activation and a width that they know.
+    """Whether the kernels can run: tokens on a GPU with Triton, an activation and width they know.
 
     They have not run on a GPU yet: the environment variable LORALOOM_TRITON=1 asks for them.
     """
     return (
         gate.is_cuda
+        and len(gate) > 0
         and gate.dtype in _DTYPES
         and weights.num_experts * weights.rank <= MAX_RANKS
         and activation_name(act) is not None
@@ -112,8 +112,6 @@ def triton_expert_ffn(
         Hidden rows ([T, F], or [K·T, F] where slots stay apart) and a function from the base's
         output for them to the block's output, [T, D].
     """
-    if len(gate) == 0:
-        return lean_expert_ffn(hidden_states, gate, up, weights, routing, act, dropout)
     experts = gate.new_zeros(1, len(gate), dtype=torch.long)
     if routing is not None:
         experts = routing.selected_experts.T  # (K, T)

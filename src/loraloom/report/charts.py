@@ -1,25 +1,38 @@
-"""Charts as coordinates: what templates draw as SVG.
+"""Charts of the page: matplotlib draws them as SVG, the page's style sheet colors them.
 
-A chart is made for a phone's width and may be drawn larger.
+They are made for a phone's width and may be shown larger.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-Number = int | float
-Point = tuple[Number, Number]
+from markupsafe import Markup, escape
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from loraloom.eval.plots import Curve, Point
 
 NUM_COLORS = 6
 """Of the palette; then the lines' dashes change."""
 
 DASHES = ("none", "6 3", "2 2", "8 3 2 3", "12 4")
 MAX_POINTS = 240
+MAX_NAME = 26
+"""Characters of an adapter's name beside its interval; a longer one loses its middle."""
 
-_WIDTH, _HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 30
+_WIDTH, _HEIGHT, _ROW = 360, 220, 22
+_LEFT, _RIGHT, _TOP, _BOTTOM, _LETTER = 46, 8, 8, 30, 6.2
+_RULE = "#c0deff"
+_SVG: dict[Any, Any] = {"svg.fonttype": "none", "path.simplify": False}
 
 
 @dataclass(frozen=True)
@@ -31,186 +44,132 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Series:
-    """A curve to draw."""
-
-    label: str
-    style: Style
-    points: Sequence[Point]
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A mark on an axis: where, and what it says."""
-
-    position: Number
-    label: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve in the chart's coordinates, and its last value in words."""
-
-    label: str
-    style: Style
-    path: str
-    dot: Point | None
-    last: str
-
-
-@dataclass(frozen=True)
-class LineChart:
-    """Curves over steps."""
+class Chart:
+    """A drawing under its title; the label of each line says in words what it shows."""
 
     title: str
-    x_ticks: Sequence[Tick]
-    y_ticks: Sequence[Tick]
-    lines: Sequence[Line]
-    width: int = _WIDTH
-    height: int = _HEIGHT
-    left: int = _LEFT
-    right: int = _WIDTH - _RIGHT
-    top: int = _TOP
-    bottom: int = _HEIGHT - _BOTTOM
+    figure: Figure
+
+    @property
+    def svg(self) -> Markup:
+        """The drawing as an element of the page."""
+        text = io.StringIO()
+        with rc_context(_SVG), warnings.catch_warnings():
+            # the page has fonts of its own
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            self.figure.savefig(text, format="svg", metadata={"Date": None})
+        svg = text.getvalue()
+        lines = [line for axes in self.figure.axes for line in axes.lines]
+        words = list(dict.fromkeys(str(line.get_label()) for line in lines))
+        box = re.search(r'viewBox="[^"]*"', svg)
+        assert box is not None, "matplotlib writes a viewBox"
+        body = _styled(svg[svg.index("</defs>") + len("</defs>") :])
+        for place, line in enumerate(lines, start=1):
+            title = f"<g><title>{escape(str(line.get_label()))}</title>"
+            body = body.replace(f'<g id="curve{place}">', title)
+        label = escape(f"{self.title}. {'. '.join(words)}")
+        return Markup(f'<svg class="chart" role="img" aria-label="{label}" {box[0]}>{body}')
 
 
-@dataclass(frozen=True)
-class Axis:
-    """From values to places."""
-
-    low: Number
-    high: Number
-    start: Number
-    end: Number
-
-    def place(self, value: Number) -> float:
-        """Where a value is, rounded to tenths."""
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
-
-    def ticks(self, count: int) -> list[Tick]:
-        """Marks at round values."""
-        values = round_values(self, count)
-        return [
-            Tick(self.place(value), label)
-            for value, label in zip(values, _short(values), strict=True)
-        ]
+def _styled(svg: str) -> str:
+    """Leave fonts and colors to the style sheet, and out what would stand twice in the page."""
+    svg = re.sub(r' id="(?!curve)[^"]*"', "", svg)
+    svg = re.sub(r"font-(size|family): [^;]*; ", "", svg)
+    svg = re.sub(r"#c0de0(\d)", r"var(--c\1)", svg).replace(_RULE, "var(--rule)")
+    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+|\s*\n", r"\1", path[0]), svg)
 
 
-def line_chart(title: str, series: Sequence[Series]) -> LineChart | None:
-    """Lay curves out; None where no value is finite."""
-    drawn = [Series(one.label, one.style, thinned(finite(one.points))) for one in series]
-    drawn = [one for one in drawn if one.points]
+def line_chart(
+    title: str, curves: Mapping[str, Curve], styles: Mapping[str, Style]
+) -> Chart | None:
+    """Draw curves over steps; None where no value is finite.
+
+    Args:
+        title: Heading.
+        curves: By label.
+        styles: By label.
+    """
+    finite = {
+        label: thinned([p for p in curve if _is_finite(p)]) for label, curve in curves.items()
+    }
+    drawn = {label: curve for label, curve in finite.items() if curve}
     if not drawn:
         return None
-    points = [point for one in drawn for point in one.points]
-    x = _axis([x for x, _ in points], _LEFT, _WIDTH - _RIGHT, margin=0)
-    y = _axis([y for _, y in points], _HEIGHT - _BOTTOM, _TOP, margin=0.05)
-    return LineChart(title, x.ticks(5), y.ticks(5), [_line(one, x, y) for one in drawn])
+    figure, axes = _axes(_HEIGHT, _LEFT)
+    axes.margins(x=0, y=0.05)
+    axes.grid(axis="y", color=_RULE, linewidth=1, clip_on=False)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("step", loc="right", labelpad=2)
+    for label, curve in drawn.items():
+        step, value = curve[-1]
+        words, dash = f"{label}: {value:.4g} at step {step:g}", styles[label].dash
+        _draw(axes, curve, styles[label].color, words, dash)
+    return Chart(title, figure)
 
 
-def _line(series: Series, x: Axis, y: Axis) -> Line:
-    places = [(x.place(step), y.place(value)) for step, value in series.points]
-    path = "M" + "L".join(f"{left} {top}" for left, top in places)
-    step, value = series.points[-1]
-    dot = places[0] if len(places) == 1 else None
-    return Line(series.label, series.style, path, dot, f"{value:.4g} at step {step:g}")
+def interval_chart(title: str, rows: Sequence[tuple[str, int | float, Point, str]]) -> Chart:
+    """Draw a value with its interval for each adapter, in percent on one axis.
+
+    Args:
+        title: Heading.
+        rows: At least one: name, value, interval, and all that in words.
+    """
+    names = [_shortened(name) for name, *_ in rows]
+    figure, axes = _axes(_ROW * len(rows) + _TOP + _BOTTOM, _LETTER * max(map(len, names)) + _RIGHT)
+    axes.margins(x=0.06)
+    axes.grid(axis="x", color=_RULE, linewidth=1, clip_on=False)
+    for place, (name, value, (low, high), text) in enumerate(rows):
+        _draw(axes, [(100 * low, place), (100 * high, place)], 0, f"{name}: {text}")
+        _draw(axes, [(100 * value, place)], 0, f"{name}: {text}")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), names, parse_math=False)
+    return Chart(f"{title}: accuracy and 95 % interval, %", figure)
 
 
-def _axis(values: Sequence[Number], start: Number, end: Number, margin: Number) -> Axis:
-    low, high = min(values), max(values)
-    if low == high:
-        pad = abs(low) / 10 or 1
-        return Axis(low - pad, high + pad, start, end)
-    pad = margin * (high - low)
-    return Axis(low - pad, high + pad, start, end)
+def _axes(height: int, left: int | float) -> tuple[Figure, Axes]:
+    """Make axes of a chart's width, with room for the labels of its ticks."""
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), frameon=False)
+    share_x, share_y = left / _WIDTH, _BOTTOM / height
+    box = (share_x, share_y, 1 - share_x - _RIGHT / _WIDTH, 1 - share_y - _TOP / height)
+    axes = figure.add_axes(box, frameon=False)
+    axes.tick_params(length=0, pad=4)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    return figure, axes
 
 
-def round_values(axis: Axis, count: int) -> list[Number]:
-    """Choose about so many multiples of 1, 2 or 5 times a power of ten within an axis."""
-    rough = (axis.high - axis.low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first = math.ceil(axis.low / step - 1e-9)
-    last = math.floor(axis.high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
-
-
-def _short(values: Sequence[Number]) -> list[str]:
-    """Write ticks with the decimals that they need, very small or large ones as powers."""
-    form = "f" if 1e-3 <= max(map(abs, values), default=0) < 1e5 else "e"
-    written = ([f"{value:.{digits}{form}}" for value in values] for digits in range(10))
-    texts = next(texts for texts in written if _says(texts, values))
-    short = {"0e+00": "0"}
-    return [short.get(text, text.replace("e-0", "e-").replace("e+0", "e")) for text in texts]
-
-
-def _says(texts: Sequence[str], values: Sequence[Number]) -> bool:
-    return all(
-        math.isclose(float(text), value, rel_tol=1e-6, abs_tol=1e-12)
-        for text, value in zip(texts, values, strict=True)
+def _draw(axes: Axes, points: Curve, color: int, words: str, dash: str = "none") -> None:
+    """Draw a line; a single point becomes a dot."""
+    is_dot = len(points) == 1
+    points = [*points, *points] if is_dot else points
+    axes.plot(
+        *zip(*points, strict=True),
+        color=f"#c0de0{color}",
+        linewidth=8 if is_dot else 2,
+        solid_capstyle="round" if is_dot else "butt",
+        linestyle="solid"
+        if dash == "none" or is_dot
+        else (0, [float(n) / 2 for n in dash.split()]),
+        clip_on=False,
+        gid=f"curve{len(axes.lines) + 1}",
+        label=words,
     )
 
 
-def finite(points: Iterable[Point]) -> list[Point]:
-    """Leave out what can't be drawn."""
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+def _shortened(name: str) -> str:
+    half = MAX_NAME // 2
+    return name if len(name) <= MAX_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
+def _is_finite(point: Point) -> bool:
+    return all(map(math.isfinite, point))
+
+
+def thinned(points: Curve) -> list[Point]:
     """Replace neighbours by their mean until there are few enough points."""
     size = math.ceil(len(points) / MAX_POINTS)
     if size <= 1:
         return list(points)
     parts = [points[start : start + size] for start in range(0, len(points), size)]
     return [(part[-1][0], math.fsum(y for _, y in part) / len(part)) for part in parts]
-
-
-def smoothed(points: Sequence[Point], past: Number) -> list[Point]:
-    """Take a running mean without the pull of its start; `past` is the weight of what was."""
-    total = weight = 0.0
-    means = []
-    for step, value in points:
-        total = past * total + (1 - past) * value
-        weight = past * weight + (1 - past)
-        means.append((step, total / weight))
-    return means
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A value with its interval, as shares of a chart's width in percent."""
-
-    label: str
-    low: Number
-    high: Number
-    place: Number
-    text: str
-
-
-@dataclass(frozen=True)
-class IntervalChart:
-    """A row for each adapter: its value and interval on one axis."""
-
-    title: str
-    ticks: Sequence[Tick]
-    bars: Sequence[Bar]
-
-
-def interval_chart(
-    title: str, rows: Sequence[tuple[str, Number, tuple[Number, Number], str]]
-) -> IntervalChart:
-    """Lay values out.
-
-    Args:
-        title: Heading.
-        rows: At least one: name, value, interval, and all that in words.
-    """
-    bounds = [bound for _, value, interval, _ in rows for bound in (value, *interval)]
-    axis = _axis(bounds, 0, 100, margin=0.06)
-    bars = [
-        Bar(name, axis.place(low), axis.place(high), axis.place(value), text)
-        for name, value, (low, high), text in rows
-    ]
-    ticks = [Tick(axis.place(v), f"{100 * v:.3g}") for v in round_values(axis, 4)]
-    return IntervalChart(title, ticks, bars)

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from loraloom.report.charts import (
-    DASHES,
-    NUM_COLORS,
-    LineChart,
-    Series,
-    Style,
-    finite,
-    line_chart,
-    smoothed,
-)
+from loraloom.eval.plots import smoothed
+from loraloom.report.charts import DASHES, NUM_COLORS, Chart, Style, line_chart
 from loraloom.report.files import Job
 
 SMOOTHING = 0.9
@@ -40,23 +32,15 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
     """
     names = list(dict.fromkeys(job.name for job in jobs))
     runs = list(dict.fromkeys(job.run for job in jobs))
-    labels = job_labels(jobs)
     styles = {}
-    for label, job in zip(labels, jobs, strict=True):
+    for job in jobs:
         place = names.index(job.name)
         dash = runs.index(job.run) + place // NUM_COLORS
-        styles[label] = Style(place % NUM_COLORS, DASHES[dash % len(DASHES)])
+        styles[job.label] = Style(place % NUM_COLORS, DASHES[dash % len(DASHES)])
     return styles
 
 
-def job_labels(jobs: Sequence[Job]) -> list[str]:
-    """Name jobs so that they differ: with their run where there are several."""
-    if len({job.run for job in jobs}) <= 1:
-        return [job.name for job in jobs]
-    return [f"{job.run}/{job.name}" for job in jobs]
-
-
-def learning_curves(jobs: Sequence[Job]) -> list[LineChart]:
+def learning_curves(jobs: Sequence[Job]) -> list[Chart]:
     """Make a chart for each figure in the jobs' metrics, the well-known ones first."""
     found = dict.fromkeys(
         name
@@ -72,19 +56,15 @@ def learning_curves(jobs: Sequence[Job]) -> list[LineChart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _chart(name: str, jobs: Sequence[Job]) -> LineChart | None:
-    styles = job_styles(jobs)
-    curves = {
-        label: _curve(job.metrics, name) for label, job in zip(job_labels(jobs), jobs, strict=True)
-    }
+def _chart(name: str, jobs: Sequence[Job]) -> Chart | None:
+    curves = {job.label: _curve(job.metrics, name) for job in jobs}
     if name == "aux_loss":  # always 0 without a router
         curves = {label: curve for label, curve in curves.items() if any(v for _, v in curve)}
     title = _TITLES.get(name) or _title(name)
     if name in _SMOOTHED:
-        curves = {label: smoothed(finite(curve), SMOOTHING) for label, curve in curves.items()}
+        curves = {label: smoothed(curve, SMOOTHING) for label, curve in curves.items()}
         title += ", running mean"
-    series = [Series(label, styles[label], curve) for label, curve in curves.items()]
-    return line_chart(title, series)
+    return line_chart(title, curves, job_styles(jobs))
 
 
 def _title(name: str) -> str:

@@ -6,8 +6,9 @@ Fields that a report has no use for are passed over, so that files with more of 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +20,8 @@ from loraloom.errors import ConfigError, DataError
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 
-Metrics = dict[str, Any]
+Fields = dict[str, Any]
+"""What the page shows as it stands in the file."""
 
 
 class _Record(BaseModel):
@@ -68,36 +70,6 @@ class TaskResult(_Record):
     split: str | None = None
 
 
-class Comparison(_Record):
-    """Two adapters on the same questions of a task."""
-
-    task: str
-    first: str
-    second: str
-    difference: float
-    stderr: float | None
-    interval: tuple[float, float]
-    p_value: float
-    adjusted_p_value: float
-    num_first_better: int
-    num_second_better: int
-
-
-class SeedTask(_Record):
-    """A task's accuracy over seeds."""
-
-    mean: float
-    sd: float | None
-    num_seeds: int
-
-
-class SeedGroup(_Record):
-    """Adapters that differ in their seed alone."""
-
-    adapters: tuple[str, ...]
-    tasks: dict[str, SeedTask]
-
-
 class Example(_Record):
     """A text's tokens, and by layer the first choice of each."""
 
@@ -117,29 +89,6 @@ class TaskRouting(_Record):
     example: Example | None = None
 
 
-class Similarity(_Record):
-    """How alike the loads of two tasks are."""
-
-    first: str
-    second: str
-    mean: float
-
-
-class Word(_Record):
-    """A token that is typical of an expert."""
-
-    token: str
-    count: int
-    share: float
-
-
-class LayerWords(_Record):
-    """The typical tokens of a layer's experts."""
-
-    layer: int
-    experts: tuple[tuple[Word, ...], ...]
-
-
 class AdapterRouting(_Record):
     """A mixture's routing in all tasks."""
 
@@ -147,32 +96,21 @@ class AdapterRouting(_Record):
     top_k: int
     layers: tuple[int, ...]
     tasks: dict[str, TaskRouting]
-    similarity: tuple[Similarity, ...] = ()
-    words: tuple[LayerWords, ...] = ()
+    similarity: tuple[Fields, ...] = ()
+    words: tuple[Fields, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-class AskedTask(_Record):
-    """How a task was asked."""
-
-    scoring: str = ""
-    num_questions: int | None = None
-
-
-class EvalFile(_Record):
-    """The JSON file of `loraloom eval --output`."""
+class EvalFile(Environment):
+    """The JSON file of `loraloom eval --output`; its version says what the fields hold."""
 
     schema_version: Literal[1]
     results: dict[str, dict[str, TaskResult]]
-    seeds: dict[str, SeedGroup] = {}
-    comparisons: tuple[Comparison, ...] = ()
+    seeds: dict[str, Fields] = {}
+    comparisons: tuple[Fields, ...] = ()
     routing: dict[str, AdapterRouting] = {}
     base_model: str = ""
-    dtype: str = ""
-    tasks: dict[str, AskedTask] = {}
-    versions: dict[str, str] = {}
-    device: str = ""
-    command: str = ""
+    tasks: dict[str, Fields] = {}
     date: str = ""
 
 
@@ -186,21 +124,39 @@ class Job:
         metrics: Lines of metrics.jsonl.
         result: None while it trains, or where it was interrupted.
         ended: When result.json was written.
+        label: What the page calls it: its name, after its run's where there are several.
     """
 
     name: str
     run: str
-    metrics: Sequence[Metrics]
+    metrics: Sequence[Fields]
     result: JobResult | None
     ended: datetime | None
+    label: str
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation and the name of its file."""
+def read_runs(paths: Sequence[Path]) -> list[Job]:
+    """Read the jobs of several runs, whose labels differ.
 
-    name: str
-    content: EvalFile
+    Args:
+        paths: See `read_run`.
+
+    Raises:
+        ConfigError: If a path is no run, or two jobs would have one label.
+        DataError: If a file can't be used.
+    """
+    jobs = [job for path in paths for job in read_run(path)]
+    if len({job.run for job in jobs}) > 1:
+        jobs = [replace(job, label=f"{job.run}/{job.name}") for job in jobs]
+    twice = sorted(
+        label for label, count in Counter(job.label for job in jobs).items() if count > 1
+    )
+    if twice:
+        raise ConfigError(
+            f"RUN_DIR must give each job a name of its own, got {', '.join(twice)} more than once; "
+            "name each directory once, and let the runs' directories have different names"
+        )
+    return jobs
 
 
 def read_run(path: Path) -> list[Job]:
@@ -217,17 +173,13 @@ def read_run(path: Path) -> list[Job]:
         raise ConfigError(f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}")
     own = sorted(entry for entry in path.iterdir() if _is_job(entry))
     if own:
-        return [_read_job(directory, _name_of(path)) for directory in own]
+        return [_read_job(directory, path.resolve().name) for directory in own]
     if _is_job(path):
-        return [_read_job(path, _name_of(path.absolute().parent))]
+        return [_read_job(path, path.absolute().parent.resolve().name)]
     raise ConfigError(
         f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}, where no "
         f"directory of a job has {METRICS_FILE} or {RESULT_FILE}; give the run file's output_dir"
     )
-
-
-def _name_of(path: Path) -> str:
-    return path.resolve().name
 
 
 def _is_job(path: Path) -> bool:
@@ -238,8 +190,10 @@ def _is_job(path: Path) -> bool:
 def _read_job(directory: Path, run: str) -> Job:
     file = directory / RESULT_FILE
     has_result = file.is_file()
+    name = directory.resolve().name
     return Job(
-        name=_name_of(directory),
+        name=name,
+        label=name,
         run=run,
         metrics=_read_metrics(directory / METRICS_FILE),
         result=_read(file, JobResult, "what `loraloom train` wrote") if has_result else None,
@@ -247,7 +201,7 @@ def _read_job(directory: Path, run: str) -> Job:
     )
 
 
-def _read_metrics(file: Path) -> list[Metrics]:
+def _read_metrics(file: Path) -> list[Fields]:
     """Read metrics.jsonl; a last line that is being written is passed over."""
     if not file.is_file():
         return []
@@ -267,7 +221,7 @@ def _read_metrics(file: Path) -> list[Metrics]:
     return metrics
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> EvalFile:
     """Read an evaluation's JSON file.
 
     Raises:
@@ -276,7 +230,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """
     if not path.is_file():
         raise ConfigError(f"--eval must be a file of `loraloom eval --output`, got {path}")
-    return Evaluation(path.name, _read(path, EvalFile, "what `loraloom eval --output` wrote"))
+    return _read(path, EvalFile, "what `loraloom eval --output` wrote")
 
 
 def _read(path: Path, kind: type[_Kind], expected: str) -> _Kind:

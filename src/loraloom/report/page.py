@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import jinja2
 
 import loraloom
-from loraloom.errors import ConfigError
-from loraloom.report.charts import IntervalChart, interval_chart
-from loraloom.report.curves import job_labels, job_styles, learning_curves
-from loraloom.report.files import EvalFile, Evaluation, Job, TaskResult, read_evaluation, read_run
-from loraloom.report.routing import LEVELS, Mixture, lay_out
+from loraloom.errors import DataError
+from loraloom.report.charts import Chart, interval_chart
+from loraloom.report.curves import job_styles, learning_curves
+from loraloom.report.files import (
+    Environment,
+    EvalFile,
+    Job,
+    TaskResult,
+    read_evaluation,
+    read_runs,
+)
+from loraloom.report.routing import LEVELS, Mixture, lay_out, level
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Results:
     name: str
     content: EvalFile
     tasks: Sequence[str]
-    charts: Sequence[IntervalChart]
+    charts: Sequence[Chart]
     means: Mapping[str, float | None]
     mixtures: Sequence[Mixture]
 
@@ -57,31 +63,34 @@ def make_page(
         ConfigError: If a directory is no run, or a file is missing.
         DataError: If a file can't be used.
     """
-    jobs = [job for path in runs for job in read_run(path)]
-    _check_labels(jobs)
-    results = [_lay_out(read_evaluation(path)) for path in evaluations]
-    page = _environment().get_template("page.html.j2")
-    return page.render(
-        title=", ".join(dict.fromkeys(job.run for job in jobs)),
-        jobs=list(zip(job_labels(jobs), jobs, strict=True)),
-        facts=_facts(jobs, results),
-        commands=_commands(jobs, results),
-        warnings=_warnings(jobs, results),
-        metrics=_metric_names(jobs),
-        styles=job_styles(jobs),
-        charts=learning_curves(jobs),
-        results=results,
-        levels=LEVELS,
-        made=_date(now or datetime.now(UTC)),
-        version=loraloom.__version__,
-    )
+    jobs = read_runs(runs)
+    results = [_lay_out(path.name, read_evaluation(path)) for path in evaluations]
+    page = _templates().get_template("page.html.j2")
+    content = {
+        "title": ", ".join(dict.fromkeys(job.run for job in jobs)),
+        "jobs": jobs,
+        "facts": _facts(jobs, results),
+        "commands": _different([one.command for one in _environments(jobs, results)]),
+        "warnings": _warnings(jobs, results),
+        "metrics": _metric_names(jobs),
+        "styles": job_styles(jobs),
+        "charts": learning_curves(jobs),
+        "results": results,
+        "levels": LEVELS,
+        "made": _date(now or datetime.now(UTC)),
+        "version": loraloom.__version__,
+    }
+    try:
+        return page.render(content)
+    except jinja2.UndefinedError as error:
+        raise DataError(f"--eval got a file in which a field is missing: {error}") from error
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("loraloom.report"),
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("loraloom.report"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -90,56 +99,45 @@ def _environment() -> Environment:
         "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
         "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
         "millions": lambda value: f"{value / 1e6:.2f} M" if value >= 1e4 else f"{value:,}",
-        "duration": _duration,
+        "duration": lambda seconds: str(timedelta(seconds=round(seconds))),
+        "level": level,
         "gib": lambda value: f"{value / 2**30:.2f} GiB",
         "word": _visible,
     }
     return environment
 
 
-def _check_labels(jobs: Sequence[Job]) -> None:
-    labels = job_labels(jobs)
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ConfigError(
-            f"RUN_DIR must give each job a name of its own, got {', '.join(twice)} more than once; "
-            "name each directory once, and let the runs' directories have different names"
-        )
-
-
 def _facts(jobs: Sequence[Job], results: Sequence[Results]) -> dict[str, str]:
     """What the header says."""
     trained = [job.result for job in jobs if job.result is not None]
     contents = [one.content for one in results]
+    made_with = _environments(jobs, results)
     ended = [job.ended for job in jobs if job.ended is not None]
-    environments = [result.environment for result in trained]
-    versions = [e.versions for e in environments] + [content.versions for content in contents]
-    return _without_empty(
-        {
-            "Base model": _unique(
-                [*(r.base_model for r in trained), *(content.base_model for content in contents)]
-            ),
-            "Number format": _unique(
-                [*(e.dtype for e in environments), *(content.dtype for content in contents)]
-            ),
-            "Jobs": f"{len(jobs)}",
-            "Training ended": _date(max(ended)) if ended else "",
-            "Evaluated": _unique([content.date for content in contents]),
-            "Versions": _join(versions),
-            "Device": _unique(
-                [*(e.device for e in environments), *(content.device for content in contents)]
-            ),
-            "Platform": _unique([e.platform for e in environments]),
-        }
-    )
+    facts = {
+        "Base model": _unique([one.base_model for one in [*trained, *contents]]),
+        "Number format": _unique([one.dtype for one in made_with]),
+        "Jobs": f"{len(jobs)}",
+        "Training ended": _date(max(ended)) if ended else "",
+        "Evaluated": _unique([content.date for content in contents]),
+        "Versions": _join([one.versions for one in made_with]),
+        "Device": _unique([one.device for one in made_with]),
+        "Platform": _unique([one.platform for one in made_with]),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _environments(jobs: Sequence[Job], results: Sequence[Results]) -> list[Environment]:
+    trained = [job.result.environment for job in jobs if job.result is not None]
+    return [*trained, *(one.content for one in results)]
+
+
+def _different(values: Sequence[str]) -> list[str]:
+    """What is not empty, each once."""
+    return list(dict.fromkeys(filter(None, values)))
 
 
 def _unique(values: Sequence[str]) -> str:
-    return "; ".join(dict.fromkeys(filter(None, values)))
-
-
-def _without_empty(facts: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in facts.items() if value}
+    return "; ".join(_different(values))
 
 
 def _join(versions: Sequence[Mapping[str, str]]) -> str:
@@ -149,21 +147,15 @@ def _join(versions: Sequence[Mapping[str, str]]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
-def _commands(jobs: Sequence[Job], results: Sequence[Results]) -> list[str]:
-    trained = [job.result.environment.command for job in jobs if job.result is not None]
-    evaluated = [one.content.command for one in results]
-    return list(dict.fromkeys(filter(None, [*trained, *evaluated])))
-
-
 def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str, str]]:
     """Who, and what went wrong."""
     found = []
-    for label, job in zip(job_labels(jobs), jobs, strict=True):
+    for job in jobs:
         if job.result is None:
-            found.append((label, "has not ended: there is no result.json"))
-            continue
-        found += [(label, error) for error in filter(None, [job.result.error])]
-        found += [(label, warning) for warning in job.result.warnings]
+            found.append((job.label, "has not ended: there is no result.json"))
+        else:
+            texts = filter(None, [job.result.error, *job.result.warnings])
+            found += [(job.label, text) for text in texts]
     for one in results:
         found += [(m.name, f"{one.name}: {text}") for m in one.mixtures for text in m.warnings]
     return found
@@ -175,12 +167,11 @@ def _metric_names(jobs: Sequence[Job]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _lay_out(evaluation: Evaluation) -> Results:
-    content = evaluation.content
+def _lay_out(name: str, content: EvalFile) -> Results:
     tasks = list(dict.fromkeys(task for by_task in content.results.values() for task in by_task))
     charts = [_interval_chart(task, content.results) for task in tasks]
     return Results(
-        name=evaluation.name,
+        name=name,
         content=content,
         tasks=tasks,
         charts=[chart for chart in charts if chart is not None],
@@ -191,9 +182,7 @@ def _lay_out(evaluation: Evaluation) -> Results:
     )
 
 
-def _interval_chart(
-    task: str, results: Mapping[str, Mapping[str, TaskResult]]
-) -> IntervalChart | None:
+def _interval_chart(task: str, results: Mapping[str, Mapping[str, TaskResult]]) -> Chart | None:
     rows = [
         (name, result.accuracy, interval_of(result), _in_words(result))
         for name, by_task in results.items()
@@ -226,15 +215,8 @@ def _date(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
-
-
 def _visible(token: str) -> str:
     """Show the white space of a token."""
-    marks: dict[str, Any] = {" ": "␣", "\n": "↵", "\t": "⇥"}
     if token.strip():
         return token.strip() if token.startswith(" ") else token
-    return "".join(marks.get(letter, letter) for letter in token)
+    return token.translate(str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"}))

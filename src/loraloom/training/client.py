@@ -26,18 +26,11 @@ from loraloom.errors import ConfigError, TrainingError
 from loraloom.infer.generate import Completion, generate_tokens
 from loraloom.infer.prompts import Prompt
 from loraloom.infer.sampling import SamplingConfig
+from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.models.samples import sample_key
 from loraloom.training.run.checkpoint import JobRecord, SnapshotStore, describe_changes
 from loraloom.training.run.engine import describe_base
-from loraloom.training.run.requests import (
-    CustomObjective,
-    ForwardBackwardOutput,
-    LossFunction,
-    Request,
-    number_rows,
-    run_requests,
-)
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.optimizers import (
     build_optimizer,
@@ -47,7 +40,14 @@ from loraloom.training.step.optimizers import (
     set_learning_rate,
 )
 from loraloom.training.step.reference import load_reference
-from loraloom.training.step.scoring import evaluating, label_log_probs
+from loraloom.training.step.requests import (
+    CustomObjective,
+    ForwardBackwardOutput,
+    LossFunction,
+    Request,
+    number_rows,
+    run_requests,
+)
 
 ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConfig
 """An objective with its settings, or its name for the defaults."""
@@ -78,7 +78,7 @@ class TrainingClient:
         name: Of the adapter: a safe file name that is not taken.
         adapter: Its method and settings.
         optimizer: How weights follow gradients.
-        seed: Of the initial weights, dropout and draws.
+        seed: Seed of the initial weights, the dropout and the random draws.
 
     Raises:
         ConfigError: If the name or a setting of the optimizer can't be used.
@@ -130,7 +130,7 @@ class TrainingClient:
     def forward(self, data: Sequence[TrainingExample]) -> list[Tensor]:
         """Compute log p of the labels of each row, without gradients and dropout, on the CPU."""
         rows = [(self.name, row) for row in number_rows(data)]
-        return label_log_probs(self.host, rows, self.pad_id)
+        return label_log_probs(self.host, rows)
 
     def forward_backward(
         self,
@@ -256,8 +256,7 @@ class TrainingClient:
         seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
         drawn = sampling.model_copy(update={"seed": seed})
         copies = [Prompt(prompt, self.name) for prompt in prompts for _ in range(num_samples)]
-        with evaluating(self.host):
-            completions = generate_tokens(self.host, self.tokenizer, copies, drawn, raw=raw)
+        completions = generate_tokens(self.host, self.tokenizer, copies, drawn, raw=raw)
         starts = range(0, len(completions), num_samples)
         return [completions[start : start + num_samples] for start in starts]
 
@@ -283,7 +282,7 @@ class TrainingClient:
             "forwards": self._forwards,
             "draws": self._draws,
         }
-        records = {_STATE: JobRecord("running", self._settings())}
+        records = {_STATE: JobRecord(self._settings())}
         store = SnapshotStore(Path(directory))
         store.write(self.step, 0.0, describe_base(self.host), records, {_STATE: state}, keep=1)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -62,3 +63,10 @@ def test_lm_evals_command_line_knows_the_model(saved, toy_tasks):
     done = subprocess.run([*command, "--tasks", "toy_choice"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "toy_choice" in done.stdout
+
+
+def test_a_missing_lm_eval_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "loraloom.eval.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"run: pip install 'loraloom\[eval\]'"):
+        importlib.import_module("loraloom.eval.harness")

@@ -9,7 +9,7 @@ from loraloom.config.job import JobConfig
 from loraloom.errors import LoraloomError
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.evaluation import Evaluation
-from tests.training.toy import ADAPTERS, no_evaluator, toy_host, toy_tokenizer
+from tests.training.toy import ADAPTERS, toy_host, toy_tokenizer
 
 ROWS = [{"text": f"{word} and so on"} for word in ("one", "two", "three", "four")]
 
@@ -17,7 +17,7 @@ ROWS = [{"text": f"{word} and so on"} for word in ("one", "two", "three", "four"
 @pytest.fixture
 def builder():
     host, tokenizer = toy_host(), toy_tokenizer()
-    return JobBuilder(host, tokenizer, Evaluation(host, tokenizer, no_evaluator))
+    return JobBuilder(host, tokenizer, Evaluation(host, tokenizer))
 
 
 @pytest.fixture

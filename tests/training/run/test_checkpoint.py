@@ -12,7 +12,7 @@ BASE = {"name": "tiny", "dtype": "float32"}
 
 
 def write(store: SnapshotStore, round_number: int, **options) -> None:
-    records = {"a": JobRecord("running", {"seed": 0}, 12), "b": JobRecord("finished", {})}
+    records = {"a": JobRecord({"seed": 0}, 12), "b": JobRecord({}, result={})}
     states = {"a": {"weights": torch.full((3,), float(round_number)), "step": round_number}}
     store.write(round_number, 1.5, BASE, records, states, **options)
 
@@ -27,7 +27,7 @@ def test_a_snapshot_comes_back_as_it_was(tmp_path):
     snapshot, faults = store.newest()
     assert faults == []
     assert (snapshot.round, snapshot.seconds, snapshot.base) == (7, 1.5, BASE)
-    assert (snapshot.jobs["a"].status, snapshot.jobs["a"].metrics_bytes) == ("running", 12)
+    assert (snapshot.done, snapshot.jobs["a"].metrics_bytes) == ({"b"}, 12)
     assert snapshot.load_state("a")["step"] == 7
     assert snapshot.load_state("b") is None
 

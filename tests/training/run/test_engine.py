@@ -10,7 +10,7 @@ from loraloom.config.job import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import collapse as routing_collapse
-from loraloom.training.run import collapse
+from loraloom.training.run import collapse, evaluation
 from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.results import read_result
@@ -58,15 +58,15 @@ def with_validation(name: str = "a", **settings):
     return toy_config(name, data={"task": "skills", "validation_fraction": 0.5}, **settings)
 
 
-def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path):
+def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatch):
     task = [{"task": "skills", "limit": 5}]
     config = toy_config("a", max_steps=3, eval_steps=1, eval=task)
     accuracies = iter([0.2, 0.6, 0.4])
+    monkeypatch.setattr(evaluation, "score_accuracy", lambda *_: {"a": next(accuracies)})
     engine = toy_engine(
         tmp_path,
         [config],
         dtype=torch.float32,
-        evaluator=lambda *_: {"a": next(accuracies)},
     )
     engine._evaluation.questions[config.eval[0]] = []
     job, base = engine.jobs["a"], engine.host.base
@@ -113,35 +113,37 @@ def test_evaluation_at_the_end_comes_without_being_asked_for(tmp_path):
     assert steps == [3]
 
 
-def test_early_stopping_waits_for_its_patience(tmp_path):
+def test_early_stopping_waits_for_its_patience(tmp_path, monkeypatch):
     stopping = {"metric": "eval/skills/accuracy", "patience": 2}
     task = [{"task": "skills", "limit": 5}]
     config = toy_config("a", max_steps=20, eval_steps=2, early_stopping=stopping, eval=task)
     accuracies = iter([0.2, 0.5, 0.5, 0.4])
     asked = []
 
-    def evaluator(host, tokenizer, questions, adapters):
-        asked.append((list(questions), list(adapters), host.training))
+    def score(host, tokenizer, questions, adapters):
+        asked.append((list(questions), list(adapters)))
         return {"a": next(accuracies)}
 
-    engine = toy_engine(tmp_path, [config], evaluator=evaluator)
+    monkeypatch.setattr(evaluation, "score_accuracy", score)
+    engine = toy_engine(tmp_path, [config])
     engine._evaluation.questions[config.eval[0]] = []
     (result,) = engine.run()
     assert (result.status, result.steps) == ("stopped early", 8)
     assert result.best == {"metric": "eval/skills/accuracy", "value": 0.5, "step": 4}
-    assert asked == [([], ["a"], False)] * 4
+    assert asked == [([], ["a"])] * 4
 
 
-def test_jobs_with_the_same_evaluation_are_scored_in_one_call(tmp_path):
+def test_jobs_with_the_same_evaluation_are_scored_in_one_call(tmp_path, monkeypatch):
     task = [{"task": "skills", "limit": 5}]
     configs = [toy_config(name, max_steps=2, eval=task) for name in ("a", "b")]
     calls = []
 
-    def evaluator(host, tokenizer, questions, adapters):
+    def score(host, tokenizer, questions, adapters):
         calls.append(list(adapters))
         return dict.fromkeys(adapters, 0.25)
 
-    engine = toy_engine(tmp_path, configs, evaluator=evaluator)
+    monkeypatch.setattr(evaluation, "score_accuracy", score)
+    engine = toy_engine(tmp_path, configs)
     engine._evaluation.questions[configs[0].eval[0]] = []
     results = engine.run()
     assert calls == [["a", "b"]]
@@ -269,9 +271,10 @@ def test_save_steps_saves_all_jobs_in_the_same_round(tmp_path):
     ]
     engine = toy_engine(tmp_path, configs)
     engine.step()
+    engine.save_if_due(may_wait=False)
+    assert not (tmp_path / ".checkpoints").exists()
     engine.step()
-    assert engine._saver.is_due
-    engine.save_state()
+    engine.save_if_due(may_wait=False)
     snapshot, _ = SnapshotStore(tmp_path / ".checkpoints").newest()
     assert snapshot.round == 2
     assert snapshot.load_state("a")["position"]["step"] == 2
@@ -290,7 +293,7 @@ def test_a_job_that_joins_trains_as_it_does_from_the_start(tmp_path):
                 jobs[config.name] = add_job(engine.host, config, sets[config.name])
                 engine.add(jobs[config.name])
 
-    results = engine.run(between_steps=join)
+    results = engine.run(join)
     assert [result.job for result in results] == [config.name for config in configs]
     for name, job in jobs.items():
         for key, weight in weights_of(job).items():
@@ -305,7 +308,7 @@ def test_jobs_may_join_when_none_is_left(tmp_path):
         if not engine.jobs and "second" not in engine.results:
             engine.add(add_job(engine.host, toy_config("second", max_steps=3)))
 
-    assert [result.steps for result in engine.run(between_steps=chain)] == [2, 3]
+    assert [result.steps for result in engine.run(chain)] == [2, 3]
     assert engine.round == 5
 
 
@@ -367,7 +370,7 @@ def test_a_stopped_job_keeps_its_weights_and_says_why(tmp_path):
             result = engine.stop("a", "the other one is better")
             assert result == engine.results["a"]
 
-    results = engine.run(between_steps=stop)
+    results = engine.run(stop)
     assert [(result.status, result.steps) for result in results] == [
         ("stopped", 3),
         ("finished", 6),
@@ -380,7 +383,7 @@ def test_a_stopped_job_keeps_its_weights_and_says_why(tmp_path):
     for name, weight in weights_of(going).items():
         assert relative_error(weight, expected["b"][name]) < 1e-9
     snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
-    assert {name: record.status for name, record in snapshot.jobs.items()} == {
+    assert {name: record.result["status"] for name, record in snapshot.jobs.items()} == {
         "a": "stopped",
         "b": "finished",
     }
@@ -410,7 +413,7 @@ def test_only_a_job_that_trains_can_be_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
-def test_schedulers_on_a_metric_move_after_evaluations(tmp_path, scheduler):
+def test_schedulers_on_a_metric_move_after_evaluations(tmp_path, monkeypatch, scheduler):
     config = toy_config(
         "a",
         max_steps=6,
@@ -420,7 +423,8 @@ def test_schedulers_on_a_metric_move_after_evaluations(tmp_path, scheduler):
         lr_scheduler_args={"factor": 0.5, "patience": 0, "min_lr": 1e-5},
         eval=[{"task": "skills", "limit": 5}],
     )
-    engine = toy_engine(tmp_path, [config], evaluator=lambda *_: {"a": 0.5})
+    monkeypatch.setattr(evaluation, "score_accuracy", lambda *_: {"a": 0.5})
+    engine = toy_engine(tmp_path, [config])
     engine._evaluation.questions[config.eval[0]] = []
     engine.run()
     metrics = read_metrics(tmp_path / "a")
@@ -548,7 +552,6 @@ def test_held_out_pairs_are_measured_as_one_step_of_them_would_be(tmp_path):
     job = engine.jobs["a"]
     randomise(job.adapter)
     measured = engine._evaluation.measure([job])["a"]
-    engine.host.train()
     (loss,) = step.forward_backward(engine.host, [job.micro_batch()], 0)
     assert measured == pytest.approx(
         {"eval/loss": loss.loss} | {f"eval/{name}": value for name, value in loss.metrics.items()}

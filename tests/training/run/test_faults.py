@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-import loraloom.training.run.closing as closing
+import loraloom.training.run.engine as engine_module
 import loraloom.training.run.fitting as fitting
-import loraloom.training.run.saving as saving
+import loraloom.training.run.outputs as outputs
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.training.run.checkpoint import SnapshotStore
@@ -16,8 +18,7 @@ from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.results import JobResult, read_result
 from loraloom.training.run.tracking import MetricsFile
 from tests.tiny import relative_error
-from tests.training.run.test_run import Spoken
-from tests.training.running import read_metrics, resumed
+from tests.training.running import Spoken, read_metrics, resumed
 from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
 
 NO_SPACE = OSError(28, "No space left on device")
@@ -124,9 +125,9 @@ def test_a_fault_that_the_base_model_has_too_ends_the_run(engine, tmp_path, monk
 
     fault = RuntimeError("the device is gone")
     with pytest.raises(RuntimeError, match="the device is gone"):
-        engine.run(between_steps=lose)
+        engine.run(lose)
     snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
-    assert {record.status for record in snapshot.jobs.values()} == {"running"}
+    assert {record.result for record in snapshot.jobs.values()} == {None}
 
 
 def test_a_fault_of_an_evaluation_that_the_base_model_has_too_ends_the_run(
@@ -172,11 +173,11 @@ def test_a_job_whose_files_can_not_be_written_has_failed_and_can_be_resumed(
     pair(tmp_path / "expected", Spoken()).run()
     is_hit = lambda directory, *_: directory.name == "hit"  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(closing, "write_adapter", failing(closing.write_adapter, is_hit, NO_SPACE))
+        patch.setattr(outputs, "write_adapter", failing(outputs.write_adapter, is_hit, NO_SPACE))
         run_and_check_neighbour(engine, unhurt, "job hit: its files can't be written: OSError")
     assert read_result(tmp_path / "run/hit").status == "failed"
     snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
-    assert snapshot.jobs["hit"].status == "running"
+    assert snapshot.jobs["hit"].result is None
     configs = [measured("hit", "mixlora"), measured("well", "dora", seed=1)]
     again = resumed(tmp_path / "run", configs, {"hit": toy_set(num_validation=3)})
     results = {result.job: result.status for result in again.run()}
@@ -191,7 +192,7 @@ def test_a_result_that_can_not_be_written_at_all_is_known_when_the_run_goes_on(
     job.micro_batch = failing(job.micro_batch, lambda: job.position.step == 3, NO_SPACE)
     is_hit = lambda *args: any(getattr(arg, "name", None) == "hit" for arg in args)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(closing, "write_adapter", failing(closing.write_adapter, is_hit, NO_SPACE))
+        patch.setattr(outputs, "write_adapter", failing(outputs.write_adapter, is_hit, NO_SPACE))
         patch.setattr(
             JobResult,
             "write",
@@ -220,7 +221,7 @@ def test_metrics_that_can_not_be_written_stop_nothing(
 def test_a_snapshot_that_can_not_be_written_is_tried_again_and_the_one_before_stays(
     engine, unhurt, tmp_path, monkeypatch, spoken
 ):
-    monkeypatch.setattr(saving, "SNAPSHOT_RETRY_S", 0.0)
+    monkeypatch.setattr(engine_module, "SNAPSHOT_RETRY_S", 0.0)
     store = tmp_path / "run/.checkpoints"
     well, seen = engine.jobs["well"], []
 
@@ -231,7 +232,7 @@ def test_a_snapshot_that_can_not_be_written_is_tried_again_and_the_one_before_st
     full = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
     save = failing(torch.save, lambda *_: engine.round in (4, 5), full)
     monkeypatch.setattr(torch, "save", save)
-    results = engine.run(between_steps=look)
+    results = engine.run(look)
     assert [result.status for result in results] == ["finished", "finished"]
     assert dict(seen)[5] == dict(seen)[4] == 2
     assert SnapshotStore(store).newest()[0].round == 6
@@ -257,7 +258,7 @@ def test_ctrl_c_on_a_full_disk_ends_the_run_and_keeps_the_snapshot_before(
             engine._interruption.requested = True
 
     with pytest.raises(KeyboardInterrupt):
-        engine.run(between_steps=stop)
+        engine.run(stop)
     assert "--resume goes on from the one before" in spoken.messages[-1]
     assert SnapshotStore(tmp_path / "run/.checkpoints").newest()[0].round == 2
 
@@ -270,11 +271,9 @@ def test_a_job_whose_directory_can_not_be_made_fails_as_it_joins(tmp_path, monke
     def join(engine):
         if engine.round == 1 and "late" not in engine.results:
             with monkeypatch.context() as patch:
-                patch.setattr(
-                    "loraloom.training.run.reporting.open_trackers",
-                    failing(None, lambda *_: True, NO_SPACE),
-                )
+                is_late = lambda path, *_: path.name == "late"  # noqa: E731
+                patch.setattr(Path, "mkdir", failing(Path.mkdir, is_late, NO_SPACE))
                 engine.add(add_job(engine.host, toy_config("late")))
 
-    results = {result.job: result.status for result in engine.run(between_steps=join)}
+    results = {result.job: result.status for result in engine.run(join)}
     assert results == {"a": "finished", "late": "failed"}

@@ -5,7 +5,7 @@ import torch
 
 from loraloom.errors import TrainingError
 from loraloom.training.run import fitting
-from loraloom.training.run.fitting import StepRunner
+from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.micro_batch import MicroBatchLoss
 from loraloom.training.step.rows import lay_out
@@ -52,9 +52,8 @@ def memory(monkeypatch):
 def one_step(*configs, sets=None, runner=None):
     """Run the first micro-batches of jobs, twice so that gradients add up."""
     host = toy_host()
-    host.train()
     jobs = [add_job(host, config, (sets or {}).get(config.name), random=True) for config in configs]
-    runner = runner or StepRunner(host, PAD_ID)
+    runner = runner or RoundRunner(host, PAD_ID)
     for _ in range(2):
         outcomes = runner.run([job.micro_batch() for job in jobs])
     return outcomes, [gradients_of(job) for job in jobs], runner

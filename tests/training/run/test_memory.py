@@ -6,14 +6,19 @@ import torch
 from loraloom.config.loading import load_run_config
 from loraloom.errors import ConfigError
 from loraloom.training.run import memory
-from loraloom.training.run.memory import check_memory, predict_memory, step_rows
+from loraloom.training.run.memory import (
+    check_memory,
+    kept_bytes,
+    predict_memory,
+    step_rows,
+    watch_forwards,
+)
 from loraloom.training.run.run import train
 from tests.training.running import trained_weights
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import (
     ADAPTERS,
     add_job,
-    no_evaluator,
     toy_config,
     toy_engine,
     toy_host,
@@ -31,15 +36,14 @@ def kept(adapter, rows: int, length: int) -> int:
     """Count what a whole forward keeps for its backward pass."""
     host = toy_host()
     job = add_job(host, toy_config("a", adapter))
-    host.train()
-    return memory._kept_bytes(host, job, rows, length)
+    return kept_bytes(host, job, rows, length)
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_activations_of_a_large_forward_follow_from_small_ones(method):
     host = toy_host()
-    seen = memory._watch_all(host, [add_job(host, toy_config("a", ADAPTERS[method]))])[0]
-    predicted = seen.constant + 9 * seen.per_row(60, host, checkpointed=False)
+    cost = watch_forwards(host, [add_job(host, toy_config("a", ADAPTERS[method]))])[0]
+    predicted = cost.constant + 9 * cost.per_row(60)
     assert predicted == pytest.approx(kept(ADAPTERS[method], 9, 60), rel=0.02)
 
 
@@ -52,15 +56,15 @@ def test_looking_leaves_no_gradient():
 
 def test_the_largest_micro_batch_has_the_longest_examples():
     config = toy_config("a", batch_size=8, micro_batch_size=4)
-    shape = step_rows(add_job(toy_host(), config, toy_set(32, longest=40)))
+    rows, length = step_rows(add_job(toy_host(), config, toy_set(32, longest=40)))
     longest = max(len(example.input_ids) for example in toy_set(32, longest=40).examples)
-    assert (shape.rows, shape.length) == (4, longest)
+    assert (rows, length) == (4, longest)
 
 
 def test_packed_rows_are_fewer():
     config = toy_config("a", batch_size=16, packing=True, max_length=60)
-    shape = step_rows(add_job(toy_host(), config, toy_set(16)))
-    assert shape.rows * shape.length < 16 * 9
+    rows, length = step_rows(add_job(toy_host(), config, toy_set(16)))
+    assert rows * length < 16 * 9
 
 
 def test_parts_add_up_and_weights_are_counted():
@@ -81,10 +85,8 @@ def test_jobs_and_their_rows_add_up_and_checkpointing_takes_less():
     two = predict(one, toy_config("b", ADAPTERS["lora"], batch_size=16))
     assert two.rows == 32
     assert two.activations > predict(one).activations
-    host = toy_host()
-    (seen,) = memory._watch_all(host, [add_job(host, one)])
-    whole, checkpointed = (seen.per_row(9, host, checkpointed=value) for value in (False, True))
-    assert checkpointed < whole
+    less = toy_config("a", ADAPTERS["mixdora"], batch_size=16, gradient_checkpointing=True)
+    assert predict(less).activations < predict(one).activations
 
 
 def test_a_bound_of_tokens_bounds_the_step():
@@ -118,7 +120,7 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path):
     settings = run_settings(save_inputs(tmp_path), tmp_path / "out")
     path = write_run_file(tmp_path / "run.yaml", {**settings, "memory_limit": "10kB"})
     with pytest.raises(ConfigError, match=r"must fit into 0.00 GB \(memory_limit\)"):
-        train(load_run_config(path), no_evaluator)
+        train(path)
     assert not (tmp_path / "out").exists()
 
 

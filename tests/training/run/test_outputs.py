@@ -26,7 +26,7 @@ def test_resume_needs_checkpoints_where_there_are_results(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(ConfigError, match="--resume needs checkpoints"):
         directory.check(resume=True, overwrite=False)
-    directory.snapshots.write(0, 0.0, {}, {"a": JobRecord("running", {})}, {})
+    directory.snapshots.write(0, 0.0, {}, {"a": JobRecord({})}, {})
     directory.check(resume=True, overwrite=False)
 
 

@@ -1,19 +1,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 
 from rich.console import Console
 
-from loraloom.training.run.progress import (
-    JobProgress,
-    LiveProgress,
-    PlainProgress,
-    Rate,
-    console_progress,
-    describe_metrics,
-)
+from loraloom.training.run.job import Job
+from loraloom.training.run.progress import Progress, describe_metrics
 from loraloom.training.run.ranking import Ranking, Standing
+from tests.training.toy import add_job, toy_config, toy_host
 
 
 def console(**options) -> Console:
@@ -24,38 +20,82 @@ def printed(screen: Console) -> str:
     return screen.file.getvalue()
 
 
-def test_a_terminal_gets_live_lines_and_a_file_plain_ones():
-    assert isinstance(console_progress(console(force_terminal=True)), LiveProgress)
-    assert isinstance(console_progress(console()), PlainProgress)
+def job(name: str, total_steps: int, step: int = 0) -> Job:
+    job = add_job(toy_host(), toy_config(name, max_steps=total_steps))
+    job.position.step = step
+    return job
 
 
-def test_live_lines_show_every_job():
+def advance(job: Job, tokens: int, loss: float) -> None:
+    job.position.step += 1
+    job.position.tokens += tokens
+    job.position.computed_tokens += tokens * 5 // 4
+    job.position.last_loss = loss
+
+
+def test_a_terminal_gets_a_live_line_for_every_job():
     screen = console(force_terminal=True)
-    progress = LiveProgress(screen)
-    progress.add(JobProgress("math", 0, 9, 0))
+    progress, math = Progress(screen), job("math", 9)
+    progress.add(math)
     progress.start()
-    progress.add(JobProgress("law", 3, 5, 0))
-    progress.update(JobProgress("math", 1, 9, 320, 1.25))
+    progress.add(job("law", 5, step=3))
+    advance(math, 320, 1.25)
+    progress.update(math)
     progress.message("law: [done]")
     progress.stop()
     for text in ("math", "1/9", "loss 1.2500", "tokens/s", "ETA", "law", "3/5", "law: [done]"):
         assert text in printed(screen)
 
 
-def test_plain_lines_come_every_few_seconds_and_at_the_end():
+def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
     screen = console()
-    progress = PlainProgress(screen, interval_s=1000.0)
-    progress.add(JobProgress("math", 0, 3, 0))
-    for step in (1, 2, 3):
-        progress.update(JobProgress("math", step, 3, 100 * step, 2.0, 125 * step))
+    progress, math = Progress(screen, interval_s=1000.0), job("math", 3)
+    progress.start()
+    progress.add(math)
+    for _ in range(3):
+        advance(math, 100, 2.0)
+        progress.update(math)
+    progress.stop()
     (line,) = printed(screen).splitlines()
     assert line.startswith("math: step 3/3, loss 2.0000, ")
     assert "padding 20.0 %" in line
 
-    often = PlainProgress(console(), interval_s=0.0)
-    often.add(JobProgress("math", 0, 3, 0))
-    often.update(JobProgress("math", 1, 3, 100, 2.0))
-    assert "step 1/3" in printed(often._console)
+    screen, math = console(), job("math", 3)
+    often = Progress(screen, interval_s=0.0)
+    often.add(math)
+    advance(math, 100, 2.0)
+    often.update(math)
+    assert "step 1/3" in printed(screen)
+
+
+def test_without_a_console_nothing_is_shown(capsys):
+    progress, math = Progress(interval_s=0.0), job("math", 3)
+    progress.start()
+    progress.add(math)
+    advance(math, 100, 2.0)
+    progress.update(math)
+    progress.message("hello")
+    progress.rank(ranking(1, 2.25))
+    progress.conclude(ranking(1, 2.25))
+    progress.stop()
+    assert capsys.readouterr().out == ""
+
+
+def test_rates_and_the_time_left_follow_from_the_steps():
+    screen = console()
+    screen.get_time = itertools.count(step=2.0).__next__
+    progress, math = Progress(screen, interval_s=0.0), job("math", 10)
+    progress.add(math)
+    for _ in range(4):
+        advance(math, 100, 2.0)
+        progress.update(math)
+    first, *_, last = printed(screen).splitlines()
+    assert "- tokens/s" in first
+    assert "ETA -:--:--" in first
+    rate = float(last.split(" tokens/s")[0].split()[-1])
+    hours, minutes, seconds = map(int, last.split("ETA ")[1].split(":"))
+    remaining_s = 3600 * hours + 60 * minutes + seconds
+    assert 6 * 100 / rate - 1 <= remaining_s <= 6 * 100 / rate + 1
 
 
 def ranking(step: int, value: float | None = None) -> Ranking:
@@ -64,53 +104,41 @@ def ranking(step: int, value: float | None = None) -> Ranking:
         Standing("lr-000", parameters, steps=step, total_steps=9, value=value),
         Standing("lr-001", parameters, status="stopped", steps=4, rung_values={4: 2.5}, value=2.5),
     )
-    return Ranking("eval/loss", (4,), standings)
+    return Ranking("eval/loss", (4,), standings, num_jobs=2)
 
 
 def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():
     screen = console(force_terminal=True)
-    progress = LiveProgress(screen)
+    progress = Progress(screen)
     progress.start()
     for name in ("lr-000", "lr-001", "law"):
-        progress.add(JobProgress(name, 0, 9, 0))
+        progress.add(job(name, 9))
     progress.rank(ranking(1, 2.25))
-    shown = list(progress._bars.get_renderables())
-    assert [task.visible for task in progress._bars.tasks] == [False, False, True]
-    assert len(shown) == 2
+    start = len(printed(screen))
+    time.sleep(0.5)  # drawn ten times a second
+    drawn = printed(screen)[start:].split("\x1b[1A\x1b[2K\r")[-1]
+    assert "2.5000" in drawn
+    assert "0/9 loss" in drawn
+    assert "lr-000 \x1b" not in drawn, "no line, only a place in the table"
     progress.stop()
-    assert len(list(progress._bars.get_renderables())) == 1
-    progress.conclude(ranking(9, 2.25))
-    assert "2.2500" in printed(screen)
+    progress.conclude(ranking(9, 2.75))
+    assert "2.7500" in printed(screen)
 
 
 def test_plain_lines_of_a_sweep_come_when_there_is_news():
     screen = console()
-    progress = PlainProgress(screen, interval_s=1000.0)
+    progress, first_job = Progress(screen, interval_s=1000.0), job("lr-000", 9)
     progress.start()
-    progress.add(JobProgress("lr-000", 0, 9, 0))
+    progress.add(first_job)
     for step, value in ((0, None), (1, None), (2, 2.25), (3, 2.25)):
         progress.rank(ranking(step, value))
-        progress.update(JobProgress("lr-000", 9, 9, 100, 2.0))
+        advance(first_job, 100, 2.0)
+        progress.update(first_job)
     progress.conclude(ranking(9, 2.25))
     first, second, *table = printed(screen).splitlines()
     assert len(table) == 3
     assert first.startswith("sweep: 1 of 2 jobs train, at step 0/9; best lr-001")
     assert second.startswith("sweep: 1 of 2 jobs train, at step 2/9; best lr-000")
-
-
-def test_rates_are_measured_over_the_last_steps(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    rate = Rate()
-    job = JobProgress("math", 0, 10, 0)
-    rate.add(job)
-    assert rate.tokens_per_s is None
-    assert rate.remaining(job) == "-:--:--"
-    rate.add(JobProgress("math", 1, 10, 100))
-    job = JobProgress("math", 3, 10, 600)
-    rate.add(job)
-    assert rate.tokens_per_s == 200
-    assert rate.remaining(job) == "0:00:07"
 
 
 def test_metrics_are_described_in_a_line():

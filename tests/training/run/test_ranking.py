@@ -10,25 +10,7 @@ from loraloom.training.run.ranking import (
     ranking_csv,
     ranking_line,
     ranking_table,
-    survivors,
 )
-
-LOSSES = {"a": 3.0, "b": 1.0, "c": 2.0, "d": 1.0, "e": 5.0, "f": 4.0, "g": 0.5}
-
-
-def test_one_in_so_many_goes_on_and_always_one():
-    assert survivors(LOSSES, 3, "eval/loss") == ["g", "b"]
-    assert survivors(LOSSES, 2, "eval/loss") == ["g", "b", "d"]
-    assert survivors({"a": 3.0, "b": 1.0}, 3, "eval/loss") == ["b"]
-    assert survivors({"a": 3.0}, 3, "eval/loss") == ["a"]
-
-
-def test_an_accuracy_is_better_when_higher():
-    assert survivors(LOSSES, 3, "eval/piqa/accuracy") == ["e", "f"]
-
-
-def test_of_equal_ones_the_first_goes_on():
-    assert survivors({"a": 1.0, "b": 1.0, "c": 1.0}, 3, "eval/loss") == ["a"]
 
 
 def standing(name: str, **fields) -> Standing:
@@ -48,6 +30,7 @@ RANKING = Ranking(
             "late", status="stopped", steps=6, rung_values={3: 1.0, 6: 1.75}, value=1.0, seconds=5.0
         ),
     ),
+    num_jobs=7,
 )
 
 
@@ -55,7 +38,7 @@ def test_those_that_passed_most_rungs_are_ahead():
     names = [one.name for one in RANKING.ranked]
     assert names == ["best", "late", "lost", "new", "failed"]
     assert RANKING.best.name == "best"
-    assert Ranking("eval/loss", (), (standing("new"),)).best is None
+    assert Ranking("eval/loss", (), (standing("new"),), num_jobs=1).best is None
 
 
 def test_the_csv_has_a_line_for_each_job_in_the_order_of_the_sweep():
@@ -84,6 +67,6 @@ def test_the_table_has_the_best_first():
 
 def test_a_line_says_how_many_train_and_which_is_best():
     assert ranking_line(RANKING) == (
-        "sweep: 2 of 5 jobs train, at step 8/9; best best (train.learning_rate=0.0001 "
+        "sweep: 2 of 7 jobs train, at step 8/9; best best (train.learning_rate=0.0001 "
         "adapter.method=best), eval/loss 1.5000"
     )

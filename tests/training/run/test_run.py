@@ -11,18 +11,25 @@ from loraloom.config.job import JobConfig
 from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.loading import load_base_model
+from loraloom.training.run import evaluation
 from loraloom.training.run.engine import Engine
+from loraloom.training.run.inbox import WatchOptions
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import NoProgress
 from loraloom.training.run.run import train
-from loraloom.training.run.watch import WatchOptions
 from tests.tiny import relative_error
-from tests.training.saved import run_settings, save_inputs
+from tests.training.running import Spoken
+from tests.training.saved import run_settings, save_inputs, write_run_file
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     return save_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def accuracies(monkeypatch):
+    """Score no questions."""
+    monkeypatch.setattr(evaluation, "score_accuracy", score)
 
 
 def score(host, tokenizer, questions, adapters):
@@ -37,20 +44,10 @@ def settings(inputs, output_dir, **changes):
     return RunConfig.model_validate(run)
 
 
-class Spoken(NoProgress):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
 def test_a_run_writes_adapters_metrics_and_results(inputs, tmp_path):
     spoken = Spoken()
     run = settings(inputs, tmp_path / "out")
-    plain, mixture = train(run, score, progress=spoken, command="loraloom train run.yaml")
+    plain, mixture = train(run, progress=spoken, command="loraloom train run.yaml")
     for name in ("plain", "mixture"):
         files = {path.name for path in (tmp_path / "out" / name).iterdir()}
         assert files == {
@@ -73,8 +70,32 @@ def test_a_run_writes_adapters_metrics_and_results(inputs, tmp_path):
     assert result["peak_memory_bytes"]["rss"] > 0
 
 
+def test_settings_and_files_are_read_as_the_command_line_reads_them(inputs, tmp_path):
+    settings = run_settings(inputs, tmp_path / "out")
+    results = train(write_run_file(tmp_path / "run.yaml", settings))
+    assert [result.steps for result in results] == [4, 4]
+    assert train(settings, overwrite=True)[0].metrics == results[0].metrics
+    with pytest.raises(ConfigError, match=r"the run has a fault:\n  unknown key 'output'"):
+        train(settings | {"output": "elsewhere"})
+
+
+def test_choice_tasks_are_scored_without_an_evaluator(inputs, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    _, mixture = train(settings(inputs, tmp_path / "out"))
+    assert mixture.metrics["eval/arc_easy/accuracy"] in {0.2 * correct for correct in range(6)}
+
+
+def test_a_base_model_that_is_loaded_is_not_loaded_again(inputs, tmp_path, monkeypatch):
+    run = settings(inputs, tmp_path / "out")
+    model, tokenizer = load_base_model(run.base_model)
+    host = loraloom.attach(model)
+    monkeypatch.setattr("loraloom.training.run.run.load_base_model", None)
+    assert [result.steps for result in train(run, base=(host, tokenizer))] == [4, 4]
+    assert host.adapters == {}
+
+
 def test_trained_adapters_load_and_change_the_base_model(inputs, tmp_path):
-    train(settings(inputs, tmp_path / "out"), score)
+    train(settings(inputs, tmp_path / "out"))
     model, tokenizer = load_base_model(str(inputs / "base"))
     host = loraloom.attach(model)
     ids = tokenizer("Say blue", return_tensors="pt").input_ids.repeat(3, 1)
@@ -89,9 +110,9 @@ def test_results_in_the_way_are_an_error_and_nothing_is_written(inputs, tmp_path
     run = settings(inputs, tmp_path)
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(ConfigError, match="must be new or empty"):
-        train(run, score)
+        train(run)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    train(run, score, overwrite=True)
+    train(run, overwrite=True)
     assert (tmp_path / "mine.txt").exists()
 
 
@@ -123,7 +144,7 @@ def test_a_fault_in_any_job_is_found_before_anything_is_written(
     run = run_settings(inputs, tmp_path / "out")
     run["jobs"][1] = {"eval": [], **run["jobs"][1], **change}
     with pytest.raises(error, match=message):
-        train(RunConfig.model_validate(run), score)
+        train(RunConfig.model_validate(run))
     assert not (tmp_path / "out").exists()
 
 
@@ -139,7 +160,7 @@ def killed(run, monkeypatch, rounds: int, **options) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", stepping)
         with pytest.raises(RuntimeError, match="killed"):
-            train(run, score, **options)
+            train(run, **options)
 
 
 def weights(directory):
@@ -150,9 +171,9 @@ def weights(directory):
 def test_resume_after_a_crash_gives_the_weights_of_an_unbroken_run(
     inputs, tmp_path, monkeypatch, rounds
 ):
-    train(settings(inputs, tmp_path / "unbroken"), score)
+    train(settings(inputs, tmp_path / "unbroken"))
     killed(settings(inputs, tmp_path / "out"), monkeypatch, rounds)
-    results = train(settings(inputs, tmp_path / "out"), score, resume=True)
+    results = train(settings(inputs, tmp_path / "out"), resume=True)
     assert [result.steps for result in results] == [4, 4]
     expected = weights(tmp_path / "unbroken")
     for name, tensors in weights(tmp_path / "out").items():
@@ -173,10 +194,10 @@ def test_resume_builds_jobs_that_joined_again(inputs, tmp_path, monkeypatch):
                 builder.build(engine.jobs["plain"].config.model_copy(update={"name": "joined"}))
             )
 
-    train(settings(inputs, tmp_path / "unbroken"), score, between_steps=join)
+    train(settings(inputs, tmp_path / "unbroken"), between_steps=join)
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 3, between_steps=join)
-    results = train(run, score, resume=True)
+    results = train(run, resume=True)
     assert {result.job: result.steps for result in results} == {
         "plain": 4,
         "mixture": 4,
@@ -202,15 +223,15 @@ def test_a_job_that_had_joined_and_can_not_be_built_any_more_is_left_out(
     run, spoken = settings(inputs, tmp_path / "out"), Spoken()
     killed(run, monkeypatch, 3, between_steps=join)
     rows.unlink()
-    results = train(run, score, resume=True, progress=spoken)
+    results = train(run, resume=True, progress=spoken)
     assert {result.job for result in results} == {"plain", "mixture"}
     assert any("job joined: " in text and "is left out" in text for text in spoken.messages)
 
 
 def test_resume_of_a_finished_run_trains_nothing(inputs, tmp_path):
     run = settings(inputs, tmp_path / "out")
-    results = train(run, score)
-    assert train(run, score, resume=True) == results
+    results = train(run)
+    assert train(run, resume=True) == results
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
@@ -221,13 +242,13 @@ def test_two_runs_do_not_write_to_one_directory(inputs, tmp_path, monkeypatch, o
     with RunDirectory(run.output_dir).lock():
         before = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")}
         with pytest.raises(ConfigError, match="no other run writes to"):
-            train(run, score, **options)
+            train(run, **options)
         assert {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*")} == before
-    assert [result.steps for result in train(run, score, **options)] == [4, 4]
+    assert [result.steps for result in train(run, **options)] == [4, 4]
 
 
 def test_resume_of_nothing_begins(inputs, tmp_path):
-    results = train(settings(inputs, tmp_path / "out", max_steps=1), score, resume=True)
+    results = train(settings(inputs, tmp_path / "out", max_steps=1), resume=True)
     assert [result.steps for result in results] == [1, 1]
 
 
@@ -237,18 +258,18 @@ def test_resume_with_other_settings_is_an_error_that_names_them(inputs, tmp_path
     with pytest.raises(
         ConfigError, match=r"job plain: train\.learning_rate was 0\.005 and is 1\.0"
     ):
-        train(other, score, resume=True)
+        train(other, resume=True)
 
 
 def test_priorities_and_the_size_of_steps_may_change_when_a_run_goes_on(
     inputs, tmp_path, monkeypatch
 ):
-    train(settings(inputs, tmp_path / "unbroken"), score)
+    train(settings(inputs, tmp_path / "unbroken"))
     run = settings(inputs, tmp_path / "out")
     killed(run, monkeypatch, 3)
     jobs = tuple(job.model_copy(update={"priority": 2.0}) for job in run.jobs)
     other = {"jobs": jobs, "max_tokens_per_step": 500, "keep_snapshots": 5}
-    train(run.model_copy(update=other), score, resume=True)
+    train(run.model_copy(update=other), resume=True)
     expected = weights(tmp_path / "unbroken")
     for name, tensors in weights(tmp_path / "out").items():
         for key, value in expected[name].items():
@@ -258,7 +279,7 @@ def test_priorities_and_the_size_of_steps_may_change_when_a_run_goes_on(
 def test_a_job_that_fits_no_step_is_refused_before_anything_is_written(inputs, tmp_path):
     run = settings(inputs, tmp_path / "out").model_copy(update={"max_tokens_per_step": 5})
     with pytest.raises(ConfigError, match="job plain: max_tokens_per_step must hold"):
-        train(run, score)
+        train(run)
     assert not (tmp_path / "out").exists()
 
 
@@ -273,7 +294,7 @@ def test_resume_on_another_base_model_is_an_error(inputs, tmp_path, monkeypatch)
     killed(run, monkeypatch, 3)
     other = run.model_copy(update={"dtype": "bfloat16"})
     with pytest.raises(ConfigError, match="these differ: base dtype"):
-        train(other, score, resume=True)
+        train(other, resume=True)
 
 
 def test_resume_takes_an_earlier_checkpoint_where_the_newest_is_damaged(
@@ -284,7 +305,7 @@ def test_resume_takes_an_earlier_checkpoint_where_the_newest_is_damaged(
     newest = sorted((tmp_path / "out/.checkpoints").glob("snapshot-*"))[-1]
     (newest / "mixture.pt").write_bytes(b"torn")
     spoken = Spoken()
-    results = train(run, score, resume=True, progress=spoken)
+    results = train(run, resume=True, progress=spoken)
     assert [result.steps for result in results] == [4, 4]
     assert any("mixture.pt was changed or is not whole" in text for text in spoken.messages)
 
@@ -295,13 +316,13 @@ def test_resume_without_a_whole_checkpoint_is_an_error(inputs, tmp_path, monkeyp
     for snapshot in (tmp_path / "out/.checkpoints").glob("snapshot-*"):
         (snapshot / "manifest.json").write_text("{")
     with pytest.raises(ConfigError, match="needs a whole one"):
-        train(run, score, resume=True)
+        train(run, resume=True)
     assert (tmp_path / "out/plain/metrics.jsonl").exists()
 
 
 def test_bfloat16_keeps_adapters_in_float32(inputs, tmp_path):
     run = settings(inputs, tmp_path / "out").model_copy(update={"dtype": "bfloat16"})
-    train(run, score)
+    train(run)
     tensors = weights(tmp_path / "out")["mixture"]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
@@ -310,7 +331,7 @@ def test_gradient_checkpointing_of_one_job_changes_no_weights(inputs, tmp_path):
     for name, enabled in (("without", False), ("with", True)):
         run = run_settings(inputs, tmp_path / name)
         run["jobs"][0]["train"]["gradient_checkpointing"] = enabled
-        train(RunConfig.model_validate(run), score)
+        train(RunConfig.model_validate(run))
     plain, checked = weights(tmp_path / "without"), weights(tmp_path / "with")
     for name in plain:
         for key, tensor in plain[name].items():
@@ -328,14 +349,14 @@ def preference_settings(inputs, output_dir, **objective):
 
 
 def test_preferences_of_a_file_and_of_a_task_are_learnt_together(inputs, tmp_path, monkeypatch):
-    train(settings(inputs, tmp_path / "first", max_steps=1), score)
+    train(settings(inputs, tmp_path / "first", max_steps=1))
     reference = str(tmp_path / "first" / "mixture")
-    whole = train(preference_settings(inputs, tmp_path / "out", reference=reference), score)
+    whole = train(preference_settings(inputs, tmp_path / "out", reference=reference))
     assert whole[0].metrics["eval/rewards/accuracies"] <= 1
     assert whole[1].data[0].startswith("arc_easy (text): 5 rows, 5 pairs")
     run = preference_settings(inputs, tmp_path / "resumed", reference=reference)
     killed(run, monkeypatch, 3)
-    train(run, score, resume=True)
+    train(run, resume=True)
     expected = weights(tmp_path / "out")
     for name, tensors in weights(tmp_path / "resumed").items():
         assert all(torch.equal(tensors[key], value) for key, value in expected[name].items())
@@ -344,13 +365,13 @@ def test_preferences_of_a_file_and_of_a_task_are_learnt_together(inputs, tmp_pat
 def test_a_reference_that_is_not_there_stops_the_run_before_it_begins(inputs, tmp_path):
     run = preference_settings(inputs, tmp_path / "out", reference=str(tmp_path / "gone"))
     with pytest.raises(loraloom.errors.FormatError, match=r"job plain: .*gone"):
-        train(run, score)
+        train(run)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("setting", ["start_from", "reference"])
 def test_an_adapter_that_the_run_would_replace_can_not_be_read_by_it(inputs, tmp_path, setting):
-    train(settings(inputs, tmp_path / "out"), score)
+    train(settings(inputs, tmp_path / "out"))
     own = str(tmp_path / "out" / "plain")
     reference = own if setting == "reference" else "base"
     run = preference_settings(inputs, tmp_path / "out", reference=reference)
@@ -358,23 +379,23 @@ def test_an_adapter_that_the_run_would_replace_can_not_be_read_by_it(inputs, tmp
     if setting == "start_from":
         run["jobs"][0]["start_from"] = f"{own}/checkpoints/last"
     with pytest.raises(ConfigError, match=rf"{setting} must not be in what the run writes"):
-        train(RunConfig.model_validate(run), score, overwrite=True)
+        train(RunConfig.model_validate(run), overwrite=True)
     assert (tmp_path / "out/plain/adapter_model.safetensors").exists()
 
 
 def test_a_directory_to_watch_that_is_a_file_is_found_before_anything_is_written(inputs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--watch must name a directory"):
-        train(settings(inputs, tmp_path / "out"), score, watch=WatchOptions(tmp_path / "file"))
+        train(settings(inputs, tmp_path / "out"), watch=WatchOptions(tmp_path / "file"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_job_goes_on_from_an_adapter_and_is_held_at_it(inputs, tmp_path):
-    train(settings(inputs, tmp_path / "first"), score)
+    train(settings(inputs, tmp_path / "first"))
     start = str(tmp_path / "first" / "plain")
     run = preference_settings(inputs, tmp_path / "out", reference=start).model_dump(mode="json")
     run["jobs"][0]["start_from"] = start
-    train(RunConfig.model_validate(run), score)
+    train(RunConfig.model_validate(run))
     lines = (tmp_path / "out/plain/metrics.jsonl").read_text().splitlines()
     first, second = (json.loads(line)["rewards/margins"] for line in lines[:2])
     assert first == pytest.approx(0, abs=1e-5)

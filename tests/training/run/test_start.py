@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.errors import ConfigError, FormatError
-from loraloom.training.run.start import load_start
+from loraloom.training.run.builder import load_start
 from tests.tiny import METHODS, changed, randomise
 from tests.training.toy import toy_host
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.data.examples import Example, collate
+from loraloom.data.examples import Example
 from loraloom.models.host import Host
 from loraloom.training.run.job import Job
 from loraloom.training.step.fused import forward_backward
@@ -19,6 +19,7 @@ from tests.training.toy import (
     PAD_ID,
     add_job,
     gradients_of,
+    padded,
     toy_config,
     toy_host,
     toy_set,
@@ -27,7 +28,6 @@ from tests.training.toy import (
 
 def run_window(host: Host, jobs: list[Job]) -> dict[str, MicroBatchLoss]:
     """Add the gradient of each job's whole first step, without making the step."""
-    host.train()
     totals = {job.name: MicroBatchLoss(0.0) for job in jobs}
     waiting = list(jobs)
     while waiting:
@@ -78,9 +78,9 @@ def test_last_window_of_an_epoch_is_divided_by_its_own_labels():
 
 
 def mean_label_loss(host: Host, examples) -> float:
-    batch = collate(list(examples), PAD_ID)
-    logits = host.model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
-    return float(cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten()))
+    input_ids, mask, labels = padded(examples)
+    logits = host.model(input_ids, attention_mask=mask).logits[:, :-1]
+    return float(cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
 
 
 def test_loss_is_the_base_models_own_while_an_adapter_is_new():
@@ -129,7 +129,6 @@ def test_router_losses_weigh_by_the_micro_batchs_share_of_tokens():
     host = toy_host()
     adapter = METHODS["mixlora"].model_copy(update={"router_aux_loss_coef": 0.5})
     job = add_job(host, toy_config("a", adapter, batch_size=4, micro_batch_size=1), random=True)
-    host.train()
     whole, single = 0.0, []
     for index in range(4):
         job.position.micro_step = index

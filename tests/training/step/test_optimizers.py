@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.config.optimization import SCHEDULERS_ON_METRIC, OptimizerName
+from loraloom.config.optimizer import OptimizerName
+from loraloom.config.train import SCHEDULERS_ON_METRIC
 from loraloom.errors import ConfigError
 from loraloom.training.step.optimizers import (
     OPTIMIZERS,

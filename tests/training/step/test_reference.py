@@ -5,6 +5,7 @@ import torch
 
 from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.errors import FormatError
+from loraloom.infer.scoring import label_log_probs
 from loraloom.training.step import reference
 from loraloom.training.step.reference import (
     Reference,
@@ -12,9 +13,8 @@ from loraloom.training.step.reference import (
     drop_reference,
     load_reference,
 )
-from loraloom.training.step.scoring import label_log_probs
 from tests.tiny import METHODS, randomise
-from tests.training.toy import PAD_ID, toy_examples, toy_host
+from tests.training.toy import toy_examples, toy_host
 
 
 @pytest.fixture
@@ -58,18 +58,18 @@ def test_a_sample_is_asked_for_once(start, monkeypatch):
     base, adapter = Reference(), load_reference(host, DpoConfig(reference=start))
     asked = []
 
-    def counted(host, rows, pad_id):
+    def counted(host, rows):
         asked.append([(name, example.sample_id) for name, example in rows])
-        return label_log_probs(host, rows, pad_id)
+        return label_log_probs(host, rows)
 
     monkeypatch.setattr(reference, "label_log_probs", counted)
     examples = toy_examples(4)
     host.train()
-    ask_references(host, [(base, examples[:2]), (None, examples), (adapter, examples[1:3])], PAD_ID)
-    ask_references(host, [(base, examples[1:]), (adapter, examples[1:3])], PAD_ID)
-    ask_references(host, [(base, examples)], PAD_ID)
+    ask_references(host, [(base, examples[:2]), (None, examples), (adapter, examples[1:3])])
+    ask_references(host, [(base, examples[1:]), (adapter, examples[1:3])])
+    ask_references(host, [(base, examples)])
     name = adapter.adapter_name
     assert asked == [[(None, 0), (None, 1), (name, 1), (name, 2)], [(None, 2), (None, 3)]]
-    (expected,) = label_log_probs(host, [(name, examples[2])], PAD_ID)
+    (expected,) = label_log_probs(host, [(name, examples[2])])
     torch.testing.assert_close(adapter.of([examples[2]])[0], float(expected.sum()))
     assert base.of([examples[2]]) != adapter.of([examples[2]])

@@ -19,9 +19,9 @@ from loraloom.adapters.low_rank import ffn_weights, projection_block
 from loraloom.adapters.mixlora.config import MixLoraConfig
 from loraloom.adapters.router import Router
 from loraloom.errors import AdapterError
-from loraloom.ops.adapter_ffn import adapter_ffn
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
+from loraloom.ops.lean_expert_ffn import adapter_ffn
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
 from loraloom.routing.top_k import router_logits, top_k_routing
 

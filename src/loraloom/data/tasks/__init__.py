@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from loraloom.config.data import is_task_file
-from loraloom.data.names import suggestion
-from loraloom.data.tasks.arc import ARC_CHALLENGE, ARC_EASY
-from loraloom.data.tasks.boolq import BOOLQ
+from loraloom.config.faults import suggestion
 from loraloom.data.tasks.choice_task import ChoiceTask
-from loraloom.data.tasks.hellaswag import HELLASWAG
-from loraloom.data.tasks.openbookqa import OPENBOOKQA
-from loraloom.data.tasks.piqa import PIQA
+from loraloom.data.tasks.commonsense import (
+    ARC_CHALLENGE,
+    ARC_EASY,
+    BOOLQ,
+    HELLASWAG,
+    OPENBOOKQA,
+    PIQA,
+    SOCIAL_I_QA,
+    WINOGRANDE,
+)
 from loraloom.data.tasks.skills import SKILLS
-from loraloom.data.tasks.social_i_qa import SOCIAL_I_QA
 from loraloom.data.tasks.task_file import load_task
-from loraloom.data.tasks.winogrande import WINOGRANDE
 from loraloom.errors import ConfigError
 
 TASKS: dict[str, ChoiceTask] = {

@@ -11,7 +11,7 @@ lm-eval 0.4.13 `lm_eval/tasks/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class ChoiceTask:
         Raises:
             DataError: If the row lacks a field or has no usable answer.
         """
-        return as_question(self.name, index, self._form(row, scoring))
+        return ChoiceQuestion(task=self.name, index=index, **vars(self._form(row, scoring)))
 
     def training_text(self, row: Row, scoring: Scoring) -> tuple[str, str]:
         """The row as prompt and completion, those of the right answer.
@@ -134,20 +134,6 @@ class ChoiceTask:
 
     def _form(self, row: Row, scoring: Scoring) -> ChoiceForm:
         return self.by_text(row) if scoring == "text" else self.by_label(row)
-
-
-def as_question(task: str, index: int, form: ChoiceForm) -> ChoiceQuestion:
-    """The form as the question at that place of the task's split."""
-    return ChoiceQuestion(
-        task=task,
-        index=index,
-        contexts=form.contexts,
-        continuations=form.continuations,
-        labels=form.labels,
-        gold=form.gold,
-        normalizers=form.normalizers,
-        group=form.group,
-    )
 
 
 def choose_label(
@@ -186,14 +172,8 @@ def choose_text_per_character(
 
     The delimiter does not count as a character.
     """
-    return ChoiceForm(
-        contexts=(prompt,) * len(answers),
-        continuations=tuple(f" {answer}" for answer in answers),
-        normalizers=tuple(float(max(len(answer), 1)) for answer in answers),
-        labels=tuple(labels),
-        gold=gold,
-        group=group,
-    )
+    lengths = tuple(float(max(len(answer), 1)) for answer in answers)
+    return replace(choose_text(prompt, answers, labels, gold, group), normalizers=lengths)
 
 
 def lettered_lines(answers: Sequence[str]) -> str:

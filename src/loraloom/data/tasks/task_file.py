@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Template, TemplateError
 
 from loraloom.config.data import Scoring, task_name
+from loraloom.config.fields import check_name
 from loraloom.config.loading import load_task_config
-from loraloom.config.names import check_name
 from loraloom.config.task import TaskConfig, TaskDataConfig
 from loraloom.data.locations import HubSource, SplitFiles
 from loraloom.data.prompts import compile_template

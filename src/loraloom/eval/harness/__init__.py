@@ -7,12 +7,18 @@ Importing this registers the model `loraloom` with lm-eval, whose own command li
 `python -m loraloom.eval.harness --model loraloom --model_args base_model=M,adapter=PATH ...`.
 """
 
-from loraloom.eval.harness.installed import check_installed
+from loraloom.errors import ConfigError
 
-check_installed()
+try:
+    import lm_eval  # noqa: F401
+except ImportError as error:
+    raise ConfigError(
+        "tasks of lm-evaluation-harness need a package that is not installed; "
+        "run: pip install 'loraloom[eval]'"
+    ) from error
 
-from loraloom.eval.harness.evaluation import evaluate_adapters  # noqa: E402
-from loraloom.eval.harness.lm import HostLM, shared_lms  # noqa: E402
-from loraloom.eval.harness.tasks import load_tasks  # noqa: E402
+from loraloom.eval.harness.evaluation import evaluate_adapters
+from loraloom.eval.harness.lm import HostLM, shared_lms
+from loraloom.eval.harness.tasks import load_tasks
 
 __all__ = ["HostLM", "evaluate_adapters", "load_tasks", "shared_lms"]

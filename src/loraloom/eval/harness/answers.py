@@ -7,8 +7,8 @@ once, and kept until each of the others is asked the same.
 from __future__ import annotations
 
 import weakref
-from array import array
 from collections.abc import Callable, Hashable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -16,10 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError
 from loraloom.eval.identity import adapter_digest
-from loraloom.eval.likelihoods import PairScore, evaluating, iter_pair_scores
 from loraloom.eval.results import BASE
 from loraloom.infer.generate import complete
 from loraloom.infer.sampling import SamplingConfig
+from loraloom.infer.scoring import (
+    PairScore,
+    group_rows,
+    score_groups,
+    token_batches,
+    tokens_per_batch,
+)
 from loraloom.models.host import Host
 
 _TOKENS_BESIDE_CONTEXT = 512
@@ -29,8 +35,18 @@ OnProgress = Callable[[int], Any]
 """Told how many different answers are there by now."""
 
 
-class Completion(NamedTuple):
-    """A completion that is asked for.
+Tokens = tuple[int, ...]
+
+
+class ScoreRequest(NamedTuple):
+    """A continuation that is to be scored after its context, both at least one token."""
+
+    context: Tokens
+    continuation: Tokens
+
+
+class CompletionRequest(NamedTuple):
+    """A prompt that is to be completed.
 
     Args:
         input_ids: The prompt.
@@ -38,7 +54,7 @@ class Completion(NamedTuple):
         draw: Tells apart prompts that are drawn more than once; 0 for all where nothing is drawn.
     """
 
-    input_ids: list[int]
+    input_ids: Tokens
     sampling: SamplingConfig
     draw: int
 
@@ -50,7 +66,7 @@ class Answers:
         host: With the adapters.
         tokenizer: The base model's.
         adapters: Names; None is the base model.
-        max_tokens_per_batch: Tokens of a batch of log-likelihoods; see `iter_pair_scores`.
+        max_tokens_per_batch: Tokens of a batch of log-likelihoods; see `tokens_per_batch`.
         batch_size: Most rows of a batch that generates.
 
     Raises:
@@ -70,87 +86,82 @@ class Answers:
         self.host = host
         self.tokenizer = tokenizer
         self.adapters = list(dict.fromkeys(adapters))
-        self._max_tokens = max_tokens_per_batch
+        self._max_tokens = max_tokens_per_batch or tokens_per_batch(host)
         self._batch_size = batch_size
-        self._kept: dict[str | None, dict[Hashable, Any]] = {name: {} for name in self.adapters}
+        self._kept: dict[str | None, dict[Any, Any]] = {name: {} for name in self.adapters}
         self._weights = {name: self._weights_of(name) for name in self.adapters}
 
     def score(
-        self, adapter: str | None, pairs: Sequence[TokenPair], on_progress: OnProgress
+        self, adapter: str | None, requests: Sequence[ScoreRequest], on_progress: OnProgress
     ) -> list[PairScore]:
         """Score continuations with an adapter, each different one once.
 
         Args:
             adapter: One of `adapters`.
-            pairs: Contexts and continuations that fit the model.
+            requests: Contexts and continuations that fit the model.
             on_progress: Told after each batch.
         """
-        keys = [(_packed(pair.context), _packed(pair.continuation)) for pair in pairs]
-        asked = dict(zip(keys, pairs, strict=True))
-        return self._answer(adapter, keys, asked, self._score, on_progress)
+        return self._answer(adapter, requests, self._score, on_progress)
 
     def complete(
-        self, adapter: str | None, prompts: Sequence[Completion], on_progress: OnProgress
+        self, adapter: str | None, requests: Sequence[CompletionRequest], on_progress: OnProgress
     ) -> list[str]:
         """Complete prompts with an adapter; see `score`."""
-        keys = [(_packed(ids), sampling, draw) for ids, sampling, draw in prompts]
-        asked = dict(zip(keys, prompts, strict=True))
-        return self._answer(adapter, keys, asked, self._complete, on_progress)
+        return self._answer(adapter, requests, self._complete, on_progress)
 
     def _answer(
         self,
         adapter: str | None,
-        keys: Sequence[Hashable],
-        asked: dict[Any, Any],
-        compute: Callable[[dict[Any, Any], OnProgress], None],
+        requests: Sequence[Any],
+        compute: Callable[[list[Any], OnProgress], None],
         on_progress: OnProgress,
     ) -> list[Any]:
         """Take what is kept for an adapter, after computing what is missing for all."""
         self._forget_outdated()
-        kept = self._kept[adapter]
-        missing = {key: value for key, value in asked.items() if key not in kept}
-        num_kept = len(asked) - len(missing)
+        kept, distinct = self._kept[adapter], list(dict.fromkeys(requests))
+        missing = [request for request in distinct if request not in kept]
+        num_kept = len(distinct) - len(missing)
         if missing:
             compute(missing, lambda num_done: on_progress(num_kept + num_done))
-        answers = [kept[key] for key in keys]
-        for key in asked:
-            del kept[key]
-        return answers
+        answers = {request: kept.pop(request) for request in distinct}
+        return [answers[request] for request in requests]
 
-    def _score(self, missing: dict[Hashable, TokenPair], on_progress: OnProgress) -> None:
-        groups = _group_by_context(missing)
-        pairs = [[missing[key] for key in group] for group in groups]
+    def _score(self, requests: list[ScoreRequest], on_progress: OnProgress) -> None:
+        groups = _group_by_context(requests)
+        rows = group_rows(
+            self.host,
+            [[TokenPair(*map(list, request)) for request in group] for group in groups],
+        )
         num_done = 0
-        for places, scores in iter_pair_scores(self.host, pairs, self.adapters, self._max_tokens):
-            for name, by_group in zip(self.adapters, scores, strict=True):
-                for place, by_pair in zip(places, by_group, strict=True):
-                    self._kept[name].update(zip(groups[place], by_pair, strict=True))
-            num_done += sum(len(groups[place]) for place in places)
-            on_progress(num_done)
+        with self.host.prepared():
+            for places in token_batches(rows, self._max_tokens // len(self.adapters)):
+                wanted = list(product(self.adapters, places))
+                scores = score_groups(self.host, rows, wanted, self._max_tokens)
+                for (name, place), of_group in zip(wanted, scores, strict=True):
+                    self._kept[name].update(zip(groups[place], of_group, strict=True))
+                num_done += sum(len(groups[place]) for place in places)
+                on_progress(num_done)
 
-    def _complete(self, missing: dict[Hashable, Completion], on_progress: OnProgress) -> None:
-        by_sampling: dict[SamplingConfig, list[Hashable]] = {}
-        for key, prompt in missing.items():
-            by_sampling.setdefault(prompt.sampling, []).append(key)
+    def _complete(self, requests: list[CompletionRequest], on_progress: OnProgress) -> None:
         num_done = 0
-        for sampling, keys in by_sampling.items():
-            rows = [(key, name) for key in keys for name in self.adapters]
-            with evaluating(self.host):
-                texts = complete(
-                    self.host,
-                    self.tokenizer,
-                    [missing[key].input_ids for key, _ in rows],
-                    [name for _, name in rows],
-                    sampling,
-                    keys=[missing[key].draw for key, _ in rows],
-                    batch_size=self._batch_size,
-                    on_progress=lambda done, _, before=num_done: on_progress(
-                        before + done // len(self.adapters)
-                    ),
-                )
-            for (key, name), text in zip(rows, texts, strict=True):
-                self._kept[name][key] = text
-            num_done += len(keys)
+        for sampling in dict.fromkeys(request.sampling for request in requests):
+            chosen = [request for request in requests if request.sampling == sampling]
+            rows = list(product(chosen, self.adapters))
+            texts = complete(
+                self.host,
+                self.tokenizer,
+                [list(request.input_ids) for request, _ in rows],
+                [name for _, name in rows],
+                sampling,
+                keys=[request.draw for request, _ in rows],
+                batch_size=self._batch_size,
+                on_progress=lambda done, _, before=num_done: on_progress(
+                    before + done // len(self.adapters)
+                ),
+            )
+            for (request, name), text in zip(rows, texts, strict=True):
+                self._kept[name][request] = text
+            num_done += len(chosen)
 
     def _forget_outdated(self) -> None:
         """Forget what adapters answered before their weights changed."""
@@ -168,20 +179,16 @@ class Answers:
         return weakref.ref(adapter), adapter_digest(adapter)
 
 
-def _packed(ids: Sequence[int]) -> bytes:
-    return array("l", ids).tobytes()
-
-
-def _group_by_context(pairs: dict[Hashable, TokenPair]) -> list[list[Hashable]]:
+def _group_by_context(requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
     """Put continuations of the same context together, as many as a row should hold."""
-    groups: list[list[Hashable]] = []
-    open_groups: dict[bytes, tuple[list[Hashable], int]] = {}
-    for key, pair in pairs.items():
-        context, num_tokens = _packed(pair.context), len(pair.continuation)
-        group, num_taken = open_groups.get(context, ([], 0))
-        if not group or num_taken + num_tokens > _TOKENS_BESIDE_CONTEXT:
-            group, num_taken = [], 0
+    groups: list[list[ScoreRequest]] = []
+    open_groups: dict[Tokens, tuple[list[ScoreRequest], int]] = {}
+    for request in requests:
+        group, num_tokens = open_groups.get(request.context, ([], 0))
+        num_tokens += len(request.continuation)
+        if not group or num_tokens > _TOKENS_BESIDE_CONTEXT:
+            group, num_tokens = [], len(request.continuation)
             groups.append(group)
-        group.append(key)
-        open_groups[context] = group, num_taken + num_tokens
+        group.append(request)
+        open_groups[request.context] = group, num_tokens
     return groups

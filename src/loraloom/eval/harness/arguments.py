@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.config.faults import suggestion
 from loraloom.config.fields import check_device
-from loraloom.data.names import suggestion
 from loraloom.errors import ConfigError
 from loraloom.infer.loading import load_host
 from loraloom.models.host import Host

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import TokenPair, eos_token
 from loraloom.errors import AdapterError, ConfigError, DataError
-from loraloom.eval.harness.answers import Answers, Completion
+from loraloom.eval.harness.answers import Answers, CompletionRequest, ScoreRequest
 from loraloom.eval.harness.arguments import load_arguments
-from loraloom.eval.harness.encoding import RequestEncoder, fit_pair
 from loraloom.eval.harness.processes import SharedByProcesses
-from loraloom.eval.harness.sampling import parse_generation
+from loraloom.eval.harness.requests import RequestEncoder, parse_generation
+from loraloom.infer.rows import fit_pair
 from loraloom.models.host import Host
 
 MAX_NEW_TOKENS = 256
@@ -208,7 +208,7 @@ class HostLM(SharedByProcesses):
     def _score(
         self, pairs: Sequence[TokenPair], what: str, quiet: bool
     ) -> list[tuple[float, bool]]:
-        fitted = [fit_pair(pair, self.max_length) for pair in pairs]
+        fitted = [ScoreRequest(*map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
         with self._progress(len(fitted), what, quiet) as tell:
             scores = self._answers.score(self.adapter, fitted, tell)
         for score in scores:
@@ -234,7 +234,9 @@ class HostLM(SharedByProcesses):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _completion(self, ids: list[int], settings: Mapping[str, Any], place: int) -> Completion:
+    def _completion(
+        self, ids: list[int], settings: Mapping[str, Any], place: int
+    ) -> CompletionRequest:
         sampling = parse_generation(settings, self.max_gen_toks)
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
@@ -243,7 +245,8 @@ class HostLM(SharedByProcesses):
                 f"tokens, got {sampling.max_new_tokens}"
             )
         draw = place if sampling.temperature > 0 else 0
-        return Completion((ids or [self.prefix_token_id])[-room:], sampling, draw)
+        prompt = tuple(ids or [self.prefix_token_id])[-room:]
+        return CompletionRequest(prompt, sampling, draw)
 
     @contextmanager
     def _progress(self, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], Any]]:

@@ -12,8 +12,8 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from loraloom.config.faults import suggestion
 from loraloom.data.locations import find_splits
-from loraloom.data.names import suggestion
 from loraloom.errors import ConfigError, DataError
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -47,11 +47,11 @@ def load_tasks(
         DataError: If a task's data can't be loaded.
     """
     manager = _find_manager(names, include)
-    found = dict.fromkeys(match for name in names for match in _match(manager, name))
+    tasks = dict.fromkeys(match for name in names for match in _match(manager, name))
     loaded: list[Task | Group] = []
     with TemporaryDirectory() as scratch:
-        for name in found:
-            files = {} if data is None else find_splits(data, name, alone=len(found) == 1)
+        for name in tasks:
+            files = {} if data is None else find_splits(data, name, alone=len(tasks) == 1)
             spec = _redirect(manager, name, files, Path(scratch)) or name
             loaded += _load(manager, name, spec)
     return loaded
@@ -63,9 +63,9 @@ def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
         return TaskManager()
     if not include.is_dir():
         raise ConfigError(f"--harness-include must be a directory of YAML files, got {include}")
-    own = TaskManager(include_path=str(include), include_defaults=False)
-    if set(names) <= set(own.all_subtasks):
-        return own
+    manager = TaskManager(include_path=str(include), include_defaults=False)
+    if set(names) <= set(manager.all_subtasks):
+        return manager
     return TaskManager(include_path=str(include))
 
 
@@ -118,10 +118,10 @@ def _redirect(
 
 def _read_local(name: str, config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
     """The settings of a task that say where its data is."""
-    asked = config.get("test_split") or config.get("validation_split")
-    if asked not in files:
+    split = config.get("test_split") or config.get("validation_split")
+    if split not in files:
         raise DataError(
-            f"task {name}: its split {asked!r} must be among the local files, got "
+            f"task {name}: its split {split!r} must be among the local files, got "
             f"{', '.join(str(path) for path in files.values())}"
         )
     absent = {key: None for key in _SPLITS if config.get(key) not in (None, *files)}

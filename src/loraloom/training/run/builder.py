@@ -9,15 +9,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.config import AdapterConfig
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
 from loraloom.data.training_set import TrainingSet, load_training_set
-from loraloom.errors import DataError, LoraloomError
+from loraloom.errors import ConfigError, DataError, LoraloomError
+from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.models.packing import check_takes_packed_rows
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
-from loraloom.training.run.start import load_start
 from loraloom.training.step.reference import load_reference
 
 KEPT_TRAINING_SETS = 8
@@ -29,7 +31,7 @@ class JobBuilder:
     Args:
         host: The base model.
         tokenizer: The base model's.
-        evaluation: Is told what the jobs are measured on.
+        evaluation: Reads what the jobs are measured on.
     """
 
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation):
@@ -108,3 +110,31 @@ def _check_enough(config: JobConfig, training_set: TrainingSet) -> None:
             f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
             "give more rows, or raise max_length"
         )
+
+
+def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
+    """Give a new adapter the weights of another one of the same kind and size.
+
+    Raises:
+        FormatError: If the files can't be read.
+        ConfigError: If the other adapter computes something else with its weights.
+        AdapterError: If names or shapes of weights differ.
+    """
+    config, tensors = read_adapter(path_or_hub_id, host.base)
+    wanted, stored = _formula(adapter.config), _formula(config)
+    changed = [
+        f"{name} is {value!r} and that adapter's {stored.get(name)!r}"
+        for name, value in wanted.items()
+        if stored.get(name) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"start_from needs an adapter with the job's own settings, got {path_or_hub_id}: "
+            f"{'; '.join(changed)}"
+        )
+    adapter.load_tensors(tensors)
+
+
+def _formula(config: AdapterConfig) -> dict[str, object]:
+    """Return what decides how weights are used, and most of what decides their shapes."""
+    return {"method": config.method, **config.summary()}

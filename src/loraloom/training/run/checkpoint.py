@@ -1,7 +1,7 @@
 """Snapshots of a whole run: every job at one moment, so that a resumed run goes on as if unbroken.
 
     <output_dir>/.checkpoints/snapshot-000007/
-        manifest.json    what each job's status, settings and metrics were, and the files' checksums
+        manifest.json    what each job's settings, metrics and result were, and the files' checksums
         <job>.pt         its weights, optimizer, schedule, half-done step: tensors and plain values
 
 A snapshot appears at once, by a rename. The newest ones are kept; a damaged one is passed over.
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,24 +25,20 @@ from loraloom.errors import TrainingError
 
 MANIFEST = "manifest.json"
 
-Status = Literal["running", "finished", "stopped", "failed"]
-
 
 @dataclass(frozen=True)
 class JobRecord:
     """What a snapshot's manifest says of a job.
 
     Args:
-        status: Whether it goes on.
         settings: Its section of the run file, all defaults filled in.
         metrics_bytes: Length of its metrics.jsonl at that moment.
         sha256: Of its file; None where there is none, before the first step and after the end.
         joined_later: It is none of the run file's.
         scheduler_pass: Its place in the queue for steps; see `Schedule`.
-        result: What became of it, once it is done.
+        result: What became of it, once it is done; None while it trains.
     """
 
-    status: Status
     settings: dict[str, Any]
     metrics_bytes: int = 0
     sha256: str | None = None
@@ -72,7 +68,7 @@ class Snapshot:
     @property
     def done(self) -> set[str]:
         """Names of the jobs that no longer train."""
-        return {name for name, record in self.jobs.items() if record.status != "running"}
+        return {name for name, record in self.jobs.items() if record.result is not None}
 
     def load_state(self, job: str) -> dict[str, Any] | None:
         """Read a job's state; None if it had none."""

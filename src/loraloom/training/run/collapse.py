@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from loraloom.adapters.config import AdapterConfig
 from loraloom.routing.collapse import Choices, find_collapse, has_enough_choices
 from loraloom.routing.record import RouterName
+from loraloom.training.step.micro_batch import add_counts
 
 WINDOW_STEPS = 25
 """Steps whose load is judged together, so that one odd step warns nobody."""
@@ -35,23 +36,13 @@ class CollapseWatch:
         self.tokens_per_expert = add_counts(self.tokens_per_expert, tokens_per_expert)
         if self.num_steps < WINDOW_STEPS or not has_enough_choices(self.tokens_per_expert):
             return []
-        found = find_collapse(self.tokens_per_expert, config.experts_per_token or 0)
+        collapses = find_collapse(self.tokens_per_expert, config.experts_per_token or 0)
         first = step - self.num_steps + 1
         new = {
             kind: f"steps {first} to {step}: {text}; {config.collapse_advice}"
-            for kind, text in found.items()
+            for kind, text in collapses.items()
             if kind not in self.warnings
         }
         self.warnings |= new
         self.num_steps, self.tokens_per_expert = 0, {}
         return list(new.values())
-
-
-def add_counts(first: Choices, second: Choices) -> dict[RouterName, list[int]]:
-    """Add choices by router and expert; none at all counts as zeros."""
-    if not first or not second:
-        return {router: list(counts) for router, counts in (first or second).items()}
-    return {
-        router: [a + b for a, b in zip(counts, second[router], strict=True)]
-        for router, counts in first.items()
-    }

@@ -1,57 +1,40 @@
-"""The loop: jobs take fused steps together, are measured, saved, and leave when they are done."""
+"""The loop: jobs share rounds, are measured, saved, and leave when they are done."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
-from loraloom.training.run.checkpoint import Snapshot
-from loraloom.training.run.closing import Closing, describe_fault
+from loraloom.training.run.checkpoint import JobRecord, Snapshot
 from loraloom.training.run.evaluation import Evaluation
-from loraloom.training.run.fitting import StepRunner
+from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.interruption import Interruption
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import check_memory, predict_memory
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.reporting import Reporter
-from loraloom.training.run.results import JobResult
-from loraloom.training.run.roster import Roster
-from loraloom.training.run.saving import Saver
+from loraloom.training.run.results import JobResult, job_result, parse_result
 from loraloom.training.run.schedule import Schedule
-from loraloom.training.step.micro_batch import MicroBatch, StepReport
+from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.reference import drop_reference
 
+SNAPSHOT_RETRY_S = 60.0
+
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What an engine tells and writes to.
-
-    Args:
-        directory: Of the run's results.
-        progress: Shows the run.
-        trackers: Names of trackers, as in a run file.
-        environment: Goes into each result.json.
-    """
-
-    directory: RunDirectory
-    progress: Progress
-    trackers: tuple[str, ...] = ("jsonl",)
-    environment: Mapping[str, Any] | None = None
 
 
 class Engine:
     """Jobs that share one base model and its forwards.
 
     Call `run`; or `step`, `evaluate`, `close` and `save_state` from a loop of one's own. Jobs may
-    join (`add`) and be ended (`stop`) before a run and between two of its steps.
+    join (`add`) and be ended (`stop`) before a run and between two of its rounds.
 
     A fault of one job ends that job with its reason and its last good weights; the others go on.
 
@@ -62,13 +45,21 @@ class Engine:
         host: The base model with the jobs' adapters.
         jobs: Each with an adapter on the host.
         evaluation: What jobs are measured on.
-        surroundings: Where results and messages go.
-        max_tokens_per_step: Most tokens of a fused forward, padding included; None for no bound.
-        memory_limit: Most bytes that a step may be predicted to take with a job that joins.
+        directory: Of the run's results.
+        progress: Shows the run.
+        trackers: Names of trackers, as in a run file.
+        environment: Goes into each result.json.
+        max_tokens_per_step: Most tokens of a round's forward, padding included; None for no bound.
+        memory_limit: Most bytes that a round may be predicted to take with a job that joins.
         keep_snapshots: How many are left when a new one is written.
 
+    Attributes:
+        jobs: Those that train, by name.
+        joined: Names of the jobs that joined a run that had begun.
+        round: Rounds done.
+
     Raises:
-        ConfigError: If a job does not fit into a step.
+        ConfigError: If a job does not fit into a round.
     """
 
     def __init__(
@@ -76,46 +67,42 @@ class Engine:
         host: Host,
         jobs: Sequence[Job],
         evaluation: Evaluation,
-        surroundings: Surroundings,
+        directory: RunDirectory,
+        progress: Progress,
         *,
+        trackers: tuple[str, ...] = ("jsonl",),
+        environment: Mapping[str, Any] | None = None,
         max_tokens_per_step: int | None = None,
         memory_limit: int | None = None,
         keep_snapshots: int = 2,
     ):
         self.host = host
+        self.jobs: dict[str, Job] = {}
+        self.joined: set[str] = set()
         self.round = 0
-        self._roster = Roster()
+        self._settings: dict[str, dict[str, Any]] = {}  # of every job of the run, in their order
+        self._results: dict[str, JobResult] = {}
+        self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs that couldn't be written
         self._schedule = Schedule(max_tokens_per_step)
         self._memory_limit = memory_limit
         self._keep_snapshots = keep_snapshots
+        self._is_snapshot_due = False
+        self._no_snapshot_before = 0.0
         self._interruption: Interruption | None = None
         self._evaluation = evaluation
-        self._directory = surroundings.directory
-        self._closing = Closing(host, surroundings.directory, surroundings.environment or {})
-        self._reporter = Reporter(
-            surroundings.directory, surroundings.progress, surroundings.trackers
-        )
-        self._runner = StepRunner(host, evaluation.pad_id)
+        self._directory = directory
+        self._environment = dict(environment or {})
+        self._reporter = Reporter(directory, progress, trackers)
+        self._runner = RoundRunner(host, evaluation.pad_id)
         self._started_at = time.monotonic()
-        self._saver = Saver(self.save_state, self._reporter.message)
         for job in jobs:
             self._schedule.check_fits(job)
-            self._enter(job, joined_later=False)
-
-    @property
-    def jobs(self) -> dict[str, Job]:
-        """The jobs that train, by name."""
-        return self._roster.jobs
+            self._enter(job)
 
     @property
     def results(self) -> dict[str, JobResult]:
-        """What became of the others, by name."""
-        return self._roster.results
-
-    @property
-    def joined(self) -> set[str]:
-        """Names of the jobs that joined a run that had begun."""
-        return self._roster.joined
+        """What became of the jobs that are done, by name."""
+        return {name: self._results[name] for name in self._settings if name in self._results}
 
     @property
     def seconds(self) -> float:
@@ -123,21 +110,16 @@ class Engine:
         return time.monotonic() - self._started_at
 
     @property
-    def base(self) -> dict[str, Any]:
-        """The base model and how it computes, as snapshots have it."""
-        return describe_base(self.host)
-
-    @property
     def is_interrupted(self) -> bool:
         """Whether Ctrl-C or SIGTERM came: the run ends after what is being done."""
         return self._interruption is not None and self._interruption.requested
 
-    def run(self, between_steps: Callable[[Engine], None] | None = None) -> list[JobResult]:
+    def run(self, *between_steps: Callable[[Engine], None]) -> list[JobResult]:
         """Train until all jobs are done.
 
         Args:
-            between_steps: Called before each fused step and when no job is left. It may add jobs
-                and stop some. The run ends when there are none after it.
+            between_steps: Called in turn before each round and when no job is left. They may add
+                jobs and stop some. The run ends when there are none after them.
 
         Returns:
             What became of each job, in their order.
@@ -146,12 +128,20 @@ class Engine:
             KeyboardInterrupt: After Ctrl-C, when everything is saved; at once after another.
             SystemExit: After SIGTERM, likewise.
         """
-        self._reporter.start(list(self.jobs.values()))
+        self._reporter.start(self.jobs.values())
         try:
             with Interruption(self._announce_stop) as self._interruption:
-                self._loop(between_steps)
+                while not self.is_interrupted:
+                    self._evaluate_due()
+                    self._close_complete()
+                    for callback in between_steps:
+                        callback(self)
+                    self.save_if_due(may_wait=bool(self.jobs))
+                    if self.is_interrupted or not self.jobs:
+                        break
+                    self.step()
                 if self.is_interrupted:
-                    self._saver.save_for_later()
+                    self._save_for_later()
                     self._interruption.end()
         finally:
             self._interruption = None
@@ -159,7 +149,7 @@ class Engine:
         return list(self.results.values())
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
-        """Let a job join. It takes part from the next fused step on, and snapshots have it.
+        """Let a job join. It takes part from the next round on, and snapshots have it.
 
         Args:
             job: With its adapter on the host; see `JobBuilder`.
@@ -167,21 +157,22 @@ class Engine:
 
         Raises:
             ConfigError: If its name is taken, results are in the way, or it does not fit into a
-                step or into memory. The job is off the host then.
+                round or into memory. The job is off the host then.
         """
         try:
-            self._roster.check_new(job.name)
+            self._check_new(job.name)
             self._schedule.check_fits(job)
             self._check_memory(job)
             self._directory.prepare_job(job.name, overwrite=overwrite)
-            self._enter(job, joined_later=True)
         except Exception:
             self._take_off(job)
             raise
-        self._saver.is_due = True
+        self._enter(job)
+        self.joined.add(job.name)
+        self._is_snapshot_due = True
         try:
             self._reporter.add(job)
-        except Exception as error:  # of a tracker, say
+        except Exception as error:
             self._fail(job, error)
 
     def stop(self, name: str, reason: str) -> JobResult:
@@ -208,30 +199,31 @@ class Engine:
         return self.results[name]
 
     def step(self) -> None:
-        """Let jobs take their next micro-batch, and their step where that was the last one.
+        """Do a round: jobs take their next micro-batch, and their step where it was the last one.
 
         All jobs take part, or as many as max_tokens_per_step has room for.
         """
-        parts = self._schedule.choose(self._micro_batches())
-        if not parts:
+        micro_batches = self._schedule.choose(self._micro_batches())
+        if not micro_batches:
             return
-        jobs = [self.jobs[part.adapter.name] for part in parts]
-        if not self.host.training:
-            self.host.train()
+        jobs = [self.jobs[micro_batch.adapter.name] for micro_batch in micro_batches]
         self.host.enable_gradient_checkpointing(
             any(job.config.train.gradient_checkpointing for job in jobs)
         )
-        outcomes = self._runner.run(parts)
+        outcomes = self._runner.run(micro_batches)
         self.round += 1
-        self._schedule.charge(parts)
-        for job, part, outcome in zip(jobs, parts, outcomes, strict=True):
+        self._schedule.charge(micro_batches)
+        for job, micro_batch, outcome in zip(jobs, micro_batches, outcomes, strict=True):
             try:
-                report = job.accept(part, outcome)
+                report = job.accept(micro_batch, outcome)
             except Exception as error:
                 self._fail(job, error)
                 continue
             if report is not None:
-                self._report_step(job, report)
+                self._reporter.step(job, report, self.seconds)
+                save_steps = job.config.train.save_steps
+                if save_steps is not None and report.step % save_steps == 0:
+                    self._is_snapshot_due = True
 
     def evaluate(self, jobs: Sequence[Job]) -> None:
         """Measure jobs between two of their steps, and keep their weights if they are the best.
@@ -251,14 +243,13 @@ class Engine:
                 self._fail(job, error)
                 continue
             self._reporter.evaluation(job, metrics, self.seconds)
-        self._saver.is_due = True
+        self._is_snapshot_due = True
 
     def close(
         self, job: Job, error: str | None = None, stop_reason: str | None = None
     ) -> JobResult:
         """Write a job's files and take its adapter off the host.
 
-        The adapter's files are its best weights where an evaluation has chosen any, else the last.
         A job whose files can't be written has failed. If it was complete, snapshots keep what a
         later process needs to write them.
 
@@ -267,10 +258,18 @@ class Engine:
             error: Why it failed.
             stop_reason: Why it was stopped.
         """
-        result, state = self._closing.close(job, self.seconds, error, stop_reason)
-        if result.error != error:
+        result = self._result(job, error, stop_reason)
+        try:
+            self._directory.write_job(self.host, job, result)
+        except Exception as fault:
+            reason = f"its files can't be written: {_describe(fault)}"
+            result = self._result(job, f"{error or f'job {job.name}'}: {reason}", stop_reason)
             self._reporter.message(f"error: {result.error}")
-        self._leave(job, result, state)
+            with suppress(OSError):
+                result.write(self._directory.job(job.name))
+            if error is None and stop_reason is None:
+                self._unwritten[job.name] = job.state_dict()
+        self._leave(job, result)
         return result
 
     def save_state(self) -> None:
@@ -279,47 +278,73 @@ class Engine:
         Raises:
             TrainingError: If it can't be written.
         """
-        states = self._roster.states
-        records = self._roster.records(self._reporter.metrics_bytes, self._schedule.passes)
-        keep = self._keep_snapshots if states else 1
-        store = self._directory.snapshots
-        store.write(self.round, self.seconds, self.base, records, states, keep)
-        self._saver.is_due = False
+        running = {
+            name: job.state_dict()
+            for name, job in self.jobs.items()
+            if job.position.tokens > 0  # before, the seed says it all
+        }
+        states = self._unwritten | running
+        self._directory.snapshots.write(
+            self.round,
+            self.seconds,
+            describe_base(self.host),
+            {name: self._record(name) for name in self._settings},
+            states,
+            keep=self._keep_snapshots if states else 1,
+        )
+        self._is_snapshot_due = False
+
+    def save_if_due(self, *, may_wait: bool) -> None:
+        """Write a snapshot where one is due. If that fails, the next try comes a minute later.
+
+        Args:
+            may_wait: Whether the run goes on, so that there will be a later try.
+        """
+        is_too_early = may_wait and time.monotonic() < self._no_snapshot_before
+        if not self._is_snapshot_due or is_too_early:
+            return
+        try:
+            self.save_state()
+        except TrainingError as error:
+            self._no_snapshot_before = time.monotonic() + SNAPSHOT_RETRY_S
+            self._reporter.message(
+                f"warning: {error}; the one before is kept, the next try is in "
+                f"{SNAPSHOT_RETRY_S:.0f} s"
+            )
 
     def load_state(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot; jobs that it doesn't know begin.
 
-        Jobs that it calls done must not be on the host.
+        Jobs that it calls done must not be on the host. Settings may differ in what changes no
+        result.
         """
         self.round = snapshot.round
         self._started_at = time.monotonic() - snapshot.seconds
-        self._roster.restore(snapshot)
-        running = {name: one for name, one in snapshot.jobs.items() if one.result is None}
-        self._schedule.restore({name: one.scheduler_pass for name, one in running.items()})
+        for name, record in snapshot.jobs.items():
+            if record.result is not None:
+                self._results[name] = parse_result(record.result)
+            elif (state := snapshot.load_state(name)) is not None:
+                self.jobs[name].load_state_dict(state)
+            if record.joined_later:
+                self.joined.add(name)
+        saved = {name: record.settings for name, record in snapshot.jobs.items()}
+        self._settings = {**saved, **self._settings}
+        passes = {n: r.scheduler_pass for n, r in snapshot.jobs.items() if r.result is None}
+        self._schedule.restore(passes)
         for name in self.jobs:
-            self._reporter.forget_after(name, self._roster.metrics_bytes(name))
-        self._saver.is_due = False
-
-    def _loop(self, between_steps: Callable[[Engine], None] | None) -> None:
-        while not self.is_interrupted:
-            self._evaluate_due()
-            self._close_complete()
-            if between_steps is not None:
-                between_steps(self)
-            self._saver.save_if_due(may_wait=bool(self.jobs))
-            if self.is_interrupted or not self.jobs:
-                return
-            self.step()
+            record = snapshot.jobs.get(name)
+            self._reporter.forget_after(name, 0 if record is None else record.metrics_bytes)
+        self._is_snapshot_due = False
 
     def _micro_batches(self) -> list[MicroBatch]:
         """Return each job's next micro-batch; a job that has none to give ends."""
-        parts = []
+        micro_batches = []
         for job in list(self.jobs.values()):
             try:
-                parts.append(job.micro_batch())
+                micro_batches.append(job.micro_batch())
             except Exception as error:
                 self._fail(job, error)
-        return parts
+        return micro_batches
 
     def _take_evaluation(self, job: Job, outcome: dict[str, float] | Exception) -> dict[str, float]:
         """Give a job what was measured; its weights are written if they are the best."""
@@ -335,7 +360,7 @@ class Engine:
         return outcome
 
     def _evaluate_due(self) -> None:
-        due = [job for job in self.jobs.values() if _is_evaluation_due(job)]
+        due = [job for job in self.jobs.values() if job.is_evaluation_due]
         if due:
             self.evaluate(due)
 
@@ -359,34 +384,48 @@ class Engine:
         """End a job for a fault of its own, with its last good weights."""
         reason = str(error)
         if not isinstance(error, TrainingError):
-            reason = f"job {job.name}, after step {job.position.step}: {describe_fault(error)}"
+            reason = f"job {job.name}, after step {job.position.step}: {_describe(error)}"
         if not isinstance(error, LoraloomError | OSError):
             _log.error("job %s failed", job.name, exc_info=error)
         self._reporter.message(f"error: {reason}")
         job.restore_proven_weights()
         self.close(job, error=reason)
 
-    def _enter(self, job: Job, *, joined_later: bool) -> None:
+    def _result(self, job: Job, error: str | None, stop_reason: str | None) -> JobResult:
+        return job_result(
+            job,
+            self.host.base,
+            self._directory.job(job.name),
+            error=error,
+            stop_reason=stop_reason,
+            seconds=self.seconds,
+            environment=self._environment,
+        )
+
+    def _record(self, name: str) -> JobRecord:
+        """Return what a snapshot says of a job."""
+        result = None if name in self._unwritten else self._results.get(name)
+        return JobRecord(
+            self._settings[name],
+            metrics_bytes=self._reporter.metrics_bytes(name),
+            joined_later=name in self.joined,
+            scheduler_pass=self._schedule.passes.get(name, 0.0),
+            result=None if result is None else asdict(result),
+        )
+
+    def _enter(self, job: Job) -> None:
+        self.jobs[job.name] = job
+        self._settings[job.name] = job.config.model_dump(mode="json")
         self._schedule.enter(job)
-        self._roster.enter(job, joined_later=joined_later)
 
-    def _check_memory(self, job: Job) -> None:
-        if self._memory_limit is None:  # what is free can't be told from what a step has left over
-            return
-        jobs, bound = [*self.jobs.values(), job], self._schedule.max_tokens_per_step
-        prediction = predict_memory(self.host, jobs, bound)
-        try:
-            check_memory(prediction, self._memory_limit, self.host.device)
-        except ConfigError as error:
-            raise ConfigError(f"job {job.name}: {error}") from None
-
-    def _leave(self, job: Job, result: JobResult, state: dict[str, Any] | None) -> None:
+    def _leave(self, job: Job, result: JobResult) -> None:
         job.release()
-        self._roster.leave(job.name, result, state)
+        del self.jobs[job.name]
+        self._results[job.name] = result
         self._schedule.leave(job.name)
         self._take_off(job)
         self._reporter.end(job.name)
-        self._saver.is_due = True
+        self._is_snapshot_due = True
 
     def _take_off(self, job: Job) -> None:
         """Free a job's adapter, and its reference's if no other job is held at it."""
@@ -394,11 +433,27 @@ class Engine:
         others = [other.reference for other in self.jobs.values()]
         drop_reference(self.host, job.reference, others)
 
-    def _report_step(self, job: Job, report: StepReport) -> None:
-        self._reporter.step(job, report, self.seconds)
-        save_steps = job.config.train.save_steps
-        if save_steps is not None and report.step % save_steps == 0:
-            self._saver.is_due = True
+    def _check_new(self, name: str) -> None:
+        if any(other.casefold() == name.casefold() for other in self._settings):
+            raise ConfigError(f"job name must be new in this run, got {name!r} again")
+
+    def _check_memory(self, job: Job) -> None:
+        if self._memory_limit is None:  # what is free can't be told from what a round left over
+            return
+        jobs, bound = [*self.jobs.values(), job], self._schedule.max_tokens_per_step
+        try:
+            prediction = predict_memory(self.host, jobs, bound)
+            check_memory(prediction, self._memory_limit, self.host.device)
+        except ConfigError as error:
+            raise ConfigError(f"job {job.name}: {error}") from None
+
+    def _save_for_later(self) -> None:
+        """Write a snapshot at the end of a run that was interrupted."""
+        try:
+            self.save_state()
+            self._reporter.message("saved; --resume goes on from here")
+        except TrainingError as error:
+            self._reporter.message(f"error: {error}; --resume goes on from the one before")
 
     def _announce_stop(self) -> None:
         self._reporter.message("saving everything after this step; Ctrl-C again stops at once")
@@ -413,10 +468,6 @@ def describe_base(host: Host) -> dict[str, Any]:
     }
 
 
-def _is_evaluation_due(job: Job) -> bool:
-    position, eval_steps = job.position, job.config.train.eval_steps
-    is_measured = bool(job.training_set.validation or job.config.eval)
-    if not is_measured or not job.at_boundary or position.evaluated_step == position.step:
-        return False
-    is_milestone = job.is_complete or position.step in job.milestones
-    return is_milestone or (eval_steps is not None and position.step % eval_steps == 0)
+def _describe(error: Exception) -> str:
+    """Say what an exception says, with its kind unless it is one of ours."""
+    return str(error) if isinstance(error, LoraloomError) else f"{type(error).__name__}: {error}"

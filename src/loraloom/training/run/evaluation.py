@@ -1,11 +1,8 @@
-"""Measuring jobs while they train: their objective on held-out examples, and choice tasks.
-
-Choice tasks are scored by a function from outside, so that training does not know how.
-"""
+"""Measuring jobs while they train: their objective on held-out examples, and choice tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,17 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.data.examples import ChoiceQuestion, Example
 from loraloom.data.questions import load_questions
+from loraloom.eval.protocol import score_accuracy
+from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.run.job import Job
 from loraloom.training.step.objectives import ScoredSamples
 from loraloom.training.step.reference import ask_references
-from loraloom.training.step.scoring import label_log_probs
 from loraloom.training.step.window import count_totals
-
-Evaluator = Callable[
-    [Host, PreTrainedTokenizerBase, Sequence[ChoiceQuestion], Sequence[str]], Mapping[str, float]
-]
-"""From questions and names of adapters to each adapter's accuracy."""
 
 
 @dataclass
@@ -34,13 +27,11 @@ class Evaluation:
     Args:
         host: With the jobs' adapters.
         tokenizer: The base model's.
-        evaluator: What scores choice questions; needed if a job names a task.
         questions: Of each evaluation that a job names.
     """
 
     host: Host
     tokenizer: PreTrainedTokenizerBase
-    evaluator: Evaluator
     questions: dict[EvaluationConfig, list[ChoiceQuestion]] = field(default_factory=dict)
 
     @property
@@ -54,9 +45,9 @@ class Evaluation:
         Raises:
             DataError: If they are missing or can't be used.
         """
-        for one in {evaluation: None for job in jobs for evaluation in job.eval}:
-            self.questions[one] = load_questions(
-                one.task, one.scoring, one.split, one.path, one.limit
+        for config in {config: None for job in jobs for config in job.eval}:
+            self.questions[config] = load_questions(
+                config.task, config.scoring, config.split, config.path, config.limit
             )
 
     def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
@@ -64,13 +55,12 @@ class Evaluation:
 
         An objective's own metrics come as `eval/<name>` too.
         """
-        self.host.eval()
         metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
         for name, held_out in self._held_out(jobs).items():
             metrics[name] |= held_out
         for evaluation, names in _by_evaluation(jobs).items():
             questions = self.questions[evaluation]
-            accuracies = self.evaluator(self.host, self.tokenizer, questions, names)
+            accuracies = score_accuracy(self.host, self.tokenizer, questions, names)
             for name in names:
                 metrics[name][evaluation.metric] = accuracies[name]
         return metrics
@@ -97,25 +87,25 @@ class Evaluation:
             if job.training_set.validation
         }
         measured = [job for job in jobs if job.name in rows]
-        ask_references(
-            self.host, [(job.reference, rows[job.name]) for job in measured], self.pad_id
-        )
+        ask_references(self.host, [(job.reference, rows[job.name]) for job in measured])
         named_rows = [(name, row) for name in rows for row in rows[name]]
-        log_probs = iter(label_log_probs(self.host, named_rows, self.pad_id))
+        log_probs = iter(label_log_probs(self.host, named_rows))
         return {
-            job.name: _evaluate(job, rows[job.name], [next(log_probs) for _ in rows[job.name]])
+            job.name: _objective_metrics(
+                job, rows[job.name], [next(log_probs) for _ in rows[job.name]]
+            )
             for job in measured
         }
 
 
-def _evaluate(
+def _objective_metrics(
     job: Job, rows: Sequence[Example], log_probs: Sequence[torch.Tensor]
 ) -> dict[str, float]:
     """Name a job's objective on samples, and its metrics."""
     references = None
     if job.reference is not None:
         references = torch.tensor(job.reference.of(rows), dtype=torch.float64)
-    scored = ScoredSamples(torch.cat(list(log_probs)), [len(one) for one in log_probs], references)
+    scored = ScoredSamples(torch.cat(list(log_probs)), list(map(len, log_probs)), references)
     terms = job.objective.terms(scored, count_totals(job.training_set.validation))
     values = {"loss": terms.loss, **terms.metrics}
     return {f"eval/{name}": float(value) for name, value in values.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.job import JobConfig
-from loraloom.config.optimization import SCHEDULERS_ON_METRIC
+from loraloom.config.train import SCHEDULERS_ON_METRIC
 from loraloom.data.training_set import TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key
@@ -131,6 +131,16 @@ class Job:
         return self.position.step >= self.total_steps or self.position.stopped_early
 
     @property
+    def is_evaluation_due(self) -> bool:
+        """Whether to measure the job before its next step."""
+        position, eval_steps = self.position, self.config.train.eval_steps
+        is_measured = bool(self.training_set.validation or self.config.eval)
+        if not is_measured or not self.at_boundary or position.evaluated_step == position.step:
+            return False
+        is_milestone = self.is_complete or position.step in self.milestones
+        return is_milestone or (eval_steps is not None and position.step % eval_steps == 0)
+
+    @property
     def learning_rate(self) -> float:
         """The job's own, without LoRA+'s ratio."""
         return float(self.optimizer.param_groups[0]["lr"])
@@ -139,7 +149,9 @@ class Job:
         """Return what the job puts into the next forward."""
         window = self.window
         examples = window.micro_batch(self.position.micro_step)
-        keys = [sample_key(self.config.seed, window.epoch, one.sample_id) for one in examples]
+        keys = [
+            sample_key(self.config.seed, window.epoch, example.sample_id) for example in examples
+        ]
         train = self.config.train
         return MicroBatch(
             self.adapter,

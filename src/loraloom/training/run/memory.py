@@ -1,10 +1,10 @@
-"""How much memory the largest step takes, told before the first one.
+"""How much memory the largest round takes, told before the first one.
 
 Weights, gradients and optimizer states are counted. What a forward keeps for its backward pass
 depends on the model, the method and the kind of attention, so it is looked at: autograd is watched
-in forwards of a few tokens, and what it keeps is scaled to the step's rows. A row of L tokens keeps
-a·L + b·L² bytes (the square is in attention's masks), and an adapter's weights in their compute
-form a constant.
+in forwards of a few tokens, and what it keeps is scaled to the round's rows. A row of L tokens
+keeps a·L + b·L² bytes (the square is in attention's masks), and an adapter's weights in their
+compute form a constant.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from loraloom.training.run.job import Job
 from loraloom.training.step.window import longest_row
 
 _TOKENS = 32
-_ALLOCATOR_SHARE = {"cpu": 0.15}
+_CPU_ALLOCATOR_SHARE, _ALLOCATOR_SHARE = 0.15, 0.05
 """What an allocator leaves unused between tensors that are kept, as a share of them."""
-_ALLOCATOR_SHARE_ELSEWHERE = 0.05
-_CHECKPOINT_ROOM = {"cpu": 4.5}
+_CPU_CHECKPOINT_ROOM = 4.5
 """Room that a checkpointed layer's input takes, in its sizes: glibc doesn't give back what lies
 freed between the inputs that are kept (SmolLM2: 342 MB of which 76 MB are in use)."""
 _OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
@@ -36,7 +35,7 @@ _OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """The largest step's memory, in bytes.
+    """The largest round's memory, in bytes.
 
     Args:
         base_model: Its weights.
@@ -45,7 +44,7 @@ class MemoryPrediction:
             come while as much of the activations goes.
         activations: What the forward keeps for the backward pass.
         loss: Logits, or else what the backward pass of one layer needs, whichever is more.
-        rows: Of the largest step.
+        rows: Of the largest round.
         length: Tokens of each.
     """
 
@@ -64,81 +63,76 @@ class MemoryPrediction:
 
     @property
     def loaded(self) -> int:
-        """What is there before the first step."""
+        """What is there before the first round."""
         return self.base_model + self.adapters
 
     def describe(self) -> str:
         """Name the parts."""
-        parts = ", ".join(
-            f"{part.name.replace('_', ' ')} {in_gb(getattr(self, part.name))}"
-            for part in fields(self)
-            if part.name not in ("rows", "length")
-        )
+        names = [field.name for field in fields(self) if field.name not in ("rows", "length")]
+        parts = (f"{name.replace('_', ' ')} {_in_gb(getattr(self, name))}" for name in names)
         return (
-            f"{in_gb(self.total)} for a step of {self.rows} rows of {self.length} tokens ({parts})"
+            f"{_in_gb(self.total)} for a step of {self.rows} rows of {self.length} tokens "
+            f"({', '.join(parts)})"
         )
-
-
-def in_gb(num_bytes: int) -> str:
-    """Write bytes as `1.23 GB`."""
-    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def predict_memory(
     host: Host, jobs: Sequence[Job], max_tokens_per_step: int | None = None
 ) -> MemoryPrediction:
-    """Predict the memory of the largest step that jobs may take together.
+    """Predict the memory of the largest round that jobs may take together.
 
     Args:
-        host: With the jobs' adapters; left in eval mode, without gradient checkpointing.
+        host: With the jobs' adapters; left without gradient checkpointing.
         jobs: At least one.
-        max_tokens_per_step: Bound of a fused forward's tokens, with padding.
+        max_tokens_per_step: Bound of a round's tokens, with padding.
     """
-    shapes = [step_rows(job) for job in jobs]
-    length = max(shape.length for shape in shapes)
-    kept = _watch_all(host, jobs)
+    counts, lengths = zip(*map(step_rows, jobs), strict=True)
+    length, on_cpu = max(lengths), host.device.type == "cpu"
     checkpointed = any(job.config.train.gradient_checkpointing for job in jobs)
-    costs = [one.per_row(length, host, checkpointed=checkpointed) for one in kept]
-    rows = _largest_step([shape.rows for shape in shapes], costs, length, max_tokens_per_step)
-    activations = sum(one.constant for one in kept)
-    activations += sum(count * cost for count, cost in zip(rows, costs, strict=True))
+    costs = watch_forwards(host, jobs)
+    per_row = [cost.per_row(length) for cost in costs]
+    if checkpointed:
+        inputs = length * host.base.hidden_size * host.dtype.itemsize * host.base.num_layers
+        inputs *= _CPU_CHECKPOINT_ROOM if on_cpu else 1.0
+        per_row = [inputs + whole / host.base.num_layers for whole in per_row]
+    rows = _largest_round(counts, per_row, length, max_tokens_per_step)
+    activations = sum(cost.constant for cost in costs)
+    activations += sum(count * cost for count, cost in zip(rows, per_row, strict=True))
     if not checkpointed:
-        activations *= 1 + _ALLOCATOR_SHARE.get(host.device.type, _ALLOCATOR_SHARE_ELSEWHERE)
-    num_tokens = sum(rows) * length
+        activations *= 1 + (_CPU_ALLOCATOR_SHARE if on_cpu else _ALLOCATOR_SHARE)
     adapters = [_bytes_of(job.adapter.parameters()) for job in jobs]
-    everyone = [weight for adapter in host.adapters.values() for weight in adapter.parameters()]
     copies = [_learning_copies(job, checkpointed=checkpointed) for job in jobs]
     return MemoryPrediction(
         base_model=_bytes_of([*host.model.parameters(), *host.model.buffers()]),
-        adapters=_bytes_of(everyone),
-        learning=sum(count * own for count, own in zip(copies, adapters, strict=True)),
+        adapters=_bytes_of(w for adapter in host.adapters.values() for w in adapter.parameters()),
+        learning=sum(count * size for count, size in zip(copies, adapters, strict=True)),
         activations=max(round(activations), sum(adapters)),
-        loss=max(_loss_bytes(host, num_tokens), _layer_backward_bytes(host, num_tokens)),
+        loss=_loss_bytes(host, sum(rows) * length),
         rows=sum(rows),
         length=length,
     )
 
 
 def check_memory(prediction: MemoryPrediction, limit: int | None, device: torch.device) -> None:
-    """Refuse a run whose largest step does not fit.
+    """Refuse a run whose largest round does not fit.
 
     Args:
-        prediction: Of that step.
+        prediction: Of that round.
         limit: Most bytes of the whole; None for what the device has.
         device: Where it runs.
 
     Raises:
         ConfigError: If more is needed than there is; with the numbers.
     """
-    there, named = limit, "memory_limit"
-    if there is None:
+    name = "memory_limit"
+    if limit is None:
         available = available_bytes(device)
         if available is None:
             return
-        there, named = available + prediction.loaded, f"what {device} has"
-    if prediction.total > there:
+        limit, name = available + prediction.loaded, f"what {device} has"
+    if prediction.total > limit:
         raise ConfigError(
-            f"a step must fit into {in_gb(there)} ({named}), it is predicted to take "
+            f"a step must fit into {_in_gb(limit)} ({name}), it is predicted to take "
             f"{prediction.describe()}; lower train.micro_batch_size or train.max_length, "
             "set train.gradient_checkpointing: true or max_tokens_per_step, train fewer jobs at "
             "once, or set memory_limit where you know better"
@@ -155,28 +149,23 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
-@dataclass(frozen=True)
-class StepRows:
-    """The most rows that a job puts into a forward, and their length in tokens."""
+def step_rows(job: Job) -> tuple[int, int]:
+    """Return the most rows that a job puts into a forward, and their length in tokens.
 
-    rows: int
-    length: int
-
-
-def step_rows(job: Job) -> StepRows:
-    """Return the rows of a job's largest micro-batch: that of its longest examples."""
+    They are those of its longest examples.
+    """
     train, examples = job.config.train, job.training_set.examples
     count = min(train.micro_batch_size, train.batch_size)
     longest = sorted(examples, key=longest_row, reverse=True)[:count]
-    rows = [len(row.input_ids) for example in longest for row in example.rows]
+    lengths = [len(row.input_ids) for example in longest for row in example.rows]
     if not train.packing:
-        return StepRows(len(rows), max(rows))
-    packed = first_fit(rows, train.max_length)
-    return StepRows(len(packed), max(sum(rows[place] for place in row) for row in packed))
+        return len(lengths), max(lengths)
+    packed = first_fit(lengths, train.max_length)
+    return len(packed), max(sum(lengths[place] for place in row) for row in packed)
 
 
 @dataclass(frozen=True)
-class KeptByForward:
+class ForwardCost:
     """What an adapter's forward keeps for its backward pass, in bytes.
 
     Args:
@@ -189,36 +178,31 @@ class KeptByForward:
     per_token: float
     per_square: float
 
-    def per_row(self, length: int, host: Host, *, checkpointed: bool) -> float:
-        """Return what a row keeps; checkpointed: its layers' inputs, and one layer's all."""
-        whole = self.per_token * length + self.per_square * length**2
-        if not checkpointed:
-            return whole
-        inputs = length * host.base.hidden_size * host.dtype.itemsize * host.base.num_layers
-        return inputs * _CHECKPOINT_ROOM.get(host.device.type, 1.0) + whole / host.base.num_layers
+    def per_row(self, length: int) -> float:
+        """Return what a row of so many tokens keeps."""
+        return self.per_token * length + self.per_square * length**2
 
 
-def _watch_all(host: Host, jobs: Sequence[Job]) -> list[KeptByForward]:
-    """Look at each kind of adapter once."""
+def watch_forwards(host: Host, jobs: Sequence[Job]) -> list[ForwardCost]:
+    """Tell what the forward of each job keeps; each kind of adapter is looked at once."""
     host.enable_gradient_checkpointing(False)
-    host.train()
     kinds = {job.config.adapter.model_dump_json(): job for job in jobs}
-    seen = {kind: _watch(host, job) for kind, job in kinds.items()}
-    host.eval()
-    return [seen[job.config.adapter.model_dump_json()] for job in jobs]
+    costs = {kind: _watch(host, job) for kind, job in kinds.items()}
+    return [costs[job.config.adapter.model_dump_json()] for job in jobs]
 
 
-def _watch(host: Host, job: Job) -> KeptByForward:
-    short = _kept_bytes(host, job, 2, _TOKENS)
-    more = _kept_bytes(host, job, 4, _TOKENS)
-    long = _kept_bytes(host, job, 2, 2 * _TOKENS)
+def _watch(host: Host, job: Job) -> ForwardCost:
+    """Solve bytes(rows, length) = constant + rows·(a·length + b·length²) from three forwards."""
+    short = kept_bytes(host, job, rows=2, length=_TOKENS)
+    more = kept_bytes(host, job, rows=4, length=_TOKENS)
+    long = kept_bytes(host, job, rows=2, length=2 * _TOKENS)
     constant = float(2 * short - more)
     per_row, per_long_row = (short - constant) / 2, (long - constant) / 2
     per_square = (per_long_row - 2 * per_row) / (2 * _TOKENS**2)
-    return KeptByForward(constant, per_row / _TOKENS - per_square * _TOKENS, per_square)
+    return ForwardCost(constant, per_row / _TOKENS - per_square * _TOKENS, per_square)
 
 
-def _kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
+def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
     """Count the storages that autograd keeps in a forward of rows with padding."""
     weights = [*host.model.parameters(), *host.model.buffers(), *job.adapter.parameters()]
     known = {weight.untyped_storage().data_ptr() for weight in weights}
@@ -234,22 +218,22 @@ def _kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
     mask = torch.ones_like(input_ids)
     mask[0, -1] = 0
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        output = host.hidden(input_ids, mask, [job.name] * rows)
+        output = host.hidden(input_ids, mask, [job.name] * rows, training=True)
     del output
     return sum(kept.values())
 
 
-def _largest_step(
-    rows: Sequence[int], costs: Sequence[float], length: int, max_tokens: int | None
+def _largest_round(
+    counts: Sequence[int], costs: Sequence[float], length: int, max_tokens: int | None
 ) -> list[int]:
-    """Fill a step with rows of jobs, those that cost most first, up to a bound of tokens."""
-    left = max_tokens // length if max_tokens is not None else sum(rows)
-    left = max(left, *rows)
-    chosen = [0] * len(rows)
-    for job in sorted(range(len(rows)), key=lambda job: -costs[job]):
-        chosen[job] = min(rows[job], left)
-        left -= chosen[job]
-    return chosen
+    """Fill a round with rows of jobs, those that cost most first, up to a bound of tokens."""
+    left = max_tokens // length if max_tokens is not None else sum(counts)
+    left = max(left, *counts)
+    rows = [0] * len(counts)
+    for place in sorted(range(len(counts)), key=lambda place: -costs[place]):
+        rows[place] = min(counts[place], left)
+        left -= rows[place]
+    return rows
 
 
 def _learning_copies(job: Job, *, checkpointed: bool) -> int:
@@ -260,17 +244,19 @@ def _learning_copies(job: Job, *, checkpointed: bool) -> int:
 
 
 def _loss_bytes(host: Host, num_tokens: int) -> int:
-    config = host.config
-    return loss_workspace_bytes(num_tokens, config.hidden_size, config.vocab_size, host.dtype)
-
-
-def _layer_backward_bytes(host: Host, num_tokens: int) -> int:
-    """Gradients of a layer's widest tensors: three of the FFN's width, eight of the model's."""
+    """Logits, or gradients of a layer: three of the FFN's width, eight of the model's."""
+    hidden_size = host.base.hidden_size
+    logits = loss_workspace_bytes(
+        num_tokens, host.config.hidden_size, host.config.vocab_size, host.dtype
+    )
     widest = max(out_features for out_features, _ in host.base.shapes.values())
-    width = 3 * widest + 8 * host.base.hidden_size
-    return num_tokens * width * host.dtype.itemsize
+    return max(logits, num_tokens * (3 * widest + 8 * hidden_size) * host.dtype.itemsize)
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def _in_gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

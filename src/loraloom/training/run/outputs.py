@@ -4,7 +4,7 @@
 <output_dir>/<job>/checkpoints/last/    the adapter after its last step
 <output_dir>/<job>/checkpoints/best/    the adapter at its best evaluation
 <output_dir>/.checkpoints/              what --resume needs
-<output_dir>/sweep.csv, sweep.png       the jobs of a sweep, compared
+<output_dir>/sweep.csv, .png, .journal  the jobs of a sweep, compared; Optuna's record of them
 
 No job can be called .checkpoints: names begin with a letter or digit.
 """
@@ -21,20 +21,18 @@ from filelock import FileLock, Timeout
 
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
+from loraloom.formats.files import read_adapter, write_adapter
+from loraloom.models.host import Host
 from loraloom.training.run.checkpoint import SnapshotStore
-from loraloom.training.run.results import RESULT_FILE
-from loraloom.training.run.tracking import (
-    METRICS_FILE,
-    RUN_ID_FILE,
-    TENSORBOARD_DIRECTORY,
-    WANDB_DIRECTORY,
-)
+from loraloom.training.run.job import Job
+from loraloom.training.run.results import RESULT_FILE, JobResult, result_card
+from loraloom.training.run.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY
 
 _CHECKPOINTS = "checkpoints"
 _SNAPSHOTS = ".checkpoints"
 _LOCK_FILE = ".lock"
-_OWN_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE, RUN_ID_FILE)
-_OWN_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
+_JOB_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE)
+_JOB_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
 
 
 class RunDirectory:
@@ -74,6 +72,11 @@ class RunDirectory:
         """Picture of a sweep."""
         return self.path / "sweep.png"
 
+    @property
+    def sweep_journal(self) -> Path:
+        """Optuna's record of a sweep."""
+        return self.path / "sweep.journal"
+
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Check that the run may write here. Nothing is written.
 
@@ -91,9 +94,9 @@ class RunDirectory:
         if overwrite or not has_results:
             return
         if not resume:
-            found = ", ".join(self._entries()[:3] or [_SNAPSHOTS])
+            entries = ", ".join(self._entries()[:3] or [_SNAPSHOTS])
             raise ConfigError(
-                f"output_dir must be new or empty, got {self.path}, which has {found}; "
+                f"output_dir must be new or empty, got {self.path}, which has {entries}; "
                 "name another, or give --resume to go on from "
                 "its checkpoints or --overwrite to replace the jobs' results"
             )
@@ -134,8 +137,8 @@ class RunDirectory:
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.snapshots.clear()
-            self.sweep_table.unlink(missing_ok=True)
-            self.sweep_picture.unlink(missing_ok=True)
+            for file in (self.sweep_table, self.sweep_picture, self.sweep_journal):
+                file.unlink(missing_ok=True)
             for name in jobs:
                 self._clear(name)
 
@@ -155,10 +158,28 @@ class RunDirectory:
         with self._writing():
             self._clear(name)
 
+    def write_job(self, host: Host, job: Job, result: JobResult) -> None:
+        """Write a job's last weights, the adapter's files and result.json.
+
+        The adapter's files are its best weights where an evaluation has chosen any, else the last.
+
+        Raises:
+            LoraloomError, OSError: If something can't be written, or the best weights can't be
+                read.
+        """
+        name, base = job.name, host.base
+        host.save(name, self.last(name), overwrite=True)
+        tensors = job.adapter.tensors()
+        if job.selection.step is not None:
+            tensors = read_adapter(self.best(name), base)[1]
+        card = result_card(result, job, base)
+        write_adapter(self.job(name), job.adapter.config, tensors, base, card, overwrite=True)
+        result.write(self.job(name))
+
     def _clear(self, name: str) -> None:
-        for file in _OWN_FILES:
+        for file in _JOB_FILES:
             (self.job(name) / file).unlink(missing_ok=True)
-        for directory in _OWN_DIRECTORIES:
+        for directory in _JOB_DIRECTORIES:
             shutil.rmtree(self.job(name) / directory, ignore_errors=True)
 
     @contextmanager

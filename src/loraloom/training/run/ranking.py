@@ -26,7 +26,7 @@ class Standing:
         status: running, or what became of it.
         steps: Steps done.
         total_steps: Of the whole job, where known.
-        rung_values: The metric at each rung that it reached.
+        rung_values: The metric at each rung that it reached, by step.
         value: The metric of the weights in its files; while it trains, that of its last evaluation.
         seconds: Wall time of the run until its end or now.
     """
@@ -63,12 +63,14 @@ class Ranking:
     Args:
         metric: What ranks them.
         rungs: Steps after which they are compared.
-        standings: In the order of the sweep.
+        standings: Those that have begun, in the order of the sweep.
+        num_jobs: Jobs of the whole sweep.
     """
 
     metric: str
     rungs: tuple[int, ...]
     standings: tuple[Standing, ...]
+    num_jobs: int
 
     @property
     def names(self) -> set[str]:
@@ -96,19 +98,6 @@ class Ranking:
         """The first; None before anything is measured."""
         first = self.ranked[0]
         return None if first.value is None else first
-
-
-def survivors(values: Mapping[str, float], reduction_factor: int, metric: str) -> list[str]:
-    """The best of the jobs that reached a rung so far: one in reduction_factor, at least one.
-
-    Args:
-        values: The metric of each; of equal ones the first is better.
-        reduction_factor: One in so many goes on.
-        metric: Its name, which says what is better.
-    """
-    sign = 1 if metric_mode(metric) == "min" else -1
-    ranked = sorted(values, key=lambda name: sign * values[name])
-    return ranked[: max(1, len(ranked) // reduction_factor)]
 
 
 def ranking_csv(ranking: Ranking) -> str:
@@ -154,7 +143,7 @@ def ranking_table(ranking: Ranking) -> Table:
 def ranking_line(ranking: Ranking) -> str:
     """The state of a sweep in a line."""
     running = [one for one in ranking.standings if one.is_running]
-    line = f"sweep: {len(running)} of {len(ranking.standings)} jobs train"
+    line = f"sweep: {len(running)} of {ranking.num_jobs} jobs train"
     if running:
         line += f", at step {max(running, key=lambda one: one.steps).progress}"
     best = ranking.best

@@ -8,13 +8,13 @@ from typing import Any
 
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import JobProgress, Progress, describe_metrics
-from loraloom.training.run.tracking import Tracker, open_trackers, step_metrics
+from loraloom.training.run.progress import Progress, describe_metrics
+from loraloom.training.run.tracking import MetricsFile, Tracker, open_tracker, step_metrics
 from loraloom.training.step.micro_batch import StepReport
 
 
 class Reporter:
-    """Tells trackers and the user how jobs get on.
+    """Tells trackers and the user how jobs get on. A tracker that fails is told of once a job.
 
     Args:
         directory: Of the run's results.
@@ -25,9 +25,9 @@ class Reporter:
     def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: tuple[str, ...]):
         self._directory = directory
         self._progress = progress
-        self._tracker_names = tracker_names
-        self._trackers: dict[str, list[Tracker]] = {}
-        self._silent: set[Tracker] = set()
+        self._tracker_names = dict.fromkeys(("jsonl", *tracker_names))
+        self._trackers: dict[str, list[MetricsFile | Tracker]] = {}
+        self._failing: set[tuple[str, str]] = set()
         self._is_started = False
 
     def start(self, jobs: Iterable[Job]) -> None:
@@ -41,17 +41,19 @@ class Reporter:
         """Open a job's trackers and show it, if the run has begun."""
         if not self._is_started:
             return
-        directory, first_step = self._directory.job(job.name), job.position.step + 1
+        directory, config = self._directory.job(job.name), job.config.model_dump(mode="json")
         directory.mkdir(parents=True, exist_ok=True)
-        self._trackers[job.name] = open_trackers(
-            self._tracker_names, directory, first_step, job.config.model_dump(mode="json")
-        )
-        self._progress.add(_progress_of(job, None))
+        trackers = self._trackers[job.name] = []
+        for name in self._tracker_names:
+            with self._noting_faults(name, job.name):
+                trackers.append(open_tracker(name, directory, job.position.step + 1, config))
+        self._progress.add(job)
 
     def step(self, job: Job, report: StepReport, seconds: float) -> None:
         """Tell what a step did."""
         self._log(job.name, step_metrics(report, seconds))
-        self._progress.update(_progress_of(job, report.loss.loss))
+        if self._is_started:
+            self._progress.update(job)
         for warning in report.warnings:
             self.message(f"warning: job {job.name}, {warning}")
 
@@ -69,9 +71,8 @@ class Reporter:
     def end(self, job_name: str) -> None:
         """Close a job's trackers."""
         for tracker in self._trackers.pop(job_name, ()):
-            with self._noting_faults(tracker, job_name):
+            with self._noting_faults(tracker.name, job_name):
                 tracker.close()
-            self._silent.discard(tracker)
 
     def stop(self) -> None:
         """Close all trackers and show nothing more."""
@@ -92,26 +93,16 @@ class Reporter:
                 file.truncate(num_bytes)
 
     @contextmanager
-    def _noting_faults(self, tracker: Tracker, job_name: str) -> Iterator[None]:
-        """Let a tracker's fault, a full disk say, be said once and not end the training."""
+    def _noting_faults(self, tracker_name: str, job_name: str) -> Iterator[None]:
+        """Tell of a tracker's fault (a full disk, for example) once; it ends no training."""
         try:
             yield
-            self._silent.discard(tracker)
         except Exception as error:
-            if tracker not in self._silent:
-                self.message(
-                    f"warning: job {job_name}: {type(tracker).__name__} can't take metrics: {error}"
-                )
-            self._silent.add(tracker)
+            if (tracker_name, job_name) not in self._failing:
+                self.message(f"warning: job {job_name}: {tracker_name} can't take metrics: {error}")
+            self._failing.add((tracker_name, job_name))
 
     def _log(self, job_name: str, metrics: Mapping[str, Any]) -> None:
         for tracker in self._trackers.get(job_name, ()):
-            with self._noting_faults(tracker, job_name):
+            with self._noting_faults(tracker.name, job_name):
                 tracker.log(metrics)
-
-
-def _progress_of(job: Job, loss: float | None) -> JobProgress:
-    position = job.position
-    return JobProgress(
-        job.name, position.step, job.total_steps, position.tokens, loss, position.computed_tokens
-    )

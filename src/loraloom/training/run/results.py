@@ -22,7 +22,8 @@ from loraloom.training.step.micro_batch import padding_share
 RESULT_FILE = "result.json"
 
 Weights = Literal["best", "last"]
-Status = Literal["finished", "stopped early", "stopped", "failed"]
+Status = Literal["queued", "running", "finished", "stopped early", "stopped", "failed"]
+"""Where a job is; a result has one of the last four."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Which jobs take part in a fused step, when one step can't hold them all.
+"""Which jobs take part in a round, when one can't hold them all.
 
 Stride scheduling: a job's pass is the tokens that were computed for it, divided by its priority.
-The job with the least pass goes first, and others fill what is left of the step, so that over time
+The job with the least pass goes first, and others fill what is left of the round, so that over time
 each job has a share of the computed tokens in proportion to its priority. It is a function of the
 passes alone, which snapshots keep: a resumed run chooses as an unbroken one.
 
@@ -20,11 +20,11 @@ from loraloom.training.step.rows import lay_out
 
 
 class Schedule:
-    """Packs micro-batches of several jobs into steps of bounded size.
+    """Packs micro-batches of several jobs into rounds of bounded size.
 
     Args:
         max_tokens_per_step: Most tokens of a fused forward, padding included; None: no bound, all
-            jobs take part in each step.
+            jobs take part in each round.
     """
 
     def __init__(self, max_tokens_per_step: int | None = None):
@@ -33,10 +33,10 @@ class Schedule:
         self._priorities: dict[str, float] = {}
 
     def check_fits(self, job: Job) -> None:
-        """Check that a job can take part in a step.
+        """Check that a job can take part in a round.
 
         Raises:
-            ConfigError: If its longest micro-batch is more than a step may have.
+            ConfigError: If its longest micro-batch is more than a round may have.
         """
         limit, needed = self.max_tokens_per_step, job.order.max_micro_batch_tokens
         if limit is not None and needed > limit:
@@ -61,30 +61,33 @@ class Schedule:
         self.passes = {name: passes.get(name, least) for name in self.passes}
 
     def choose(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Choose what goes into the next step.
+        """Choose what goes into the next round.
 
         Args:
             micro_batches: One of each job that could take part.
 
         Returns:
-            Some of them, in the order in which they came. One that is more than a step may have,
+            Some of them, in the order in which they came. One that is more than a round may have,
             as packed ones can be, is alone.
         """
         if self.max_tokens_per_step is None:
             return list(micro_batches)
         chosen: list[MicroBatch] = []
-        for part in sorted(micro_batches, key=lambda part: self.passes[part.adapter.name]):
-            if not chosen or sum(computed_tokens([*chosen, part])) <= self.max_tokens_per_step:
-                chosen.append(part)
-        names = {part.adapter.name for part in chosen}
-        return [part for part in micro_batches if part.adapter.name in names]
+        for micro_batch in sorted(micro_batches, key=lambda b: self.passes[b.adapter.name]):
+            if (
+                not chosen
+                or sum(computed_tokens([*chosen, micro_batch])) <= self.max_tokens_per_step
+            ):
+                chosen.append(micro_batch)
+        names = {micro_batch.adapter.name for micro_batch in chosen}
+        return [batch for batch in micro_batches if batch.adapter.name in names]
 
     def charge(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Count a step that was made."""
+        """Count a round that was made."""
         if self.max_tokens_per_step is None:
             return
-        for part, tokens in zip(micro_batches, computed_tokens(micro_batches), strict=True):
-            name = part.adapter.name
+        for micro_batch, tokens in zip(micro_batches, computed_tokens(micro_batches), strict=True):
+            name = micro_batch.adapter.name
             self.passes[name] += tokens / self._priorities[name]
 
 

@@ -1,33 +1,73 @@
-"""A sweep while it trains: jobs that do badly at a rung are stopped, the others are ranked.
+"""A sweep while it trains: Optuna chooses its jobs and says which of them to stop.
 
-Jobs that come to a rung between the same two fused steps are recorded first and then judged
-together; those that come later are judged against all that came before. So jobs of the same length,
-which train in the same steps, get plain successive halving, and no job ever waits.
-
-What is decided follows from the jobs' positions and the metrics that were recorded, so that a
-resumed sweep decides as an unbroken one does.
+The study is Optuna's, in a journal file beside the jobs, and it is the record of what was decided.
+A run that died may go on from a snapshot that is older than the journal: its jobs then come again
+to steps that they have reported already, and what was decided there is not decided again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from loraloom.config.job import JobConfig
 from loraloom.config.run import RunConfig
-from loraloom.config.sweep import AshaConfig
-from loraloom.config.trials import Trial
+from loraloom.config.sweep import SweepStoppingConfig, TpeSearch, parameter_value
 from loraloom.durable import write_output
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, LoraloomError
+from loraloom.eval.sweep_plot import plot_sweep
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
-from loraloom.training.run.ranking import Ranking, Standing, ranking_csv, survivors
+from loraloom.training.run.ranking import RUNNING, Ranking, Standing, ranking_csv
 from loraloom.training.run.results import JobResult
 from loraloom.training.run.selection import metric_mode
-from loraloom.training.run.tracking import read_curve
+
+_TPE_TRIES = 20
+"""Draws of TPE among which one is looked for that was not tried."""
+
+
+class AshaPruner(BasePruner):
+    """Successive halving over all jobs that have reached a rung so far.
+
+    Optuna's own pruner judges jobs in the order in which they ask, and always lets the first go on.
+    In a fused step many jobs come to a rung together, so here all of them report first, and then
+    the best `1 / reduction_factor` go on, at least one; of equal ones the first in the sweep.
+
+    Args:
+        stopping: With ASHA's settings.
+    """
+
+    def __init__(self, stopping: SweepStoppingConfig):
+        assert stopping.asha is not None
+        self._stopping = stopping
+        self._reduction_factor = stopping.asha.reduction_factor
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether a job is not among the best at the rung where it stands."""
+        step = trial.last_step
+        if step is None or step not in self._stopping.rungs(step + 1):
+            return False
+        rivals = [
+            one for one in study.get_trials(deepcopy=False) if step in one.intermediate_values
+        ]
+        sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+        rivals.sort(key=lambda one: sign * one.intermediate_values[step])
+        kept = rivals[: max(1, len(rivals) // self._reduction_factor)]
+        return trial.number not in {one.number for one in kept}
 
 
 class Sweep:
@@ -37,160 +77,242 @@ class Sweep:
         run: With a sweep.
         directory: Of the run's results.
         progress: Shows the ranking.
+        build: Makes the jobs that join later.
         jobs: Those that are not done; others than the sweep's are left alone.
 
     Raises:
-        ConfigError: If no job is long enough to reach a rung.
+        ConfigError: If no job is long enough to be stopped.
     """
 
     def __init__(
-        self, run: RunConfig, directory: RunDirectory, progress: Progress, jobs: Iterable[Job]
+        self,
+        run: RunConfig,
+        directory: RunDirectory,
+        progress: Progress,
+        build: Callable[[JobConfig], Job],
+        jobs: Iterable[Job],
     ):
         assert run.sweep is not None
-        stopping = run.sweep.early_stopping
+        self._run = run
+        self._sweep = run.sweep
         self._metric = run.sweep.metric
-        self._asha = None if stopping is None else stopping.asha
-        self._trials = run.trials
+        self._stopping = run.sweep.early_stopping
         self._directory = directory
         self._progress = progress
-        self._curves: dict[str, dict[int, float]] = {trial.name: {} for trial in run.trials}
-        self._total_steps = {trial.name: trial.job.train.max_steps for trial in run.trials}
+        self._build = build
+        self._planned = run.sweep.combinations()
+        self._distributions = run.sweep.distributions
         self._written: list[tuple[Any, ...]] = []
-        self._is_drawn = False
-        own = [job for job in jobs if job.name in self._curves]
-        self._total_steps |= {job.name: job.total_steps for job in own}
+        self._fault = ""
+        own = [job for job in jobs if job.name in run.sweep.names]
+        self._longest = max((job.total_steps for job in own), default=0)
         for difference in _differences(own, self._metric):
             progress.message(f"warning: sweep: {self._metric} compares jobs roughly: {difference}")
-        if self._asha is not None:
-            if len(own) == len(run.trials):  # else the run goes on: it was checked when it began
-                self._asha.check_reached([job.total_steps for job in own])
-            _set_rungs(own, self._asha)
+        if self._stopping is not None and len(own) == len(run.first_trials):  # else it goes on
+            self._stopping.check_reached(self._longest)
+        for job in own:
+            self._set_rungs(job)
+
+    def open(self) -> None:
+        """Begin a study in the run's directory, or go on with the one that is there."""
+        _cut_torn_line(self._directory.sweep_journal)
+        self._study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(self._directory.sweep_journal))),
+            study_name="sweep",
+            direction="minimize" if metric_mode(self._metric) == "min" else "maximize",
+            load_if_exists=True,
+        )
+        self._longest = self._study.user_attrs.get("longest_job", self._longest)
+        self._study.set_user_attr("longest_job", self._longest)
+        self._study.pruner = _pruner(self._stopping, self._longest)
 
     def between_steps(self, engine: Engine) -> None:
-        """Record what was measured, stop the jobs that lost, and show how they stand."""
-        self._record(engine)
-        if self._asha is not None:
-            self._halve(engine, self._asha)
-        self._show(self.ranking(engine))
-        if not self._is_drawn and self._curves.keys() <= engine.results.keys():
-            self._draw(self.ranking(engine))
-            self._is_drawn = True
-
-    def restore(self) -> None:
-        """Take in what was measured before the run was interrupted, after the state was loaded."""
-        for name in self._curves:
-            metrics = self._directory.metrics(name)
-            if metrics.exists():
-                self._curves[name] = dict(read_curve(metrics, self._metric))
+        """Report what was measured, stop the jobs that lost, let others join, show the ranking."""
+        with self._noting_faults():
+            self._report(engine)
+            self._judge(engine)
+            self._fill(engine)
+            self._show(self.ranking(engine))
 
     def finish(self, engine: Engine) -> None:
         """Show the ranking a last time."""
         self._progress.conclude(self.ranking(engine))
 
     def ranking(self, engine: Engine) -> Ranking:
-        """Tell how the jobs stand."""
-        rungs = self._rungs()
-        standings = tuple(self._standing(trial, engine, rungs) for trial in self._trials)
-        return Ranking(self._metric, rungs, standings)
-
-    def _record(self, engine: Engine) -> None:
-        """Take in the last evaluation of each job."""
-        for name, curve in self._curves.items():
-            if name in engine.results:
-                result = engine.results[name]
-                step, metrics = result.steps, result.last_metrics
-                if result.status == "finished":
-                    self._total_steps[name] = step
-            elif name in engine.jobs:
-                position = engine.jobs[name].position
-                step, metrics = position.evaluated_step, position.metrics
+        """Tell how the jobs stand that have begun."""
+        rungs = () if self._stopping is None else self._stopping.rungs(self._longest)
+        standings = []
+        for trial, name in self._trials():
+            parameters = {path: parameter_value(drawn) for path, drawn in trial.params.items()}
+            curve = trial.intermediate_values
+            values = {rung: curve[rung] for rung in rungs if rung in curve}
+            if (result := engine.results.get(name)) is not None:
+                value, seconds = result.metrics.get(self._metric), result.seconds
+                state = (result.status, result.steps, None, values, value, seconds)
+            elif (job := engine.jobs.get(name)) is not None:
+                value, step = curve[max(curve)] if curve else None, job.position.step
+                state = (RUNNING, step, job.total_steps, values, value, engine.seconds)
             else:
                 continue
-            if self._metric in metrics:
-                curve[step] = metrics[self._metric]
+            standings.append(Standing(name, parameters, *state))
+        return Ranking(self._metric, rungs, tuple(standings), self._sweep.num_jobs)
 
-    def _halve(self, engine: Engine, asha: AshaConfig) -> None:
-        """Stop the jobs that stand at a rung and are not among its best."""
-        for rung in self._rungs():
-            values = {name: curve[rung] for name, curve in self._curves.items() if rung in curve}
-            kept = survivors(values, asha.reduction_factor, self._metric)
-            lost = [name for name in values if name not in kept]
-            for name in lost:
-                job = engine.jobs.get(name)
-                if job is not None and job.at_boundary and job.position.step == rung:
-                    engine.stop(name, self._reason(values, name, len(kept)))
+    def _trials(self) -> list[tuple[FrozenTrial, str]]:
+        """Optuna's trials with the names of their jobs."""
+        trials = self._study.get_trials(deepcopy=False)
+        return list(zip(trials, self._sweep.names, strict=False))
 
-    def _reason(self, values: dict[str, float], name: str, num_kept: int) -> str:
-        return (
-            f"{self._metric} {values[name]:.4f} is not among the best {num_kept} of {len(values)}"
+    def _handle(self, trial: FrozenTrial) -> optuna.Trial:
+        return optuna.Trial(self._study, trial._trial_id)
+
+    def _report(self, engine: Engine) -> None:
+        """Report the last evaluation of each job, and tell what became of those that ended."""
+        for trial, name in self._trials():
+            job, result = engine.jobs.get(name), engine.results.get(name)
+            if trial.state != TrialState.RUNNING:
+                continue
+            if result is not None:
+                step, metrics = result.steps, result.last_metrics
+            elif job is not None:
+                step, metrics = job.position.evaluated_step, job.position.metrics
+            else:
+                continue
+            if self._metric in metrics and step not in trial.intermediate_values:
+                self._handle(trial).report(metrics[self._metric], step)
+            if result is not None:
+                self._tell(trial, result)
+
+    def _tell(self, trial: FrozenTrial, result: JobResult) -> None:
+        value = result.metrics.get(self._metric)
+        if result.status == "stopped":
+            self._study.tell(trial.number, state=TrialState.PRUNED)
+        elif result.status == "failed" or value is None:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+        else:
+            self._study.tell(trial.number, value)
+
+    def _judge(self, engine: Engine) -> None:
+        """Stop the jobs that lost, each at the step where that was decided."""
+        for trial, name in self._trials():
+            job, step = engine.jobs.get(name), trial.last_step
+            if job is None or step is None or (job.position.step, job.at_boundary) != (step, True):
+                continue
+            reason = trial.user_attrs.get("stop_reason")
+            if trial.state == TrialState.RUNNING and trial.user_attrs.get("judged") != step:
+                reason = self._verdict(self._handle(trial), trial.intermediate_values[step], step)
+            if reason is not None:
+                engine.stop(name, reason)
+
+    def _verdict(self, trial: optuna.Trial, value: float, step: int) -> str | None:
+        """Ask the pruner, and put down what it says: why a job is stopped, if it is."""
+        if not trial.should_prune():
+            trial.set_user_attr("judged", step)
+            return None
+        reason = f"{self._metric} {value:.4f} is not among the best after step {step}"
+        trial.set_user_attr("stop_reason", reason)
+        self._study.tell(trial, state=TrialState.PRUNED)
+        return reason
+
+    def _fill(self, engine: Engine) -> None:
+        """Let jobs join until as many train as may."""
+        num_running = sum(name in engine.jobs for _, name in self._trials())
+        waiting = [  # a run that died began them after its last snapshot
+            trial
+            for trial, name in self._trials()
+            if trial.state == TrialState.RUNNING and name not in engine.jobs
+        ]
+        while num_running < self._sweep.num_concurrent:
+            trial = waiting.pop(0) if waiting else self._next()
+            if trial is None:
+                return
+            num_running += self._start(engine, trial)
+
+    def _next(self) -> FrozenTrial | None:
+        """The next trial, put down in the study; None if there are enough."""
+        number = len(self._study.get_trials(deepcopy=False))
+        if number >= self._sweep.num_jobs:
+            return None
+        params = self._planned[number] if number < len(self._planned) else self._suggest(number)
+        self._study.add_trial(
+            create_trial(state=TrialState.RUNNING, params=params, distributions=self._distributions)
         )
+        return self._study.get_trials(deepcopy=False)[number]
 
-    def _rungs(self) -> tuple[int, ...]:
-        """All rungs that a job may reach."""
-        if self._asha is None:
-            return ()
-        lengths = {length for length in self._total_steps.values() if length is not None}
-        return tuple(sorted({rung for length in lengths for rung in self._asha.rungs_of(length)}))
+    def _suggest(self, number: int) -> dict[str, Any]:
+        """Ask TPE for a combination; if one that was tried comes again and again, it is taken.
 
-    def _standing(self, trial: Trial, engine: Engine, rungs: tuple[int, ...]) -> Standing:
-        curve = self._curves[trial.name]
-        standing = Standing(
-            trial.name,
-            trial.parameters,
-            total_steps=self._total_steps[trial.name],
-            rung_values={rung: curve[rung] for rung in rungs if rung in curve},
-            value=curve[max(curve)] if curve else None,
-            seconds=engine.seconds,
-        )
-        if trial.name in engine.results:
-            return self._ended(standing, engine.results[trial.name])
-        return replace(standing, steps=engine.jobs[trial.name].position.step)
+        The draw follows from seed, number and study, so a resumed run makes it as an unbroken one.
+        """
+        search, trials = self._sweep.search, self._study.get_trials(deepcopy=False)
+        assert isinstance(search, TpeSearch)
+        seed = random.Random(f"{search.seed} {number}").getrandbits(32)
+        study = optuna.create_study(
+            direction=self._study.direction, sampler=TPESampler(seed=seed)
+        )  # in memory: the journal gets a trial in one piece
+        study.add_trials(trials)
+        suggested = [study.ask(self._distributions).params for _ in range(_TPE_TRIES)]
+        tried = [trial.params for trial in trials]
+        return next((params for params in suggested if params not in tried), suggested[0])
 
-    def _ended(self, standing: Standing, result: JobResult) -> Standing:
-        return replace(
-            standing,
-            status=result.status,
-            steps=result.steps,
-            value=result.metrics.get(self._metric),
-            seconds=result.seconds,
-        )
-
-    def _draw(self, ranking: Ranking) -> None:
-        """Write the picture."""
-        from loraloom.eval.sweep_plot import plot_sweep  # matplotlib takes a second to import
-
-        stopped = {one.name for one in ranking.standings if one.status == "stopped"}
-        parameters = {trial.name: trial.parameters for trial in self._trials}
-        curves = {
-            one.name: sorted(self._curves[one.name].items())
-            for one in ranking.ranked
-            if self._curves[one.name]
-        }
-        picture = self._directory.sweep_picture
-        with self._noting_faults():
-            if curves:
-                plot_sweep(curves, parameters, stopped, self._metric, picture)
-
-    @contextmanager
-    def _noting_faults(self) -> Iterator[None]:
-        """Let a file that can't be written, on a full disk say, not end the training."""
+    def _start(self, engine: Engine, trial: FrozenTrial) -> bool:
+        """Let a job join that does not train yet, unless it can't."""
+        name = self._sweep.names[trial.number]
+        if name in engine.jobs or name in engine.results:
+            return name in engine.jobs
         try:
-            yield
-        except (ConfigError, OSError) as error:
-            self._progress.message(f"warning: {error}")
+            job = self._build(self._run.trial(trial.number, trial.params).job)
+            self._set_rungs(job)
+            engine.add(job, overwrite=True)
+        except (LoraloomError, OSError) as error:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            self._progress.message(f"error: sweep: {name} can't train: {error}")
+            return False
+        return True
+
+    def _set_rungs(self, job: Job) -> None:
+        """Have a job evaluated at its rungs."""
+        if self._stopping is not None:
+            job.milestones = frozenset(self._stopping.rungs(job.total_steps))
 
     def _show(self, ranking: Ranking) -> None:
         self._progress.rank(ranking)
-        if ranking.measured != self._written:
-            self._written = ranking.measured
-            with self._noting_faults():
-                write_output(self._directory.sweep_table, ranking_csv(ranking))
+        if ranking.measured == self._written:
+            return
+        write_output(self._directory.sweep_table, ranking_csv(ranking))
+        self._written = ranking.measured
+        if not any(one.is_running for one in ranking.standings):
+            plot_sweep(self._study, self._sweep.names, self._metric, self._directory.sweep_picture)
+
+    @contextmanager
+    def _noting_faults(self) -> Iterator[None]:
+        """Let files that can't be written, on a full disk for example, not end the training."""
+        try:
+            yield
+        except (ConfigError, OSError) as error:
+            if str(error) != self._fault:
+                self._progress.message(f"warning: {error}")
+            self._fault = str(error)
+            _cut_torn_line(self._directory.sweep_journal)
 
 
-def _set_rungs(jobs: list[Job], asha: AshaConfig) -> None:
-    """Have jobs evaluated at their rungs."""
-    for job in jobs:
-        job.milestones = frozenset(asha.rungs_of(job.total_steps))
+def _pruner(stopping: SweepStoppingConfig | None, longest: int) -> BasePruner:
+    """What stops jobs, the longest of which has so many steps."""
+    if stopping is None:
+        return NopPruner()
+    if stopping.hyperband is not None:
+        hyperband = stopping.hyperband
+        return HyperbandPruner(hyperband.min_steps, longest, hyperband.reduction_factor)
+    if stopping.median is not None:
+        return MedianPruner(stopping.median.min_jobs, stopping.median.min_steps)
+    return AshaPruner(stopping)
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """Drop a last line that was not written to its end, which would spoil the next one."""
+    if journal.exists():
+        text = journal.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(journal, text.rfind(b"\n") + 1)
 
 
 def _differences(jobs: list[Job], metric: str) -> list[str]:

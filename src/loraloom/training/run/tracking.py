@@ -1,38 +1,34 @@
-"""Where a job's metrics go: a line of JSON for each step, and trackers by name.
+"""Where a job's metrics go: a line of JSON for each step, and accelerate's trackers by name.
 
-trackio and wandb get a run for each job. A resumed job goes on in its run: the run's id is kept
-beside the job's files. Both keep everything on this machine unless their own settings (environment,
-login) say otherwise.
+Each job has a run of its own. Everything stays on this machine unless the tracker's own settings
+(environment, login) say otherwise.
 """
 
 from __future__ import annotations
 
 import contextvars
-import importlib
 import json
 import os
-import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from loraloom.durable import write_text
+from accelerate import PartialState
+from accelerate.tracking import (
+    GeneralTracker,
+    TensorBoardTracker,
+    TrackioTracker,
+    WandBTracker,
+)
+
 from loraloom.errors import ConfigError
 from loraloom.training.step.micro_batch import StepReport
 
 METRICS_FILE = "metrics.jsonl"
-RUN_ID_FILE = "tracker_run_id.txt"
 TENSORBOARD_DIRECTORY = "tensorboard"
 WANDB_DIRECTORY = "wandb"
 DEFAULT_PROJECT = "loraloom"
-
-_NEEDED_MODULES = {
-    "tensorboard": "torch.utils.tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
 
 Metrics = dict[str, float | int | list[str] | None]
 
@@ -64,34 +60,20 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
     return metrics | loss.metrics
 
 
-class Tracker(ABC):
-    """Takes a job's metrics."""
-
-    @abstractmethod
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of a step or of an evaluation; `step` is among them.
-
-        What is no number, `warnings` that is, goes to metrics.jsonl alone.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Write what is left."""
-
-
-class MetricsFile(Tracker):
+class MetricsFile:
     """metrics.jsonl: one object a line.
 
     Args:
         path: Appended to.
     """
 
+    name = METRICS_FILE
+
     def __init__(self, path: Path):
-        self.path = path
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Append a line."""
+        """Append the metrics of a step or of an evaluation."""
         self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -100,120 +82,64 @@ class MetricsFile(Tracker):
         self._file.close()
 
 
-class TensorBoard(Tracker):
-    """Scalars by step, in TensorBoard's event files.
+class Tracker:
+    """One of accelerate's trackers with the run of a job.
 
     Args:
-        directory: Where they go.
-        first_step: What older files say of this step and later ones is dropped.
+        name: As in a run file.
+        tracker: Not started yet.
     """
 
-    def __init__(self, directory: Path, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory), purge_step=first_step)
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Add each metric but the step as a scalar."""
-        values, step = _at_step(metrics)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, global_step=step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._writer.close()
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """What a tracker is told of a job.
-
-    Args:
-        id: The same as long as the job is resumed.
-        job: The job's name.
-        group: The name of the run's directory, which its jobs have in common.
-        config: The job's section of the run file, all defaults filled in.
-    """
-
-    id: str
-    job: str
-    group: str
-    config: Mapping[str, Any]
-
-
-class Trackio(Tracker):
-    """A run of trackio, in the project TRACKIO_PROJECT or `loraloom`.
-
-    Args:
-        run: Of which job.
-    """
-
-    def __init__(self, run: TrackedRun):
-        import trackio  # pyright: ignore[reportMissingImports]
-
-        # init ends the run that its context knows, so each job has a context of its own
+    def __init__(self, name: str, tracker: GeneralTracker):
+        self.name = name
+        self._tracker = tracker
+        PartialState()  # without it accelerate's logger raises
+        # trackio's init ends the run that its context knows, so each job has its own context.
         self._context = contextvars.Context()
-        self._run: Any = self._context.run(
-            trackio.init,
-            project=os.environ.get("TRACKIO_PROJECT", DEFAULT_PROJECT),
-            name=f"{run.job}-{run.id[:8]}",
-            group=run.group,
-            config=dict(run.config),
-            resume="allow",
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+        self._context.run(tracker.start)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Log metrics at their step."""
-        self._context.run(self._run.log, *_at_step(metrics))
+        """Log metrics at their step; what is no number, `warnings` that is, is left out."""
+        values = {
+            name: value
+            for name, value in metrics.items()
+            if name != "step" and not isinstance(value, list)
+        }
+        self._context.run(self._tracker.log, values, step=metrics["step"])
 
     def close(self) -> None:
         """Write what is left."""
-        self._context.run(self._run.finish)
+        self._context.run(self._tracker.finish)
 
 
-class Wandb(Tracker):
-    """A run of Weights & Biases, in the project WANDB_PROJECT or `loraloom`.
-
-    Without WANDB_MODE and without credentials it is offline; `wandb sync` can send it later.
+def open_tracker(
+    name: str, directory: Path, first_step: int, config: Mapping[str, Any]
+) -> MetricsFile | Tracker:
+    """Open a tracker for a job.
 
     Args:
-        run: Of which job.
-        directory: Where wandb puts its files.
+        name: As in a run file.
+        directory: Of the job's results.
+        first_step: The first step that will be logged; TensorBoard drops what it has of later ones.
+        config: The job's section of the run file.
     """
-
-    def __init__(self, run: TrackedRun, directory: Path):
-        _mute_wandb_reports()
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        self._run: Any = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
-            id=run.id,
-            name=run.job,
-            group=run.group,
-            config=dict(run.config),
-            dir=str(directory),
-            mode=None if _has_wandb_settings(wandb) else "offline",
-            resume="allow",
-            reinit="create_new",  # jobs have runs side by side
-            settings=wandb.Settings(console="off", quiet=True),
-        )
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Log metrics at their step."""
-        self._run.log(*_at_step(metrics))
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._run.finish()
-
-
-def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
-    """Read one figure's course, (step, value), from a job's metrics.jsonl."""
-    lines = map(json.loads, metrics_file.read_text(encoding="utf-8").splitlines())
-    return [(line["step"], line[name]) for line in lines if name in line]
+    project = os.environ.get(f"{name.upper()}_PROJECT", DEFAULT_PROJECT)
+    run = {
+        "name": directory.name,
+        "group": directory.parent.resolve().name,
+        "config": dict(config),
+    }
+    match name:
+        case "tensorboard":
+            tracker = TensorBoardTracker(TENSORBOARD_DIRECTORY, directory, purge_step=first_step)
+        case "trackio":
+            quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+            tracker = TrackioTracker(project, **run, **quiet)
+        case "wandb":
+            tracker = WandBTracker(project, **run, **_wandb_settings(directory))
+        case _:
+            return MetricsFile(directory / METRICS_FILE)
+    return Tracker(name, tracker)
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -222,64 +148,29 @@ def check_trackers(names: tuple[str, ...]) -> None:
     Raises:
         ConfigError: If it isn't; says what to install.
     """
-    if "wandb" in names:
-        _mute_wandb_reports()
     for name in names:
-        if name not in _NEEDED_MODULES:
-            continue
-        try:
-            importlib.import_module(_NEEDED_MODULES[name])
-        except ImportError as error:
+        if name != "jsonl" and find_spec(name) is None:
             raise ConfigError(
                 f"trackers: {name} needs a package that is not installed; "
                 "run: pip install 'loraloom[track]'"
-            ) from error
+            )
 
 
-def open_trackers(
-    names: tuple[str, ...], directory: Path, first_step: int, config: Mapping[str, Any]
-) -> list[Tracker]:
-    """Open a job's trackers; metrics.jsonl is always among them.
-
-    Args:
-        names: As in a run file.
-        directory: Of the job.
-        first_step: The first step that will be logged.
-        config: The job's section of the run file.
-    """
-    trackers: list[Tracker] = [MetricsFile(directory / METRICS_FILE)]
-    if "tensorboard" in names:
-        trackers.append(TensorBoard(directory / TENSORBOARD_DIRECTORY, first_step))
-    if "trackio" in names:
-        trackers.append(Trackio(_tracked_run(directory, config)))
-    if "wandb" in names:
-        trackers.append(Wandb(_tracked_run(directory, config), directory))
-    return trackers
+def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
+    """Read one figure's course, (step, value), from a job's metrics.jsonl."""
+    lines = map(json.loads, metrics_file.read_text(encoding="utf-8").splitlines())
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
-def _tracked_run(directory: Path, config: Mapping[str, Any]) -> TrackedRun:
-    file = directory / RUN_ID_FILE
-    if not file.exists():
-        write_text(file, uuid.uuid4().hex)
-    group = directory.parent.resolve().name
-    return TrackedRun(file.read_text(encoding="utf-8"), directory.name, group, config)
-
-
-def _at_step(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """Take the step out of metrics, and leave out what is no number."""
-    values = {
-        name: value
-        for name, value in metrics.items()
-        if name != "step" and not isinstance(value, list)
-    }
-    return values, metrics["step"]
-
-
-def _mute_wandb_reports() -> None:
-    """Keep wandb from sending reports of its own errors, unless the user wants it to."""
+def _wandb_settings(directory: Path) -> dict[str, Any]:
+    """Keep wandb on this machine unless the user has told it where its data may go."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb  # pyright: ignore[reportMissingImports]
 
-
-def _has_wandb_settings(wandb: Any) -> bool:
-    """Whether the user has told wandb where its data may go."""
-    return "WANDB_MODE" in os.environ or bool(wandb.login(prompt=False, verify=False))
+    may_send = "WANDB_MODE" in os.environ or bool(wandb.login(prompt=False, verify=False))
+    return {
+        "dir": str(directory),
+        "mode": None if may_send else "offline",
+        "reinit": "create_new",  # jobs have runs side by side
+        "settings": {"console": "off", "quiet": True},
+    }

@@ -1,1 +1,1 @@
-"""The pure part: rows, forward, losses, gradients and optimizers of a fused step."""
+"""The pure part: rows, forward, losses, gradients and optimizers of a round; no files, no clock."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loraloom.data.examples import collate
+from loraloom.infer.rows import collate, example_row
 from loraloom.models.host import Host
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import load_statistics
@@ -24,7 +24,6 @@ from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import ScoredSamples
 from loraloom.training.step.reference import ask_references
 from loraloom.training.step.rows import lay_out
-from loraloom.training.step.scoring import label_losses
 from loraloom.training.step.window import count_labels
 
 
@@ -38,28 +37,30 @@ def forward_backward(
     pass; its adapter's gradient is of no use then.
 
     Args:
-        host: In training mode.
+        host: With the micro-batches' adapters.
         micro_batches: One of each job.
         pad_id: Token to pad with, on the right.
 
     Returns:
         The losses, in the order of the micro-batches.
     """
-    wanted = [(part.reference, part.examples) for part in micro_batches]
-    ask_references(host, wanted, pad_id)
+    ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
     layout = lay_out(micro_batches)
-    batch = collate(layout.joined(), pad_id)
+    rows = [example_row(example) for example in layout.joined()]
+    inputs = collate(rows, host.dtype, host.device, pad_id)
     output = host.hidden(
-        batch.input_ids.to(host.device),
-        None if layout.is_packed else batch.attention_mask.to(host.device),
+        inputs.input_ids,
+        None if layout.is_packed else inputs.attention_mask,
         adapters=layout.adapters,
         sample_keys=layout.sample_keys,
         sample_lengths=layout.sample_lengths,
+        training=True,
     )
-    losses = label_losses(host, output.last_hidden_state, batch.labels)
+    states = inputs.predicting_states(output.last_hidden_state)
+    losses = host.token_losses(states, inputs.targets)
     terms = [
-        _loss_terms(part, part_losses, output.routing.get(part.adapter.name))
-        for part, part_losses in zip(micro_batches, layout.split_losses(losses), strict=True)
+        _loss_terms(batch, batch_losses, output.routing.get(batch.adapter.name))
+        for batch, batch_losses in zip(micro_batches, layout.split_losses(losses), strict=True)
     ]
     values = _to_floats(terms)
     _backward(
@@ -70,30 +71,34 @@ def forward_backward(
         ]
     )
     return [
-        _with_statistics(part, value, output.routing.get(part.adapter.name), computed_tokens)
-        for part, value, computed_tokens in zip(
+        _with_statistics(
+            micro_batch, value, output.routing.get(micro_batch.adapter.name), computed_tokens
+        )
+        for micro_batch, value, computed_tokens in zip(
             micro_batches, values, layout.computed_tokens, strict=True
         )
     ]
 
 
 def _loss_terms(
-    part: MicroBatch, token_losses: Tensor, routing: list[LayerRouting] | None
+    micro_batch: MicroBatch, token_losses: Tensor, routing: list[LayerRouting] | None
 ) -> dict[str, Tensor]:
     """Return a micro-batch's share of the step's loss, router loss and metrics."""
-    terms = part.objective.terms(_scored(part, token_losses), part.window.totals)
+    terms = micro_batch.objective.terms(
+        _scored(micro_batch, token_losses), micro_batch.window.totals
+    )
     aux_loss = torch.zeros_like(terms.loss)
-    added = None if routing is None else part.adapter.auxiliary_loss(routing)
+    added = None if routing is None else micro_batch.adapter.auxiliary_loss(routing)
     if added is not None:
-        aux_loss = (added * _token_share(part)).to(terms.loss.dtype)
+        aux_loss = (added * _token_share(micro_batch)).to(terms.loss.dtype)
     return {"loss": terms.loss, "aux_loss": aux_loss, **terms.metrics}
 
 
-def _scored(part: MicroBatch, token_losses: Tensor) -> ScoredSamples:
+def _scored(micro_batch: MicroBatch, token_losses: Tensor) -> ScoredSamples:
     references = None
-    if part.reference is not None:
-        references = token_losses.new_tensor(part.reference.of(part.examples))
-    return ScoredSamples(-token_losses, list(map(count_labels, part.examples)), references)
+    if micro_batch.reference is not None:
+        references = token_losses.new_tensor(micro_batch.reference.of(micro_batch.examples))
+    return ScoredSamples(-token_losses, list(map(count_labels, micro_batch.examples)), references)
 
 
 def _to_floats(terms: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
@@ -109,24 +114,24 @@ def _backward(losses: Sequence[Tensor]) -> None:
 
 
 def _with_statistics(
-    part: MicroBatch,
+    micro_batch: MicroBatch,
     values: dict[str, float],
     routing: list[LayerRouting] | None,
     computed_tokens: int,
 ) -> MicroBatchLoss:
     metrics = dict(values)
     loss, aux_loss = metrics.pop("loss"), metrics.pop("aux_loss")
-    found = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=computed_tokens)
+    summed = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=computed_tokens)
     if routing is None:
-        return found
-    statistics, share = load_statistics(routing), _token_share(part)
+        return summed
+    statistics, share = load_statistics(routing), _token_share(micro_batch)
     return replace(
-        found,
+        summed,
         router_entropy=statistics.entropy * share,
         router_load_cv=statistics.load_cv * share,
         tokens_per_expert=statistics.tokens_per_expert,
     )
 
 
-def _token_share(part: MicroBatch) -> float:
-    return part.num_tokens / part.window.num_tokens
+def _token_share(micro_batch: MicroBatch) -> float:
+    return micro_batch.num_tokens / micro_batch.window.num_tokens

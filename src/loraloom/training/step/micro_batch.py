@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example
+from loraloom.routing.collapse import Choices
 from loraloom.routing.record import RouterName
-from loraloom.training.run.collapse import add_counts
 from loraloom.training.step.objectives import Objective
 from loraloom.training.step.reference import Reference
 from loraloom.training.step.window import Window
@@ -55,10 +55,10 @@ class MicroBatch:
         if self.max_row_length is not None:
             cut = (starts[::2], starts[1::2])
         return [
-            self._part([start + row for start in half for row in range(num_rows)]) for half in cut
+            self._subset([start + row for start in half for row in range(num_rows)]) for half in cut
         ]
 
-    def _part(self, places: Sequence[int]) -> MicroBatch:
+    def _subset(self, places: Sequence[int]) -> MicroBatch:
         examples = [self.examples[place] for place in places]
         return replace(
             self, examples=examples, sample_keys=[self.sample_keys[place] for place in places]
@@ -97,6 +97,16 @@ class MicroBatchLoss:
             self.computed_tokens + other.computed_tokens,
             add_counts(self.tokens_per_expert, other.tokens_per_expert),
         )
+
+
+def add_counts(first: Choices, second: Choices) -> dict[RouterName, list[int]]:
+    """Add how often each router chose each expert; none at all counts as zeros."""
+    if not first or not second:
+        return {router: list(counts) for router, counts in (first or second).items()}
+    return {
+        router: [a + b for a, b in zip(counts, second[router], strict=True)]
+        for router, counts in first.items()
+    }
 
 
 def _add(left: float | None, right: float | None) -> float | None:

@@ -16,9 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import GreedyLR
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.config.optimization import SCHEDULERS_ON_METRIC, OptimizerName
-from loraloom.config.optimizer import OptimizerConfig
-from loraloom.config.train import TrainConfig
+from loraloom.config.optimizer import OptimizerConfig, OptimizerName
+from loraloom.config.train import SCHEDULERS_ON_METRIC, TrainConfig
 from loraloom.errors import ConfigError
 
 OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {

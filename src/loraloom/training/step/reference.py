@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from loraloom.config.objective import BASE_REFERENCE, CpoConfig, DpoConfig, SftConfig
 from loraloom.data.examples import Example
+from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
-from loraloom.training.step.scoring import label_log_probs
 
 
 @dataclass
@@ -57,19 +57,18 @@ def drop_reference(
 ) -> None:
     """Take a reference's adapter off the host, unless another job is held at it."""
     name = None if reference is None else reference.adapter_name
-    if name is not None and all(one is None or one.adapter_name != name for one in others):
+    if name is not None and all(other is None or other.adapter_name != name for other in others):
         host.remove(name)
 
 
 def ask_references(
-    host: Host, wanted: Iterable[tuple[Reference | None, Sequence[Example]]], pad_id: int
+    host: Host, wanted: Iterable[tuple[Reference | None, Sequence[Example]]]
 ) -> None:
     """Let references score the samples that they haven't seen, all in the same forwards.
 
     Args:
         host: In either mode, in which it is left.
         wanted: References with the samples that they will be asked `of`.
-        pad_id: Token to pad with.
     """
     missing = [
         (reference, example)
@@ -80,7 +79,7 @@ def ask_references(
     ]
     if not missing:
         return
-    rows = [(reference.adapter_name, example) for reference, example in missing]
-    log_probs = label_log_probs(host, rows, pad_id)
+    examples = [(reference.adapter_name, example) for reference, example in missing]
+    log_probs = label_log_probs(host, examples)
     for (reference, example), values in zip(missing, log_probs, strict=True):
         reference.log_probs[example.sample_id] = float(values.sum())

@@ -1,7 +1,7 @@
 """How the samples of a fused forward lie in rows: one each, or packed side by side.
 
 Rows of all jobs have one length in a forward, so jobs that pack agree on a length of rows: the
-shortest of some with which little is padded. (Attention takes the square of a row's length.)
+shortest of several with which little is padded. (Attention takes the square of a row's length.)
 
 Axes: N labels.
 """
@@ -32,11 +32,11 @@ class RowLayout:
     """The rows of a fused forward.
 
     Args:
-        parts: The micro-batches, in their order.
-        rows: Of each.
+        micro_batches: In their order.
+        rows: Of each micro-batch.
     """
 
-    parts: Sequence[MicroBatch]
+    micro_batches: Sequence[MicroBatch]
     rows: Sequence[Rows]
 
     @property
@@ -47,20 +47,20 @@ class RowLayout:
     @property
     def adapters(self) -> list[str]:
         """The adapter of each row."""
-        pairs = zip(self.parts, self.rows, strict=True)
-        return [part.adapter.name for part, rows in pairs for _ in rows]
+        pairs = zip(self.micro_batches, self.rows, strict=True)
+        return [batch.adapter.name for batch, rows in pairs for _ in rows]
 
     @property
     def sample_keys(self) -> list[int]:
         """Each sample's key, row after row."""
-        return [part.sample_keys[place] for part, row in self._each_row() for place in row]
+        return [batch.sample_keys[place] for batch, row in self._each_row() for place in row]
 
     @property
     def sample_lengths(self) -> list[list[int]] | None:
         """Tokens of each row's samples; None where a row is a sample."""
         if not self.is_packed:
             return None
-        return [[len(one.input_ids) for one in samples] for samples in self._samples()]
+        return [[len(sample.input_ids) for sample in samples] for samples in self._samples()]
 
     def joined(self) -> list[Example]:
         """Return each row as one example."""
@@ -75,7 +75,7 @@ class RowLayout:
         Returns:
             A tensor for each micro-batch, example after example.
         """
-        counts = [count_labels(one) for samples in self._samples() for one in samples]
+        counts = [count_labels(sample) for samples in self._samples() for sample in samples]
         pieces = iter(losses.split(counts))
         split = []
         for rows in self.rows:
@@ -86,7 +86,7 @@ class RowLayout:
     @cached_property
     def length(self) -> int:
         """Tokens of the longest row."""
-        return max(sum(len(one.input_ids) for one in samples) for samples in self._samples())
+        return max(sum(len(sample.input_ids) for sample in samples) for samples in self._samples())
 
     @property
     def computed_tokens(self) -> list[int]:
@@ -94,40 +94,40 @@ class RowLayout:
         return [len(rows) * self.length for rows in self.rows]
 
     def _each_row(self) -> Iterator[tuple[MicroBatch, list[int]]]:
-        for part, rows in zip(self.parts, self.rows, strict=True):
+        for batch, rows in zip(self.micro_batches, self.rows, strict=True):
             for row in rows:
-                yield part, row
+                yield batch, row
 
     def _samples(self) -> list[list[Example]]:
-        return [[part.examples[place] for place in row] for part, row in self._each_row()]
+        return [[batch.examples[place] for place in row] for batch, row in self._each_row()]
 
 
-def lay_out(parts: Sequence[MicroBatch]) -> RowLayout:
+def lay_out(micro_batches: Sequence[MicroBatch]) -> RowLayout:
     """Put micro-batches into rows, packing those that allow it.
 
     Args:
-        parts: At least one, with at least one example each.
+        micro_batches: At least one, with at least one example each.
     """
     layouts = [
-        RowLayout(parts, [_rows_of(part, length) for part in parts])
-        for length in _candidates(parts)
+        RowLayout(micro_batches, [_rows_of(batch, length) for batch in micro_batches])
+        for length in _candidates(micro_batches)
     ]
-    real = sum(part.num_tokens for part in parts)
+    real = sum(batch.num_tokens for batch in micro_batches)
     padding = [1 - real / sum(layout.computed_tokens) for layout in layouts]
     little = max(min(padding), _LITTLE_PADDING)
-    return next(one for one, share in zip(layouts, padding, strict=True) if share <= little)
+    return next(layout for layout, share in zip(layouts, padding, strict=True) if share <= little)
 
 
-def _candidates(parts: Sequence[MicroBatch]) -> list[int]:
+def _candidates(micro_batches: Sequence[MicroBatch]) -> list[int]:
     """Lengths of rows to try, the shortest first: from the longest sample on."""
-    least = max(len(one.input_ids) for part in parts for one in part.examples)
-    most = max([least, *(part.max_row_length or 0 for part in parts)])
+    least = max(len(sample.input_ids) for batch in micro_batches for sample in batch.examples)
+    most = max([least, *(batch.max_row_length or 0 for batch in micro_batches)])
     step = (most - least) / (_LENGTHS - 1)
     return sorted({round(least + step * place) for place in range(_LENGTHS)})
 
 
-def _rows_of(part: MicroBatch, length: int) -> Rows:
-    if part.max_row_length is None:
-        return [[place] for place in range(len(part.examples))]
-    lengths = [len(example.input_ids) for example in part.examples]
-    return first_fit(lengths, max(min(length, part.max_row_length), *lengths))
+def _rows_of(batch: MicroBatch, length: int) -> Rows:
+    if batch.max_row_length is None:
+        return [[place] for place in range(len(batch.examples))]
+    lengths = [len(example.input_ids) for example in batch.examples]
+    return first_fit(lengths, max(min(length, batch.max_row_length), *lengths))

@@ -119,7 +119,7 @@ class StepOrder:
         """
         examples = self.training_set.examples
         if self.config.packing:
-            return max(sum(len(row.input_ids) for row in one.rows) for one in examples)
+            return max(sum(len(row.input_ids) for row in example.rows) for example in examples)
         num_examples = min(self.config.micro_batch_size, self.training_set.epoch_length)
         num_rows = num_examples * len(examples[0].rows)
         return num_rows * max(map(longest_row, examples))

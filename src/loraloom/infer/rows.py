@@ -1,0 +1,188 @@
+"""Rows of tokens, some of which are scored, and batches of rows.
+
+Axes: B rows, L tokens, N scored tokens, D hidden.
+
+A question's choices share what they have in common. Their row holds the context once, and after it
+each choice's continuation without its last token, which is only predicted. A continuation's
+positions count from the end of the context, and it sees the context and itself alone, so that it
+gets the log-likelihood that it has by itself:
+
+    input_ids       Q  :  a  blue  the  red      of  Q: a blue sky  and  Q: the red sea
+    position_ids    0  1  2    3    2    3
+    branches        0  0  1    1    2    2
+
+Tokens that all continuations begin with stand there once, as part of the context. Continuations of
+one token, as labels mostly are, add nothing to it. An example of training data is a row without
+branches, whose labels are scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from loraloom.data.examples import NO_LOSS, Example
+from loraloom.data.tokenising import TokenPair
+from loraloom.errors import DataError
+
+_PADDING = -1
+"""Branch of the padding."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Tokens that are read together, and those that are scored.
+
+    `branches` is 0 in the context and counts continuations from 1. Then an entry for each scored
+    token: the place in the row whose state predicts it, its id, and the choice that it belongs to.
+    """
+
+    input_ids: list[int]
+    position_ids: list[int]
+    branches: list[int]
+    predictors: list[int]
+    targets: list[int]
+    choices: list[int]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows padded on the right, as the model takes them.
+
+    `attention_mask` is [B, L] where no row branches, else the mask to add to attention scores,
+    [B, 1, L, L]. `token_mask` is 1 at tokens, 0 at padding. `predictors` counts in the flattened
+    batch.
+    """
+
+    input_ids: Tensor  # (B, L)
+    position_ids: Tensor  # (B, L)
+    attention_mask: Tensor
+    token_mask: Tensor  # (B, L)
+    predictors: Tensor  # (N,)
+    targets: Tensor  # (N,)
+
+    def predicting_states(self, hidden_states: Tensor) -> Tensor:
+        """Take the states that predict the scored tokens, [N, D], out of all, [B, L, D]."""
+        return hidden_states.flatten(0, 1).index_select(0, self.predictors)
+
+
+def fit_pair(pair: TokenPair, max_length: int, name: str = "a continuation") -> TokenPair:
+    """Cut a context from the left so that the model reads at most `max_length` tokens.
+
+    The last token of a continuation is predicted, not read.
+
+    Args:
+        pair: A context and its continuation.
+        max_length: Most tokens that the model reads.
+        name: What the error calls the continuation.
+
+    Raises:
+        DataError: If the continuation has no tokens, or leaves no room for its context.
+
+    Source:
+        lm-eval 0.4.13 `lm_eval/models/huggingface.py`, `_loglikelihood_tokens`: the same cut.
+    """
+    num_tokens = len(pair.continuation)
+    if not 1 <= num_tokens <= max_length:
+        raise DataError(f"{name} must have 1 to {max_length} tokens, got {num_tokens}")
+    return TokenPair(pair.context[-(max_length + 1 - num_tokens) :], pair.continuation)
+
+
+def example_row(example: Example) -> TokenRow:
+    """Make the row of an example, whose labels are scored."""
+    length = len(example.input_ids)
+    labelled = [place for place in range(1, length) if example.labels[place] != NO_LOSS]
+    return TokenRow(
+        input_ids=list(example.input_ids),
+        position_ids=list(range(length)),
+        branches=[0] * length,
+        predictors=[place - 1 for place in labelled],
+        targets=[example.labels[place] for place in labelled],
+        choices=[0] * len(labelled),
+    )
+
+
+def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
+    """Put a question's choices into rows, one for each different context.
+
+    Args:
+        pairs: Context and continuation of each choice.
+        shared: Whether choices with the same context share a row; else each has its own.
+    """
+    groups: dict[object, list[int]] = {}
+    for choice, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair.context) if shared else choice, []).append(choice)
+    return [_make_row(pairs, choices) for choices in groups.values()]
+
+
+def _make_row(pairs: Sequence[TokenPair], choices: Sequence[int]) -> TokenRow:
+    context = pairs[choices[0]].context
+    num_shared = _count_shared([pairs[choice].continuation for choice in choices])
+    trunk = [*context, *pairs[choices[0]].continuation[:num_shared]]
+    first, end = len(context) - 1, len(trunk)
+    row = TokenRow(trunk, list(range(end)), [0] * end, [], [], [])
+    for branch, choice in enumerate(choices, start=1):
+        continuation = pairs[choice].continuation
+        branch_ids = continuation[num_shared:-1]
+        start = len(row.input_ids)
+        row.input_ids.extend(branch_ids)
+        row.position_ids.extend(range(end, end + len(branch_ids)))
+        row.branches.extend([branch] * len(branch_ids))
+        row.predictors.extend([*range(first, end), *range(start, start + len(branch_ids))])
+        row.targets.extend(continuation)
+        row.choices.extend([choice] * len(continuation))
+    return row
+
+
+def _count_shared(continuations: Sequence[Sequence[int]]) -> int:
+    """Count the tokens that several continuations begin with, not counting a last one."""
+    if len(continuations) == 1:
+        return 0
+    columns = zip(*(continuation[:-1] for continuation in continuations), strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+
+
+def collate(
+    rows: Sequence[TokenRow], dtype: torch.dtype, device: torch.device, pad_id: int = 0
+) -> RowBatch:
+    """Pad rows to the longest.
+
+    Args:
+        rows: At least one.
+        dtype: Of the attention scores.
+        device: Of the model's inputs.
+        pad_id: Token to pad with; it is masked out.
+    """
+    length = max(len(row.input_ids) for row in rows)
+    branches = _padded([row.branches for row in rows], length, _PADDING)
+    token_mask = mask = (branches != _PADDING).long()
+    if any(len(set(row.branches)) > 2 for row in rows):
+        mask = _branching_mask(branches, dtype)
+    predictors = [
+        place * length + predictor for place, row in enumerate(rows) for predictor in row.predictors
+    ]
+    targets = [target for row in rows for target in row.targets]
+    return RowBatch(
+        input_ids=_padded([row.input_ids for row in rows], length, pad_id).to(device),
+        position_ids=_padded([row.position_ids for row in rows], length, 0).to(device),
+        attention_mask=mask.to(device),
+        token_mask=token_mask.to(device),
+        predictors=torch.tensor(predictors, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+    )
+
+
+def _padded(rows: Sequence[list[int]], length: int, fill: int) -> Tensor:
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+
+def _branching_mask(branches: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make the mask that keeps a token from later ones and from other branches, [B, 1, L, L]."""
+    queries, keys = branches[:, :, None], branches[:, None, :]
+    visible = ((keys == 0) | (keys == queries)).tril()  # (B, L, L)
+    mask = torch.zeros(visible.shape, dtype=dtype)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)

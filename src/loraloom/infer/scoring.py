@@ -1,0 +1,242 @@
+"""Log probabilities of given tokens, by several adapters in one forward.
+
+Axes: B rows, L tokens, N scored tokens, D hidden.
+
+Choices, held-out loss, references and lm-eval's requests are all scored here: a request is an
+adapter and a row of tokens, some of which are scored. Requests are sorted by length, batched by
+tokens, and done in halves where memory runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraloom.data.examples import Example
+from loraloom.data.tokenising import TokenPair
+from loraloom.infer.halving import in_halves
+from loraloom.infer.rows import TokenRow, collate, example_row, make_rows
+from loraloom.models.host import Host
+from loraloom.routing.record import LayerRouting
+
+_TOKENS_PER_BATCH = {"cpu": 1024}
+_TOKENS_PER_BATCH_ELSEWHERE = 16384
+
+Request = tuple[str | None, TokenRow]
+"""An adapter's name, or None for the base model, and what it is to score."""
+
+Group = Sequence[TokenRow]
+"""The rows of continuations that belong together, such as the choices of a question."""
+
+
+class TokenScores(NamedTuple):
+    """What a model makes of a row's scored tokens, on the CPU.
+
+    Args:
+        log_probs: log p of each, [N] float64.
+        is_top: Whether it is the most likely token, [N].
+    """
+
+    log_probs: Tensor
+    is_top: Tensor
+
+
+class PairScore(NamedTuple):
+    """What a model makes of a continuation.
+
+    Args:
+        log_likelihood: Summed over its tokens.
+        is_greedy: Every token of it is the most likely one.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+class RoutedRows(NamedTuple):
+    """Rows of a mixture that were scored in a forward.
+
+    Args:
+        adapter: The mixture.
+        places: Of each row's request, or of its group.
+        rows: What was read.
+        routing: By layer the record of the rows' tokens in turn.
+    """
+
+    adapter: str
+    places: Sequence[int]
+    rows: Sequence[TokenRow]
+    routing: Sequence[LayerRouting]
+
+
+OnRouting = Callable[[RoutedRows], None]
+
+
+def tokens_per_batch(host: Host) -> int:
+    """Tokens of a batch, padding included: 1,024 on a CPU, 16,384 elsewhere."""
+    return _TOKENS_PER_BATCH.get(host.device.type, _TOKENS_PER_BATCH_ELSEWHERE)
+
+
+def token_batches(groups: Sequence[Group], max_tokens: int) -> Iterator[list[int]]:
+    """Cut groups into batches of like lengths, the longest first; each is a list of places.
+
+    Args:
+        groups: They are never divided; one alone may have more tokens.
+        max_tokens: Of a batch, padding included.
+    """
+    lengths = [max(len(row.input_ids) for row in rows) for rows in groups]
+    batch: list[int] = []
+    num_rows = 0
+    for place in sorted(range(len(groups)), key=lambda place: -lengths[place]):
+        added = len(groups[place])
+        if batch and (num_rows + added) * lengths[batch[0]] > max_tokens:
+            yield batch
+            batch, num_rows = [], 0
+        batch.append(place)
+        num_rows += added
+    if batch:
+        yield batch
+
+
+def score_rows(
+    host: Host,
+    requests: Sequence[Request],
+    max_tokens: int | None = None,
+    on_routing: OnRouting | None = None,
+) -> list[TokenScores]:
+    """Score rows, each with its adapter, without dropout and gradients.
+
+    Args:
+        host: With the adapters; weights must not change meanwhile.
+        requests: In any order.
+        max_tokens: Of a batch, padding included; None for `tokens_per_batch`.
+        on_routing: Told after each forward where mixtures sent its tokens.
+
+    Returns:
+        The scores in the order of the requests.
+
+    Raises:
+        AdapterError: If the host lacks an adapter.
+        DataError: If a row alone doesn't fit into memory.
+    """
+    nothing = TokenScores(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
+    scores = [nothing] * len(requests)
+    scored = [place for place, (_, row) in enumerate(requests) if row.targets]
+    groups = [requests[place][1:] for place in scored]
+    order = {name: number for number, (name, _) in enumerate(requests)}
+    with torch.no_grad(), host.prepared():
+        for batch in token_batches(groups, max_tokens or tokens_per_batch(host)):
+            # the rows of an adapter lie together, so that a half has few adapters
+            places = sorted(
+                (scored[at] for at in batch), key=lambda place: order[requests[place][0]]
+            )
+            forward = partial(_forward, host, requests, on_routing=on_routing)
+            results = in_halves(forward, places, lambda place: _describe(requests[place][1]))
+            for place, result in zip(places, results, strict=True):
+                scores[place] = result
+    return scores
+
+
+def _describe(row: TokenRow) -> str:
+    return f"a row of {len(row.input_ids)} tokens to be scored"
+
+
+def _forward(
+    host: Host,
+    requests: Sequence[Request],
+    places: Sequence[int],
+    on_routing: OnRouting | None,
+) -> list[TokenScores]:
+    """Score the requests at some places in one forward."""
+    rows = [requests[place][1] for place in places]
+    batch = collate(rows, host.dtype, host.device)
+    output = host.hidden(
+        batch.input_ids,
+        batch.attention_mask,
+        [requests[place][0] for place in places],
+        token_mask=batch.token_mask,
+        training=False,
+        position_ids=batch.position_ids,
+    )
+    states = batch.predicting_states(output.last_hidden_state)
+    log_probs, is_top = host.token_scores(states, batch.targets)
+    counts = [len(row.targets) for row in rows]
+    scores = zip(log_probs.cpu().double().split(counts), is_top.cpu().split(counts), strict=True)
+    if on_routing is not None:  # at the end, when nothing can fail any more
+        for name, routing in output.routing.items():
+            routed = [place for place in places if requests[place][0] == name]
+            on_routing(RoutedRows(name, routed, [requests[place][1] for place in routed], routing))
+    return [TokenScores(*pair) for pair in scores]
+
+
+def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) -> list[Tensor]:
+    """Compute log p of the labels of examples, each with its adapter; see `score_rows`.
+
+    Returns:
+        A tensor for each example in their order, [N], float64 on the CPU.
+    """
+    requests = [(name, example_row(example)) for name, example in examples]
+    return [scores.log_probs for scores in score_rows(host, requests)]
+
+
+def group_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[TokenRow]]:
+    """Make each group's rows; continuations share one where attention takes a mask of our own.
+
+    transformers leaves such a mask as it is: FlashAttention takes none, and a sliding window would
+    be missing from it.
+    """
+    rows = [make_rows(pairs, shared=True) for pairs in groups]
+    longest = max((len(row.input_ids) for group in rows for row in group), default=0)
+    window = host.config.to_dict().get("sliding_window")
+    takes_mask = host.config._attn_implementation in ("sdpa", "eager")
+    if takes_mask and (window is None or longest <= window):
+        return rows
+    return [make_rows(pairs, shared=False) for pairs in groups]
+
+
+def score_groups(
+    host: Host,
+    groups: Sequence[Group],
+    wanted: Sequence[tuple[str | None, int]],
+    max_tokens: int | None = None,
+    on_routing: OnRouting | None = None,
+) -> list[list[PairScore]]:
+    """Score every continuation of groups; other arguments and errors as in `score_rows`.
+
+    Args:
+        host: With the adapters.
+        groups: What `group_rows` gives.
+        wanted: Which adapter is to score which group.
+        max_tokens: Of a forward.
+        on_routing: Told the places of groups.
+
+    Returns:
+        The scores of the group's continuations for each that is wanted.
+    """
+    owned = [(name, row, place) for name, place in wanted for row in groups[place]]
+
+    def tell(routed: RoutedRows) -> None:
+        assert on_routing is not None
+        on_routing(routed._replace(places=[owned[request][2] for request in routed.places]))
+
+    requests = [(name, row) for name, row, _ in owned]
+    scores = iter(score_rows(host, requests, max_tokens, on_routing and tell))
+    return [
+        _score_pairs(groups[place], [next(scores) for _ in groups[place]]) for _, place in wanted
+    ]
+
+
+def _score_pairs(rows: Group, scores: Sequence[TokenScores]) -> list[PairScore]:
+    """Sum the scores of a group's tokens by continuation."""
+    owners = torch.tensor([choice for row in rows for choice in row.choices])
+    log_probs = torch.cat([score.log_probs for score in scores])
+    misses = torch.cat([~score.is_top for score in scores])
+    sums = log_probs.new_zeros(int(owners.max()) + 1)
+    num_misses = torch.zeros_like(sums).index_add_(0, owners, misses.to(sums.dtype))
+    sums = sums.index_add_(0, owners, log_probs)
+    pairs = zip(sums.tolist(), (num_misses == 0).tolist(), strict=True)
+    return [PairScore(*pair) for pair in pairs]

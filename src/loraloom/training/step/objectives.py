@@ -1,0 +1,215 @@
+"""What a job minimises, as a function of the log-probabilities of its labels.
+
+Axes: N labels, S samples, P pairs, S = 2P.
+
+A sample is a row of the forward. Where examples are pairs of answers, samples alternate: a chosen
+one, its rejected one, and so on.
+
+A new objective is a class here, a section in `config/objective.py` and a case of
+`build_objective`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
+from loraloom.training.step.window import StepTotals
+
+
+@dataclass(frozen=True)
+class ScoredSamples:
+    """The log-probabilities that samples have.
+
+    Args:
+        log_probs: log p of each label, [N], sample after sample; differentiable in training.
+        num_labels: Of each sample.
+        references: Each sample's log p, summed over its labels, under the reference policy, [S];
+            None where the job has no reference.
+    """
+
+    log_probs: Tensor
+    num_labels: Sequence[int]
+    references: Tensor | None = None
+
+    @property
+    def by_sample(self) -> tuple[Tensor, ...]:
+        """The log-probabilities of each sample's labels."""
+        return self.log_probs.split(list(self.num_labels))
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Each sample's log p, summed over its labels, [S]."""
+        return torch.stack([log_probs.sum() for log_probs in self.by_sample])
+
+    @property
+    def lengths(self) -> Tensor:
+        """Labels of each sample, at least 1, [S], in the dtype of log-probabilities."""
+        return self.log_probs.new_tensor([max(count, 1) for count in self.num_labels])
+
+
+@dataclass(frozen=True)
+class ObjectiveTerms:
+    """A micro-batch's share of its step's loss and metrics.
+
+    Args:
+        loss: A scalar.
+        metrics: Scalars without a gradient, by their names in metrics.jsonl.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(ABC):
+    """A loss whose shares add up: it does not depend on how a step is cut into micro-batches."""
+
+    @abstractmethod
+    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+        """Compute the samples' share of the loss and the metrics of their whole step.
+
+        Args:
+            scored: Samples of one micro-batch.
+            totals: What the step has in all its micro-batches.
+        """
+
+
+@final
+class Sft(Objective):
+    """Supervised fine-tuning: the mean of -log p over a step's labels."""
+
+    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+        """Compute the share of the mean over labels."""
+        return ObjectiveTerms(-scored.log_probs.sum() / max(totals.num_labels, 1))
+
+
+@final
+class Dpo(Objective):
+    """Direct preference optimisation against a reference policy.
+
+    The mean over pairs of a loss of Δ = log(π/π_ref)(chosen) - log(π/π_ref)(rejected).
+
+    sigmoid: `-log σ(βΔ)`, smoothed. ipo: `(Δ' - 1/(2β))²`, Δ' of log-ratios per label.
+
+    Args:
+        config: Loss, β and label smoothing.
+
+    Source:
+        Rafailov et al. 2023, arXiv:2305.18290, eq. 7; Azar et al. 2023, arXiv:2310.12036, eq. 17,
+        with lengths divided out as trl 1.16 `DPOTrainer` does on the authors' word.
+    """
+
+    def __init__(self, config: DpoConfig):
+        self.config = config
+
+    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+        """Compute the share of the mean over pairs."""
+        assert scored.references is not None, "a DPO job has a reference"
+        log_ratios = scored.sums - scored.references
+        losses = self._losses(log_ratios, scored.lengths)
+        metrics = _pair_metrics(self.config.beta * log_ratios, scored, totals.num_examples)
+        return ObjectiveTerms(losses.sum() / totals.num_examples, metrics)
+
+    def _losses(
+        self, log_ratios: Float[Tensor, " S"], lengths: Float[Tensor, " S"]
+    ) -> Float[Tensor, " P"]:
+        beta = self.config.beta
+        if self.config.loss_type == "ipo":
+            chosen, rejected = _split_pairs(log_ratios / lengths)
+            return (chosen - rejected - 1 / (2 * beta)).square()
+        chosen, rejected = _split_pairs(log_ratios)
+        return _sigmoid_losses(beta * (chosen - rejected), self.config.label_smoothing)
+
+
+@final
+class Cpo(Objective):
+    """Contrastive preference optimisation: a margin without a reference, and a likelihood term.
+
+    The mean over pairs of a loss of β(log π(chosen) - log π(rejected)), and α × NLL.
+
+    sigmoid: `-log σ(margin)`, smoothed; hinge: `max(0, 1 - margin)`. NLL is the mean of -log p over
+    all labels of the step's chosen answers.
+
+    Args:
+        config: Loss, β, label smoothing, and the weight α of the NLL.
+
+    Source:
+        Xu et al. 2024, arXiv:2401.08417, eq. 5; hinge as in m-LoRA 0.2 and trl 1.16 `CPOTrainer`.
+    """
+
+    def __init__(self, config: CpoConfig):
+        self.config = config
+
+    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+        """Compute the share of the means over pairs and over labels."""
+        chosen, rejected = _split_pairs(scored.sums)
+        losses = self._losses(self.config.beta * (chosen - rejected))
+        nll = -chosen.sum() / max(totals.num_chosen_labels, 1)
+        loss = losses.sum() / totals.num_examples + self.config.cpo_alpha * nll
+        metrics = _pair_metrics(self.config.beta * scored.sums, scored, totals.num_examples)
+        return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
+
+    def _losses(self, margins: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+        if self.config.loss_type == "hinge":
+            return (1 - margins).relu()
+        return _sigmoid_losses(margins, self.config.label_smoothing)
+
+
+def build_objective(config: SftConfig | DpoConfig | CpoConfig) -> Objective:
+    """Make the objective that a configuration names."""
+    match config:
+        case DpoConfig():
+            return Dpo(config)
+        case CpoConfig():
+            return Cpo(config)
+        case SftConfig():
+            return Sft()
+
+
+def _split_pairs(
+    values: Float[Tensor, " S"],
+) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+    """Return what belongs to the chosen answers, and what to the rejected."""
+    return values[0::2], values[1::2]
+
+
+def _sigmoid_losses(margins: Float[Tensor, " P"], label_smoothing: float) -> Float[Tensor, " P"]:
+    """Compute `-(1 - ε) log σ(margin) - ε log σ(-margin)`.
+
+    Args:
+        margins: Reward of the chosen less that of the rejected.
+        label_smoothing: ε, the share of pairs that are taken to be the wrong way round.
+    """
+    return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+
+
+def _pair_metrics(
+    rewards: Float[Tensor, " S"], scored: ScoredSamples, num_pairs: int
+) -> dict[str, Tensor]:
+    """Compute shares of the means that trl reports under these names.
+
+    Args:
+        rewards: β × log p, or β × its difference to the reference's.
+        scored: The samples.
+        num_pairs: Of the whole step.
+    """
+    chosen, rejected = _split_pairs(rewards.detach())
+    chosen_log_probs, rejected_log_probs = _split_pairs(scored.sums.detach())
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": chosen_log_probs,
+        "logps/rejected": rejected_log_probs,
+    }
+    return {name: value.sum() / num_pairs for name, value in values.items()}

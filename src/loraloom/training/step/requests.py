@@ -1,0 +1,173 @@
+"""Forwards and backwards over data that comes from a caller in place of a run file.
+
+Axes: N labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import final
+
+import torch
+from torch import Tensor
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.data.examples import Example, TrainingExample
+from loraloom.errors import ConfigError, TrainingError
+from loraloom.models.host import Host
+from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
+from loraloom.training.step.objectives import Objective, ObjectiveTerms, ScoredSamples
+from loraloom.training.step.reference import Reference
+from loraloom.training.step.window import StepTotals, Window
+
+LossFunction = Callable[
+    [Sequence[TrainingExample], Sequence[Tensor]], tuple[Tensor, Mapping[str, float | Tensor]]
+]
+"""From data, and log p of the labels of each row, to a scalar loss and metrics."""
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """What a forward and backward gave.
+
+    Args:
+        loss: Of the objective, over all data.
+        aux_loss: Router losses of a mixture, with coefficients.
+        metrics: Of the objective.
+        log_probs: log p of the labels of each row, the rows of a pair in turn, [N]; on the CPU.
+    """
+
+    loss: float
+    aux_loss: float
+    metrics: dict[str, float]
+    log_probs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an adapter is to learn from next.
+
+    Args:
+        adapter: On the host.
+        data: At least one example.
+        objective: Its means are over all of the data.
+        sample_key: Makes the key of a row's dropout from its place.
+        reference: What the objective compares with, if it does.
+        micro_batch_size: Examples that go through the model at once; None for all.
+    """
+
+    adapter: Adapter
+    data: Sequence[TrainingExample]
+    objective: Objective
+    sample_key: Callable[[int], int]
+    reference: Reference | None = None
+    micro_batch_size: int | None = None
+
+
+@final
+class CustomObjective(Objective):
+    """A caller's own loss, of all data at once.
+
+    Args:
+        data: What the loss function is called with.
+        loss_fn: It gets log p of the labels of each row, differentiable.
+    """
+
+    def __init__(self, data: Sequence[TrainingExample], loss_fn: LossFunction):
+        self._data = data
+        self._loss_fn = loss_fn
+
+    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+        """Call the loss function.
+
+        Raises:
+            TrainingError: If it returns no scalar that depends on the log-probabilities.
+        """
+        loss, metrics = self._loss_fn(self._data, scored.by_sample)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise TrainingError(
+                "loss_fn must return a scalar tensor that depends on the log-probabilities, and "
+                f"metrics; got {loss!r}"
+            )
+        values = {name: torch.as_tensor(value).to(loss) for name, value in metrics.items()}
+        return ObjectiveTerms(loss.reshape(()), values)
+
+
+@final
+class _Recorder(Objective):
+    """An objective that remembers the log-probabilities that it was asked about."""
+
+    def __init__(self, objective: Objective):
+        self.log_probs: list[Tensor] = []
+        self._objective = objective
+
+    def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
+        """Remember, and compute what the objective does."""
+        self.log_probs += [values.detach().cpu() for values in scored.by_sample]
+        return self._objective.terms(scored, totals)
+
+
+def run_requests(
+    host: Host, requests: Sequence[Request], pad_id: int
+) -> list[ForwardBackwardOutput]:
+    """Add the gradients of requests, each of another adapter, in shared forwards.
+
+    Args:
+        host: With the requests' adapters.
+        requests: In any order; each gets the gradient that it would get alone.
+        pad_id: Token to pad with.
+
+    Raises:
+        ConfigError: If data is empty.
+        TrainingError: If a loss is not finite: that adapter's gradients are dropped.
+    """
+    recorders = [_Recorder(request.objective) for request in requests]
+    queues = [_micro_batches(*pair) for pair in zip(requests, recorders, strict=True)]
+    totals = [MicroBatchLoss(0.0) for _ in requests]
+    for one_round in zip_longest(*queues):
+        places = [place for place, batch in enumerate(one_round) if batch is not None]
+        losses = forward_backward(host, [one_round[place] for place in places], pad_id)
+        for place, loss in zip(places, losses, strict=True):
+            totals[place] += loss
+    for request, total in zip(requests, totals, strict=True):
+        _check_finite(request, total)
+    return [
+        ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, recorder.log_probs)
+        for total, recorder in zip(totals, recorders, strict=True)
+    ]
+
+
+def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
+    """Return the rows of data, each with its place as sample id."""
+    rows = [row for example in data for row in example.rows]
+    return [replace(row, sample_id=place) for place, row in enumerate(rows)]
+
+
+def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
+    """Cut a request's data into micro-batches."""
+    if not request.data:
+        raise ConfigError(f"adapter {request.adapter.name}: data must have an example, got none")
+    window = Window(0, tuple(request.data), request.micro_batch_size or len(request.data))
+    rows = iter(number_rows(request.data))
+    micro_batches = []
+    for index in range(window.num_micro_batches):
+        examples = [next(rows) for _ in window.micro_batch(index)]
+        keys = [request.sample_key(example.sample_id) for example in examples]
+        micro_batches.append(
+            MicroBatch(request.adapter, examples, keys, window, recorder, request.reference)
+        )
+    return micro_batches
+
+
+def _check_finite(request: Request, total: MicroBatchLoss) -> None:
+    value = total.loss + total.aux_loss
+    if not math.isfinite(value):
+        request.adapter.zero_grad(set_to_none=True)
+        raise TrainingError(
+            f"adapter {request.adapter.name}: loss must be finite, got {value}; its gradients are "
+            "dropped"
+        )

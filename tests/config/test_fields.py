@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from loraloom import LoraConfig, MixLoraConfig
+from loraloom.config.data import DataConfig
+from loraloom.config.fields import check_name
+from loraloom.config.train import TrainConfig
+from loraloom.errors import ConfigError
+
+PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_dora": "weight_decomposition",
+    "use_rslora": "rank_stabilized",
+}
+
+
+@pytest.mark.parametrize("config", [LoraConfig, MixLoraConfig])
+@pytest.mark.parametrize(("name", "ours"), PEFT_NAMES.items())
+def test_pefts_names_lead_to_ours_in_python_as_in_a_file(config, name, ours):
+    with pytest.raises(ValidationError, match=f"unknown key '{name}'; did you mean '{ours}'?"):
+        config(**{name: 1})
+
+
+def test_an_unknown_key_stands_beside_the_other_faults():
+    with pytest.raises(ValidationError, match=r"alpha\n .*greater than 0") as caught:
+        MixLoraConfig(alpha=-1, num_expert=4, experts={"r": 2})
+    assert "unknown key 'num_expert'; did you mean 'num_experts'?" in str(caught.value)
+    assert "experts.r\n  unknown key 'r'; did you mean 'rank'?" in str(caught.value)
+
+
+def test_a_key_like_no_other_gets_the_known_ones():
+    with pytest.raises(
+        ValidationError, match=r"unknown key 'a\{b\}'; known keys are batch_size, ear"
+    ):
+        TrainConfig(max_steps=1, **{"a{b}": 1})
+
+
+def test_faults_inside_a_list_keep_their_place():
+    with pytest.raises(ValidationError, match=r"mix\.1\.tsk\n  unknown key 'tsk'; did you mean 't"):
+        DataConfig(mix=[{"task": "boolq"}, {"tsk": "piqa"}])
+
+
+@pytest.mark.parametrize("name", ["a", "arc-mixlora", "0.1_b", "mix@0", "x" * 100])
+def test_a_safe_name_is_returned(name):
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/b", "a\\b", "-a", ".hidden", "a b", "a\n", "ä", "x" * 101]
+)
+def test_an_unsafe_name_is_refused(name):
+    with pytest.raises(ConfigError, match="name must be a safe file name") as error:
+        check_name(name)
+    assert repr(name) in str(error.value)

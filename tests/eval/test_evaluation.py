@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loraloom.data.questions import QuestionSet
+from loraloom.errors import AdapterError, ConfigError
+from loraloom.eval.cache import ScoreCache
+from loraloom.eval.evaluation import evaluate, load_question_sets
+from loraloom.eval.protocol import score_accuracy
+from tests.eval.scoring import scoring_host, some_questions
+
+ROW = {
+    "question": "What color is the sky?",
+    "choices": {"text": ["blue", "the red one"], "label": ["A", "B"]},
+    "answerKey": "A",
+}
+TOY = QuestionSet("toy", "test", "text", some_questions(), {"generated": "here"})
+
+
+@pytest.fixture(scope="module")
+def host():
+    return scoring_host()
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "arc_easy").mkdir()
+    (tmp_path / "arc_easy" / "test.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
+    return tmp_path
+
+
+def test_everybody_is_scored_and_compared_by_default(host, tiny_tokenizer):
+    evaluation = evaluate(host, tiny_tokenizer, [TOY])
+    assert list(evaluation.results) == ["base", *host.adapters]
+    expected = score_accuracy(host, tiny_tokenizer, some_questions(), [None, "lora"])
+    assert evaluation.results["base"]["toy"]["accuracy"] == expected[None]
+    assert evaluation.results["lora"]["toy"]["accuracy"] == expected["lora"]
+    assert list(evaluation.details["routing"]) == ["mixlora", "mixdora"]
+    assert ("lora", "base") in [(one.first, one.second) for one in evaluation.comparisons]
+
+
+@pytest.mark.parametrize("tasks", ["arc_easy", ["arc_easy"]])
+def test_tasks_have_names(host, tiny_tokenizer, data, tasks):
+    evaluation = evaluate(host, tiny_tokenizer, tasks, ["lora"], data=data, limit=2, scoring="text")
+    assert evaluation.results["lora"]["arc_easy"]["num_examples"] == 2
+    assert evaluation.details["tasks"]["arc_easy"]["scoring"] == "text"
+
+
+def test_results_are_written_by_the_suffix(host, tiny_tokenizer, tmp_path):
+    evaluation = evaluate(host, tiny_tokenizer, [TOY], ["lora", "dora"], pairs=[("lora", "dora")])
+    evaluation.write(tmp_path / "result.json")
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["results"] == evaluation.results
+    (comparison,) = written["comparisons"]
+    assert (comparison["first"], comparison["second"]) == ("lora", "dora")
+    with pytest.raises(ConfigError, match=r"must end in \.json, \.csv, \.md, got"):
+        evaluation.write(tmp_path / "result.txt")
+
+
+def test_kept_scores_are_counted(host, tiny_tokenizer, tmp_path):
+    counts = [
+        evaluate(
+            host,
+            tiny_tokenizer,
+            [TOY],
+            ["lora"],
+            cache=ScoreCache(tmp_path, host, ["lora"]),
+        ).details["num_cached_scores"]
+        for _ in range(2)
+    ]
+    assert counts == [0, len(some_questions())]
+
+
+def test_a_diverged_adapter_is_an_error(tiny_tokenizer):
+    host = scoring_host()
+    for parameter in host.adapters["dora"].parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(AdapterError, match="from adapter 'dora' in toy, question 0"):
+        evaluate(host, tiny_tokenizer, [TOY])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        (["arc_easy", "arc_easy"], {}, "tasks must have different names, got arc_easy, arc_easy"),
+        (["arc_easy"], {"compat": "moe-peft", "scoring": "text"}, "leave out scoring text"),
+        (["skills"], {"compat": "moe-peft"}, "compat moe-peft needs a task that MoE-PEFT has"),
+        (["arc_easy", "piqa"], {"data": "nowhere"}, "without arc_easy, piqa"),
+        (["arc_esay"], {}, "did you mean 'arc_easy'"),
+    ],
+)
+def test_tasks_that_cannot_be_loaded_are_an_error(tasks, options, message):
+    with pytest.raises(ConfigError, match=message):
+        load_question_sets(tasks, **options)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from loraloom.data.examples import NO_LOSS, Example
+from loraloom.errors import DataError
+from loraloom.infer import scoring
+from loraloom.infer.rows import collate, example_row
+from loraloom.infer.scoring import label_log_probs, score_rows, token_batches
+from loraloom.models.host import Host
+from tests.eval.scoring import limit_rows
+from tests.tiny import METHODS, tiny_host
+from tests.training.toy import toy_examples, toy_host
+
+
+def scores_alone(host, name, example):
+    """log p of a row's labels, and whether each is the likeliest, from that row's own logits."""
+    ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
+    log_p = host(ids, adapters=[name]).logits[0, :-1].log_softmax(-1).detach()
+    learnt = labels != NO_LOSS
+    picked = log_p[learnt].gather(1, labels[learnt, None])[:, 0]
+    return picked, log_p[learnt].argmax(-1) == labels[learnt]
+
+
+@pytest.fixture
+def requests():
+    """Rows of several lengths, whose adapters are mixed."""
+    names = [None, "mixlora", "lora", None, "mixdora", "lora"]
+    return list(zip(names, toy_examples(len(names), longest=12), strict=True))
+
+
+def test_scores_come_in_the_order_of_the_requests(requests, monkeypatch):
+    host = tiny_host(configs=METHODS)
+    monkeypatch.setattr(scoring, "_TOKENS_PER_BATCH", {"cpu": 24})
+    for values, (name, example) in zip(label_log_probs(host, requests), requests, strict=True):
+        torch.testing.assert_close(values, scores_alone(host, name, example)[0])
+
+
+def test_the_likeliest_tokens_are_known(requests):
+    host = tiny_host(configs=METHODS)
+    name, example = requests[1]
+    best = host(torch.tensor([example.input_ids]), adapters=[name]).logits[0].argmax(-1).tolist()
+    ids = (*example.input_ids[:-1], best[-2])
+    greedy = Example(ids, (*[NO_LOSS] * (len(ids) - 2), ids[-2], ids[-1]), 0)
+    (scores,) = score_rows(host, [(name, example_row(greedy))])
+    expected = scores_alone(host, name, greedy)
+    torch.testing.assert_close(scores.log_probs, expected[0])
+    assert scores.is_top.tolist() == expected[1].tolist()
+    assert scores.is_top[-1]
+
+
+def test_a_batch_has_the_rows_of_an_adapter_side_by_side(requests, monkeypatch):
+    host = tiny_host(configs=METHODS)
+    seen, hidden = [], host.hidden
+
+    def watched(ids, mask, names, **rest):
+        seen.append(names)
+        return hidden(ids, mask, names, **rest)
+
+    monkeypatch.setattr(host, "hidden", watched)
+    label_log_probs(host, requests)
+    (names,) = seen
+    changes = sum(one != other for one, other in pairwise(names))
+    assert changes == len(set(names)) - 1
+
+
+def test_batches_have_like_lengths_and_stay_within_their_tokens():
+    rows = [[example_row(example)] for example in toy_examples(20, longest=30)]
+    lengths = [len(group[0].input_ids) for group in rows]
+    batches = list(token_batches(rows, 64))
+    assert sorted(place for batch in batches for place in batch) == list(range(20))
+    for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        assert len(batch) * max(lengths[place] for place in batch) <= 64
+        assert all(lengths[one] >= lengths[other] for one in batch for other in following)
+
+
+def test_groups_are_never_divided():
+    rows = [example_row(example) for example in toy_examples(9)]
+    assert sorted(map(sorted, token_batches([rows[:4], rows[4:]], 1))) == [[0], [1]]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_row_without_labels_has_no_scores(others):
+    host = toy_host()
+    blank = (None, Example((5, 6), (NO_LOSS, NO_LOSS), 0))
+    full = (None, Example((5, 6), (5, 6), 1))
+    values = label_log_probs(host, [blank, *[full] * others])
+    assert [len(one) for one in values] == [0, 1][: 1 + others]
+
+
+def test_states_that_predict_are_in_the_order_of_rows_and_places():
+    rows = [
+        example_row(Example((5, 6, 4, 7), (5, 6, NO_LOSS, 7), 0)),
+        example_row(Example((8, 1, 9), (NO_LOSS, NO_LOSS, 9), 1)),
+    ]
+    batch = collate(rows, torch.float64, torch.device("cpu"))
+    hidden_states = torch.randn(2, 4, 32, dtype=torch.float64)
+    expected = torch.stack([hidden_states[0, 0], hidden_states[0, 2], hidden_states[1, 1]])
+    assert torch.equal(batch.predicting_states(hidden_states), expected)
+    assert batch.targets.tolist() == [6, 7, 9]
+
+
+def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_is():
+    host = toy_host()
+    host.add("a", METHODS["lora"].model_copy(update={"dropout": 0.5}))
+    rows = [("a", example) for example in toy_examples(3)]
+    calm = label_log_probs(host, rows)
+    assert not host.training
+    host.train()
+    for values, expected in zip(label_log_probs(host, rows), calm, strict=True):
+        assert torch.equal(values, expected)
+        assert not values.requires_grad
+    assert host.training
+    assert host.adapter("a").training
+
+
+@pytest.mark.parametrize("most", [3, 1])
+def test_what_does_not_fit_into_memory_is_scored_in_parts(requests, monkeypatch, most):
+    host = tiny_host(configs=METHODS)
+    expected = label_log_probs(host, requests)
+    seen = limit_rows(monkeypatch, most)
+    for values, other in zip(label_log_probs(host, requests), expected, strict=True):
+        torch.testing.assert_close(values, other)
+    assert max(seen) <= most
+    assert sum(seen) == len(requests)
+
+
+def test_a_row_that_does_not_fit_into_memory_is_an_error(requests, monkeypatch):
+    limit_rows(monkeypatch, 0)
+    with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored must fit into memory"):
+        label_log_probs(tiny_host(configs=METHODS), requests)
+
+
+def test_routing_is_told_of_real_tokens_by_adapter(requests, monkeypatch):
+    host = tiny_host(configs=METHODS)
+    rows = [(name, example_row(example)) for name, example in requests]
+    routed = []
+    score_rows(host, rows, on_routing=routed.append)
+    assert sorted(one.adapter for one in routed) == ["mixdora", "mixlora"]
+    for one in routed:
+        (place,) = one.places
+        assert rows[place] == (one.adapter, one.rows[0])
+        alone = Host.hidden(host, torch.tensor([one.rows[0].input_ids]), None, [one.adapter])
+        for layer, expected in zip(one.routing, alone.routing[one.adapter], strict=True):
+            assert torch.equal(layer.selected_experts, expected.selected_experts)

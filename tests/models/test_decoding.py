@@ -1,0 +1,95 @@
+"""Prefill and decoding: rows of their own lengths come and go, and nobody notices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.models.decoding import Decoding
+from loraloom.models.host import Host
+from tests.tiny import ALL_FAMILIES, METHODS, padded_mask, tiny_host, tiny_ids
+
+NAMES = ["mixlora", None, "lora", "mixdora", "dora", "mixlora"]
+LENGTHS = [7, 5, 3, 7, 6, 4]
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+FAMILIES = [family for family in ALL_FAMILIES if family != "gemma2"]
+"""Gemma 2 gives NaN by itself where rows are padded on the left, in float64."""
+
+
+def prompts():
+    mask = padded_mask(LENGTHS, "left")
+    return torch.where(mask.bool(), tiny_ids(6), 0), mask
+
+
+def greedy(host: Host, session: Decoding, steps: int) -> torch.Tensor:
+    """Decode the most likely tokens of a session, [B, steps]."""
+    tokens = []
+    for step in range(steps):
+        tokens.append(session.logits.argmax(-1))
+        if step < steps - 1:
+            host.decode(session, tokens[-1])
+    return torch.stack(tokens, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers_generate(family):
+    host, (ids, mask) = tiny_host(family), prompts()
+    expected = host.generate(ids, attention_mask=mask, adapters=NAMES, **GREEDY)[:, 7:]
+    assert torch.equal(greedy(host, host.prefill(ids, mask, NAMES), 6), expected)
+
+
+def test_the_base_model_decodes_as_bare_transformers():
+    host, (ids, mask) = tiny_host(), prompts()
+    expected = host.model.generate(ids, attention_mask=mask, **GREEDY)[:, 7:]
+    assert torch.equal(greedy(host, host.prefill(ids, mask), 6), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_rows_that_go_leave_the_others_as_they_are(family):
+    host, (ids, mask) = tiny_host(family), prompts()
+    whole, part = host.prefill(ids, mask, NAMES), host.prefill(ids, mask, NAMES)
+    expected = greedy(host, whole, 5)
+    assert torch.equal(greedy(host, part, 2), expected[:, :2])
+    part.keep([4, 2])
+    assert part.adapters == ["dora", "lora"]
+    host.decode(part, expected[[4, 2], 1])
+    assert torch.equal(greedy(host, part, 3), expected[[4, 2], 2:])
+
+
+def test_the_cache_shrinks_with_its_longest_row():
+    host, (ids, mask) = tiny_host(), prompts()
+    session = host.prefill(ids, mask, NAMES)
+    session.keep([2, 5])
+    assert session.attention_mask.shape == (2, 4)
+    assert session.cache.layers[0].keys.shape[2] == 4
+    assert session.lengths.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_rows_that_come_are_those_of_their_own_session(family, steps):
+    """They may be longer or shorter than what is there."""
+    host, (ids, mask) = tiny_host(family), prompts()
+    apart = [host.prefill(ids[rows], mask[rows], NAMES[rows]) for rows in (slice(3), slice(3, 6))]
+    joined = host.prefill(ids[:3], mask[:3], NAMES[:3])
+    ahead = greedy(host, joined, steps + 1) if steps else None
+    joined.join(host.prefill(ids[3:], mask[3:], NAMES[3:]))
+    assert joined.adapters == NAMES
+    expected = torch.cat([greedy(host, session, 4 + steps) for session in apart])
+    if ahead is not None:
+        assert torch.equal(ahead, expected[:3, : steps + 1])
+    actual = greedy(host, joined, 4)
+    assert torch.equal(actual[:3], expected[:3, steps : steps + 4])
+    assert torch.equal(actual[3:], expected[3:, :4])
+
+
+def test_a_session_keeps_the_weights_that_it_began_with():
+    host, ids = tiny_host(configs={"a": METHODS["mixdora"]}), tiny_ids(2)
+    kept, fresh = (host.prefill(ids, None, ["a", "a"]) for _ in range(2))
+    expected = greedy(host, kept, 3)
+    host.decode(fresh, expected[:, 0])
+    with torch.no_grad():
+        for parameter in host.adapters["a"].parameters():
+            parameter.mul_(3)
+    host.decode(fresh, expected[:, 1])
+    assert torch.equal(fresh.logits, kept.logits)

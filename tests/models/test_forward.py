@@ -1,0 +1,184 @@
+"""The context of a forward: made at the door, seen by nobody else, stale for nobody."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import loraloom
+from loraloom.errors import ModelError
+from tests.tiny import ALL_METHODS, METHODS, changed, tiny_host, tiny_ids, tiny_model
+
+
+def noisy_host():
+    configs = {name: changed(config, dropout=0.4) for name, config in METHODS.items()}
+    return tiny_host(configs=configs)
+
+
+def in_threads(*works) -> None:
+    """Run functions side by side, and raise what one raises."""
+    faults: list[BaseException] = []
+
+    def guarded(work):
+        try:
+            work()
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise faults[0]
+
+
+def test_threads_of_different_modes_and_adapters_do_not_see_each_other():
+    host, ids = noisy_host(), tiny_ids(4)
+    names, others = [*METHODS], [*reversed(METHODS)]
+    keys = [1, 2, 3, 4]
+
+    def trained():
+        return host.hidden(ids, adapters=names, sample_keys=keys, training=True).last_hidden_state
+
+    def evaluated():
+        with torch.no_grad():
+            return host.hidden(ids, adapters=others).last_hidden_state
+
+    def bare():
+        with torch.no_grad():
+            return host.model(ids).logits
+
+    def prepared():
+        with host.prepared(), torch.no_grad():
+            return host(ids[:, :1], adapters=others).logits
+
+    works = (trained, evaluated, bare, prepared)
+    expected = [work().detach() for work in works]
+
+    def check(work, value):
+        for _ in range(12):
+            assert torch.equal(work().detach(), value), work.__name__
+
+    in_threads(*(lambda pair=pair: check(*pair) for pair in zip(works, expected, strict=True)))
+    assert torch.equal(bare(), expected[2])
+
+
+def test_two_threads_train_two_adapters_at_once():
+    """Each adds up its own gradients, with layers recomputed in its backward pass."""
+    ids, grads = tiny_ids(2), []
+    for together in (False, True):
+        host = noisy_host()
+        host.enable_gradient_checkpointing()
+
+        def learn(name, host=host):
+            for key in range(4):
+                states = host.hidden(ids, None, [name] * 2, [key, key + 9], training=True)
+                states.last_hidden_state.square().sum().backward()
+
+        works = [lambda name=name: learn(name) for name in ("mixlora", "dora")]
+        in_threads(*works) if together else [work() for work in works]
+        grads.append(
+            [p.grad for name in ("mixlora", "dora") for p in host.adapters[name].parameters()]
+        )
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_a_fault_in_a_forward_leaves_a_bare_model():
+    host, ids = tiny_host(), tiny_ids(2)
+    with torch.no_grad():
+        expected = host.model(ids).logits
+    with pytest.raises(RuntimeError):
+        host(ids, adapters=["lora", "mixlora"], position_ids=tiny_ids(5))
+    with pytest.raises((TypeError, ValueError)):
+        host.generate(ids, adapters=["lora", "mixlora"], nonsense=1)
+    with torch.no_grad():
+        assert torch.equal(host.model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_change_through_data_is_seen_at_once(method):
+    """As an exponential moving average is swapped in."""
+    host, ids = tiny_host(configs={"a": ALL_METHODS[method]}), tiny_ids(2, 1)
+    with torch.no_grad():
+        before = host(ids, adapters=["a", "a"]).logits
+        for parameter in host.adapters["a"].parameters():
+            parameter.data.mul_(1.5)
+        after = host(ids, adapters=["a", "a"]).logits
+    fresh = loraloom.attach(tiny_model())
+    fresh.add("a", ALL_METHODS[method]).load_tensors(host.adapters["a"].tensors())
+    with torch.no_grad():
+        assert torch.equal(after, fresh(ids, adapters=["a", "a"]).logits)
+    assert not torch.allclose(after, before)
+
+
+def test_prepared_weights_end_with_their_block():
+    host, ids = tiny_host(configs={"a": METHODS["mixdora"]}), tiny_ids(2, 1)
+    with torch.no_grad():
+        with host.prepared():
+            before = host(ids, adapters=["a", "a"]).logits
+            with host.prepared():
+                assert torch.equal(host(ids, adapters=["a", "a"]).logits, before)
+            for parameter in host.adapters["a"].parameters():
+                parameter.mul_(1.5)
+            assert torch.equal(host(ids, adapters=["a", "a"]).logits, before)
+        assert not torch.allclose(host(ids, adapters=["a", "a"]).logits, before)
+
+
+def test_a_forward_with_gradients_ignores_prepared_weights():
+    host, ids = tiny_host(configs={"a": METHODS["mixdora"]}), tiny_ids(2)
+    with host.prepared():
+        with torch.no_grad():
+            host(ids, adapters=["a", "a"])
+        host(ids, adapters=["a", "a"], training=True).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in host.adapters["a"].parameters())
+
+
+def test_training_is_said_for_one_forward():
+    host, ids = noisy_host(), tiny_ids(2)
+    names = ["mixlora", "lora"]
+    plain = host(ids, adapters=names).logits
+    noisy = host(ids, adapters=names, sample_keys=[1, 2], training=True).logits
+    assert not torch.allclose(noisy, plain)
+    assert torch.equal(host(ids, adapters=names).logits, plain)
+    host.train()
+    assert torch.equal(host(ids, adapters=names, sample_keys=[1, 2]).logits, noisy)
+    assert torch.equal(host(ids, adapters=names, training=False).logits, plain)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("first", ["attach", "compile"])
+def test_compiled_decoder_layers_compute_the_same(first):
+    model, ids, names = tiny_model(), tiny_ids(4), [*METHODS]
+    expected = tiny_host()(ids, adapters=names)
+
+    def compile_layers():
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+
+    if first == "compile":
+        compile_layers()
+    host = loraloom.attach(model)
+    for seed, (name, config) in enumerate(METHODS.items()):
+        host.add(name, config, seed).load_tensors(tiny_host().adapters[name].tensors())
+    if first == "attach":
+        compile_layers()
+    out = host(ids, adapters=names, sample_keys=range(4), training=True)
+    torch.testing.assert_close(out.logits, expected.logits)
+    assert {name: len(layers) for name, layers in out.routing.items()} == {
+        "mixlora": 2,
+        "mixdora": 2,
+    }
+    out.logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in host.adapters["mixlora"].parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, tiny_host().model(ids).logits)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_is_refused_with_the_reason():
+    with pytest.raises(ModelError, match=r"compile its decoder layers.*layer\.compile\(\)"):
+        loraloom.attach(torch.compile(tiny_model(), backend="eager"))
