@@ -13,8 +13,6 @@ from loraloom.adapters import CONFIGS
 SOURCES = Path(loraloom.__file__).parent
 METHODS = SOURCES / "adapters"
 ALLOWED = {
-    "__init__.py",  # the public face has the configurations
-    "cli/quickstart.py",
     "config/faults.py",
     "eval/answers.py",
     "formats/legacy.py",  # what the reference's old files called theirs
