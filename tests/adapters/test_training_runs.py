@@ -10,12 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import loraloom
-from loraloom.config.run import RunConfig
-from loraloom.models.loading import load_base_model
 from loraloom.training.run.engine import Engine
-from loraloom.training.run.run import train
 from tests.tiny import ALL_METHODS, relative_error
-from tests.training.saved import save_inputs
+from tests.training.saved import save_inputs, write_run_file
 
 NEW = ("vera", "hydralora", "mola")
 
@@ -25,8 +22,8 @@ def inputs(tmp_path_factory) -> Path:
     return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def run_of(inputs: Path, output_dir: Path, names: tuple[str, ...] = NEW) -> RunConfig:
-    """Make a run of a job for each method, three steps of other sizes."""
+def run_of(inputs: Path, output_dir: Path, names: tuple[str, ...] = NEW) -> Path:
+    """Write a run file with a job for each method, three steps of other sizes."""
     jobs = [
         {
             "name": name,
@@ -47,18 +44,13 @@ def run_of(inputs: Path, output_dir: Path, names: tuple[str, ...] = NEW) -> RunC
         for seed, name in enumerate((*NEW, "lora"))
         if name in names
     ]
-    return RunConfig.model_validate(
-        {
-            "base_model": str(inputs / "base"),
-            "device": "cpu",
-            "output_dir": str(output_dir),
-            "jobs": jobs,
-        }
-    )
-
-
-def no_scores(*_):
-    raise AssertionError("no job has a task to score")
+    settings = {
+        "base_model": str(inputs / "base"),
+        "device": "cpu",
+        "output_dir": str(output_dir),
+        "jobs": jobs,
+    }
+    return write_run_file(output_dir.with_suffix(".yaml"), settings)
 
 
 def weights(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -66,7 +58,7 @@ def weights(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(inputs, tmp_path, monkeypatch):
-    train(run_of(inputs, tmp_path / "unbroken"), no_scores)
+    loraloom.train(run_of(inputs, tmp_path / "unbroken"))
     step = Engine.step
 
     def stepping(engine):
@@ -77,8 +69,8 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(inputs, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", stepping)
         with pytest.raises(RuntimeError, match="killed"):
-            train(run_of(inputs, tmp_path / "out"), no_scores)
-    results = train(run_of(inputs, tmp_path / "out"), no_scores, resume=True)
+            loraloom.train(run_of(inputs, tmp_path / "out"))
+    results = loraloom.train(run_of(inputs, tmp_path / "out"), resume=True)
     assert [(result.status, result.steps) for result in results] == [("finished", 3)] * 3
     assert [result.method for result in results] == ["VeRA", "HydraLoRA", "MoLA"]
     expected, actual = weights(tmp_path / "unbroken"), weights(tmp_path / "out")
@@ -88,17 +80,17 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(inputs, tmp_path
 
 
 def test_jobs_that_share_steps_train_as_they_do_alone(inputs, tmp_path):
-    train(run_of(inputs, tmp_path / "fused", (*NEW, "lora")), no_scores)
+    loraloom.train(run_of(inputs, tmp_path / "fused", (*NEW, "lora")))
     fused = weights(tmp_path / "fused")
     for name in NEW:
-        train(run_of(inputs, tmp_path / name, (name,)), no_scores)
+        loraloom.train(run_of(inputs, tmp_path / name, (name,)))
         for key, tensor in weights(tmp_path / name)[name].items():
             assert relative_error(fused[name][key], tensor) < 1e-4, key
 
 
 def test_trained_adapters_load_and_have_their_losses_logged(inputs, tmp_path):
-    train(run_of(inputs, tmp_path), no_scores)
-    model, tokenizer = load_base_model(str(inputs / "base"))
+    loraloom.train(run_of(inputs, tmp_path))
+    model, tokenizer = loraloom.load_base_model(str(inputs / "base"))
     host = loraloom.attach(model)
     ids = tokenizer("Say blue", return_tensors="pt").input_ids
     base = host(ids).logits
