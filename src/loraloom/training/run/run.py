@@ -116,7 +116,7 @@ def train(
             engine.save_state()
         callbacks: list[Callable[[Engine], None]] = []
         if sweep is not None:
-            sweep.open()
+            sweep.open(0 if snapshot is None else snapshot.sweep_bytes)
             callbacks.append(sweep.between_steps)
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, builder))
