@@ -22,13 +22,7 @@ from loraloom.training.step.window import count_totals
 
 @dataclass
 class Evaluation:
-    """Everything that jobs are measured on, read before training begins.
-
-    Args:
-        host: With the jobs' adapters.
-        tokenizer: The base model's.
-        questions: Of each evaluation that a job names.
-    """
+    """Everything that jobs are measured on, read before training begins."""
 
     host: Host
     tokenizer: PreTrainedTokenizerBase
@@ -39,13 +33,13 @@ class Evaluation:
         """Token to pad with."""
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
-    def read(self, jobs: Sequence[JobConfig]) -> None:
-        """Read the questions of all jobs, each set once.
+    def read(self, job: JobConfig) -> None:
+        """Read the questions that a job is measured on.
 
         Raises:
             DataError: If they are missing or can't be used.
         """
-        for config in {config: None for job in jobs for config in job.eval}:
+        for config in job.eval:
             self.questions[config] = load_questions(
                 config.task, config.scoring, config.split, config.path, config.limit
             )

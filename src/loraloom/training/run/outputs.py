@@ -36,15 +36,14 @@ _JOB_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
 
 
 class RunDirectory:
-    """Where a run's results go.
-
-    Args:
-        path: The run file's `output_dir`.
-    """
+    """Where a run's results go."""
 
     def __init__(self, path: Path):
         self.path = path
         self.snapshots = SnapshotStore(path / _SNAPSHOTS)
+        self.sweep_table = path / "sweep.csv"
+        self.sweep_picture = path / "sweep.png"
+        self.sweep_journal = path / "sweep.journal"
 
     def job(self, name: str) -> Path:
         """Directory of a job's results."""
@@ -61,21 +60,6 @@ class RunDirectory:
     def metrics(self, name: str) -> Path:
         """A job's metrics.jsonl."""
         return self.job(name) / METRICS_FILE
-
-    @property
-    def sweep_table(self) -> Path:
-        """Table of a sweep."""
-        return self.path / "sweep.csv"
-
-    @property
-    def sweep_picture(self) -> Path:
-        """Picture of a sweep."""
-        return self.path / "sweep.png"
-
-    @property
-    def sweep_journal(self) -> Path:
-        """Optuna's record of a sweep."""
-        return self.path / "sweep.journal"
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Check that the run may write here. Nothing is written.
