@@ -52,7 +52,8 @@ class Evaluation:
         metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
         for name, held_out in self._held_out(jobs).items():
             metrics[name] |= held_out
-        for evaluation, names in _by_evaluation(jobs).items():
+        for evaluation in dict.fromkeys(task for job in jobs for task in job.config.eval):
+            names = [job.name for job in jobs if evaluation in job.config.eval]
             questions = self.questions[evaluation]
             accuracies = score_accuracy(self.host, self.tokenizer, questions, names)
             for name in names:
@@ -103,12 +104,3 @@ def _objective_metrics(
     terms = job.objective.terms(scored, count_totals(job.training_set.validation))
     values = {"loss": terms.loss, **terms.metrics}
     return {f"eval/{name}": float(value) for name, value in values.items()}
-
-
-def _by_evaluation(jobs: Sequence[Job]) -> dict[EvaluationConfig, list[str]]:
-    """Group jobs that are measured on the same questions."""
-    names: dict[EvaluationConfig, list[str]] = {}
-    for job in jobs:
-        for evaluation in job.config.eval:
-            names.setdefault(evaluation, []).append(job.name)
-    return names

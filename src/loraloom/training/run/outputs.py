@@ -74,7 +74,7 @@ class RunDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"output_dir must be a directory, got the file {self.path}")
             self._check_writable()
-            has_results = self._has_results()
+            has_results = bool(self._entries()) or self.snapshots.exists()
         if overwrite or not has_results:
             return
         if not resume:
@@ -175,10 +175,6 @@ class RunDirectory:
                 f"output_dir must be where files can be written, got {self.path}: {error}; "
                 "name another"
             ) from error
-
-    def _has_results(self) -> bool:
-        """Whether a run got so far that there is something in the directory."""
-        return bool(self._entries()) or self.snapshots.exists()
 
     def _entries(self) -> list[str]:
         if not self.path.exists():

@@ -77,7 +77,10 @@ def train(
     progress = progress or Progress()
     directory = RunDirectory(run.output_dir)
     directory.check(resume=resume, overwrite=overwrite)
-    _check_surroundings(run, directory, watch)
+    _check_sources(run, directory)
+    check_trackers(run.trackers)
+    if watch is not None:
+        prepare_inbox(watch.path)
     host, tokenizer = base or _load_base(run)
     evaluation = Evaluation(host, tokenizer)
     builder = JobBuilder(host, tokenizer, evaluation)
@@ -196,16 +199,6 @@ def _sweep(
     from loraloom.training.run.sweep import Sweep  # it needs Optuna
 
     return Sweep(run, directory, progress, builder.build, jobs)
-
-
-def _check_surroundings(
-    run: RunConfig, directory: RunDirectory, watch: WatchOptions | None
-) -> None:
-    """Check what needs no base model, before that is loaded."""
-    _check_sources(run, directory)
-    check_trackers(run.trackers)
-    if watch is not None:
-        prepare_inbox(watch.path)
 
 
 def _check_sources(run: RunConfig, directory: RunDirectory) -> None:

@@ -103,7 +103,9 @@ class Sweep:
         self._longest = max((job.total_steps for job in own), default=0)
         for difference in _differences(own, self._metric):
             progress.message(f"warning: sweep: {self._metric} compares jobs roughly: {difference}")
-        if self._stopping is not None and len(own) == len(run.first_trials):  # else it goes on
+        if self._stopping is not None and len(own) == min(
+            run.sweep.num_concurrent, len(self._planned)
+        ):  # else it goes on
             self._stopping.check_reached(self._longest)
         for job in own:
             self._set_rungs(job)
