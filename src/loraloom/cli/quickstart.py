@@ -4,30 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loraloom.cli.options import BaseModelOption, DeviceOption, DtypeOption
 from loraloom.cli.train import raise_failures
 from loraloom.config.run import RunConfig
+from loraloom.config.yaml_text import parse_yaml
 from loraloom.models.sources import SMALL_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from loraloom.config.job import JobConfig
     from loraloom.data.examples import ChoiceQuestion
     from loraloom.models.host import Host
-
-_ADAPTERS: dict[str, dict[str, Any]] = {
-    "skills-lora": {"method": "lora", "rank": 43, "alpha": 86},
-    "skills-mixlora": {"method": "mixlora", "rank": 8, "alpha": 16, "num_experts": 8, "top_k": 2},
-}
-"""About equal in trained parameters on SmolLM2-135M: 13.1 and 13.2 million."""
-
-_MIXTURE = "skills-mixlora"
 
 
 def quickstart(
@@ -42,7 +37,7 @@ def quickstart(
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a LoRA and a MixLoRA adapter together on a small model, and see what they learnt.
+    """Train a plain adapter and a mixture together on a small model, and see what they learnt.
 
     The data set, `skills`, is made by loraloom itself: small rules of invented worlds. About six
     minutes on two processor cores.
@@ -73,50 +68,34 @@ def quickstart(
         command="loraloom quickstart",
     )
     raise_failures(results)
-    for name in _ADAPTERS:
+    names = [job.name for job in run.jobs]
+    for name in names:
         host.load(name, output_dir / name)
-    host.eval()
     console.print("Scoring both adapters on the same questions")
-    after = _accuracies(host, tokenizer, questions, list(_ADAPTERS))
+    after = _accuracies(host, tokenizer, questions, names)
     _print_accuracies(console, before | after)
-    _draw(host, tokenizer, questions, output_dir)
-    _print_outlook(console, output_dir, base_model)
+    mixture = next(job for job in run.jobs if job.adapter.experts_per_token is not None)
+    _draw(host, tokenizer, questions, output_dir, names, mixture)
+    _print_outlook(console, output_dir / mixture.name, base_model)
 
 
 def _run_config(
     output_dir: Path, max_steps: int, base_model: str, dtype: str, device: str
 ) -> RunConfig:
-    train = {
-        "learning_rate": 1e-3,
-        "lr_scheduler": "cosine",
-        "warmup_ratio": 0.05,
-        "batch_size": 16,
-        "max_steps": max_steps,
-        "max_length": 128,
-    }
-    jobs = [
-        {"name": name, "adapter": adapter, "train": train, "data": _SKILLS}
-        for name, adapter in _ADAPTERS.items()
-    ]
-    return RunConfig.model_validate(
-        {
-            "base_model": base_model,
-            "dtype": dtype,
-            "device": device,
-            "output_dir": output_dir,
-            "jobs": jobs,
-        }
-    )
-
-
-_SKILLS = {"task": "skills", "scoring": "text"}
+    """Fill the quickstart's run file in."""
+    file = files("loraloom.cli") / "quickstart.yaml"
+    settings = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
+    for job in settings["jobs"]:
+        job["train"]["max_steps"] = max_steps
+    own = {"base_model": base_model, "dtype": dtype, "device": device, "output_dir": output_dir}
+    return RunConfig.model_validate(settings | own)
 
 
 def _accuracies(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[ChoiceQuestion],
-    adapters: list[str | None],
+    adapters: Sequence[str | None],
 ) -> dict[str | None, dict[str, float]]:
     """Return each adapter's accuracy by skill, and `average` over all questions."""
     from loraloom.eval.accuracy import accuracy, accuracy_by_group
@@ -137,9 +116,10 @@ def _print_accuracies(
 ) -> None:
     from rich.table import Table
 
-    table = Table("skill", "base model", *_ADAPTERS, box=None)
+    names = [name or "base model" for name in accuracies]
+    table = Table("skill", *names, box=None)
     for skill in accuracies[None]:
-        cells = [f"{100 * accuracies[name][skill]:.1f}" for name in (None, *_ADAPTERS)]
+        cells = [f"{100 * by_skill[skill]:.1f}" for by_skill in accuracies.values()]
         table.add_row(skill, *cells, style="bold" if skill == "average" else None)
     console.print("\nAccuracy on held-out questions, %")
     console.print(table)
@@ -150,30 +130,33 @@ def _draw(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[ChoiceQuestion],
     output_dir: Path,
+    names: Sequence[str],
+    mixture: JobConfig,
 ) -> None:
     from loraloom.eval.plots import plot_expert_load, plot_loss_curves
     from loraloom.eval.routing import tokens_per_expert
     from loraloom.routing.statistics import load_shares
     from loraloom.training.run.tracking import read_curve
 
-    curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in _ADAPTERS}
+    curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in names}
     plot_loss_curves(curves, output_dir / "loss.png")
     texts: dict[str, list[str]] = defaultdict(list)
     for question in questions:
         texts[question.group or "all"].append(
             question.contexts[question.gold] + question.continuations[question.gold]
         )
-    counts = tokens_per_expert(host, tokenizer, _MIXTURE, texts)
+    counts = tokens_per_expert(host, tokenizer, mixture.name, texts)
     plot_expert_load(
         load_shares(sum(counts.values())).tolist(),  # pyright: ignore[reportArgumentType]
         {skill: load_shares(count.sum(0)).tolist() for skill, count in counts.items()},
         output_dir / "expert_load.png",
-        "Where the mixture sends its tokens (top-2 of 8 experts)",
+        f"Where the mixture sends its tokens (top-{mixture.adapter.experts_per_token} of "
+        f"{mixture.adapter.experts_per_router} experts)",
     )
 
 
-def _print_outlook(console: Console, output_dir: Path, base_model: str) -> None:
-    adapter = f"{output_dir}/{_MIXTURE}"
+def _print_outlook(console: Console, adapter: Path, base_model: str) -> None:
+    output_dir = adapter.parent
     console.print(
         f"\nAdapters and metrics are in {output_dir}/, with pictures: loss.png, expert_load.png\n"
         "\nTry next:\n"
