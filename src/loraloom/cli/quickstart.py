@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,10 +18,8 @@ from loraloom.models.sources import SMALL_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
 
-    from loraloom.data.examples import ChoiceQuestion
-    from loraloom.models.host import Host
+    from loraloom.data.questions import QuestionSet
 
 _ADAPTERS: dict[str, dict[str, Any]] = {
     "skills-lora": {"method": "lora", "rank": 43, "alpha": 86},
@@ -50,7 +50,7 @@ def quickstart(
     run = _run_config(output_dir, max_steps, base_model, dtype, device)
     from rich.console import Console
 
-    from loraloom.data.questions import load_questions
+    from loraloom.eval.evaluation import evaluate
     from loraloom.models.attach import attach
     from loraloom.models.loading import load_base_model
     from loraloom.training.run.outputs import RunDirectory
@@ -59,12 +59,13 @@ def quickstart(
 
     console = Console()
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
-    questions = load_questions("skills", "text", split="test")
+    skills = _load_skills()
     console.print(f"Loading {base_model} ({dtype})")
     model, tokenizer = load_base_model(base_model, dtype, device)
     host = attach(model)
-    console.print(f"Scoring the base model on {len(questions)} held-out questions")
-    before = _accuracies(host, tokenizer, questions, [None])
+    num_questions = sum(len(skill.questions) for skill in skills)
+    console.print(f"Scoring the base model on {num_questions} held-out questions")
+    before = evaluate(host, tokenizer, skills, [None])
     results = train(
         run,
         overwrite=overwrite,
@@ -75,11 +76,10 @@ def quickstart(
     raise_failures(results)
     for name in _ADAPTERS:
         host.load(name, output_dir / name)
-    host.eval()
     console.print("Scoring both adapters on the same questions")
-    after = _accuracies(host, tokenizer, questions, list(_ADAPTERS))
-    _print_accuracies(console, before | after)
-    _draw(host, tokenizer, questions, output_dir)
+    after = evaluate(host, tokenizer, skills, list(_ADAPTERS))
+    _print_accuracies(console, before.results | after.results)
+    _draw(after.details["routing"][_MIXTURE]["tasks"], output_dir)
     _print_outlook(console, output_dir, base_model)
 
 
@@ -112,61 +112,53 @@ def _run_config(
 _SKILLS = {"task": "skills", "scoring": "text"}
 
 
-def _accuracies(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[ChoiceQuestion],
-    adapters: list[str | None],
-) -> dict[str | None, dict[str, float]]:
-    """Return each adapter's accuracy by skill, and `average` over all questions."""
-    from loraloom.eval.accuracy import accuracy, accuracy_by_group
-    from loraloom.eval.protocol import score_questions
+def _load_skills() -> list[QuestionSet]:
+    """The held-out questions, each skill a task of its own."""
+    from loraloom.data.questions import load_question_set
 
-    scores = score_questions(host, tokenizer, list(questions), adapters)
-    return {
-        name: {
-            **{skill: one.accuracy for skill, one in accuracy_by_group(scores[name]).items()},
-            "average": accuracy(scores[name]).accuracy,
-        }
-        for name in adapters
-    }
+    loaded = load_question_set("skills", "text", split="test")
+    questions = sorted(loaded.questions, key=lambda question: question.group or "")
+    return [
+        replace(loaded, task=skill, questions=list(of_skill))
+        for skill, of_skill in groupby(questions, key=lambda question: question.group or "")
+    ]
 
 
-def _print_accuracies(
-    console: Console, accuracies: Mapping[str | None, Mapping[str, float]]
-) -> None:
+def _print_accuracies(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table("skill", "base model", *_ADAPTERS, box=None)
-    for skill in accuracies[None]:
-        cells = [f"{100 * accuracies[name][skill]:.1f}" for name in (None, *_ADAPTERS)]
-        table.add_row(skill, *cells, style="bold" if skill == "average" else None)
+    names = ("base", *_ADAPTERS)
+    for skill in results["base"]:
+        table.add_row(skill, *(f"{100 * results[name][skill]['accuracy']:.1f}" for name in names))
+    averages = (_average_accuracy(results[name]) for name in names)
+    table.add_row("average", *(f"{100 * average:.1f}" for average in averages), style="bold")
     console.print("\nAccuracy on held-out questions, %")
     console.print(table)
 
 
-def _draw(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[ChoiceQuestion],
-    output_dir: Path,
-) -> None:
+def _average_accuracy(by_skill: Mapping[str, Any]) -> float:
+    """The accuracy over the questions of all skills."""
+    results = by_skill.values()
+    return fmean(
+        [result["accuracy"] for result in results], [result["num_examples"] for result in results]
+    )
+
+
+def _draw(routing: Mapping[str, Any], output_dir: Path) -> None:
+    """Draw the training losses, and the mixture's load by layer and by skill."""
+    import numpy as np
+
     from loraloom.eval.plots import plot_expert_load, plot_loss_curves
-    from loraloom.eval.routing import tokens_per_expert
-    from loraloom.routing.statistics import load_shares
     from loraloom.training.run.tracking import read_curve
 
     curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in _ADAPTERS}
     plot_loss_curves(curves, output_dir / "loss.png")
-    texts: dict[str, list[str]] = defaultdict(list)
-    for question in questions:
-        texts[question.group or "all"].append(
-            question.contexts[question.gold] + question.continuations[question.gold]
-        )
-    counts = tokens_per_expert(host, tokenizer, _MIXTURE, texts)
+    loads = np.array([skill["load"] for skill in routing.values()])  # (skill, layer, expert)
+    num_tokens = [skill["num_tokens"] for skill in routing.values()]
     plot_expert_load(
-        load_shares(sum(counts.values())).tolist(),  # pyright: ignore[reportArgumentType]
-        {skill: load_shares(count.sum(0)).tolist() for skill, count in counts.items()},
+        np.average(loads, axis=0, weights=num_tokens).tolist(),
+        dict(zip(routing, loads.mean(axis=1).tolist(), strict=True)),
         output_dir / "expert_load.png",
         "Where the mixture sends its tokens (top-2 of 8 experts)",
     )

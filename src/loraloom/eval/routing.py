@@ -1,6 +1,6 @@
 """Where mixtures send the tokens of an evaluation: by layer and expert, task, and word.
 
-Axes: N layers, T tokens, K top_k, E experts, V vocabulary.
+Axes: T tokens, K top_k, E experts, V vocabulary.
 
 Everything is summed up batch by batch, so memory does not grow with the tokens. The tokens are
 those that the model reads to score a question: contexts once, and every choice's continuation
@@ -25,7 +25,7 @@ from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import count_choices, load_shares
+from loraloom.routing.statistics import load_shares
 from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
 
 NUM_WORDS = 12
@@ -36,9 +36,6 @@ WORD_PRIOR = 10
 
 MAX_EXAMPLE_TOKENS = 160
 """Of a task's first question, whose tokens are kept one by one."""
-
-TEXTS_PER_BATCH = 32
-"""Of `tokens_per_expert`."""
 
 
 @dataclass
@@ -307,41 +304,3 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
         str(name) if "\ufffd" in text or not text else text
         for text, name in zip(texts, names, strict=True)
     ]
-
-
-def tokens_per_expert(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter_name: str,
-    texts: Mapping[str, Sequence[str]],
-) -> dict[str, Tensor]:
-    """Count how often each expert is chosen for the tokens of some texts.
-
-    Args:
-        host: In eval mode.
-        tokenizer: The base model's.
-        adapter_name: A mixture on the host.
-        texts: Texts by group, a skill or task say.
-
-    Returns:
-        For each group the choices of every layer's experts, [N, E].
-    """
-    return {
-        group: sum(
-            (
-                _count_texts(host, tokenizer, adapter_name, items[start : start + TEXTS_PER_BATCH])
-                for start in range(0, len(items), TEXTS_PER_BATCH)
-            ),
-            start=torch.zeros(1, 1, dtype=torch.long),
-        )
-        for group, items in texts.items()
-    }
-
-
-@torch.no_grad()
-def _count_texts(
-    host: Host, tokenizer: PreTrainedTokenizerBase, adapter_name: str, texts: Sequence[str]
-) -> Tensor:
-    batch = tokenizer(list(texts), return_tensors="pt", padding=True).to(host.device)
-    output = host.hidden(batch.input_ids, batch.attention_mask, [adapter_name] * len(texts))
-    return count_choices(output.routing[adapter_name]).cpu()

@@ -147,7 +147,7 @@ class Answers:
         for sampling in dict.fromkeys(request.sampling for request in requests):
             chosen = [request for request in requests if request.sampling == sampling]
             rows = list(product(chosen, self.adapters))
-            texts = complete(
+            completions = complete(
                 self.host,
                 self.tokenizer,
                 [list(request.input_ids) for request, _ in rows],
@@ -155,12 +155,12 @@ class Answers:
                 sampling,
                 keys=[request.draw for request, _ in rows],
                 batch_size=self._batch_size,
-                on_progress=lambda done, _, before=num_done: on_progress(
+                on_progress=lambda done, before=num_done: on_progress(
                     before + done // len(self.adapters)
                 ),
             )
-            for (request, name), text in zip(rows, texts, strict=True):
-                self._kept[name][request] = text
+            for (request, name), completion in zip(rows, completions, strict=True):
+                self._kept[name][request] = completion.text
             num_done += len(chosen)
 
     def _forget_outdated(self) -> None:
