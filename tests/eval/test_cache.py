@@ -16,8 +16,8 @@ import torch
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import FILE_NAME, ScoreCache, default_cache_directory
-from loraloom.eval.identity import computation_key
 from loraloom.eval.protocol import score_questions
+from loraloom.eval.provenance import computation_key
 from tests.eval.scoring import question, scoring_host, some_questions
 
 ADAPTERS = [None, "lora", "mixlora"]
@@ -143,7 +143,9 @@ def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
 
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"scores can't be kept in .*, or give another --cache DIR"):
+    with pytest.raises(
+        ConfigError, match=r"scores can't be kept in .*, or give another --cache DIR"
+    ):
         ScoreCache(tmp_path / "file" / "cache", scoring_host(configs={}), [None])
 
 

@@ -1,10 +1,10 @@
 """Scores that are kept, so that an evaluation goes on where it was interrupted.
 
 One SQLite file holds the scores of all base models and adapters. A score is known by its
-computation, a hash of all that it depends on (identity.py), and by a hash of its question's tokens.
-Every batch is a transaction of its own: several processes can share a file, and a crash leaves what
-was kept before. A connection is open only while something is read or written, so that the file can
-be deleted at any time.
+computation, a hash of all that it depends on (`computation_key`), and by a hash of its question's
+tokens. Every batch is a transaction of its own: several processes can share a file, and a crash
+leaves what was kept before. A connection is open only while something is read or written, so that
+the file can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError
-from loraloom.eval.identity import adapter_digest, computation_key
+from loraloom.eval.provenance import adapter_digest, computation_key
 from loraloom.models.host import Host
 
 FILE_NAME = "scores.sqlite3"

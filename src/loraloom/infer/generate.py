@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from loraloom.errors import DataError
 from loraloom.infer.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
-from loraloom.infer.sampling import SamplingConfig, TokenChooser
-from loraloom.infer.stopping import StopTexts, before_stop
+from loraloom.infer.sampling import SamplingConfig, StopTexts, TokenChooser, before_stop
 from loraloom.models.host import Host
 
 

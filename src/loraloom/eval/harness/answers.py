@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError
-from loraloom.eval.identity import adapter_digest
+from loraloom.eval.provenance import adapter_digest
 from loraloom.eval.results import BASE
 from loraloom.infer.generate import complete
 from loraloom.infer.sampling import SamplingConfig
