@@ -22,9 +22,8 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom import Host, LoraConfig, MixLoraConfig
 from loraloom.bench.step import fill_B
-from loraloom.models.host import Host
 
 CASES = ("peft-lora", "peft-lora autocast", "lora", "lora lean", "mixlora", "mixlora lean",
          "mixdora", "mixdora lean", "two mixlora", "two mixlora lean")  # fmt: skip

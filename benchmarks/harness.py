@@ -10,11 +10,13 @@ compete are closer than 1e-4.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import statistics
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import loraloom
-from loraloom.durable import write_json
 from loraloom.eval.harness import HostLM, load_tasks
-from loraloom.eval.provenance import versions
-from loraloom.models.loading import load_base_model
 
 TOLERANCE = 1e-4
 OURS, THEIRS = "loraloom", "lm-eval"
@@ -52,7 +51,7 @@ class Bench:
     """The base model, with loraloom on it only while loraloom's turn lasts."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.model, self.tokenizer = load_base_model(
+        self.model, self.tokenizer = loraloom.load_base_model(
             arguments.base_model, arguments.dtype, arguments.device
         )
 
@@ -167,10 +166,12 @@ def main() -> None:
         "limit": arguments.limit,
         "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": {
+            name: version(name) for name in ("loraloom", "torch", "transformers", "lm-eval")
+        },
     }
     if arguments.output is not None:
-        write_json(arguments.output, report)
+        arguments.output.write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

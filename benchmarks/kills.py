@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from loraloom.training.run.progress import Progress
+import loraloom
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["loraloom.training.run.run", "loraloom.cli.train"])
+_PROCESSES.set_forkserver_preload(["loraloom.training.run.run"])
 
 _ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3, "dropout": 0.1},
@@ -108,24 +108,10 @@ def _settings(inputs: Path, output_dir: Path, steps: int) -> dict[str, Any]:
     return {**run, "max_tokens_per_step": 800}
 
 
-class _Announcer(Progress):
-    """Tells another process when training begins."""
-
-    def __init__(self, begun: Event):
-        super().__init__()
-        self._begun = begun
-
-    def start(self) -> None:
-        """Tell it."""
-        self._begun.set()
-
-
 def _train(run_file: str, begun: Event) -> None:
-    """Train in a process of its own."""
-    from loraloom.training.run.run import train
-
+    """Train in a process of its own, and tell when that begins."""
     torch.set_num_threads(1)
-    train(run_file, resume=True, progress=_Announcer(begun))
+    loraloom.train(run_file, resume=True, between_steps=lambda *_: begun.set())
 
 
 def _start(run_file: Path) -> BaseProcess:

@@ -18,10 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from loraloom import Host, load_base_model
 from loraloom.bench.cases import StepSetting, adapter_config
 from loraloom.bench.step import fill_B
-from loraloom.models.host import Host
-from loraloom.models.loading import load_base_model
 
 ADAPTERS = {
     "lora": "lora",

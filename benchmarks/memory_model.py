@@ -18,13 +18,11 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
+from loraloom import Host, JobConfig, load_base_model
 from loraloom.bench.cases import StepSetting, adapter_config
 from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
-from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
-from loraloom.models.host import Host
-from loraloom.models.loading import load_base_model
 from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import predict_memory

@@ -17,13 +17,17 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loraloom
-from loraloom import LoraConfig, MixLoraConfig
-from loraloom.config.objective import DpoConfig
-from loraloom.config.optimizer import OptimizerConfig
-from loraloom.infer.sampling import SamplingConfig
-from loraloom.models.host import Host
-from loraloom.training.client import TrainingClient, example_of_completion
-from loraloom.training.step.requests import run_requests
+from loraloom import (
+    DpoConfig,
+    Host,
+    LoraConfig,
+    MixLoraConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainingClient,
+    example_of_completion,
+    run_requests,
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

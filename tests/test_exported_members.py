@@ -1,19 +1,105 @@
 from __future__ import annotations
 
+import ast
+import json
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
+
+import pytest
 
 import loraloom
+from loraloom import adapters, errors
+
+ROOT = Path(__file__).parent.parent
+INSIDE = ("loraloom.bench", "loraloom.eval.harness")
+"""What measures, and what needs an extra, has modules of its own."""
+MEASURES_INSIDE = {"memory_model.py", "padding.py", "sweep.py"}
+"""Benchmarks of parts that have no public name."""
 
 
-def test_every_exported_name_exists_and_is_listed_once():
-    assert sorted(set(loraloom.__all__)) == sorted(loraloom.__all__)
-    assert all(name in vars(loraloom) for name in loraloom.__all__)
+@pytest.mark.parametrize("name", loraloom.__all__)
+def test_every_exported_name_resolves_to_what_bears_it(name):
+    assert getattr(loraloom, name).__name__ == name
 
 
-def test_public_names_are_exactly_those_exported():
-    modules = {name for name, value in vars(loraloom).items() if type(value) is type(loraloom)}
-    public = {name for name in vars(loraloom) if not name.startswith("_")} - modules
-    assert public == set(loraloom.__all__)
+def test_dir_lists_all_names_once():
+    assert sorted(dir(loraloom)) == sorted([*loraloom.__all__, "__version__"])
+    assert len(set(loraloom.__all__)) == len(loraloom.__all__)
+
+
+def test_all_errors_are_exported():
+    tree = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.LoraloomError)
+    }
+    assert tree <= set(loraloom.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'loraloom' has no attribute 'atach'"):
+        _ = loraloom.atach  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_names_that_type_checkers_see_are_those_exported():
+    tree = ast.parse(Path(loraloom.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {
+        alias.asname: node.module for node in imports for alias in node.names if alias.name != "*"
+    }
+    assert seen == {name: f"loraloom.{home}" for name, home in loraloom._MODULE_OF.items()}
+    assert set(loraloom.__all__) - set(seen) <= set(vars(adapters))
+
+
+def test_the_settings_of_every_method_are_exported():
+    assert {config.__name__ for config in adapters.CONFIGS} <= set(loraloom.__all__)
+
+
+def test_import_loads_nothing_heavy_and_is_immediate():
+    code = (
+        "import sys, time; start = time.perf_counter(); import loraloom;"
+        "seconds = time.perf_counter() - start;"
+        "import json; print(json.dumps([seconds, sorted(sys.modules)]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, modules = json.loads(ran.stdout)
+    assert not {"torch", "transformers", "pydantic", "datasets", "numpy"} & set(modules)
+    assert seconds < 0.1
+
+
+def test_configurations_and_errors_come_without_torch():
+    code = (
+        "import sys; from loraloom import ConfigError, LoraConfig, MixLoraConfig, RunConfig;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        path
+        for name in ("examples", "benchmarks", "recipes")
+        for path in ROOT.glob(f"{name}/**/*.py")
+    ),
+    ids=lambda path: path.name,
+)
+def test_scripts_import_from_the_public_face(path):
+    allowed = () if "examples" in path.parts else INSIDE
+    imported = [
+        node.module
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loraloom")
+    ]
+    outside = [name for name in imported if name != "loraloom" and not name.startswith(allowed)]
+    assert outside == [] or path.name in MEASURES_INSIDE
+
+
+def test_type_checkers_may_read_the_annotations():
+    assert (Path(loraloom.__file__).parent / "py.typed").exists()
 
 
 def test_version_is_that_of_the_package():

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from loraloom.models.loading import load_base_model
+from loraloom import load_base_model
 
 
 def main(directory: str) -> None:

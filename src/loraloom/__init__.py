@@ -1,7 +1,107 @@
-"""Mixtures of LoRA experts: train, evaluate and run many adapters on one frozen base model."""
+"""Mixtures of LoRA experts: train, evaluate and run many adapters on one frozen base model.
 
-from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig
-from loraloom.models.attach import attach
+Everything that is public is here and is imported on first use, so that `import loraloom` is
+immediate and brings no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loraloom.adapters import *  # noqa: F403
+    from loraloom.config.job import JobConfig as JobConfig
+    from loraloom.config.objective import CpoConfig as CpoConfig
+    from loraloom.config.objective import DpoConfig as DpoConfig
+    from loraloom.config.objective import SftConfig as SftConfig
+    from loraloom.config.optimizer import OptimizerConfig as OptimizerConfig
+    from loraloom.config.run import RunConfig as RunConfig
+    from loraloom.errors import AdapterError as AdapterError
+    from loraloom.errors import ConfigError as ConfigError
+    from loraloom.errors import DataError as DataError
+    from loraloom.errors import FormatError as FormatError
+    from loraloom.errors import LoraloomError as LoraloomError
+    from loraloom.errors import ModelError as ModelError
+    from loraloom.errors import TrainingError as TrainingError
+    from loraloom.eval.answers import read_answers as read_answers
+    from loraloom.eval.comparison import compare as compare
+    from loraloom.eval.comparison import summarise_seeds as summarise_seeds
+    from loraloom.eval.evaluation import Evaluation as Evaluation
+    from loraloom.eval.evaluation import evaluate as evaluate
+    from loraloom.eval.statistics import compare_paired as compare_paired
+    from loraloom.infer.generate import Completion as Completion
+    from loraloom.infer.generate import generate as generate
+    from loraloom.infer.prompts import Prompt as Prompt
+    from loraloom.infer.sampling import SamplingConfig as SamplingConfig
+    from loraloom.models.attach import attach as attach
+    from loraloom.models.host import Host as Host
+    from loraloom.models.host import HostOutput as HostOutput
+    from loraloom.models.loading import load_base_model as load_base_model
+    from loraloom.training.client import TrainingClient as TrainingClient
+    from loraloom.training.client import example_of as example_of
+    from loraloom.training.client import example_of_completion as example_of_completion
+    from loraloom.training.run.results import JobResult as JobResult
+    from loraloom.training.run.run import train as train
+    from loraloom.training.step.requests import run_requests as run_requests
 
 __version__ = "0.1.0"
-__all__ = ["ExpertsConfig", "LoraConfig", "MixLoraConfig", "attach"]
+
+_HOMES = {
+    "config.job": ("JobConfig",),
+    "config.objective": ("CpoConfig", "DpoConfig", "SftConfig"),
+    "config.optimizer": ("OptimizerConfig",),
+    "config.run": ("RunConfig",),
+    "errors": (
+        "AdapterError",
+        "ConfigError",
+        "DataError",
+        "FormatError",
+        "LoraloomError",
+        "ModelError",
+        "TrainingError",
+    ),
+    "eval.answers": ("read_answers",),
+    "eval.comparison": ("compare", "summarise_seeds"),
+    "eval.evaluation": ("Evaluation", "evaluate"),
+    "eval.statistics": ("compare_paired",),
+    "infer.generate": ("Completion", "generate"),
+    "infer.prompts": ("Prompt",),
+    "infer.sampling": ("SamplingConfig",),
+    "models.attach": ("attach",),
+    "models.host": ("Host", "HostOutput"),
+    "models.loading": ("load_base_model",),
+    "training.client": ("TrainingClient", "example_of", "example_of_completion"),
+    "training.run.results": ("JobResult",),
+    "training.run.run": ("train",),
+    "training.step.requests": ("run_requests",),
+}
+
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every attribute
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULE_OF:
+            return getattr(import_module(f"loraloom.{_MODULE_OF[name]}"), name)
+        if name == "__all__":
+            return sorted([*_MODULE_OF, *_adapter_configs()])
+        if name.endswith("Config") and name in (configs := _adapter_configs()):
+            return configs[name]
+        raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_MODULE_OF, *_adapter_configs(), "__version__"])
+
+
+def _adapter_configs() -> dict[str, type]:
+    """Find the settings of every method in the one list of methods."""
+    from loraloom import adapters
+    from loraloom.config.fields import StrictModel
+
+    return {
+        name: value
+        for name, value in vars(adapters).items()
+        if isinstance(value, type) and issubclass(value, StrictModel)
+    }

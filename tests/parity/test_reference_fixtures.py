@@ -5,6 +5,7 @@ They are not in the repository: LORALOOM_SHARED names the folder that has `fixtu
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import loraloom
 from loraloom.models.host import Host, HostOutput
+from loraloom.routing.record import LayerRouting
 from tests.tiny import changed, router_loss
 
 MIXTURES = ("llama-mixlora", "qwen2-mixlora", "phi-mixlora")
-CASES = (*MIXTURES, "llama-lora")
+CASES = (*MIXTURES, "llama-lora", "llama-mola")
 TOLERANCE = 1e-4
 REFERENCE_COEFFICIENT = 0.001
 
@@ -75,6 +77,37 @@ def test_routing_is_that_of_the_reference(case, batch, fixtures):
     torch.testing.assert_close(loss, expected["aux_loss"].squeeze(), rtol=1e-5, atol=1e-7)
 
 
+def by_projection(record: list[LayerRouting], names: list[str]) -> list[list[LayerRouting]]:
+    """Sort the record of routers of their own into layers, each in the order of the names."""
+    routers = {(entry.layer, str(entry.projection).rpartition(".")[2]): entry for entry in record}
+    assert len(routers) == len(record)
+    layers = range(1 + max(layer for layer, _ in routers))
+    return [[routers[layer, name] for name in names] for layer in layers]
+
+
+def assert_same_routers(record: list[list[LayerRouting]], expected: Tensor, real: Tensor) -> None:
+    """Compare with router logits by layer and projection, [layer, projection, B, L, E]."""
+    assert (len(record), len(record[0])) == expected.shape[:2]
+    for ours, theirs in zip(record, expected, strict=True):
+        for entry, logits in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(
+                entry.router_logits, logits[real], rtol=0, atol=TOLERANCE, msg=entry.projection
+            )
+
+
+@batches
+def test_routers_of_each_projection_are_those_of_the_reference(batch, fixtures):
+    case, host = fixtures / "llama-mola", attach_base(fixtures / "llama")
+    adapter = host.load("a", case / "adapter")
+    out, real, expected = run(host, case, batch)
+    names = json.loads((case / "meta.json").read_text())["router_projections"]
+    assert_same_routers(by_projection(out.routing["a"], names), expected["router_logits"], real)
+    config = changed(adapter.config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
+    assert config.router_loss_scope == "pooled"
+    loss = router_loss(out.routing["a"], config)
+    torch.testing.assert_close(loss, expected["aux_loss"].squeeze(), rtol=1e-5, atol=1e-7)
+
+
 @batches
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
 def test_the_base_model_is_that_of_the_reference(family, batch, fixtures):
@@ -89,8 +122,8 @@ def test_the_base_model_is_that_of_the_reference(family, batch, fixtures):
     )
 
 
-def test_a_saved_adapter_gives_the_same_logits_as_the_reference(tmp_path, fixtures):
-    case = "llama-mixlora"
+@pytest.mark.parametrize("case", ["llama-mixlora", "llama-mola"])
+def test_a_saved_adapter_gives_the_same_logits_as_the_reference(tmp_path, fixtures, case):
     host = attach_base(fixtures / "llama")
     host.load("first", fixtures / case / "adapter")
     host.save("first", tmp_path / "saved")
@@ -100,21 +133,24 @@ def test_a_saved_adapter_gives_the_same_logits_as_the_reference(tmp_path, fixtur
 
 
 def test_rows_of_different_adapters_in_one_batch_are_those_of_the_reference(fixtures):
-    """The third adapter, a MoLA, can't be loaded yet: its rows run on the base model."""
-    names = ["lora", "mixlora", None]
-    host = attach_base(fixtures / "llama")
-    for name in names[:2]:
-        host.load(name, fixtures / "multi" / name)
-    expected = load_file(fixtures / "multi" / "expected.safetensors")
-    mask = expected["attention_mask"].bool()
-    index = expected["adapter_index"]
+    host, case = attach_base(fixtures / "llama"), fixtures / "multi"
+    names = json.loads((case / "meta.json").read_text())["adapters"]
+    for name in names:
+        host.load(name, case / name)
+    expected = load_file(case / "expected.safetensors")
+    mask, index = expected["attention_mask"].bool(), expected["adapter_index"]
     with torch.no_grad():
         out = host(expected["input_ids"], mask, [names[i] for i in index.tolist()])
-    known = mask & (index < 2)[:, None]
-    torch.testing.assert_close(out.logits[known], expected["logits"][known], rtol=0, atol=TOLERANCE)
-    rows = mask[index == 1]
+    torch.testing.assert_close(out.logits[mask], expected["logits"][mask], rtol=0, atol=TOLERANCE)
+    assert out.routing.keys() == {"mixlora", "mola"}
+    real = {name: mask[index == names.index(name)] for name in out.routing}
     for ours, theirs in zip(out.routing["mixlora"], expected["mixlora.router_logits"], strict=True):
-        torch.testing.assert_close(ours.router_logits, theirs[rows], rtol=0, atol=TOLERANCE)
-    config = changed(host.adapters["mixlora"].config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
-    loss = router_loss(out.routing["mixlora"], config)
-    torch.testing.assert_close(loss, expected["mixlora.aux_loss"].squeeze(), rtol=1e-5, atol=1e-7)
+        logits = theirs[real["mixlora"]]
+        torch.testing.assert_close(ours.router_logits, logits, rtol=0, atol=TOLERANCE)
+    record = by_projection(out.routing["mola"], ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert_same_routers(record, expected["mola.router_logits"], real["mola"])
+    for name, routing in out.routing.items():
+        config = changed(host.adapters[name].config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
+        loss = router_loss(routing, config)
+        wanted = expected[f"{name}.aux_loss"].squeeze()
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-7)

@@ -157,7 +157,8 @@ class AdapterConfig(StrictModel, ABC):
         Raises:
             FormatError: If a field says what the method can't represent.
         """
-        return {name: files.config[name] for name in cls.model_fields if name in files.config}
+        known = {name: files.config[name] for name in cls.model_fields if name in files.config}
+        return known | {"target_modules": files.targets(projections)}
 
 
 class LowRankConfig(AdapterConfig):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -14,20 +15,13 @@ import typer
 from loraloom.cli.options import BaseModelOption, DeviceOption, DtypeOption
 from loraloom.cli.train import raise_failures
 from loraloom.config.run import RunConfig
+from loraloom.config.yaml_text import parse_yaml
 from loraloom.models.sources import SMALL_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from loraloom.data.questions import QuestionSet
-
-_ADAPTERS: dict[str, dict[str, Any]] = {
-    "skills-lora": {"method": "lora", "rank": 43, "alpha": 86},
-    "skills-mixlora": {"method": "mixlora", "rank": 8, "alpha": 16, "num_experts": 8, "top_k": 2},
-}
-"""About equal in trained parameters on SmolLM2-135M: 13.1 and 13.2 million."""
-
-_MIXTURE = "skills-mixlora"
 
 
 def quickstart(
@@ -42,7 +36,7 @@ def quickstart(
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a LoRA and a MixLoRA adapter together on a small model, and see what they learnt.
+    """Train a plain adapter and a mixture together on a small model, and see what they learnt.
 
     The data set, `skills`, is made by loraloom itself: small rules of invented worlds. About six
     minutes on two processor cores.
@@ -74,42 +68,27 @@ def quickstart(
         command="loraloom quickstart",
     )
     raise_failures(results)
-    for name in _ADAPTERS:
+    names = [job.name for job in run.jobs]
+    for name in names:
         host.load(name, output_dir / name)
     console.print("Scoring both adapters on the same questions")
-    after = evaluate(host, tokenizer, skills, list(_ADAPTERS))
+    after = evaluate(host, tokenizer, skills, names)
     _print_accuracies(console, before.results | after.results)
-    _draw(after.details["routing"][_MIXTURE]["tasks"], output_dir)
-    _print_outlook(console, output_dir, base_model)
+    ((mixture, routing),) = after.details["routing"].items()
+    _draw(output_dir, names, routing)
+    _print_outlook(console, output_dir / mixture, base_model)
 
 
 def _run_config(
     output_dir: Path, max_steps: int, base_model: str, dtype: str, device: str
 ) -> RunConfig:
-    train = {
-        "learning_rate": 1e-3,
-        "lr_scheduler": "cosine",
-        "warmup_ratio": 0.05,
-        "batch_size": 16,
-        "max_steps": max_steps,
-        "max_length": 128,
-    }
-    jobs = [
-        {"name": name, "adapter": adapter, "train": train, "data": _SKILLS}
-        for name, adapter in _ADAPTERS.items()
-    ]
-    return RunConfig.model_validate(
-        {
-            "base_model": base_model,
-            "dtype": dtype,
-            "device": device,
-            "output_dir": output_dir,
-            "jobs": jobs,
-        }
-    )
-
-
-_SKILLS = {"task": "skills", "scoring": "text"}
+    """Fill the quickstart's run file in."""
+    file = files("loraloom.cli") / "quickstart.yaml"
+    settings = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
+    for job in settings["jobs"]:
+        job["train"]["max_steps"] = max_steps
+    own = {"base_model": base_model, "dtype": dtype, "device": device, "output_dir": output_dir}
+    return RunConfig.model_validate(settings | own)
 
 
 def _load_skills() -> list[QuestionSet]:
@@ -127,11 +106,10 @@ def _load_skills() -> list[QuestionSet]:
 def _print_accuracies(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table("skill", "base model", *_ADAPTERS, box=None)
-    names = ("base", *_ADAPTERS)
+    table = Table("skill", "base model", *list(results)[1:], box=None)
     for skill in results["base"]:
-        table.add_row(skill, *(f"{100 * results[name][skill]['accuracy']:.1f}" for name in names))
-    averages = (_average_accuracy(results[name]) for name in names)
+        table.add_row(skill, *(f"{100 * of[skill]['accuracy']:.1f}" for of in results.values()))
+    averages = (_average_accuracy(by_skill) for by_skill in results.values())
     table.add_row("average", *(f"{100 * average:.1f}" for average in averages), style="bold")
     console.print("\nAccuracy on held-out questions, %")
     console.print(table)
@@ -145,27 +123,29 @@ def _average_accuracy(by_skill: Mapping[str, Any]) -> float:
     )
 
 
-def _draw(routing: Mapping[str, Any], output_dir: Path) -> None:
+def _draw(output_dir: Path, names: Sequence[str], routing: Mapping[str, Any]) -> None:
     """Draw the training losses, and the mixture's load by layer and by skill."""
     import numpy as np
 
     from loraloom.eval.plots import plot_expert_load, plot_loss_curves
     from loraloom.training.run.tracking import read_curve
 
-    curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in _ADAPTERS}
+    curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in names}
     plot_loss_curves(curves, output_dir / "loss.png")
-    loads = np.array([skill["load"] for skill in routing.values()])  # (skill, layer, expert)
-    num_tokens = [skill["num_tokens"] for skill in routing.values()]
+    skills = routing["tasks"]
+    loads = np.array([skill["load"] for skill in skills.values()])  # (skill, layer, expert)
+    num_tokens = [skill["num_tokens"] for skill in skills.values()]
     plot_expert_load(
         np.average(loads, axis=0, weights=num_tokens).tolist(),
-        dict(zip(routing, loads.mean(axis=1).tolist(), strict=True)),
+        dict(zip(skills, loads.mean(axis=1).tolist(), strict=True)),
         output_dir / "expert_load.png",
-        "Where the mixture sends its tokens (top-2 of 8 experts)",
+        f"Where the mixture sends its tokens (top-{routing['top_k']} of "
+        f"{routing['num_experts']} experts)",
     )
 
 
-def _print_outlook(console: Console, output_dir: Path, base_model: str) -> None:
-    adapter = f"{output_dir}/{_MIXTURE}"
+def _print_outlook(console: Console, adapter: Path, base_model: str) -> None:
+    output_dir = adapter.parent
     console.print(
         f"\nAdapters and metrics are in {output_dir}/, with pictures: loss.png, expert_load.png\n"
         "\nTry next:\n"

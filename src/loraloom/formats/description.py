@@ -55,6 +55,7 @@ class AdapterDescription:
     parameters: dict[str, int]
     """Numbers by kind: `self_attn LoRA`, `mlp experts`, `router`, `magnitudes`."""
     num_parameters: int
+    """Trained ones; what all layers share is frozen."""
     num_base_parameters: int | None
     """None if the files don't tell."""
     norms: tuple[NormDescription, ...]
@@ -83,6 +84,7 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
     directory = find_adapter(path_or_hub_id)
     stored = read_stored(directory)
     keys = {name: key for name in stored.tensors if (key := TensorKey.parse(name)) is not None}
+    parameters = _parameters(stored, keys)
     finite = {name for name, tensor in stored.tensors.items() if bool(tensor.isfinite().all())}
     return AdapterDescription(
         path=str(path_or_hub_id),
@@ -97,8 +99,8 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
         base_fingerprint=stored.base.fingerprint,
         num_layers=len({key.layer for key in keys.values()}),
         dtypes=_dtypes(stored),
-        parameters=_parameters(stored, keys),
-        num_parameters=sum(tensor.numel() for tensor in stored.tensors.values()),
+        parameters=parameters,
+        num_parameters=sum(parameters.values()),
         num_base_parameters=stored.base.num_parameters,
         norms=_norms({name: (keys[name], stored.tensors[name]) for name in keys if name in finite}),
         num_non_finite=len(stored.tensors) - len(finite),

@@ -64,6 +64,12 @@ class FfnWeights:
         sizes = {len(part.B) for part in weights}
         return all(part.between is None for part in weights) and len(sizes) == 1
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are the halves of one projection."""
+        gate, up = self.gate, self.up
+        return gate is not None and up is not None and gate.columns == up.columns
+
     def any_tensor(self) -> Tensor:
         """One of the weights, for its device."""
         return next(part.B for part in self._parts() if part is not None)

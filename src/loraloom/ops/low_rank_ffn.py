@@ -48,15 +48,16 @@ def low_rank_ffn(
         keep = dropout.keep_input
         low_rank = down_project(hidden_states, weights.input_A, keep, dropout.probability)
 
-    def adapted(output: Tensor, side: UpProjection | None) -> Tensor:
+    def rank_input(side: UpProjection | None) -> Tensor | None:
         if side is None or low_rank is None:
-            return output
-        rank_input = side.rank_input(low_rank, hidden_states, tokens)
-        return apply_update(output, rank_input, side.B, side.row_scale, side.bias)
+            return None
+        return side.rank_input(low_rank, hidden_states, tokens)
 
-    hidden = act(adapted(gate, weights.gate))
+    gate_rank = rank_input(weights.gate)
+    hidden = act(_adapted(gate, gate_rank, weights.gate))
     if up is not None:
-        hidden = hidden * adapted(up, weights.up)
+        up_rank = gate_rank if weights.is_fused else rank_input(weights.up)
+        hidden = hidden * _adapted(up, up_rank, weights.up)
     down = weights.down
     if down is None:
         return hidden, lambda output: output
@@ -66,6 +67,12 @@ def low_rank_ffn(
     return hidden, lambda output: apply_update(
         output, down_rank, down.B, down.row_scale, weights.down_bias
     )
+
+
+def _adapted(output: Tensor, rank_input: Tensor | None, side: UpProjection | None) -> Tensor:
+    if side is None or rank_input is None:
+        return output
+    return apply_update(output, rank_input, side.B, side.row_scale, side.bias)
 
 
 def apply_update(

@@ -144,6 +144,12 @@ class StackedLowRankFfn(StackedFfn):
     down_A: Tensor | None
     down: StackedSide | None
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are the halves of one projection."""
+        gate, up = self.gate, self.up
+        return gate is not None and up is not None and gate.columns == up.columns
+
     def step(
         self,
         hidden_states: Tensor,
@@ -162,15 +168,19 @@ class _LowRankStep(StackedStep):
         low_rank = None
         if weights.input_A is not None:
             low_rank = torch.bmm(hidden_states, weights.input_A)
-        states = act(_adapted(gate, low_rank, weights.gate, hidden_states, tokens))
+        gate_rank = _rank_input(weights.gate, low_rank, hidden_states, tokens)
+        states = act(_adapted(gate, gate_rank, weights.gate))
         if up is not None:
-            states = states * _adapted(up, low_rank, weights.up, hidden_states, tokens)
+            up_rank = gate_rank
+            if not weights.is_fused:
+                up_rank = _rank_input(weights.up, low_rank, hidden_states, tokens)
+            states = states * _adapted(up, up_rank, weights.up)
         self.hidden = states.flatten(0, 1)
         self._update: Tensor | None = None
         if self._down is not None:
             down_rank = torch.bmm(states, weights.down_A)
             rank_input = _rank_input(self._down, down_rank, states, tokens)
-            self._update = torch.bmm(rank_input, self._down.B)
+            self._update = torch.bmm(rank_input, self._down.B)  # pyright: ignore
 
     def finish(self, output: Tensor) -> Tensor:
         down, update = self._down, self._update
@@ -183,9 +193,11 @@ class _LowRankStep(StackedStep):
 
 
 def _rank_input(
-    side: StackedSide, low_rank: Tensor, hidden_states: Tensor, tokens: TokensOf
-) -> Tensor:
-    """Return what a projection's B multiplies, [N, n, S]."""
+    side: StackedSide | None, low_rank: Tensor | None, hidden_states: Tensor, tokens: TokensOf
+) -> Tensor | None:
+    """Return what a projection's B multiplies, [N, n, S]; None where it is not adapted."""
+    if side is None or low_rank is None:
+        return None
     low_rank = low_rank[..., side.columns]
     if not side.between:
         return low_rank
@@ -193,17 +205,11 @@ def _rank_input(
     return torch.stack([between(z, x, tokens(index)) for index, (between, z, x) in entries])
 
 
-def _adapted(
-    output: Tensor,
-    low_rank: Tensor | None,
-    side: StackedSide | None,
-    hidden_states: Tensor,
-    tokens: TokensOf,
-) -> Tensor:
+def _adapted(output: Tensor, rank_input: Tensor | None, side: StackedSide | None) -> Tensor:
     """Adapt an input projection, [N, n, F]."""
-    if low_rank is None or side is None:
+    if rank_input is None or side is None:
         return output
-    update = torch.bmm(_rank_input(side, low_rank, hidden_states, tokens), side.B)
+    update = torch.bmm(rank_input, side.B)
     if side.row_scale is None:
         return update.add_(output)
     return decompose(output, update, side.row_scale.unsqueeze(1), side.bias)

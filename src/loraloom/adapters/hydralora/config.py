@@ -67,6 +67,11 @@ class HydraLoraConfig(LowRankConfig):
         """See AdapterConfig."""
         return super().summary() | {"num_experts": self.num_experts}
 
+    def description(self) -> dict[str, Any]:
+        """See AdapterConfig; each token uses all experts."""
+        sizes = self.model_dump(include={"num_experts", "rank", "alpha", "dropout"})
+        return super().description() | {"experts": sizes | {"top_k": self.num_experts}}
+
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""
         return [*super().card_lines(), f"{self.num_experts} B to each A, all mixed by a router"]

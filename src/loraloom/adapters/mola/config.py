@@ -112,6 +112,11 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
             f"{text} experts on each projection, {self.top_k} for each token",
         ]
 
+    def description(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        sizes = self.model_dump(include={"num_experts", "top_k", "rank", "alpha", "dropout"})
+        return super().description() | {"experts": sizes}
+
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
         from loraloom.adapters.mola.files import reference_fields

@@ -1,0 +1,68 @@
+"""HydraLoRA against the formula of its paper, arXiv:2404.19245, eq. 4-5."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraloom.adapters import HydraLoraConfig
+from tests.adapters.plain import check_ffn_gradients, compare
+from tests.tiny import tiny_host, tiny_ids
+
+CONFIG = HydraLoraConfig(rank=2, alpha=5, num_experts=3)
+
+
+def paper_update(config: HydraLoraConfig):
+    def update(x: Tensor, own: dict[str, Tensor], key: str) -> Tensor:
+        weights = torch.softmax(x @ own["router"].T, -1)
+        mixed = 0
+        for expert in range(config.num_experts):
+            mixed = mixed + weights[..., expert, None] * (
+                x @ own["lora_A"].T @ own[f"experts.{expert}.lora_B"].T
+            )
+        return config.alpha / config.rank * mixed
+
+    return update
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
+def test_logits_and_gradients_are_those_of_a_loop_over_the_experts(family):
+    compare(CONFIG, paper_update(CONFIG), family)
+
+
+@pytest.mark.parametrize("num_experts", [1, 5])
+def test_any_number_of_experts(num_experts):
+    config = HydraLoraConfig(rank=3, alpha=2, num_experts=num_experts)
+    if num_experts > 1:
+        compare(config, paper_update(config), "llama")
+        return
+    host, ids = tiny_host(configs={"a": config}), tiny_ids(2)
+    out = host(ids, adapters=["a", "a"])
+    assert all((layer.routing_weights == 1).all() for layer in out.routing["a"])
+
+
+def test_derivatives_are_those_of_finite_differences():
+    check_ffn_gradients(CONFIG)
+
+
+def test_the_record_has_all_experts_best_first():
+    host = tiny_host(configs={"a": CONFIG})
+    with torch.no_grad():
+        routing = host(tiny_ids(2), adapters=["a", "a"]).routing["a"]
+    for layer in routing:
+        probability = layer.router_logits.softmax(-1)
+        torch.testing.assert_close(
+            probability.gather(1, layer.selected_experts), layer.routing_weights
+        )
+        assert (layer.routing_weights.diff(dim=1) <= 0).all()
+
+
+def test_its_tensors_have_our_names():
+    host = tiny_host(configs={"a": CONFIG})
+    names = {
+        name.removeprefix("layers.0.self_attn.q_proj.")
+        for name in host.adapters["a"].tensors()
+        if name.startswith("layers.0.self_attn.q_proj.")
+    }
+    assert names == {"lora_A", "router", *(f"experts.{e}.lora_B" for e in range(3))}

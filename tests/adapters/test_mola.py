@@ -1,0 +1,137 @@
+"""MoLA against the formula of its paper, arXiv:2402.08562, eq. 2-4; see tests/parity too."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from loraloom.adapters import MolaConfig
+from loraloom.errors import AdapterError, FormatError
+from tests.adapters.plain import MASK, check_ffn_gradients, compare
+from tests.tiny import changed, tiny_host, tiny_ids
+
+CONFIG = MolaConfig(
+    rank=2,
+    alpha=5,
+    num_experts=(3, 4),
+    top_k=2,
+    router_loss_scope="per_layer",
+    router_aux_loss_coef=5.0,
+    router_z_loss_coef=0.5,
+)
+EQUAL = changed(CONFIG, num_experts=4, top_k=3, router_loss_scope="pooled")
+FAMILIES = ("llama", "phi", "phi3", "gpt_neox")
+
+
+class Paper:
+    """A router and experts on each projection, an expert at a time."""
+
+    def __init__(self, config: MolaConfig):
+        self.config = config
+        self.logits: list[Tensor] = []
+
+    def update(self, x: Tensor, own: dict[str, Tensor], key: str) -> Tensor:
+        config, logits = self.config, x @ own["router"].T
+        self.logits.append(logits[MASK.bool()])
+        chosen = torch.zeros_like(logits).scatter(-1, logits.topk(config.top_k).indices, 1)
+        weights = logits.softmax(-1) * chosen
+        weights = weights / weights.sum(-1, keepdim=True)
+        update = 0
+        for expert in range(logits.shape[-1]):
+            A, B = own[f"experts.{expert}.lora_A"], own[f"experts.{expert}.lora_B"]
+            update = update + weights[..., expert, None] * (x @ A.T @ B.T)
+        return config.alpha / config.rank * update
+
+    def added_loss(self) -> Tensor:
+        groups = self.logits
+        if self.config.router_loss_scope == "pooled":
+            groups = [torch.cat(self.logits)]
+        balance = torch.stack([self._balance(logits) for logits in groups]).mean()
+        squares = torch.stack([logits.logsumexp(-1).square().mean() for logits in self.logits])
+        config = self.config
+        return config.router_aux_loss_coef * balance + config.router_z_loss_coef * squares.mean()
+
+    def _balance(self, logits: Tensor) -> Tensor:
+        num_experts = logits.shape[-1]
+        chosen = one_hot(logits.topk(self.config.top_k).indices, num_experts).double()
+        return num_experts * (chosen.sum(1).mean(0) * logits.softmax(-1).mean(0)).sum()
+
+
+@pytest.mark.parametrize("config", [CONFIG, EQUAL], ids=["by-layer", "pooled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_a_loop_over_the_experts(family, config):
+    paper = Paper(config)
+    compare(config, paper.update, family, paper.added_loss)
+
+
+def test_derivatives_are_those_of_finite_differences():
+    check_ffn_gradients(changed(CONFIG, num_experts=3))
+
+
+def test_each_layer_has_its_number_of_experts():
+    host = tiny_host(configs={"a": CONFIG})
+    with torch.no_grad():
+        routing = host(tiny_ids(2), adapters=["a", "a"]).routing["a"]
+    assert [layer.num_experts for layer in routing] == [3] * 7 + [4] * 7
+    assert CONFIG.experts_per_router == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts": 2, "top_k": 3}, r"top_k must be in \[1, num_experts=2\], got 3"),
+        ({"num_experts": (4, 1)}, r"top_k must be in \[1, num_experts=1\], got 2"),
+        ({"num_experts": ()}, r"num_experts.*\(\)|top_k must be in"),
+        ({"num_experts": (4, 0)}, "greater than or equal to 1"),
+        ({"num_experts": (4, 8)}, "router_loss_scope must be per_layer where .*, got pooled"),
+    ],
+)
+def test_settings_that_fit_no_model_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        MolaConfig(**settings)
+
+
+@pytest.mark.parametrize("counts", [(4,), (4, 4, 4)])
+def test_a_list_must_have_a_number_for_each_layer(counts):
+    host = tiny_host(configs={})
+    with pytest.raises(AdapterError, match=f"each of the base model's 2 layers, got {len(counts)}"):
+        host.add("a", MolaConfig(num_experts=counts))
+    assert host.adapters == {}
+
+
+@pytest.mark.parametrize("config", [CONFIG, EQUAL], ids=["by-layer", "pooled"])
+def test_files_are_the_references_and_are_read_back(tmp_path, config):
+    host = tiny_host(configs={"a": config})
+    host.save("a", tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (fields["peft_type"], fields["routing_strategy"]) == ("MOLA", "mola")
+    assert (fields["r"], fields["lora_alpha"], fields["top_k"]) == (2, 5, config.top_k)
+    targets = (*host.base.attention_projections, *host.base.ffn_projections)
+    assert host.load("b", tmp_path).config == changed(config, target_modules=targets)
+
+
+def test_files_of_another_number_of_layers_are_refused(tmp_path):
+    tiny_host(configs={"a": CONFIG}).save("a", tmp_path)
+    with pytest.raises(AdapterError, match="it has 2 layers, not 3"):
+        tiny_host(configs={}, num_hidden_layers=3).load("a", tmp_path)
+
+
+def test_a_list_that_is_not_the_layers_is_refused(tmp_path):
+    tiny_host(configs={"a": CONFIG}).save("a", tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {"num_experts": [3, 4, 4]}))
+    with pytest.raises(AdapterError, match="each of the base model's 2 layers, got 3"):
+        tiny_host(configs={}).load("a", tmp_path)
+
+
+def test_files_with_dora_are_refused(tmp_path):
+    tiny_host(configs={"a": CONFIG}).save("a", tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {"use_dora": True}))
+    with pytest.raises(FormatError, match="`use_dora` must be unset"):
+        tiny_host(configs={}).load("a", tmp_path)

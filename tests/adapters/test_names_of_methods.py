@@ -1,0 +1,72 @@
+"""A method is known in adapters/ alone: elsewhere nothing may ask which one it has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import loraloom
+from loraloom.adapters import CONFIGS
+
+SOURCES = Path(loraloom.__file__).parent
+METHODS = SOURCES / "adapters"
+ALLOWED = {
+    "config/faults.py",
+    "eval/answers.py",
+    "formats/legacy.py",  # what the reference's old files called theirs
+    "training/client.py",
+}
+"""Files that name a method still; the list only ever gets shorter."""
+
+NAMES = sorted(
+    {config.model_fields["method"].default for config in CONFIGS}
+    | {config.peft_type for config in CONFIGS}
+    | {alias for config in CONFIGS for alias in config.aliases}
+)
+CLASSES = sorted(
+    {
+        name
+        for path in METHODS.glob("*/*.py")
+        for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)
+    }
+    | {"LowRankConfig", "RouterLossConfig", "LowRankAdapter"}
+)
+PATTERNS = {
+    "the quoted name of a method": rf"(?P<quote>[\"'])(?:{'|'.join(NAMES)})(?P=quote)",
+    "a method's class": rf"(?<!peft\.)\b(?:{'|'.join(CLASSES)})\b",
+    "a question which configuration it is": r"isinstance\([^()]*\bAdapterConfig\b",
+}
+
+
+def offences(source: str) -> list[str]:
+    return [
+        f"{kind}: {match[0]}"
+        for kind, pattern in PATTERNS.items()
+        for match in re.finditer(pattern, source)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("from loraloom.adapters import MixLoraConfig", 1),
+        ("def build(config: LoraConfig): ...", 1),
+        ("peft.LoraConfig(r=8)", 0),
+        ('if config.method == "mixlora":', 1),
+        ("if config.peft_type == 'MIXLORA':", 1),
+        ("isinstance(config, RouterLossConfig)", 1),
+        ("isinstance(adapter.config, AdapterConfig)", 1),
+        ("def add(name: str, config: AdapterConfig): ...", 0),
+        ("# a LoRA is the simplest method", 0),
+    ],
+)
+def test_what_counts_as_naming_a_method(source, count):
+    assert len(offences(source)) == count
+
+
+def test_no_file_outside_adapters_names_a_method():
+    others = [path for path in SOURCES.rglob("*.py") if METHODS not in path.parents]
+    found = {path.relative_to(SOURCES).as_posix(): offences(path.read_text()) for path in others}
+    assert {name: own for name, own in found.items() if own and name not in ALLOWED} == {}

@@ -1,0 +1,171 @@
+"""VeRA is PEFT's: projections, logits, gradients, and files in both directions."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loraloom
+from loraloom.adapters import VeraConfig
+from loraloom.adapters.base import BaseInfo
+from loraloom.models.host import Host
+from tests.adapters.plain import IDS, MASK, check_ffn_gradients, loss_of
+from tests.tiny import changed, gradients, randomise, relative_error, tiny_model
+
+# peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A and vera_B:UserWarning"),
+]
+
+CONFIG = VeraConfig(rank=5, d_initial=0.5, projection_seed=7)
+TARGETS = {"all": "all-linear", "some": ("k_proj", "down_proj"), "attention": "attention"}
+each_targets = pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+each_way = pytest.mark.parametrize("saved", [True, False], ids=["saved", "drawn-again"])
+
+
+def theirs_of(model: nn.Module, config: VeraConfig, base: BaseInfo) -> nn.Module:
+    fields = config.file_fields(base)
+    return peft.get_peft_model(model, peft.VeraConfig(**fields)).to(model.dtype)
+
+
+def attached(model: nn.Module, config: VeraConfig) -> Host:
+    host = loraloom.attach(copy.deepcopy(model))
+    randomise(host.add("a", config))
+    return host
+
+
+def logits_of(host: Host, name: str = "a") -> Tensor:
+    with torch.no_grad():
+        return host(IDS, MASK, [name] * 2).logits[MASK.bool()]
+
+
+def their_logits(wrapped: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return wrapped(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+
+
+def their_parameter(wrapped: nn.Module, base: BaseInfo, name: str) -> nn.Parameter:
+    path, _, part = name.removeprefix("layers.").rpartition(".")
+    place = f"base_model.model.{base.layers_path}.{path}.vera_{part}"
+    return wrapped.get_parameter(f"{place}.default")
+
+
+def own_tensors(host: Host) -> dict[str, Tensor]:
+    """The trained tensors, without A and B."""
+    tensors = host.adapters["a"].tensors()
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
+
+
+@each_targets
+def test_projections_are_drawn_as_in_peft(targets):
+    model, config = tiny_model(), changed(CONFIG, target_modules=targets)
+    host = attached(model, config)
+    theirs, ours = theirs_of(model, config, host.base), host.adapters["a"].tensors()
+    for part in ("vera_A", "vera_B"):
+        their_matrix = getattr(theirs.base_model, part)["default"]
+        assert torch.equal(ours[f"shared.{part}"], their_matrix)
+
+
+@each_targets
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
+def test_logits_and_gradients_are_those_of_peft(family, targets):
+    if family != "llama" and isinstance(targets, tuple):
+        targets = "ffn"
+    model, config = tiny_model(family), changed(CONFIG, target_modules=targets)
+    host = attached(model, config)
+    theirs = theirs_of(model, config, host.base)
+    own = own_tensors(host)
+    trained = {name for name, p in theirs.named_parameters() if p.requires_grad}
+    assert len(trained) == len(own) == len(list(host.adapters["a"].parameters()))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            their_parameter(theirs, host.base, name).copy_(tensor)
+    expected = theirs(input_ids=IDS, attention_mask=MASK).logits
+    actual = host(IDS, MASK, ["a", "a"]).logits
+    real = MASK.bool()
+    assert relative_error(actual[real].detach(), expected[real].detach()) < 1e-10
+    loss_of(actual).backward()
+    loss_of(expected).backward()
+    grads = gradients(host.adapters["a"])
+    for name in own:
+        wanted = their_parameter(theirs, host.base, name).grad
+        assert wanted.any()
+        assert relative_error(grads[name], wanted) < 1e-9, name
+
+
+@each_way
+@each_targets
+def test_we_read_what_peft_saves(tmp_path, targets, saved):
+    model = tiny_model(dtype=torch.float32)
+    config = changed(CONFIG, target_modules=targets, save_projection=saved)
+    host = loraloom.attach(copy.deepcopy(model))
+    theirs = theirs_of(model, config, host.base)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lambda_b" in name:
+                parameter.normal_(std=0.3, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    loaded = host.load("a", tmp_path)
+    wanted = changed(config, target_modules=loaded.config.target_modules)
+    assert loaded.config == wanted
+    assert relative_error(logits_of(host), their_logits(theirs)) < 1e-5
+
+
+@each_way
+@each_targets
+def test_peft_reads_what_we_save(tmp_path, targets, saved):
+    model = tiny_model(dtype=torch.float32)
+    config = changed(CONFIG, target_modules=targets, save_projection=saved)
+    host = attached(model, config)
+    host.save("a", tmp_path)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path)
+    assert relative_error(logits_of(host), their_logits(theirs)) < 1e-5
+
+
+@each_way
+def test_what_we_save_we_read(tmp_path, saved):
+    host = attached(tiny_model(), changed(CONFIG, save_projection=saved))
+    host.save("a", tmp_path)
+    assert host.load("b", tmp_path).config.save_projection is saved
+    assert torch.equal(logits_of(host, "b"), logits_of(host))
+
+
+def test_saved_projections_count_and_not_the_generator(tmp_path):
+    """Files from another random generator have their own A and B."""
+    host = attached(tiny_model(), CONFIG)
+    adapter = host.adapters["a"]
+    adapter.load_tensors(
+        {name: t * 2 if name.startswith("shared") else t for name, t in adapter.tensors().items()}
+    )
+    host.save("a", tmp_path)
+    host.load("b", tmp_path)
+    assert torch.equal(logits_of(host, "b"), logits_of(host))
+
+
+def test_projections_are_neither_trained_nor_repeated():
+    host = attached(tiny_model(), CONFIG)
+    parameters = dict(host.adapters["a"].named_parameters())
+    assert {name.rpartition(".")[2] for name in parameters} == {"lambda_b", "lambda_d"}
+    storages = {b.data_ptr() for b in host.adapters["a"].buffers()}
+    assert len(storages) == 2
+
+
+@pytest.mark.parametrize("field", ["layers_to_transform", "modules_to_save"])
+def test_files_that_adapt_more_or_less_are_refused(tmp_path, field):
+    host = attached(tiny_model(), CONFIG)
+    host.save("a", tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {field: ["lm_head"]}))
+    with pytest.raises(loraloom.errors.FormatError, match=f"`{field}` must be unset"):
+        host.load("b", tmp_path)
+
+
+def test_derivatives_are_those_of_finite_differences():
+    check_ffn_gradients(CONFIG)

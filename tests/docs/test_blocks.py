@@ -1,0 +1,192 @@
+"""Every block of code in the documents runs, or is at least read by what would run it.
+
+Python runs as it stands, in the order of the document. YAML is a run file, a task's file or a
+section of one. JSON is read. Of console blocks, `loraloom` runs where it is quick, and else its
+options are read; scripts must exist and know their options.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+from loraloom.cli import main as cli
+from loraloom.config.job import JobConfig
+from loraloom.config.loading import load_run_config, load_task_config
+from loraloom.config.run import RunConfig
+from loraloom.config.yaml_text import parse_yaml
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "recipes/**/*.md")
+    for path in ROOT.glob(pattern)
+    if path.name not in ("CHANGELOG.md", "LOG.md")
+)
+RUN = {"train", "eval", "report", "generate", "inspect", "config"}
+"""Verbs that run in README.md and docs/; `quickstart` and `bench` take long."""
+NOT_OURS = {"git", "cd", "for", "sed", "done"}
+"""Programs whose options are not checked."""
+ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
+"""Options that wait for ever, and what ends it."""
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_blocks_run(document, world, monkeypatch):
+    if document.parts[0] in ("benchmarks", "recipes"):
+        monkeypatch.setattr("tests.docs.test_blocks.RUN", set())
+    blocks = list(SYBIL.parse(ROOT / document).examples())
+    for block in blocks:
+        try:
+            block.evaluate()
+        except Exception as error:
+            raise AssertionError(f"{document}:{block.line}: {error}") from error
+
+
+def test_documents_have_no_blocks_in_other_languages():
+    known = {"python", "yaml", "json", "sh", "text"}
+    for document in DOCUMENTS:
+        fences = re.findall(r"^```(\S*)$", (ROOT / document).read_text(), re.MULTILINE)
+        assert set(fences[::2]) <= known, document
+
+
+def check_yaml(block: Example) -> None:
+    """Read settings; those that begin with `# name.yaml` are written there for later commands."""
+    named = re.match(r"# (\S+\.yaml)\n", block.parsed)
+    path = Path(named[1] if named else "block.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(block.parsed)
+    settings = parse_yaml(block.parsed, str(path))
+    if isinstance(settings, dict) and "choices" in settings:
+        load_task_config(path)
+    elif isinstance(settings, dict) and "base_model" in settings:
+        load_run_config(path, needs_jobs="jobs" in settings)
+    else:
+        RunConfig.model_validate(completed(settings))
+
+
+def completed(section: dict[str, Any]) -> dict[str, Any]:
+    """Make a run file around a section of one: settings of the run, of a job, or several jobs."""
+    of_job = {key: value for key, value in section.items() if key in JobConfig.model_fields}
+    of_run = {key: value for key, value in section.items() if key not in of_job}
+    jobs = [completed_job(place, job) for place, job in enumerate(of_run.pop("jobs", [of_job]))]
+    return {"base_model": "smollm2-135m", "output_dir": "runs/block", **of_run, "jobs": jobs}
+
+
+def completed_job(place: int, section: dict[str, Any]) -> dict[str, Any]:
+    """Make a job of the settings that a section of one has."""
+    train = {"learning_rate": 1e-4, **section.get("train", {})}
+    if not {"num_epochs", "max_steps"} & set(train):
+        train["max_steps"] = 10
+    data = {"dataset": "rows.jsonl", "format": "instruction"}
+    names = {"name": f"job-{place}", "adapter": {"method": "lora"}, "data": data}
+    return {**names, **section, "train": train}
+
+
+def check_json(block: Example) -> None:
+    """Read one value, or one a line."""
+    try:
+        json.loads(block.parsed)
+    except json.JSONDecodeError:
+        for line in block.parsed.splitlines():
+            json.loads(line)
+
+
+def run_commands(block: Example) -> None:
+    """Run or check the commands of a console block."""
+    for words in commands(block.parsed):
+        program, *arguments = words
+        if program == "loraloom":
+            run_verb(arguments)
+        elif Path(program).name in ("python", "python3"):
+            check_script(arguments)
+        elif Path(program).name == "pip":
+            check_extras(arguments)
+        elif "/" in program:
+            assert os.access(ROOT / program, os.X_OK), f"{program} must be a script"
+        else:
+            assert program in NOT_OURS, f"{program} is not known"
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of a console block, as words; continued lines are joined, comments left out."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word != "&&":
+                words.append(word)
+            elif words:
+                yield words
+                words = []
+
+
+def run_verb(arguments: list[str]) -> None:
+    """Run a verb, or let the command line read its options."""
+    for option, ending in ENDLESS.items():
+        arguments = [*arguments, *ending] if option in arguments else arguments
+    runs = arguments[0] in RUN and "--harness" not in arguments
+    with pytest.MonkeyPatch.context() as patch:
+        if not runs:
+            for verbs in (cli.VERBS, *(verbs for _, verbs in cli.GROUPS.values())):
+                for name, verb in verbs.items():
+                    patch.setitem(verbs, name, reads_only(verb))
+        assert cli.main(arguments) == 0, f"loraloom {shlex.join(arguments)}"
+
+
+def reads_only(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb with the same options that does nothing."""
+
+    @wraps(verb)
+    def nothing(**_: Any) -> None:
+        return None
+
+    return nothing
+
+
+def check_script(arguments: list[str]) -> None:
+    """Check that a script or module is there, and that it names the options."""
+    if arguments[0] == "-m":
+        module = importlib.util.find_spec(arguments[1])
+        assert module is not None, f"{arguments[1]} must be a module"
+        if module.submodule_search_locations or arguments[1] == "venv":
+            return
+        script, options = Path(str(module.origin)), arguments[2:]
+    else:
+        script, options = ROOT / arguments[0], arguments[1:]
+    source = script.read_text()
+    for option in options:
+        if option.startswith("--"):
+            assert f'"{option.partition("=")[0]}"' in source, f"{script.name} must know {option}"
+
+
+def check_extras(arguments: list[str]) -> None:
+    """Check that extras of loraloom exist."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for word in arguments:
+        for names in re.findall(r"loraloom\[(.*)\]", word):
+            assert set(names.split(",")) <= set(extras)
+
+
+SYBIL = Sybil(
+    parsers=[
+        PythonCodeBlockParser(),
+        CodeBlockParser("yaml", check_yaml),
+        CodeBlockParser("json", check_json),
+        CodeBlockParser("sh", run_commands),
+    ]
+)

@@ -1,0 +1,42 @@
+"""Links lead somewhere, and the reference names all that is public."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import loraloom
+from loraloom import Host
+from tests.docs.test_blocks import DOCUMENTS, ROOT
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links_lead_to_files_and_headings_that_exist(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        if "://" in path:
+            continue
+        file = (ROOT / document).parent / path if path else ROOT / document
+        assert file.exists(), f"{document}: {target}"
+        if heading:
+            assert heading in headings(file.read_text()), f"{document}: {target}"
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a document, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_reference_names_everything_public():
+    text = (ROOT / "docs/api.md").read_text()
+    assert [name for name in loraloom.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_the_reference_names_every_public_method_of_a_host():
+    text = (ROOT / "docs/api.md").read_text()
+    methods = [name for name, value in vars(Host).items() if callable(value) and name[0] != "_"]
+    methods.remove("advance")  # a step of prefill and decode
+    assert [name for name in methods if f"host.{name}" not in text] == []
