@@ -16,8 +16,8 @@ import torch
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import FILE_NAME, ScoreCache, default_cache_directory
-from loraloom.eval.identity import computation_key
 from loraloom.eval.protocol import score_questions
+from loraloom.eval.provenance import computation_key
 from tests.eval.scoring import question, scoring_host, some_questions
 
 ADAPTERS = [None, "lora", "mixlora"]
@@ -83,41 +83,22 @@ def test_scores_that_are_not_finite_are_not_kept(reopen):
     ],
     ids=["cut short", "overwritten", "one score", "no database", "too short"],
 )
-def test_a_damaged_file_is_put_aside_with_one_line(tmp_path, reopen, caplog, change):
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path, reopen, change):
     path = tmp_path / FILE_NAME
     keep(reopen(), *range(2000))
-    damaged = change(path.read_bytes())
-    path.write_bytes(damaged)
-    cache = reopen()
-    assert kept(cache, *range(2000)) == []
-    (record,) = caplog.records
-    assert record.getMessage().startswith(f"{path} holds no scores that can be read (")
-    assert record.getMessage().endswith(f"): it is now {FILE_NAME}.aside-1")
-    assert (tmp_path / f"{FILE_NAME}.aside-1").read_bytes()[:4000] == damaged[:4000]
-    keep(cache, 5)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ConfigError, match=f"delete {FILE_NAME} there if it is damaged"):
+        reopen()
+    path.unlink()
+    keep(reopen(), 5)
     assert kept(reopen(), 4, 5) == [5]
 
 
-def test_a_file_that_is_damaged_meanwhile_is_put_aside_too(tmp_path, reopen, caplog):
+def test_a_file_that_is_damaged_meanwhile_is_an_error_too(tmp_path, reopen):
     cache = reopen()
     (tmp_path / FILE_NAME).write_bytes(b"junk")
-    keep(cache, 5)
-    assert len(caplog.records) == 1
-    assert kept(reopen(), 5) == [5]
-
-
-def test_another_programs_database_is_left_whole(tmp_path, reopen, caplog):
-    path = tmp_path / FILE_NAME
-    for number in (1, 2):
-        with closing(sqlite3.connect(path)) as file, file:
-            file.execute("CREATE TABLE scores (a)")
-            file.execute("INSERT INTO scores VALUES (?)", [number])
-        keep(reopen(), 5)
-        assert "it is another program's database" in caplog.messages[-1]
-        with closing(sqlite3.connect(tmp_path / f"{FILE_NAME}.aside-{number}")) as file:
-            assert file.execute("SELECT * FROM scores").fetchall() == [(number,)]
-        assert kept(reopen(), 5) == [5]
-        path.unlink()
+    with pytest.raises(ConfigError, match="file is not a database"):
+        keep(cache, 5)
 
 
 def test_processes_can_share_a_file(tmp_path, reopen, base):
@@ -138,7 +119,6 @@ def test_processes_can_share_a_file(tmp_path, reopen, base):
     with closing(sqlite3.connect(path)) as file:
         ((count,),) = file.execute("SELECT count(*) FROM scores")
     assert count == 2 * 200 * 20
-    assert not list(tmp_path.glob("*.aside-*"))
 
 
 def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
@@ -163,7 +143,9 @@ def test_a_kill_leaves_what_was_kept(tmp_path, reopen):
 
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"scores can't be kept in .*; give another --cache DIR"):
+    with pytest.raises(
+        ConfigError, match=r"scores can't be kept in .*, or give another --cache DIR"
+    ):
         ScoreCache(tmp_path / "file" / "cache", scoring_host(configs={}), [None])
 
 

@@ -85,13 +85,11 @@ def test_several_comparisons_are_adjusted_for_their_number():
     assert written["difference"] == 0.5
 
 
-def test_seeds_are_summarised_by_task():
-    assert summarise_seeds([ANSWERS]) == {
-        "mix": {
-            "adapters": ["mix@0", "mix@1"],
-            "tasks": {"toy": {"mean": 0.75, "sd": 0.0, "num_seeds": 2}},
-        }
-    }
+def test_seeds_have_a_mean_and_a_sample_deviation_in_each_task():
+    right = {f"mix@{seed}": (True,) * (2 + seed) + (False,) * (2 - seed) for seed in range(3)}
+    (group,) = summarise_seeds([TaskAnswers("toy", (0, 1, 2, 3), right)]).values()
+    assert group["adapters"] == ["mix@0", "mix@1", "mix@2"]
+    assert group["tasks"] == {"toy": {"mean": 0.75, "sd": pytest.approx(0.25), "num_seeds": 3}}
 
 
 def test_a_group_must_not_be_called_as_the_base_model():

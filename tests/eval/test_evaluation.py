@@ -52,7 +52,9 @@ def test_results_are_written_by_the_suffix(host, tiny_tokenizer, tmp_path):
     evaluation = evaluate(host, tiny_tokenizer, [TOY], ["lora", "dora"], pairs=[("lora", "dora")])
     evaluation.write(tmp_path / "result.json")
     written = json.loads((tmp_path / "result.json").read_text())
+    assert written["schema_version"] == 1
     assert written["results"] == evaluation.results
+    assert written["base_model"] == evaluation.details["base_model"]
     (comparison,) = written["comparisons"]
     assert (comparison["first"], comparison["second"]) == ("lora", "dora")
     with pytest.raises(ConfigError, match=r"must end in \.json, \.csv, \.md, got"):

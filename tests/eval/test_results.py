@@ -4,18 +4,14 @@ import json
 import math
 
 import pytest
-from rich.console import Console
 
 from loraloom.errors import AdapterError
 from loraloom.eval.accuracy import QuestionScore
 from loraloom.eval.results import (
     TaskScores,
     check_finite,
-    group_table,
-    results_table,
     summarise,
     write_questions,
-    write_results,
 )
 from loraloom.eval.statistics import wilson_interval
 from tests.eval.scoring import question
@@ -28,13 +24,6 @@ def toy(group=None, task="toy", values=((-1.0, -2.0), (-1.0, -2.0))):
         for index, (gold, value) in enumerate(zip(golds, values, strict=True))
     ]
     return TaskScores(task, "test", {None: scores, "law": scores[:1]})
-
-
-def printed(table):
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
 
 
 def test_results_are_by_adapter_and_task():
@@ -63,12 +52,6 @@ def test_truncated_questions_are_counted():
     assert (
         summarise([TaskScores("toy", "test", {None: scores})])["base"]["toy"]["num_truncated"] == 1
     )
-
-
-def test_the_file_has_results_beside_how_they_were_got(tmp_path):
-    write_results(tmp_path / "result.json", [toy()], {"base_model": "tiny"})
-    written = json.loads((tmp_path / "result.json").read_text())
-    assert written == {"schema_version": 1, "results": summarise([toy()]), "base_model": "tiny"}
 
 
 def test_every_question_has_a_line(tmp_path):
@@ -104,20 +87,3 @@ def test_the_error_names_the_adapter():
     scores = {"law": toy(values=((math.nan, -2.0), (0.0, 0.0))).scores["law"]}
     with pytest.raises(AdapterError, match="from adapter 'law' in toy, question 0"):
         check_finite(TaskScores("toy", "test", scores))
-
-
-def test_the_table_has_accuracies_with_their_errors():
-    text = printed(results_table([toy(), toy(task="other")]))
-    assert "toy (test)" in text
-    assert "base" in text
-    assert "50.0 ± 50.0 %" in text
-    assert "100.0 %" in text
-
-
-def test_groups_have_a_table_where_there_are_some():
-    assert group_table(toy()) is None
-    table = group_table(toy(group="sums"))
-    assert table is not None
-    text = printed(table)
-    assert "sums" in text
-    assert "law" in text

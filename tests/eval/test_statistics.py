@@ -9,7 +9,6 @@ from loraloom.eval.statistics import (
     compare_paired,
     holm,
     mcnemar_p_value,
-    over_seeds,
     wilson_interval,
 )
 
@@ -93,16 +92,6 @@ def test_one_question_has_no_standard_error():
 def test_other_questions_can_not_be_compared(first, second):
     with pytest.raises(DataError, match="needs the same questions of both, at least one, got"):
         compare_paired(first, second)
-
-
-def test_seeds_have_a_mean_and_a_sample_deviation():
-    result = over_seeds([0.5, 0.6, 0.7])
-    assert (result.mean, result.sd, result.num_seeds) == (
-        pytest.approx(0.6),
-        pytest.approx(0.1),
-        3,
-    )
-    assert over_seeds([0.5]).sd is None
 
 
 def test_holm_multiplies_by_the_tests_that_are_left():

@@ -7,7 +7,15 @@ from rich.table import Table
 
 from loraloom.eval.comparison import Comparison
 from loraloom.eval.statistics import PairedComparison
-from loraloom.eval.tables import all_tables, comparison_table, markdown, seeds_table, write_csv
+from loraloom.eval.tables import (
+    all_tables,
+    comparison_table,
+    csv_page,
+    group_table,
+    markdown,
+    results_table,
+    seeds_table,
+)
 from tests.eval.test_results import toy
 
 SEEDS = {
@@ -28,6 +36,23 @@ def printed(table):
     with console.capture() as capture:
         console.print(table)
     return capture.get()
+
+
+def test_the_table_has_accuracies_with_their_errors():
+    text = printed(results_table([toy(), toy(task="other")]))
+    assert "toy (test)" in text
+    assert "base" in text
+    assert "50.0 ± 50.0 %" in text
+    assert "100.0 %" in text
+
+
+def test_groups_have_a_table_where_there_are_some():
+    assert group_table(toy()) is None
+    table = group_table(toy(group="sums"))
+    assert table is not None
+    text = printed(table)
+    assert "sums" in text
+    assert "law" in text
 
 
 def test_a_comparison_has_its_difference_in_points_and_how_sure_it_is():
@@ -60,9 +85,8 @@ def test_markdown_keeps_cells_and_sides():
     assert markdown(table) == "| a\\|b | n |\n| --- | ---: |\n| x | 1 |\n"
 
 
-def test_csv_has_a_line_for_each_group(tmp_path):
-    write_csv(tmp_path / "r.csv", [toy(group="sums")])
-    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+def test_csv_has_a_line_for_each_group():
+    rows = list(csv.DictReader(csv_page([toy(group="sums")]).splitlines()))
     assert [(row["adapter"], row["group"]) for row in rows] == [
         ("base", ""),
         ("base", "sums"),

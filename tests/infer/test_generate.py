@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.errors import AdapterError, DataError
-from loraloom.infer.generate import generate
+from loraloom.infer.generate import complete, generate
 from loraloom.infer.prompts import Prompt
 from loraloom.infer.sampling import SamplingConfig
 from tests.tiny import METHODS, tiny_host
@@ -112,15 +112,10 @@ def test_a_completion_ends_at_an_end_token(host, tiny_tokenizer):
 def test_progress_is_told(host, tiny_tokenizer):
     told = []
     sampling = SamplingConfig(max_new_tokens=1)
-    generate(
-        host,
-        tiny_tokenizer,
-        prompts(),
-        sampling,
-        batch_size=2,
-        on_progress=lambda done, total: told.append((done, total)),
-    )
-    assert told == [(2, 5), (4, 5), (5, 5)]
+    encoded = tiny_tokenizer(list(TEXTS))["input_ids"]
+    names = [None] * len(encoded)
+    complete(host, tiny_tokenizer, encoded, names, sampling, batch_size=2, on_progress=told.append)
+    assert told == [2, 4, 5]
 
 
 def test_no_prompts_give_no_completions(host, tiny_tokenizer):

@@ -141,6 +141,14 @@ def test_questions_that_are_not_covered_are_told(run, tmp_path):
     assert "--no-cache" in page
 
 
+def test_layers_with_several_routers_have_names(run, tmp_path):
+    content = evaluation()
+    routing = content["routing"]["mix"]
+    routing["layers"] = [f"{layer}.self_attn" for layer in routing["layers"]]
+    page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])
+    assert '<th scope="row">0.self_attn</th>' in page
+
+
 def test_results_of_the_harness_may_lack_an_accuracy(run, tmp_path):
     content = {
         "schema_version": 1,

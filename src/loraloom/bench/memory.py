@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.bench.cases import StepSetting
@@ -25,57 +25,34 @@ def step_peak_rss_bytes(case: str, setting: StepSetting) -> int:
     return int(done.stdout.split()[-1])
 
 
-@dataclass(frozen=True)
-class JobsMemory:
-    """Peak resident memory of one job's steps, and of several jobs' fused ones.
-
-    Args:
-        num_jobs: How many.
-        one_bytes: Peak with one job.
-        all_bytes: Peak with all of them.
-        state_bytes: One job's weights, gradients and AdamW state.
-    """
-
-    num_jobs: int
-    one_bytes: int
-    all_bytes: int
-    state_bytes: int
-
-    @property
-    def share(self) -> float:
-        """All jobs' peak over as many times one job's."""
-        return self.all_bytes / (self.num_jobs * self.one_bytes)
-
-    @property
-    def added(self) -> float:
-        """What each further job adds, over its weights, gradients and AdamW state."""
-        added = (self.all_bytes - self.one_bytes) / (self.num_jobs - 1)
-        return added / self.state_bytes
-
-    def describe(self) -> str:
-        """Return the figures in words."""
-        return (
-            f"peak memory: 1 job {self.one_bytes / 1e9:.2f} GB, {self.num_jobs} jobs "
-            f"{self.all_bytes / 1e9:.2f} GB, {self.share:.2f} of {self.num_jobs} times one; "
-            f"each further job adds {self.added:.2f} times its weights, gradients and AdamW state "
-            f"({self.state_bytes / 1e9:.3f} GB)"
-        )
-
-
-def jobs_memory(case: str, setting: StepSetting, adapter: Adapter) -> JobsMemory:
-    """Measure the peaks of one job and of `num_jobs`, a process each.
+def describe_jobs_memory(case: str, setting: StepSetting, adapter: Adapter) -> str:
+    """Measure the peaks of one job's steps and of `num_jobs`' fused ones, a process each.
 
     Args:
         case: Its name.
         setting: With the number of jobs.
         adapter: One of them, whose weights are counted.
+
+    Returns:
+        The figures in words.
     """
     weight_bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
-    return JobsMemory(
+    return describe_peaks(
         setting.num_jobs,
         step_peak_rss_bytes(case, replace(setting, num_jobs=1)),
         step_peak_rss_bytes(case, setting),
         state_bytes=4 * weight_bytes,  # weights, gradients, two of AdamW's
+    )
+
+
+def describe_peaks(num_jobs: int, one_bytes: int, all_bytes: int, state_bytes: int) -> str:
+    """Set all jobs' peak against one job's, and what each adds against its AdamW training state."""
+    share = all_bytes / (num_jobs * one_bytes)
+    added = (all_bytes - one_bytes) / (num_jobs - 1) / state_bytes
+    return (
+        f"peak memory: 1 job {one_bytes / 1e9:.2f} GB, {num_jobs} jobs {all_bytes / 1e9:.2f} GB, "
+        f"{share:.2f} of {num_jobs} times one; each further job adds {added:.2f} times its "
+        f"weights, gradients and AdamW state ({state_bytes / 1e9:.3f} GB)"
     )
 
 

@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.table import Table
 
+from loraloom.eval.plots import save_figure
 
-@dataclass(frozen=True)
-class Figure:
-    """One case's outcome.
-
-    Args:
-        case: Its name.
-        values: Column to value, with units in the columns' names.
-    """
-
-    case: str
-    values: Mapping[str, float]
+Figures = Mapping[str, Mapping[str, float]]
+"""By case, column to value, with units in the columns' names; the first case is the baseline."""
 
 
-def results_table(figures: Sequence[Figure], baseline: str) -> Table:
+def results_table(figures: Figures) -> Table:
     """Lay figures out, each with its ratio to the baseline's."""
-    columns = list(figures[0].values)
-    table = Table("case", *(cell for column in columns for cell in (column, "ratio")), box=None)
-    base = next(figure for figure in figures if figure.case == baseline)
-    for figure in figures:
+    baseline = next(iter(figures.values()))
+    table = Table("case", *(cell for column in baseline for cell in (column, "ratio")), box=None)
+    for case, values in figures.items():
         cells = [
-            cell
-            for column in columns
-            for cell in (
-                f"{figure.values[column]:.3f}",
-                f"{figure.values[column] / base.values[column]:.2f}",
-            )
+            (f"{value:.3f}", f"{value / baseline[name]:.2f}") for name, value in values.items()
         ]
-        table.add_row(figure.case, *cells)
+        table.add_row(case, *(cell for pair in cells for cell in pair))
     return table
 
 
-def plot_ratios(figures: Sequence[Figure], baseline: str, column: str, path: Path) -> None:
+def plot_ratios(figures: Figures, column: str, path: Path) -> None:
     """Draw every case's ratio to the baseline as a bar."""
-    base = next(figure for figure in figures if figure.case == baseline).values[column]
-    names = [figure.case for figure in figures]
-    ratios = [figure.values[column] / base for figure in figures]
-    chart, axes = plt.subplots(figsize=(7, 0.5 * len(names) + 1.2), layout="constrained")
-    bars = axes.barh(names[::-1], ratios[::-1])
+    baseline, values = next(iter(figures.items()))
+    ratios = {case: figures[case][column] / values[column] for case in figures}
+    chart = Figure(figsize=(7, 0.5 * len(ratios) + 1.2), layout="constrained")
+    axes = chart.subplots()
+    bars = axes.barh(list(ratios), list(ratios.values()))
+    axes.invert_yaxis()
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel(f"{column} as a multiple of {baseline}'s")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    chart.savefig(path, dpi=120)
-    plt.close(chart)
+    save_figure(chart, path)

@@ -15,7 +15,8 @@ from loraloom.errors import ConfigError
 from loraloom.models.sources import SMALL_MODEL
 
 if TYPE_CHECKING:
-    from loraloom.bench.report import Figure
+    from loraloom.bench.layer import LayerCase
+    from loraloom.bench.report import Figures
 
 CasesOption = Annotated[
     str | None,
@@ -27,6 +28,10 @@ CaseOption = Annotated[
     str | None, typer.Option("--case", help="Name of an adapter that benchmarks know: a mixture.")
 ]
 RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Timed turns of every case.")]
+HiddenOption = Annotated[int, typer.Option("--hidden-size", min=1, help="D.")]
+FfnOption = Annotated[int, typer.Option("--ffn-size", min=1, help="F.")]
+TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="T.")]
+LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens of each.")]
 RankOption = Annotated[int, typer.Option("--rank", min=1, help="Of LoRA and of each expert.")]
 ExpertsOption = Annotated[int, typer.Option("--num-experts", min=1, help="Of a mixture.")]
 TopKOption = Annotated[int, typer.Option("--top-k", min=1, help="Experts that a token uses.")]
@@ -36,9 +41,9 @@ PictureOption = Annotated[
 
 
 def layer(
-    hidden_size: Annotated[int, typer.Option("--hidden-size", min=1, help="D.")] = 576,
-    ffn_size: Annotated[int, typer.Option("--ffn-size", min=1, help="F.")] = 1536,
-    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="T.")] = 2048,
+    hidden_size: HiddenOption = 576,
+    ffn_size: FfnOption = 1536,
+    num_tokens: TokensOption = 2048,
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
@@ -48,21 +53,11 @@ def layer(
 ) -> None:
     """One FFN layer in bfloat16, forward and backward: time, and activations that it keeps."""
     from loraloom.bench.layer import LayerSetting, make_layer
-    from loraloom.bench.report import Figure
-    from loraloom.bench.timing import alternate
 
     names = _names(cases, (*PEFT_CASES, "frozen", *adapter_cases()))
     setting = LayerSetting(hidden_size, ffn_size, num_tokens, rank, num_experts, top_k)
-    made = {name: make_layer(name, setting) for name in names}
-    timings = alternate({name: one.run for name, one in made.items()}, rounds)
-    figures = [
-        Figure(
-            name,
-            {"ms": 1e3 * timings[name].median_s, "saved MB": made[name].saved_bytes / 1e6},
-        )
-        for name in names
-    ]
-    _show(figures, "ms", picture)
+    layers = {name: make_layer(name, setting) for name in names}
+    _show(_measure_layers(layers, rounds), "ms", picture)
 
 
 SCALED = ("num-experts", "top-k", "rank", "tokens", "adapters")
@@ -73,9 +68,9 @@ def scaling(
     over: Annotated[str, typer.Option("--over", help=f"One of {', '.join(SCALED)}.")],
     values: Annotated[str, typer.Option("--values", help="Numbers with commas; baseline first.")],
     case: CaseOption = None,
-    hidden_size: Annotated[int, typer.Option("--hidden-size", min=1, help="D.")] = 576,
-    ffn_size: Annotated[int, typer.Option("--ffn-size", min=1, help="F.")] = 1536,
-    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="T.")] = 2048,
+    hidden_size: HiddenOption = 576,
+    ffn_size: FfnOption = 1536,
+    num_tokens: TokensOption = 2048,
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
@@ -91,36 +86,38 @@ def scaling(
     if over not in SCALED:
         raise ConfigError(f"--over must be one of {', '.join(SCALED)}, got {over!r}")
     from loraloom.bench.layer import LayerSetting, make_layer
-    from loraloom.bench.report import Figure
     from loraloom.bench.timing import alternate
 
     fixed = LayerSetting(hidden_size, ffn_size, num_tokens, rank, num_experts, top_k, num_adapters)
     field = {"tokens": "num_tokens", "adapters": "num_adapters"}.get(over, over.replace("-", "_"))
-    made = {
+    layers = {
         f"{over} {number}": make_layer(names[0], replace(fixed, **{field: number}))
         for number in numbers
     }
-    timings = alternate({name: one.run for name, one in made.items()}, rounds)
-    steps = alternate({name: one.optimise for name, one in made.items()}, rounds)
-    figures = [
-        Figure(
-            name,
-            {
-                "ms": 1e3 * timings[name].median_s,
-                "AdamW ms": 1e3 * steps[name].median_s,
-                "saved MB": one.saved_bytes / 1e6,
-            },
-        )
-        for name, one in made.items()
-    ]
-    _show(figures, "ms", picture)
+    figures = _measure_layers(layers, rounds)
+    steps = alternate({name: layer.optimise for name, layer in layers.items()}, rounds)
+    _show(
+        {name: {**values, "AdamW ms": 1e3 * steps[name]} for name, values in figures.items()},
+        "ms",
+        picture,
+    )
+
+
+def _measure_layers(layers: Mapping[str, LayerCase], rounds: int) -> Figures:
+    from loraloom.bench.timing import alternate
+
+    times = alternate({name: layer.run for name, layer in layers.items()}, rounds)
+    return {
+        name: {"ms": 1e3 * times[name], "saved MB": layer.saved_bytes / 1e6}
+        for name, layer in layers.items()
+    }
 
 
 def step(
     base_model: BaseModelOption = SMALL_MODEL,
     dtype: DtypeOption = "bfloat16",
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of a step.")] = 4,
-    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of each.")] = 256,
+    length: LengthOption = 256,
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
@@ -133,20 +130,17 @@ def step(
 ) -> None:
     """A training step, all linear layers adapted, loss on all tokens: time and peak memory."""
     from loraloom.bench.memory import step_peak_rss_bytes
-    from loraloom.bench.report import Figure
     from loraloom.bench.step import make_step
     from loraloom.bench.timing import alternate
 
     names = _names(cases, (*PEFT_CASES, *adapter_cases()))
     setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k)
     peaks = {name: step_peak_rss_bytes(name, setting) for name in names} if memory else {}
-    timings = alternate({name: make_step(name, setting) for name in names}, rounds)
-    figures = []
-    for name in names:
-        values = {"s": timings[name].median_s}
-        if memory:
-            values["peak GB"] = peaks[name] / 1e9
-        figures.append(Figure(name, values))
+    times = alternate({name: make_step(name, setting) for name in names}, rounds)
+    figures = {
+        name: {"s": times[name]} | ({"peak GB": peaks[name] / 1e9} if memory else {})
+        for name in names
+    }
     _show(figures, "s", picture)
 
 
@@ -155,7 +149,7 @@ def jobs(
     dtype: DtypeOption = "bfloat16",
     num_jobs: Annotated[int, typer.Option("--jobs", min=2, help="Adapters that train.")] = 8,
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of each job.")] = 1,
-    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of each.")] = 128,
+    length: LengthOption = 128,
     rank: RankOption = 8,
     num_experts: ExpertsOption = 8,
     top_k: TopKOption = 2,
@@ -168,23 +162,19 @@ def jobs(
 ) -> None:
     """Training steps of many jobs: fused, against the same jobs one after another."""
     (name,) = _names(case or mixture_case(), adapter_cases(), "--case")
-    from loraloom.bench.memory import jobs_memory
-    from loraloom.bench.report import Figure
+    from loraloom.bench.memory import describe_jobs_memory
     from loraloom.bench.step import make_job_steps
     from loraloom.bench.timing import alternate
 
     setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k, num_jobs)
     steps = make_job_steps(name, setting)
-    peaks = jobs_memory(name, setting, steps.adapters[0]) if memory else None
-    timings = alternate({"by turns": steps.by_turns, "fused": steps.fused}, rounds, warmup=1)
+    peaks = describe_jobs_memory(name, setting, steps.adapters[0]) if memory else None
+    times = alternate({"by turns": steps.by_turns, "fused": steps.fused}, rounds, warmup=1)
     tokens = num_jobs * num_rows * length
-    figures = [
-        Figure(way, {"tokens/s": tokens / timing.median_s, "s": timing.median_s})
-        for way, timing in timings.items()
-    ]
+    figures = {way: {"tokens/s": tokens / time, "s": time} for way, time in times.items()}
     _show(figures, "tokens/s", picture)
     if peaks is not None:
-        typer.echo(peaks.describe())
+        typer.echo(peaks)
 
 
 def decode(
@@ -202,14 +192,13 @@ def decode(
     """Greedy decoding with a cache: tokens a second."""
     names = _names(cases, ("base", *adapter_cases(), "mixed"))
     from loraloom.bench.decode import DecodeSetting, make_decode
-    from loraloom.bench.report import Figure
     from loraloom.bench.timing import alternate
 
     adapter = StepSetting(base_model, dtype, rank=rank, num_experts=num_experts, top_k=top_k)
     setting = DecodeSetting(adapter, rows=num_rows, new_tokens=new_tokens)
-    timings = alternate({name: make_decode(name, setting) for name in names}, rounds, warmup=1)
+    times = alternate({name: make_decode(name, setting) for name in names}, rounds, warmup=1)
     tokens = num_rows * new_tokens
-    figures = [Figure(name, {"tokens/s": tokens / timings[name].median_s}) for name in names]
+    figures = {name: {"tokens/s": tokens / time} for name, time in times.items()}
     _show(figures, "tokens/s", picture)
 
 
@@ -251,12 +240,11 @@ def _names(cases: str | None, known: tuple[str, ...], option: str = "--cases") -
     return names
 
 
-def _show(figures: list[Figure], column: str, picture: Path | None) -> None:
+def _show(figures: Figures, column: str, picture: Path | None) -> None:
     from rich.console import Console
 
     from loraloom.bench.report import plot_ratios, results_table
 
-    baseline = figures[0].case
-    Console().print(results_table(figures, baseline))
+    Console().print(results_table(figures))
     if picture is not None:
-        plot_ratios(figures, baseline, column, picture)
+        plot_ratios(figures, column, picture)

@@ -30,21 +30,11 @@ def score_choices(
     cache: Path | None,
     no_cache: bool,
 ) -> None:
-    """Score choice tasks, write the results and print them; see `loraloom.evaluate`.
-
-    Args:
-        run: Adapters, data and outputs.
-        tasks: Names or .yaml files.
-        scoring: None for the tasks' default.
-        split: None for the one that is reported.
-        compat: Whose way of scoring to repeat; None for loraloom's.
-        compare: Whom to compare, `FIRST:SECOND`.
-        cache: Directory of kept scores; None for the default one.
-        no_cache: Keep none.
+    """Score choice tasks, write the results and print them; options are those of the verb.
 
     Raises:
         ConfigError: If there is no task, scores can't be kept, or a file can't be written.
-        DataError, AdapterError: As in `evaluate`.
+        DataError, AdapterError: As in `loraloom.eval.evaluation.evaluate`.
         KeyboardInterrupt: After Ctrl-C, when the user has been told what is kept.
     """
     from rich.console import Console

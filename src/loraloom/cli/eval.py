@@ -34,19 +34,8 @@ Compat = Literal["moe-peft"]
 class EvalRun:
     """What every evaluation is given, of choice tasks or of lm-eval's.
 
-    Args:
-        base_model: Hub id, directory or .gguf file.
-        dtype: Of its weights.
-        device: Where it runs.
-        attn_implementation: None leaves it to transformers.
-        names: Adapters to score; None is the base model.
-        adapters: Directory or hub id of each adapter by name.
-        data: Directory of local data sets.
-        limit: Most questions of a task.
-        batch_tokens: Tokens of a batch; None for the device's default.
-        outputs: Files of results.
-        per_question: File with a line for each question.
-        command: What started it.
+    `names` are the adapters to score, None the base model; `adapters` says where each is loaded
+    from. The rest is as on the command line.
     """
 
     base_model: str

@@ -23,14 +23,7 @@ def score_harness(
     num_fewshot: int | None,
     apply_chat_template: bool,
 ) -> None:
-    """Score tasks of lm-eval with adapters, all in one pass; print a table and write files.
-
-    Args:
-        run: Adapters, data and outputs.
-        tasks: Names of tasks, groups and tags, or patterns.
-        include: Directory of more tasks.
-        num_fewshot: Examples before each question; None leaves it to the tasks.
-        apply_chat_template: Ask in the tokenizer's chat template.
+    """Score tasks of lm-eval, print a table and write files; options are those of the verb.
 
     Raises:
         ConfigError: If there is no such task, lm-eval is not installed, or a file can't be written.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,11 +20,8 @@ from loraloom.models.sources import SMALL_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
 
-    from loraloom.config.job import JobConfig
-    from loraloom.data.examples import ChoiceQuestion
-    from loraloom.models.host import Host
+    from loraloom.data.questions import QuestionSet
 
 
 def quickstart(
@@ -45,7 +44,7 @@ def quickstart(
     run = _run_config(output_dir, max_steps, base_model, dtype, device)
     from rich.console import Console
 
-    from loraloom.data.questions import load_questions
+    from loraloom.eval.evaluation import evaluate
     from loraloom.models.attach import attach
     from loraloom.models.loading import load_base_model
     from loraloom.training.run.outputs import RunDirectory
@@ -54,12 +53,13 @@ def quickstart(
 
     console = Console()
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
-    questions = load_questions("skills", "text", split="test")
+    skills = _load_skills()
     console.print(f"Loading {base_model} ({dtype})")
     model, tokenizer = load_base_model(base_model, dtype, device)
     host = attach(model)
-    console.print(f"Scoring the base model on {len(questions)} held-out questions")
-    before = _accuracies(host, tokenizer, questions, [None])
+    num_questions = sum(len(skill.questions) for skill in skills)
+    console.print(f"Scoring the base model on {num_questions} held-out questions")
+    before = evaluate(host, tokenizer, skills, [None])
     results = train(
         run,
         overwrite=overwrite,
@@ -72,11 +72,11 @@ def quickstart(
     for name in names:
         host.load(name, output_dir / name)
     console.print("Scoring both adapters on the same questions")
-    after = _accuracies(host, tokenizer, questions, names)
-    _print_accuracies(console, before | after)
-    mixture = next(job for job in run.jobs if job.adapter.experts_per_token is not None)
-    _draw(host, tokenizer, questions, output_dir, names, mixture)
-    _print_outlook(console, output_dir / mixture.name, base_model)
+    after = evaluate(host, tokenizer, skills, names)
+    _print_accuracies(console, before.results | after.results)
+    ((mixture, routing),) = after.details["routing"].items()
+    _draw(output_dir, names, routing)
+    _print_outlook(console, output_dir / mixture, base_model)
 
 
 def _run_config(
@@ -91,67 +91,56 @@ def _run_config(
     return RunConfig.model_validate(settings | own)
 
 
-def _accuracies(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[ChoiceQuestion],
-    adapters: Sequence[str | None],
-) -> dict[str | None, dict[str, float]]:
-    """Return each adapter's accuracy by skill, and `average` over all questions."""
-    from loraloom.eval.accuracy import accuracy, accuracy_by_group
-    from loraloom.eval.protocol import score_questions
+def _load_skills() -> list[QuestionSet]:
+    """The held-out questions, each skill a task of its own."""
+    from loraloom.data.questions import load_question_set
 
-    scores = score_questions(host, tokenizer, list(questions), adapters)
-    return {
-        name: {
-            **{skill: one.accuracy for skill, one in accuracy_by_group(scores[name]).items()},
-            "average": accuracy(scores[name]).accuracy,
-        }
-        for name in adapters
-    }
+    loaded = load_question_set("skills", "text", split="test")
+    questions = sorted(loaded.questions, key=lambda question: question.group or "")
+    return [
+        replace(loaded, task=skill, questions=list(of_skill))
+        for skill, of_skill in groupby(questions, key=lambda question: question.group or "")
+    ]
 
 
-def _print_accuracies(
-    console: Console, accuracies: Mapping[str | None, Mapping[str, float]]
-) -> None:
+def _print_accuracies(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:
     from rich.table import Table
 
-    names = [name or "base model" for name in accuracies]
-    table = Table("skill", *names, box=None)
-    for skill in accuracies[None]:
-        cells = [f"{100 * by_skill[skill]:.1f}" for by_skill in accuracies.values()]
-        table.add_row(skill, *cells, style="bold" if skill == "average" else None)
+    table = Table("skill", "base model", *list(results)[1:], box=None)
+    for skill in results["base"]:
+        table.add_row(skill, *(f"{100 * of[skill]['accuracy']:.1f}" for of in results.values()))
+    averages = (_average_accuracy(by_skill) for by_skill in results.values())
+    table.add_row("average", *(f"{100 * average:.1f}" for average in averages), style="bold")
     console.print("\nAccuracy on held-out questions, %")
     console.print(table)
 
 
-def _draw(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[ChoiceQuestion],
-    output_dir: Path,
-    names: Sequence[str],
-    mixture: JobConfig,
-) -> None:
+def _average_accuracy(by_skill: Mapping[str, Any]) -> float:
+    """The accuracy over the questions of all skills."""
+    results = by_skill.values()
+    return fmean(
+        [result["accuracy"] for result in results], [result["num_examples"] for result in results]
+    )
+
+
+def _draw(output_dir: Path, names: Sequence[str], routing: Mapping[str, Any]) -> None:
+    """Draw the training losses, and the mixture's load by layer and by skill."""
+    import numpy as np
+
     from loraloom.eval.plots import plot_expert_load, plot_loss_curves
-    from loraloom.eval.routing import tokens_per_expert
-    from loraloom.routing.statistics import load_shares
     from loraloom.training.run.tracking import read_curve
 
     curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in names}
     plot_loss_curves(curves, output_dir / "loss.png")
-    texts: dict[str, list[str]] = defaultdict(list)
-    for question in questions:
-        texts[question.group or "all"].append(
-            question.contexts[question.gold] + question.continuations[question.gold]
-        )
-    counts = tokens_per_expert(host, tokenizer, mixture.name, texts)
+    skills = routing["tasks"]
+    loads = np.array([skill["load"] for skill in skills.values()])  # (skill, layer, expert)
+    num_tokens = [skill["num_tokens"] for skill in skills.values()]
     plot_expert_load(
-        load_shares(sum(counts.values())).tolist(),  # pyright: ignore[reportArgumentType]
-        {skill: load_shares(count.sum(0)).tolist() for skill, count in counts.items()},
+        np.average(loads, axis=0, weights=num_tokens).tolist(),
+        dict(zip(skills, loads.mean(axis=1).tolist(), strict=True)),
         output_dir / "expert_load.png",
-        f"Where the mixture sends its tokens (top-{mixture.adapter.experts_per_token} of "
-        f"{mixture.adapter.experts_per_router} experts)",
+        f"Where the mixture sends its tokens (top-{routing['top_k']} of "
+        f"{routing['num_experts']} experts)",
     )
 
 

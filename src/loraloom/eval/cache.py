@@ -1,48 +1,40 @@
 """Scores that are kept, so that an evaluation goes on where it was interrupted.
 
 One SQLite file holds the scores of all base models and adapters. A score is known by its
-computation, a hash of all that it depends on (identity.py), and by a hash of its question's tokens.
-Every batch is a transaction of its own: several processes can share a file, and a crash leaves what
-was kept before. A connection is open only while something is read or written, so that the file can
-be deleted at any time.
+computation, a hash of all that it depends on (`computation_key`), and by a hash of its question's
+tokens. Every batch is a transaction of its own: several processes can share a file, and a crash
+leaves what was kept before. A connection is open only while something is read or written, so that
+the file can be deleted at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
-from itertools import count
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError
-from loraloom.eval.identity import adapter_digest, computation_key
+from loraloom.eval.provenance import adapter_digest, computation_key
 from loraloom.models.host import Host
 
 FILE_NAME = "scores.sqlite3"
 
-_APPLICATION_ID = 0x4C4C5343
-"""What SQLite's header says of whose file it is."""
-
 _LOCK_TIMEOUT_S = 60
 
-_SCHEMA = f"""
+_SCHEMA = """
 PRAGMA journal_mode = WAL;
-PRAGMA application_id = {_APPLICATION_ID};
 CREATE TABLE IF NOT EXISTS computations (id TEXT PRIMARY KEY, description TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS scores (
     computation TEXT, question TEXT, log_likelihoods TEXT, PRIMARY KEY (computation, question)
 ) WITHOUT ROWID;
 """
-
-_log = logging.getLogger(__name__)
 
 LogLikelihoods = tuple[float, ...]
 """Of a question's choices."""
@@ -125,53 +117,26 @@ def _read_scores(
     rows = connection.execute(
         f"SELECT * FROM scores WHERE computation IN ({wanted})", list(computations)
     )
-    try:
-        return {(name, question): tuple(json.loads(values)) for name, question, values in rows}
-    except ValueError as error:
-        raise sqlite3.DatabaseError("a score is damaged") from error
+    return {(name, question): tuple(json.loads(values)) for name, question, values in rows}
 
 
 def _transact(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Result:
-    """Do a transaction; a file that is damaged or another program's is put aside with a warning.
+    """Do a transaction in a file, which is made when missing.
 
     Raises:
-        ConfigError: If the file can't be read or written.
+        ConfigError: If the file can't be read or written, or is damaged.
     """
     try:
-        try:
-            return _attempt(path, work)
-        except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:  # its subclasses say nothing of the file
-                raise
-            _put_aside(path, error)
-            return _attempt(path, work)
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(
-            f"scores can't be kept in {path.parent}: {error}; give another --cache DIR, or "
-            "--no-cache"
-        ) from error
-
-
-def _attempt(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Result:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as connection:
-        ((owner,),) = connection.execute("PRAGMA application_id")
-        if owner != _APPLICATION_ID:
-            if connection.execute("SELECT name FROM sqlite_master").fetchall():
-                raise sqlite3.DatabaseError("it is another program's database")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as connection:
             connection.executescript(_SCHEMA)
-        with connection:
-            return work(connection)
-
-
-def _put_aside(path: Path, reason: Exception) -> None:
-    names = (path.with_name(f"{path.name}.aside-{number}") for number in count(1))
-    aside = next(name for name in names if not name.exists())
-    with suppress(FileNotFoundError):  # another process was faster
-        path.rename(aside)
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    _log.warning("%s holds no scores that can be read (%s): it is now %s", path, reason, aside.name)
+            with connection:
+                return work(connection)
+    except (OSError, sqlite3.Error, ValueError) as error:
+        raise ConfigError(
+            f"scores can't be kept in {path.parent}: {error}; delete {path.name} there if it is "
+            "damaged, or give another --cache DIR, or --no-cache"
+        ) from error
 
 
 def question_digest(question: Tokens) -> str:

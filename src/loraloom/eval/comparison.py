@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from loraloom.errors import ConfigError
 from loraloom.eval.answers import TaskAnswers
 from loraloom.eval.results import BASE
-from loraloom.eval.statistics import PairedComparison, compare_paired, holm, over_seeds
+from loraloom.eval.statistics import PairedComparison, compare_paired, holm
 
 MAX_FOR_ALL_PAIRS = 4
 """Contestants, besides the base model, of whom all pairs are compared without being asked for."""
@@ -137,11 +137,15 @@ def shares_right(answers: TaskAnswers, name: str) -> list[float]:
 
 
 def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
-    """Give mean and standard deviation by group and task, as they stand under `seeds`."""
+    """Give mean and sample standard deviation by group and task, as they stand under `seeds`."""
     summary: dict[str, dict[str, Any]] = {}
     for task in tasks:
         for stem, members in seed_groups(list(task.right)).items():
             accuracies = [fmean(task.right[name]) for name in members]
             group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
-            group["tasks"][task.task] = asdict(over_seeds(accuracies))
+            group["tasks"][task.task] = {
+                "mean": fmean(accuracies),
+                "sd": stdev(accuracies),
+                "num_seeds": len(accuracies),
+            }
     return summary

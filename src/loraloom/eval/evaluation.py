@@ -7,6 +7,7 @@ evaluation.write("result.json")
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import Scoring
 from loraloom.data.questions import QuestionSet, load_question_set
 from loraloom.data.tasks import find_task
+from loraloom.durable import write_output
 from loraloom.errors import ConfigError
 from loraloom.eval.answers import answers_of
 from loraloom.eval.cache import ScoreCache
@@ -32,9 +34,9 @@ from loraloom.eval.moe_peft import check_tasks, encode_last_tokens, with_all_lab
 from loraloom.eval.progress import EvaluationProgress
 from loraloom.eval.protocol import encode_choices, score_questions
 from loraloom.eval.provenance import describe_evaluation
-from loraloom.eval.results import TaskScores, check_finite, summarise
+from loraloom.eval.results import SCHEMA_VERSION, TaskScores, check_finite, summarise
 from loraloom.eval.routing import RoutingTally, summarise_routing
-from loraloom.eval.tables import all_tables, check_outputs, write_outputs
+from loraloom.eval.tables import all_tables, check_outputs, csv_page, markdown_page
 from loraloom.models.host import Host
 
 Compat = Literal["moe-peft"]
@@ -72,8 +74,27 @@ class Evaluation:
         Raises:
             ConfigError: If the suffix is another one, or the file can't be written.
         """
-        check_outputs([Path(path)])
-        write_outputs([Path(path)], self.tasks, self.seeds, self.comparisons, self.details)
+        path = Path(path)
+        check_outputs([path])
+        match path.suffix.lower():
+            case ".csv":
+                text = csv_page(self.tasks)
+            case ".md":
+                text = markdown_page(self.tables(), self.details)
+            case _:
+                value = self.to_json()
+                text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_output(path, text)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as it stands in the JSON file."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "results": self.results,
+            "seeds": self.seeds,
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            **self.details,
+        }
 
 
 def evaluate(

@@ -100,7 +100,11 @@ def score_questions(
     with host.prepared():
         for places in token_batches(rows, budget // len(adapters)):
             keys = list(product(adapters, places))
-            known = {} if cache is None else _find(cache, keys, fitted)
+            known = {
+                (name, place): values
+                for name, place in keys
+                if cache is not None and (values := cache.find(name, fitted[place])) is not None
+            }
             missing = [key for key in keys if key not in known]
             scored = score_groups(host, rows, missing, budget, on_routing)
             new = {
@@ -119,16 +123,6 @@ def score_questions(
         ]
         for name in adapters
     }
-
-
-def _find(
-    cache: ScoreCache,
-    keys: Sequence[tuple[str | None, int]],
-    questions: Sequence[Sequence[TokenPair]],
-) -> dict[tuple[str | None, int], LogLikelihoods]:
-    """Take what the cache knows."""
-    likelihoods = {(name, place): cache.find(name, questions[place]) for name, place in keys}
-    return {key: values for key, values in likelihoods.items() if values is not None}
 
 
 def _fit(question: ChoiceQuestion, pairs: Sequence[TokenPair], max_length: int) -> list[TokenPair]:

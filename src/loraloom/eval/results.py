@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a JSON file, a line for each question, and tables."""
+"""What an evaluation leaves: accuracies by adapter and task, and a line for each question."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from loraloom.data.questions import questions_digest
 from loraloom.durable import write_output
@@ -70,21 +68,6 @@ def _as_json(result: Accuracy) -> dict[str, Any]:
     return {**asdict(result), "interval": list(interval)}
 
 
-def write_results(path: Path, tasks: Sequence[TaskScores], beside: Mapping[str, Any]) -> None:
-    """Write `{"schema_version": 1, "results": {adapter: {task: {accuracy, ...}}}, ...}`.
-
-    Args:
-        path: The JSON file.
-        tasks: What was scored.
-        beside: What stands beside `results`: comparisons, seeds, and how they were got.
-
-    Raises:
-        ConfigError: If the file can't be written.
-    """
-    value = {"schema_version": SCHEMA_VERSION, "results": summarise(tasks), **beside}
-    write_output(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def write_questions(path: Path, tasks: Sequence[TaskScores]) -> None:
     """Write a JSON line for each task, adapter and question.
 
@@ -111,34 +94,3 @@ def _lines(tasks: Sequence[TaskScores]) -> Iterator[dict[str, Any]]:
                     "correct_label": question.labels[question.gold],
                     "scores": list(score.scores),
                 }
-
-
-def results_table(tasks: Sequence[TaskScores]) -> Table:
-    """Make a table with a row for each adapter and a column for each task."""
-    table = Table("adapter", box=None, padding=(0, 2, 0, 0))
-    for task in tasks:
-        table.add_column(f"{task.task} ({task.split})", justify="right")
-    for name in tasks[0].scores:
-        cells = [_cell(accuracy(task.scores[name])) for task in tasks]
-        table.add_row(name or BASE, *cells)
-    return table
-
-
-def group_table(task: TaskScores) -> Table | None:
-    """Make a table with a row for each group of questions; None where they have no groups."""
-    by_name = {name: accuracy_by_group(scores) for name, scores in task.scores.items()}
-    groups = next(iter(by_name.values()))
-    if not groups:
-        return None
-    table = Table(task.task, "questions", box=None, padding=(0, 2, 0, 0))
-    for name in by_name:
-        table.add_column(name or BASE, justify="right")
-    for group, result in groups.items():
-        cells = [_cell(by_group[group]) for by_group in by_name.values()]
-        table.add_row(group, str(result.num_examples), *cells)
-    return table
-
-
-def _cell(result: Accuracy) -> str:
-    spread = "" if result.stderr is None else f" ± {100 * result.stderr:.1f}"
-    return f"{100 * result.accuracy:.1f}{spread} %"

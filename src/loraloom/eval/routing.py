@@ -1,6 +1,6 @@
 """Where mixtures send the tokens of an evaluation: by layer and expert, task, and word.
 
-Axes: N layers, T tokens, K top_k, E experts, V vocabulary.
+Axes: T tokens, K top_k, E experts, V vocabulary.
 
 Everything is summed up batch by batch, so memory does not grow with the tokens. The tokens are
 those that the model reads to score a question: contexts once, and every choice's continuation
@@ -25,7 +25,7 @@ from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import count_choices, load_shares
+from loraloom.routing.statistics import load_shares
 from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
 
 NUM_WORDS = 12
@@ -36,9 +36,6 @@ WORD_PRIOR = 10
 
 MAX_EXAMPLE_TOKENS = 160
 """Of a task's first question, whose tokens are kept one by one."""
-
-TEXTS_PER_BATCH = 32
-"""Of `tokens_per_expert`."""
 
 
 @dataclass
@@ -56,41 +53,36 @@ class TaskRouting:
     example: tuple[list[int], dict[int, list[int]]] | None = None
 
 
-class WordCounts:
-    """How often each token of the vocabulary chose each expert, in a few layers.
-
-    It takes 4 bytes × layers × V × E, however many tokens are counted.
-
-    Args:
-        layers: Places of the layers in the record.
-        vocab_size: V.
-        num_experts: E.
-    """
-
-    def __init__(self, layers: Sequence[int], vocab_size: int, num_experts: int):
-        self.layers = layers
-        self._counts = torch.zeros(len(layers), vocab_size * num_experts, dtype=torch.int32)
-        self._num_experts = num_experts
-
-    def add(self, token_ids: Tensor, routing: Sequence[LayerRouting]) -> None:
-        """Count the choices of a forward's tokens, [T]."""
-        for counts, layer in zip(self._counts, self.layers, strict=True):
-            chosen = routing[layer].selected_experts.cpu()  # (T, K)
-            cells = (token_ids.cpu()[:, None] * self._num_experts + chosen).flatten()
-            counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
-
-    def table(self, index: int) -> Tensor:
-        """The counts of the layer `self.layers[index]`, [V, E]."""
-        return self._counts[index].view(-1, self._num_experts)
-
-
 @dataclass
 class AdapterRouting:
-    """The routing of one adapter in all tasks."""
+    """The routing of one adapter in all tasks.
+
+    Args:
+        config: Of the adapter.
+        tasks: By name.
+        word_layers: Places in the record of the layers whose tokens are counted one by one.
+        word_counts: How often each token of the vocabulary chose each expert there, [layers, V, E]
+            int32; None before the first.
+    """
 
     config: AdapterConfig
     tasks: dict[str, TaskRouting] = field(default_factory=dict)
-    words: WordCounts | None = None
+    word_layers: Sequence[int] = ()
+    word_counts: Tensor | None = None
+
+    def count_words(
+        self, token_ids: Tensor, routing: Sequence[LayerRouting], vocab_size: int
+    ) -> None:
+        """Count the choices of a forward's tokens, [T]."""
+        if self.word_counts is None:
+            self.word_layers = some_layers(len(routing))
+            num_experts = max(record.num_experts for record in routing)
+            shape = (len(self.word_layers), vocab_size, num_experts)
+            self.word_counts = torch.zeros(shape, dtype=torch.int32)
+        one = torch.ones((), dtype=torch.int32)
+        for counts, layer in zip(self.word_counts, self.word_layers, strict=True):
+            chosen = routing[layer].selected_experts.cpu()  # (T, K)
+            counts.index_put_((token_ids[:, None], chosen), one, accumulate=True)
 
 
 class RoutingTally:
@@ -121,13 +113,9 @@ class RoutingTally:
         of_task, totals = adapter.tasks[task], routing_totals(routed.routing)
         of_task.questions.update(routed.places)
         of_task.totals = totals if of_task.totals is None else of_task.totals + totals
-        if adapter.words is None:
-            layers = some_layers(len(routed.routing))
-            num_experts = max(record.num_experts for record in routed.routing)
-            adapter.words = WordCounts(layers, self._vocab_size, num_experts)
         token_ids = torch.tensor([token for row in routed.rows for token in row.input_ids])
-        adapter.words.add(token_ids, routed.routing)
-        of_task.example = of_task.example or _example(routed, adapter.words.layers)
+        adapter.count_words(token_ids, routed.routing, self._vocab_size)
+        of_task.example = of_task.example or _example(routed, adapter.word_layers)
 
 
 def some_layers(num_layers: int) -> list[int]:
@@ -174,14 +162,13 @@ def summarise_routing(
 def _summarise_adapter(
     adapter: AdapterRouting, tokenizer: PreTrainedTokenizerBase, num_questions: Mapping[str, int]
 ) -> dict[str, Any]:
-    top_k = adapter.config.experts_per_token or 0
     covered = {task: one.totals for task, one in adapter.tasks.items() if one.totals is not None}
     some = next(iter(covered.values()), None)
     routers = () if some is None else some.routers
     layers = [layer if block is None else f"{layer}.{block}" for layer, block in routers]
     return {
         "num_experts": adapter.config.experts_per_router,
-        "top_k": top_k,
+        "top_k": adapter.config.experts_per_token,
         "layers": layers,
         "tasks": {
             task: _summarise_task(one, tokenizer, num_questions[task])
@@ -190,7 +177,7 @@ def _summarise_adapter(
         "similarity": [
             _compare(first, second, covered) for first, second in combinations(covered, 2)
         ],
-        "words": _summarise_words(adapter.words, layers, top_k, tokenizer),
+        "words": _summarise_words(adapter, layers, tokenizer),
         "warnings": _find_warnings(list(covered.values()), adapter.config),
     }
 
@@ -246,13 +233,11 @@ def _rounded(values: Tensor) -> Any:
 
 
 def _summarise_words(
-    words: WordCounts | None,
-    layers: Sequence[int | str],
-    top_k: int,
-    tokenizer: PreTrainedTokenizerBase,
+    adapter: AdapterRouting, layers: Sequence[int | str], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    if words is None:
+    if adapter.word_counts is None:
         return []
+    top_k = adapter.config.experts_per_token or 0
     return [
         {
             "layer": layers[layer],
@@ -261,8 +246,7 @@ def _summarise_words(
                 for expert, tokens in enumerate(words_by_expert(counts))
             ],
         }
-        for index, layer in enumerate(words.layers)
-        for counts in [words.table(index)]
+        for layer, counts in zip(adapter.word_layers, adapter.word_counts, strict=True)
     ]
 
 
@@ -307,41 +291,3 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
         str(name) if "\ufffd" in text or not text else text
         for text, name in zip(texts, names, strict=True)
     ]
-
-
-def tokens_per_expert(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter_name: str,
-    texts: Mapping[str, Sequence[str]],
-) -> dict[str, Tensor]:
-    """Count how often each expert is chosen for the tokens of some texts.
-
-    Args:
-        host: In eval mode.
-        tokenizer: The base model's.
-        adapter_name: A mixture on the host.
-        texts: Texts by group, a skill or task say.
-
-    Returns:
-        For each group the choices of every layer's experts, [N, E].
-    """
-    return {
-        group: sum(
-            (
-                _count_texts(host, tokenizer, adapter_name, items[start : start + TEXTS_PER_BATCH])
-                for start in range(0, len(items), TEXTS_PER_BATCH)
-            ),
-            start=torch.zeros(1, 1, dtype=torch.long),
-        )
-        for group, items in texts.items()
-    }
-
-
-@torch.no_grad()
-def _count_texts(
-    host: Host, tokenizer: PreTrainedTokenizerBase, adapter_name: str, texts: Sequence[str]
-) -> Tensor:
-    batch = tokenizer(list(texts), return_tensors="pt", padding=True).to(host.device)
-    output = host.hidden(batch.input_ids, batch.attention_mask, [adapter_name] * len(texts))
-    return count_choices(output.routing[adapter_name]).cpu()

@@ -1,7 +1,7 @@
 """How sure an accuracy is, and whether two adapters differ on the same questions.
 
 Questions are the sample. Everything here says how results would move with other questions; how they
-move with another training seed is what `over_seeds` measures.
+move with another training seed is what `comparison.summarise_seeds` measures.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist
 
 import numpy as np
 
@@ -45,18 +45,6 @@ class PairedComparison:
     num_first_better: int
     num_second_better: int
     num_examples: int
-
-
-@dataclass(frozen=True)
-class OverSeeds:
-    """The accuracies of adapters that differ in their seed alone.
-
-    `sd` is the sample standard deviation (n - 1), None for a single seed.
-    """
-
-    mean: float
-    sd: float | None
-    num_seeds: int
 
 
 def wilson_interval(
@@ -146,12 +134,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, p_values[place] * (len(p_values) - rank)))
         adjusted[place] = highest
     return adjusted
-
-
-def over_seeds(accuracies: Sequence[float]) -> OverSeeds:
-    """Summarise the accuracies of several seeds, at least one."""
-    sd = stdev(accuracies) if len(accuracies) > 1 else None
-    return OverSeeds(fmean(accuracies), sd, len(accuracies))
 
 
 def _bootstrap_interval(differences: np.ndarray, seed: int) -> tuple[float, float]:

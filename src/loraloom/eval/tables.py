@@ -1,4 +1,4 @@
-"""Results as tables and files: on the terminal, in JSON, in Markdown and in CSV."""
+"""Results as tables: on the terminal, in Markdown and in CSV."""
 
 from __future__ import annotations
 
@@ -10,21 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
-from loraloom.durable import write_output
 from loraloom.errors import ConfigError
+from loraloom.eval.accuracy import Accuracy, accuracy, accuracy_by_group
 from loraloom.eval.comparison import Comparison
-from loraloom.eval.results import (
-    TaskScores,
-    group_table,
-    results_table,
-    summarise,
-    write_results,
-)
+from loraloom.eval.results import BASE, TaskScores, summarise
 
 SUFFIXES = (".json", ".csv", ".md")
 """Of files of results; they say what is in them."""
-
-_CSV_COLUMNS = ("accuracy", "stderr", "low", "high", "num_examples")
 
 
 def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:
@@ -42,43 +34,33 @@ def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> No
         )
 
 
-def write_outputs(
-    paths: Sequence[Path],
-    tasks: Sequence[TaskScores],
-    seeds: Mapping[str, Any],
-    comparisons: Sequence[Comparison],
-    beside: Mapping[str, Any],
-) -> None:
-    """Write results to each file in the form of its suffix.
+def results_table(tasks: Sequence[TaskScores]) -> Table:
+    """Make a table with a row for each adapter and a column for each task."""
+    table = _table("adapter", right=[f"{task.task} ({task.split})" for task in tasks])
+    for name in tasks[0].scores:
+        table.add_row(name or BASE, *(_percent(accuracy(task.scores[name])) for task in tasks))
+    return table
 
-    Args:
-        paths: Checked by `check_outputs`.
-        tasks: What was scored.
-        seeds: What `summarise_seeds` gives.
-        comparisons: What `compare_all` gives.
-        beside: What `describe_evaluation` gives.
 
-    Raises:
-        ConfigError: If a file can't be written.
-    """
-    for path in paths:
-        match path.suffix.lower():
-            case ".csv":
-                write_csv(path, tasks)
-            case ".md":
-                write_markdown(path, all_tables(tasks, seeds, comparisons), beside)
-            case _:
-                compared = [one.to_json() for one in comparisons]
-                write_results(path, tasks, {"seeds": seeds, "comparisons": compared, **beside})
+def group_table(task: TaskScores) -> Table | None:
+    """Make a table with a row for each group of questions; None where they have no groups."""
+    by_name = {name: accuracy_by_group(scores) for name, scores in task.scores.items()}
+    groups = next(iter(by_name.values()))
+    if not groups:
+        return None
+    table = _table(task.task, "questions", right=[name or BASE for name in by_name])
+    for group, result in groups.items():
+        cells = [_percent(by_group[group]) for by_group in by_name.values()]
+        table.add_row(group, str(result.num_examples), *cells)
+    return table
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
     """Make a table with a row for each comparison; None where there are none."""
     if not comparisons:
         return None
-    table = Table("difference", "task", box=None, padding=(0, 2, 0, 0))
-    for title in ("points", "95 % interval", "better : worse", "p", "p (Holm)"):
-        table.add_column(title, justify="right")
+    titles = ("points", "95 % interval", "better : worse", "p", "p (Holm)")
+    table = _table("difference", "task", right=titles)
     for one in comparisons:
         result = one.result
         low, high = result.interval
@@ -103,9 +85,7 @@ def seeds_table(seeds: Mapping[str, Any], tasks: Sequence[str]) -> Table | None:
     """
     if not seeds:
         return None
-    table = Table("mean of seeds", "seeds", box=None, padding=(0, 2, 0, 0))
-    for task in tasks:
-        table.add_column(f"{task} (± sd)", justify="right")
+    table = _table("mean of seeds", "seeds", right=[f"{task} (± sd)" for task in tasks])
     for stem, group in seeds.items():
         cells = [
             f"{100 * group['tasks'][task]['mean']:.1f}{_spread(group['tasks'][task]['sd'])} %"
@@ -128,29 +108,25 @@ def all_tables(
     return [table for table in tables if table is not None]
 
 
-def write_markdown(path: Path, tables: Sequence[Table], beside: Mapping[str, Any]) -> None:
+def markdown_page(tables: Sequence[Table], details: Mapping[str, Any]) -> str:
     """Write tables in Markdown, and below them how they were got.
 
     Args:
-        path: The file.
         tables: What `all_tables` gives.
-        beside: What `describe_evaluation` gives.
-
-    Raises:
-        ConfigError: If the file can't be written.
+        details: What `describe_evaluation` gives.
     """
-    versions = ", ".join(f"{name} {version}" for name, version in beside["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
     scorings = ", ".join(
         f"{task} by {asked['scoring']} ({asked['num_questions']} questions)"
-        for task, asked in beside["tasks"].items()
+        for task, asked in details["tasks"].items()
     )
     below = (
-        f"Accuracy ± standard error. Base model {beside['base_model']} "
-        f"({beside['base_fingerprint']}) in {beside['dtype']}, attention {beside['attention']}, on "
-        f"{beside['device']}; {scorings}; {versions}; {beside['date']}.\n\n"
-        f"```sh\n{beside['command']}\n```\n"
+        f"Accuracy ± standard error. Base model {details['base_model']} "
+        f"({details['base_fingerprint']}) in {details['dtype']}, attention {details['attention']}, "
+        f"on {details['device']}; {scorings}; {versions}; {details['date']}.\n\n"
+        f"```sh\n{details['command']}\n```\n"
     )
-    write_output(path, "\n".join([*map(markdown, tables), below]))
+    return "\n".join([*map(markdown, tables), below])
 
 
 def markdown(table: Table) -> str:
@@ -162,25 +138,31 @@ def markdown(table: Table) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def write_csv(path: Path, tasks: Sequence[TaskScores]) -> None:
-    """Write a line for each adapter and task, and for each group of questions where there are some.
-
-    Raises:
-        ConfigError: If the file can't be written.
-    """
+def csv_page(tasks: Sequence[TaskScores]) -> str:
+    """Write a line for each adapter and task, and for each group of questions if there are any."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["adapter", "task", "split", "group", *_CSV_COLUMNS])
+    figures = ("accuracy", "stderr", "low", "high", "num_examples")
+    writer.writerow(["adapter", "task", "split", "group", *figures])
     for adapter, by_task in summarise(tasks).items():
         for task, summary in by_task.items():
             for group, result in {"": summary, **summary.get("groups", {})}.items():
-                writer.writerow([adapter, task, summary["split"], group, *_figures(result)])
-    write_output(path, text.getvalue())
+                row = [adapter, task, summary["split"], group]
+                row += [result["accuracy"], result["stderr"], *result["interval"]]
+                writer.writerow([*row, result["num_examples"]])
+    return text.getvalue()
 
 
-def _figures(result: Mapping[str, Any]) -> list[Any]:
-    low, high = result["interval"]
-    return [result["accuracy"], result["stderr"], low, high, result["num_examples"]]
+def _table(*left: str, right: Sequence[str]) -> Table:
+    """A table without rules, with columns of text on the left and of numbers on the right."""
+    table = Table(*left, box=None, padding=(0, 2, 0, 0))
+    for title in right:
+        table.add_column(title, justify="right")
+    return table
+
+
+def _percent(result: Accuracy) -> str:
+    return f"{100 * result.accuracy:.1f}{_spread(result.stderr)} %"
 
 
 def _spread(value: float | None) -> str:

@@ -16,49 +16,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from loraloom.errors import DataError
 from loraloom.infer.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
-from loraloom.infer.sampling import SamplingConfig, TokenChooser
-from loraloom.infer.stopping import StopTexts, before_stop
+from loraloom.infer.sampling import SamplingConfig, StopTexts, TokenChooser, before_stop
 from loraloom.models.host import Host
-
-
-def generate(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    *,
-    batch_size: int = 16,
-    raw: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Complete prompts, each with its adapter.
-
-    Args:
-        host: With the adapters that the prompts name.
-        tokenizer: The base model's; its chat template is used, see `encode_prompt`.
-        prompts: In any order.
-        sampling: How tokens are chosen.
-        batch_size: Most prompts at once; they are batched by length.
-        raw: Leave the chat template out.
-        on_progress: Told after each batch how many prompts of how many are done.
-
-    Returns:
-        The completions in the order of the prompts, without stop texts and special tokens.
-
-    Raises:
-        DataError: If a prompt is empty or leaves no room for `max_new_tokens`.
-        AdapterError: If a prompt names an adapter that the host lacks.
-    """
-    completions = generate_tokens(
-        host,
-        tokenizer,
-        prompts,
-        sampling,
-        batch_size=batch_size,
-        raw=raw,
-        on_progress=on_progress,
-    )
-    return [one.text for one in completions]
 
 
 @dataclass(frozen=True)
@@ -76,6 +35,39 @@ class Completion:
     text: str
 
 
+def generate(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    batch_size: int = 16,
+    raw: bool = False,
+) -> list[str]:
+    """Complete prompts, each with its adapter.
+
+    Args:
+        host: With the adapters that the prompts name.
+        tokenizer: The base model's; its chat template is used, see `encode_prompt`.
+        prompts: In any order.
+        sampling: How tokens are chosen.
+        batch_size: Most prompts at once; they are batched by length.
+        raw: Leave the chat template out.
+
+    Returns:
+        The completions in the order of the prompts, without stop texts and special tokens.
+
+    Raises:
+        DataError: If a prompt is empty, leaves no room for `max_new_tokens`, or doesn't fit into
+            memory even alone.
+        AdapterError: If a prompt names an adapter that the host lacks.
+    """
+    completions = generate_tokens(
+        host, tokenizer, prompts, sampling, batch_size=batch_size, raw=raw
+    )
+    return [completion.text for completion in completions]
+
+
 def generate_tokens(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
@@ -84,15 +76,12 @@ def generate_tokens(
     *,
     batch_size: int = 16,
     raw: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Complete prompts as `generate` does, and return tokens too."""
     encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
     _check_lengths(host, prompts, encoded, sampling.max_new_tokens)
     names = [prompt.adapter for prompt in prompts]
-    return complete_tokens(
-        host, tokenizer, encoded, names, sampling, batch_size=batch_size, on_progress=on_progress
-    )
+    return complete(host, tokenizer, encoded, names, sampling, batch_size=batch_size)
 
 
 def complete(
@@ -104,8 +93,8 @@ def complete(
     *,
     keys: Sequence[int] | None = None,
     batch_size: int = 16,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
+    on_progress: Callable[[int], object] | None = None,
+) -> list[Completion]:
     """Complete prompts that are token ids and fit the model; see `generate`.
 
     Args:
@@ -116,36 +105,7 @@ def complete(
         sampling: How tokens are chosen.
         keys: A number for each prompt; the draws follow from it and the seed. By default its place.
         batch_size: Most prompts at once.
-        on_progress: As in `generate`.
-    """
-    completions = complete_tokens(
-        host,
-        tokenizer,
-        encoded,
-        adapters,
-        sampling,
-        keys=keys,
-        batch_size=batch_size,
-        on_progress=on_progress,
-    )
-    return [one.text for one in completions]
-
-
-def complete_tokens(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[list[int]],
-    adapters: Sequence[str | None],
-    sampling: SamplingConfig,
-    *,
-    keys: Sequence[int] | None = None,
-    batch_size: int = 16,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Completion]:
-    """Complete prompts as `complete` does, and return tokens too.
-
-    Raises:
-        DataError: If a prompt alone doesn't fit into memory.
+        on_progress: Told after each batch how many prompts are done.
     """
     keys = range(len(encoded)) if keys is None else keys
     ends = _end_tokens(host, tokenizer)
@@ -169,7 +129,7 @@ def complete_tokens(
                 list(encoded[place]), ids, before_stop(text, sampling.stop)
             )
         if on_progress is not None:
-            on_progress(len(completions), len(encoded))
+            on_progress(len(completions))
     return [completions[place] for place in range(len(encoded))]
 
 

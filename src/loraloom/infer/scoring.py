@@ -135,14 +135,14 @@ def score_rows(
                 (scored[at] for at in batch), key=lambda place: order[requests[place][0]]
             )
             forward = partial(_forward, host, requests, on_routing=on_routing)
-            results = in_halves(forward, places, lambda place: _describe(requests[place][1]))
+            results = in_halves(
+                forward,
+                places,
+                lambda place: f"a row of {len(requests[place][1].input_ids)} tokens to be scored",
+            )
             for place, result in zip(places, results, strict=True):
                 scores[place] = result
     return scores
-
-
-def _describe(row: TokenRow) -> str:
-    return f"a row of {len(row.input_ids)} tokens to be scored"
 
 
 def _forward(

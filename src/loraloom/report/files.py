@@ -94,7 +94,7 @@ class AdapterRouting(_Record):
 
     num_experts: int
     top_k: int
-    layers: tuple[int, ...]
+    layers: tuple[int | str, ...]
     tasks: dict[str, TaskRouting]
     similarity: tuple[Fields, ...] = ()
     words: tuple[Fields, ...] = ()

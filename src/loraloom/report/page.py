@@ -157,7 +157,9 @@ def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str
             texts = filter(None, [job.result.error, *job.result.warnings])
             found += [(job.label, text) for text in texts]
     for one in results:
-        found += [(m.name, f"{one.name}: {text}") for m in one.mixtures for text in m.warnings]
+        found += [
+            (m.name, f"{one.name}: {text}") for m in one.mixtures for text in m.routing.warnings
+        ]
     return found
 
 

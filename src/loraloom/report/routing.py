@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from loraloom.report.files import AdapterRouting, Example, Fields, TaskRouting
+from loraloom.report.files import AdapterRouting, Example, TaskRouting
 
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
 """Where a cell's color changes: the load as a multiple of an even share."""
@@ -29,33 +29,27 @@ class Mixture:
 
     Args:
         name: Of the adapter.
-        num_experts: E.
-        top_k: K.
+        routing: As the file has it.
         coverage: A sentence on what is covered.
         layers: A row for each layer, over all tasks: load; effective experts, entropy of the mean
             probabilities, mean entropy of tokens, in bits.
         tasks: A row for each task, over all layers: load; effective experts.
         similarity: A row for each task: its likeness to every one; None on the diagonal.
-        words: Typical tokens.
         examples: A text of each task, with the experts of its tokens.
-        warnings: What has collapsed.
     """
 
     name: str
-    num_experts: int
-    top_k: int
+    routing: AdapterRouting
     coverage: str
     layers: Sequence[Row]
     tasks: Sequence[Row]
     similarity: Mapping[str, Sequence[float | None]]
-    words: Sequence[Fields]
     examples: Mapping[str, Example]
-    warnings: Sequence[str]
 
     @property
     def uniform_bits(self) -> float:
         """The highest entropy."""
-        return math.log2(self.num_experts)
+        return math.log2(self.routing.num_experts)
 
 
 def lay_out(name: str, routing: AdapterRouting) -> Mixture:
@@ -63,8 +57,7 @@ def lay_out(name: str, routing: AdapterRouting) -> Mixture:
     covered = {task: one for task, one in routing.tasks.items() if one.load}
     return Mixture(
         name=name,
-        num_experts=routing.num_experts,
-        top_k=routing.top_k,
+        routing=routing,
         coverage=_coverage(routing.tasks),
         layers=_layer_rows(routing.layers, list(covered.values())),
         tasks=[
@@ -72,9 +65,7 @@ def lay_out(name: str, routing: AdapterRouting) -> Mixture:
             for task, one in covered.items()
         ],
         similarity=_similarity(routing, list(covered)),
-        words=routing.words,
         examples={task: one.example for task, one in covered.items() if one.example is not None},
-        warnings=routing.warnings,
     )
 
 
@@ -91,7 +82,7 @@ def _coverage(tasks: Mapping[str, TaskRouting]) -> str:
     return text
 
 
-def _layer_rows(layers: Sequence[int], tasks: Sequence[TaskRouting]) -> list[Row]:
+def _layer_rows(layers: Sequence[int | str], tasks: Sequence[TaskRouting]) -> list[Row]:
     """Rows over all tasks; each weighs by its tokens."""
     weights = [task.num_tokens for task in tasks]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError
-from loraloom.eval.identity import adapter_digest
+from loraloom.eval.provenance import adapter_digest
 from loraloom.eval.results import BASE
 from loraloom.infer.generate import complete
 from loraloom.infer.sampling import SamplingConfig
@@ -147,7 +147,7 @@ class Answers:
         for sampling in dict.fromkeys(request.sampling for request in requests):
             chosen = [request for request in requests if request.sampling == sampling]
             rows = list(product(chosen, self.adapters))
-            texts = complete(
+            completions = complete(
                 self.host,
                 self.tokenizer,
                 [list(request.input_ids) for request, _ in rows],
@@ -155,12 +155,12 @@ class Answers:
                 sampling,
                 keys=[request.draw for request, _ in rows],
                 batch_size=self._batch_size,
-                on_progress=lambda done, _, before=num_done: on_progress(
+                on_progress=lambda done, before=num_done: on_progress(
                     before + done // len(self.adapters)
                 ),
             )
-            for (request, name), text in zip(rows, texts, strict=True):
-                self._kept[name][request] = text
+            for (request, name), completion in zip(rows, completions, strict=True):
+                self._kept[name][request] = completion.text
             num_done += len(chosen)
 
     def _forget_outdated(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import lm_eval.models  # noqa: F401  lm-eval's own models, which it leaves out once one is registered
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
@@ -19,7 +20,6 @@ from loraloom.data.tokenising import TokenPair, eos_token
 from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.harness.answers import Answers, CompletionRequest, ScoreRequest
 from loraloom.eval.harness.arguments import load_arguments
-from loraloom.eval.harness.processes import SharedByProcesses
 from loraloom.eval.harness.requests import RequestEncoder, parse_generation
 from loraloom.infer.rows import fit_pair
 from loraloom.models.host import Host
@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 256
 """Of a completion whose task doesn't say; lm-eval's own default."""
 
 
-class HostLM(SharedByProcesses):
+class HostLM(TemplateLM):
     """An adapter on a host, or its base model.
 
     Prompts are cut from the left and encoded as lm-eval's own class for transformers models does
@@ -251,8 +251,7 @@ class HostLM(SharedByProcesses):
     @contextmanager
     def _progress(self, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], Any]]:
         """Show a bar on a terminal; give what tells it how many are done."""
-        disable = True if quiet or self.rank != 0 else None
-        with cast("Any", tqdm)(total=total, desc=what, disable=disable) as bar:
+        with cast("Any", tqdm)(total=total, desc=what, disable=quiet or None) as bar:
             yield lambda num_done: bar.update(num_done - bar.n)
             bar.update(total - bar.n)
 
