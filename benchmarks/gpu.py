@@ -1,7 +1,7 @@
 """Training steps on a GPU: seconds and peak memory at Llama-2-7B's shape, random weights, bfloat16.
 
-Rank 16, 8 experts, top-2, all linears; plain LoRA has rank 80. Each case runs in a
-process of its own. Cases with `lean` are the same without the Triton kernels (LORALOOM_TRITON=0).
+Rank 16, 8 experts, top-2, all linears; plain LoRA has rank 80. Each case runs in a process of its
+own.
 
     python benchmarks/gpu.py [--rows 16] [--length 512] [--layers 32] [--cases lora,mixlora]
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,8 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from loraloom import Host, LoraConfig, MixLoraConfig
 from loraloom.bench.step import fill_B
 
-CASES = ("peft-lora", "peft-lora autocast", "lora", "lora lean", "mixlora", "mixlora lean",
-         "mixdora", "mixdora lean", "two mixlora", "two mixlora lean")  # fmt: skip
+CASES = ("peft-lora", "peft-lora autocast", "lora", "mixlora", "mixdora", "two mixlora")
 SHARED = {"alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
 
 
@@ -54,9 +52,8 @@ def main() -> None:
 
 
 def in_own_process(case: str) -> str:
-    variables = os.environ | {"LORALOOM_TRITON": "0" if case.endswith(" lean") else "1"}
     command = [sys.executable, *sys.argv, "--one", case]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return done.stderr.strip().rpartition("\n")[2]
     result = json.loads(done.stdout.strip().rpartition("\n")[2])
@@ -64,7 +61,7 @@ def in_own_process(case: str) -> str:
 
 
 def measure(case: str, options: argparse.Namespace) -> dict[str, float]:
-    step = make_step(case.removesuffix(" lean"), options)
+    step = make_step(case, options)
     on_gpu = options.device == "cuda"
     for _ in range(3):
         step()

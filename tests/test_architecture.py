@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "loraloom"
 def path_to_the_formula(tmp_path, monkeypatch) -> list[tuple[str, str]]:
     """File and function of each frame of ours between `loraloom train` and a mixture's FFN."""
     stacks: list[list[tuple[str, str]]] = []
-    formula = mixlora.adapter_ffn
+    formula = mixlora.lean_expert_ffn
 
     def spy(*args):
         frames = [
@@ -25,10 +25,10 @@ def path_to_the_formula(tmp_path, monkeypatch) -> list[tuple[str, str]]:
             for frame in traceback.extract_stack()
             if Path(frame.filename).is_relative_to(SOURCE) and not frame.name.startswith("<")
         ]
-        stacks.append([*frames, ("ops/lean_expert_ffn.py", "adapter_ffn")])
+        stacks.append([*frames, ("ops/lean_expert_ffn.py", "lean_expert_ffn")])
         return formula(*args)
 
-    monkeypatch.setattr(mixlora, "adapter_ffn", spy)
+    monkeypatch.setattr(mixlora, "lean_expert_ffn", spy)
     run_file = write_run_file(
         tmp_path / "run.yaml", run_settings(save_inputs(tmp_path), tmp_path / "out")
     )

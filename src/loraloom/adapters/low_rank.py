@@ -24,7 +24,7 @@ from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, Weights, 
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.config import AdapterConfig
 from loraloom.ops.expert_ffn import Activation, FfnWeights
-from loraloom.ops.lean_expert_ffn import adapter_ffn
+from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import (
     InputGroup,
     LowRankWeights,
@@ -146,7 +146,7 @@ class LowRankAdapter(Adapter):
         dropout = self.ffn_dropout(self.config.dropout, hidden_states.shape[-1], gate, 1, tokens)
         hidden_states = hidden_states.to(gate.dtype)
         if weights.is_plain:
-            hidden, finish = adapter_ffn(hidden_states, gate, up, weights, None, act, dropout)
+            hidden, finish = lean_expert_ffn(hidden_states, gate, up, weights, None, act, dropout)
         else:
             hidden, finish = low_rank_ffn(hidden_states, gate, up, weights, act, dropout, tokens)
         return FfnRows(hidden, finish)

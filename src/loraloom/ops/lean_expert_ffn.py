@@ -33,26 +33,6 @@ from loraloom.ops.low_rank import (
     scale_rows,
 )
 from loraloom.ops.slot_pieces import Piece, Slots
-from loraloom.ops.triton_expert_ffn import fits_triton, triton_expert_ffn
-
-
-def adapter_ffn(
-    hidden_states: Tensor,
-    gate: Tensor,
-    up: Tensor | None,
-    weights: FfnWeights,
-    routing: Routing | None,
-    act: Activation,
-    dropout: FfnDropout,
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Compute what `expert_ffn` computes in the way that is fastest here; see there.
-
-    By Triton's kernels on a GPU where they fit: the fewest passes over memory. Else by
-    `lean_expert_ffn`; `slot_pieces.py` says whether by masks or by groups of experts. (Small
-    forwards on prepared weights are computed by `stacked.py`, for several adapters at once.)
-    """
-    ffn = triton_expert_ffn if fits_triton(gate, weights, act) else lean_expert_ffn
-    return ffn(hidden_states, gate, up, weights, routing, act, dropout)
 
 
 def lean_expert_ffn(

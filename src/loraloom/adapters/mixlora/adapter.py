@@ -21,7 +21,7 @@ from loraloom.adapters.router import Router
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
-from loraloom.ops.lean_expert_ffn import adapter_ffn
+from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
 from loraloom.routing.top_k import router_logits, top_k_routing
 
@@ -73,7 +73,7 @@ class MixLoraAdapter(Adapter):
         dropout = self.ffn_dropout(
             config.expert_config.dropout, hidden_states.shape[-1], gate, config.top_k, tokens
         )
-        hidden, finish = adapter_ffn(
+        hidden, finish = lean_expert_ffn(
             hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout
         )
         return FfnRows(hidden, finish)
