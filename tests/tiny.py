@@ -22,6 +22,7 @@ from loraloom.adapters import (
     LoraConfig,
     MixLoraConfig,
     MolaConfig,
+    MosLoraConfig,
     VeraConfig,
 )
 from loraloom.adapters.adapter import Adapter
@@ -71,6 +72,7 @@ ALL_METHODS: dict[str, AdapterConfig] = METHODS | {
     "vera": VeraConfig(rank=5, d_initial=0.5),
     "hydralora": HydraLoraConfig(rank=2, alpha=4, num_experts=3),
     "mola": MolaConfig(rank=2, alpha=4, num_experts=(3, 4), top_k=2, router_loss_scope="per_layer"),
+    "moslora": MosLoraConfig(rank=4, alpha=6),
 }
 """The methods that work on each projection in their own way as well."""
 

@@ -1,6 +1,6 @@
 import pytest
 
-from loraloom.adapters import MixLoraConfig
+from loraloom.adapters import CONFIGS, MixLoraConfig
 from loraloom.config.loading import load_job_config, load_run_config, schema
 from loraloom.errors import ConfigError
 
@@ -22,7 +22,7 @@ jobs:
     train: {max_steps: 100, optimizer_args: {eps: 1e-6}}
 """
 
-METHODS = "lora, mixlora, vera, hydralora, mola"
+METHODS = ", ".join(config.model_fields["method"].default for config in CONFIGS)
 
 
 def load(tmp_path, text, *overrides):

@@ -92,7 +92,7 @@ PARAMETERS = {
     "train.learning_rate": {"log_uniform": [1e-5, 1e-2]},
     "adapter.dropout": {"uniform": [0.1, 0.2]},
     "adapter.rank": {"int_uniform": [2, 4]},
-    "seed": {"choice": [1, 2]},
+    "seed": [1, 2],
 }
 
 

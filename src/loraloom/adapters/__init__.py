@@ -11,6 +11,7 @@ from loraloom.adapters.lora.config import LoraConfig
 from loraloom.adapters.mixlora.config import ExpertsConfig as ExpertsConfig
 from loraloom.adapters.mixlora.config import MixLoraConfig
 from loraloom.adapters.mola.config import MolaConfig
+from loraloom.adapters.moslora.config import MosLoraConfig
 from loraloom.adapters.vera.config import VeraConfig
 
 CONFIGS: tuple[type[AdapterConfig], ...] = (
@@ -19,6 +20,7 @@ CONFIGS: tuple[type[AdapterConfig], ...] = (
     VeraConfig,
     HydraLoraConfig,
     MolaConfig,
+    MosLoraConfig,
 )
 """The methods. To add one, import its configuration above and name it here."""
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from loraloom.config.faults import advise_on_unknown_keys
 from loraloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationInfo as CheckInfo
+else:  # pydantic's protocol can't be tested for at run time, as tests do
+    CheckInfo = Any
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Number format of the base model's weights and of the low-rank products."""
@@ -35,29 +40,6 @@ class StrictModel(BaseModel):
             return validate(settings)
         except ValidationError as error:
             raise advise_on_unknown_keys(error, cls) from None
-
-
-@runtime_checkable
-class CheckInfo(Protocol):
-    """What the check of a field is told by pydantic.
-
-    It is pydantic's ValidationInfo, which can't be tested for at run time as tests do.
-    """
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """The fields declared before, without those at fault."""
-        ...
-
-    @property
-    def field_name(self) -> str | None:
-        """The field that is checked."""
-        ...
-
-    @property
-    def context(self) -> Any:
-        """What the caller of the check has said about it."""
-        ...
 
 
 def check_device(device: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from loraloom.adapters import AnyAdapterConfig
 from loraloom.config.data import (
@@ -52,7 +53,7 @@ class EvaluationConfig(StrictModel):
 class JobConfig(StrictModel):
     """An adapter with its data and hyperparameters."""
 
-    name: str
+    name: Annotated[str, AfterValidator(check_name)]
     """Name of the job, of its adapter and of their directory in output_dir."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights, the order of the data, dropout and jitter."""
@@ -68,11 +69,6 @@ class JobConfig(StrictModel):
     """How it learns."""
     eval: tuple[EvaluationConfig, ...] = Field(default=(), validate_default=True)
     """Choice tasks to score every train.eval_steps, and at the end."""
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return check_name(name)
 
     @field_validator("eval")
     @classmethod

@@ -22,13 +22,11 @@ OptimizerName = Literal[
     "rprop",
     "sgd",
 ]
-"""The optimizers of torch.optim, in lower case."""
+"""The optimizers of torch.optim, in lower case.
 
-REFUSED_OPTIMIZERS = {
-    "lbfgs": "it evaluates the loss several times a step",
-    "muon": "it takes matrices only, and a mixture's experts are stacked",
-    "sparseadam": "it takes sparse gradients only",
-}
+Three can't be used: lbfgs evaluates the loss several times a step, muon takes matrices only (a
+mixture's experts are stacked), sparseadam takes sparse gradients only.
+"""
 
 
 class OptimizerConfig(StrictModel):
@@ -47,15 +45,8 @@ class OptimizerConfig(StrictModel):
 
     @field_validator("optimizer", mode="before")
     @classmethod
-    def _check_optimizer(cls, name: Any) -> Any:
-        if not isinstance(name, str):
-            return name
-        if name.lower() in REFUSED_OPTIMIZERS:
-            raise ValueError(
-                f"optimizer must be another than {name}: {REFUSED_OPTIMIZERS[name.lower()]}; "
-                "adamw is the usual one"
-            )
-        return name.lower()
+    def _lower(cls, name: Any) -> Any:
+        return name.lower() if isinstance(name, str) else name
 
     @field_validator("optimizer_args")
     @classmethod

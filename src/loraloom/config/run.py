@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import AfterValidator, ByteSize, Field, ValidationError, field_validator
 from pydantic_core import InitErrorDetails
 
 from loraloom.config.faults import as_fault, describe_faults, value_fault
@@ -25,7 +25,7 @@ class RunConfig(StrictModel):
     """Hub id, directory or .gguf file of a causal language model, or smollm2-135m."""
     dtype: Dtype = "float32"
     """Number format of the base model. Adapters are always kept in float32."""
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(check_device)] = "auto"
     """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
     attn_implementation: AttnImplementation | None = None
     """How transformers computes attention; null for its own choice."""
@@ -53,11 +53,6 @@ class RunConfig(StrictModel):
                 "small gradients become zero; use bfloat16"
             )
         return dtype
-
-    @field_validator("device")
-    @classmethod
-    def _check_device(cls, device: str) -> str:
-        return check_device(device)
 
     @field_validator("attn_implementation")
     @classmethod
@@ -123,14 +118,10 @@ class RunConfig(StrictModel):
         return (*others, *(trial.job for trial in self.trials))
 
     @property
-    def first_trials(self) -> tuple[Trial, ...]:
-        """The jobs of the sweep that train from the beginning; the others join later."""
-        return () if self.sweep is None else self.trials[: self.sweep.num_concurrent]
-
-    @property
     def first_jobs(self) -> tuple[JobConfig, ...]:
-        """The jobs that train from the beginning."""
-        later = {trial.name for trial in self.trials[len(self.first_trials) :]}
+        """The jobs that train from the beginning; others of the sweep join later."""
+        num_first = 0 if self.sweep is None else self.sweep.num_concurrent
+        later = {trial.name for trial in self.trials[num_first:]}
         return tuple(job for job in self.all_jobs if job.name not in later)
 
 

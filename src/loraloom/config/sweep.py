@@ -303,9 +303,9 @@ def raise_faults(faults: Sequence[str]) -> None:
 
 
 def _checked_values(values: Any) -> Any:
-    """Check one parameter's values; {choice: [...]} is a list by another name."""
+    """Check one parameter's values."""
     match values:
-        case [*choices] | {"choice": [*choices]} if choices:
+        case [*choices] if choices:
             if all(one not in choices[:place] for place, one in enumerate(choices)):
                 return tuple(choices)
         case {**ranges} if len(ranges) == 1:

@@ -32,6 +32,12 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.low_rank import UpProjection, add_low_rank_
 from loraloom.ops.low_rank_ffn import apply_update
 
+# What torch.compile must not trace, as it depends on the running forward: a compiled decoder layer
+# leaves its graph here. Called only while it traces: the detour takes microseconds, at hundreds of
+# places in a decoding step.
+_untraced: Any = torch.compiler.disable(lambda wrapper, *args: wrapper(*args))
+_untraced_forward: Any = torch.compiler.disable(current_forward)
+
 
 class DecoderLayer:
     """A decoder layer's forward: recomputed in the backward pass where the context says so."""
@@ -42,7 +48,8 @@ class DecoderLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the layer returns."""
-        forward = _forward_of(self.owner)
+        compiling = torch.compiler.is_compiling()
+        forward = (_untraced_forward if compiling else current_forward)(self.owner)
         if forward is None or not forward.checkpointing or not torch.is_grad_enabled():
             return self.base_forward(*args, **kwargs)
         return checkpoint(
@@ -65,9 +72,10 @@ class AttentionProjection:
         self.group = tuple(group)
         self.site = site
 
-    @torch.compiler.disable()
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return the adapted output, [B, L, O]."""
+        if torch.compiler.is_compiling():
+            return _untraced(self, module, args, output)
         forward = current_forward(self.owner)
         if forward is None or not forward.has_adapters:
             return output
@@ -158,9 +166,10 @@ class FfnBlock:
         self.output = module.get_submodule(shape.output)
         self.act = getattr(module, activation)
 
-    @torch.compiler.disable()
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return the block's output, [B, L, D]."""
+        if torch.compiler.is_compiling():
+            return _untraced(self, hidden_states)
         forward = current_forward(self.owner)
         if forward is None or not forward.adapts_ffn(self.layer):
             return self.base_forward(hidden_states)
@@ -205,8 +214,3 @@ class FfnBlock:
         tokens = segment.at_layer(self.layer, gate.device, forward.recorder(adapter))
         weights = forward.ffn_weights(adapter, self.layer, gate.dtype)
         return adapter.ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)
-
-
-@torch.compiler.disable()
-def _forward_of(owner: object) -> ForwardContext | None:
-    return current_forward(owner)

@@ -213,7 +213,9 @@ class TrainingClient:
             TrainingError: If there is no gradient, or it is not finite: weights are left alone.
         """
         if learning_rate is not None:
-            self._set_learning_rate(learning_rate)
+            if not (math.isfinite(learning_rate) and learning_rate >= 0):
+                raise ConfigError(f"learning_rate must be 0 or more, got {learning_rate}")
+            set_learning_rate(self._optimizer, learning_rate)
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise self._error("optim_step needs a gradient, there is none; call forward_backward")
         grad_norm = clip_gradients(self.parameters.values(), max_grad_norm)
@@ -311,11 +313,6 @@ class TrainingClient:
         """Make what gives the rows of a call their keys of dropout, other ones in each call."""
         self._forwards += 1
         return partial(sample_key, self.seed, self._forwards)
-
-    def _set_learning_rate(self, learning_rate: float) -> None:
-        if not (math.isfinite(learning_rate) and learning_rate >= 0):
-            raise ConfigError(f"learning_rate must be 0 or more, got {learning_rate}")
-        set_learning_rate(self._optimizer_config, self._optimizer, self.adapter, learning_rate)
 
     def _settings(self) -> dict[str, Any]:
         return {

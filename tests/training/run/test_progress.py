@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 
 from loraloom.training.run.job import Job
-from loraloom.training.run.progress import Progress, describe_metrics
+from loraloom.training.run.progress import Progress
 from loraloom.training.run.ranking import Ranking, Standing
 from tests.training.toy import add_job, toy_config, toy_host
 
@@ -139,7 +139,3 @@ def test_plain_lines_of_a_sweep_come_when_there_is_news():
     assert len(table) == 3
     assert first.startswith("sweep: 1 of 2 jobs train, at step 0/9; best lr-001")
     assert second.startswith("sweep: 1 of 2 jobs train, at step 2/9; best lr-000")
-
-
-def test_metrics_are_described_in_a_line():
-    assert describe_metrics({"eval/loss": 1.0, "a": 0.12345}) == "eval/loss 1.0000, a 0.1235"

@@ -6,8 +6,9 @@ import pytest
 
 import loraloom.training.run.fitting as fitting
 from loraloom.errors import ConfigError
-from loraloom.training.run.schedule import Schedule, computed_tokens
+from loraloom.training.run.schedule import Schedule
 from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.rows import lay_out
 from tests.tiny import relative_error
 from tests.training.running import assert_same_files, interrupted, matrix, resumed, trained_weights
 from tests.training.toy import add_job, toy_config, toy_engine, toy_host, toy_pair_set, toy_set
@@ -22,7 +23,7 @@ def steps(monkeypatch) -> list[dict[str, int]]:
 
     def spy(host, parts, pad_id):
         names = [part.adapter.name for part in parts]
-        found.append(dict(zip(names, computed_tokens(parts), strict=True)))
+        found.append(dict(zip(names, lay_out(parts).computed_tokens, strict=True)))
         return forward_backward(host, parts, pad_id)
 
     monkeypatch.setattr(fitting, "forward_backward", spy)

@@ -160,11 +160,27 @@ def test_schedule_keeps_the_ratio_of_loraplus():
         assert rates[1] == pytest.approx(8 * rates[0])
 
 
-def test_arguments_that_a_scheduler_does_not_take_are_an_error():
-    config = toy_config("a", lr_scheduler="polynomial", lr_scheduler_args={"lr_end": 1.0})
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("polynomial", {"lr_end": 1.0}),
+        ("linear", {"power": 2}),
+        ("cosine", {"power": 2}),
+        ("inverse_sqrt", {"power": 2}),
+        ("greedy", {"power": 2}),
+        ("reduce_lr_on_plateau", {"power": 2}),
+        ("cosine_with_min_lr", {}),
+        ("cosine_with_min_lr", {"min_lr": 1e-5, "min_lr_rate": 0.1}),
+        ("warmup_stable_decay", {}),
+    ],
+)
+def test_arguments_that_a_scheduler_does_not_take_are_an_error(name, arguments):
+    held_out = {"task": "skills", "validation_fraction": 0.5}
+    needs = {"eval_steps": 1, "data": held_out} if name in SCHEDULERS_ON_METRIC else {}
+    config = toy_config("a", lr_scheduler=name, lr_scheduler_args=arguments, **needs)
     job_config = config.model_copy(update={"train": config.train})
     host = toy_host()
     adapter = host.add("a", job_config.adapter)
     optimizer = build_optimizer(job_config.train, adapter)
-    with pytest.raises(ConfigError, match="job a: lr_scheduler polynomial can't be made"):
+    with pytest.raises(ConfigError, match=f"job a: lr_scheduler {name} can't be made"):
         build_scheduler(job_config.train, optimizer, 10, "min", "a")

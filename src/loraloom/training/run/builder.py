@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,13 @@ KEPT_TRAINING_SETS = 8
 
 
 class JobBuilder:
-    """Builds jobs on one host; jobs with the same data and seed share what was read.
-
-    Args:
-        host: The base model.
-        tokenizer: The base model's.
-        evaluation: Reads what the jobs are measured on.
-    """
+    """Builds jobs on one host; jobs with the same data and seed share what was read."""
 
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation):
         self._host = host
         self._tokenizer = tokenizer
         self._evaluation = evaluation
-        self._training_sets: OrderedDict[tuple[Any, ...], TrainingSet] = OrderedDict()
+        self._load = lru_cache(KEPT_TRAINING_SETS)(self._load_training_set)
 
     def build(self, config: JobConfig) -> Job:
         """Put a job's adapter on the host, and read its data and what it is measured on.
@@ -68,21 +62,19 @@ class JobBuilder:
         training_set = self._training_set(config)
         _check_enough(config, training_set)
         job = Job(config, adapter, training_set, reference)
-        self._evaluation.read([config])
+        self._evaluation.read(config)
         return job
 
     def _training_set(self, config: JobConfig) -> TrainingSet:
-        max_length, as_pairs = config.train.max_length, config.train.learns_from_pairs
-        data, files = config.data.model_dump_json(), tuple(_file_versions(config.data))
-        key = (data, max_length, config.seed, as_pairs, files)
-        if key not in self._training_sets:
-            self._training_sets[key] = load_training_set(
-                config.data, self._tokenizer, max_length, config.seed, as_pairs=as_pairs
-            )
-            if len(self._training_sets) > KEPT_TRAINING_SETS:
-                self._training_sets.popitem(last=False)
-        self._training_sets.move_to_end(key)
-        return self._training_sets[key]
+        files = tuple(_file_versions(config.data))
+        as_pairs, data = config.train.learns_from_pairs, config.data.model_dump_json()
+        return self._load(data, config.train.max_length, config.seed, as_pairs, files)
+
+    def _load_training_set(
+        self, data: str, max_length: int, seed: int, as_pairs: bool, _files: tuple[Any, ...]
+    ) -> TrainingSet:
+        config = DataConfig.model_validate_json(data)
+        return load_training_set(config, self._tokenizer, max_length, seed, as_pairs=as_pairs)
 
 
 def _file_versions(data: DataConfig) -> Iterator[tuple[str, int, int]]:

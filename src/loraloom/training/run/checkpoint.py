@@ -57,6 +57,7 @@ class Snapshot:
         seconds: Wall time of the training until then.
         base: The base model and how it computed.
         jobs: By name.
+        sweep_bytes: Length of a sweep's journal at that moment.
     """
 
     directory: Path
@@ -64,6 +65,7 @@ class Snapshot:
     seconds: float
     base: dict[str, Any]
     jobs: dict[str, JobRecord] = field(default_factory=dict)
+    sweep_bytes: int = 0
 
     @property
     def done(self) -> set[str]:
@@ -78,11 +80,7 @@ class Snapshot:
 
 
 class SnapshotStore:
-    """The snapshots of a run.
-
-    Args:
-        directory: Where they are.
-    """
+    """The snapshots of a run."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -95,6 +93,7 @@ class SnapshotStore:
         records: Mapping[str, JobRecord],
         states: Mapping[str, dict[str, Any]],
         keep: int = 2,
+        sweep_bytes: int = 0,
     ) -> None:
         """Write a snapshot, then delete old ones.
 
@@ -105,6 +104,7 @@ class SnapshotStore:
             records: Every job's; checksums are filled in.
             states: Of the jobs that have one.
             keep: How many snapshots to leave.
+            sweep_bytes: Length of a sweep's journal.
 
         Raises:
             TrainingError: If the system can't write there.
@@ -117,7 +117,13 @@ class SnapshotStore:
             jobs = {name: asdict(record) for name, record in records.items()}
             for name in states:
                 jobs[name]["sha256"] = _file_hash(_state_file(aside, name))
-            body = {"round": round_number, "seconds": seconds, "base": base, "jobs": jobs}
+            body = {
+                "round": round_number,
+                "seconds": seconds,
+                "base": base,
+                "jobs": jobs,
+                "sweep_bytes": sweep_bytes,
+            }
             manifest = {"checksum": _json_hash(body), **body}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
@@ -181,7 +187,7 @@ def _read(directory: Path) -> Snapshot:
         file = _state_file(directory, name)
         if record.sha256 is not None and _file_hash(file) != record.sha256:
             raise ValueError(f"{file.name} was changed or is not whole")
-    return Snapshot(directory, body["round"], body["seconds"], body["base"], jobs)
+    return Snapshot(directory, **{**body, "jobs": jobs})
 
 
 def _state_file(directory: Path, job: str) -> Path:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
@@ -130,7 +131,8 @@ class Engine:
         """
         self._reporter.start(self.jobs.values())
         try:
-            with Interruption(self._announce_stop) as self._interruption:
+            notice = "saving everything after this step; Ctrl-C again stops at once"
+            with Interruption(partial(self._reporter.message, notice)) as self._interruption:
                 while not self.is_interrupted:
                     self._evaluate_due()
                     self._close_complete()
@@ -160,7 +162,8 @@ class Engine:
                 round or into memory. The job is off the host then.
         """
         try:
-            self._check_new(job.name)
+            if job.name.casefold() in map(str.casefold, self._settings):
+                raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
             self._schedule.check_fits(job)
             self._check_memory(job)
             self._directory.prepare_job(job.name, overwrite=overwrite)
@@ -283,7 +286,7 @@ class Engine:
             for name, job in self.jobs.items()
             if job.position.tokens > 0  # before, the seed says it all
         }
-        states = self._unwritten | running
+        states, journal = self._unwritten | running, self._directory.sweep_journal
         self._directory.snapshots.write(
             self.round,
             self.seconds,
@@ -291,6 +294,7 @@ class Engine:
             {name: self._record(name) for name in self._settings},
             states,
             keep=self._keep_snapshots if states else 1,
+            sweep_bytes=journal.stat().st_size if journal.exists() else 0,
         )
         self._is_snapshot_due = False
 
@@ -433,10 +437,6 @@ class Engine:
         others = [other.reference for other in self.jobs.values()]
         drop_reference(self.host, job.reference, others)
 
-    def _check_new(self, name: str) -> None:
-        if any(other.casefold() == name.casefold() for other in self._settings):
-            raise ConfigError(f"job name must be new in this run, got {name!r} again")
-
     def _check_memory(self, job: Job) -> None:
         if self._memory_limit is None:  # what is free can't be told from what a round left over
             return
@@ -454,9 +454,6 @@ class Engine:
             self._reporter.message("saved; --resume goes on from here")
         except TrainingError as error:
             self._reporter.message(f"error: {error}; --resume goes on from the one before")
-
-    def _announce_stop(self) -> None:
-        self._reporter.message("saving everything after this step; Ctrl-C again stops at once")
 
 
 def describe_base(host: Host) -> dict[str, Any]:

@@ -22,13 +22,7 @@ from loraloom.training.step.window import count_totals
 
 @dataclass
 class Evaluation:
-    """Everything that jobs are measured on, read before training begins.
-
-    Args:
-        host: With the jobs' adapters.
-        tokenizer: The base model's.
-        questions: Of each evaluation that a job names.
-    """
+    """Everything that jobs are measured on, read before training begins."""
 
     host: Host
     tokenizer: PreTrainedTokenizerBase
@@ -39,13 +33,13 @@ class Evaluation:
         """Token to pad with."""
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
-    def read(self, jobs: Sequence[JobConfig]) -> None:
-        """Read the questions of all jobs, each set once.
+    def read(self, job: JobConfig) -> None:
+        """Read the questions that a job is measured on.
 
         Raises:
             DataError: If they are missing or can't be used.
         """
-        for config in {config: None for job in jobs for config in job.eval}:
+        for config in job.eval:
             self.questions[config] = load_questions(
                 config.task, config.scoring, config.split, config.path, config.limit
             )
@@ -58,7 +52,8 @@ class Evaluation:
         metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
         for name, held_out in self._held_out(jobs).items():
             metrics[name] |= held_out
-        for evaluation, names in _by_evaluation(jobs).items():
+        for evaluation in dict.fromkeys(task for job in jobs for task in job.config.eval):
+            names = [job.name for job in jobs if evaluation in job.config.eval]
             questions = self.questions[evaluation]
             accuracies = score_accuracy(self.host, self.tokenizer, questions, names)
             for name in names:
@@ -109,12 +104,3 @@ def _objective_metrics(
     terms = job.objective.terms(scored, count_totals(job.training_set.validation))
     values = {"loss": terms.loss, **terms.metrics}
     return {f"eval/{name}": float(value) for name, value in values.items()}
-
-
-def _by_evaluation(jobs: Sequence[Job]) -> dict[EvaluationConfig, list[str]]:
-    """Group jobs that are measured on the same questions."""
-    names: dict[EvaluationConfig, list[str]] = {}
-    for job in jobs:
-        for evaluation in job.config.eval:
-            names.setdefault(evaluation, []).append(job.name)
-    return names

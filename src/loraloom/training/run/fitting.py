@@ -28,10 +28,6 @@ Group = list[tuple[int, MicroBatch]]
 class RoundRunner:
     """Runs rounds, and remembers how much fits.
 
-    Args:
-        host: With the jobs' adapters.
-        pad_id: Token to pad with.
-
     Attributes:
         max_tokens: Most tokens of a forward, with padding, since memory ran out; None before.
     """

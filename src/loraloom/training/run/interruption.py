@@ -13,11 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM sets a flag. It does so in the main thread.
-
-    Args:
-        on_request: Called at that signal, to tell the user.
-    """
+    """A context in which the first Ctrl-C or SIGTERM sets a flag. It does so in the main thread."""
 
     def __init__(self, on_request: Callable[[], None]):
         self.requested = False

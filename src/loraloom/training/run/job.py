@@ -60,12 +60,6 @@ class Position:
 class Job:
     """An adapter that learns.
 
-    Args:
-        config: What the run file says of it.
-        adapter: Its weights, on the host.
-        training_set: Its data.
-        reference: What its objective compares with, if it does.
-
     Attributes:
         milestones: Steps after which it is evaluated, beside every eval_steps and its end.
 

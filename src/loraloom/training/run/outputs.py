@@ -36,15 +36,14 @@ _JOB_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
 
 
 class RunDirectory:
-    """Where a run's results go.
-
-    Args:
-        path: The run file's `output_dir`.
-    """
+    """Where a run's results go."""
 
     def __init__(self, path: Path):
         self.path = path
         self.snapshots = SnapshotStore(path / _SNAPSHOTS)
+        self.sweep_table = path / "sweep.csv"
+        self.sweep_picture = path / "sweep.png"
+        self.sweep_journal = path / "sweep.journal"
 
     def job(self, name: str) -> Path:
         """Directory of a job's results."""
@@ -62,21 +61,6 @@ class RunDirectory:
         """A job's metrics.jsonl."""
         return self.job(name) / METRICS_FILE
 
-    @property
-    def sweep_table(self) -> Path:
-        """Table of a sweep."""
-        return self.path / "sweep.csv"
-
-    @property
-    def sweep_picture(self) -> Path:
-        """Picture of a sweep."""
-        return self.path / "sweep.png"
-
-    @property
-    def sweep_journal(self) -> Path:
-        """Optuna's record of a sweep."""
-        return self.path / "sweep.journal"
-
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Check that the run may write here. Nothing is written.
 
@@ -90,7 +74,7 @@ class RunDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"output_dir must be a directory, got the file {self.path}")
             self._check_writable()
-            has_results = self._has_results()
+            has_results = bool(self._entries()) or self.snapshots.exists()
         if overwrite or not has_results:
             return
         if not resume:
@@ -191,10 +175,6 @@ class RunDirectory:
                 f"output_dir must be where files can be written, got {self.path}: {error}; "
                 "name another"
             ) from error
-
-    def _has_results(self) -> bool:
-        """Whether a run got so far that there is something in the directory."""
-        return bool(self._entries()) or self.snapshots.exists()
 
     def _entries(self) -> list[str]:
         if not self.path.exists():

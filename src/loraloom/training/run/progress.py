@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import timedelta
 
 from rich.console import Console, RenderableType
@@ -141,8 +141,3 @@ class Progress:
         }
         task.fields.update(fields)
         return fields
-
-
-def describe_metrics(metrics: Mapping[str, float]) -> str:
-    """Write metrics as `eval/loss 1.2345, ...`."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

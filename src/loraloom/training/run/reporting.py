@@ -8,19 +8,13 @@ from typing import Any
 
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import Progress, describe_metrics
+from loraloom.training.run.progress import Progress
 from loraloom.training.run.tracking import MetricsFile, Tracker, open_tracker, step_metrics
 from loraloom.training.step.micro_batch import StepReport
 
 
 class Reporter:
-    """Tells trackers and the user how jobs get on. A tracker that fails is told of once a job.
-
-    Args:
-        directory: Of the run's results.
-        progress: Shows the run.
-        tracker_names: As in a run file.
-    """
+    """Tells trackers and the user how jobs get on. A tracker that fails is told of once a job."""
 
     def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: tuple[str, ...]):
         self._directory = directory
@@ -62,7 +56,8 @@ class Reporter:
         step = job.position.step
         place = {"step": step, "epoch": round(job.order.epochs_after(step), 4)}
         self._log(job.name, {**place, **metrics, "seconds": round(seconds, 3)})
-        self.message(f"{job.name}: step {step}, {describe_metrics(metrics)}")
+        described = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.message(f"{job.name}: step {step}, {described}")
 
     def message(self, text: str) -> None:
         """Say something to the user."""

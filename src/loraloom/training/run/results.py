@@ -117,7 +117,9 @@ def job_result(
         environment: See `describe_environment`.
     """
     position, selection = job.position, job.selection
-    has_best = selection.step is not None
+    has_best, best = selection.step is not None, None
+    if has_best:
+        best = {"metric": selection.metric, "value": selection.value, "step": selection.step}
     last_metrics = position.metrics if position.evaluated_step == position.step else {}
     return JobResult(
         job=job.name,
@@ -133,7 +135,7 @@ def job_result(
         padding_share=round(padding_share(position.tokens, position.computed_tokens), 4),
         weights="best" if has_best else "last",
         metrics=selection.metrics if has_best else last_metrics,
-        best=_best(job) if has_best else None,
+        best=best,
         last_metrics=last_metrics,
         data=job.training_set.report,
         seconds=round(seconds, 3),
@@ -151,11 +153,6 @@ def _status(job: Job, error: str | None, stop_reason: str | None) -> Status:
     if stop_reason is not None:
         return "stopped"
     return "stopped early" if job.position.step < job.total_steps else "finished"
-
-
-def _best(job: Job) -> dict[str, Any]:
-    selection = job.selection
-    return {"metric": selection.metric, "value": selection.value, "step": selection.step}
 
 
 def result_card(result: JobResult, job: Job, base: BaseInfo) -> str:

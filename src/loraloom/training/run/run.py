@@ -77,7 +77,10 @@ def train(
     progress = progress or Progress()
     directory = RunDirectory(run.output_dir)
     directory.check(resume=resume, overwrite=overwrite)
-    _check_surroundings(run, directory, watch)
+    _check_sources(run, directory)
+    check_trackers(run.trackers)
+    if watch is not None:
+        prepare_inbox(watch.path)
     host, tokenizer = base or _load_base(run)
     evaluation = Evaluation(host, tokenizer)
     builder = JobBuilder(host, tokenizer, evaluation)
@@ -116,7 +119,7 @@ def train(
             engine.save_state()
         callbacks: list[Callable[[Engine], None]] = []
         if sweep is not None:
-            sweep.open()
+            sweep.open(0 if snapshot is None else snapshot.sweep_bytes)
             callbacks.append(sweep.between_steps)
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, builder))
@@ -196,16 +199,6 @@ def _sweep(
     from loraloom.training.run.sweep import Sweep  # it needs Optuna
 
     return Sweep(run, directory, progress, builder.build, jobs)
-
-
-def _check_surroundings(
-    run: RunConfig, directory: RunDirectory, watch: WatchOptions | None
-) -> None:
-    """Check what needs no base model, before that is loaded."""
-    _check_sources(run, directory)
-    check_trackers(run.trackers)
-    if watch is not None:
-        prepare_inbox(watch.path)
 
 
 def _check_sources(run: RunConfig, directory: RunDirectory) -> None:

@@ -74,10 +74,8 @@ class Schedule:
             return list(micro_batches)
         chosen: list[MicroBatch] = []
         for micro_batch in sorted(micro_batches, key=lambda b: self.passes[b.adapter.name]):
-            if (
-                not chosen
-                or sum(computed_tokens([*chosen, micro_batch])) <= self.max_tokens_per_step
-            ):
+            tokens = sum(lay_out([*chosen, micro_batch]).computed_tokens)
+            if not chosen or tokens <= self.max_tokens_per_step:
                 chosen.append(micro_batch)
         names = {micro_batch.adapter.name for micro_batch in chosen}
         return [batch for batch in micro_batches if batch.adapter.name in names]
@@ -86,11 +84,7 @@ class Schedule:
         """Count a round that was made."""
         if self.max_tokens_per_step is None:
             return
-        for micro_batch, tokens in zip(micro_batches, computed_tokens(micro_batches), strict=True):
+        computed = lay_out(micro_batches).computed_tokens
+        for micro_batch, tokens in zip(micro_batches, computed, strict=True):
             name = micro_batch.adapter.name
             self.passes[name] += tokens / self._priorities[name]
-
-
-def computed_tokens(micro_batches: Sequence[MicroBatch]) -> list[int]:
-    """Count the tokens of each micro-batch in a fused forward of them, padding included."""
-    return lay_out(micro_batches).computed_tokens

@@ -1,8 +1,7 @@
 """A sweep while it trains: Optuna chooses its jobs and says which of them to stop.
 
 The study is Optuna's, in a journal file beside the jobs, and it is the record of what was decided.
-A run that died may go on from a snapshot that is older than the journal: its jobs then come again
-to steps that they have reported already, and what was decided there is not decided again.
+A run that goes on from a snapshot forgets what the journal got after it, and decides it again.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -46,9 +44,6 @@ class AshaPruner(BasePruner):
     Optuna's own pruner judges jobs in the order in which they ask, and always lets the first go on.
     In a fused step many jobs come to a rung together, so here all of them report first, and then
     the best `1 / reduction_factor` go on, at least one; of equal ones the first in the sweep.
-
-    Args:
-        stopping: With ASHA's settings.
     """
 
     def __init__(self, stopping: SweepStoppingConfig):
@@ -108,16 +103,20 @@ class Sweep:
         self._longest = max((job.total_steps for job in own), default=0)
         for difference in _differences(own, self._metric):
             progress.message(f"warning: sweep: {self._metric} compares jobs roughly: {difference}")
-        if self._stopping is not None and len(own) == len(run.first_trials):  # else it goes on
+        if self._stopping is not None and len(own) == min(
+            run.sweep.num_concurrent, len(self._planned)
+        ):  # else it goes on
             self._stopping.check_reached(self._longest)
         for job in own:
             self._set_rungs(job)
 
-    def open(self) -> None:
-        """Begin a study in the run's directory, or go on with the one that is there."""
-        _cut_torn_line(self._directory.sweep_journal)
+    def open(self, journal_bytes: int) -> None:
+        """Begin a study, or go on with the one whose journal had so many bytes."""
+        journal = self._directory.sweep_journal
+        if journal.exists():
+            os.truncate(journal, min(journal_bytes, journal.stat().st_size))
         self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(self._directory.sweep_journal))),
+            storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name="sweep",
             direction="minimize" if metric_mode(self._metric) == "min" else "maximize",
             load_if_exists=True,
@@ -197,32 +196,20 @@ class Sweep:
             job, step = engine.jobs.get(name), trial.last_step
             if job is None or step is None or (job.position.step, job.at_boundary) != (step, True):
                 continue
-            reason = trial.user_attrs.get("stop_reason")
-            if trial.state == TrialState.RUNNING and trial.user_attrs.get("judged") != step:
-                reason = self._verdict(self._handle(trial), trial.intermediate_values[step], step)
-            if reason is not None:
-                engine.stop(name, reason)
-
-    def _verdict(self, trial: optuna.Trial, value: float, step: int) -> str | None:
-        """Ask the pruner, and put down what it says: why a job is stopped, if it is."""
-        if not trial.should_prune():
-            trial.set_user_attr("judged", step)
-            return None
-        reason = f"{self._metric} {value:.4f} is not among the best after step {step}"
-        trial.set_user_attr("stop_reason", reason)
-        self._study.tell(trial, state=TrialState.PRUNED)
-        return reason
+            if trial.state != TrialState.RUNNING or trial.user_attrs.get("judged") == step:
+                continue
+            if not self._handle(trial).should_prune():
+                self._handle(trial).set_user_attr("judged", step)
+                continue
+            value = f"{self._metric} {trial.intermediate_values[step]:.4f}"
+            reason = f"{value} is not among the best after step {step}"
+            self._tell(trial, engine.stop(name, reason))
 
     def _fill(self, engine: Engine) -> None:
         """Let jobs join until as many train as may."""
         num_running = sum(name in engine.jobs for _, name in self._trials())
-        waiting = [  # a run that died began them after its last snapshot
-            trial
-            for trial, name in self._trials()
-            if trial.state == TrialState.RUNNING and name not in engine.jobs
-        ]
         while num_running < self._sweep.num_concurrent:
-            trial = waiting.pop(0) if waiting else self._next()
+            trial = self._next()
             if trial is None:
                 return
             num_running += self._start(engine, trial)
@@ -292,7 +279,6 @@ class Sweep:
             if str(error) != self._fault:
                 self._progress.message(f"warning: {error}")
             self._fault = str(error)
-            _cut_torn_line(self._directory.sweep_journal)
 
 
 def _pruner(stopping: SweepStoppingConfig | None, longest: int) -> BasePruner:
@@ -305,14 +291,6 @@ def _pruner(stopping: SweepStoppingConfig | None, longest: int) -> BasePruner:
     if stopping.median is not None:
         return MedianPruner(stopping.median.min_jobs, stopping.median.min_steps)
     return AshaPruner(stopping)
-
-
-def _cut_torn_line(journal: Path) -> None:
-    """Drop a last line that was not written to its end, which would spoil the next one."""
-    if journal.exists():
-        text = journal.read_bytes()
-        if not text.endswith(b"\n"):
-            os.truncate(journal, text.rfind(b"\n") + 1)
 
 
 def _differences(jobs: list[Job], metric: str) -> list[str]:

@@ -61,11 +61,7 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a line.
-
-    Args:
-        path: Appended to.
-    """
+    """metrics.jsonl: one object a line."""
 
     name = METRICS_FILE
 
@@ -83,12 +79,7 @@ class MetricsFile:
 
 
 class Tracker:
-    """One of accelerate's trackers with the run of a job.
-
-    Args:
-        name: As in a run file.
-        tracker: Not started yet.
-    """
+    """One of accelerate's trackers, which is started here, with the run of a job."""
 
     def __init__(self, name: str, tracker: GeneralTracker):
         self.name = name

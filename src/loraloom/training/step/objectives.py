@@ -100,9 +100,6 @@ class Dpo(Objective):
 
     sigmoid: `-log σ(βΔ)`, smoothed. ipo: `(Δ' - 1/(2β))²`, Δ' of log-ratios per label.
 
-    Args:
-        config: Loss, β and label smoothing.
-
     Source:
         Rafailov et al. 2023, arXiv:2305.18290, eq. 7; Azar et al. 2023, arXiv:2310.12036, eq. 17,
         with lengths divided out as trl 1.16 `DPOTrainer` does on the authors' word.
@@ -138,9 +135,6 @@ class Cpo(Objective):
 
     sigmoid: `-log σ(margin)`, smoothed; hinge: `max(0, 1 - margin)`. NLL is the mean of -log p over
     all labels of the step's chosen answers.
-
-    Args:
-        config: Loss, β, label smoothing, and the weight α of the NLL.
 
     Source:
         Xu et al. 2024, arXiv:2401.08417, eq. 5; hinge as in m-LoRA 0.2 and trl 1.16 `CPOTrainer`.

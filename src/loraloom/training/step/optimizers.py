@@ -71,26 +71,26 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
     Source:
         Hayou et al. 2024, LoRA+, arXiv:2402.12354.
     """
-    ratio = config.loraplus_lr_ratio or 1.0
     groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in adapter.named_parameters():
-        factor = ratio if name.endswith("lora_B") else 1.0
+        ratio = (config.loraplus_lr_ratio or 1.0) if name.endswith("lora_B") else 1.0
         decay = 0.0 if name.endswith("lora_magnitude_vector") else config.weight_decay
-        groups.setdefault((factor, decay), []).append(parameter)
+        groups.setdefault((ratio, decay), []).append(parameter)
     return [
-        {"params": parameters, "lr": config.learning_rate * factor, "weight_decay": decay}
-        for (factor, decay), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr": config.learning_rate * ratio,
+            "lr_ratio": ratio,
+            "weight_decay": decay,
+        }
+        for (ratio, decay), parameters in groups.items()
     ]
 
 
-def set_learning_rate(
-    config: OptimizerConfig, optimizer: Optimizer, adapter: Adapter, learning_rate: float
-) -> None:
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """Give an adapter's optimizer another learning rate; LoRA+ keeps its ratio."""
-    changed = config.model_copy(update={"learning_rate": learning_rate})
-    groups = parameter_groups(changed, adapter)
-    for group, wanted in zip(optimizer.param_groups, groups, strict=True):
-        group["lr"] = wanted["lr"]
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_ratio"]
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None) -> float:

@@ -70,12 +70,7 @@ class Request:
 
 @final
 class CustomObjective(Objective):
-    """A caller's own loss, of all data at once.
-
-    Args:
-        data: What the loss function is called with.
-        loss_fn: It gets log p of the labels of each row, differentiable.
-    """
+    """A caller's own loss, of all data at once."""
 
     def __init__(self, data: Sequence[TrainingExample], loss_fn: LossFunction):
         self._data = data

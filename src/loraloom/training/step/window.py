@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from loraloom.config.train import TrainConfig
 from loraloom.data.examples import NO_LOSS, Example, TrainingExample
@@ -97,7 +97,7 @@ class StepOrder:
     def __init__(self, training_set: TrainingSet, config: TrainConfig):
         self.training_set = training_set
         self.config = config
-        self._order: tuple[int, list[int]] | None = None
+        self._order = lru_cache(maxsize=1)(self._make_order)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -128,7 +128,7 @@ class StepOrder:
         """Return the examples of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.config.batch_size
-        indices = self._epoch_order(epoch)[start : start + self.config.batch_size]
+        indices = self._order(epoch)[start : start + self.config.batch_size]
         examples = [self.training_set.examples[index] for index in indices]
         examples.sort(key=lambda example: -longest_row(example))
         return Window(epoch, tuple(examples), self.config.micro_batch_size)
@@ -138,11 +138,6 @@ class StepOrder:
         epoch, place = divmod(step, self.steps_per_epoch)
         length = self.training_set.epoch_length
         return epoch + min(place * self.config.batch_size, length) / length
-
-    def _epoch_order(self, epoch: int) -> list[int]:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._make_order(epoch))
-        return self._order[1]
 
     def _make_order(self, epoch: int) -> list[int]:
         order = self.training_set.epoch_order(epoch)

@@ -1,0 +1,96 @@
+"""MoSLoRA against the formula of its paper, arXiv:2406.11909."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from loraloom.adapters import MosLoraConfig, parse_adapter_config
+from tests.adapters.plain import IDS, MASK, check_ffn_gradients, compare
+from tests.tiny import changed, tiny_host
+
+CONFIG = MosLoraConfig(rank=3, alpha=5)
+each_init = pytest.mark.parametrize("mixer_init", ["kaiming", "orthogonal"])
+
+
+def paper_update(scaling: float):
+    def update(x: Tensor, own: dict[str, Tensor], key: str) -> Tensor:
+        """Add up, row of B by row of M, what the subspaces of A say."""
+        low_rank = x @ own["lora_A"].T
+        mixed = 0
+        for row, mixer_row in enumerate(own["mixer"]):
+            for subspace, weight in enumerate(mixer_row):
+                mixed = mixed + weight * low_rank[..., subspace, None] * own["lora_B"][:, row]
+        return scaling * mixed
+
+    return update
+
+
+@each_init
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
+def test_logits_and_gradients_are_those_of_a_loop_over_the_subspaces(family, mixer_init):
+    compare(changed(CONFIG, mixer_init=mixer_init), paper_update(5 / 3), family)
+
+
+def test_rank_stabilized_scaling():
+    config = changed(CONFIG, rank_stabilized=True)
+    compare(config, paper_update(5 / math.sqrt(3)), "llama")
+
+
+def test_derivatives_are_those_of_finite_differences():
+    check_ffn_gradients(CONFIG)
+
+
+def mixers(mixer_init: str, seed: int = 0, rank: int = 6) -> list[Tensor]:
+    host = tiny_host(configs={})
+    adapter = host.add("a", changed(CONFIG, mixer_init=mixer_init, rank=rank), seed=seed)
+    return [t for name, t in adapter.tensors().items() if name.endswith(".mixer")]
+
+
+def test_a_mixer_starts_kaiming_uniform():
+    values = torch.stack(mixers("kaiming"))
+    bound = 1 / math.sqrt(6)
+    assert 0.95 * bound < values.abs().max() <= bound
+    assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_a_mixer_starts_orthogonal():
+    for mixer in mixers("orthogonal"):
+        product = mixer @ mixer.T
+        torch.testing.assert_close(product, torch.eye(6).to(product), rtol=0, atol=1e-5)
+
+
+@each_init
+def test_each_mixer_is_drawn_by_its_seed_and_name(mixer_init):
+    first, other = mixers(mixer_init), mixers(mixer_init, seed=1)
+    drawn = [*first, *other]
+    assert len({tuple(mixer.flatten().tolist()) for mixer in drawn}) == len(drawn)
+    torch.manual_seed(5)
+    assert all(map(torch.equal, mixers(mixer_init), first))
+
+
+@each_init
+def test_files_keep_the_mixer_and_how_it_started(tmp_path, mixer_init):
+    host = tiny_host(configs={"a": changed(CONFIG, mixer_init=mixer_init)})
+    host.save("a", tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "MOSLORA"
+    loaded = host.load("b", tmp_path)
+    assert loaded.config.mixer_init == mixer_init
+    for name, tensor in host.adapters["a"].tensors().items():
+        assert torch.equal(loaded.tensors()[name], tensor)
+    with torch.no_grad():
+        logits = [host(IDS, MASK, [name] * 2).logits for name in ("a", "b")]
+    assert torch.equal(*logits)
+
+
+def test_run_files_know_it():
+    settings = {"method": "moslora", "rank": 4, "alpha": 8, "mixer_init": "orthogonal"}
+    assert parse_adapter_config(settings) == MosLoraConfig(rank=4, alpha=8, mixer_init="orthogonal")
+    with pytest.raises(ValidationError, match="mixer_init"):
+        parse_adapter_config(settings | {"mixer_init": "zeros"})
