@@ -142,7 +142,9 @@ def evaluate(
     """
     names = [None, *host.adapters] if adapters is None else list(adapters)
     pairs = choose_pairs(names) if pairs is None else pairs
-    question_sets = _question_sets(tasks, scoring, split, data, limit, compat)
+    named = [tasks] if isinstance(tasks, str) else [task for task in tasks if isinstance(task, str)]
+    question_sets = [task for task in tasks if isinstance(task, QuestionSet)]
+    question_sets += load_question_sets(named, scoring, split, data, limit, compat)
     tally = RoutingTally(host, names)
     scored: list[TaskScores] = []
     for task in question_sets:
@@ -168,20 +170,6 @@ def evaluate(
         "num_cached_scores": 0 if cache is None else cache.num_found,
     }
     return Evaluation(scored, summarise_seeds(answers), compare_all(answers, pairs), details)
-
-
-def _question_sets(
-    tasks: str | Sequence[str] | Sequence[QuestionSet],
-    scoring: Scoring | None,
-    split: str | None,
-    data: str | Path | None,
-    limit: int | None,
-    compat: Compat | None,
-) -> list[QuestionSet]:
-    names = [tasks] if isinstance(tasks, str) else [task for task in tasks if isinstance(task, str)]
-    if names:
-        return load_question_sets(names, scoring, split, data, limit, compat)
-    return [task for task in tasks if isinstance(task, QuestionSet)]
 
 
 def load_question_sets(

@@ -47,20 +47,17 @@ class PairedComparison:
     num_examples: int
 
 
-def wilson_interval(
-    share: float, count: int, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Compute the score interval of a share of successes; it stays in [0, 1], also at 0 and 1.
 
     Args:
         share: Observed, in [0, 1].
         count: Trials, at least 1.
-        confidence: In (0, 1).
 
     Source:
         Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     scale = 1 + z**2 / count
     centre = (share + z**2 / (2 * count)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -60,16 +59,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
             f"{prompt.origin}: messages need a chat template and the tokenizer has none; "
             "write the conversation out as a prompt"
         )
+    content = prompt.content
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
     try:
-        text = tokenizer.apply_chat_template(
-            _messages(prompt.content), tokenize=False, add_generation_prompt=True
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(
             f"{prompt.origin}: the messages do not fit the chat template: {error}"
         ) from error
     return str(text)
-
-
-def _messages(content: str | Sequence[Message]) -> list[Message]:
-    return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,22 +24,18 @@ _LM_OPTIONS = ("max_length", "add_bos_token", "prefix_token_id", "max_tokens_per
 _KNOWN = (*_LOADING, *_LM_OPTIONS)
 
 
-class Loaded(NamedTuple):
-    """What the arguments name, and those for HostLM."""
-
-    host: Host
-    tokenizer: PreTrainedTokenizerBase
-    adapter: str | None
-    options: dict[str, Any]
-
-
-def load_arguments(arguments: Mapping[str, Any], command_line: Mapping[str, Any]) -> Loaded:
+def load_arguments(
+    arguments: Mapping[str, Any], command_line: Mapping[str, Any]
+) -> tuple[Host, PreTrainedTokenizerBase, str | None, dict[str, Any]]:
     """Load a base model and an adapter on it.
 
     Args:
         arguments: base_model, adapter (a directory or hub id; none for the base model), dtype,
             device, attn_implementation, and what HostLM takes.
         command_line: batch_size and device, as lm-eval passes them.
+
+    Returns:
+        A host, its tokenizer, the adapter's name on it, and further arguments of HostLM.
 
     Raises:
         ConfigError: If an argument is unknown, or base_model is missing.
@@ -60,7 +56,7 @@ def load_arguments(arguments: Mapping[str, Any], command_line: Mapping[str, Any]
     batch_size = str(command_line.get("batch_size"))
     if batch_size.isdigit():  # else "auto"
         options["batch_size"] = int(batch_size)
-    return Loaded(host, tokenizer, next(iter(adapters), None), options)
+    return host, tokenizer, next(iter(adapters), None), options
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
