@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -64,15 +64,6 @@ _RENAMED = {
     "torch_dtype": "dtype",
 }
 """Names of peft and transformers that difflib would not find ours by."""
-
-_METHODS = {
-    "dora": "method: lora with weight_decomposition: true",
-    "mixdora": "method: mixlora with weight_decomposition: true",
-    "rslora": "method: lora with rank_stabilized: true",
-    "lora+": "method: lora and train.loraplus_lr_ratio",
-    "loraplus": "method: lora and train.loraplus_lr_ratio",
-}
-"""How loraloom writes what others call a method of its own."""
 
 _TAGS = ("method", "name")
 """Fields that tell the members of a union apart."""
@@ -243,11 +234,17 @@ def _describe_tag(place: str, models: Models, details: ErrorDetails) -> str:
     if details["type"] == "union_tag_not_found":
         return f"{setting} must be {expected}, it is missing"
     given = str(_context(details)["tag"])
-    if given.lower() in _METHODS:
-        hint = f"; write {_METHODS[given.lower()]}"
+    aliases = {name: text for model in models for name, text in _aliases(model).items()}
+    if given.lower() in aliases:
+        hint = f"; write {aliases[given.lower()]}"
     else:
         hint = did_you_mean(given, tags)
     return f"{setting} must be {expected}, got {given!r}{hint}"
+
+
+def _aliases(model: type[BaseModel]) -> Mapping[str, str]:
+    """Other names for a section of this kind, and what to write instead."""
+    return vars(model).get("aliases", {})
 
 
 def _tag_field(models: Models) -> str:

@@ -3,7 +3,7 @@
 From an evaluation that has just run, or from the files that `--per-question` wrote:
 
     >>> (task,) = read_answers("a.jsonl", "b.jsonl")
-    >>> compare(task, "mixlora", "lora").p_value
+    >>> compare(task, "mix", "plain").p_value
 """
 
 from __future__ import annotations

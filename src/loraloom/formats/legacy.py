@@ -1,11 +1,11 @@
 """The reference's layout before version 0.5.0, brought up to date before it is read.
 
-    mixlora.layers.{L}.gate.weight              now ….{L}.mlp.moe_gate.weight
-    mixlora.layers.{L}.experts.{e}.{p}.lora_A…  now ….{L}.mlp.{p}.experts.{e}.lora_A…
+    {method}.layers.{L}.gate.weight             now ….{L}.mlp.moe_gate.weight
+    {method}.layers.{L}.experts.{e}.{p}.lora_A… now ….{L}.mlp.{p}.experts.{e}.lora_A…
     ….layers.{L}.self_attn.{p}.lora_A…          now ….layers.{L}.mlp.{p}.lora_A…   (FFN, plain LoRA)
 
 Before 0.4 the FFN's projections were w1 (gate), w2 (down) and w3 (up). The routing was called
-"mixtral" (now "mixlora") or "switch".
+"mixtral" or "switch"; what that is today, the method's configuration knows.
 
 Source: mikecovlee/mLoRA 0.2.1 to 0.4.6, `mlora/model.py`, `mlora/common/modelargs.py`.
 """
@@ -21,8 +21,8 @@ from loraloom.adapters.files import AdapterFiles
 
 _PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _STRATEGIES = {old: new for method in CONFIGS for old, new in method.old_strategies.items()}
-_ROUTER = re.compile(r"mixlora\.layers\.(\d+)\.gate\.weight")
-_EXPERT = re.compile(r"mixlora\.layers\.(\d+)\.experts\.(\d+)\.(\w+)\.(lora_[AB]\.weight)")
+_ROUTER = re.compile(r"(\w+)\.layers\.(\d+)\.gate\.weight")
+_EXPERT = re.compile(r"(\w+)\.layers\.(\d+)\.experts\.(\d+)\.(\w+)\.(lora_[AB]\.weight)")
 _MISPLACED = re.compile(
     r"(base_model\.model\.model\.layers\.\d+)\.self_attn\."
     r"(w[123]_proj|gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2)\.(lora_[AB]\.weight)"
@@ -69,11 +69,11 @@ def _current_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _current_name(name: str) -> str:
     if match := _ROUTER.fullmatch(name):
-        return f"mixlora.layers.{match[1]}.mlp.moe_gate.weight"
+        return f"{match[1]}.layers.{match[2]}.mlp.moe_gate.weight"
     if match := _EXPERT.fullmatch(name):
-        layer, expert, projection, part = match.groups()
+        method, layer, expert, projection, part = match.groups()
         projection = _PROJECTIONS.get(projection, projection)
-        return f"mixlora.layers.{layer}.mlp.{projection}.experts.{expert}.{part}"
+        return f"{method}.layers.{layer}.mlp.{projection}.experts.{expert}.{part}"
     if match := _MISPLACED.fullmatch(name):
         layer, projection, part = match.groups()
         return f"{layer}.mlp.{_PROJECTIONS.get(projection, projection)}.{part}"

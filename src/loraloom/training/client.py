@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters import LoraConfig
+from loraloom.adapters import AdapterConfig
 from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.data.encoding import learn_completions
@@ -90,7 +90,7 @@ class TrainingClient:
         host: Host,
         tokenizer: PreTrainedTokenizerBase,
         name: str,
-        adapter: LoraConfig,
+        adapter: AdapterConfig,
         optimizer: OptimizerConfig | None = None,
         *,
         seed: int = 0,

@@ -27,7 +27,12 @@ class LoraConfig(LowRankConfig):
     peft_type = "LORA"
     layout = "peft"
     formula = "y = Wx + b + s·B(Ax)"
-    aliases: ClassVar = {"dora": "method: lora with weight_decomposition: true"}
+    aliases: ClassVar = {
+        "dora": "method: lora with weight_decomposition: true",
+        "rslora": "method: lora with rank_stabilized: true",
+        "lora+": "method: lora and train.loraplus_lr_ratio",
+        "loraplus": "method: lora and train.loraplus_lr_ratio",
+    }
 
     method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Low-rank adaptation of linear layers."""
