@@ -36,6 +36,7 @@ class Recorder:
     """Takes the choices of an adapter's router."""
 
     selected: Tensor | None = None
+    record = True
 
     def record_routing(self, router_logits: Tensor, selected: Tensor, weights: Tensor) -> None:
         self.selected = selected

@@ -302,8 +302,9 @@ class _ExpertStep(StackedStep):
         selected, slot_weights = top_k_routing(logits.flatten(0, 1), top_k)
         selected = selected.view(*logits.shape[:2], top_k)
         slot_weights = slot_weights.view_as(selected)
-        for index, record in enumerate(zip(logits, selected, slot_weights, strict=True)):
-            tokens(index).record_routing(*record)
+        if tokens(0).record is not None:  # views cost as much as small products do
+            for index, record in enumerate(zip(logits, selected, slot_weights, strict=True)):
+                tokens(index).record_routing(*record)
         return selected, slot_weights
 
     def _project(self, output: Tensor, low_rank: Tensor | None, side: StackedSide | None) -> Tensor:
