@@ -15,7 +15,7 @@ from loraloom.eval.routing import (
     words_by_expert,
 )
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
-from tests.tiny import METHODS
+from tests.tiny import ALL_METHODS, METHODS, randomise
 
 NAMES = [None, "lora", "mixlora", "mixdora"]
 
@@ -38,6 +38,23 @@ def test_every_mixture_is_there_and_nobody_else(summary):
     assert list(summary) == ["mixlora", "mixdora"]
     assert summary["mixlora"]["num_experts"] == METHODS["mixlora"].num_experts
     assert summary["mixlora"]["layers"] == [0, 1]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
+    """A MoLA has routers of its own everywhere; HydraLoRA's choose nothing, and are left out."""
+    host = scoring_host()
+    for name in ("mola", "hydralora"):
+        randomise(host.add(name, ALL_METHODS[name]))
+    summary = tallied(host, tiny_tokenizer, [*NAMES, "mola", "hydralora"])
+    assert list(summary) == ["mixlora", "mixdora", "mola"]
+    mola = summary["mola"]
+    assert mola["num_experts"] == 4
+    assert mola["layers"][:2] == ["0.self_attn.q_proj", "0.self_attn.k_proj"]
+    assert len(mola["layers"]) == 2 * 7
+    for row in mola["tasks"]["toy"]["load"]:
+        assert len(row) == 4
+        assert sum(row) == pytest.approx(1, abs=1e-5)
     json.dumps(summary, allow_nan=False)
 
 

@@ -47,6 +47,7 @@ def _settings(description: AdapterDescription) -> dict[str, str]:
     rows = {
         "adapter": description.path,
         "method": f"{description.method}{stabilized} ({description.layout} layout)",
+        "formula": description.formula,
         "base model": description.base_model or "unknown",
         "rank": _rank(description),
     }

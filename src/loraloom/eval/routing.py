@@ -90,7 +90,7 @@ class RoutingTally:
 
     Args:
         host: With the adapters.
-        adapters: Names; None is the base model. Only mixtures are looked at.
+        adapters: Names; None is the base model. Only those whose routers choose are looked at.
     """
 
     def __init__(self, host: Host, adapters: Sequence[str | None]):
@@ -109,7 +109,9 @@ class RoutingTally:
         return (lambda routed: self._add(task, routed)) if self.adapters else None
 
     def _add(self, task: str, routed: RoutedRows) -> None:
-        adapter = self.adapters[routed.adapter]
+        adapter = self.adapters.get(routed.adapter)
+        if adapter is None:  # its router mixes all experts: there are no choices to add up
+            return
         of_task, totals = adapter.tasks[task], routing_totals(routed.routing)
         of_task.questions.update(routed.places)
         of_task.totals = totals if of_task.totals is None else of_task.totals + totals
