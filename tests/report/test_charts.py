@@ -4,6 +4,7 @@ import math
 import re
 from xml.etree import ElementTree
 
+import matplotlib.style
 import pytest
 
 from loraloom.report.charts import MAX_POINTS, Style, interval_chart, line_chart, thinned
@@ -118,6 +119,19 @@ def test_long_names_lose_their_middle_and_foreign_ones_warn_of_nothing():
         "x" * 12 + "…" + "x" * 11 + "@2",
         "数学 $a$ <b>",
     ]
+
+
+def test_a_style_that_is_in_use_changes_no_drawing():
+    """Optuna's pictures leave one behind, for instance."""
+
+    def drawn():
+        rows = [("a", 0.5, (0.4, 0.6), "words")]
+        charts = line_chart("t", {"a": [(1, 2.0), (2, 1.0)]}, STYLES), interval_chart("t", rows)
+        return [chart.svg for chart in charts]
+
+    expected = drawn()
+    with matplotlib.style.context("ggplot"):
+        assert drawn() == expected
 
 
 def test_a_drawing_refers_to_nothing_and_is_the_same_again():

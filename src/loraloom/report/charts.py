@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup, escape
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -32,7 +32,8 @@ MAX_NAME = 26
 _WIDTH, _HEIGHT, _ROW = 360, 220, 22
 _LEFT, _RIGHT, _TOP, _BOTTOM, _LETTER = 46, 8, 8, 30, 6.2
 _RULE = "#c0deff"
-_SVG: dict[Any, Any] = {"svg.fonttype": "none", "path.simplify": False}
+_STYLE: tuple[Any, ...] = ("default", {"svg.fonttype": "none", "path.simplify": False})
+"""Whatever style is in use: the page brings its own."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Chart:
     def svg(self) -> Markup:
         """The drawing as an element of the page."""
         text = io.StringIO()
-        with rc_context(_SVG), warnings.catch_warnings():
+        with style.context(_STYLE), warnings.catch_warnings():
             # the page has fonts of its own
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
             self.figure.savefig(text, format="svg", metadata={"Date": None})
@@ -132,7 +133,8 @@ def _axes(height: int, left: int | float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH / 72, height / 72), frameon=False)
     share_x, share_y = left / _WIDTH, _BOTTOM / height
     box = (share_x, share_y, 1 - share_x - _RIGHT / _WIDTH, 1 - share_y - _TOP / height)
-    axes = figure.add_axes(box, frameon=False)
+    with style.context(_STYLE):
+        axes = figure.add_axes(box, frameon=False)
     axes.tick_params(length=0, pad=4)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:g}")
