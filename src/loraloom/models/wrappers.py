@@ -27,7 +27,6 @@ from loraloom.models.forward import (
     checkpoint_contexts,
     current_forward,
 )
-from loraloom.models.stacking import StackedForward
 from loraloom.ops.dropout import Site
 from loraloom.ops.low_rank import UpProjection, add_low_rank_
 from loraloom.ops.low_rank_ffn import apply_update
@@ -175,7 +174,7 @@ class FfnBlock:
             return self.base_forward(hidden_states)
         gate, up = self._base_inputs(hidden_states)
         if forward.stacked is not None:
-            return self._stacked(forward.stacked, hidden_states, gate, up)
+            return forward.stacked.ffn(self.layer, hidden_states, gate, up, self.act, self.output)
         layout = forward.layout
         gates = layout.split(gate)
         ups = [None] * len(gates) if up is None else layout.split(up)
@@ -190,11 +189,6 @@ class FfnBlock:
         with outside_autocast(gate):
             rows = [part.finish(output) for part, output in zip(parts, outputs, strict=True)]
         return layout.join(rows, torch.Size((*hidden_states.shape[:-1], rows[0].shape[-1])))
-
-    def _stacked(
-        self, stacked: StackedForward, hidden_states: Tensor, gate: Tensor, up: Tensor | None
-    ) -> Tensor:
-        return stacked.ffn(self.layer, hidden_states, gate, up, self.act, self.output)
 
     def _base_inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.shape.fused:
