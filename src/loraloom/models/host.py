@@ -255,6 +255,7 @@ class Host:
         Args:
             input_ids: Tokens, [B, L].
             attention_mask: 1 at real tokens, [B, L], or [B, past + L] with a cache; None: all are.
+                On an accelerator, one that lies on the CPU spares waiting for the device.
             adapters: An adapter's name, or None for the base model, for each row; None: base model.
             sample_keys: A key for each row's dropout in training (see `samples.sample_key`); drawn
                 from a count of forwards when left out.
@@ -270,7 +271,9 @@ class Host:
             input_ids, attention_mask, adapters, sample_keys, training=training, record=record
         )
         with self._run(forward):
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)
+            out = self.model(
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
+            )
         return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record))
 
     def hidden(
@@ -304,7 +307,7 @@ class Host:
         if sample_lengths is not None:
             check_takes_packed_rows(self.config)
             length = input_ids.shape[1]
-            real = packed_token_mask(sample_lengths, length).to(self.device)
+            real = packed_token_mask(sample_lengths, length)
             positions = packed_positions(sample_lengths, length)
             model_inputs["position_ids"] = positions.to(self.device)
         record: Record = {}
@@ -314,7 +317,7 @@ class Host:
         model_inputs.setdefault("use_cache", False)
         with self._run(forward):
             out = self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, **model_inputs
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
             )
         return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
 
@@ -513,6 +516,10 @@ class Host:
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
+
+    def _moved(self, mask: Tensor | None) -> Tensor | None:
+        """Bring a mask to where the base model takes it."""
+        return None if mask is None else mask.to(self.device)
 
     def _prepared_here(self) -> PreparedWeights | None:
         """Return what a `with host.prepared():` of this thread keeps."""
