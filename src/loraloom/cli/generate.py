@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -149,8 +149,9 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
         if len(adapters) > 1:
             row.reject(f"field 'adapter' must say which of {known}; there are several")
         return next(iter(adapters), None)
-    wanted: Any = row["adapter"]
-    name, scale = wanted if isinstance(wanted, list) and len(wanted) == 2 else (wanted, 1.0)
+    wanted = row["adapter"]
+    with_scale = isinstance(wanted, list) and len(wanted) == 2
+    name, scale = cast("tuple[Any, Any]", wanted if with_scale else (wanted, 1.0))
     if not isinstance(scale, int | float):
         row.reject(f"field 'adapter' must be a name or [name, scale], got {wanted!r}")
     if name is None or name == BASE:
