@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from loraloom.models.forward import PreparedWeights
+from loraloom.models.layout import RowAdapter
 
 if TYPE_CHECKING:
     from loraloom.models.host import Host
@@ -29,7 +30,7 @@ class Decoding:
 
     Args:
         host: Whose rows these are.
-        adapters: Each row's adapter, or None for the base model.
+        adapters: Of each row.
         cache: Keys and values, [B, heads, L, head_dim] in each layer.
         attention_mask: 1 at real tokens, [B, L].
         logits: Of the token after each row's last one, [B, V].
@@ -37,7 +38,7 @@ class Decoding:
     """
 
     host: Host
-    adapters: list[str | None]
+    adapters: list[RowAdapter]
     cache: DynamicCache
     attention_mask: Tensor
     logits: Tensor
@@ -91,11 +92,11 @@ def prefill(
     host: Host,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    adapters: Sequence[str | None] | None = None,
+    adapters: Sequence[RowAdapter] | None = None,
 ) -> Decoding:
     """Read prompts; see `Host.prefill`."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    names: list[str | None] = [None] * len(input_ids) if adapters is None else list(adapters)
+    names: list[RowAdapter] = [None] * len(input_ids) if adapters is None else list(adapters)
     # Without the model's config the cache keeps all tokens in each layer; masks see to windows.
     session = Decoding(host, names, DynamicCache(), mask, input_ids.new_empty(0))
     session.logits = _advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
