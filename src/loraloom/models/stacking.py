@@ -34,6 +34,8 @@ _Update = tuple[StackedInput | None, Tensor]
 Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
 """From an adapter to what takes its routing; None where nobody asks."""
 
+MakeStack = Callable[[tuple[Adapter, ...], torch.dtype], "Stack"]
+
 
 class Stack:
     """Like adapters' weights in compute form, layer by layer, made when first asked for.
@@ -43,8 +45,8 @@ class Stack:
         dtype: Of the products.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype):
-        self._adapters = adapters
+    def __init__(self, adapters: tuple[Adapter, ...], dtype: torch.dtype):
+        self.adapters = adapters
         self._dtype = dtype
         self._inputs: dict[tuple[int, str], StackedInput | None] = {}
         self._ffns: dict[int, StackedFfn] = {}
@@ -53,17 +55,19 @@ class Stack:
         """Return the attention projections that share an input; None if none is adapted."""
         key = (layer, names[0])
         if key not in self._inputs:
-            blocks = [adapter.attention_block(layer) for adapter in self._adapters]
+            blocks = [adapter.attention_block(layer) for adapter in self.adapters]
             present = [name for name in names if name in blocks[0]]
-            groups = [input_group([block[n] for n in present], self._dtype) for block in blocks]
-            self._inputs[key] = stack_inputs(groups) if present else None
+            self._inputs[key] = None
+            if present:
+                groups = [input_group([block[n] for n in present], self._dtype) for block in blocks]
+                self._inputs[key] = stack_inputs(groups)
         return self._inputs[key]
 
     def ffn(self, layer: int) -> StackedFfn:
         """Return an FFN block's weights."""
         if layer not in self._ffns:
-            adapters = self._adapters
-            self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, self._dtype)
+            make = self.adapters[0].stack_ffn
+            self._ffns[layer] = make(self.adapters, layer, self._dtype)
         return self._ffns[layer]
 
 
@@ -72,18 +76,21 @@ class Cohort:
     """Like adapters of a batch and where their rows are.
 
     Args:
-        adapters: N of them.
+        stack: Of N adapters.
         counts: Token rows of each.
-        stack: Their weights.
         take: Token row of each place of [N, n], flat; None when the cohort has all rows in order.
         put: Place of each token row, or N·n at rows that are not the cohort's; None as above.
     """
 
-    adapters: tuple[Adapter, ...]
-    counts: tuple[int, ...]
     stack: Stack
+    counts: tuple[int, ...]
     take: Tensor | None
     put: Tensor | None
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """N of them."""
+        return self.stack.adapters
 
     @property
     def width(self) -> int:
@@ -251,15 +258,11 @@ def _updated(
     factors = row_scale.unsqueeze(1).expand(-1, cohort.width, -1)
     factors = cohort.scatter(factors, blank=1.0)
     bias: Any = linear.bias
-    bias = None if bias is None else bias.to(output.dtype)
-    rebuilt = decompose(output, update, factors, bias)
-    if bias is None or cohort.put is None:
-        return rebuilt
-    theirs = cohort.put < len(cohort.adapters) * cohort.width
-    return torch.where(theirs.unsqueeze(1), rebuilt, output)
+    return decompose(output, update, factors, None if bias is None else bias.to(output.dtype))
 
 
 def plan_stacked(
+    make_stack: MakeStack,
     rows: Sequence[Adapter | None],
     length: int,
     dtype: torch.dtype,
@@ -268,6 +271,7 @@ def plan_stacked(
     """Plan how to compute a small forward without gradients by cohorts.
 
     Args:
+        make_stack: Puts like adapters' weights side by side.
         rows: Each batch row's adapter.
         length: L.
         dtype: Of the base.
@@ -276,7 +280,8 @@ def plan_stacked(
     Returns:
         The plan; None if the forward is large, has no adapters, or has one that doesn't stack.
     """
-    adapters = list(dict.fromkeys(adapter for adapter in rows if adapter is not None))
+    present = {adapter for adapter in rows if adapter is not None}
+    adapters = sorted(present, key=lambda adapter: adapter.name)  # whatever the rows' order
     if not adapters or not _is_small(adapters, len(rows) * length, dtype):
         return None
     alike: dict[Hashable, list[Adapter]] = {}
@@ -284,7 +289,8 @@ def plan_stacked(
         alike.setdefault(adapter.stack_key(), []).append(adapter)
     if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter in adapters):
         return None
-    return _make_plan(list(alike.values()), rows, length, dtype, device)
+    stacks = [make_stack(tuple(adapters), dtype) for adapters in alike.values()]
+    return _make_plan(stacks, rows, length, device)
 
 
 def _adapts_every_ffn_or_none(adapter: Adapter) -> bool:
@@ -307,14 +313,10 @@ def _is_small(adapters: Sequence[Adapter], num_tokens: int, dtype: torch.dtype) 
 
 
 def _make_plan(
-    alike: Sequence[Sequence[Adapter]],
-    rows: Sequence[Adapter | None],
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    stacks: Sequence[Stack], rows: Sequence[Adapter | None], length: int, device: torch.device
 ) -> StackedPlan:
-    ordered = sorted(alike, key=lambda adapters: not adapters[0].adapts_ffn(0))
-    cohorts = tuple(_make_cohort(adapters, rows, length, dtype, device) for adapters in ordered)
+    ordered = sorted(stacks, key=lambda stack: not stack.adapters[0].adapts_ffn(0))
+    cohorts = tuple(_make_cohort(stack, rows, length, device) for stack in ordered)
     in_ffn = [cohort for cohort in cohorts if cohort.adapters[0].adapts_ffn(0)]
     if in_ffn and in_ffn[0].put is None:
         return StackedPlan(cohorts, 1, None, None, device)
@@ -337,12 +339,9 @@ def _make_plan(
 
 
 def _make_cohort(
-    adapters: Sequence[Adapter],
-    rows: Sequence[Adapter | None],
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    stack: Stack, rows: Sequence[Adapter | None], length: int, device: torch.device
 ) -> Cohort:
+    adapters = stack.adapters
     tokens = [
         [
             row * length + place
@@ -353,13 +352,12 @@ def _make_cohort(
         for adapter in adapters
     ]
     counts = tuple(map(len, tokens))
-    stack = Stack(adapters, dtype)
     num_tokens, width = len(rows) * length, max(counts)
     if counts == (num_tokens,):
-        return Cohort(tuple(adapters), counts, stack, None, None)
+        return Cohort(stack, counts, None, None)
     padded = [places + places[:1] * (width - len(places)) for places in tokens]
     put = torch.full((num_tokens,), len(adapters) * width)
     for index, places in enumerate(tokens):
         put[places] = index * width + torch.arange(len(places))
     take = torch.tensor(padded).flatten()
-    return Cohort(tuple(adapters), counts, stack, take.to(device), put.to(device))
+    return Cohort(stack, counts, take.to(device), put.to(device))
