@@ -1,11 +1,25 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
-from loraloom.durable import prepare_output, write_output
+from loraloom.durable import (
+    prepare_output,
+    remove,
+    remove_leftovers,
+    staging,
+    write_directory,
+    write_file,
+    write_output,
+    write_text,
+)
 from loraloom.errors import ConfigError
+
+
+def fill_with(text: str):
+    return lambda directory: (directory / "a.txt").write_text(text)
 
 
 def test_text_is_written_and_replaced(tmp_path):
@@ -28,6 +42,112 @@ def test_a_file_that_cannot_be_replaced_stays_and_nothing_is_left_over(tmp_path,
         write_output(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+@pytest.mark.parametrize("write", [write_file, write_directory])
+def test_whatever_ends_the_writing_leaves_nothing_aside(tmp_path, write, error):
+    def fail(aside):
+        if aside.is_dir():
+            fill_with("half")(aside)
+        else:
+            aside.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        write(tmp_path / "new", fail)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.txt").symlink_to("mine.txt")
+    (tmp_path / "directory").symlink_to("elsewhere")
+    write_text(tmp_path / "a.txt", "new")
+    write_directory(tmp_path / "directory", fill_with("new"))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert os.listdir(tmp_path / "elsewhere") == []
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert (tmp_path / "directory/a.txt").read_text() == "new"
+
+
+def test_a_link_where_a_file_goes_aside_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / ".guessed.writing").symlink_to("mine.txt")
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_files_have_the_rights_that_the_user_gives_new_files(tmp_path):
+    (tmp_path / "expected").write_text("")
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "expected").stat().st_mode
+
+
+def test_a_name_as_long_as_names_may_be_can_be_written(tmp_path):
+    write_text(tmp_path / ("x" * 255), "new")
+    assert (tmp_path / ("x" * 255)).read_text() == "new"
+
+
+@pytest.mark.parametrize("write", [write_text, write_directory])
+def test_several_writers_of_one_name_leave_what_one_of_them_wrote(tmp_path, write):
+    errors: list[Exception] = []
+
+    def write_often(text: str) -> None:
+        content = text if write is write_text else fill_with(text)
+        try:
+            for _ in range(20):
+                write(tmp_path / "shared", content)
+        except OSError as error:
+            errors.append(error)
+
+    texts = [letter * 1000 for letter in "abc"]
+    threads = [threading.Thread(target=write_often, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    file = tmp_path / "shared" if write is write_text else tmp_path / "shared/a.txt"
+    assert file.read_text() in texts
+    assert os.listdir(tmp_path) == ["shared"]
+
+
+def test_a_directory_replaces_the_one_before(tmp_path):
+    write_directory(tmp_path / "a", lambda directory: (directory / "old.txt").write_text(""))
+    write_directory(tmp_path / "a", fill_with("new"))
+    assert os.listdir(tmp_path / "a") == ["a.txt"]
+
+
+def test_what_killed_writers_left_is_deleted_and_nothing_else(tmp_path):
+    (tmp_path / ".0123.writing").mkdir()
+    (tmp_path / ".4567.writing").write_text("half")
+    (tmp_path / "my.writing").write_text("whole")
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["my.writing"]
+    (tmp_path / ".89ab.writing").write_text("half")
+    remove_leftovers(tmp_path, older_than_s=60.0)
+    assert len(os.listdir(tmp_path)) == 2, "somebody may be writing it"
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.txt").write_text("")
+    (tmp_path / "link").symlink_to("mine")
+    remove(tmp_path / "link")
+    remove(tmp_path / "not there")
+    assert os.listdir(tmp_path) == ["mine"]
+    remove(tmp_path / "mine")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_staging_directory_is_gone_afterwards(tmp_path):
+    with staging(tmp_path) as directory:
+        fill_with("")(directory)
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_directory_of_an_output_is_made(tmp_path):

@@ -1,32 +1,38 @@
-"""Writing files so that a crash leaves the old or the new, and never a half."""
+"""Writing files so that a crash leaves the old or the new, and never a half.
+
+What is written goes aside first, under a name that nobody can guess or plant a link at, is synced
+and renamed. Whatever ends the writing, Ctrl-C too, takes what is aside away; what a killed process
+leaves there is hidden and ends with `.writing`.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from loraloom.errors import ConfigError
 
+_SUFFIX = ".writing"
+_IS_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file aside, sync it and put it in its place.
 
+    A link at the place is replaced, and what it points to stays.
+
     Raises:
         OSError: If the system can't write there; nothing is left behind.
     """
-    aside = _aside(path)
-    try:
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    write_file(path, lambda aside: _create(aside, text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -34,21 +40,59 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let a function write a file aside, sync it and put it in its place; see `write_text`."""
+    with _aside(path.parent) as aside:
+        fill(aside)
+        sync(aside)
+        os.replace(aside, path)
+    sync(path.parent)
+
+
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a directory aside, sync it and put it in its place."""
-    aside = _aside(path)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staging(path.parent) as aside:
         fill(aside)
-        for file in aside.iterdir():
+        for file in aside.rglob("*"):
             sync(file)
         sync(aside)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _replace_directory(aside, path)
     sync(path.parent)
+
+
+@contextmanager
+def staging(directory: Path) -> Iterator[Path]:
+    """Make a directory in another one, for files on their way; it is gone afterwards."""
+    with _aside(directory) as aside:
+        aside.mkdir()
+        yield aside
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a directory with all that is in it, if it is there.
+
+    Raises:
+        OSError: If something stays.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path, older_than_s: float = 0.0) -> None:
+    """Delete what killed writers left in a directory.
+
+    Args:
+        directory: Where nobody is writing, unless an age is given.
+        older_than_s: Leave what is newer: another process may be writing it.
+    """
+    newest = time.time() - older_than_s
+    for path in directory.glob(f".*{_SUFFIX}"):
+        with suppress(FileNotFoundError):
+            if path.lstat().st_mtime <= newest:
+                remove(path)
 
 
 def sync(path: Path) -> None:
@@ -96,5 +140,32 @@ def write_output(path: Path, text: str) -> None:
         raise ConfigError(f"{path} can't be written: {error}") from error
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.writing")
+@contextmanager
+def _aside(directory: Path) -> Iterator[Path]:
+    """Give a path in a directory for what is on its way; what is there at the end goes."""
+    aside = directory / f".{secrets.token_hex(8)}{_SUFFIX}"
+    try:
+        yield aside
+    finally:
+        with suppress(OSError):
+            remove(aside)
+
+
+def _create(path: Path, text: str) -> None:
+    """Write a new file; one that is there, or a link, is an error."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    """Rename a directory to where another one, or a link, may be. Several processes may do so."""
+    while True:
+        try:
+            os.replace(new, path)
+        except OSError as error:
+            if error.errno not in _IS_IN_THE_WAY:
+                raise
+        else:
+            return
+        with _aside(path.parent) as old, suppress(FileNotFoundError):
+            os.replace(path, old)

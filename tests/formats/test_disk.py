@@ -87,12 +87,15 @@ def fail_rename(monkeypatch, after: int) -> None:
 
 
 def test_what_a_killed_process_has_left_aside_is_cleared(base, tmp_path):
-    aside = tmp_path / ".adapter.writing"
-    aside.mkdir()
-    (aside / "adapter_model.safetensors").write_text("half")
+    aside, busy = tmp_path / ".0123.writing", tmp_path / ".4567.writing"
+    for directory in (aside, busy):
+        directory.mkdir()
+        (directory / "adapter_model.safetensors").write_text("half")
+    os.utime(aside, (0, 0))
     tensors = make_tensors(OLD, base)
     write_adapter(tmp_path, OLD, tensors, base)
     assert not aside.exists()
+    assert busy.exists(), "another process may be writing"
     assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
 
 

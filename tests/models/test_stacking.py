@@ -114,13 +114,16 @@ def test_adapters_that_do_not_stack_go_the_general_way(monkeypatch):
     torch.testing.assert_close(stacked(host, ids, ROWS).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "mola", "mixlora"])
 @pytest.mark.parametrize(
-    "targets", [("q_proj", "v_proj"), ("k_proj", "up_proj"), ("o_proj", "down_proj"), "ffn"]
+    ("method", "targets"),
+    [
+        *((method, ("q_proj", "v_proj")) for method in ("lora", "dora", "mola")),
+        *((method, ("k_proj", "up_proj")) for method in ("lora", "mixdora", "hydralora")),
+        *((method, ("o_proj", "down_proj")) for method in ("dora", "mixlora", "mola")),
+        *((method, "ffn") for method in ("vera", "mixlora", "mola")),
+    ],
 )
 def test_adapters_of_some_projections_are_stacked_too(method, targets):
-    if method == "mixlora" and targets == ("q_proj", "v_proj"):
-        pytest.skip("a mixture has experts in the FFN")
     part = changed(ALL_METHODS[method], target_modules=targets)
     host = tiny_host(configs={"part": part, "part-b": part, "whole": ALL_METHODS["lora"]})
     ids, rows = tiny_ids(5, 2), ["part-b", "whole", None, "part", "part-b"]
@@ -142,6 +145,6 @@ def test_rows_that_go_leave_stacks_as_they_are(monkeypatch):
     for _ in range(12):
         host.decode(session, session.logits.argmax(-1))
         session.keep([*range(1, len(session)), 0] if len(session) <= 4 else range(len(session) - 1))
-    names = [tuple(adapter.name for adapter in adapters) for adapters in made]
+    names = [tuple(adapter.name for adapter, _ in adapters) for adapters in made]
     assert len(names) == len(set(names))
     assert session.prepared.plan.cache_info().currsize == KEPT_PLANS

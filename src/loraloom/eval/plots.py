@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from loraloom.durable import write_file
+
 Point = tuple[int | float, int | float]
 """A step and what was measured there."""
 
@@ -89,5 +91,6 @@ def smoothed(curve: Curve, past: int | float) -> list[Point]:
 def save_figure(figure: Figure, path: Path) -> Figure:
     """Write a figure and return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    kind = path.suffix[1:] or None
+    write_file(path, lambda aside: figure.savefig(aside, dpi=120, format=kind))
     return figure

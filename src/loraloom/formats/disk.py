@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
-from loraloom.durable import sync
+from loraloom.durable import remove_leftovers, staging, sync
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE, names_in
 
+_ABANDONED_S = 3600.0
+"""After so long, nobody is writing any more what lies aside."""
+
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
-_STAGING = ".adapter.writing"
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     AttributeError,
@@ -117,29 +119,28 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
         AdapterError: If the system can't write there.
     """
     is_new = not directory.exists()
-    staging = directory / _STAGING
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        _stage(staging, files, card)
-        _publish(staging, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory, older_than_s=_ABANDONED_S)
+        with staging(directory) as aside:
+            _stage(aside, files, card)
+            _publish(aside, directory)
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         if is_new:
             _remove_if_empty(directory)
 
 
-def _stage(staging: Path, files: AdapterFiles, card: str) -> None:
+def _stage(aside: Path, files: AdapterFiles, card: str) -> None:
     tensors = {name: _on_cpu(tensor) for name, tensor in files.tensors.items()}
-    save_file(tensors, staging / WEIGHTS_FILE, metadata=files.metadata)
+    save_file(tensors, aside / WEIGHTS_FILE, metadata=files.metadata)
     config = json.dumps(files.config, indent=2, ensure_ascii=False, allow_nan=False)
-    (staging / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    (staging / CARD_FILE).write_text(card, encoding="utf-8")
-    shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors makes it 0600
+    (aside / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    (aside / CARD_FILE).write_text(card, encoding="utf-8")
+    shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)  # safetensors makes it 0600
     for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
-        sync(staging / name)
+        sync(aside / name)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -147,13 +148,13 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _publish(staging: Path, directory: Path) -> None:
-    old, new = directory / CONFIG_FILE, staging / CONFIG_FILE
+def _publish(aside: Path, directory: Path) -> None:
+    old, new = directory / CONFIG_FILE, aside / CONFIG_FILE
     if old.exists() and old.read_bytes() != new.read_bytes():
         old.unlink()
         sync(directory)
     for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
-        os.replace(staging / name, directory / name)
+        os.replace(aside / name, directory / name)
         sync(directory)
     (directory / PICKLE_FILE).unlink(missing_ok=True)
 

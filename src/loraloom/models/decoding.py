@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from loraloom.models.forward import PreparedWeights
+from loraloom.models.layout import RowAdapter
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Decoding:
     """Rows that are being continued; made by `Host.prefill`.
 
     Args:
-        adapters: Each row's adapter, or None for the base model.
+        adapters: Of each row.
         attention_mask: 1 at real tokens, [B, L].
         logits: Of the token after each row's last one, [B, V].
         cache: Keys and values, [B, heads, L, head_dim] in each layer. Made without the model's
@@ -33,7 +34,7 @@ class Decoding:
         prepared: The adapters' weights, as they were when the session began.
     """
 
-    adapters: list[str | None]
+    adapters: list[RowAdapter]
     attention_mask: Tensor
     logits: Tensor = field(init=False)
     cache: DynamicCache = field(default_factory=DynamicCache)

@@ -127,10 +127,12 @@ class ForwardContext:
         """Describe a segment's tokens in a layer to their adapter."""
         return self.layout.segments[index].at_layer(layer, device, self.recorder(adapter))
 
-    def ffn_weights(self, adapter: Adapter, layer: int, dtype: torch.dtype) -> FfnWeights:
-        """Return an FFN block's weights in compute form."""
-        key = (adapter, layer, "ffn", dtype)
-        return self._weights(key, lambda: adapter.ffn_weights(layer, dtype))
+    def ffn_weights(
+        self, adapter: Adapter, scale: float, layer: int, dtype: torch.dtype
+    ) -> FfnWeights:
+        """Return an FFN block's weights in compute form, their updates scaled."""
+        key = (adapter, scale, layer, "ffn", dtype)
+        return self._weights(key, lambda: adapter.ffn_weights(layer, dtype).scaled(scale))
 
     def attention_parts(
         self, layer: int, names: Sequence[str], site: Site, hidden_states: Tensor, dtype
@@ -178,8 +180,9 @@ class ForwardContext:
         modules = [block[name] for name in names if name in block]
         if not modules:
             return None
-        key = (adapter, layer, site, dtype)
-        group = self._weights(key, lambda: input_group(modules, dtype))
+        scale = self.layout.segments[index].scale
+        key = (adapter, scale, layer, site, dtype)
+        group = self._weights(key, lambda: input_group(modules, dtype).scaled(scale))
         tokens = self.tokens(adapter, index, layer, hidden_states.device)
         low_rank = adapter.attention_low_rank(group, hidden_states, site, tokens)
         return AttentionPart(group, hidden_states, tokens, low_rank)

@@ -30,11 +30,13 @@ MAX_HIDDEN_BYTES = 1 << 20
 cache are faster (see ops/lean_expert_ffn.py)."""
 
 
+ScaledAdapter = tuple[Adapter, float]
+"""An adapter, and a factor of what it adds to the base model."""
 _Update = tuple[StackedInput | None, Tensor]
 Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
 """From an adapter to what takes its routing; None where nobody asks."""
 
-MakeStack = Callable[[tuple[Adapter, ...], torch.dtype], "Stack"]
+MakeStack = Callable[[tuple[ScaledAdapter, ...], torch.dtype], "Stack"]
 
 
 class Stack:
@@ -45,30 +47,44 @@ class Stack:
         dtype: Of the products.
     """
 
-    def __init__(self, adapters: tuple[Adapter, ...], dtype: torch.dtype):
+    def __init__(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype):
         self.adapters = adapters
         self._dtype = dtype
         self._inputs: dict[tuple[int, str], StackedInput | None] = {}
         self._ffns: dict[int, StackedFfn] = {}
 
+    @property
+    def adapts_ffn(self) -> bool:
+        """Whether they have weights in FFN blocks: in all of them, or in none."""
+        return self.adapters[0][0].adapts_ffn(0)
+
     def attention(self, layer: int, names: Sequence[str]) -> StackedInput | None:
         """Return the attention projections that share an input; None if none is adapted."""
         key = (layer, names[0])
         if key not in self._inputs:
-            blocks = [adapter.attention_block(layer) for adapter in self.adapters]
-            present = [name for name in names if name in blocks[0]]
-            self._inputs[key] = None
-            if present:
-                groups = [input_group([block[n] for n in present], self._dtype) for block in blocks]
-                self._inputs[key] = stack_inputs(groups)
+            first, _ = self.adapters[0]
+            present = [name for name in names if name in first.attention_block(layer)]
+            self._inputs[key] = self._stacked_inputs(layer, present) if present else None
         return self._inputs[key]
 
     def ffn(self, layer: int) -> StackedFfn:
         """Return an FFN block's weights."""
         if layer not in self._ffns:
-            make = self.adapters[0].stack_ffn
-            self._ffns[layer] = make(self.adapters, layer, self._dtype)
+            adapters = [adapter for adapter, _ in self.adapters]
+            weights = [
+                adapter.ffn_weights(layer, self._dtype).scaled(scale)
+                for adapter, scale in self.adapters
+            ]
+            self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, weights)
         return self._ffns[layer]
+
+    def _stacked_inputs(self, layer: int, names: Sequence[str]) -> StackedInput:
+        groups = []
+        for adapter, scale in self.adapters:
+            block = adapter.attention_block(layer)
+            group = input_group([block[name] for name in names], self._dtype)
+            groups.append(group.scaled(scale))
+        return stack_inputs(groups)
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class Cohort:
     put: Tensor | None
 
     @property
-    def adapters(self) -> tuple[Adapter, ...]:
+    def adapters(self) -> tuple[ScaledAdapter, ...]:
         """N of them."""
         return self.stack.adapters
 
@@ -100,7 +116,7 @@ class Cohort:
     def tokens(self, layer: int, index: int, recorder: Recorder, device: Any) -> SegmentTokens:
         """Describe an adapter's rows in a layer; padding at their end is not real."""
         count = self.counts[index]
-        record = recorder(self.adapters[index])
+        record = recorder(self.adapters[index][0])
         if count == self.width or record is None:
             return SegmentTokens(layer, record=record)
         real_index = torch.arange(count, device=device)
@@ -263,7 +279,7 @@ def _updated(
 
 def plan_stacked(
     make_stack: MakeStack,
-    rows: Sequence[Adapter | None],
+    rows: Sequence[ScaledAdapter | None],
     length: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -280,14 +296,15 @@ def plan_stacked(
     Returns:
         The plan; None if the forward is large, has no adapters, or has one that doesn't stack.
     """
-    present = {adapter for adapter in rows if adapter is not None}
-    adapters = sorted(present, key=lambda adapter: adapter.name)  # whatever the rows' order
+    present = dict.fromkeys(adapter for adapter in rows if adapter is not None)
+    # By name, so that stacks don't depend on which row comes first; scales of one stay in order.
+    adapters = sorted(present, key=lambda one: one[0].name)
     if not adapters or not _is_small(adapters, len(rows) * length, dtype):
         return None
-    alike: dict[Hashable, list[Adapter]] = {}
+    alike: dict[Hashable, list[ScaledAdapter]] = {}
     for adapter in adapters:
-        alike.setdefault(adapter.stack_key(), []).append(adapter)
-    if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter in adapters):
+        alike.setdefault(adapter[0].stack_key(), []).append(adapter)
+    if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter, _ in adapters):
         return None
     stacks = [make_stack(tuple(adapters), dtype) for adapters in alike.values()]
     return _make_plan(stacks, rows, length, device)
@@ -305,19 +322,19 @@ def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
     return list(linear(torch.cat(list(parts))).split([len(part) for part in parts]))
 
 
-def _is_small(adapters: Sequence[Adapter], num_tokens: int, dtype: torch.dtype) -> bool:
-    slots = max(adapter.config.experts_per_token or 1 for adapter in adapters)
-    layer = adapters[0].base_layers[0]
+def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.dtype) -> bool:
+    slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
+    layer = adapters[0][0].base_layers[0]
     width = layer.ffn[layer.ffn_shape.output].in_features
     return slots * num_tokens * width * dtype.itemsize <= MAX_HIDDEN_BYTES
 
 
 def _make_plan(
-    stacks: Sequence[Stack], rows: Sequence[Adapter | None], length: int, device: torch.device
+    stacks: Sequence[Stack], rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
 ) -> StackedPlan:
-    ordered = sorted(stacks, key=lambda stack: not stack.adapters[0].adapts_ffn(0))
+    ordered = sorted(stacks, key=lambda stack: not stack.adapts_ffn)
     cohorts = tuple(_make_cohort(stack, rows, length, device) for stack in ordered)
-    in_ffn = [cohort for cohort in cohorts if cohort.adapters[0].adapts_ffn(0)]
+    in_ffn = [cohort for cohort in cohorts if cohort.stack.adapts_ffn]
     if in_ffn and in_ffn[0].put is None:
         return StackedPlan(cohorts, 1, None, None, device)
     num_tokens, start = len(rows) * length, 0
@@ -339,14 +356,14 @@ def _make_plan(
 
 
 def _make_cohort(
-    stack: Stack, rows: Sequence[Adapter | None], length: int, device: torch.device
+    stack: Stack, rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
 ) -> Cohort:
     adapters = stack.adapters
     tokens = [
         [
             row * length + place
             for row, owner in enumerate(rows)
-            if owner is adapter
+            if owner == adapter
             for place in range(length)
         ]
         for adapter in adapters

@@ -159,5 +159,6 @@ class FfnBlock:
             hidden = self.act(gate)
             return FfnRows(hidden if up is None else hidden * up, lambda output: output)
         tokens = forward.tokens(adapter, index, self.layer, gate.device)
-        weights = forward.ffn_weights(adapter, self.layer, gate.dtype)
+        scale = forward.layout.segments[index].scale
+        weights = forward.ffn_weights(adapter, scale, self.layer, gate.dtype)
         return adapter.ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)

@@ -15,7 +15,7 @@ Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-7.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,13 @@ class FfnWeights:
     def sides(self) -> Sequence[UpProjection]:
         """The B sides of what is adapted."""
         return [side for side in (self.gate, self.up, self.down) if side is not None]
+
+    def scaled(self, scale: float) -> FfnWeights:
+        """Return the weights of every projection's update times a scale; see `scale_update`."""
+        if scale == 1:
+            return self
+        gate, up, down = (side and side.scaled(scale) for side in (self.gate, self.up, self.down))
+        return replace(self, gate=gate, up=up, down=down)
 
 
 @dataclass(frozen=True)
