@@ -256,6 +256,7 @@ class Host:
         Args:
             input_ids: Tokens, [B, L].
             attention_mask: 1 at real tokens, [B, L], or [B, past + L] with a cache; None: all are.
+                On an accelerator, one that lies on the CPU spares waiting for the device.
             adapters: For each row an adapter's name, `(name, scale)` to scale what it adds to the
                 base model, or None for the base model; None: base model.
             sample_keys: A key for each row's dropout in training (see `samples.sample_key`); drawn
@@ -276,7 +277,9 @@ class Host:
             model_inputs.setdefault("use_cache", False)
             self._check_fills_no_cache(model_inputs)
         with self._run(forward):
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)
+            out = self.model(
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
+            )
         return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record))
 
     def hidden(
@@ -310,7 +313,7 @@ class Host:
         if sample_lengths is not None:
             check_takes_packed_rows(self.config)
             length = input_ids.shape[1]
-            real = packed_token_mask(sample_lengths, length).to(self.device)
+            real = packed_token_mask(sample_lengths, length)
             positions = packed_positions(sample_lengths, length)
             model_inputs["position_ids"] = positions.to(self.device)
         record: Record = {}
@@ -322,7 +325,7 @@ class Host:
             self._check_fills_no_cache(model_inputs)
         with self._run(forward):
             out = self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, **model_inputs
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
             )
         return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
 
@@ -532,6 +535,10 @@ class Host:
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
+
+    def _moved(self, mask: Tensor | None) -> Tensor | None:
+        """Bring a mask to where the base model takes it."""
+        return None if mask is None else mask.to(self.device)
 
     def _scaled(self, adapter: str | tuple[str, float]) -> ScaledAdapter:
         name, scale = (adapter, 1.0) if isinstance(adapter, str) else adapter
