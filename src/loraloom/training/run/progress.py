@@ -11,14 +11,13 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from loraloom.errors import plain
+from loraloom.terminal import make_console, print_tables
 from loraloom.training.run.display import EnduringOutput
 from loraloom.training.run.job import Job
 from loraloom.training.run.ranking import Ranking, ranking_line, ranking_table
 from loraloom.training.step.micro_batch import padding_share
 
 PLAIN_INTERVAL_S = 5.0
-PLAIN_WIDTH = 400
-"""Room for a table in a file, where lines do not end."""
 _SPEED_PERIOD_S = 120.0
 
 
@@ -45,7 +44,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None, interval_s: float = PLAIN_INTERVAL_S):
-        self._console = console or Console(quiet=True)
+        self._console = console or make_console(quiet=True)
         self._console.file = EnduringOutput(self._console.file)  # pyright: ignore
         self._is_live = console is not None and console.is_terminal
         self._interval_s = interval_s
@@ -114,10 +113,7 @@ class Progress:
 
     def conclude(self, ranking: Ranking) -> None:
         """Print how the jobs of a sweep stand in the end."""
-        console = self._console
-        if not self._is_live:
-            console = Console(file=console.file, width=PLAIN_WIDTH, quiet=console.quiet)
-        console.print(ranking_table(ranking))
+        print_tables(self._console, [ranking_table(ranking)])
 
     def message(self, text: str) -> None:
         """Print a line, above the live ones."""
