@@ -52,6 +52,8 @@ def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
     assert mola["num_experts"] == 4
     assert mola["layers"][:2] == ["0.self_attn.q_proj", "0.self_attn.k_proj"]
     assert len(mola["layers"]) == 2 * 7
+    example = mola["tasks"]["toy"]["example"]["experts"]
+    assert list(example) == [mola["layers"][place] for place in (0, 7, 13)]
     for row in mola["tasks"]["toy"]["load"]:
         assert len(row) == 4
         assert sum(row) == pytest.approx(1, abs=1e-5)

@@ -24,7 +24,7 @@ from loraloom.adapters.config import AdapterConfig
 from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
-from loraloom.routing.record import LayerRouting
+from loraloom.routing.record import LayerRouting, RouterName
 from loraloom.routing.statistics import load_shares
 from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
 
@@ -45,12 +45,12 @@ class TaskRouting:
     Args:
         questions: Places of those that were scored now.
         totals: Over their tokens; None before the first.
-        example: The first question's context as token ids, and the first choice of each, by layer.
+        example: The first question's context as token ids, and the first choice of each, by router.
     """
 
     questions: set[int] = field(default_factory=set)
     totals: RoutingTotals | None = None
-    example: tuple[list[int], dict[int, list[int]]] | None = None
+    example: tuple[list[int], dict[RouterName, list[int]]] | None = None
 
 
 @dataclass
@@ -60,7 +60,7 @@ class AdapterRouting:
     Args:
         config: Of the adapter.
         tasks: By name.
-        word_layers: Places in the record of the layers whose tokens are counted one by one.
+        word_layers: Places in the record of the routers whose tokens are counted one by one.
         word_counts: How often each token of the vocabulary chose each expert there, [layers, V, E]
             int32; None before the first.
     """
@@ -127,7 +127,7 @@ def some_layers(num_layers: int) -> list[int]:
 
 def _example(
     routed: RoutedRows, layers: Sequence[int]
-) -> tuple[list[int], dict[int, list[int]]] | None:
+) -> tuple[list[int], dict[RouterName, list[int]]] | None:
     """Take the context of the first question's first choice out of a forward; None if not there."""
     start = 0
     for place, row in zip(routed.places, routed.rows, strict=True):
@@ -135,10 +135,8 @@ def _example(
             length = min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
             tokens = slice(start, start + length)
             chosen = {
-                routed.routing[layer].layer: routed.routing[layer]
-                .selected_experts[tokens, 0]
-                .tolist()
-                for layer in layers
+                record.router: record.selected_experts[tokens, 0].tolist()
+                for record in (routed.routing[layer] for layer in layers)
             }
             return row.input_ids[:length], chosen
         start += len(row.input_ids)
@@ -167,7 +165,7 @@ def _summarise_adapter(
     covered = {task: one.totals for task, one in adapter.tasks.items() if one.totals is not None}
     some = next(iter(covered.values()), None)
     routers = () if some is None else some.routers
-    layers = [layer if block is None else f"{layer}.{block}" for layer, block in routers]
+    layers = list(map(_label, routers))
     return {
         "num_experts": adapter.config.experts_per_router,
         "top_k": adapter.config.experts_per_token,
@@ -182,6 +180,12 @@ def _summarise_adapter(
         "words": _summarise_words(adapter, layers, tokenizer),
         "warnings": _find_warnings(list(covered.values()), adapter.config),
     }
+
+
+def _label(router: RouterName) -> int | str:
+    """A layer's number, and behind it the projection that the router sits on, if it does."""
+    layer, projection = router
+    return layer if projection is None else f"{layer}.{projection}"
 
 
 def _find_warnings(totals: Sequence[RoutingTotals], config: AdapterConfig) -> list[str]:
@@ -214,7 +218,7 @@ def _summarise_task(
         token_ids, chosen = routing.example
         summary["example"] = {
             "tokens": token_texts(token_ids, tokenizer),
-            "experts": {str(layer): experts for layer, experts in chosen.items()},
+            "experts": {str(_label(router)): experts for router, experts in chosen.items()},
         }
     return summary
 
