@@ -232,7 +232,6 @@ def test_what_is_not_finite_is_dropped_and_weights_are_left_alone():
         (toy_pairs(2), "sft", "data for sft must be of Example, got PreferencePair"),
         (toy_examples(2), "cpo", "data for cpo must be of PreferencePair, got Example"),
         ([], "sft", "adapter a: data must have an example, got none"),
-        (toy_pairs(2), "ppo", "objective must be sft or dpo or cpo, got 'ppo'"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(data, objective, message):
