@@ -14,7 +14,7 @@ import typer
 from typer.main import get_command
 
 import loraloom
-from loraloom.cli import bench, config, eval, generate, inspect, quickstart, report, train
+from loraloom.cli import bench, config, eval, generate, inspect, quickstart, report, serve, train
 from loraloom.errors import LoraloomError
 
 Command = Callable[..., None]
@@ -25,6 +25,7 @@ VERBS: dict[str, Command] = {
     "eval": eval.evaluate,
     "report": report.report,
     "generate": generate.generate,
+    "serve": serve.serve,
     "inspect": inspect.inspect,
 }
 """Verb -> function, in the order of --help."""

@@ -43,6 +43,26 @@ class Decoding:
     logits: Tensor
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
 
+    @classmethod
+    def resume(
+        cls, host: Host, adapter: str | None, states: Tensor, prepared: PreparedWeights
+    ) -> Decoding:
+        """Make a session of one row from what `states` took out of another one.
+
+        It has no logits yet: the first `extend` gives them.
+
+        Args:
+            host: Whose row it is.
+            adapter: The one that computed the states.
+            states: Of the row's first tokens, [layers, 2, heads, L, head_dim].
+            prepared: Takes the weights in compute form.
+        """
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
+            cache.update(keys, values, layer)
+        mask = torch.ones(1, states.shape[3], dtype=torch.long, device=states.device)
+        return cls(host, [adapter], cache, mask, states.new_empty(0), prepared)
+
     def __len__(self) -> int:
         """Rows."""
         return len(self.adapters)
@@ -51,6 +71,23 @@ class Decoding:
     def lengths(self) -> Tensor:
         """Tokens of each row, [B]."""
         return self.attention_mask.sum(1)
+
+    def states(self, row: int, start: int, stop: int) -> Tensor:
+        """Copy keys and values of a row's tokens, [layers, 2, heads, stop - start, head_dim].
+
+        Args:
+            row: Its place.
+            start: The first token, counted from the row's own first one.
+            stop: The one after the last.
+        """
+        padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())
+        columns = slice(padding + start, padding + stop)
+        return torch.stack(
+            [
+                torch.stack([layer.keys[row, :, columns], layer.values[row, :, columns]])
+                for layer in _layers(self.cache)
+            ]
+        )
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let all other rows go; those that stay take this order.
@@ -92,23 +129,40 @@ def prefill(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     adapters: Sequence[str | None] | None = None,
+    prepared: PreparedWeights | None = None,
 ) -> Decoding:
-    """Read prompts; see `Host.prefill`."""
+    """Read prompts; see `Host.prefill`. `prepared` takes the weights in compute form."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     names: list[str | None] = [None] * len(input_ids) if adapters is None else list(adapters)
     # Without the model's config the cache keeps all tokens in each layer; masks see to windows.
-    session = Decoding(host, names, DynamicCache(), mask, input_ids.new_empty(0))
+    prepared = PreparedWeights() if prepared is None else prepared
+    session = Decoding(host, names, DynamicCache(), mask, input_ids.new_empty(0), prepared)
     session.logits = _advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
     return session
 
 
-@torch.no_grad()
 def decode(session: Decoding, tokens: Tensor) -> Tensor:
     """Continue every row by a token; see `Host.decode`."""
-    positions = session.lengths.unsqueeze(1)
-    ones = session.attention_mask.new_ones(len(session), 1)
+    return extend(session, tokens.unsqueeze(1))
+
+
+@torch.no_grad()
+def extend(session: Decoding, input_ids: Tensor) -> Tensor:
+    """Continue every row by the same number of tokens.
+
+    Args:
+        session: Its rows.
+        input_ids: Their next tokens, [B, L].
+
+    Returns:
+        Logits of the tokens after the last ones, [B, V].
+    """
+    positions = session.lengths.unsqueeze(1) + torch.arange(
+        input_ids.shape[1], device=input_ids.device
+    )
+    ones = session.attention_mask.new_ones(input_ids.shape)
     session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
-    session.logits = _advance(session, tokens.unsqueeze(1), positions)
+    session.logits = _advance(session, input_ids, positions)
     return session.logits
 
 

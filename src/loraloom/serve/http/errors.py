@@ -1,0 +1,121 @@
+"""Errors as OpenAI's clients expect them: an object, and a status code that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from loraloom.errors import LoraloomError
+from loraloom.serve.adapters import AllInUseError, UnknownModelError
+from loraloom.serve.engine import OutOfTimeError, QueueFullError, StoppingError
+
+
+class ErrorObject(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is no success."""
+
+    error: ErrorObject
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: HTTP's code.
+        message: What was expected, what came, what to do.
+        code: A word for programs.
+        param: The field of the request that is at fault.
+        headers: To send along.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+        kind = "rate_limit_error" if status == 429 else kind
+        self.body = ErrorBody(
+            error=ErrorObject(message=_clean(message), type=kind, param=param, code=code)
+        )
+
+    def response(self) -> JSONResponse:
+        """The HTTP response."""
+        return JSONResponse(self.body.model_dump(), self.status, self.headers)
+
+
+def api_error(error: Exception, retry_after_s: int = 1) -> ApiError:
+    """Say an error of the engine or of loraloom as an answer.
+
+    Args:
+        error: Any.
+        retry_after_s: When to try again, where that helps.
+    """
+    later = {"Retry-After": str(retry_after_s)}
+    match error:
+        case ApiError():
+            return error
+        case UnknownModelError():
+            return ApiError(404, str(error), code="model_not_found", param="model")
+        case QueueFullError() | AllInUseError():
+            return ApiError(429, str(error), code="queue_full", headers=later)
+        case StoppingError():
+            return ApiError(503, str(error), code="stopping", headers=later)
+        case OutOfTimeError():
+            return ApiError(504, str(error), code="timeout")
+        case LoraloomError():
+            return ApiError(400, str(error))
+    return ApiError(500, "the server failed at this request; its log says why", code="internal")
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Let an application answer every error with an object."""
+
+    def answer(request: Request, error: Exception) -> JSONResponse:
+        return api_error(error).response()
+
+    def of_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = str(error.detail)
+        if error.status_code == 413:
+            message = "the body is larger than this server takes; shorten it"
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    def of_body(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = [str(step) for step in first["loc"][1:]]
+        if first["type"] == "json_invalid":
+            return ApiError(400, f"the body must be JSON: {first['ctx']['error']}").response()
+        return ApiError(400, f"{'.'.join(place)}: {first['msg']}", param=".".join(place)).response()
+
+    for kind in (ApiError, LoraloomError, Exception):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(RequestValidationError, of_body)
+
+
+def _clean(message: str) -> str:
+    """A message that can be sent as UTF-8, of a length that can be read."""
+    text = message.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 2000 else f"{text[:2000]}…"
