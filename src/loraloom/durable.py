@@ -140,6 +140,11 @@ def write_output(path: Path, text: str) -> None:
         raise ConfigError(f"{path} can't be written: {error}") from error
 
 
+def cache_directory() -> Path:
+    """Give `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloom"
+
+
 @contextmanager
 def _aside(directory: Path) -> Iterator[Path]:
     """Give a path in a directory for what is on its way; what is there at the end goes."""

@@ -8,14 +8,52 @@
     ├── FormatError         files of an adapter can't be read
     └── TrainingError       a job can't go on (a loss that is not finite, say)
 
-A message says what was expected, what came and what to do.
+A message says what was expected, what came and what to do. It is short and plain text: what came
+may be anybody's, so `shown` and `plain` leave no character that a terminal would obey.
 """
 
 from __future__ import annotations
 
+import reprlib
+
+MAX_MESSAGE = 4000
+"""Characters of a message; what is longer is cut."""
+
+
+class _Shown(reprlib.Repr):
+    """reprlib's, which trips over whole numbers of more digits than Python prints."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"a number of {x.bit_length()} bits" if x.bit_length() > 256 else repr(x)
+
+
+_shown = _Shown()
+_shown.maxstring = _shown.maxother = 80
+_shown.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """Give a value that came from outside as a message shows it: short, and in quotes if a text."""
+    return plain(_shown.repr(value))
+
+
+def plain(text: str) -> str:
+    """Escape characters that can't be printed (controls, lone surrogates), but not line ends."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class LoraloomError(Exception):
     """Root of every error that loraloom raises on purpose."""
+
+    def __init__(self, message: str = ""):
+        cut = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"
+        super().__init__(plain(cut))
 
 
 class ConfigError(LoraloomError, ValueError):

@@ -59,6 +59,16 @@ def test_a_file_is_completed_row_by_row(run, saved, tmp_path):
     assert written[1]["completion"] != written[2]["completion"]
 
 
+def test_a_row_may_scale_its_adapter(run, saved, tmp_path):
+    rows = [{"prompt": "one", "adapter": adapter} for adapter in (["a", 0.0], "base", ["a", 1])]
+    path, output = write_rows(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    adapter = ["--adapter", f"a={saved / 'lora'}"]
+    assert run("--input", path, "--output", str(output), *adapter) == 0
+    nothing, base, whole = read_rows(output)
+    assert [row["adapter"] for row in (nothing, base, whole)] == [["a", 0.0], "base", "a"]
+    assert nothing["completion"] == base["completion"] != whole["completion"]
+
+
 def test_rows_go_to_the_terminal_without_an_output(run, tmp_path, capsys):
     assert run("--input", write_rows(tmp_path / "in.jsonl", {"prompt": "one"})) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
@@ -87,6 +97,7 @@ def test_sampling_options_are_used(run, capsys):
         ({"prompt": 3}, "line 1: field 'prompt' must be a string"),
         ({"prompt": "x", "adapter": "c"}, "field 'adapter' must be one of base, a, b, got 'c'"),
         ({"prompt": "x"}, "field 'adapter' must say which of base, a, b"),
+        ({"prompt": "x", "adapter": ["a", "b"]}, "must be a name or [name, scale], got ['a', 'b']"),
         ({"messages": [{"role": "user"}]}, "no field 'content'"),
     ],
 )

@@ -1,5 +1,12 @@
+from __future__ import annotations
+
+import logging
+import os
+import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -49,12 +56,67 @@ def test_an_interrupt_is_code_130(monkeypatch):
     assert run_with(monkeypatch, interrupt) == 130
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+def test_an_unexpected_error_is_one_line_and_code_1_and_its_traceback_is_in_a_private_file(
+    monkeypatch, capsys
+):
     def fail() -> None:
-        raise RuntimeError("ours")
+        raise RuntimeError("odd \x1b[31m" + 2000 * "x")
 
-    with pytest.raises(RuntimeError, match="ours"):
-        run_with(monkeypatch, fail)
+    assert run_with(monkeypatch, fail) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: unexpected RuntimeError: 'odd \\x1b[31m")
+    assert len(line) < 400
+    path = Path(line.rpartition("the traceback is in ")[2])
+    assert path.is_relative_to(os.environ["XDG_CACHE_HOME"])
+    assert "in fail\n" in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("home", ["", "a file"])
+def test_where_the_cache_can_not_be_written_the_traceback_is_in_a_temporary_file(
+    monkeypatch, capsys, tmp_path, home
+):
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", home and str(tmp_path / home))
+    monkeypatch.setattr(Path, "home", lambda: 1 / 0 if home else raise_no_home())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fail() -> None:
+        raise RuntimeError
+
+    assert run_with(monkeypatch, fail) == 1
+    path = Path(capsys.readouterr().err.strip().rpartition("the traceback is in ")[2])
+    assert path.parent == tmp_path
+
+
+def raise_no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_command_without_errors_makes_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main(["--version"]) == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_traceback_of_a_job_that_failed_is_kept_too(monkeypatch, capsys):
+    def train() -> None:
+        logging.getLogger("loraloom.training").error("job a failed", exc_info=ZeroDivisionError())
+        raise TrainingError("job a: ZeroDivisionError")
+
+    assert run_with(monkeypatch, train) == 2
+    assert "error: job a: ZeroDivisionError; the traceback is in " in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    """As in `loraloom ... | head -1`."""
+    code = "import sys; from loraloom.cli.main import main; sys.exit(main(['train', '--help']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode in (0, 1)
 
 
 @pytest.mark.parametrize("argv", [["no-such-verb"], ["config", "show"], ["--no-such-option"], []])

@@ -69,6 +69,19 @@ def test_a_fault_is_one_message_and_code_2_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_training_goes_on_when_nobody_reads_its_output_any_more(
+    run_file, tmp_path, monkeypatch, capsys
+):
+    """As in `loraloom train run.yaml | head -3`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["train", run_file]) == 0
+    assert (tmp_path / "out/plain/result.json").exists()
+    assert capsys.readouterr().err == ""
+
+
 def test_an_existing_output_directory_needs_resume_or_overwrite(run_file, tmp_path, capsys):
     (tmp_path / "out/plain").mkdir(parents=True)
     assert cli.main(["train", run_file]) == 2

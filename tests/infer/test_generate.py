@@ -44,6 +44,17 @@ def test_greedy_takes_the_most_likely_token(host, tiny_tokenizer):
     assert completed(host, tiny_tokenizer, [Prompt("the sky", "lora")]) == [expected]
 
 
+def test_a_prompt_may_scale_its_adapter(host, tiny_tokenizer):
+    asked = [
+        Prompt("the sky", adapter) for adapter in ("lora", ("lora", 0.25), ("lora", 0.0), None)
+    ]
+    texts = completed(host, tiny_tokenizer, asked)
+    alone = [completed(host, tiny_tokenizer, [prompt])[0] for prompt in asked]
+    assert texts == alone
+    assert texts[2] == texts[3]
+    assert len(set(texts)) == 3
+
+
 @pytest.mark.parametrize(
     "settings",
     [

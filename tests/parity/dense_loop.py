@@ -63,6 +63,7 @@ class DenseAdapter:
         tensors: Its weights by name, with gradient where wanted.
         mask: 1 at real tokens, [B, L].
         masks: Dropout and jitter; None outside training.
+        scale: Factor of what the adapter adds to each projection.
         router_logits: Filled by a forward: each layer's, of real tokens.
     """
 
@@ -71,6 +72,7 @@ class DenseAdapter:
     tensors: Mapping[str, Tensor]
     mask: Tensor
     masks: RandomMasks | None = None
+    scale: float = 1.0
     router_logits: list[Tensor] = field(default_factory=list)
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -128,6 +130,8 @@ class DenseAdapter:
         if config.weight_decomposition:
             norms = dense.detach().square().sum(1).sqrt()
             output = output * self.tensors[f"{key}.magnitude"] / norms
+        base = linear(x, module.weight)
+        output = base + self.scale * (output - base)
         return output if module.bias is None else output + module.bias
 
     def _mixture(self, index: int, block: nn.Module, x: Tensor) -> Tensor:

@@ -156,8 +156,16 @@ class Adapter(nn.Module, ABC):
         return None
 
     @classmethod
-    def stack_ffn(cls, adapters: Sequence[Any], layer: int, dtype: torch.dtype) -> StackedFfn:
-        """Put the FFN weights of adapters with the same `stack_key` side by side."""
+    def stack_ffn(
+        cls, adapters: Sequence[Any], layer: int, weights: Sequence[FfnWeights]
+    ) -> StackedFfn:
+        """Put the FFN weights of adapters with the same `stack_key` side by side.
+
+        Args:
+            adapters: One or more.
+            layer: Index of the decoder layer.
+            weights: What `ffn_weights` returned for each.
+        """
         raise NotImplementedError(f"{cls.__name__} has no stacked form")
 
     def auxiliary_loss(self, routing: Sequence[LayerRouting]) -> Tensor | None:

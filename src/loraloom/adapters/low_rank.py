@@ -157,10 +157,10 @@ class LowRankAdapter(Adapter):
 
     @classmethod
     def stack_ffn(
-        cls, adapters: Sequence[LowRankAdapter], layer: int, dtype: torch.dtype
+        cls, adapters: Sequence[LowRankAdapter], layer: int, weights: Sequence[FfnWeights]
     ) -> StackedLowRankFfn:
         """See Adapter."""
-        return stack_low_rank_ffn([adapter.ffn_weights(layer, dtype) for adapter in adapters])
+        return stack_low_rank_ffn(weights)
 
 
 def projection_block(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -22,6 +22,7 @@ from loraloom.errors import ConfigError
 if TYPE_CHECKING:
     from loraloom.data.rows import Row
     from loraloom.infer.prompts import Prompt
+    from loraloom.models.layout import RowAdapter
 
 BASE = "base"
 """What files call the base model."""
@@ -141,19 +142,23 @@ def _prompt_of(row: Row, adapters: Mapping[str, str]) -> Prompt:
     return Prompt(content, _adapter_of(row, adapters), row.origin)
 
 
-def _adapter_of(row: Row, adapters: Mapping[str, str]) -> str | None:
-    """The adapter that a row asks for, or the only one."""
+def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
+    """The adapter that a row asks for, perhaps with a scale, or the only one."""
     known = ", ".join([BASE, *adapters])
     if "adapter" not in row:
         if len(adapters) > 1:
             row.reject(f"field 'adapter' must say which of {known}; there are several")
         return next(iter(adapters), None)
-    name = row["adapter"]
+    wanted = row["adapter"]
+    with_scale = isinstance(wanted, list) and len(wanted) == 2
+    name, scale = cast("tuple[Any, Any]", wanted if with_scale else (wanted, 1.0))
+    if not isinstance(scale, int | float):
+        row.reject(f"field 'adapter' must be a name or [name, scale], got {wanted!r}")
     if name is None or name == BASE:
         return None
     if name not in adapters:
         row.reject(f"field 'adapter' must be one of {known}, got {name!r}; give --adapter for it")
-    return name
+    return name if scale == 1 else (name, scale)
 
 
 def _print_completions(prompts: Sequence[Prompt], completions: Sequence[str]) -> None:

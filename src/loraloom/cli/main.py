@@ -6,16 +6,34 @@ functions only, so that `loraloom --help` is quick.
 
 from __future__ import annotations
 
+import logging
+import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 from typer.main import get_command
 
 import loraloom
-from loraloom.cli import bench, config, eval, generate, inspect, quickstart, report, serve, train
-from loraloom.errors import LoraloomError
+from loraloom.cli import (
+    bench,
+    chat,
+    config,
+    eval,
+    generate,
+    inspect,
+    quickstart,
+    report,
+    serve,
+    train,
+)
+from loraloom.cli.tracebacks import TracebackFile, kept_tracebacks
+from loraloom.errors import LoraloomError, plain, shown
+
+_log = logging.getLogger(__name__)
 
 Command = Callable[..., None]
 
@@ -26,6 +44,7 @@ VERBS: dict[str, Command] = {
     "report": report.report,
     "generate": generate.generate,
     "serve": serve.serve,
+    "chat": chat.chat,
     "inspect": inspect.inspect,
 }
 """Verb -> function, in the order of --help."""
@@ -44,17 +63,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `loraloom`; None takes the process's own.
 
     Returns:
-        The exit code: 0, 2 after a user's fault (one message on stderr), 130 after Ctrl-C,
-        143 after SIGTERM in training.
+        The exit code: 0, 2 after a user's fault (one message on stderr), 1 after any other (one
+        line, which names the file that has the traceback) and where nobody reads the output any
+        more, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP in training.
     """
-    try:
-        get_command(_build_app()).main(args=argv, prog_name="loraloom")
-    except LoraloomError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as end:  # how typer ends, whatever the outcome
-        return end.code if isinstance(end.code, int) else 0
+    with kept_tracebacks() as tracebacks:
+        try:
+            get_command(_build_app()).main(args=argv, prog_name="loraloom")
+        except LoraloomError as error:
+            _complain(str(error), tracebacks)
+            return 2
+        except SystemExit as end:  # how typer ends, whatever the outcome
+            return end.code if isinstance(end.code, int) else 0
+        except Exception as error:
+            _log.error("%s", shlex.join(sys.argv), exc_info=error)
+            _complain(f"unexpected {type(error).__name__}: {shown(str(error))}", tracebacks)
+            return 1
+        finally:
+            _flush_output()
     return 0
+
+
+def _complain(message: str, tracebacks: TracebackFile) -> None:
+    """Tell what went wrong on stderr, and where its traceback is if one was kept."""
+    place = "" if tracebacks.path is None else f"; the traceback is in {tracebacks.path}"
+    with suppress(OSError):
+        print(f"error: {plain(message)}{place}", file=sys.stderr)
+
+
+def _flush_output() -> None:
+    """Write what is left to stdout now, as Python would end with a traceback if that failed."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"warning: some of the output can't be written: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _build_app() -> typer.Typer:

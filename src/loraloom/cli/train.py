@@ -56,7 +56,8 @@ def train(
 ) -> None:
     """Train the adapters of a run file, all of them together on one base model.
 
-    Ctrl-C or SIGTERM saves everything for --resume; a second one ends at once.
+    Ctrl-C, SIGTERM or SIGHUP saves everything for --resume; a second one ends at once. Output
+    that can't be written, to a closed pipe say, is lost; training goes on.
     """
     options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     changes = [f"{name}={value}" for name, value in options.items() if value is not None]
@@ -87,12 +88,13 @@ def train(
 
 def _results_table(results: Sequence[JobResult]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("job", "method", "steps", "weights", "metrics", box=None)
     for result in results:
         metrics = "\n".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         steps = f"{result.steps} ({result.status})"
-        table.add_row(result.job, result.method, steps, result.weights, metrics or "-")
+        table.add_row(result.job, result.method, steps, result.weights, Text(metrics or "-"))
     return table
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loraloom.data.tokenising import TokenPair
+from loraloom.durable import cache_directory
 from loraloom.errors import ConfigError
 from loraloom.eval.provenance import adapter_digest, computation_key
 from loraloom.models.host import Host
@@ -46,9 +46,8 @@ Tokens = Sequence[TokenPair]
 
 
 def default_cache_directory() -> Path:
-    """Give `$XDG_CACHE_HOME/loraloom/eval`, which is under `~/.cache` where that is not set."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "loraloom" / "eval"
+    """Give the directory of scores in the user's cache."""
+    return cache_directory() / "eval"
 
 
 class ScoreCache:

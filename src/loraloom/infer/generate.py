@@ -18,6 +18,7 @@ from loraloom.infer.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig, StopTexts, TokenChooser, before_stop
 from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def complete(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Sequence[list[int]],
-    adapters: Sequence[str | None],
+    adapters: Sequence[RowAdapter],
     sampling: SamplingConfig,
     *,
     keys: Sequence[int] | None = None,
@@ -101,7 +102,7 @@ def complete(
         host: With the adapters.
         tokenizer: The base model's.
         encoded: Prompts, none empty.
-        adapters: A name or None for each.
+        adapters: Of each, as in calling the host.
         sampling: How tokens are chosen.
         keys: A number for each prompt; the draws follow from it and the seed. By default its place.
         batch_size: Most prompts at once.
@@ -148,20 +149,20 @@ def _check_lengths(
 
 
 def _batches(
-    encoded: Sequence[list[int]], adapters: Sequence[str | None], batch_size: int
+    encoded: Sequence[list[int]], adapters: Sequence[RowAdapter], batch_size: int
 ) -> Iterator[list[int]]:
     """Cut the prompts' places into batches of like lengths, each adapter's rows together."""
     order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        yield sorted(batch, key=lambda place: (adapters[place] or "", place))
+        yield sorted(batch, key=lambda place: (str(adapters[place] or ""), place))
 
 
 def _generate_batch(
     host: Host,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[list[int]],
-    names: Sequence[str | None],
+    names: Sequence[RowAdapter],
     sampling: SamplingConfig,
     keys: Sequence[int],
 ) -> list[list[int]]:
@@ -205,7 +206,7 @@ def _search_beams(
     tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     attention_mask: Tensor,
-    names: Sequence[str | None],
+    names: Sequence[RowAdapter],
     sampling: SamplingConfig,
     stops: StopTexts | None,
 ) -> list[list[int]]:

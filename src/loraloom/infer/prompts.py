@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.chat import Message
 from loraloom.data.tokenising import encode_texts
 from loraloom.errors import DataError
+from loraloom.models.layout import RowAdapter
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,12 @@ class Prompt:
 
     Args:
         content: A text, or the turns of a conversation.
-        adapter: Name of the adapter that answers; None is the base model.
+        adapter: Name of the adapter that answers, perhaps with a scale; None is the base model.
         origin: Where it comes from, for messages: a file and line, say.
     """
 
     content: str | tuple[Message, ...]
-    adapter: str | None = None
+    adapter: RowAdapter = None
     origin: str = "prompt"
 
 

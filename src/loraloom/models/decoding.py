@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from loraloom.models.forward import PreparedWeights
+from loraloom.models.forward import PreparedWeights, Record
+from loraloom.models.layout import RowAdapter
 
 if TYPE_CHECKING:
     from loraloom.models.host import Host
@@ -29,7 +30,7 @@ class Decoding:
 
     Args:
         host: Whose rows these are.
-        adapters: Each row's adapter, or None for the base model.
+        adapters: Of each row.
         cache: Keys and values, [B, heads, L, head_dim] in each layer.
         attention_mask: 1 at real tokens, [B, L].
         logits: Of the token after each row's last one, [B, V].
@@ -37,7 +38,7 @@ class Decoding:
     """
 
     host: Host
-    adapters: list[str | None]
+    adapters: list[RowAdapter]
     cache: DynamicCache
     attention_mask: Tensor
     logits: Tensor
@@ -45,7 +46,7 @@ class Decoding:
 
     @classmethod
     def resume(
-        cls, host: Host, adapter: str | None, states: Tensor, prepared: PreparedWeights
+        cls, host: Host, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights
     ) -> Decoding:
         """Make a session of one row from what `states` took out of another one.
 
@@ -128,12 +129,12 @@ def prefill(
     host: Host,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    adapters: Sequence[str | None] | None = None,
+    adapters: Sequence[RowAdapter] | None = None,
     prepared: PreparedWeights | None = None,
 ) -> Decoding:
     """Read prompts; see `Host.prefill`. `prepared` takes the weights in compute form."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    names: list[str | None] = [None] * len(input_ids) if adapters is None else list(adapters)
+    names: list[RowAdapter] = [None] * len(input_ids) if adapters is None else list(adapters)
     # Without the model's config the cache keeps all tokens in each layer; masks see to windows.
     prepared = PreparedWeights() if prepared is None else prepared
     session = Decoding(host, names, DynamicCache(), mask, input_ids.new_empty(0), prepared)
@@ -141,18 +142,19 @@ def prefill(
     return session
 
 
-def decode(session: Decoding, tokens: Tensor) -> Tensor:
-    """Continue every row by a token; see `Host.decode`."""
-    return extend(session, tokens.unsqueeze(1))
+def decode(session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
+    """Continue every row by a token; see `Host.decode`. `record` takes what routers do."""
+    return extend(session, tokens.unsqueeze(1), record)
 
 
 @torch.no_grad()
-def extend(session: Decoding, input_ids: Tensor) -> Tensor:
+def extend(session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
     """Continue every row by the same number of tokens.
 
     Args:
         session: Its rows.
         input_ids: Their next tokens, [B, L].
+        record: Takes what routers do.
 
     Returns:
         Logits of the tokens after the last ones, [B, V].
@@ -162,13 +164,15 @@ def extend(session: Decoding, input_ids: Tensor) -> Tensor:
     )
     ones = session.attention_mask.new_ones(input_ids.shape)
     session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
-    session.logits = _advance(session, input_ids, positions)
+    session.logits = _advance(session, input_ids, positions, record)
     return session.logits
 
 
-def _advance(session: Decoding, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def _advance(
+    session: Decoding, input_ids: Tensor, position_ids: Tensor, record: Record | None = None
+) -> Tensor:
     """Run tokens through the model, and return the logits after the last one of each row."""
-    states: Any = session.host.advance(session, input_ids, position_ids)
+    states: Any = session.host.advance(session, input_ids, position_ids, record)
     return session.host.logits(states[:, -1].contiguous())
 
 

@@ -96,10 +96,12 @@ class ForwardContext:
             return None
         return self.record.setdefault(adapter.name, []).append
 
-    def ffn_weights(self, adapter: Adapter, layer: int, dtype: torch.dtype) -> FfnWeights:
-        """Return an FFN block's weights in compute form."""
-        key = (adapter, layer, "ffn", dtype)
-        return self._weights(key, lambda: adapter.ffn_weights(layer, dtype))
+    def ffn_weights(
+        self, adapter: Adapter, scale: float, layer: int, dtype: torch.dtype
+    ) -> FfnWeights:
+        """Return an FFN block's weights in compute form, their updates scaled."""
+        key = (adapter, scale, layer, "ffn", dtype)
+        return self._weights(key, lambda: adapter.ffn_weights(layer, dtype).scaled(scale))
 
     def attention_parts(
         self, layer: int, names: Sequence[str], site: Site, hidden_states: Tensor, dtype
@@ -147,9 +149,10 @@ class ForwardContext:
         modules = [block[name] for name in names if name in block]
         if not modules:
             return None
-        key = (adapter, layer, site, dtype)
-        group = self._weights(key, lambda: input_group(modules, dtype))
-        tokens = self.layout.segments[index].at_layer(layer, hidden_states.device, None)
+        segment = self.layout.segments[index]
+        key = (adapter, segment.scale, layer, site, dtype)
+        group = self._weights(key, lambda: input_group(modules, dtype).scaled(segment.scale))
+        tokens = segment.at_layer(layer, hidden_states.device, None)
         low_rank = adapter.attention_low_rank(group, hidden_states, site, tokens)
         return AttentionPart(group, low_rank)
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Open = Callable[[Tensor, Tensor | None, Sequence[str | None]], AbstractContextManager[None]]
+from loraloom.models.layout import RowAdapter
+
+Open = Callable[[Tensor, Tensor | None, Sequence[RowAdapter]], AbstractContextManager[None]]
 """From a forward's tokens, mask and adapters to its context."""
 
 
@@ -25,12 +27,12 @@ class _Running:
 
     Args:
         generation: Of which model.
-        adapters: A name or None for each row that was given.
+        adapters: Of each row that was given.
         forward: The context of the forward that is running.
     """
 
     generation: Generation
-    adapters: Sequence[str | None]
+    adapters: Sequence[RowAdapter]
     forward: AbstractContextManager[None] | None = None
 
 
@@ -58,11 +60,11 @@ class Generation:
             hook.remove()
 
     @contextmanager
-    def of_rows(self, adapters: Sequence[str | None]) -> Iterator[None]:
+    def of_rows(self, adapters: Sequence[RowAdapter]) -> Iterator[None]:
         """Give the forwards that this thread makes inside their adapters.
 
         Args:
-            adapters: A name or None for each row; beams and returned sequences take their row's.
+            adapters: Of each row; beams and returned sequences take their row's.
         """
         token = _running.set(_Running(self, adapters))
         try:
@@ -86,7 +88,7 @@ class Generation:
             forward.__exit__(None, None, None)
 
 
-def expand_adapters(adapters: Sequence[str | None], batch_size: int) -> Sequence[str | None]:
+def expand_adapters(adapters: Sequence[RowAdapter], batch_size: int) -> Sequence[RowAdapter]:
     """Repeat each row's adapter for its beams or returned sequences."""
     copies = batch_size // len(adapters)
     return [name for name in adapters for _ in range(copies)]

@@ -5,6 +5,7 @@ Axes: B batch, L sequence, N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -35,7 +36,7 @@ from loraloom.models.forward import (
     segment_adapters,
 )
 from loraloom.models.generation import Generation
-from loraloom.models.layout import make_layout
+from loraloom.models.layout import RowAdapter, make_layout
 from loraloom.models.packing import (
     SampleLengths,
     check_takes_packed_rows,
@@ -43,10 +44,10 @@ from loraloom.models.packing import (
     packed_token_mask,
 )
 from loraloom.models.samples import sample_key
-from loraloom.models.stacking import StackedForward, plan_stacked
+from loraloom.models.stacking import ScaledAdapter, StackedForward, plan_stacked
 from loraloom.models.wiring import Wiring
-from loraloom.ops.token_loss import token_losses, token_scores
-from loraloom.routing.record import LayerRouting
+from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
+from loraloom.routing.record import LayerRouting, join_routing
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
     "loraloom_prepared", default=None
@@ -61,7 +62,8 @@ class HostOutput:
         logits: [B, L, V] (fewer positions with `logits_to_keep`).
         past_key_values: The cache, if one was asked for.
         loss: The base model's own loss, if labels were given.
-        routing: Each mixture's routing by adapter name, an entry for each router, real tokens only.
+        routing: Each mixture's routing by adapter name, an entry for each router, real tokens only;
+            those of rows with one scale before those with the next.
     """
 
     logits: Tensor
@@ -245,7 +247,7 @@ class Host:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[RowAdapter] | None = None,
         sample_keys: Sequence[int] | None = None,
         training: bool | None = None,
         **model_inputs: Any,
@@ -255,7 +257,9 @@ class Host:
         Args:
             input_ids: Tokens, [B, L].
             attention_mask: 1 at real tokens, [B, L], or [B, past + L] with a cache; None: all are.
-            adapters: An adapter's name, or None for the base model, for each row; None: base model.
+                On an accelerator, one that lies on the CPU spares waiting for the device.
+            adapters: For each row an adapter's name, `(name, scale)` to scale what it adds to the
+                base model, or None for the base model; None: base model.
             sample_keys: A key for each row's dropout in training (see `samples.sample_key`); drawn
                 from a count of forwards when left out.
             training: Dropout and jitter are on, for this forward.
@@ -270,14 +274,16 @@ class Host:
             input_ids, attention_mask, adapters, sample_keys, training=training, record=record
         )
         with self._run(forward):
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)
+            out = self.model(
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
+            )
         return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record))
 
     def hidden(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[RowAdapter] | None = None,
         sample_keys: Sequence[int] | None = None,
         token_mask: Tensor | None = None,
         sample_lengths: SampleLengths | None = None,
@@ -289,7 +295,7 @@ class Host:
         Args:
             input_ids: Tokens, [B, L].
             attention_mask: Padding mask, or a mask of your own to add to attention scores.
-            adapters: A name or None for each row.
+            adapters: As in calling the host.
             sample_keys: A key for each sample's dropout, row after row.
             token_mask: 1 at real tokens, [B, L], where the attention mask doesn't say it.
             sample_lengths: Of rows that hold several samples from the left, the samples' tokens;
@@ -304,7 +310,7 @@ class Host:
         if sample_lengths is not None:
             check_takes_packed_rows(self.config)
             length = input_ids.shape[1]
-            real = packed_token_mask(sample_lengths, length).to(self.device)
+            real = packed_token_mask(sample_lengths, length)
             positions = packed_positions(sample_lengths, length)
             model_inputs["position_ids"] = positions.to(self.device)
         record: Record = {}
@@ -314,7 +320,7 @@ class Host:
         model_inputs.setdefault("use_cache", False)
         with self._run(forward):
             out = self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, **model_inputs
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
             )
         return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
 
@@ -343,11 +349,21 @@ class Host:
         """
         return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
 
+    def top_tokens(self, hidden_states: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+        """Compute log p of the most likely next tokens, [N, K], and their ids, [N, K].
+
+        Args:
+            hidden_states: After the final norm, [N, D].
+            num_top: K.
+        """
+        vocab_size = self.config.vocab_size
+        return top_tokens(hidden_states, self._head, vocab_size, min(num_top, vocab_size))
+
     def prefill(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[RowAdapter] | None = None,
     ) -> Decoding:
         """Read prompts, as the first step of a decoding session.
 
@@ -377,7 +393,13 @@ class Host:
         """
         return decoding.decode(session, tokens)
 
-    def advance(self, session: Decoding, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def advance(
+        self,
+        session: Decoding,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        record: Record | None = None,
+    ) -> Tensor:
         """Run tokens of a session through the decoder layers; see models/decoding.py.
 
         Returns:
@@ -388,6 +410,7 @@ class Host:
             session.attention_mask,
             session.adapters,
             training=False,
+            record=record,
             prepared=session.prepared,
         )
         with self._run(forward):
@@ -405,7 +428,7 @@ class Host:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[RowAdapter] | None = None,
         **generate_kwargs: Any,
     ) -> Any:
         """Generate with transformers' `generate`, each row with its adapter, in the rows' order.
@@ -446,8 +469,8 @@ class Host:
         return adapter
 
     def _row_adapters(
-        self, adapters: Sequence[str | None] | None, batch_size: int
-    ) -> Sequence[str | None]:
+        self, adapters: Sequence[RowAdapter] | None, batch_size: int
+    ) -> Sequence[RowAdapter]:
         if isinstance(adapters, str):
             raise AdapterError(
                 f"adapters must be a list, one name a row, got the text {adapters!r}"
@@ -458,15 +481,21 @@ class Host:
                 f"adapters must have one name or None for each of the {batch_size} rows, "
                 f"got {len(names)}"
             )
-        for name in set(names) - {None}:
-            self.adapter(name)  # pyright: ignore[reportArgumentType]
-        return names
+        return [self._row_adapter(adapter) for adapter in names]
+
+    def _row_adapter(self, adapter: RowAdapter) -> RowAdapter:
+        """Check a row's adapter; one with the scale 1 is its name."""
+        if adapter is None:
+            return None
+        name, scale = (adapter, 1.0) if isinstance(adapter, str) else _scaled_name(adapter)
+        self.adapter(name)
+        return name if scale == 1 else (name, scale)
 
     def _forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        adapters: Sequence[str | None] | None,
+        adapters: Sequence[RowAdapter] | None,
         sample_keys: Sequence[int] | None = None,
         sample_lengths: SampleLengths | None = None,
         *,
@@ -497,7 +526,7 @@ class Host:
         return self._stacked(forward, names, length)
 
     def _stacked(
-        self, forward: ForwardContext, names: Sequence[str | None], length: int
+        self, forward: ForwardContext, names: Sequence[RowAdapter], length: int
     ) -> ForwardContext:
         """Have a small forward computed by stacks, where weights are prepared."""
         prepared = forward.prepared
@@ -505,7 +534,7 @@ class Host:
             return forward
         if forward.layout.has_padding or not forward.has_adapters:
             return forward
-        rows = tuple(None if name is None else self.adapters[name] for name in names)
+        rows = tuple(None if name is None else self._scaled(name) for name in names)
         dtype, device = compute_dtype(self.dtype, self.device), self.device
         plan = prepared.get(
             (rows, length, dtype), lambda: plan_stacked(rows, length, dtype, device)
@@ -513,6 +542,14 @@ class Host:
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
+
+    def _moved(self, mask: Tensor | None) -> Tensor | None:
+        """Bring a mask to where the base model takes it."""
+        return None if mask is None else mask.to(self.device)
+
+    def _scaled(self, adapter: str | tuple[str, float]) -> ScaledAdapter:
+        name, scale = (adapter, 1.0) if isinstance(adapter, str) else adapter
+        return self.adapters[name], scale
 
     def _prepared_here(self) -> PreparedWeights | None:
         """Return what a `with host.prepared():` of this thread keeps."""
@@ -526,7 +563,7 @@ class Host:
             yield
 
     def _open_generated(
-        self, input_ids: Tensor, attention_mask: Tensor | None, adapters: Sequence[str | None]
+        self, input_ids: Tensor, attention_mask: Tensor | None, adapters: Sequence[RowAdapter]
     ) -> AbstractContextManager[None]:
         """Open a forward that transformers' generation makes by itself."""
         return self._run(self._forward(input_ids, attention_mask, adapters, training=False))
@@ -553,9 +590,19 @@ class Host:
         return [int(key) for key in keys]
 
 
+def _scaled_name(adapter: Any) -> tuple[str, float]:
+    match adapter:
+        case (str(name), float() | int() as scale) if math.isfinite(scale):
+            return name, float(scale)
+    raise AdapterError(
+        "a row's adapter must be a name, (name, scale) with a finite scale, or None, "
+        f"got {adapter!r}"
+    )
+
+
 def _filled(record: Record) -> Record:
-    """Leave out adapters without routers."""
-    return {name: routing for name, routing in record.items() if routing}
+    """Leave out adapters without routers; one entry for each router."""
+    return {name: join_routing(routing) for name, routing in record.items() if routing}
 
 
 def _cache_argument(model: nn.Module) -> str:

@@ -3,8 +3,8 @@
 Axes: B batch, L sequence, T tokens of a segment, N features.
 
 The layout is made once for each forward, at the door, and outlives the backward pass. Rows of one
-adapter form a segment; where a batch comes grouped by adapter, segments are views, otherwise rows
-are gathered by segment and put back.
+adapter and scale form a segment; where a batch comes grouped by them, segments are views, otherwise
+rows are gathered by segment and put back.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from loraloom.models.packing import SampleLengths
 from loraloom.ops.dropout import SampleNoise, SampleSpan
 from loraloom.routing.record import LayerRouting
 
+RowAdapter = str | tuple[str, float] | None
+"""A row's adapter: its name, its name and a factor of what it adds, or None, the base model."""
+
 
 @dataclass(frozen=True)
 class Segment:
-    """The rows of one adapter.
+    """The rows of one adapter and scale.
 
     Args:
         adapter_name: Its name; None is the base model.
+        scale: Factor of what the adapter adds to the base model.
         tokens: Its range in the token rows grouped by segment.
         real: True at real tokens, [T]; None when all are.
         real_index: Their positions.
@@ -35,6 +39,7 @@ class Segment:
     """
 
     adapter_name: str | None
+    scale: float
     tokens: slice
     real: Tensor | None
     real_index: Tensor | None
@@ -90,7 +95,7 @@ class Layout:
 
 
 def make_layout(
-    adapters: Sequence[str | None],
+    adapters: Sequence[RowAdapter],
     length: int,
     mask: Tensor | None,
     sample_keys: Sequence[int] | None,
@@ -100,13 +105,15 @@ def make_layout(
     """Group a batch's rows by adapter.
 
     Args:
-        adapters: An adapter's name, or None for the base model, for each row.
+        adapters: Of each row.
         length: L, tokens of a row in this forward.
-        mask: 1 at real tokens, [B, L]; None when all are real.
+        mask: 1 at real tokens, [B, L]; None when all are real. It is read here, and nothing later:
+            one that lies on the CPU keeps an accelerator from waiting.
         sample_keys: A key for each sample's random numbers, row after row; None outside training.
         device: Of the hidden states.
         sample_lengths: Tokens of the samples in each row; None where a row is a sample.
     """
+    mask = None if mask is None else mask.cpu()
     if mask is not None and bool(mask.all()):
         mask = None
     order = sorted(range(len(adapters)), key=_first_place(adapters))
@@ -114,10 +121,10 @@ def make_layout(
     samples = None if sample_keys is None else _samples(sample_keys, sample_lengths)
     segments, start = [], 0
     while start < len(order):
-        name = adapters[order[start]]
-        stop = start + sum(other == name for other in adapters)
+        adapter = adapters[order[start]]
+        stop = start + sum(other == adapter for other in adapters)
         rows = order[start:stop]
-        segments.append(_segment(name, rows, start, length, mask, samples))
+        segments.append(_segment(adapter, rows, start, length, mask, samples, device))
         start = stop
     if grouped:
         return Layout(tuple(segments), None, None)
@@ -140,30 +147,34 @@ def _samples(keys: Sequence[int], lengths: SampleLengths | None) -> list[_RowSam
     return [_RowSamples([next(rest) for _ in row], row) for row in lengths]
 
 
-def _first_place(adapters: Sequence[str | None]):
-    first: dict[str | None, int] = {}
-    for row, name in enumerate(adapters):
-        first.setdefault(name, row)
+def _first_place(adapters: Sequence[RowAdapter]):
+    first: dict[RowAdapter, int] = {}
+    for row, adapter in enumerate(adapters):
+        first.setdefault(adapter, row)
     return lambda row: first[adapters[row]]
 
 
 def _segment(
-    name: str | None,
+    adapter: RowAdapter,
     rows: list[int],
     start: int,
     length: int,
     mask: Tensor | None,
     samples: Sequence[_RowSamples] | None,
+    device: torch.device,
 ) -> Segment:
     tokens = slice(start * length, (start + len(rows)) * length)
     real = None if mask is None else mask[rows].bool()
     spans = None
     if samples is not None:
         spans = _spans([samples[row] for row in rows], real, length)
+    name, scale = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
     if real is None or bool(real.all()):
-        return Segment(name, tokens, None, None, spans)
+        return Segment(name, scale, tokens, None, None, spans)
     flat = real.flatten()
-    return Segment(name, tokens, flat, flat.nonzero().squeeze(1), spans)
+    return Segment(
+        name, scale, tokens, flat.to(device), flat.nonzero().squeeze(1).to(device), spans
+    )
 
 
 def _spans(

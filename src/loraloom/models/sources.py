@@ -13,6 +13,7 @@ from typing import Literal
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from loraloom.durable import cache_directory
 from loraloom.errors import ModelError
 
 SMALL_MODEL = "smollm2-135m"
@@ -65,8 +66,8 @@ def find_source(name: str) -> ModelSource:
 def dequantised_copy(source: ModelSource, dtype: object) -> Path:
     """Where a GGUF file's model is kept as `save_pretrained` writes it: in the cache directory.
 
-    That is `$XDG_CACHE_HOME/loraloom/gguf`, in `~/.cache` where that is not set. The name depends
-    on the file's bytes, the dtype and the packages that dequantise, so that a copy never is stale.
+    The name depends on the file's bytes, the dtype and the packages that dequantise, so that a copy
+    never is stale.
 
     Raises:
         ModelError: If the file can't be read.
@@ -80,8 +81,7 @@ def dequantised_copy(source: ModelSource, dtype: object) -> Path:
         raise ModelError(f"{path} can't be read: {error}") from error
     made_by = f"{dtype} transformers {version('transformers')} gguf {version('gguf')}"
     digest.update(made_by.encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "loraloom" / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+    return cache_directory() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
 
 
 def _gguf(path: Path) -> ModelSource:

@@ -30,6 +30,8 @@ MAX_HIDDEN_BYTES = 1 << 20
 cache are faster (see ops/lean_expert_ffn.py)."""
 
 
+ScaledAdapter = tuple[Adapter, float]
+"""An adapter, and a factor of what it adds to the base model."""
 _Update = tuple[StackedInput | None, Tensor]
 Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
 """From an adapter to what takes its routing; None where nobody asks."""
@@ -43,7 +45,7 @@ class Stack:
         dtype: Of the products.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype):
+    def __init__(self, adapters: Sequence[ScaledAdapter], dtype: torch.dtype):
         self._adapters = adapters
         self._dtype = dtype
         self._inputs: dict[tuple[int, str], StackedInput | None] = {}
@@ -53,18 +55,29 @@ class Stack:
         """Return the attention projections that share an input; None if none is adapted."""
         key = (layer, names[0])
         if key not in self._inputs:
-            blocks = [adapter.attention_block(layer) for adapter in self._adapters]
-            present = [name for name in names if name in blocks[0]]
-            groups = [input_group([block[n] for n in present], self._dtype) for block in blocks]
-            self._inputs[key] = stack_inputs(groups) if present else None
+            first, _ = self._adapters[0]
+            present = [name for name in names if name in first.attention_block(layer)]
+            self._inputs[key] = self._stacked_inputs(layer, present) if present else None
         return self._inputs[key]
 
     def ffn(self, layer: int) -> StackedFfn:
         """Return an FFN block's weights."""
         if layer not in self._ffns:
-            adapters = self._adapters
-            self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, self._dtype)
+            adapters = [adapter for adapter, _ in self._adapters]
+            weights = [
+                adapter.ffn_weights(layer, self._dtype).scaled(scale)
+                for adapter, scale in self._adapters
+            ]
+            self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, weights)
         return self._ffns[layer]
+
+    def _stacked_inputs(self, layer: int, names: Sequence[str]) -> StackedInput:
+        groups = []
+        for adapter, scale in self._adapters:
+            block = adapter.attention_block(layer)
+            group = input_group([block[name] for name in names], self._dtype)
+            groups.append(group.scaled(scale))
+        return stack_inputs(groups)
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Cohort:
         put: Place of each token row, or N·n at rows that are not the cohort's; None as above.
     """
 
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[ScaledAdapter, ...]
     counts: tuple[int, ...]
     stack: Stack
     take: Tensor | None
@@ -93,7 +106,7 @@ class Cohort:
     def tokens(self, layer: int, index: int, recorder: Recorder, device: Any) -> SegmentTokens:
         """Describe an adapter's rows in a layer; padding at their end is not real."""
         count = self.counts[index]
-        record = recorder(self.adapters[index])
+        record = recorder(self.adapters[index][0])
         if count == self.width or record is None:
             return SegmentTokens(layer, record=record)
         real_index = torch.arange(count, device=device)
@@ -260,7 +273,7 @@ def _updated(
 
 
 def plan_stacked(
-    rows: Sequence[Adapter | None],
+    rows: Sequence[ScaledAdapter | None],
     length: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -279,10 +292,10 @@ def plan_stacked(
     adapters = list(dict.fromkeys(adapter for adapter in rows if adapter is not None))
     if not adapters or not _is_small(adapters, len(rows) * length, dtype):
         return None
-    alike: dict[Hashable, list[Adapter]] = {}
+    alike: dict[Hashable, list[ScaledAdapter]] = {}
     for adapter in adapters:
-        alike.setdefault(adapter.stack_key(), []).append(adapter)
-    if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter in adapters):
+        alike.setdefault(adapter[0].stack_key(), []).append(adapter)
+    if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter, _ in adapters):
         return None
     return _make_plan(list(alike.values()), rows, length, dtype, device)
 
@@ -299,23 +312,23 @@ def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
     return list(linear(torch.cat(list(parts))).split([len(part) for part in parts]))
 
 
-def _is_small(adapters: Sequence[Adapter], num_tokens: int, dtype: torch.dtype) -> bool:
-    slots = max(adapter.config.experts_per_token or 1 for adapter in adapters)
-    layer = adapters[0].base_layers[0]
+def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.dtype) -> bool:
+    slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
+    layer = adapters[0][0].base_layers[0]
     width = layer.ffn[layer.ffn_shape.output].in_features
     return slots * num_tokens * width * dtype.itemsize <= MAX_HIDDEN_BYTES
 
 
 def _make_plan(
-    alike: Sequence[Sequence[Adapter]],
-    rows: Sequence[Adapter | None],
+    alike: Sequence[Sequence[ScaledAdapter]],
+    rows: Sequence[ScaledAdapter | None],
     length: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> StackedPlan:
-    ordered = sorted(alike, key=lambda adapters: not adapters[0].adapts_ffn(0))
+    ordered = sorted(alike, key=lambda adapters: not adapters[0][0].adapts_ffn(0))
     cohorts = tuple(_make_cohort(adapters, rows, length, dtype, device) for adapters in ordered)
-    in_ffn = [cohort for cohort in cohorts if cohort.adapters[0].adapts_ffn(0)]
+    in_ffn = [cohort for cohort in cohorts if cohort.adapters[0][0].adapts_ffn(0)]
     if in_ffn and in_ffn[0].put is None:
         return StackedPlan(cohorts, 1, None, None, device)
     num_tokens, start = len(rows) * length, 0
@@ -337,8 +350,8 @@ def _make_plan(
 
 
 def _make_cohort(
-    adapters: Sequence[Adapter],
-    rows: Sequence[Adapter | None],
+    adapters: Sequence[ScaledAdapter],
+    rows: Sequence[ScaledAdapter | None],
     length: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -347,7 +360,7 @@ def _make_cohort(
         [
             row * length + place
             for row, owner in enumerate(rows)
-            if owner is adapter
+            if owner == adapter
             for place in range(length)
         ]
         for adapter in adapters

@@ -206,5 +206,5 @@ class FfnBlock:
             hidden = self.act(gate)
             return FfnRows(hidden if up is None else hidden * up, lambda output: output)
         tokens = segment.at_layer(self.layer, gate.device, forward.recorder(adapter))
-        weights = forward.ffn_weights(adapter, self.layer, gate.dtype)
+        weights = forward.ffn_weights(adapter, segment.scale, self.layer, gate.dtype)
         return adapter.ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)

@@ -15,7 +15,7 @@ Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-7.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,13 @@ class FfnWeights:
         """Whether gate and up are the halves of one projection."""
         gate, up = self.gate, self.up
         return gate is not None and up is not None and gate.columns == up.columns
+
+    def scaled(self, scale: float) -> FfnWeights:
+        """Return the weights of every projection's update times a scale; see `scale_update`."""
+        if scale == 1:
+            return self
+        gate, up, down = (part and part.scaled(scale) for part in self._parts())
+        return replace(self, gate=gate, up=up, down=down)
 
     def any_tensor(self) -> Tensor:
         """One of the weights, for its device."""

@@ -11,7 +11,7 @@ LoRA is the case E = 1 without a mask. Products run in the dtype of their inputs
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,11 @@ class LowRankWeights:
     row_scale: Tensor | None = None
     between: Between | None = None
 
+    def scaled(self, scale: float) -> LowRankWeights:
+        """Return the weights of an update times a scale; see `scale_update`."""
+        lora_B, row_scale = scale_update(self.B, self.row_scale, scale)
+        return replace(self, B=lora_B, row_scale=row_scale)
+
 
 @dataclass(frozen=True)
 class UpProjection:
@@ -66,6 +71,11 @@ class UpProjection:
         own = low_rank[:, self.columns]
         return own if self.between is None else self.between(own, hidden_states, tokens)
 
+    def scaled(self, scale: float) -> UpProjection:
+        """Return the B side of an update times a scale; see `scale_update`."""
+        lora_B, row_scale = scale_update(self.B, self.row_scale, scale)
+        return replace(self, B=lora_B, row_scale=row_scale)
+
 
 @dataclass(frozen=True)
 class InputGroup:
@@ -73,6 +83,13 @@ class InputGroup:
 
     A: Tensor
     projections: dict[str, UpProjection]
+
+    def scaled(self, scale: float) -> InputGroup:
+        """Return the weights of updates times a scale; see `scale_update`."""
+        if scale == 1:
+            return self
+        sides = {name: side.scaled(scale) for name, side in self.projections.items()}
+        return InputGroup(self.A, sides)
 
 
 class _DownProject(torch.autograd.Function):
@@ -213,6 +230,30 @@ def scale_rows(
     if bias is not None:
         rows -= bias
     return torch.addcmul(update, excess, rows).add_(output), rows
+
+
+def scale_update(
+    lora_B: Float[Tensor, "S O"], row_scale: Float[Tensor, "E O"] | None, scale: float
+) -> tuple[Float[Tensor, "S O"], Float[Tensor, "E O"] | None]:
+    """Fold a factor λ of what an adapter adds to a projection into its B and its row scale.
+
+    Without a row scale that is λB. With one, the adapter adds (c - 1) ∘ Wx + c ∘ Δ; λ times that
+    is what the row scale c' = 1 + λ(c - 1) and the update Δ' = (λc / c') ∘ Δ add.
+
+    Args:
+        lora_B: Up-projections times scaling, transposed.
+        row_scale: DoRA's c; None without.
+        scale: λ; 0 leaves the base's output, 1 what the adapter computes.
+    """
+    if row_scale is None:
+        return lora_B * scale, None
+    factors = 1 + scale * (row_scale - 1)
+    # Δ' is divided by c', which has a zero where λ isn't in [0, 1]: what is left out of Wx and what
+    # rounding c' - 1 costs Δ are alike at √eps.
+    least = torch.finfo(lora_B.dtype).eps ** 0.5
+    factors = torch.where(factors.abs() < least, least, factors)
+    of_update = (scale * row_scale / factors).repeat_interleave(len(lora_B) // len(factors), dim=0)
+    return (lora_B * of_update).to(lora_B.dtype), factors
 
 
 def rows_of_experts(

@@ -5,8 +5,10 @@ Axes: T real tokens, E experts, K top_k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 RouterName = tuple[int, str | None]
@@ -46,3 +48,20 @@ class LayerRouting:
     def router(self) -> RouterName:
         """Which router of the adapter it is."""
         return self.layer, self.projection
+
+
+def join_routing(entries: Iterable[LayerRouting]) -> list[LayerRouting]:
+    """Put what each router did in several segments of a batch together."""
+    by_router: dict[RouterName, list[LayerRouting]] = {}
+    for entry in entries:
+        by_router.setdefault(entry.router, []).append(entry)
+    return [parts[0] if len(parts) == 1 else _joined(parts) for parts in by_router.values()]
+
+
+def _joined(parts: Sequence[LayerRouting]) -> LayerRouting:
+    return replace(
+        parts[0],
+        router_logits=torch.cat([part.router_logits for part in parts]),
+        selected_experts=torch.cat([part.selected_experts for part in parts]),
+        routing_weights=torch.cat([part.routing_weights for part in parts]),
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
-from loraloom.errors import AdapterError, ConfigError
+from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.models.host import Host
 
 
@@ -115,7 +115,7 @@ class AdapterShelf:
             adapter = self._take(name)  # somebody else loaded it meanwhile
             if adapter is None:
                 if name not in self._in_directory():
-                    raise UnknownModelError(f"the model {name!r} does not exist")
+                    raise UnknownModelError(f"the model {shown(name)} does not exist")
                 self._make_place()
                 assert self._directory is not None
                 self._load(name, str(self._directory / name), is_lazy=True)
@@ -146,7 +146,9 @@ class AdapterShelf:
         check_name(name)
         with self._loading:
             if name == self.base_name or (name in self._served and not replace):
-                raise ConfigError(f"the name {name!r} is taken; unload it first, or choose another")
+                raise ConfigError(
+                    f"the name {shown(name)} is taken; unload it first, or choose another"
+                )
             self._load(name, source, is_lazy=False)
 
     def unload(self, name: str) -> None:
@@ -158,7 +160,7 @@ class AdapterShelf:
         with self._lock:
             adapter = self._served.pop(name, None)
         if adapter is None:
-            raise UnknownModelError(f"no adapter {name!r} is loaded")
+            raise UnknownModelError(f"no adapter {shown(name)} is loaded")
         self._let_go(adapter)
 
     def _take(self, name: str) -> ServedAdapter | None:

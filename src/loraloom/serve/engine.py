@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import threading
 import time
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from itertools import count
 from weakref import WeakKeyDictionary
 
@@ -22,21 +24,42 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
+from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError, DataError, LoraloomError
 from loraloom.infer.generate import end_tokens
+from loraloom.infer.rows import make_rows
+from loraloom.infer.scoring import score_rows, tokens_per_batch
 from loraloom.models import decoding
 from loraloom.models.decoding import Decoding
-from loraloom.models.forward import PreparedWeights
+from loraloom.models.forward import PreparedWeights, Record
 from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter
 from loraloom.serve.cache import BLOCK_TOKENS, PrefixCache
+from loraloom.serve.counts import EngineCounts, Outcome
 from loraloom.serve.scheduler import Scheduler
-from loraloom.serve.sequence import Failure, GenerationRequest, Row, Sink
+from loraloom.serve.sequence import (
+    Failure,
+    GenerationRequest,
+    Row,
+    Score,
+    ScoreRequest,
+    Sink,
+)
 
 _log = logging.getLogger(__name__)
 
+ROUTING_STEPS = 16
+"""In one of so many steps it is counted which experts tokens are sent to."""
+MAX_PREPARED = 32
+"""Most adapters, each in each scale, whose weights are kept in compute form."""
+
 
 class QueueFullError(LoraloomError):
-    """Too many requests wait."""
+    """Too many requests wait; `retry_after_s` says when fewer may."""
+
+    def __init__(self, message: str = "", retry_after_s: int = 1):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StoppingError(LoraloomError):
@@ -64,17 +87,6 @@ class EngineLimits:
     prefill_tokens: int = 256
     max_waiting: int = 256
     max_request_s: float = 600.0
-
-
-@dataclass
-class EngineCounts:
-    """What an engine did so far, by the requests' owners."""
-
-    prompt_tokens: dict[str, int] = field(default_factory=dict)
-    cached_tokens: dict[str, int] = field(default_factory=dict)
-    generated_tokens: dict[str, int] = field(default_factory=dict)
-    num_preempted: int = 0
-    num_steps: int = 0
 
 
 @dataclass
@@ -106,6 +118,8 @@ class Engine:
         self.host = host
         self.limits = limits or EngineLimits()
         self.counts = EngineCounts()
+        self.on_end: Callable[[Row], object] = lambda row: None
+        """Told of each row that has ended."""
         self.is_stopping = False
         self._tokenizer = copy.deepcopy(tokenizer)  # a fast one may be used by one thread at a time
         self._ends = end_tokens(host, tokenizer)
@@ -113,11 +127,14 @@ class Engine:
         self._wake = threading.Condition(self._lock)
         self._scheduler = Scheduler(self.limits.max_rows, self.limits.cache_tokens)
         self._arrivals = count(1)
+        self._mean_s = 1.0
+        self._scores: deque[Score] = deque()
         self._reading: list[_Reading] = []
         self._rows: list[Row] = []
         self._session: Decoding | None = None
         self._prefixes = PrefixCache()
         self._prepared = PreparedWeights()
+        self._prepared_for: set[RowAdapter] = set()
         self._serials: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
         self._next_serial = count()
         self._versions: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
@@ -140,7 +157,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that wait."""
-        return len(self._scheduler)
+        return len(self._scheduler) + len(self._scores)
 
     @property
     def cache_tokens_in_use(self) -> int:
@@ -168,19 +185,28 @@ class Engine:
         self._check(request)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink)
         with self._wake:
-            if self.is_stopping:
-                raise StoppingError("the server is stopping; ask another one, or later")
-            if self.num_waiting >= self.limits.max_waiting:
-                raise QueueFullError(
-                    f"at most {self.limits.max_waiting} requests may wait, and so many do; "
-                    "try again later"
-                )
+            self._check_open()
             row.arrival = next(self._arrivals)
             self._scheduler.add(row, self._served)
             self._wake.notify_all()
         return row
 
-    def cancel(self, row: Row) -> None:
+    def score(self, request: ScoreRequest, sink: Sink) -> Score:
+        """Ask for the log-probabilities of given tokens; other arguments and errors as `submit`."""
+        self._check_adapter(request.adapter_name)
+        room = self.host.config.max_position_embeddings
+        if not 1 <= len(request.tokens) <= room:
+            raise DataError(
+                f"a text to be scored must have 1 to {room} tokens, got {len(request.tokens)}"
+            )
+        score = Score(request, sink)
+        with self._wake:
+            self._check_open()
+            self._scores.append(score)
+            self._wake.notify_all()
+        return score
+
+    def cancel(self, row: Row | Score) -> None:
         """End a request, about which nothing more is told."""
         with self._wake:
             row.is_cancelled = True
@@ -217,6 +243,7 @@ class Engine:
         """Do one step; return whether there is more to do."""
         self.counts.num_steps += 1
         self._drop_ended()
+        self._score()
         self._admit()
         self._read()
         self._choose()
@@ -232,9 +259,24 @@ class Engine:
     def _has_work(self) -> bool:
         return self.num_running > 0 or self.num_waiting > 0
 
+    def _check_open(self) -> None:
+        if self.is_stopping:
+            raise StoppingError("the server is stopping; ask another one, or later")
+        if self.num_waiting >= self.limits.max_waiting:
+            raise QueueFullError(
+                f"at most {self.limits.max_waiting} requests may wait, and so many do; "
+                "try again later",
+                math.ceil(
+                    min(60.0, max(1.0, self._mean_s * self.num_waiting / self.limits.max_rows))
+                ),
+            )
+
+    def _check_adapter(self, name: str | None) -> None:
+        if name is not None:
+            self.host.adapter(name)
+
     def _check(self, request: GenerationRequest) -> None:
-        if request.adapter is not None:
-            self.host.adapter(request.adapter)
+        self._check_adapter(request.adapter_name)
         num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
         if num_prompt == 0:
             raise DataError("the prompt must not be empty")
@@ -254,6 +296,7 @@ class Engine:
 
     def _is_over(self, row: Row) -> bool:
         if row.is_cancelled:
+            self._end(row, "cancelled")
             return True
         if time.monotonic() - row.arrived_s <= self.limits.max_request_s:
             return False
@@ -262,11 +305,59 @@ class Engine:
         )
         return True
 
+    def _score(self) -> None:
+        """Score some of the texts that wait, as many as fit into a forward."""
+        room, batch = tokens_per_batch(self.host), []
+        with self._lock:
+            while self._scores and (not batch or len(self._scores[0].request.tokens) <= room):
+                score = self._scores.popleft()
+                if not score.is_cancelled:
+                    room -= len(score.request.tokens)
+                    batch.append(score)
+        for part in self._scored_parts(batch):
+            self._score_part(part)
+
+    def _scored_parts(self, batch: list[Score]) -> list[list[Score]]:
+        """Put each adapter's texts together, so that a fault is its own."""
+        parts: dict[str | None, list[Score]] = {}
+        for score in batch:
+            parts.setdefault(score.request.adapter_name, []).append(score)
+        return list(parts.values())
+
+    def _score_part(self, part: list[Score]) -> None:
+        rows = [
+            make_rows([TokenPair(list(tokens[:1]), list(tokens[1:]))], shared=False)[0]
+            for tokens in (score.request.tokens for score in part)
+        ]
+        requests = [(score.request.adapter, row) for score, row in zip(part, rows, strict=True)]
+        num_top = max(score.request.num_top for score in part)
+        try:
+            for score, scores in zip(
+                part, score_rows(self.host, requests, num_top=num_top), strict=True
+            ):
+                score.tell(scores)
+        except Exception as error:
+            _log.warning("texts could not be scored", exc_info=True)
+            if len(part) == 1:
+                part[0].sink(Failure(error))
+                return
+            for score in part:
+                self._score_part([score])
+
     def _admit(self) -> None:
         with self._lock:
             while (row := self._scheduler.admit(self._served)) is not None:
                 self._reading.append(_Reading(row))
+        self._bound_prepared()
         self._fit_prefixes()
+
+    def _bound_prepared(self) -> None:
+        """Keep the weights of so many adapters and scales in compute form, and no more."""
+        served = {row.request.adapter for row in self._served}
+        self._prepared_for |= served
+        if len(self._prepared_for) > max(MAX_PREPARED, len(served)):
+            self._prepared_for = served
+            self.forget_prepared()
 
     def _read(self) -> None:
         """Read pieces of prompts, the oldest first; rows that are read join the others."""
@@ -309,8 +400,8 @@ class Engine:
         session, row = reading.session, reading.row
         assert session is not None
         if not row.new_ids:
-            _add(self.counts.prompt_tokens, row.owner, row.length)
-            _add(self.counts.cached_tokens, row.owner, row.num_cached)
+            self.counts.prompt_tokens[row.owner] += row.length
+            self.counts.cached_tokens[row.owner] += row.num_cached
         self._remember(session, 0, row.request.adapter, row.tokens)
         if self._session is None:
             self._session = session
@@ -345,8 +436,10 @@ class Engine:
             _log.warning("a token could not be chosen", exc_info=True)
             self._fail(row, error)
             return True
-        _add(self.counts.generated_tokens, row.owner, 1)
-        if reason is not None:  # the last token was chosen, but not read
+        self.counts.generated_tokens[row.owner] += 1
+        if reason is not None:
+            self._end(row, reason)
+            # the last token was chosen, but not read
             self._remember(self._session, place, row.request.adapter, row.tokens[:-1])
         return reason is not None
 
@@ -371,8 +464,9 @@ class Engine:
         if self._session is None:
             return
         tokens = torch.tensor([row.new_ids[-1] for row in self._rows], device=self.host.device)
+        record: Record | None = {} if self.counts.num_steps % ROUTING_STEPS == 0 else None
         try:
-            decoding.decode(self._session, tokens)
+            decoding.decode(self._session, tokens, record)
         except Exception as error:
             _log.warning("rows could not be decoded", exc_info=True)
             self._recover(error)
@@ -380,6 +474,9 @@ class Engine:
         self._scheduler.clear(self._rows)
         for row in self._rows:
             self._scheduler.charge(row.owner, 1)
+        owners = {row.request.adapter_name: row.owner for row in self._rows}
+        for name, routing in (record or {}).items():
+            self.counts.add_routing(owners[name], routing)
 
     def _recover(self, error: Exception) -> None:
         """After rows failed together, read them again, adapter by adapter.
@@ -388,7 +485,7 @@ class Engine:
         """
         rows, self._rows, self._session = self._rows, [], None
         self._prepared = PreparedWeights()
-        if len({row.request.adapter for row in rows}) == 1:
+        if len({row.request.adapter_name for row in rows}) == 1:
             for row in rows:
                 self._fail(row, error)
             return
@@ -408,9 +505,15 @@ class Engine:
             self._session.keep(places)
 
     def _fail(self, row: Row, error: Exception) -> None:
+        self._end(row, "error")
         if not row.is_cancelled:
-            row.is_cancelled = True
             row.sink(Failure(error))
+
+    def _end(self, row: Row, outcome: Outcome) -> None:
+        self.counts.requests[row.owner, outcome] += 1
+        row.seconds = time.monotonic() - row.arrived_s
+        self._mean_s += 0.1 * (row.seconds - self._mean_s)
+        self.on_end(row)
 
     def _fail_all(self, error: Exception) -> None:
         served, self._rows, self._reading, self._session = self._served, [], [], None
@@ -418,7 +521,7 @@ class Engine:
             self._fail(row, error)
 
     def _remember(
-        self, session: Decoding, place: int, adapter: str | None, tokens: list[int]
+        self, session: Decoding, place: int, adapter: RowAdapter, tokens: list[int]
     ) -> None:
         """Keep the states of a row's whole blocks for prompts that begin alike."""
         missing = self._prefixes.missing(self._salt(adapter), tokens)
@@ -434,13 +537,14 @@ class Engine:
         taken = self._scheduler.cached_tokens(self._served, added=1)
         self._prefixes.shrink(self.limits.cache_tokens - taken)
 
-    def _salt(self, name: str | None) -> Hashable:
-        """What tells an adapter's weights, as they are now, from all others.
+    def _salt(self, row_adapter: RowAdapter) -> Hashable:
+        """What tells an adapter's weights, as they are now and are scaled, from all others.
 
         Where they have changed, weights in compute form are made anew.
         """
-        if name is None:
+        if row_adapter is None:
             return None
+        name, scale = (row_adapter, 1.0) if isinstance(row_adapter, str) else row_adapter
         adapter = self.host.adapter(name)
         version = sum(parameter._version for parameter in adapter.parameters())
         if self._versions.setdefault(adapter, version) != version:
@@ -448,8 +552,4 @@ class Engine:
             self.forget_prepared()
         if adapter not in self._serials:
             self._serials[adapter] = next(self._next_serial)
-        return self._serials[adapter], version
-
-
-def _add(counts: dict[str, int], owner: str, number: int) -> None:
-    counts[owner] = counts.get(owner, 0) + number
+        return self._serials[adapter], version, scale

@@ -87,17 +87,18 @@ class Scheduler:
 
     def suspect(self, rows: Sequence[Row]) -> None:
         """Serve the adapters of rows that failed together apart from others."""
-        self._suspects |= {row.request.adapter for row in rows}
+        self._suspects |= {row.request.adapter_name for row in rows}
 
     def clear(self, rows: Sequence[Row]) -> None:
         """Trust the adapters of rows that went well."""
-        self._suspects -= {row.request.adapter for row in rows}
+        self._suspects -= {row.request.adapter_name for row in rows}
 
     def _may_join(self, row: Row, served: Sequence[Row]) -> bool:
         if not served:
             return True
-        adapters = {other.request.adapter for other in served}
-        if self._suspects & {*adapters, row.request.adapter} and adapters != {row.request.adapter}:
+        adapters = {other.request.adapter_name for other in served}
+        own = row.request.adapter_name
+        if self._suspects & {*adapters, own} and adapters != {own}:
             return False
         return self.cached_tokens([*served, row], added=_ROOM) <= self.max_tokens
 

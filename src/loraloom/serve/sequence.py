@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.infer.sampling import SamplingConfig, TokenChooser
+from loraloom.infer.scoring import TokenScores
+from loraloom.models.layout import RowAdapter
 from loraloom.serve.text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -41,7 +43,7 @@ class GenerationRequest:
 
     Args:
         prompt_ids: Tokens to continue, at least one.
-        adapter: Name on the host; None is the base model.
+        adapter: Its name on the host, perhaps with a scale; None is the base model.
         owner: Whose turn it uses up, and under which name it is counted: the model's public name.
         sampling: How tokens are chosen; no beams.
         place: Which of several completions of the prompt; draws follow from it and the seed, as
@@ -55,7 +57,7 @@ class GenerationRequest:
     """
 
     prompt_ids: Sequence[int]
-    adapter: str | None
+    adapter: RowAdapter
     owner: str
     sampling: SamplingConfig
     place: int = 0
@@ -67,12 +69,39 @@ class GenerationRequest:
     constraint: Constraint | None = None
 
     @property
+    def adapter_name(self) -> str | None:
+        """The adapter's name on the host."""
+        return _name_of(self.adapter)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the most likely token is taken, whatever was said."""
         penalised = self.presence_penalty or self.frequency_penalty or self.logit_bias
         repetition = self.sampling.repetition_penalty != 1
         drawn = self.sampling.temperature > 0
         return not (penalised or repetition or drawn or self.constraint)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Tokens whose log-probabilities are asked for; the first one has none.
+
+    Args:
+        tokens: At least one.
+        adapter: As in `GenerationRequest`.
+        owner: As there.
+        num_top: Most likely tokens to tell with each.
+    """
+
+    tokens: Sequence[int]
+    adapter: RowAdapter
+    owner: str
+    num_top: int = 0
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The adapter's name on the host."""
+        return _name_of(self.adapter)
 
 
 class TokenLogProb(NamedTuple):
@@ -101,15 +130,47 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of given tokens, without the first one's."""
+
+    log_probs: list[TokenLogProb]
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why a request ends without a result."""
 
     error: Exception
 
 
-Event = Piece | Failure
+Event = Piece | Scores | Failure
 Sink = Callable[[Event], None]
 """Takes events, in the engine's thread; it must not block."""
+
+
+class Score:
+    """A request for log-probabilities under way."""
+
+    def __init__(self, request: ScoreRequest, sink: Sink):
+        self.request = request
+        self.sink = sink
+        self.is_cancelled = False
+
+    def tell(self, scores: TokenScores) -> None:
+        """Tell the log-probabilities that were computed."""
+        columns = zip(
+            self.request.tokens[1:],
+            scores.log_probs.tolist(),
+            scores.top_ids[:, : self.request.num_top].tolist(),
+            scores.top_log_probs.tolist(),
+            strict=True,
+        )
+        entries = []
+        for token, log_prob, ids, values in columns:
+            top = list(zip(ids, values, strict=False))
+            log_prob = dict(top).get(token, log_prob)  # the same number, to the last bit
+            entries.append(TokenLogProb(token, log_prob, top))
+        self.sink(Scores(entries))
 
 
 class Row:
@@ -136,6 +197,8 @@ class Row:
         self.new_ids: list[int] = []
         self.arrived_s = time.monotonic()
         self.first_token_s: float | None = None
+        self.seconds = 0.0
+        """From its arrival to its end."""
         self.arrival = 0
         """Its place among all requests of the engine."""
         self.is_cancelled = False
@@ -230,3 +293,7 @@ def log_prob_of(token: int, logits: Tensor, num_top: int) -> TokenLogProb:
     values, ids = log_probs.topk(min(num_top, len(log_probs)))
     top = list(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogProb(token, float(log_probs[token]), top)
+
+
+def _name_of(adapter: RowAdapter) -> str | None:
+    return adapter[0] if isinstance(adapter, tuple) else adapter

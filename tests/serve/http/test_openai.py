@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx2
 import openai
 import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from loraloom import Prompt, SamplingConfig, generate
-from tests.serve.http.conftest import BASE
+from tests.serve.http.in_process import BASE
 from tests.tiny import METHODS
 
 MESSAGES: Any = [{"role": "user", "content": "What color is the sky?"}]
@@ -127,6 +130,36 @@ def test_completions_tell_log_probabilities(client):
         assert log_prob == max(top.values())
 
 
+def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(client, host, tokenizer):
+    rows = [tokenizer(text)["input_ids"] for text in ("the sky is blue", "Please choose one", "a")]
+    answer = client.completions.create(
+        model="mixlora", prompt=rows, max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    for choice, ids in zip(answer.choices, rows, strict=True):
+        told = choice.logprobs
+        logits = host(torch.tensor([ids]), adapters=["mixlora"]).logits[0].detach()
+        expected = logits.log_softmax(-1)
+        assert choice.text.startswith(tokenizer.decode(ids))
+        assert told.token_logprobs[0] is None
+        assert len(told.tokens) == len(ids) + 1
+        picked = [float(expected[at, token]) for at, token in enumerate(ids[1:])]
+        assert told.token_logprobs[1:-1] == pytest.approx(picked, abs=1e-4)
+        best = expected.max(-1).values.tolist()
+        tops = [max(top.values()) for top in told.top_logprobs[1:]]
+        assert tops == pytest.approx(best, abs=1e-4)
+
+
+def test_echo_alone_generates_nothing(client):
+    answer = client.completions.create(
+        model="lora", prompt="the sky", max_tokens=0, logprobs=0, echo=True, n=2
+    )
+    assert [choice.text for choice in answer.choices] == ["the sky", "the sky"]
+    assert answer.usage.completion_tokens == 0
+    plain = client.completions.create(model="lora", prompt="the sky", max_tokens=2, echo=True)
+    assert plain.choices[0].text.startswith("the sky")
+    assert plain.choices[0].logprobs is None
+
+
 def test_models_are_the_base_and_its_adapters(client, saved):
     models = {model.id: model for model in client.models.list()}
     assert set(models) == {BASE, *METHODS, "lazy-lora", "lazy-mixlora"}
@@ -197,6 +230,29 @@ def test_a_conversation_may_hold_calls_of_tools(client):
     assert chat(client, messages=messages).choices[0].message.content is not None
 
 
+def test_metrics_count_by_model(client, served):
+    for _ in range(3):
+        chat(client, "mixlora", max_tokens=20)
+    text = httpx2.get(f"{served[0]}/metrics").text
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["loraloom_requests_total", "mixlora", "length"] >= 3
+    assert samples["loraloom_generated_tokens_total", "mixlora"] >= 60
+    assert samples["loraloom_time_to_first_token_seconds_count", "mixlora"] >= 3
+    assert samples["loraloom_cache_tokens",] == 4096
+    assert samples["loraloom_cache_tokens_used",] == 0
+    load = [
+        value
+        for (name, *labels), value in samples.items()
+        if name == "loraloom_expert_tokens_total" and labels[:2] == ["mixlora", "layer 0"]
+    ]
+    assert len(load) == 4
+    assert sum(load) > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -223,6 +279,20 @@ def test_wrong_requests_are_refused_with_a_reason(client, settings, message):
         chat(client, **settings)
     assert message in caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_a_scale_behind_the_name_scales_the_adapter(client, host, tokenizer):
+    texts = []
+    for model, adapter in {"mixlora:0.25": ("mixlora", 0.25), "lora:1": "lora"}.items():
+        answer = chat(client, model)
+        assert answer.model == model
+        texts.append(answer.choices[0].message.content)
+        asked = [Prompt(tuple(MESSAGES), adapter)]
+        assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == texts[-1:]
+    assert texts[0] != chat(client, "mixlora").choices[0].message.content
+    for model in ("lora:", "lora:x", "lora:nan", "lora:1e9"):
+        with pytest.raises(openai.BadRequestError, match="with a scale from -10 to 10"):
+            chat(client, model)
 
 
 @pytest.mark.parametrize("model", ["nobody", "../lora", "lora/../lora", "LORA", "a" * 300])

@@ -24,14 +24,17 @@ def test_the_first_ctrl_c_is_a_request_and_the_second_ends_at_once():
             press()
 
 
-def test_sigterm_asks_as_ctrl_c_does_and_ends_with_143():
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, "143"), (signal.SIGHUP, "129")], ids=["term", "hup"]
+)
+def test_other_signals_ask_as_ctrl_c_does_and_end_with_their_own_code(number, code):
     with Interruption(lambda: None) as interruption:
-        press(signal.SIGTERM)
+        press(number)
         assert interruption.requested
-        with pytest.raises(SystemExit, match="143"):
+        with pytest.raises(SystemExit, match=code):
             interruption.end()
-        with pytest.raises(SystemExit, match="143"):
-            press(signal.SIGTERM)
+        with pytest.raises(SystemExit, match=code):
+            press(number)
         with pytest.raises(KeyboardInterrupt):
             press(signal.SIGINT)
 
@@ -45,7 +48,18 @@ def test_a_terminal_that_is_being_written_to_raises_nothing():
         assert interruption.requested
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_hangup_that_is_ignored_stays_so():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption(lambda: None) as interruption:
+            press(signal.SIGHUP)
+            assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_their_old_selves_afterwards(number):
     before = signal.getsignal(number)
     with Interruption(lambda: None):

@@ -4,6 +4,7 @@ import io
 import itertools
 import time
 
+import pytest
 from rich.console import Console
 
 from loraloom.training.run.job import Job
@@ -17,7 +18,7 @@ def console(**options) -> Console:
 
 
 def printed(screen: Console) -> str:
-    return screen.file.getvalue()
+    return screen.file.stream.getvalue()
 
 
 def job(name: str, total_steps: int, step: int = 0) -> Job:
@@ -139,3 +140,45 @@ def test_plain_lines_of_a_sweep_come_when_there_is_news():
     assert len(table) == 3
     assert first.startswith("sweep: 1 of 2 jobs train, at step 0/9; best lr-001")
     assert second.startswith("sweep: 1 of 2 jobs train, at step 2/9; best lr-000")
+
+
+class Failing(io.StringIO):
+    """Takes a line, and then nothing more."""
+
+    def __init__(self, error: OSError):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        if self.getvalue():
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "pipe"), OSError(28, "full")])
+def test_output_that_fails_raises_nothing(error):
+    screen = Console(file=Failing(error), width=120)
+    progress, math = Progress(screen, interval_s=0.0), job("math", 3)
+    progress.start()
+    progress.add(math)
+    for _ in range(3):
+        advance(math, 100, 2.0)
+        progress.update(math)
+    progress.message("more")
+    progress.stop()
+    screen.print("and more")
+    assert printed(screen).startswith("math: step 1/3")
+    assert "more" not in printed(screen)
+
+
+def test_output_without_the_letters_of_a_message_escapes_them():
+    taken = io.BytesIO()
+    screen = Console(file=io.TextIOWrapper(taken, encoding="ascii"))
+    Progress(screen).message("größer \ud800")
+    assert taken.getvalue() == b"gr\\xf6\\xdfer \\ud800\n"
+
+
+def test_what_terminals_would_obey_is_escaped_and_nothing_is_taken_for_markup():
+    screen = console(force_terminal=True)
+    Progress(screen).message("a \x1b[31m b [/INST] :fire: [bold]")
+    assert printed(screen) == "a \\x1b[31m b [/INST] :fire: [bold]\n"

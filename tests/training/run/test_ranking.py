@@ -70,3 +70,12 @@ def test_a_line_says_how_many_train_and_which_is_best():
         "sweep: 2 of 7 jobs train, at step 8/9; best best (train.learning_rate=0.0001 "
         "adapter.method=best), eval/loss 1.5000"
     )
+
+
+def test_parameters_that_look_like_markup_stand_as_they_are():
+    parameters = {"data.template": "[INST] {{ instruction }} [/INST]"}
+    ranking = Ranking("eval/[/x]", (), (Standing("a", parameters),), num_jobs=1)
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(ranking_table(ranking))
+    assert "[INST] {{ instruction }} [/INST]" in screen.file.getvalue()
+    assert "eval/[/x]" in screen.file.getvalue()

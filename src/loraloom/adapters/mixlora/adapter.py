@@ -84,11 +84,11 @@ class MixLoraAdapter(Adapter):
 
     @classmethod
     def stack_ffn(
-        cls, adapters: Sequence[MixLoraAdapter], layer: int, dtype: torch.dtype
+        cls, adapters: Sequence[MixLoraAdapter], layer: int, weights: Sequence[FfnWeights]
     ) -> StackedExpertFfn:
         """See Adapter."""
         return stack_expert_ffn(
-            [adapter.ffn_weights(layer, dtype) for adapter in adapters],
+            weights,
             [adapter.router(layer).detach() for adapter in adapters],
             adapters[0].config.top_k,
         )

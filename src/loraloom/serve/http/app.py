@@ -14,18 +14,21 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 import loraloom
+from loraloom.errors import shown
 from loraloom.serve.adapters import AdapterShelf
 from loraloom.serve.engine import Engine
 from loraloom.serve.http.asking import Backend, now
 from loraloom.serve.http.chat import complete_chat
 from loraloom.serve.http.completions import complete_texts
 from loraloom.serve.http.errors import ApiError, ErrorBody, handle_errors
+from loraloom.serve.http.metrics import Metrics
 from loraloom.serve.http.objects import (
     ChatBody,
     ChatCompletion,
@@ -108,7 +111,7 @@ def create_app(
     handle_errors(app)
     _add_completions(app, backend)
     _add_models(app, backend)
-    _add_health(app, engine)
+    _add_health(app, engine, Metrics(engine))
     if options.allow_loading:
         _add_loading(app, shelf)
     return app
@@ -150,14 +153,14 @@ def _add_models(app: FastAPI, backend: Backend) -> None:
         if found is None:
             raise ApiError(
                 404,
-                f"the model {model!r} does not exist",
+                f"the model {shown(model)} does not exist",
                 code="model_not_found",
                 param="model",
             )
         return found
 
 
-def _add_health(app: FastAPI, engine: Engine) -> None:
+def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.get("/health", response_class=PlainTextResponse)
     def health() -> str:
         """Say that the process lives."""
@@ -169,6 +172,11 @@ def _add_health(app: FastAPI, engine: Engine) -> None:
         if engine.is_stopping:
             raise ApiError(503, "the server is stopping", code="stopping")
         return "ok"
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def read_metrics() -> Response:
+        """Tell numbers to Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_loading(app: FastAPI, shelf: AdapterShelf) -> None:

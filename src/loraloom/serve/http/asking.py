@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -18,9 +19,10 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.errors import DataError, LoraloomError
+from loraloom.errors import DataError, LoraloomError, shown
 from loraloom.infer.generate import end_tokens
 from loraloom.infer.sampling import parse_sampling
+from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import AdapterShelf, ServedAdapter
 from loraloom.serve.constraints import JsonConstraints
 from loraloom.serve.engine import Engine
@@ -30,14 +32,37 @@ from loraloom.serve.sequence import (
     Constraint,
     Event,
     Failure,
+    FinishReason,
     GenerationRequest,
     Piece,
+    Row,
+    Score,
+    ScoreRequest,
+    Scores,
+    Sink,
     TokenLogProb,
 )
+
+MAX_SCALE = 10.0
+"""Of what an adapter adds to the base model, either way."""
 
 
 class ClientGoneError(LoraloomError):
     """The client does not wait any more."""
+
+
+class ServedModel(NamedTuple):
+    """A model that a request uses.
+
+    Args:
+        owner: The adapter's name, or the base model's.
+        adapter: What rows say to the host.
+        served: To be released; None for the base model.
+    """
+
+    owner: str
+    adapter: RowAdapter
+    served: ServedAdapter | None
 
 
 @dataclass(frozen=True)
@@ -61,23 +86,24 @@ class Backend:
         ends = end_tokens(host, self.tokenizer)
         return JsonConstraints(self.tokenizer, host.config.vocab_size, ends)
 
-    async def acquire(self, model: str) -> ServedAdapter | None:
-        """Begin to use the adapter of a model's name; None is the base model."""
-        if model == self.shelf.base_name:
-            return None
-        name, colon, scale = model.rpartition(":")
-        if colon and _is_number(scale):
-            raise ApiError(
-                400,
-                f"model must be a name without a scale, got {model!r}; ask for {name!r}",
-                param="model",
-            )
-        return await run_in_threadpool(self.shelf.acquire, model)
+    async def acquire(self, model: str) -> ServedModel:
+        """Begin to use the adapter that a model's name says.
 
-    def release(self, adapter: ServedAdapter | None) -> None:
-        """End using an adapter."""
-        if adapter is not None:
-            self.shelf.release(adapter)
+        Raises:
+            ApiError: If its scale can't be used.
+            UnknownModelError, AllInUseError: As `AdapterShelf.acquire`.
+        """
+        if model == self.shelf.base_name:
+            return ServedModel(model, None, None)
+        name, colon, scale = model.partition(":")
+        adapter = await run_in_threadpool(self.shelf.acquire, name)
+        row_adapter = (adapter.host_name, _scale(scale)) if colon else adapter.host_name
+        return ServedModel(name, row_adapter, adapter)
+
+    def release(self, model: ServedModel) -> None:
+        """End using a model."""
+        if model.served is not None:
+            self.shelf.release(model.served)
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Most tokens that may follow a prompt."""
@@ -94,7 +120,7 @@ class Backend:
     def requests(
         self,
         body: SamplingBody,
-        adapter: ServedAdapter | None,
+        model: ServedModel,
         prompt_ids: Sequence[int],
         max_new_tokens: int | None,
         num_logprobs: int | None,
@@ -114,8 +140,8 @@ class Backend:
         return [
             GenerationRequest(
                 prompt_ids,
-                None if adapter is None else adapter.host_name,
-                self.shelf.base_name if adapter is None else adapter.name,
+                model.adapter,
+                model.owner,
                 sampling,
                 place,
                 num_logprobs,
@@ -133,12 +159,12 @@ class Backend:
         return str(self.tokenizer.decode([token]))
 
     def _logit_bias(self, body: SamplingBody) -> dict[int, float]:
-        size = self.engine.host.config.vocab_size
+        largest = self.engine.host.config.vocab_size - 1
         for key in body.logit_bias or {}:
-            if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < size):
+            if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) <= largest):
                 raise ApiError(
                     400,
-                    f"logit_bias must have token ids from 0 to {size - 1} as keys, got {key!r}",
+                    f"logit_bias must have token ids from 0 to {largest} as keys, got {shown(key)}",
                     param="logit_bias",
                 )
         return {int(key): bias for key, bias in (body.logit_bias or {}).items()}
@@ -152,28 +178,37 @@ class Answers:
     Args:
         engine: Makes them.
         requests: One for each.
-        http_request: Whose client waits.
+        http: Whose client waits.
+        on_close: Called when nobody asks for more.
 
     Raises:
         LoraloomError: If the engine takes one of them not.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest], http: Request):
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[GenerationRequest | ScoreRequest],
+        http: Request,
+        on_close: Callable[[], object],
+    ):
         self._engine = engine
+        self._on_close = on_close
+        self.count = len(requests)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._num_open = len(requests)
-        self._rows = []
+        self._rows: list[Row | Score] = []
         try:
             for index, request in enumerate(requests):
-                self._rows.append(engine.submit(request, partial(self._tell, index)))
+                self._rows.append(self._submit(request, partial(self._tell, index)))
         except Exception:
             self.cancel()
             raise
         self._watcher = self._loop.create_task(self._watch(http))
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Give each piece with the place of its completion, until all have ended.
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | Scores]]:
+        """Give each piece with the place of its request, until all have ended.
 
         Raises:
             ClientGoneError: If the client does not wait any more.
@@ -183,7 +218,7 @@ class Answers:
             index, event = await self._events.get()
             if isinstance(event, Failure):
                 raise event.error
-            self._num_open -= event.finish_reason is not None
+            self._num_open -= isinstance(event, Scores) or event.finish_reason is not None
             yield index, event
 
     def cancel(self) -> None:
@@ -195,6 +230,12 @@ class Answers:
         """Cancel, and wait for the client's leaving no more."""
         self.cancel()
         self._watcher.cancel()
+        self._on_close()
+
+    def _submit(self, request: GenerationRequest | ScoreRequest, sink: Sink) -> Row | Score:
+        if isinstance(request, ScoreRequest):
+            return self._engine.score(request, sink)
+        return self._engine.submit(request, sink)
 
     def _tell(self, index: int, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
@@ -209,44 +250,72 @@ class Answers:
 
 @dataclass
 class Answer:
-    """A completion that has ended."""
+    """A completion, or scores, as far as they have come."""
 
     text: str = ""
     num_tokens: int = 0
-    log_probs: list[TokenLogProb] | None = None
-    finish_reason: Any = None
+    log_probs: list[TokenLogProb] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: Piece | Scores) -> None:
         """Add a piece."""
-        self.text += piece.text
-        self.num_tokens += piece.num_tokens
-        self.log_probs = [*(self.log_probs or []), *piece.log_probs]
-        self.finish_reason = piece.finish_reason
+        self.log_probs += piece.log_probs
+        if isinstance(piece, Piece):
+            self.text += piece.text
+            self.num_tokens += piece.num_tokens
+            self.finish_reason = piece.finish_reason
 
 
-async def collect(answers: Answers, count: int) -> list[Answer]:
+async def ask(
+    backend: Backend,
+    model: str,
+    make_requests: Callable[[ServedModel], Sequence[GenerationRequest | ScoreRequest]],
+    http: Request,
+) -> Answers:
+    """Hand the engine what a model is asked for.
+
+    Args:
+        backend: What all routes use.
+        model: Its name in the request.
+        make_requests: Makes the engine's requests.
+        http: The request.
+    """
+    served = await backend.acquire(model)
+    try:
+        requests = make_requests(served)
+        return Answers(backend.engine, requests, http, partial(backend.release, served))
+    except BaseException:
+        backend.release(served)
+        raise
+
+
+async def collect(answers: Answers) -> list[Answer]:
     """Wait for all completions."""
-    whole = [Answer() for _ in range(count)]
-    async for index, piece in answers.pieces():
-        whole[index].add(piece)
+    whole = [Answer() for _ in range(answers.count)]
+    try:
+        async for index, piece in answers.pieces():
+            whole[index].add(piece)
+    finally:
+        answers.close()
     return whole
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `on_end` is called whatever becomes of the client."""
+    """Objects as server-sent events; the answers are closed whatever becomes of the client."""
 
-    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], object]):
+    def __init__(self, answers: Answers, objects: AsyncIterator[dict[str, Any]]):
+        events = as_events(objects)
         super().__init__(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
-        self._on_end = on_end
+        self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._on_end()
+            self._answers.close()
 
 
 async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
@@ -268,6 +337,11 @@ def usage(num_prompt: int, num_completion: int) -> Usage:
         completion_tokens=num_completion,
         total_tokens=num_prompt + num_completion,
     )
+
+
+def finite(log_prob: float) -> float:
+    """A log-probability as JSON can write it, which has no infinity."""
+    return max(log_prob, -9999.0)
 
 
 def new_id(kind: str) -> str:
@@ -292,9 +366,16 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise DataError(f"the text can't be read: {error}") from None
 
 
-def _is_number(text: str) -> bool:
+def _scale(text: str) -> float:
     try:
-        float(text)
+        scale = float(text)
     except ValueError:
-        return False
-    return True
+        scale = math.nan
+    if not abs(scale) <= MAX_SCALE:
+        raise ApiError(
+            400,
+            f"model must be a name, or name:scale with a scale from -{MAX_SCALE:g} to "
+            f"{MAX_SCALE:g}, got the scale {shown(text)}",
+            param="model",
+        )
+    return scale

@@ -17,9 +17,11 @@ from loraloom.serve.http.asking import (
     Answers,
     Backend,
     EventStream,
-    as_events,
+    ServedModel,
+    ask,
     collect,
     encode_text,
+    finite,
     new_id,
     now,
     usage,
@@ -38,39 +40,23 @@ from loraloom.serve.http.objects import (
     ToolCall,
     TopLogProb,
 )
-from loraloom.serve.sequence import Constraint, Piece, TokenLogProb
+from loraloom.serve.sequence import Constraint, GenerationRequest, Piece, TokenLogProb
 
 
 async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Response:
     """Answer a conversation, at once or in pieces."""
     prompt_ids = await run_in_threadpool(encode_chat, backend.tokenizer, body)
     make_constraint = await run_in_threadpool(_constraint, backend, body)
-    adapter = await backend.acquire(body.model)
-    try:
-        requests = backend.requests(
-            body,
-            adapter,
-            prompt_ids,
-            body.max_tokens or body.max_completion_tokens,
-            (body.top_logprobs or 0) if body.logprobs else None,
-            make_constraint,
-        )
-        answers = Answers(backend.engine, requests, http)
-    except BaseException:
-        backend.release(adapter)
-        raise
 
-    def end() -> None:
-        answers.close()
-        backend.release(adapter)
+    def make_requests(model: ServedModel) -> list[GenerationRequest]:
+        max_tokens = body.max_tokens or body.max_completion_tokens
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return backend.requests(body, model, prompt_ids, max_tokens, num_logprobs, make_constraint)
 
+    answers = await ask(backend, body.model, make_requests, http)
     if body.stream:
-        chunks = _chunks(backend, body, answers, len(prompt_ids))
-        return EventStream(as_events(chunks), end)
-    try:
-        whole = await collect(answers, body.n)
-    finally:
-        end()
+        return EventStream(answers, _chunks(backend, body, answers, len(prompt_ids)))
+    whole = await collect(answers)
     completion = ChatCompletion(
         id=new_id("chatcmpl"),
         created=now(),
@@ -91,11 +77,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> list[int]
         raise DataError(
             "the base model's tokenizer has no chat template; use /v1/completions instead"
         )
-    tools = None if body.tool_choice == "none" else body.tools
+    tools: list[Any] = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     try:
         text: Any = tokenizer.apply_chat_template(
             [message.as_turn() for message in body.messages],
-            tools=tools and [tool.model_dump(exclude_none=True) for tool in tools],
+            tools=None if body.tool_choice == "none" else tools or None,
             tokenize=False,
             add_generation_prompt=True,
         )
@@ -140,7 +126,7 @@ def _choice(backend: Backend, body: ChatBody, index: int, answer: Answer) -> Cha
     return ChatChoice(
         index=index,
         message=message,
-        logprobs=_log_probs(backend, answer.log_probs or []) if body.logprobs else None,
+        logprobs=_log_probs(backend, answer.log_probs) if body.logprobs else None,
         finish_reason=answer.finish_reason,
     )
 
@@ -163,6 +149,7 @@ async def _chunks(
         delta = {"role": "assistant", "content": "", **_first_call(body)}
         yield {**frame, "choices": [_delta(index, delta)]}
     async for index, piece in answers.pieces():
+        assert isinstance(piece, Piece)
         num_new += piece.num_tokens
         if piece.text or piece.log_probs:
             choice = _delta(index, _said(body, piece))
@@ -210,6 +197,6 @@ def _entry(backend: Backend, token: int, log_prob: float) -> dict[str, Any]:
     is_whole = "\N{REPLACEMENT CHARACTER}" not in text
     return {
         "token": text,
-        "logprob": max(log_prob, -9999.0),  # JSON has no infinity
+        "logprob": finite(log_prob),
         "bytes": list(text.encode()) if is_whole else None,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from fastapi import Request
@@ -16,8 +17,10 @@ from loraloom.serve.http.asking import (
     Answers,
     Backend,
     EventStream,
-    as_events,
+    ServedModel,
+    ask,
     collect,
+    finite,
     new_id,
     now,
     usage,
@@ -29,42 +32,30 @@ from loraloom.serve.http.objects import (
     CompletionChoice,
     CompletionLogProbs,
 )
-from loraloom.serve.sequence import TokenLogProb
+from loraloom.serve.sequence import GenerationRequest, Piece, ScoreRequest, TokenLogProb
 
 
 async def complete_texts(backend: Backend, body: CompletionBody, http: Request) -> Response:
     """Continue texts, at once or in pieces."""
     prompts = await run_in_threadpool(_encode, backend, body)
-    adapter = await backend.acquire(body.model)
-    try:
-        requests = [
+
+    def make_requests(model: ServedModel) -> list[GenerationRequest | ScoreRequest]:
+        return [
             request
             for prompt_ids in prompts
-            for request in backend.requests(
-                body, adapter, prompt_ids, body.max_tokens or 16, body.logprobs
-            )
+            for request in _requests(backend, body, model, prompt_ids)
         ]
-        answers = Answers(backend.engine, requests, http)
-    except BaseException:
-        backend.release(adapter)
-        raise
 
-    def end() -> None:
-        answers.close()
-        backend.release(adapter)
-
+    answers = await ask(backend, body.model, make_requests, http)
     num_prompt = sum(map(len, prompts))
     if body.stream:
-        return EventStream(as_events(_chunks(backend, body, answers, num_prompt)), end)
-    try:
-        whole = await collect(answers, len(requests))
-    finally:
-        end()
+        return EventStream(answers, _chunks(backend, body, answers, num_prompt))
+    whole = await collect(answers)
     completion = Completion(
         id=new_id("cmpl"),
         created=now(),
         model=body.model,
-        choices=[_choice(backend, body, index, answer) for index, answer in enumerate(whole)],
+        choices=_choices(backend, body, prompts, whole),
         usage=usage(num_prompt, sum(answer.num_tokens for answer in whole)),
     )
     return Response(completion.model_dump_json(), media_type="application/json")
@@ -87,13 +78,49 @@ def _encode(backend: Backend, body: CompletionBody) -> list[list[int]]:
     return encoded
 
 
-def _choice(backend: Backend, body: CompletionBody, index: int, answer: Answer) -> CompletionChoice:
-    log_probs = None
-    if body.logprobs is not None:
-        log_probs = _log_probs(backend, answer.log_probs or [], 0)
-    return CompletionChoice(
-        index=index, text=answer.text, logprobs=log_probs, finish_reason=answer.finish_reason
-    )
+def _requests(
+    backend: Backend, body: CompletionBody, model: ServedModel, prompt_ids: list[int]
+) -> list[GenerationRequest | ScoreRequest]:
+    """The completions of a prompt and, behind them, its own log-probabilities if wanted."""
+    requests: list[GenerationRequest | ScoreRequest] = []
+    if body.max_tokens != 0:
+        requests += backend.requests(body, model, prompt_ids, body.max_tokens, body.logprobs)
+    if body.echo and body.logprobs is not None:
+        requests.append(ScoreRequest(prompt_ids, model.adapter, model.owner, body.logprobs))
+    return requests
+
+
+def _choices(
+    backend: Backend, body: CompletionBody, prompts: list[list[int]], answers: list[Answer]
+) -> list[CompletionChoice]:
+    """The completions of each prompt in turn."""
+    rest = iter(answers)
+    choices: list[CompletionChoice] = []
+    for prompt, prompt_ids in zip(body.prompts, prompts, strict=True):
+        completions = [Answer(finish_reason="length") for _ in range(body.n)]
+        if body.max_tokens != 0:
+            completions = [next(rest) for _ in range(body.n)]
+        echoed, scored = "", None
+        if body.echo:
+            whole = isinstance(prompt, str)
+            echoed = prompt if whole else str(backend.tokenizer.decode(prompt_ids))
+            scored = next(rest).log_probs if body.logprobs is not None else None
+        for answer in completions:
+            log_probs = None
+            if body.logprobs is not None:
+                entries: list[TokenLogProb] = [*(scored or []), *answer.log_probs]
+                log_probs = _log_probs(
+                    backend, entries, 0, first=prompt_ids[0] if body.echo else None
+                )
+            choices.append(
+                CompletionChoice(
+                    index=len(choices),
+                    text=echoed + answer.text,
+                    logprobs=log_probs,
+                    finish_reason=answer.finish_reason,
+                )
+            )
+    return choices
 
 
 async def _chunks(
@@ -110,6 +137,7 @@ async def _chunks(
     num_new = 0
     offsets: dict[int, int] = {}
     async for index, piece in answers.pieces():
+        assert isinstance(piece, Piece)
         num_new += piece.num_tokens
         log_probs = None
         if body.logprobs is not None:
@@ -127,19 +155,29 @@ async def _chunks(
         yield {**frame, "choices": [], "usage": usage(num_prompt, num_new).model_dump()}
 
 
-def _log_probs(backend: Backend, log_probs: list[TokenLogProb], offset: int) -> CompletionLogProbs:
-    """Log-probabilities in the older form; a token's offset is where its text begins."""
-    texts = [backend.token_text(token) for token, _, _ in log_probs]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
+def _log_probs(
+    backend: Backend, entries: Sequence[TokenLogProb], offset: int, first: int | None = None
+) -> CompletionLogProbs:
+    """Log-probabilities in the older form.
+
+    Args:
+        backend: Knows the tokens' texts.
+        entries: What is known of each token.
+        offset: Where the first one's text begins; the others' texts follow.
+        first: A token in front of them that has no log-probability.
+    """
+    ids = [entry.token for entry in entries]
+    texts = [backend.token_text(token) for token in ([] if first is None else [first]) + ids]
+    unknown = [None] * (first is not None)
     return CompletionLogProbs(
         tokens=texts,
-        token_logprobs=[max(log_prob, -9999.0) for _, log_prob, _ in log_probs],
+        token_logprobs=[*unknown, *(finite(entry.log_prob) for entry in entries)],
         top_logprobs=[
-            {backend.token_text(token): max(value, -9999.0) for token, value in top}
-            for _, _, top in log_probs
+            *unknown,
+            *(
+                {backend.token_text(token): finite(value) for token, value in reversed(entry.top)}
+                for entry in entries
+            ),
         ],
-        text_offset=offsets,
+        text_offset=list(accumulate(map(len, texts), initial=offset))[:-1],
     )

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from loraloom.errors import LoraloomError
+from loraloom.errors import LoraloomError, plain
 from loraloom.serve.adapters import AllInUseError, UnknownModelError
 from loraloom.serve.engine import OutOfTimeError, QueueFullError, StoppingError
 
@@ -56,7 +56,7 @@ class ApiError(Exception):
         kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
         kind = "rate_limit_error" if status == 429 else kind
         self.body = ErrorBody(
-            error=ErrorObject(message=_clean(message), type=kind, param=param, code=code)
+            error=ErrorObject(message=plain(message), type=kind, param=param, code=code)
         )
 
     def response(self) -> JSONResponse:
@@ -64,23 +64,19 @@ class ApiError(Exception):
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
-def api_error(error: Exception, retry_after_s: int = 1) -> ApiError:
-    """Say an error of the engine or of loraloom as an answer.
-
-    Args:
-        error: Any.
-        retry_after_s: When to try again, where that helps.
-    """
-    later = {"Retry-After": str(retry_after_s)}
+def api_error(error: Exception) -> ApiError:
+    """Say an error of the engine or of loraloom as an answer."""
     match error:
         case ApiError():
             return error
         case UnknownModelError():
             return ApiError(404, str(error), code="model_not_found", param="model")
-        case QueueFullError() | AllInUseError():
-            return ApiError(429, str(error), code="queue_full", headers=later)
+        case QueueFullError(retry_after_s=seconds):
+            return ApiError(429, str(error), code="queue_full", headers=_later(seconds))
+        case AllInUseError():
+            return ApiError(429, str(error), code="adapters_in_use", headers=_later(1))
         case StoppingError():
-            return ApiError(503, str(error), code="stopping", headers=later)
+            return ApiError(503, str(error), code="stopping", headers=_later(1))
         case OutOfTimeError():
             return ApiError(504, str(error), code="timeout")
         case LoraloomError():
@@ -115,7 +111,5 @@ def handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, of_body)
 
 
-def _clean(message: str) -> str:
-    """A message that can be sent as UTF-8, of a length that can be read."""
-    text = message.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 2000 else f"{text[:2000]}…"
+def _later(seconds: int) -> dict[str, str]:
+    return {"Retry-After": str(seconds)}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from loraloom.config.fields import StrictModel
+from loraloom.errors import shown
 
 MAX_TOP_LOGPROBS = 20
 
@@ -208,7 +209,7 @@ class ChatBody(SamplingBody):
     def _check_named(self, name: str) -> None:
         names = [tool.function.name for tool in self.tools or ()]
         if name not in names:
-            raise ValueError(f"tool_choice must name one of the tools {names}, got {name!r}")
+            raise ValueError(f"tool_choice must name one of the tools {names}, got {shown(name)}")
         if self.response_format is not None:
             raise ValueError("response_format and a named tool_choice exclude each other")
 
@@ -308,7 +309,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogProbs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length"] | None
 
 
 class ChatCompletion(BaseModel):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one asks for an orderly end, the second one ends at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks for an orderly end, the second ends at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # a terminal that is closed; Windows has none
+    _SIGNALS.append(signal.SIGHUP)
 
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM sets a flag. It does so in the main thread."""
+    """A context in which the first Ctrl-C, SIGTERM or SIGHUP sets a flag.
+
+    It does so in the main thread. A SIGHUP that is ignored, as under nohup, stays so.
+    """
 
     def __init__(self, on_request: Callable[[], None]):
         self.requested = False
@@ -23,7 +28,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            handled = [number for number in _SIGNALS if not _is_ignored_hangup(number)]
+            self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -36,11 +42,11 @@ class Interruption:
 
         Raises:
             KeyboardInterrupt: After Ctrl-C.
-            SystemExit: After SIGTERM, with the exit code 143.
+            SystemExit: After SIGTERM, with the exit code 143; after SIGHUP, with 129.
         """
-        if self._number == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        if self._number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._number = number
@@ -49,3 +55,7 @@ class Interruption:
         self.requested = True
         with suppress(RuntimeError):  # the signal came in the midst of a write to the terminal
             self._on_request()
+
+
+def _is_ignored_hangup(number: signal.Signals) -> bool:
+    return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN

@@ -10,6 +10,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
+from loraloom.errors import plain
+from loraloom.training.run.display import EnduringOutput
 from loraloom.training.run.job import Job
 from loraloom.training.run.ranking import Ranking, ranking_line, ranking_table
 from loraloom.training.step.micro_batch import padding_share
@@ -37,12 +39,14 @@ class Progress:
 
     Args:
         console: A terminal gets live lines, anything else a line of text for each job every few
-            seconds and at its last step; None shows nothing.
+            seconds and at its last step; None shows nothing. Output that fails (a closed pipe, a
+            full disk) is lost from now on, and ends no run.
         interval_s: Least time between two lines of text.
     """
 
     def __init__(self, console: Console | None = None, interval_s: float = PLAIN_INTERVAL_S):
         self._console = console or Console(quiet=True)
+        self._console.file = EnduringOutput(self._console.file)  # pyright: ignore
         self._is_live = console is not None and console.is_terminal
         self._interval_s = interval_s
         self._bars = _Bars(
@@ -118,7 +122,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line, above the live ones."""
         wrap = not self._is_live
-        self._console.print(text, markup=False, highlight=False, soft_wrap=wrap)
+        self._console.print(plain(text), markup=False, emoji=False, highlight=False, soft_wrap=wrap)
 
     def stop(self) -> None:
         """Show nothing more; live lines stay as they are, without the table."""

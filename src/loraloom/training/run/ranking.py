@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from loraloom.config.sweep import format_value, format_values
+from loraloom.errors import plain
 from loraloom.training.run.selection import metric_mode
 
 RUNNING = "running"
@@ -125,19 +127,25 @@ def ranking_csv(ranking: Ranking) -> str:
 
 def ranking_table(ranking: Ranking) -> Table:
     """The jobs for people, the best first."""
-    parameters = list(ranking.standings[0].parameters)
+    parameters = [Column(Text(path)) for path in ranking.standings[0].parameters]
     rungs = [f"@{rung}" for rung in ranking.rungs]
-    table = Table("", "job", *parameters, "steps", *rungs, ranking.metric, "status", box=None)
+    metric = Column(Text(ranking.metric))
+    table = Table("", "job", *parameters, "steps", *rungs, metric, "status", box=None)
     for place, one in enumerate(ranking.ranked, start=1):
         values = (*(one.rung_values.get(rung) for rung in ranking.rungs), one.value)
         style = None if one.is_running or one.status.startswith("finished") else "dim"
         table.add_row(
-            *(str(place), one.name, *map(format_value, one.parameters.values()), one.progress),
+            *(str(place), one.name, *map(_cell, one.parameters.values()), one.progress),
             *("-" if value is None else f"{value:.4f}" for value in values),
             one.status,
             style=style,
         )
     return table
+
+
+def _cell(value: Any) -> Text:
+    """A parameter's value as it stands: a template may look like rich's markup."""
+    return Text(plain(format_value(value)))
 
 
 def ranking_line(ranking: Ranking) -> str:
