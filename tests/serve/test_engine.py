@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from loraloom.errors import AdapterError, DataError
-from loraloom.models import decoding
 from loraloom.models.decoding import Decoding
 from loraloom.serve.engine import (
     Engine,
@@ -161,20 +160,20 @@ def test_an_adapter_that_diverged_fails_alone(tiny_tokenizer):
     assert "'mixlora' computes numbers that are not finite" in str(failed["mixlora"])
 
 
-@pytest.mark.parametrize("where", ["prefill", "extend"])
-def test_an_adapter_that_raises_fails_alone(make_engine, tiny_tokenizer, monkeypatch, where):
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+def test_an_adapter_that_raises_fails_alone(make_engine, host, tiny_tokenizer, monkeypatch, where):
     engine = make_engine()
     asked = [request(tiny_tokenizer, text, name) for text in TEXTS[:2] for name in NAMES]
     expected = alone(engine, tiny_tokenizer, asked)
-    real = getattr(decoding, where)
+    real = getattr(host, where)
 
     def broken(first, *rest):
-        adapters = first.adapters if isinstance(first, Decoding) else rest[2]
+        adapters = first.adapters if isinstance(first, Decoding) else rest[1]
         if "mola" in adapters:
             raise RuntimeError("a fault of this adapter")
         return real(first, *rest)
 
-    monkeypatch.setattr(decoding, where, broken)
+    monkeypatch.setattr(host, where, broken)
     under_way = submit(engine, *asked)
     finish(engine)
     for one, text in zip(under_way, expected, strict=True):

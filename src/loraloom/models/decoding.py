@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from loraloom.models.forward import PreparedWeights, Record
+from loraloom.models.forward import PreparedWeights
 from loraloom.models.layout import RowAdapter
-
-if TYPE_CHECKING:
-    from loraloom.models.host import Host
 
 
 @dataclass
@@ -29,40 +26,36 @@ class Decoding:
     """Rows that are being continued; made by `Host.prefill`.
 
     Args:
-        host: Whose rows these are.
         adapters: Of each row.
-        cache: Keys and values, [B, heads, L, head_dim] in each layer.
         attention_mask: 1 at real tokens, [B, L].
         logits: Of the token after each row's last one, [B, V].
+        cache: Keys and values, [B, heads, L, head_dim] in each layer. Made without the model's
+            config, it keeps all tokens in every layer; masks see to windows.
         prepared: The adapters' weights, as they were when the session began.
     """
 
-    host: Host
     adapters: list[RowAdapter]
-    cache: DynamicCache
     attention_mask: Tensor
-    logits: Tensor
+    logits: Tensor = field(init=False)
+    cache: DynamicCache = field(default_factory=DynamicCache)
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
 
     @classmethod
-    def resume(
-        cls, host: Host, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights
-    ) -> Decoding:
+    def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:
         """Make a session of one row from what `states` took out of another one.
 
-        It has no logits yet: the first `extend` gives them.
+        It has no logits yet: the first `Host.extend` gives them.
 
         Args:
-            host: Whose row it is.
             adapter: The one that computed the states.
             states: Of the row's first tokens, [layers, 2, heads, L, head_dim].
             prepared: Takes the weights in compute form.
         """
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
-            cache.update(keys, values, layer)
         mask = torch.ones(1, states.shape[3], dtype=torch.long, device=states.device)
-        return cls(host, [adapter], cache, mask, states.new_empty(0), prepared)
+        session = cls([adapter], mask, prepared=prepared)
+        for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
+            session.cache.update(keys, values, layer)
+        return session
 
     def __len__(self) -> int:
         """Rows."""
@@ -122,58 +115,6 @@ class Decoding:
         self.attention_mask = torch.cat([_pad_left(mask, length, 1) for mask in masks])
         self.logits = torch.cat([self.logits, other.logits])
         self.adapters += other.adapters
-
-
-@torch.no_grad()
-def prefill(
-    host: Host,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    adapters: Sequence[RowAdapter] | None = None,
-    prepared: PreparedWeights | None = None,
-) -> Decoding:
-    """Read prompts; see `Host.prefill`. `prepared` takes the weights in compute form."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    names: list[RowAdapter] = [None] * len(input_ids) if adapters is None else list(adapters)
-    # Without the model's config the cache keeps all tokens in each layer; masks see to windows.
-    prepared = PreparedWeights() if prepared is None else prepared
-    session = Decoding(host, names, DynamicCache(), mask, input_ids.new_empty(0), prepared)
-    session.logits = _advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
-    return session
-
-
-def decode(session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
-    """Continue every row by a token; see `Host.decode`. `record` takes what routers do."""
-    return extend(session, tokens.unsqueeze(1), record)
-
-
-@torch.no_grad()
-def extend(session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
-    """Continue every row by the same number of tokens.
-
-    Args:
-        session: Its rows.
-        input_ids: Their next tokens, [B, L].
-        record: Takes what routers do.
-
-    Returns:
-        Logits of the tokens after the last ones, [B, V].
-    """
-    positions = session.lengths.unsqueeze(1) + torch.arange(
-        input_ids.shape[1], device=input_ids.device
-    )
-    ones = session.attention_mask.new_ones(input_ids.shape)
-    session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
-    session.logits = _advance(session, input_ids, positions, record)
-    return session.logits
-
-
-def _advance(
-    session: Decoding, input_ids: Tensor, position_ids: Tensor, record: Record | None = None
-) -> Tensor:
-    """Run tokens through the model, and return the logits after the last one of each row."""
-    states: Any = session.host.advance(session, input_ids, position_ids, record)
-    return session.host.logits(states[:, -1].contiguous())
 
 
 def _layers(cache: DynamicCache) -> Sequence[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.config.fields import check_name
-from loraloom.errors import AdapterError, ModelError
+from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
-from loraloom.models import decoding
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.decoding import Decoding
 from loraloom.models.families import base_info, base_layers, family_of, head_of
@@ -44,9 +43,9 @@ from loraloom.models.packing import (
     packed_token_mask,
 )
 from loraloom.models.samples import sample_key
-from loraloom.models.stacking import ScaledAdapter, StackedForward, plan_stacked
+from loraloom.models.stacking import ScaledAdapter, StackedForward
 from loraloom.models.wiring import Wiring
-from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
+from loraloom.ops.token_loss import token_losses, token_scores
 from loraloom.routing.record import LayerRouting, join_routing
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
@@ -267,12 +266,16 @@ class Host:
 
         Raises:
             AdapterError: If `adapters` has another length than the batch or an unknown name.
-            ModelError: If it is to train and the base model is in float16.
+            ModelError: If it is to train and the base model is in float16, or if it fills a cache
+                and layers are to be recomputed.
         """
         record: Record = {}
         forward = self._forward(
             input_ids, attention_mask, adapters, sample_keys, training=training, record=record
         )
+        if forward.checkpointing:
+            model_inputs.setdefault("use_cache", False)
+            self._check_fills_no_cache(model_inputs)
         with self._run(forward):
             out = self.model(
                 input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
@@ -304,7 +307,7 @@ class Host:
             model_inputs: Passed to the base model.
 
         Raises:
-            ModelError: If attention can't keep the samples of a row apart.
+            ModelError: If attention can't keep the samples of a row apart, and as above.
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
@@ -318,6 +321,8 @@ class Host:
             input_ids, real, adapters, sample_keys, sample_lengths, training=training, record=record
         )
         model_inputs.setdefault("use_cache", False)
+        if forward.checkpointing:
+            self._check_fills_no_cache(model_inputs)
         with self._run(forward):
             out = self.model.base_model(
                 input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
@@ -349,21 +354,12 @@ class Host:
         """
         return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
 
-    def top_tokens(self, hidden_states: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
-        """Compute log p of the most likely next tokens, [N, K], and their ids, [N, K].
-
-        Args:
-            hidden_states: After the final norm, [N, D].
-            num_top: K.
-        """
-        vocab_size = self.config.vocab_size
-        return top_tokens(hidden_states, self._head, vocab_size, min(num_top, vocab_size))
-
     def prefill(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         adapters: Sequence[RowAdapter] | None = None,
+        prepared: PreparedWeights | None = None,
     ) -> Decoding:
         """Read prompts, as the first step of a decoding session.
 
@@ -371,6 +367,7 @@ class Host:
             input_ids: Prompts, [B, L], padded on the left.
             attention_mask: 1 at real tokens, [B, L]; None: all are.
             adapters: As in calling the host.
+            prepared: Takes the weights in compute form; by default they are the session's own.
 
         Returns:
             A session with the logits of each row's next token. It keeps the weights as they are
@@ -378,36 +375,63 @@ class Host:
 
         Raises:
             AdapterError: As in calling the host.
+            DataError: If prompts are not padded on the left.
         """
-        return decoding.prefill(self, input_ids, attention_mask, adapters)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not bool((mask.long().diff(dim=1) >= 0).all() and mask[:, -1].all()):
+            raise DataError(
+                "prompts must be padded on the left, so that all of them end at the last column; "
+                "got an attention_mask with 0 behind 1"
+            )
+        names = list(self._row_adapters(adapters, len(input_ids)))
+        session = Decoding(names, mask, prepared=prepared or PreparedWeights())
+        self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
+        return session
 
-    def decode(self, session: Decoding, tokens: Tensor) -> Tensor:
+    def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
         """Continue every row of a session by a token.
 
         Args:
             session: Of this host.
             tokens: The rows' next tokens, [B].
+            record: Takes what routers do, by adapter name.
 
         Returns:
             Logits of the tokens after these, [B, V].
         """
-        return decoding.decode(session, tokens)
+        return self.extend(session, tokens.unsqueeze(1), record)
 
-    def advance(
+    def extend(self, session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
+        """Continue every row of a session by the same number of tokens.
+
+        Args:
+            session: Of this host.
+            input_ids: The rows' next tokens, [B, L].
+            record: Takes what routers do, by adapter name.
+
+        Returns:
+            Logits of the tokens after the last ones, [B, V].
+        """
+        added = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = session.lengths.unsqueeze(1) + added
+        ones = session.attention_mask.new_ones(input_ids.shape)
+        session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
+        self._advance(session, input_ids, positions, record)
+        return session.logits
+
+    @torch.no_grad()
+    def _advance(
         self,
         session: Decoding,
         input_ids: Tensor,
         position_ids: Tensor,
         record: Record | None = None,
-    ) -> Tensor:
-        """Run tokens of a session through the decoder layers; see models/decoding.py.
-
-        Returns:
-            Hidden states after the final norm, [B, L, D].
-        """
+    ) -> None:
+        """Run tokens of a session; its logits become those after the last one of each row."""
+        mask = session.attention_mask
         forward = self._forward(
             input_ids,
-            session.attention_mask,
+            mask,
             session.adapters,
             training=False,
             record=record,
@@ -416,12 +440,12 @@ class Host:
         with self._run(forward):
             out = self.model.base_model(
                 input_ids=input_ids,
-                attention_mask=session.attention_mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=True,
                 **{self._cache_argument: session.cache},
             )
-        return out.last_hidden_state
+        session.logits = self.logits(out.last_hidden_state[:, -1].contiguous())
 
     @torch.no_grad()
     def generate(
@@ -535,10 +559,8 @@ class Host:
         if forward.layout.has_padding or not forward.has_adapters:
             return forward
         rows = tuple(None if name is None else self._scaled(name) for name in names)
-        dtype, device = compute_dtype(self.dtype, self.device), self.device
-        plan = prepared.get(
-            (rows, length, dtype), lambda: plan_stacked(rows, length, dtype, device)
-        )
+        dtype = compute_dtype(self.dtype, self.device)
+        plan = prepared.plan(rows, length, dtype, self.device)
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
@@ -573,6 +595,14 @@ class Host:
             raise ModelError(
                 "training needs a base model in bfloat16 or float32, got float16: without loss "
                 "scaling small gradients become zero; load it in another dtype"
+            )
+
+    def _check_fills_no_cache(self, model_inputs: Mapping[str, Any]) -> None:
+        """Refuse a cache that a recomputed layer would fill a second time."""
+        if model_inputs["use_cache"] or model_inputs.get(self._cache_argument) is not None:
+            raise ModelError(
+                f"a forward with gradient checkpointing fills no cache: leave use_cache and "
+                f"{self._cache_argument} out, or call enable_gradient_checkpointing(False)"
             )
 
     def _sample_keys(

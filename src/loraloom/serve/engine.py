@@ -29,7 +29,6 @@ from loraloom.errors import AdapterError, DataError, LoraloomError
 from loraloom.infer.generate import end_tokens
 from loraloom.infer.rows import make_rows
 from loraloom.infer.scoring import score_rows, tokens_per_batch
-from loraloom.models import decoding
 from loraloom.models.decoding import Decoding
 from loraloom.models.forward import PreparedWeights, Record
 from loraloom.models.host import Host
@@ -382,16 +381,14 @@ class Engine:
         if reading.session is None:
             known = self._prefixes.find(self._salt(adapter), tokens)
             if known is not None:
-                reading.session = Decoding.resume(self.host, adapter, known, self._prepared)
+                reading.session = Decoding.resume(adapter, known, self._prepared)
                 reading.num_read = row.num_cached = known.shape[3]
         piece = tokens[reading.num_read : reading.num_read + max_tokens]
         input_ids = torch.tensor([piece], device=self.host.device)
         if reading.session is None:
-            reading.session = decoding.prefill(
-                self.host, input_ids, None, [adapter], self._prepared
-            )
+            reading.session = self.host.prefill(input_ids, None, [adapter], self._prepared)
         else:
-            decoding.extend(reading.session, input_ids)
+            self.host.extend(reading.session, input_ids)
         reading.num_read += len(piece)
         self._scheduler.charge(row.owner, len(piece))
         return len(piece)
@@ -466,7 +463,7 @@ class Engine:
         tokens = torch.tensor([row.new_ids[-1] for row in self._rows], device=self.host.device)
         record: Record | None = {} if self.counts.num_steps % ROUTING_STEPS == 0 else None
         try:
-            decoding.decode(self._session, tokens, record)
+            self.host.decode(self._session, tokens, record)
         except Exception as error:
             _log.warning("rows could not be decoded", exc_info=True)
             self._recover(error)

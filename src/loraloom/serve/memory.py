@@ -5,7 +5,6 @@ from __future__ import annotations
 import psutil
 import torch
 
-from loraloom.models import decoding
 from loraloom.models.host import Host
 
 _SHARE = 0.25
@@ -14,7 +13,7 @@ _SHARE = 0.25
 
 def bytes_per_token(host: Host) -> int:
     """Measure the bytes of a token's keys and values in all layers."""
-    session = decoding.prefill(host, torch.zeros(1, 1, dtype=torch.long, device=host.device))
+    session = host.prefill(torch.zeros(1, 1, dtype=torch.long, device=host.device))
     states = session.states(0, 0, 1)
     return states.numel() * states.element_size()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import hmac
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +15,6 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 import loraloom
@@ -28,6 +25,7 @@ from loraloom.serve.http.asking import Backend, now
 from loraloom.serve.http.chat import complete_chat
 from loraloom.serve.http.completions import complete_texts
 from loraloom.serve.http.errors import ApiError, ErrorBody, handle_errors
+from loraloom.serve.http.guards import BodyLimit, KeyCheck
 from loraloom.serve.http.metrics import Metrics
 from loraloom.serve.http.objects import (
     ChatBody,
@@ -40,8 +38,6 @@ from loraloom.serve.http.objects import (
     UnloadBody,
 )
 
-_OPEN = ("/health", "/ready")
-"""Paths that need no key."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
@@ -105,7 +101,6 @@ def create_app(
         version=loraloom.__version__,
         lifespan=lifespan,
         middleware=_middleware(options),
-        max_body_size=options.max_body_bytes,
         responses=_ERRORS,
     )
     handle_errors(app)
@@ -194,6 +189,7 @@ def _add_loading(app: FastAPI, shelf: AdapterShelf) -> None:
 
 
 def _middleware(options: ApiOptions) -> list[Middleware]:
+    """What a request goes through first, from the outside in."""
     layers = []
     if options.cors_origins:
         layers.append(
@@ -206,39 +202,4 @@ def _middleware(options: ApiOptions) -> list[Middleware]:
         )
     if options.api_keys:
         layers.append(Middleware(KeyCheck, keys=options.api_keys))
-    return layers
-
-
-class KeyCheck:
-    """Lets requests with one of the keys through.
-
-    All keys are compared, each in constant time, so that the time says nothing about them.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]):
-        self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass on."""
-        if scope["type"] == "http" and scope["path"] not in _OPEN and not self._has_key(scope):
-            error = ApiError(
-                401,
-                "the request needs a header `Authorization: Bearer KEY` with a key of this server",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            await error.response()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        headers = dict(scope["headers"])
-        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
-        given = _digest(key.strip())
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return kind.lower() == b"bearer" and any(matches)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+    return [*layers, Middleware(BodyLimit, max_bytes=options.max_body_bytes)]

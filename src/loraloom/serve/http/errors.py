@@ -92,18 +92,15 @@ def handle_errors(app: FastAPI) -> None:
 
     def of_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        message = str(error.detail)
-        if error.status_code == 413:
-            message = "the body is larger than this server takes; shorten it"
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
     def of_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        place = [str(step) for step in first["loc"][1:]]
+        param = ".".join(str(step) for step in first["loc"][1:])
         if first["type"] == "json_invalid":
             return ApiError(400, f"the body must be JSON: {first['ctx']['error']}").response()
-        return ApiError(400, f"{'.'.join(place)}: {first['msg']}", param=".".join(place)).response()
+        return ApiError(400, f"{param or 'the body'}: {first['msg']}", param=param).response()
 
     for kind in (ApiError, LoraloomError, Exception):
         app.add_exception_handler(kind, answer)
