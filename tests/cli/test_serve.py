@@ -29,21 +29,23 @@ def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
     command = [sys.executable, "-c", code, "serve", "--port", "0"]
     command += ["--base-model", str(saved / "base"), "--adapter", f"mix={saved / 'mixlora'}"]
     command += ["--cache-tokens", "640", "--max-rows", "5", "--dtype", "float32"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    assert process.stdout is not None
-    lines = [process.stdout.readline() for _ in range(3)]
-    assert lines[0] == f"models: {saved / 'base'}, mix\n"
-    assert lines[1] == "cache: 640 tokens, 0 MiB; at most 5 rows of 64 tokens\n"
-    address = lines[2].split()[-1].removesuffix("/v1")
-    answers = []
-    body = {"model": "mix", "prompt": "one", "max_tokens": 50, "ignore_eos": True}
-    thread = threading.Thread(target=lambda: answers.append(ask(address, "/v1/completions", body)))
-    thread.start()
-    while "loraloom_requests_running 1.0" not in read(address, "/metrics") and not answers:
-        pass
-    process.send_signal(signal.SIGTERM)
-    thread.join()
-    assert process.wait(timeout=60) == 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines[0] == f"models: {saved / 'base'}, mix\n"
+        assert lines[1] == "cache: 640 tokens, 0 MiB; at most 5 rows of 64 tokens\n"
+        address = lines[2].split()[-1].removesuffix("/v1")
+        answers = []
+        body = {"model": "mix", "prompt": "one", "max_tokens": 50, "ignore_eos": True}
+        thread = threading.Thread(
+            target=lambda: answers.append(ask(address, "/v1/completions", body))
+        )
+        thread.start()
+        while "loraloom_requests_running 1.0" not in read(address, "/metrics") and not answers:
+            pass
+        process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert process.wait(timeout=60) == 0
     assert answers[0]["usage"]["completion_tokens"] == 50
 
 

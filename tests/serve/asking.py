@@ -46,7 +46,7 @@ def request(
 ) -> GenerationRequest:
     """Make a request; settings of the sampling and of the request may be mixed."""
     own = {key: settings.pop(key) for key in list(settings) if key in SamplingConfig.model_fields}
-    sampling = SamplingConfig(**{"max_new_tokens": 12} | own)
+    sampling = SamplingConfig(**{"max_new_tokens": 8} | own)
     ids = tokenizer(text)["input_ids"]
     return GenerationRequest(ids, adapter, adapter or "base", sampling, place, **settings)
 

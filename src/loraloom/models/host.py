@@ -45,7 +45,7 @@ from loraloom.models.packing import (
 from loraloom.models.samples import sample_key
 from loraloom.models.stacking import ScaledAdapter, StackedForward
 from loraloom.models.wiring import Wiring
-from loraloom.ops.token_loss import token_losses, token_scores
+from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
 from loraloom.routing.record import LayerRouting, join_routing
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
@@ -353,6 +353,16 @@ class Host:
             labels: Token ids, [N].
         """
         return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
+
+    def top_tokens(self, hidden_states: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+        """Compute log p of the most likely next tokens, [N, K], and their ids, [N, K].
+
+        Args:
+            hidden_states: After the final norm, [N, D].
+            num_top: K.
+        """
+        vocab_size = self.config.vocab_size
+        return top_tokens(hidden_states, self._head, vocab_size, min(num_top, vocab_size))
 
     def prefill(
         self,

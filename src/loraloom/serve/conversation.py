@@ -12,7 +12,7 @@ from loraloom.data.chat import Message
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.serve.engine import Engine
-from loraloom.serve.sequence import Event, Failure, GenerationRequest
+from loraloom.serve.sequence import Event, Failure, GenerationRequest, Piece
 
 
 @dataclass
@@ -99,6 +99,7 @@ class Conversation:
             event = events.popleft()
             if isinstance(event, Failure):
                 raise event.error
+            assert isinstance(event, Piece)
             yield event.text
             if event.finish_reason is not None:
                 return
