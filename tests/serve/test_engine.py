@@ -24,7 +24,7 @@ from tests.tiny import METHODS, tiny_host
 def requests_of_all(tokenizer, **settings):
     return [
         request(tokenizer, text, name, place, **settings)
-        for place, (text, name) in enumerate((text, name) for name in NAMES for text in TEXTS)
+        for place, (text, name) in enumerate(zip([*TEXTS, *TEXTS], NAMES, strict=False))
     ]
 
 
