@@ -9,7 +9,8 @@ import torch
 from loraloom.data.sources import load_source
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.eval.cache import ScoreCache
-from loraloom.eval.held_out import evaluate_loss, load_held_out, parse_source, perplexity
+from loraloom.eval.held_out import load_held_out, parse_source
+from loraloom.eval.loss import evaluate_loss, perplexity
 from tests.eval.scoring import limit_rows, scoring_host
 from tests.tiny import METHODS
 

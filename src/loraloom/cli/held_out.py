@@ -36,13 +36,14 @@ def score_held_out(
         no_cache: Keep none.
 
     Raises:
-        ConfigError, DataError, AdapterError: As in `loraloom.eval.held_out.evaluate_loss`.
+        ConfigError, DataError, AdapterError: As in `loraloom.eval.loss.evaluate_loss`.
         KeyboardInterrupt: After Ctrl-C, when the user has been told what is kept.
     """
     from loraloom.data.locations import read_rows
     from loraloom.durable import write_output
     from loraloom.eval.comparison import choose_pairs
-    from loraloom.eval.held_out import evaluate_loss, load_held_out, parse_source
+    from loraloom.eval.held_out import load_held_out, parse_source
+    from loraloom.eval.loss import evaluate_loss
     from loraloom.eval.progress import EvaluationProgress
     from loraloom.terminal import make_console
 

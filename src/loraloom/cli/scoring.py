@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loraloom.cli.eval import EvalRun
     from loraloom.eval.cache import ScoreCache
     from loraloom.eval.evaluation import Evaluation
-    from loraloom.eval.held_out import LossEvaluation
+    from loraloom.eval.loss import LossEvaluation
     from loraloom.models.host import Host
 
 

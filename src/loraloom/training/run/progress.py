@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from loraloom.errors import plain
-from loraloom.terminal import make_console, print_tables
+from loraloom.terminal import fitted, make_console, print_tables
 from loraloom.training.run.display import EnduringOutput
 from loraloom.training.run.job import Job
 from loraloom.training.run.ranking import Ranking, ranking_line, ranking_table
@@ -103,7 +103,7 @@ class Progress:
         if self._is_live:
             for name in ranking.names & self._tasks.keys():
                 self._bars.update(self._tasks[name], visible=False)
-            self._bars.table = ranking_table(ranking)
+            self._bars.table = Group(*fitted(ranking_table(ranking), self._console.width))
             return
         is_news = before is None or before.measured != ranking.measured
         now = time.monotonic()
