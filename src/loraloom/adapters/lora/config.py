@@ -51,10 +51,9 @@ class LoraConfig(LowRankConfig):
         from loraloom.adapters.lora.weights import LoraProjection
         from loraloom.adapters.low_rank import LowRankAdapter
 
-        def build(projection, layer):
-            return LoraProjection(projection, self, None, dtype, seed)
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+        return LowRankAdapter.of(
+            name, self, base_layers, lambda base, _: LoraProjection(base, self, None, dtype, seed)
+        )
 
     def projection_shapes(
         self, place: TensorKey, out_features: int, in_features: int
