@@ -40,7 +40,7 @@ class LoraConfig(LowRankConfig):
     """Train the norm of each output row apart from its direction: DoRA, or MixDoRA in a mixture."""
 
     @property
-    def title(self) -> str:
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """LoRA or DoRA."""
         return "DoRA" if self.weight_decomposition else "LoRA"
 
