@@ -263,7 +263,7 @@ def test_ctrl_c_on_a_full_disk_ends_the_run_and_keeps_the_snapshot_before(
     assert SnapshotStore(tmp_path / "run/.checkpoints").newest()[0].round == 2
 
 
-def test_a_job_whose_directory_can_not_be_made_fails_as_it_joins(tmp_path, monkeypatch):
+def test_a_job_whose_directory_can_not_be_made_at_first_trains_all_the_same(tmp_path, monkeypatch):
     from tests.training.toy import add_job
 
     engine = toy_engine(tmp_path, [toy_config("a", max_steps=3)])
@@ -276,4 +276,4 @@ def test_a_job_whose_directory_can_not_be_made_fails_as_it_joins(tmp_path, monke
                 engine.add(add_job(engine.host, toy_config("late")))
 
     results = {result.job: result.status for result in engine.run(join)}
-    assert results == {"a": "finished", "late": "failed"}
+    assert results == {"a": "finished", "late": "finished"}

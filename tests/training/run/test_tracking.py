@@ -229,3 +229,20 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch, name)
     check_trackers(("jsonl",))
     with pytest.raises(ConfigError, match=rf"{name} needs .* pip install 'loraloom\[track\]'"):
         check_trackers(("jsonl", name))
+
+
+def test_a_line_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "a/metrics.jsonl"
+    tracker = MetricsFile(path)
+    tracker.log({"step": 1, "loss": 0.5})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_curve(path, "loss") == [(1, 0.5)]
+    tracker.log({"step": 3, "loss": 1.5})
+    assert read_curve(path, "loss") == [(1, 0.5), (3, 1.5)]
+
+
+def test_names_of_metrics_may_have_any_character(tmp_path):
+    tracker = MetricsFile(tmp_path / "metrics.jsonl")
+    tracker.log({"step": 1, "eval/\ud800\x1b[0m[/INST]/accuracy": 0.5})
+    assert len(read_curve(tmp_path / "metrics.jsonl", "eval/\ud800\x1b[0m[/INST]/accuracy")) == 1
