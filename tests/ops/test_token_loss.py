@@ -139,3 +139,12 @@ def test_scores_of_bfloat16_are_computed_in_float32(weight):
     log_probs, _ = token_scores(states, torch.tensor([1, 2, 3]), function, V)
     expected = function(states).float().log_softmax(-1)[torch.arange(3), [1, 2, 3]]
     torch.testing.assert_close(log_probs, expected)
+
+
+def test_no_labels_have_no_losses_and_no_scores(weight):
+    states = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
+    labels, head = torch.zeros(0, dtype=torch.long), heads(weight)["linear"]
+    losses = token_losses(states, labels, head, V)
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert [len(values) for values in token_scores(states, labels, head, V)] == [0, 0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,28 +20,24 @@ from transformers import DynamicCache
 from loraloom.models.forward import PreparedWeights
 from loraloom.models.layout import RowAdapter
 
-if TYPE_CHECKING:
-    from loraloom.models.host import Host
-
 
 @dataclass
 class Decoding:
     """Rows that are being continued; made by `Host.prefill`.
 
     Args:
-        host: Whose rows these are.
         adapters: Of each row.
-        cache: Keys and values, [B, heads, L, head_dim] in each layer.
         attention_mask: 1 at real tokens, [B, L].
         logits: Of the token after each row's last one, [B, V].
+        cache: Keys and values, [B, heads, L, head_dim] in each layer. Made without the model's
+            config, it keeps all tokens in every layer; masks see to windows.
         prepared: The adapters' weights, as they were when the session began.
     """
 
-    host: Host
     adapters: list[RowAdapter]
-    cache: DynamicCache
     attention_mask: Tensor
-    logits: Tensor
+    logits: Tensor = field(init=False)
+    cache: DynamicCache = field(default_factory=DynamicCache)
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
 
     def __len__(self) -> int:
@@ -85,38 +81,6 @@ class Decoding:
         self.attention_mask = torch.cat([_pad_left(mask, length, 1) for mask in masks])
         self.logits = torch.cat([self.logits, other.logits])
         self.adapters += other.adapters
-
-
-@torch.no_grad()
-def prefill(
-    host: Host,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    adapters: Sequence[RowAdapter] | None = None,
-) -> Decoding:
-    """Read prompts; see `Host.prefill`."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    names: list[RowAdapter] = [None] * len(input_ids) if adapters is None else list(adapters)
-    # Without the model's config the cache keeps all tokens in each layer; masks see to windows.
-    session = Decoding(host, names, DynamicCache(), mask, input_ids.new_empty(0))
-    session.logits = _advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
-    return session
-
-
-@torch.no_grad()
-def decode(session: Decoding, tokens: Tensor) -> Tensor:
-    """Continue every row by a token; see `Host.decode`."""
-    positions = session.lengths.unsqueeze(1)
-    ones = session.attention_mask.new_ones(len(session), 1)
-    session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
-    session.logits = _advance(session, tokens.unsqueeze(1), positions)
-    return session.logits
-
-
-def _advance(session: Decoding, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Run tokens through the model, and return the logits after the last one of each row."""
-    states: Any = session.host.advance(session, input_ids, position_ids)
-    return session.host.logits(states[:, -1].contiguous())
 
 
 def _layers(cache: DynamicCache) -> Sequence[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.config.fields import check_name
-from loraloom.errors import AdapterError, ModelError
+from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
-from loraloom.models import decoding
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.decoding import Decoding
 from loraloom.models.families import base_info, base_layers, family_of, head_of
@@ -44,7 +43,7 @@ from loraloom.models.packing import (
     packed_token_mask,
 )
 from loraloom.models.samples import sample_key
-from loraloom.models.stacking import ScaledAdapter, StackedForward, plan_stacked
+from loraloom.models.stacking import ScaledAdapter, StackedForward
 from loraloom.models.wiring import Wiring
 from loraloom.ops.token_loss import token_losses, token_scores
 from loraloom.routing.record import LayerRouting, join_routing
@@ -257,6 +256,7 @@ class Host:
         Args:
             input_ids: Tokens, [B, L].
             attention_mask: 1 at real tokens, [B, L], or [B, past + L] with a cache; None: all are.
+                On an accelerator, one that lies on the CPU spares waiting for the device.
             adapters: For each row an adapter's name, `(name, scale)` to scale what it adds to the
                 base model, or None for the base model; None: base model.
             sample_keys: A key for each row's dropout in training (see `samples.sample_key`); drawn
@@ -266,14 +266,20 @@ class Host:
 
         Raises:
             AdapterError: If `adapters` has another length than the batch or an unknown name.
-            ModelError: If it is to train and the base model is in float16.
+            ModelError: If it is to train and the base model is in float16, or if it fills a cache
+                and layers are to be recomputed.
         """
         record: Record = {}
         forward = self._forward(
             input_ids, attention_mask, adapters, sample_keys, training=training, record=record
         )
+        if forward.checkpointing:
+            model_inputs.setdefault("use_cache", False)
+            self._check_fills_no_cache(model_inputs)
         with self._run(forward):
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)
+            out = self.model(
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
+            )
         return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record))
 
     def hidden(
@@ -301,13 +307,13 @@ class Host:
             model_inputs: Passed to the base model.
 
         Raises:
-            ModelError: If attention can't keep the samples of a row apart.
+            ModelError: If attention can't keep the samples of a row apart, and as above.
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
             check_takes_packed_rows(self.config)
             length = input_ids.shape[1]
-            real = packed_token_mask(sample_lengths, length).to(self.device)
+            real = packed_token_mask(sample_lengths, length)
             positions = packed_positions(sample_lengths, length)
             model_inputs["position_ids"] = positions.to(self.device)
         record: Record = {}
@@ -315,9 +321,11 @@ class Host:
             input_ids, real, adapters, sample_keys, sample_lengths, training=training, record=record
         )
         model_inputs.setdefault("use_cache", False)
+        if forward.checkpointing:
+            self._check_fills_no_cache(model_inputs)
         with self._run(forward):
             out = self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, **model_inputs
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
             )
         return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
 
@@ -365,8 +373,17 @@ class Host:
 
         Raises:
             AdapterError: As in calling the host.
+            DataError: If prompts are not padded on the left.
         """
-        return decoding.prefill(self, input_ids, attention_mask, adapters)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not bool((mask.long().diff(dim=1) >= 0).all() and mask[:, -1].all()):
+            raise DataError(
+                "prompts must be padded on the left, so that all of them end at the last column; "
+                "got an attention_mask with 0 behind 1"
+            )
+        session = Decoding(list(self._row_adapters(adapters, len(input_ids))), mask)
+        self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
+        return session
 
     def decode(self, session: Decoding, tokens: Tensor) -> Tensor:
         """Continue every row of a session by a token.
@@ -378,30 +395,28 @@ class Host:
         Returns:
             Logits of the tokens after these, [B, V].
         """
-        return decoding.decode(session, tokens)
+        positions = session.lengths.unsqueeze(1)
+        ones = session.attention_mask.new_ones(len(session), 1)
+        session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
+        self._advance(session, tokens.unsqueeze(1), positions)
+        return session.logits
 
-    def advance(self, session: Decoding, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Run tokens of a session through the decoder layers; see models/decoding.py.
-
-        Returns:
-            Hidden states after the final norm, [B, L, D].
-        """
+    @torch.no_grad()
+    def _advance(self, session: Decoding, input_ids: Tensor, position_ids: Tensor) -> None:
+        """Run tokens of a session; its logits become those after the last one of each row."""
+        mask = session.attention_mask
         forward = self._forward(
-            input_ids,
-            session.attention_mask,
-            session.adapters,
-            training=False,
-            prepared=session.prepared,
+            input_ids, mask, session.adapters, training=False, prepared=session.prepared
         )
         with self._run(forward):
             out = self.model.base_model(
                 input_ids=input_ids,
-                attention_mask=session.attention_mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=True,
                 **{self._cache_argument: session.cache},
             )
-        return out.last_hidden_state
+        session.logits = self.logits(out.last_hidden_state[:, -1].contiguous())
 
     @torch.no_grad()
     def generate(
@@ -515,13 +530,15 @@ class Host:
         if forward.layout.has_padding or not forward.has_adapters:
             return forward
         rows = tuple(None if name is None else self._scaled(name) for name in names)
-        dtype, device = compute_dtype(self.dtype, self.device), self.device
-        plan = prepared.get(
-            (rows, length, dtype), lambda: plan_stacked(rows, length, dtype, device)
-        )
+        dtype = compute_dtype(self.dtype, self.device)
+        plan = prepared.plan(rows, length, dtype, self.device)
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
+
+    def _moved(self, mask: Tensor | None) -> Tensor | None:
+        """Bring a mask to where the base model takes it."""
+        return None if mask is None else mask.to(self.device)
 
     def _scaled(self, adapter: str | tuple[str, float]) -> ScaledAdapter:
         name, scale = (adapter, 1.0) if isinstance(adapter, str) else adapter
@@ -549,6 +566,14 @@ class Host:
             raise ModelError(
                 "training needs a base model in bfloat16 or float32, got float16: without loss "
                 "scaling small gradients become zero; load it in another dtype"
+            )
+
+    def _check_fills_no_cache(self, model_inputs: Mapping[str, Any]) -> None:
+        """Refuse a cache that a recomputed layer would fill a second time."""
+        if model_inputs["use_cache"] or model_inputs.get(self._cache_argument) is not None:
+            raise ModelError(
+                f"a forward with gradient checkpointing fills no cache: leave use_cache and "
+                f"{self._cache_argument} out, or call enable_gradient_checkpointing(False)"
             )
 
     def _sample_keys(

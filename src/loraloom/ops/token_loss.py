@@ -65,10 +65,11 @@ def _chunk(
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Cut rows of logits into blocks that stay in the processor's cache."""
-    step = len(logits)
+    num_rows = max(1, len(logits))  # of none there is one block, which is empty
+    step = num_rows
     if logits.device.type == "cpu":
         step = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
-    for start in range(0, len(logits), step):
+    for start in range(0, num_rows, step):
         yield slice(start, start + step)
 
 
@@ -102,8 +103,6 @@ def token_losses(
         Losses in float32 (float64 for float64 states).
     """
     chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
-    if len(labels) == 0:
-        return hidden_states.sum(-1).to(_wide_dtype(hidden_states))  # (0,)
     return _TokenLosses.apply(hidden_states, labels, head, chunk_tokens)  # pyright: ignore
 
 

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from loraloom.adapters.config import LowRankConfig
+from loraloom.adapters.config import ExpertCount, LowRankConfig
 from loraloom.adapters.keys import Shape, TensorKey
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ class HydraLoraConfig(LowRankConfig):
 
     method: Literal["hydralora"] = "hydralora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """A shared A and a mixture of B on each linear layer."""
-    num_experts: int = Field(default=3, ge=1)
+    num_experts: ExpertCount = 3
     """Matrices B of each projection."""
 
     @property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from loraloom.adapters.config import LowRankConfig, RouterLossConfig
+from loraloom.adapters.config import ExpertCount, LowRankConfig, RouterLossConfig
 from loraloom.adapters.keys import Shape, TensorKey
 from loraloom.errors import AdapterError
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from loraloom.adapters.adapter import Adapter
     from loraloom.adapters.base import BaseInfo, BaseLayer
     from loraloom.adapters.files import AdapterFiles
-
-_Count = Annotated[int, Field(ge=1)]
 
 
 class MolaConfig(RouterLossConfig, LowRankConfig):
@@ -34,7 +32,7 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
 
     method: Literal["mola"] = "mola"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Mixture of LoRA experts on each linear layer."""
-    num_experts: _Count | tuple[_Count, ...] = 8
+    num_experts: ExpertCount | tuple[ExpertCount, ...] = 8
     """Experts of each projection: a number, or a list with one for each layer."""
     top_k: int = Field(default=2, ge=1)
     """Experts that each token uses."""
