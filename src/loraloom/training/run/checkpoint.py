@@ -23,6 +23,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 
 from loraloom.config.fields import check_name
+from loraloom.config.json_text import read_json
 from loraloom.durable import remove, write_directory
 from loraloom.errors import TrainingError, shown
 
@@ -158,7 +159,7 @@ class SnapshotStore:
         for directory in self._directories():
             try:
                 return _read(directory), faults
-            except (OSError, ValueError, RecursionError) as error:
+            except (OSError, ValueError) as error:
                 reason = shown(str(error).partition("\n")[0])
                 faults.append(f"checkpoint {directory} is damaged ({reason}); passing it over")
         return None, faults
@@ -201,7 +202,7 @@ def describe_changes(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _read(directory: Path) -> Snapshot:
-    body = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    body = read_json(directory / MANIFEST)
     if not isinstance(body, dict) or body.pop("checksum", None) != _json_hash(body):
         raise ValueError(f"{MANIFEST} was changed")
     snapshot = _SNAPSHOT_TYPE.validate_python({**body, "directory": directory})

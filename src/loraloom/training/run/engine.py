@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pickle import UnpicklingError
 from typing import Any
@@ -393,17 +393,18 @@ class Engine:
         return micro_batches
 
     def _take_evaluation(self, job: Job, outcome: dict[str, float] | Exception) -> dict[str, float]:
-        """Give a job what was measured; its weights are written if they are the best."""
+        """Give a job what was measured; its weights are kept and written if they are the best."""
         if isinstance(outcome, Exception):
             raise outcome
-        before = replace(job.selection)
         if job.take_evaluation(outcome):
-            try:
-                self.host.save(job.name, self._directory.best(job.name), overwrite=True)
-            except Exception:
-                job.selection = before
-                raise
             job.keep_best()
+            try:
+                self._directory.write_best(self.host, job)
+            except (LoraloomError, OSError) as error:
+                self._reporter.message(
+                    f"warning: job {job.name}: {error}; its best weights are kept, they are "
+                    "written at its end"
+                )
         return outcome
 
     def _evaluate_due(self) -> None:

@@ -11,7 +11,6 @@ stops the job.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import stat
@@ -26,6 +25,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter
 
+from loraloom.config.json_text import read_json
 from loraloom.config.loading import load_job_config
 from loraloom.durable import write_json
 from loraloom.errors import ConfigError, LoraloomError, shown
@@ -346,13 +346,13 @@ def _read_states(directory: Path) -> dict[Path, FileState]:
     states = {}
     for file in sorted(directory.glob("*.state.json")):
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             values.pop("updated_at")
             state = _FILE_STATE.validate_python(values)
             path = directory / state.file
             if _state_file(path) == file:
                 states[path] = state
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
     return states
 

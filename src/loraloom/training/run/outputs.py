@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from loraloom.durable import remove, remove_leftovers
 from loraloom.errors import ConfigError
@@ -175,7 +174,17 @@ class RunDirectory:
                 return
         if job.best is None:
             job.best = read_adapter(self.best(name), host.base)[1]
-        self._write_best(host, job, job.best)
+        self.write_best(host, job)
+
+    def write_best(self, host: Host, job: Job) -> None:
+        """Write the best weights that a job has kept.
+
+        Raises:
+            AdapterError: If the system can't write there.
+        """
+        assert job.best is not None, "an evaluation has chosen some"
+        directory = self.best(job.name)
+        write_adapter(directory, job.adapter.config, job.best, host.base, overwrite=True)
 
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
         """Write a job's last weights, the adapter's files and result.json.
@@ -187,15 +196,12 @@ class RunDirectory:
         """
         name, base, tensors = job.name, host.base, job.adapter.tensors()
         if job.best is not None:
-            self._write_best(host, job, job.best)  # what is there may be half of better ones
+            self.write_best(host, job)  # again: what is there may be half of it
             tensors = job.best
         host.save(name, self.last(name), overwrite=True)
         card = result_card(result, job, base)
         write_adapter(self.job(name), job.adapter.config, tensors, base, card, overwrite=True)
         result.write(self.job(name))
-
-    def _write_best(self, host: Host, job: Job, tensors: dict[str, Tensor]) -> None:
-        write_adapter(self.best(job.name), job.adapter.config, tensors, host.base, overwrite=True)
 
     def _clear(self, name: str) -> None:
         for entry in (*_JOB_FILES, *_JOB_DIRECTORIES):

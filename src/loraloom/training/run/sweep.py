@@ -17,7 +17,7 @@ import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -74,7 +74,7 @@ class _Journal(JournalFileBackend):
     """
 
     def __init__(self, path: Path):
-        super().__init__(str(path), _NoLock())
+        super().__init__(str(path), _NoLock(str(path)))
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -88,7 +88,7 @@ class _Journal(JournalFileBackend):
             raise
 
 
-class _NoLock(BaseJournalFileLock):
+class _NoLock(JournalFileOpenLock):
     def acquire(self) -> bool:
         return True
 

@@ -65,7 +65,7 @@ def rehearse(config: TrainConfig, name: str) -> None:
     with _told_as_config_error(config, "lr_scheduler", name):
         for _ in range(_REHEARSED_STEPS):
             optimizer.step()
-            scheduler.step(*metric)
+            scheduler.step(*metric)  # pyright: ignore[reportArgumentType]
             _check_rates(optimizer)
             if isinstance(scheduler, LambdaLR):
                 scheduler.last_epoch = total_steps - 1  # the step after it is the last one
