@@ -44,6 +44,8 @@ ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_blocks_run(document, world, monkeypatch):
     if document.parts[0] in ("benchmarks", "recipes"):

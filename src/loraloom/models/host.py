@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -25,16 +25,17 @@ from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.decoding import Decoding
+from loraloom.models.door import Door, Rows, Visit, expand_adapters, nobody
 from loraloom.models.families import base_info, base_layers, family_of, head_of
 from loraloom.models.forward import (
     ForwardContext,
     PreparedWeights,
     Record,
+    current_forward,
     query_mask,
     running,
     segment_adapters,
 )
-from loraloom.models.generation import Generation
 from loraloom.models.layout import RowAdapter, make_layout
 from loraloom.models.packing import (
     SampleLengths,
@@ -42,8 +43,9 @@ from loraloom.models.packing import (
     packed_positions,
     packed_token_mask,
 )
-from loraloom.models.samples import sample_key
+from loraloom.models.samples import draw_sample_keys, sample_key
 from loraloom.models.stacking import ScaledAdapter, StackedForward
+from loraloom.models.view import AdapterModel
 from loraloom.models.wiring import Wiring
 from loraloom.ops.token_loss import token_losses, token_scores
 from loraloom.routing.record import LayerRouting, join_routing
@@ -101,8 +103,7 @@ class Host:
         self.base = base_info(model, self._family, self._base_layers)
         self._head = head_of(model, self._family)
         self._wiring = Wiring(model, self._family)
-        self._generation = Generation(model, self._open_generated)
-        self._wiring.on_undo(self._generation.undo)
+        self._generation = self.door(model)
         self._inside = threading.RLock()
         self._cache_argument = _cache_argument(self.model.base_model)
         self._training = False
@@ -224,6 +225,11 @@ class Host:
         Non-reentrant; the base's own dropout stays off.
         """
         self._checkpointing = enabled
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether forwards that train recompute decoder layers in the backward pass."""
+        return self._checkpointing
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -435,10 +441,29 @@ class Host:
             generate_kwargs: Passed on: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
         """
         names = self._row_adapters(adapters, len(input_ids))
-        with self.prepared(), self._generation.of_rows(names):
+        with self.prepared(), self._generation.of_rows(Rows(names)):
             return self.model.generate(
                 input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
             )
+
+    def door(self, module: nn.Module, rows: Callable[[], Rows | None] = nobody) -> Door:
+        """Let forwards that others make of a module run adapters, until `detach`; see door.py.
+
+        Args:
+            module: One that calls the base model, or the base model itself.
+            rows: Says whose the rows are; None: the base model's.
+        """
+        door = Door(module, self._visit, rows)
+        self._wiring.on_undo(door.undo)
+        return door
+
+    def as_model(self, name: str | None) -> AdapterModel:
+        """Show an adapter, or the base model, as a model of its own, for trainers of others.
+
+        Raises:
+            AdapterError: If there is no such adapter.
+        """
+        return AdapterModel(self, name)
 
     def detach(self) -> nn.Module:
         """Take everything off and return the base model as it was before `attach`."""
@@ -555,11 +580,28 @@ class Host:
         with self._inside, running(forward):
             yield
 
-    def _open_generated(
-        self, input_ids: Tensor, attention_mask: Tensor | None, adapters: Sequence[RowAdapter]
-    ) -> AbstractContextManager[None]:
-        """Open a forward that transformers' generation makes by itself."""
-        return self._run(self._forward(input_ids, attention_mask, adapters, training=False))
+    def _visit(self, tokens: Tensor, attention_mask: Tensor | None, rows: Rows) -> Visit | None:
+        """Open a forward that somebody else makes."""
+        if current_forward(self._wiring) is not None:
+            return None
+        record: Record = {}
+        forward = self._forward(
+            tokens,
+            attention_mask,
+            expand_adapters(rows.adapters, len(tokens)),
+            draw_sample_keys(len(tokens)) if rows.training else None,
+            training=rows.training,
+            record=record if rows.training else None,
+        )
+        return Visit(self._run(forward), lambda: self._auxiliary_loss(record))
+
+    def _auxiliary_loss(self, record: Record) -> Tensor | None:
+        """Add up what adapters add to the objective; None for nothing."""
+        losses = [
+            self.adapters[name].auxiliary_loss(routing) for name, routing in _filled(record).items()
+        ]
+        present = [loss for loss in losses if loss is not None]
+        return torch.stack(present).sum() if present else None
 
     def _check_trainable(self) -> None:
         if self.dtype == torch.float16:
