@@ -77,10 +77,6 @@ class OptimStepOutput:
 class TrainingClient:
     """An adapter that a loop of one's own trains and samples from; several may share a host.
 
-    Attributes:
-        references: What its objectives are held at, by the name on the host; None is the base
-            model.
-
     Args:
         host: The base model.
         tokenizer: The base model's, with a padding token.
@@ -88,6 +84,9 @@ class TrainingClient:
         adapter: Its method and settings.
         optimizer: How weights follow gradients.
         seed: Seed of the initial weights, the dropout and the random draws.
+
+    Attributes:
+        references: What its objectives are held at, by name on the host; None is the base model.
 
     Raises:
         ConfigError: If the name or a setting of the optimizer can't be used.

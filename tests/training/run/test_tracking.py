@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextvars
 import json
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -246,3 +248,16 @@ def test_names_of_metrics_may_have_any_character(tmp_path):
     tracker = MetricsFile(tmp_path / "metrics.jsonl")
     tracker.log({"step": 1, "eval/\ud800\x1b[0m[/INST]/accuracy": 0.5})
     assert len(read_curve(tmp_path / "metrics.jsonl", "eval/\ud800\x1b[0m[/INST]/accuracy")) == 1
+
+
+def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    tracked_engine(tmp_path, toy_config("a", max_steps=3, save_steps=1), "jsonl").run()
+    names = [Path(file).name for file in synced]
+    snapshots = [place for place, name in enumerate(names) if name == "manifest.json"]
+    assert len(snapshots) == 3
+    for place, before in zip(snapshots, [0, *snapshots], strict=False):
+        assert "metrics.jsonl" in names[before:place]

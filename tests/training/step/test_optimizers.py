@@ -196,7 +196,6 @@ REFUSED = [
     ({"optimizer_args": {"betas": []}}, "optimizer adamw"),
     ({"optimizer_args": {"betas": [0.9, "x"]}}, "optimizer adamw"),
     ({"optimizer_args": {"eps": math.nan}}, "optimizer adamw"),
-    ({"optimizer_args": {"capturable": True}}, "optimizer adamw"),
     ({"optimizer": "sgd", "optimizer_args": {"momentum": [1]}}, "optimizer sgd"),
     ({"optimizer": "sgd", "optimizer_args": {"momentum": 1e308}}, "optimizer sgd"),
     (

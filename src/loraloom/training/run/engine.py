@@ -339,6 +339,8 @@ class Engine:
         self._check_inputs(snapshot)
         self.round = snapshot.round
         self._started_at = time.monotonic() - snapshot.seconds
+        for name in self.jobs.keys() - snapshot.jobs.keys():
+            self._directory.check_new(name)
         for name, record in snapshot.jobs.items():
             try:
                 self._load_job(name, record, snapshot)
@@ -347,10 +349,6 @@ class Engine:
                     f"checkpoint {snapshot.directory} can't be used, the state of job {name} is of "
                     f"something else: {_describe(error)}; delete it to go on from the one before"
                 ) from error
-        for name, job in self.jobs.items():
-            if name not in snapshot.jobs:
-                self._directory.check_new(name)
-            self._directory.reopen(self.host, job)
         saved = {name: record.settings for name, record in snapshot.jobs.items()}
         self._settings = {**saved, **self._settings}
         self._inputs = {name: r.inputs for name, r in snapshot.jobs.items()} | self._inputs
@@ -377,8 +375,11 @@ class Engine:
     def _load_job(self, name: str, record: JobRecord, snapshot: Snapshot) -> None:
         if record.result is not None:
             self._results[name] = parse_result(record.result)
-        elif (state := snapshot.load_state(name)) is not None:
-            self.jobs[name].load_state_dict(state)
+        else:
+            job, state = self.jobs[name], snapshot.load_state(name)
+            if state is not None:
+                job.load_state_dict(state)
+            self._directory.reopen(self.host, job)
         if record.joined_later:
             self.joined.add(name)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,7 @@ def train(
             prepare_inbox(watch.path)
             stack.enter_context(sole_trainer(watch.path))
         host, tokenizer = base or _load_base(run)
-        stack.callback(_take_off, host, set(host.adapters))
+        stack.enter_context(_taken_off_at_an_error(host))
         evaluation = Evaluation(host, tokenizer)
         builder = JobBuilder(host, tokenizer, evaluation)
         if resume and directory.snapshots.exists():
@@ -138,10 +138,16 @@ def train(
         return results
 
 
-def _take_off(host: Host, before: set[str]) -> None:
-    """Take off what a run that was ended by an error or a signal left on a host."""
-    for name in host.adapters.keys() - before:
-        host.remove(name)
+@contextmanager
+def _taken_off_at_an_error(host: Host) -> Iterator[None]:
+    """Leave a host as it was where an error or a signal ends a run."""
+    before = set(host.adapters)
+    try:
+        yield
+    except BaseException:
+        for name in host.adapters.keys() - before:
+            host.remove(name)
+        raise
 
 
 def _load_base(run: RunConfig) -> tuple[Host, PreTrainedTokenizerBase]:

@@ -78,14 +78,14 @@ class _Journal(JournalFileBackend):
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries, or nothing."""
+        """Append entries, or nothing; at a fault once more, as a decision can't wait for long."""
         cut_torn_line(self._path)
         length = self._path.stat().st_size
         try:
             super().append_logs(logs)
-        except BaseException:
+        except OSError:
             os.truncate(self._path, length)
-            raise
+            super().append_logs(logs)
 
 
 class _NoLock(JournalFileOpenLock):
@@ -172,7 +172,10 @@ class Sweep:
     def finish(self, engine: Engine) -> None:
         """Show the ranking a last time."""
         with self._noting_faults():
-            self._progress.conclude(self.ranking(engine))
+            ranking = self.ranking(engine)
+            if ranking.standings:
+                self._show(ranking)
+                self._progress.conclude(ranking)
 
     def ranking(self, engine: Engine) -> Ranking:
         """Tell how the jobs stand that have begun."""

@@ -22,7 +22,7 @@ from accelerate.tracking import (
     WandBTracker,
 )
 
-from loraloom.durable import append_line
+from loraloom.durable import append_line, sync
 from loraloom.errors import ConfigError
 from loraloom.training.step.micro_batch import StepReport
 
@@ -75,7 +75,9 @@ class MetricsFile:
         append_line(self._path, json.dumps(metrics, allow_nan=False))
 
     def close(self) -> None:
-        """Do nothing: every line is written at once."""
+        """Flush what was written to the disk."""
+        if self._path.exists():
+            sync(self._path)
 
 
 class Tracker:

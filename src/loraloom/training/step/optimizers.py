@@ -58,7 +58,8 @@ def rehearse(config: TrainConfig, name: str) -> None:
     Raises:
         ConfigError: If they don't take their arguments.
     """
-    optimizer = rehearse_optimizer(config, name)
+    rehearse_optimizer(config, name)
+    optimizer = _make_optimizer(config, _four_weights())
     total_steps = config.max_steps or _REHEARSED_STEPS
     scheduler = build_scheduler(config, optimizer, total_steps, "min", name)
     metric = [1.0] if config.lr_scheduler in SCHEDULERS_ON_METRIC else []
@@ -71,21 +72,26 @@ def rehearse(config: TrainConfig, name: str) -> None:
                 scheduler.last_epoch = total_steps - 1  # the step after it is the last one
 
 
-def rehearse_optimizer(config: OptimizerConfig, name: str) -> Optimizer:
+def rehearse_optimizer(config: OptimizerConfig, name: str) -> None:
     """Let an optimizer make a few steps with four weights: torch refuses some arguments only then.
 
     Raises:
-        ConfigError: If it does not take its arguments, or its weights are no longer finite.
+        ConfigError: If it does not take its arguments, or they make weights that are not finite
+            even at a small learning rate.
     """
-    weights = Parameter(torch.ones(2, 2, dtype=torch.float64))
-    weights.grad = torch.ones_like(weights)
+    groups = _four_weights()
     with _told_as_config_error(config, "optimizer", name):
-        optimizer = _make_optimizer(config, [{"params": [weights], "lr_ratio": 1.0}])
+        optimizer = _make_optimizer(config.model_copy(update={"learning_rate": 1e-3}), groups)
         for _ in range(_REHEARSED_STEPS):
             optimizer.step()
-        if not weights.isfinite().all():
+        if not groups[0]["params"][0].isfinite().all():
             raise ValueError("they make weights that are not finite")
-    return optimizer
+
+
+def _four_weights() -> list[dict[str, Any]]:
+    weights = Parameter(torch.ones(2, 2, dtype=torch.float64))
+    weights.grad = torch.ones_like(weights)
+    return [{"params": [weights]}]
 
 
 def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
