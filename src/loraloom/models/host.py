@@ -47,7 +47,7 @@ from loraloom.models.samples import draw_sample_keys, sample_key
 from loraloom.models.stacking import ScaledAdapter, StackedForward
 from loraloom.models.view import AdapterModel
 from loraloom.models.wiring import Wiring
-from loraloom.ops.token_loss import token_losses, token_scores
+from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
 from loraloom.routing.record import LayerRouting, join_routing
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
@@ -360,11 +360,22 @@ class Host:
         """
         return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
 
+    def top_tokens(self, hidden_states: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+        """Compute log p of the most likely next tokens, [N, K], and their ids, [N, K].
+
+        Args:
+            hidden_states: After the final norm, [N, D].
+            num_top: K.
+        """
+        vocab_size = self.config.vocab_size
+        return top_tokens(hidden_states, self._head, vocab_size, min(num_top, vocab_size))
+
     def prefill(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         adapters: Sequence[RowAdapter] | None = None,
+        prepared: PreparedWeights | None = None,
     ) -> Decoding:
         """Read prompts, as the first step of a decoding session.
 
@@ -372,6 +383,7 @@ class Host:
             input_ids: Prompts, [B, L], padded on the left.
             attention_mask: 1 at real tokens, [B, L]; None: all are.
             adapters: As in calling the host.
+            prepared: Takes the weights in compute form; by default they are the session's own.
 
         Returns:
             A session with the logits of each row's next token. It keeps the weights as they are
@@ -387,32 +399,59 @@ class Host:
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
             )
-        session = Decoding(list(self._row_adapters(adapters, len(input_ids))), mask)
+        names = list(self._row_adapters(adapters, len(input_ids)))
+        session = Decoding(names, mask, prepared=prepared or PreparedWeights())
         self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
         return session
 
-    def decode(self, session: Decoding, tokens: Tensor) -> Tensor:
+    def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
         """Continue every row of a session by a token.
 
         Args:
             session: Of this host.
             tokens: The rows' next tokens, [B].
+            record: Takes what routers do, by adapter name.
 
         Returns:
             Logits of the tokens after these, [B, V].
         """
-        positions = session.lengths.unsqueeze(1)
-        ones = session.attention_mask.new_ones(len(session), 1)
+        return self.extend(session, tokens.unsqueeze(1), record)
+
+    def extend(self, session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
+        """Continue every row of a session by the same number of tokens.
+
+        Args:
+            session: Of this host.
+            input_ids: The rows' next tokens, [B, L].
+            record: Takes what routers do, by adapter name.
+
+        Returns:
+            Logits of the tokens after the last ones, [B, V].
+        """
+        added = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = session.lengths.unsqueeze(1) + added
+        ones = session.attention_mask.new_ones(input_ids.shape)
         session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
-        self._advance(session, tokens.unsqueeze(1), positions)
+        self._advance(session, input_ids, positions, record)
         return session.logits
 
     @torch.no_grad()
-    def _advance(self, session: Decoding, input_ids: Tensor, position_ids: Tensor) -> None:
+    def _advance(
+        self,
+        session: Decoding,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        record: Record | None = None,
+    ) -> None:
         """Run tokens of a session; its logits become those after the last one of each row."""
         mask = session.attention_mask
         forward = self._forward(
-            input_ids, mask, session.adapters, training=False, prepared=session.prepared
+            input_ids,
+            mask,
+            session.adapters,
+            training=False,
+            record=record,
+            prepared=session.prepared,
         )
         with self._run(forward):
             out = self.model.base_model(
