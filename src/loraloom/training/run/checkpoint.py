@@ -25,7 +25,7 @@ from pydantic import ConfigDict, TypeAdapter
 from loraloom.config.fields import check_name
 from loraloom.config.json_text import read_json
 from loraloom.durable import remove, write_directory
-from loraloom.errors import TrainingError, shown
+from loraloom.errors import TrainingError, plain
 
 MANIFEST = "manifest.json"
 
@@ -160,7 +160,7 @@ class SnapshotStore:
             try:
                 return _read(directory), faults
             except (OSError, ValueError) as error:
-                reason = shown(str(error).partition("\n")[0])
+                reason = plain(str(error).partition("\n")[0])
                 faults.append(f"checkpoint {directory} is damaged ({reason}); passing it over")
         return None, faults
 
