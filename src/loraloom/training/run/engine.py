@@ -295,7 +295,7 @@ class Engine:
         running = {
             name: job.state_dict()
             for name, job in self.jobs.items()
-            if job.position.tokens > 0  # before, the seed says it all
+            if job.has_begun  # before, the seed says it all
         }
         states, journal = self._unwritten | running, self._directory.sweep_journal
         self._directory.snapshots.write(
@@ -342,6 +342,7 @@ class Engine:
         for name in self.jobs.keys() - snapshot.jobs.keys():
             self._directory.check_new(name)
         for name, record in snapshot.jobs.items():
+            self._directory.tidy(name)
             try:
                 self._load_job(name, record, snapshot)
             except _STATE_ERRORS as error:

@@ -167,14 +167,22 @@ class RunDirectory:
         name = job.name
         with self._writing():
             remove(self.job(name) / RESULT_FILE)
-            for directory in (self.job(name), self.best(name), self.last(name)):
-                remove_leftovers(directory)
             if job.selection.step is None:
                 remove(self.best(name))
                 return
         if job.best is None:
             job.best = read_adapter(self.best(name), host.base)[1]
         self.write_best(host, job)
+
+    def tidy(self, name: str) -> None:
+        """Delete what killed writers left in a job's directory.
+
+        Raises:
+            ConfigError: If the system can't.
+        """
+        with self._writing():
+            for directory in (self.job(name), self.best(name), self.last(name)):
+                remove_leftovers(directory)
 
     def write_best(self, host: Host, job: Job) -> None:
         """Write the best weights that a job has kept.
