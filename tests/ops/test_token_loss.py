@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from loraloom.ops import token_loss
-from loraloom.ops.token_loss import token_losses, token_scores
+from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
 
 D, V = 6, 11
 
@@ -131,6 +131,11 @@ def test_scores_are_log_softmax_and_argmax(head, chunk_bytes, weight, monkeypatc
     log_probs, is_top = token_scores(states, labels, function, V)
     torch.testing.assert_close(log_probs, log_softmax[torch.arange(7), labels])
     assert is_top.tolist() == [False, True] * 3 + [False]
+    for num_top in (0, 1, 3, V):
+        values, ids = top_tokens(states, function, V, num_top)
+        expected = log_softmax.topk(num_top)
+        torch.testing.assert_close(values, expected.values)
+        assert torch.equal(ids, expected.indices)
 
 
 def test_scores_of_bfloat16_are_computed_in_float32(weight):

@@ -164,7 +164,8 @@ class AdapterConfig(StrictModel, ABC):
             FormatError: If a field says what the method can't represent.
         """
         known = {name: files.config[name] for name in cls.model_fields if name in files.config}
-        return known | {"target_modules": files.targets(projections)}
+        targets = files.targets(projections)
+        return known | ({"target_modules": targets} if targets else {})
 
 
 def check_config(config: object) -> AdapterConfig:

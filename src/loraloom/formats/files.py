@@ -102,9 +102,14 @@ def write_adapter(
     if not overwrite:
         refuse_to_overwrite(directory)
     _check_complete(config, tensors, base)
-    record = BaseRecord(base.name_or_path, base.model_type, base.fingerprint, base.num_parameters)
-    files = _LAYOUTS[config.layout].render(config, tensors, base, record)
+    files = render_files(config, tensors, base)
     replace_files(directory, files, model_card(config, base) if card is None else card)
+
+
+def render_files(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> AdapterFiles:
+    """Lay an adapter out as its method's files are."""
+    record = BaseRecord(base.name_or_path, base.model_type, base.fingerprint, base.num_parameters)
+    return _LAYOUTS[config.layout].render(config, tensors, base, record)
 
 
 def _check_complete(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> None:

@@ -40,6 +40,23 @@ class Decoding:
     cache: DynamicCache = field(default_factory=DynamicCache)
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
 
+    @classmethod
+    def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:
+        """Make a session of one row from what `states` took out of another one.
+
+        It has no logits yet: the first `Host.extend` gives them.
+
+        Args:
+            adapter: The one that computed the states.
+            states: Of the row's first tokens, [layers, 2, heads, L, head_dim].
+            prepared: Takes the weights in compute form.
+        """
+        mask = torch.ones(1, states.shape[3], dtype=torch.long, device=states.device)
+        session = cls([adapter], mask, prepared=prepared)
+        for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
+            session.cache.update(keys, values, layer)
+        return session
+
     def __len__(self) -> int:
         """Rows."""
         return len(self.adapters)
@@ -48,6 +65,23 @@ class Decoding:
     def lengths(self) -> Tensor:
         """Tokens of each row, [B]."""
         return self.attention_mask.sum(1)
+
+    def states(self, row: int, start: int, stop: int) -> Tensor:
+        """Copy keys and values of a row's tokens, [layers, 2, heads, stop - start, head_dim].
+
+        Args:
+            row: Its place.
+            start: The first token, counted from the row's own first one.
+            stop: The one after the last.
+        """
+        padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())
+        columns = slice(padding + start, padding + stop)
+        return torch.stack(
+            [
+                torch.stack([layer.keys[row, :, columns], layer.values[row, :, columns]])
+                for layer in _layers(self.cache)
+            ]
+        )
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let all other rows go; those that stay take this order.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -25,16 +25,17 @@ from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.decoding import Decoding
+from loraloom.models.door import Door, Rows, Visit, expand_adapters, nobody
 from loraloom.models.families import base_info, base_layers, family_of, head_of
 from loraloom.models.forward import (
     ForwardContext,
     PreparedWeights,
     Record,
+    current_forward,
     query_mask,
     running,
     segment_adapters,
 )
-from loraloom.models.generation import Generation
 from loraloom.models.layout import RowAdapter, make_layout
 from loraloom.models.packing import (
     SampleLengths,
@@ -42,10 +43,11 @@ from loraloom.models.packing import (
     packed_positions,
     packed_token_mask,
 )
-from loraloom.models.samples import sample_key
+from loraloom.models.samples import draw_sample_keys, sample_key
 from loraloom.models.stacking import ScaledAdapter, StackedForward
+from loraloom.models.view import AdapterModel
 from loraloom.models.wiring import Wiring
-from loraloom.ops.token_loss import token_losses, token_scores
+from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
 from loraloom.routing.record import LayerRouting, join_routing
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
@@ -101,8 +103,7 @@ class Host:
         self.base = base_info(model, self._family, self._base_layers)
         self._head = head_of(model, self._family)
         self._wiring = Wiring(model, self._family)
-        self._generation = Generation(model, self._open_generated)
-        self._wiring.on_undo(self._generation.undo)
+        self._generation = self.door(model)
         self._inside = threading.RLock()
         self._cache_argument = _cache_argument(self.model.base_model)
         self._training = False
@@ -224,6 +225,11 @@ class Host:
         Non-reentrant; the base's own dropout stays off.
         """
         self._checkpointing = enabled
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether forwards that train recompute decoder layers in the backward pass."""
+        return self._checkpointing
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -354,11 +360,22 @@ class Host:
         """
         return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
 
+    def top_tokens(self, hidden_states: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+        """Compute log p of the most likely next tokens, [N, K], and their ids, [N, K].
+
+        Args:
+            hidden_states: After the final norm, [N, D].
+            num_top: K.
+        """
+        vocab_size = self.config.vocab_size
+        return top_tokens(hidden_states, self._head, vocab_size, min(num_top, vocab_size))
+
     def prefill(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         adapters: Sequence[RowAdapter] | None = None,
+        prepared: PreparedWeights | None = None,
     ) -> Decoding:
         """Read prompts, as the first step of a decoding session.
 
@@ -366,6 +383,7 @@ class Host:
             input_ids: Prompts, [B, L], padded on the left.
             attention_mask: 1 at real tokens, [B, L]; None: all are.
             adapters: As in calling the host.
+            prepared: Takes the weights in compute form; by default they are the session's own.
 
         Returns:
             A session with the logits of each row's next token. It keeps the weights as they are
@@ -381,32 +399,59 @@ class Host:
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
             )
-        session = Decoding(list(self._row_adapters(adapters, len(input_ids))), mask)
+        names = list(self._row_adapters(adapters, len(input_ids)))
+        session = Decoding(names, mask, prepared=prepared or PreparedWeights())
         self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
         return session
 
-    def decode(self, session: Decoding, tokens: Tensor) -> Tensor:
+    def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
         """Continue every row of a session by a token.
 
         Args:
             session: Of this host.
             tokens: The rows' next tokens, [B].
+            record: Takes what routers do, by adapter name.
 
         Returns:
             Logits of the tokens after these, [B, V].
         """
-        positions = session.lengths.unsqueeze(1)
-        ones = session.attention_mask.new_ones(len(session), 1)
+        return self.extend(session, tokens.unsqueeze(1), record)
+
+    def extend(self, session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
+        """Continue every row of a session by the same number of tokens.
+
+        Args:
+            session: Of this host.
+            input_ids: The rows' next tokens, [B, L].
+            record: Takes what routers do, by adapter name.
+
+        Returns:
+            Logits of the tokens after the last ones, [B, V].
+        """
+        added = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = session.lengths.unsqueeze(1) + added
+        ones = session.attention_mask.new_ones(input_ids.shape)
         session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
-        self._advance(session, tokens.unsqueeze(1), positions)
+        self._advance(session, input_ids, positions, record)
         return session.logits
 
     @torch.no_grad()
-    def _advance(self, session: Decoding, input_ids: Tensor, position_ids: Tensor) -> None:
+    def _advance(
+        self,
+        session: Decoding,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        record: Record | None = None,
+    ) -> None:
         """Run tokens of a session; its logits become those after the last one of each row."""
         mask = session.attention_mask
         forward = self._forward(
-            input_ids, mask, session.adapters, training=False, prepared=session.prepared
+            input_ids,
+            mask,
+            session.adapters,
+            training=False,
+            record=record,
+            prepared=session.prepared,
         )
         with self._run(forward):
             out = self.model.base_model(
@@ -435,10 +480,29 @@ class Host:
             generate_kwargs: Passed on: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
         """
         names = self._row_adapters(adapters, len(input_ids))
-        with self.prepared(), self._generation.of_rows(names):
+        with self.prepared(), self._generation.of_rows(Rows(names)):
             return self.model.generate(
                 input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
             )
+
+    def door(self, module: nn.Module, rows: Callable[[], Rows | None] = nobody) -> Door:
+        """Let forwards that others make of a module run adapters, until `detach`; see door.py.
+
+        Args:
+            module: One that calls the base model, or the base model itself.
+            rows: Says whose the rows are; None: the base model's.
+        """
+        door = Door(module, self._visit, rows)
+        self._wiring.on_undo(door.undo)
+        return door
+
+    def as_model(self, name: str | None) -> AdapterModel:
+        """Show an adapter, or the base model, as a model of its own, for trainers of others.
+
+        Raises:
+            AdapterError: If there is no such adapter.
+        """
+        return AdapterModel(self, name)
 
     def detach(self) -> nn.Module:
         """Take everything off and return the base model as it was before `attach`."""
@@ -555,11 +619,28 @@ class Host:
         with self._inside, running(forward):
             yield
 
-    def _open_generated(
-        self, input_ids: Tensor, attention_mask: Tensor | None, adapters: Sequence[RowAdapter]
-    ) -> AbstractContextManager[None]:
-        """Open a forward that transformers' generation makes by itself."""
-        return self._run(self._forward(input_ids, attention_mask, adapters, training=False))
+    def _visit(self, tokens: Tensor, attention_mask: Tensor | None, rows: Rows) -> Visit | None:
+        """Open a forward that somebody else makes."""
+        if current_forward(self._wiring) is not None:
+            return None
+        record: Record = {}
+        forward = self._forward(
+            tokens,
+            attention_mask,
+            expand_adapters(rows.adapters, len(tokens)),
+            draw_sample_keys(len(tokens)) if rows.training else None,
+            training=rows.training,
+            record=record if rows.training else None,
+        )
+        return Visit(self._run(forward), lambda: self._auxiliary_loss(record))
+
+    def _auxiliary_loss(self, record: Record) -> Tensor | None:
+        """Add up what adapters add to the objective; None for nothing."""
+        losses = [
+            self.adapters[name].auxiliary_loss(routing) for name, routing in _filled(record).items()
+        ]
+        present = [loss for loss in losses if loss is not None]
+        return torch.stack(present).sum() if present else None
 
     def _check_trainable(self) -> None:
         if self.dtype == torch.float16:
