@@ -227,7 +227,8 @@ def _check_token_ids(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
 
     Special tokens of no use beyond the embedding are common: of images, or by transformers' custom.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
     for kind in ("eos_token", "pad_token"):
         token_id = getattr(tokenizer, f"{kind}_id")
         if token_id >= rows:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from loraloom.config.json_text import parse_json, read_json, read_text
 from loraloom.errors import ConfigError, DataError, shown
@@ -40,17 +40,17 @@ class _Record(BaseModel):
 _Kind = TypeVar("_Kind", bound=_Record)
 
 
-def _check_metric(value: Any) -> Any:
-    if isinstance(value, int | float) and not -1e39 <= value <= 1e39:
-        raise ValueError(f"must be a number that float32 holds, got {shown(value)}")
-    return value
-
-
 class _Metrics(_Record):
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_check_metric)]] = Field(init=False)
 
     step: Count = 0
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> _Metrics:
+        for name, value in (self.model_extra or {}).items():
+            if isinstance(value, int | float) and not -1e39 <= value <= 1e39:
+                raise ValueError(f"{shown(name)} must be a number that float32 holds, got {value}")
+        return self
 
 
 class Environment(_Record):
