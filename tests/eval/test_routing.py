@@ -14,6 +14,7 @@ from loraloom.eval.routing import (
     token_texts,
     words_by_expert,
 )
+from loraloom.report.files import AdapterRouting
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
 
@@ -62,6 +63,8 @@ def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
     assert hydra["top_k"] == 3
     assert hydra["warnings"] == []
     assert len({round(share, 3) for share in hydra["tasks"]["toy"]["load"][0]}) == 3
+    for routing in summary.values():  # the report reads what is written
+        AdapterRouting.model_validate_json(json.dumps(routing, allow_nan=False))
     json.dumps(summary, allow_nan=False)
 
 

@@ -122,10 +122,10 @@ class Comparison(_Record):
 
 
 class Example(_Record):
-    """A text's tokens, and by layer the first choice of each."""
+    """A text's tokens, and by router the first choice of each."""
 
     tokens: tuple[str, ...]
-    experts: dict[Count, tuple[Count, ...]]
+    experts: dict[str, tuple[Count, ...]]
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Example:

@@ -28,6 +28,7 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
 
     peft_type = "MOLA"
     layout = "reference"
+    title = "MoLA"
     formula = "y = Wx + s·Σ_j g_j B_e(j)(A_e(j) x)"
 
     method: Literal["mola"] = "mola"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -62,11 +63,6 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
         return self
 
     @property
-    def title(self) -> str:
-        """MoLA."""
-        return "MoLA"
-
-    @property
     def experts_per_token(self) -> int:
         """See AdapterConfig."""
         return self.top_k
@@ -89,10 +85,14 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
 
         self._check_layers(len(base_layers))
 
-        def build(base, layer):
-            return MolaProjection(base, self, self.experts_of(layer.index), dtype, seed)
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+        return LowRankAdapter.of(
+            name,
+            self,
+            base_layers,
+            lambda base, layer: MolaProjection(
+                base, self, self.experts_of(layer.index), dtype, seed
+            ),
+        )
 
     def projection_shapes(
         self, place: TensorKey, out_features: int, in_features: int
