@@ -7,7 +7,7 @@ from loraloom import LoraConfig, MixLoraConfig
 from loraloom.config.data import DataConfig
 from loraloom.config.fields import check_name
 from loraloom.config.train import TrainConfig
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 
 PEFT_NAMES = {
     "r": "rank",
@@ -55,4 +55,4 @@ def test_a_safe_name_is_returned(name):
 def test_an_unsafe_name_is_refused(name):
     with pytest.raises(ConfigError, match="name must be a safe file name") as error:
         check_name(name)
-    assert repr(name) in str(error.value)
+    assert shown(name) in str(error.value)

@@ -42,7 +42,7 @@ def test_what_is_no_json_is_an_error_with_its_line(text, fault):
 
 @pytest.mark.parametrize("number", ["1e400", "-1e999", "1" * 400, "-" + "9" * 309])
 def test_a_number_that_is_infinite_as_a_float_is_an_error_with_its_place(number):
-    with pytest.raises(DataError, match=r"f\.json, a, 1 must be a number that is finite"):
+    with pytest.raises(DataError, match=r"f\.json, line 1, a, 1 must be a number that is finite"):
         parse_json(f'{{"a": [0, {number}]}}', "f.json", DataError)
 
 

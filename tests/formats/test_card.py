@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import yaml
 
+import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.formats import model_card
 from tests.formats.tiny import llama_base
+from tests.tiny import randomise, tiny_ids, tiny_model
 
 
 def front_matter(card: str) -> dict:
@@ -55,3 +58,27 @@ def test_sections_without_content_are_left_out():
     card = model_card(LoraConfig(), llama_base())
     assert "## Data" not in card
     assert "## Results" not in card
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "./my-base", "base.gguf"])
+def test_a_base_model_that_peft_does_not_find_is_loaded_by_loraloom_for_it(name):
+    card = model_card(LoraConfig(), llama_base(name_or_path=name))
+    assert f'model, tokenizer = loraloom.load_base_model("{name}")' in card
+    assert 'PeftModel.from_pretrained(model, "path-or-hub-id")' in card
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_the_code_of_a_card_loads_the_adapter_into_peft(tmp_path, tiny_tokenizer):
+    tiny_model(dtype=torch.float32, vocab_size=300).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    model, _ = loraloom.load_base_model(str(tmp_path / "base"))
+    host = loraloom.attach(model)
+    randomise(host.add("a", LoraConfig(rank=2)))
+    host.save("a", tmp_path / "a")
+    card = (tmp_path / "a/README.md").read_text()
+    code = card.split("```python\n")[2].partition("```")[0]
+    known = {}
+    exec(code.replace("path-or-hub-id", str(tmp_path / "a")), known)
+    ids = tiny_ids(2)
+    expected = host(ids, adapters=["a", "a"]).logits
+    torch.testing.assert_close(known["model"](ids).logits, expected, atol=1e-3, rtol=1e-3)

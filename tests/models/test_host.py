@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -282,3 +284,26 @@ def test_training_on_a_float16_base_is_refused():
     host = loraloom.attach(tiny_model("llama", torch.float16))
     with pytest.raises(ModelError, match="training needs a base model in bfloat16 or float32"):
         host.train()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("loraloom.attach(loraloom.attach(model))", "attach takes a model, got a host"),
+        ("loraloom.attach('smollm2-135m')", "attach takes a causal LM of transformers, got str"),
+        (
+            "loraloom.attach(model).add('p', peft.LoraConfig())",
+            "must be one of loraloom's, got peft.tuners.lora.config.LoraConfig",
+        ),
+        ("loraloom.attach(model).add(['p'], loraloom.LoraConfig())", "must be a safe file name"),
+    ],
+)
+def test_what_is_mistaken_for_a_model_a_name_or_a_configuration_is_a_sentence(code, message):
+    """In a process of its own: here, types are checked before loraloom sees the mistake."""
+    script = (
+        f"import loraloom, peft\nfrom tests.tiny import tiny_model\nmodel = tiny_model()\n{code}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("loraloom.errors.")
+    assert message in last

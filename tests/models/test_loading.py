@@ -3,19 +3,32 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from loraloom.config.fields import Dtype
 from loraloom.errors import ConfigError, ModelError
-from loraloom.models import loading
+from loraloom.models import loading, sources
 from loraloom.models.loading import DTYPES, find_device, load_base_model
 from loraloom.models.sources import SMALL_MODEL, find_source
 from tests.models.tiny_gguf import write_gguf
@@ -162,8 +175,91 @@ def test_broken_gguf_file_is_an_error(tmp_path):
 
 def test_hub_name_without_a_hub_is_an_error(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"can't load .*owner/model: .*check the name"):
+    with pytest.raises(ModelError, match=r"can't load owner/model: .*HF_HUB_OFFLINE"):
         load_base_model("owner/model")
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """Have the hub answer with an error, and count how often it is asked."""
+
+    def answer(error):
+        questions = []
+
+        def metadata(url, timeout):
+            questions.append(url)
+            raise error
+
+        monkeypatch.setattr(sources, "get_hf_file_metadata", metadata)
+        return questions
+
+    return answer
+
+
+def refusal(kind, status):
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind("a page of text", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (refusal(RepositoryNotFoundError, 401), "the hub has no public one of that name; check"),
+        (refusal(GatedRepoError, 403), "owner/model is gated: accept its terms"),
+        (refusal(RemoteEntryNotFoundError, 404), "whose repository on the hub has no config.json"),
+        (refusal(HfHubHTTPError, 503), r"the hub can't be reached \(a page of text\)"),
+        (OSError("no route to host"), r"the hub can't be reached \(no route to host\)"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_one_error_after_one_question(
+    ask, capfd, error, message
+):
+    questions = ask(error)
+    with pytest.raises(ModelError, match=message):
+        load_base_model("owner/model")
+    assert questions == ["https://huggingface.co/owner/model/resolve/main/config.json"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_in_the_cache_is_loaded_without_the_hub(ask, directory, monkeypatch, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub/models--owner--model/snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    directory.rename(snapshot)
+    references = snapshot.parent.parent / "refs"
+    references.mkdir()
+    (references / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    ask(OSError("no route to host"))
+    model, tokenizer = load_base_model("owner/model")
+    assert model.config.name_or_path == "owner/model"
+    assert tokenizer.eos_token == "<eos>"
+
+
+def grown_tokenizer(directory, **special):
+    """Save a tokenizer with a token more than the model has rows."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if special:
+        tokenizer.add_special_tokens(special)
+    else:
+        tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", ["pad_token", "eos_token"])
+def test_a_token_that_was_added_without_a_row_for_it_is_an_error(directory, kind):
+    grown_tokenizer(directory, **{kind: "<new>"})
+    message = rf"{kind} .* must be in the model's embedding of 5 rows, got 5 \('<new>'\)"
+    with pytest.raises(ModelError, match=message):
+        load_base_model(str(directory))
+
+
+def test_other_tokens_without_a_row_are_told_of(directory):
+    grown_tokenizer(directory)
+    with pytest.warns(
+        UserWarning, match=r"tokens \(1\) beyond the model's embedding of 5 rows, 'more"
+    ):
+        load_base_model(str(directory))
 
 
 @pytest.mark.parametrize(

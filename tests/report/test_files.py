@@ -55,7 +55,7 @@ def test_a_broken_line_is_named(tmp_path, line):
     run = write_run(tmp_path / "run", ["mix"])
     file = run / "mix/metrics.jsonl"
     file.write_text(f"{line}\n{file.read_text()}")
-    with pytest.raises(DataError, match=r"metrics\.jsonl, line 1 must be"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl.* line 1"):
         read_run(run)
 
 
@@ -78,7 +78,7 @@ def test_an_evaluation_is_read_and_what_is_new_in_it_passed_over(tmp_path):
     [
         ({"schema_version": 2, "results": {}}, "schema_version: Input should be 1"),
         ({"results": {}}, "schema_version: Field required"),
-        ([], "Input should be an object"),
+        ([], "Input should be a valid dictionary"),
     ],
 )
 def test_another_file_is_no_evaluation(tmp_path, content, fault):
@@ -91,3 +91,68 @@ def test_another_file_is_no_evaluation(tmp_path, content, fault):
 def test_a_missing_evaluation_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="--eval must be a file of"):
         read_evaluation(tmp_path / "nowhere.json")
+
+
+def changed(change):
+    content = evaluation()
+    change(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda c: c["routing"]["mix"].update(num_experts=0), "num_experts: Input should be great"),
+        (lambda c: c["routing"]["mix"].update(num_experts=10**7), "num_experts: Input should be l"),
+        (lambda c: c["routing"]["mix"].update(num_experts=7), "'arc_easy' must have 7 experts in"),
+        (lambda c: c["routing"]["mix"]["layers"].pop(), "'arc_easy' must have a row for each of 5"),
+        (lambda c: c["routing"]["mix"]["tasks"]["piqa"].update(num_tokens=0), "num_tokens of 'piq"),
+        (lambda c: c["routing"]["mix"]["tasks"]["piqa"]["load"][0].pop(), "load of 'piqa' must ha"),
+        (lambda c: c["routing"]["mix"]["tasks"]["piqa"]["load"].pop(), "'piqa' must have a row fo"),
+        (
+            lambda c: c["routing"]["mix"]["tasks"]["piqa"]["example"]["experts"]["3"].pop(),
+            "experts must be one for each of the 9 tokens",
+        ),
+        (lambda c: c["results"]["mix"]["piqa"].update(accuracy=1.5), "results.mix.piqa.accuracy"),
+        (lambda c: c["results"]["mix"]["piqa"].update(interval=[0.1]), "results.mix.piqa.interval"),
+        (lambda c: c["comparisons"][0].update(difference="x"), "comparisons.0.difference"),
+        (lambda c: c.update(seeds={"mix": {"adapters": 3, "tasks": {}}}), "seeds.mix.adapters"),
+    ],
+)
+def test_a_table_that_is_not_whole_is_an_error_that_names_it(tmp_path, change, fault):
+    path = write_evaluation(tmp_path / "result.json", changed(change))
+    with pytest.raises(DataError) as caught:
+        read_evaluation(path)
+    assert str(path) in str(caught.value)
+    assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" * 5000])
+def test_numbers_that_are_not_finite_are_errors(tmp_path, number):
+    text = json.dumps(evaluation()).replace('"difference": 0.2', f'"difference": {number}')
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(DataError, match=r"result\.json"):
+        read_evaluation(tmp_path / "result.json")
+    run = write_run(tmp_path / "run", ["mix"])
+    metrics = run / "mix/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"aux_loss": 0.02', f'"aux_loss": {number}'))
+    with pytest.raises(DataError, match=r"metrics\.jsonl.*line 1"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seconds": 1e300}, {"tokens": -1}, {"steps": 10**300}, {"metrics": {"eval/loss": "low"}}],
+)
+def test_a_result_out_of_range_is_named(tmp_path, changes):
+    run = write_run(tmp_path / "run", ["mix"])
+    (run / "mix/result.json").write_text(json.dumps(job_result("mix", 40, **changes)))
+    with pytest.raises(DataError, match=next(iter(changes))):
+        read_run(run)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '"\\ud800"', "\x1b[31m", ""])
+def test_a_file_that_is_no_json_is_named(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(DataError, match=r"result\.json must be JSON, line 1"):
+        read_evaluation(tmp_path / "result.json")

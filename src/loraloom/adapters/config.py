@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from loraloom.adapters.keys import Shape, TensorKey, target_projections
 from loraloom.config.fields import StrictModel
-from loraloom.errors import shown
+from loraloom.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -183,6 +183,22 @@ class AdapterConfig(StrictModel, ABC):
         known = {name: files.config[name] for name in cls.model_fields if name in files.config}
         targets = files.targets(projections)
         return known | ({"target_modules": targets} if targets else {})
+
+
+def check_config(config: object) -> AdapterConfig:
+    """Return a configuration as it came.
+
+    Raises:
+        ConfigError: If it is of another library, or none.
+    """
+    if isinstance(config, AdapterConfig):
+        return config
+    kind = type(config)
+    raise ConfigError(
+        f"an adapter's configuration must be one of loraloom's, got {kind.__module__}."
+        f"{kind.__qualname__}; write loraloom.LoraConfig(rank=8, alpha=16), or load an adapter "
+        "that PEFT has saved with host.load"
+    )
 
 
 class LowRankConfig(AdapterConfig):

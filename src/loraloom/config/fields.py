@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from loraloom.config.faults import advise_on_unknown_keys
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from pydantic import ValidationInfo as CheckInfo
@@ -61,9 +61,9 @@ def check_name(name: str) -> str:
     Raises:
         ConfigError: If it could not be the name of a file everywhere.
     """
-    if not _SAFE_NAME.fullmatch(name):
+    if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
         raise ConfigError(
             "name must be a safe file name (1 to 100 letters, digits, '.', '_', '-' or '@', the "
-            f"first a letter or digit), got {name!r}"
+            f"first a letter or digit), got {shown(name)}"
         )
     return name

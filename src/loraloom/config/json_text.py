@@ -44,7 +44,8 @@ def parse_json(
     except TypeError:  # pydantic takes no text that could not be written as UTF-8
         raise error(f"{origin} must be JSON, line {line}: half a surrogate pair") from None
     if _MAY_BE_TOO_LARGE.search(text):
-        _check_finite(value, origin, error)
+        place = origin if "\n" in text else f"{origin}, line {line}"
+        _check_finite(value, place, error)
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def model_card(
         sections.append(f"## Data\n\n{data}")
     if results:
         sections.append(f"## Results\n\n{results}")
-    sections.append(f"## Use\n\n{_usage(config)}")
+    sections.append(f"## Use\n\n{_usage(config, base)}")
     return "\n\n".join(sections) + "\n"
 
 
@@ -58,7 +59,7 @@ def _front_matter(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["loraloom", config.title.lower()],
     }
-    if _HUB_ID.fullmatch(base.name_or_path) and not Path(base.name_or_path).exists():
+    if _is_on_hub(base):
         front_matter["tags"].append(f"base_model:adapter:{base.name_or_path}")
         return {"base_model": base.name_or_path, **front_matter}
     return front_matter
@@ -75,11 +76,26 @@ def _method(config: AdapterConfig) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _usage(config: AdapterConfig) -> str:
+def _usage(config: AdapterConfig, base: BaseInfo) -> str:
     text = (
         "```python\nimport loraloom\n\nhost = loraloom.attach(model)\n"
         'host.load("my-adapter", "path-or-hub-id")\n```'
     )
     if config.layout != "peft":
         return text
-    return f"{text}\n\nThe files are PEFT's: `PeftModel.from_pretrained` loads them too."
+    if _is_on_hub(base) or not base.name_or_path:
+        return f"{text}\n\nThe files are PEFT's: `PeftModel.from_pretrained` loads them too."
+    code = (
+        "import loraloom\nfrom peft import PeftModel\n\n"
+        f"model, tokenizer = loraloom.load_base_model({json.dumps(base.name_or_path)})\n"
+        'model = PeftModel.from_pretrained(model, "path-or-hub-id")'
+    )
+    return (
+        f"{text}\n\nThe files are PEFT's, which finds no base model of this name by itself. Give "
+        f"it the one that loraloom loads:\n\n```python\n{code}\n```"
+    )
+
+
+def _is_on_hub(base: BaseInfo) -> bool:
+    is_id = _HUB_ID.fullmatch(base.name_or_path) is not None
+    return is_id and not Path(base.name_or_path).exists()

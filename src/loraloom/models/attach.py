@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loraloom.errors import ModelError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -17,8 +19,18 @@ def attach(model: nn.Module) -> Host:
         model: Any causal LM of a supported family; it is changed in place until `detach()`.
 
     Raises:
-        ModelError: If the family is not supported, or the model is attached already.
+        ModelError: If it is no model or a host, the family is not supported, or the model is
+            attached already.
     """
-    from loraloom.models.host import Host  # `import loraloom` stays free of torch
+    from torch import nn  # `import loraloom` stays free of torch
 
+    from loraloom.models.host import Host
+
+    if isinstance(model, Host):
+        raise ModelError("attach takes a model, got a host, which is one attached; use it as it is")
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"attach takes a causal LM of transformers, got {type(model).__name__}; "
+            "loraloom.load_base_model loads one by its name"
+        )
     return Host(model)

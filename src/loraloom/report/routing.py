@@ -115,7 +115,7 @@ def effective_number(load: Sequence[float]) -> float:
 
 
 def _similarity(routing: AdapterRouting, tasks: Sequence[str]) -> dict[str, list[float | None]]:
-    known = {frozenset((one["first"], one["second"])): one["mean"] for one in routing.similarity}
+    known = {frozenset((one.first, one.second)): one.mean for one in routing.similarity}
     if not known:
         return {}
     return {row: [known.get(frozenset((row, column))) for column in tasks] for row in tasks}

@@ -20,6 +20,7 @@ from loraloom.data.packing import first_fit
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
 from loraloom.ops.token_loss import loss_workspace_bytes
+from loraloom.training.run.container import container_bytes_left
 from loraloom.training.run.job import Job
 from loraloom.training.step.window import longest_row
 
@@ -144,9 +145,10 @@ def check_memory(prediction: MemoryPrediction, limit: int | None, device: torch.
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free on a device; None where there is no telling."""
+    """Return the memory that is free on a device, or in its container; None if nobody can tell."""
     if device.type in ("cpu", "mps"):
-        return psutil.virtual_memory().available
+        free, left = psutil.virtual_memory().available, container_bytes_left()
+        return free if left is None else min(free, left)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
