@@ -18,7 +18,7 @@ import typer
 from typer.main import get_command
 
 import loraloom
-from loraloom.cli import bench, config, eval, generate, inspect, quickstart, report, train
+from loraloom.cli import bench, config, eval, export, generate, inspect, quickstart, report, train
 from loraloom.cli.tracebacks import TracebackFile, kept_tracebacks
 from loraloom.errors import LoraloomError, plain, shown
 
@@ -33,6 +33,7 @@ VERBS: dict[str, Command] = {
     "report": report.report,
     "generate": generate.generate,
     "inspect": inspect.inspect,
+    "export": export.export,
 }
 """Verb -> function, in the order of --help."""
 
