@@ -12,8 +12,10 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from loraloom.config.job import JobConfig
 from loraloom.config.loading import load_run_config, load_task_config
 from loraloom.config.run import RunConfig
 from loraloom.config.yaml_text import parse_yaml
+from loraloom.infer.loading import load_host
+from tests.docs.conftest import TRAINED
+from tests.serve.http.in_process import serving
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = sorted(
@@ -37,6 +42,8 @@ DOCUMENTS = sorted(
 )
 RUN = {"train", "eval", "report", "generate", "inspect", "config"}
 """Verbs that run in README.md and docs/; `quickstart` and `bench` take long."""
+SERVER = "http://127.0.0.1:8000"
+"""Where documents have a server."""
 NOT_OURS = {"git", "cd", "for", "sed", "done"}
 """Programs whose options are not checked."""
 ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
@@ -44,16 +51,33 @@ ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_blocks_run(document, world, monkeypatch):
     if document.parts[0] in ("benchmarks", "recipes"):
         monkeypatch.setattr("tests.docs.test_blocks.RUN", set())
-    blocks = list(SYBIL.parse(ROOT / document).examples())
-    for block in blocks:
-        try:
-            block.evaluate()
-        except Exception as error:
-            raise AssertionError(f"{document}:{block.line}: {error}") from error
+    with served_copy(ROOT / document, world) as copy:
+        for block in SYBIL.parse(copy).examples():
+            try:
+                block.evaluate()
+            except Exception as error:
+                raise AssertionError(f"{document}:{block.line}: {error}") from error
+
+
+@contextmanager
+def served_copy(document: Path, world: Path) -> Iterator[Path]:
+    """A document whose clients ask a server of this process, where it has any."""
+    text = document.read_text()
+    if SERVER not in text:
+        yield document
+        return
+    host, tokenizer = load_host("smollm2-135m", {}, "float32", "cpu", None)
+    directory = world / TRAINED[0]
+    with serving(host, tokenizer, directory, base="smollm2-135m") as (address, _):
+        copy = world / document.name
+        copy.write_text(text.replace(SERVER, address))
+        yield copy
 
 
 def test_documents_have_no_blocks_in_other_languages():
@@ -115,6 +139,8 @@ def run_commands(block: Example) -> None:
             check_script(arguments)
         elif Path(program).name == "pip":
             check_extras(arguments)
+        elif program == "curl":
+            subprocess.run([*words, "--silent", "--show-error", "--fail"], check=True)
         elif "/" in program:
             assert os.access(ROOT / program, os.X_OK), f"{program} must be a script"
         else:

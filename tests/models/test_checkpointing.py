@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 import loraloom
+from loraloom.errors import ModelError
 from loraloom.models.host import Host
-from tests.tiny import METHODS, changed, parameter_grads, randomise, tiny_host, tiny_ids, tiny_model
+from tests.tiny import (
+    METHODS,
+    changed,
+    padded_mask,
+    parameter_grads,
+    randomise,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
 
 NAMES = [*METHODS]
 
@@ -152,3 +162,16 @@ def test_a_checkpointed_layer_keeps_no_masks(method):
         del states
     one_mask = 4 * 32 * 1024  # of one slot and layer, a byte for each feature of a token
     assert grown[1] - grown[0] < one_mask
+
+
+def test_a_recomputed_layer_fills_no_cache():
+    host, ids = tiny_host(), tiny_ids(4)
+    mask = padded_mask([7, 5, 6, 3])
+    host.enable_gradient_checkpointing()
+    out = host(ids, mask, NAMES, training=True)
+    assert out.past_key_values is None
+    out.logits.sum().backward()
+    for run in (host, host.hidden):
+        with pytest.raises(ModelError, match="fills no cache: leave use_cache and"):
+            run(ids, mask, NAMES, training=True, use_cache=True)
+    assert host(ids, mask, NAMES).past_key_values is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraloom.errors import DataError
 from loraloom.models.decoding import Decoding
 from loraloom.models.host import Host
 from tests.tiny import ALL_FAMILIES, METHODS, padded_mask, tiny_host, tiny_ids
@@ -93,3 +94,9 @@ def test_a_session_keeps_the_weights_that_it_began_with():
             parameter.mul_(3)
     host.decode(fresh, expected[:, 1])
     assert torch.equal(fresh.logits, kept.logits)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0], [1, 0, 1], [0, 0, 0]])
+def test_prompts_that_are_not_padded_on_the_left_are_refused(mask):
+    with pytest.raises(DataError, match=r"padded on the left.*got an attention_mask"):
+        tiny_host().prefill(tiny_ids(2, 3), torch.tensor([[1, 1, 1], mask]), ["lora", None])

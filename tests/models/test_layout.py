@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraloom.models.door import expand_adapters
 from loraloom.models.forward import query_mask
-from loraloom.models.generation import expand_adapters
 from loraloom.models.layout import Layout, make_layout
 from loraloom.ops.dropout import mix64
 from tests.tiny import padded_mask

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from loraloom.models import stacking
+from loraloom.models.forward import KEPT_PLANS
 from loraloom.models.host import Host, HostOutput
-from tests.tiny import METHODS, tiny_host, tiny_ids
+from tests.tiny import ALL_METHODS, METHODS, changed, tiny_host, tiny_ids
 
 ROWS = [
     "lora",
@@ -111,3 +112,39 @@ def test_adapters_that_do_not_stack_go_the_general_way(monkeypatch):
     expected = stacked(host, ids, ROWS).logits
     monkeypatch.setattr(host.adapters["lora"], "stack_key", lambda: None)
     torch.testing.assert_close(stacked(host, ids, ROWS).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"),
+    [
+        *((method, ("q_proj", "v_proj")) for method in ("lora", "dora", "mola")),
+        *((method, ("k_proj", "up_proj")) for method in ("lora", "mixdora", "hydralora")),
+        *((method, ("o_proj", "down_proj")) for method in ("dora", "mixlora", "mola")),
+        *((method, "ffn") for method in ("vera", "mixlora", "mola")),
+    ],
+)
+def test_adapters_of_some_projections_are_stacked_too(method, targets):
+    part = changed(ALL_METHODS[method], target_modules=targets)
+    host = tiny_host(configs={"part": part, "part-b": part, "whole": ALL_METHODS["lora"]})
+    ids, rows = tiny_ids(5, 2), ["part-b", "whole", None, "part", "part-b"]
+    expected = host(ids, None, rows).logits.detach()
+    torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_that_go_leave_stacks_as_they_are(monkeypatch):
+    """What is kept of plans is bounded, and the weights of the same adapters are stacked once."""
+    made, whole = [], stacking.Stack.__init__
+    monkeypatch.setattr(
+        stacking.Stack,
+        "__init__",
+        lambda self, *args: (made.append(args[0]), whole(self, *args))[1],
+    )
+    host = host_with_pairs("llama")
+    rows = [name for name in ("mixlora", "lora-b", "lora", "mixlora-b") for _ in range(4)]
+    session = host.prefill(tiny_ids(16), None, rows)
+    for _ in range(12):
+        host.decode(session, session.logits.argmax(-1))
+        session.keep([*range(1, len(session)), 0] if len(session) <= 4 else range(len(session) - 1))
+    names = [tuple(adapter.name for adapter, _ in adapters) for adapters in made]
+    assert len(names) == len(set(names))
+    assert session.prepared.plan.cache_info().currsize == KEPT_PLANS

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights, Routing
-from loraloom.ops.low_rank import LowRankWeights, UpProjection
+from loraloom.ops.low_rank import UpProjection
 
 D, F, R = 5, 6, 2
 SCALING = 0.75
@@ -151,16 +151,17 @@ def compute_form(case: FfnCase) -> FfnWeights:
             sides |= {half: UpProjection(columns, *rest) for half, *rest in halves}
         else:
             sides[name] = UpProjection(columns, _compute_B(leaves[f"{name}.B"]), scale, bias)
-    down = None
+    down_A = down = None
     if "down" in case.adapted:
         down_A, down_B = leaves["down.A"].flatten(0, 1), _compute_B(leaves["down.B"])
-        down = LowRankWeights(down_A, down_B, row_scale(case, "down"))
+        scale, bias = row_scale(case, "down"), case.bias["down"]
+        down = UpProjection(slice(0, size), down_B, scale, bias)
     return FfnWeights(
         input_A=torch.cat(stacked) if stacked else None,
         gate=sides.get("gate"),
         up=sides.get("up"),
+        down_A=down_A,
         down=down,
-        down_bias=case.bias["down"],
         num_experts=case.num_experts,
         base_combines=not case.rounds_rows,
         rank=case.rank,

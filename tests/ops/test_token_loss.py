@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from loraloom.ops import token_loss
-from loraloom.ops.token_loss import token_losses, token_scores
+from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
 
 D, V = 6, 11
 
@@ -131,6 +131,11 @@ def test_scores_are_log_softmax_and_argmax(head, chunk_bytes, weight, monkeypatc
     log_probs, is_top = token_scores(states, labels, function, V)
     torch.testing.assert_close(log_probs, log_softmax[torch.arange(7), labels])
     assert is_top.tolist() == [False, True] * 3 + [False]
+    for num_top in (0, 1, 3, V):
+        values, ids = top_tokens(states, function, V, num_top)
+        expected = log_softmax.topk(num_top)
+        torch.testing.assert_close(values, expected.values)
+        assert torch.equal(ids, expected.indices)
 
 
 def test_scores_of_bfloat16_are_computed_in_float32(weight):
@@ -139,3 +144,12 @@ def test_scores_of_bfloat16_are_computed_in_float32(weight):
     log_probs, _ = token_scores(states, torch.tensor([1, 2, 3]), function, V)
     expected = function(states).float().log_softmax(-1)[torch.arange(3), [1, 2, 3]]
     torch.testing.assert_close(log_probs, expected)
+
+
+def test_no_labels_have_no_losses_and_no_scores(weight):
+    states = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
+    labels, head = torch.zeros(0, dtype=torch.long), heads(weight)["linear"]
+    losses = token_losses(states, labels, head, V)
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert [len(values) for values in token_scores(states, labels, head, V)] == [0, 0]

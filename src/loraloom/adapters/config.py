@@ -10,12 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from loraloom.adapters.keys import Shape, TensorKey, target_projections
 from loraloom.config.fields import StrictModel
+from loraloom.errors import shown
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from loraloom.adapters.base import BaseInfo, BaseLayer
     from loraloom.adapters.files import AdapterFiles
 
+MAX_RANK, MAX_EXPERTS, MAX_NUMBER = 2**16, 2**10, 1e6
+"""Bounds far from what anybody trains, so that a slip or malice ends in a message."""
+
+ExpertCount = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 TargetGroup = Literal["all-linear", "attention", "ffn"]
 Targets = TargetGroup | tuple[str, ...]
 
@@ -35,6 +40,8 @@ class AdapterConfig(StrictModel, ABC):
     """What adapter_config.json calls the method."""
     layout: ClassVar[Literal["peft", "reference", "native"]] = "native"
     """How tensors are named on disk; see formats/."""
+    title: ClassVar[str]
+    """The method as papers spell it; a property where a setting makes a variant of it."""
     formula: ClassVar[str]
     """What an adapted projection computes, in a line."""
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -45,7 +52,7 @@ class AdapterConfig(StrictModel, ABC):
     """Names of the method's own parts of tensors in PEFT's or the reference's files."""
 
     method: str
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the update."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the update, in training only."""
@@ -60,13 +67,9 @@ class AdapterConfig(StrictModel, ABC):
         if targets in groups or (is_list and targets and all(_is_module_name(t) for t in targets)):
             return targets
         raise ValueError(
-            f"target_modules must be {', '.join(groups)} or a list of module names, got {targets!r}"
+            f"target_modules must be {', '.join(groups)} or a list of module names, got "
+            f"{shown(targets)}"
         )
-
-    @property
-    @abstractmethod
-    def title(self) -> str:
-        """The method as papers spell it, with its variant."""
 
     @abstractmethod
     def build(
@@ -158,13 +161,14 @@ class AdapterConfig(StrictModel, ABC):
             FormatError: If a field says what the method can't represent.
         """
         known = {name: files.config[name] for name in cls.model_fields if name in files.config}
-        return known | {"target_modules": files.targets(projections)}
+        targets = files.targets(projections)
+        return known | ({"target_modules": targets} if targets else {})
 
 
 class LowRankConfig(AdapterConfig):
     """What methods share whose updates are s·B(A(x)), with one rank and scaling."""
 
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, le=MAX_NUMBER)
     """Numerator of the scaling s = alpha / rank (alpha / sqrt(rank) when rank_stabilized)."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank), as rsLoRA does."""
@@ -197,9 +201,9 @@ class LowRankConfig(AdapterConfig):
 class RouterLossConfig(StrictModel):
     """Losses on routers that choose a few experts for each token."""
 
-    router_aux_loss_coef: float = Field(default=0.01, ge=0)
+    router_aux_loss_coef: float = Field(default=0.01, ge=0, le=MAX_NUMBER)
     """Weight of the load-balance loss; its minimum is coefficient × top_k."""
-    router_z_loss_coef: float = Field(default=0.0, ge=0)
+    router_z_loss_coef: float = Field(default=0.0, ge=0, le=MAX_NUMBER)
     """Weight of the mean squared logsumexp of the router's logits."""
     router_loss_scope: Literal["pooled", "per_layer"] = "pooled"
     """Load over all routers together, as the reference has it, or the mean of each one's loss."""

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from loraloom.adapters.base import BaseInfo
 
 _PATTERN = re.compile(
-    r"layers\.(?P<layer>\d+)\.(?P<block>\w+)\."
+    r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
     r"(?:(?P<router>router)"
-    r"|(?P<projection>\w+)\.(?:experts\.(?P<expert>\d+)\.)?(?P<part>(?!weight$|bias$)\w+))"
+    r"|(?P<projection>\w+)\.(?:experts\.(?P<expert>\d{1,5})\.)?(?P<part>(?!weight$|bias$)\w+))",
+    re.ASCII,
 )
 
 Shape = tuple[int, ...]

@@ -25,11 +25,7 @@ from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.config import AdapterConfig
 from loraloom.ops.expert_ffn import Activation, FfnWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
-from loraloom.ops.low_rank import (
-    InputGroup,
-    LowRankWeights,
-    UpProjection,
-)
+from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.ops.low_rank_ffn import low_rank_ffn
 from loraloom.ops.stacked import StackedLowRankFfn, stack_low_rank_ffn
 
@@ -223,30 +219,33 @@ def ffn_weights(
         num_experts: Experts whose A lie behind one another in each projection's.
     """
     shape = layer.ffn_shape
-    inputs = [block[name] for name in shape.inputs if name in block]
-    group = input_group(inputs, dtype) if inputs else None
-    sides = [None if group is None else group.projections.get(name) for name in shape.inputs]
+    (input_A, sides), (down_A, (down,)) = (
+        _sides(block, names, dtype) for names in (shape.inputs, (shape.output,))
+    )
     if shape.fused:
         sides = _halves(sides[0])
-    down, down_weights = block.get(shape.output), None
-    if down is not None:
-        down_weights = LowRankWeights(
-            down.compute_A(dtype),
-            down.compute_B(dtype),
-            down.row_scale(),
-            down.between if down.maps_rank_space else None,
-        )
     any_module = next(iter(block.values()))
     return FfnWeights(
-        input_A=None if group is None else group.A,
+        input_A=input_A,
         gate=sides[0],
         up=sides[1] if len(sides) > 1 else None,
-        down=down_weights,
-        down_bias=layer.ffn[shape.output].compute_bias(dtype),
+        down_A=down_A,
+        down=down,
         num_experts=num_experts,
         rank=any_module.num_columns // num_experts,
         base_combines=layer.ffn[shape.output].is_linear_over_rows,
     )
+
+
+def _sides(
+    block: Mapping[str, Projection], names: Sequence[str], dtype: torch.dtype
+) -> tuple[Tensor | None, list[UpProjection | None]]:
+    """Return the A of projections with one input, and the B side of each; None if not adapted."""
+    modules = [block[name] for name in names if name in block]
+    if not modules:
+        return None, [None] * len(names)
+    group = input_group(modules, dtype)
+    return group.A, [group.projections.get(name) for name in names]
 
 
 def _halves(fused: UpProjection | None) -> list[UpProjection | None]:

@@ -20,10 +20,14 @@ def results_table(figures: Figures) -> Table:
     table = Table("case", *(cell for column in baseline for cell in (column, "ratio")), box=None)
     for case, values in figures.items():
         cells = [
-            (f"{value:.3f}", f"{value / baseline[name]:.2f}") for name, value in values.items()
+            (_digits(value), f"{value / baseline[name]:.2f}") for name, value in values.items()
         ]
         table.add_row(case, *(cell for pair in cells for cell in pair))
     return table
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:.0f}"
 
 
 def plot_ratios(figures: Figures, column: str, path: Path) -> None:

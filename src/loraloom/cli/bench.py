@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,8 +83,7 @@ def scaling(
     """One FFN layer in bfloat16 over a range of sizes: forward and backward, and AdamW apart."""
     names = _names(case or mixture_case(), adapter_cases(), "--case")
     numbers = _numbers(values)
-    if over not in SCALED:
-        raise ConfigError(f"--over must be one of {', '.join(SCALED)}, got {over!r}")
+    _check_choice("--over", over, SCALED)
     from loraloom.bench.layer import LayerSetting, make_layer
     from loraloom.bench.timing import alternate
 
@@ -202,13 +201,56 @@ def decode(
     _show(figures, "tokens/s", picture)
 
 
+def count(
+    shape: Annotated[str, typer.Option("--shape", help="Of Llama 2: 7b, 13b or 70b.")] = "7b",
+    num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of a step.")] = 8,
+    length: LengthOption = 512,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of each expert.")] = 16,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="Without experts.")] = 80,
+    num_experts: ExpertsOption = 8,
+    top_k: TopKOption = 2,
+    card: Annotated[str, typer.Option("--card", help="H100, A100, 4090 or L4.")] = "H100",
+    cases: CasesOption = None,
+    picture: PictureOption = None,
+) -> None:
+    """Operations, bytes and memory of a step's forward and backward, counted without a device."""
+    from loraloom.bench.count import CARDS, PEFT_COUNTED, SHAPES, count_step
+
+    _check_choice("--shape", shape, SHAPES)
+    _check_choice("--card", card, CARDS)
+    setting = StepSetting(
+        rows=num_rows, length=length, rank=rank, num_experts=num_experts, top_k=top_k
+    )
+    figures = {}
+    for name in _names(cases, (*PEFT_COUNTED, *adapter_cases())):
+        counted = count_step(name, SHAPES[shape], setting, lora_rank)
+        figures[name] = {
+            "operations": counted.operations,
+            "GB moved": counted.bytes / 1e9,
+            "peak GB": counted.peak_bytes / 1e9,
+            f"{card} s": counted.time_on(card),
+        }
+    _show(figures, "GB moved", picture)
+
+
 SUBCOMMANDS: Mapping[str, Callable[..., None]] = {
     "layer": layer,
     "scaling": scaling,
     "step": step,
     "jobs": jobs,
     "decode": decode,
+    "count": count,
 }
+
+
+def _check_choice(option: str, value: str, known: Collection[str]) -> None:
+    """Hold an option to its choices.
+
+    Raises:
+        ConfigError: If it is none of them.
+    """
+    if value not in known:
+        raise ConfigError(f"{option} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _numbers(values: str) -> list[int]:

@@ -18,7 +18,19 @@ import typer
 from typer.main import get_command
 
 import loraloom
-from loraloom.cli import bench, config, eval, export, generate, inspect, quickstart, report, train
+from loraloom.cli import (
+    bench,
+    chat,
+    config,
+    eval,
+    export,
+    generate,
+    inspect,
+    quickstart,
+    report,
+    serve,
+    train,
+)
 from loraloom.cli.tracebacks import TracebackFile, kept_tracebacks
 from loraloom.errors import LoraloomError, plain, shown
 
@@ -32,6 +44,8 @@ VERBS: dict[str, Command] = {
     "eval": eval.evaluate,
     "report": report.report,
     "generate": generate.generate,
+    "serve": serve.serve,
+    "chat": chat.chat,
     "inspect": inspect.inspect,
     "export": export.export,
 }

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
-from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
+from loraloom.adapters.files import CONFIG_FILE, AdapterFiles, AdapterRecord, checked_fields
 from loraloom.adapters.keys import TensorKey
+from loraloom.errors import shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -45,20 +46,19 @@ class BaseRecord:
         """Read the record that loraloom added, {} where it added none.
 
         Raises:
-            FormatError: If a newer loraloom wrote it.
+            FormatError: If a newer loraloom wrote it, or a field is of another kind.
         """
-        version = record.get("version", RECORD_VERSION)
-        if version != RECORD_VERSION:
+        read = checked_fields(AdapterRecord, record, f"{files.source}: `loraloom`")
+        if read.version != RECORD_VERSION:
             raise files.error(
                 f"written by a newer loraloom (version of the record must be {RECORD_VERSION}, "
-                f"got {version}); upgrade loraloom"
+                f"got {read.version}); upgrade loraloom"
             )
-        base = record.get("base", {})
         return cls(
             name_or_path=files.config.get("base_model_name_or_path") or None,
-            model_type=base.get("model_type"),
-            fingerprint=base.get("fingerprint"),
-            num_parameters=base.get("num_parameters"),
+            model_type=read.base.model_type,
+            fingerprint=read.base.fingerprint,
+            num_parameters=read.base.num_parameters,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -88,6 +88,8 @@ class StoredAdapter:
     """Path of the decoder layers in the base model, where the layout tells."""
     activation: str | None = None
     """The activation of the FFN, where the layout tells."""
+    excluded: str | None = None
+    """PEFT's `exclude_modules` for messages, where it is set."""
 
 
 def stored_adapter(
@@ -116,7 +118,26 @@ def stored_adapter(
     settings = method.settings_of(files, projections)
     config = _build_config(files, method, settings)
     base = BaseRecord.from_files(files, record)
+    if files.config.get("exclude_modules"):
+        known["excluded"] = shown(files.config["exclude_modules"])
     return StoredAdapter(layout, config, tensors, base, files.source, **known)
+
+
+def renamed(files: AdapterFiles, keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """Give tensors by our keys.
+
+    Args:
+        files: Which have them by their names on disk.
+        keys: Ours by those names.
+
+    Raises:
+        FormatError: If two names mean one tensor.
+    """
+    names = {key: name for name, key in keys.items()}
+    for name, key in keys.items():
+        if names[key] != name:
+            raise files.error(f"tensors must differ, two are {key}: {names_in([name, names[key]])}")
+    return {key: files.tensors[name] for name, key in keys.items()}
 
 
 def common_fields(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
@@ -133,7 +154,7 @@ def check_task(files: AdapterFiles) -> None:
     if files.config.get("task_type") == "SEQ_CLS" or "classifier" in files.tensors:
         raise files.error("`task_type` must be CAUSAL_LM, got SEQ_CLS: it has a head of its own")
     if files.config.get("bias", "none") != "none":
-        raise files.error(f"`bias` must be none, got {files.config['bias']!r}")
+        raise files.error(f"`bias` must be none, got {shown(files.config['bias'])}")
 
 
 def _build_config(
@@ -153,5 +174,5 @@ def _fault(location: tuple[int | str, ...], message: str) -> str:
 
 def names_in(names: list[str], limit: int = 3) -> str:
     """Join the first few names, and count the rest."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    first = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"

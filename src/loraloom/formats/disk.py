@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
+from loraloom.adapters.files import CONFIG_FILE, AdapterFields, AdapterFiles, checked_fields
+from loraloom.config.json_text import read_json
 from loraloom.durable import remove_leftovers, staging, sync
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE, names_in
@@ -23,25 +26,41 @@ _ABANDONED_S = 3600.0
 """After so long, nobody is writing any more what lies aside."""
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
+_MAX_CONFIG_BYTES = 2**24
+_STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FLOATING = "floating point (float64, float32, float16 or bfloat16)"
+_PLAIN: dict[str, Callable[[Tensor], bool]] = {
+    _FLOATING: lambda tensor: tensor.dtype in _DTYPES,
+    "dense": lambda tensor: tensor.layout == torch.strided,
+    "in the file": lambda tensor: tensor.device.type == "cpu",
+    "stored in full": lambda tensor: tensor.nbytes <= tensor.untyped_storage().nbytes(),
+}
+"""What tensors of a pickle must be; each is asked of those that are what comes before."""
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     ImportError,
     LookupError,
+    MemoryError,
+    NotImplementedError,
     OSError,
     RuntimeError,
     TypeError,
     ValueError,
+    zipfile.BadZipFile,
 )
-"""What a broken pickle may raise, by the documentation of `pickle.UnpicklingError`."""
+"""What a broken pickle may raise, by the documentation of `pickle.UnpicklingError` and by trial."""
 
 
 def read_files(directory: Path) -> AdapterFiles:
     """Read adapter_config.json and the weights, from safetensors or else from a pickle.
 
     Raises:
-        FormatError: If a file is missing or broken.
+        FormatError: If a file is missing or broken, or a tensor is not plain numbers.
     """
     if not directory.is_dir():
         raise FormatError(f"an adapter must be a directory, got the file {directory}")
@@ -53,9 +72,6 @@ def read_files(directory: Path) -> AdapterFiles:
         tensors, metadata = _read_pickle(pickled), {}
     else:
         raise FormatError(f"{directory} must have {WEIGHTS_FILE} or {PICKLE_FILE}, it has neither")
-    odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    if odd:
-        raise FormatError(f"{directory}: tensors must be floating point: {names_in(odd)} are not")
     return AdapterFiles(config, tensors, metadata, source=str(directory))
 
 
@@ -65,19 +81,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
         is_model = (directory / "config.json").is_file()
         hint = "it is a model, not an adapter" if is_model else "it is no adapter, or one cut short"
         raise FormatError(f"{directory} must have {CONFIG_FILE}, it has none; {hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} must be JSON: {error}") from error
+    config = read_json(path, FormatError, _MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise FormatError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    return config
+    return checked_fields(AdapterFields, config, str(path)).model_dump(exclude_unset=True)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())  # `file` itself can't be iterated
+            odd = [name for name in names if file.get_slice(name).get_dtype() not in _STORED_DTYPES]
+            if odd:
+                raise _odd_tensors(path, _FLOATING, odd)
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise FormatError(f"{path} can't be read as safetensors: {error}; get it again") from error
@@ -86,6 +102,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """Read a flat dict of tensors; anything that would run code is refused."""
     try:
+        _check_not_compressed(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except _UNPICKLING_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -94,7 +111,33 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise FormatError(f"{path} must hold a flat dict of tensors by name")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    _check_plain(path, tensors)
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Raise a ValueError for an archive that becomes larger in memory; torch writes none."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is a compressed archive")
+
+
+def _check_plain(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a FormatError for tensors that are not numbers in memory, each in a place of its own.
+
+    A pickle may hold a sparse tensor, one without data, and one whose numbers are all the same
+    place in memory and that becomes as large as it says only when it is copied.
+    """
+    for wanted, is_so in _PLAIN.items():
+        odd = [name for name, tensor in tensors.items() if not is_so(tensor)]
+        if odd:
+            raise _odd_tensors(path, wanted, odd)
+
+
+def _odd_tensors(path: Path, wanted: str, odd: list[str]) -> FormatError:
+    return FormatError(f"{path}: tensors must be {wanted}: {names_in(odd)} are not")
 
 
 def refuse_to_overwrite(directory: Path) -> None:

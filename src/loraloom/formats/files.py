@@ -20,7 +20,7 @@ from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
-from loraloom.errors import AdapterError
+from loraloom.errors import AdapterError, shown
 from loraloom.formats import legacy, native, peft, reference
 from loraloom.formats.card import model_card
 from loraloom.formats.contents import BaseRecord, StoredAdapter, names_in
@@ -62,12 +62,14 @@ def parse_files(files: AdapterFiles) -> StoredAdapter:
         files = legacy.upgrade(files)
     peft_type = files.config.get("peft_type")
     if peft_type is None and "routing_strategy" in files.config:
-        peft_type = str(files.config["routing_strategy"]).partition("-")[0].upper()
+        peft_type = files.config["routing_strategy"].partition("-")[0].upper()
     methods = {method.peft_type: method for method in CONFIGS}
-    method = methods.get(str(peft_type))
+    method = methods.get(peft_type or "")
     if method is None:
         known = ", ".join(methods)
-        raise files.error(f"`peft_type` in {CONFIG_FILE} must be one of {known}, got {peft_type!r}")
+        raise files.error(
+            f"`peft_type` in {CONFIG_FILE} must be one of {known}, got {shown(peft_type)}"
+        )
     return _LAYOUTS[method.layout].parse(files, method)
 
 
@@ -100,9 +102,14 @@ def write_adapter(
     if not overwrite:
         refuse_to_overwrite(directory)
     _check_complete(config, tensors, base)
-    record = BaseRecord(base.name_or_path, base.model_type, base.fingerprint, base.num_parameters)
-    files = _LAYOUTS[config.layout].render(config, tensors, base, record)
+    files = render_files(config, tensors, base)
     replace_files(directory, files, model_card(config, base) if card is None else card)
+
+
+def render_files(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> AdapterFiles:
+    """Lay an adapter out as its method's files are."""
+    record = BaseRecord(base.name_or_path, base.model_type, base.fingerprint, base.num_parameters)
+    return _LAYOUTS[config.layout].render(config, tensors, base, record)
 
 
 def _check_complete(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.keys import TensorKey, target_projections
-from loraloom.errors import AdapterError, FormatError
+from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.formats.contents import StoredAdapter, names_in
 
 _SAME_ACTIVATION = {
@@ -30,15 +30,17 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
         keys, at least in float32.
 
     Raises:
-        FormatError: If tensors are missing or unexpected, or the activation is another.
+        FormatError: If tensors are missing, unexpected or not finite, or the activation is another.
         AdapterError: If it was made for another base model: other modules, layers or shapes.
     """
     _check_modules(stored, base)
     _check_activation(stored, base)
     config = _with_known_targets(stored, base)
+    _check_experts(stored)
     shapes = config.tensor_shapes(base)
     _check_names(stored, shapes)
     check_shapes(stored.source, stored.tensors, shapes, base)
+    _check_finite(stored)
     _warn_if_another_base(stored, base)
     return config, {name: _at_least_float32(stored.tensors[name]) for name in shapes}
 
@@ -63,7 +65,7 @@ def _check_activation(stored: StoredAdapter, base: BaseInfo) -> None:
     if canonical[0] != canonical[1]:
         raise FormatError(
             f"{stored.source}: `act_fn` must be the base model's activation {base.activation!r}, "
-            f"got {stored.activation!r}; use the base model that the adapter was trained on"
+            f"got {shown(stored.activation)}; use the base model that the adapter was trained on"
         )
 
 
@@ -102,6 +104,25 @@ def _with_known_targets(stored: StoredAdapter, base: BaseInfo) -> AdapterConfig:
     return type(stored.config).model_validate(fields)
 
 
+def _check_experts(stored: StoredAdapter) -> None:
+    """Raise a FormatError for more experts than tensors, before a name is made for each."""
+    experts = stored.config.experts_per_router
+    if experts > len(stored.tensors):
+        raise FormatError(
+            f"{stored.source}: `num_experts` must be the number of experts that have tensors, got "
+            f"{experts} with {len(stored.tensors)} tensors"
+        )
+
+
+def _check_finite(stored: StoredAdapter) -> None:
+    odd = [name for name, tensor in stored.tensors.items() if not tensor.isfinite().all()]
+    if odd:
+        raise FormatError(
+            f"{stored.source}: weights must be finite, got infinite ones or NaN in "
+            f"{names_in(odd)}; its training has diverged, take an earlier checkpoint"
+        )
+
+
 def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> None:
     missing = [name for name in shapes if name not in stored.tensors]
     unexpected = [name for name in stored.tensors if name not in shapes]
@@ -115,11 +136,12 @@ def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> N
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
-    if faults:
-        raise FormatError(
-            f"{stored.source}: {'; '.join(faults)}; every layer must have all target modules and "
-            "experts that adapter_config.json names"
-        )
+    if not faults:
+        return
+    advice = "every layer must have all target modules and experts that adapter_config.json names"
+    if stored.excluded is not None:
+        advice += f"; got `exclude_modules` {stored.excluded}, train without it"
+    raise FormatError(f"{stored.source}: {'; '.join(faults)}; {advice}")
 
 
 def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:

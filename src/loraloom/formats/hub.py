@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from loraloom.adapters.files import CONFIG_FILE
+from loraloom.config.paths import local_path
 from loraloom.errors import FormatError
 from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE
 
@@ -21,7 +22,7 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
     Raises:
         FormatError: If there is no such directory and no such repository within reach.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = local_path(path_or_hub_id, "an adapter", FormatError)
     if path.exists():
         return path
     if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(path_or_hub_id):

@@ -18,11 +18,13 @@ from typing import Any
 
 from loraloom.adapters import CONFIGS
 from loraloom.adapters.files import AdapterFiles
+from loraloom.errors import shown
+from loraloom.formats.contents import renamed
 
 _PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _STRATEGIES = {old: new for method in CONFIGS for old, new in method.old_strategies.items()}
-_ROUTER = re.compile(r"(\w+)\.layers\.(\d+)\.gate\.weight")
-_EXPERT = re.compile(r"(\w+)\.layers\.(\d+)\.experts\.(\d+)\.(\w+)\.(lora_[AB]\.weight)")
+_ROUTER = re.compile(r"(\w+)\.layers\.(\d{1,5})\.gate\.weight")
+_EXPERT = re.compile(r"(\w+)\.layers\.(\d{1,5})\.experts\.(\d{1,5})\.(\w+)\.(lora_[AB]\.weight)")
 _MISPLACED = re.compile(
     r"(base_model\.model\.model\.layers\.\d+)\.self_attn\."
     r"(w[123]_proj|gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2)\.(lora_[AB]\.weight)"
@@ -43,14 +45,14 @@ def upgrade(files: AdapterFiles) -> AdapterFiles:
         FormatError: If only some layers have experts (`sparse_step`).
     """
     if files.config.get("sparse_step") is not None:
+        got = shown(files.config["sparse_step"])
         raise files.error(
-            f"`sparse_step` must be unset, got {files.config['sparse_step']}: loraloom has a "
-            "mixture in every layer"
+            f"`sparse_step` must be unset, got {got}: loraloom has a mixture in every layer"
         )
     return replace(
         files,
         config=_current_config(files.config),
-        tensors={_current_name(name): tensor for name, tensor in files.tensors.items()},
+        tensors=renamed(files, {name: _current_name(name) for name in files.tensors}),
     )
 
 

@@ -23,21 +23,24 @@ from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.keys import TensorKey
+from loraloom.config.json_text import parse_json
 from loraloom.errors import FormatError
 from loraloom.formats.contents import (
     BaseRecord,
     StoredAdapter,
     common_fields,
     names_in,
+    renamed,
     stored_adapter,
 )
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
-    r"base_model\.model\.(?P<layers_path>(?:\w+\.)*?\w+)\.(?P<layer>\d+)\.(?P<block>\w+)\."
-    r"(?P<projection>\w+)\.(?P<suffix>\w+(?:\.weight)?)"
+    r"base_model\.model\.(?P<layers_path>(?:\w+\.)*?\w+)\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
+    r"(?P<projection>\w+)\.(?P<suffix>\w+(?:\.weight)?)",
+    re.ASCII,
 )
-_SHARED = re.compile(r"base_model\.(?P<suffix>\w+)")
+_SHARED = re.compile(r"base_model\.(?P<suffix>\w+)", re.ASCII)
 """A tensor that all layers share."""
 _SUFFIX_OF_PART = {
     "lora_A": "lora_A.weight",
@@ -97,8 +100,8 @@ def _our_tensors(
             f"tensors must belong to one stack of decoder layers, got {names_in(paths)}; "
             "adapters of several parts of a model can't be read"
         )
-    tensors = {str(_our_key(match, parts)): files.tensors[name] for name, match in found.items()}
-    tensors |= dict(shared.values())
+    keys = {name: str(_our_key(match, parts)) for name, match in found.items()}
+    tensors = renamed(files, keys) | dict(shared.values())
     return (paths[0] if paths else None), tensors
 
 
@@ -108,10 +111,8 @@ def _our_key(match: re.Match[str], parts: dict[str, str]) -> TensorKey:
 
 
 def _record(files: AdapterFiles) -> dict[str, Any]:
-    try:
-        record = json.loads(files.metadata.get("loraloom", "{}"))
-    except json.JSONDecodeError as error:
-        raise files.error(f"`loraloom` in the weights' header is not JSON: {error}") from error
+    origin = f"{files.source}: `loraloom` in the weights' header"
+    record = parse_json(files.metadata.get("loraloom", "{}"), origin, FormatError)
     return record if isinstance(record, dict) else {}
 
 

@@ -31,13 +31,15 @@ from loraloom.formats.contents import (
     check_task,
     common_fields,
     names_in,
+    renamed,
     stored_adapter,
 )
 
 _KEY = re.compile(
-    r"(?P<method>\w+)\.layers\.(?P<layer>\d+)\.(?P<block>\w+)\.(?:(?P<projection>\w+)\.)?"
-    r"(?:experts\.(?P<expert>\d+)\.)?"
-    r"(?P<part>moe_gate|lora_A|lora_B|lora_magnitude_vector)\.weight"
+    r"(?P<method>\w+)\.layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\.(?:(?P<projection>\w+)\.)?"
+    r"(?:experts\.(?P<expert>\d{1,5})\.)?"
+    r"(?P<part>moe_gate|lora_A|lora_B|lora_magnitude_vector)\.weight",
+    re.ASCII,
 )
 _OUR_PART = {
     "lora_A": "lora_A",
@@ -90,7 +92,7 @@ def _our_tensors(files: AdapterFiles, method: type[AdapterConfig]) -> dict[str, 
         raise files.error(
             f"unexpected tensors: {names_in(unknown)}; they are not a {method.peft_type} adapter's"
         )
-    return {str(_our_key(match)): files.tensors[name] for name, match in found.items()}
+    return renamed(files, {name: str(_our_key(match)) for name, match in found.items()})
 
 
 def _our_key(match: re.Match[str]) -> TensorKey:

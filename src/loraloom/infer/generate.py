@@ -109,7 +109,7 @@ def complete(
         on_progress: Told after each batch how many prompts are done.
     """
     keys = range(len(encoded)) if keys is None else keys
-    ends = _end_tokens(host, tokenizer)
+    ends = end_tokens(host, tokenizer)
     completions: dict[int, Completion] = {}
     for places in _batches(encoded, adapters, batch_size):
         new_ids = in_halves(
@@ -170,7 +170,7 @@ def _generate_batch(
     input_ids, attention_mask = _pad_left(rows, host.device)
     prompt_length = input_ids.shape[1]
     stops = StopTexts(tokenizer, sampling.stop, prompt_length) if sampling.stop else None
-    ends = _end_tokens(host, tokenizer)
+    ends = end_tokens(host, tokenizer)
     if sampling.num_beams > 1:
         return _search_beams(host, tokenizer, input_ids, attention_mask, names, sampling, stops)
     chooser = TokenChooser(sampling, keys, host.device)
@@ -211,7 +211,7 @@ def _search_beams(
     stops: StopTexts | None,
 ) -> list[list[int]]:
     """Continue prompts by transformers' beam search."""
-    ends = _end_tokens(host, tokenizer)
+    ends = end_tokens(host, tokenizer)
     output = host.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -244,7 +244,7 @@ def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, 
     return torch.tensor(input_ids, device=device), torch.tensor(mask, device=device)
 
 
-def _end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: those of the model's generation config, and EOS."""
     configured = host.model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]

@@ -55,7 +55,7 @@ class RowBatch:
 
     `attention_mask` is [B, L] where no row branches, else the mask to add to attention scores,
     [B, 1, L, L]. `token_mask` is 1 at tokens, 0 at padding. `predictors` counts in the flattened
-    batch.
+    batch. The masks stay on the CPU, where the host reads them.
     """
 
     input_ids: Tensor  # (B, L)
@@ -169,8 +169,8 @@ def collate(
     return RowBatch(
         input_ids=_padded([row.input_ids for row in rows], length, pad_id).to(device),
         position_ids=_padded([row.position_ids for row in rows], length, 0).to(device),
-        attention_mask=mask.to(device),
-        token_mask=token_mask.to(device),
+        attention_mask=mask,
+        token_mask=token_mask,
         predictors=torch.tensor(predictors, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
     )

@@ -21,13 +21,14 @@ from loraloom.data.tokenising import TokenPair
 from loraloom.infer.halving import in_halves
 from loraloom.infer.rows import TokenRow, collate, example_row, make_rows
 from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import LayerRouting
 
 _TOKENS_PER_BATCH = {"cpu": 1024}
 _TOKENS_PER_BATCH_ELSEWHERE = 16384
 
-Request = tuple[str | None, TokenRow]
-"""An adapter's name, or None for the base model, and what it is to score."""
+Request = tuple[RowAdapter, TokenRow]
+"""A row's adapter, and what it is to score."""
 
 Group = Sequence[TokenRow]
 """The rows of continuations that belong together, such as the choices of a question."""
@@ -39,10 +40,14 @@ class TokenScores(NamedTuple):
     Args:
         log_probs: log p of each, [N] float64.
         is_top: Whether it is the most likely token, [N].
+        top_log_probs: log p of the K most likely tokens in its place, [N, K] float64.
+        top_ids: Which these are, [N, K].
     """
 
     log_probs: Tensor
     is_top: Tensor
+    top_log_probs: Tensor
+    top_ids: Tensor
 
 
 class PairScore(NamedTuple):
@@ -107,6 +112,7 @@ def score_rows(
     requests: Sequence[Request],
     max_tokens: int | None = None,
     on_routing: OnRouting | None = None,
+    num_top: int = 0,
 ) -> list[TokenScores]:
     """Score rows, each with its adapter, without dropout and gradients.
 
@@ -115,6 +121,7 @@ def score_rows(
         requests: In any order.
         max_tokens: Of a batch, padding included; None for `tokens_per_batch`.
         on_routing: Told after each forward where mixtures sent its tokens.
+        num_top: K, most likely tokens to tell in the place of each.
 
     Returns:
         The scores in the order of the requests.
@@ -123,7 +130,12 @@ def score_rows(
         AdapterError: If the host lacks an adapter.
         DataError: If a row alone doesn't fit into memory.
     """
-    nothing = TokenScores(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
+    nothing = TokenScores(
+        torch.zeros(0, dtype=torch.float64),
+        torch.zeros(0, dtype=torch.bool),
+        torch.zeros(0, num_top, dtype=torch.float64),
+        torch.zeros(0, num_top, dtype=torch.long),
+    )
     scores = [nothing] * len(requests)
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
     groups = [requests[place][1:] for place in scored]
@@ -134,7 +146,7 @@ def score_rows(
             places = sorted(
                 (scored[at] for at in batch), key=lambda place: order[requests[place][0]]
             )
-            forward = partial(_forward, host, requests, on_routing=on_routing)
+            forward = partial(_forward, host, requests, on_routing=on_routing, num_top=num_top)
             results = in_halves(
                 forward,
                 places,
@@ -150,6 +162,7 @@ def _forward(
     requests: Sequence[Request],
     places: Sequence[int],
     on_routing: OnRouting | None,
+    num_top: int,
 ) -> list[TokenScores]:
     """Score the requests at some places in one forward."""
     rows = [requests[place][1] for place in places]
@@ -164,13 +177,15 @@ def _forward(
     )
     states = batch.predicting_states(output.last_hidden_state)
     log_probs, is_top = host.token_scores(states, batch.targets)
+    top_log_probs, top_ids = host.top_tokens(states, num_top)
     counts = [len(row.targets) for row in rows]
-    scores = zip(log_probs.cpu().double().split(counts), is_top.cpu().split(counts), strict=True)
+    columns = (log_probs.double(), is_top, top_log_probs.double(), top_ids)
+    scores = zip(*(column.cpu().split(counts) for column in columns), strict=True)
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():
             routed = [place for place in places if requests[place][0] == name]
             on_routing(RoutedRows(name, routed, [requests[place][1] for place in routed], routing))
-    return [TokenScores(*pair) for pair in scores]
+    return [TokenScores(*columns) for columns in scores]
 
 
 def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) -> list[Tensor]:

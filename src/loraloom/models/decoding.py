@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +20,42 @@ from transformers import DynamicCache
 from loraloom.models.forward import PreparedWeights
 from loraloom.models.layout import RowAdapter
 
-if TYPE_CHECKING:
-    from loraloom.models.host import Host
-
 
 @dataclass
 class Decoding:
     """Rows that are being continued; made by `Host.prefill`.
 
     Args:
-        host: Whose rows these are.
         adapters: Of each row.
-        cache: Keys and values, [B, heads, L, head_dim] in each layer.
         attention_mask: 1 at real tokens, [B, L].
         logits: Of the token after each row's last one, [B, V].
+        cache: Keys and values, [B, heads, L, head_dim] in each layer. Made without the model's
+            config, it keeps all tokens in every layer; masks see to windows.
         prepared: The adapters' weights, as they were when the session began.
     """
 
-    host: Host
     adapters: list[RowAdapter]
-    cache: DynamicCache
     attention_mask: Tensor
-    logits: Tensor
+    logits: Tensor = field(init=False)
+    cache: DynamicCache = field(default_factory=DynamicCache)
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
+
+    @classmethod
+    def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:
+        """Make a session of one row from what `states` took out of another one.
+
+        It has no logits yet: the first `Host.extend` gives them.
+
+        Args:
+            adapter: The one that computed the states.
+            states: Of the row's first tokens, [layers, 2, heads, L, head_dim].
+            prepared: Takes the weights in compute form.
+        """
+        mask = torch.ones(1, states.shape[3], dtype=torch.long, device=states.device)
+        session = cls([adapter], mask, prepared=prepared)
+        for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
+            session.cache.update(keys, values, layer)
+        return session
 
     def __len__(self) -> int:
         """Rows."""
@@ -52,6 +65,23 @@ class Decoding:
     def lengths(self) -> Tensor:
         """Tokens of each row, [B]."""
         return self.attention_mask.sum(1)
+
+    def states(self, row: int, start: int, stop: int) -> Tensor:
+        """Copy keys and values of a row's tokens, [layers, 2, heads, stop - start, head_dim].
+
+        Args:
+            row: Its place.
+            start: The first token, counted from the row's own first one.
+            stop: The one after the last.
+        """
+        padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())
+        columns = slice(padding + start, padding + stop)
+        return torch.stack(
+            [
+                torch.stack([layer.keys[row, :, columns], layer.values[row, :, columns]])
+                for layer in _layers(self.cache)
+            ]
+        )
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let all other rows go; those that stay take this order.
@@ -85,38 +115,6 @@ class Decoding:
         self.attention_mask = torch.cat([_pad_left(mask, length, 1) for mask in masks])
         self.logits = torch.cat([self.logits, other.logits])
         self.adapters += other.adapters
-
-
-@torch.no_grad()
-def prefill(
-    host: Host,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    adapters: Sequence[RowAdapter] | None = None,
-) -> Decoding:
-    """Read prompts; see `Host.prefill`."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    names: list[RowAdapter] = [None] * len(input_ids) if adapters is None else list(adapters)
-    # Without the model's config the cache keeps all tokens in each layer; masks see to windows.
-    session = Decoding(host, names, DynamicCache(), mask, input_ids.new_empty(0))
-    session.logits = _advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
-    return session
-
-
-@torch.no_grad()
-def decode(session: Decoding, tokens: Tensor) -> Tensor:
-    """Continue every row by a token; see `Host.decode`."""
-    positions = session.lengths.unsqueeze(1)
-    ones = session.attention_mask.new_ones(len(session), 1)
-    session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
-    session.logits = _advance(session, tokens.unsqueeze(1), positions)
-    return session.logits
-
-
-def _advance(session: Decoding, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Run tokens through the model, and return the logits after the last one of each row."""
-    states: Any = session.host.advance(session, input_ids, position_ids)
-    return session.host.logits(states[:, -1].contiguous())
 
 
 def _layers(cache: DynamicCache) -> Sequence[Any]:

@@ -12,32 +12,42 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.adapter import Adapter, SegmentTokens
 from loraloom.adapters.low_rank import input_group
 from loraloom.models.layout import Layout
-from loraloom.models.stacking import StackedForward
+from loraloom.models.stacking import Stack, StackedForward, plan_stacked
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnWeights
-from loraloom.ops.low_rank import InputGroup
+from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.routing.record import LayerRouting
 
 Record = dict[str, list[LayerRouting]]
 """What routers did, by adapter."""
 
 
+KEPT_PLANS = 8
+"""Plans, and stacks of weights, that are kept: rows come and go in ever new combinations."""
+
+
 class PreparedWeights:
     """Compute forms of adapters' weights, kept for as long as nobody changes the weights.
 
     One thread at a time uses it: that of a decoding session, or of a `with host.prepared():`.
+
+    Attributes:
+        plan: `plan_stacked`, of which the latest results are kept.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, Any] = {}
+        make_stack = lru_cache(KEPT_PLANS)(Stack)  # plans of the same adapters share it
+        self.plan = lru_cache(KEPT_PLANS)(partial(plan_stacked, make_stack))
 
     def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """Return what was built for a key, built now if it never was."""
@@ -48,11 +58,26 @@ class PreparedWeights:
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """A segment's share of attention projections that read the same input."""
+    """A segment's share of attention projections that read the same input.
+
+    Args:
+        group: Their weights.
+        hidden_states: Their input, [T, I].
+        tokens: Describes its rows.
+        low_rank: The product with all their A, [T, P].
+    """
 
     group: InputGroup
+    hidden_states: Tensor
+    tokens: SegmentTokens
     low_rank: Tensor
-    """The product with all their A, [T, P]."""
+
+    def update(self, name: str) -> tuple[Tensor | None, UpProjection | None]:
+        """Return what a projection's B multiplies, [T, S], and its B side; None if not adapted."""
+        side = self.group.projections.get(name)
+        if side is None:
+            return None, None
+        return side.rank_input(self.low_rank, self.hidden_states, self.tokens), side
 
 
 @dataclass(frozen=True)
@@ -95,6 +120,12 @@ class ForwardContext:
         if self.record is None:
             return None
         return self.record.setdefault(adapter.name, []).append
+
+    def tokens(
+        self, adapter: Adapter, index: int, layer: int, device: torch.device
+    ) -> SegmentTokens:
+        """Describe a segment's tokens in a layer to their adapter."""
+        return self.layout.segments[index].at_layer(layer, device, self.recorder(adapter))
 
     def ffn_weights(
         self, adapter: Adapter, scale: float, layer: int, dtype: torch.dtype
@@ -149,12 +180,12 @@ class ForwardContext:
         modules = [block[name] for name in names if name in block]
         if not modules:
             return None
-        segment = self.layout.segments[index]
-        key = (adapter, segment.scale, layer, site, dtype)
-        group = self._weights(key, lambda: input_group(modules, dtype).scaled(segment.scale))
-        tokens = segment.at_layer(layer, hidden_states.device, None)
+        scale = self.layout.segments[index].scale
+        key = (adapter, scale, layer, site, dtype)
+        group = self._weights(key, lambda: input_group(modules, dtype).scaled(scale))
+        tokens = self.tokens(adapter, index, layer, hidden_states.device)
         low_rank = adapter.attention_low_rank(group, hidden_states, site, tokens)
-        return AttentionPart(group, low_rank)
+        return AttentionPart(group, hidden_states, tokens, low_rank)
 
     def _weights(self, key: Hashable, build: Callable[[], Any]) -> Any:
         if self.prepared is None or torch.is_grad_enabled():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -21,21 +21,21 @@ from torch import Tensor, nn
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.config.fields import check_name
-from loraloom.errors import AdapterError, ModelError
+from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.files import read_adapter, write_adapter
-from loraloom.models import decoding
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.decoding import Decoding
+from loraloom.models.door import Door, Rows, Visit, expand_adapters, nobody
 from loraloom.models.families import base_info, base_layers, family_of, head_of
 from loraloom.models.forward import (
     ForwardContext,
     PreparedWeights,
     Record,
+    current_forward,
     query_mask,
     running,
     segment_adapters,
 )
-from loraloom.models.generation import Generation
 from loraloom.models.layout import RowAdapter, make_layout
 from loraloom.models.packing import (
     SampleLengths,
@@ -43,10 +43,11 @@ from loraloom.models.packing import (
     packed_positions,
     packed_token_mask,
 )
-from loraloom.models.samples import sample_key
-from loraloom.models.stacking import ScaledAdapter, StackedForward, plan_stacked
+from loraloom.models.samples import draw_sample_keys, sample_key
+from loraloom.models.stacking import ScaledAdapter, StackedForward
+from loraloom.models.view import AdapterModel
 from loraloom.models.wiring import Wiring
-from loraloom.ops.token_loss import token_losses, token_scores
+from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
 from loraloom.routing.record import LayerRouting, join_routing
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
@@ -102,8 +103,7 @@ class Host:
         self.base = base_info(model, self._family, self._base_layers)
         self._head = head_of(model, self._family)
         self._wiring = Wiring(model, self._family)
-        self._generation = Generation(model, self._open_generated)
-        self._wiring.on_undo(self._generation.undo)
+        self._generation = self.door(model)
         self._inside = threading.RLock()
         self._cache_argument = _cache_argument(self.model.base_model)
         self._training = False
@@ -226,6 +226,11 @@ class Host:
         """
         self._checkpointing = enabled
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether forwards that train recompute decoder layers in the backward pass."""
+        return self._checkpointing
+
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Keep compute forms of the weights over this thread's forwards without gradients.
@@ -257,6 +262,7 @@ class Host:
         Args:
             input_ids: Tokens, [B, L].
             attention_mask: 1 at real tokens, [B, L], or [B, past + L] with a cache; None: all are.
+                On an accelerator, one that lies on the CPU spares waiting for the device.
             adapters: For each row an adapter's name, `(name, scale)` to scale what it adds to the
                 base model, or None for the base model; None: base model.
             sample_keys: A key for each row's dropout in training (see `samples.sample_key`); drawn
@@ -266,14 +272,20 @@ class Host:
 
         Raises:
             AdapterError: If `adapters` has another length than the batch or an unknown name.
-            ModelError: If it is to train and the base model is in float16.
+            ModelError: If it is to train and the base model is in float16, or if it fills a cache
+                and layers are to be recomputed.
         """
         record: Record = {}
         forward = self._forward(
             input_ids, attention_mask, adapters, sample_keys, training=training, record=record
         )
+        if forward.checkpointing:
+            model_inputs.setdefault("use_cache", False)
+            self._check_fills_no_cache(model_inputs)
         with self._run(forward):
-            out = self.model(input_ids=input_ids, attention_mask=attention_mask, **model_inputs)
+            out = self.model(
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
+            )
         return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record))
 
     def hidden(
@@ -301,13 +313,13 @@ class Host:
             model_inputs: Passed to the base model.
 
         Raises:
-            ModelError: If attention can't keep the samples of a row apart.
+            ModelError: If attention can't keep the samples of a row apart, and as above.
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
             check_takes_packed_rows(self.config)
             length = input_ids.shape[1]
-            real = packed_token_mask(sample_lengths, length).to(self.device)
+            real = packed_token_mask(sample_lengths, length)
             positions = packed_positions(sample_lengths, length)
             model_inputs["position_ids"] = positions.to(self.device)
         record: Record = {}
@@ -315,9 +327,11 @@ class Host:
             input_ids, real, adapters, sample_keys, sample_lengths, training=training, record=record
         )
         model_inputs.setdefault("use_cache", False)
+        if forward.checkpointing:
+            self._check_fills_no_cache(model_inputs)
         with self._run(forward):
             out = self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, **model_inputs
+                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
             )
         return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
 
@@ -346,11 +360,22 @@ class Host:
         """
         return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
 
+    def top_tokens(self, hidden_states: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+        """Compute log p of the most likely next tokens, [N, K], and their ids, [N, K].
+
+        Args:
+            hidden_states: After the final norm, [N, D].
+            num_top: K.
+        """
+        vocab_size = self.config.vocab_size
+        return top_tokens(hidden_states, self._head, vocab_size, min(num_top, vocab_size))
+
     def prefill(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         adapters: Sequence[RowAdapter] | None = None,
+        prepared: PreparedWeights | None = None,
     ) -> Decoding:
         """Read prompts, as the first step of a decoding session.
 
@@ -358,6 +383,7 @@ class Host:
             input_ids: Prompts, [B, L], padded on the left.
             attention_mask: 1 at real tokens, [B, L]; None: all are.
             adapters: As in calling the host.
+            prepared: Takes the weights in compute form; by default they are the session's own.
 
         Returns:
             A session with the logits of each row's next token. It keeps the weights as they are
@@ -365,43 +391,77 @@ class Host:
 
         Raises:
             AdapterError: As in calling the host.
+            DataError: If prompts are not padded on the left.
         """
-        return decoding.prefill(self, input_ids, attention_mask, adapters)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not bool((mask.long().diff(dim=1) >= 0).all() and mask[:, -1].all()):
+            raise DataError(
+                "prompts must be padded on the left, so that all of them end at the last column; "
+                "got an attention_mask with 0 behind 1"
+            )
+        names = list(self._row_adapters(adapters, len(input_ids)))
+        session = Decoding(names, mask, prepared=prepared or PreparedWeights())
+        self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
+        return session
 
-    def decode(self, session: Decoding, tokens: Tensor) -> Tensor:
+    def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
         """Continue every row of a session by a token.
 
         Args:
             session: Of this host.
             tokens: The rows' next tokens, [B].
+            record: Takes what routers do, by adapter name.
 
         Returns:
             Logits of the tokens after these, [B, V].
         """
-        return decoding.decode(session, tokens)
+        return self.extend(session, tokens.unsqueeze(1), record)
 
-    def advance(self, session: Decoding, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Run tokens of a session through the decoder layers; see models/decoding.py.
+    def extend(self, session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
+        """Continue every row of a session by the same number of tokens.
+
+        Args:
+            session: Of this host.
+            input_ids: The rows' next tokens, [B, L].
+            record: Takes what routers do, by adapter name.
 
         Returns:
-            Hidden states after the final norm, [B, L, D].
+            Logits of the tokens after the last ones, [B, V].
         """
+        added = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = session.lengths.unsqueeze(1) + added
+        ones = session.attention_mask.new_ones(input_ids.shape)
+        session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
+        self._advance(session, input_ids, positions, record)
+        return session.logits
+
+    @torch.no_grad()
+    def _advance(
+        self,
+        session: Decoding,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        record: Record | None = None,
+    ) -> None:
+        """Run tokens of a session; its logits become those after the last one of each row."""
+        mask = session.attention_mask
         forward = self._forward(
             input_ids,
-            session.attention_mask,
+            mask,
             session.adapters,
             training=False,
+            record=record,
             prepared=session.prepared,
         )
         with self._run(forward):
             out = self.model.base_model(
                 input_ids=input_ids,
-                attention_mask=session.attention_mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=True,
                 **{self._cache_argument: session.cache},
             )
-        return out.last_hidden_state
+        session.logits = self.logits(out.last_hidden_state[:, -1].contiguous())
 
     @torch.no_grad()
     def generate(
@@ -420,10 +480,29 @@ class Host:
             generate_kwargs: Passed on: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
         """
         names = self._row_adapters(adapters, len(input_ids))
-        with self.prepared(), self._generation.of_rows(names):
+        with self.prepared(), self._generation.of_rows(Rows(names)):
             return self.model.generate(
                 input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
             )
+
+    def door(self, module: nn.Module, rows: Callable[[], Rows | None] = nobody) -> Door:
+        """Let forwards that others make of a module run adapters, until `detach`; see door.py.
+
+        Args:
+            module: One that calls the base model, or the base model itself.
+            rows: Says whose the rows are; None: the base model's.
+        """
+        door = Door(module, self._visit, rows)
+        self._wiring.on_undo(door.undo)
+        return door
+
+    def as_model(self, name: str | None) -> AdapterModel:
+        """Show an adapter, or the base model, as a model of its own, for trainers of others.
+
+        Raises:
+            AdapterError: If there is no such adapter.
+        """
+        return AdapterModel(self, name)
 
     def detach(self) -> nn.Module:
         """Take everything off and return the base model as it was before `attach`."""
@@ -515,13 +594,15 @@ class Host:
         if forward.layout.has_padding or not forward.has_adapters:
             return forward
         rows = tuple(None if name is None else self._scaled(name) for name in names)
-        dtype, device = compute_dtype(self.dtype, self.device), self.device
-        plan = prepared.get(
-            (rows, length, dtype), lambda: plan_stacked(rows, length, dtype, device)
-        )
+        dtype = compute_dtype(self.dtype, self.device)
+        plan = prepared.plan(rows, length, dtype, self.device)
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
+
+    def _moved(self, mask: Tensor | None) -> Tensor | None:
+        """Bring a mask to where the base model takes it."""
+        return None if mask is None else mask.to(self.device)
 
     def _scaled(self, adapter: str | tuple[str, float]) -> ScaledAdapter:
         name, scale = (adapter, 1.0) if isinstance(adapter, str) else adapter
@@ -538,17 +619,42 @@ class Host:
         with self._inside, running(forward):
             yield
 
-    def _open_generated(
-        self, input_ids: Tensor, attention_mask: Tensor | None, adapters: Sequence[RowAdapter]
-    ) -> AbstractContextManager[None]:
-        """Open a forward that transformers' generation makes by itself."""
-        return self._run(self._forward(input_ids, attention_mask, adapters, training=False))
+    def _visit(self, tokens: Tensor, attention_mask: Tensor | None, rows: Rows) -> Visit | None:
+        """Open a forward that somebody else makes."""
+        if current_forward(self._wiring) is not None:
+            return None
+        record: Record = {}
+        forward = self._forward(
+            tokens,
+            attention_mask,
+            expand_adapters(rows.adapters, len(tokens)),
+            draw_sample_keys(len(tokens)) if rows.training else None,
+            training=rows.training,
+            record=record if rows.training else None,
+        )
+        return Visit(self._run(forward), lambda: self._auxiliary_loss(record))
+
+    def _auxiliary_loss(self, record: Record) -> Tensor | None:
+        """Add up what adapters add to the objective; None for nothing."""
+        losses = [
+            self.adapters[name].auxiliary_loss(routing) for name, routing in _filled(record).items()
+        ]
+        present = [loss for loss in losses if loss is not None]
+        return torch.stack(present).sum() if present else None
 
     def _check_trainable(self) -> None:
         if self.dtype == torch.float16:
             raise ModelError(
                 "training needs a base model in bfloat16 or float32, got float16: without loss "
                 "scaling small gradients become zero; load it in another dtype"
+            )
+
+    def _check_fills_no_cache(self, model_inputs: Mapping[str, Any]) -> None:
+        """Refuse a cache that a recomputed layer would fill a second time."""
+        if model_inputs["use_cache"] or model_inputs.get(self._cache_argument) is not None:
+            raise ModelError(
+                f"a forward with gradient checkpointing fills no cache: leave use_cache and "
+                f"{self._cache_argument} out, or call enable_gradient_checkpointing(False)"
             )
 
     def _sample_keys(

@@ -107,11 +107,13 @@ def make_layout(
     Args:
         adapters: Of each row.
         length: L, tokens of a row in this forward.
-        mask: 1 at real tokens, [B, L]; None when all are real.
+        mask: 1 at real tokens, [B, L]; None when all are real. It is read here, and nothing later:
+            one that lies on the CPU keeps an accelerator from waiting.
         sample_keys: A key for each sample's random numbers, row after row; None outside training.
         device: Of the hidden states.
         sample_lengths: Tokens of the samples in each row; None where a row is a sample.
     """
+    mask = None if mask is None else mask.cpu()
     if mask is not None and bool(mask.all()):
         mask = None
     order = sorted(range(len(adapters)), key=_first_place(adapters))
@@ -122,7 +124,7 @@ def make_layout(
         adapter = adapters[order[start]]
         stop = start + sum(other == adapter for other in adapters)
         rows = order[start:stop]
-        segments.append(_segment(adapter, rows, start, length, mask, samples))
+        segments.append(_segment(adapter, rows, start, length, mask, samples, device))
         start = stop
     if grouped:
         return Layout(tuple(segments), None, None)
@@ -159,6 +161,7 @@ def _segment(
     length: int,
     mask: Tensor | None,
     samples: Sequence[_RowSamples] | None,
+    device: torch.device,
 ) -> Segment:
     tokens = slice(start * length, (start + len(rows)) * length)
     real = None if mask is None else mask[rows].bool()
@@ -169,7 +172,9 @@ def _segment(
     if real is None or bool(real.all()):
         return Segment(name, scale, tokens, None, None, spans)
     flat = real.flatten()
-    return Segment(name, scale, tokens, flat, flat.nonzero().squeeze(1), spans)
+    return Segment(
+        name, scale, tokens, flat.to(device), flat.nonzero().squeeze(1).to(device), spans
+    )
 
 
 def _spans(

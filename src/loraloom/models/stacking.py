@@ -36,6 +36,8 @@ _Update = tuple[StackedInput | None, Tensor]
 Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
 """From an adapter to what takes its routing; None where nobody asks."""
 
+MakeStack = Callable[[tuple[ScaledAdapter, ...], torch.dtype], "Stack"]
+
 
 class Stack:
     """Like adapters' weights in compute form, layer by layer, made when first asked for.
@@ -45,17 +47,22 @@ class Stack:
         dtype: Of the products.
     """
 
-    def __init__(self, adapters: Sequence[ScaledAdapter], dtype: torch.dtype):
-        self._adapters = adapters
+    def __init__(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype):
+        self.adapters = adapters
         self._dtype = dtype
         self._inputs: dict[tuple[int, str], StackedInput | None] = {}
         self._ffns: dict[int, StackedFfn] = {}
+
+    @property
+    def adapts_ffn(self) -> bool:
+        """Whether they have weights in FFN blocks: in all of them, or in none."""
+        return self.adapters[0][0].adapts_ffn(0)
 
     def attention(self, layer: int, names: Sequence[str]) -> StackedInput | None:
         """Return the attention projections that share an input; None if none is adapted."""
         key = (layer, names[0])
         if key not in self._inputs:
-            first, _ = self._adapters[0]
+            first, _ = self.adapters[0]
             present = [name for name in names if name in first.attention_block(layer)]
             self._inputs[key] = self._stacked_inputs(layer, present) if present else None
         return self._inputs[key]
@@ -63,17 +70,17 @@ class Stack:
     def ffn(self, layer: int) -> StackedFfn:
         """Return an FFN block's weights."""
         if layer not in self._ffns:
-            adapters = [adapter for adapter, _ in self._adapters]
+            adapters = [adapter for adapter, _ in self.adapters]
             weights = [
                 adapter.ffn_weights(layer, self._dtype).scaled(scale)
-                for adapter, scale in self._adapters
+                for adapter, scale in self.adapters
             ]
             self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, weights)
         return self._ffns[layer]
 
     def _stacked_inputs(self, layer: int, names: Sequence[str]) -> StackedInput:
         groups = []
-        for adapter, scale in self._adapters:
+        for adapter, scale in self.adapters:
             block = adapter.attention_block(layer)
             group = input_group([block[name] for name in names], self._dtype)
             groups.append(group.scaled(scale))
@@ -85,18 +92,21 @@ class Cohort:
     """Like adapters of a batch and where their rows are.
 
     Args:
-        adapters: N of them.
+        stack: Of N adapters.
         counts: Token rows of each.
-        stack: Their weights.
         take: Token row of each place of [N, n], flat; None when the cohort has all rows in order.
         put: Place of each token row, or N·n at rows that are not the cohort's; None as above.
     """
 
-    adapters: tuple[ScaledAdapter, ...]
-    counts: tuple[int, ...]
     stack: Stack
+    counts: tuple[int, ...]
     take: Tensor | None
     put: Tensor | None
+
+    @property
+    def adapters(self) -> tuple[ScaledAdapter, ...]:
+        """N of them."""
+        return self.stack.adapters
 
     @property
     def width(self) -> int:
@@ -264,15 +274,11 @@ def _updated(
     factors = row_scale.unsqueeze(1).expand(-1, cohort.width, -1)
     factors = cohort.scatter(factors, blank=1.0)
     bias: Any = linear.bias
-    bias = None if bias is None else bias.to(output.dtype)
-    rebuilt = decompose(output, update, factors, bias)
-    if bias is None or cohort.put is None:
-        return rebuilt
-    theirs = cohort.put < len(cohort.adapters) * cohort.width
-    return torch.where(theirs.unsqueeze(1), rebuilt, output)
+    return decompose(output, update, factors, None if bias is None else bias.to(output.dtype))
 
 
 def plan_stacked(
+    make_stack: MakeStack,
     rows: Sequence[ScaledAdapter | None],
     length: int,
     dtype: torch.dtype,
@@ -281,6 +287,7 @@ def plan_stacked(
     """Plan how to compute a small forward without gradients by cohorts.
 
     Args:
+        make_stack: Puts like adapters' weights side by side.
         rows: Each batch row's adapter.
         length: L.
         dtype: Of the base.
@@ -289,7 +296,9 @@ def plan_stacked(
     Returns:
         The plan; None if the forward is large, has no adapters, or has one that doesn't stack.
     """
-    adapters = list(dict.fromkeys(adapter for adapter in rows if adapter is not None))
+    present = dict.fromkeys(adapter for adapter in rows if adapter is not None)
+    # By name, so that stacks don't depend on which row comes first; scales of one stay in order.
+    adapters = sorted(present, key=lambda one: one[0].name)
     if not adapters or not _is_small(adapters, len(rows) * length, dtype):
         return None
     alike: dict[Hashable, list[ScaledAdapter]] = {}
@@ -297,7 +306,8 @@ def plan_stacked(
         alike.setdefault(adapter[0].stack_key(), []).append(adapter)
     if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter, _ in adapters):
         return None
-    return _make_plan(list(alike.values()), rows, length, dtype, device)
+    stacks = [make_stack(tuple(adapters), dtype) for adapters in alike.values()]
+    return _make_plan(stacks, rows, length, device)
 
 
 def _adapts_every_ffn_or_none(adapter: Adapter) -> bool:
@@ -320,15 +330,11 @@ def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.d
 
 
 def _make_plan(
-    alike: Sequence[Sequence[ScaledAdapter]],
-    rows: Sequence[ScaledAdapter | None],
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    stacks: Sequence[Stack], rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
 ) -> StackedPlan:
-    ordered = sorted(alike, key=lambda adapters: not adapters[0][0].adapts_ffn(0))
-    cohorts = tuple(_make_cohort(adapters, rows, length, dtype, device) for adapters in ordered)
-    in_ffn = [cohort for cohort in cohorts if cohort.adapters[0][0].adapts_ffn(0)]
+    ordered = sorted(stacks, key=lambda stack: not stack.adapts_ffn)
+    cohorts = tuple(_make_cohort(stack, rows, length, device) for stack in ordered)
+    in_ffn = [cohort for cohort in cohorts if cohort.stack.adapts_ffn]
     if in_ffn and in_ffn[0].put is None:
         return StackedPlan(cohorts, 1, None, None, device)
     num_tokens, start = len(rows) * length, 0
@@ -350,12 +356,9 @@ def _make_plan(
 
 
 def _make_cohort(
-    adapters: Sequence[ScaledAdapter],
-    rows: Sequence[ScaledAdapter | None],
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    stack: Stack, rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
 ) -> Cohort:
+    adapters = stack.adapters
     tokens = [
         [
             row * length + place
@@ -366,13 +369,12 @@ def _make_cohort(
         for adapter in adapters
     ]
     counts = tuple(map(len, tokens))
-    stack = Stack(adapters, dtype)
     num_tokens, width = len(rows) * length, max(counts)
     if counts == (num_tokens,):
-        return Cohort(tuple(adapters), counts, stack, None, None)
+        return Cohort(stack, counts, None, None)
     padded = [places + places[:1] * (width - len(places)) for places in tokens]
     put = torch.full((num_tokens,), len(adapters) * width)
     for index, places in enumerate(tokens):
         put[places] = index * width + torch.arange(len(places))
     take = torch.tensor(padded).flatten()
-    return Cohort(tuple(adapters), counts, stack, take.to(device), put.to(device))
+    return Cohort(stack, counts, take.to(device), put.to(device))

@@ -21,15 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from loraloom.adapters.adapter import FfnRows
 from loraloom.adapters.base import FfnShape
 from loraloom.models.autocast import outside_autocast
-from loraloom.models.forward import (
-    AttentionPart,
-    ForwardContext,
-    checkpoint_contexts,
-    current_forward,
-)
+from loraloom.models.forward import ForwardContext, checkpoint_contexts, current_forward
 from loraloom.ops.dropout import Site
-from loraloom.ops.low_rank import UpProjection, add_low_rank_
-from loraloom.ops.low_rank_ffn import apply_update
+from loraloom.ops.low_rank import add_low_rank_, apply_update
 
 # What torch.compile must not trace, as it depends on the running forward: a compiled decoder layer
 # leaves its graph here. Called only while it traces: the detour takes microseconds, at hundreds of
@@ -91,64 +85,23 @@ class AttentionProjection:
         parts = forward.attention_parts(
             self.layer, self.group, self.site, hidden_states, output.dtype
         )
-        sides = [None if part is None else part.group.projections.get(self.name) for part in parts]
-        if all(side is None for side in sides):
+        updates = [(None, None) if part is None else part.update(self.name) for part in parts]
+        adapted = [side for _, side in updates if side is not None]
+        if not adapted:
             return output
-        decomposed = any(side is not None and side.row_scale is not None for side in sides)
-        if decomposed or forward.layout.row_order is not None:
-            return self._rebuilt(forward, parts, sides, hidden_states, output)
-        return self._added(forward, parts, sides, hidden_states, output)
-
-    def _added(
-        self,
-        forward: ForwardContext,
-        parts: Sequence[AttentionPart | None],
-        sides: Sequence[UpProjection | None],
-        hidden_states: Tensor,
-        output: Tensor,
-    ) -> Tensor:
-        """Add the updates in place: rows come grouped by adapter, and none is scaled."""
+        layout = forward.layout
+        if layout.row_order is not None or any(side.row_scale is not None for side in adapted):
+            pairs = zip(layout.split(output), updates, strict=True)
+            rows = [apply_update(tokens, *update) for tokens, update in pairs]
+            return layout.join(rows, output.shape)
+        # Rows come grouped by adapter, and none is scaled: updates are added in place.
         spans, low_ranks, up_projections = [], [], []
-        for index, (part, side) in enumerate(zip(parts, sides, strict=True)):
-            if part is not None and side is not None:
-                spans.append(forward.layout.segments[index].tokens)
-                low_ranks.append(self._rank_input(forward, index, part, side, hidden_states))
+        for segment, (rank_input, side) in zip(layout.segments, updates, strict=True):
+            if rank_input is not None and side is not None:
+                spans.append(segment.tokens)
+                low_ranks.append(rank_input)
                 up_projections.append(side.B)
         return add_low_rank_(output, spans, low_ranks, up_projections)
-
-    def _rebuilt(
-        self,
-        forward: ForwardContext,
-        parts: Sequence[AttentionPart | None],
-        sides: Sequence[UpProjection | None],
-        hidden_states: Tensor,
-        output: Tensor,
-    ) -> Tensor:
-        rows = []
-        for index, tokens in enumerate(forward.layout.split(output)):
-            part, side = parts[index], sides[index]
-            if part is None or side is None:
-                rows.append(tokens)
-                continue
-            rank_input = self._rank_input(forward, index, part, side, hidden_states)
-            rows.append(apply_update(tokens, rank_input, side.B, side.row_scale, side.bias))
-        return forward.layout.join(rows, output.shape)
-
-    def _rank_input(
-        self,
-        forward: ForwardContext,
-        index: int,
-        part: AttentionPart,
-        side: UpProjection,
-        hidden_states: Tensor,
-    ) -> Tensor:
-        """Return what a segment's B multiplies, [T, S]."""
-        if side.between is None:
-            return part.low_rank[:, side.columns]
-        adapter, segment = forward.adapters[index], forward.layout.segments[index]
-        record = None if adapter is None else forward.recorder(adapter)
-        tokens = segment.at_layer(self.layer, hidden_states.device, record)
-        return side.rank_input(part.low_rank, forward.layout.split(hidden_states)[index], tokens)
 
 
 class FfnBlock:
@@ -201,10 +154,11 @@ class FfnBlock:
     def _segment(
         self, forward: ForwardContext, index: int, hidden_states: Tensor, gate: Tensor, up: Any
     ) -> FfnRows:
-        segment, adapter = forward.layout.segments[index], forward.adapters[index]
+        adapter = forward.adapters[index]
         if adapter is None or not adapter.adapts_ffn(self.layer):
             hidden = self.act(gate)
             return FfnRows(hidden if up is None else hidden * up, lambda output: output)
-        tokens = segment.at_layer(self.layer, gate.device, forward.recorder(adapter))
-        weights = forward.ffn_weights(adapter, segment.scale, self.layer, gate.dtype)
+        tokens = forward.tokens(adapter, index, self.layer, gate.device)
+        scale = forward.layout.segments[index].scale
+        weights = forward.ffn_weights(adapter, scale, self.layer, gate.dtype)
         return adapter.ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)

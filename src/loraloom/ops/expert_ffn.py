@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.low_rank import LowRankWeights, UpProjection, decompose, slot_masks
+from loraloom.ops.low_rank import UpProjection, decompose, slot_masks
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -34,8 +34,8 @@ class FfnWeights:
         input_A: The A of gate and up stacked, [P, D]; a fused gate_up has one A for both.
         gate: B side of the gate (of the only input projection in an ungated FFN).
         up: B side of up; None in an ungated FFN.
-        down: The update of the output projection.
-        down_bias: Bias of the base's output projection.
+        down_A: The A of the output projection, [S, F].
+        down: Its B side.
         num_experts: E.
         rank: R.
         base_combines: Whether the base's output projection is linear over rows, so that slots may
@@ -45,8 +45,8 @@ class FfnWeights:
     input_A: Tensor | None
     gate: UpProjection | None
     up: UpProjection | None
-    down: LowRankWeights | None
-    down_bias: Tensor | None
+    down_A: Tensor | None
+    down: UpProjection | None
     num_experts: int
     rank: int
     base_combines: bool = True
@@ -60,9 +60,8 @@ class FfnWeights:
     @property
     def is_plain(self) -> bool:
         """Whether nothing lies between A and B, and all projections have the same columns."""
-        weights = [part for part in self._parts() if part is not None]
-        sizes = {len(part.B) for part in weights}
-        return all(part.between is None for part in weights) and len(sizes) == 1
+        sizes = {len(part.B) for part in self.sides}
+        return all(part.between is None for part in self.sides) and len(sizes) == 1
 
     @property
     def is_fused(self) -> bool:
@@ -70,19 +69,17 @@ class FfnWeights:
         gate, up = self.gate, self.up
         return gate is not None and up is not None and gate.columns == up.columns
 
+    @property
+    def sides(self) -> Sequence[UpProjection]:
+        """The B sides of what is adapted."""
+        return [side for side in (self.gate, self.up, self.down) if side is not None]
+
     def scaled(self, scale: float) -> FfnWeights:
         """Return the weights of every projection's update times a scale; see `scale_update`."""
         if scale == 1:
             return self
-        gate, up, down = (part and part.scaled(scale) for part in self._parts())
+        gate, up, down = (side and side.scaled(scale) for side in (self.gate, self.up, self.down))
         return replace(self, gate=gate, up=up, down=down)
-
-    def any_tensor(self) -> Tensor:
-        """One of the weights, for its device."""
-        return next(part.B for part in self._parts() if part is not None)
-
-    def _parts(self) -> Sequence[UpProjection | LowRankWeights | None]:
-        return (self.gate, self.up, self.down)
 
 
 @dataclass(frozen=True)
@@ -160,12 +157,13 @@ def expert_ffn(
             hidden = hidden * _adapted(up, low_rank, weights.up, mask, experts)
         slots.append(hidden)
     updates = [torch.zeros_like(hidden_states)] * len(slots)
-    if weights.down is not None:
+    down, down_A = weights.down, weights.down_A
+    if down is not None and down_A is not None:
         low_ranks = [
-            apply_keep_mask(hidden, keep) @ weights.down.A.T * dropout.scale * mask
+            apply_keep_mask(hidden, keep) @ down_A.T * dropout.scale * mask
             for hidden, keep, mask in zip(slots, dropout.keep_slots, masks, strict=True)
         ]
-        updates = [low_rank @ weights.down.B for low_rank in low_ranks]
+        updates = [low_rank @ down.B for low_rank in low_ranks]
     if not weights.apart:
         update = combine_slots(updates, slot_weights)
         return combine_slots(slots, slot_weights), lambda output: output + update
@@ -186,7 +184,7 @@ def _finished(output: Tensor, update: Tensor, weights: FfnWeights, experts: Tens
     """Adapt the base's output for one slot's rows."""
     if weights.down is None or weights.down.row_scale is None:
         return output + update
-    return _decomposed(output, update, weights.down.row_scale, weights.down_bias, experts)
+    return _decomposed(output, update, weights.down.row_scale, weights.down.bias, experts)
 
 
 def _adapted(

@@ -79,7 +79,7 @@ def lean_expert_ffn(
         low_rank,
         *_tensors(weights.gate),
         *_tensors(weights.up),
-        None if weights.down is None else weights.down.A,
+        weights.down_A,
         slot_weights,
     )
     return hidden, _finish(weights, routing, slots, down_rank)
@@ -112,7 +112,7 @@ def _finish(
             else:
                 scales = rows_of_experts(_with_unit_row(down.row_scale), slots.experts)
                 outputs = [
-                    decompose(*rows_of_slot, weights.down_bias)
+                    decompose(*rows_of_slot, down.bias)
                     for rows_of_slot in zip(outputs, updates, scales, strict=True)
                 ]
         if routing is None:

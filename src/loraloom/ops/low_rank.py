@@ -27,33 +27,11 @@ Between = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
-class LowRankWeights:
-    """E experts on one projection, in compute form and dtype.
-
-    Args:
-        A: Down-projections, [S, I].
-        B: Up-projections times scaling, transposed, [S, O].
-        row_scale: DoRA's factor c of each expert's output rows, [E, O] float32; None without DoRA.
-        between: What happens between the two; None for nothing.
-    """
-
-    A: Tensor
-    B: Tensor
-    row_scale: Tensor | None = None
-    between: Between | None = None
-
-    def scaled(self, scale: float) -> LowRankWeights:
-        """Return the weights of an update times a scale; see `scale_update`."""
-        lora_B, row_scale = scale_update(self.B, self.row_scale, scale)
-        return replace(self, B=lora_B, row_scale=row_scale)
-
-
-@dataclass(frozen=True)
 class UpProjection:
-    """The B side of one of several projections that share an input and one `A` product.
+    """The B side of a projection, in compute form and dtype.
 
     Args:
-        columns: The projection's columns of the product.
+        columns: The projection's columns of the A product, which those with one input share.
         B: Up-projections times scaling, transposed, [S, O].
         row_scale: DoRA's factor c, [E, O] float32; None without DoRA.
         bias: The base's bias, which DoRA leaves unscaled.
@@ -83,6 +61,11 @@ class InputGroup:
 
     A: Tensor
     projections: dict[str, UpProjection]
+
+    def rank_inputs(self, low_rank: Tensor, hidden_states: Tensor, tokens: Any) -> Tensor:
+        """Return what all B multiply, side by side, from the product with all A."""
+        sides = self.projections.values()
+        return torch.cat([side.rank_input(low_rank, hidden_states, tokens) for side in sides], 1)
 
     def scaled(self, scale: float) -> InputGroup:
         """Return the weights of updates times a scale; see `scale_update`."""
@@ -211,6 +194,21 @@ def decompose(
     if torch.is_grad_enabled():
         return _Decompose.apply(output, update, row_scale, bias)  # pyright: ignore
     return scale_rows(output, update, excess_of(row_scale, output.dtype), bias)[0]
+
+
+def apply_update(output: Tensor, rank_input: Tensor | None, side: UpProjection | None) -> Tensor:
+    """Compute `output + rank_input @ B`, or DoRA's `c ∘ (Wx + Δ) + b`, of one expert.
+
+    Args:
+        output: Base output, bias included, [T, O].
+        rank_input: What B multiplies, [T, S].
+        side: Of the projection; None leaves the output as it is.
+    """
+    if side is None or rank_input is None:
+        return output
+    if side.row_scale is None:
+        return torch.addmm(output, rank_input, side.B)
+    return decompose(output, rank_input @ side.B, side.row_scale, side.bias)
 
 
 def excess_of(row_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
-from loraloom.ops.low_rank import UpProjection, decompose, down_project
+from loraloom.ops.low_rank import UpProjection, apply_update, down_project
 
 
 def low_rank_ffn(
@@ -54,43 +53,13 @@ def low_rank_ffn(
         return side.rank_input(low_rank, hidden_states, tokens)
 
     gate_rank = rank_input(weights.gate)
-    hidden = act(_adapted(gate, gate_rank, weights.gate))
+    hidden = act(apply_update(gate, gate_rank, weights.gate))
     if up is not None:
         up_rank = gate_rank if weights.is_fused else rank_input(weights.up)
-        hidden = hidden * _adapted(up, up_rank, weights.up)
+        hidden = hidden * apply_update(up, up_rank, weights.up)
     down = weights.down
-    if down is None:
+    if down is None or weights.down_A is None:
         return hidden, lambda output: output
-    down_rank = down_project(hidden, down.A, dropout.keep_slots[0], dropout.probability)
-    if down.between is not None:
-        down_rank = down.between(down_rank, hidden, tokens)
-    return hidden, lambda output: apply_update(
-        output, down_rank, down.B, down.row_scale, weights.down_bias
-    )
-
-
-def _adapted(output: Tensor, rank_input: Tensor | None, side: UpProjection | None) -> Tensor:
-    if side is None or rank_input is None:
-        return output
-    return apply_update(output, rank_input, side.B, side.row_scale, side.bias)
-
-
-def apply_update(
-    output: Tensor,
-    rank_input: Tensor,
-    lora_B: Tensor,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Compute `output + rank_input @ B`, or DoRA's `c ∘ (Wx + Δ) + b`; rows are those of a matrix.
-
-    Args:
-        output: Base output, bias included, [T, O].
-        rank_input: What B multiplies, [T, S].
-        lora_B: [S, O].
-        row_scale: DoRA's c, [1, O]; None without.
-        bias: The base's, [O].
-    """
-    if row_scale is None:
-        return torch.addmm(output, rank_input, lora_B)
-    return decompose(output, rank_input @ lora_B, row_scale, bias)
+    down_rank = down_project(hidden, weights.down_A, dropout.keep_slots[0], dropout.probability)
+    down_rank = down.rank_input(down_rank, hidden, tokens)
+    return hidden, lambda output: apply_update(output, down_rank, down)

@@ -12,20 +12,22 @@ A and B. A batch entry holds the rows and weights of one adapter alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from loraloom.ops.expert_ffn import Activation, FfnWeights, combine_slots
-from loraloom.ops.low_rank import Between, InputGroup, LowRankWeights, UpProjection, decompose
+from loraloom.ops.low_rank import Between, InputGroup, UpProjection, decompose
 from loraloom.routing.top_k import top_k_routing
 
 TokensOf = Callable[[int], Any]
 """From an adapter's place in the stack to the description of its rows."""
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,9 @@ class StackedInput:
         """
         low_rank = torch.bmm(hidden_states, self.A)
         if self.sources:
+            entries = enumerate(zip(self.sources, low_rank, hidden_states, strict=True))
             low_rank = torch.stack(
-                [
-                    torch.cat(
-                        [
-                            side.rank_input(entry, rows, tokens(index))
-                            for side in group.projections.values()
-                        ],
-                        dim=1,
-                    )
-                    for index, (group, entry, rows) in enumerate(
-                        zip(self.sources, low_rank, hidden_states, strict=True)
-                    )
-                ]
+                [group.rank_inputs(z, x, tokens(index)) for index, (group, z, x) in entries]
             )
         return torch.bmm(low_rank, self.B)
 
@@ -103,8 +95,23 @@ class StackedStep(ABC):
         """Go from the base's output projection of `hidden` to the block's output, [N·n, D]."""
 
 
+@dataclass(frozen=True)
 class StackedFfn(ABC):
-    """An FFN block's weights of like adapters."""
+    """An FFN block's weights of like adapters.
+
+    Args:
+        input_A: Down-projections of the block's input, [N, D, P].
+        gate: B side of the gate (or only) input projection.
+        up: B side of up.
+        down_A: Down-projections of the hidden states, [N, F, P].
+        down: B side of the output projection.
+    """
+
+    input_A: Tensor | None
+    gate: StackedSide | None
+    up: StackedSide | None
+    down_A: Tensor | None
+    down: StackedSide | None
 
     @abstractmethod
     def step(
@@ -126,23 +133,8 @@ class StackedFfn(ABC):
         """
 
 
-@dataclass(frozen=True)
 class StackedLowRankFfn(StackedFfn):
-    """Weights of adapters that work on each projection by itself.
-
-    Args:
-        input_A: Down-projections of the block's input, [N, D, P].
-        gate: B side of the gate (or only) input projection.
-        up: B side of up.
-        down_A: Down-projections of the hidden states, [N, F, P].
-        down: B side of the output projection.
-    """
-
-    input_A: Tensor | None
-    gate: StackedSide | None
-    up: StackedSide | None
-    down_A: Tensor | None
-    down: StackedSide | None
+    """Weights of adapters that work on each projection by itself."""
 
     @property
     def is_fused(self) -> bool:
@@ -217,25 +209,15 @@ def _adapted(output: Tensor, rank_input: Tensor | None, side: StackedSide | None
 
 @dataclass(frozen=True)
 class StackedExpertFfn(StackedFfn):
-    """Weights of mixtures whose router chooses experts of a whole block.
+    """Weights of mixtures whose router chooses experts of a whole block; factors are [N·E, O].
 
     Args:
-        input_A: Down-projections of the block's input, [N, D, P].
-        gate: B side of the gate (or only) input projection; factors [N·E, F].
-        up: B side of up.
-        down_A: Down-projections of the hidden states, [N, F, S].
-        down: B side of the output projection; factors [N·E, D].
         router: [N, D, E] float32.
         expert_columns: 1 at the columns of each expert, [E, S].
         top_k: K.
         apart: Slots are not added up in front of the base's output projection.
     """
 
-    input_A: Tensor | None
-    gate: StackedSide | None
-    up: StackedSide | None
-    down_A: Tensor | None
-    down: StackedSide | None
     router: Tensor
     expert_columns: Tensor
     top_k: int
@@ -354,7 +336,7 @@ def stack_inputs(groups: Sequence[InputGroup]) -> StackedInput:
             entry[row : row + len(side.B), columns[name]] = side.B
             row += len(side.B)
     scales = {
-        name: _stack_scales([group.projections[name].row_scale for group in groups])
+        name: _stack_scales(group.projections[name].row_scale for group in groups)
         for name in columns
     }
     maps = any(side.between is not None for side in first.projections.values())
@@ -383,7 +365,7 @@ def stack_expert_ffn(
         top_k: K of all of them.
     """
     first = parts[0]
-    some = first.any_tensor()
+    some = first.sides[0].B  # for its dtype and device
     experts = torch.eye(first.num_experts, dtype=some.dtype, device=some.device)
     return StackedExpertFfn(
         **_stack_sides(parts),
@@ -395,40 +377,39 @@ def stack_expert_ffn(
 
 
 def _stack_sides(parts: Sequence[FfnWeights]) -> dict[str, Any]:
-    downs = [part.down for part in parts if part.down is not None]
-    biases = [part.down_bias for part in parts]
     return {
-        "input_A": _stack_transposed([p.input_A for p in parts if p.input_A is not None]),
-        "gate": _stack_up([part.gate for part in parts if part.gate is not None]),
-        "up": _stack_up([part.up for part in parts if part.up is not None]),
-        "down_A": _stack_transposed([down.A for down in downs]),
-        "down": _stack_up([_as_up(down, biases[0]) for down in downs]),
+        "input_A": _stack_transposed([part.input_A for part in parts]),
+        "gate": _stack_up([part.gate for part in parts]),
+        "up": _stack_up([part.up for part in parts]),
+        "down_A": _stack_transposed([part.down_A for part in parts]),
+        "down": _stack_up([part.down for part in parts]),
     }
 
 
-def _as_up(down: LowRankWeights, bias: Tensor | None) -> UpProjection:
-    """See the output projection's B side as the others': it has all columns of its product."""
-    return UpProjection(slice(None), down.B, down.row_scale, bias, down.between)
+def _present(values: Iterable[_Value | None]) -> list[_Value]:
+    """Leave out None; like adapters have a part all of them, or none has it."""
+    return [value for value in values if value is not None]
 
 
-def _stack_transposed(matrices: Sequence[Tensor]) -> Tensor | None:
-    return torch.stack(list(matrices)).transpose(1, 2) if matrices else None
+def _stack_transposed(matrices: Sequence[Tensor | None]) -> Tensor | None:
+    present = _present(matrices)
+    return torch.stack(present).transpose(1, 2) if present else None
 
 
-def _stack_scales(scales: Sequence[Tensor | None]) -> Tensor | None:
+def _stack_scales(scales: Iterable[Tensor | None]) -> Tensor | None:
     """Put DoRA's factors of all adapters' experts one below the other, [N·E, O]."""
-    present = [scale for scale in scales if scale is not None]
+    present = _present(scales)
     return torch.cat(present) if present else None
 
 
-def _stack_up(sides: Sequence[UpProjection]) -> StackedSide | None:
+def _stack_up(parts: Sequence[UpProjection | None]) -> StackedSide | None:
+    sides = _present(parts)
     if not sides:
         return None
-    first = sides[0]
     return StackedSide(
-        columns=first.columns,
+        columns=sides[0].columns,
         B=torch.stack([side.B for side in sides]),
-        row_scale=_stack_scales([side.row_scale for side in sides]),
-        bias=first.bias,
-        between=tuple(side.between for side in sides if side.between is not None),
+        row_scale=_stack_scales(side.row_scale for side in sides),
+        bias=sides[0].bias,
+        between=tuple(_present(side.between for side in sides)),
     )

@@ -65,10 +65,11 @@ def _chunk(
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Cut rows of logits into blocks that stay in the processor's cache."""
-    step = len(logits)
+    num_rows = max(1, len(logits))  # of none there is one block, which is empty
+    step = num_rows
     if logits.device.type == "cpu":
         step = max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
-    for start in range(0, len(logits), step):
+    for start in range(0, num_rows, step):
         yield slice(start, start + step)
 
 
@@ -102,8 +103,6 @@ def token_losses(
         Losses in float32 (float64 for float64 states).
     """
     chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
-    if len(labels) == 0:
-        return hidden_states.sum(-1).to(_wide_dtype(hidden_states))  # (0,)
     return _TokenLosses.apply(hidden_states, labels, head, chunk_tokens)  # pyright: ignore
 
 
@@ -126,14 +125,52 @@ def token_scores(
         Log-probabilities in float32 (float64 for float64 states), and whether argmax gives the
         label; of equally likely tokens it gives the first.
     """
-    chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
     log_probs, is_top = [], []
-    chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-    for states, chunk_labels in chunks:
+    for rows, wide in _wide_logits(hidden_states, head, vocab_size):
+        targets = labels[rows]
+        picked = wide.gather(1, targets[:, None]).squeeze(1)
+        log_probs.append(picked - wide.logsumexp(-1))
+        is_top.append(wide.argmax(-1) == targets)
+    return torch.cat(log_probs), torch.cat(is_top)
+
+
+@torch.no_grad()
+def top_tokens(
+    hidden_states: Float[Tensor, "N D"],
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    num_top: int,
+) -> tuple[Float[Tensor, "N K"], Int[Tensor, "N K"]]:
+    """Compute log p of the most likely tokens after each state, and which they are, in chunks.
+
+    Args:
+        hidden_states: States that predict tokens, after the final norm.
+        head: The frozen output layer, with its scaling and soft-capping.
+        vocab_size: V, from which the chunk is chosen, as in `token_losses`.
+        num_top: K, from 0 to V.
+
+    Returns:
+        Log-probabilities in float32 (float64 for float64 states), the highest first, and token ids.
+    """
+    if num_top == 0:
+        empty = hidden_states.new_empty(len(hidden_states), 0, dtype=_wide_dtype(hidden_states))
+        return empty, empty.long()
+    tops = [
+        wide.log_softmax(-1).topk(num_top)
+        for _, wide in _wide_logits(hidden_states, head, vocab_size)
+    ]
+    return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
+
+
+def _wide_logits(
+    hidden_states: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Give blocks of rows, and their logits in float32 or wider."""
+    chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    start = 0
+    for states in hidden_states.split(chunk_tokens):
         logits = head(states)
         for rows in _blocks(logits):
-            wide, targets = logits[rows].to(_wide_dtype(logits)), chunk_labels[rows]
-            picked = wide.gather(1, targets[:, None]).squeeze(1)
-            log_probs.append(picked - wide.logsumexp(-1))
-            is_top.append(wide.argmax(-1) == targets)
-    return torch.cat(log_probs), torch.cat(is_top)
+            wide = logits[rows].to(_wide_dtype(logits))
+            yield slice(start + rows.start, start + rows.start + len(wide)), wide
+        start += len(states)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.keys import target_projections
+from loraloom.errors import shown
 
 if TYPE_CHECKING:
     from loraloom.adapters.base import BaseInfo
@@ -102,13 +103,15 @@ def _check_fields(files: AdapterFiles) -> None:
         if name in _READ or name in _NO_EFFECT or not value or value == "none":
             continue
         remedy = _REMEDY.get(name, "train without it")
-        raise files.error(f"`{name}` must be unset, got {value!r}: loraloom has none; {remedy}")
+        raise files.error(
+            f"`{name}` must be unset, got {shown(value)}: loraloom has none; {remedy}"
+        )
     start = files.config.get("init_lora_weights", True)
     if start not in _PURE_STARTS:
         raise files.error(
-            f"`init_lora_weights` must leave the base model's weights as they are, got {start!r}; "
-            "save it from PEFT with path_initial_model_for_weight_conversion, which makes it a "
-            "plain LoRA"
+            f"`init_lora_weights` must leave the base model's weights as they are, got "
+            f"{shown(start)}; save it from PEFT with path_initial_model_for_weight_conversion, "
+            "which makes it a plain LoRA"
         )
     if files.config.get("task_type") not in _TASK_TYPES:
-        raise files.error(f"`task_type` must be CAUSAL_LM, got {files.config['task_type']!r}")
+        raise files.error(f"`task_type` must be CAUSAL_LM, got {shown(files.config['task_type'])}")

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from loraloom.adapters.config import RouterLossConfig, Targets
+from loraloom.adapters.config import (
+    MAX_NUMBER,
+    MAX_RANK,
+    ExpertCount,
+    RouterLossConfig,
+    Targets,
+)
 from loraloom.adapters.keys import Shape, TensorKey
 from loraloom.adapters.lora.config import LoraConfig
 from loraloom.config.fields import CheckInfo, StrictModel
@@ -24,9 +30,9 @@ if TYPE_CHECKING:
 class ExpertsConfig(StrictModel):
     """The experts' settings where they differ from the attention LoRA's; None takes those."""
 
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
     """Rank of each expert."""
-    alpha: float | None = Field(default=None, gt=0)
+    alpha: float | None = Field(default=None, gt=0, le=MAX_NUMBER)
     """Numerator of the experts' scaling."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout on the experts' inputs, in training only."""
@@ -46,13 +52,13 @@ class MixLoraConfig(RouterLossConfig, LoraConfig):
 
     method: Literal["mixlora"] = "mixlora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Mixture of LoRA experts in the FFN blocks."""
-    num_experts: int = Field(default=8, ge=1)
+    num_experts: ExpertCount = 8
     """Experts in each FFN block."""
     top_k: int = Field(default=2, ge=1, validate_default=True)
     """Experts that each token uses."""
     experts: ExpertsConfig | None = None
     """The experts' own rank, alpha and dropout where they differ."""
-    router_init_std: float = Field(default=0.02, gt=0)
+    router_init_std: float = Field(default=0.02, gt=0, le=MAX_NUMBER)
     """Standard deviation of the router's initial weights."""
     router_jitter: float = Field(default=0.0, ge=0, lt=1)
     """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""

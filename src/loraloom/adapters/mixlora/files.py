@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.keys import target_projections
 from loraloom.adapters.lora.files import lora_settings
+from loraloom.errors import shown
 
 if TYPE_CHECKING:
     from loraloom.adapters.base import BaseInfo
@@ -94,7 +95,7 @@ def _check_method(files: AdapterFiles) -> None:
     strategy = files.config.get("routing_strategy", "mixlora")
     if strategy != "mixlora":
         raise files.error(
-            f"`routing_strategy` must be mixlora (top-k), got {strategy!r}, which loraloom "
+            f"`routing_strategy` must be mixlora (top-k), got {shown(strategy)}, which loraloom "
             "doesn't support yet"
         )
 
@@ -120,7 +121,8 @@ def _expert_settings(files: AdapterFiles) -> dict[str, Any] | None:
         shared = files.config.get(name, False)
         if expert.get(name, shared) != shared:
             raise files.error(
-                f"`expert_lora.{name}` must be the adapter's own, {shared}, got {expert[name]}"
+                f"`expert_lora.{name}` must be the adapter's own, {shared}, "
+                f"got {shown(expert[name])}"
             )
     own = {ours: expert[theirs] for ours, theirs in _EXPERT_FIELDS.items() if theirs in expert}
     return own or None

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig
 from loraloom.adapters.keys import Shape, TensorKey, target_projections
+from loraloom.errors import shown
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ class VeraConfig(AdapterConfig):
 
     peft_type = "VERA"
     layout = "peft"
+    title = "VeRA"
     formula = "y = Wx + b ∘ B(d ∘ Ax), A and B frozen"
     file_parts: ClassVar = {
         "lambda_b": "vera_lambda_b",
@@ -38,19 +40,14 @@ class VeraConfig(AdapterConfig):
 
     method: Literal["vera"] = "vera"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Two trained vectors around frozen random matrices."""
-    rank: int = Field(default=256, ge=1)
+    rank: int = Field(default=256, ge=1, le=MAX_RANK)
     """Rows of A and length of d."""
-    d_initial: float = Field(default=0.1)
+    d_initial: float = Field(default=0.1, ge=-MAX_NUMBER, le=MAX_NUMBER)
     """Initial value of d; b starts at 0."""
     projection_seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of A and B, as PEFT's projection_prng_key."""
     save_projection: bool = True
     """Save A and B too, so that the files don't depend on the random generator."""
-
-    @property
-    def title(self) -> str:
-        """VeRA."""
-        return "VeRA"
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -106,7 +103,7 @@ class VeraConfig(AdapterConfig):
         """See AdapterConfig."""
         for name in ("layers_to_transform", "modules_to_save"):
             if files.config.get(name):
-                raise files.error(f"`{name}` must be unset, got {files.config[name]!r}")
+                raise files.error(f"`{name}` must be unset, got {shown(files.config[name])}")
         return {
             "rank": files.required("r"),
             "dropout": files.config.get("vera_dropout", 0.0),

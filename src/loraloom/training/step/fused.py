@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from loraloom.infer.rows import collate, example_row
 from loraloom.models.host import Host
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import load_statistics
+from loraloom.routing.statistics import RouterStatistics, measure_load, read_statistics
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import ScoredSamples
 from loraloom.training.step.reference import ask_references
@@ -58,26 +59,35 @@ def forward_backward(
     )
     states = inputs.predicting_states(output.last_hidden_state)
     losses = host.token_losses(states, inputs.targets)
+    routing = [output.routing.get(batch.adapter.name) for batch in micro_batches]
     terms = [
-        _loss_terms(batch, batch_losses, output.routing.get(batch.adapter.name))
-        for batch, batch_losses in zip(micro_batches, layout.split_losses(losses), strict=True)
+        _loss_terms(batch, batch_losses, own_routing)
+        for batch, batch_losses, own_routing in zip(
+            micro_batches, layout.split_losses(losses), routing, strict=True
+        )
     ]
-    values = _to_floats(terms)
+    values = _fetch(terms, routing)
     _backward(
         [
             term["loss"] + term["aux_loss"]
-            for term, value in zip(terms, values, strict=True)
-            if math.isfinite(value["loss"] + value["aux_loss"])
+            for term, fetched in zip(terms, values, strict=True)
+            if math.isfinite(fetched.terms["loss"] + fetched.terms["aux_loss"])
         ]
     )
     return [
-        _with_statistics(
-            micro_batch, value, output.routing.get(micro_batch.adapter.name), computed_tokens
-        )
-        for micro_batch, value, computed_tokens in zip(
+        _report(micro_batch, fetched, computed_tokens)
+        for micro_batch, fetched, computed_tokens in zip(
             micro_batches, values, layout.computed_tokens, strict=True
         )
     ]
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A micro-batch's numbers, read from the device."""
+
+    terms: dict[str, float]
+    routers: RouterStatistics | None
 
 
 def _loss_terms(
@@ -101,11 +111,23 @@ def _scored(micro_batch: MicroBatch, token_losses: Tensor) -> ScoredSamples:
     return ScoredSamples(-token_losses, list(map(count_labels, micro_batch.examples)), references)
 
 
-def _to_floats(terms: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
-    """Fetch all values from the device at once."""
-    stacked = torch.stack([value.detach() for term in terms for value in term.values()])
-    values = iter(stacked.tolist())
-    return [{name: next(values) for name in term} for term in terms]
+def _fetch(
+    terms: Sequence[dict[str, Tensor]], routing: Sequence[list[LayerRouting] | None]
+) -> list[_Fetched]:
+    """Read all numbers of a round from the device at once."""
+    scalars = torch.stack([value.detach() for term in terms for value in term.values()])
+    loads = [torch.empty(0) if record is None else measure_load(record) for record in routing]
+    numbers = iter(
+        torch.cat([values.to(scalars.device).double() for values in (scalars, *loads)]).tolist()
+    )
+    named = [{name: next(numbers) for name in term} for term in terms]
+    return [
+        _Fetched(
+            own,
+            None if record is None else read_statistics(record, list(islice(numbers, len(load)))),
+        )
+        for own, record, load in zip(named, routing, loads, strict=True)
+    ]
 
 
 def _backward(losses: Sequence[Tensor]) -> None:
@@ -113,23 +135,18 @@ def _backward(losses: Sequence[Tensor]) -> None:
         torch.stack(list(losses)).sum().backward()
 
 
-def _with_statistics(
-    micro_batch: MicroBatch,
-    values: dict[str, float],
-    routing: list[LayerRouting] | None,
-    computed_tokens: int,
-) -> MicroBatchLoss:
-    metrics = dict(values)
+def _report(micro_batch: MicroBatch, fetched: _Fetched, computed_tokens: int) -> MicroBatchLoss:
+    metrics = dict(fetched.terms)
     loss, aux_loss = metrics.pop("loss"), metrics.pop("aux_loss")
     summed = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=computed_tokens)
-    if routing is None:
+    if fetched.routers is None:
         return summed
-    statistics, share = load_statistics(routing), _token_share(micro_batch)
+    share = _token_share(micro_batch)
     return replace(
         summed,
-        router_entropy=statistics.entropy * share,
-        router_load_cv=statistics.load_cv * share,
-        tokens_per_expert=statistics.tokens_per_expert,
+        router_entropy=fetched.routers.entropy * share,
+        router_load_cv=fetched.routers.load_cv * share,
+        tokens_per_expert=fetched.routers.tokens_per_expert,
     )
 
 

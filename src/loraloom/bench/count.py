@@ -1,0 +1,247 @@
+"""What a training step launches and moves, counted on the meta device: the same on any machine.
+
+Axes: N decoder layers.
+
+A step of a model of two and of three layers is run without data; their difference is a layer's
+share, from which the whole model follows. The step is the decoder's forward and backward pass; the
+head, its loss and the optimizer are left out, as they cost the same in every case. An operation's
+bytes are those of its inputs and outputs, so that views are free; a card needs for it the time of
+its bytes or of its products, whichever is longer, or that of launching it.
+
+Two checks of transformers, which read the mask of a forward once to see whether something is
+masked, are answered without data.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+
+from loraloom.bench.cases import StepSetting, adapter_config
+from loraloom.models.host import Host
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama model's sizes."""
+
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    num_layers: int
+
+
+SHAPES: Mapping[str, Shape] = {
+    "7b": Shape(4096, 11008, 32, 32, 32),
+    "13b": Shape(5120, 13824, 40, 40, 40),
+    "70b": Shape(8192, 28672, 64, 8, 80),
+}
+"""Llama 2's."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an accelerator can do at best: bytes a second, dense bfloat16 FLOPs a second."""
+
+    bandwidth: float
+    flops: float
+
+
+CARDS: Mapping[str, Card] = {
+    "H100": Card(3.35e12, 989e12),
+    "A100": Card(2.04e12, 312e12),
+    "4090": Card(1.01e12, 165e12),
+    "L4": Card(0.30e12, 121e12),
+}
+"""By their data sheets (SXM for H100 and A100 with 80 GB); sparse figures halved."""
+
+LAUNCH_SECONDS = 5e-6
+"""What launching an operation from PyTorch takes."""
+
+PEFT_COUNTED = ("peft-lora", "peft-bf16")
+"""PEFT's LoRA as it trains by default, with float32 adapters, and with adapters in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a step does.
+
+    Args:
+        operations: Launched; views left out.
+        bytes: Read and written by them.
+        flops: Of products.
+        peak_bytes: Most that was alive at once, beside the weights.
+        seconds: By card, what its bandwidth and products allow.
+    """
+
+    operations: float
+    bytes: float
+    flops: float
+    peak_bytes: float
+    seconds: Mapping[str, float]
+
+    def time_on(self, card: str) -> float:
+        """Return the seconds that a card needs at best, launching included."""
+        return max(self.seconds[card], self.operations * LAUNCH_SECONDS)
+
+    def with_layers(self, more: Count, num_layers: int) -> Count:
+        """Extend a count of two layers to N, given one of three."""
+
+        def extended(two: float, three: float) -> float:
+            return two + (num_layers - 2) * (three - two)
+
+        return Count(
+            extended(self.operations, more.operations),
+            extended(self.bytes, more.bytes),
+            extended(self.flops, more.flops),
+            extended(self.peak_bytes, more.peak_bytes),
+            {card: extended(self.seconds[card], more.seconds[card]) for card in self.seconds},
+        )
+
+
+def count_step(case: str, shape: Shape, setting: StepSetting, lora_rank: int) -> Count:
+    """Count a step of a whole model.
+
+    Args:
+        case: One of `PEFT_COUNTED`, or an adapter of cases.yaml.
+        shape: The model's sizes.
+        setting: Rows, length, and the rank of an expert; the base model and dtype are not used.
+        lora_rank: Of methods without experts.
+    """
+    two, three = (
+        _count(case, replace(shape, num_layers=layers), setting, lora_rank) for layers in (2, 3)
+    )
+    return two.with_layers(three, shape.num_layers)
+
+
+def _count(case: str, shape: Shape, setting: StepSetting, lora_rank: int) -> Count:
+    step = _make_step(case, _make_model(shape), setting, lora_rank)
+    counter = _Counter()
+    with _without_reads(), counter:
+        step()
+    return counter.count()
+
+
+def _make_model(shape: Shape) -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        num_hidden_layers=shape.num_layers,
+    )
+    with torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16)
+
+
+def _make_step(
+    case: str, model: nn.Module, setting: StepSetting, lora_rank: int
+) -> Callable[[], object]:
+    tokens = torch.zeros(setting.rows, setting.length, dtype=torch.long, device="meta")
+    if case in PEFT_COUNTED:
+        return _peft_step(case, model, tokens, lora_rank)
+    config = adapter_config(case, setting)
+    if not hasattr(config, "num_experts"):
+        config = adapter_config(case, replace(setting, rank=lora_rank))
+    host = Host(model)
+    host.add("counted", config)
+
+    def step() -> None:
+        out = host.hidden(tokens, adapters=["counted"] * len(tokens), training=True)
+        loss = out.last_hidden_state.sum()
+        added = host.adapters["counted"].auxiliary_loss(out.routing.get("counted", []))
+        (loss if added is None else loss + added).backward()
+
+    return step
+
+
+def _peft_step(case: str, model: nn.Module, tokens: Tensor, rank: int) -> Callable[[], object]:
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    wrapped: Any = peft.get_peft_model(
+        model,  # pyright: ignore[reportArgumentType]
+        config,
+        autocast_adapter_dtype=not case.endswith("bf16"),
+    ).train()
+    decoder = wrapped.base_model.model.model
+
+    def step() -> None:
+        decoder(input_ids=tokens, use_cache=False).last_hidden_state.sum().backward()
+
+    return step
+
+
+@contextmanager
+def _without_reads() -> Iterator[None]:
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None):
+        yield
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every operation below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations = self._bytes = self._flops = 0.0
+        self._live = self._peak = 0.0
+        self._known: set[int] = set()
+        self._seconds = dict.fromkeys(CARDS, 0.0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        results = _tensors(output)
+        self._note_alive(results)
+        if not function.is_view and not function._schema.name.startswith("aten::empty"):
+            self._add(function, args, kwargs, output, [*_tensors((args, kwargs)), *results])
+        return output
+
+    def count(self) -> Count:
+        """Return what was counted."""
+        return Count(self._operations, self._bytes, self._flops, self._peak, self._seconds)
+
+    def _add(
+        self, function: Any, args: Any, kwargs: Any, output: Any, tensors: list[Tensor]
+    ) -> None:
+        formula = flop_registry.get(function._overloadpacket)
+        flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._operations += 1.0
+        self._bytes += moved
+        self._flops += flops
+        for name, card in CARDS.items():
+            self._seconds[name] += max(moved / card.bandwidth, flops / card.flops)
+
+    def _note_alive(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._known:
+                continue
+            self._known.add(key)
+            self._live += size
+            self._peak = max(self._peak, self._live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,0 +1,158 @@
+"""`loraloom serve`: the base model and its adapters behind OpenAI's API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loraloom.cli.options import (
+    AdapterOption,
+    AttnOption,
+    BaseModelOption,
+    DeviceOption,
+    DtypeOption,
+    parse_adapters,
+)
+from loraloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    import socket
+
+    from loraloom.models.host import Host
+    from loraloom.serve.adapters import AdapterShelf
+    from loraloom.serve.engine import Engine, EngineLimits
+
+MaxRowsOption = Annotated[
+    int, typer.Option("--max-rows", min=1, help="Most completions that are made at once.")
+]
+CacheTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-tokens",
+        min=32,
+        help="Tokens of the key-value cache. Default: all rows at full length, as far as a quarter "
+        "of the free memory goes.",
+    ),
+]
+
+
+def serve(
+    base_model: BaseModelOption,
+    adapter: AdapterOption = None,
+    adapter_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter-dir",
+            metavar="DIR",
+            help="A directory of adapters; each is loaded when it is first asked for.",
+        ),
+    ] = None,
+    max_adapters: Annotated[
+        int, typer.Option("--max-adapters", min=1, help="Most adapters of --adapter-dir at once.")
+    ] = 8,
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address to listen on; others than this machine's need a key."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes any free one.")
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", metavar="FILE", help="API keys, one a line."),
+    ] = None,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Let anybody ask who reaches --host.")
+    ] = False,
+    allow_loading: Annotated[
+        bool,
+        typer.Option("--allow-loading", help="Let clients load and unload adapters by path."),
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", help="A web page's origin that may ask. May be repeated."),
+    ] = None,
+    max_rows: MaxRowsOption = 32,
+    cache_tokens: CacheTokensOption = None,
+    prefill_tokens: Annotated[
+        int,
+        typer.Option(
+            "--prefill-tokens", min=1, help="Most tokens of prompts read between decoding steps."
+        ),
+    ] = 256,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=1, help="Most completions that wait for their turn.")
+    ] = 256,
+    max_request_seconds: Annotated[
+        float, typer.Option("--max-request-seconds", min=1, help="Longest time of a request.")
+    ] = 600.0,
+    max_body_bytes: Annotated[
+        int, typer.Option("--max-body-bytes", min=1024, help="Largest request.")
+    ] = 2 << 20,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    attn_implementation: AttnOption = None,
+) -> None:
+    """Serve the base model and its adapters with OpenAI's API."""
+    adapters = parse_adapters(adapter)
+    from loraloom.infer.loading import check_sources, load_host
+    from loraloom.serve.adapters import AdapterShelf
+    from loraloom.serve.engine import Engine
+    from loraloom.serve.http.app import ApiOptions, create_app
+    from loraloom.serve.http.server import Server, is_loopback, listen, read_keys
+
+    keys = [] if api_key_file is None else read_keys(api_key_file)
+    if not is_loopback(host) and not keys and not no_api_key:
+        raise ConfigError(
+            f"--host {host} can be reached from other machines: give --api-key-file, or "
+            "--no-api-key if anybody may ask"
+        )
+    check_sources(base_model, adapters, device)
+    with listen(host, port) as sock:
+        model, tokenizer = load_host(base_model, {}, dtype, device, attn_implementation)
+        limits = make_limits(
+            model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
+        )
+        engine = Engine(model, tokenizer, limits)
+        shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget_prepared)
+        for name, path in adapters.items():
+            shelf.load(name, path)
+        options = ApiOptions(keys, allow_loading, cors_origin or (), max_body_bytes)
+        app = create_app(engine, tokenizer, shelf, options)
+        _announce(engine, shelf, sock)
+        Server(app, engine).run([sock])
+
+
+def make_limits(
+    host: Host,
+    max_rows: int,
+    cache_tokens: int | None,
+    prefill_tokens: int = 256,
+    max_waiting: int = 256,
+    max_request_s: float = 600.0,
+) -> EngineLimits:
+    """What the engine may use, with a cache that fits into memory."""
+    from loraloom.serve.engine import EngineLimits
+    from loraloom.serve.memory import default_cache_tokens
+
+    if cache_tokens is None:
+        cache_tokens = default_cache_tokens(host, max_rows)
+    return EngineLimits(max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_s)
+
+
+def _announce(engine: Engine, shelf: AdapterShelf, sock: socket.socket) -> None:
+    """Say what is served, where, and what it may take."""
+    from loraloom.serve.memory import bytes_per_token
+
+    address, port = sock.getsockname()[:2]
+    address = f"[{address}]" if ":" in address else address
+    size = engine.limits.cache_tokens * bytes_per_token(engine.host)
+    names = ", ".join([shelf.base_name, *shelf.names()])
+    typer.echo(f"models: {names}")
+    typer.echo(
+        f"cache: {engine.limits.cache_tokens:,} tokens, {size / 2**20:,.0f} MiB; "
+        f"at most {engine.limits.max_rows} rows of {engine.max_length:,} tokens"
+    )
+    typer.echo(f"listening on http://{address}:{port}/v1")

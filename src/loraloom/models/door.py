@@ -1,0 +1,140 @@
+"""Contexts for forwards that others make: transformers' generation, trainers, PEFT.
+
+They call a module as if it were any model, with as many rows as they have. Hooks on the module, its
+door, ask whose the rows are, open the forward's context and close it again. A forward that a host
+makes itself passes, as does one of rows that nobody speaks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from loraloom.models.auxiliary import ASKED_FOR, hand_over
+from loraloom.models.layout import RowAdapter
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whose the rows of a forward are.
+
+    Args:
+        adapters: Of each row that was given; one stands for all rows. Beams and returned sequences
+            take their row's.
+        training: Dropout and jitter are on, and the loss gets the adapters' auxiliary losses.
+    """
+
+    adapters: Sequence[RowAdapter]
+    training: bool = False
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A forward that others make.
+
+    Args:
+        context: What it runs in.
+        auxiliary_loss: Computes what its adapters add to the objective; None for nothing.
+    """
+
+    context: AbstractContextManager[None]
+    auxiliary_loss: Callable[[], Tensor | None]
+
+
+Open = Callable[[Tensor, Tensor | None, Rows], Visit | None]
+"""From a forward's tokens, mask and rows to its visit; None where a forward is running already."""
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """A visit of this thread: through which door, and whether its auxiliary loss is asked for."""
+
+    door: Door
+    visit: Visit
+    asked: bool
+
+
+_inside: ContextVar[_Inside | None] = ContextVar("loraloom_inside", default=None)
+_given: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", default=None)
+
+
+def nobody() -> None:
+    """Speak for no rows."""
+    return None
+
+
+class Door:
+    """Gives the forwards that others make of a module their context.
+
+    Args:
+        module: What they call.
+        open_visit: Opens a forward.
+        rows: Says whose the rows are where a thread has not said it by `of_rows`.
+    """
+
+    def __init__(
+        self, module: nn.Module, open_visit: Open, rows: Callable[[], Rows | None] = nobody
+    ):
+        self._open = open_visit
+        self._rows = rows
+        self._hooks = (
+            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        )
+
+    def undo(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def of_rows(self, rows: Rows) -> Iterator[None]:
+        """Say whose the rows of this thread's forwards are."""
+        token = _given.set((self, rows))
+        try:
+            yield
+        finally:
+            _given.reset(token)
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = _given.get()
+        rows = given[1] if given is not None and given[0] is self else self._rows()
+        visit = None if rows is None else self._open(*_tokens_and_mask(args, kwargs), rows)
+        if visit is None:
+            return None
+        visit.context.__enter__()
+        _inside.set(_Inside(self, visit, bool(kwargs.get(ASKED_FOR))))
+        return args, {name: value for name, value in kwargs.items() if name != ASKED_FOR}
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        inside = _inside.get()
+        if inside is None or inside.door is not self:
+            return None
+        _inside.set(None)
+        inside.visit.context.__exit__(None, None, None)
+        if output is None:  # an error is on its way
+            return None
+        return hand_over(output, inside.visit.auxiliary_loss(), kwargs, asked=inside.asked)
+
+
+def _tokens_and_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Find a forward's tokens, [B, L], or what has their shape, and its mask."""
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"][..., 0]
+    return tokens, kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+
+
+def expand_adapters(adapters: Sequence[RowAdapter], batch_size: int) -> Sequence[RowAdapter]:
+    """Repeat each row's adapter for its beams or returned sequences."""
+    copies = batch_size // len(adapters)
+    return [name for name in adapters for _ in range(copies)]

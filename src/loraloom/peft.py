@@ -1,0 +1,389 @@
+"""loraloom's methods in PEFT: `get_peft_model(model, LoraloomConfig(adapter=...))`.
+
+Importing this registers every method of loraloom with PEFT. The tuner is a host on the base model:
+nothing in the model is replaced, and what PEFT does with its own layers (activate, disable, freeze,
+save, load, delete) is done with the host's adapters. Files are those of `Host.save`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from loraloom.adapters import CONFIGS, parse_adapter_config
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.files import CONFIG_FILE, AdapterFields, AdapterFiles, checked_fields
+from loraloom.errors import AdapterError, ConfigError
+from loraloom.formats.files import parse_files, render_files
+from loraloom.formats.fit import fit_to_base
+from loraloom.models.auxiliary import with_auxiliary_loss
+from loraloom.models.door import Rows
+from loraloom.models.host import Host
+from loraloom.models.view import TakesCheckpointing
+
+try:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.peft_types import PeftType, register_peft_method
+except ImportError as error:
+    raise ConfigError(
+        "loraloom.peft needs PEFT, which is not installed; run: pip install 'loraloom[peft]'"
+    ) from error
+
+_TYPE = "LORALOOM"
+_BASE_ROWS = "__base__"
+"""What PEFT calls the base model in `adapter_names`."""
+_TASK = "CAUSAL_LM"
+_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode")
+"""Fields of PEFT's that the configuration has too."""
+
+
+@dataclass(init=False)
+class LoraloomConfig(PeftConfig):
+    """A method of loraloom with its settings, as PEFT takes them.
+
+    Args:
+        adapter: The method's configuration.
+        seed: Seed of the initial weights; None draws one from torch's own generator, which
+            `set_seed` sets.
+        fields: Of PEFT's (`task_type`, `base_model_name_or_path`, `revision`, `inference_mode`);
+            or, without `adapter`, all that an adapter_config.json says.
+
+    Raises:
+        ConfigError: If a setting can't be used, or the task is another than causal language models.
+        FormatError: If an adapter_config.json says what loraloom can't represent.
+    """
+
+    adapter: AdapterConfig = field(kw_only=True)
+    seed: int | None = None
+
+    def __init__(self, adapter: Any = None, seed: int | None = None, **fields: Any):
+        self.file_fields: dict[str, Any] = {}
+        if adapter is None:
+            self.adapter = parse_files(_files(fields, {}, CONFIG_FILE)).config
+            self.file_fields = fields
+            fields = {name: fields[name] for name in _FIELDS if name in fields}
+        else:
+            self.adapter = _checked(adapter)
+        self.seed = seed
+        defaults: dict[str, Any] = {"task_type": _TASK}
+        super().__init__(**defaults | fields)
+        if self.task_type not in (_TASK, None):
+            raise ConfigError(f"task_type must be {_TASK}, got {self.task_type!r}")
+        self.peft_type = getattr(PeftType, _TYPE)
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> LoraloomConfig:
+        """Make the configuration of fields, whichever method they are of."""
+        return cls(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values."""
+        own = {"adapter": self.adapter.model_dump(mode="json"), "seed": self.seed}
+        return {"peft_type": _TYPE} | {name: getattr(self, name) for name in _FIELDS} | own
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write adapter_config.json in the method's layout.
+
+        Raises:
+            ConfigError: If the configuration has met no base model yet.
+        """
+        if not self.file_fields:
+            raise ConfigError(
+                f"{CONFIG_FILE} tells of the base model too, and this configuration has met none; "
+                "give it to get_peft_model first"
+            )
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        fields = self.file_fields | {"base_model_name_or_path": self.base_model_name_or_path}
+        text = json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False)
+        (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _checked(adapter: Any) -> AdapterConfig:
+    if isinstance(adapter, CONFIGS):
+        return adapter
+    try:
+        return parse_adapter_config(adapter)
+    except (TypeError, ValueError) as error:
+        faults = error.errors() if isinstance(error, ValidationError) else []
+        reasons = "; ".join(str(fault["msg"]) for fault in faults)
+        raise ConfigError(
+            "adapter must be the configuration of one of loraloom's methods, or its settings, got "
+            f"{type(adapter).__name__}{': ' if reasons else ''}{reasons}"
+        ) from error
+
+
+def _files(fields: dict[str, Any], tensors: dict[str, Tensor], source: str) -> AdapterFiles:
+    """Put files together of what PEFT has read, with fields that are each of its kind."""
+    checked = checked_fields(AdapterFields, fields, source).model_dump(exclude_unset=True)
+    return AdapterFiles(checked, tensors, source=source)
+
+
+class HostedAdapters(nn.Module, BaseTunerLayer):
+    """The adapters of a tuner, where PEFT looks for their names and their state."""
+
+    adapter_layer_names = ("adapters",)
+
+    def __init__(self):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+
+    def _move_adapter_to_device_of_base_layer(self, *_: Any, **__: Any) -> None:
+        """Do nothing: adapters are built where their projections compute."""
+
+
+class LoraloomModel(TakesCheckpointing, BaseTuner):
+    """A base model with a host on it, under PEFT's names.
+
+    One adapter is active at a time; `adapter_names` gives each row of a forward its own.
+    """
+
+    uses_shared_state = True
+
+    @property
+    def config(self) -> Any:
+        """The base model's; where the active adapter has routers, trl finds its auxiliary loss."""
+        config = self.model.config
+        active = [self.host.adapter(name) for name in self.active_adapters]
+        has_router = any(adapter.config.experts_per_router > 0 for adapter in active)
+        return with_auxiliary_loss(config) if has_router else config
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        """Put a host on the base model."""
+        layers = model.modules()
+        self.host = Host(model)
+        self.host.enable_gradient_checkpointing(
+            any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        )
+        self.loraloom = HostedAdapters()
+        self._door = self.host.door(model, self._active_rows)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
+        """Put an adapter on the host; it is active if it is the first."""
+        config = self._config(adapter_name)
+        try:
+            self._put(adapter_name, config)
+        except Exception:
+            if not self.host.adapters:
+                self.host.detach()
+            raise
+        self._activate(self.active_adapters)
+        is_active = adapter_name in self.active_adapters
+        self.set_requires_grad(adapter_name, is_active and not config.inference_mode)
+
+    def _config(self, name: str) -> LoraloomConfig:
+        return self.peft_config[name]  # pyright: ignore[reportReturnType]
+
+    def _put(self, name: str, config: LoraloomConfig) -> Adapter:
+        seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
+        adapter = self.host.add(name, config.adapter, seed)
+        self.loraloom.adapters[name] = adapter
+        if not config.file_fields:
+            config.file_fields = render_files(
+                adapter.config, adapter.tensors(), self.host.base
+            ).config
+        return adapter
+
+    def _active_rows(self) -> Rows | None:
+        """Whose the rows are where nobody says it; None for the base model's."""
+        if self.loraloom.disable_adapters or not self.active_adapters:
+            return None
+        return Rows(self.active_adapters, self._trains())
+
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *_: Any, adapter_names: Sequence[str] | None = None, **__: Any
+    ) -> Iterator[None]:
+        """Give the rows of forwards inside their adapters, where the caller names them."""
+        if adapter_names is None:
+            yield
+            return
+        names = [None if name == _BASE_ROWS else name for name in adapter_names]
+        with self._door.of_rows(Rows(names, self._trains())):
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with transformers' `generate`, with weights prepared once."""
+        with self.host.prepared():
+            return self.model.generate(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> LoraloomModel:
+        """Train adapters; the base model stays in eval mode, so that it drops nothing."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one, and the one that is trained.
+
+        Raises:
+            AdapterError: If there is no such adapter, or several are named.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) != 1:
+            raise AdapterError(
+                f"one adapter can be active at a time, got {names}; rows of several adapters: "
+                "model(..., adapter_names=[...])"
+            )
+        self.host.adapter(names[0])
+        for name in self.host.adapters:
+            self.set_requires_grad(name, name == names[0] and not inference_mode)
+        self._activate(names)
+
+    def _activate(self, names: list[str]) -> None:
+        self.active_adapter = names
+        self.loraloom._active_adapter = names
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Let adapters be trained, or freeze them."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            self.host.adapter(name).requires_grad_(requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self.loraloom._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off; if it was active, the first that is left becomes so.
+
+        Raises:
+            AdapterError: If there is no such adapter.
+        """
+        self.host.remove(adapter_name)
+        del self.loraloom.adapters[adapter_name]
+        del self.peft_config[adapter_name]
+        if adapter_name in self.active_adapters:
+            self._activate(list(self.host.adapters)[:1])
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was before."""
+        del self.model.peft_config
+        return self.host.detach()
+
+    def merge_and_unload(self, *_: Any, **__: Any) -> nn.Module:
+        """Refuse: see `merge_adapter`."""
+        return self.merge_adapter()
+
+    def merge_adapter(self, *_: Any, **__: Any) -> Any:
+        """Refuse, as routers choose for each token.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise AdapterError(
+            "adapters of loraloom.peft are not merged into the base model's weights: a router "
+            "chooses experts for each token, which no single matrix does; unload() gives the base "
+            "model back, and PEFT's own methods merge"
+        )
+
+    def unmerge_adapter(self) -> None:
+        """Do nothing, as nothing is merged."""
+
+    def _create_and_replace(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("a host replaces no modules")
+
+    def _prefix(self, name: str) -> str:
+        return f"base_model.loraloom.adapters.{name}."
+
+    def _stored(self, name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Lay an adapter's tensors out as in its files, with the values of a state dict."""
+        adapter, prefix = self.host.adapter(name), self._prefix(name)
+        values = {
+            f"adapter.{key.removeprefix(prefix)}": value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        tensors = torch.func.functional_call(_Tensors(adapter), values)
+        return render_files(adapter.config, tensors, self.host.base).tensors
+
+    def _load(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy an adapter's tensors in, named as in its files, and return its state."""
+        config = self._config(name)
+        files = _files(config.file_fields, tensors, f"adapter {name!r}")
+        settings, own = fit_to_base(parse_files(files), self.host.base)
+        adapter = self.host.adapter(name)
+        without_memory = any(parameter.is_meta for parameter in adapter.parameters())
+        if without_memory or own.keys() != adapter.tensors().keys():
+            # PEFT's low_cpu_mem_usage, or files have more to them than their configuration says
+            adapter = self._put_again(name, settings)
+        adapter.load_tensors(own)
+        return {f"{self._prefix(name)}{key}": value for key, value in adapter.state_dict().items()}
+
+    def _put_again(self, name: str, settings: AdapterConfig) -> Adapter:
+        config = self._config(name)
+        config.adapter = settings
+        self.host.remove(name)
+        adapter = self._put(name, config)
+        self.set_requires_grad(name, name in self.active_adapters and not config.inference_mode)
+        return adapter
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        return model.base_model._stored(adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return model.base_model._load(adapter_name, state_dict)
+
+
+class _Tensors(nn.Module):
+    """Calls an adapter's `tensors()`, so that torch can call it with other values."""
+
+    def __init__(self, adapter: Adapter):
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self) -> dict[str, Tensor]:
+        return self.adapter.tensors()
+
+
+def _register() -> None:
+    """Make PEFT know loraloom's type, and by which types of files to read its configurations."""
+    known = set(PeftType.__members__)
+    for name in dict.fromkeys([_TYPE, *(method.peft_type for method in CONFIGS)]):
+        if name not in known:
+            _add_type(name)
+            register_peft_method(
+                name=name.lower(), config_cls=LoraloomConfig, model_cls=LoraloomModel
+            )
+
+
+def _add_type(name: str) -> None:
+    """Add a member to PEFT's enumeration of types, which has no way to do so."""
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    setattr(PeftType, name, member)
+    PeftType._member_map_[name] = member
+    PeftType._member_names_.append(name)
+    PeftType._value2member_map_[name] = member
+
+
+_register()

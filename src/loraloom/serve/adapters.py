@@ -1,0 +1,224 @@
+"""The adapters that requests may name, and which of them are on the host.
+
+An adapter that was loaded again under its name is another one: rows that use the old one end with
+it, and it goes when the last of them has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from loraloom.adapters.files import CONFIG_FILE
+from loraloom.config.fields import check_name
+from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.models.host import Host
+
+
+class UnknownModelError(AdapterError):
+    """There is no adapter of this name."""
+
+
+class AllInUseError(AdapterError):
+    """No more adapters can be loaded while those that are there are in use."""
+
+
+@dataclass
+class ServedAdapter:
+    """An adapter on the host.
+
+    Args:
+        name: Under which requests know it.
+        host_name: Under which the host does.
+        source: Where it was loaded from; empty if it was on the host already.
+        is_lazy: It was loaded when it was first asked for, and may go when others are.
+        num_users: Requests that use it.
+        is_leaving: It takes no more requests.
+    """
+
+    name: str
+    host_name: str
+    source: str
+    is_lazy: bool = False
+    num_users: int = 0
+    is_leaving: bool = False
+
+
+class AdapterShelf:
+    """Adapters by name; several threads may use it.
+
+    Args:
+        host: Where they are. Adapters that it has already are known by their names.
+        base_name: What requests call the base model.
+        directory: A directory of adapters, each loaded when it is first asked for.
+        max_lazy: Most adapters of the directory on the host at once.
+        on_removed: Told when an adapter has gone from the host.
+
+    Raises:
+        ConfigError: If the directory does not exist.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        base_name: str,
+        directory: Path | None = None,
+        max_lazy: int = 8,
+        on_removed: Callable[[], object] = lambda: None,
+    ):
+        if directory is not None and not directory.is_dir():
+            raise ConfigError(f"the directory of adapters must exist, there is no {directory}")
+        self.base_name = base_name
+        self._host = host
+        self._directory = directory
+        self._max_lazy = max_lazy
+        self._on_removed = on_removed
+        self._loading = threading.Lock()  # held while files are read
+        self._lock = threading.Lock()  # held for moments
+        self._versions = count(2)
+        self._served = {name: ServedAdapter(name, name, "") for name in host.adapters}
+
+    def names(self) -> Mapping[str, str]:
+        """Every adapter that may be asked for, and where its files are."""
+        with self._lock:
+            sources = {adapter.name: adapter.source for adapter in self._served.values()}
+        return {**self._in_directory(), **sources}
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[str]:
+        """Have an adapter on the host, loaded now if need be, until the end of the block.
+
+        Yields:
+            Its name on the host.
+
+        Raises:
+            UnknownModelError: If there is none of that name.
+            AllInUseError: If no other one can go for it.
+            FormatError, AdapterError: If its files can't be used.
+        """
+        adapter = self.acquire(name)
+        try:
+            yield adapter.host_name
+        finally:
+            self.release(adapter)
+
+    def acquire(self, name: str) -> ServedAdapter:
+        """Begin to use an adapter; see `using`."""
+        adapter = self._take(name)
+        if adapter is not None:
+            return adapter
+        with self._loading:
+            adapter = self._take(name)  # somebody else loaded it meanwhile
+            if adapter is None:
+                if name not in self._in_directory():
+                    raise UnknownModelError(f"the model {shown(name)} does not exist")
+                self._make_place()
+                assert self._directory is not None
+                self._load(name, str(self._directory / name), is_lazy=True)
+                adapter = self._take(name)
+        assert adapter is not None
+        return adapter
+
+    def release(self, adapter: ServedAdapter) -> None:
+        """End using an adapter."""
+        with self._lock:
+            adapter.num_users -= 1
+            is_done = adapter.is_leaving and adapter.num_users == 0
+        if is_done:
+            self._remove(adapter)
+
+    def load(self, name: str, source: str, *, replace: bool = False) -> None:
+        """Load an adapter from a directory or hub id.
+
+        Args:
+            name: Under which it can be asked for.
+            source: Where its files are.
+            replace: It may take the place of one of the same name.
+
+        Raises:
+            ConfigError: If the name can't be used, or is taken.
+            FormatError, AdapterError: If the files can't be used.
+        """
+        check_name(name)
+        with self._loading:
+            if name == self.base_name or (name in self._served and not replace):
+                raise ConfigError(
+                    f"the name {shown(name)} is taken; unload it first, or choose another"
+                )
+            self._load(name, source, is_lazy=False)
+
+    def unload(self, name: str) -> None:
+        """Let an adapter take no more requests, and go when those that it has have ended.
+
+        Raises:
+            UnknownModelError: If none of that name is loaded.
+        """
+        with self._lock:
+            adapter = self._served.pop(name, None)
+        if adapter is None:
+            raise UnknownModelError(f"no adapter {shown(name)} is loaded")
+        self._let_go(adapter)
+
+    def _take(self, name: str) -> ServedAdapter | None:
+        with self._lock:
+            adapter = self._served.pop(name, None)
+            if adapter is not None:
+                self._served[name] = adapter  # the last one is the one that was used last
+                adapter.num_users += 1
+        return adapter
+
+    def _load(self, name: str, source: str, *, is_lazy: bool) -> None:
+        taken = name in self._host.adapters
+        host_name = f"{name[:90]}.{next(self._versions)}" if taken else name
+        self._host.load(host_name, source)
+        with self._lock:
+            former = self._served.pop(name, None)
+            self._served[name] = ServedAdapter(name, host_name, source, is_lazy)
+        if former is not None:
+            self._let_go(former)
+
+    def _make_place(self) -> None:
+        """Let the adapter of the directory go that was not used for the longest time."""
+        with self._lock:
+            lazy = [adapter for adapter in self._served.values() if adapter.is_lazy]
+            if len(lazy) < self._max_lazy:
+                return
+            idle = next((adapter for adapter in lazy if adapter.num_users == 0), None)
+            if idle is None:
+                raise AllInUseError(
+                    f"at most {self._max_lazy} adapters are loaded at once, and all are in use; "
+                    "try again later"
+                )
+            del self._served[idle.name]
+        self._let_go(idle)
+
+    def _let_go(self, adapter: ServedAdapter) -> None:
+        with self._lock:
+            adapter.is_leaving = True
+            is_done = adapter.num_users == 0
+        if is_done:
+            self._remove(adapter)
+
+    def _remove(self, adapter: ServedAdapter) -> None:
+        self._host.remove(adapter.host_name)
+        self._on_removed()
+
+    def _in_directory(self) -> dict[str, str]:
+        if self._directory is None:
+            return {}
+        return {
+            path.name: str(path)
+            for path in sorted(self._directory.iterdir())
+            if (path / CONFIG_FILE).is_file() and _is_name(path.name)
+        }
+
+
+def _is_name(text: str) -> bool:
+    try:
+        return bool(check_name(text))
+    except ConfigError:
+        return False

@@ -1,0 +1,129 @@
+"""A conversation with one model, or with several side by side."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.data.chat import Message
+from loraloom.infer.prompts import Prompt, encode_prompt
+from loraloom.infer.sampling import SamplingConfig
+from loraloom.serve.engine import Engine
+from loraloom.serve.sequence import Event, Failure, GenerationRequest, Piece
+
+
+@dataclass
+class Turn:
+    """What the user said, and what each model answered."""
+
+    said: str
+    answers: dict[str, str] = field(default_factory=dict)
+
+    def answer_for(self, model: str) -> str:
+        """A model's own answer, or else that of the model that was asked."""
+        return self.answers.get(model) or next(iter(self.answers.values()), "")
+
+
+class Conversation:
+    """Turns of a user and of models, one of which is the base model.
+
+    A model that joins later reads the answers of those that were asked before.
+
+    Args:
+        engine: Makes the answers; nobody else does steps.
+        tokenizer: The base model's.
+        base_name: What the base model is called.
+        system: What the models are told first; empty for nothing.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        base_name: str = "base",
+        system: str = "",
+    ):
+        self.turns: list[Turn] = []
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._base_name = base_name
+        self._system = system
+
+    def ask(
+        self, text: str, models: Sequence[str], sampling: SamplingConfig
+    ) -> Iterator[tuple[str, str]]:
+        """Say something to models, and give their answers in pieces, one model after the other.
+
+        They answer together; the pieces of the later ones are kept until it is their turn. An
+        answer whose reader stops early is remembered as far as it was read.
+
+        Args:
+            text: What the user says.
+            models: At least one, none twice.
+            sampling: How tokens are chosen; answers are as long as there is room for, at most
+                `max_new_tokens`.
+
+        Yields:
+            A model, and the next piece of its answer.
+
+        Raises:
+            DataError: If the conversation has no room for an answer.
+        """
+        turn = Turn(text)
+        prompts = {model: self._encode(model, turn) for model in models}
+        events: dict[str, deque[Event]] = {model: deque() for model in models}
+        rows = []
+        try:
+            for model in models:
+                request = self._request(model, prompts[model], sampling)
+                rows.append(self._engine.submit(request, events[model].append))
+            self.turns.append(turn)
+            for model in models:
+                for piece in self._pieces(events[model]):
+                    turn.answers[model] = turn.answers.get(model, "") + piece
+                    yield model, piece
+        finally:
+            for row in rows:
+                self._engine.cancel(row)
+            while self._engine.step():
+                pass
+
+    def _pieces(self, events: deque[Event]) -> Iterator[str]:
+        """One model's pieces; does the engine's steps while there is none."""
+        while True:
+            while not events:
+                self._engine.step()
+            event = events.popleft()
+            if isinstance(event, Failure):
+                raise event.error
+            assert isinstance(event, Piece)
+            yield event.text
+            if event.finish_reason is not None:
+                return
+
+    def _request(
+        self, model: str, prompt_ids: list[int], sampling: SamplingConfig
+    ) -> GenerationRequest:
+        room = max(1, self._engine.max_length - len(prompt_ids))
+        shortened = min(sampling.max_new_tokens, room)
+        return GenerationRequest(
+            prompt_ids,
+            None if model == self._base_name else model,
+            model,
+            sampling.model_copy(update={"max_new_tokens": shortened}),
+        )
+
+    def _encode(self, model: str, turn: Turn) -> list[int]:
+        if not self._tokenizer.chat_template:
+            return encode_prompt(self._tokenizer, Prompt(turn.said))
+        messages: list[Message] = []
+        if self._system:
+            messages.append({"role": "system", "content": self._system})
+        for former in self.turns:
+            messages.append({"role": "user", "content": former.said})
+            messages.append({"role": "assistant", "content": former.answer_for(model)})
+        messages.append({"role": "user", "content": turn.said})
+        return encode_prompt(self._tokenizer, Prompt(tuple(messages)))

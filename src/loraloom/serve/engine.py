@@ -1,0 +1,552 @@
+"""The engine: rows of the base model and of many adapters, continued together step by step.
+
+Axes: B rows, L tokens, V vocabulary.
+
+A step admits requests, reads a piece of their prompts, chooses a token for every row that is read,
+lets rows go that have ended, and decodes the others. A prompt is read alone, so what a row says
+does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from itertools import count
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.data.tokenising import TokenPair
+from loraloom.errors import AdapterError, DataError, LoraloomError
+from loraloom.infer.generate import end_tokens
+from loraloom.infer.rows import make_rows
+from loraloom.infer.scoring import score_rows, tokens_per_batch
+from loraloom.models.decoding import Decoding
+from loraloom.models.forward import PreparedWeights, Record
+from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter
+from loraloom.serve.cache import BLOCK_TOKENS, PrefixCache
+from loraloom.serve.counts import EngineCounts, Outcome
+from loraloom.serve.scheduler import Scheduler
+from loraloom.serve.sequence import (
+    Failure,
+    GenerationRequest,
+    Row,
+    Score,
+    ScoreRequest,
+    Sink,
+)
+
+_log = logging.getLogger(__name__)
+
+ROUTING_STEPS = 16
+"""In one of so many steps it is counted which experts tokens are sent to."""
+MAX_PREPARED = 32
+"""Most adapters, each in each scale, whose weights are kept in compute form."""
+
+
+class QueueFullError(LoraloomError):
+    """Too many requests wait; `retry_after_s` says when fewer may."""
+
+    def __init__(self, message: str = "", retry_after_s: int = 1):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoppingError(LoraloomError):
+    """The engine takes no more requests."""
+
+
+class OutOfTimeError(LoraloomError):
+    """A request took longer than it may."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine may use.
+
+    Args:
+        max_rows: Most completions at once.
+        cache_tokens: Size of the key-value cache: rows times tokens of the longest.
+        prefill_tokens: Most tokens of prompts that are read between two decoding steps.
+        max_waiting: Most requests that wait.
+        max_request_s: Seconds after which a request fails, waiting included.
+    """
+
+    max_rows: int = 32
+    cache_tokens: int = 32768
+    prefill_tokens: int = 256
+    max_waiting: int = 256
+    max_request_s: float = 600.0
+
+
+@dataclass
+class _Reading:
+    """A row whose prompt is being read."""
+
+    row: Row
+    session: Decoding | None = None
+    num_read: int = 0
+
+
+class Engine:
+    """Continues rows of many adapters together.
+
+    `submit` and `cancel` may be called by any thread; one thread calls `step`.
+
+    Args:
+        host: The base model and its adapters.
+        tokenizer: The base model's.
+        limits: What may be used.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: EngineLimits | None = None,
+    ):
+        self.host = host
+        self.limits = limits or EngineLimits()
+        self.counts = EngineCounts()
+        self.on_end: Callable[[Row], object] = lambda row: None
+        """Told of each row that has ended."""
+        self.is_stopping = False
+        self._tokenizer = copy.deepcopy(tokenizer)  # a fast one may be used by one thread at a time
+        self._ends = end_tokens(host, tokenizer)
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._scheduler = Scheduler(self.limits.max_rows, self.limits.cache_tokens)
+        self._arrivals = count(1)
+        self._mean_s = 1.0
+        self._scores: deque[Score] = deque()
+        self._reading: list[_Reading] = []
+        self._rows: list[Row] = []
+        self._session: Decoding | None = None
+        self._prefixes = PrefixCache()
+        self._prepared = PreparedWeights()
+        self._prepared_for: set[RowAdapter] = set()
+        self._serials: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
+        self._next_serial = count()
+        self._versions: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a row, prompt and completion together."""
+        return min(self.host.config.max_position_embeddings, self.limits.cache_tokens)
+
+    @property
+    def num_running(self) -> int:
+        """Rows that are read or continued."""
+        return len(self._reading) + len(self._rows)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._scheduler) + len(self._scores)
+
+    @property
+    def cache_tokens_in_use(self) -> int:
+        """Tokens of the cache that rows take up."""
+        return self._scheduler.cached_tokens(self._served)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of prompts that are kept for those that begin alike."""
+        return self._prefixes.num_tokens
+
+    def submit(self, request: GenerationRequest, sink: Sink) -> Row:
+        """Ask for a completion.
+
+        Args:
+            request: Of which tokens by which adapter.
+            sink: Told each piece of it, or why there is none.
+
+        Raises:
+            StoppingError: If no more requests are taken.
+            QueueFullError: If too many wait.
+            DataError: If the prompt is empty, or it and the completion don't fit.
+            AdapterError: If the host lacks the adapter.
+        """
+        self._check(request)
+        row = Row(request, self._tokenizer, self._ends, self.host.device, sink)
+        with self._wake:
+            self._check_open()
+            row.arrival = next(self._arrivals)
+            self._scheduler.add(row, self._served)
+            self._wake.notify_all()
+        return row
+
+    def score(self, request: ScoreRequest, sink: Sink) -> Score:
+        """Ask for the log-probabilities of given tokens; other arguments and errors as `submit`."""
+        self._check_adapter(request.adapter_name)
+        room = self.host.config.max_position_embeddings
+        if not 1 <= len(request.tokens) <= room:
+            raise DataError(
+                f"a text to be scored must have 1 to {room} tokens, got {len(request.tokens)}"
+            )
+        score = Score(request, sink)
+        with self._wake:
+            self._check_open()
+            self._scores.append(score)
+            self._wake.notify_all()
+        return score
+
+    def cancel(self, row: Row | Score) -> None:
+        """End a request, about which nothing more is told."""
+        with self._wake:
+            row.is_cancelled = True
+            self._wake.notify_all()
+
+    def forget_prepared(self) -> None:
+        """Make adapters' weights in compute form anew, as some have changed or gone."""
+        self._prepared = PreparedWeights()
+        session = self._session
+        if session is not None:
+            session.prepared = self._prepared
+
+    def stop(self) -> None:
+        """Take no more requests; `run` returns when those that are there have ended."""
+        with self._wake:
+            self.is_stopping = True
+            self._wake.notify_all()
+
+    def run(self) -> None:
+        """Do steps while there is something to do, and wait for more, until `stop`."""
+        while True:
+            with self._wake:
+                while not self._has_work and not self.is_stopping:
+                    self._wake.wait()
+                if not self._has_work:
+                    return
+            try:
+                self.step()
+            except Exception as error:
+                _log.exception("a step failed")
+                self._fail_all(error)
+
+    def step(self) -> bool:
+        """Do one step; return whether there is more to do."""
+        self.counts.num_steps += 1
+        self._drop_ended()
+        self._score()
+        self._admit()
+        self._read()
+        self._choose()
+        self._make_room()
+        self._decode()
+        return self._has_work
+
+    @property
+    def _served(self) -> list[Row]:
+        return [*self._rows, *(reading.row for reading in self._reading)]
+
+    @property
+    def _has_work(self) -> bool:
+        return self.num_running > 0 or self.num_waiting > 0
+
+    def _check_open(self) -> None:
+        if self.is_stopping:
+            raise StoppingError("the server is stopping; ask another one, or later")
+        if self.num_waiting >= self.limits.max_waiting:
+            raise QueueFullError(
+                f"at most {self.limits.max_waiting} requests may wait, and so many do; "
+                "try again later",
+                math.ceil(
+                    min(60.0, max(1.0, self._mean_s * self.num_waiting / self.limits.max_rows))
+                ),
+            )
+
+    def _check_adapter(self, name: str | None) -> None:
+        if name is not None:
+            self.host.adapter(name)
+
+    def _check(self, request: GenerationRequest) -> None:
+        self._check_adapter(request.adapter_name)
+        num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
+        if num_prompt == 0:
+            raise DataError("the prompt must not be empty")
+        if num_prompt + num_new > self.max_length:
+            raise DataError(
+                f"the prompt and max_tokens must have at most {self.max_length} tokens together, "
+                f"got {num_prompt} and {num_new}; shorten the prompt or lower max_tokens"
+            )
+
+    def _drop_ended(self) -> None:
+        """Let rows go whose clients have gone, or whose time is up."""
+        with self._lock:
+            for row in [row for row in self._scheduler if self._is_over(row)]:
+                self._scheduler.remove(row)
+        self._reading = [reading for reading in self._reading if not self._is_over(reading.row)]
+        self._keep([place for place, row in enumerate(self._rows) if not self._is_over(row)])
+
+    def _is_over(self, row: Row) -> bool:
+        if row.is_cancelled:
+            self._end(row, "cancelled")
+            return True
+        if time.monotonic() - row.arrived_s <= self.limits.max_request_s:
+            return False
+        self._fail(
+            row, OutOfTimeError(f"a request must end in {self.limits.max_request_s:g} seconds")
+        )
+        return True
+
+    def _score(self) -> None:
+        """Score some of the texts that wait, as many as fit into a forward."""
+        room, batch = tokens_per_batch(self.host), []
+        with self._lock:
+            while self._scores and (not batch or len(self._scores[0].request.tokens) <= room):
+                score = self._scores.popleft()
+                if not score.is_cancelled:
+                    room -= len(score.request.tokens)
+                    batch.append(score)
+        for part in self._scored_parts(batch):
+            self._score_part(part)
+
+    def _scored_parts(self, batch: list[Score]) -> list[list[Score]]:
+        """Put each adapter's texts together, so that a fault is its own."""
+        parts: dict[str | None, list[Score]] = {}
+        for score in batch:
+            parts.setdefault(score.request.adapter_name, []).append(score)
+        return list(parts.values())
+
+    def _score_part(self, part: list[Score]) -> None:
+        rows = [
+            make_rows([TokenPair(list(tokens[:1]), list(tokens[1:]))], shared=False)[0]
+            for tokens in (score.request.tokens for score in part)
+        ]
+        requests = [(score.request.adapter, row) for score, row in zip(part, rows, strict=True)]
+        num_top = max(score.request.num_top for score in part)
+        try:
+            for score, scores in zip(
+                part, score_rows(self.host, requests, num_top=num_top), strict=True
+            ):
+                score.tell(scores)
+        except Exception as error:
+            _log.warning("texts could not be scored", exc_info=True)
+            if len(part) == 1:
+                part[0].sink(Failure(error))
+                return
+            for score in part:
+                self._score_part([score])
+
+    def _admit(self) -> None:
+        with self._lock:
+            while (row := self._scheduler.admit(self._served)) is not None:
+                self._reading.append(_Reading(row))
+        self._bound_prepared()
+        self._fit_prefixes()
+
+    def _bound_prepared(self) -> None:
+        """Keep the weights of so many adapters and scales in compute form, and no more."""
+        served = {row.request.adapter for row in self._served}
+        self._prepared_for |= served
+        if len(self._prepared_for) > max(MAX_PREPARED, len(served)):
+            self._prepared_for = served
+            self.forget_prepared()
+
+    def _read(self) -> None:
+        """Read pieces of prompts, the oldest first; rows that are read join the others."""
+        budget = self.limits.prefill_tokens
+        while self._reading and budget > 0:
+            reading = self._reading[0]
+            try:
+                budget -= self._read_piece(reading, budget)
+            except Exception as error:
+                _log.warning("a prompt could not be read", exc_info=True)
+                self._reading.pop(0)
+                self._fail(reading.row, error)
+                continue
+            if reading.num_read == reading.row.length:
+                self._reading.pop(0)
+                self._join(reading)
+
+    def _read_piece(self, reading: _Reading, max_tokens: int) -> int:
+        """Read some tokens of a row; return how many."""
+        row, adapter = reading.row, reading.row.request.adapter
+        tokens = row.tokens
+        if reading.session is None:
+            known = self._prefixes.find(self._salt(adapter), tokens)
+            if known is not None:
+                reading.session = Decoding.resume(adapter, known, self._prepared)
+                reading.num_read = row.num_cached = known.shape[3]
+        piece = tokens[reading.num_read : reading.num_read + max_tokens]
+        input_ids = torch.tensor([piece], device=self.host.device)
+        if reading.session is None:
+            reading.session = self.host.prefill(input_ids, None, [adapter], self._prepared)
+        else:
+            self.host.extend(reading.session, input_ids)
+        reading.num_read += len(piece)
+        self._scheduler.charge(row.owner, len(piece))
+        return len(piece)
+
+    def _join(self, reading: _Reading) -> None:
+        session, row = reading.session, reading.row
+        assert session is not None
+        if not row.new_ids:
+            self.counts.prompt_tokens[row.owner] += row.length
+            self.counts.cached_tokens[row.owner] += row.num_cached
+        self._remember(session, 0, row.request.adapter, row.tokens)
+        if self._session is None:
+            self._session = session
+        else:
+            self._session.join(session)
+        self._rows.append(row)
+
+    def _choose(self) -> None:
+        """Choose every row's next token; rows that end with it go."""
+        if self._session is None:
+            return
+        logits = self._session.logits
+        most_likely = logits.argmax(-1).tolist()
+        is_broken = logits.isnan().any(-1).tolist()
+        staying = []
+        for place, row in enumerate(self._rows):
+            if is_broken[place]:
+                self._fail(
+                    row, AdapterError(f"model {row.owner!r} computes numbers that are not finite")
+                )
+            elif not self._choose_for(place, row, most_likely[place]):
+                staying.append(place)
+        self._keep(staying)
+
+    def _choose_for(self, place: int, row: Row, most_likely: int) -> bool:
+        """Choose a row's next token; return whether the row has ended."""
+        assert self._session is not None
+        logits = self._session.logits[place]
+        try:
+            reason = row.take(row.choose(logits, most_likely), logits)
+        except Exception as error:
+            _log.warning("a token could not be chosen", exc_info=True)
+            self._fail(row, error)
+            return True
+        self.counts.generated_tokens[row.owner] += 1
+        if reason is not None:
+            self._end(row, reason)
+            # the last token was chosen, but not read
+            self._remember(self._session, place, row.request.adapter, row.tokens[:-1])
+        return reason is not None
+
+    def _make_room(self) -> None:
+        """Send the rows that came last back to the queue while the cache would overflow."""
+        while len(self._served) > 1 and (
+            self._scheduler.cached_tokens(self._served, added=1) > self.limits.cache_tokens
+        ):
+            self._send_back(max(self._served, key=lambda row: row.arrival))
+            self.counts.num_preempted += 1
+        self._fit_prefixes()
+
+    def _send_back(self, row: Row) -> None:
+        if row in self._rows:
+            self._keep([place for place, other in enumerate(self._rows) if other is not row])
+        else:
+            self._reading = [reading for reading in self._reading if reading.row is not row]
+        with self._lock:
+            self._scheduler.put_back(row)
+
+    def _decode(self) -> None:
+        if self._session is None:
+            return
+        tokens = torch.tensor([row.new_ids[-1] for row in self._rows], device=self.host.device)
+        record: Record | None = {} if self.counts.num_steps % ROUTING_STEPS == 0 else None
+        try:
+            self.host.decode(self._session, tokens, record)
+        except Exception as error:
+            _log.warning("rows could not be decoded", exc_info=True)
+            self._recover(error)
+            return
+        self._scheduler.clear(self._rows)
+        for row in self._rows:
+            self._scheduler.charge(row.owner, 1)
+        owners = {row.request.adapter_name: row.owner for row in self._rows}
+        for name, routing in (record or {}).items():
+            self.counts.add_routing(owners[name], routing)
+
+    def _recover(self, error: Exception) -> None:
+        """After rows failed together, read them again, adapter by adapter.
+
+        Rows of one adapter that failed without others have failed for good.
+        """
+        rows, self._rows, self._session = self._rows, [], None
+        self._prepared = PreparedWeights()
+        if len({row.request.adapter_name for row in rows}) == 1:
+            for row in rows:
+                self._fail(row, error)
+            return
+        with self._lock:
+            self._scheduler.suspect(rows)
+            for row in sorted(rows, key=lambda row: -row.arrival):
+                self._scheduler.put_back(row)
+
+    def _keep(self, places: list[int]) -> None:
+        """Let all rows but these go."""
+        if len(places) == len(self._rows):
+            return
+        self._rows = [self._rows[place] for place in places]
+        if not places:
+            self._session = None
+        elif self._session is not None:
+            self._session.keep(places)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        self._end(row, "error")
+        if not row.is_cancelled:
+            row.sink(Failure(error))
+
+    def _end(self, row: Row, outcome: Outcome) -> None:
+        self.counts.requests[row.owner, outcome] += 1
+        row.seconds = time.monotonic() - row.arrived_s
+        self._mean_s += 0.1 * (row.seconds - self._mean_s)
+        self.on_end(row)
+
+    def _fail_all(self, error: Exception) -> None:
+        served, self._rows, self._reading, self._session = self._served, [], [], None
+        for row in served:
+            self._fail(row, error)
+
+    def _remember(
+        self, session: Decoding, place: int, adapter: RowAdapter, tokens: list[int]
+    ) -> None:
+        """Keep the states of a row's whole blocks for prompts that begin alike."""
+        missing = self._prefixes.missing(self._salt(adapter), tokens)
+        if not missing:
+            return
+        start, stop = missing[0][1], missing[-1][1] + BLOCK_TOKENS
+        states = session.states(place, start, stop)
+        for (key, _), block in zip(missing, states.split(BLOCK_TOKENS, dim=3), strict=True):
+            self._prefixes.put(key, block.clone())
+
+    def _fit_prefixes(self) -> None:
+        """Let remembered prompts go where rows need their memory."""
+        taken = self._scheduler.cached_tokens(self._served, added=1)
+        self._prefixes.shrink(self.limits.cache_tokens - taken)
+
+    def _salt(self, row_adapter: RowAdapter) -> Hashable:
+        """What tells an adapter's weights, as they are now and are scaled, from all others.
+
+        Where they have changed, weights in compute form are made anew.
+        """
+        if row_adapter is None:
+            return None
+        name, scale = (row_adapter, 1.0) if isinstance(row_adapter, str) else row_adapter
+        adapter = self.host.adapter(name)
+        version = sum(parameter._version for parameter in adapter.parameters())
+        if self._versions.setdefault(adapter, version) != version:
+            self._versions[adapter] = version
+            self.forget_prepared()
+        if adapter not in self._serials:
+            self._serials[adapter] = next(self._next_serial)
+        return self._serials[adapter], version, scale

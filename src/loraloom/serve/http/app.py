@@ -1,0 +1,205 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from transformers import PreTrainedTokenizerBase
+
+import loraloom
+from loraloom.errors import shown
+from loraloom.serve.adapters import AdapterShelf
+from loraloom.serve.engine import Engine
+from loraloom.serve.http.asking import Backend, now
+from loraloom.serve.http.chat import complete_chat
+from loraloom.serve.http.completions import complete_texts
+from loraloom.serve.http.errors import ApiError, ErrorBody, handle_errors
+from loraloom.serve.http.guards import BodyLimit, KeyCheck
+from loraloom.serve.http.metrics import Metrics
+from loraloom.serve.http.objects import (
+    ChatBody,
+    ChatCompletion,
+    Completion,
+    CompletionBody,
+    LoadBody,
+    Model,
+    ModelList,
+    UnloadBody,
+)
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "The request is wrong",
+        401: "The key is wrong",
+        404: "There is no such model",
+        413: "The body is too large",
+        422: "Not given",
+        429: "Too many requests wait",
+        500: "The server failed",
+        503: "The server is stopping",
+        504: "It took too long",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class ApiOptions:
+    """What the API allows.
+
+    Args:
+        api_keys: A request must have one of them; none for no keys.
+        allow_loading: Clients may load and unload adapters.
+        cors_origins: Web pages that may ask.
+        max_body_bytes: Most bytes of a request.
+    """
+
+    api_keys: Sequence[str] = field(default=(), repr=False)
+    allow_loading: bool = False
+    cors_origins: Sequence[str] = ()
+    max_body_bytes: int = 2 << 20
+
+
+def create_app(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    shelf: AdapterShelf,
+    options: ApiOptions | None = None,
+) -> FastAPI:
+    """Make the application; the engine runs in a thread of its own while it is up.
+
+    Args:
+        engine: Makes completions.
+        tokenizer: The base model's.
+        shelf: The adapters.
+        options: What is allowed.
+    """
+    options = options or ApiOptions()
+    backend = Backend(engine, shelf, copy.deepcopy(tokenizer))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        thread = threading.Thread(target=engine.run, name="loraloom-engine", daemon=True)
+        thread.start()
+        yield
+        engine.stop()
+        await run_in_threadpool(thread.join)
+
+    app = FastAPI(
+        title="loraloom",
+        version=loraloom.__version__,
+        lifespan=lifespan,
+        middleware=_middleware(options),
+        responses=_ERRORS,
+    )
+    handle_errors(app)
+    _add_completions(app, backend)
+    _add_models(app, backend)
+    _add_health(app, engine, Metrics(engine))
+    if options.allow_loading:
+        _add_loading(app, shelf)
+    return app
+
+
+def _add_completions(app: FastAPI, backend: Backend) -> None:
+    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await complete_chat(backend, body, request)
+
+    @app.post("/v1/completions", response_model=Completion)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue texts."""
+        return await complete_texts(backend, body, request)
+
+
+def _add_models(app: FastAPI, backend: Backend) -> None:
+    started = now()
+
+    def models() -> list[Model]:
+        base, length = backend.shelf.base_name, backend.engine.max_length
+        rows = [(base, base, None)]
+        rows += [(name, source, base) for name, source in backend.shelf.names().items()]
+        return [
+            Model(id=name, created=started, root=root or name, parent=parent, max_model_len=length)
+            for name, root, parent in rows
+        ]
+
+    @app.get("/v1/models")
+    def list_models() -> ModelList:
+        """Name the base model and its adapters."""
+        return ModelList(data=models())
+
+    @app.get("/v1/models/{model:path}")
+    def retrieve_model(model: str) -> Model:
+        """Describe a model."""
+        found = next((one for one in models() if one.id == model), None)
+        if found is None:
+            raise ApiError(
+                404,
+                f"the model {shown(model)} does not exist",
+                code="model_not_found",
+                param="model",
+            )
+        return found
+
+
+def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+    @app.get("/health", response_class=PlainTextResponse)
+    def health() -> str:
+        """Say that the process lives."""
+        return "ok"
+
+    @app.get("/ready", response_class=PlainTextResponse)
+    def ready() -> str:
+        """Say whether requests are taken."""
+        if engine.is_stopping:
+            raise ApiError(503, "the server is stopping", code="stopping")
+        return "ok"
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def read_metrics() -> Response:
+        """Tell numbers to Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_loading(app: FastAPI, shelf: AdapterShelf) -> None:
+    @app.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    def load_lora_adapter(body: LoadBody) -> str:
+        """Load an adapter from a directory of the server, or from the Hub."""
+        shelf.load(body.lora_name, body.lora_path, replace=body.load_inplace)
+        return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+    @app.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    def unload_lora_adapter(body: UnloadBody) -> str:
+        """Let an adapter go when the requests that use it have ended."""
+        shelf.unload(body.lora_name)
+        return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+def _middleware(options: ApiOptions) -> list[Middleware]:
+    """What a request goes through first, from the outside in."""
+    layers = []
+    if options.cors_origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(options.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+            )
+        )
+    if options.api_keys:
+        layers.append(Middleware(KeyCheck, keys=options.api_keys))
+    return [*layers, Middleware(BodyLimit, max_bytes=options.max_body_bytes)]

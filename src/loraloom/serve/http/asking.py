@@ -1,0 +1,381 @@
+"""From what HTTP asks for to what the engine does, and back to the client as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.errors import DataError, LoraloomError, shown
+from loraloom.infer.generate import end_tokens
+from loraloom.infer.sampling import parse_sampling
+from loraloom.models.layout import RowAdapter
+from loraloom.serve.adapters import AdapterShelf, ServedAdapter
+from loraloom.serve.constraints import JsonConstraints
+from loraloom.serve.engine import Engine
+from loraloom.serve.http.errors import ApiError, api_error
+from loraloom.serve.http.objects import SamplingBody, Usage
+from loraloom.serve.sequence import (
+    Constraint,
+    Event,
+    Failure,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    Row,
+    Score,
+    ScoreRequest,
+    Scores,
+    Sink,
+    TokenLogProb,
+)
+
+MAX_SCALE = 10.0
+"""Of what an adapter adds to the base model, either way."""
+
+
+class ClientGoneError(LoraloomError):
+    """The client does not wait any more."""
+
+
+class ServedModel(NamedTuple):
+    """A model that a request uses.
+
+    Args:
+        owner: The adapter's name, or the base model's.
+        adapter: What rows say to the host.
+        served: To be released; None for the base model.
+    """
+
+    owner: str
+    adapter: RowAdapter
+    served: ServedAdapter | None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What all routes use.
+
+    Args:
+        engine: Makes completions.
+        shelf: The adapters.
+        tokenizer: A copy of the base model's, for the threads of HTTP.
+    """
+
+    engine: Engine
+    shelf: AdapterShelf
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def constraints(self) -> JsonConstraints:
+        """Made when a schema is first asked for, which takes a second."""
+        host = self.engine.host
+        ends = end_tokens(host, self.tokenizer)
+        return JsonConstraints(self.tokenizer, host.config.vocab_size, ends)
+
+    async def acquire(self, model: str) -> ServedModel:
+        """Begin to use the adapter that a model's name says.
+
+        Raises:
+            ApiError: If its scale can't be used.
+            UnknownModelError, AllInUseError: As `AdapterShelf.acquire`.
+        """
+        if model == self.shelf.base_name:
+            return ServedModel(model, None, None)
+        name, colon, scale = model.partition(":")
+        adapter = await run_in_threadpool(self.shelf.acquire, name)
+        row_adapter = (adapter.host_name, _scale(scale)) if colon else adapter.host_name
+        return ServedModel(name, row_adapter, adapter)
+
+    def release(self, model: ServedModel) -> None:
+        """End using a model."""
+        if model.served is not None:
+            self.shelf.release(model.served)
+
+    def room(self, prompt_ids: Sequence[int]) -> int:
+        """Most tokens that may follow a prompt."""
+        room = self.engine.max_length - len(prompt_ids)
+        if room < 1:
+            raise ApiError(
+                400,
+                f"the prompt must have fewer than {self.engine.max_length} tokens, which is what "
+                f"model and cache have room for, got {len(prompt_ids)}; shorten it",
+                code="context_length_exceeded",
+            )
+        return room
+
+    def requests(
+        self,
+        body: SamplingBody,
+        model: ServedModel,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int | None,
+        num_logprobs: int | None,
+        make_constraint: Callable[[], Constraint] | None = None,
+    ) -> list[GenerationRequest]:
+        """Make the engine's requests for the completions of a prompt."""
+        room = self.room(prompt_ids)
+        sampling = parse_sampling(
+            max_new_tokens=room if max_new_tokens is None else max_new_tokens,
+            temperature=body.temperature,
+            repetition_penalty=body.repetition_penalty,
+            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+            stop=body.stop_texts,
+            # at temperature 0 the most likely token is among those to draw from, however few
+            **({"top_k": body.top_k, "top_p": body.top_p} if body.temperature > 0 else {}),
+        )
+        return [
+            GenerationRequest(
+                prompt_ids,
+                model.adapter,
+                model.owner,
+                sampling,
+                place,
+                num_logprobs,
+                body.presence_penalty,
+                body.frequency_penalty,
+                self._logit_bias(body),
+                body.ignore_eos,
+                None if make_constraint is None else make_constraint(),
+            )
+            for place in range(body.n)
+        ]
+
+    def token_text(self, token: int) -> str:
+        """The text of a token alone."""
+        return str(self.tokenizer.decode([token]))
+
+    def _logit_bias(self, body: SamplingBody) -> dict[int, float]:
+        largest = self.engine.host.config.vocab_size - 1
+        for key in body.logit_bias or {}:
+            if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) <= largest):
+                raise ApiError(
+                    400,
+                    f"logit_bias must have token ids from 0 to {largest} as keys, got {shown(key)}",
+                    param="logit_bias",
+                )
+        return {int(key): bias for key, bias in (body.logit_bias or {}).items()}
+
+
+class Answers:
+    """The completions of one HTTP request while they are made.
+
+    They end when the client goes away.
+
+    Args:
+        engine: Makes them.
+        requests: One for each.
+        http: Whose client waits.
+        on_close: Called when nobody asks for more.
+
+    Raises:
+        LoraloomError: If the engine takes one of them not.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[GenerationRequest | ScoreRequest],
+        http: Request,
+        on_close: Callable[[], object],
+    ):
+        self._engine = engine
+        self._on_close = on_close
+        self.count = len(requests)
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._num_open = len(requests)
+        self._rows: list[Row | Score] = []
+        try:
+            for index, request in enumerate(requests):
+                self._rows.append(self._submit(request, partial(self._tell, index)))
+        except Exception:
+            self.cancel()
+            raise
+        self._watcher = self._loop.create_task(self._watch(http))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | Scores]]:
+        """Give each piece with the place of its request, until all have ended.
+
+        Raises:
+            ClientGoneError: If the client does not wait any more.
+            Exception: Whatever made a completion fail.
+        """
+        while self._num_open:
+            index, event = await self._events.get()
+            if isinstance(event, Failure):
+                raise event.error
+            self._num_open -= isinstance(event, Scores) or event.finish_reason is not None
+            yield index, event
+
+    def cancel(self) -> None:
+        """End all that have not ended."""
+        for row in self._rows:
+            self._engine.cancel(row)
+
+    def close(self) -> None:
+        """Cancel, and wait for the client's leaving no more."""
+        self.cancel()
+        self._watcher.cancel()
+        self._on_close()
+
+    def _submit(self, request: GenerationRequest | ScoreRequest, sink: Sink) -> Row | Score:
+        if isinstance(request, ScoreRequest):
+            return self._engine.score(request, sink)
+        return self._engine.submit(request, sink)
+
+    def _tell(self, index: int, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+    async def _watch(self, http: Request) -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+        self._events.put_nowait((0, Failure(ClientGoneError("the client has gone"))))
+
+
+@dataclass
+class Answer:
+    """A completion, or scores, as far as they have come."""
+
+    text: str = ""
+    num_tokens: int = 0
+    log_probs: list[TokenLogProb] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, piece: Piece | Scores) -> None:
+        """Add a piece."""
+        self.log_probs += piece.log_probs
+        if isinstance(piece, Piece):
+            self.text += piece.text
+            self.num_tokens += piece.num_tokens
+            self.finish_reason = piece.finish_reason
+
+
+async def ask(
+    backend: Backend,
+    model: str,
+    make_requests: Callable[[ServedModel], Sequence[GenerationRequest | ScoreRequest]],
+    http: Request,
+) -> Answers:
+    """Hand the engine what a model is asked for.
+
+    Args:
+        backend: What all routes use.
+        model: Its name in the request.
+        make_requests: Makes the engine's requests.
+        http: The request.
+    """
+    served = await backend.acquire(model)
+    try:
+        requests = make_requests(served)
+        return Answers(backend.engine, requests, http, partial(backend.release, served))
+    except BaseException:
+        backend.release(served)
+        raise
+
+
+async def collect(answers: Answers) -> list[Answer]:
+    """Wait for all completions."""
+    whole = [Answer() for _ in range(answers.count)]
+    try:
+        async for index, piece in answers.pieces():
+            whole[index].add(piece)
+    finally:
+        answers.close()
+    return whole
+
+
+class EventStream(StreamingResponse):
+    """Objects as server-sent events; the answers are closed whatever becomes of the client."""
+
+    def __init__(self, answers: Answers, objects: AsyncIterator[dict[str, Any]]):
+        events = as_events(objects)
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.close()
+
+
+async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Write objects as server-sent events; an error is the last one."""
+    try:
+        async for value in objects:
+            yield f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    except ClientGoneError:
+        return
+    except Exception as error:
+        yield f"data: {json.dumps(api_error(error).body.model_dump())}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def usage(num_prompt: int, num_completion: int) -> Usage:
+    """Count tokens."""
+    return Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_completion,
+        total_tokens=num_prompt + num_completion,
+    )
+
+
+def finite(log_prob: float) -> float:
+    """A log-probability as JSON can write it, which has no infinity."""
+    return max(log_prob, -9999.0)
+
+
+def new_id(kind: str) -> str:
+    """An id for an answer."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that has all its special tokens.
+
+    Raises:
+        DataError: If it is no text that can be written as UTF-8.
+    """
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the text can't be read: {error}") from None
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not abs(scale) <= MAX_SCALE:
+        raise ApiError(
+            400,
+            f"model must be a name, or name:scale with a scale from -{MAX_SCALE:g} to "
+            f"{MAX_SCALE:g}, got the scale {shown(text)}",
+            param="model",
+        )
+    return scale

@@ -1,0 +1,202 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from jinja2 import TemplateError
+from starlette.responses import Response
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.errors import DataError
+from loraloom.serve.http.asking import (
+    Answer,
+    Answers,
+    Backend,
+    EventStream,
+    ServedModel,
+    ask,
+    collect,
+    encode_text,
+    finite,
+    new_id,
+    now,
+    usage,
+)
+from loraloom.serve.http.objects import (
+    AssistantMessage,
+    ChatBody,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogProbs,
+    FunctionCall,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    NamedTool,
+    TokenLogProbs,
+    ToolCall,
+    TopLogProb,
+)
+from loraloom.serve.sequence import Constraint, GenerationRequest, Piece, TokenLogProb
+
+
+async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Response:
+    """Answer a conversation, at once or in pieces."""
+    prompt_ids = await run_in_threadpool(encode_chat, backend.tokenizer, body)
+    make_constraint = await run_in_threadpool(_constraint, backend, body)
+
+    def make_requests(model: ServedModel) -> list[GenerationRequest]:
+        max_tokens = body.max_tokens or body.max_completion_tokens
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return backend.requests(body, model, prompt_ids, max_tokens, num_logprobs, make_constraint)
+
+    answers = await ask(backend, body.model, make_requests, http)
+    if body.stream:
+        return EventStream(answers, _chunks(backend, body, answers, len(prompt_ids)))
+    whole = await collect(answers)
+    completion = ChatCompletion(
+        id=new_id("chatcmpl"),
+        created=now(),
+        model=body.model,
+        choices=[_choice(backend, body, index, answer) for index, answer in enumerate(whole)],
+        usage=usage(len(prompt_ids), sum(answer.num_tokens for answer in whole)),
+    )
+    return Response(completion.model_dump_json(), media_type="application/json")
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template, up to the answer.
+
+    Raises:
+        DataError: If there is no template, or the conversation does not fit it.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the base model's tokenizer has no chat template; use /v1/completions instead"
+        )
+    tools: list[Any] = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            [message.as_turn() for message in body.messages],
+            tools=None if body.tool_choice == "none" else tools or None,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except (TemplateError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"the messages do not fit the chat template: {error}") from error
+    ids = encode_text(tokenizer, text)
+    if not ids:
+        raise DataError("the messages give no tokens in the chat template")
+    return ids
+
+
+def _constraint(backend: Backend, body: ChatBody) -> Callable[[], Constraint] | None:
+    """What the answer must keep to; the schema is checked now, once for all answers."""
+    schema = _schema(body)
+    if schema is None:
+        return None
+    constraints = backend.constraints
+    constraints.of_schema(schema)
+    return lambda: constraints.of_schema(schema)
+
+
+def _schema(body: ChatBody) -> dict[str, Any] | None:
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        functions = [tool.function for tool in body.tools or ()]
+        called = next(function for function in functions if function.name == name)
+        return called.parameters or {"type": "object"}
+    match body.response_format:
+        case JsonSchemaFormat(json_schema=described):
+            return described.schema_
+        case JsonObjectFormat():
+            return {"type": "object"}
+    return None
+
+
+def _choice(backend: Backend, body: ChatBody, index: int, answer: Answer) -> ChatChoice:
+    message = AssistantMessage(content=answer.text)
+    if isinstance(body.tool_choice, NamedTool):
+        function = FunctionCall(name=body.tool_choice.function.name, arguments=answer.text)
+        call = ToolCall(id=new_id("call"), function=function)
+        message = AssistantMessage(content=None, tool_calls=[call])
+    return ChatChoice(
+        index=index,
+        message=message,
+        logprobs=_log_probs(backend, answer.log_probs) if body.logprobs else None,
+        finish_reason=answer.finish_reason,
+    )
+
+
+async def _chunks(
+    backend: Backend, body: ChatBody, answers: Answers, num_prompt: int
+) -> AsyncIterator[dict[str, Any]]:
+    """Chunks of all answers as they come."""
+    frame: dict[str, Any] = {
+        "id": new_id("chatcmpl"),
+        "object": "chat.completion.chunk",
+        "created": now(),
+        "model": body.model,
+    }
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    if with_usage:
+        frame["usage"] = None
+    num_new = 0
+    for index in range(body.n):
+        delta = {"role": "assistant", "content": "", **_first_call(body)}
+        yield {**frame, "choices": [_delta(index, delta)]}
+    async for index, piece in answers.pieces():
+        assert isinstance(piece, Piece)
+        num_new += piece.num_tokens
+        if piece.text or piece.log_probs:
+            choice = _delta(index, _said(body, piece))
+            if body.logprobs:
+                choice["logprobs"] = _log_probs(backend, piece.log_probs).model_dump()
+            yield {**frame, "choices": [choice]}
+        if piece.finish_reason is not None:
+            yield {**frame, "choices": [_delta(index, {}, piece.finish_reason)]}
+    if with_usage:
+        yield {**frame, "choices": [], "usage": usage(num_prompt, num_new).model_dump()}
+
+
+def _delta(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _first_call(body: ChatBody) -> dict[str, Any]:
+    if not isinstance(body.tool_choice, NamedTool):
+        return {}
+    function = {"name": body.tool_choice.function.name, "arguments": ""}
+    call = {"index": 0, "id": new_id("call"), "type": "function", "function": function}
+    return {"content": None, "tool_calls": [call]}
+
+
+def _said(body: ChatBody, piece: Piece) -> dict[str, Any]:
+    if isinstance(body.tool_choice, NamedTool):
+        return {"tool_calls": [{"index": 0, "function": {"arguments": piece.text}}]}
+    return {"content": piece.text}
+
+
+def _log_probs(backend: Backend, log_probs: list[TokenLogProb]) -> ChatLogProbs:
+    return ChatLogProbs(
+        content=[
+            TokenLogProbs(
+                **_entry(backend, token, log_prob),
+                top_logprobs=[TopLogProb(**_entry(backend, *pair)) for pair in top],
+            )
+            for token, log_prob, top in log_probs
+        ]
+    )
+
+
+def _entry(backend: Backend, token: int, log_prob: float) -> dict[str, Any]:
+    text = backend.token_text(token)
+    is_whole = "\N{REPLACEMENT CHARACTER}" not in text
+    return {
+        "token": text,
+        "logprob": finite(log_prob),
+        "bytes": list(text.encode()) if is_whole else None,
+    }

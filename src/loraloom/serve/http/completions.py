@@ -1,0 +1,183 @@
+"""`/v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from loraloom.data.tokenising import encode_texts
+from loraloom.errors import DataError
+from loraloom.serve.http.asking import (
+    Answer,
+    Answers,
+    Backend,
+    EventStream,
+    ServedModel,
+    ask,
+    collect,
+    finite,
+    new_id,
+    now,
+    usage,
+)
+from loraloom.serve.http.errors import ApiError
+from loraloom.serve.http.objects import (
+    Completion,
+    CompletionBody,
+    CompletionChoice,
+    CompletionLogProbs,
+)
+from loraloom.serve.sequence import GenerationRequest, Piece, ScoreRequest, TokenLogProb
+
+
+async def complete_texts(backend: Backend, body: CompletionBody, http: Request) -> Response:
+    """Continue texts, at once or in pieces."""
+    prompts = await run_in_threadpool(_encode, backend, body)
+
+    def make_requests(model: ServedModel) -> list[GenerationRequest | ScoreRequest]:
+        return [
+            request
+            for prompt_ids in prompts
+            for request in _requests(backend, body, model, prompt_ids)
+        ]
+
+    answers = await ask(backend, body.model, make_requests, http)
+    num_prompt = sum(map(len, prompts))
+    if body.stream:
+        return EventStream(answers, _chunks(backend, body, answers, num_prompt))
+    whole = await collect(answers)
+    completion = Completion(
+        id=new_id("cmpl"),
+        created=now(),
+        model=body.model,
+        choices=_choices(backend, body, prompts, whole),
+        usage=usage(num_prompt, sum(answer.num_tokens for answer in whole)),
+    )
+    return Response(completion.model_dump_json(), media_type="application/json")
+
+
+def _encode(backend: Backend, body: CompletionBody) -> list[list[int]]:
+    size = backend.engine.host.config.vocab_size
+    encoded = []
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            try:
+                prompt = encode_texts(backend.tokenizer, [prompt])[0]
+            except (TypeError, ValueError) as error:
+                raise DataError(f"the prompt can't be read: {error}") from None
+        elif max(prompt) >= size:
+            raise ApiError(
+                400, f"token ids must be from 0 to {size - 1}, got {max(prompt)}", param="prompt"
+            )
+        encoded.append(prompt)
+    return encoded
+
+
+def _requests(
+    backend: Backend, body: CompletionBody, model: ServedModel, prompt_ids: list[int]
+) -> list[GenerationRequest | ScoreRequest]:
+    """The completions of a prompt and, behind them, its own log-probabilities if wanted."""
+    requests: list[GenerationRequest | ScoreRequest] = []
+    if body.max_tokens != 0:
+        requests += backend.requests(body, model, prompt_ids, body.max_tokens, body.logprobs)
+    if body.echo and body.logprobs is not None:
+        requests.append(ScoreRequest(prompt_ids, model.adapter, model.owner, body.logprobs))
+    return requests
+
+
+def _choices(
+    backend: Backend, body: CompletionBody, prompts: list[list[int]], answers: list[Answer]
+) -> list[CompletionChoice]:
+    """The completions of each prompt in turn."""
+    rest = iter(answers)
+    choices: list[CompletionChoice] = []
+    for prompt, prompt_ids in zip(body.prompts, prompts, strict=True):
+        completions = [Answer(finish_reason="length") for _ in range(body.n)]
+        if body.max_tokens != 0:
+            completions = [next(rest) for _ in range(body.n)]
+        echoed, scored = "", None
+        if body.echo:
+            whole = isinstance(prompt, str)
+            echoed = prompt if whole else str(backend.tokenizer.decode(prompt_ids))
+            scored = next(rest).log_probs if body.logprobs is not None else None
+        for answer in completions:
+            log_probs = None
+            if body.logprobs is not None:
+                entries: list[TokenLogProb] = [*(scored or []), *answer.log_probs]
+                log_probs = _log_probs(
+                    backend, entries, 0, first=prompt_ids[0] if body.echo else None
+                )
+            choices.append(
+                CompletionChoice(
+                    index=len(choices),
+                    text=echoed + answer.text,
+                    logprobs=log_probs,
+                    finish_reason=answer.finish_reason,
+                )
+            )
+    return choices
+
+
+async def _chunks(
+    backend: Backend, body: CompletionBody, answers: Answers, num_prompt: int
+) -> AsyncIterator[dict[str, Any]]:
+    """Chunks of all completions as they come."""
+    frame = {
+        "id": new_id("cmpl"),
+        "object": "text_completion",
+        "created": now(),
+        "model": body.model,
+    }
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    num_new = 0
+    offsets: dict[int, int] = {}
+    async for index, piece in answers.pieces():
+        assert isinstance(piece, Piece)
+        num_new += piece.num_tokens
+        log_probs = None
+        if body.logprobs is not None:
+            offset = offsets.get(index, 0)
+            log_probs = _log_probs(backend, piece.log_probs, offset).model_dump()
+            offsets[index] = offset + len(piece.text)
+        choice = {
+            "index": index,
+            "text": piece.text,
+            "logprobs": log_probs,
+            "finish_reason": piece.finish_reason,
+        }
+        yield {**frame, "choices": [choice], **({"usage": None} if with_usage else {})}
+    if with_usage:
+        yield {**frame, "choices": [], "usage": usage(num_prompt, num_new).model_dump()}
+
+
+def _log_probs(
+    backend: Backend, entries: Sequence[TokenLogProb], offset: int, first: int | None = None
+) -> CompletionLogProbs:
+    """Log-probabilities in the older form.
+
+    Args:
+        backend: Knows the tokens' texts.
+        entries: What is known of each token.
+        offset: Where the first one's text begins; the others' texts follow.
+        first: A token in front of them that has no log-probability.
+    """
+    ids = [entry.token for entry in entries]
+    texts = [backend.token_text(token) for token in ([] if first is None else [first]) + ids]
+    unknown = [None] * (first is not None)
+    return CompletionLogProbs(
+        tokens=texts,
+        token_logprobs=[*unknown, *(finite(entry.log_prob) for entry in entries)],
+        top_logprobs=[
+            *unknown,
+            *(
+                {backend.token_text(token): finite(value) for token, value in reversed(entry.top)}
+                for entry in entries
+            ),
+        ],
+        text_offset=list(accumulate(map(len, texts), initial=offset))[:-1],
+    )

@@ -1,0 +1,82 @@
+"""What stands before the routes: who may ask, and how much at once."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loraloom.serve.http.errors import ApiError
+
+_OPEN = ("/health", "/ready")
+"""Paths that need no key."""
+
+
+class BodyLimit:
+    """Refuses requests of more than so many bytes, whatever they say of their size."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass on and count."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        if not said.isdigit() or len(said) > 18 or int(said) > self._max_bytes:
+            await self._error().response()(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise HTTPException(413, str(self._error()))
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _error(self) -> ApiError:
+        return ApiError(413, f"a request may have at most {self._max_bytes:,} bytes; shorten it")
+
+
+class KeyCheck:
+    """Lets requests with one of the keys through.
+
+    All keys are compared, each in constant time, so that the time says nothing about them.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass on."""
+        if scope["type"] == "http" and scope["path"] not in _OPEN and not self._has_key(scope):
+            error = ApiError(
+                401,
+                "the request needs a header `Authorization: Bearer KEY` with a key of this server",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        headers = dict(scope["headers"])
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return kind.lower() == b"bearer" and any(matches)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,382 @@
+"""OpenAI's objects: what requests may say, and what answers look like."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StringConstraints, model_validator
+
+from loraloom.config.fields import StrictModel
+from loraloom.errors import shown
+
+MAX_TOP_LOGPROBS = 20
+
+_Text = Annotated[str, StringConstraints(min_length=1)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+
+
+class StreamOptions(StrictModel):
+    """What a stream has besides text."""
+
+    include_usage: bool = False
+    """Send a last piece with the numbers of tokens."""
+
+
+class SamplingBody(StrictModel):
+    """What both kinds of completion take."""
+
+    model: _Name
+    """An adapter's name, or the base model's; `name:0.5` is an adapter at half its strength."""
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """Draw from the so many most likely tokens; 0 for all."""
+    n: int = Field(1, ge=1, le=16)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    """The same seed gives the same text."""
+    stop: _Text | list[_Text] | None = Field(None, max_length=1000)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=1000
+    )
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    """End tokens end nothing."""
+    user: str | None = None
+    """Not read."""
+    metadata: dict[str, str] | None = None
+    """Not read."""
+    store: bool | None = None
+    """Not read: nothing is stored."""
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end a completion."""
+        stop = self.stop or []
+        return tuple([stop] if isinstance(stop, str) else stop)
+
+    @model_validator(mode="after")
+    def _check_stream_options(self):
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+
+class FunctionCall(StrictModel):
+    """A call that an assistant made."""
+
+    name: _Name
+    arguments: str = ""
+
+
+class ToolCall(StrictModel):
+    """A call of a tool."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class TextPart(StrictModel):
+    """A part of a message; only texts are understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(StrictModel):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+
+    def as_turn(self) -> dict[str, Any]:
+        """The turn as chat templates read it."""
+        turn = self.model_dump(exclude_none=True)
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        for call in turn.get("tool_calls", ()):
+            call["function"]["arguments"] = _parsed(call["function"]["arguments"])
+        return {**turn, "content": content}
+
+
+class FunctionDefinition(StrictModel):
+    """A function that a model may call."""
+
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(StrictModel):
+    """A tool that a model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(StrictModel):
+    """A function by name."""
+
+    name: _Name
+
+
+class NamedTool(StrictModel):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(StrictModel):
+    """A schema that the answer keeps to."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(StrictModel):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(StrictModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(StrictModel):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+]
+
+
+class ChatBody(SamplingBody):
+    """A conversation to continue."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    """Most tokens of the answer; by default as many as there is room for."""
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """Another name for max_tokens."""
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, min_length=1)
+    """Given to the chat template."""
+    tool_choice: Literal["none", "auto"] | NamedTool | None = None
+    """`none` leaves the tools out; a named function is called with arguments of its schema."""
+    parallel_tool_calls: bool | None = None
+    """Not read."""
+
+    @model_validator(mode="after")
+    def _check_options(self):
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool):
+            self._check_named(self.tool_choice.function.name)
+        return self
+
+    def _check_named(self, name: str) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        if name not in names:
+            raise ValueError(f"tool_choice must name one of the tools {names}, got {shown(name)}")
+        if self.response_format is not None:
+            raise ValueError("response_format and a named tool_choice exclude each other")
+
+
+class CompletionBody(SamplingBody):
+    """Texts to continue."""
+
+    prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]]
+    """Texts, or token ids."""
+    max_tokens: int | None = Field(16, ge=0)
+    """Most tokens of each completion; 0 only together with echo."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Log-probabilities of tokens, and of so many most likely ones."""
+    echo: bool = False
+    """Put the prompt in front of the completion, with its log-probabilities if they are wanted."""
+    suffix: None = None
+    best_of: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_options(self):
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of must be n, {self.n}, or be left out, got {self.best_of}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1 without echo, got 0")
+        if self.echo and self.stream:
+            raise ValueError("echo and stream exclude each other")
+        if not self.prompt or any(prompt in ("", []) for prompt in self.prompts):
+            raise ValueError("prompt must not be empty")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Each prompt, as text or tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType]
+        return self.prompt  # pyright: ignore[reportReturnType]
+
+
+class LoadBody(StrictModel):
+    """An adapter to load."""
+
+    lora_name: _Name
+    lora_path: _Text
+    load_inplace: bool = False
+    """It may take the place of one of the same name."""
+
+
+class UnloadBody(StrictModel):
+    """An adapter to let go."""
+
+    lora_name: _Name
+    lora_int_id: int | None = None
+    """Not read."""
+
+
+class Usage(BaseModel):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogProb(BaseModel):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogProbs(TopLogProb):
+    """A token that was chosen, and the most likely ones in its place."""
+
+    top_logprobs: list[TopLogProb]
+
+
+class ChatLogProbs(BaseModel):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogProbs]
+
+
+class AssistantMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogProbs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletion(BaseModel):
+    """The answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogProbs(BaseModel):
+    """Log-probabilities of a completion's tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One completion."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogProbs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(BaseModel):
+    """The completions of texts."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class Model(BaseModel):
+    """A model that can be asked."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["loraloom"] = "loraloom"
+    root: str
+    """Where it was loaded from."""
+    parent: str | None
+    """The base model of an adapter."""
+    max_model_len: int
+    """Most tokens of a prompt and its completion together."""
+
+
+class ModelList(BaseModel):
+    """All models that can be asked."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def _parsed(arguments: str) -> Any:
+    """Arguments as an object, which chat templates write as JSON themselves."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments

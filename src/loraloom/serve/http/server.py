@@ -1,0 +1,77 @@
+"""The process that listens, and how it ends."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from loraloom.errors import ConfigError
+from loraloom.serve.engine import Engine
+
+
+class Server(uvicorn.Server):
+    """A server that ends when the requests that it has accepted have ended.
+
+    After SIGTERM or Ctrl-C it listens on, so that what comes then is refused with a reason. A
+    second signal ends it at once.
+    """
+
+    def __init__(self, app: FastAPI, engine: Engine):
+        super().__init__(
+            uvicorn.Config(app, log_level="warning", access_log=False, ws="none", lifespan="on")
+        )
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop."""
+        if self._engine.is_stopping:
+            self.should_exit = self.force_exit = True
+        self._engine.stop()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Say whether it is time to end."""
+        if self._engine.is_stopping and self._engine.is_idle:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket; port 0 takes any free one.
+
+    Raises:
+        ConfigError: If the address can't be used.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"can't listen on {host}:{port}: {error}") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_keys(path: Path) -> list[str]:
+    """Read API keys, one a line; empty lines and those that begin with # are left out.
+
+    Raises:
+        ConfigError: If the file can't be read, or has no key.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the file of API keys can't be read: {error}") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"{path} must have an API key a line, it has none")
+    return keys

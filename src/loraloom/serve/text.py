@@ -1,0 +1,79 @@
+"""Text of tokens as they come, up to a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """The text of one completion.
+
+    What `push` returns is settled: no later token changes it, and no stop text begins in it.
+
+    Args:
+        tokenizer: The base model's.
+        stop: Texts at whose first appearance the text ends; none is empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+        self.text = ""
+        """All that was settled."""
+        self.stopped = False
+        """Whether a stop text came."""
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        self._pending = ""
+        # Tokens before `_known` are in the text. Some in front of them are decoded again with what
+        # follows, as spaces and characters of several bytes depend on their neighbours.
+        self._start = 0
+        self._known = 0
+        self._known_text = ""
+
+    def push(self, token: int) -> str:
+        """Add a token, and return the text that is settled by it."""
+        self._ids.append(token)
+        decoded = self._decode()
+        if decoded.endswith(_INCOMPLETE) or len(decoded) <= len(self._known_text):
+            return ""
+        fresh = decoded[len(self._known_text) :]
+        self._start, self._known = self._known, len(self._ids)
+        self._known_text = self._decode()
+        return self._settle(fresh, is_last=False)
+
+    def finish(self) -> str:
+        """Return what is left when no token follows."""
+        return self._settle(self._decode()[len(self._known_text) :], is_last=True)
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True))
+
+    def _settle(self, fresh: str, *, is_last: bool) -> str:
+        if self.stopped:
+            return ""
+        pending = self._pending + fresh
+        cuts = [place for place in map(pending.find, self._stop) if place >= 0]
+        if cuts:
+            self.stopped = True
+            settled, self._pending = pending[: min(cuts)], ""
+        else:
+            kept = 0 if is_last else self._begun(pending)
+            settled, self._pending = pending[: len(pending) - kept], pending[len(pending) - kept :]
+        self.text += settled
+        return settled
+
+    def _begun(self, text: str) -> int:
+        """Count the characters at the text's end that a stop text may begin with."""
+        longest = max(map(len, self._stop), default=1) - 1
+        return next(
+            (
+                length
+                for length in range(min(longest, len(text)), 0, -1)
+                if any(stop.startswith(text[-length:]) for stop in self._stop)
+            ),
+            0,
+        )

@@ -1,0 +1,74 @@
+"""Counts of a layer against products done by hand, and what the command prints."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraloom.bench.cases import StepSetting
+from loraloom.bench.count import LAUNCH_SECONDS, PEFT_COUNTED, Shape, count_step
+from loraloom.cli.main import main
+
+SHAPE = Shape(hidden_size=64, ffn_size=160, num_heads=4, num_kv_heads=4, num_layers=3)
+SETTING = StepSetting(rows=2, length=16, rank=4, num_experts=4)
+TOKENS = 2 * 16
+
+
+def flops_of_products(rank: int) -> int:
+    """Forward, and backward to the inputs, of the base's linears and attention; LoRA on all.
+
+    The first layer's input has no gradient, but the base's products to it are computed alike in
+    every layer but the first, and a count extends the later ones.
+    """
+    linears = [(64, 64)] * 4 + [(64, 160)] * 2 + [(160, 64)]
+    base = sum(2 * 2 * TOKENS * i * o for i, o in linears)
+    lora = sum(3 * 2 * TOKENS * rank * (i + o) for i, o in linears)
+    attention = 2 * 2 * 2 * 16 * 16 * 64 * 3  # scores and values; their backward is twice as much
+    return base + lora + attention
+
+
+def test_products_of_a_lora_are_those_counted_by_hand():
+    two, three = (
+        count_step("lora", Shape(64, 160, 4, 4, layers), SETTING, lora_rank=8) for layers in (2, 3)
+    )
+    assert three.flops - two.flops == pytest.approx(flops_of_products(8), rel=0.05)
+
+
+def test_a_mixtures_step_is_counted_with_its_routers_and_experts():
+    lora, mixture = (count_step(case, SHAPE, SETTING, lora_rank=16) for case in ("lora", "mixlora"))
+    assert mixture.operations > lora.operations
+    assert 1 < mixture.bytes / lora.bytes < 3
+    assert mixture.seconds["L4"] > mixture.seconds["H100"] > 0
+    assert mixture.time_on("H100") == mixture.operations * LAUNCH_SECONDS
+
+
+def test_more_layers_cost_in_proportion():
+    counts = [
+        count_step("lora", Shape(64, 160, 4, 4, layers), SETTING, lora_rank=8)
+        for layers in (2, 3, 10)
+    ]
+    per_layer = counts[1].bytes - counts[0].bytes
+    assert counts[2].bytes == pytest.approx(counts[0].bytes + 8 * per_layer)
+    assert counts[2].peak_bytes > counts[1].peak_bytes > counts[0].peak_bytes > 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_command_prints_every_case_with_ratios(capsys):
+    assert (
+        main(["bench", "count", "--rows", "1", "--length", "8", "--cases", "peft-lora,lora"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "GB moved" in printed
+    assert "peft-lora " in printed
+    assert PEFT_COUNTED[1] not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shape", "8b"], "--shape must be one of 7b, 13b, 70b, got '8b'"),
+        (["--card", "T4"], "--card must be one of H100, A100, 4090, L4, got 'T4'"),
+    ],
+)
+def test_unknown_shapes_and_cards_are_errors(words, message, capsys):
+    assert main(["bench", "count", *words]) == 2
+    assert message in capsys.readouterr().err

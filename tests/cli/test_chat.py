@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.cli.main import main
+from tests.conftest import build_tokenizer
+from tests.tiny import tiny_host
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A base model with a tokenizer, and two adapters."""
+    directory = tmp_path_factory.mktemp("chat")
+    host = tiny_host(dtype=torch.float32, vocab_size=300)
+    for name in ("lora", "mixlora"):
+        host.save(name, directory / name)
+    host.detach().save_pretrained(directory / "base")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory / "base")
+    return directory
+
+
+def chat(saved, monkeypatch, *lines, options=()):
+    rest = iter(lines)
+
+    def read(prompt):
+        print(prompt, end="")
+        line = next(rest, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    adapters = [f"--adapter={name}={saved / name}" for name in ("lora", "mixlora")]
+    base = ["--base-model", str(saved / "base"), "--max-new-tokens", "5", "--seed", "1"]
+    return main(["chat", *base, *adapters, *options])
+
+
+def test_commands_switch_compare_and_forget(saved, monkeypatch, capsys):
+    lines = ("one", "/adapter base", "one", "/compare lora mixlora", "one", "/reset", "/help", "")
+    assert chat(saved, monkeypatch, *lines) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("models: base, lora, mixlora; /help for commands\nmixlora> ")
+    assert "base> " in output
+    assert "\n[mixlora]\n" in output[output.index("[lora]\n") :]
+    assert "/reset             forget what was said" in output
+
+
+def test_the_same_seed_gives_the_same_answers(saved, monkeypatch, capsys):
+    outputs = []
+    for _ in range(2):
+        chat(saved, monkeypatch, "one", options=["--temperature", "1"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/adapter nobody", "error: name one of base, lora, mixlora, got 'nobody'"),
+        ("/adapter", "error: name one of base, lora, mixlora, got ''"),
+        ("/compare lora lora", "error: name 1 to 3 different ones of base, lora, mixlora"),
+        ("/nothing", "error: there is no command '/nothing'; /help names them"),
+        ("a " * 300, "error: the prompt and max_tokens must have at most"),
+    ],
+)
+def test_a_line_that_can_not_be_heeded_is_an_error_and_no_end(
+    saved, monkeypatch, capsys, line, message
+):
+    assert chat(saved, monkeypatch, line, "/quit") == 0
+    assert message in capsys.readouterr().out
+
+
+def test_what_a_model_says_can_not_steer_the_terminal(saved, monkeypatch, capsys):
+    monkeypatch.setattr("loraloom.serve.text.TextStream.push", lambda self, token: "\x1b[2J")
+    chat(saved, monkeypatch, "one")
+    assert "\x1b" not in capsys.readouterr().out

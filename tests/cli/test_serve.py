@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import pytest
+
+from loraloom.cli.main import main
+from tests.cli.test_chat import saved as _saved
+
+saved = _saved
+"""A base model with a tokenizer, and two adapters."""
+
+
+def ask(address, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())
+
+
+def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
+    code = "import sys; from loraloom.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "serve", "--port", "0"]
+    command += ["--base-model", str(saved / "base"), "--adapter", f"mix={saved / 'mixlora'}"]
+    command += ["--cache-tokens", "640", "--max-rows", "5", "--dtype", "float32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines[0] == f"models: {saved / 'base'}, mix\n"
+        assert lines[1] == "cache: 640 tokens, 0 MiB; at most 5 rows of 64 tokens\n"
+        address = lines[2].split()[-1].removesuffix("/v1")
+        answers = []
+        body = {"model": "mix", "prompt": "one", "max_tokens": 50, "ignore_eos": True}
+        thread = threading.Thread(
+            target=lambda: answers.append(ask(address, "/v1/completions", body))
+        )
+        thread.start()
+        while "loraloom_requests_running 1.0" not in read(address, "/metrics") and not answers:
+            pass
+        process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert process.wait(timeout=60) == 0
+    assert answers[0]["usage"]["completion_tokens"] == 50
+
+
+def read(address, path):
+    with urllib.request.urlopen(f"{address}{path}", timeout=60) as response:
+        return response.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines"),
+        (["--api-key-file", "missing"], "the file of API keys can't be read"),
+        (["--adapter-dir", "missing"], "the directory of adapters must exist"),
+        (["--adapter", "nothing"], "--adapter must be name=path"),
+    ],
+)
+def test_options_that_can_not_be_heeded_are_errors(saved, capsys, options, message):
+    assert main(["serve", "--base-model", str(saved / "base"), "--port", "0", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""Whatever stands in an adapter's files: it is loaded, or one clear error names file and field."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.errors import FormatError
+from loraloom.formats import describe, read_adapter, write_adapter
+from tests.formats.tiny import make_tensors
+
+LORA = LoraConfig(rank=2)
+MIXTURE = MixLoraConfig(rank=2, num_experts=2)
+
+
+@pytest.fixture(params=[LORA, MIXTURE], ids=["lora", "mixlora"])
+def saved(request, base, tmp_path):
+    write_adapter(tmp_path / "a", request.param, make_tensors(request.param, base), base)
+    return tmp_path / "a"
+
+
+@pytest.fixture
+def mixture(base, tmp_path):
+    write_adapter(tmp_path / "a", MIXTURE, make_tensors(MIXTURE, base), base)
+    return tmp_path / "a"
+
+
+def edit_config(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def fault_of(directory, base) -> str:
+    with pytest.raises(FormatError) as caught:
+        read_adapter(directory, base)
+    assert str(directory) in str(caught.value)
+    return str(caught.value)
+
+
+def pickled(directory, change) -> None:
+    """Put the weights, changed, into a pickle instead."""
+    file = directory / "adapter_model.safetensors"
+    torch.save(change(load_file(file)), directory / "adapter_model.bin")
+    file.unlink()
+
+
+def first(tensors, change):
+    name = next(iter(tensors))
+    return tensors | {name: change(tensors[name])}
+
+
+FIELDS = [
+    "peft_type",
+    "task_type",
+    "bias",
+    "base_model_name_or_path",
+    "target_modules",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_dora",
+    "use_rslora",
+    "num_experts",
+    "top_k",
+    "expert_lora",
+    "routing_strategy",
+    "act_fn",
+    "lora_init",
+    "loraloom",
+]
+HARMLESS = [("target_modules", ["x"]), ("expert_lora", {"x": [1]}), ("loraloom", {"x": [1]})]
+"""Names of modules that aren't there, as in PEFT, and fields that nothing asks about."""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (field, value)
+        for field in FIELDS
+        for value in (["x"], [["x"]], {"x": [1]}, "\x1b[31m", 10**300, -1)
+        if (field, value) not in HARMLESS
+    ],
+)
+def test_a_field_of_another_kind_is_an_error_that_names_it(mixture, base, field, value):
+    edit_config(mixture, **{field: value})
+    fault = fault_of(mixture, base)
+    assert field in fault
+    assert len(fault) < 1000
+    assert "\x1b" not in fault
+
+
+@pytest.mark.parametrize(
+    "record", [{"base": []}, {"version": "new"}, {"adapter": [1]}, {"base": {"fingerprint": [1]}}]
+)
+def test_a_record_of_another_kind_is_an_error(mixture, base, record):
+    edit_config(mixture, loraloom=record)
+    assert "loraloom" in fault_of(mixture, base)
+
+
+def test_a_broken_record_in_the_weights_header_is_an_error(base, tmp_path):
+    write_adapter(tmp_path, LORA, make_tensors(LORA, base), base)
+    weights = tmp_path / "adapter_model.safetensors"
+    for record in ('{"base": [1]}', "[" * 1000, "{"):
+        save_file(load_file(weights), weights, metadata={"loraloom": record})
+        assert "`loraloom`" in fault_of(tmp_path, base)
+
+
+def test_a_null_is_no_field(saved, base):
+    edit_config(saved, use_dora=None, use_rslora=None, lora_dropout=None)
+    assert read_adapter(saved, base)[0].dropout == 0
+
+
+def test_deep_json_is_an_error(saved, base):
+    (saved / "adapter_config.json").write_text("[" * 100_000)
+    assert "more than 200 levels" in fault_of(saved, base)
+
+
+def test_a_number_of_5000_digits_is_an_error(saved, base):
+    (saved / "adapter_config.json").write_text('{"r": %s}' % ("1" * 5000))
+    assert "number out of range" in fault_of(saved, base)
+
+
+@pytest.mark.parametrize("num_experts", [10_000_000, 1000])
+def test_experts_without_tensors_are_an_error_before_they_are_enumerated(
+    mixture, base, num_experts
+):
+    edit_config(mixture, num_experts=num_experts)
+    assert "num_experts" in fault_of(mixture, base)
+
+
+def test_a_rank_that_no_tensor_has_is_an_error(saved, base):
+    edit_config(saved, r=10**13)
+    assert "r: Input should be less than or equal to 65536" in fault_of(saved, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool])
+def test_tensors_that_are_not_floating_point_are_named(saved, base, dtype):
+    weights = saved / "adapter_model.safetensors"
+    save_file(first(load_file(weights), lambda tensor: tensor.to(dtype)), weights)
+    fault = fault_of(saved, base)
+    assert "must be floating point (float64, float32, float16 or bfloat16): " in fault
+    assert "lora_A" in fault
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda t: t.to(torch.float8_e4m3fn), "floating point"),
+        (lambda t: t.to(torch.complex64), "floating point"),
+        (lambda t: t.to_sparse(), "dense"),
+        (lambda t: t.to("meta"), "in the file"),
+        (lambda t: torch.zeros(1).expand(t.shape), "stored in full"),
+        (lambda t: torch.zeros(1).expand(10**6, 10**6), "stored in full"),
+    ],
+)
+def test_tensors_of_a_pickle_that_are_no_plain_numbers_are_named(saved, base, change, wanted):
+    pickled(saved, lambda tensors: first(tensors, change))
+    fault = fault_of(saved, base)
+    assert f"tensors must be {wanted}" in fault
+    assert "lora_A" in fault
+
+
+def test_a_transposed_tensor_of_a_pickle_is_read(saved, base):
+    before = read_adapter(saved, base)[1]
+    pickled(saved, lambda tensors: {k: v.T.contiguous().T for k, v in tensors.items()})
+    after = read_adapter(saved, base)[1]
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_compressed_pickle_is_an_error(saved, base):
+    pickled(saved, dict)
+    file = saved / "adapter_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    assert "it is a compressed archive" in fault_of(saved, base)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_and_described(saved, base, value):
+    weights = saved / "adapter_model.safetensors"
+    save_file(first(load_file(weights), lambda tensor: tensor.fill_(value)), weights)
+    assert "weights must be finite, got infinite ones or NaN in layers.0" in fault_of(saved, base)
+    assert describe(saved).num_non_finite == 1
+
+
+@pytest.mark.parametrize("layer", ["9" * 5000, "00", "٣"])
+def test_a_layer_that_is_no_plain_number_is_an_error(base, tmp_path, layer):
+    write_adapter(tmp_path, LORA, make_tensors(LORA, base), base)
+    weights = tmp_path / "adapter_model.safetensors"
+    name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"
+    save_file(load_file(weights) | {name: torch.zeros(2, 64)}, weights)
+    assert "tensors" in fault_of(tmp_path, base)
+
+
+def test_modules_that_peft_left_out_of_some_layers_are_named(base, tmp_path):
+    write_adapter(tmp_path, LORA, make_tensors(LORA, base), base)
+    weights = tmp_path / "adapter_model.safetensors"
+    kept = {k: v for k, v in load_file(weights).items() if "layers.0.self_attn.q_proj" not in k}
+    save_file(kept, weights)
+    edit_config(tmp_path, exclude_modules=r".*layers\.0\.self_attn\.q_proj")
+    assert "got `exclude_modules` '.*layers" in fault_of(tmp_path, base)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nosuchuser/a", "a\0b"])
+def test_a_path_that_no_adapter_can_have_is_an_error(base, path):
+    with pytest.raises(FormatError, match="an adapter must be a path"):
+        read_adapter(path, base)
+
+
+def test_links_in_a_circle_are_an_error(base, tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(FormatError):
+        read_adapter(tmp_path / "a", base)

@@ -1,0 +1,88 @@
+"""Asking an engine without HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from loraloom.infer.generate import complete
+from loraloom.infer.sampling import SamplingConfig
+from loraloom.serve.engine import Engine
+from loraloom.serve.sequence import Event, Failure, GenerationRequest, Piece
+
+TEXTS = (
+    "one",
+    "Question: yes or no? Answer:",
+    "the sky is blue, please choose the correct answer to the question: (A) one (B) two",
+    "Please choose",
+    "a short answer is",
+)
+
+
+class Asked:
+    """A request and what came of it."""
+
+    def __init__(self, request: GenerationRequest):
+        self.request = request
+        self.events: list[Event] = []
+        self.row: Any = None
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [event for event in self.events if isinstance(event, Piece)]
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def error(self) -> Exception | None:
+        last = self.events[-1]
+        return last.error if isinstance(last, Failure) else None
+
+
+def request(
+    tokenizer: Any, text: str, adapter: str | None = None, place: int = 0, **settings: Any
+) -> GenerationRequest:
+    """Make a request; settings of the sampling and of the request may be mixed."""
+    own = {key: settings.pop(key) for key in list(settings) if key in SamplingConfig.model_fields}
+    sampling = SamplingConfig(**{"max_new_tokens": 8} | own)
+    ids = tokenizer(text)["input_ids"]
+    return GenerationRequest(ids, adapter, adapter or "base", sampling, place, **settings)
+
+
+def submit(engine: Engine, *requests: GenerationRequest) -> list[Asked]:
+    asked = [Asked(one) for one in requests]
+    for one in asked:
+        one.row = engine.submit(one.request, one.events.append)
+    return asked
+
+
+def finish(engine: Engine, max_steps: int = 2000) -> None:
+    """Do steps until there is nothing to do."""
+    for _ in range(max_steps):
+        if not engine.step():
+            return
+    raise AssertionError("the engine does not end")
+
+
+def answers(engine: Engine, requests: Iterable[GenerationRequest]) -> list[str]:
+    asked = submit(engine, *requests)
+    finish(engine)
+    assert [one.error for one in asked] == [None] * len(asked)
+    return [one.text for one in asked]
+
+
+def alone(engine: Engine, tokenizer: Any, requests: Sequence[GenerationRequest]) -> list[str]:
+    """What `loraloom.generate` makes of each request without company."""
+    return [
+        complete(
+            engine.host,
+            tokenizer,
+            [list(one.prompt_ids)],
+            [one.adapter],
+            one.sampling,
+            keys=[one.place],
+        )[0].text
+        for one in requests
+    ]

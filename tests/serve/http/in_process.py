@@ -1,0 +1,47 @@
+"""A server in a thread of the test's own process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from loraloom.models.host import Host
+from loraloom.serve.adapters import AdapterShelf
+from loraloom.serve.engine import Engine, EngineLimits
+from loraloom.serve.http.app import ApiOptions, create_app
+from loraloom.serve.http.server import listen
+
+BASE = "some/base"
+
+
+@contextmanager
+def serving(
+    host: Host,
+    tokenizer: Any,
+    directory: Any = None,
+    options: ApiOptions | None = None,
+    base: str = BASE,
+    **limits: Any,
+) -> Iterator[tuple[str, Engine]]:
+    """Serve a host in this process; gives the address, and the engine."""
+    settings = {"max_rows": 8, "cache_tokens": 4096, "prefill_tokens": 64}
+    engine = Engine(host, tokenizer, EngineLimits(**settings | limits))
+    shelf = AdapterShelf(host, base, directory, on_removed=engine.forget_prepared)
+    app = create_app(engine, tokenizer, shelf, options)
+    config = uvicorn.Config(app, log_level="error", ws="none", lifespan="on")
+    with listen("127.0.0.1", 0) as sock:
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([sock],))
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}", engine
+        finally:
+            server.should_exit = True
+            thread.join()

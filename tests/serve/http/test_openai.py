@@ -1,0 +1,302 @@
+"""What the official client asks, and gets."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from loraloom import Prompt, SamplingConfig, generate
+from tests.serve.http.in_process import BASE
+from tests.tiny import METHODS
+
+MESSAGES: Any = [{"role": "user", "content": "What color is the sky?"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"color": {"enum": ["blue", "red"]}, "sure": {"type": "boolean"}},
+    "required": ["color", "sure"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}
+
+
+def chat(client, model="lora", **settings):
+    settings = {"messages": MESSAGES, "max_tokens": 12, "temperature": 0} | settings
+    return client.chat.completions.create(model=model, **settings)
+
+
+def expected(host, tokenizer, model, **settings):
+    content = tuple(MESSAGES)
+    prompt = Prompt(content, None if model == BASE else model)
+    sampling = SamplingConfig(**{"max_new_tokens": 12} | settings)
+    return generate(host, tokenizer, [prompt], sampling)[0]
+
+
+@pytest.mark.parametrize("model", [BASE, *METHODS])
+def test_chats_are_what_generate_says(client, host, tokenizer, model):
+    answer = chat(client, model)
+    assert answer.model == model
+    assert answer.choices[0].message.content == expected(host, tokenizer, model)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+
+
+def test_a_stream_is_the_same_text_in_pieces(client, host, tokenizer):
+    stream = chat(client, "mixlora", stream=True, stream_options={"include_usage": True})
+    *chunks, last = list(stream)
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts) == expected(host, tokenizer, "mixlora")
+    assert len([text for text in texts if text]) > 3
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "length"]
+    assert last.choices == []
+    assert last.usage.completion_tokens == 12
+
+
+def test_a_seed_gives_the_draws_of_generate(client, host, tokenizer):
+    settings = {"temperature": 1.0, "seed": 4}
+    answers = [chat(client, "dora", n=2, **settings) for _ in range(2)]
+    texts = [[choice.message.content for choice in answer.choices] for answer in answers]
+    assert texts[0] == texts[1]
+    assert texts[0][0] == expected(host, tokenizer, "dora", **settings)
+    assert texts[0][0] != texts[0][1]
+
+
+def test_no_seed_draws_anew(client):
+    texts = {chat(client, temperature=1.0).choices[0].message.content for _ in range(3)}
+    assert len(texts) == 3
+
+
+def test_several_answers_are_streamed_side_by_side(client):
+    whole = chat(client, n=3, temperature=1.0, seed=1)
+    texts = ["", "", ""]
+    for chunk in chat(client, n=3, temperature=1.0, seed=1, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+
+
+def test_chats_tell_log_probabilities(client, host, tokenizer):
+    answer = chat(client, logprobs=True, top_logprobs=2)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == 12
+    for entry in entries:
+        assert len(entry.top_logprobs) == 2
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+    pieces = chat(client, logprobs=True, top_logprobs=2, stream=True)
+    streamed = [
+        entry
+        for chunk in pieces
+        if chunk.choices[0].logprobs is not None
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+
+
+def test_completions_continue_texts_and_tokens(client, host, tokenizer):
+    prompts = ["the sky", "Please choose"]
+    sampling = SamplingConfig(max_new_tokens=6)
+    asked = [Prompt(prompt, "lora") for prompt in prompts]
+    texts = generate(host, tokenizer, asked, sampling, raw=True)
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for prompt in (prompts, ids):
+        answer = client.completions.create(model="lora", prompt=prompt, max_tokens=6, temperature=0)
+        assert [choice.text for choice in answer.choices] == texts
+        assert answer.usage.completion_tokens == 12
+
+
+def test_completions_stream_and_stop(client):
+    settings: Any = {"model": "lora", "prompt": "the sky", "max_tokens": 40, "temperature": 0}
+    whole = client.completions.create(**settings).choices[0].text
+    stop = next(whole[at : at + 2] for at in range(5, 40) if whole[at : at + 2].isascii())
+    stream = client.completions.create(**settings, stop=[stop], stream=True)
+    pieces = [chunk.choices[0] for chunk in stream]
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_completions_tell_log_probabilities(client):
+    answer = client.completions.create(
+        model="mixlora", prompt="the sky", max_tokens=5, temperature=0, logprobs=2
+    )
+    told = answer.choices[0].logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == 5
+    for log_prob, top in zip(told.token_logprobs, told.top_logprobs, strict=True):
+        assert log_prob == max(top.values())
+
+
+def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(client, host, tokenizer):
+    rows = [tokenizer(text)["input_ids"] for text in ("the sky is blue", "Please choose one", "a")]
+    answer = client.completions.create(
+        model="mixlora", prompt=rows, max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    for choice, ids in zip(answer.choices, rows, strict=True):
+        told = choice.logprobs
+        logits = host(torch.tensor([ids]), adapters=["mixlora"]).logits[0].detach()
+        expected = logits.log_softmax(-1)
+        assert choice.text.startswith(tokenizer.decode(ids))
+        assert told.token_logprobs[0] is None
+        assert len(told.tokens) == len(ids) + 1
+        picked = [float(expected[at, token]) for at, token in enumerate(ids[1:])]
+        assert told.token_logprobs[1:-1] == pytest.approx(picked, abs=1e-4)
+        best = expected.max(-1).values.tolist()
+        tops = [max(top.values()) for top in told.top_logprobs[1:]]
+        assert tops == pytest.approx(best, abs=1e-4)
+
+
+def test_echo_alone_generates_nothing(client):
+    answer = client.completions.create(
+        model="lora", prompt="the sky", max_tokens=0, logprobs=0, echo=True, n=2
+    )
+    assert [choice.text for choice in answer.choices] == ["the sky", "the sky"]
+    assert answer.usage.completion_tokens == 0
+    plain = client.completions.create(model="lora", prompt="the sky", max_tokens=2, echo=True)
+    assert plain.choices[0].text.startswith("the sky")
+    assert plain.choices[0].logprobs is None
+
+
+def test_models_are_the_base_and_its_adapters(client, saved):
+    models = {model.id: model for model in client.models.list()}
+    assert set(models) == {BASE, *METHODS, "lazy-lora", "lazy-mixlora"}
+    assert models["lazy-lora"].parent == BASE
+    assert models["lazy-lora"].root == str(saved / "lazy-lora")
+    assert client.models.retrieve(BASE).parent is None
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")
+
+
+def test_adapters_of_a_directory_are_loaded_when_asked_for(client):
+    lazy, eager = chat(client, "lazy-mixlora"), chat(client, "mixlora")
+    assert lazy.choices[0].message.content == eager.choices[0].message.content
+
+
+def test_adapters_come_and_go(client, saved):
+    load = {"lora_name": "late", "lora_path": str(saved / "lazy-lora")}
+    client.post("/load_lora_adapter", body=load, cast_to=str)
+    with pytest.raises(openai.BadRequestError, match="the name 'late' is taken"):
+        client.post("/load_lora_adapter", body=load, cast_to=str)
+    late, eager = chat(client, "late"), chat(client, "lora")
+    assert late.choices[0].message.content == eager.choices[0].message.content
+    client.post("/unload_lora_adapter", body={"lora_name": "late"}, cast_to=str)
+    with pytest.raises(openai.NotFoundError, match="'late' does not exist"):
+        chat(client, "late")
+
+
+def test_an_answer_keeps_to_a_json_schema(client):
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "sky", "schema": SCHEMA}}
+    for seed in range(3):
+        answer = chat(client, response_format=schema, max_tokens=100, temperature=1.0, seed=seed)
+        said = json.loads(answer.choices[0].message.content)
+        assert said["color"] in ("blue", "red")
+        assert isinstance(said["sure"], bool)
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_tools_are_given_to_the_chat_template(client):
+    counts = [
+        chat(client, **settings).usage.prompt_tokens
+        for settings in ({}, {"tools": [TOOL]}, {"tools": [TOOL], "tool_choice": "none"})
+    ]
+    assert counts[1] > counts[0] == counts[2]
+
+
+def test_a_named_tool_is_called_with_arguments_of_its_schema(client):
+    choice = {"type": "function", "function": {"name": "paint"}}
+    settings: Any = {"tools": [TOOL], "tool_choice": choice, "max_tokens": 100}
+    call = chat(client, **settings).choices[0].message.tool_calls[0]
+    assert call.function.name == "paint"
+    assert json.loads(call.function.arguments)["color"] in ("blue", "red")
+    pieces = [
+        chunk.choices[0].delta.tool_calls[0].function
+        for chunk in chat(client, **settings, stream=True)
+        if chunk.choices[0].delta.tool_calls
+    ]
+    assert pieces[0].name == "paint"
+    assert "".join(piece.arguments for piece in pieces) == call.function.arguments
+
+
+def test_a_conversation_may_hold_calls_of_tools(client):
+    call = {"id": "1", "type": "function", "function": {"name": "paint", "arguments": "{}"}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "done"},
+    ]
+    assert chat(client, messages=messages).choices[0].message.content is not None
+
+
+def test_metrics_count_by_model(client, served):
+    for _ in range(3):
+        chat(client, "mixlora", max_tokens=20)
+    text = httpx2.get(f"{served[0]}/metrics").text
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["loraloom_requests_total", "mixlora", "length"] >= 3
+    assert samples["loraloom_generated_tokens_total", "mixlora"] >= 60
+    assert samples["loraloom_time_to_first_token_seconds_count", "mixlora"] >= 3
+    assert samples["loraloom_cache_tokens",] == 4096
+    assert samples["loraloom_cache_tokens_used",] == 0
+    load = [
+        value
+        for (name, *labels), value in samples.items()
+        if name == "loraloom_expert_tokens_total" and labels[1:] == ["mixlora", "layer 0"]
+    ]
+    assert len(load) == 4
+    assert sum(load) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 300}, "must have at most 256 tokens together"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "a " * 600}]}, "must have fewer than 256"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
+        ({"extra_body": {"max_completion_tokens": 3}}, "are the same; give one of them"),
+        ({"extra_body": {"stream_options": {}}}, "stream_options needs stream"),
+        ({"tool_choice": "auto"}, "tool_choice needs tools"),
+        ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias must have token ids from 0 to 299"),
+        ({"n": 0}, "n"),
+        ({"stop": [""]}, "stop"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
+            "the JSON schema can't be used",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_requests_are_refused_with_a_reason(client, settings, message):
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, **settings)
+    assert message in caught.value.body["message"]
+    assert caught.value.body["type"] == "invalid_request_error"
+
+
+def test_a_scale_behind_the_name_scales_the_adapter(client, host, tokenizer):
+    texts = []
+    for model, adapter in {"mixlora:0.25": ("mixlora", 0.25), "lora:1": "lora"}.items():
+        answer = chat(client, model)
+        assert answer.model == model
+        texts.append(answer.choices[0].message.content)
+        asked = [Prompt(tuple(MESSAGES), adapter)]
+        assert generate(host, tokenizer, asked, SamplingConfig(max_new_tokens=12)) == texts[-1:]
+    assert texts[0] != chat(client, "mixlora").choices[0].message.content
+    for model in ("lora:", "lora:x", "lora:nan", "lora:1e9"):
+        with pytest.raises(openai.BadRequestError, match="with a scale from -10 to 10"):
+            chat(client, model)
+
+
+@pytest.mark.parametrize("model", ["nobody", "../lora", "lora/../lora", "LORA", "a" * 300])
+def test_an_unknown_model_is_not_found(client, model):
+    with pytest.raises(openai.NotFoundError) as caught:
+        chat(client, model)
+    assert caught.value.body["code"] == "model_not_found"

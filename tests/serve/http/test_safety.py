@@ -1,0 +1,262 @@
+"""What clients do wrong, by mistake or on purpose, and what the server makes of it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from loraloom.errors import ConfigError
+from loraloom.serve.http.app import ApiOptions
+from loraloom.serve.http.server import is_loopback, listen, read_keys
+from tests.serve.http.in_process import BASE, serving
+
+CHAT: dict[str, Any] = {
+    "model": "lora",
+    "messages": [{"role": "user", "content": "one"}],
+    "max_tokens": 4,
+}
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+def http(served):
+    with httpx2.Client(base_url=served[0], timeout=30) as http:
+        yield http
+
+
+def post(http, body, path="/v1/chat/completions", **headers):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return http.post(path, content=content, headers=JSON | headers)
+
+
+def wait_until(is_so, seconds=60):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "body"),
+        (b"{", "the body must be JSON"),
+        (b"\xff\xfe", "body"),
+        (b"[]", "body"),
+        (b"null", "body"),
+        (b"[" * 100_000, "body"),
+        (
+            b'{"model": "lora", "messages": [{"role": "user", "content": "\\ud800"}]}',
+            "can't be read",
+        ),
+        (json.dumps(CHAT | {"temperature": float("nan")}).encode(), "temperature"),
+        (json.dumps(CHAT | {"seed": 10**30}).encode(), "seed"),
+        (json.dumps(CHAT | {"max_tokens": -1}).encode(), "max_tokens"),
+        (json.dumps(CHAT | {"messages": [{"role": "wizard", "content": ""}]}).encode(), "role"),
+        (json.dumps(CHAT | {"model": ["lora"]}).encode(), "model"),
+        (json.dumps(CHAT | {"tools": [{"type": "x"}]}).encode(), "tools"),
+    ],
+    ids=str,
+)
+def test_bodies_that_can_not_be_read_are_refused(http, body, message):
+    error = error_of(post(http, body), 400)
+    assert message in error["message"]
+
+
+def test_deep_json_in_schemas_and_tools_is_refused(http):
+    deep: Any = {}
+    for _ in range(400):
+        deep = {"properties": {"a": deep}}
+    response_format = {"type": "json_schema", "json_schema": {"schema": deep}}
+    function = {"name": "f", "parameters": deep}
+    for extra in (
+        {"response_format": response_format},
+        {
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        },
+    ):
+        assert post(http, CHAT | extra).status_code in (200, 400)
+    assert post(http, CHAT).status_code == 200
+
+
+def test_lone_surrogates_anywhere_are_no_fault_of_the_server(http):
+    name = '{"type": "function", "function": {"name": "f", "parameters": {"\\ud800": 1}}}'
+    body = json.dumps(CHAT)[:-1] + f', "tools": [{name}]}}'
+    assert post(http, body.encode()).status_code in (200, 400)
+
+
+def test_a_body_that_is_too_large_is_refused(http):
+    large = CHAT | {"messages": [{"role": "user", "content": "a" * 10_000_000}]}
+    assert "at most 2,097,152 bytes" in error_of(post(http, large), 413)["message"]
+
+    def chunks():
+        for _ in range(10):
+            yield b" " * 1_000_000
+
+    response = http.post("/v1/chat/completions", content=chunks(), headers=JSON)
+    error_of(response, 413)
+
+
+def test_a_prompt_as_long_as_the_body_allows_is_refused_quickly(http):
+    body = {"model": "lora", "prompt": "a " * 500_000, "max_tokens": 1}
+    error = error_of(post(http, body, "/v1/completions"), 400)
+    assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [[]], ["a", ""], [300], [-1], [[3], [10**12]], [[3], "a"], None, 5]
+)
+def test_prompts_that_are_none_are_refused(http, prompt):
+    error_of(post(http, {"model": "lora", "prompt": prompt}, "/v1/completions"), 400)
+
+
+def test_other_paths_and_methods_are_errors_with_an_object(http):
+    error_of(http.get("/v1/nothing"), 404)
+    error_of(http.get("/v1/chat/completions"), 405)
+    error_of(http.post("/v1/chat/completions", content=b"{}"), 400)
+
+
+def test_paths_can_not_be_used_to_load_from_elsewhere(http, tmp_path):
+    for body in (
+        {"lora_name": "../x", "lora_path": str(tmp_path)},
+        {"lora_name": "x", "lora_path": str(tmp_path)},
+        {"lora_name": "x", "lora_path": "\x00"},
+        {"lora_name": BASE, "lora_path": "x"},
+        {"lora_name": "x", "lora_path": "x" * 5000},
+    ):
+        error_of(post(http, body, "/v1/load_lora_adapter"), 400)
+    error_of(post(http, {"lora_name": "nobody"}, "/v1/unload_lora_adapter"), 404)
+
+
+def test_the_process_tells_its_health(http):
+    assert http.get("/health").text == http.get("/ready").text == "ok"
+
+
+def test_keys_are_asked_for(host, tokenizer):
+    options = ApiOptions(api_keys=("secret-1", "secret-2"))
+    with serving(host, tokenizer, options=options) as (url, _):
+        assert httpx2.get(f"{url}/health").status_code == 200
+        for headers in (
+            {},
+            {"Authorization": "Bearer secret"},
+            {"Authorization": "Basic secret-1"},
+        ):
+            response = httpx2.post(f"{url}/v1/chat/completions", json=CHAT, headers=headers)
+            assert error_of(response, 401)["code"] == "invalid_api_key"
+            assert httpx2.get(f"{url}/v1/models", headers=headers).status_code == 401
+            assert httpx2.get(f"{url}/docs", headers=headers).status_code == 401
+        for key in options.api_keys:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client:
+                assert client.models.list().data
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="no", max_retries=0)
+        with client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+
+
+def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
+    with serving(host, tokenizer) as (url, _):
+        body = {"lora_name": "x", "lora_path": "x"}
+        assert httpx2.post(f"{url}/v1/load_lora_adapter", json=body).status_code == 404
+        response = httpx2.get(f"{url}/v1/models", headers={"Origin": "http://elsewhere"})
+        assert "access-control-allow-origin" not in response.headers
+    options = ApiOptions(cors_origins=("http://here",), api_keys=("k",))
+    with serving(host, tokenizer, options=options) as (url, _):
+        asked = {"Origin": "http://here", "Access-Control-Request-Method": "POST"}
+        allowed = httpx2.options(f"{url}/v1/models", headers=asked)
+        assert allowed.headers["access-control-allow-origin"] == "http://here"
+
+
+def test_a_full_queue_answers_when_to_come_back(host, tokenizer):
+    long = CHAT | {"max_tokens": 200, "ignore_eos": True}
+    with serving(host, tokenizer, max_rows=1, max_waiting=1) as (url, engine):
+        threads = [
+            threading.Thread(
+                target=httpx2.post, args=(f"{url}/v1/chat/completions",), kwargs={"json": long}
+            )
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: engine.num_running + engine.num_waiting == 2)
+        response = httpx2.post(f"{url}/v1/chat/completions", json=long)
+        if response.status_code != 200:  # unless one of them has ended already
+            assert error_of(response, 429)["type"] == "rate_limit_error"
+            assert int(response.headers["retry-after"]) >= 1
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_is_not_worked_for(host, tokenizer, stream):
+    body = json.dumps(CHAT | {"max_tokens": 200, "ignore_eos": True, "stream": stream}).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with serving(host, tokenizer) as (url, engine):
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head.encode() + body)
+            wait_until(lambda: engine.num_running > 0)
+        wait_until(lambda: engine.is_idle)
+        assert engine.counts.generated_tokens.get("lora", 0) < 200
+        assert engine.cache_tokens_in_use == 0
+
+
+def test_a_stopping_server_refuses_and_lets_requests_end(host, tokenizer):
+    answers = []
+    body = CHAT | {"max_tokens": 150, "ignore_eos": True}
+    with serving(host, tokenizer) as (url, engine):
+        path = f"{url}/v1/chat/completions"
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx2.post(path, json=body, timeout=60))
+        )
+        thread.start()
+        wait_until(lambda: engine.num_running > 0)
+        engine.stop()
+        refused = httpx2.post(path, json=body)
+        assert error_of(refused, 503)["code"] == "stopping"
+        assert "retry-after" in refused.headers
+        assert httpx2.get(f"{url}/ready").status_code == 503
+        thread.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 150
+
+
+def test_addresses_that_can_not_be_used_are_errors():
+    with listen("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}"):
+            listen("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="can't listen on no such host:0"):
+        listen("no such host", 0)
+
+
+def test_loopback_is_known():
+    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.1.2.3")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "example.org", "10.0.0.1")))
+
+
+def test_keys_are_read_from_a_file(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# ours\n\nfirst\n second \n")
+    assert read_keys(path) == ["first", "second"]
+    path.write_text("# none\n")
+    with pytest.raises(ConfigError, match="must have an API key a line"):
+        read_keys(path)
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_keys(tmp_path / "missing")

@@ -1,0 +1,99 @@
+"""Which adapters are on the host, and when they come and go."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraloom.errors import ConfigError, FormatError
+from loraloom.serve.adapters import AdapterShelf, AllInUseError, UnknownModelError
+from tests.tiny import METHODS, tiny_host
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory of four adapters, and something else."""
+    directory = tmp_path_factory.mktemp("adapters")
+    host = tiny_host()
+    for name in METHODS:
+        host.save(name, directory / name)
+    (directory / "notes").mkdir()
+    return directory
+
+
+@pytest.fixture
+def host():
+    return tiny_host(configs={"own": METHODS["lora"]})
+
+
+def test_adapters_of_a_directory_are_loaded_when_they_are_asked_for(host, saved):
+    shelf = AdapterShelf(host, "base", saved)
+    assert set(shelf.names()) == {"own", *METHODS}
+    assert list(host.adapters) == ["own"]
+    with shelf.using("dora") as name:
+        assert name in host.adapters
+
+
+def test_the_one_that_was_not_used_for_longest_goes(host, saved):
+    gone = []
+    shelf = AdapterShelf(host, "base", saved, max_lazy=2, on_removed=lambda: gone.append(1))
+    for name in ("lora", "dora", "lora", "mixlora"):
+        with shelf.using(name):
+            pass
+    assert set(host.adapters) == {"own", "lora", "mixlora"}
+    assert len(gone) == 1
+
+
+def test_adapters_in_use_stay(host, saved):
+    shelf = AdapterShelf(host, "base", saved, max_lazy=1)
+    with shelf.using("lora"), pytest.raises(AllInUseError, match="at most 1 adapters"):
+        shelf.acquire("dora")
+    with shelf.using("dora"):
+        assert set(host.adapters) == {"own", "dora"}
+
+
+def test_unloading_waits_for_those_that_use_it(host, saved):
+    shelf = AdapterShelf(host, "base")
+    shelf.load("a", str(saved / "lora"))
+    with shelf.using("a") as name:
+        shelf.unload("a")
+        assert name in host.adapters
+        with pytest.raises(UnknownModelError, match="the model 'a' does not exist"):
+            shelf.acquire("a")
+    assert set(host.adapters) == {"own"}
+
+
+def test_an_adapter_that_is_loaded_again_is_another_one(host, saved):
+    shelf = AdapterShelf(host, "base")
+    shelf.load("a", str(saved / "lora"))
+    with shelf.using("a") as old:
+        shelf.load("a", str(saved / "mixlora"), replace=True)
+        with shelf.using("a") as new:
+            assert host.adapters[old].config != host.adapters[new].config
+    assert len(host.adapters) == 2
+
+
+@pytest.mark.parametrize("name", ["../lora", "lora/../lora", "notes", "", ".", "nobody"])
+def test_names_that_lead_elsewhere_do_not_exist(host, saved, name):
+    with pytest.raises(UnknownModelError, match="does not exist"):
+        AdapterShelf(host, "base", saved).acquire(name)
+
+
+def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
+    shelf = AdapterShelf(host, "base")
+    for name in ("own", "base"):
+        with pytest.raises(ConfigError, match=f"the name '{name}' is taken"):
+            shelf.load(name, str(saved / "lora"))
+    with pytest.raises(ConfigError, match="safe file name"):
+        shelf.load("../x", str(saved / "lora"))
+
+
+def test_files_that_can_not_be_used_leave_nothing(host, saved):
+    shelf = AdapterShelf(host, "base")
+    with pytest.raises(FormatError):
+        shelf.load("a", str(saved / "notes"))
+    assert list(host.adapters) == list(shelf.names()) == ["own"]
+
+
+def test_the_directory_must_exist(host, tmp_path):
+    with pytest.raises(ConfigError, match="the directory of adapters must exist"):
+        AdapterShelf(host, "base", tmp_path / "none")

@@ -1,0 +1,243 @@
+"""Rows of all methods share steps, and each says what it says alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from loraloom.errors import AdapterError, DataError
+from loraloom.models.decoding import Decoding
+from loraloom.serve.engine import (
+    Engine,
+    EngineLimits,
+    OutOfTimeError,
+    QueueFullError,
+    StoppingError,
+)
+from tests.serve.asking import TEXTS, alone, answers, finish, request, submit
+from tests.serve.conftest import NAMES, SIZES
+from tests.tiny import METHODS, tiny_host
+
+
+def requests_of_all(tokenizer, **settings):
+    return [
+        request(tokenizer, text, name, place, **settings)
+        for place, (text, name) in enumerate(zip([*TEXTS, *TEXTS], NAMES, strict=False))
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}, {"repetition_penalty": 1.8}],
+)
+def test_text_is_that_of_generate_alone_whatever_shares_the_batch(
+    make_engine, tiny_tokenizer, settings
+):
+    engine, asked = make_engine(), requests_of_all(tiny_tokenizer, **settings)
+    expected = alone(engine, tiny_tokenizer, asked)
+    assert answers(engine, asked) == expected
+    shuffled = list(range(len(asked)))
+    random.Random(1).shuffle(shuffled)
+    again = answers(engine, [asked[place] for place in shuffled])  # prompts are remembered now
+    assert again == [expected[place] for place in shuffled]
+    assert engine.counts.cached_tokens
+
+
+def test_rows_join_and_leave_at_each_step(make_engine, tiny_tokenizer):
+    engine = make_engine(max_rows=3)
+    asked = [
+        request(tiny_tokenizer, text, name, max_new_tokens=2 + 3 * place)
+        for place, (text, name) in enumerate(zip(TEXTS, NAMES, strict=False))
+    ]
+    expected = alone(engine, tiny_tokenizer, asked)
+    under_way = []
+    for one in asked:
+        under_way += submit(engine, one)
+        engine.step()
+        assert engine.num_running <= 3
+    finish(engine)
+    assert [one.text for one in under_way] == expected
+
+
+def test_rows_that_do_not_fit_wait_and_are_computed_again(make_engine, tiny_tokenizer):
+    engine = make_engine(cache_tokens=60)
+    asked = [request(tiny_tokenizer, "one", name, max_new_tokens=30) for name in NAMES[:5]]
+    expected = alone(engine, tiny_tokenizer, asked)
+    under_way = submit(engine, *asked)
+    while engine.step():
+        assert engine.cache_tokens_in_use + engine.prefix_tokens <= 60
+    assert engine.counts.num_preempted > 0
+    assert [one.text for one in under_way] == expected
+
+
+def test_long_prompts_are_read_in_pieces_between_decoding_steps(make_engine, tiny_tokenizer):
+    engine = make_engine(prefill_tokens=8)
+    (short,) = submit(engine, request(tiny_tokenizer, "one", "lora", max_new_tokens=20))
+    engine.step()
+    long = request(tiny_tokenizer, TEXTS[2] * 2, "mixlora", max_new_tokens=3)
+    (late,) = submit(engine, long)
+    seen = []
+    while not late.events:
+        before = len(short.row.new_ids)
+        engine.step()
+        seen.append(len(short.row.new_ids) - before)
+    assert len(seen) > 3
+    assert set(seen[:-1]) == {1}
+    finish(engine)
+    assert [late.text] == alone(engine, tiny_tokenizer, [long])
+
+
+def test_several_completions_of_a_prompt_are_drawn_apart_and_repeat(make_engine, tiny_tokenizer):
+    asked = [
+        request(tiny_tokenizer, "one", "dora", place, temperature=1.0, seed=3) for place in range(3)
+    ]
+    first, second = answers(make_engine(), asked), answers(make_engine(), asked[::-1])
+    assert first == second[::-1]
+    assert len(set(first)) == 3
+
+
+def test_prompts_that_begin_alike_are_read_once_for_each_adapter(make_engine, tiny_tokenizer):
+    engine = make_engine()
+    asked = [request(tiny_tokenizer, TEXTS[2], name) for name in ("lora", "lora", "dora")]
+    expected = alone(engine, tiny_tokenizer, asked)
+    assert answers(engine, asked) == expected
+    length = len(asked[0].prompt_ids)
+    assert length - 16 <= engine.counts.cached_tokens["lora"] < length
+    assert engine.counts.cached_tokens["dora"] == 0
+
+
+def test_weights_that_changed_meet_no_states_of_before(tiny_tokenizer):
+    host = tiny_host(configs={"a": METHODS["mixlora"]}, dtype=torch.float32, **SIZES)
+    engine = Engine(host, tiny_tokenizer, EngineLimits(8, 1024, 16))
+    asked = [request(tiny_tokenizer, TEXTS[2], "a")]
+    before = answers(engine, asked)
+    with torch.no_grad():
+        for parameter in host.adapters["a"].parameters():
+            parameter.mul_(2)
+    after = answers(engine, asked)
+    assert after == alone(engine, tiny_tokenizer, asked) != before
+
+
+def test_a_request_whose_client_has_gone_ends(make_engine, tiny_tokenizer):
+    engine = make_engine()
+    gone, other = submit(
+        engine,
+        request(tiny_tokenizer, "one", "lora", max_new_tokens=50),
+        request(tiny_tokenizer, "one", "dora", max_new_tokens=20),
+    )
+    engine.step()
+    engine.cancel(gone.row)
+    finish(engine)
+    assert len(gone.row.new_ids) <= 2
+    assert other.pieces[-1].finish_reason == "length"
+    assert engine.cache_tokens_in_use == 0
+
+
+def test_a_request_that_takes_too_long_fails(make_engine, tiny_tokenizer):
+    engine = make_engine(max_request_s=0.0)
+    (late,) = submit(engine, request(tiny_tokenizer, "one"))
+    finish(engine)
+    assert isinstance(late.error, OutOfTimeError)
+
+
+def test_an_adapter_that_diverged_fails_alone(tiny_tokenizer):
+    host = tiny_host(dtype=torch.float32, **SIZES)
+    with torch.no_grad():
+        next(iter(host.adapters["mixlora"].parameters())).fill_(torch.nan)
+    engine = Engine(host, tiny_tokenizer, EngineLimits(8, 1024, 16))
+    names = [None, *METHODS]
+    asked = submit(engine, *(request(tiny_tokenizer, "one", name) for name in names))
+    finish(engine)
+    failed = {name: one.error for name, one in zip(names, asked, strict=True) if one.error}
+    assert list(failed) == ["mixlora"]
+    assert "'mixlora' computes numbers that are not finite" in str(failed["mixlora"])
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+def test_an_adapter_that_raises_fails_alone(make_engine, host, tiny_tokenizer, monkeypatch, where):
+    engine = make_engine()
+    asked = [request(tiny_tokenizer, text, name) for text in TEXTS[:2] for name in NAMES]
+    expected = alone(engine, tiny_tokenizer, asked)
+    real = getattr(host, where)
+
+    def broken(first, *rest):
+        adapters = first.adapters if isinstance(first, Decoding) else rest[1]
+        if "mola" in adapters:
+            raise RuntimeError("a fault of this adapter")
+        return real(first, *rest)
+
+    monkeypatch.setattr(host, where, broken)
+    under_way = submit(engine, *asked)
+    finish(engine)
+    for one, text in zip(under_way, expected, strict=True):
+        if one.request.adapter == "mola":
+            assert str(one.error) == "a fault of this adapter"
+        else:
+            assert (one.error, one.text) == (None, text)
+
+
+def test_what_does_not_fit_is_refused(make_engine, tiny_tokenizer):
+    engine = make_engine(cache_tokens=64)
+    with pytest.raises(DataError, match="must have at most 64 tokens together, got 2 and 70"):
+        submit(engine, request(tiny_tokenizer, "one", max_new_tokens=70))
+    with pytest.raises(AdapterError, match="got 'nobody'"):
+        submit(engine, request(tiny_tokenizer, "one", "nobody"))
+
+
+def test_a_full_queue_refuses(make_engine, tiny_tokenizer):
+    engine = make_engine(max_waiting=2)
+    submit(engine, *(request(tiny_tokenizer, "one") for _ in range(2)))
+    with pytest.raises(QueueFullError, match="at most 2 requests may wait"):
+        submit(engine, request(tiny_tokenizer, "one"))
+    finish(engine)
+
+
+def test_stopping_lets_requests_end_and_takes_no_more(make_engine, tiny_tokenizer):
+    engine = make_engine()
+    (asked,) = submit(engine, request(tiny_tokenizer, "one"))
+    engine.stop()
+    with pytest.raises(StoppingError):
+        submit(engine, request(tiny_tokenizer, "one"))
+    engine.run()
+    assert asked.pieces[-1].finish_reason == "length"
+
+
+def test_penalties_and_biases_change_what_is_said(make_engine, tiny_tokenizer):
+    engine = make_engine()
+    plain, biased, penalised = (
+        request(tiny_tokenizer, "one", "lora", max_new_tokens=40, **settings)
+        for settings in ({}, {"logit_bias": {77: 100.0}}, {"frequency_penalty": 2.0})
+    )
+    asked = submit(engine, plain, biased, penalised)
+    finish(engine)
+    assert set(asked[1].row.new_ids) == {77}
+    assert len(set(asked[2].row.new_ids)) > len(set(asked[0].row.new_ids))
+
+
+def test_log_probs_are_those_of_the_model(make_engine, host, tiny_tokenizer):
+    engine = make_engine()
+    (asked,) = submit(engine, request(tiny_tokenizer, TEXTS[1], "mixlora", num_logprobs=3))
+    finish(engine)
+    ids = torch.tensor([[*asked.request.prompt_ids, *asked.row.new_ids]])
+    expected = host(ids, adapters=["mixlora"]).logits[0].detach().log_softmax(-1)
+    told = [entry for piece in asked.pieces for entry in piece.log_probs]
+    assert [entry.token for entry in told] == asked.row.new_ids
+    for place, entry in enumerate(told, start=len(asked.request.prompt_ids) - 1):
+        values, tokens = expected[place].topk(3)
+        assert [token for token, _ in entry.top] == tokens.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert entry.log_prob == pytest.approx(float(expected[place, entry.token]), abs=1e-4)
+
+
+def test_stop_texts_end_a_completion(make_engine, tiny_tokenizer):
+    engine = make_engine()
+    (whole,) = answers(engine, [request(tiny_tokenizer, "the sky", "lora", max_new_tokens=30)])
+    stop = next(whole[at : at + 3] for at in range(4, len(whole)) if whole[at : at + 3].isascii())
+    (cut,) = submit(
+        engine, request(tiny_tokenizer, "the sky", "lora", max_new_tokens=30, stop=(stop,))
+    )
+    finish(engine)
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.pieces[-1].finish_reason == "stop"

@@ -1,0 +1,88 @@
+"""Who comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from loraloom.infer.sampling import SamplingConfig
+from loraloom.serve.scheduler import Scheduler
+from loraloom.serve.sequence import GenerationRequest, Row
+from tests.conftest import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+
+
+def row(owner: str, length: int = 10) -> Row:
+    request = GenerationRequest([3] * length, owner, owner, SamplingConfig())
+    return Row(request, TOKENIZER, [], torch.device("cpu"), lambda event: None)
+
+
+def queue(scheduler: Scheduler, *rows: Row) -> None:
+    for one in rows:
+        scheduler.add(one, [])
+
+
+def admitted(scheduler: Scheduler, served: Sequence[Row] = ()) -> list[str]:
+    """Who is admitted in turn, each charged for its tokens; rows end at once."""
+    owners = []
+    while (one := scheduler.admit(list(served))) is not None:
+        scheduler.charge(one.owner, one.length)
+        owners.append(one.owner)
+    return owners
+
+
+def test_adapters_take_turns_however_many_requests_one_has():
+    scheduler = Scheduler(max_rows=4, max_tokens=1000)
+    queue(scheduler, *(row("many") for _ in range(6)), row("few"), row("few"))
+    assert admitted(scheduler)[:4] == ["many", "few", "many", "few"]
+
+
+def test_turns_are_counted_in_tokens():
+    scheduler = Scheduler(max_rows=4, max_tokens=1000)
+    queue(scheduler, *(row("long", 30) for _ in range(3)), *(row("short") for _ in range(6)))
+    assert admitted(scheduler)[:4] == ["long", "short", "short", "short"]
+
+
+def test_who_was_away_has_no_claim_to_what_others_used():
+    scheduler = Scheduler(max_rows=4, max_tokens=1000)
+    queue(scheduler, *(row("busy") for _ in range(5)))
+    for _ in range(3):
+        scheduler.charge("busy", 100)
+    queue(scheduler, *(row("late") for _ in range(4)))
+    assert admitted(scheduler)[:4] == ["busy", "late", "busy", "late"]
+
+
+def test_nobody_overtakes_a_request_that_does_not_fit():
+    scheduler = Scheduler(max_rows=4, max_tokens=100)
+    queue(scheduler, row("a", 80), row("b", 1))
+    assert scheduler.admit([row("c", 40)]) is None
+    assert admitted(scheduler) == ["a", "b"]
+
+
+def test_the_cache_is_rows_times_the_longest():
+    scheduler = Scheduler(max_rows=4, max_tokens=100)
+    assert scheduler.cached_tokens([row("a", 30), row("b", 10)]) == 60
+    assert scheduler.cached_tokens([], added=1) == 0
+
+
+def test_a_row_that_was_sent_back_is_the_next_of_its_adapter():
+    scheduler = Scheduler(max_rows=4, max_tokens=1000)
+    first, second = row("a", 1), row("a", 2)
+    queue(scheduler, second)
+    scheduler.put_back(first)
+    assert [scheduler.admit([]), scheduler.admit([])] == [first, second]
+
+
+def test_suspects_are_served_apart():
+    scheduler = Scheduler(max_rows=4, max_tokens=1000)
+    bad, good = row("bad"), row("good")
+    scheduler.suspect([bad])
+    queue(scheduler, row("bad"))
+    assert scheduler.admit([good]) is None
+    assert scheduler.admit([bad]) is not None
+    queue(scheduler, row("good"))
+    assert scheduler.admit([bad]) is None
+    scheduler.clear([bad])
+    assert scheduler.admit([bad]) is not None

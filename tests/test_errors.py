@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+from loraloom.errors import MAX_MESSAGE, FormatError, plain, shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("math", "'math'"),
+        ("\x1b[31mred\x07", r"'\x1b[31mred\x07'"),
+        ("right\u202eleft", r"'right\u202eleft'"),
+        ("\ud800", r"'\ud800'"),
+        ([1, "\x1b"], r"[1, '\x1b']"),
+        (10**300, "a number of 997 bits"),
+        ({"n": [10**5000]}, "{'n': [a number of 16610 bits]}"),
+    ],
+)
+def test_a_foreign_value_is_shown_without_what_a_terminal_obeys(value, text):
+    assert shown(value) == text
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10**6, ["x" * 10**6] * 100, {str(n): n for n in range(999)}]
+)
+def test_a_foreign_value_is_shown_short(value):
+    assert len(shown(value)) < 700
+
+
+def test_plain_text_keeps_its_lines_and_other_scripts():
+    assert plain("eine Zeile: größer\n模型") == "eine Zeile: größer\n模型"
+    assert plain("a\tb\x1b]0;title\x07") == r"a\tb\x1b]0;title\x07"
+
+
+def test_a_message_is_plain_and_short_whatever_it_is_made_of():
+    assert str(FormatError("adapter \x1b[2J: \ud800")) == r"adapter \x1b[2J: \ud800"
+    message = str(FormatError("x" * 10**6))
+    assert message.startswith("x" * MAX_MESSAGE)
+    assert len(message) == MAX_MESSAGE + 2
