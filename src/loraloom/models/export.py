@@ -79,6 +79,10 @@ def export(
         ConfigError: If the path or the dtype can't be used.
     """
     path, adapter = Path(path), host.adapter(name)
+    if host.merged is not None:
+        raise AdapterError(
+            f"no adapter may be merged to export one, {host.merged!r} is; unmerge it"
+        )
     form = to or ("moe" if adapter.config.experts_per_router else "merged")
     check_target(path, form)
     if dtype not in DTYPES:

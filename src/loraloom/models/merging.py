@@ -48,7 +48,11 @@ class Merged:
         for projection in projections:
             projection.base.check_is_floating_point()
         self._originals: list[tuple[BaseProjection, Tensor]] = []
-        self.error = self._merge(projections)
+        try:
+            self.error = self._merge(projections)
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """Put the original weights back, bit by bit."""
