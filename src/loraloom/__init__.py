@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from loraloom.infer.prompts import Prompt as Prompt
     from loraloom.infer.sampling import SamplingConfig as SamplingConfig
     from loraloom.models.attach import attach as attach
+    from loraloom.models.export import Export as Export
+    from loraloom.models.export import export as export
     from loraloom.models.host import Host as Host
     from loraloom.models.host import HostOutput as HostOutput
     from loraloom.models.loading import load_base_model as load_base_model
@@ -72,6 +74,7 @@ _HOMES = {
     "infer.prompts": ("Prompt",),
     "infer.sampling": ("SamplingConfig",),
     "models.attach": ("attach",),
+    "models.export": ("Export", "export"),
     "models.host": ("Host", "HostOutput"),
     "models.loading": ("load_base_model",),
     "training.client": ("TrainingClient", "example_of", "example_of_completion"),

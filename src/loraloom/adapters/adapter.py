@@ -82,6 +82,26 @@ class FfnRows:
     finish: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class MoeFfn:
+    """An FFN block as mixture-of-experts checkpoints have it: softmax, top_k, renormalised.
+
+    Args:
+        router: [E, D].
+        top_k: Experts of each token.
+        weight: From an expert, a projection's name and a dtype to its whole weight, [O, I].
+    """
+
+    router: Tensor
+    top_k: int
+    weight: Callable[[int, str, torch.dtype], Tensor]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.router)
+
+
 class Weights(nn.Module, ABC):
     """Trained weights that know their names in files."""
 
@@ -168,6 +188,18 @@ class Adapter(nn.Module, ABC):
             weights: What `ffn_weights` returned for each.
         """
         raise NotImplementedError(f"{cls.__name__} has no stacked form")
+
+    def as_moe(self, layer: int) -> MoeFfn:
+        """See an FFN block as experts that each have whole weights.
+
+        Raises:
+            AdapterError: If the method's routers do something else than to choose a few of these
+                for each token.
+        """
+        raise AdapterError(
+            f"adapter {self.name!r} must be a mixture whose routers choose top_k whole FFN experts "
+            f"for each token to have the form of an MoE checkpoint, got {self.config.title}"
+        )
 
     def auxiliary_loss(self, routing: Sequence[LayerRouting]) -> Tensor | None:
         """Compute what the method adds to the objective, with its coefficient; None for nothing.

@@ -33,13 +33,24 @@ class BaseProjection:
         Raises:
             AdapterError: If the base stores it quantised.
         """
+        self.check_is_floating_point()
+        return self.linear.weight  # pyright: ignore[reportReturnType]
+
+    def check_is_floating_point(self) -> None:
+        """Raise an AdapterError if the base stores the weight quantised."""
         weight = self.linear.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise AdapterError(
-                f"weight_decomposition and starts from the base's weights need these in floating "
-                f"point, got a quantised {self.key}; load the base model unquantised or do without"
+                f"weight_decomposition, merging, exporting and starts from the base's weights need "
+                f"these in floating point, got a quantised {self.key}; load the base model "
+                "unquantised or do without"
             )
-        return weight
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Put other values into W, rounded to its dtype."""
+        self.weight.copy_(weight)
+        self._squared_norms = None
 
     def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The layer's bias in the dtype of its output, [O]."""

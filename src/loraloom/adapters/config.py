@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from loraloom.adapters.keys import Shape, TensorKey, target_projections
 from loraloom.config.fields import StrictModel
-from loraloom.errors import ConfigError, shown
+from loraloom.errors import AdapterError, ConfigError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +153,21 @@ class AdapterConfig(StrictModel, ABC):
         """What to change where routers send all tokens to the same few experts."""
         return "lower learning_rate"
 
+    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
+        """Give the settings of an adapter that others of this method were combined to.
+
+        Raises:
+            AdapterError: If the method's updates can't be.
+        """
+        raise AdapterError(
+            f"adapters that are combined must have updates of the form BA, {self.title} hasn't; "
+            "give their rows scales instead"
+        )
+
+    def scaling_of(self, key: TensorKey) -> float:
+        """The factor of an update, whose B and A are at a place."""
+        return 1.0
+
     def card_lines(self) -> list[str]:
         """What a model card lists beside rank and targets."""
         return []
@@ -215,6 +230,16 @@ class LowRankConfig(AdapterConfig):
     def scaling(self) -> float:
         """The factor s of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def scaling_of(self, key: TensorKey) -> float:
+        """See AdapterConfig."""
+        return self.scaling
+
+    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
+        """See AdapterConfig: the largest rank, and a scaling of 1."""
+        rank = max(config.rank for config in (self, *others))
+        own = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
+        return type(self).model_validate({**self.model_dump(), **own, "target_modules": targets})
 
     def summary(self) -> dict[str, Any]:
         """See AdapterConfig."""

@@ -68,6 +68,22 @@ class Projection(Weights):
     def compute_B(self, dtype: torch.dtype) -> Tensor:
         """B times scaling, transposed, in the products' dtype, [S, O]."""
 
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:
+        """Compute the weight that does what the base's and the update do, `c ∘ (W + BA)`, [O, I].
+
+        Args:
+            dtype: Of the computation and the result.
+            expert: Whose update.
+            num_experts: Experts whose A lie behind one another.
+        """
+        rank = self.num_columns // num_experts
+        own = slice(expert * rank, (expert + 1) * rank)
+        update = self.compute_B(dtype)[own].T @ self.compute_A(dtype)[own]
+        merged = update.add_(self.base.weight.to(dtype))
+        row_scale = self.row_scale()
+        return merged if row_scale is None else merged.mul_(row_scale[expert].to(dtype)[:, None])
+
     def row_scale(self) -> Tensor | None:
         """DoRA's factor c of each output row, [1, O] float32 or better; None without."""
         return None

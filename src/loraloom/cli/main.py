@@ -24,6 +24,7 @@ from loraloom.cli import (
     config,
     data,
     eval,
+    export,
     generate,
     inspect,
     quickstart,
@@ -47,6 +48,7 @@ VERBS: dict[str, Command] = {
     "serve": serve.serve,
     "chat": chat.chat,
     "inspect": inspect.inspect,
+    "export": export.export,
 }
 """Verb -> function, in the order of --help."""
 

@@ -1,11 +1,11 @@
-"""Where an adapter's files are: a directory here, or a repository on the Hugging Face Hub."""
+"""Where an adapter's files are, a directory here or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from loraloom.adapters.files import CONFIG_FILE
@@ -14,6 +14,8 @@ from loraloom.errors import FormatError
 from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+"""Of the HTTP client, which huggingface_hub has changed: no connection, for instance."""
 
 
 def find_adapter(path_or_hub_id: str | Path) -> Path:
@@ -41,3 +43,36 @@ def _download(hub_id: str) -> Path:
             f"({type(error).__name__}: {reason}); check the name, the network and, for a private "
             "or gated repository, `hf auth login`"
         ) from error
+
+
+def upload_adapter(directory: Path, hub_id: str, *, private: bool) -> str:
+    """Upload an adapter's directory to a repository, which is made if it isn't there.
+
+    Args:
+        directory: With nothing but the adapter's files.
+        hub_id: `owner/name`.
+        private: Whether a new repository is.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        FormatError: If the name could not be one, or the Hub can't be reached or refuses.
+    """
+    if not _HUB_ID.fullmatch(hub_id):
+        raise FormatError(f"a Hub id must be owner/name, got {hub_id!r}")
+    api = HfApi()
+    try:
+        repository = api.create_repo(hub_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=hub_id, folder_path=directory, commit_message="Upload an adapter of loraloom"
+        )
+    except (_HTTP_ERROR, HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FormatError(
+            f"the adapter can't be put on the Hugging Face Hub as `{hub_id}` "
+            f"({type(error).__name__}: {reason}); check the network, HF_HUB_OFFLINE, and that "
+            "`hf auth login` has given a token that may write there. Without a network, save the "
+            "adapter and upload its directory later: `hf upload OWNER/NAME DIRECTORY`"
+        ) from error
+    return str(repository)

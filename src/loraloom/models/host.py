@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig, check_config
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, DataError, ModelError
+from loraloom.formats.card import model_card
 from loraloom.formats.files import read_adapter, write_adapter
+from loraloom.formats.hub import upload_adapter
 from loraloom.models.autocast import compute_dtype
+from loraloom.models.combining import Combination, combine
 from loraloom.models.decoding import Decoding
 from loraloom.models.door import Door, Rows, Visit, expand_adapters, nobody
 from loraloom.models.families import base_info, base_layers, family_of, head_of
@@ -37,6 +41,7 @@ from loraloom.models.forward import (
     segment_adapters,
 )
 from loraloom.models.layout import RowAdapter, make_layout
+from loraloom.models.merging import Merged, MergeError
 from loraloom.models.packing import (
     SampleLengths,
     check_takes_packed_rows,
@@ -109,6 +114,7 @@ class Host:
         self._training = False
         self._checkpointing = False
         self._detached = False
+        self._merged: Merged | None = None
         self._forwards = 0
 
     @property
@@ -138,6 +144,7 @@ class Host:
             ConfigError: If the name is not a safe file name, or the configuration not loraloom's.
             AdapterError: If it is taken, or target modules are not in the base model.
         """
+        self._check_unmerged("start an adapter")
         return self._register(self._build(name, config, seed))
 
     def load(self, name: str, path_or_hub_id: str | Path) -> Adapter:
@@ -179,14 +186,117 @@ class Host:
         tensors = adapter.tensors()
         write_adapter(directory, adapter.config, tensors, self.base, card, overwrite=overwrite)
 
+    def push_to_hub(
+        self, name: str, hub_id: str, *, results: str | None = None, private: bool = False
+    ) -> str:
+        """Upload an adapter's files with a model card: base model, method and results.
+
+        Args:
+            name: Of the adapter.
+            hub_id: `owner/name` of a repository, made if it isn't there.
+            results: Markdown on evaluations for the card, a table for instance.
+            private: Whether a new repository is.
+
+        Returns:
+            The repository's address; `load` takes its id.
+
+        Raises:
+            AdapterError: If there is no such adapter.
+            FormatError: If the Hub can't be reached or refuses.
+        """
+        card = model_card(self.adapter(name).config, self.base, name=name, results=results)
+        with TemporaryDirectory() as directory:
+            self.save(name, directory, card)
+            return upload_adapter(Path(directory), hub_id, private=private)
+
     def remove(self, name: str) -> None:
         """Take an adapter off and free it.
 
         Raises:
-            AdapterError: If there is none of that name.
+            AdapterError: If there is none of that name, or it is merged.
         """
         self.adapter(name)
+        if name == self.merged:
+            raise AdapterError(f"adapter {name!r} must not be merged to be removed; unmerge it")
         del self.adapters[name]
+
+    def combine(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        combination: Combination = "linear",
+        *,
+        name: str,
+        density: float | None = None,
+        seed: int = 0,
+    ) -> Adapter:
+        """Make a new adapter of several of one method, by PEFT's merge functions.
+
+        Updates are combined as PEFT's `add_weighted_adapter` does it, experts with the experts of
+        their number. Routers and DoRA's magnitudes are averaged by the weights' shares.
+
+        Args:
+            adapters: Names of those that are combined; they stay.
+            weights: A factor for each one's update, perhaps negative.
+            combination: `linear` adds A and B up, `svd` the updates BA; `ties` keeps the largest
+                values of A and B and the majority's sign, `dare_ties` random ones.
+            name: Of the new adapter, a safe file name that is not taken.
+            density: Share of the values that ties and dare_ties keep, 0.5 by default.
+            seed: Of dare_ties' draws.
+
+        Raises:
+            AdapterError: If there is no such adapter, they differ in more than rank, scaling and
+                targets, or their method's updates are no products BA.
+            ConfigError: If weights or density can't be used, or PEFT is not installed.
+        """
+        sources = [self.adapter(source) for source in adapters]
+        config, tensors = combine(sources, weights, combination, density, seed)
+        adapter = self._build(name, config, seed=0)
+        adapter.load_tensors(tensors)
+        return self._register(adapter)
+
+    @property
+    def merged(self) -> str | None:
+        """The adapter that is in the base model's weights; None for none."""
+        return None if self._merged is None else self._merged.name
+
+    def merge(self, name: str) -> MergeError:
+        """Put an adapter's updates into the base model's weights.
+
+        Rows without an adapter are its own then, at the base model's speed. Other adapters add to
+        the merged weights. The original weights are kept, on the CPU. Nothing trains, and decoding
+        sessions that have begun must not go on.
+
+        Args:
+            name: Of an adapter without routers.
+
+        Returns:
+            What rounding to the base model's dtype cost.
+
+        Raises:
+            AdapterError: If there is no such adapter, it has routers, one is merged already, or
+                the base's weights are quantised; the base model is as it was then.
+        """
+        adapter = self.adapter(name)
+        if self._merged is not None:
+            raise AdapterError(
+                f"no adapter may be merged yet, {self.merged!r} is; unmerge it first"
+            )
+        with self._inside:
+            self._merged = Merged(adapter)
+        return self._merged.error
+
+    def unmerge(self, name: str) -> None:
+        """Put the base model's weights back as they were, bit by bit.
+
+        Raises:
+            AdapterError: If that adapter is not merged.
+        """
+        if self._merged is None or name != self.merged:
+            raise AdapterError(f"the adapter to unmerge must be {self.merged}, got {name!r}")
+        with self._inside:
+            self._merged.undo()
+            self._merged = None
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter.
@@ -507,6 +617,8 @@ class Host:
     def detach(self) -> nn.Module:
         """Take everything off and return the base model as it was before `attach`."""
         self._detached = True
+        if self.merged is not None:
+            self.unmerge(self.merged)
         self._wiring.undo()
         self.adapters.clear()
         return self.model
@@ -548,6 +660,11 @@ class Host:
             return None
         name, scale = (adapter, 1.0) if isinstance(adapter, str) else _scaled_name(adapter)
         self.adapter(name)
+        if name == self.merged:
+            raise AdapterError(
+                f"adapter {name!r} is merged into the base model: give None for its rows, or "
+                "unmerge it"
+            )
         return name if scale == 1 else (name, scale)
 
     def _forward(
@@ -643,10 +760,18 @@ class Host:
         return torch.stack(present).sum() if present else None
 
     def _check_trainable(self) -> None:
+        self._check_unmerged("train")
         if self.dtype == torch.float16:
             raise ModelError(
                 "training needs a base model in bfloat16 or float32, got float16: without loss "
                 "scaling small gradients become zero; load it in another dtype"
+            )
+
+    def _check_unmerged(self, purpose: str) -> None:
+        if self.merged is not None:
+            raise AdapterError(
+                f"the base model must be without a merged adapter to {purpose}, it has "
+                f"{self.merged!r} in its weights; unmerge it first"
             )
 
     def _check_fills_no_cache(self, model_inputs: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ def load_base_model(
         "device_map": find_device(device),
         **_attention_option(attn_implementation),
     }
-    with _quiet(source), _told_as_model_error(name, source):
+    with quiet(hides_stderr=source.kind == "gguf"), _told_as_model_error(name, source):
         load = _load if source.gguf_file is None else _load_gguf
         model, tokenizer = load(name, source, options)
     _set_padding(name, model, tokenizer)
@@ -268,7 +268,7 @@ def _check_token_ids(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 
 @contextmanager
-def _quiet(source: ModelSource) -> Iterator[None]:
+def quiet(*, hides_stderr: bool = False) -> Iterator[None]:
     """Hold back warnings and progress bars of transformers, but not the bars of a download."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     download_bars = not are_progress_bars_disabled()
@@ -278,7 +278,7 @@ def _quiet(source: ModelSource) -> Iterator[None]:
         enable_progress_bars()
     try:
         # the bar of dequantising has no switch
-        with redirect_stderr(io.StringIO()) if source.kind == "gguf" else nullcontext():
+        with redirect_stderr(io.StringIO()) if hides_stderr else nullcontext():
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, resolve_targets
+from loraloom.adapters.adapter import Adapter, FfnRows, MoeFfn, SegmentTokens, resolve_targets
 from loraloom.adapters.base import BaseLayer
 from loraloom.adapters.lora.weights import LoraProjection
 from loraloom.adapters.low_rank import ffn_weights, projection_block
@@ -92,6 +92,17 @@ class MixLoraAdapter(Adapter):
             [adapter.router(layer).detach() for adapter in adapters],
             adapters[0].config.top_k,
         )
+
+    def as_moe(self, layer: int) -> MoeFfn:
+        """See Adapter."""
+        block, base = self.ffn_block(layer), self.base_layers[layer].ffn
+
+        def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:
+            if name not in block:
+                return base[name].weight.to(dtype, copy=True)  # each expert has its own
+            return block[name].merged(dtype, expert, self.config.num_experts)
+
+        return MoeFfn(self.router(layer).detach(), self.config.top_k, weight)
 
     def router(self, layer: int) -> Tensor:
         """The router's weight in a layer, [E, D]."""

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from loraloom.adapters.config import (
     MAX_NUMBER,
     MAX_RANK,
+    AdapterConfig,
     ExpertCount,
     RouterLossConfig,
     Targets,
@@ -131,6 +132,18 @@ class MixLoraConfig(RouterLossConfig, DecomposedConfig):
             return None
         names = ", ".join(base.ffn_projections)
         return f"a mixture must have experts on an FFN projection, one of {names}; got none"
+
+    def scaling_of(self, key: TensorKey) -> float:
+        """See AdapterConfig."""
+        return self.scaling if key.expert is None else self.expert_config.scaling
+
+    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
+        """See AdapterConfig; the experts have a rank of their own."""
+        mixtures = [config for config in (self, *others) if isinstance(config, MixLoraConfig)]
+        rank = max(config.expert_config.rank for config in mixtures)
+        experts = {"rank": rank, "alpha": float(rank)}
+        settings = super().combined(others, targets).model_dump()
+        return type(self).model_validate({**settings, "experts": experts})
 
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""

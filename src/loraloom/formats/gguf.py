@@ -1,0 +1,150 @@
+"""Plain adapters as GGUF files, which llama.cpp puts on a GGUF model (`--lora FILE`).
+
+    blk.{L}.attn_q.weight.lora_a [R, I], blk.{L}.attn_q.weight.lora_b [O, R], … by gguf's names
+
+`adapter.lora.alpha` is s·R, as llama.cpp's scale is alpha over lora_b's rank: what `lora_alpha` is
+without rank stabilisation. A projection whose rows llama.cpp keeps in another order has its B so.
+
+Source: llama.cpp, `convert_lora_to_gguf.py` and the `modify_tensors` of its `conversion/`.
+
+Axes: I in_features, O out_features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import (
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFType,
+    GGUFWriter,
+    Keys,
+    LlamaFileType,
+    TensorNameMap,
+    get_tensor_name_map,
+)
+from gguf.quants import quantize
+from torch import Tensor
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.low_rank import Projection
+from loraloom.errors import AdapterError
+
+_ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,
+    "mistral": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "gemma": MODEL_ARCH.GEMMA,
+    "gemma2": MODEL_ARCH.GEMMA2,
+    "gemma3_text": MODEL_ARCH.GEMMA3,
+    "phi": MODEL_ARCH.PHI2,
+    "phi3": MODEL_ARCH.PHI3,
+    "olmo2": MODEL_ARCH.OLMO2,
+    "granite": MODEL_ARCH.GRANITE,
+    "stablelm": MODEL_ARCH.STABLELM,
+    "gpt_neox": MODEL_ARCH.GPTNEOX,
+    "smollm3": MODEL_ARCH.SMOLLM3,
+}
+_PAIRED = ("llama", "mistral", "granite", "smollm3")
+"""Families whose q and k llama.cpp rotates by neighbouring rows, not by halves of a head."""
+_FILE_TYPES = {
+    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+}
+
+
+def architecture_of(base: BaseInfo) -> str:
+    """Return llama.cpp's name of a base model's architecture.
+
+    Raises:
+        AdapterError: If loraloom doesn't know how llama.cpp has it.
+    """
+    if base.model_type not in _ARCHITECTURES:
+        raise AdapterError(
+            f"a GGUF adapter's base model must be of the families {', '.join(_ARCHITECTURES)}, "
+            f"got {base.model_type}; merge the adapter and convert the whole model instead"
+        )
+    return MODEL_ARCH_NAMES[_ARCHITECTURES[base.model_type]]
+
+
+def write_gguf_adapter(
+    path: Path, adapter: Adapter, base: BaseInfo, config: Any, dtype: str
+) -> None:
+    """Write an adapter as a GGUF file.
+
+    Args:
+        path: The file.
+        adapter: Whose updates are products of two matrices.
+        base: Its base model.
+        config: The base model's configuration.
+        dtype: Of the tensors.
+
+    Raises:
+        AdapterError: If llama.cpp has no such adapters, or not on this base.
+    """
+    architecture = architecture_of(base)
+    names = get_tensor_name_map(_ARCHITECTURES[base.model_type], base.num_layers)
+    scaling = adapter.config.description()["scaling"] or 1.0
+    kind, file_type = _FILE_TYPES[dtype]
+    writer = GGUFWriter(path, architecture)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, Keys.Adapter.LORA_ALPHA.split(".")[1])
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, scaling * adapter.config.rank)
+    writer.add_file_type(file_type)
+    for projection in _projections(adapter):
+        name = _gguf_name(names, base, projection)
+        lora_B = projection.compute_B(torch.float32).T / scaling
+        stored_B = _stored_rows(lora_B, projection.name, base.model_type, config)
+        for part, tensor in (("a", projection.compute_A(torch.float32)), ("b", stored_B)):
+            values = tensor.detach().cpu().contiguous().numpy()
+            writer.add_tensor(f"{name}.weight.lora_{part}", quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _projections(adapter: Adapter) -> Iterator[Projection]:
+    if adapter.config.experts_per_router:
+        raise AdapterError(
+            f"adapter {adapter.name!r} must be without routers to be a GGUF adapter, "
+            f"got {adapter.config.title}; llama.cpp has none with routers"
+        )
+    for layer in range(len(adapter.base_layers)):
+        for block in (adapter.attention_block(layer), adapter.ffn_block(layer)):
+            yield from map(_without_row_scale, block.values())
+
+
+def _without_row_scale(projection: Projection) -> Projection:
+    if projection.row_scale() is not None:
+        raise AdapterError(
+            "an adapter must be without weight_decomposition to be a GGUF adapter: llama.cpp has "
+            "no magnitudes; export it merged into its base model instead"
+        )
+    return projection
+
+
+def _gguf_name(names: TensorNameMap, base: BaseInfo, projection: Projection) -> str:
+    path = projection.key.replace("layers", base.layers_path, 1)
+    name = names.get_name(path)
+    assert name is not None, path
+    return name
+
+
+def _stored_rows(lora_B: Tensor, name: str, model_type: str, config: Any) -> Tensor:
+    """Bring B's rows, [O, R], into the order in which llama.cpp has the projection's."""
+    heads = {"q_proj": config.num_attention_heads}
+    heads["k_proj"] = getattr(config, "num_key_value_heads", None) or heads["q_proj"]
+    if model_type in _PAIRED and name in heads:
+        return lora_B.unflatten(0, (heads[name], 2, -1)).transpose(1, 2).flatten(0, 2)
+    if name == "query_key_value":  # head by head; there all q, then all k, then all v
+        return lora_B.unflatten(0, (heads["q_proj"], 3, -1)).transpose(0, 1).flatten(0, 2)
+    return lora_B

@@ -1,0 +1,252 @@
+"""Which mixture-of-experts class of transformers computes what a mixture on a dense family does.
+
+A twin has the dense family's attention, norms and head, and in place of the FFN block a router and
+whole experts: softmax over all experts, the top_k of it, renormalised to sum to 1. Families that
+are not in the table have none: gemma's norms add 1 or come in other places, for instance.
+
+Source: transformers 5.24, the classes' `modeling_*.py`, and `conversion_mapping.py` for the names
+that their checkpoints have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraloom.adapters.adapter import MoeFfn
+from loraloom.errors import AdapterError
+
+SILENT_SIZE = 16
+"""Width of a shared expert that adds nothing; vLLM wants some."""
+_OWN_FIELDS = ("architectures", "model_type", "transformers_version", "quantization_config")
+"""Fields of a configuration that are not the twin's."""
+
+
+Place = tuple[int | slice, ...]
+"""An index of a tensor."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A mixture-of-experts class.
+
+    Args:
+        model_type: Its name in transformers.
+        fields: Its configuration's fields for the number of experts and for top_k.
+        settings: Further fields.
+        size_field: The field of the experts' width; None where it is the dense family's.
+        block: Name of the block in a decoder layer.
+        router: Name of the router's weight in it.
+        names: Of an expert's gate, up and down.
+        stacked: Experts are one tensor.
+        zeros: Tensors of the block that must add nothing, by name, and their axes; S is the width
+            of a shared expert.
+        splits_qkv: The dense family's q, k and v are one projection, the class's three.
+        loaded_block: Name of the block in the class itself.
+        loaded_names: Names of its tensors there, where they are not the checkpoint's.
+        keeps_layer_types: Layers may differ in their attention, as the dense family's do.
+    """
+
+    model_type: str
+    fields: tuple[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    size_field: str | None = None
+    block: str = "mlp"
+    router: str = "gate.weight"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stacked: bool = False
+    zeros: Mapping[str, str] = field(default_factory=dict)
+    splits_qkv: bool = False
+    loaded_block: str = "mlp"
+    loaded_names: Mapping[str, str] = field(default_factory=dict)
+    keeps_layer_types: bool = False
+
+    def ffn_tensors(
+        self, ffn: MoeFfn, ffn_names: tuple[str, ...], dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Give an FFN block's tensors by their names in the block.
+
+        Args:
+            ffn: The block of the mixture.
+            ffn_names: The dense family's names of its projections.
+            dtype: Of the computation.
+        """
+        yield self.router, ffn.router
+        if self.stacked:
+            yield from self._stacked_experts(ffn, ffn_names, dtype)
+        else:
+            for expert in range(ffn.num_experts):
+                weights = _expert_weights(ffn, expert, ffn_names, dtype)
+                for name, weight in zip(self.names, weights, strict=True):
+                    yield f"experts.{expert}.{name}.weight", weight()
+        sizes = {"E": ffn.num_experts, "D": ffn.router.shape[1], "S": SILENT_SIZE, "1": 1}
+        for name, axes in self.zeros.items():
+            yield name, ffn.router.new_zeros([sizes[axis] for axis in axes])
+
+    def _stacked_experts(
+        self, ffn: MoeFfn, ffn_names: tuple[str, ...], dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        experts = [
+            _expert_weights(ffn, expert, ffn_names, dtype) for expert in range(ffn.num_experts)
+        ]
+        inputs = torch.stack([torch.cat([gate(), up()]) for gate, up, _ in experts])
+        yield "input_linear.weight", inputs
+        yield "output_linear.weight", torch.stack([down() for *_, down in experts])
+
+    def stored_parts(self, name: str, shape: Sequence[int]) -> dict[str, Place]:
+        """Say of which tensors of the checkpoint a tensor of a loaded layer is made.
+
+        Args:
+            name: In the layer of the class.
+            shape: Its shape, [E, …] if it is all experts'.
+
+        Returns:
+            Names in the layer of the checkpoint, and each one's place in the tensor.
+        """
+        inner = name.removeprefix(f"{self.loaded_block}.")
+        if inner == name:
+            return {name: ()}
+        gate, up, down = self.names
+        size = shape[1] // 2 if len(shape) > 1 else 0
+        experts = [f"{self.block}.experts.{expert}" for expert in range(shape[0])]
+        match inner, self.stacked:
+            case "experts.gate_up_proj", False:
+                halves = {gate: slice(0, size), up: slice(size, None)}
+                return {
+                    f"{expert}.{half}.weight": (place, rows)
+                    for place, expert in enumerate(experts)
+                    for half, rows in halves.items()
+                }
+            case "experts.down_proj", False:
+                return {f"{expert}.{down}.weight": (e,) for e, expert in enumerate(experts)}
+        return {f"{self.block}.{self.loaded_names.get(inner, inner)}": ()}
+
+    def rename(self, name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
+        """Give a tensor of a decoder layer, outside of its FFN block, by the class's names.
+
+        Args:
+            name: In the layer.
+            tensor: The dense family's.
+            config: The dense family's.
+        """
+        if not self.splits_qkv or "qkv_proj" not in name:
+            yield name, tensor
+            return
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+        parts = tensor.split([head_dim * count for count in heads])
+        for letter, part in zip("qkv", parts, strict=True):
+            yield name.replace("qkv", letter), part
+
+    def config_fields(self, config: Mapping[str, Any], ffn: MoeFfn) -> dict[str, Any]:
+        """Make the fields of the class's configuration from the dense family's.
+
+        Args:
+            config: The dense family's, as `to_dict()` gives it.
+            ffn: A block of the mixture.
+        """
+        fields = {name: value for name, value in config.items() if name not in _OWN_FIELDS}
+        own = dict(zip(self.fields, (ffn.num_experts, ffn.top_k), strict=True))
+        if self.size_field is not None:
+            own[self.size_field] = config["intermediate_size"]
+        return {**fields, **self.settings, **own}
+
+
+def _expert_weights(
+    ffn: MoeFfn, expert: int, names: tuple[str, ...], dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], ...]:
+    """Give what computes an expert's gate, up and down; a fused gate_up is cut into halves."""
+    if len(names) == 3:
+        return tuple(lambda name=name: ffn.weight(expert, name, dtype) for name in names)
+    fused, down = names
+    return (
+        lambda: ffn.weight(expert, fused, dtype).chunk(2)[0],
+        lambda: ffn.weight(expert, fused, dtype).chunk(2)[1],
+        lambda: ffn.weight(expert, down, dtype),
+    )
+
+
+_MIXTRAL = Twin(
+    "mixtral",
+    ("num_local_experts", "num_experts_per_tok"),
+    {"router_jitter_noise": 0.0, "output_router_logits": False},
+    block="block_sparse_moe",
+    names=("w1", "w3", "w2"),
+)
+_QWEN_SETTINGS = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+TWINS: dict[str, Twin] = {
+    "llama": _MIXTRAL,
+    "mistral": _MIXTRAL,
+    "phi3": replace(_MIXTRAL, splits_qkv=True),
+    "qwen2": Twin(
+        "qwen2_moe",
+        ("num_experts", "num_experts_per_tok"),
+        _QWEN_SETTINGS | {"shared_expert_intermediate_size": SILENT_SIZE, "qkv_bias": True},
+        size_field="moe_intermediate_size",
+        zeros={
+            "shared_expert.gate_proj.weight": "SD",
+            "shared_expert.up_proj.weight": "SD",
+            "shared_expert.down_proj.weight": "DS",
+            "shared_expert_gate.weight": "1D",
+        },
+        keeps_layer_types=True,
+    ),
+    "qwen3": Twin(
+        "qwen3_moe",
+        ("num_experts", "num_experts_per_tok"),
+        _QWEN_SETTINGS,
+        size_field="moe_intermediate_size",
+    ),
+    "granite": Twin(
+        "granitemoe",
+        ("num_local_experts", "num_experts_per_tok"),
+        {"output_router_logits": False},
+        block="block_sparse_moe",
+        router="router.layer.weight",
+        loaded_block="block_sparse_moe",
+        loaded_names={
+            "router.weight": "router.layer.weight",
+            "experts.gate_up_proj": "input_linear.weight",
+            "experts.down_proj": "output_linear.weight",
+        },
+        stacked=True,
+    ),
+    "olmo2": Twin("flex_olmo", ("num_experts", "num_experts_per_tok"), {"norm_topk_prob": True}),
+    "ernie4_5": Twin(
+        "ernie4_5_moe",
+        ("moe_num_experts", "moe_k"),
+        {
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 0,
+            "moe_layer_end_index": -1,
+            "moe_layer_interval": 1,
+        },
+        size_field="moe_intermediate_size",
+        zeros={"moe_statics.e_score_correction_bias": "1E"},
+        loaded_names={
+            "gate.moe_statics.e_score_correction_bias": "moe_statics.e_score_correction_bias"
+        },
+    ),
+}
+"""From a dense family's `model_type` to the class that computes its mixtures."""
+
+
+def twin_of(model_type: str) -> Twin:
+    """Look a family's twin up.
+
+    Raises:
+        AdapterError: If no class computes mixtures on it.
+    """
+    if model_type not in TWINS:
+        raise AdapterError(
+            f"a mixture's base model must be of a family that a mixture-of-experts class of "
+            f"transformers computes exactly ({', '.join(TWINS)}), got {model_type}; no such class "
+            "has its norms and activations, so serve the mixture with loraloom instead"
+        )
+    return TWINS[model_type]

@@ -1,0 +1,68 @@
+"""A checkpoint's model as transformers computes it, with the weights of one module at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from loraloom.formats.checkpoint import read_index
+from loraloom.models.whole import WholeModel
+
+
+def streamed_model(whole: WholeModel, directory: Path) -> PreTrainedModel:
+    """Make a model that reads each module's weights when it runs, and then lets them go.
+
+    Args:
+        whole: What was written.
+        directory: Its checkpoint.
+    """
+    files = {name: directory / file for name, file in read_index(directory).items()}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(whole.config, dtype=torch.float32).eval()
+    layers_path = whole.host.base.layers_path
+    for index, layer in enumerate(model.get_submodule(layers_path).children()):
+        read = partial(_read, files, f"{layers_path}.{index}.", whole.layer_parts)
+        _read_when_run(layer, read)
+    for path, module in model.named_modules():
+        if not path.startswith(f"{layers_path}.") and list(module.parameters(recurse=False)):
+            tied = model.all_tied_weights_keys.get(f"{path}.weight", f"{path}.weight")
+            _read_when_run(module, partial(_read, files, tied.removesuffix("weight"), None))
+    return model
+
+
+def _read_when_run(module: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
+    shapes = module.state_dict()
+
+    def enter(*_: Any) -> None:
+        tensors = {name: read(name, empty) for name, empty in shapes.items()}
+        module.load_state_dict(tensors, assign=True)
+
+    def leave(*_: Any) -> None:
+        module.load_state_dict(shapes, assign=True)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
+
+
+def _read(
+    files: dict[str, Path],
+    prefix: str,
+    parts_of: Callable[..., Any] | None,
+    name: str,
+    empty: Tensor,
+) -> Tensor:
+    """Put a tensor together from its parts in the files, in float32."""
+    value = torch.empty_like(empty, dtype=torch.float32, device="cpu")
+    parts = {name: ()} if parts_of is None else parts_of(name, empty.shape)
+    for stored, place in parts.items():
+        with safe_open(files[prefix + stored], framework="pt") as shard:
+            value[place] = shard.get_tensor(prefix + stored)
+    return value

@@ -1,0 +1,177 @@
+"""A base model and an adapter on it as one model, whose weights are made layer by layer.
+
+Axes: O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.low_rank import Projection
+from loraloom.errors import AdapterError
+from loraloom.formats.moe import Place, twin_of
+from loraloom.models.host import Host
+from loraloom.models.merging import check_merges
+
+
+class WholeModel(ABC):
+    """What a checkpoint says: a configuration and tensors.
+
+    Args:
+        host: With the base model.
+        adapter: On it.
+
+    Raises:
+        AdapterError: If the base's weights are quantised.
+    """
+
+    config: Any
+    """In transformers' class."""
+
+    def __init__(self, host: Host, adapter: Adapter):
+        self.host = host
+        self.adapter = adapter
+        self.dtype = torch.promote_types(host.dtype, torch.float32)
+        for layer in adapter.base_layers:
+            for projection in (*layer.attention.values(), *layer.ffn.values()):
+                projection.check_is_floating_point()
+
+    @abstractmethod
+    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Give a decoder layer's tensors by their names in the layer."""
+
+    def layer_parts(self, name: str, shape: torch.Size) -> dict[str, Place]:
+        """Say of which stored tensors a loaded layer's tensor is made, and their places in it."""
+        return {name: ()}
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers."""
+        return self.config.architectures[0]
+
+    @property
+    def num_shards(self) -> int:
+        """One for each decoder layer, and one for the rest."""
+        return self.host.base.num_layers + 1
+
+    def shards(self) -> Iterator[Mapping[str, Tensor]]:
+        """Give the model's tensors by name, as many at a time as a layer has."""
+        yield dict(self._outer_tensors())
+        layers = self.host.model.get_submodule(self.host.base.layers_path)
+        for index, layer in enumerate(layers.children()):
+            prefix = f"{self.host.base.layers_path}.{index}"
+            yield {f"{prefix}.{name}": tensor for name, tensor in self.layer_tensors(index, layer)}
+
+    def _outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Embeddings, the last norm and the head, unless it is the embeddings."""
+        model, layers = self.host.model, f"{self.host.base.layers_path}."
+        tied = model.all_tied_weights_keys
+        for name, tensor in model.state_dict().items():
+            if not name.startswith(layers) and name not in tied:
+                yield name, tensor
+
+    def merged(self, projections: Mapping[str, Projection], name: str, tensor: Tensor) -> Tensor:
+        """Merge the update into a tensor if it is an adapted projection's weight."""
+        path, _, kind = name.rpartition(".")
+        if kind != "weight" or path not in projections:
+            return tensor
+        return projections[path].merged(self.dtype)
+
+    def attention(self, index: int) -> dict[str, Projection]:
+        """The adapter's projections of a layer's attention, by their names in the layer."""
+        return {p.path: p for p in self.adapter.attention_block(index).values()}
+
+    def ffn(self, index: int) -> dict[str, Projection]:
+        """The adapter's projections of a layer's FFN block, by their names in the layer."""
+        return {p.path: p for p in self.adapter.ffn_block(index).values()}
+
+
+class MergedModel(WholeModel):
+    """The base model with an adapter's updates in its weights.
+
+    Raises:
+        AdapterError: If the adapter has routers.
+    """
+
+    def __init__(self, host: Host, adapter: Adapter):
+        super().__init__(host, adapter)
+        check_merges(adapter)
+        self.config = copy.deepcopy(host.config)
+        self.config.architectures = [type(host.model).__name__]
+        if hasattr(self.config, "quantization_config"):
+            del self.config.quantization_config
+
+    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """See WholeModel."""
+        projections = self.attention(index) | self.ffn(index)
+        for name, tensor in layer.state_dict().items():
+            yield name, self.merged(projections, name, tensor)
+
+
+class MoeModel(WholeModel):
+    """A mixture as a model of the mixture-of-experts class that computes the same.
+
+    Raises:
+        AdapterError: If no class does.
+    """
+
+    def __init__(self, host: Host, adapter: Adapter):
+        super().__init__(host, adapter)
+        self.twin = twin_of(host.base.model_type)
+        fields = self.twin.config_fields(host.config.to_dict(), adapter.as_moe(0))
+        self.config = AutoConfig.for_model(self.twin.model_type, **fields)
+        with torch.device("meta"):
+            self._theirs = AutoModelForCausalLM.from_config(self.config)
+        self.config.architectures = [type(self._theirs).__name__]
+        self._check_tensors()
+
+    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """See WholeModel."""
+        base = self.host.base
+        attention = self.attention(index)
+        for name, tensor in layer.state_dict().items():
+            if not name.startswith(f"{base.ffn}."):
+                whole = self.merged(attention, name, tensor)
+                yield from self.twin.rename(name, whole, self.host.config)
+        ffn = self.adapter.as_moe(index)
+        for name, tensor in self.twin.ffn_tensors(ffn, base.ffn_projections, self.dtype):
+            yield f"{self.twin.block}.{name}", tensor
+
+    def layer_parts(self, name: str, shape: torch.Size) -> dict[str, Place]:
+        """See WholeModel."""
+        return self.twin.stored_parts(name, shape)
+
+    def _check_tensors(self) -> None:
+        """Compare what surrounds the FFN blocks with what the class has there."""
+        layers = f"{self.host.base.layers_path}.0"
+        ours = self.host.model.get_submodule(layers).state_dict()
+        biased = [name for name in ours if name.startswith(self.host.base.ffn) and "bias" in name]
+        names = {
+            new
+            for name, tensor in ours.items()
+            if not name.startswith(f"{self.host.base.ffn}.")
+            for new, _ in self.twin.rename(name, tensor, self.host.config)
+        }
+        theirs = {
+            name
+            for name in self._theirs.get_submodule(layers).state_dict()
+            if not name.startswith(f"{self.twin.loaded_block}.")
+        }
+        odd = sorted([*biased, *(names ^ theirs)])
+        kinds = set(getattr(self.host.config, "layer_types", None) or [])
+        if not self.twin.keeps_layer_types and "sliding_attention" in kinds:
+            odd.append("layers with sliding attention")
+        if odd:
+            raise AdapterError(
+                f"a mixture on this {self.host.base.model_type} can't be a "
+                f"{self.architecture}: only one of them has {', '.join(odd)}; "
+                "serve the mixture with loraloom instead"
+            )

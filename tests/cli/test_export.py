@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import loraloom
+from loraloom.cli.main import main
+from tests.infer.saved import save_tiny
+from tests.tiny import relative_error, tiny_ids
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("saved"))
+
+
+def run(saved, adapter, output, *options) -> int:
+    base = ["--base-model", str(saved / "base"), "--adapter", str(saved / adapter)]
+    return main(["export", *base, "--output", str(output), *options])
+
+
+@torch.no_grad()
+def test_a_mixture_becomes_an_moe_checkpoint(saved, tmp_path, capsys):
+    assert run(saved, "mixlora", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "MixtralForCausalLM" in said
+    assert "its logits differ from the adapter's by" in said
+    host = loraloom.attach(loraloom.load_base_model(str(saved / "base"))[0])
+    host.load("a", saved / "mixlora")
+    ids = tiny_ids(1)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative_error(loaded(ids).logits, host(ids, adapters=["a"]).logits) < 1e-4
+
+
+def test_a_lora_becomes_a_model_or_a_gguf_adapter(saved, tmp_path, capsys):
+    assert run(saved, "lora", tmp_path / "out", "--dtype", "bfloat16") == 0
+    assert run(saved, "lora", tmp_path / "lora.gguf", "--to", "gguf") == 0
+    said = capsys.readouterr().out
+    assert "LlamaForCausalLM" in said
+    assert "lora.gguf: llama" in said
+
+
+def test_a_wrong_output_is_refused_before_anything_is_loaded(saved, tmp_path, capsys):
+    assert run(saved, "lora", tmp_path / "lora", "--to", "gguf") == 2
+    assert "must be a file ….gguf" in capsys.readouterr().err
+
+
+def test_the_command_is_declared_without_importing_torch():
+    code = "import sys, loraloom.cli.export; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,167 @@
+"""Combined adapters are PEFT's for LoRA; a mixture's experts are combined one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+
+import loraloom
+from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.errors import AdapterError, ConfigError
+from loraloom.models.host import Host
+from tests.parity.test_peft import PARTS, wrapped_by_peft
+from tests.tiny import (
+    ALL_METHODS,
+    METHODS,
+    randomise,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+IDS = tiny_ids(2, 6)
+WEIGHTS = [0.7, -0.4]
+FIRST, SECOND = LoraConfig(rank=3, alpha=6), LoraConfig(rank=3, alpha=3)
+
+
+def in_both(second: LoraConfig = SECOND) -> tuple[Host, peft.PeftModel]:
+    """The adapters `a` and `b` on a host and on a model of PEFT's."""
+    model = tiny_model(dtype=torch.float32)
+    host = loraloom.attach(copy.deepcopy(model))
+    theirs = wrapped_by_peft(model, FIRST, host.base)
+    copied = {"a": FIRST, "b": second}
+    for seed, (name, config) in enumerate(copied.items()):
+        randomise(host.add(name, config), seed)
+        own = copy.deepcopy(theirs.peft_config["default"])
+        own.r, own.lora_alpha = config.rank, int(config.alpha)
+        theirs.add_adapter(name, own)
+        for key, tensor in host.adapters[name].tensors().items():
+            path, _, part = key.removeprefix("layers.").rpartition(".")
+            place = f"base_model.model.{host.base.layers_path}.{path}."
+            parameter = theirs.get_parameter(place + PARTS[part].replace("default", name))
+            with torch.no_grad():
+                parameter.copy_(tensor)
+    return host, theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("combination", ["linear", "ties", "dare_ties", "svd"])
+def test_a_combination_of_loras_is_pefts(combination):
+    host, theirs = in_both()
+    density = None if combination in ("linear", "svd") else 0.6
+    torch.manual_seed(3)
+    theirs.add_weighted_adapter(
+        ["a", "b"], WEIGHTS, "c", combination_type=combination, density=density
+    )
+    theirs.set_adapter("c")
+    theirs.eval()
+    expected = theirs(input_ids=IDS).logits
+    host.combine(["a", "b"], WEIGHTS, combination, name="c", density=density, seed=3)
+    actual = host(IDS, adapters=["c", "c"]).logits
+    if combination == "dare_ties":  # drawn in another order of the projections
+        assert actual.isfinite().all()
+        return
+    assert relative_error(actual, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_svd_joins_adapters_of_different_ranks():
+    host, theirs = in_both(LoraConfig(rank=5, alpha=5))
+    theirs.add_weighted_adapter(["a", "b"], WEIGHTS, "c", combination_type="svd")
+    theirs.set_adapter("c")
+    theirs.eval()
+    combined = host.combine(["a", "b"], WEIGHTS, "svd", name="c")
+    assert combined.config.rank == 5
+    expected = theirs(input_ids=IDS).logits
+    assert relative_error(host(IDS, adapters=["c"] * 2).logits, expected) < 1e-4
+    with pytest.raises(
+        AdapterError, match=r"must have one rank, got \[3, 5\]; combine them by svd"
+    ):
+        host.combine(["a", "b"], WEIGHTS, "linear", name="d")
+
+
+def test_dare_ties_is_drawn_by_its_seed_and_leaves_torchs_numbers_alone():
+    host, _ = in_both()
+    state = torch.random.get_rng_state()
+    drawn = [
+        host.combine(["a", "b"], WEIGHTS, "dare_ties", name=f"c{place}", seed=seed).tensors()
+        for place, seed in enumerate((1, 1, 2))
+    ]
+    assert torch.random.get_rng_state().equal(state)
+    key = "layers.0.mlp.up_proj.lora_A"
+    assert drawn[0][key].equal(drawn[1][key])
+    assert not drawn[0][key].equal(drawn[2][key])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+def test_experts_are_combined_one_by_one_and_routers_averaged(method):
+    config = METHODS[method]
+    host = tiny_host(configs={"a": config, "b": config})
+    combined = host.combine(["a", "b"], [3.0, 1.0], "svd", name="c").tensors()
+    a, b = (host.adapters[name].tensors() for name in "ab")
+    for expert in range(config.num_experts):
+        place = f"layers.1.mlp.down_proj.experts.{expert}"
+        updates = [config.scaling * t[f"{place}.lora_B"] @ t[f"{place}.lora_A"] for t in (a, b)]
+        left, values, right = torch.linalg.svd(3 * updates[0] + updates[1])
+        values[config.rank :] = 0
+        expected = (left[:, : len(values)] * values) @ right[: len(values)]
+        update = combined[f"{place}.lora_B"] @ combined[f"{place}.lora_A"]
+        torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-5)
+    averaged = ["layers.0.mlp.router"]
+    averaged += [name for name in a if name.endswith("magnitude")]
+    for name in averaged:
+        torch.testing.assert_close(combined[name], 0.75 * a[name] + 0.25 * b[name])
+    assert host.adapters["c"].config.top_k == config.top_k
+
+
+@torch.no_grad()
+def test_one_adapter_alone_is_itself():
+    experts = {"rank": 3, "alpha": 5}
+    config = MixLoraConfig(rank=2, alpha=6, num_experts=3, experts=experts)
+    host = tiny_host(configs={"a": config})
+    for combination in ("linear", "svd"):
+        host.combine(["a"], [1.0], combination, name=combination)
+        out = host(IDS, adapters=["a", "a"]).logits
+        again = host(IDS, adapters=[combination] * 2).logits
+        assert relative_error(again, out) < 1e-5
+
+
+def test_adapters_of_different_targets_are_combined_where_they_are():
+    attention = LoraConfig(rank=2, alpha=2, target_modules="attention")
+    ffn = LoraConfig(rank=2, alpha=2, target_modules=("up_proj",))
+    host = tiny_host(configs={"a": attention, "b": ffn})
+    both = host.combine(["a", "b"], [1.0, 1.0], name="c")
+    names = {*host.base.attention_projections, "up_proj"}
+    assert set(both.config.target_modules) == names
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "message"),
+    [
+        (["lora", "mixlora"], {}, AdapterError, "must agree in method"),
+        (["lora", "dora"], {}, AdapterError, "must agree in weight_decomposition"),
+        (["vera"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
+        (["moslora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
+        (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
+        (["lora", "lora"], {"density": 0.5}, ConfigError, "density is a setting of ties"),
+        (
+            ["mixlora"] * 2,
+            {"weights": [1.0, -1.0]},
+            ConfigError,
+            "weights must have a positive sum",
+        ),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(names, options, error, message):
+    host = tiny_host(configs=ALL_METHODS)
+    weights = options.pop("weights", [1.0, 1.0])
+    with pytest.raises(error, match=message):
+        host.combine(names, weights, name="c", **options)
+    assert "c" not in host.adapters

@@ -1,0 +1,251 @@
+"""Exports are loaded by others, transformers' own classes and gguf's reader, and give the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import loraloom
+from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.errors import AdapterError, ConfigError
+from loraloom.formats import moe
+from loraloom.formats.moe import TWINS
+from loraloom.models.families import FAMILIES
+from loraloom.models.host import Host
+from tests.conftest import build_tokenizer
+from tests.tiny import ALL_METHODS, METHODS, randomise, relative_error, tiny_host, tiny_ids
+
+IDS = tiny_ids(2, 12)
+FAMILIES_WITH_TWINS = [family for family in TWINS if family in FAMILIES]
+EXPORTED = {
+    "mixlora": METHODS["mixlora"],
+    "mixdora": METHODS["mixdora"],
+    "down": MixLoraConfig(rank=2, num_experts=3, top_k=1, target_modules=("down_proj",)),
+}
+
+
+def host_of(family: str, configs=METHODS, **changes) -> Host:
+    return tiny_host(family, configs, torch.float32, **{"max_position_embeddings": 256} | changes)
+
+
+def exported(host: Host, name: str, path: Path, **options) -> loraloom.Export:
+    return loraloom.export(host, build_tokenizer(), name, path, **options)
+
+
+def load(path: Path) -> PreTrainedModel:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", EXPORTED)
+@pytest.mark.parametrize("family", FAMILIES_WITH_TWINS)
+def test_an_moe_checkpoint_computes_what_the_mixture_does(tmp_path, family, method):
+    host = host_of(family, {"a": EXPORTED[method]})
+    done = exported(host, "a", tmp_path / "out")
+    loaded = load(done.path)
+    assert type(loaded).__name__ == done.architecture != type(host.model).__name__
+    logits = host(IDS, adapters=["a", "a"]).logits
+    assert relative_error(loaded(IDS).logits, logits) < 1e-4
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    ours = host.generate(IDS, torch.ones_like(IDS), ["a", "a"], **options)
+    assert loaded.generate(IDS, attention_mask=torch.ones_like(IDS), **options).equal(ours)
+    assert done.logit_error is not None
+    assert done.logit_error < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "moslora"])
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox", "gemma2"])
+def test_a_merged_model_computes_what_the_adapter_does(tmp_path, family, method):
+    host = host_of(family, {"a": ALL_METHODS[method]})
+    done = exported(host, "a", tmp_path / "out")
+    loaded = load(done.path)
+    assert type(loaded) is type(host.model)
+    logits = host(IDS, adapters=["a", "a"]).logits
+    assert relative_error(loaded(IDS).logits, logits) < 1e-4
+
+
+def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path):
+    host = host_of("llama", tie_word_embeddings=True)
+    done = exported(host, "mixlora", tmp_path / "out", dtype="bfloat16")
+    names = {path.name for path in done.path.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json"} < names
+    index = json.loads((done.path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {n for n in names if n.endswith(".safetensors")}
+    assert len(set(index["weight_map"].values())) == host.base.num_layers + 1
+    assert "lm_head.weight" not in index["weight_map"]
+    assert index["metadata"]["total_size"] == done.num_bytes
+    config = json.loads((done.path / "config.json").read_text())
+    assert config["architectures"] == ["MixtralForCausalLM"]
+    assert config["dtype"] == "bfloat16"
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (4, 2)
+
+
+@torch.no_grad()
+def test_sixteen_bits_cost_what_the_export_says(tmp_path):
+    host = host_of("llama")
+    errors = {}
+    for dtype in ("bfloat16", "float16"):
+        done = exported(host, "mixlora", tmp_path / dtype, dtype=dtype)
+        logits = host(IDS, adapters=["mixlora"] * 2).logits
+        errors[dtype] = done.logit_error
+        measured = relative_error(load(done.path)(IDS).logits, logits)
+        assert measured == pytest.approx(done.logit_error, rel=1)
+    assert 1e-3 < errors["bfloat16"] < 5e-2
+    assert errors["float16"] < errors["bfloat16"] / 3
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "to", "changes", "message"),
+    [
+        ("gemma2", "mixlora", None, {}, r"of a family .*\(llama, .* got gemma2"),
+        ("llama", "lora", "moe", {}, "mixture whose routers choose top_k whole FFN experts .*LoRA"),
+        ("llama", "mixlora", "merged", {}, "must be without routers to be merged"),
+        ("llama", "mixlora", None, {"attention_bias": True}, "can't be a Mixtral.*q_proj.bias"),
+        ("llama", "mixlora", None, {"mlp_bias": True}, "can't be a Mixtral.*down_proj.bias"),
+    ],
+)
+def test_what_no_class_computes_is_refused_with_the_reason(
+    tmp_path, family, name, to, changes, message
+):
+    with pytest.raises(AdapterError, match=message):
+        exported(host_of(family, **changes), name, tmp_path / "out", to=to)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["hydralora", "mola"])
+def test_routers_of_single_projections_have_no_moe_form(tmp_path, method):
+    host = host_of("llama", {"a": ALL_METHODS[method]})
+    with pytest.raises(AdapterError, match="mixture whose routers choose top_k whole FFN experts"):
+        exported(host, "a", tmp_path / "out")
+
+
+def test_files_that_compute_something_else_are_an_error_and_go(tmp_path, monkeypatch):
+    host = host_of("llama")
+    twin = TWINS["llama"]
+    swapped = {"llama": type(twin)(**vars(twin) | {"settings": {"rms_norm_eps": 0.5}})}
+    monkeypatch.setattr(moe, "TWINS", swapped)
+    with pytest.raises(AdapterError, match=r"logits must be the adapter's within 0\.0001"):
+        exported(host, "mixlora", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "message"),
+    [
+        ("there", None, "must not be there yet"),
+        ("file", None, "must not be there yet"),
+        ("adapter.gguf", None, "a directory"),
+        ("adapter", "gguf", "a file"),
+    ],
+)
+def test_an_output_that_cannot_be_used_is_refused(tmp_path, path, to, message):
+    (tmp_path / "there" / "kept").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=message):
+        exported(host_of("llama"), "lora", tmp_path / path, to=to)
+    assert (tmp_path / "there" / "kept").is_dir()
+
+
+def gguf_of(host: Host, name: str, path: Path, **options) -> GGUFReader:
+    done = exported(host, name, path / "adapter.gguf", to="gguf", **options)
+    assert done.num_bytes == done.path.stat().st_size
+    return GGUFReader(done.path)
+
+
+def values(reader: GGUFReader, name: str) -> np.ndarray:
+    (found,) = [tensor.data for tensor in reader.tensors if tensor.name == name]
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_a_gguf_adapter_has_llama_cpps_names_and_alpha(tmp_path, stabilized):
+    config = LoraConfig(rank=4, alpha=6, rank_stabilized=stabilized)
+    host = host_of("qwen2", {"a": config})
+    reader = gguf_of(host, "a", tmp_path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "qwen2"
+    assert fields["general.type"] == "adapter"
+    assert fields["adapter.type"] == "lora"
+    assert fields["adapter.lora.alpha"] == (12 if stabilized else 6)  # llama.cpp divides by rank
+    ours = host.adapters["a"].tensors()
+    pairs = {"attn_q": "self_attn.q_proj", "attn_output": "self_attn.o_proj"}
+    pairs |= {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    for theirs, path in pairs.items():
+        for part in "ab":
+            expected = ours[f"layers.1.{path}.lora_{part.upper()}"].numpy()
+            stored = values(reader, f"blk.1.{theirs}.weight.lora_{part}")
+            np.testing.assert_allclose(stored, expected, rtol=1e-6)
+    assert len(reader.tensors) == len(ours)
+
+
+def test_rows_that_llama_cpp_rotates_in_pairs_are_put_in_pairs(tmp_path):
+    host = host_of("llama", {"a": LoraConfig(rank=4, alpha=4)})
+    reader = gguf_of(host, "a", tmp_path)
+    heads, size = host.config.num_key_value_heads, host.config.head_dim
+    expected = host.adapters["a"].tensors()["layers.0.self_attn.k_proj.lora_B"]
+    stored = values(reader, "blk.0.attn_k.weight.lora_b")
+    for head in range(heads):
+        for row in range(size // 2):
+            for half in range(2):
+                theirs = stored[head * size + 2 * row + half]
+                ours = expected[head * size + half * (size // 2) + row]
+                np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-6)
+
+
+def test_a_fused_qkv_is_regrouped(tmp_path):
+    host = host_of("gpt_neox", {"a": LoraConfig(rank=4, alpha=4)})
+    reader = gguf_of(host, "a", tmp_path)
+    own = host.adapters["a"].tensors()["layers.0.attention.query_key_value.lora_B"]
+    stored = values(reader, "blk.0.attn_qkv.weight.lora_b")
+    heads = host.config.num_attention_heads
+    per_head = own.view(heads, 3, -1, 4)
+    for place in range(3):
+        expected = per_head[:, place].reshape(-1, 4)
+        rows = stored[place * len(expected) : (place + 1) * len(expected)]
+        np.testing.assert_allclose(rows, expected.numpy(), rtol=1e-6)
+
+
+def test_gguf_tensors_may_have_16_bits(tmp_path):
+    host = host_of("qwen2", {"a": LoraConfig(rank=4, alpha=4)})
+    reader = gguf_of(host, "a", tmp_path, dtype="float16")
+    stored = values(reader, "blk.0.attn_v.weight.lora_a")
+    assert stored.dtype == np.float16
+    expected = host.adapters["a"].tensors()["layers.0.self_attn.v_proj.lora_A"]
+    np.testing.assert_allclose(stored, expected.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dora", "mixlora"])
+def test_what_llama_cpp_has_no_adapter_for_is_refused(tmp_path, name):
+    with pytest.raises(AdapterError, match="to be a GGUF adapter"):
+        exported(host_of("llama"), name, tmp_path / "a.gguf", to="gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_is_exported_exactly(tmp_path):
+    model, tokenizer = loraloom.load_base_model("smollm2-135m")
+    host = loraloom.attach(model)
+    randomise(host.add("a", MixLoraConfig(rank=4, num_experts=3, top_k=2)))
+    for parameter in host.adapters["a"].parameters():
+        parameter.mul_(0.1)
+    done = loraloom.export(host, tokenizer, "a", tmp_path / "out")
+    loaded = load(done.path)
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    logits = host(ids, adapters=["a"]).logits
+    assert float((loaded(ids).logits - logits).abs().max()) < 1e-4 * float(logits.abs().max())
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    mask = torch.ones_like(ids)
+    ours = host.generate(ids, mask, ["a"], **options)
+    assert loaded.generate(ids, attention_mask=mask, **options).equal(ours)

@@ -1,0 +1,119 @@
+"""An adapter in the base model's weights: its rows are the base's, and the way back is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.adapters import LoraConfig
+from loraloom.errors import AdapterError
+from tests.tiny import ALL_METHODS, METHODS, relative_error, tiny_host, tiny_ids
+
+IDS = tiny_ids(2, 6)
+MERGEABLE = {
+    "lora": METHODS["lora"],
+    "rslora": LoraConfig(rank=3, alpha=6, rank_stabilized=True),
+    "dora": METHODS["dora"],
+    "vera": ALL_METHODS["vera"],
+    "moslora": ALL_METHODS["moslora"],
+}
+
+
+def weights(host) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
+
+
+def assert_same_bits(actual, expected) -> None:
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", MERGEABLE)
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt_neox"])
+def test_base_rows_are_the_merged_adapters(family, method):
+    host = tiny_host(family, {"law": MERGEABLE[method]})
+    expected, before = host(IDS, adapters=["law"] * 2).logits, weights(host)
+    error = host.merge("law")
+    assert host.merged == "law"
+    assert relative_error(host(IDS).logits, expected) < 1e-9
+    assert error.of_update < 1e-12
+    host.unmerge("law")
+    assert host.merged is None
+    assert_same_bits(weights(host), before)
+    assert torch.equal(host(IDS, adapters=["law"] * 2).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_cost_of_rounding_is_measured_and_undone(dtype):
+    host = tiny_host(configs={"law": MERGEABLE["lora"]}, dtype=dtype)
+    before = weights(host)
+    adapter = host.adapters["law"]
+    exact, base = adapter.ffn_block(0)["up_proj"].merged(torch.float64), host.base
+    error = host.merge("law")
+    merged = host.model.get_parameter(f"{base.layers_path}.0.mlp.up_proj.weight").double()
+    start = before[f"{base.layers_path}.0.mlp.up_proj.weight"].double()
+    of_one = float((merged - exact).norm() / (exact - start).norm())
+    assert error.of_update == pytest.approx(of_one, rel=0.5)
+    assert error.of_weights <= error.of_update
+    assert error.of_weights < torch.finfo(dtype).eps
+    host.unmerge("law")
+    assert_same_bits(weights(host), before)
+
+
+@torch.no_grad()
+def test_other_adapters_add_to_the_merged_weights():
+    """A LoRA's update is the same; a DoRA's rows are those of the weights that are there."""
+    host = tiny_host(configs={"law": METHODS["lora"], "dora": METHODS["dora"]})
+    both = host.adapters["law"].attention_block(0)["q_proj"].merged(torch.float64)
+    dora = host.adapters["dora"].attention_block(0)["q_proj"]
+    host.merge("law")
+    update = dora.compute_B(torch.float64).T @ dora.compute_A(torch.float64)
+    norms = (both + update).norm(dim=1, keepdim=True)
+    expected = (both + update) * dora.lora_magnitude_vector.T / norms
+    torch.testing.assert_close(dora.merged(torch.float64), expected)
+    host.unmerge("law")
+    base = host.adapters["law"].attention_block(0)["q_proj"].base.weight
+    norms = (base + update).norm(dim=1, keepdim=True)
+    expected = (base + update) * dora.lora_magnitude_vector.T / norms
+    torch.testing.assert_close(dora.merged(torch.float64), expected)
+
+
+@torch.no_grad()
+def test_a_lora_beside_a_merged_one_is_the_sum_of_both():
+    host = tiny_host(configs={"law": LoraConfig(rank=2), "math": LoraConfig(rank=2)})
+    small = host.adapters["law"].attention_block(0)["q_proj"].merged(torch.float64)
+    other = host.adapters["math"].attention_block(0)["q_proj"]
+    host.merge("law")
+    update = other.compute_B(torch.float64).T @ other.compute_A(torch.float64)
+    torch.testing.assert_close(other.merged(torch.float64), small + update)
+    mixed = host(IDS, adapters=["math", None]).logits
+    assert relative_error(mixed[1], host(IDS).logits[1]) < 1e-12
+    assert relative_error(mixed[0], host(IDS).logits[0]) > 1e-3
+
+
+def test_what_a_merged_adapter_forbids_is_said():
+    host = tiny_host()
+    with pytest.raises(AdapterError, match="must be without routers to be merged"):
+        host.merge("mixlora")
+    host.merge("lora")
+    with pytest.raises(AdapterError, match="give None for its rows, or unmerge it"):
+        host(IDS, adapters=["lora", None])
+    with pytest.raises(AdapterError, match="without a merged adapter to train"):
+        host(IDS, adapters=["dora", None], training=True)
+    with pytest.raises(AdapterError, match="without a merged adapter to start an adapter"):
+        host.add("new", METHODS["lora"])
+    with pytest.raises(AdapterError, match="no adapter may be merged yet, 'lora' is"):
+        host.merge("dora")
+    with pytest.raises(AdapterError, match="must not be merged to be removed"):
+        host.remove("lora")
+    with pytest.raises(AdapterError, match="the adapter to unmerge must be lora, got 'dora'"):
+        host.unmerge("dora")
+
+
+@torch.no_grad()
+def test_detaching_gives_the_untouched_model_back():
+    host = tiny_host(configs={"law": METHODS["lora"]})
+    before = weights(host)
+    host.merge("law")
+    assert_same_bits(host.detach().state_dict(), before)

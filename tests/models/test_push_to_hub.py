@@ -1,0 +1,77 @@
+"""What goes to the Hub: an adapter's files and its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from loraloom.adapters.files import CONFIG_FILE
+from loraloom.errors import AdapterError, FormatError
+from loraloom.formats import hub
+from tests.tiny import METHODS, tiny_host
+
+
+class Hub:
+    """Stands in for huggingface_hub's API, and keeps what it is given."""
+
+    def __init__(self):
+        self.made: dict[str, Any] = {}
+        self.files: dict[str, bytes] = {}
+
+    def create_repo(self, repo_id: str, **options: Any) -> str:
+        self.made[repo_id] = options
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        assert repo_id in self.made
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_an_adapter_goes_with_a_card_of_base_method_and_results(monkeypatch, tmp_path, method):
+    there = Hub()
+    monkeypatch.setattr(hub, "HfApi", lambda: there)
+    host = tiny_host()
+    address = host.push_to_hub(method, "me/math", results="| task | % |\n|---|---|", private=True)
+    assert address == "https://hub/me/math"
+    assert there.made == {"me/math": {"private": True, "exist_ok": True}}
+    assert set(there.files) == {CONFIG_FILE, "adapter_model.safetensors", "README.md"}
+    card = there.files["README.md"].decode()
+    for text in (METHODS[method].title, "architecture: llama", "| task | % |", f"# {method}"):
+        assert text in card
+    for name, content in there.files.items():
+        (tmp_path / name).write_bytes(content)
+    assert host.load("again", tmp_path).config == host.adapters[method].config
+
+
+def test_no_network_is_an_error_that_says_what_to_do(monkeypatch):
+    class Offline(Hub):
+        def create_repo(self, repo_id: str, **options: Any) -> str:
+            raise OfflineModeIsEnabled("offline mode is enabled")
+
+    monkeypatch.setattr(hub, "HfApi", Offline)
+    with pytest.raises(FormatError, match=r"offline mode is enabled\); check .*hf upload"):
+        tiny_host().push_to_hub("lora", "me/math")
+
+
+def test_a_connection_that_is_refused_is_one_too(monkeypatch):
+    api = HfApi(endpoint="http://127.0.0.1:9", token="hf_none")
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    with pytest.raises(FormatError, match="can't be put on the Hugging Face Hub"):
+        tiny_host().push_to_hub("lora", "me/math")
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id", "error", "message"),
+    [
+        ("lora", "math", FormatError, "a Hub id must be owner/name, got 'math'"),
+        ("nobody", "me/math", AdapterError, "one of those on this host"),
+    ],
+)
+def test_wrong_names_are_refused(name, hub_id, error, message):
+    with pytest.raises(error, match=message):
+        tiny_host().push_to_hub(name, hub_id)
