@@ -109,6 +109,8 @@ def serve(
             f"--host {host} can be reached from other machines: give --api-key-file, or "
             "--no-api-key if anybody may ask"
         )
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        raise ConfigError(f"--adapter-dir must be a directory, there is no {adapter_dir}")
     check_sources(base_model, adapters, device)
     with listen(host, port) as sock:
         model, tokenizer = load_host(base_model, {}, dtype, device, attn_implementation)
