@@ -69,13 +69,9 @@ def throughput(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     host, tokenizer = save_adapters(args, directory, MIXTURES)
     prompts = [chat_of(number) for number in range(args.chats)]
     mixed = [(*MIXTURES, args.base_model)[number % 5] for number in range(args.chats)]
+    tokenizer.padding_side = "left"
     batch = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_dict=True,
+        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
 
     def static() -> None:
