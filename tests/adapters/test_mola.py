@@ -88,12 +88,22 @@ def test_each_layer_has_its_number_of_experts():
         ({"num_experts": (4, 1)}, r"top_k must be in \[1, num_experts=1\], got 2"),
         ({"num_experts": ()}, r"num_experts.*\(\)|top_k must be in"),
         ({"num_experts": (4, 0)}, "greater than or equal to 1"),
-        ({"num_experts": (4, 8)}, "router_loss_scope must be per_layer where .*, got pooled"),
+        (
+            {"num_experts": (4, 8), "router_loss_scope": "pooled"},
+            "router_loss_scope must be per_layer where num_experts differs by layer, got pooled",
+        ),
     ],
 )
 def test_settings_that_fit_no_model_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         MolaConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("counts", "scope"), [([3, 4], "per_layer"), ((3, 4), "per_layer"), ((4, 4), "pooled")]
+)
+def test_losses_are_pooled_by_default_where_they_can_be(counts, scope):
+    assert MolaConfig(num_experts=counts).router_loss_scope == scope
 
 
 @pytest.mark.parametrize("counts", [(4,), (4, 4, 4)])

@@ -14,6 +14,7 @@ from loraloom.eval.routing import (
     token_texts,
     words_by_expert,
 )
+from loraloom.report.files import AdapterRouting
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
 
@@ -42,19 +43,28 @@ def test_every_mixture_is_there_and_nobody_else(summary):
 
 
 def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
-    """A MoLA has routers of its own everywhere; HydraLoRA's choose nothing, and are left out."""
+    """MoLA and HydraLoRA have routers of their own everywhere; HydraLoRA's choose nothing."""
     host = scoring_host()
     for name in ("mola", "hydralora"):
         randomise(host.add(name, ALL_METHODS[name]))
     summary = tallied(host, tiny_tokenizer, [*NAMES, "mola", "hydralora"])
-    assert list(summary) == ["mixlora", "mixdora", "mola"]
-    mola = summary["mola"]
-    assert mola["num_experts"] == 4
-    assert mola["layers"][:2] == ["0.self_attn.q_proj", "0.self_attn.k_proj"]
-    assert len(mola["layers"]) == 2 * 7
-    for row in mola["tasks"]["toy"]["load"]:
-        assert len(row) == 4
-        assert sum(row) == pytest.approx(1, abs=1e-5)
+    assert list(summary) == ["mixlora", "mixdora", "mola", "hydralora"]
+    for name, num_experts in (("mola", 4), ("hydralora", 3)):
+        routing, task = summary[name], summary[name]["tasks"]["toy"]
+        assert routing["num_experts"] == num_experts
+        assert routing["layers"][:2] == ["0.self_attn.q_proj", "0.self_attn.k_proj"]
+        assert len(routing["layers"]) == 2 * 7
+        for row in task["load"]:
+            assert len(row) == num_experts
+            assert sum(row) == pytest.approx(1, abs=1e-5)
+        assert [*task["example"]["experts"]] == [words["layer"] for words in routing["words"]]
+        assert all(0 < w["share"] <= 1 for e in routing["words"][0]["experts"] for w in e)
+    hydra = summary["hydralora"]
+    assert hydra["top_k"] == 3
+    assert hydra["warnings"] == []
+    assert len({round(share, 3) for share in hydra["tasks"]["toy"]["load"][0]}) == 3
+    for routing in summary.values():  # the report reads what is written
+        AdapterRouting.model_validate_json(json.dumps(routing, allow_nan=False))
     json.dumps(summary, allow_nan=False)
 
 

@@ -145,6 +145,9 @@ def test_layers_with_several_routers_have_names(run, tmp_path):
     content = evaluation()
     routing = content["routing"]["mix"]
     routing["layers"] = [f"{layer}.self_attn" for layer in routing["layers"]]
+    for task in routing["tasks"].values():
+        experts = task["example"]["experts"]
+        task["example"]["experts"] = {f"{layer}.self_attn": own for layer, own in experts.items()}
     page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])
     assert '<th scope="row">0.self_attn</th>' in page
 

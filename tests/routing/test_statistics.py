@@ -58,6 +58,15 @@ def test_values_are_means_over_layers():
     assert statistics.load_cv == pytest.approx(0.5)
 
 
+def test_the_load_of_a_router_that_mixes_all_experts_is_their_weights():
+    """Its choices would be even whatever it does."""
+    logits = torch.tensor([[4.0, 0, 0], [2.0, 0, 1]])
+    statistics = load_statistics([layer(logits, 3)])
+    load = logits.softmax(-1).sum(0)
+    assert statistics.load_cv == pytest.approx(float(load.std(correction=0) / load.mean()))
+    assert statistics.tokens_per_expert == {(0, None): [2, 0, 0]}
+
+
 def test_layers_without_tokens_and_single_experts_count_as_balanced():
     statistics = load_statistics([layer(torch.zeros(0, 3))])
     assert (statistics.entropy, statistics.load_cv) == (1, 0)

@@ -170,6 +170,14 @@ def test_clients_on_one_host_share_forwards_and_learn_as_alone(monkeypatch):
         assert_same(grads_of(clients[place]), grads_of(alone[place]), 1e-6)
 
 
+def test_requests_of_one_adapter_need_a_forward_each():
+    client = new_client()
+    request = client.request(toy_examples(2))
+    with pytest.raises(ConfigError, match="requests must each be of another adapter, got a, a"):
+        run_requests(client.host, [request, request], PAD_ID)
+    assert grads_of(client) == {}
+
+
 def test_a_learning_rate_holds_from_its_step_on_and_loraplus_keeps_its_ratio():
     optimizer = OptimizerConfig(optimizer="sgd", learning_rate=0.1, loraplus_lr_ratio=4)
     client = new_client(optimizer=optimizer)

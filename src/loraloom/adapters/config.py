@@ -40,6 +40,8 @@ class AdapterConfig(StrictModel, ABC):
     """What adapter_config.json calls the method."""
     layout: ClassVar[Literal["peft", "reference", "native"]] = "native"
     """How tensors are named on disk; see formats/."""
+    title: ClassVar[str]
+    """The method as papers spell it; a property where a setting makes a variant of it."""
     formula: ClassVar[str]
     """What an adapted projection computes, in a line."""
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -68,11 +70,6 @@ class AdapterConfig(StrictModel, ABC):
             f"target_modules must be {', '.join(groups)} or a list of module names, got "
             f"{shown(targets)}"
         )
-
-    @property
-    @abstractmethod
-    def title(self) -> str:
-        """The method as papers spell it, with its variant."""
 
     @abstractmethod
     def build(

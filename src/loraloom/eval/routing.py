@@ -24,7 +24,7 @@ from loraloom.adapters.config import AdapterConfig
 from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
-from loraloom.routing.record import LayerRouting
+from loraloom.routing.record import LayerRouting, RouterName
 from loraloom.routing.statistics import load_shares
 from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
 
@@ -50,7 +50,7 @@ class TaskRouting:
 
     questions: set[int] = field(default_factory=set)
     totals: RoutingTotals | None = None
-    example: tuple[list[int], dict[int, list[int]]] | None = None
+    example: tuple[list[int], dict[int | str, list[int]]] | None = None
 
 
 @dataclass
@@ -70,6 +70,11 @@ class AdapterRouting:
     word_layers: Sequence[int] = ()
     word_counts: Tensor | None = None
 
+    @property
+    def num_chosen(self) -> int:
+        """Experts that a token chooses; the one of most weight where a router mixes all."""
+        return self.config.experts_per_token or 1
+
     def count_words(
         self, token_ids: Tensor, routing: Sequence[LayerRouting], vocab_size: int
     ) -> None:
@@ -81,7 +86,7 @@ class AdapterRouting:
             self.word_counts = torch.zeros(shape, dtype=torch.int32)
         one = torch.ones((), dtype=torch.int32)
         for counts, layer in zip(self.word_counts, self.word_layers, strict=True):
-            chosen = routing[layer].selected_experts.cpu()  # (T, K)
+            chosen = routing[layer].selected_experts[:, : self.num_chosen].cpu()  # (T, K)
             counts.index_put_((token_ids[:, None], chosen), one, accumulate=True)
 
 
@@ -90,7 +95,7 @@ class RoutingTally:
 
     Args:
         host: With the adapters.
-        adapters: Names; None is the base model. Only those whose routers choose are looked at.
+        adapters: Names; None is the base model. Those without routers are left out.
     """
 
     def __init__(self, host: Host, adapters: Sequence[str | None]):
@@ -99,7 +104,7 @@ class RoutingTally:
         self.adapters = {
             name: AdapterRouting(config)
             for name, config in configs.items()
-            if config.experts_per_token is not None
+            if config.experts_per_router > 0
         }
 
     def of(self, task: str) -> OnRouting | None:
@@ -109,15 +114,19 @@ class RoutingTally:
         return (lambda routed: self._add(task, routed)) if self.adapters else None
 
     def _add(self, task: str, routed: RoutedRows) -> None:
-        adapter = self.adapters.get(routed.adapter)
-        if adapter is None:  # its router mixes all experts: there are no choices to add up
-            return
+        adapter = self.adapters[routed.adapter]
         of_task, totals = adapter.tasks[task], routing_totals(routed.routing)
         of_task.questions.update(routed.places)
         of_task.totals = totals if of_task.totals is None else of_task.totals + totals
         token_ids = torch.tensor([token for row in routed.rows for token in row.input_ids])
         adapter.count_words(token_ids, routed.routing, self._vocab_size)
         of_task.example = of_task.example or _example(routed, adapter.word_layers)
+
+
+def router_label(router: RouterName) -> int | str:
+    """Name a router in the JSON file: its layer, and its projection if it has one of its own."""
+    layer, projection = router
+    return layer if projection is None else f"{layer}.{projection}"
 
 
 def some_layers(num_layers: int) -> list[int]:
@@ -127,7 +136,7 @@ def some_layers(num_layers: int) -> list[int]:
 
 def _example(
     routed: RoutedRows, layers: Sequence[int]
-) -> tuple[list[int], dict[int, list[int]]] | None:
+) -> tuple[list[int], dict[int | str, list[int]]] | None:
     """Take the context of the first question's first choice out of a forward; None if not there."""
     start = 0
     for place, row in zip(routed.places, routed.rows, strict=True):
@@ -135,10 +144,8 @@ def _example(
             length = min(row.branches.count(0), MAX_EXAMPLE_TOKENS)
             tokens = slice(start, start + length)
             chosen = {
-                routed.routing[layer].layer: routed.routing[layer]
-                .selected_experts[tokens, 0]
-                .tolist()
-                for layer in layers
+                router_label(record.router): record.selected_experts[tokens, 0].tolist()
+                for record in map(routed.routing.__getitem__, layers)
             }
             return row.input_ids[:length], chosen
         start += len(row.input_ids)
@@ -167,10 +174,10 @@ def _summarise_adapter(
     covered = {task: one.totals for task, one in adapter.tasks.items() if one.totals is not None}
     some = next(iter(covered.values()), None)
     routers = () if some is None else some.routers
-    layers = [layer if block is None else f"{layer}.{block}" for layer, block in routers]
+    layers = [router_label(router) for router in routers]
     return {
         "num_experts": adapter.config.experts_per_router,
-        "top_k": adapter.config.experts_per_token,
+        "top_k": adapter.config.experts_per_token or adapter.config.experts_per_router,
         "layers": layers,
         "tasks": {
             task: _summarise_task(one, tokenizer, num_questions[task])
@@ -186,11 +193,11 @@ def _summarise_adapter(
 
 def _find_warnings(totals: Sequence[RoutingTotals], config: AdapterConfig) -> list[str]:
     """Judge the load over all tasks."""
-    if not totals:
+    if not totals or config.experts_per_token is None:
         return []
     together = reduce(operator.add, totals)
-    counts = dict(zip(together.routers, together.tokens_per_expert.tolist(), strict=True))
-    found = find_collapse(counts, config.experts_per_token or 0)
+    counts = dict(zip(together.routers, together.tokens_per_expert.long().tolist(), strict=True))
+    found = find_collapse(counts, config.experts_per_token)
     return [f"{text}; train again: {config.collapse_advice}" for text in found.values()]
 
 
@@ -239,12 +246,14 @@ def _summarise_words(
 ) -> list[dict[str, Any]]:
     if adapter.word_counts is None:
         return []
-    top_k = adapter.config.experts_per_token or 0
     return [
         {
             "layer": layers[layer],
             "experts": [
-                [_describe_word(token, counts[token], expert, top_k, tokenizer) for token in tokens]
+                [
+                    _describe_word(token, counts[token], expert, adapter.num_chosen, tokenizer)
+                    for token in tokens
+                ]
                 for expert, tokens in enumerate(words_by_expert(counts))
             ],
         }
@@ -253,10 +262,10 @@ def _summarise_words(
 
 
 def _describe_word(
-    token_id: int, counts: Tensor, expert: int, top_k: int, tokenizer: PreTrainedTokenizerBase
+    token_id: int, counts: Tensor, expert: int, num_chosen: int, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     (text,) = token_texts([token_id], tokenizer)
-    share = int(counts[expert]) * top_k / int(counts.sum())
+    share = int(counts[expert]) * num_chosen / int(counts.sum())
     return {"token": text, "count": int(counts[expert]), "share": round(share, 4)}
 
 

@@ -62,6 +62,11 @@ class InputGroup:
     A: Tensor
     projections: dict[str, UpProjection]
 
+    def rank_inputs(self, low_rank: Tensor, hidden_states: Tensor, tokens: Any) -> Tensor:
+        """Return what all B multiply, side by side, from the product with all A."""
+        sides = self.projections.values()
+        return torch.cat([side.rank_input(low_rank, hidden_states, tokens) for side in sides], 1)
+
     def scaled(self, scale: float) -> InputGroup:
         """Return the weights of updates times a scale; see `scale_update`."""
         if scale == 1:

@@ -58,19 +58,9 @@ class StackedInput:
         """
         low_rank = torch.bmm(hidden_states, self.A)
         if self.sources:
+            entries = enumerate(zip(self.sources, low_rank, hidden_states, strict=True))
             low_rank = torch.stack(
-                [
-                    torch.cat(
-                        [
-                            side.rank_input(entry, rows, tokens(index))
-                            for side in group.projections.values()
-                        ],
-                        dim=1,
-                    )
-                    for index, (group, entry, rows) in enumerate(
-                        zip(self.sources, low_rank, hidden_states, strict=True)
-                    )
-                ]
+                [group.rank_inputs(z, x, tokens(index)) for index, (group, z, x) in entries]
             )
         return torch.bmm(low_rank, self.B)
 
@@ -105,8 +95,23 @@ class StackedStep(ABC):
         """Go from the base's output projection of `hidden` to the block's output, [N·n, D]."""
 
 
+@dataclass(frozen=True)
 class StackedFfn(ABC):
-    """An FFN block's weights of like adapters."""
+    """An FFN block's weights of like adapters.
+
+    Args:
+        input_A: Down-projections of the block's input, [N, D, P].
+        gate: B side of the gate (or only) input projection.
+        up: B side of up.
+        down_A: Down-projections of the hidden states, [N, F, P].
+        down: B side of the output projection.
+    """
+
+    input_A: Tensor | None
+    gate: StackedSide | None
+    up: StackedSide | None
+    down_A: Tensor | None
+    down: StackedSide | None
 
     @abstractmethod
     def step(
@@ -128,23 +133,8 @@ class StackedFfn(ABC):
         """
 
 
-@dataclass(frozen=True)
 class StackedLowRankFfn(StackedFfn):
-    """Weights of adapters that work on each projection by itself.
-
-    Args:
-        input_A: Down-projections of the block's input, [N, D, P].
-        gate: B side of the gate (or only) input projection.
-        up: B side of up.
-        down_A: Down-projections of the hidden states, [N, F, P].
-        down: B side of the output projection.
-    """
-
-    input_A: Tensor | None
-    gate: StackedSide | None
-    up: StackedSide | None
-    down_A: Tensor | None
-    down: StackedSide | None
+    """Weights of adapters that work on each projection by itself."""
 
     @property
     def is_fused(self) -> bool:
@@ -219,25 +209,15 @@ def _adapted(output: Tensor, rank_input: Tensor | None, side: StackedSide | None
 
 @dataclass(frozen=True)
 class StackedExpertFfn(StackedFfn):
-    """Weights of mixtures whose router chooses experts of a whole block.
+    """Weights of mixtures whose router chooses experts of a whole block; factors are [N·E, O].
 
     Args:
-        input_A: Down-projections of the block's input, [N, D, P].
-        gate: B side of the gate (or only) input projection; factors [N·E, F].
-        up: B side of up.
-        down_A: Down-projections of the hidden states, [N, F, S].
-        down: B side of the output projection; factors [N·E, D].
         router: [N, D, E] float32.
         expert_columns: 1 at the columns of each expert, [E, S].
         top_k: K.
         apart: Slots are not added up in front of the base's output projection.
     """
 
-    input_A: Tensor | None
-    gate: StackedSide | None
-    up: StackedSide | None
-    down_A: Tensor | None
-    down: StackedSide | None
     router: Tensor
     expert_columns: Tensor
     top_k: int

@@ -71,10 +71,10 @@ class TaskResult(_Record):
 
 
 class Example(_Record):
-    """A text's tokens, and by layer the first choice of each."""
+    """A text's tokens, and by router the first choice of each."""
 
     tokens: tuple[str, ...]
-    experts: dict[int, tuple[int, ...]]
+    experts: dict[str, tuple[int, ...]]
 
 
 class TaskRouting(_Record):

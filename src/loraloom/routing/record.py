@@ -45,6 +45,16 @@ class LayerRouting:
         return self.router_logits.shape[-1]
 
     @property
+    def shares(self) -> Tensor:
+        """What each choice counts for in its expert's load, [T, K]: 1 where a token chooses a few.
+
+        Where each token takes all experts they are its weights, as choices would all be alike.
+        """
+        if self.selected_experts.shape[1] < self.num_experts:
+            return torch.ones_like(self.routing_weights)
+        return self.routing_weights.detach()
+
+    @property
     def router(self) -> RouterName:
         """Which router of the adapter it is."""
         return self.layer, self.projection

@@ -20,7 +20,7 @@ class RouterStatistics:
     """Load and certainty of an adapter's routers over some tokens.
 
     Args:
-        tokens_per_expert: How often each router chose each of its experts.
+        tokens_per_expert: How often each router chose each of its experts; see `expert_loads`.
         entropy: Mean over routers and tokens of the entropy of the router's probabilities, divided
             by ln E: 1 is uniform, 0 is certain.
         load_cv: Standard deviation of the load over experts divided by its mean, averaged over
@@ -39,8 +39,7 @@ def load_statistics(routing: Sequence[LayerRouting]) -> RouterStatistics:
 
 def measure_load(routing: Sequence[LayerRouting]) -> Tensor:
     """Compute what `read_statistics` reads, on the routers' device, [2 + N·E] float64."""
-    counts = count_choices(routing)
-    load = counts.double()
+    load = expert_loads(routing)
     num_experts = torch.tensor([record.num_experts for record in routing]).to(load)
     mean = load.sum(-1) / num_experts
     spread = (load.square().sum(-1) / num_experts - mean.square()).clamp_min(0).sqrt()
@@ -57,7 +56,7 @@ def read_statistics(routing: Sequence[LayerRouting], measured: Sequence[float]) 
     widest = len(counts) // len(routing)
     return RouterStatistics(
         {
-            record.router: [int(count) for count in counts[start : start + record.num_experts]]
+            record.router: [round(count) for count in counts[start : start + record.num_experts]]
             for record, start in zip(routing, range(0, len(counts), widest), strict=True)
         },
         entropy,
@@ -65,10 +64,11 @@ def read_statistics(routing: Sequence[LayerRouting], measured: Sequence[float]) 
     )
 
 
-def count_choices(routing: Sequence[LayerRouting]) -> Tensor:
-    """Count how often each expert was chosen by each router, [N, E] int64.
+def expert_loads(routing: Sequence[LayerRouting]) -> Tensor:
+    """Add up each expert's load at each router, [N, E] float64: how often it was chosen.
 
-    E is the largest number of experts that any router has; where one has fewer, zeros follow.
+    Where tokens take all experts, it is the sum of their weights. E is the most experts that any
+    router has; where one has fewer, zeros follow.
     """
     num_experts = max(record.num_experts for record in routing)
     chosen = [
@@ -76,9 +76,10 @@ def count_choices(routing: Sequence[LayerRouting]) -> Tensor:
         for index, record in enumerate(routing)
     ]
     places = torch.cat(chosen)
-    counts = places.new_zeros(len(routing) * num_experts)  # bincount reads the largest first
-    counts.scatter_add_(0, places, torch.ones_like(places))
-    return counts.view(len(routing), num_experts)
+    shares = torch.cat([record.shares.flatten().double() for record in routing])
+    loads = shares.new_zeros(len(routing) * num_experts)  # bincount reads the largest first
+    loads.scatter_add_(0, places, shares)
+    return loads.view(len(routing), num_experts)
 
 
 def load_shares(counts: Tensor) -> Tensor:

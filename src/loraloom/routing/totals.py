@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loraloom.routing.record import LayerRouting, RouterName
-from loraloom.routing.statistics import count_choices, load_shares
+from loraloom.routing.statistics import expert_loads, load_shares
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RoutingTotals:
     Args:
         routers: Each router's layer and projection.
         num_tokens: T; each chooses its experts in every layer.
-        tokens_per_expert: How often each expert was chosen, [N, E] int64.
+        tokens_per_expert: How often each expert was chosen, [N, E] float64; see `expert_loads`.
         probabilities: The router's probabilities, summed over tokens, [N, E] float64.
         token_entropies_bits: The entropy of each token's probabilities, summed, [N] float64.
     """
@@ -45,7 +45,7 @@ class RoutingTotals:
 
     @property
     def load(self) -> Tensor:
-        """Each expert's share of a layer's choices, [N, E]."""
+        """Each expert's share of a router's load, [N, E]."""
         return load_shares(self.tokens_per_expert)
 
     @property
@@ -70,8 +70,8 @@ def routing_totals(routing: Sequence[LayerRouting]) -> RoutingTotals:
     Args:
         routing: At least one router; all have the same tokens.
     """
-    counts = count_choices(routing).cpu()
-    sums = counts.new_zeros(counts.shape, dtype=torch.float64)
+    loads = expert_loads(routing).cpu()
+    sums = torch.zeros_like(loads)
     entropies = sums.new_zeros(len(routing))
     for index, record in enumerate(routing):
         log_probabilities = record.router_logits.detach().log_softmax(-1)  # (T, E)
@@ -81,7 +81,7 @@ def routing_totals(routing: Sequence[LayerRouting]) -> RoutingTotals:
     return RoutingTotals(
         routers=tuple(record.router for record in routing),
         num_tokens=len(routing[0].router_logits),
-        tokens_per_expert=counts,
+        tokens_per_expert=loads,
         probabilities=sums,
         token_entropies_bits=entropies,
     )

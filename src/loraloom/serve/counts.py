@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from loraloom.routing.record import LayerRouting, RouterName
-from loraloom.routing.statistics import count_choices
+from loraloom.routing.statistics import expert_loads
 
 Outcome = Literal["stop", "length", "error", "cancelled"]
 """How a request ended."""
@@ -46,6 +46,6 @@ class EngineCounts:
         if not chosen:
             return
         counter = self.expert_tokens[model]
-        for record, row in zip(chosen, count_choices(chosen).tolist(), strict=True):
+        for record, row in zip(chosen, expert_loads(chosen).long().tolist(), strict=True):
             for expert, number in enumerate(row[: record.num_experts]):
                 counter[record.router, expert] += number

@@ -185,9 +185,11 @@ class TrainingClient:
         Arguments are those of `forward_backward`.
 
         Raises:
-            ConfigError: If the data does not fit the objective.
+            ConfigError: If there is no such objective, or the data does not fit it.
             FormatError, AdapterError: If the objective's reference can't be loaded.
         """
+        if isinstance(objective, str) and objective not in _DEFAULTS:
+            raise ConfigError(f"objective must be {' or '.join(_DEFAULTS)}, got {objective!r}")
         config = _DEFAULTS[objective] if isinstance(objective, str) else objective
         _check_fits(data, config)
         return Request(

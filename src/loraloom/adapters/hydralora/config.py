@@ -23,17 +23,13 @@ class HydraLoraConfig(LowRankConfig):
     """
 
     peft_type = "HYDRALORA"
+    title = "HydraLoRA"
     formula = "y = Wx + s·Σ_e ω_e(x) B_e(Ax), ω = softmax(Rx)"
 
     method: Literal["hydralora"] = "hydralora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """A shared A and a mixture of B on each linear layer."""
     num_experts: ExpertCount = 3
     """Matrices B of each projection."""
-
-    @property
-    def title(self) -> str:
-        """HydraLoRA."""
-        return "HydraLoRA"
 
     @property
     def experts_per_router(self) -> int:
@@ -47,10 +43,9 @@ class HydraLoraConfig(LowRankConfig):
         from loraloom.adapters.hydralora.weights import HydraLoraProjection
         from loraloom.adapters.low_rank import LowRankAdapter
 
-        def build(base, layer):
-            return HydraLoraProjection(base, self, dtype, seed)
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+        return LowRankAdapter.of(
+            name, self, base_layers, lambda base, _: HydraLoraProjection(base, self, dtype, seed)
+        )
 
     def projection_shapes(
         self, place: TensorKey, out_features: int, in_features: int

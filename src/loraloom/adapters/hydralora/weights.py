@@ -54,8 +54,9 @@ class HydraLoraProjection(Projection):
         """Weigh a copy of Ax for each B, [T, E·R]."""
         logits = router_logits(hidden_states, self.router.weight)
         weights = logits.softmax(-1)  # (T, E)
-        best_first = weights.sort(-1, descending=True)
-        tokens.record_routing(logits, best_first.indices, best_first.values, self.path)
+        if tokens.record is not None:
+            best_first = weights.sort(-1, descending=True)
+            tokens.record_routing(logits, best_first.indices, best_first.values, self.path)
         return (weights.to(low_rank.dtype).unsqueeze(2) * low_rank.unsqueeze(1)).flatten(1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

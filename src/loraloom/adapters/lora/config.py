@@ -40,7 +40,7 @@ class LoraConfig(LowRankConfig):
     """Train the norm of each output row apart from its direction: DoRA, or MixDoRA in a mixture."""
 
     @property
-    def title(self) -> str:
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """LoRA or DoRA."""
         return "DoRA" if self.weight_decomposition else "LoRA"
 
@@ -51,10 +51,9 @@ class LoraConfig(LowRankConfig):
         from loraloom.adapters.lora.weights import LoraProjection
         from loraloom.adapters.low_rank import LowRankAdapter
 
-        def build(projection, layer):
-            return LoraProjection(projection, self, None, dtype, seed)
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+        return LowRankAdapter.of(
+            name, self, base_layers, lambda base, _: LoraProjection(base, self, None, dtype, seed)
+        )
 
     def projection_shapes(
         self, place: TensorKey, out_features: int, in_features: int

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loraloom.adapters.base import BaseProjection
+from loraloom.adapters.config import LowRankConfig
 from loraloom.adapters.lora.config import LoraConfig
 from loraloom.adapters.low_rank import Projection, initial_A
 from loraloom.ops.low_rank import dora_norms
@@ -45,7 +46,7 @@ class LoraProjection(Projection):
 
     Args:
         base: The projection that is adapted.
-        config: Rank, scaling, initialisation, weight decomposition.
+        config: Rank, scaling, initialisation; a LoRA's may ask for weight decomposition.
         num_experts: E, or None for a plain LoRA (which is stored as E = 1).
         dtype: Of the trained weights, at least float32.
         seed: Of the job; each tensor draws its initial values from it and its own name.
@@ -54,7 +55,7 @@ class LoraProjection(Projection):
     def __init__(
         self,
         base: BaseProjection,
-        config: LoraConfig,
+        config: LowRankConfig,
         num_experts: int | None,
         dtype: torch.dtype,
         seed: int,
@@ -72,7 +73,7 @@ class LoraProjection(Projection):
         zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
         self.lora_B = nn.Parameter(zeros)
         self.lora_magnitude_vector = None
-        if config.weight_decomposition:
+        if isinstance(config, LoraConfig) and config.weight_decomposition:
             norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
             self.lora_magnitude_vector = nn.Parameter(norms)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,14 +28,26 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
 
     peft_type = "MOLA"
     layout = "reference"
+    title = "MoLA"
     formula = "y = Wx + s·Σ_j g_j B_e(j)(A_e(j) x)"
 
     method: Literal["mola"] = "mola"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Mixture of LoRA experts on each linear layer."""
     num_experts: ExpertCount | tuple[ExpertCount, ...] = 8
-    """Experts of each projection: a number, or a list with one for each layer."""
+    """Experts of each projection: a number, or a list with one for each layer.
+
+    Where they differ, router_loss_scope is per_layer by default."""
     top_k: int = Field(default=2, ge=1)
     """Experts that each token uses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_scope(cls, settings: Any) -> Any:
+        """Loads of routers with different numbers of experts can't be pooled, as is the default."""
+        counts = settings.get("num_experts") if isinstance(settings, Mapping) else None
+        if not isinstance(counts, list | tuple) or len(set(map(str, counts))) < 2:
+            return settings
+        return {"router_loss_scope": "per_layer", **settings}
 
     @model_validator(mode="after")
     def _check_experts(self) -> MolaConfig:
@@ -45,14 +57,10 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
             raise ValueError(f"top_k must be in [1, num_experts={fewest}], got {self.top_k}")
         if len(counts) > 1 and self.router_loss_scope == "pooled":
             raise ValueError(
-                "router_loss_scope must be per_layer where num_experts differs by layer, got pooled"
+                "router_loss_scope must be per_layer where num_experts differs by layer, got "
+                "pooled; leave it out, or drop the list"
             )
         return self
-
-    @property
-    def title(self) -> str:
-        """MoLA."""
-        return "MoLA"
 
     @property
     def experts_per_token(self) -> int:
@@ -77,10 +85,14 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
 
         self._check_layers(len(base_layers))
 
-        def build(base, layer):
-            return MolaProjection(base, self, self.experts_of(layer.index), dtype, seed)
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+        return LowRankAdapter.of(
+            name,
+            self,
+            base_layers,
+            lambda base, layer: MolaProjection(
+                base, self, self.experts_of(layer.index), dtype, seed
+            ),
+        )
 
     def projection_shapes(
         self, place: TensorKey, out_features: int, in_features: int

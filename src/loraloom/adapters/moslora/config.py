@@ -23,17 +23,13 @@ class MosLoraConfig(LowRankConfig):
     """
 
     peft_type = "MOSLORA"
+    title = "MoSLoRA"
     formula = "y = Wx + scaling · B M A x"
 
     method: Literal["moslora"] = "moslora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """A LoRA with a trained mixer M between A and B."""
     mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
     """How M starts: Kaiming uniform with a = sqrt(5), or a random orthogonal matrix."""
-
-    @property
-    def title(self) -> str:
-        """MoSLoRA."""
-        return "MoSLoRA"
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -42,10 +38,9 @@ class MosLoraConfig(LowRankConfig):
         from loraloom.adapters.low_rank import LowRankAdapter
         from loraloom.adapters.moslora.weights import MosLoraProjection
 
-        def build(base, layer):
-            return MosLoraProjection(base, self, dtype, seed)
-
-        return LowRankAdapter.of(name, self, base_layers, build)
+        return LowRankAdapter.of(
+            name, self, base_layers, lambda base, _: MosLoraProjection(base, self, dtype, seed)
+        )
 
     def projection_shapes(
         self, place: TensorKey, out_features: int, in_features: int

@@ -29,6 +29,7 @@ class VeraConfig(AdapterConfig):
 
     peft_type = "VERA"
     layout = "peft"
+    title = "VeRA"
     formula = "y = Wx + b ∘ B(d ∘ Ax), A and B frozen"
     file_parts: ClassVar = {
         "lambda_b": "vera_lambda_b",
@@ -47,11 +48,6 @@ class VeraConfig(AdapterConfig):
     """Seed of A and B, as PEFT's projection_prng_key."""
     save_projection: bool = True
     """Save A and B too, so that the files don't depend on the random generator."""
-
-    @property
-    def title(self) -> str:
-        """VeRA."""
-        return "VeRA"
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int

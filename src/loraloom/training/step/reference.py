@@ -67,7 +67,7 @@ def ask_references(
     """Let references score the samples that they haven't seen, all in the same forwards.
 
     Args:
-        host: In either mode, in which it is left.
+        host: With the references' adapters.
         wanted: References with the samples that they will be asked `of`.
     """
     missing = [

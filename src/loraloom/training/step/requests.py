@@ -117,9 +117,15 @@ def run_requests(
         pad_id: Token to pad with.
 
     Raises:
-        ConfigError: If data is empty.
+        ConfigError: If data is empty, or two requests are of one adapter.
         TrainingError: If a loss is not finite: that adapter's gradients are dropped.
     """
+    names = [request.adapter.name for request in requests]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"requests must each be of another adapter, got {', '.join(names)}; put an adapter's "
+            "data into one request, or call run_requests again"
+        )
     recorders = [_Recorder(request.objective) for request in requests]
     queues = [_micro_batches(*pair) for pair in zip(requests, recorders, strict=True)]
     totals = [MicroBatchLoss(0.0) for _ in requests]
