@@ -42,6 +42,8 @@ from loraloom.bench.step import fill_B
 
 BASE = "smollm2-135m"
 MIXTURES = ("mix-0", "mix-1", "mix-2", "mix-3")
+SOAK_OPTIONS = ["--allow-loading", "--cache-tokens", "8192", "--max-waiting", "24"]
+"""A cache that is full after a minute, and a queue that is at times."""
 TOPICS = "rivers, bread, chess, the moon, tea, maps, bridges, rain, wool, clocks".split(", ")
 
 
@@ -67,13 +69,9 @@ def throughput(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     host, tokenizer = save_adapters(args, directory, MIXTURES)
     prompts = [chat_of(number) for number in range(args.chats)]
     mixed = [(*MIXTURES, args.base_model)[number % 5] for number in range(args.chats)]
+    tokenizer.padding_side = "left"
     batch = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_dict=True,
+        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
 
     def static() -> None:
@@ -165,7 +163,7 @@ def quantile(values: list[float], share: float) -> float:
 def soak(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     names = tuple(f"mix-{number}" for number in range(8))
     save_adapters(args, directory, names)
-    with running_server(args, directory, names[:4], ["--allow-loading"]) as server:
+    with running_server(args, directory, names[:4], SOAK_OPTIONS) as server:
         state = Soak(args, server, directory, names)
         asyncio.run(state.run())
         result = state.result()
@@ -345,7 +343,7 @@ def running_server(args: Any, directory: Path, names: tuple[str, ...], options: 
     program = str(Path(sys.executable).with_name("loraloom"))
     command = [program, "serve", "--base-model", args.base_model, "--dtype", args.dtype]
     command += [word for name in names for word in ("--adapter", f"{name}={directory / name}")]
-    command += ["--port", "0", "--cache-tokens", "32768", *options]
+    command += ["--port", "0", *(options or ["--cache-tokens", "32768"])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -59,10 +59,20 @@ def read(address, path):
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines"),
         (["--api-key-file", "missing"], "the file of API keys can't be read"),
-        (["--adapter-dir", "missing"], "the directory of adapters must exist"),
+        (["--adapter-dir", "missing"], "--adapter-dir must be a directory, there is no missing"),
         (["--adapter", "nothing"], "--adapter must be name=path"),
     ],
 )
 def test_options_that_can_not_be_heeded_are_errors(saved, capsys, options, message):
     assert main(["serve", "--base-model", str(saved / "base"), "--port", "0", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_the_extra_one_line_says_what_to_install(saved, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("loraloom.serve.http")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "--base-model", str(saved / "base")]) == 2
+    error = capsys.readouterr().err
+    assert "serving needs the package uvicorn" in error
+    assert 'pip install "loraloom[serve]"' in error

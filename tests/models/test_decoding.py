@@ -66,6 +66,15 @@ def test_the_cache_shrinks_with_its_longest_row():
     assert session.lengths.tolist() == [3, 4]
 
 
+def test_a_token_is_added_without_copying_the_others():
+    host, (ids, mask) = tiny_host(), prompts()
+    session = host.prefill(ids, mask, NAMES)
+    greedy(host, session, 40)
+    places = {layer.keys.data_ptr() for layer in session.cache.layers}
+    greedy(host, session, 3)
+    assert {layer.keys.data_ptr() for layer in session.cache.layers} == places
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("steps", [0, 4])
 def test_rows_that_come_are_those_of_their_own_session(family, steps):

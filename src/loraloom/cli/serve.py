@@ -101,14 +101,18 @@ def serve(
     from loraloom.serve.adapters import AdapterShelf
     from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
-    from loraloom.serve.http.server import Server, is_loopback, listen, read_keys
+    from loraloom.serve.http.guards import is_loopback
+    from loraloom.serve.http.server import Server, listen, read_keys
 
     keys = [] if api_key_file is None else read_keys(api_key_file)
-    if not is_loopback(host) and not keys and not no_api_key:
+    is_local = is_loopback(host)
+    if not is_local and not keys and not no_api_key:
         raise ConfigError(
             f"--host {host} can be reached from other machines: give --api-key-file, or "
             "--no-api-key if anybody may ask"
         )
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        raise ConfigError(f"--adapter-dir must be a directory, there is no {adapter_dir}")
     check_sources(base_model, adapters, device)
     with listen(host, port) as sock:
         model, tokenizer = load_host(base_model, {}, dtype, device, attn_implementation)
@@ -119,7 +123,7 @@ def serve(
         shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget_prepared)
         for name, path in adapters.items():
             shelf.load(name, path)
-        options = ApiOptions(keys, allow_loading, cors_origin or (), max_body_bytes)
+        options = ApiOptions(keys, allow_loading, cors_origin or (), max_body_bytes, is_local)
         app = create_app(engine, tokenizer, shelf, options)
         _announce(engine, shelf, sock)
         Server(app, engine).run([sock])

@@ -16,9 +16,51 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from loraloom.models.forward import PreparedWeights
 from loraloom.models.layout import RowAdapter
+
+_SPARE_TOKENS = 64
+"""Most columns of the cache that are not in use."""
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them, so that adding a token is no copy of all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: list[Tensor | None] = [None, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add states behind those that are there, and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append(0, self.keys, key_states)
+        self.values = self._append(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, place: int, known: Any, added: Tensor) -> Tensor:
+        length = known.shape[2] if known.numel() else 0
+        stop = length + added.shape[2]
+        room = self._rooms[place]
+        # other rows have come or gone: `known` is a tensor of its own
+        is_elsewhere = room is None or known.data_ptr() != room.data_ptr()
+        if room is None or is_elsewhere or stop > room.shape[2]:
+            room = added.new_empty(*added.shape[:2], stop + _SPARE_TOKENS, added.shape[3])
+            if length:
+                room[:, :, :length] = known
+            self._rooms[place] = room
+        room[:, :, length:stop] = added
+        return room[:, :, :stop]
+
+
+def _make_cache() -> DynamicCache:
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = _RoomyLayer
+    return cache
 
 
 @dataclass
@@ -37,7 +79,7 @@ class Decoding:
     adapters: list[RowAdapter]
     attention_mask: Tensor
     logits: Tensor = field(init=False)
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: DynamicCache = field(default_factory=_make_cache)
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
 
     @classmethod

@@ -57,9 +57,6 @@ class AdapterShelf:
         directory: A directory of adapters, each loaded when it is first asked for.
         max_lazy: Most adapters of the directory on the host at once.
         on_removed: Told when an adapter has gone from the host.
-
-    Raises:
-        ConfigError: If the directory does not exist.
     """
 
     def __init__(
@@ -70,8 +67,6 @@ class AdapterShelf:
         max_lazy: int = 8,
         on_removed: Callable[[], object] = lambda: None,
     ):
-        if directory is not None and not directory.is_dir():
-            raise ConfigError(f"the directory of adapters must exist, there is no {directory}")
         self.base_name = base_name
         self._host = host
         self._directory = directory
@@ -208,7 +203,7 @@ class AdapterShelf:
         self._on_removed()
 
     def _in_directory(self) -> dict[str, str]:
-        if self._directory is None:
+        if self._directory is None or not self._directory.is_dir():
             return {}
         return {
             path.name: str(path)

@@ -39,6 +39,7 @@ from loraloom.serve.scheduler import Scheduler
 from loraloom.serve.sequence import (
     Failure,
     GenerationRequest,
+    OnGone,
     Row,
     Score,
     ScoreRequest,
@@ -168,12 +169,13 @@ class Engine:
         """Tokens of prompts that are kept for those that begin alike."""
         return self._prefixes.num_tokens
 
-    def submit(self, request: GenerationRequest, sink: Sink) -> Row:
+    def submit(self, request: GenerationRequest, sink: Sink, on_gone: OnGone = lambda: None) -> Row:
         """Ask for a completion.
 
         Args:
             request: Of which tokens by which adapter.
             sink: Told each piece of it, or why there is none.
+            on_gone: Told when the adapter may go, as far as this request is concerned.
 
         Raises:
             StoppingError: If no more requests are taken.
@@ -182,7 +184,7 @@ class Engine:
             AdapterError: If the host lacks the adapter.
         """
         self._check(request)
-        row = Row(request, self._tokenizer, self._ends, self.host.device, sink)
+        row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
             self._check_open()
             row.arrival = next(self._arrivals)
@@ -190,7 +192,7 @@ class Engine:
             self._wake.notify_all()
         return row
 
-    def score(self, request: ScoreRequest, sink: Sink) -> Score:
+    def score(self, request: ScoreRequest, sink: Sink, on_gone: OnGone = lambda: None) -> Score:
         """Ask for the log-probabilities of given tokens; other arguments and errors as `submit`."""
         self._check_adapter(request.adapter_name)
         room = self.host.config.max_position_embeddings
@@ -198,7 +200,7 @@ class Engine:
             raise DataError(
                 f"a text to be scored must have 1 to {room} tokens, got {len(request.tokens)}"
             )
-        score = Score(request, sink)
+        score = Score(request, sink, on_gone)
         with self._wake:
             self._check_open()
             self._scores.append(score)
@@ -309,12 +311,12 @@ class Engine:
         room, batch = tokens_per_batch(self.host), []
         with self._lock:
             while self._scores and (not batch or len(self._scores[0].request.tokens) <= room):
-                score = self._scores.popleft()
-                if not score.is_cancelled:
-                    room -= len(score.request.tokens)
-                    batch.append(score)
-        for part in self._scored_parts(batch):
+                batch.append(self._scores.popleft())
+                room -= len(batch[-1].request.tokens)
+        for part in self._scored_parts([score for score in batch if not score.is_cancelled]):
             self._score_part(part)
+        for score in batch:
+            score.on_gone()
 
     def _scored_parts(self, batch: list[Score]) -> list[list[Score]]:
         """Put each adapter's texts together, so that a fault is its own."""
@@ -379,7 +381,8 @@ class Engine:
         row, adapter = reading.row, reading.row.request.adapter
         tokens = row.tokens
         if reading.session is None:
-            known = self._prefixes.find(self._salt(adapter), tokens)
+            row.salt = self._salt(adapter)
+            known = self._prefixes.find(row.salt, tokens)
             if known is not None:
                 reading.session = Decoding.resume(adapter, known, self._prepared)
                 reading.num_read = row.num_cached = known.shape[3]
@@ -399,7 +402,7 @@ class Engine:
         if not row.new_ids:
             self.counts.prompt_tokens[row.owner] += row.length
             self.counts.cached_tokens[row.owner] += row.num_cached
-        self._remember(session, 0, row.request.adapter, row.tokens)
+        self._remember(session, 0, row, row.tokens)
         if self._session is None:
             self._session = session
         else:
@@ -435,9 +438,8 @@ class Engine:
             return True
         self.counts.generated_tokens[row.owner] += 1
         if reason is not None:
+            self._remember(self._session, place, row, row.tokens[:-1])  # the last one isn't read
             self._end(row, reason)
-            # the last token was chosen, but not read
-            self._remember(self._session, place, row.request.adapter, row.tokens[:-1])
         return reason is not None
 
     def _make_room(self) -> None:
@@ -511,18 +513,17 @@ class Engine:
         row.seconds = time.monotonic() - row.arrived_s
         self._mean_s += 0.1 * (row.seconds - self._mean_s)
         self.on_end(row)
+        row.on_gone()
 
     def _fail_all(self, error: Exception) -> None:
         served, self._rows, self._reading, self._session = self._served, [], [], None
         for row in served:
             self._fail(row, error)
 
-    def _remember(
-        self, session: Decoding, place: int, adapter: RowAdapter, tokens: list[int]
-    ) -> None:
+    def _remember(self, session: Decoding, place: int, row: Row, tokens: list[int]) -> None:
         """Keep the states of a row's whole blocks for prompts that begin alike."""
-        missing = self._prefixes.missing(self._salt(adapter), tokens)
-        if not missing:
+        missing = self._prefixes.missing(row.salt, tokens)
+        if not missing or self._salt(row.request.adapter) != row.salt:  # weights have changed
             return
         start, stop = missing[0][1], missing[-1][1] + BLOCK_TOKENS
         states = session.states(place, start, stop)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -146,14 +146,17 @@ class Failure:
 Event = Piece | Scores | Failure
 Sink = Callable[[Event], None]
 """Takes events, in the engine's thread; it must not block."""
+OnGone = Callable[[], object]
+"""Told once that the engine has let a request go, and uses its adapter no more."""
 
 
 class Score:
     """A request for log-probabilities under way."""
 
-    def __init__(self, request: ScoreRequest, sink: Sink):
+    def __init__(self, request: ScoreRequest, sink: Sink, on_gone: OnGone):
         self.request = request
         self.sink = sink
+        self.on_gone = on_gone
         self.is_cancelled = False
 
     def tell(self, scores: TokenScores) -> None:
@@ -182,6 +185,7 @@ class Row:
         end_tokens: Tokens that end a completion.
         device: Of the logits.
         sink: Told what comes.
+        on_gone: Told when it has left the engine.
     """
 
     def __init__(
@@ -191,9 +195,11 @@ class Row:
         end_tokens: Sequence[int],
         device: torch.device,
         sink: Sink,
+        on_gone: OnGone = lambda: None,
     ):
         self.request = request
         self.sink = sink
+        self.on_gone = on_gone
         self.new_ids: list[int] = []
         self.arrived_s = time.monotonic()
         self.first_token_s: float | None = None
@@ -202,6 +208,8 @@ class Row:
         self.arrival = 0
         """Its place among all requests of the engine."""
         self.is_cancelled = False
+        self.salt: Hashable = None
+        """What told the adapter's weights from others when its prompt was read."""
         self.num_cached = 0
         """Tokens of the prompt that needed no computation."""
         self._text = TextStream(tokenizer, request.sampling.stop)

@@ -13,8 +13,10 @@ import openai
 import pytest
 
 from loraloom.errors import ConfigError
+from loraloom.serve.engine import QueueFullError
 from loraloom.serve.http.app import ApiOptions
-from loraloom.serve.http.server import is_loopback, listen, read_keys
+from loraloom.serve.http.guards import is_loopback
+from loraloom.serve.http.server import listen, read_keys
 from tests.serve.http.in_process import BASE, serving
 
 CHAT: dict[str, Any] = {
@@ -147,6 +149,17 @@ def test_the_process_tells_its_health(http):
     assert http.get("/health").text == http.get("/ready").text == "ok"
 
 
+@pytest.mark.parametrize("name", ["evil.example", "evil.example:80", "127.0.0.1.evil", "", "[::2]"])
+def test_a_local_server_answers_to_no_foreign_name(http, name):
+    error = error_of(http.get("/v1/models", headers={"Host": name}), 400)
+    assert "must be called localhost" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000"])
+def test_a_local_server_answers_to_its_own_names(http, name):
+    assert http.get("/v1/models", headers={"Host": name}).status_code == 200
+
+
 def test_keys_are_asked_for(host, tokenizer):
     options = ApiOptions(api_keys=("secret-1", "secret-2"))
     with serving(host, tokenizer, options=options) as (url, _):
@@ -181,32 +194,22 @@ def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
         assert allowed.headers["access-control-allow-origin"] == "http://here"
 
 
-def test_a_full_queue_answers_when_to_come_back(host, tokenizer):
-    long = CHAT | {"max_tokens": 200, "ignore_eos": True}
-    with serving(host, tokenizer, max_rows=1, max_waiting=1) as (url, engine):
-        threads = [
-            threading.Thread(
-                target=httpx2.post, args=(f"{url}/v1/chat/completions",), kwargs={"json": long}
-            )
-            for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: engine.num_running + engine.num_waiting == 2)
-        response = httpx2.post(f"{url}/v1/chat/completions", json=long)
-        if response.status_code != 200:  # unless one of them has ended already
-            assert error_of(response, 429)["type"] == "rate_limit_error"
-            assert int(response.headers["retry-after"]) >= 1
-        for thread in threads:
-            thread.join()
+def test_a_full_queue_answers_when_to_come_back(http, served, monkeypatch):
+    def full(*_):
+        raise QueueFullError("so many wait", 7)
+
+    monkeypatch.setattr(served[1], "submit", full)
+    response = post(http, CHAT)
+    assert error_of(response, 429)["type"] == "rate_limit_error"
+    assert response.headers["retry-after"] == "7"
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_is_not_worked_for(host, tokenizer, stream):
     body = json.dumps(CHAT | {"max_tokens": 200, "ignore_eos": True, "stream": stream}).encode()
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     with serving(host, tokenizer) as (url, engine):
         port = int(url.rpartition(":")[2])

@@ -25,7 +25,7 @@ from loraloom.serve.http.asking import Backend, now
 from loraloom.serve.http.chat import complete_chat
 from loraloom.serve.http.completions import complete_texts
 from loraloom.serve.http.errors import ApiError, ErrorBody, handle_errors
-from loraloom.serve.http.guards import BodyLimit, KeyCheck
+from loraloom.serve.http.guards import BodyLimit, HostCheck, KeyCheck
 from loraloom.serve.http.metrics import Metrics
 from loraloom.serve.http.objects import (
     ChatBody,
@@ -63,12 +63,14 @@ class ApiOptions:
         allow_loading: Clients may load and unload adapters.
         cors_origins: Web pages that may ask.
         max_body_bytes: Most bytes of a request.
+        is_local: Only this machine reaches the server.
     """
 
     api_keys: Sequence[str] = field(default=(), repr=False)
     allow_loading: bool = False
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = 2 << 20
+    is_local: bool = True
 
 
 def create_app(
@@ -190,7 +192,7 @@ def _add_loading(app: FastAPI, shelf: AdapterShelf) -> None:
 
 def _middleware(options: ApiOptions) -> list[Middleware]:
     """What a request goes through first, from the outside in."""
-    layers = []
+    layers = [Middleware(HostCheck)] if options.is_local else []
     if options.cors_origins:
         layers.append(
             Middleware(

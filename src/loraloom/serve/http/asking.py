@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -179,7 +180,7 @@ class Answers:
         engine: Makes them.
         requests: One for each.
         http: Whose client waits.
-        on_close: Called when nobody asks for more.
+        on_gone: Called when the engine has let all of them go.
 
     Raises:
         LoraloomError: If the engine takes one of them not.
@@ -190,10 +191,10 @@ class Answers:
         engine: Engine,
         requests: Sequence[GenerationRequest | ScoreRequest],
         http: Request,
-        on_close: Callable[[], object],
+        on_gone: Callable[[], object],
     ):
         self._engine = engine
-        self._on_close = on_close
+        self._gone = _Countdown(len(requests), on_gone)
         self.count = len(requests)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -204,6 +205,7 @@ class Answers:
                 self._rows.append(self._submit(request, partial(self._tell, index)))
         except Exception:
             self.cancel()
+            self._gone.count(len(requests) - len(self._rows))
             raise
         self._watcher = self._loop.create_task(self._watch(http))
 
@@ -230,12 +232,11 @@ class Answers:
         """Cancel, and wait for the client's leaving no more."""
         self.cancel()
         self._watcher.cancel()
-        self._on_close()
 
     def _submit(self, request: GenerationRequest | ScoreRequest, sink: Sink) -> Row | Score:
         if isinstance(request, ScoreRequest):
-            return self._engine.score(request, sink)
-        return self._engine.submit(request, sink)
+            return self._engine.score(request, sink, self._gone.count)
+        return self._engine.submit(request, sink, self._gone.count)
 
     def _tell(self, index: int, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
@@ -246,6 +247,24 @@ class Answers:
             pass
         self.cancel()
         self._events.put_nowait((0, Failure(ClientGoneError("the client has gone"))))
+
+
+class _Countdown:
+    """Calls something when so many requests have gone; any thread may count."""
+
+    def __init__(self, number: int, on_end: Callable[[], object]):
+        self._left = number
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self.count(0)
+
+    def count(self, number: int = 1) -> None:
+        """Count requests that have gone."""
+        with self._lock:
+            self._left -= number
+            is_end, self._left = self._left == 0, self._left or -1
+        if is_end:
+            self._on_end()
 
 
 @dataclass
@@ -283,10 +302,10 @@ async def ask(
     served = await backend.acquire(model)
     try:
         requests = make_requests(served)
-        return Answers(backend.engine, requests, http, partial(backend.release, served))
     except BaseException:
         backend.release(served)
         raise
+    return Answers(backend.engine, requests, http, partial(backend.release, served))
 
 
 async def collect(answers: Answers) -> list[Answer]:

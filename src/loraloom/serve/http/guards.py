@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loraloom.errors import shown
 from loraloom.serve.http.errors import ApiError
 
 _OPEN = ("/health", "/ready")
 """Paths that need no key."""
+
+
+class HostCheck:
+    """Refuses requests that call this machine by a foreign name.
+
+    A web page may have its own name lead to this machine, and would then be asked for by it.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass on."""
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+            if not is_loopback(name.strip("[]")):
+                error = ApiError(400, f"this server must be called localhost, got {shown(host)}")
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:
@@ -76,6 +99,14 @@ class KeyCheck:
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return kind.lower() == b"bearer" and any(matches)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _digest(key: bytes) -> bytes:
