@@ -118,9 +118,10 @@ class SeedGroup(_Record):
 
 
 class Comparison(_Record):
-    """Two contestants on the same questions of a task."""
+    """Two contestants on the same questions of a task, or on the same rows held out."""
 
     task: str
+    metric: str = "accuracy"
     first: str
     second: str
     difference: Number
