@@ -16,6 +16,7 @@ from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
 from loraloom.data.questions import load_question_set, questions_digest, sha256
 from loraloom.eval.answers import read_answers
+from loraloom.eval.cache import FILE_NAME, ScoreCache
 from loraloom.eval.comparison import compare
 from loraloom.models.host import Host
 from tests.infer.saved import save_tiny
@@ -162,6 +163,19 @@ def test_a_default_cache_that_can_not_be_used_is_a_warning(
     assert capsys.readouterr().err.startswith("warning: scores can't be kept in")
 
 
+def test_a_cache_that_is_damaged_under_way_is_a_warning(run, tmp_path, capsys, monkeypatch):
+    damaged = tmp_path / "cache" / "loraloom" / "eval" / FILE_NAME
+    add = ScoreCache.add
+
+    def adding(cache, scores):
+        damaged.write_bytes(b"junk")
+        add(cache, scores)
+
+    monkeypatch.setattr(ScoreCache, "add", adding)
+    assert run()["results"] == run("--no-cache")["results"]
+    assert "warning: some scores are not kept: " in capsys.readouterr().err
+
+
 def test_a_cache_that_can_not_be_used_is_an_error(run, tmp_path, capsys):
     (tmp_path / "file").touch()
     run("--cache", str(tmp_path / "file" / "x"), code=2)
@@ -218,7 +232,7 @@ def test_seeds_are_reported_together(run, saved, capsys):
     assert group["adapters"] == ["mix@0", "mix@1"]
     assert group["tasks"]["arc_easy"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert [(one["first"], one["second"]) for one in written["comparisons"]] == [("mix", "base")]
-    assert "mean of seeds" in capsys.readouterr().out
+    assert "Mean accuracy of seeds" in capsys.readouterr().out
 
 
 def test_results_are_written_in_three_forms(run, tmp_path):
@@ -232,7 +246,7 @@ def test_results_are_written_in_three_forms(run, tmp_path):
         assert [float(row["low"]), float(row["high"])] == result["interval"]
     text = files[1].read_text()
     assert "| adapter | arc_easy (test) |\n| --- | ---: |\n| base |" in text
-    assert "| a - base | arc_easy |" in text
+    assert "arc_easy: differences in accuracy:\n\n| difference |" in text
     assert written["base_fingerprint"] in text
 
 

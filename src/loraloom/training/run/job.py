@@ -40,7 +40,8 @@ class Position:
         tokens: Real tokens learnt from.
         computed_tokens: Tokens that went through the model to learn from them, with padding.
         loss: Of the micro-batches done of the next step.
-        evaluated_step: The step after which the last evaluation was; 0 for none.
+        evaluated_step: The step after which the last evaluation was, 0 before the first step; -1
+            for none.
         metrics: Of that evaluation.
         stopped_early: The metric no longer gets better.
         last_loss: Of the last step that is done.
@@ -51,7 +52,7 @@ class Position:
     tokens: int = 0
     computed_tokens: int = 0
     loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
-    evaluated_step: int = 0
+    evaluated_step: int = -1
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
     last_loss: float | None = None
@@ -62,6 +63,7 @@ class Job:
 
     Attributes:
         milestones: Steps after which it is evaluated, beside every eval_steps and its end.
+        best: The weights of the best evaluation so far, on the CPU; None before there is one.
 
     Raises:
         ConfigError: If optimizer or scheduler don't take their arguments.
@@ -91,6 +93,7 @@ class Job:
         self.position = Position()
         self.selection = Selection(config.selection_metric)
         self.milestones: frozenset[int] = frozenset()
+        self.best: dict[str, Tensor] | None = None
         self.collapse = CollapseWatch()
         self.parameters = dict(adapter.named_parameters())
         self._window: tuple[int, Window] | None = None
@@ -120,6 +123,11 @@ class Job:
         return self.position.micro_step == 0
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has learnt something, or was measured."""
+        return self.position.tokens > 0 or self.position.evaluated_step >= 0
+
+    @property
     def is_complete(self) -> bool:
         """Whether there is nothing left to learn."""
         return self.position.step >= self.total_steps or self.position.stopped_early
@@ -131,6 +139,8 @@ class Job:
         is_measured = bool(self.training_set.validation or self.config.eval)
         if not is_measured or not self.at_boundary or position.evaluated_step == position.step:
             return False
+        if position.step == 0:
+            return self.config.train.eval_on_start
         is_milestone = self.is_complete or position.step in self.milestones
         return is_milestone or (eval_steps is not None and position.step % eval_steps == 0)
 
@@ -203,6 +213,11 @@ class Job:
             self.scheduler.step(metrics[self.selection.metric])  # pyright: ignore
         return is_best
 
+    def keep_best(self) -> None:
+        """Keep the present weights as the best; snapshots have them too."""
+        tensors = self.adapter.tensors()
+        self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
     def check_weights(self) -> None:
         """Raise a TrainingError if a weight is not finite."""
         if not all(bool(weight.isfinite().all()) for weight in self.parameters.values()):
@@ -228,6 +243,7 @@ class Job:
         return {
             **learning_state(self.parameters, self.optimizer),
             "proven": self._proven,
+            "best": self.best,
             "scheduler": self.scheduler.state_dict(),
             "position": asdict(self.position),
             "selection": asdict(self.selection),
@@ -239,6 +255,7 @@ class Job:
         """Go on from what `state_dict` returned."""
         load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
+        self.best = state.get("best")  # older ones have none
         self.scheduler.load_state_dict(state["scheduler"])
         self.position = Position(**state["position"])
         self.selection = Selection(**state["selection"])
