@@ -10,130 +10,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-import psutil
 import torch
 
-from loraloom import Host, JobConfig, load_base_model
-from loraloom.bench.cases import StepSetting, adapter_config
-from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
-from loraloom.data.examples import NO_LOSS, Example
-from loraloom.data.training_set import Portion, TrainingSet
-from loraloom.training.run.fitting import RoundRunner
-from loraloom.training.run.job import Job
-from loraloom.training.run.memory import predict_memory
-
-STEPS = 3
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Jobs of one method that share a step, each with so many rows."""
-
-    method: str
-    rows: int
-    length: int
-    rank: int = 8
-    jobs: int = 1
-    micro_batches: int = 1
-    checkpointing: bool = False
-    dtype: str = "bfloat16"
-    dropout: float = 0.0
-    padded: bool = False
-
-    def __str__(self) -> str:
-        extra = [
-            f"{self.jobs} jobs" if self.jobs > 1 else "",
-            f"{self.micro_batches} micro-batches" if self.micro_batches > 1 else "",
-            "checkpointing" if self.checkpointing else "",
-            f"dropout {self.dropout}" if self.dropout else "",
-            "padding" if self.padded else "",
-            self.dtype if self.dtype != "bfloat16" else "",
-        ]
-        words = [f"{self.method} r {self.rank}, {self.rows} × {self.length}", *filter(None, extra)]
-        return ", ".join(words)
-
+from loraloom.bench.prediction import JobsSetting, predict_and_measure
 
 SETTINGS = [
-    Setting("lora", 4, 256),
-    Setting("lora", 8, 256, rank=64, padded=True),
-    Setting("lora", 2, 512, padded=True),
-    Setting("dora", 4, 256, padded=True),
-    Setting("mixlora", 4, 256, padded=True),
-    Setting("mixlora", 4, 128, rank=16, jobs=4, padded=True),
-    Setting("mixdora", 2, 256, padded=True),
-    Setting("lora", 4, 128, jobs=4, micro_batches=2, padded=True),
-    Setting("lora", 8, 256, checkpointing=True, padded=True),
-    Setting("mixlora", 8, 256, checkpointing=True, padded=True),
-    Setting("mixlora", 4, 256, dropout=0.05, padded=True),
-    Setting("lora", 4, 128, dtype="float32", padded=True),
+    JobsSetting("lora", 4, 256),
+    JobsSetting("lora", 8, 256, rank=64, padded=True),
+    JobsSetting("lora", 2, 512, padded=True),
+    JobsSetting("dora", 4, 256, padded=True),
+    JobsSetting("mixlora", 4, 256, padded=True),
+    JobsSetting("mixlora", 4, 128, rank=16, jobs=4, padded=True),
+    JobsSetting("mixdora", 2, 256, padded=True),
+    JobsSetting("lora", 4, 128, jobs=4, micro_batches=2, padded=True),
+    JobsSetting("lora", 8, 256, checkpointing=True, padded=True),
+    JobsSetting("mixlora", 8, 256, checkpointing=True, padded=True),
+    JobsSetting("mixlora", 4, 256, dropout=0.05, padded=True),
+    JobsSetting("lora", 4, 128, dtype="float32", padded=True),
 ]
 
 
-def build_jobs(host: Host, setting: Setting) -> list[Job]:
-    adapter = adapter_config(setting.method, StepSetting(rank=setting.rank))
-    adapter = adapter.model_copy(update={"dropout": setting.dropout})
-    train = {
-        "batch_size": setting.rows * setting.micro_batches,
-        "micro_batch_size": setting.rows,
-        "max_steps": STEPS,
-        "max_length": setting.length,
-        "gradient_checkpointing": setting.checkpointing,
-    }
-    jobs = []
-    for seed in range(setting.jobs):
-        config = JobConfig.model_validate(
-            {
-                "name": f"job{seed}",
-                "seed": seed,
-                "adapter": adapter.model_dump(),
-                "data": {"task": "skills"},
-                "train": train,
-            }
-        )
-        host.add(config.name, config.adapter, seed)
-        jobs.append(Job(config, host.adapter(config.name), random_set(host, setting, seed)))
-    return jobs
-
-
-def random_set(host: Host, setting: Setting, seed: int) -> TrainingSet:
-    generator = random.Random(seed)
-    count = setting.rows * setting.micro_batches * STEPS
-    examples = []
-    for sample_id in range(count):
-        length = setting.length
-        if setting.padded and sample_id % 2:
-            length = 3 * length // 4
-        ids = tuple(generator.randrange(3, host.config.vocab_size) for _ in range(length))
-        examples.append(Example(ids, (NO_LOSS, *ids[1:]), sample_id))
-    return TrainingSet(examples, [], [], (Portion(0, count, 1.0),), (), seed)
-
-
-def run_setting(base_model: str, setting: Setting) -> dict[str, int]:
-    """Predict, then run the steps and measure."""
-    model, _ = load_base_model(base_model, dtype=setting.dtype)
-    host = Host(model)
-    for weight in model.parameters():
-        weight.sum()  # weights that are mapped from a file are read when they are first used
-    jobs = build_jobs(host, setting)
-    prediction = predict_memory(host, jobs)
-    before = psutil.Process().memory_info().rss
-    reset_peak_rss()
-    host.enable_gradient_checkpointing(setting.checkpointing)
-    runner = RoundRunner(host, pad_id=0)
-    for _ in range(STEPS * setting.micro_batches):
-        parts = [job.micro_batch() for job in jobs]
-        for job, part, loss in zip(jobs, parts, runner.run(parts), strict=True):
-            job.accept(part, loss)
-    predicted = prediction.total - prediction.loaded
-    return {"predicted": predicted, "measured": peak_rss_bytes() - before}
-
-
-def measure(base_model: str, setting: Setting, threads: int) -> dict[str, int]:
+def measure(base_model: str, setting: JobsSetting, threads: int) -> dict[str, int]:
     command = [sys.executable, __file__, "--base-model", base_model, "--threads", str(threads)]
     command += ["--setting", json.dumps(asdict(setting))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -150,7 +51,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.setting:
         print(
-            json.dumps(run_setting(arguments.base_model, Setting(**json.loads(arguments.setting))))
+            json.dumps(
+                predict_and_measure(
+                    arguments.base_model, JobsSetting(**json.loads(arguments.setting))
+                )
+            )
         )
         return
     errors = []

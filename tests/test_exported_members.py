@@ -17,8 +17,6 @@ INSIDE = ("loraloom.bench", "loraloom.eval.harness")
 """What measures, and what needs an extra, has modules of its own."""
 BESIDE = ("loraloom.peft",)
 """What needs another package is public under a name of its own."""
-MEASURES_INSIDE = {"memory_model.py", "padding.py", "sweep.py"}
-"""Benchmarks of parts that have no public name."""
 
 
 @pytest.mark.parametrize("name", loraloom.__all__)
@@ -97,7 +95,7 @@ def test_scripts_import_from_the_public_face(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loraloom")
     ]
     outside = [name for name in imported if name != "loraloom" and not name.startswith(allowed)]
-    assert outside == [] or path.name in MEASURES_INSIDE
+    assert outside == []
 
 
 def test_type_checkers_may_read_the_annotations():

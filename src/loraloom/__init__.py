@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from loraloom.eval.comparison import summarise_seeds as summarise_seeds
     from loraloom.eval.evaluation import Evaluation as Evaluation
     from loraloom.eval.evaluation import evaluate as evaluate
+    from loraloom.eval.loss import LossEvaluation as LossEvaluation
+    from loraloom.eval.loss import evaluate_loss as evaluate_loss
     from loraloom.eval.statistics import compare_paired as compare_paired
     from loraloom.infer.generate import Completion as Completion
     from loraloom.infer.generate import generate as generate
@@ -64,6 +66,7 @@ _HOMES = {
     "eval.answers": ("read_answers",),
     "eval.comparison": ("compare", "summarise_seeds"),
     "eval.evaluation": ("Evaluation", "evaluate"),
+    "eval.loss": ("LossEvaluation", "evaluate_loss"),
     "eval.statistics": ("compare_paired",),
     "infer.generate": ("Completion", "generate"),
     "infer.prompts": ("Prompt",),

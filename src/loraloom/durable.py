@@ -49,6 +49,17 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a file, which is made when missing, and flush it to the disk.
+
+    Raises:
+        OSError: If the system can't write there; the file may have got a part of the text.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+    sync(path)
+
+
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a directory aside, sync it and put it in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,22 @@ def test_the_decode_benchmark_runs_all_cases(base_model, capsys):
     assert "mixed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layer", "--top-k", "9"], "--top-k must be at most --num-experts 8, got 9"),
+        (["step", "--top-k", "9"], "--top-k must be at most --num-experts 8, got 9"),
+        (["scaling", "--over", "top-k", "--values", "2,9"], "at most --num-experts 8, got 9"),
+        (["layer", "--picture", "x.zzz"], "--picture must end in .png, .svg, .pdf, .jpg, got x"),
+        (["decode", "--picture", "."], "--picture must end in"),
+    ],
+)
+def test_what_cannot_be_measured_or_drawn_is_an_error_at_once(words, message, capsys, monkeypatch):
+    monkeypatch.setattr("loraloom.bench.timing.alternate", lambda *_, **__: pytest.fail("timed"))
+    assert cli.main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_unknown_case_is_an_error(capsys):
     assert cli.main(["bench", "layer", "--cases", "qlora"]) == 2
     assert "--cases must be some of peft-lora" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_base_and_adapters_are_scored_in_one_pass(run, saved, tmp_path, capsys):
     right = [answer["chosen"] == answer["correct_label"] for answer in answers[7:14]]
     assert summary["accuracy"] == sum(right) / 7
     output = capsys.readouterr()
-    assert "arc_easy (test)" in output.out
+    assert "arc_easy" in output.out
     assert output.err == ""
 
 
@@ -83,6 +83,10 @@ def test_moe_pefts_labels_can_be_asked_for(run, tmp_path):
     ("words", "message"),
     [
         ("--task arc_esay", "did you mean 'arc_easy'?"),
+        ("--task arc_easy --format chat", "--format has an effect with --dataset only"),
+        ("--dataset a.jsonl --task arc_easy", "--task has no effect with --dataset"),
+        ("--dataset a.jsonl --scoring text", "--data has an effect with --task or --harness only"),
+        ("--dataset a.jsonl --format chat", "--data has an effect with --task or --harness only"),
         ("--task ,", "--task must name at least one task"),
         ("--task arc_easy --no-base", "--no-base leaves nothing to score"),
         (

@@ -8,6 +8,7 @@ import pytest
 
 from loraloom.cli import generate as verb
 from loraloom.cli import main as cli
+from loraloom.infer import generate as inference
 from tests.infer.saved import save_tiny
 
 
@@ -119,6 +120,10 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("--prompt x --top-p 0.5", "top_p has no effect at temperature 0"),
         ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be at least 1"),
         ("--prompt x --output .", "--output must be a file"),
+        ("--prompt x --overwrite --output .", "--output must be a file"),
+        ("--prompt x --no-base", "--no-base has an effect on --prompt with --adapter only"),
+        ("--prompt x --temperature 1e-45", "temperature must be 0, for the most likely token, or"),
+        ("--prompt x --num-beams 100000", "num_beams must be at most 256"),
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(
@@ -145,3 +150,118 @@ def test_the_verb_imports_nothing_heavy():
         "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def interrupt_after(monkeypatch, num_batches):
+    """Let the batch after some others end as by Ctrl-C; gives a counter of batches."""
+    complete, count = inference.complete, []
+
+    def counted(*args, **options):
+        if len(count) == num_batches:
+            raise KeyboardInterrupt
+        count.append(1)
+        return complete(*args, **options)
+
+    monkeypatch.setattr(inference, "complete", counted)
+    return count
+
+
+MANY = [{"prompt": f"the sky is {'so ' * number}"} for number in range(7)]
+
+
+@pytest.fixture
+def job(run, tmp_path):
+    """Complete seven rows in batches of two, with draws."""
+    path = write_rows(tmp_path / "in.jsonl", *MANY)
+    output = tmp_path / "out.jsonl"
+    words = ["--batch-size", "2", "--raw", "--temperature", "1.5", "--input", path]
+    return output, lambda *more: run(*words, "--output", str(output), *more)
+
+
+def test_an_interrupted_file_has_the_rows_that_are_done_and_goes_on(job, monkeypatch, capsys):
+    output, generate = job
+    assert generate() == 0
+    whole = output.read_text()
+    output.unlink()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert generate() == 130
+    assert output.read_text() == "".join(whole.splitlines(keepends=True)[:4])
+    assert "4 of 7 rows are kept in" in capsys.readouterr().err
+    count = interrupt_after(monkeypatch, 99)
+    assert generate() == 0
+    assert len(count) == 2
+    assert output.read_text() == whole
+
+
+def test_a_torn_line_is_computed_again(job):
+    output, generate = job
+    assert generate() == 0
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) // 2])
+    assert generate() == 0
+    assert output.read_bytes() == whole
+
+
+def test_a_complete_file_is_left_alone_unless_it_is_to_be_overwritten(job, monkeypatch, capsys):
+    _, generate = job
+    assert generate() == 0
+    count = interrupt_after(monkeypatch, 99)
+    assert generate() == 0
+    assert count == []
+    assert "all 7 rows are in" in capsys.readouterr().err
+    assert generate("--overwrite", "--seed", "3") == 0
+    assert len(count) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed", "1"], "its texts were generated with another sampling"),
+        (["--dtype", "bfloat16"], "its texts were generated with another dtype"),
+        (["--adapter", "a={saved}/lora"], "its texts were generated with another adapters"),
+    ],
+)
+def test_other_settings_do_not_go_on(job, saved, capsys, more, message):
+    output, generate = job
+    assert generate() == 0
+    before = output.read_text()
+    assert generate(*(word.format(saved=saved) for word in more)) == 2
+    assert message in capsys.readouterr().err
+    assert output.read_text() == before
+
+
+def test_other_rows_do_not_go_on(job, tmp_path, capsys):
+    _, generate = job
+    assert generate() == 0
+    write_rows(tmp_path / "in.jsonl", *MANY[:2], {"prompt": "another"}, *MANY[3:])
+    assert generate() == 2
+    assert "line 3 is not the input's row 3 completed" in capsys.readouterr().err
+    write_rows(tmp_path / "in.jsonl", *MANY[:2])
+    assert generate() == 2
+    assert "it has 7 rows where the input has 2" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_left_alone(job, capsys):
+    output, generate = job
+    output.write_text("precious\n")
+    assert generate() == 2
+    assert "must be new or what the same command has begun" in capsys.readouterr().err
+    assert output.read_text() == "precious\n"
+
+
+def test_a_prompt_that_does_not_fit_leaves_nothing(run, tmp_path, capsys):
+    path = write_rows(tmp_path / "in.jsonl", {"prompt": "the sky " * 300})
+    assert run("--input", path, "--output", str(tmp_path / "out.jsonl")) == 2
+    assert "the prompt must have at most" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_base_and_adapters_answer_a_prompt_alike(run, saved, capsys):
+    assert run("--prompt", "the sky", "--adapter", f"a={saved / 'lora'}") == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line in ("[base]", "[a]")] == [
+        "[base]",
+        "[a]",
+    ]
+    assert run("--prompt", "the sky", "--adapter", f"a={saved / 'lora'}", "--no-base") == 0
+    assert "[" not in capsys.readouterr().out.replace("[/INST]", "")[:4]

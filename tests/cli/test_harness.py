@@ -12,6 +12,7 @@ import datasets
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
 from loraloom.eval.answers import read_answers
+from loraloom.eval.statistics import wilson_interval
 from loraloom.report.files import read_evaluation
 from tests.eval.harness.toy import write_tasks
 from tests.infer.saved import save_tiny
@@ -47,6 +48,11 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     assert (summary["num_examples"], summary["num_fewshot"], summary["split"]) == (5, 1, "test")
     own = written["lm_eval"]["b"]["results"]["toy_choice"]
     assert summary["accuracy"] == own["acc_norm,none"]
+    assert summary["interval"] == list(wilson_interval(summary["accuracy"], 5))
+    targets = [json.loads(line) for line in lines.read_text().splitlines()]
+    targets = [str(t["correct_label"]) for t in targets if t["task"] == "toy_choice"][:5]
+    assert summary["majority"] == max(map(targets.count, targets)) / 5
+    assert summary["beats_majority"] == (summary["accuracy"] > summary["majority"])
     assert written["base_model"] == str(saved / "base")
     assert len(lines.read_text().splitlines()) == 3 * 2 * 5
     assert read_evaluation(result).results["a"]["toy_choice"].num_examples == 5
@@ -56,6 +62,13 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "toy_choice" in output
     assert "exact_match" in output
+
+
+def test_git_has_nothing_to_say_outside_a_repository(run, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert run("--harness", "toy_letter", "--limit", "2") == 0
+    assert "fatal" not in capfd.readouterr().err
 
 
 def test_adapters_can_go_without_the_base(run, saved, tmp_path):
@@ -69,13 +82,13 @@ def test_adapters_can_go_without_the_base(run, saved, tmp_path):
     [
         ("--harness ,", "--harness must name at least one task"),
         ("--harness toy_choice --task arc_easy", "--task has no effect with --harness"),
-        ("--harness toy_choice --scoring text", "--scoring has no effect with --harness; leave"),
-        ("--harness toy_choice --split test", "--split has no effect with --harness"),
+        ("--harness toy_choice --scoring text", "--scoring has an effect with --task only; leave"),
+        ("--harness toy_choice --split test", "--split has an effect with --task or --dataset"),
         ("--harness toy_choice --no-base", "--no-base leaves nothing to score"),
         ("--harness toy_choice --adapter a=nowhere", "there is no nowhere"),
         ("--harness toy_choice --harness-include nowhere", "--harness-include must be a directory"),
         ("--harness toy_choice --output .", "--output must be a file"),
-        ("--harness toy_choice --no-cache", "--no-cache has no effect with --harness"),
+        ("--harness toy_choice --no-cache", "--no-cache has an effect with --task or"),
         ("--task arc_easy", "--harness-include has an effect with --harness only"),
     ],
 )

@@ -181,6 +181,11 @@ def test_all_faults_are_in_one_message(tmp_path):
             "give data.validation_fraction, data.validation or eval",
         ),
         (
+            "jobs.1.train.eval_on_start=true",
+            "jobs.1.train.eval_on_start has nothing to evaluate; "
+            "give data.validation_fraction, data.validation or eval",
+        ),
+        (
             "jobs.1.train.objective={name: dpoo}",
             "jobs.1.train.objective.name must be one of sft, dpo, cpo, got 'dpoo'; "
             "did you mean 'dpo'?",

@@ -3,6 +3,7 @@ import sys
 import pytest
 import yaml
 
+from loraloom.config.fields import check_name
 from loraloom.config.loading import load_run_config
 from loraloom.config.run import RunConfig
 from loraloom.config.sweep import SweepConfig, SweepStoppingConfig, format_values, parameter_value
@@ -38,7 +39,12 @@ def faults(tmp_path, jobs=(), **settings):
 def test_a_grid_has_every_combination_and_the_last_parameter_changes_fastest():
     parameters = {"train.learning_rate": RATES, "adapter.method": ["lora", "mixlora"]}
     trials = run(parameters=parameters).trials
-    assert [trial.name for trial in trials] == [f"sweep-00{number}" for number in range(4)]
+    assert [trial.name for trial in trials] == [
+        "sweep-000-0.0001-lora",
+        "sweep-001-0.0001-mixlora",
+        "sweep-002-0.0003-lora",
+        "sweep-003-0.0003-mixlora",
+    ]
     assert [(t.job.train.learning_rate, t.job.adapter.method) for t in trials] == [
         (1e-4, "lora"),
         (1e-4, "mixlora"),
@@ -64,13 +70,13 @@ def test_a_parameter_may_be_a_whole_section_or_a_place_in_a_list():
 
 
 def test_jobs_are_named_after_their_template():
-    assert run(job={**TEMPLATE, "name": "lr"}).trials[1].name == "lr-001"
+    assert run(job={**TEMPLATE, "name": "lr"}).trials[1].name == "lr-001-0.0003"
 
 
 def test_a_named_job_is_the_template_and_does_not_train_itself():
     jobs = [{**TEMPLATE, "name": "a"}, {**TEMPLATE, "name": "b"}]
     config = run(jobs, job="a")
-    assert [job.name for job in config.all_jobs] == ["b", "a-000", "a-001"]
+    assert [job.name for job in config.all_jobs] == ["b", "a-000-0.0001", "a-001-0.0003"]
     assert config.trials[0].job.adapter == config.jobs[0].adapter
 
 
@@ -133,14 +139,15 @@ def test_tpe_begins_with_ten_random_jobs_that_are_known_beforehand():
     assert len(config.first_jobs) == 4
     combination = config.sweep.combinations()[0] | {"seed": "2"}
     later = config.trial(29, combination)
-    assert (later.name, later.job.seed) == ("sweep-029", 2)
+    assert later.name.startswith("sweep-029-")
+    assert later.job.seed == 2
 
 
 def test_so_many_jobs_train_at_once():
     jobs = [{**TEMPLATE, "name": "a"}]
     parameters = {"seed": [1, 2, 3, 4]}
     first = run(jobs, parameters=parameters, max_concurrent=3).first_jobs
-    assert [job.name for job in first] == ["a", "sweep-000", "sweep-001", "sweep-002"]
+    assert [job.name for job in first] == ["a", "sweep-000-1", "sweep-001-2", "sweep-002-3"]
     assert len(run(jobs, parameters=parameters).first_jobs) == 5
 
 
@@ -264,9 +271,29 @@ def test_a_faulty_sweep_is_refused_by_one_line(tmp_path, settings, message):
     assert line.startswith("sweep")
 
 
-def test_names_of_jobs_must_be_free(tmp_path):
-    (line,) = faults(tmp_path, [{**TEMPLATE, "name": "Sweep-001"}])
-    assert line == "sweep.job.name must give new names, but sweep-001 is one of jobs"
+@pytest.mark.parametrize("name", ["Sweep-001", "sweep-000-0.5"])
+def test_names_of_jobs_must_be_free(tmp_path, name):
+    (line,) = faults(tmp_path, [{**TEMPLATE, "name": name}])
+    assert line == f"sweep.job.name must give new names, but {name} is one of jobs"
+
+
+def test_a_name_is_a_safe_file_name_whatever_the_values_are():
+    values = [{"method": "lora", "target_modules": ["q_proj", "v_proj"]}, {"method": "mixlora"}]
+    templates = ["[/INST] {{ instruction }}" * 20, "data/a b.jinja"]
+    data = {"dataset": "rows.jsonl", "format": "instruction", "validation_fraction": 0.1}
+    long = {**TEMPLATE, "name": "n" * 90, "data": data}
+    parameters = {"adapter": values, "data.template": templates}
+    for template in (long, {**long, "name": "short"}):
+        names = [trial.name for trial in run(parameters=parameters, job=template).trials]
+        assert len(set(names)) == 4
+        assert all(check_name(name) == name for name in names)
+    assert names[3] == "short-003-method_mixlora-data_a_b.jinja"
+
+
+def test_a_sweep_knows_its_jobs_by_their_names():
+    config = run(parameters={"train.learning_rate": RATES}).sweep
+    assert all(map(config.owns, ["sweep-000", "sweep-001-0.0003", "sweep-001-other"]))
+    assert not any(map(config.owns, ["sweep-002", "sweep-0010", "law", "sweep"]))
 
 
 def test_a_run_needs_jobs_or_a_sweep(tmp_path):

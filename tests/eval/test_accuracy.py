@@ -5,7 +5,12 @@ import math
 import pytest
 
 from loraloom.errors import DataError
-from loraloom.eval.accuracy import QuestionScore, accuracy, accuracy_by_group
+from loraloom.eval.accuracy import (
+    QuestionScore,
+    accuracy,
+    accuracy_by_group,
+    majority_share,
+)
 from tests.eval.scoring import question
 
 
@@ -60,3 +65,38 @@ def test_groups_are_measured_apart_and_sorted():
     assert list(groups) == ["colours", "sums"]
     assert [result.accuracy for result in groups.values()] == [1.0, 0.5]
     assert sum(result.num_examples for result in groups.values()) == 3
+
+
+ASKED = [
+    question("?", ["yes", "no"], 0),
+    question("?", ["no", "yes"], 1),
+    question("?", ["no", "yes"], 1),
+    question("?", ["no", "yes"], 0),
+    question("?", ["maybe", "no", "yes"], 0),
+]
+
+
+def share_of_constant(answer):
+    """How many questions are right if everybody is answered so."""
+    right = [answer in (q.labels[q.gold], q.continuations[q.gold]) for q in ASKED]
+    return sum(right) / len(right)
+
+
+def test_the_majority_is_the_best_constant_answer():
+    answers = {"A", "B", "C", " yes", " no", " maybe"}
+    assert majority_share(ASKED) == max(map(share_of_constant, answers)) == 0.6
+    assert majority_share(ASKED[3:]) == 1.0  # both are A
+
+
+def test_a_text_that_all_choices_share_is_no_answer():
+    ends = [question("?", ["it is", "it is"], gold) for gold in (0, 1)]
+    assert majority_share(ends) == 0.5
+
+
+def test_an_accuracy_that_a_constant_answer_reaches_does_not_beat_it():
+    scores = [
+        QuestionScore(q, tuple(-1.0 if i == 0 else -2.0 for i in range(len(q.labels))))
+        for q in ASKED
+    ]
+    assert accuracy(scores).accuracy == accuracy(scores).majority == 0.6
+    assert not accuracy(scores).beats_majority

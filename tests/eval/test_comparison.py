@@ -55,6 +55,18 @@ def test_pairs_can_be_asked_for():
     assert choose_pairs(NAMES, wanted) == [("mix@0", "mix@1"), ("lora", "mix")]
 
 
+def test_a_single_seed_may_be_asked_for_by_the_name_of_its_group():
+    assert choose_pairs(["base", "mix@0", "lora"], ["mix:base"]) == [("mix@0", "base")]
+    single = TaskAnswers("toy", (0, 1), {"mix@0": (True, False), "lora": (True, True)})
+    assert shares_right(single, "mix") == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("text", ["mix:mix@0", "mix@0:mix"])
+def test_a_single_seed_is_not_compared_with_itself(text):
+    with pytest.raises(ConfigError, match="--compare must be FIRST:SECOND"):
+        choose_pairs(["base", "mix@0"], [text])
+
+
 @pytest.mark.parametrize("text", ["lora", "lora:", "lora:law", "lora:lora", "lora:base:mix"])
 def test_a_pair_of_others_is_an_error(text):
     message = "--compare must be FIRST:SECOND, two of base, mix@0, mix@1, lora, mix, got"

@@ -5,7 +5,7 @@ import re
 
 from rich.console import Console
 
-from loraloom.eval.progress import EvaluationProgress
+from loraloom.eval.progress import EvaluationProgress, question_size
 from tests.eval.scoring import question
 
 
@@ -24,7 +24,7 @@ def show(*steps, **console):
     shown = EvaluationProgress(Console(file=stream, width=80, **console), 10.0, clock)
     questions = [question("x" * 6, ["a", "b"]), *[question("x", ["a", "b"])] * 2]
     with shown as progress:
-        advance = progress.start("toy", questions)
+        advance = progress.start("toy", [*map(question_size, questions)])
         for seconds, places in steps:
             clock.now += seconds
             advance(places)

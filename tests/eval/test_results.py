@@ -33,6 +33,8 @@ def test_results_are_by_adapter_and_task():
         "accuracy": 0.5,
         "stderr": 0.5,
         "num_examples": 2,
+        "majority": 0.5,
+        "beats_majority": False,
         "interval": list(wilson_interval(0.5, 2)),
         "split": "test",
     }
@@ -41,10 +43,9 @@ def test_results_are_by_adapter_and_task():
 
 def test_groups_have_results_of_their_own():
     groups = summarise([toy(group="sums")])["base"]["toy"]["groups"]
-    interval = list(wilson_interval(0.5, 2))
-    assert groups == {
-        "sums": {"accuracy": 0.5, "stderr": 0.5, "num_examples": 2, "interval": interval}
-    }
+    assert list(groups) == ["sums"]
+    assert groups["sums"]["accuracy"] == groups["sums"]["majority"] == 0.5
+    assert groups["sums"]["interval"] == list(wilson_interval(0.5, 2))
 
 
 def test_truncated_questions_are_counted():

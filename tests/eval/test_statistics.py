@@ -6,9 +6,12 @@ from scipy import stats
 
 from loraloom.errors import DataError
 from loraloom.eval.statistics import (
+    compare_losses,
     compare_paired,
     holm,
     mcnemar_p_value,
+    ratio_intervals,
+    ratio_stderr,
     wilson_interval,
 )
 
@@ -99,3 +102,52 @@ def test_holm_multiplies_by_the_tests_that_are_left():
     assert holm([0.6, 0.9]) == [1.0, 1.0]
     assert holm([0.2]) == [0.2]
     assert holm([]) == []
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Losses of two adapters on rows of many lengths, and the lengths."""
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(1, 40, size=200)
+    first = lengths * generator.normal(2.0, 0.3, size=200)
+    return first, first + lengths * generator.normal(0.05, 0.1, size=200), lengths
+
+
+def test_the_error_of_a_ratio_is_the_spread_of_its_bootstrap(rows):
+    first, _, lengths = rows
+    drawn = np.random.default_rng(1).integers(200, size=(4000, 200))
+    ratios = first[drawn].sum(1) / lengths[drawn].sum(1)
+    assert ratio_stderr(first, lengths) == pytest.approx(ratios.std(), rel=0.05)
+    assert ratio_stderr(first[:1], lengths[:1]) is None
+
+
+def test_intervals_of_ratios_are_scipys(rows):
+    first, second, lengths = rows
+    found = ratio_intervals(np.column_stack([first, second]), lengths)
+    for sums, interval in zip((first, second), found, strict=True):
+        expected = stats.bootstrap(
+            (sums, lengths),
+            lambda s, n, axis: s.sum(axis) / n.sum(axis),
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        assert interval == pytest.approx((expected.low, expected.high), abs=5e-3)
+
+
+def test_losses_are_compared_row_by_row(rows):
+    first, second, lengths = rows
+    result = compare_losses(first.tolist(), second.tolist(), lengths.tolist())
+    assert result.difference == pytest.approx((first.sum() - second.sum()) / lengths.sum())
+    assert result.interval[0] < result.difference < result.interval[1] < 0
+    assert result.num_first_better == (first < second).sum()
+    assert result.num_first_better + result.num_second_better == 200
+    mirrored = compare_losses(second.tolist(), first.tolist(), lengths.tolist())
+    assert mirrored.difference == -result.difference
+    assert mirrored.p_value == result.p_value
+
+
+def test_equal_losses_do_not_differ():
+    result = compare_losses([1.0, 2.0], [1.0, 2.0], [3, 4])
+    assert (result.difference, result.p_value) == (0.0, 1.0)

@@ -1,21 +1,23 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
-from rich.console import Console
 from rich.table import Table
 
-from loraloom.eval.comparison import Comparison
+from loraloom.eval.answers import answers_of
+from loraloom.eval.comparison import Comparison, compare_all
 from loraloom.eval.statistics import PairedComparison
 from loraloom.eval.tables import (
     all_tables,
-    comparison_table,
+    comparison_tables,
     csv_page,
     group_table,
     markdown,
     results_table,
     seeds_table,
 )
+from loraloom.terminal import make_console, print_tables
 from tests.eval.test_results import toy
 
 SEEDS = {
@@ -31,19 +33,29 @@ def compared(p_value=0.0312):
     return Comparison("toy", "mix", "base", result, min(1.0, 2 * p_value))
 
 
-def printed(table):
-    console = Console(width=120)
+def printed(*tables):
+    console = make_console(width=80)
     with console.capture() as capture:
-        console.print(table)
+        print_tables(console, tables)
     return capture.get()
 
 
-def test_the_table_has_accuracies_with_their_errors():
+def test_the_table_has_accuracies_with_their_intervals():
     text = printed(results_table([toy(), toy(task="other")]))
-    assert "toy (test)" in text
-    assert "base" in text
-    assert "50.0 ± 50.0 %" in text
-    assert "100.0 %" in text
+    assert "toy" in text
+    assert "(test)" in text
+    assert "50.0 (9.5–90.5)" in text
+    assert "100.0 (20.7–100.0)" in text
+
+
+def test_accuracies_that_a_constant_answer_reaches_are_marked():
+    values = ((-1.0, -2.0), (-2.0, -1.0))
+    text = printed(results_table([toy(), toy(task="other", values=values)]))
+    base = next(line for line in text.splitlines() if line.startswith("base"))
+    assert base.split() == ["base", "50.0", "(9.5–90.5)†", "100.0", "(34.2–100.0)"]
+    constant = next(line for line in text.splitlines() if line.startswith("constant answer"))
+    assert constant.split()[2:] == ["50.0", "50.0"]
+    assert "† no better than a constant answer" in text
 
 
 def test_groups_have_a_table_where_there_are_some():
@@ -53,26 +65,38 @@ def test_groups_have_a_table_where_there_are_some():
     text = printed(table)
     assert "sums" in text
     assert "law" in text
+    assert "constant answer" in text
 
 
 def test_a_comparison_has_its_difference_in_points_and_how_sure_it_is():
-    text = printed(comparison_table([compared()]))
-    for cell in ("mix - base", "-1.2 ± 0.4", "-2.0 to -0.5", "3 : 13", "0.031", "0.062"):
+    text = printed(*comparison_tables([compared()]))
+    for cell in ("mix - base", "-1.2", "-2.0 to -0.5", "3 : 13", "0.031", "0.062"):
         assert cell in text
 
 
+def test_eight_adapters_with_long_names_fit_80_columns():
+    task = toy(group="agreement_of_nouns")
+    scores = {f"skills-mixlora-{seed}": task.scores[None] for seed in range(8)}
+    tasks = [replace(task, scores=scores, task=name) for name in ("arc_easy", "social_i_qa")]
+    pairs = [("skills-mixlora-0", "skills-mixlora-1")]
+    evaluated = compare_all([answers_of(one) for one in tasks], pairs)
+    for line in printed(*all_tables(tasks, {}, evaluated)).splitlines():
+        assert len(line.rstrip()) <= 80, line
+        assert "…" not in line
+
+
 def test_tiny_p_values_are_not_shown_as_zero():
-    assert "< 0.001" in printed(comparison_table([compared(1e-9)]))
+    assert "< 0.001" in printed(*comparison_tables([compared(1e-9)]))
 
 
 def test_seeds_have_mean_and_deviation():
     text = printed(seeds_table(SEEDS, ["toy"]))
-    assert "62.5 ± 3.1 %" in text
-    assert "toy (± sd)" in text
+    assert "62.5 ± 3.1" in text
+    assert "standard deviation" in text
 
 
 def test_tables_without_rows_are_left_out():
-    assert comparison_table([]) is None
+    assert comparison_tables([]) == []
     assert seeds_table({}, ["toy"]) is None
     assert len(all_tables([toy()], {}, [])) == 1
     assert len(all_tables([toy(group="sums")], SEEDS, [compared()])) == 4

@@ -35,6 +35,28 @@ def test_draws_follow_the_softmax():
     assert counts / 4000 == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.parametrize("temperature", [0.001, 1e30])
+def test_extreme_temperatures_draw_a_token(temperature):
+    drawn = draw([-40.0, 90.0, 3.0], range(50), temperature=temperature)
+    assert set(drawn.tolist()) == ({1} if temperature < 1 else {0, 1, 2})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 1e-45}, "temperature must be 0, for the most likely token, or at least"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be at most 100"),
+        ({"num_beams": 10**9}, "num_beams must be at most 256"),
+        ({"stop": ("x" * 10_001,)}, "stop must hold texts of at most 10000 characters"),
+        ({"stop": ("\ud800",)}, "stop must hold texts of at most 10000 characters of Unicode"),
+    ],
+)
+def test_settings_beyond_reason_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_sampling(**settings)
+
+
 def test_temperature_sharpens_and_flattens():
     cold = draw([0.0, 1.0], range(500), temperature=0.2).float().mean()
     hot = draw([0.0, 1.0], range(500), temperature=5.0).float().mean()

@@ -70,7 +70,7 @@ def test_the_page_is_whole(page):
         "13.20 M",
     ):
         assert part in text
-    assert "+20.0 ± 7.0" in text
+    assert "+20.0 +10.0 to +30.0" in text
     assert text.count("loraloom 0.1.0") == 2  # in the header and the footer
     assert "0.012 *" in text
 
@@ -158,7 +158,7 @@ def test_results_of_the_harness_may_lack_an_accuracy(run, tmp_path):
         "results": {"base": {"a": {"accuracy": 0.5, "stderr": 0.1}, "wiki": {"num_examples": 3}}},
     }
     page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])
-    assert "50.0 ± 10.0" in page
+    assert "50.0 <small>30.4–69.6</small>" in page
     Checked(page)
 
 

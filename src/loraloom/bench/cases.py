@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from loraloom.adapters import AdapterConfig, parse_adapter_config
+from loraloom.errors import ConfigError
 
 PEFT_CASES = ("peft-lora", "peft-lora-tuned")
 
@@ -27,6 +28,9 @@ class StepSetting:
         num_experts: Of a mixture.
         top_k: Of a mixture.
         num_jobs: Adapters, each with rows of its own in the batch.
+
+    Raises:
+        ConfigError: If a token would use more experts than there are.
     """
 
     base_model: str = "smollm2-135m"
@@ -37,6 +41,15 @@ class StepSetting:
     num_experts: int = 8
     top_k: int = 2
     num_jobs: int = 1
+
+    def __post_init__(self) -> None:
+        check_top_k(self.top_k, self.num_experts)
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raise a ConfigError if a token would use more experts than there are."""
+    if top_k > num_experts:
+        raise ConfigError(f"--top-k must be at most --num-experts {num_experts}, got {top_k}")
 
 
 def adapter_cases() -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from loraloom.adapters.base import BaseLayer, BaseProjection, FfnShape
-from loraloom.bench.cases import StepSetting, adapter_config
+from loraloom.bench.cases import StepSetting, adapter_config, check_top_k
 from loraloom.bench.step import fill_B
 from loraloom.errors import ConfigError
 from loraloom.models.forward import ForwardContext, running, segment_adapters
@@ -40,6 +40,9 @@ class LayerSetting:
     top_k: int = 2
     num_adapters: int = 1
     dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        check_top_k(self.top_k, self.num_experts)
 
 
 @dataclass(frozen=True)

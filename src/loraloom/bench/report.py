@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from loraloom.eval.plots import save_figure
+from loraloom.terminal import make_table
 
 Figures = Mapping[str, Mapping[str, float]]
 """By case, column to value, with units in the columns' names; the first case is the baseline."""
@@ -17,7 +18,8 @@ Figures = Mapping[str, Mapping[str, float]]
 def results_table(figures: Figures) -> Table:
     """Lay figures out, each with its ratio to the baseline's."""
     baseline = next(iter(figures.values()))
-    table = Table("case", *(cell for column in baseline for cell in (column, "ratio")), box=None)
+    titles = [cell for column in baseline for cell in (column, "ratio")]
+    table = make_table("case", values=titles)
     for case, values in figures.items():
         cells = [
             (_digits(value), f"{value / baseline[name]:.2f}") for name, value in values.items()

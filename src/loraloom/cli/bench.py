@@ -11,6 +11,7 @@ import typer
 
 from loraloom.bench.cases import PEFT_CASES, StepSetting, adapter_cases, mixture_case
 from loraloom.cli.options import BaseModelOption, DtypeOption
+from loraloom.durable import prepare_output
 from loraloom.errors import ConfigError
 from loraloom.models.sources import SMALL_MODEL
 
@@ -35,8 +36,27 @@ LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens of ea
 RankOption = Annotated[int, typer.Option("--rank", min=1, help="Of LoRA and of each expert.")]
 ExpertsOption = Annotated[int, typer.Option("--num-experts", min=1, help="Of a mixture.")]
 TopKOption = Annotated[int, typer.Option("--top-k", min=1, help="Experts that a token uses.")]
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+"""Suffixes that --picture takes."""
+
+
+def _check_picture(path: Path | None) -> Path | None:
+    """Return where to draw as it came, before anything is measured.
+
+    Raises:
+        ConfigError: If no picture can be written there.
+    """
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--picture must end in {', '.join(PICTURES)}, got {path}")
+    prepare_output(path, "--picture")
+    return path
+
+
 PictureOption = Annotated[
-    Path | None, typer.Option("--picture", metavar="FILE", help="Draw the ratios there.")
+    Path | None,
+    typer.Option(
+        "--picture", metavar="FILE", callback=_check_picture, help="Draw the ratios there."
+    ),
 ]
 
 
@@ -260,7 +280,7 @@ def _numbers(values: str) -> list[int]:
         ConfigError: If they aren't positive whole numbers.
     """
     parts = [part.strip() for part in values.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not parts or not all(part.isdecimal() and 0 < int(part[:10]) < 10**9 for part in parts):
         raise ConfigError(f"--values must be positive numbers with commas between, got {values!r}")
     return [int(part) for part in dict.fromkeys(parts)]
 
@@ -283,10 +303,9 @@ def _names(cases: str | None, known: tuple[str, ...], option: str = "--cases") -
 
 
 def _show(figures: Figures, column: str, picture: Path | None) -> None:
-    from rich.console import Console
-
     from loraloom.bench.report import plot_ratios, results_table
+    from loraloom.terminal import make_console, print_tables
 
-    Console().print(results_table(figures))
+    print_tables(make_console(), [results_table(figures)])
     if picture is not None:
         plot_ratios(figures, column, picture)

@@ -1,4 +1,4 @@
-"""`loraloom eval`: how well the base model and its adapters answer choice questions."""
+"""`loraloom eval`: how well the base model and its adapters answer questions, or predict rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraloom.cli.options import (
     DtypeOption,
     parse_adapters,
 )
-from loraloom.config.data import Scoring
+from loraloom.config.data import DataFormat, Scoring
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ def evaluate(
     harness_include: Annotated[
         Path | None,
         typer.Option(
-            "--harness-include", metavar="DIR", help="YAML files of more tasks for --harness."
+            "--harness-include",
+            metavar="DIR",
+            help="YAML files of more tasks for --harness; they can run code, so trust them first.",
         ),
     ] = None,
     num_fewshot: Annotated[
@@ -110,6 +112,38 @@ def evaluate(
             "--apply-chat-template", help="Ask tasks of --harness in the model's chat template."
         ),
     ] = False,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dataset",
+            metavar="FILE",
+            help="A held-out file, directory or hub id, whose loss is computed in place of --task. "
+            "May be repeated.",
+        ),
+    ] = None,
+    data_format: Annotated[
+        DataFormat | None,
+        typer.Option("--format", help="What the rows of --dataset are, as in a run file."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help="Of --dataset with --format instruction; alpaca."),
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--field",
+            metavar="ROLE=COLUMN",
+            help="The column of --dataset that is a role of its format, output=reply say. "
+            "May be repeated.",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", min=2, help="Longest row of --dataset in tokens; 512, as in training."
+        ),
+    ] = None,
     adapter: AdapterOption = None,
     data: Annotated[
         Path | None,
@@ -184,7 +218,7 @@ def evaluate(
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
-    """Score choice questions with the base model and with adapters, all in one pass.
+    """Score choice questions, or held-out rows, with the base model and adapters, all in one pass.
 
     Scores are kept: after Ctrl-C the same command goes on where it was.
     """
@@ -196,24 +230,29 @@ def evaluate(
         raise ConfigError("--cache and --no-cache exclude each other; give one")
     from loraloom.eval.tables import check_outputs
 
-    if harness is None:
-        only_harness = {
-            "--harness-include": harness_include is not None,
-            "--num-fewshot": num_fewshot is not None,
-            "--apply-chat-template": apply_chat_template,
-        }
-        _reject(only_harness, "has an effect with --harness only; leave it out")
-    else:
-        only_task = {
-            "--task": task,
-            "--split": split,
-            "--scoring": scoring,
-            "--compat": compat,
-            "--compare": compare,
-            "--cache": cache,
-            "--no-cache": no_cache,
-        }
-        _reject(only_task, "has no effect with --harness; leave it out")
+    kind = _only_one({"--task": task, "--dataset": dataset, "--harness": harness})
+    settings = {"format": data_format, "template": template, "fields": _parse_fields(field)}
+    options: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "--harness-include": (harness_include, ("--harness",)),
+        "--num-fewshot": (num_fewshot is not None, ("--harness",)),
+        "--apply-chat-template": (apply_chat_template, ("--harness",)),
+        "--format": (data_format, ("--dataset",)),
+        "--template": (template, ("--dataset",)),
+        "--field": (field, ("--dataset",)),
+        "--max-length": (max_length, ("--dataset",)),
+        "--data": (data, ("--task", "--harness")),
+        "--scoring": (scoring, ("--task",)),
+        "--compat": (compat, ("--task",)),
+        "--split": (split, ("--task", "--dataset")),
+        "--compare": (compare, ("--task", "--dataset")),
+        "--cache": (cache, ("--task", "--dataset")),
+        "--no-cache": (no_cache, ("--task", "--dataset")),
+    }
+    for option, (value, kinds) in options.items():
+        if value and kind not in kinds:
+            raise ConfigError(
+                f"{option} has an effect with {' or '.join(kinds)} only; leave it out"
+            )
     run = EvalRun(
         base_model=base_model,
         dtype=dtype,
@@ -240,6 +279,19 @@ def evaluate(
             apply_chat_template=apply_chat_template,
         )
         return
+    if dataset is not None:
+        from loraloom.cli.held_out import score_held_out
+
+        score_held_out(
+            run,
+            list(dict.fromkeys(dataset)),
+            settings={**settings, "split": split},
+            max_length=max_length,
+            compare=compare or (),
+            cache=cache,
+            no_cache=no_cache,
+        )
+        return
     from loraloom.cli.choices import score_choices
 
     score_choices(
@@ -260,8 +312,28 @@ def _split_names(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _reject(options: Mapping[str, Any], reason: str) -> None:
-    """Raise a ConfigError if an option that has no effect is given."""
-    for option, value in options.items():
-        if value:
-            raise ConfigError(f"{option} {reason}")
+def _only_one(options: Mapping[str, Sequence[str] | None]) -> str:
+    """The one option that says what is evaluated; --task where none is given.
+
+    Raises:
+        ConfigError: If there are several.
+    """
+    given = [option for option, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} has no effect with {given[1]}; give one of them")
+    return given[0] if given else next(iter(options))
+
+
+def _parse_fields(texts: Sequence[str] | None) -> dict[str, str]:
+    """Columns of --field by their roles.
+
+    Raises:
+        ConfigError: If one is not ROLE=COLUMN.
+    """
+    fields = {}
+    for text in texts or ():
+        role, _, column = text.partition("=")
+        if not role or not column:
+            raise ConfigError(f"--field must be ROLE=COLUMN, got {text!r}")
+        fields[role] = column
+    return fields

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -32,7 +31,7 @@ def generate(
     base_model: BaseModelOption,
     adapter: AdapterOption = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="A prompt; every adapter answers it.")
+        str | None, typer.Option("--prompt", help="A prompt; base model and adapters answer it.")
     ] = None,
     input_file: Annotated[
         Path | None,
@@ -47,9 +46,16 @@ def generate(
         typer.Option(
             "--output",
             metavar="FILE.jsonl",
-            help="Write the rows there, with `completion` and `adapter`.",
+            help="Write the rows there as they are done, with `completion` and `adapter`; rows "
+            "that are there already are skipped.",
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin --output anew, whatever is there.")
+    ] = False,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="Let the adapters alone answer --prompt.")
+    ] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Leave out the tokenizer's chat template.")
     ] = False,
@@ -57,7 +63,8 @@ def generate(
         int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")
     ] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="0 takes the most likely token; above, draws.")
+        float,
+        typer.Option("--temperature", help="0 takes the most likely token; from 0.001, draws."),
     ] = 0.0,
     top_k: Annotated[
         int, typer.Option("--top-k", help="Draw from the so many most likely tokens; 0: all.")
@@ -81,10 +88,14 @@ def generate(
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
-    """Complete a prompt, or every prompt of a file, with the base model or adapters on it."""
+    """Complete a prompt, or every prompt of a file, with the base model or adapters on it.
+
+    After Ctrl-C the same command goes on behind the rows that --output has.
+    """
     adapters = parse_adapters(adapter)
-    from loraloom.durable import prepare_output
-    from loraloom.infer import generate as inference
+    from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
+    from loraloom.eval.provenance import describe_adapters
+    from loraloom.infer.generate import complete_in_order
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.infer.sampling import parse_sampling
 
@@ -98,24 +109,42 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    rows, prompts = _read(prompt, input_file, adapters, output)
+    rows, prompts = _read(prompt, input_file, adapters, no_base=no_base)
     check_sources(base_model, adapters, device)
-    prepare_output(output, "--output")
+    num_done, file = 0, None
+    if output is not None:
+        settings = {"base_model": base_model, "dtype": dtype, "sampling": sampling.model_dump()}
+        settings |= {"raw": raw, "batch_size": batch_size, "adapters": describe_adapters(adapters)}
+        file = OutputFile(output, [*labelled(rows, prompts)], settings)
+        num_done = file.count_done(batch_size, overwrite=overwrite)
+    if num_done == len(rows):
+        typer.echo(f"all {num_done} rows are in {output} already", err=True)
+        return
     host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
-    completions = inference.generate(
-        host, tokenizer, prompts, sampling, batch_size=batch_size, raw=raw
+    batches = complete_in_order(
+        host,
+        tokenizer,
+        prompts,
+        sampling,
+        batch_size=batch_size,
+        raw=raw,
+        num_done=num_done,
     )
-    if input_file is None and output is None:
-        _print_completions(prompts, completions)
+    texts = ([completion.text for completion in batch] for batch in batches)
+    if file is not None:
+        file.write(texts, num_done)
+    elif input_file is None:
+        print_answers(prompts, texts)
     else:
-        _write_rows(rows, prompts, completions, output)
+        print_rows([*labelled(rows, prompts)], texts)
 
 
 def _read(
     prompt: str | None,
     input_file: Path | None,
     adapters: Mapping[str, str],
-    output: Path | None,
+    *,
+    no_base: bool,
 ) -> tuple[list[dict[str, Any]], list[Prompt]]:
     """Rows to write again, and their prompts."""
     if (prompt is None) == (input_file is None):
@@ -123,8 +152,10 @@ def _read(
     from loraloom.data.files import read_file
     from loraloom.infer.prompts import Prompt
 
+    if no_base and (input_file is not None or not adapters):
+        raise ConfigError("--no-base has an effect on --prompt with --adapter only; leave it out")
     if input_file is None:
-        names = list(adapters) or [None]
+        names = [*([] if no_base else [None]), *adapters]
         return [{"prompt": prompt}] * len(names), [
             Prompt(str(prompt), name, origin="--prompt") for name in names
         ]
@@ -159,31 +190,3 @@ def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
     if name not in adapters:
         row.reject(f"field 'adapter' must be one of {known}, got {name!r}; give --adapter for it")
     return name if scale == 1 else (name, scale)
-
-
-def _print_completions(prompts: Sequence[Prompt], completions: Sequence[str]) -> None:
-    for prompt, completion in zip(prompts, completions, strict=True):
-        if len(prompts) > 1:
-            typer.echo(f"[{prompt.adapter or BASE}]")
-        typer.echo(completion)
-
-
-def _write_rows(
-    rows: Sequence[Mapping[str, Any]],
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    output: Path | None,
-) -> None:
-    from loraloom.durable import write_output
-
-    lines = [
-        json.dumps(
-            {**row, "completion": completion, "adapter": prompt.adapter or BASE}, ensure_ascii=False
-        )
-        for row, prompt, completion in zip(rows, prompts, completions, strict=True)
-    ]
-    text = "".join(f"{line}\n" for line in lines)
-    if output is None:
-        typer.echo(text, nl=False)
-    else:
-        write_output(output, text)

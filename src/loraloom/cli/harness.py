@@ -35,8 +35,6 @@ def score_harness(
         if path.suffix.lower() != ".json":
             raise ConfigError(f"--output must end in .json with --harness, got {path}")
     run.check()
-    from rich.console import Console
-
     from loraloom.durable import write_output
     from loraloom.eval.harness import evaluate_adapters, load_tasks
     from loraloom.eval.harness.results import (
@@ -47,6 +45,7 @@ def score_harness(
     )
     from loraloom.eval.provenance import describe_evaluation
     from loraloom.eval.results import SCHEMA_VERSION
+    from loraloom.terminal import make_console, print_tables
 
     with _errors_only():
         loaded = load_tasks(tasks, include, run.data)
@@ -60,7 +59,6 @@ def score_harness(
             limit=run.limit,
             num_fewshot=num_fewshot,
             apply_chat_template=apply_chat_template,
-            log_samples=run.per_question is not None,
         )
     if run.per_question is not None:
         write_output(run.per_question, "".join(f"{line}\n" for line in question_lines(results)))
@@ -72,7 +70,7 @@ def score_harness(
     }
     for path in run.outputs:
         write_output(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    Console(markup=False, highlight=False).print(results_table(results))
+    print_tables(make_console(), [results_table(results)])
 
 
 @contextmanager

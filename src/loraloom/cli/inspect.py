@@ -24,11 +24,10 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(description.to_json(), indent=2, allow_nan=False))
         return
-    from rich.console import Console
+    from loraloom.terminal import make_console, print_tables
 
-    console = Console(markup=False, highlight=False)
-    console.print(_settings_table(description))
-    console.print(_norms_table(description))
+    console = make_console()
+    print_tables(console, [_settings_table(description), _norms_table(description)])
     if description.num_non_finite:
         console.print(f"{description.num_non_finite} tensors have infinite or NaN values")
 
@@ -80,9 +79,9 @@ def _share(description: AdapterDescription) -> str:
 
 
 def _norms_table(description: AdapterDescription) -> Table:
-    from rich.table import Table
+    from loraloom.terminal import make_table
 
-    table = Table("norm of", "tensors", "min", "median", "max", box=None, padding=(0, 2, 0, 0))
+    table = make_table("norm of", values=["tensors", "min", "median", "max"])
     for norm in description.norms:
         numbers = (f"{value:.4g}" for value in (norm.min, norm.median, norm.max))
         table.add_row(norm.name, str(norm.count), *numbers)

@@ -42,16 +42,15 @@ def quickstart(
     minutes on two processor cores.
     """
     run = _run_config(output_dir, max_steps, base_model, dtype, device)
-    from rich.console import Console
-
     from loraloom.eval.evaluation import evaluate
     from loraloom.models.attach import attach
     from loraloom.models.loading import load_base_model
+    from loraloom.terminal import make_console
     from loraloom.training.run.outputs import RunDirectory
     from loraloom.training.run.progress import Progress
     from loraloom.training.run.run import train
 
-    console = Console()
+    console = make_console()
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
     skills = _load_skills()
     console.print(f"Loading {base_model} ({dtype})")
@@ -104,15 +103,22 @@ def _load_skills() -> list[QuestionSet]:
 
 
 def _print_accuracies(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:
-    from rich.table import Table
+    from loraloom.eval.tables import CONSTANT, MARK, NOTE
+    from loraloom.terminal import make_table, print_tables
 
-    table = Table("skill", "base model", *list(results)[1:], box=None)
-    for skill in results["base"]:
-        table.add_row(skill, *(f"{100 * of[skill]['accuracy']:.1f}" for of in results.values()))
+    titles = [CONSTANT, "base model", *list(results)[1:]]
+    table = make_table("skill", values=titles, title="Accuracy on held-out questions, %")
+    for skill, of_base in results["base"].items():
+        cells = [
+            f"{100 * of[skill]['accuracy']:.1f}{'' if of[skill]['beats_majority'] else MARK}"
+            for of in results.values()
+        ]
+        table.add_row(skill, f"{100 * of_base['majority']:.1f}", *cells)
     averages = (_average_accuracy(by_skill) for by_skill in results.values())
-    table.add_row("average", *(f"{100 * average:.1f}" for average in averages), style="bold")
-    console.print("\nAccuracy on held-out questions, %")
-    console.print(table)
+    table.add_row("average", "", *(f"{100 * average:.1f}" for average in averages), style="bold")
+    table.caption = NOTE
+    console.print()
+    print_tables(console, [table])
 
 
 def _average_accuracy(by_skill: Mapping[str, Any]) -> float:

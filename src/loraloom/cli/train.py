@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraloom.cli.evaluation_command import evaluation_command
 from loraloom.cli.options import RunFileArgument, SetOption
 from loraloom.config.fields import AttnImplementation, Dtype
 from loraloom.config.loading import load_run_config
@@ -64,13 +65,12 @@ def train(
     if watch_exit_when_idle and watch is None:
         raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
     run = load_run_config(run_file, [*(overrides or ()), *changes], needs_jobs=watch is None)
-    from rich.console import Console
-
+    from loraloom.terminal import make_console, print_tables
     from loraloom.training.run import run as training
     from loraloom.training.run.inbox import WatchOptions
     from loraloom.training.run.progress import Progress
 
-    console = Console()
+    console = make_console()
     results = training.train(
         run,
         resume=resume,
@@ -79,22 +79,27 @@ def train(
         watch=watch and WatchOptions(watch, overwrite, watch_exit_when_idle),
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
-    swept = set() if run.sweep is None else set(run.sweep.names)
-    others = [result for result in results if result.job not in swept]
+    others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]
     if others:
-        console.print(_results_table(others))
+        print_tables(console, [_results_table(others)])
+    command = evaluation_command(run, results)
+    if command is not None:
+        console.print(f"\nEvaluate with:\n  {command}", soft_wrap=True)
     raise_failures(results)
 
 
 def _results_table(results: Sequence[JobResult]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+    from loraloom.terminal import make_table
 
-    table = Table("job", "method", "steps", "weights", "metrics", box=None)
+    metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
+    titles = ["method", "steps", "status", "weights", *metrics]
+    table = make_table("job", values=titles)
     for result in results:
-        metrics = "\n".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-        steps = f"{result.steps} ({result.status})"
-        table.add_row(result.job, result.method, steps, result.weights, Text(metrics or "-"))
+        measured = (result.metrics.get(name) for name in metrics)
+        table.add_row(
+            *(result.job, result.method, str(result.steps), result.status, result.weights),
+            *("-" if value is None else f"{value:.4f}" for value in measured),
+        )
     return table
 
 

@@ -149,6 +149,8 @@ def _check_metrics(
     selecting = _selecting_metrics(train, data, evaluations)
     if train.eval_steps is not None and not (selecting or evaluations):
         raise ValueError(f"train.eval_steps has nothing to evaluate; {give}")
+    if train.eval_on_start and not (selecting or evaluations):
+        raise ValueError(f"train.eval_on_start has nothing to evaluate; {give}")
     if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
         raise ValueError(
             f"train.lr_scheduler {train.lr_scheduler} moves after evaluations only; "

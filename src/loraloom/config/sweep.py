@@ -7,14 +7,15 @@
         adapter.rank: [4, 16]
       search: {tpe: 30}
 
-Every combination is a job of its own, `<name of the job>-000` and so on. Optuna draws them, and has
-the values of a list as JSON text.
+Every combination is a job of its own, called after its number and its values:
+`sweep-000-0.0001-4` and so on. Optuna draws them, and has the values of a list as JSON text.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, product, repeat, takewhile
 from operator import mul
@@ -43,6 +44,11 @@ Range = dict[RangeKind, tuple[int | float, int | float]]
 Parameter = Values | Range
 """Values to try, or a range to draw from."""
 
+MAX_JOB_NAME = 100
+MAX_VALUE_NAME = 24
+"""Characters of a job's name, and of a value in it."""
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _DRAWS_PER_JOB = 100
 _DIGITS = 4
 
@@ -214,11 +220,26 @@ class SweepConfig(StrictModel):
             _check_grid(info.data["parameters"])
         return search
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the jobs."""
+    def job_name(self, number: int, combination: Mapping[str, Any]) -> str:
+        """Name of a job: the template's, its number, and its values as far as there is room.
+
+        Args:
+            number: The job's place in the sweep.
+            combination: Its parameters as Optuna has them.
+        """
+        values = (format_value(parameter_value(drawn)) for drawn in combination.values())
+        safe = (_UNSAFE.sub("_", value).strip("_")[:MAX_VALUE_NAME] for value in values)
+        name = "-".join([self._numbered(number), *filter(None, safe)])
+        return name[:MAX_JOB_NAME].rstrip("-._")
+
+    def owns(self, name: str) -> bool:
+        """Whether a job of that name is one of the sweep's, also one that is not drawn yet."""
+        own = (self._numbered(number).casefold() for number in range(self.num_jobs))
+        return any(name.casefold() == one or name.casefold().startswith(f"{one}-") for one in own)
+
+    def _numbered(self, number: int) -> str:
         template = self.job if isinstance(self.job, str) else self.job.get("name", TEMPLATE_NAME)
-        return [f"{template}-{number:03}" for number in range(self.num_jobs)]
+        return f"{template}-{number:03}"
 
     @property
     def num_jobs(self) -> int:

@@ -78,6 +78,8 @@ class TrainConfig(OptimizerConfig):
     """Compute activations again in the backward pass, to save memory."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Evaluate every so many steps; null for the end only."""
+    eval_on_start: bool = False
+    """Evaluate before the first step as well, to see where the job begins."""
     save_steps: int | None = Field(default=None, ge=1)
     """Keep what --resume needs every so many steps; null for evaluations and the end only."""
     early_stopping: EarlyStoppingConfig | None = None

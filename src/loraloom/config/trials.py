@@ -55,7 +55,8 @@ def make_trial(
     parameters = {path: parameter_value(drawn) for path, drawn in combination.items()}
     for path, value in parameters.items():
         settings = set_setting(settings, path, value, origin="parameters.")
-    return Trial(JobConfig.model_validate({**settings, "name": sweep.names[number]}), parameters)
+    name = sweep.job_name(number, combination)
+    return Trial(JobConfig.model_validate({**settings, "name": name}), parameters)
 
 
 def check_trials(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> None:
@@ -71,8 +72,7 @@ def check_trials(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> None:
         except ValidationError as error:
             faults += describe_faults(error, (JobConfig,))
     raise_faults([f"job.{fault}" for fault in dict.fromkeys(faults)])
-    taken = {job.name.casefold() for job in jobs}
-    clashes = [name for name in sweep.names if name.casefold() in taken]
+    clashes = [job.name for job in jobs if sweep.owns(job.name)]
     raise_faults([f"job.name must give new names, but {name} is one of jobs" for name in clashes])
     for job in tried:
         if sweep.metric not in job.selecting_metrics:

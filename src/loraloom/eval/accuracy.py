@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,11 +56,18 @@ class Accuracy:
         accuracy: In [0, 1].
         stderr: Its sample standard error, sqrt(p (1 - p) / (n - 1)); None for a single question.
         num_examples: How many questions.
+        majority: The best accuracy of a constant answer; see `majority_share`.
     """
 
     accuracy: float
     stderr: float | None
     num_examples: int
+    majority: float
+
+    @property
+    def beats_majority(self) -> bool:
+        """Whether no constant answer is right as often."""
+        return self.accuracy > self.majority
 
 
 def accuracy(scores: Sequence[QuestionScore]) -> Accuracy:
@@ -73,7 +81,24 @@ def accuracy(scores: Sequence[QuestionScore]) -> Accuracy:
         raise DataError("accuracy needs at least one question, got none")
     share = sum(score.correct for score in scores) / count
     stderr = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
-    return Accuracy(share, stderr, count)
+    return Accuracy(share, stderr, count, majority_share([score.question for score in scores]))
+
+
+def majority_share(questions: Sequence[ChoiceQuestion]) -> float:
+    """Compute the share of questions that the best constant answer gets right.
+
+    A constant answer is the same label, or the same text, to every question: the majority class.
+
+    Args:
+        questions: At least one.
+    """
+    labels = Counter(question.labels[question.gold] for question in questions)
+    texts = Counter(
+        question.continuations[question.gold]
+        for question in questions
+        if len(set(question.continuations)) > 1  # else the choices differ in their contexts
+    )
+    return max([*labels.values(), *texts.values()]) / len(questions)
 
 
 def accuracy_by_group(scores: Sequence[QuestionScore]) -> dict[str, Accuracy]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from loraloom.errors import ConfigError
 from loraloom.eval.answers import TaskAnswers
@@ -22,6 +22,9 @@ MAX_FOR_ALL_PAIRS = 4
 
 Pair = tuple[str, str]
 
+Metric = Literal["accuracy", "loss"]
+"""What is compared: of accuracies more is better, of losses (in nats a token) less."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -32,10 +35,16 @@ class Comparison:
     second: str
     result: PairedComparison
     adjusted_p_value: float
+    metric: Metric = "accuracy"
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as it stands in the JSON file under `comparisons`."""
-        names = {"task": self.task, "first": self.first, "second": self.second}
+        names = {
+            "task": self.task,
+            "metric": self.metric,
+            "first": self.first,
+            "second": self.second,
+        }
         return {**names, **asdict(self.result), "adjusted_p_value": self.adjusted_p_value}
 
 
@@ -45,12 +54,7 @@ def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         ConfigError: If an adapter, or the base model, has the name of a group.
     """
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        stem, at, _ = name.rpartition("@")
-        if at:
-            groups.setdefault(stem, []).append(name)
-    groups = {stem: members for stem, members in groups.items() if len(members) > 1}
+    groups = {stem: seeds for stem, seeds in _seeds_by_stem(names).items() if len(seeds) > 1}
     for stem in groups:
         if stem in names or stem == BASE:
             raise ConfigError(
@@ -60,10 +64,33 @@ def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
+def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
+    """Adapters NAME@SEED by NAME."""
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stem, at, _ = name.rpartition("@")
+        if at:
+            stems.setdefault(stem, []).append(name)
+    return stems
+
+
 def contestants(names: Sequence[str]) -> list[str]:
     """Names to compare: seeds as their group, the others as they are."""
     group_of = {member: stem for stem, members in seed_groups(names).items() for member in members}
     return list(dict.fromkeys(group_of.get(name, name) for name in names))
+
+
+def members_of(name: str, names: Sequence[str]) -> list[str]:
+    """The adapters that a contestant stands for: itself, or its seeds.
+
+    Raises:
+        ConfigError: If there is no such contestant; says which there are.
+    """
+    stems = _seeds_by_stem(names)
+    members = [name] if name in names else stems.get(name)
+    if members is None:
+        raise ConfigError(f"got {', '.join(dict.fromkeys([*names, *stems]))}")
+    return members
 
 
 def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> list[Pair]:
@@ -71,8 +98,9 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
 
     Args:
         adapters: Names; None is the base model.
-        wanted: Pairs `first:second` of adapters, groups and `base`. Without any: everybody against
-            the base model, and all pairs of the others where they are few.
+        wanted: Pairs `first:second` of adapters, groups and `base`; a group may have a single seed.
+            Without any: everybody against the base model, and all pairs of the others where they
+            are few.
 
     Raises:
         ConfigError: If a pair has another form or an unknown name, or is given twice.
@@ -92,8 +120,12 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
 
 
 def _parse_pair(text: str, names: Sequence[str]) -> Pair:
-    known = list(dict.fromkeys([*names, *contestants(names)]))
-    first, _, second = text.partition(":")
+    stems = _seeds_by_stem(names)
+    known = list(dict.fromkeys([*names, *stems]))
+    only = {stem: seeds[0] for stem, seeds in stems.items() if len(seeds) == 1}
+    first, second = (
+        name if name in names else only.get(name, name) for name in text.partition(":")[::2]
+    )
     if first not in known or second not in known or first == second:
         raise ConfigError(
             f"--compare must be FIRST:SECOND, two of {', '.join(known)}, got {text!r}"
@@ -118,9 +150,15 @@ def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> Pai
 
 def compare_all(tasks: Sequence[TaskAnswers], pairs: Sequence[Pair]) -> list[Comparison]:
     """Compare pairs on every task, and adjust the p-values for how many they are."""
-    found = [(task.task, *pair, compare(task, *pair)) for task in tasks for pair in pairs]
-    adjusted = holm([result.p_value for *_, result in found])
-    return [Comparison(*one, p_value) for one, p_value in zip(found, adjusted, strict=True)]
+    return adjusted([(task.task, *pair, compare(task, *pair)) for task in tasks for pair in pairs])
+
+
+def adjusted(
+    found: Sequence[tuple[str, str, str, PairedComparison]], metric: Metric = "accuracy"
+) -> list[Comparison]:
+    """Adjust p-values for the number of comparisons: task, first, second and result of each."""
+    p_values = holm([result.p_value for *_, result in found])
+    return [Comparison(*one, p_value, metric) for one, p_value in zip(found, p_values, strict=True)]
 
 
 def shares_right(answers: TaskAnswers, name: str) -> list[float]:
@@ -129,10 +167,10 @@ def shares_right(answers: TaskAnswers, name: str) -> list[float]:
     Raises:
         ConfigError: If the answers have no such name.
     """
-    members = seed_groups(list(answers.right)).get(name, [name])
-    if not set(members) <= answers.right.keys():
-        known = [*answers.right, *seed_groups(list(answers.right))]
-        raise ConfigError(f"{answers.task} must have answers of {name!r}, got {', '.join(known)}")
+    try:
+        members = members_of(name, list(answers.right))
+    except ConfigError as error:
+        raise ConfigError(f"{answers.task} must have answers of {name!r}, {error}") from None
     return [fmean(seeds) for seeds in zip(*(answers.right[one] for one in members), strict=True)]
 
 

@@ -7,7 +7,6 @@ evaluation.write("result.json")
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import Scoring
 from loraloom.data.questions import QuestionSet, load_question_set
 from loraloom.data.tasks import find_task
-from loraloom.durable import write_output
 from loraloom.errors import ConfigError
 from loraloom.eval.answers import answers_of
 from loraloom.eval.cache import ScoreCache
@@ -31,12 +29,13 @@ from loraloom.eval.comparison import (
     summarise_seeds,
 )
 from loraloom.eval.moe_peft import check_tasks, encode_last_tokens, with_all_labels
-from loraloom.eval.progress import EvaluationProgress
+from loraloom.eval.progress import EvaluationProgress, question_size
 from loraloom.eval.protocol import encode_choices, score_questions
 from loraloom.eval.provenance import describe_evaluation
 from loraloom.eval.results import SCHEMA_VERSION, TaskScores, check_finite, summarise
 from loraloom.eval.routing import RoutingTally, summarise_routing
-from loraloom.eval.tables import all_tables, check_outputs, csv_page, markdown_page
+from loraloom.eval.tables import all_tables, csv_page
+from loraloom.eval.writing import write_evaluation
 from loraloom.models.host import Host
 
 Compat = Literal["moe-peft"]
@@ -74,17 +73,7 @@ class Evaluation:
         Raises:
             ConfigError: If the suffix is another one, or the file can't be written.
         """
-        path = Path(path)
-        check_outputs([path])
-        match path.suffix.lower():
-            case ".csv":
-                text = csv_page(self.tasks)
-            case ".md":
-                text = markdown_page(self.tables(), self.details)
-            case _:
-                value = self.to_json()
-                text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_output(path, text)
+        write_evaluation(Path(path), self.to_json(), self.tables(), lambda: csv_page(self.tasks))
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as it stands in the JSON file."""
@@ -154,7 +143,7 @@ def evaluate(
             task.questions,
             names,
             max_tokens_per_batch,
-            progress and progress.start(task.task, task.questions),
+            progress and progress.start(task.task, [*map(question_size, task.questions)]),
             encode_choices if compat is None else encode_last_tokens,
             cache,
             tally.of(task.task),

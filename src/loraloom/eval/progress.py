@@ -16,14 +16,14 @@ _SPEED_PERIOD_S = 300.0
 """The time over which the speed is averaged: some batches even of a large model."""
 
 Advance = Callable[[Sequence[int]], None]
-"""Takes the places of questions that are done."""
+"""Takes the places of items that are done."""
 
 
 class EvaluationProgress:
-    """Shows the questions that are done and the time left.
+    """Shows what is done and the time left.
 
-    On a terminal each task has a bar, which disappears at the end. Questions weigh by their length,
-    as the longest come first.
+    On a terminal each task has a bar, which disappears at the end. Items weigh by their size, as
+    the largest come first.
 
     Args:
         console: Where it is shown.
@@ -43,7 +43,7 @@ class EvaluationProgress:
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[num_done]}/{task.fields[num_questions]} questions"),
+            TextColumn("{task.fields[num_done]}/{task.fields[num_items]} {task.fields[unit]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
@@ -60,11 +60,17 @@ class EvaluationProgress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def start(self, name: str, questions: Sequence[ChoiceQuestion]) -> Advance:
-        """Begin to show a task."""
-        sizes = [_size(question) for question in questions]
-        total = len(questions)
-        task_id = self._bars.add_task(name, total=sum(sizes), num_done=0, num_questions=total)
+    def start(self, name: str, sizes: Sequence[int], unit: str = "questions") -> Advance:
+        """Begin to show a task.
+
+        Args:
+            name: Of the task.
+            sizes: Of its items, in tokens or characters.
+            unit: What the items are.
+        """
+        total = len(sizes)
+        fields = {"num_done": 0, "num_items": total, "unit": unit}
+        task_id = self._bars.add_task(name, total=sum(sizes), **fields)
         task = self._bars.tasks[task_id]
         num_done, shown_at = 0, self._clock()
 
@@ -77,7 +83,7 @@ class EvaluationProgress:
             if is_due and not self._console.is_terminal:
                 shown_at = self._clock()
                 eta = _duration(task.time_remaining)
-                line = f"{name}: {num_done}/{total} questions, ETA {eta}"
+                line = f"{name}: {num_done}/{total} {unit}, ETA {eta}"
                 self._console.print(line, soft_wrap=True)
 
         return advance
@@ -87,6 +93,6 @@ def _duration(seconds: int | float | None) -> str:
     return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-def _size(question: ChoiceQuestion) -> int:
+def question_size(question: ChoiceQuestion) -> int:
     """Characters that the model reads: different contexts once, and every continuation."""
     return sum(map(len, {*question.contexts})) + sum(map(len, question.continuations))

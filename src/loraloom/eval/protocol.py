@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.tokenising import TokenPair, encode_pairs
 from loraloom.eval.accuracy import QuestionScore, accuracy
-from loraloom.eval.cache import LogLikelihoods, ScoreCache
+from loraloom.eval.cache import LogLikelihoods, ScoreCache, Tokens
 from loraloom.infer.rows import fit_pair
 from loraloom.infer.scoring import (
+    Group,
     OnRouting,
     group_rows,
     score_groups,
@@ -95,6 +96,43 @@ def score_questions(
     max_length = host.config.max_position_embeddings
     fitted = [_fit(*pair, max_length) for pair in zip(questions, encoded, strict=True)]
     rows = group_rows(host, fitted)
+    scores = score_kept(
+        host, rows, fitted, adapters, max_tokens_per_batch, on_progress, cache, on_routing
+    )
+    return {
+        name: [
+            QuestionScore(question, scores[name, place], fitted[place] != encoded[place])
+            for place, question in enumerate(questions)
+        ]
+        for name in adapters
+    }
+
+
+def score_kept(
+    host: Host,
+    rows: Sequence[Group],
+    tokens: Sequence[Tokens],
+    adapters: Sequence[str | None],
+    max_tokens_per_batch: int | None = None,
+    on_progress: Callable[[Sequence[int]], None] | None = None,
+    cache: ScoreCache | None = None,
+    on_routing: OnRouting | None = None,
+) -> dict[tuple[str | None, int], LogLikelihoods]:
+    """Score groups of rows with each adapter, batch by batch, and keep what was computed.
+
+    Args:
+        host: With the adapters.
+        rows: Of each group.
+        tokens: Of each group, what its kept scores are known by.
+        adapters: Names; None is the base model.
+        max_tokens_per_batch: As in `score_questions`; so are the following ones.
+        on_progress: Told the places of groups.
+        cache: Scores that are known.
+        on_routing: Told the places of groups.
+
+    Returns:
+        By adapter and place the log-likelihoods of the group's continuations.
+    """
     budget = max_tokens_per_batch or tokens_per_batch(host)
     scores: dict[tuple[str | None, int], LogLikelihoods] = {}
     with host.prepared():
@@ -103,7 +141,7 @@ def score_questions(
             known = {
                 (name, place): values
                 for name, place in keys
-                if cache is not None and (values := cache.find(name, fitted[place])) is not None
+                if cache is not None and (values := cache.find(name, tokens[place])) is not None
             }
             missing = [key for key in keys if key not in known]
             scored = score_groups(host, rows, missing, budget, on_routing)
@@ -112,17 +150,11 @@ def score_questions(
                 for key, pairs in zip(missing, scored, strict=True)
             }
             if cache is not None:
-                cache.add([(name, fitted[place], new[name, place]) for name, place in missing])
+                cache.add([(name, tokens[place], new[name, place]) for name, place in missing])
             scores |= known | new
             if on_progress is not None:
                 on_progress(places)
-    return {
-        name: [
-            QuestionScore(question, scores[name, place], fitted[place] != encoded[place])
-            for place, question in enumerate(questions)
-        ]
-        for name in adapters
-    }
+    return scores
 
 
 def _fit(question: ChoiceQuestion, pairs: Sequence[TokenPair], max_length: int) -> list[TokenPair]:

@@ -43,7 +43,7 @@ def describe_evaluation(
         "base_fingerprint": host.base.fingerprint,
         "dtype": str(host.dtype).removeprefix("torch."),
         "attention": attention(host),
-        "adapters": {name: _describe_adapter(path) for name, path in adapters.items()},
+        "adapters": describe_adapters(adapters),
         "tasks": {asked.task: describe_questions(asked) for asked in questions},
         "scoring_version": SCORING_VERSION,
         "versions": versions(),
@@ -63,6 +63,11 @@ def describe_questions(asked: QuestionSet) -> dict[str, Any]:
         "questions_sha256": questions_digest(asked.questions),
         "source": asked.source,
     }
+
+
+def describe_adapters(adapters: Mapping[str, str]) -> dict[str, Any]:
+    """Describe adapters by name: where each is from, and the hashes of its files."""
+    return {name: _describe_adapter(path) for name, path in adapters.items()}
 
 
 def versions() -> dict[str, str]:

@@ -64,8 +64,11 @@ def _summary(task: TaskScores, scores: Sequence[QuestionScore]) -> dict[str, Any
 
 
 def _as_json(result: Accuracy) -> dict[str, Any]:
-    interval = wilson_interval(result.accuracy, result.num_examples)
-    return {**asdict(result), "interval": list(interval)}
+    return {
+        **asdict(result),
+        "beats_majority": result.beats_majority,
+        "interval": list(wilson_interval(result.accuracy, result.num_examples)),
+    }
 
 
 def write_questions(path: Path, tasks: Sequence[TaskScores]) -> None:

@@ -45,7 +45,7 @@ class TaskRouting:
     Args:
         questions: Places of those that were scored now.
         totals: Over their tokens; None before the first.
-        example: The first question's context as token ids, and the first choice of each, by layer.
+        example: The first question's context as token ids, and the first choice of each, by router.
     """
 
     questions: set[int] = field(default_factory=set)
@@ -60,7 +60,7 @@ class AdapterRouting:
     Args:
         config: Of the adapter.
         tasks: By name.
-        word_layers: Places in the record of the layers whose tokens are counted one by one.
+        word_layers: Places in the record of the routers whose tokens are counted one by one.
         word_counts: How often each token of the vocabulary chose each expert there, [layers, V, E]
             int32; None before the first.
     """
@@ -221,7 +221,7 @@ def _summarise_task(
         token_ids, chosen = routing.example
         summary["example"] = {
             "tokens": token_texts(token_ids, tokenizer),
-            "experts": {str(layer): experts for layer, experts in chosen.items()},
+            "experts": {str(router): experts for router, experts in chosen.items()},
         }
     return summary
 

@@ -117,6 +117,79 @@ def compare_paired(
     )
 
 
+def compare_losses(
+    first: Sequence[int | float],
+    second: Sequence[int | float],
+    num_tokens: Sequence[int],
+    seed: int = 0,
+) -> PairedComparison:
+    """Compare the losses a token of two adapters on the same rows.
+
+    The better one of a row is that with the lower loss. A loss is a ratio of sums over rows, so
+    `stderr` is that of a ratio, and the bootstrap draws rows.
+
+    Args:
+        first: Loss of each row in nats, summed over its tokens.
+        second: The same of the other, in the same order.
+        num_tokens: Of each row.
+        seed: Of the bootstrap.
+    """
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    lengths = np.asarray(num_tokens, dtype=np.float64)
+    ((low, high),) = ratio_intervals(differences[:, None], lengths, seed)
+    num_first, num_second = int((differences < 0).sum()), int((differences > 0).sum())
+    return PairedComparison(
+        difference=float(differences.sum() / lengths.sum()),
+        stderr=ratio_stderr(differences, lengths),
+        interval=(low, high),
+        p_value=mcnemar_p_value(num_first, num_second),
+        num_first_better=num_first,
+        num_second_better=num_second,
+        num_examples=len(differences),
+    )
+
+
+def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
+    """Compute the standard error of Σ sums / Σ lengths over rows; None for a single row.
+
+    It is that of the ratio's linear part, sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i.
+
+    Args:
+        sums: Of each row, [n].
+        lengths: Of each row, [n].
+
+    Source:
+        Cochran 1977, Sampling Techniques, section 6.3.
+    """
+    count, total = len(sums), lengths.sum()
+    if count == 1:
+        return None
+    deviations = sums - sums.sum() / total * lengths
+    return float(math.sqrt(count / (count - 1) * np.square(deviations).sum()) / total)
+
+
+def ratio_intervals(
+    sums: np.ndarray, lengths: np.ndarray, seed: int = 0
+) -> list[tuple[float, float]]:
+    """Compute percentile bootstrap intervals of Σ sums / Σ lengths, all from the same resamples.
+
+    Args:
+        sums: Of each row, a column for each ratio, [n, C].
+        lengths: Of each row, [n].
+        seed: Of the draws.
+    """
+    count, totals = len(lengths), np.column_stack([sums, lengths])
+    generator = np.random.default_rng(seed)
+    means = np.empty((NUM_RESAMPLES, totals.shape[1]))
+    for resample in means:
+        times = np.bincount(generator.integers(count, size=count), minlength=count)
+        resample[:] = times @ totals
+    ratios = means[:, :-1] / means[:, -1:]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(ratios, (tail, 1 - tail), axis=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust the p-values of several tests, so that one of them below 5 % is news of all.
 

@@ -12,11 +12,25 @@ from rich.table import Table
 
 from loraloom.errors import ConfigError
 from loraloom.eval.accuracy import Accuracy, accuracy, accuracy_by_group
-from loraloom.eval.comparison import Comparison
+from loraloom.eval.comparison import Comparison, Metric
 from loraloom.eval.results import BASE, TaskScores, summarise
+from loraloom.eval.statistics import wilson_interval
+from loraloom.terminal import make_table
 
 SUFFIXES = (".json", ".csv", ".md")
 """Of files of results; they say what is in them."""
+
+CONSTANT = "constant answer"
+"""What tables call the answer that is the same to every question, the most frequent right one."""
+
+_UNITS: Mapping[Metric, tuple[str, int, int]] = {
+    "accuracy": ("points", 100, 1),
+    "loss": ("nats a token", 1, 4),
+}
+"""Of what is compared: the unit of differences, how many of it make one, and decimals."""
+
+MARK = "†"
+NOTE = f"{MARK} no better than a constant answer: the same to every question, the majority class"
 
 
 def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:
@@ -36,10 +50,14 @@ def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> No
 
 def results_table(tasks: Sequence[TaskScores]) -> Table:
     """Make a table with a row for each adapter and a column for each task."""
-    table = _table("adapter", right=[f"{task.task} ({task.split})" for task in tasks])
-    for name in tasks[0].scores:
-        table.add_row(name or BASE, *(_percent(accuracy(task.scores[name])) for task in tasks))
-    return table
+    titles = [f"{task.task}\n({task.split})" for task in tasks]
+    table = make_table("adapter", values=titles, title="Accuracy in %, with its 95 % interval")
+    results = {name: [accuracy(task.scores[name]) for task in tasks] for name in tasks[0].scores}
+    for name, row in results.items():
+        table.add_row(name or BASE, *map(format_accuracy, row))
+    first = next(iter(results.values()))
+    table.add_row(CONSTANT, *(f"{100 * result.majority:.1f}" for result in first))
+    return with_note(table)
 
 
 def group_table(task: TaskScores) -> Table | None:
@@ -48,27 +66,41 @@ def group_table(task: TaskScores) -> Table | None:
     groups = next(iter(by_name.values()))
     if not groups:
         return None
-    table = _table(task.task, "questions", right=[name or BASE for name in by_name])
+    table = make_table(
+        "group",
+        values=["questions", CONSTANT, *(name or BASE for name in by_name)],
+        title=f"{task.task}: accuracy in % by group",
+    )
     for group, result in groups.items():
-        cells = [_percent(by_group[group]) for by_group in by_name.values()]
-        table.add_row(group, str(result.num_examples), *cells)
-    return table
+        cells = [format_accuracy(by_group[group]) for by_group in by_name.values()]
+        constant = f"{100 * result.majority:.1f}"
+        table.add_row(group, str(result.num_examples), constant, *cells)
+    return with_note(table)
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
-    """Make a table with a row for each comparison; None where there are none."""
-    if not comparisons:
-        return None
-    titles = ("points", "95 % interval", "better : worse", "p", "p (Holm)")
-    table = _table("difference", "task", right=titles)
+def comparison_tables(comparisons: Sequence[Comparison]) -> list[Table]:
+    """Make a table for each task with a row for each comparison."""
+    by_task: dict[str, list[Comparison]] = {}
+    for one in comparisons:
+        by_task.setdefault(one.task, []).append(one)
+    return [_comparison_table(task, own) for task, own in by_task.items()]
+
+
+def _comparison_table(task: str, comparisons: Sequence[Comparison]) -> Table:
+    metric = comparisons[0].metric
+    unit, scale, digits = _UNITS[metric]
+    table = make_table(
+        "difference",
+        values=(unit, "95 % interval", "won : lost", "p", "p (Holm)"),
+        title=f"{task}: differences in {metric}",
+    )
     for one in comparisons:
         result = one.result
         low, high = result.interval
         table.add_row(
             f"{one.first} - {one.second}",
-            one.task,
-            f"{100 * result.difference:+.1f}{_spread(result.stderr)}",
-            f"{100 * low:+.1f} to {100 * high:+.1f}",
+            f"{scale * result.difference:+.{digits}f}",
+            f"{scale * low:+.{digits}f} to {scale * high:+.{digits}f}",
             f"{result.num_first_better} : {result.num_second_better}",
             _p_value(result.p_value),
             _p_value(one.adjusted_p_value),
@@ -85,10 +117,14 @@ def seeds_table(seeds: Mapping[str, Any], tasks: Sequence[str]) -> Table | None:
     """
     if not seeds:
         return None
-    table = _table("mean of seeds", "seeds", right=[f"{task} (± sd)" for task in tasks])
+    table = make_table(
+        "adapters",
+        values=["seeds", *tasks],
+        title="Mean accuracy of seeds in % ± standard deviation",
+    )
     for stem, group in seeds.items():
         cells = [
-            f"{100 * group['tasks'][task]['mean']:.1f}{_spread(group['tasks'][task]['sd'])} %"
+            f"{100 * group['tasks'][task]['mean']:.1f} ± {100 * group['tasks'][task]['sd']:.1f}"
             for task in tasks
         ]
         table.add_row(stem, str(len(group["adapters"])), *cells)
@@ -102,7 +138,7 @@ def all_tables(
     tables = [
         results_table(tasks),
         seeds_table(seeds, [task.task for task in tasks]),
-        comparison_table(comparisons),
+        *comparison_tables(comparisons),
         *(group_table(task) for task in tasks),
     ]
     return [table for table in tables if table is not None]
@@ -112,61 +148,69 @@ def markdown_page(tables: Sequence[Table], details: Mapping[str, Any]) -> str:
     """Write tables in Markdown, and below them how they were got.
 
     Args:
-        tables: What `all_tables` gives.
+        tables: What an evaluation gives.
         details: What `describe_evaluation` gives.
     """
     versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
-    scorings = ", ".join(
-        f"{task} by {asked['scoring']} ({asked['num_questions']} questions)"
-        for task, asked in details["tasks"].items()
-    )
+    asked = "; ".join(f"{task} {_asked(how)}" for task, how in details["tasks"].items())
     below = (
-        f"Accuracy ± standard error. Base model {details['base_model']} "
+        f"Base model {details['base_model']} "
         f"({details['base_fingerprint']}) in {details['dtype']}, attention {details['attention']}, "
-        f"on {details['device']}; {scorings}; {versions}; {details['date']}.\n\n"
+        f"on {details['device']}; {asked}; {versions}; {details['date']}.\n\n"
         f"```sh\n{details['command']}\n```\n"
     )
     return "\n".join([*map(markdown, tables), below])
 
 
+def _asked(how: Mapping[str, Any]) -> str:
+    if "scoring" in how:
+        return f"by {how['scoring']} ({how['num_questions']} questions)"
+    return f"as {how['format']} ({how['num_examples']} rows, {how['num_tokens']} tokens)"
+
+
 def markdown(table: Table) -> str:
-    """Write a table in Markdown."""
+    """Write a table in Markdown, with its title above and its caption below."""
     columns = [[_escape(str(cell)) for cell in column.cells] for column in table.columns]
     header = [_escape(str(column.header)) for column in table.columns]
     rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
     rows = [header, rules, *map(list, zip(*columns, strict=True))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    above = "" if table.title is None else f"{table.title}:\n\n"
+    below = "" if table.caption is None else f"\n{table.caption}\n"
+    return above + "".join(f"| {' | '.join(row)} |\n" for row in rows) + below
 
 
 def csv_page(tasks: Sequence[TaskScores]) -> str:
     """Write a line for each adapter and task, and for each group of questions if there are any."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    figures = ("accuracy", "stderr", "low", "high", "num_examples")
+    figures = ("accuracy", "stderr", "low", "high", "num_examples", "majority")
     writer.writerow(["adapter", "task", "split", "group", *figures])
     for adapter, by_task in summarise(tasks).items():
         for task, summary in by_task.items():
             for group, result in {"": summary, **summary.get("groups", {})}.items():
                 row = [adapter, task, summary["split"], group]
                 row += [result["accuracy"], result["stderr"], *result["interval"]]
-                writer.writerow([*row, result["num_examples"]])
+                writer.writerow([*row, result["num_examples"], result["majority"]])
     return text.getvalue()
 
 
-def _table(*left: str, right: Sequence[str]) -> Table:
-    """A table without rules, with columns of text on the left and of numbers on the right."""
-    table = Table(*left, box=None, padding=(0, 2, 0, 0))
-    for title in right:
-        table.add_column(title, justify="right")
+def format_accuracy(result: Accuracy) -> str:
+    """An accuracy in percent with its interval, marked where a constant answer reaches it."""
+    low, high = wilson_interval(result.accuracy, result.num_examples)
+    return f"{100 * result.accuracy:.1f} ({100 * low:.1f}–{100 * high:.1f}){mark(result)}"
+
+
+def mark(result: Accuracy) -> str:
+    """The sign after an accuracy that a constant answer reaches."""
+    return "" if result.beats_majority else MARK
+
+
+def with_note(table: Table) -> Table:
+    """Explain the mark below a table that has it."""
+    cells = (str(cell) for column in table.columns for cell in column.cells)
+    if any(MARK in cell for cell in cells):
+        table.caption = NOTE
     return table
-
-
-def _percent(result: Accuracy) -> str:
-    return f"{100 * result.accuracy:.1f}{_spread(result.stderr)} %"
-
-
-def _spread(value: float | None) -> str:
-    return "" if value is None else f" ± {100 * value:.1f}"
 
 
 def _p_value(value: float) -> str:
@@ -174,4 +218,4 @@ def _p_value(value: float) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("\n", " ")

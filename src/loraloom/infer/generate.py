@@ -79,10 +79,49 @@ def generate_tokens(
     raw: bool = False,
 ) -> list[Completion]:
     """Complete prompts as `generate` does, and return tokens too."""
-    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
-    _check_lengths(host, prompts, encoded, sampling.max_new_tokens)
+    encoded = _encode(host, tokenizer, prompts, sampling, raw=raw)
     names = [prompt.adapter for prompt in prompts]
     return complete(host, tokenizer, encoded, names, sampling, batch_size=batch_size)
+
+
+def complete_in_order(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    batch_size: int = 16,
+    raw: bool = False,
+    num_done: int = 0,
+) -> Iterator[list[Completion]]:
+    """Complete prompts as `generate` does, but in their own order, each batch when it is asked for.
+
+    All prompts are checked before the first batch. Batches that have been had before can be left
+    out; the others are what they would have been.
+
+    Args:
+        host: As in `generate`; so are the following ones.
+        tokenizer: The base model's.
+        prompts: They share batches with their neighbours.
+        sampling: How tokens are chosen.
+        batch_size: Prompts of a batch.
+        raw: Leave the chat template out.
+        num_done: Prompts at the beginning that are left out, whole batches of them.
+    """
+    encoded = _encode(host, tokenizer, prompts, sampling, raw=raw)
+    starts = range(num_done, len(prompts), batch_size)
+    return (
+        complete(
+            host,
+            tokenizer,
+            encoded[start : start + batch_size],
+            [prompt.adapter for prompt in prompts[start : start + batch_size]],
+            sampling,
+            keys=range(len(prompts))[start : start + batch_size],
+            batch_size=batch_size,
+        )
+        for start in starts
+    )
 
 
 def complete(
@@ -132,6 +171,20 @@ def complete(
         if on_progress is not None:
             on_progress(len(completions))
     return [completions[place] for place in range(len(encoded))]
+
+
+def _encode(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    raw: bool,
+) -> list[list[int]]:
+    """Encode prompts and check that they leave room for what is generated."""
+    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+    _check_lengths(host, prompts, encoded, sampling.max_new_tokens)
+    return encoded
 
 
 def _check_lengths(

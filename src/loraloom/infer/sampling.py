@@ -26,11 +26,17 @@ from transformers import (
 
 from loraloom.config.faults import describe_faults
 from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 from loraloom.models.samples import sample_key
 
 _ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
 """Draw from all tokens."""
+
+
+MIN_TEMPERATURE = 0.001
+MAX_BEAMS = 256
+MAX_STOP = 10_000
+"""Characters of a stop text."""
 
 
 class SamplingConfig(StrictModel):
@@ -39,19 +45,29 @@ class SamplingConfig(StrictModel):
     max_new_tokens: int = Field(default=128, ge=1)
     """Most tokens to generate for a prompt."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 takes the most likely token; above it, tokens are drawn from softmax(logits / it)."""
+    """0 takes the most likely token; from 0.001, tokens are drawn from softmax(logits / it)."""
     top_k: int = Field(default=0, ge=0)
     """Draw from the so many most likely tokens; 0 for all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the most likely tokens whose probabilities sum to this."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     """Divide the logit of a token that was there before, in the prompt too (multiply, if < 0)."""
-    num_beams: int = Field(default=1, ge=1)
+    num_beams: int = Field(default=1, ge=1, le=MAX_BEAMS)
     """Width of a beam search; 1 for none."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the random draws."""
     stop: tuple[str, ...] = ()
     """Texts at whose first appearance a completion ends; they are not part of it."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, temperature: float) -> float:
+        if 0 < temperature < MIN_TEMPERATURE:  # logits by less are infinite
+            raise ValueError(
+                f"temperature must be 0, for the most likely token, or at least {MIN_TEMPERATURE}, "
+                f"got {temperature}"
+            )
+        return temperature
 
     @field_validator("top_k", "top_p")
     @classmethod
@@ -78,7 +94,22 @@ class SamplingConfig(StrictModel):
     def _check_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
         if "" in stop:
             raise ValueError("stop must not hold an empty text")
+        for text in stop:
+            if len(text) > MAX_STOP or not _is_unicode(text):
+                raise ValueError(
+                    f"stop must hold texts of at most {MAX_STOP} characters of Unicode, got "
+                    f"{shown(text)}"
+                )
         return stop
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_sampling(**settings: Any) -> SamplingConfig:

@@ -61,13 +61,24 @@ class JobResult(_Record):
 
 
 class TaskResult(_Record):
-    """An adapter's accuracy in a task; lm-eval's tasks may have none, and have no interval."""
+    """An adapter's accuracy in a task, or its loss on held-out rows; lm-eval's may have neither."""
 
     accuracy: float | None = None
     stderr: float | None = None
     interval: tuple[float, float] | None = None
     num_examples: int | None = None
     split: str | None = None
+    majority: float | None = None
+    loss: float | None = None
+    perplexity: float | None = None
+    num_tokens: int | None = None
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the best constant answer is right as often."""
+        if self.accuracy is None or self.majority is None:
+            return False
+        return self.accuracy <= self.majority
 
 
 class Example(_Record):

@@ -32,17 +32,21 @@ class Results:
     Args:
         name: Of its file.
         content: What the file says.
-        tasks: Names, in the file's order.
+        tasks: Names of those with accuracies, or other figures than losses, in the file's order.
+        losses: Names of data sets with a held-out loss.
         charts: A chart for each task.
         means: Each adapter's mean accuracy, where there are several tasks; None without accuracy.
+        constants: Accuracy of the best constant answer to each task, where it is known.
         mixtures: Where their tokens went.
     """
 
     name: str
     content: EvalFile
     tasks: Sequence[str]
+    losses: Sequence[str]
     charts: Sequence[Chart]
     means: Mapping[str, float | None]
+    constants: Mapping[str, float]
     mixtures: Sequence[Mixture]
 
 
@@ -97,12 +101,15 @@ def _templates() -> jinja2.Environment:
     environment.filters |= {
         "percent": lambda value: f"{100 * value:.1f}",
         "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
+        "nats": lambda value: f"{value:.4f}",
+        "nats_more": lambda value: f"{value:+.4f}".replace("-", "−"),
         "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",
         "millions": lambda value: f"{value / 1e6:.2f} M" if value >= 1e4 else f"{value:,}",
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))),
         "level": level,
         "gib": lambda value: f"{value / 2**30:.2f} GiB",
         "word": _visible,
+        "interval": interval_of,
     }
     return environment
 
@@ -170,16 +177,20 @@ def _metric_names(jobs: Sequence[Job]) -> list[str]:
 
 
 def _lay_out(name: str, content: EvalFile) -> Results:
-    tasks = list(dict.fromkeys(task for by_task in content.results.values() for task in by_task))
+    found = [pair for by_task in content.results.values() for pair in by_task.items()]
+    losses = list(dict.fromkeys(task for task, result in found if result.loss is not None))
+    tasks = list(dict.fromkeys(task for task, _ in found if task not in losses))
     charts = [_interval_chart(task, content.results) for task in tasks]
     return Results(
         name=name,
         content=content,
         tasks=tasks,
+        losses=losses,
         charts=[chart for chart in charts if chart is not None],
         means={name: _mean(by_task, tasks) for name, by_task in content.results.items()}
         if len(tasks) > 1
         else {},
+        constants={task: result.majority for task, result in found if result.majority is not None},
         mixtures=[lay_out(name, routing) for name, routing in content.routing.items()],
     )
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -56,6 +58,33 @@ def test_epochs_see_every_example_once(tmp_path):
 
 def with_validation(name: str = "a", **settings):
     return toy_config(name, data={"task": "skills", "validation_fraction": 0.5}, **settings)
+
+
+def measured_steps(directory):
+    return [line["step"] for line in read_metrics(directory) if "eval/loss" in line]
+
+
+@pytest.mark.parametrize("eval_on_start", [True, False])
+def test_a_job_may_be_measured_before_its_first_step(tmp_path, eval_on_start):
+    config = with_validation(max_steps=2, eval_on_start=eval_on_start)
+    toy_engine(tmp_path, [config], {"a": held_out_set()}).run()
+    assert measured_steps(tmp_path / "a") == ([0, 2] if eval_on_start else [2])
+
+
+def test_a_run_that_goes_on_is_not_measured_at_its_start_again(tmp_path):
+    config, sets = with_validation(max_steps=2, eval_on_start=True), {"a": held_out_set()}
+    engine = toy_engine(tmp_path, [config], sets)
+    engine.step = lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    resumed(tmp_path, [config], sets).run()
+    assert measured_steps(tmp_path / "a") == [0, 2]
+
+
+def held_out_set():
+    training_set = toy_set(count=4)
+    training_set.validation.extend(toy_set(count=3, seed=1).examples)
+    return training_set
 
 
 def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatch):

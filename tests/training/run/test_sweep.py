@@ -100,7 +100,8 @@ def test_a_job_that_lost_says_why_and_keeps_its_weights(halved):
 
 def test_the_table_has_the_parameters_and_the_metric_of_the_weights(halved):
     rows = read_csv(halved)
-    assert [row["name"] for row in rows] == [f"plain-00{number}" for number in range(6)]
+    names = [f"plain-00{number}-{rate:g}" for number, rate in enumerate(RATES)]
+    assert [row["name"] for row in rows] == names
     assert [float(row["train.learning_rate"]) for row in rows] == RATES
     (winner,) = [row for row in rows if row["status"] == "finished"]
     assert winner["rank"] == "1"
@@ -279,7 +280,10 @@ def learned(inputs, tmp_path_factory):
 
 def test_tpe_trains_so_many_jobs_and_leaves_a_study_to_optuna(inputs, learned):
     rows = read_csv(learned)
-    assert [row["name"] for row in rows] == [f"plain-{number:03}" for number in range(13)]
+    assert [row["name"][:9] for row in rows] == [f"plain-{number:03}" for number in range(13)]
+    for row in rows:
+        rate, method = row["train.learning_rate"], row["adapter.method"]
+        assert sorted(row["name"][10:].rsplit("-", 1)) == sorted([rate, method])
     storage = JournalStorage(JournalFileBackend(str(learned / "sweep.journal")))
     study = optuna.load_study(study_name="sweep", storage=storage)
     states = {"finished": "COMPLETE", "stopped": "PRUNED"}
@@ -340,7 +344,7 @@ def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
         max_concurrent=1,
     )
     results = train(run, progress=shown)
-    assert [result.job for result in results] == ["plain-000", "plain-002"]
+    assert [result.job[:9] for result in results] == ["plain-000", "plain-002"]
     told = [text for text in shown.messages if text.startswith("error: sweep: plain-00")]
     assert len(told) == 2
     assert all("nowhere.jsonl" in text for text in told)
@@ -381,7 +385,7 @@ def test_a_sweep_goes_on_when_only_jobs_below_the_rungs_are_left(inputs, tmp_pat
 
     def stepping(engine):
         if engine.round == 1:
-            engine.stop("plain-000", "enough")
+            engine.stop("plain-000-9-2", "enough")
             os.kill(os.getpid(), signal.SIGINT)
         step(engine)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
+from unittest.mock import patch
 
 import lm_eval
 from lm_eval.api.group import Group
@@ -48,7 +50,18 @@ def evaluate_adapters(
     models = shared_lms(host, tokenizer, adapters, **(lm_options or {}))
     manager = TaskManager(include_defaults=False)  # the tasks are there, so none is looked up
     evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
-    return {
-        name: evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
-        for name, model in models.items()
-    }
+    # lm-eval's own lets git complain on stderr where the working directory is no repository
+    with patch("lm_eval.evaluator.get_git_commit_hash", _git_commit):
+        return {
+            name: evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
+            for name, model in models.items()
+        }
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory; None where there is none to tell."""
+    try:
+        told = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return told.stdout.strip() or None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval.utils import handle_non_serializable
@@ -16,6 +17,9 @@ from rich.table import Table
 
 from loraloom.eval.harness.evaluation import Results
 from loraloom.eval.results import BASE
+from loraloom.eval.statistics import wilson_interval
+from loraloom.eval.tables import MARK, with_note
+from loraloom.terminal import make_table
 
 _ACCURACIES = ("acc_norm", "acc", "exact_match")
 """What counts as a task's accuracy, the first that it has."""
@@ -25,6 +29,7 @@ def summarise(results: Mapping[str | None, Results]) -> dict[str, dict[str, Any]
     """Give figures by adapter and task: `accuracy`, where the task has one, and all `metrics`.
 
     `metrics` are by lm-eval's names, a metric and a filter; `metric` is the one that `accuracy` is.
+    `majority` is the accuracy of the best constant answer, where the samples are there.
     """
     return {
         name or BASE: {task: _summary(of_adapter, task) for task in of_adapter["results"]}
@@ -35,17 +40,34 @@ def summarise(results: Mapping[str | None, Results]) -> dict[str, dict[str, Any]
 def _summary(results: Results, task: str) -> dict[str, Any]:
     metrics = _metrics(results["results"][task])
     main = _main_metric(metrics)
-    accuracy = {} if main is None else {"accuracy": metrics[main]["value"]}
+    count = results["results"][task].get("sample_len")
+    accuracy = {} if main is None else _accuracy(metrics[main]["value"], count)
+    majority = _majority(results.get("samples", {}).get(task, ()))
+    if majority is not None and accuracy.get("accuracy") is not None:
+        accuracy |= {"majority": majority, "beats_majority": accuracy["accuracy"] > majority}
     config = results["configs"].get(task, {})
     split = config.get("test_split") or config.get("validation_split")
     return {
         **accuracy,
         **({} if main is None else {"stderr": metrics[main]["stderr"], "metric": main}),
-        "num_examples": results["results"][task].get("sample_len"),
+        "num_examples": count,
         **({} if split is None else {"split": split}),
         "num_fewshot": results["n-shot"].get(task),
         "metrics": metrics,
     }
+
+
+def _accuracy(value: float | None, count: int | None) -> dict[str, Any]:
+    """An accuracy with its interval, where the number of questions is known."""
+    if value is None or not count:
+        return {"accuracy": value}
+    return {"accuracy": value, "interval": list(wilson_interval(value, count))}
+
+
+def _majority(samples: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of questions whose target is the most frequent one; None without samples."""
+    targets = {sample["doc_id"]: str(sample["target"]) for sample in samples}
+    return max(Counter(targets.values()).values()) / len(targets) if targets else None
 
 
 def _metrics(figures: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -124,20 +146,27 @@ def _is_log_likelihood(response: Any) -> bool:
 def results_table(results: Mapping[str | None, Results]) -> Table:
     """Make a table with a row for each task and metric, and a column for each adapter."""
     summary = summarise(results)
-    table = Table("task", "metric", "examples", "shots", box=None, padding=(0, 2, 0, 0))
-    for name in summary:
-        table.add_column(name, justify="right")
+    table = make_table(
+        "task", "metric", values=["examples", "shots", *summary], title="Results of lm-eval"
+    )
     for task, of_task in next(iter(summary.values())).items():
         for metric in of_task["metrics"]:
-            cells = [_cell(by_task[task]["metrics"][metric]) for by_task in summary.values()]
+            cells = [_cell(by_task[task], metric) for by_task in summary.values()]
             labels = (task, metric.removesuffix(",none"))
             counts = (of_task["num_examples"], of_task["num_fewshot"])
             table.add_row(*labels, *map(str, counts), *cells)
-    return table
+    return with_note(table)
 
 
-def _cell(figure: Mapping[str, float | None]) -> str:
+def _cell(of_task: Mapping[str, Any], metric: str) -> str:
+    """A figure: an accuracy with its interval and mark, others with their standard errors."""
+    figure = of_task["metrics"][metric]
     value, stderr = figure["value"], figure["stderr"]
     if value is None:
         return "-"
+    count, majority = of_task["num_examples"], of_task.get("majority")
+    if metric.partition(",")[0] in _ACCURACIES and count:
+        low, high = wilson_interval(value, count)
+        is_constant = majority is not None and value <= majority
+        return f"{value:.3f} ({low:.3f}–{high:.3f}){MARK if is_constant else ''}"
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

@@ -284,7 +284,7 @@ class Engine:
         running = {
             name: job.state_dict()
             for name, job in self.jobs.items()
-            if job.position.tokens > 0  # before, the seed says it all
+            if job.has_begun  # before, the seed says it all
         }
         states, journal = self._unwritten | running, self._directory.sweep_journal
         self._directory.snapshots.write(

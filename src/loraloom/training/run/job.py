@@ -40,7 +40,8 @@ class Position:
         tokens: Real tokens learnt from.
         computed_tokens: Tokens that went through the model to learn from them, with padding.
         loss: Of the micro-batches done of the next step.
-        evaluated_step: The step after which the last evaluation was; 0 for none.
+        evaluated_step: The step after which the last evaluation was, 0 before the first step; -1
+            for none.
         metrics: Of that evaluation.
         stopped_early: The metric no longer gets better.
         last_loss: Of the last step that is done.
@@ -51,7 +52,7 @@ class Position:
     tokens: int = 0
     computed_tokens: int = 0
     loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
-    evaluated_step: int = 0
+    evaluated_step: int = -1
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
     last_loss: float | None = None
@@ -120,6 +121,11 @@ class Job:
         return self.position.micro_step == 0
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has learnt something, or was measured."""
+        return self.position.tokens > 0 or self.position.evaluated_step >= 0
+
+    @property
     def is_complete(self) -> bool:
         """Whether there is nothing left to learn."""
         return self.position.step >= self.total_steps or self.position.stopped_early
@@ -131,6 +137,8 @@ class Job:
         is_measured = bool(self.training_set.validation or self.config.eval)
         if not is_measured or not self.at_boundary or position.evaluated_step == position.step:
             return False
+        if position.step == 0:
+            return self.config.train.eval_on_start
         is_milestone = self.is_complete or position.step in self.milestones
         return is_milestone or (eval_steps is not None and position.step % eval_steps == 0)
 

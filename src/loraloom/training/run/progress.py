@@ -6,19 +6,18 @@ import time
 from collections.abc import Iterable
 from datetime import timedelta
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from loraloom.errors import plain
+from loraloom.terminal import fitted, make_console, print_tables
 from loraloom.training.run.display import EnduringOutput
 from loraloom.training.run.job import Job
 from loraloom.training.run.ranking import Ranking, ranking_line, ranking_table
 from loraloom.training.step.micro_batch import padding_share
 
 PLAIN_INTERVAL_S = 5.0
-PLAIN_WIDTH = 400
-"""Room for a table in a file, where lines do not end."""
 _SPEED_PERIOD_S = 120.0
 
 
@@ -45,7 +44,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None, interval_s: float = PLAIN_INTERVAL_S):
-        self._console = console or Console(quiet=True)
+        self._console = console or make_console(quiet=True)
         self._console.file = EnduringOutput(self._console.file)  # pyright: ignore
         self._is_live = console is not None and console.is_terminal
         self._interval_s = interval_s
@@ -104,7 +103,7 @@ class Progress:
         if self._is_live:
             for name in ranking.names & self._tasks.keys():
                 self._bars.update(self._tasks[name], visible=False)
-            self._bars.table = ranking_table(ranking)
+            self._bars.table = Group(*fitted(ranking_table(ranking), self._console.width))
             return
         is_news = before is None or before.measured != ranking.measured
         now = time.monotonic()
@@ -114,10 +113,7 @@ class Progress:
 
     def conclude(self, ranking: Ranking) -> None:
         """Print how the jobs of a sweep stand in the end."""
-        console = self._console
-        if not self._is_live:
-            console = Console(file=console.file, width=PLAIN_WIDTH, quiet=console.quiet)
-        console.print(ranking_table(ranking))
+        print_tables(self._console, [ranking_table(ranking)])
 
     def message(self, text: str) -> None:
         """Print a line, above the live ones."""

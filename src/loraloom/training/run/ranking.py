@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from loraloom.config.sweep import format_value, format_values
 from loraloom.errors import plain
+from loraloom.terminal import make_table
 from loraloom.training.run.selection import metric_mode
 
 RUNNING = "running"
@@ -127,10 +128,10 @@ def ranking_csv(ranking: Ranking) -> str:
 
 def ranking_table(ranking: Ranking) -> Table:
     """The jobs for people, the best first."""
-    parameters = [Column(Text(path)) for path in ranking.standings[0].parameters]
+    parameters = [Text(path) for path in ranking.standings[0].parameters]
     rungs = [f"@{rung}" for rung in ranking.rungs]
-    metric = Column(Text(ranking.metric))
-    table = Table("", "job", *parameters, "steps", *rungs, metric, "status", box=None)
+    titles = [*parameters, "steps", *rungs, Text(ranking.metric), "status"]
+    table = make_table("", "job", values=titles)
     for place, one in enumerate(ranking.ranked, start=1):
         values = (*(one.rung_values.get(rung) for rung in ranking.rungs), one.value)
         style = None if one.is_running or one.status.startswith("finished") else "dim"

@@ -99,7 +99,7 @@ class Sweep:
         self._distributions = run.sweep.distributions
         self._written: list[tuple[Any, ...]] = []
         self._fault = ""
-        own = [job for job in jobs if job.name in run.sweep.names]
+        own = [job for job in jobs if run.sweep.owns(job.name)]
         self._longest = max((job.total_steps for job in own), default=0)
         for difference in _differences(own, self._metric):
             progress.message(f"warning: sweep: {self._metric} compares jobs roughly: {difference}")
@@ -159,7 +159,7 @@ class Sweep:
     def _trials(self) -> list[tuple[FrozenTrial, str]]:
         """Optuna's trials with the names of their jobs."""
         trials = self._study.get_trials(deepcopy=False)
-        return list(zip(trials, self._sweep.names, strict=False))
+        return [(trial, self._sweep.job_name(trial.number, trial.params)) for trial in trials]
 
     def _handle(self, trial: FrozenTrial) -> optuna.Trial:
         return optuna.Trial(self._study, trial._trial_id)
@@ -243,7 +243,7 @@ class Sweep:
 
     def _start(self, engine: Engine, trial: FrozenTrial) -> bool:
         """Let a job join that does not train yet, unless it can't."""
-        name = self._sweep.names[trial.number]
+        name = self._sweep.job_name(trial.number, trial.params)
         if name in engine.jobs or name in engine.results:
             return name in engine.jobs
         try:
@@ -268,7 +268,8 @@ class Sweep:
         write_output(self._directory.sweep_table, ranking_csv(ranking))
         self._written = ranking.measured
         if not any(one.is_running for one in ranking.standings):
-            plot_sweep(self._study, self._sweep.names, self._metric, self._directory.sweep_picture)
+            names = [name for _, name in self._trials()]
+            plot_sweep(self._study, names, self._metric, self._directory.sweep_picture)
 
     @contextmanager
     def _noting_faults(self) -> Iterator[None]:

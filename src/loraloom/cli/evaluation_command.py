@@ -1,0 +1,80 @@
+"""The command that evaluates what a run has trained."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from loraloom.config.data import SourceConfig, is_task_file
+from loraloom.config.job import EvaluationConfig, JobConfig
+from loraloom.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from loraloom.training.run.results import JobResult
+
+MAX_ADAPTERS = 8
+"""Adapters in the command; of a sweep the best ones."""
+
+HELD_OUT = "HELD_OUT.jsonl"
+"""Stands for a file of rows that no job has seen, where the run has none."""
+
+
+def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | None:
+    """Write the command, an option a line; None where there is nothing to evaluate.
+
+    It asks what the first job was measured on, or what it learnt from where that has other splits.
+    """
+    good = [result for result in results if result.error is None and result.status != "stopped"]
+    if not good:
+        return None
+    if run.sweep is not None:
+        metric = run.sweep.metric
+        sign = 1 if metric.endswith("loss") else -1
+        good.sort(key=lambda one: sign * one.metrics.get(metric, sign * float("inf")))
+    job = _find_job(run, good[0].job)
+    asked = [] if job is None else [*_asked(job)]
+    if not asked:
+        return None
+    lines = [
+        f"loraloom eval --base-model {shlex.quote(run.base_model)}",
+        *(f"--adapter {shlex.quote(f'{one.job}={one.directory}')}" for one in good[:MAX_ADAPTERS]),
+        " ".join(asked),
+        f"--output {shlex.quote(str(run.output_dir / 'eval.json'))}",
+    ]
+    return " \\\n    ".join(lines)
+
+
+def _find_job(run: RunConfig, name: str) -> JobConfig | None:
+    """The job of that name, or any: TPE's later ones differ from those that are known in values."""
+    return next((job for job in run.all_jobs if job.name == name), next(iter(run.all_jobs), None))
+
+
+def _asked(job: JobConfig) -> Iterator[str]:
+    """The options that say what is asked."""
+    sources = [job.data.validation] if job.data.validation is not None else job.data.sources
+    tasks = [one for one in (*job.eval, *sources) if one.task is not None]
+    if tasks:
+        yield from _task_options(tasks)
+    elif sources[0].format != "preference":
+        yield from _data_options(sources[0], has_rows=job.data.validation is not None)
+
+
+def _task_options(tasks: Sequence[EvaluationConfig | SourceConfig]) -> Iterator[str]:
+    """Tasks that are scored as the first one is; their data must be in one place."""
+    first = tasks[0]
+    alike = [one for one in tasks if (one.scoring, one.path) == (first.scoring, first.path)]
+    yield f"--task {shlex.quote(','.join(dict.fromkeys(str(one.task) for one in alike)))}"
+    if first.scoring is not None and not is_task_file(str(first.task)):
+        yield f"--scoring {first.scoring}"
+    if first.path is not None:
+        yield f"--data {shlex.quote(first.path)}"
+
+
+def _data_options(source: SourceConfig, *, has_rows: bool) -> Iterator[str]:
+    yield f"--dataset {shlex.quote(str(source.dataset)) if has_rows else HELD_OUT}"
+    yield f"--format {source.format}"
+    if source.template is not None:
+        yield f"--template {shlex.quote(source.template)}"
+    for role, column in (source.fields or {}).items():
+        yield f"--field {shlex.quote(f'{role}={column}')}"

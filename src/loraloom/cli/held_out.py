@@ -1,0 +1,85 @@
+"""`loraloom eval --dataset`: held-out loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraloom.cli.scoring import open_cache, present, tell_kept
+from loraloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loraloom.cli.eval import EvalRun
+
+
+def score_held_out(
+    run: EvalRun,
+    datasets: Sequence[str],
+    *,
+    settings: dict[str, Any],
+    max_length: int | None,
+    compare: Sequence[str],
+    cache: Path | None,
+    no_cache: bool,
+) -> None:
+    """Compute losses on data sets, write the results and print them.
+
+    Args:
+        run: Options that all evaluations have.
+        datasets: Files, directories or hub ids.
+        settings: Of each data set, as in a run file; None where one isn't given.
+        max_length: Longest row in tokens; None for the default of training.
+        compare: Further options of the verb; so are the following ones.
+        cache: Where losses are kept.
+        no_cache: Keep none.
+
+    Raises:
+        ConfigError, DataError, AdapterError: As in `loraloom.eval.loss.evaluate_loss`.
+        KeyboardInterrupt: After Ctrl-C, when the user has been told what is kept.
+    """
+    from loraloom.data.locations import read_rows
+    from loraloom.durable import write_output
+    from loraloom.eval.comparison import choose_pairs
+    from loraloom.eval.held_out import load_held_out, parse_source
+    from loraloom.eval.loss import evaluate_loss
+    from loraloom.eval.progress import EvaluationProgress
+    from loraloom.terminal import make_console
+
+    given = {name: value for name, value in settings.items() if value}
+    sources = [parse_source({"dataset": dataset, **given}) for dataset in datasets]
+    pairs = choose_pairs(run.names, compare)
+    run.check()
+    for source in sources:  # so that what is missing or broken is told before the model is loaded
+        assert source.dataset is not None, "parse_source wants one"
+        read_rows(source.dataset, source.split or "validation", source.config)
+    host, tokenizer = run.load()
+    sets = [load_held_out(host, tokenizer, one, max_length, run.limit) for one in sources]
+    _check_names([one.name for one in sets])
+    messages = make_console(stderr=True, soft_wrap=True)
+    for one in sets:
+        messages.print(one.describe())
+    kept = None if no_cache else open_cache(run, host, cache, messages)
+    with tell_kept(kept, messages), EvaluationProgress(messages) as progress:
+        evaluation = evaluate_loss(
+            host,
+            tokenizer,
+            sets,
+            run.names,
+            pairs=pairs,
+            cache=kept,
+            max_tokens_per_batch=run.batch_tokens,
+            progress=progress,
+            sources=run.adapters,
+            command=run.command,
+        )
+    if run.per_question is not None:
+        lines = (json.dumps(line, ensure_ascii=False) for line in evaluation.lines())
+        write_output(run.per_question, "".join(f"{line}\n" for line in lines))
+    present(run, evaluation, messages)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--dataset must give different names, got {', '.join(names)}")

@@ -1,0 +1,69 @@
+"""What evaluations of `loraloom eval` share: scores are kept, results are written and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from loraloom.cli.eval import EvalRun
+    from loraloom.eval.cache import ScoreCache
+    from loraloom.eval.evaluation import Evaluation
+    from loraloom.eval.loss import LossEvaluation
+    from loraloom.models.host import Host
+
+
+def present(run: EvalRun, evaluation: Evaluation | LossEvaluation, messages: Console) -> None:
+    """Tell what collapsed, write the files that were asked for, and print the tables.
+
+    Raises:
+        ConfigError: If a file can't be written.
+    """
+    from loraloom.terminal import make_console, print_tables
+
+    for name, routing in evaluation.details["routing"].items():
+        for warning in routing["warnings"]:
+            messages.print(f"warning: adapter {name}: {warning}")
+    for path in run.outputs:
+        evaluation.write(path)
+    print_tables(make_console(), evaluation.tables())
+
+
+def open_cache(
+    run: EvalRun, host: Host, directory: Path | None, messages: Console
+) -> ScoreCache | None:
+    """Open the cache; where the default directory can't be used, say so and go on without."""
+    from loraloom.eval.cache import ScoreCache, default_cache_directory
+
+    try:
+        return ScoreCache(directory or default_cache_directory(), host, run.names)
+    except ConfigError as error:
+        if directory is not None:
+            raise
+        messages.print(f"warning: {error}")
+        return None
+
+
+@contextmanager
+def tell_kept(cache: ScoreCache | None, messages: Console) -> Iterator[None]:
+    """Say what the cache had, and what it keeps of an evaluation that is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if cache is None:
+            messages.print("stopped; no scores are kept")
+        else:
+            messages.print(
+                f"stopped; {cache.num_found + cache.num_added} scores are kept in "
+                f"{cache.directory}, the same command goes on from there"
+            )
+        raise
+    if cache is not None and cache.num_found:
+        total = cache.num_found + cache.num_added
+        messages.print(f"{cache.num_found} of {total} scores were kept in {cache.directory}")

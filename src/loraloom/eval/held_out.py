@@ -1,0 +1,137 @@
+"""Held-out rows of a data set, encoded as training would encode them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.data import SourceConfig
+from loraloom.config.faults import describe_faults
+from loraloom.config.train import TrainConfig
+from loraloom.data.encoding import Piece
+from loraloom.data.examples import NO_LOSS, Example
+from loraloom.data.questions import sha256
+from loraloom.data.sources import load_source
+from loraloom.errors import ConfigError, DataError
+from loraloom.models.host import Host
+
+MAX_LENGTH = TrainConfig.model_fields["max_length"].default
+"""Longest row in tokens, as in training by default."""
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Rows of a data set.
+
+    Args:
+        name: What results call it.
+        rows: The examples of each row, of which a long text has several.
+        details: What is noted of it: format, numbers of rows and tokens, hashes.
+    """
+
+    name: str
+    rows: list[list[Example]]
+    details: dict[str, Any]
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens of each row that have a loss."""
+        return [sum(map(_count_labels, examples)) for examples in self.rows]
+
+    def describe(self) -> str:
+        """Say in a line what is measured, and what became of rows that don't fit."""
+        told = self.details
+        line = f"{self.name}: {told['num_examples']} rows, {told['num_tokens']} tokens with a loss"
+        if told["num_cut"]:
+            line += f"; {told['num_cut']} cut or divided to fit max_length={told['max_length']}"
+        if told["num_dropped"]:
+            line += f"; {told['num_dropped']} dropped, their answer is missing or does not fit"
+        return line
+
+
+def load_held_out(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    data: SourceConfig | Mapping[str, Any],
+    max_length: int | None = None,
+    limit: int | None = None,
+) -> HeldOutSet:
+    """Read and encode a data set as training would; arguments and errors as in `evaluate_loss`."""
+    source = data if isinstance(data, SourceConfig) else parse_source(data)
+    positions = host.config.max_position_embeddings
+    longest = min(MAX_LENGTH, positions) if max_length is None else max_length
+    if longest > positions:
+        raise ConfigError(f"max_length must be at most the model's {positions}, got {longest}")
+    loaded = load_source(source, tokenizer, longest, source.split or "validation")
+    encoded = loaded.rows[:limit]
+    rows = [
+        [example for piece in row.pieces if _count_labels(example := _example_of(piece))]
+        for row in encoded
+    ]
+    kept = [examples for examples in rows if examples]
+    if not kept:
+        raise DataError(f"{loaded.name}: none of the {len(encoded)} rows has an answer that fits")
+    return HeldOutSet(
+        name=_name_of(source.dataset or loaded.name),
+        rows=kept,
+        details={
+            "format": source.format or source.scoring,
+            "split": source.split,
+            "num_examples": len(kept),
+            "num_tokens": sum(_count_labels(one) for examples in kept for one in examples),
+            "num_cut": sum(row.is_cut for row in encoded),
+            "num_dropped": len(rows) - len(kept),
+            "max_length": longest,
+            "examples_sha256": _digest(kept),
+            "source": _describe_source(loaded.name),
+        },
+    )
+
+
+def parse_source(settings: Mapping[str, Any]) -> SourceConfig:
+    """Check the settings of a data set.
+
+    Raises:
+        ConfigError: If they are wrong, or of rows that have no loss of their own.
+    """
+    try:
+        source = SourceConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("; ".join(describe_faults(error, (SourceConfig,)))) from error
+    if source.format == "preference":
+        raise ConfigError(
+            "held-out loss needs a task or a dataset of format instruction, chat or text, got "
+            "preference"
+        )
+    return source
+
+
+def _example_of(piece: Piece) -> Example:
+    return Example(piece.input_ids, piece.labels, sample_id=0)
+
+
+def _count_labels(example: Example) -> int:
+    """Tokens with a loss; the first one of a row is not predicted."""
+    return sum(label != NO_LOSS for label in example.labels[1:])
+
+
+def _name_of(dataset: str) -> str:
+    """A file's or directory's name without its suffixes, or the last part of a hub id."""
+    return Path(dataset).name.split(".")[0] or dataset
+
+
+def _digest(rows: Sequence[Sequence[Example]]) -> str:
+    tokens = [[[one.input_ids, one.labels] for one in examples] for examples in rows]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def _describe_source(dataset: str) -> dict[str, Any]:
+    path = Path(dataset).expanduser()
+    return {"file": dataset, "sha256": sha256(path)} if path.is_file() else {"dataset": dataset}

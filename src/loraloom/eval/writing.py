@@ -1,0 +1,38 @@
+"""Evaluations as files: JSON, CSV or Markdown, by the suffix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from loraloom.durable import write_output
+from loraloom.eval.tables import check_outputs, markdown_page
+
+
+def write_evaluation(
+    path: Path, value: Mapping[str, Any], tables: Sequence[Table], make_csv: Callable[[], str]
+) -> None:
+    """Write a .json, .csv or .md file.
+
+    Args:
+        path: Whose suffix decides.
+        value: Everything, as it stands in the JSON file.
+        tables: What is shown.
+        make_csv: Gives the text of a CSV file.
+
+    Raises:
+        ConfigError: If the suffix is another one, or the file can't be written.
+    """
+    check_outputs([path])
+    match path.suffix.lower():
+        case ".csv":
+            text = make_csv()
+        case ".md":
+            text = markdown_page(tables, value)
+        case _:
+            text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_output(path, text)

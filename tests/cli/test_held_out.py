@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from loraloom.cli import main as cli
+from loraloom.report.page import make_page
+from tests.infer.saved import save_tiny
+from tests.report.made import write_run
+
+ROWS = [
+    {"instruction": f"Say {word}", "input": "", "output": word}
+    for word in ("blue", "yes", "two", "short", "one")
+]
+
+
+def write(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """Run `loraloom eval --dataset` on the tiny model, with an adapter, and read what it wrote."""
+    rows = write(tmp_path / "held_out.jsonl", ROWS)
+
+    def verb(*words, code=0):
+        given = ["--base-model", str(saved / "base"), "--device", "cpu"]
+        given += ["--dataset", rows, "--format", "instruction"]
+        given += ["--adapter", f"a={saved / 'lora'}", "--output", str(tmp_path / "r.json")]
+        assert cli.main(["eval", *given, *words]) == code
+        path = tmp_path / "r.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    return verb
+
+
+def test_base_and_adapters_have_a_loss(run, capsys):
+    written = run()
+    assert list(written["results"]) == ["base", "a"]
+    result = written["results"]["a"]["held_out"]
+    assert result["num_examples"] == len(ROWS)
+    assert written["tasks"]["held_out"]["format"] == "instruction"
+    assert [(one["first"], one["metric"]) for one in written["comparisons"]] == [("a", "loss")]
+    output = capsys.readouterr()
+    assert "perplexity" in output.out
+    assert f"{result['loss']:.4f}" in output.out
+    assert output.err.startswith("held_out: 5 rows, ")
+
+
+def test_a_repeated_evaluation_computes_nothing(run, capsys):
+    first = run()
+    capsys.readouterr()
+    again = run()
+    assert again["results"] == first["results"]
+    assert again["num_cached_scores"] == 2 * len(ROWS)
+    assert "10 of 10 scores were kept" in capsys.readouterr().err
+
+
+def test_results_are_written_in_other_forms_and_by_row(run, tmp_path):
+    files = [tmp_path / f"result.{suffix}" for suffix in ("csv", "md")]
+    outputs = [word for file in files for word in ("--output", str(file))]
+    written = run(*outputs, "--per-question", str(tmp_path / "rows.jsonl"))
+    rows = list(csv.DictReader(files[0].read_text().splitlines()))
+    assert [float(row["loss"]) for row in rows] == [
+        written["results"][name]["held_out"]["loss"] for name in ("base", "a")
+    ]
+    assert "| a | " in files[1].read_text()
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    of_a = [line for line in lines if line["adapter"] == "a"]
+    total = sum(line["loss"] for line in of_a) / sum(line["num_tokens"] for line in of_a)
+    assert total == pytest.approx(written["results"]["a"]["held_out"]["loss"])
+
+
+def test_a_report_shows_the_losses(run, tmp_path):
+    written = run()
+    page = make_page([write_run(tmp_path / "run")], [tmp_path / "r.json"])
+    assert f"{written['results']['a']['held_out']['loss']:.4f}" in page
+    assert "Held-out loss" in page
+
+
+def test_columns_may_have_other_names(run, tmp_path):
+    rows = [{"q": row["instruction"], "a": row["output"]} for row in ROWS]
+    other = ["--dataset", write(tmp_path / "other.jsonl", rows), "--template", "plain"]
+    renamed = ["--field", "instruction=q", "--field", "output=a"]
+    run(*other, *renamed, code=2)  # the first file has not these columns
+    (tmp_path / "held_out.jsonl").write_text(Path(tmp_path / "other.jsonl").read_text())
+    results = run(*other, *renamed)["results"]["a"]
+    assert results["held_out"]["loss"] == results["other"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--format preference", "format instruction, chat or text, got preference"),
+        ("--dataset nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("--field output", "--field must be ROLE=COLUMN, got 'output'"),
+        ("--field answer=a", "fields must map instruction, input, output"),
+        ("--compare a:b", "--compare must be FIRST:SECOND, two of base, a, got 'a:b'"),
+        ("--num-fewshot 1", "--num-fewshot has an effect with --harness only"),
+        ("--harness arc_easy", "--dataset has no effect with --harness"),
+    ],
+)
+def test_bad_input_is_one_error_before_the_model_is_loaded(
+    run, monkeypatch, capsys, words, message
+):
+    from loraloom.infer import loading
+
+    monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
+    run(*words.split(), code=2)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from loraloom.data.sources import load_source
+from loraloom.errors import AdapterError, ConfigError
+from loraloom.eval.cache import ScoreCache
+from loraloom.eval.held_out import load_held_out, parse_source
+from loraloom.eval.loss import evaluate_loss, perplexity
+from tests.eval.scoring import limit_rows, scoring_host
+from tests.tiny import METHODS
+
+INSTRUCTIONS = [
+    {"instruction": f"Say {word}", "input": "", "output": f"{word} " * times}
+    for times, word in enumerate(("blue", "yes", "two", "short"), start=1)
+]
+TEXTS = [{"text": "The sky is blue. " * times} for times in (1, 4, 9)]
+
+
+@pytest.fixture(scope="module")
+def host():
+    return scoring_host()
+
+
+def write(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    path = write(tmp_path / "held_out.jsonl", INSTRUCTIONS)
+    return {"dataset": path, "format": "instruction"}
+
+
+@torch.no_grad()
+def plain_loss(host, rows, adapter):
+    """Loss a token of rows, each piece alone with all its logits."""
+    total, count = 0.0, 0
+    for piece in (piece for row in rows for piece in row.pieces):
+        ids, labels = torch.tensor([piece.input_ids]), torch.tensor(piece.labels[1:])
+        log_probs = host(ids, adapters=[adapter]).logits[0, :-1].log_softmax(-1)
+        learnt = labels != -100
+        chosen = log_probs[learnt].gather(1, labels[learnt][:, None])
+        total, count = total - float(chosen.sum()), count + int(learnt.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("data_format", ["instruction", "text"])
+def test_the_loss_is_that_of_a_plain_forward(host, tiny_tokenizer, tmp_path, data_format):
+    rows = INSTRUCTIONS if data_format == "instruction" else TEXTS
+    data = {"dataset": write(tmp_path / "rows.jsonl", rows), "format": data_format}
+    evaluation = evaluate_loss(host, tiny_tokenizer, data, max_length=24 if rows is TEXTS else 256)
+    encoded = load_source(
+        parse_source(data), tiny_tokenizer, 24 if rows is TEXTS else 256, "validation"
+    ).rows
+    assert any(len(row.pieces) > 1 for row in encoded) == (rows is TEXTS)
+    assert list(evaluation.results) == ["base", *METHODS]
+    for name in (None, "lora", "mixdora"):
+        result = evaluation.results[name or "base"]["rows"]
+        assert result["loss"] == pytest.approx(plain_loss(host, encoded, name), abs=1e-6)
+        assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+        assert result["interval"][0] <= result["loss"] <= result["interval"][1]
+        assert result["num_examples"] == len(rows)
+
+
+def test_everybody_is_compared_on_the_same_rows(host, tiny_tokenizer, instructions):
+    evaluation = evaluate_loss(host, tiny_tokenizer, instructions, [None, "lora"])
+    (comparison,) = evaluation.comparisons
+    assert (comparison.first, comparison.second, comparison.metric) == ("lora", "base", "loss")
+    results = evaluation.results
+    difference = results["lora"]["held_out"]["loss"] - results["base"]["held_out"]["loss"]
+    assert comparison.result.difference == pytest.approx(difference)
+    assert comparison.result.num_examples == len(INSTRUCTIONS)
+
+
+def test_seeds_are_one_contestant(tiny_tokenizer, instructions):
+    seeds = {f"mix@{seed}": METHODS["mixlora"] for seed in range(2)}
+    evaluation = evaluate_loss(scoring_host(configs=seeds), tiny_tokenizer, instructions)
+    losses = [evaluation.results[name]["held_out"]["loss"] for name in seeds]
+    assert evaluation.seeds["mix"]["tasks"]["held_out"]["mean"] == pytest.approx(sum(losses) / 2)
+    (comparison,) = evaluation.comparisons
+    base = evaluation.results["base"]["held_out"]["loss"]
+    assert comparison.result.difference == pytest.approx(sum(losses) / 2 - base)
+
+
+def test_mixtures_tell_where_they_send_the_tokens(host, tiny_tokenizer, instructions):
+    details = evaluate_loss(host, tiny_tokenizer, instructions).details
+    assert list(details["routing"]) == ["mixlora", "mixdora"]
+    task = details["routing"]["mixlora"]["tasks"]["held_out"]
+    assert task["num_questions_covered"] == len(INSTRUCTIONS)
+    json.dumps(details, allow_nan=False)
+
+
+def test_kept_losses_are_not_computed_again(
+    host, tiny_tokenizer, instructions, tmp_path, monkeypatch
+):
+    names = [None, "lora"]
+    first, again = (
+        evaluate_loss(
+            host, tiny_tokenizer, instructions, names, cache=ScoreCache(tmp_path, host, names)
+        )
+        for _ in range(2)
+    )
+    assert again.results == first.results
+    assert again.details["num_cached_scores"] == 2 * len(INSTRUCTIONS)
+
+
+def test_memory_that_runs_out_changes_nothing(host, tiny_tokenizer, instructions, monkeypatch):
+    whole = evaluate_loss(host, tiny_tokenizer, instructions).results
+    limit_rows(monkeypatch, 3)
+    parted = evaluate_loss(host, tiny_tokenizer, instructions).results
+    for name, by_task in whole.items():
+        assert parted[name]["held_out"]["loss"] == pytest.approx(by_task["held_out"]["loss"])
+
+
+def test_rows_that_do_not_fit_are_told(host, tiny_tokenizer, tmp_path):
+    rows = [*INSTRUCTIONS, {"instruction": "Say", "input": "", "output": "blue " * 60}]
+    data = {"dataset": write(tmp_path / "rows.jsonl", rows), "format": "instruction"}
+    held_out = load_held_out(host, tiny_tokenizer, data, max_length=60)
+    assert held_out.details["num_dropped"] == 1
+    assert "4 rows" in held_out.describe()
+    assert "1 dropped" in held_out.describe()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"format": "preference"}, {}, "format instruction, chat or text, got preference"),
+        ({"format": "chatt"}, {}, "format"),
+        ({}, {"max_length": 10**6}, "max_length must be at most the model's 256, got 1000000"),
+    ],
+)
+def test_a_wrong_data_set_is_an_error(host, tiny_tokenizer, instructions, change, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate_loss(host, tiny_tokenizer, instructions | change, **options)
+
+
+def test_a_diverged_adapter_is_an_error(tiny_tokenizer, instructions):
+    host = scoring_host()
+    for parameter in host.adapters["lora"].parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(AdapterError, match="losses must be finite, got nan from lora in row 1 of"):
+        evaluate_loss(host, tiny_tokenizer, instructions)
+
+
+def test_a_perplexity_that_is_no_number_is_left_out():
+    assert perplexity(2.0) == math.exp(2)
+    assert perplexity(1e4) is None

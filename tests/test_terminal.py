@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from loraloom.terminal import make_console, make_table, print_tables
+
+FOREIGN = "[/INST] [bold]x[/bold] :tada: [link=https://a.b]c"
+
+
+def printed(*tables, width=80):
+    console = make_console(width=width)
+    with console.capture() as capture:
+        print_tables(console, tables)
+    return capture.get()
+
+
+def wide_table(num_columns=10, key="a name of several words"):
+    table = make_table("name", values=[f"number-{place}" for place in range(num_columns)])
+    table.add_row(key, *(f"{place} of them" for place in range(num_columns)))
+    return table
+
+
+def test_texts_are_printed_as_they_stand():
+    table = make_table(FOREIGN, values=[FOREIGN], title=FOREIGN)
+    table.add_row(FOREIGN, FOREIGN)
+    table.caption = FOREIGN
+    console = make_console(width=200)
+    with console.capture() as capture:
+        print_tables(console, [table])
+        console.print(FOREIGN)
+    assert capture.get().count(FOREIGN) == 7
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_no_line_is_wider_than_the_console_and_nothing_is_lost(width):
+    text = printed(wide_table(), width=width)
+    assert all(len(line) <= width for line in text.splitlines())
+    for place in range(10):
+        assert f"number-{place}" in text
+        assert f"{place} of them" in text
+
+
+def test_a_table_that_fits_is_whole():
+    assert printed(wide_table(2)).count("name") == 2
+    assert len(printed(wide_table(2)).splitlines()) == 2
+
+
+def test_each_part_has_the_keys():
+    lines = printed(wide_table()).splitlines()
+    heads = [line for line in lines if line.startswith("name")]
+    assert len(heads) == sum(line.startswith("a name of") for line in lines) > 1
+
+
+def test_texts_without_numbers_are_folded_at_words():
+    table = make_table("setting", "value")
+    table.add_row("target modules", ", ".join(f"module_{place}" for place in range(20)))
+    lines = printed(table).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert " ".join(lines).count("module_") == 20
+
+
+def test_a_key_that_is_too_long_is_folded():
+    text = printed(wide_table(1, key="x" * 100))
+    assert text.count("x") == 100
+    assert all(len(line) <= 80 for line in text.splitlines())
