@@ -131,8 +131,9 @@ def test_all_faults_are_in_one_message(tmp_path):
             "jobs.0.eval.0.task must be given, it is missing",
             "jobs.1.name must differ from those of the other jobs, got 'A/B' again",
             f"jobs.1.{safe} letter or digit), got 'A/B'",
-            "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, dropout, init, "
-            "method, rank, rank_stabilized, target_modules, weight_decomposition",
+            "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, "
+            "alpha_pattern, dropout, init, layers, method, rank, rank_pattern, rank_stabilized, "
+            "target_modules, weight_decomposition",
             "jobs.1.data.mix.1.format must be given with a dataset: instruction, chat, text or "
             "preference",
         ]
@@ -165,7 +166,7 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("jobs=[]", "jobs must be a list of 1 or more, or sweep must be given"),
         ("max_tokens_per_step=0", "max_tokens_per_step must be at least 1, got 0"),
         ("keep_snapshots=0", "keep_snapshots must be at least 1, got 0"),
-        ("jobs.0.priority=0", "jobs.0.priority must be greater than 0, got 0"),
+        ("jobs.0.priority=0", "jobs.0.priority must be at least 1e-06, got 0"),
         ("jobs=3", "jobs must be a list, got 3"),
         ("output_dir=3", "output_dir must be a path, got 3"),
         ("base_model=null", "base_model must be a text (in quotes), got nothing"),
