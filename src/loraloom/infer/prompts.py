@@ -52,7 +52,7 @@ def encode_prompt(
     if isinstance(prompt.content, str) and (raw or not tokenizer.chat_template):
         ids = encode_texts(tokenizer, [_checked(prompt.content, prompt)])[0]
     else:
-        text = _checked(_render(tokenizer, prompt), prompt)
+        text = _render(tokenizer, prompt)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
@@ -80,6 +80,8 @@ def _checked(text: str, prompt: Prompt) -> str:
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     content = prompt.content
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+    for message in messages:
+        _checked(message["content"], prompt)
     try:
         template = load_chat_template(tokenizer)
         return template.render(Conversation(messages, prompt.tools), for_answer=True)
