@@ -250,6 +250,23 @@ def test_a_file_of_something_else_is_left_alone(job, capsys):
     assert output.read_text() == "precious\n"
 
 
+def test_rows_may_have_a_completion_that_is_replaced(run, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "in.jsonl", {"prompt": "one", "completion": "old"})
+    words = ["--input", path, "--output", str(tmp_path / "out.jsonl")]
+    assert run(*words) == 0
+    assert read_rows(tmp_path / "out.jsonl")[0]["completion"] != "old"
+    count = interrupt_after(monkeypatch, 99)
+    assert run(*words) == 0
+    assert count == []
+
+
+def test_the_input_is_never_overwritten(run, tmp_path, capsys):
+    path = write_rows(tmp_path / "in.jsonl", {"prompt": "one"})
+    assert run("--input", path, "--output", path, "--overwrite") == 2
+    assert "--output must be another file than --input" in capsys.readouterr().err
+    assert read_rows(tmp_path / "in.jsonl") == [{"prompt": "one"}]
+
+
 def test_a_prompt_that_does_not_fit_leaves_nothing(run, tmp_path, capsys):
     path = write_rows(tmp_path / "in.jsonl", {"prompt": "the sky " * 300})
     assert run("--input", path, "--output", str(tmp_path / "out.jsonl")) == 2

@@ -166,7 +166,7 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("jobs=[]", "jobs must be a list of 1 or more, or sweep must be given"),
         ("max_tokens_per_step=0", "max_tokens_per_step must be at least 1, got 0"),
         ("keep_snapshots=0", "keep_snapshots must be at least 1, got 0"),
-        ("jobs.0.priority=0", "jobs.0.priority must be greater than 0, got 0"),
+        ("jobs.0.priority=0", "jobs.0.priority must be at least 1e-06, got 0"),
         ("jobs=3", "jobs must be a list, got 3"),
         ("output_dir=3", "output_dir must be a path, got 3"),
         ("base_model=null", "base_model must be a text (in quotes), got nothing"),

@@ -113,6 +113,8 @@ def generate(
     check_sources(base_model, adapters, device)
     num_done, file = 0, None
     if output is not None:
+        if input_file is not None and output.resolve() == input_file.resolve():
+            raise ConfigError(f"--output must be another file than --input, got {output} twice")
         settings = {"base_model": base_model, "dtype": dtype, "sampling": sampling.model_dump()}
         settings |= {"raw": raw, "batch_size": batch_size, "adapters": describe_adapters(adapters)}
         file = OutputFile(output, [*labelled(rows, prompts)], settings)

@@ -196,7 +196,7 @@ class _SourceFields(StrictModel):
 class SourceConfig(_SourceFields):
     """One source of a mix, or the validation data: a task or a data set."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1000)
     """In a mix: how many times an epoch goes through this source's rows; 0.5 is a half of them."""
 
     @model_validator(mode="after")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, count
 
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +57,15 @@ class TrainingSet:
     def epoch_length(self) -> int:
         """Examples in an epoch."""
         return sum(portion.num_draws for portion in self.portions)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all examples as the model gets them."""
+        digest = hashlib.sha256(f"{len(self.examples)} and {len(self.validation)}".encode())
+        for example in (*self.examples, *self.validation):
+            for row in example.rows:
+                digest.update(array("q", (len(row.input_ids), *row.input_ids, *row.labels)))
+        return digest.hexdigest()
 
     def epoch_order(self, epoch: int) -> list[int]:
         """Indices into `examples` in the order of an epoch, shuffled anew in each.

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.chat import Message
 from loraloom.data.tokenising import encode_texts
-from loraloom.errors import DataError
+from loraloom.errors import DataError, shown
 from loraloom.models.layout import RowAdapter
 
 
@@ -42,16 +42,35 @@ def encode_prompt(
         raw: Read a text as it stands in any case.
 
     Raises:
-        DataError: If the prompt is empty, or a conversation has no template that it fits.
+        DataError: If the prompt is empty or no Unicode, or a conversation has no template that it
+            fits.
     """
     if isinstance(prompt.content, str) and (raw or not tokenizer.chat_template):
-        ids = encode_texts(tokenizer, [prompt.content])[0]
+        ids = encode_texts(tokenizer, [_checked(prompt.content, prompt)])[0]
     else:
-        text = _render(tokenizer, prompt)
+        text = _checked(_render(tokenizer, prompt), prompt)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
     return ids
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON and command lines may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _checked(text: str, prompt: Prompt) -> str:
+    if not is_unicode(text):
+        raise DataError(
+            f"{prompt.origin}: the prompt must be a text of Unicode, got half a surrogate pair in "
+            f"{shown(text)}; write it in UTF-8"
+        )
+    return text
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
