@@ -67,8 +67,9 @@ def logits(model, **kwargs):
     return model(IDS, **kwargs).logits
 
 
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    ("choice", "safe"), [(choice, place % 2 == 0) for place, choice in enumerate(CHOICES)]
+)
 def test_what_peft_saves_gives_its_logits_and_goes_back(choice, safe, tmp_path):
     theirs = trained_by_peft(**CHOICES[choice])
     theirs.save_pretrained(tmp_path / "theirs", safe_serialization=safe)
