@@ -178,6 +178,14 @@ def test_the_verb_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_chat_template_takes_the_place_of_the_tokenizers(run, tmp_path, capsys):
+    path = write_rows(tmp_path / "in.jsonl", {"messages": [{"role": "user", "content": "one"}]})
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert run("--input", path, "--chat-template", template) == 0
+    assert run("--prompt", "one", "--chat-template", "{{ 1/0 }}") == 2
+    assert "do not fit the chat template: division by zero" in capsys.readouterr().err
+
+
 def interrupt_after(monkeypatch, num_batches):
     """Let the batch after some others end as by Ctrl-C; gives a counter of batches."""
     complete, count = inference.complete, []
@@ -276,6 +284,23 @@ def test_a_file_of_something_else_is_left_alone(job, capsys):
     assert output.read_text() == "precious\n"
 
 
+def test_rows_may_have_a_completion_that_is_replaced(run, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "in.jsonl", {"prompt": "one", "completion": "old"})
+    words = ["--input", path, "--output", str(tmp_path / "out.jsonl")]
+    assert run(*words) == 0
+    assert read_rows(tmp_path / "out.jsonl")[0]["completion"] != "old"
+    count = interrupt_after(monkeypatch, 99)
+    assert run(*words) == 0
+    assert count == []
+
+
+def test_the_input_is_never_overwritten(run, tmp_path, capsys):
+    path = write_rows(tmp_path / "in.jsonl", {"prompt": "one"})
+    assert run("--input", path, "--output", path, "--overwrite") == 2
+    assert "--output must be another file than --input" in capsys.readouterr().err
+    assert read_rows(tmp_path / "in.jsonl") == [{"prompt": "one"}]
+
+
 def test_a_prompt_that_does_not_fit_leaves_nothing(run, tmp_path, capsys):
     path = write_rows(tmp_path / "in.jsonl", {"prompt": "the sky " * 300})
     assert run("--input", path, "--output", str(tmp_path / "out.jsonl")) == 2
@@ -291,11 +316,3 @@ def test_base_and_adapters_answer_a_prompt_alike(run, saved, capsys):
     ]
     assert run("--prompt", "the sky", "--adapter", f"a={saved / 'lora'}", "--no-base") == 0
     assert "[" not in capsys.readouterr().out.replace("[/INST]", "")[:4]
-
-
-def test_a_chat_template_takes_the_place_of_the_tokenizers(run, tmp_path, capsys):
-    path = write_rows(tmp_path / "in.jsonl", {"messages": [{"role": "user", "content": "one"}]})
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert run("--input", path, "--chat-template", template) == 0
-    assert run("--prompt", "one", "--chat-template", "{{ 1/0 }}") == 2
-    assert "do not fit the chat template: division by zero" in capsys.readouterr().err

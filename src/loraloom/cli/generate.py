@@ -123,9 +123,11 @@ def generate(
     check_sources(base_model, adapters, device)
     num_done, file = 0, None
     if output is not None:
+        if input_file is not None and output.resolve() == input_file.resolve():
+            raise ConfigError(f"--output must be another file than --input, got {output} twice")
         settings = {"base_model": base_model, "dtype": dtype, "sampling": sampling.model_dump()}
         settings |= {"raw": raw, "batch_size": batch_size, "adapters": describe_adapters(adapters)}
-        settings["chat_template"] = chat_template
+        settings |= {"chat_template": chat_template} if chat_template else {}
         file = OutputFile(output, [*labelled(rows, prompts)], settings)
         num_done = file.count_done(batch_size, overwrite=overwrite)
     if num_done == len(rows):

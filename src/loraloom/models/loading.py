@@ -104,7 +104,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ModelError: If there is no such model, or its tokenizer can't be loaded.
     """
     source = find_source(name)
-    with quiet(hides_stderr=source.kind == "gguf"), _told_as_model_error(f"the tokenizer of {name}", source):
+    with (
+        quiet(hides_stderr=source.kind == "gguf"),
+        _told_as_model_error(f"the tokenizer of {name}", source),
+    ):
         return _load_tokenizer(source)
 
 
