@@ -264,3 +264,28 @@ def test_a_view_generates_as_its_host_does():
     greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     expected = host.generate(IDS, adapters=["default"] * 4, **greedy)
     assert torch.equal(host.as_model("default").generate(IDS, **greedy), expected)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind():
+    host = host_of()
+    randomise(host.adapter("default"))
+    view, ids = host.as_model("default"), IDS[:, :5]
+    with torch.no_grad():
+        expected = view(input_ids=ids).logits
+        tokens = host.generate(ids, adapters=["default"] * 4, max_new_tokens=2, do_sample=False)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for again in (
+        lambda: torch.equal(view(input_ids=ids).logits, expected),
+        lambda: torch.equal(view.generate(ids, max_new_tokens=2, do_sample=False), tokens),
+        lambda: torch.equal(host.as_model(None)(input_ids=ids).logits, host(ids).logits),
+    ):
+        hook = host.model.get_output_embeddings().register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            view.train()(input_ids=IDS, labels=IDS)
+        hook.remove()
+        view.eval()
+        with torch.no_grad():
+            assert again()

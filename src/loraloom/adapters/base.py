@@ -36,8 +36,8 @@ class BaseProjection:
         weight = self.linear.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise AdapterError(
-                f"weight_decomposition needs floating-point base weights, got a quantised "
-                f"{self.key}; load the base model unquantised or use a method without it"
+                f"weight_decomposition and starts from the base's weights need these in floating "
+                f"point, got a quantised {self.key}; load the base model unquantised or do without"
             )
         return weight
 
