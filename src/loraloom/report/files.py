@@ -90,10 +90,10 @@ class TaskResult(_Record):
     interval: tuple[Number, Number] | None = None
     num_examples: Count | None = None
     split: str | None = None
-    majority: float | None = None
-    loss: float | None = None
-    perplexity: float | None = None
-    num_tokens: int | None = None
+    majority: Share | None = None
+    loss: Number | None = None
+    perplexity: Positive | None = None
+    num_tokens: Count | None = None
 
     @property
     def is_constant(self) -> bool:
@@ -104,9 +104,9 @@ class TaskResult(_Record):
 
 
 class SeedMean(_Record):
-    """Accuracies of several seeds in a task."""
+    """Accuracies, or held-out losses, of several seeds in a task."""
 
-    mean: Share
+    mean: Number
     sd: Positive | None = None
 
 
@@ -124,6 +124,7 @@ class Comparison(_Record):
     metric: str = "accuracy"
     first: str
     second: str
+    metric: str = "accuracy"
     difference: Number
     stderr: Positive | None = None
     interval: tuple[Number, Number]
