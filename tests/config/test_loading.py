@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from loraloom.adapters import CONFIGS, MixLoraConfig
@@ -262,3 +265,22 @@ def test_the_schema_knows_every_setting_with_its_help():
     assert described == []
     assert definitions["MixLoraConfig"]["properties"]["top_k"]["default"] == 2
     assert definitions["TrainConfig"]["additionalProperties"] is False
+
+
+NO_PATHS = ["a\0b", "~nosuchuser/out", "x" * 300, "y/" * 3000]
+
+
+@pytest.mark.parametrize("path", NO_PATHS)
+def test_a_path_that_no_system_takes_is_refused(path):
+    with pytest.raises(ConfigError, match="must be a path"):
+        load_run_config(path)
+
+
+@pytest.mark.parametrize("path", NO_PATHS)
+def test_results_go_where_files_can_be(tmp_path, path):
+    with pytest.raises(ConfigError, match=r"a fault:\n  output_dir must be a path"):
+        load(tmp_path, RUN, f"output_dir={json.dumps(path)}")
+
+
+def test_the_users_home_is_filled_in(tmp_path):
+    assert load(tmp_path, RUN, "output_dir=~/runs").output_dir == Path.home() / "runs"

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.job import JobConfig
 from loraloom.config.loading import load_run_config
 from loraloom.config.objective import BASE_REFERENCE, DpoConfig
+from loraloom.config.paths import local_path
 from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
@@ -112,7 +113,11 @@ def train(
             check_memory(prediction, run.memory_limit, host.device)
             progress.message(f"memory: {prediction.describe()}")
         sweep = _sweep(run, directory, progress, builder, jobs)
-        data = [f"{job.name}: {line}" for job in jobs for line in job.training_set.report]
+        data = [
+            f"{job.name}: {line}"
+            for job in jobs
+            for line in (*job.training_set.report, *job.training_set.warnings)
+        ]
         for line in (*faults, *left_out, *data):
             progress.message(line)
         if snapshot is not None:
@@ -228,7 +233,7 @@ def _check_sources(run: RunConfig, directory: RunDirectory) -> None:
     jobs_by_path = {directory.job(job.name).resolve(): job.name for job in run.all_jobs}
     for job in run.all_jobs:
         for setting, source in _sources(job).items():
-            path = Path(source).resolve()
+            path = local_path(source, f"job {job.name}: {setting}").resolve()
             for replaced in (path, *path.parents):
                 if replaced in jobs_by_path:
                     raise ConfigError(
