@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,9 +138,12 @@ class Adapter(nn.Module, ABC):
             {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
             for base, layer in zip(base_layers, layers, strict=True)
         ]
+
+    @cached_property
+    def _shapes(self) -> int:
+        """A hash of what it has; asked for when it decodes, as buffers may come after building."""
         weights = [*self.named_parameters(), *self.named_buffers()]
-        shapes = [(name, tuple(weight.shape)) for name, weight in weights]
-        self._shapes = hash(tuple(shapes))
+        return hash(tuple((name, tuple(weight.shape)) for name, weight in weights))
 
     @abstractmethod
     def ffn(

@@ -144,7 +144,7 @@ def _make_model(shape: Shape) -> nn.Module:
     )
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(config)
-    return model.to(torch.bfloat16)
+    return model.to(torch.bfloat16)  # pyright: ignore
 
 
 def _make_step(
