@@ -31,11 +31,11 @@ FIRST, SECOND = LoraConfig(rank=3, alpha=6), LoraConfig(rank=3, alpha=3)
 
 
 def in_both(second: LoraConfig = SECOND) -> tuple[Host, peft.PeftModel]:
-    """The adapters `a` and `b` on a host and on a model of PEFT's."""
+    """The adapters `x` and `y` on a host and on a model of PEFT's."""
     model = tiny_model(dtype=torch.float32)
     host = loraloom.attach(copy.deepcopy(model))
     theirs = wrapped_by_peft(model, FIRST, host.base)
-    copied = {"a": FIRST, "b": second}
+    copied = {"x": FIRST, "y": second}
     for seed, (name, config) in enumerate(copied.items()):
         randomise(host.add(name, config), seed)
         own = copy.deepcopy(theirs.peft_config["default"])
@@ -57,13 +57,13 @@ def test_a_combination_of_loras_is_pefts(combination):
     density = None if combination in ("linear", "svd") else 0.6
     torch.manual_seed(3)
     theirs.add_weighted_adapter(
-        ["a", "b"], WEIGHTS, "c", combination_type=combination, density=density
+        ["x", "y"], WEIGHTS, "z", combination_type=combination, density=density
     )
-    theirs.set_adapter("c")
+    theirs.set_adapter("z")
     theirs.eval()
     expected = theirs(input_ids=IDS).logits
-    host.combine(["a", "b"], WEIGHTS, combination, name="c", density=density, seed=3)
-    actual = host(IDS, adapters=["c", "c"]).logits
+    host.combine(["x", "y"], WEIGHTS, combination, name="z", density=density, seed=3)
+    actual = host(IDS, adapters=["z", "z"]).logits
     if combination == "dare_ties":  # drawn in another order of the projections
         assert actual.isfinite().all()
         return
@@ -73,24 +73,24 @@ def test_a_combination_of_loras_is_pefts(combination):
 @torch.no_grad()
 def test_svd_joins_adapters_of_different_ranks():
     host, theirs = in_both(LoraConfig(rank=5, alpha=5))
-    theirs.add_weighted_adapter(["a", "b"], WEIGHTS, "c", combination_type="svd")
-    theirs.set_adapter("c")
+    theirs.add_weighted_adapter(["x", "y"], WEIGHTS, "z", combination_type="svd")
+    theirs.set_adapter("z")
     theirs.eval()
-    combined = host.combine(["a", "b"], WEIGHTS, "svd", name="c")
+    combined = host.combine(["x", "y"], WEIGHTS, "svd", name="z")
     assert combined.config.rank == 5
     expected = theirs(input_ids=IDS).logits
-    assert relative_error(host(IDS, adapters=["c"] * 2).logits, expected) < 1e-4
+    assert relative_error(host(IDS, adapters=["z"] * 2).logits, expected) < 1e-4
     with pytest.raises(
         AdapterError, match=r"must have one rank, got \[3, 5\]; combine them by svd"
     ):
-        host.combine(["a", "b"], WEIGHTS, "linear", name="d")
+        host.combine(["x", "y"], WEIGHTS, "linear", name="d")
 
 
 def test_dare_ties_is_drawn_by_its_seed_and_leaves_torchs_numbers_alone():
     host, _ = in_both()
     state = torch.random.get_rng_state()
     drawn = [
-        host.combine(["a", "b"], WEIGHTS, "dare_ties", name=f"c{place}", seed=seed).tensors()
+        host.combine(["x", "y"], WEIGHTS, "dare_ties", name=f"c{place}", seed=seed).tensors()
         for place, seed in enumerate((1, 1, 2))
     ]
     assert torch.random.get_rng_state().equal(state)

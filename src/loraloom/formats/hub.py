@@ -14,7 +14,7 @@ from loraloom.errors import FormatError
 from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Of the HTTP client, which huggingface_hub has changed: no connection, for instance."""
 
 
