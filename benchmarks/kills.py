@@ -31,7 +31,7 @@ from tests.training.saved import run_settings, save_inputs, write_run_file
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["loraloom.training.run.run"])
 
-_ADAPTERS: dict[str, dict[str, Any]] = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3, "dropout": 0.1},
     "dora": {"method": "lora", "rank": 2, "dropout": 0.2, "weight_decomposition": True},
     "mixlora": {
@@ -80,20 +80,21 @@ def check_kills(directory: Path, kills: int, steps: int, seed: int = 0) -> Outco
     """
     inputs = save_inputs(directory)
     for name in ("unbroken", "killed"):
-        write_run_file(directory / f"{name}.yaml", _settings(inputs, directory / name, steps))
+        write_run_file(directory / f"{name}.yaml", settings(inputs, directory / name, steps))
     process = _start(directory / "unbroken.yaml")
     started = time.monotonic()
     _join(process)
     unbroken_s = time.monotonic() - started
     rounds = _kill_often(directory, kills, unbroken_s, random.Random(seed))
     _join(_start(directory / "killed.yaml"))
-    return Outcome(len(rounds), rounds, unbroken_s, _differences(directory))
+    return Outcome(len(rounds), rounds, unbroken_s, different_files(directory / "unbroken", directory / "killed"))
 
 
-def _settings(inputs: Path, output_dir: Path, steps: int) -> dict[str, Any]:
+def settings(inputs: Path, output_dir: Path, steps: int, **train: Any) -> dict[str, Any]:
+    """Make a run of four jobs of so many steps, with more settings of `train`."""
     run = run_settings(inputs, output_dir)
     template = run["jobs"][0]
-    train = {**template["train"], "max_steps": steps, "eval_steps": 20, "save_steps": 3}
+    train = {**template["train"], "max_steps": steps, "eval_steps": 20, "save_steps": 3, **train}
     run["jobs"] = [
         {
             **template,
@@ -103,7 +104,7 @@ def _settings(inputs: Path, output_dir: Path, steps: int) -> dict[str, Any]:
             "adapter": {"alpha": 4, **adapter},
             "train": {**train, "learning_rate": 1e-3, "micro_batch_size": (4, 2, 1, 4)[seed]},
         }
-        for seed, (name, adapter) in enumerate(_ADAPTERS.items())
+        for seed, (name, adapter) in enumerate(ADAPTERS.items())
     ]
     return {**run, "max_tokens_per_step": 800}
 
@@ -154,17 +155,17 @@ def _join(process: BaseProcess) -> None:
         raise SystemExit(f"a process ended with code {process.exitcode}")
 
 
-def _differences(directory: Path) -> list[str]:
+def different_files(expected: Path, directory: Path) -> list[str]:
+    """Name what is not bit-equal in the results of two runs."""
     differences = []
-    for name in _ADAPTERS:
+    for name in ADAPTERS:
         for place in ("", "checkpoints/last", "checkpoints/best"):
             file = Path(name, place, "adapter_model.safetensors")
-            left, right = (load_file(directory / run / file) for run in ("unbroken", "killed"))
+            left, right = load_file(expected / file), load_file(directory / file)
             differences += [
                 f"{file}: {key}" for key in left if not torch.equal(left[key], right[key])
             ]
-        left, right = (_metrics(directory / run / name) for run in ("unbroken", "killed"))
-        if left != right:
+        if _metrics(expected / name) != _metrics(directory / name):
             differences.append(f"{name}/metrics.jsonl")
     return differences
 

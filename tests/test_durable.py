@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from loraloom.durable import (
+    append_line,
+    cut_torn_line,
     prepare_output,
     remove,
     remove_leftovers,
@@ -123,12 +127,12 @@ def test_a_directory_replaces_the_one_before(tmp_path):
 
 
 def test_what_killed_writers_left_is_deleted_and_nothing_else(tmp_path):
-    (tmp_path / ".0123.writing").mkdir()
-    (tmp_path / ".4567.writing").write_text("half")
-    (tmp_path / "my.writing").write_text("whole")
+    (tmp_path / ".0123456789abcdef.writing").mkdir()
+    (tmp_path / ".123456789abcdef0.writing").write_text("half")
+    (tmp_path / ".my.writing").write_text("whole")
     remove_leftovers(tmp_path)
-    assert os.listdir(tmp_path) == ["my.writing"]
-    (tmp_path / ".89ab.writing").write_text("half")
+    assert os.listdir(tmp_path) == [".my.writing"]
+    (tmp_path / ".23456789abcdef01.writing").write_text("half")
     remove_leftovers(tmp_path, older_than_s=60.0)
     assert len(os.listdir(tmp_path)) == 2, "somebody may be writing it"
 
@@ -165,3 +169,47 @@ def test_an_output_below_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--output can't be written to"):
         prepare_output(tmp_path / "file" / "x.json", "--output")
+
+
+def test_a_line_is_appended_to_whole_lines(tmp_path):
+    path = tmp_path / "lines"
+    append_line(path, "one")
+    append_line(path, "zwö")
+    assert path.read_text() == "one\nzwö\n"
+    path.write_text("one\nto")
+    append_line(path, "two")
+    assert path.read_text() == "one\ntwo\n"
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "lines"
+    append_line(path, "one")
+    code = (
+        "import resource, signal, sys, pathlib; from loraloom.durable import append_line\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6, 6))\n"
+        "append_line(pathlib.Path(sys.argv[1]), 'two and more')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert "OSError" in done.stderr
+    assert path.read_text() == "one\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "max_bytes", "left"),
+    [
+        ("one\ntwo\n", None, "one\ntwo\n"),
+        ("one\ntw", None, "one\n"),
+        ("on", None, ""),
+        ("", None, ""),
+        ("one\ntwo\nthree\n", 8, "one\ntwo\n"),
+        ("one\ntwo\nthree\n", 7, "one\n"),
+        ("one\n", 100, "one\n"),
+        ("one\ntwo\n", 0, ""),
+    ],
+)
+def test_lines_are_cut_after_the_last_whole_one(tmp_path, text, max_bytes, left):
+    path = tmp_path / "lines"
+    path.write_text(text)
+    cut_torn_line(path, max_bytes)
+    assert path.read_text() == left

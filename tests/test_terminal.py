@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import loraloom
 from loraloom.terminal import make_console, make_table, print_tables
 
 FOREIGN = "[/INST] [bold]x[/bold] :tada: [link=https://a.b]c"
@@ -63,3 +67,11 @@ def test_a_key_that_is_too_long_is_folded():
     text = printed(wide_table(1, key="x" * 100))
     assert text.count("x") == 100
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_every_console_is_made_in_one_place():
+    sources = Path(loraloom.__file__).parent
+    makers = [
+        path.name for path in sources.rglob("*.py") if re.search(r"\bConsole\(", path.read_text())
+    ]
+    assert makers == ["terminal.py"]

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loraloom.errors import ConfigError
 
 _SUFFIX = ".writing"
+_NUM_CHARACTERS = 16
 _IS_IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -80,6 +81,53 @@ def staging(directory: Path) -> Iterator[Path]:
         yield aside
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, which is made when missing: all of the line, or nothing.
+
+    Raises:
+        OSError: If the system can't write there.
+    """
+    cut_torn_line(path)
+    content = f"{line}\n".encode()
+    with path.open("ab", buffering=0) as file:
+        length = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except BaseException:
+            file.truncate(length)
+            raise
+
+
+def cut_torn_line(path: Path, max_bytes: int | None = None) -> None:
+    """Cut a file of lines after the last that is whole, if there is a file.
+
+    Args:
+        path: The file.
+        max_bytes: Cut it after the last line within so many bytes.
+
+    Raises:
+        OSError: If the system can't read or write it.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        length = file.seek(0, os.SEEK_END)
+        kept = _line_end(file, length if max_bytes is None else min(length, max_bytes))
+        if kept < length:
+            file.truncate(kept)
+
+
+def _line_end(file: BinaryIO, stop: int) -> int:
+    """Find where the last whole line before a place ends."""
+    while stop > 0:
+        file.seek(stop - 1)
+        if file.read(1) == b"\n":
+            break
+        stop -= 1
+    return stop
+
+
 def remove(path: Path) -> None:
     """Delete a file, a link or a directory with all that is in it, if it is there.
 
@@ -100,7 +148,7 @@ def remove_leftovers(directory: Path, older_than_s: float = 0.0) -> None:
         older_than_s: Leave what is newer: another process may be writing it.
     """
     newest = time.time() - older_than_s
-    for path in directory.glob(f".*{_SUFFIX}"):
+    for path in directory.glob(f".{_NUM_CHARACTERS * '?'}{_SUFFIX}"):
         with suppress(FileNotFoundError):
             if path.lstat().st_mtime <= newest:
                 remove(path)
@@ -159,7 +207,7 @@ def cache_directory() -> Path:
 @contextmanager
 def _aside(directory: Path) -> Iterator[Path]:
     """Give a path in a directory for what is on its way; what is there at the end goes."""
-    aside = directory / f".{secrets.token_hex(8)}{_SUFFIX}"
+    aside = directory / f".{secrets.token_hex(_NUM_CHARACTERS // 2)}{_SUFFIX}"
     try:
         yield aside
     finally:

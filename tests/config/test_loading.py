@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from loraloom.adapters import CONFIGS, MixLoraConfig
@@ -131,8 +134,9 @@ def test_all_faults_are_in_one_message(tmp_path):
             "jobs.0.eval.0.task must be given, it is missing",
             "jobs.1.name must differ from those of the other jobs, got 'A/B' again",
             f"jobs.1.{safe} letter or digit), got 'A/B'",
-            "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, dropout, init, "
-            "method, rank, rank_stabilized, target_modules, weight_decomposition",
+            "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, "
+            "alpha_pattern, dropout, init, layers, method, rank, rank_pattern, rank_stabilized, "
+            "target_modules, weight_decomposition",
             "jobs.1.data.mix.1.format must be given with a dataset: instruction, chat, text or "
             "preference",
         ]
@@ -165,7 +169,7 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("jobs=[]", "jobs must be a list of 1 or more, or sweep must be given"),
         ("max_tokens_per_step=0", "max_tokens_per_step must be at least 1, got 0"),
         ("keep_snapshots=0", "keep_snapshots must be at least 1, got 0"),
-        ("jobs.0.priority=0", "jobs.0.priority must be greater than 0, got 0"),
+        ("jobs.0.priority=0", "jobs.0.priority must be at least 1e-06, got 0"),
         ("jobs=3", "jobs must be a list, got 3"),
         ("output_dir=3", "output_dir must be a path, got 3"),
         ("base_model=null", "base_model must be a text (in quotes), got nothing"),
@@ -261,3 +265,22 @@ def test_the_schema_knows_every_setting_with_its_help():
     assert described == []
     assert definitions["MixLoraConfig"]["properties"]["top_k"]["default"] == 2
     assert definitions["TrainConfig"]["additionalProperties"] is False
+
+
+NO_PATHS = ["a\0b", "~nosuchuser/out", "x" * 300, "y/" * 3000]
+
+
+@pytest.mark.parametrize("path", NO_PATHS)
+def test_a_path_that_no_system_takes_is_refused(path):
+    with pytest.raises(ConfigError, match="must be a path"):
+        load_run_config(path)
+
+
+@pytest.mark.parametrize("path", NO_PATHS)
+def test_results_go_where_files_can_be(tmp_path, path):
+    with pytest.raises(ConfigError, match=r"a fault:\n  output_dir must be a path"):
+        load(tmp_path, RUN, f"output_dir={json.dumps(path)}")
+
+
+def test_the_users_home_is_filled_in(tmp_path):
+    assert load(tmp_path, RUN, "output_dir=~/runs").output_dir == Path.home() / "runs"

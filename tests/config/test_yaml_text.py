@@ -47,3 +47,33 @@ def test_what_safe_yaml_does_not_know_is_refused(text):
 def test_what_is_nested_too_deeply_is_refused():
     with pytest.raises(ConfigError, match="here must be YAML of a few levels"):
         parse_yaml("[" * 5000, "here")
+
+
+@pytest.mark.parametrize("merge", ["[{}, {}]", "{{a: {}, b: {}}}", "{{<<: [{}, {}], x: 1}}"])
+def test_aliases_that_expand_to_ever_more_are_refused_at_once(merge):
+    lines = ["- &n0 {x: 1}"] if "<<" in merge else ["- &n0 [1]"]
+    for place in range(60):
+        lines.append(f"- &n{place + 1} " + merge.format(f"*n{place}", f"*n{place}"))
+    with pytest.raises(ConfigError, match=r"here must be valid YAML, line \d+.*more than 100,000"):
+        parse_yaml("\n".join(lines), "here")
+
+
+def test_an_alias_of_itself_is_refused():
+    with pytest.raises(ConfigError, match="an alias stands inside of what it stands for"):
+        parse_yaml("a: &a [1, *a]", "here")
+
+
+def test_aliases_share_settings():
+    assert parse_yaml("a: &a [1, 2]\nb: *a", "here") == {"a": [1, 2], "b": [1, 2]}
+
+
+@pytest.mark.parametrize("digits", ["9" * 5000, "0x" + "f" * 5000, "1:" * 5000 + "1"])
+def test_a_number_of_many_digits_is_refused_with_its_line(digits):
+    with pytest.raises(ConfigError, match="line 2, column 4: a whole number has more than 100"):
+        parse_yaml(f"a: 1\nb: {digits}", "here")
+
+
+@pytest.mark.parametrize("text", ['a: "x\\ud800"', '"\\udfff": 1'])
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(text):
+    with pytest.raises(ConfigError, match=r"line 1, column .*surrogate"):
+        parse_yaml(text, "here")

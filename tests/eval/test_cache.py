@@ -94,11 +94,14 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, reopen, change):
     assert kept(reopen(), 4, 5) == [5]
 
 
-def test_a_file_that_is_damaged_meanwhile_is_an_error_too(tmp_path, reopen):
+def test_a_file_that_is_damaged_meanwhile_ends_no_evaluation(tmp_path, reopen):
     cache = reopen()
+    keep(cache, 4)
     (tmp_path / FILE_NAME).write_bytes(b"junk")
-    with pytest.raises(ConfigError, match="file is not a database"):
-        keep(cache, 5)
+    keep(cache, 5)
+    assert kept(cache, 4, 5) == [4, 5]
+    assert cache.num_added == 1
+    assert "file is not a database; delete scores.sqlite3 there" in cache.fault
 
 
 def test_processes_can_share_a_file(tmp_path, reopen, base):

@@ -200,15 +200,6 @@ def test_a_layer_that_is_no_plain_number_is_an_error(base, tmp_path, layer):
     assert "tensors" in fault_of(tmp_path, base)
 
 
-def test_modules_that_peft_left_out_of_some_layers_are_named(base, tmp_path):
-    write_adapter(tmp_path, LORA, make_tensors(LORA, base), base)
-    weights = tmp_path / "adapter_model.safetensors"
-    kept = {k: v for k, v in load_file(weights).items() if "layers.0.self_attn.q_proj" not in k}
-    save_file(kept, weights)
-    edit_config(tmp_path, exclude_modules=r".*layers\.0\.self_attn\.q_proj")
-    assert "got `exclude_modules` '.*layers" in fault_of(tmp_path, base)
-
-
 @pytest.mark.parametrize("path", ["x" * 300, "~nosuchuser/a", "a\0b"])
 def test_a_path_that_no_adapter_can_have_is_an_error(base, path):
     with pytest.raises(FormatError, match="an adapter must be a path"):

@@ -87,7 +87,7 @@ def fail_rename(monkeypatch, after: int) -> None:
 
 
 def test_what_a_killed_process_has_left_aside_is_cleared(base, tmp_path):
-    aside, busy = tmp_path / ".0123.writing", tmp_path / ".4567.writing"
+    aside, busy = tmp_path / ".0123456789abcdef.writing", tmp_path / ".123456789abcdef0.writing"
     for directory in (aside, busy):
         directory.mkdir()
         (directory / "adapter_model.safetensors").write_text("half")

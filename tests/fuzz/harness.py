@@ -54,7 +54,7 @@ def survives(action: Callable[[], object], directory: Path | None = None) -> Lor
         with _time_limit(), _memory_limit():
             action()
     except LoraloomError as error:
-        _assert_presentable(str(error))
+        assert_presentable(str(error))
         assert _files(directory) == before, "files were left behind"
         return error
     return None
@@ -64,7 +64,8 @@ def _files(directory: Path | None) -> set[str]:
     return set() if directory is None else {str(path) for path in directory.rglob("*")}
 
 
-def _assert_presentable(message: str) -> None:
+def assert_presentable(message: str) -> None:
+    """Check that a message can be shown to people on a terminal."""
     assert 0 < len(message) <= 5000, f"a message of {len(message)} characters"
     control = {c for c in message if unicodedata.category(c) in ("Cc", "Cs") and c != "\n"}
     assert not control, f"control characters {control} in {message!r}"

@@ -36,7 +36,9 @@ def test_a_conversation_goes_into_the_template(tiny_tokenizer):
 
 
 def test_a_conversation_without_a_template_is_an_error(tiny_tokenizer):
-    with pytest.raises(DataError, match=r"a\.jsonl, line 3: messages need a chat template"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 3: the tokenizer must have a chat template"
+    ):
         encode_prompt(tiny_tokenizer, Prompt(TURNS, origin="a.jsonl, line 3"))
 
 
@@ -49,3 +51,13 @@ def test_what_a_template_refuses_is_an_error(tiny_tokenizer):
 def test_an_empty_prompt_is_an_error(tiny_tokenizer):
     with pytest.raises(DataError, match="--prompt: the prompt must not be empty"):
         encode_prompt(tiny_tokenizer, Prompt("", origin="--prompt"))
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("content", ["one \ud800 two", ({"role": "user", "content": "\udcff"},)])
+def test_half_a_surrogate_pair_is_an_error(tiny_tokenizer, template, content):
+    tiny_tokenizer.chat_template = template or (None if isinstance(content, str) else TEMPLATE)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: the prompt must be a text of Unicode, got half"
+    ):
+        encode_prompt(tiny_tokenizer, Prompt(content, origin="a.jsonl"))

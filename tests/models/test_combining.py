@@ -133,6 +133,7 @@ def test_one_adapter_alone_is_itself():
         assert relative_error(again, out) < 1e-5
 
 
+@torch.no_grad()
 def test_adapters_of_different_targets_are_combined_where_they_are():
     attention = LoraConfig(rank=2, alpha=2, target_modules="attention")
     ffn = LoraConfig(rank=2, alpha=2, target_modules=("up_proj",))
@@ -140,6 +141,11 @@ def test_adapters_of_different_targets_are_combined_where_they_are():
     both = host.combine(["a", "b"], [1.0, 1.0], name="c")
     names = {*host.base.attention_projections, "up_proj"}
     assert set(both.config.target_modules) == names
+    first = LoraConfig(rank=2, alpha=2, layers=(0,), alpha_pattern={"q_proj": 8})
+    randomise(host.add("first", first))
+    host.combine(["first"], [1.0], name="again")
+    out, again = (host(IDS, adapters=[name] * 2).logits for name in ("first", "again"))
+    assert relative_error(again, out) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -149,6 +155,7 @@ def test_adapters_of_different_targets_are_combined_where_they_are():
         (["lora", "dora"], {}, AdapterError, "must agree in weight_decomposition"),
         (["vera"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["moslora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
+        (["pissa"], {"weights": [1.0]}, AdapterError, "leave the base's weights as they are"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (["lora", "lora"], {"density": 0.5}, ConfigError, "density is a setting of ties"),
         (
@@ -160,7 +167,8 @@ def test_adapters_of_different_targets_are_combined_where_they_are():
     ],
 )
 def test_what_cannot_be_combined_is_refused(names, options, error, message):
-    host = tiny_host(configs=ALL_METHODS)
+    pissa = LoraConfig(rank=2, init="pissa")
+    host = tiny_host(configs=ALL_METHODS | {"pissa": pissa}, dtype=torch.float32)
     weights = options.pop("weights", [1.0, 1.0])
     with pytest.raises(error, match=message):
         host.combine(names, weights, name="c", **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.errors import DataError
+from loraloom.errors import AdapterError, DataError
 from loraloom.models.decoding import Decoding
 from loraloom.models.host import Host
 from tests.tiny import ALL_FAMILIES, METHODS, padded_mask, tiny_host, tiny_ids
@@ -100,3 +100,14 @@ def test_a_session_keeps_the_weights_that_it_began_with():
 def test_prompts_that_are_not_padded_on_the_left_are_refused(mask):
     with pytest.raises(DataError, match=r"padded on the left.*got an attention_mask"):
         tiny_host().prefill(tiny_ids(2, 3), torch.tensor([[1, 1, 1], mask]), ["lora", None])
+
+
+def test_a_step_that_was_refused_can_be_made_later():
+    host, ids = tiny_host(), tiny_ids(2)
+    session, expected = (host.prefill(ids, None, ["lora", None]) for _ in range(2))
+    tokens, adapter = session.logits.argmax(-1), host.adapters["lora"]
+    host.remove("lora")
+    with pytest.raises(AdapterError, match="adapter must be one of those on this host"):
+        host.decode(session, tokens)
+    host.adapters["lora"] = adapter
+    assert torch.equal(host.decode(session, tokens), host.decode(expected, tokens))

@@ -188,6 +188,15 @@ def test_a_gguf_adapter_has_llama_cpps_names_and_alpha(tmp_path, stabilized):
     assert len(reader.tensors) == len(ours)
 
 
+def test_a_projections_own_rank_and_alpha_go_into_its_B(tmp_path):
+    config = LoraConfig(rank=4, alpha=6, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 5})
+    host = host_of("qwen2", {"a": config})
+    reader = gguf_of(host, "a", tmp_path)
+    ours = host.adapters["a"].tensors()["layers.0.self_attn.v_proj.lora_B"].numpy()
+    stored = values(reader, "blk.0.attn_v.weight.lora_b")
+    np.testing.assert_allclose(stored * (6 / 2), ours * (5 / 2), rtol=1e-6)
+
+
 def test_rows_that_llama_cpp_rotates_in_pairs_are_put_in_pairs(tmp_path):
     host = host_of("llama", {"a": LoraConfig(rank=4, alpha=4)})
     reader = gguf_of(host, "a", tmp_path)

@@ -228,6 +228,13 @@ def test_bf16_autocast_trains_float32_weights(trainer, way, tmp_path):
     assert_equal_weights(trained_by_us(trainer, ALL_METHODS["lora"]), after, 0.05)
 
 
+def test_rows_that_trl_packs_train_as_they_do_alone(tmp_path):
+    model, adapter = model_of("peft")
+    packed = {"packing": True, "max_length": 36, "per_device_train_batch_size": 1}
+    sft_trainer_of(model, tmp_path, **packed, eval_packing=False).train()
+    assert_equal_weights(trained_by_us("SFTTrainer"), weights(adapter))
+
+
 def test_other_adapters_on_the_host_stay_as_they_are(tmp_path):
     model, _ = model_of("view")
     other = model.host.add("other", MIX, seed=1)
@@ -264,3 +271,28 @@ def test_a_view_generates_as_its_host_does():
     greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     expected = host.generate(IDS, adapters=["default"] * 4, **greedy)
     assert torch.equal(host.as_model("default").generate(IDS, **greedy), expected)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind():
+    host = host_of()
+    randomise(host.adapter("default"))
+    view, ids = host.as_model("default"), IDS[:, :5]
+    with torch.no_grad():
+        expected = view(input_ids=ids).logits
+        tokens = host.generate(ids, adapters=["default"] * 4, max_new_tokens=2, do_sample=False)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for again in (
+        lambda: torch.equal(view(input_ids=ids).logits, expected),
+        lambda: torch.equal(view.generate(ids, max_new_tokens=2, do_sample=False), tokens),
+        lambda: torch.equal(host.as_model(None)(input_ids=ids).logits, host(ids).logits),
+    ):
+        hook = host.model.get_output_embeddings().register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            view.train()(input_ids=IDS, labels=IDS)
+        hook.remove()
+        view.eval()
+        with torch.no_grad():
+            assert again()

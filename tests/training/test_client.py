@@ -12,6 +12,8 @@ from loraloom.errors import ConfigError, TrainingError
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.models.host import Host
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
+from loraloom.training.run.checkpoint import SnapshotStore
+from loraloom.training.run.engine import describe_base
 from loraloom.training.run.job import Job
 from loraloom.training.step.requests import run_requests
 from tests.tiny import METHODS, randomise, relative_error
@@ -339,3 +341,42 @@ def test_saved_files_are_an_adapter_and_a_closed_client_leaves_the_host(tmp_path
     client.close()
     assert host.adapters == {}
     host.load("a", tmp_path / "adapter")
+
+
+@pytest.fixture
+def reference(tmp_path) -> DpoConfig:
+    """An objective that is held at an adapter on the disk."""
+    new_client().save(tmp_path / "reference")
+    return DpoConfig(reference=str(tmp_path / "reference"))
+
+
+def test_a_closed_client_leaves_no_reference_on_the_host(reference):
+    client = new_client()
+    client.forward_backward(toy_pairs(2), reference)
+    assert len(client.host.adapters) == 2
+    client.close()
+    assert client.host.adapters == {}
+
+
+def test_a_reference_stays_while_another_client_is_held_at_it(reference):
+    host = toy_host()
+    first, second = new_client(host, "first"), new_client(host, "second")
+    for client in (first, second):
+        client.forward_backward(toy_pairs(2), reference)
+    assert len(host.adapters) == 3
+    waiting = second.request(toy_pairs(2), reference)
+    first.close()
+    run_requests(host, [waiting], PAD_ID)
+    second.close()
+    assert host.adapters == {}
+
+
+def test_a_state_of_something_else_is_an_error(tmp_path):
+    client = new_client()
+    client.save_state(tmp_path)
+    store = SnapshotStore(tmp_path)
+    records = store.newest()[0].jobs
+    for state in ({}, {"weights": {}}, {"weights": 3}):
+        store.write(1, 0.0, describe_base(client.host), records, {"client": state})
+        with pytest.raises(ConfigError, match="must hold a client's saved state, it holds"):
+            client.load_state(tmp_path)

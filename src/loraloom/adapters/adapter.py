@@ -137,7 +137,8 @@ class Adapter(nn.Module, ABC):
             {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
             for base, layer in zip(base_layers, layers, strict=True)
         ]
-        shapes = [(name, tuple(weight.shape)) for name, weight in self.named_parameters()]
+        weights = [*self.named_parameters(), *self.named_buffers()]
+        shapes = [(name, tuple(weight.shape)) for name, weight in weights]
         self._shapes = hash(tuple(shapes))
 
     @abstractmethod

@@ -114,6 +114,26 @@ class AdapterConfig(StrictModel, ABC):
             for key, shape in self.layer_shapes(base, layer)
         }
 
+    @property
+    def in_every_layer(self) -> bool:
+        """Whether every decoder layer has all target modules."""
+        return True
+
+    def targets_in(self, layer: BaseLayer) -> frozenset[str]:
+        """Name the projections that an adapter has in a layer.
+
+        Raises:
+            AdapterError: If `target_modules` names projections that the base model lacks.
+        """
+        from loraloom.adapters.adapter import resolve_targets
+
+        return resolve_targets(self, layer)
+
+    def known_targets(self, base: BaseInfo) -> Targets:
+        """Name those of `target_modules` that a base model has, in its order."""
+        paths = target_projections(self.target_modules, base)
+        return tuple(path.rpartition(".")[2] for path in paths)
+
     def check_targets(self, paths: Sequence[str], base: BaseInfo) -> str | None:
         """Say what is wrong with the projections that files name; None if nothing is."""
         return None

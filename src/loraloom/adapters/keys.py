@@ -69,8 +69,21 @@ class TensorKey:
         return ".".join(name for name in names if name is not None)
 
 
-def target_projections(targets: str | tuple[str, ...], base: BaseInfo) -> list[str]:
-    """Name the projections that `target_modules` means, as `block.projection`, attention first."""
+def is_meant(target: str, key: str) -> bool:
+    """Whether a target names a projection, by the end of `layers.{L}.{block}.{projection}`."""
+    return f".{key}".endswith(f".{target}")
+
+
+def target_projections(
+    targets: str | tuple[str, ...], base: BaseInfo, layer: int | None = None
+) -> list[str]:
+    """Name the projections that `target_modules` means, as `block.projection`, attention first.
+
+    Args:
+        targets: A group, or names.
+        base: The base model.
+        layer: In which layer; None: whatever the layer.
+    """
     groups = {
         "attention": [f"{base.attention}.{name}" for name in base.attention_projections],
         "ffn": [f"{base.ffn}.{name}" for name in base.ffn_projections],
@@ -78,4 +91,9 @@ def target_projections(targets: str | tuple[str, ...], base: BaseInfo) -> list[s
     groups["all-linear"] = groups["attention"] + groups["ffn"]
     if isinstance(targets, str):
         return groups[targets]
-    return [path for path in groups["all-linear"] if path.rpartition(".")[2] in targets]
+    place = "" if layer is None else f"layers.{layer}."
+    return [
+        path
+        for path in groups["all-linear"]
+        if any(is_meant(target, f"{place}{path}") for target in targets)
+    ]

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, Weights, resolve_targets
+from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, Weights
 from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.config import AdapterConfig
 from loraloom.ops.expert_ffn import Activation, FfnWeights
@@ -126,11 +126,10 @@ class LowRankAdapter(Adapter):
         Raises:
             AdapterError: If `target_modules` names projections that the base model lacks.
         """
-        targets = resolve_targets(config, base_layers[0])
         layers = [
             nn.ModuleDict(
                 {
-                    block: projection_block(projections, targets, layer, build)
+                    block: projection_block(projections, config.targets_in(layer), layer, build)
                     for block, projections in layer.blocks.items()
                 }
             )

@@ -12,7 +12,7 @@ import typer
 from loraloom.bench.cases import PEFT_CASES, StepSetting, adapter_cases, mixture_case
 from loraloom.cli.options import BaseModelOption, DtypeOption
 from loraloom.durable import prepare_output
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 from loraloom.models.sources import SMALL_MODEL
 
 if TYPE_CHECKING:
@@ -281,7 +281,9 @@ def _numbers(values: str) -> list[int]:
     """
     parts = [part.strip() for part in values.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and 0 < int(part[:10]) < 10**9 for part in parts):
-        raise ConfigError(f"--values must be positive numbers with commas between, got {values!r}")
+        raise ConfigError(
+            f"--values must be positive numbers with commas between, got {shown(values)}"
+        )
     return [int(part) for part in dict.fromkeys(parts)]
 
 

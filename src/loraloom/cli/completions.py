@@ -171,5 +171,6 @@ def _is_done(line: bytes, row: Mapping[str, Any]) -> bool:
         known = parse_json(line.decode(), "a row")
     except (ConfigError, UnicodeDecodeError):
         return False
-    text = known.pop("completion", None) if isinstance(known, dict) else None
-    return isinstance(text, str) and known == json.loads(json.dumps(dict(row)))
+    if not isinstance(known, dict) or not isinstance(known.get("completion"), str):
+        return False
+    return known == json.loads(_line(row, known["completion"]))

@@ -64,6 +64,8 @@ def tell_kept(cache: ScoreCache | None, messages: Console) -> Iterator[None]:
                 f"{cache.directory}, the same command goes on from there"
             )
         raise
+    if cache is not None and cache.fault is not None:
+        messages.print(f"warning: some scores are not kept: {cache.fault}")
     if cache is not None and cache.num_found:
         total = cache.num_found + cache.num_added
         messages.print(f"{cache.num_found} of {total} scores were kept in {cache.directory}")

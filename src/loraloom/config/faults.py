@@ -6,7 +6,6 @@ pydantic names places like `jobs.0.adapter.mixlora.rank`; here a place is what `
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -14,6 +13,11 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
+
+from loraloom.errors import shown
+
+MAX_FAULTS = 30
+"""Of one message."""
 
 Models = tuple[type[BaseModel], ...]
 
@@ -41,6 +45,7 @@ _EXPECTED = {
     "path_type": "a path",
     "string_too_short": "a text that is not empty",
     "string_type": "a text (in quotes)",
+    "string_unicode": "a text without halves of surrogate pairs",
     "too_short": "a list of {min_length} or more",
     "tuple_type": "a list",
 }
@@ -76,7 +81,10 @@ def describe_faults(error: ValidationError, models: Models) -> list[str]:
         error: What pydantic found.
         models: The model that was validated, or the members of the union.
     """
-    return [_describe(details, models) for details in error.errors() if not _follows(details)]
+    details = [details for details in error.errors() if not _follows(details)]
+    faults = [_describe(one, models) for one in details[:MAX_FAULTS]]
+    more = len(details) - len(faults)
+    return [*faults, f"and {more} more faults"] if more else faults
 
 
 def value_fault(loc: tuple[int | str, ...], reason: str) -> InitErrorDetails:
@@ -106,7 +114,7 @@ def _unknown_key(details: ErrorDetails, known: list[str]) -> InitErrorDetails:
     fault = PydanticCustomError(
         "unknown_key",
         "unknown key {key}; {advice}",
-        {"key": repr(key), "advice": _advice(key, known)},
+        {"key": shown(key), "advice": _advice(key, known)},
     )
     return {"type": fault, "loc": details["loc"], "input": details["input"]}
 
@@ -136,10 +144,15 @@ def describe_unknown_setting(path: str, models: Models) -> str | None:
             if key not in _known_keys(models):
                 where = f"{'.'.join(map(str, section))} has" if section else "there is"
                 known = _known_keys(models)
-                return f"{where} no setting {key!r}; {_advice(key, known)}"
+                return f"{where} no setting {shown(key)}; {_advice(key, known)}"
             models = _models_under(models, key)
         section.append(key)
     return None
+
+
+def _joined(path: Iterable[int | str]) -> str:
+    """A path in the words of `--set`; keys may be anybody's, and are shortened."""
+    return ".".join(text if len(text) <= 80 else f"{text[:80]}…" for text in map(str, path))
 
 
 def _follows(details: ErrorDetails) -> bool:
@@ -155,18 +168,18 @@ def _context(details: ErrorDetails) -> dict[str, Any]:
 
 def _describe(details: ErrorDetails, root: Models) -> str:
     path, models = _locate(details["loc"], root)
-    place = ".".join(map(str, path))
+    place = _joined(path)
     match details["type"]:
         case "value_error":
             return _in_place(details, path, models)
         case "missing":
             return f"{place} must be given, it is missing"
         case "unknown_key":
-            return f"{'.'.join(map(str, path[:-1]))}: {details['msg']}".removeprefix(": ")
+            return f"{_joined(path[:-1])}: {details['msg']}".removeprefix(": ")
         case "union_tag_invalid" | "union_tag_not_found":
             return _describe_tag(place, models[-1], details)
     if details["type"] not in _EXPECTED:
-        return f"{place}: {details['msg']}, got {reprlib.repr(details['input'])}"
+        return f"{place}: {details['msg']}, got {shown(details['input'])}"
     expected = _EXPECTED[details["type"]].format(**_context(details))
     hint = _nearest_choice(details) if details["type"] == "literal_error" else ""
     return f"{place} must be {expected}, got {_shown(details['input'])}{hint}".removeprefix(" ")
@@ -216,7 +229,7 @@ def _in_place(details: ErrorDetails, path: list[int | str], models: list[Models]
         return ".".join([*map(str, path), message])
     if len(models) > 1 and setting in _known_keys(models[-2]):
         return ".".join([*map(str, path[:-1]), message])
-    return f"{'.'.join(map(str, path))}: {message}".removeprefix(": ")
+    return f"{_joined(path)}: {message}".removeprefix(": ")
 
 
 def _advice(key: str, known: list[str]) -> str:
@@ -239,7 +252,7 @@ def _describe_tag(place: str, models: Models, details: ErrorDetails) -> str:
         hint = f"; write {aliases[given.lower()]}"
     else:
         hint = did_you_mean(given, tags)
-    return f"{setting} must be {expected}, got {given!r}{hint}"
+    return f"{setting} must be {expected}, got {shown(given)}{hint}"
 
 
 def _aliases(model: type[BaseModel]) -> Mapping[str, str]:
@@ -272,4 +285,4 @@ def _shown(value: Any) -> str:
     words = {None: "nothing", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
-    return reprlib.repr(value)
+    return shown(value)

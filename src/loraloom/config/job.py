@@ -57,7 +57,7 @@ class JobConfig(StrictModel):
     """Name of the job, of its adapter and of their directory in output_dir."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights, the order of the data, dropout and jitter."""
-    priority: float = Field(default=1.0, gt=0)
+    priority: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Share of the computed tokens, against other jobs', where max_tokens_per_step bounds steps."""
     adapter: AnyAdapterConfig
     """Method and size of the adapter."""

@@ -12,10 +12,14 @@ from pydantic import BaseModel, ValidationError
 from loraloom.config.faults import describe_faults
 from loraloom.config.job import JobConfig
 from loraloom.config.overrides import apply_override
+from loraloom.config.paths import local_path
 from loraloom.config.run import RunConfig
 from loraloom.config.task import TaskConfig
 from loraloom.config.yaml_text import parse_yaml
 from loraloom.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+"""Of a file of settings."""
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
@@ -87,14 +91,20 @@ def _read_settings(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def _read_text(path: Path, kind: str) -> str:
+    path = local_path(path, kind)
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path} must be {kind}, but there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error}") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path} must be {kind} of at most {MAX_BYTES:,} bytes, it is larger")
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} must be a YAML file, but it is not text in UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from None
 
 
 def _checked(

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from loraloom.config.yaml_text import parse_yaml
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
+
+MAX_DEPTH = 50
+"""Keys of a path."""
 
 
 def apply_override(settings: Any, override: str) -> Any:
@@ -24,7 +27,7 @@ def apply_override(settings: Any, override: str) -> Any:
     path, equals, value = override.partition("=")
     if not equals or not path.strip(". "):
         raise ConfigError(
-            f"--set must be path=value, like jobs.0.train.learning_rate=1e-4, got {override!r}"
+            f"--set must be path=value, like jobs.0.train.learning_rate=1e-4, got {shown(override)}"
         )
     path = path.strip()
     return set_setting(settings, path, parse_yaml(value, f"the value of --set {path}"), "--set ")
@@ -43,7 +46,10 @@ def set_setting(settings: Any, path: str, value: Any, origin: str) -> Any:
         ConfigError: If the path leads into something that is neither a mapping nor a list of that
             length.
     """
-    return _replaced(settings, path.split("."), 0, value, origin)
+    keys = path.split(".")
+    if len(keys) > MAX_DEPTH:
+        raise ConfigError(f"{origin}{shown(path)} must have at most {MAX_DEPTH} keys")
+    return _replaced(settings, keys, 0, value, origin)
 
 
 def _replaced(node: Any, keys: Sequence[str], depth: int, value: Any, origin: str) -> Any:
@@ -57,7 +63,7 @@ def _replaced(node: Any, keys: Sequence[str], depth: int, value: Any, origin: st
     if node is not None and not isinstance(node, dict):
         raise ConfigError(
             f"{origin}{'.'.join(keys)}: {'.'.join(keys[:depth])} must be a mapping or a list to be "
-            f"changed inside, got {node!r}"
+            f"changed inside, got {shown(node)}"
         )
     mapping = {} if node is None else node
     return {**mapping, key: _replaced(mapping.get(key), keys, depth + 1, value, origin)}
@@ -65,9 +71,9 @@ def _replaced(node: Any, keys: Sequence[str], depth: int, value: Any, origin: st
 
 def _index(entries: list[Any], keys: Sequence[str], depth: int, origin: str) -> int:
     key = keys[depth]
-    if not key.isdecimal() or int(key) >= len(entries):
+    if not (key.isdecimal() and len(key) <= 9 and int(key) < len(entries)):
         raise ConfigError(
             f"{origin}{'.'.join(keys)}: after {'.'.join(keys[:depth])} must come an index in "
-            f"[0, {len(entries) - 1}], got {key!r}"
+            f"[0, {len(entries) - 1}], got {shown(key)}"
         )
     return int(key)

@@ -13,6 +13,7 @@ from pydantic_core import InitErrorDetails
 from loraloom.config.faults import as_fault, describe_faults, value_fault
 from loraloom.config.fields import AttnImplementation, CheckInfo, Dtype, StrictModel, check_device
 from loraloom.config.job import JobConfig
+from loraloom.config.paths import local_path
 from loraloom.config.sweep import SweepConfig
 from loraloom.config.trials import Trial, check_trials, make_trial
 from loraloom.errors import ConfigError
@@ -43,6 +44,11 @@ class RunConfig(StrictModel):
     """Adapters to train, all in the same steps."""
     sweep: SweepConfig | None = Field(default=None, validate_default=True)
     """A job in many versions, which train in the same steps as well."""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _check_output_dir(cls, output_dir: Path) -> Path:
+        return local_path(output_dir, "output_dir")
 
     @field_validator("dtype")
     @classmethod

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, count
 
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +43,7 @@ class TrainingSet:
     """Examples to learn from, others held out, and what happened to the rows on the way.
 
     `validation_questions` are the rows held out of choice tasks, as questions; `report` has a line
-    for each source.
+    for each source, and `warnings` one where examples are both learnt and held out.
     """
 
     examples: list[TrainingExample]
@@ -50,11 +52,21 @@ class TrainingSet:
     portions: tuple[Portion, ...]
     report: tuple[str, ...]
     seed: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def epoch_length(self) -> int:
         """Examples in an epoch."""
         return sum(portion.num_draws for portion in self.portions)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all examples as the model gets them."""
+        digest = hashlib.sha256(f"{len(self.examples)} and {len(self.validation)}".encode())
+        for example in (*self.examples, *self.validation):
+            for row in example.rows:
+                digest.update(array("q", (len(row.input_ids), *row.input_ids, *row.labels)))
+        return digest.hexdigest()
 
     def epoch_order(self, epoch: int) -> list[int]:
         """Indices into `examples` in the order of an epoch, shuffled anew in each.
@@ -112,6 +124,7 @@ def load_training_set(
             for place, source in enumerate(config.sources)
         ),
         report=tuple(_describe(share, max_length) for share in shares),
+        warnings=tuple(_warn_of_repeats(shares)),
         seed=seed,
     )
 
@@ -200,8 +213,21 @@ def _describe(share: _Share, max_length: int) -> str:
     if cut:
         line += f"; {cut} cut or divided to fit max_length={max_length}"
     if dropped:
-        line += f"; {dropped} dropped, their answer is missing or does not fit"
+        line += f"; {dropped} dropped, their answer does not fit"
     return line
+
+
+def _warn_of_repeats(shares: Sequence[_Share]) -> list[str]:
+    """Tell of held-out examples that are learnt too, as if the validation file was trained on."""
+    learnt = {row.input_ids for share in shares for one in share.examples for row in one.rows}
+    held_out = [row.input_ids for share in shares for one in share.held_out for row in one.rows]
+    repeated = sum(tokens in learnt for tokens in held_out)
+    if not repeated:
+        return []
+    return [
+        f"warning: {repeated} of {len(held_out)} held-out examples are learnt too; eval/loss shows "
+        "how well they are remembered"
+    ]
 
 
 def _count_cut(rows: Sequence[EncodedRow]) -> int:

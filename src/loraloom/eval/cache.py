@@ -60,6 +60,11 @@ class ScoreCache:
         host: With the adapters.
         adapters: Names.
 
+    Attributes:
+        num_found: Scores that were known.
+        num_added: Scores that are kept in the file since then.
+        fault: Why some are not, if so.
+
     Raises:
         ConfigError: If scores can't be kept there.
     """
@@ -68,6 +73,7 @@ class ScoreCache:
         self.directory = directory
         self.num_found = 0
         self.num_added = 0
+        self.fault: str | None = None
         self._path = directory / FILE_NAME
         key = computation_key(host)
         keys = {
@@ -87,8 +93,7 @@ class ScoreCache:
     def add(self, scores: Sequence[tuple[str | None, Tokens, LogLikelihoods]]) -> None:
         """Keep scores of adapters and questions; those that are not finite are left out.
 
-        Raises:
-            ConfigError: If the system can't write them.
+        Where the file can't be written any more, they are kept until the evaluation ends.
         """
         finite = {
             (self._ids[adapter], question_digest(question)): values
@@ -97,10 +102,14 @@ class ScoreCache:
         }
         rows = [(*key, json.dumps(values)) for key, values in finite.items()]
         insert = "INSERT OR REPLACE INTO scores VALUES (?, ?, ?)"
-        if rows:
-            _transact(self._path, lambda file: file.executemany(insert, rows))
         self._scores.update(finite)
-        self.num_added += len(scores)
+        try:
+            if rows:
+                _transact(self._path, lambda file: file.executemany(insert, rows))
+        except ConfigError as error:
+            self.fault = str(error)
+        else:
+            self.num_added += len(scores)
 
 
 def _read_scores(

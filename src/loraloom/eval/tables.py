@@ -30,7 +30,7 @@ _UNITS: Mapping[Metric, tuple[str, int, int]] = {
 """Of what is compared: the unit of differences, how many of it make one, and decimals."""
 
 MARK = "†"
-NOTE = f"{MARK} no better than a constant answer: the same to every question, the majority class"
+NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
 
 
 def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:

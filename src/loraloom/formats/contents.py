@@ -88,8 +88,6 @@ class StoredAdapter:
     """Path of the decoder layers in the base model, where the layout tells."""
     activation: str | None = None
     """The activation of the FFN, where the layout tells."""
-    excluded: str | None = None
-    """PEFT's `exclude_modules` for messages, where it is set."""
 
 
 def stored_adapter(
@@ -118,8 +116,6 @@ def stored_adapter(
     settings = method.settings_of(files, projections)
     config = _build_config(files, method, settings)
     base = BaseRecord.from_files(files, record)
-    if files.config.get("exclude_modules"):
-        known["excluded"] = shown(files.config["exclude_modules"])
     return StoredAdapter(layout, config, tensors, base, files.source, **known)
 
 

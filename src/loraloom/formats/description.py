@@ -110,7 +110,7 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
 
 def _used_modules(config: AdapterConfig, keys: dict[str, TensorKey]) -> tuple[str, ...]:
     used = {key.projection for key in keys.values()}
-    return tuple(name for name in config.target_modules if name in used)
+    return tuple(name for name in config.target_modules if name.rpartition(".")[2] in used)
 
 
 def _dtypes(stored: StoredAdapter) -> tuple[str, ...]:

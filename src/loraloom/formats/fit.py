@@ -80,7 +80,10 @@ def _check_modules(stored: StoredAdapter, base: BaseInfo) -> None:
             stored, base, f"it changes modules that aren't there: {names_in(foreign)}"
         )
     num_layers = 1 + max((key.layer for key in keys), default=-1)
-    if keys and num_layers != base.num_layers:
+    fits = num_layers == base.num_layers or (
+        num_layers < base.num_layers and not stored.config.in_every_layer
+    )
+    if keys and not fits:
         raise _another_base(stored, base, f"it has {num_layers} layers, not {base.num_layers}")
 
 
@@ -93,13 +96,12 @@ def _another_base(stored: StoredAdapter, base: BaseInfo, reason: str) -> Adapter
 
 
 def _with_known_targets(stored: StoredAdapter, base: BaseInfo) -> AdapterConfig:
-    paths = target_projections(stored.config.target_modules, base)
-    if not paths:
+    names = stored.config.known_targets(base)
+    if not names:
         raise FormatError(f"{stored.source}: no tensors and no `target_modules` of the base model")
-    fault = stored.config.check_targets(paths, base)
+    fault = stored.config.check_targets(target_projections(names, base), base)
     if fault is not None:
         raise FormatError(f"{stored.source}: {fault}")
-    names = tuple(path.rpartition(".")[2] for path in paths)
     fields = stored.config.model_dump() | {"target_modules": names}
     return type(stored.config).model_validate(fields)
 
@@ -136,12 +138,11 @@ def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> N
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
-    if not faults:
-        return
-    advice = "every layer must have all target modules and experts that adapter_config.json names"
-    if stored.excluded is not None:
-        advice += f"; got `exclude_modules` {stored.excluded}, train without it"
-    raise FormatError(f"{stored.source}: {'; '.join(faults)}; {advice}")
+    if faults:
+        raise FormatError(
+            f"{stored.source}: {'; '.join(faults)}; every layer must have all target modules and "
+            "experts that adapter_config.json names"
+        )
 
 
 def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:

@@ -27,6 +27,7 @@ from transformers import (
 from loraloom.config.faults import describe_faults
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import ConfigError, shown
+from loraloom.infer.prompts import is_unicode
 from loraloom.models.samples import sample_key
 
 _ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
@@ -95,21 +96,12 @@ class SamplingConfig(StrictModel):
         if "" in stop:
             raise ValueError("stop must not hold an empty text")
         for text in stop:
-            if len(text) > MAX_STOP or not _is_unicode(text):
+            if len(text) > MAX_STOP or not is_unicode(text):
                 raise ValueError(
                     f"stop must hold texts of at most {MAX_STOP} characters of Unicode, got "
                     f"{shown(text)}"
                 )
         return stop
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON may hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parse_sampling(**settings: Any) -> SamplingConfig:

@@ -80,6 +80,7 @@ class Door:
     def __init__(
         self, module: nn.Module, open_visit: Open, rows: Callable[[], Rows | None] = nobody
     ):
+        self._module = module
         self._open = open_visit
         self._rows = rows
         self._hooks = (
@@ -95,6 +96,7 @@ class Door:
     @contextmanager
     def of_rows(self, rows: Rows) -> Iterator[None]:
         """Say whose the rows of this thread's forwards are."""
+        _close(_inside.get())
         token = _given.set((self, rows))
         try:
             yield
@@ -104,6 +106,9 @@ class Door:
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        inside = _inside.get()
+        if inside is not None and not inside.door.leads_to(self):
+            _close(inside)
         given = _given.get()
         rows = given[1] if given is not None and given[0] is self else self._rows()
         visit = None if rows is None else self._open(*_tokens_and_mask(args, kwargs), rows)
@@ -119,11 +124,22 @@ class Door:
         inside = _inside.get()
         if inside is None or inside.door is not self:
             return None
-        _inside.set(None)
-        inside.visit.context.__exit__(None, None, None)
+        _close(inside)
         if output is None:  # an error is on its way
             return None
         return hand_over(output, inside.visit.auxiliary_loss(), kwargs, asked=inside.asked)
+
+    def leads_to(self, other: Door) -> bool:
+        """Whether a forward through this door may come to another, that of a part of its module."""
+        parts = self._module.modules()
+        return other is not self and any(part is other._module for part in parts)
+
+
+def _close(inside: _Inside | None) -> None:
+    """End a visit. An interrupt leaves them open, as torch calls no hooks then."""
+    if inside is not None:
+        _inside.set(None)
+        inside.visit.context.__exit__(None, None, None)
 
 
 def _tokens_and_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

@@ -511,7 +511,7 @@ class Host:
             )
         names = list(self._row_adapters(adapters, len(input_ids)))
         session = Decoding(names, mask, prepared=prepared or PreparedWeights())
-        self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0))
+        self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0), mask)
         return session
 
     def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
@@ -541,8 +541,8 @@ class Host:
         added = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = session.lengths.unsqueeze(1) + added
         ones = session.attention_mask.new_ones(input_ids.shape)
-        session.attention_mask = torch.cat([session.attention_mask, ones], dim=1)
-        self._advance(session, input_ids, positions, record)
+        mask = torch.cat([session.attention_mask, ones], dim=1)
+        self._advance(session, input_ids, positions, mask, record)
         return session.logits
 
     @torch.no_grad()
@@ -551,10 +551,10 @@ class Host:
         session: Decoding,
         input_ids: Tensor,
         position_ids: Tensor,
+        mask: Tensor,
         record: Record | None = None,
     ) -> None:
         """Run tokens of a session; its logits become those after the last one of each row."""
-        mask = session.attention_mask
         forward = self._forward(
             input_ids,
             mask,
@@ -571,6 +571,7 @@ class Host:
                 use_cache=True,
                 **{self._cache_argument: session.cache},
             )
+        session.attention_mask = mask
         session.logits = self.logits(out.last_hidden_state[:, -1].contiguous())
 
     @torch.no_grad()

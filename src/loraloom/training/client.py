@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ from loraloom.training.step.optimizers import (
     load_learning_state,
     set_learning_rate,
 )
-from loraloom.training.step.reference import load_reference
+from loraloom.training.step.reference import Reference, drop_reference, load_reference
 from loraloom.training.step.requests import (
     CustomObjective,
     ForwardBackwardOutput,
@@ -54,6 +55,10 @@ ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConf
 
 _DEFAULTS = {"sft": SftConfig(), "dpo": DpoConfig(), "cpo": CpoConfig()}
 _STATE = "client"
+
+
+_OPEN: WeakSet[TrainingClient] = WeakSet()
+"""Clients that are not closed: those of one host may share references."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ class TrainingClient:
         optimizer: How weights follow gradients.
         seed: Seed of the initial weights, the dropout and the random draws.
 
+    Attributes:
+        references: What its objectives are held at, by name on the host; None is the base model.
+
     Raises:
         ConfigError: If the name or a setting of the optimizer can't be used.
         AdapterError: If the name is taken, or target modules are not in the base model.
@@ -104,8 +112,10 @@ class TrainingClient:
         self.parameters = dict(self.adapter.named_parameters())
         self._optimizer_config = optimizer or OptimizerConfig()
         self._optimizer = build_optimizer(self._optimizer_config, self.adapter)
+        self.references: dict[str | None, Reference] = {}
         self._forwards = 0
         self._draws = 0
+        _OPEN.add(self)
 
     @property
     def pad_id(self) -> int:
@@ -192,12 +202,15 @@ class TrainingClient:
             raise ConfigError(f"objective must be {' or '.join(_DEFAULTS)}, got {objective!r}")
         config = _DEFAULTS[objective] if isinstance(objective, str) else objective
         _check_fits(data, config)
+        reference = load_reference(self.host, config)
+        if reference is not None:
+            self.references[reference.adapter_name] = reference
         return Request(
             self.adapter,
             data,
             build_objective(config),
             self._next_sample_key(),
-            load_reference(self.host, config),
+            reference,
             micro_batch_size,
         )
 
@@ -303,13 +316,27 @@ class TrainingClient:
         self._check_same(snapshot.base, snapshot.jobs[_STATE].settings)
         state = snapshot.load_state(_STATE)
         assert state is not None, "save_state writes one"
-        load_learning_state(self.parameters, self._optimizer, state)
-        self.step, self._forwards, self._draws = state["step"], state["forwards"], state["draws"]
+        try:
+            load_learning_state(self.parameters, self._optimizer, state)
+            self.step, self._forwards, self._draws = (
+                state[k] for k in ("step", "forwards", "draws")
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ConfigError(
+                f"{directory} must hold a client's saved state, it holds something else: {error}"
+            ) from error
 
     def close(self) -> None:
-        """Take the adapter off the host and free it."""
+        """Take the adapter off the host and free it, and references that no other client has."""
         self._optimizer.state.clear()
         self.host.remove(self.name)
+        _OPEN.discard(self)
+        others = [
+            r for client in _OPEN if client.host is self.host for r in client.references.values()
+        ]
+        for reference in self.references.values():
+            drop_reference(self.host, reference, others)
+        self.references.clear()
 
     def _next_sample_key(self) -> Callable[[int], int]:
         """Make what gives the rows of a call their keys of dropout, other ones in each call."""

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
 
+import loraloom.training.run.checkpoint as checkpoint
 from loraloom.errors import TrainingError
 from loraloom.training.run.checkpoint import JobRecord, SnapshotStore
 
@@ -96,3 +99,65 @@ def test_a_full_disk_is_a_training_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(TrainingError, match=r"can't be written to .* No space left"):
         write(SnapshotStore(tmp_path), 1)
+
+
+def test_snapshots_are_found_by_number(tmp_path):
+    store = SnapshotStore(tmp_path)
+    write(store, 1)
+    (tmp_path / "snapshot-000001").rename(tmp_path / "snapshot-999999")
+    write(store, 2)
+    assert (tmp_path / "snapshot-1000000").exists()
+    assert store.newest()[0].round == 2
+    write(store, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot-1000001"]
+
+
+def test_what_lies_beside_snapshots_is_left_alone(tmp_path):
+    store = SnapshotStore(tmp_path)
+    write(store, 1)
+    for name in ("snapshot-backup", "snapshot-000009.old", "mine"):
+        shutil.copytree(tmp_path / "snapshot-000001", tmp_path / name)
+    (tmp_path / "snapshot-000077").write_text("a file")
+    for round_number in (2, 3, 4):
+        write(store, round_number)
+    assert store.newest()[0].round == 4
+    store.clear()
+    assert not store.exists()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["mine", "snapshot-000009.old", "snapshot-000077", "snapshot-backup"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["jobs"],
+        {"jobs": []},
+        {"jobs": {"a": []}},
+        {"jobs": {"a": {"settings": 3}}},
+        {"jobs": {"../a": {"settings": {}, "sha256": "0"}}},
+        {"jobs": {"a": {"settings": {}, "scheduler_pass": math.inf}}},
+        {"round": "seven"},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_something_else_is_passed_over(tmp_path, change):
+    store = SnapshotStore(tmp_path)
+    write(store, 1)
+    manifest = tmp_path / "snapshot-000001/manifest.json"
+    body = json.loads(manifest.read_text())
+    del body["checksum"]
+    body = body | change if isinstance(change, dict) else change
+    if isinstance(body, dict):
+        body["checksum"] = checkpoint._json_hash(body)
+    manifest.write_text(json.dumps(body))
+    snapshot, (fault,) = store.newest()
+    assert snapshot is None
+    assert "is damaged" in fault
+
+
+def test_a_manifest_that_is_nested_too_deeply_is_passed_over(tmp_path):
+    store = SnapshotStore(tmp_path)
+    write(store, 1)
+    (tmp_path / "snapshot-000001/manifest.json").write_text("[" * 100_000)
+    assert store.newest()[0] is None

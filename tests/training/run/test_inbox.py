@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,12 @@ from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.evaluation import Evaluation
-from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox
+from loraloom.training.run.inbox import (
+    Inbox,
+    WatchOptions,
+    prepare_inbox,
+    sole_trainer,
+)
 from loraloom.training.run.outputs import RunDirectory
 from tests.training.running import Spoken, assert_same_files
 from tests.training.toy import add_job, toy_config, toy_host, toy_tokenizer
@@ -382,3 +388,68 @@ def test_a_directory_that_can_not_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--watch must name a directory"):
         prepare_inbox(tmp_path / "file")
+
+
+@pytest.mark.parametrize("call", ["stat", "read_bytes"])
+def test_a_file_that_can_not_be_looked_at_for_a_while_stops_no_job(
+    tmp_path, inbox, monkeypatch, call
+):
+    """An error of the device is no sign that the file was deleted or edited."""
+    path, other = drop(inbox, "a"), drop(inbox, "b")
+    original = getattr(Path, call)
+
+    def broken(file, *args, **options):
+        if file == path and watched.engine.round in (1, 2):
+            raise OSError(5, "Input/output error")
+        return original(file, *args, **options)
+
+    watched = Watched(tmp_path, inbox)
+    monkeypatch.setattr(Path, call, broken)
+    results = {result.job: result.status for result in watched.run()}
+    assert results == {"a": "finished", "b": "finished"}
+    assert [state_of(one)["state"] for one in (path, other)] == ["done", "done"]
+
+
+def test_a_file_that_is_done_stays_done_when_it_can_not_be_read(tmp_path, inbox, monkeypatch):
+    path = drop(inbox, "a")
+    watched = Watched(tmp_path, inbox)
+    watched.run()
+
+    def broken(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    for _ in range(3):
+        watched.inbox.look()
+    assert state_of(path)["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    "change", [{"job": ["a"]}, {"state": {}}, {"step": "x"}, {"file": 3}, {"other": 1}], ids=str
+)
+def test_a_state_file_with_something_else_counts_for_nothing(tmp_path, inbox, change):
+    path = drop(inbox, "a")
+    watched = Watched(tmp_path, inbox)
+    watched.inbox.look()
+    state = state_of(path)
+    path.with_name("a.state.json").write_text(json.dumps(state | change))
+    Watched(tmp_path, inbox).run()
+    assert state_of(path)["state"] == "done"
+
+
+def test_a_state_file_that_is_nested_too_deeply_counts_for_nothing(tmp_path, inbox):
+    path = drop(inbox, "a")
+    path.with_name("a.state.json").write_text("[" * 100_000)
+    Watched(tmp_path, inbox).run()
+    assert state_of(path)["state"] == "done"
+
+
+def test_a_directory_of_job_files_has_one_trainer(inbox):
+    with (
+        sole_trainer(inbox),
+        pytest.raises(ConfigError, match=r"no other run watches, .* is watched by another"),
+        sole_trainer(inbox),
+    ):
+        pass
+    with sole_trainer(inbox):
+        pass

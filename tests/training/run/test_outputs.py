@@ -81,3 +81,36 @@ def test_one_run_at_a_time(tmp_path):
         pass
     with RunDirectory(tmp_path / "out").lock():
         RunDirectory(tmp_path / "out").check(resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("file", ["result.json", "adapter_config.json", "adapter_model.bin"])
+def test_a_job_that_joins_replaces_no_adapter_unasked(tmp_path, file):
+    directory = RunDirectory(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / file).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"job a must be new in .*there is .*{file}; take"):
+        directory.prepare_job("a")
+    assert (tmp_path / "a" / file).read_text() == "mine"
+    directory.prepare_job("a", overwrite=True)
+    assert not (tmp_path / "a" / file).exists()
+
+
+def test_links_in_the_way_are_deleted_and_what_they_point_to_stays(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.txt").write_text("")
+    (tmp_path / "out/a").mkdir(parents=True)
+    (tmp_path / "out/a/checkpoints").symlink_to(mine)
+    (tmp_path / "out/a/metrics.jsonl").symlink_to(mine / "a.txt")
+    RunDirectory(tmp_path / "out").prepare(["a"])
+    assert list((tmp_path / "out/a").iterdir()) == []
+    assert (mine / "a.txt").exists()
+
+
+def test_what_a_killed_run_left_on_its_way_is_deleted(tmp_path):
+    for place in ("out", "out/.checkpoints"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / ".0123456789abcdef.writing").write_text("half")
+    with RunDirectory(tmp_path / "out").lock():
+        pass
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == [".checkpoints", ".lock"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.loading import load_base_model
 from loraloom.training.run import evaluation
+from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.engine import Engine
-from loraloom.training.run.inbox import WatchOptions
+from loraloom.training.run.inbox import WatchOptions, sole_trainer
 from loraloom.training.run.outputs import RunDirectory
+from loraloom.training.run.results import read_result
 from loraloom.training.run.run import train
 from tests.tiny import relative_error
 from tests.training.running import Spoken
@@ -400,3 +403,111 @@ def test_a_job_goes_on_from_an_adapter_and_is_held_at_it(inputs, tmp_path):
     first, second = (json.loads(line)["rewards/margins"] for line in lines[:2])
     assert first == pytest.approx(0, abs=1e-5)
     assert abs(second) > 1e-4
+
+
+def own_inputs(inputs, tmp_path):
+    """Inputs that a test may change."""
+    return shutil.copytree(inputs, tmp_path / "inputs")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "what"),
+    [
+        ("rows.jsonl", "Say blue 1", "Say blue 3", "job plain: examples"),
+        ("arc_easy/train.jsonl", "What is 2", "What is 9", "job mixture: examples"),
+        ("arc_easy/validation.jsonl", "What is 2", "What is 9", "job mixture: questions"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(inputs, tmp_path, monkeypatch, file, old, new, what):
+    inputs = own_inputs(inputs, tmp_path)
+    run = settings(inputs, tmp_path / "out")
+    killed(run, monkeypatch, 3)
+    data = inputs / file
+    text = data.read_text()
+    assert old in text
+    data.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=f"data that the run began with.*{what}; put it back"):
+        train(run, resume=True)
+    data.write_text(text)
+    assert [result.steps for result in train(run, resume=True)] == [4, 4]
+
+
+def best_weights(directory):
+    return load_file(directory / "checkpoints/best/adapter_model.safetensors")
+
+
+def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_path, monkeypatch):
+    """It comes after better weights and the results were written, before a snapshot knows."""
+    run = settings(inputs, tmp_path / "out", learning_rate=1e-4)
+    writes, write = [], SnapshotStore.write
+
+    def dying(store, round_number, *args, **options):
+        writes.append(round_number)
+        if len(writes) == 4:
+            raise KeyboardInterrupt
+        if round_number == 2:
+            first.append(best_weights(tmp_path / "out/plain"))
+        write(store, round_number, *args, **options)
+
+    first = []
+    with monkeypatch.context() as patch:
+        patch.setattr(SnapshotStore, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    result = read_result(tmp_path / "out/plain")
+    assert result.best["step"] == 4, "written before the kill"
+    seen = []
+
+    def stop(engine, _):
+        if not seen:
+            seen.append(engine.round)
+            assert not (tmp_path / "out/plain/result.json").exists()
+            engine.stop("plain", "enough")
+
+    snapshot, _ = RunDirectory(run.output_dir).snapshots.newest()
+    assert snapshot.round < 4
+    results = train(run, resume=True, between_steps=stop)
+    assert results[0].best["step"] == 2
+    kept, final = best_weights(tmp_path / "out/plain"), weights(tmp_path / "out")["plain"]
+    for name, tensor in first[0].items():
+        assert torch.equal(kept[name], tensor)
+        assert torch.equal(final[name], tensor)
+
+
+def test_a_new_job_of_a_resumed_run_replaces_no_adapter(inputs, tmp_path, monkeypatch):
+    whole = run_settings(inputs, tmp_path / "out")
+    killed(RunConfig.model_validate({**whole, "jobs": whole["jobs"][:1]}), monkeypatch, 1)
+    (tmp_path / "out/mixture").mkdir()
+    (tmp_path / "out/mixture/adapter_config.json").write_text("mine")
+    with pytest.raises(ConfigError, match="job mixture must be new"):
+        train(RunConfig.model_validate(whole), resume=True)
+    assert (tmp_path / "out/mixture/adapter_config.json").read_text() == "mine"
+
+
+def test_a_run_that_ends_with_an_error_leaves_a_given_host_as_it_was(inputs, tmp_path, monkeypatch):
+    run = settings(inputs, tmp_path / "out")
+    model, tokenizer = load_base_model(run.base_model)
+    host = loraloom.attach(model)
+    killed(run, monkeypatch, 2, base=(host, tokenizer))
+    assert host.adapters == {}
+    assert train(run, base=(host, tokenizer), resume=True)[0].steps == 4
+
+
+def test_a_snapshot_with_another_jobs_state_is_an_error(inputs, tmp_path, monkeypatch):
+    run = settings(inputs, tmp_path / "out", save_steps=1)
+    killed(run, monkeypatch, 3)
+    store = RunDirectory(run.output_dir).snapshots
+    snapshot, _ = store.newest()
+    states = {name: {"weights": {}} for name in snapshot.jobs}
+    store.write(3, 1.0, snapshot.base, snapshot.jobs, states)
+    with pytest.raises(ConfigError, match="can't be used, the state of job plain is of something"):
+        train(run, resume=True)
+
+
+def test_a_directory_is_watched_by_one_run(inputs, tmp_path):
+    run = settings(inputs, tmp_path / "out")
+    options = WatchOptions(tmp_path / "inbox", exit_when_idle=True)
+    options.path.mkdir()
+    with sole_trainer(options.path), pytest.raises(ConfigError, match="no other run watches"):
+        train(run, watch=options)
+    assert not (tmp_path / "out").exists()

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextvars
 import json
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -229,3 +231,33 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch, name)
     check_trackers(("jsonl",))
     with pytest.raises(ConfigError, match=rf"{name} needs .* pip install 'loraloom\[track\]'"):
         check_trackers(("jsonl", name))
+
+
+def test_a_line_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "a/metrics.jsonl"
+    tracker = MetricsFile(path)
+    tracker.log({"step": 1, "loss": 0.5})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_curve(path, "loss") == [(1, 0.5)]
+    tracker.log({"step": 3, "loss": 1.5})
+    assert read_curve(path, "loss") == [(1, 0.5), (3, 1.5)]
+
+
+def test_names_of_metrics_may_have_any_character(tmp_path):
+    tracker = MetricsFile(tmp_path / "metrics.jsonl")
+    tracker.log({"step": 1, "eval/\ud800\x1b[0m[/INST]/accuracy": 0.5})
+    assert len(read_curve(tmp_path / "metrics.jsonl", "eval/\ud800\x1b[0m[/INST]/accuracy")) == 1
+
+
+def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    tracked_engine(tmp_path, toy_config("a", max_steps=3, save_steps=1), "jsonl").run()
+    names = [Path(file).name for file in synced]
+    snapshots = [place for place, name in enumerate(names) if name == "manifest.json"]
+    assert len(snapshots) == 3
+    for place, before in zip(snapshots, [0, *snapshots], strict=False):
+        assert "metrics.jsonl" in names[before:place]

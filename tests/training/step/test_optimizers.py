@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import math
+from typing import get_args
+
 import pytest
 import torch
 
 from loraloom.config.optimizer import OptimizerName
-from loraloom.config.train import SCHEDULERS_ON_METRIC
+from loraloom.config.train import SCHEDULERS_ON_METRIC, LrScheduler
 from loraloom.errors import ConfigError
 from loraloom.training.step.optimizers import (
     OPTIMIZERS,
     build_optimizer,
     build_scheduler,
     parameter_groups,
+    rehearse,
 )
 from tests.training.toy import ADAPTERS, add_job, toy_config, toy_engine, toy_host
 
@@ -182,5 +186,55 @@ def test_arguments_that_a_scheduler_does_not_take_are_an_error(name, arguments):
     host = toy_host()
     adapter = host.add("a", job_config.adapter)
     optimizer = build_optimizer(job_config.train, adapter)
-    with pytest.raises(ConfigError, match=f"job a: lr_scheduler {name} can't be made"):
+    with pytest.raises(ConfigError, match=f"job a: lr_scheduler {name} can't be used"):
         build_scheduler(job_config.train, optimizer, 10, "min", "a")
+
+
+REFUSED = [
+    ({"optimizer_args": {"differentiable": True}}, "optimizer adamw"),
+    ({"optimizer_args": {"fused": True, "foreach": True}}, "optimizer adamw"),
+    ({"optimizer_args": {"betas": []}}, "optimizer adamw"),
+    ({"optimizer_args": {"betas": [0.9, "x"]}}, "optimizer adamw"),
+    ({"optimizer_args": {"eps": math.nan}}, "optimizer adamw"),
+    ({"optimizer": "sgd", "optimizer_args": {"momentum": [1]}}, "optimizer sgd"),
+    ({"optimizer": "sgd", "optimizer_args": {"momentum": 1e308}}, "optimizer sgd"),
+    (
+        {"lr_scheduler": "inverse_sqrt", "lr_scheduler_args": {"timescale": 0}},
+        "lr_scheduler inverse_sqrt",
+    ),
+    (
+        {"lr_scheduler": "cosine", "lr_scheduler_args": {"num_cycles": 10**400}},
+        "lr_scheduler cosine",
+    ),
+    ({"lr_scheduler": "polynomial", "lr_scheduler_args": {"lr_end": 1}}, "lr_scheduler polynomial"),
+    ({"lr_scheduler": "linear", "lr_scheduler_args": {"bates": 1}}, "lr_scheduler linear"),
+]
+
+
+@pytest.mark.parametrize(("settings", "what"), REFUSED, ids=str)
+def test_arguments_that_torch_refuses_are_told_before_anything_is_loaded(settings, what):
+    config = toy_config("a", **settings)
+    with pytest.raises(ConfigError, match=f"job a: {what} can't be used with .*_args"):
+        rehearse(config.train, "a")
+
+
+@pytest.mark.parametrize("name", get_args(LrScheduler))
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_every_optimizer_and_schedule_can_be_rehearsed(name, optimizer):
+    needs = {"eval": [{"task": "skills"}], "eval_steps": 1} if name in SCHEDULERS_ON_METRIC else {}
+    arguments = NEEDED_ARGS.get(name, {})
+    for max_steps in (1, 7):
+        config = toy_config(
+            "a",
+            optimizer=optimizer,
+            lr_scheduler=name,
+            lr_scheduler_args=arguments,
+            max_steps=max_steps,
+            **needs,
+        )
+        rehearse(config.train, "a")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_can_be_rehearsed(name):
+    rehearse(toy_config("a", optimizer=name, learning_rate=1e200).train, "a")

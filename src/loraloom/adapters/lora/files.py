@@ -5,18 +5,30 @@ Source: peft 0.21.2, `peft/tuners/lora/config.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraloom.adapters.files import AdapterFiles
-from loraloom.adapters.keys import target_projections
+from loraloom.adapters.lora.selection import carried_over, is_pattern
 from loraloom.errors import shown
 
 if TYPE_CHECKING:
     from loraloom.adapters.base import BaseInfo
     from loraloom.adapters.lora.config import LoraConfig
 
-_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_dora", "use_rslora"}
+_READ = {
+    "alpha_pattern",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+}
 _NO_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -37,15 +49,19 @@ _NO_EFFECT = {
 }
 """Fields that don't change what the saved tensors compute, or are looked at elsewhere."""
 _REMEDY = {
-    "rank_pattern": "train with one rank for all modules",
-    "alpha_pattern": "train with one lora_alpha for all modules",
     "modules_to_save": "merge these modules into the base model",
     "bias": "train with bias='none', or merge the biases into the base model",
     "lora_bias": "train with lora_bias=False",
-    "layers_to_transform": "train on all layers",
 }
-_PURE_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the base model's weights alone."""
+_NAMED_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+"""Initialisations that we have too, beside Kaiming's."""
+_KNOWN_STARTS = (True, False, "eva", *_NAMED_STARTS)
+"""These, and what trained weights know nothing of."""
+_MODULE = re.compile(
+    r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>\w+\.\w+))"
+    r"\.lora_A(?:\.weight)?$"
+)
+"""A tensor of each adapted module."""
 _TASK_TYPES = (None, "CAUSAL_LM", "QUESTION_ANS")
 
 
@@ -56,8 +72,62 @@ def settings_of(files: AdapterFiles, projections: Sequence[str]) -> dict[str, An
         FormatError: If a field says what loraloom can't represent.
     """
     _check_fields(files)
-    gaussian = files.config.get("init_lora_weights") == "gaussian"
-    return lora_settings(files, projections) | {"init": "gaussian" if gaussian else "kaiming"}
+    settings = lora_settings(files, projections)
+    modules = _adapted_modules(files)
+    return {
+        **settings,
+        "init": _init(files),
+        "rank_pattern": _pattern(files, "rank_pattern", settings["rank"], modules),
+        "alpha_pattern": _pattern(files, "alpha_pattern", settings["alpha"], modules),
+        **_selection(files, list(modules.values())),
+    }
+
+
+def _init(files: AdapterFiles) -> str:
+    """Name the initialisation, of which trained weights know nothing, where we have it too."""
+    start = files.config.get("init_lora_weights")
+    return start if start in _NAMED_STARTS else "kaiming"
+
+
+def _adapted_modules(files: AdapterFiles) -> dict[str, str]:
+    """Name the modules that have tensors: as in the base model, and as keys.py has them."""
+    found = {}
+    for name in files.tensors:
+        match = _MODULE.match(name)
+        if match is not None:
+            found[match["module"]] = f"layers.{match['layer']}.{match['path']}"
+    return found
+
+
+def _pattern(
+    files: AdapterFiles, field: str, default: int | float, modules: dict[str, str]
+) -> dict[str, Any]:
+    patterns = files.section(field)
+    for pattern in patterns:
+        if not is_pattern(pattern):
+            raise files.error(f"`{field}` must hold regular expressions, got {shown(pattern)}")
+    return carried_over(patterns, default, modules) if modules else patterns
+
+
+def _selection(files: AdapterFiles, keys: list[str]) -> dict[str, Any]:
+    """Tell by the tensors which projections are adapted, where files leave some out.
+
+    PEFT chooses them by patterns, layers and exclusions, and saves just those.
+    """
+    targets, layers = files.config.get("target_modules"), files.config.get("layers_to_transform")
+    names_places = isinstance(targets, str) or any("." in str(name) for name in targets or ())
+    chooses_layers = layers is not None and layers != []
+    if not (names_places or chooses_layers or files.config.get("exclude_modules")):
+        return {}
+    if not keys:
+        chosen = layers if isinstance(layers, list) else [layers]
+        return {"layers": chosen} if chooses_layers else {}
+    places = [(int(layer), path) for _, layer, path in (key.split(".", 2) for key in keys)]
+    numbers, paths = {layer for layer, _ in places}, {path for _, path in places}
+    if len(places) < len(numbers) * len(paths):
+        return {"target_modules": [f"layers.{layer}.{path}" for layer, path in sorted(places)]}
+    names = [path.rpartition(".")[2] for path in sorted(paths)]
+    return {"target_modules": names, "layers": sorted(numbers)}
 
 
 def lora_settings(files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
@@ -78,24 +148,38 @@ def peft_fields(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
     The fields are those of PEFT's that every version with DoRA knows (0.9 and later), so that
     none of them warns; PEFT fills in its defaults for the rest.
     """
-    targets = target_projections(config.target_modules, base)
+    names = _module_names(config, base)
+    alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": carried_over(alphas, config.alpha, names),
         "auto_mapping": None,
         "bias": "none",
         "fan_in_fan_out": False,
-        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+        "init_lora_weights": config.init if config.init in _NAMED_STARTS else True,
         "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
+        "layers_to_transform": None if config.layers is None else list(config.layers),
+        "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "r": config.rank,
-        "rank_pattern": {},
-        "target_modules": [path.rpartition(".")[2] for path in targets],
+        "rank_pattern": carried_over(config.rank_pattern, config.rank, names),
+        "target_modules": list(config.known_targets(base)),
         "use_dora": config.weight_decomposition,
         "use_rslora": config.rank_stabilized,
     }
+
+
+def _module_names(config: LoraConfig, base: BaseInfo) -> dict[str, str]:
+    """Name the adapted projections as the base model does, by their keys."""
+    keys = [key for layer in range(base.num_layers) for key, _ in config.layer_shapes(base, layer)]
+    return {
+        f"layers.{key.layer}.{key.path}": f"{base.layers_path}.{key.layer}.{key.path}"
+        for key in keys
+    }
+
+
+def _whole(alpha: float) -> float | int:
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _check_fields(files: AdapterFiles) -> None:
@@ -107,11 +191,11 @@ def _check_fields(files: AdapterFiles) -> None:
             f"`{name}` must be unset, got {shown(value)}: loraloom has none; {remedy}"
         )
     start = files.config.get("init_lora_weights", True)
-    if start not in _PURE_STARTS:
+    if start not in _KNOWN_STARTS:
         raise files.error(
-            f"`init_lora_weights` must leave the base model's weights as they are, got "
-            f"{shown(start)}; save it from PEFT with path_initial_model_for_weight_conversion, "
-            "which makes it a plain LoRA"
+            "`init_lora_weights` must leave the base model's weights as they are, or be pissa or "
+            f"olora, got {shown(start)}; save it from PEFT with "
+            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     if files.config.get("task_type") not in _TASK_TYPES:
         raise files.error(f"`task_type` must be CAUSAL_LM, got {shown(files.config['task_type'])}")

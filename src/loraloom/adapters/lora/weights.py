@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from loraloom.adapters.base import BaseProjection
 from loraloom.adapters.config import LowRankConfig
-from loraloom.adapters.lora.config import LoraConfig
+from loraloom.adapters.lora.config import DecomposedConfig
 from loraloom.adapters.low_rank import Projection, initial_A
 from loraloom.ops.low_rank import dora_norms
 
@@ -67,29 +67,47 @@ class LoraProjection(Projection):
         if num_experts is not None:
             names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
         shape = (config.rank, base.in_features)
-        initial = torch.stack([initial_A(shape, config.init, seed, name) for name in names])
+        init = "gaussian" if config.init == "gaussian" else "kaiming"
+        initial = torch.stack([initial_A(shape, init, seed, name) for name in names])
         options = {"dtype": dtype, "device": base.device}
         self.lora_A = nn.Parameter(initial.to(**options))
         zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
         self.lora_B = nn.Parameter(zeros)
         self.lora_magnitude_vector = None
-        if isinstance(config, LoraConfig) and config.weight_decomposition:
+        if isinstance(config, DecomposedConfig) and config.weight_decomposition:
             norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
             self.lora_magnitude_vector = nn.Parameter(norms)
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+
+    def start_from(self, start_A: Tensor, start_B: Tensor, *, off: bool) -> None:
+        """Begin with other weights.
+
+        Args:
+            start_A: [R, I].
+            start_B: [O, R].
+            off: Take s·B₀A₀ off the base's weights: A₀ and B₀ lie behind A and -B, frozen.
+        """
+        with torch.no_grad():
+            self.lora_A.copy_(start_A)
+            self.lora_B.copy_(start_B)
+        if off:
+            self.start_A = self.lora_A.detach().clone()
+            self.start_B = -self.lora_B.detach()
 
     @property
     def num_columns(self) -> int:
         """S."""
-        return len(self.lora_A) * self.config.rank
+        return self._all_A().shape[:2].numel()
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
         """A of all experts, [S, I]."""
-        return self.lora_A.flatten(0, 1).to(dtype)
+        return self._all_A().flatten(0, 1).to(dtype)
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
         """B of all experts times scaling, [S, O]."""
         if not self.is_mixture:
-            return (self.lora_B * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
+            return (self._all_B() * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
         return _ScaledTranspose.apply(self.lora_B, self.config.scaling, dtype)  # pyright: ignore
 
     def row_scale(self) -> Tensor | None:
@@ -100,12 +118,20 @@ class LoraProjection(Projection):
             norms = dora_norms(
                 self.base.weight,
                 self.base.squared_norms,
-                self.lora_A,
-                self.lora_B,
+                self._all_A(),
+                self._all_B(),
                 self.config.scaling,
             )
         tiny = torch.finfo(norms.dtype).tiny  # a zero row of W: 0 / tiny instead of 0 / 0
         return self.lora_magnitude_vector / norms.clamp_min(tiny)
+
+    def _all_A(self) -> Tensor:
+        """A, [E, R, I], with A₀ behind it, [1, 2R, I], where there is one."""
+        return self.lora_A if self.start_A is None else torch.cat([self.lora_A, self.start_A], 1)
+
+    def _all_B(self) -> Tensor:
+        """B, [E, O, R], with -B₀ behind it, [1, O, 2R], where there is one."""
+        return self.lora_B if self.start_B is None else torch.cat([self.lora_B, self.start_B], 2)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor under its name, experts apart."""

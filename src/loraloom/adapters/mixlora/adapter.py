@@ -51,6 +51,7 @@ class MixLoraAdapter(Adapter):
             )
         layers = [_build_layer(config, layer, targets, dtype, seed) for layer in base_layers]
         super().__init__(name, config, base_layers, layers)
+        self._expert_dropout = config.expert_config.dropout
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         """See Adapter."""
@@ -68,10 +69,9 @@ class MixLoraAdapter(Adapter):
         tokens: SegmentTokens,
     ) -> FfnRows:
         """Route the real tokens and compute their experts; padding gets the base's output."""
-        config = self.config
         routing = self._route(layer, hidden_states, tokens)
         dropout = self.ffn_dropout(
-            config.expert_config.dropout, hidden_states.shape[-1], gate, config.top_k, tokens
+            self._expert_dropout, hidden_states.shape[-1], gate, self.config.top_k, tokens
         )
         hidden, finish = lean_expert_ffn(
             hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout

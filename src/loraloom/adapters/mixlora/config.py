@@ -17,7 +17,7 @@ from loraloom.adapters.config import (
     Targets,
 )
 from loraloom.adapters.keys import Shape, TensorKey
-from loraloom.adapters.lora.config import LoraConfig
+from loraloom.adapters.lora.config import DecomposedConfig, LoraConfig
 from loraloom.config.fields import CheckInfo, StrictModel
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ExpertsConfig(StrictModel):
     """Dropout on the experts' inputs, in training only."""
 
 
-class MixLoraConfig(RouterLossConfig, LoraConfig):
+class MixLoraConfig(RouterLossConfig, DecomposedConfig):
     """A router and several LoRA experts in each FFN block, plain LoRA on attention.
 
     Source: Li et al. 2024, MixLoRA, arXiv:2404.15159.
@@ -86,7 +86,8 @@ class MixLoraConfig(RouterLossConfig, LoraConfig):
     def expert_config(self) -> LoraConfig:
         """The experts as a plain LoRA's configuration, with what they inherit filled in."""
         own = {} if self.experts is None else self.experts.model_dump(exclude_none=True)
-        shared = {name: getattr(self, name) for name in LoraConfig.model_fields if name != "method"}
+        names = DecomposedConfig.model_fields.keys() - {"method"}
+        shared = {name: getattr(self, name) for name in names}
         return LoraConfig(**{**shared, **own})
 
     @property

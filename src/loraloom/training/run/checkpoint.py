@@ -12,18 +12,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
 
-from loraloom.durable import write_directory
-from loraloom.errors import TrainingError
+from loraloom.config.fields import check_name
+from loraloom.config.json_text import read_json
+from loraloom.durable import remove, write_directory
+from loraloom.errors import TrainingError, plain
 
 MANIFEST = "manifest.json"
+
+_SNAPSHOT = re.compile(r"snapshot-([0-9]{1,18})")
+_CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class JobRecord:
         metrics_bytes: Length of its metrics.jsonl at that moment.
         sha256: Of its file; None where there is none, before the first step and after the end.
         joined_later: It is none of the run file's.
+        inputs: Hashes of what it learns from and is measured on, see `input_digests`.
         scheduler_pass: Its place in the queue for steps; see `Schedule`.
         result: What became of it, once it is done; None while it trains.
     """
@@ -43,8 +51,11 @@ class JobRecord:
     metrics_bytes: int = 0
     sha256: str | None = None
     joined_later: bool = False
+    inputs: dict[str, str] = field(default_factory=dict)
     scheduler_pass: float = 0.0
     result: dict[str, Any] | None = None
+
+    __pydantic_config__ = _CHECKED
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class Snapshot:
     base: dict[str, Any]
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     sweep_bytes: int = 0
+
+    __pydantic_config__ = _CHECKED
 
     @property
     def done(self) -> set[str]:
@@ -109,7 +122,6 @@ class SnapshotStore:
         Raises:
             TrainingError: If the system can't write there.
         """
-        directory = self.directory / f"snapshot-{self._next_number():06}"
 
         def fill(aside: Path) -> None:
             for name, state in states.items():
@@ -128,11 +140,14 @@ class SnapshotStore:
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
         try:
-            write_directory(directory, fill)
+            write_directory(self.directory / f"snapshot-{self._next_number():06}", fill)
         except (OSError, RuntimeError) as error:  # torch.save on a full disk: RuntimeError
-            raise TrainingError(f"a checkpoint can't be written to {directory}: {error}") from error
-        for old in self._directories()[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+            raise TrainingError(
+                f"a checkpoint can't be written to {self.directory}: {error}"
+            ) from error
+        with suppress(OSError):
+            for old in self._directories()[keep:]:
+                remove(old)
 
     def newest(self) -> tuple[Snapshot | None, list[str]]:
         """Find the newest snapshot that is whole.
@@ -144,8 +159,8 @@ class SnapshotStore:
         for directory in self._directories():
             try:
                 return _read(directory), faults
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            except (OSError, ValueError) as error:
+                reason = plain(str(error).partition("\n")[0])
                 faults.append(f"checkpoint {directory} is damaged ({reason}); passing it over")
         return None, faults
 
@@ -154,16 +169,25 @@ class SnapshotStore:
         return bool(self._directories())
 
     def clear(self) -> None:
-        """Delete all snapshots, and what a run that died left of one."""
-        for entry in self.directory.glob("*/"):
-            shutil.rmtree(entry, ignore_errors=True)
+        """Delete all snapshots.
+
+        Raises:
+            OSError: If one stays.
+        """
+        for directory in self._directories():
+            remove(directory)
 
     def _next_number(self) -> int:
-        newest = next(iter(self._directories()), None)
-        return 1 if newest is None else int(newest.name.rpartition("-")[2]) + 1
+        return max(self._numbered(), default=0) + 1
 
     def _directories(self) -> list[Path]:
-        return sorted(self.directory.glob("snapshot-*"), reverse=True)
+        """Find the snapshots, the newest first."""
+        return [path for _, path in sorted(self._numbered().items(), reverse=True)]
+
+    def _numbered(self) -> dict[int, Path]:
+        """Find the snapshots by number; what is called otherwise, a backup say, is left alone."""
+        names = [(_SNAPSHOT.fullmatch(path.name), path) for path in self.directory.glob("*/")]
+        return {int(name[1]): path for name, path in names if name is not None}
 
 
 def describe_changes(old: Any, new: Any, path: str = "") -> list[str]:
@@ -178,16 +202,18 @@ def describe_changes(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _read(directory: Path) -> Snapshot:
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    body = {name: value for name, value in manifest.items() if name != "checksum"}
-    if manifest["checksum"] != _json_hash(body):
+    body = read_json(directory / MANIFEST)
+    if not isinstance(body, dict) or body.pop("checksum", None) != _json_hash(body):
         raise ValueError(f"{MANIFEST} was changed")
-    jobs = {name: JobRecord(**record) for name, record in body["jobs"].items()}
-    for name, record in jobs.items():
-        file = _state_file(directory, name)
+    snapshot = _SNAPSHOT_TYPE.validate_python({**body, "directory": directory})
+    for name, record in snapshot.jobs.items():
+        file = _state_file(directory, check_name(name))
         if record.sha256 is not None and _file_hash(file) != record.sha256:
             raise ValueError(f"{file.name} was changed or is not whole")
-    return Snapshot(directory, **{**body, "jobs": jobs})
+    return snapshot
+
+
+_SNAPSHOT_TYPE = TypeAdapter(Snapshot)
 
 
 def _state_file(directory: Path, job: str) -> Path:

@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
@@ -15,6 +16,7 @@ from loraloom.models.host import Host
 from loraloom.training.run.checkpoint import JobRecord, Snapshot
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.fitting import RoundRunner
+from loraloom.training.run.inputs import changed_inputs, input_digests
 from loraloom.training.run.interruption import Interruption
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import check_memory, predict_memory
@@ -27,6 +29,7 @@ from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.reference import drop_reference
 
 SNAPSHOT_RETRY_S = 60.0
+_STATE_ERRORS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, UnpicklingError)
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +85,7 @@ class Engine:
         self.joined: set[str] = set()
         self.round = 0
         self._settings: dict[str, dict[str, Any]] = {}  # of every job of the run, in their order
+        self._inputs: dict[str, dict[str, str]] = {}
         self._results: dict[str, JobResult] = {}
         self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs that couldn't be written
         self._schedule = Schedule(max_tokens_per_step)
@@ -281,6 +285,13 @@ class Engine:
         Raises:
             TrainingError: If it can't be written.
         """
+        try:
+            self._write_snapshot()
+        except OSError as error:
+            raise TrainingError(f"a checkpoint can't be written: {error}") from error
+        self._is_snapshot_due = False
+
+    def _write_snapshot(self) -> None:
         running = {
             name: job.state_dict()
             for name, job in self.jobs.items()
@@ -296,7 +307,6 @@ class Engine:
             keep=self._keep_snapshots if states else 1,
             sweep_bytes=journal.stat().st_size if journal.exists() else 0,
         )
-        self._is_snapshot_due = False
 
     def save_if_due(self, *, may_wait: bool) -> None:
         """Write a snapshot where one is due. If that fails, the next try comes a minute later.
@@ -320,25 +330,59 @@ class Engine:
         """Go on from a snapshot; jobs that it doesn't know begin.
 
         Jobs that it calls done must not be on the host. Settings may differ in what changes no
-        result.
+        result. Files of jobs that go on are brought back to where the snapshot is.
+
+        Raises:
+            ConfigError: If the data of a job is no longer what it was, a state is not that of its
+                job, or a job that begins would replace an adapter.
         """
+        self._check_inputs(snapshot)
         self.round = snapshot.round
         self._started_at = time.monotonic() - snapshot.seconds
+        for name in self.jobs.keys() - snapshot.jobs.keys():
+            self._directory.check_new(name)
         for name, record in snapshot.jobs.items():
-            if record.result is not None:
-                self._results[name] = parse_result(record.result)
-            elif (state := snapshot.load_state(name)) is not None:
-                self.jobs[name].load_state_dict(state)
-            if record.joined_later:
-                self.joined.add(name)
+            self._directory.tidy(name)
+            try:
+                self._load_job(name, record, snapshot)
+            except _STATE_ERRORS as error:
+                raise ConfigError(
+                    f"checkpoint {snapshot.directory} can't be used, the state of job {name} is of "
+                    f"something else: {_describe(error)}; delete it to go on from the one before"
+                ) from error
         saved = {name: record.settings for name, record in snapshot.jobs.items()}
         self._settings = {**saved, **self._settings}
+        self._inputs = {name: r.inputs for name, r in snapshot.jobs.items()} | self._inputs
         passes = {n: r.scheduler_pass for n, r in snapshot.jobs.items() if r.result is None}
         self._schedule.restore(passes)
         for name in self.jobs:
             record = snapshot.jobs.get(name)
             self._reporter.forget_after(name, 0 if record is None else record.metrics_bytes)
         self._is_snapshot_due = False
+
+    def _check_inputs(self, snapshot: Snapshot) -> None:
+        changed = [
+            f"job {name}: {what}"
+            for name, inputs in self._inputs.items()
+            if name in snapshot.jobs
+            for what in changed_inputs(snapshot.jobs[name].inputs, inputs)
+        ]
+        if changed:
+            raise ConfigError(
+                "--resume needs the data that the run began with, it has changed: "
+                f"{'; '.join(changed)}; put it back, or give --overwrite to begin again"
+            )
+
+    def _load_job(self, name: str, record: JobRecord, snapshot: Snapshot) -> None:
+        if record.result is not None:
+            self._results[name] = parse_result(record.result)
+        else:
+            job, state = self.jobs[name], snapshot.load_state(name)
+            if state is not None:
+                job.load_state_dict(state)
+            self._directory.reopen(self.host, job)
+        if record.joined_later:
+            self.joined.add(name)
 
     def _micro_batches(self) -> list[MicroBatch]:
         """Return each job's next micro-batch; a job that has none to give ends."""
@@ -351,16 +395,18 @@ class Engine:
         return micro_batches
 
     def _take_evaluation(self, job: Job, outcome: dict[str, float] | Exception) -> dict[str, float]:
-        """Give a job what was measured; its weights are written if they are the best."""
+        """Give a job what was measured; its weights are kept and written if they are the best."""
         if isinstance(outcome, Exception):
             raise outcome
-        before = replace(job.selection)
         if job.take_evaluation(outcome):
+            job.keep_best()
             try:
-                self.host.save(job.name, self._directory.best(job.name), overwrite=True)
-            except Exception:
-                job.selection = before
-                raise
+                self._directory.write_best(self.host, job)
+            except (LoraloomError, OSError) as error:
+                self._reporter.message(
+                    f"warning: job {job.name}: {error}; its best weights are kept, they are "
+                    "written at its end"
+                )
         return outcome
 
     def _evaluate_due(self) -> None:
@@ -413,6 +459,7 @@ class Engine:
             self._settings[name],
             metrics_bytes=self._reporter.metrics_bytes(name),
             joined_later=name in self.joined,
+            inputs=self._inputs[name],
             scheduler_pass=self._schedule.passes.get(name, 0.0),
             result=None if result is None else asdict(result),
         )
@@ -420,6 +467,7 @@ class Engine:
     def _enter(self, job: Job) -> None:
         self.jobs[job.name] = job
         self._settings[job.name] = job.config.model_dump(mode="json")
+        self._inputs[job.name] = input_digests(self.host, job, self._evaluation)
         self._schedule.enter(job)
 
     def _leave(self, job: Job, result: JobResult) -> None:

@@ -11,23 +11,36 @@ stops the job.
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
+from filelock import FileLock, Timeout
+from pydantic import ConfigDict, TypeAdapter
+
+from loraloom.config.json_text import read_json
 from loraloom.config.loading import load_job_config
 from loraloom.durable import write_json
-from loraloom.errors import ConfigError, LoraloomError
+from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.results import JobResult
 
 LOOK_S = 1.0
 PROGRESS_S = 5.0
+_LOCK_FILE = ".loraloom.lock"
+
+_log = logging.getLogger(__name__)
+
+Version = tuple[int, int]
+"""Time and size of a file, by which a change shows."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class FileState:
     """
 
     file: str
-    state: str = "queued"
+    state: Literal["queued", "running", "done", "failed", "stopped"] = "queued"
     job: str | None = None
     reason: str | None = None
     step: int = 0
@@ -61,6 +74,8 @@ class FileState:
     ended_at: str | None = None
     result: str | None = None
     sha256: str | None = None
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @property
     def is_open(self) -> bool:
@@ -107,7 +122,7 @@ class Inbox:
         self._builder = builder
         self._say = say
         self._next_look = self._next_progress = 0.0
-        self._versions: dict[Path, tuple[int, int]] = {}
+        self._versions: dict[Path, Version] = {}
         self._is_settled = False
         self._warnings: set[str] = set()
         states = _read_states(options.path)
@@ -138,7 +153,7 @@ class Inbox:
         now = time.monotonic()
         self._next_look = now + LOOK_S
         try:
-            versions = _job_files(self._options.path)
+            versions = _job_files(self._options.path, self._versions)
         except OSError as error:  # none was deleted then
             self._warn_once(f"{self._options.path} can't be read, jobs go on: {error}")
             return
@@ -177,7 +192,7 @@ class Inbox:
             return self._news(state)
         if is_stable and state.state == "queued":
             return self._submit(path, state)
-        if is_stable and state.sha256 != _hash(path):
+        if is_stable and _hash(path) not in (state.sha256, None):
             return FileState(path.name, queued_at=_now())
         return state
 
@@ -190,7 +205,10 @@ class Inbox:
                 raise ConfigError(f"job name must be new in this run, got {config.name!r} again")
             self._engine.add(self._builder.build(config), overwrite=self._options.overwrite)
         except Exception as error:
-            reason = str(error) if isinstance(error, LoraloomError) else repr(error)
+            reason = str(error)
+            if not isinstance(error, LoraloomError):
+                reason = f"{type(error).__name__}: {shown(reason)}"
+                _log.error("%s failed", path, exc_info=error)
             self._say(f"{path}: failed: {reason}")
             return replace(state, state="failed", reason=reason, ended_at=_now())
         self._say(f"{path}: job {config.name} joins")
@@ -220,7 +238,8 @@ class Inbox:
             result = self._engine.stop(state.job, f"its file {path} was deleted")
             self._write(path, _ended(result, state))
         elif state.state == "queued":
-            _state_file(path).unlink(missing_ok=True)
+            with suppress(OSError):
+                _state_file(path).unlink(missing_ok=True)
 
     def _write_states(self, *, with_progress: bool) -> None:
         """Write the state files that changed; a job's progress only now and then."""
@@ -259,6 +278,29 @@ def prepare_inbox(path: Path) -> None:
         )
 
 
+@contextmanager
+def sole_trainer(path: Path) -> Iterator[None]:
+    """Keep other trainers away from a directory of job files, until the end or our death.
+
+    Raises:
+        ConfigError: If another one watches it, or the system can't write there.
+    """
+    lock = FileLock(path / _LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"--watch must name a directory that no other run watches, {path} is watched by "
+            "another; wait for its end, stop it, or name another directory"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--watch needs a lock file in {path}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _ended(result: JobResult, state: FileState) -> FileState:
     is_done, reason = result.status in ("finished", "stopped early"), None
     if result.status == "stopped early":
@@ -273,21 +315,30 @@ def _ended(result: JobResult, state: FileState) -> FileState:
     )
 
 
-def _job_files(directory: Path) -> dict[Path, tuple[int, int]]:
-    """The job files, with the time and size by which a change shows.
+def _job_files(directory: Path, known: Mapping[Path, Version]) -> dict[Path, Version]:
+    """The job files with their versions; one that can't be looked at now is as it was before.
 
     Raises:
         OSError: If the directory can't be read.
     """
     files = {}
     for path in sorted(directory.iterdir()):  # glob is silent about what it can't read
-        if path.suffix == ".yaml" and not path.name.startswith(".") and path.is_file():
-            try:
-                status = path.stat()
-            except OSError:  # deleted just now
-                continue
+        if path.suffix != ".yaml" or path.name.startswith("."):
+            continue
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # deleted just now, or a link to nothing
+            continue
+        except OSError:
+            if path in known:
+                files[path] = known[path]
+            continue
+        if stat.S_ISREG(status.st_mode):
             files[path] = (status.st_mtime_ns, status.st_size)
     return files
+
+
+_FILE_STATE = TypeAdapter(FileState)
 
 
 def _read_states(directory: Path) -> dict[Path, FileState]:
@@ -295,9 +346,9 @@ def _read_states(directory: Path) -> dict[Path, FileState]:
     states = {}
     for file in sorted(directory.glob("*.state.json")):
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             values.pop("updated_at")
-            state = FileState(**values)
+            state = _FILE_STATE.validate_python(values)
             path = directory / state.file
             if _state_file(path) == file:
                 states[path] = state

@@ -63,6 +63,7 @@ class Job:
 
     Attributes:
         milestones: Steps after which it is evaluated, beside every eval_steps and its end.
+        best: The weights of the best evaluation so far, on the CPU; None before there is one.
 
     Raises:
         ConfigError: If optimizer or scheduler don't take their arguments.
@@ -92,6 +93,7 @@ class Job:
         self.position = Position()
         self.selection = Selection(config.selection_metric)
         self.milestones: frozenset[int] = frozenset()
+        self.best: dict[str, Tensor] | None = None
         self.collapse = CollapseWatch()
         self.parameters = dict(adapter.named_parameters())
         self._window: tuple[int, Window] | None = None
@@ -211,6 +213,11 @@ class Job:
             self.scheduler.step(metrics[self.selection.metric])  # pyright: ignore
         return is_best
 
+    def keep_best(self) -> None:
+        """Keep the present weights as the best; snapshots have them too."""
+        tensors = self.adapter.tensors()
+        self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
     def check_weights(self) -> None:
         """Raise a TrainingError if a weight is not finite."""
         if not all(bool(weight.isfinite().all()) for weight in self.parameters.values()):
@@ -236,6 +243,7 @@ class Job:
         return {
             **learning_state(self.parameters, self.optimizer),
             "proven": self._proven,
+            "best": self.best,
             "scheduler": self.scheduler.state_dict(),
             "position": asdict(self.position),
             "selection": asdict(self.selection),
@@ -247,6 +255,7 @@ class Job:
         """Go on from what `state_dict` returned."""
         load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
+        self.best = state.get("best")  # older ones have none
         self.scheduler.load_state_dict(state["scheduler"])
         self.position = Position(**state["position"])
         self.selection = Selection(**state["selection"])

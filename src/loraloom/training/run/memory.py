@@ -40,8 +40,8 @@ class MemoryPrediction:
     Args:
         base_model: Its weights.
         adapters: All adapters' weights, also those that are references.
-        learning: Optimizer states, the last weights that proved sound, and gradients, unless they
-            come while as much of the activations goes.
+        learning: Optimizer states, the last weights that proved sound, on a CPU the best ones, and
+            gradients, unless they come while as much of the activations goes.
         activations: What the forward keeps for the backward pass.
         loss: Logits, or else what the backward pass of one layer needs, whichever is more.
         rows: Of the largest round.
@@ -101,7 +101,11 @@ def predict_memory(
     if not checkpointed:
         activations *= 1 + (_CPU_ALLOCATOR_SHARE if on_cpu else _ALLOCATOR_SHARE)
     adapters = [_bytes_of(job.adapter.parameters()) for job in jobs]
-    copies = [_learning_copies(job, checkpointed=checkpointed) for job in jobs]
+    copies = [
+        _learning_copies(job, checkpointed=checkpointed)
+        + (on_cpu and job.config.selection_metric is not None)  # the best weights
+        for job in jobs
+    ]
     return MemoryPrediction(
         base_model=_bytes_of([*host.model.parameters(), *host.model.buffers()]),
         adapters=_bytes_of(w for adapter in host.adapters.values() for w in adapter.parameters()),

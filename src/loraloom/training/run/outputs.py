@@ -12,13 +12,13 @@ No job can be called .checkpoints: names begin with a letter or digit.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from loraloom.durable import remove, remove_leftovers
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_adapter, write_adapter
@@ -107,6 +107,8 @@ class RunDirectory:
                     f"output_dir must be one that no other run writes to, {self.path} is in use by "
                     "another; wait for its end, stop it, or name another directory"
                 ) from error
+            for directory in (self.path, self.snapshots.directory):
+                remove_leftovers(directory)
         try:
             yield
         finally:
@@ -133,14 +135,64 @@ class RunDirectory:
             ConfigError: If there is a result of that name that was not to be overwritten, or the
                 system can't write there.
         """
-        result = self.job(name) / RESULT_FILE
-        if result.exists() and not overwrite:
-            raise ConfigError(
-                f"job {name} must be new in {self.path}, but there is {result}; "
-                "take another name, or delete its directory"
-            )
+        if not overwrite:
+            self.check_new(name)
         with self._writing():
             self._clear(name)
+
+    def check_new(self, name: str) -> None:
+        """Check that a job that begins replaces nothing.
+
+        Raises:
+            ConfigError: If there is a result or an adapter where its own will go.
+        """
+        for file in (RESULT_FILE, *ADAPTER_FILES):
+            if (self.job(name) / file).exists():
+                raise ConfigError(
+                    f"job {name} must be new in {self.path}, but there is "
+                    f"{self.job(name) / file}; take another name, or move its directory away"
+                )
+
+    def reopen(self, host: Host, job: Job) -> None:
+        """Bring the files of a job that goes on back to where its snapshot is.
+
+        A process that was killed may have got further: with better weights, or to the job's end.
+
+        Raises:
+            ConfigError: If the system can't write there.
+            AdapterError: Likewise.
+            FormatError: If a snapshot of an older version doesn't have the best weights and the
+                files of them can't be read.
+        """
+        name = job.name
+        with self._writing():
+            remove(self.job(name) / RESULT_FILE)
+            if job.selection.step is None:
+                remove(self.best(name))
+                return
+        if job.best is None:
+            job.best = read_adapter(self.best(name), host.base)[1]
+        self.write_best(host, job)
+
+    def tidy(self, name: str) -> None:
+        """Delete what killed writers left in a job's directory.
+
+        Raises:
+            ConfigError: If the system can't.
+        """
+        with self._writing():
+            for directory in (self.job(name), self.best(name), self.last(name)):
+                remove_leftovers(directory)
+
+    def write_best(self, host: Host, job: Job) -> None:
+        """Write the best weights that a job has kept.
+
+        Raises:
+            AdapterError: If the system can't write there.
+        """
+        assert job.best is not None, "an evaluation has chosen some"
+        directory = self.best(job.name)
+        write_adapter(directory, job.adapter.config, job.best, host.base, overwrite=True)
 
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
         """Write a job's last weights, the adapter's files and result.json.
@@ -148,23 +200,21 @@ class RunDirectory:
         The adapter's files are its best weights where an evaluation has chosen any, else the last.
 
         Raises:
-            LoraloomError, OSError: If something can't be written, or the best weights can't be
-                read.
+            LoraloomError, OSError: If something can't be written.
         """
-        name, base = job.name, host.base
+        name, base, tensors = job.name, host.base, job.adapter.tensors()
+        if job.best is not None:
+            self.write_best(host, job)  # again: what is there may be half of it
+            tensors = job.best
         host.save(name, self.last(name), overwrite=True)
-        tensors = job.adapter.tensors()
-        if job.selection.step is not None:
-            tensors = read_adapter(self.best(name), base)[1]
         card = result_card(result, job, base)
         write_adapter(self.job(name), job.adapter.config, tensors, base, card, overwrite=True)
         result.write(self.job(name))
 
     def _clear(self, name: str) -> None:
-        for file in _JOB_FILES:
-            (self.job(name) / file).unlink(missing_ok=True)
-        for directory in _JOB_DIRECTORIES:
-            shutil.rmtree(self.job(name) / directory, ignore_errors=True)
+        for entry in (*_JOB_FILES, *_JOB_DIRECTORIES):
+            remove(self.job(name) / entry)
+        remove_leftovers(self.job(name))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

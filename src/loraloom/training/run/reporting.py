@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from loraloom.durable import cut_torn_line, sync
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
@@ -36,7 +37,6 @@ class Reporter:
         if not self._is_started:
             return
         directory, config = self._directory.job(job.name), job.config.model_dump(mode="json")
-        directory.mkdir(parents=True, exist_ok=True)
         trackers = self._trackers[job.name] = []
         for name in self._tracker_names:
             with self._noting_faults(name, job.name):
@@ -77,15 +77,17 @@ class Reporter:
             self.end(name)
 
     def metrics_bytes(self, job_name: str) -> int:
-        """Return the length of a job's metrics.jsonl."""
+        """Return the length of a job's metrics.jsonl, all of which is on the disk then."""
         metrics = self._directory.metrics(job_name)
-        return metrics.stat().st_size if metrics.exists() else 0
+        if not metrics.exists():
+            return 0
+        if job_name in self._trackers:
+            sync(metrics)
+        return metrics.stat().st_size
 
     def forget_after(self, job_name: str, num_bytes: int) -> None:
         """Cut a job's metrics.jsonl: what followed will be logged again."""
-        if self.metrics_bytes(job_name) > num_bytes:
-            with self._directory.metrics(job_name).open("r+b") as file:
-                file.truncate(num_bytes)
+        cut_torn_line(self._directory.metrics(job_name), num_bytes)
 
     @contextmanager
     def _noting_faults(self, tracker_name: str, job_name: str) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -12,9 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraloom.adapters.base import BaseInfo
+from loraloom.config.json_text import read_json
 from loraloom.durable import write_json
+from loraloom.errors import ConfigError
 from loraloom.formats.card import model_card
 from loraloom.training.run.job import Job
 from loraloom.training.step.micro_batch import padding_share
@@ -79,20 +81,36 @@ class JobResult:
     stop_reason: str | None = None
     warnings: tuple[str, ...] = ()
 
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     def write(self, directory: Path) -> None:
         """Write result.json."""
         write_json(directory / RESULT_FILE, asdict(self))
 
 
 def read_result(directory: Path) -> JobResult:
-    """Read what `JobResult.write` wrote."""
-    return parse_result(json.loads((directory / RESULT_FILE).read_text(encoding="utf-8")))
+    """Read what `JobResult.write` wrote.
+
+    Raises:
+        ConfigError: If it can't be read, or is something else.
+    """
+    path = directory / RESULT_FILE
+    try:
+        return parse_result(read_json(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path} must be a job's result: {error}") from None
 
 
-def parse_result(values: Mapping[str, Any]) -> JobResult:
-    """Make a result of what JSON has of it."""
-    lists = {name: tuple(values.get(name, ())) for name in ("data", "warnings")}
-    return JobResult(**{**values, **lists})
+_RESULT = TypeAdapter(JobResult)
+
+
+def parse_result(values: Any) -> JobResult:
+    """Make a result of what JSON has of it.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    return _RESULT.validate_python(values)
 
 
 def job_result(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.job import JobConfig
 from loraloom.config.loading import load_run_config
 from loraloom.config.objective import BASE_REFERENCE, DpoConfig
+from loraloom.config.paths import local_path
 from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
@@ -22,13 +24,14 @@ from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import Snapshot, describe_changes
 from loraloom.training.run.engine import Engine, describe_base
 from loraloom.training.run.evaluation import Evaluation
-from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox
+from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox, sole_trainer
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import check_memory, predict_memory
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import JobResult, describe_environment
 from loraloom.training.run.tracking import check_trackers
+from loraloom.training.step.optimizers import rehearse
 
 if TYPE_CHECKING:
     from loraloom.training.run.sweep import Sweep
@@ -79,12 +82,16 @@ def train(
     directory.check(resume=resume, overwrite=overwrite)
     _check_sources(run, directory)
     check_trackers(run.trackers)
-    if watch is not None:
-        prepare_inbox(watch.path)
-    host, tokenizer = base or _load_base(run)
-    evaluation = Evaluation(host, tokenizer)
-    builder = JobBuilder(host, tokenizer, evaluation)
+    for job in run.all_jobs:
+        rehearse(job.train, job.name)
     with ExitStack() as stack:
+        if watch is not None:
+            prepare_inbox(watch.path)
+            stack.enter_context(sole_trainer(watch.path))
+        host, tokenizer = base or _load_base(run)
+        stack.enter_context(_taken_off_at_an_error(host))
+        evaluation = Evaluation(host, tokenizer)
+        builder = JobBuilder(host, tokenizer, evaluation)
         if resume and directory.snapshots.exists():
             stack.enter_context(directory.lock())
         snapshot, faults = _read_snapshot(directory, run, host) if resume else (None, [])
@@ -106,7 +113,11 @@ def train(
             check_memory(prediction, run.memory_limit, host.device)
             progress.message(f"memory: {prediction.describe()}")
         sweep = _sweep(run, directory, progress, builder, jobs)
-        data = [f"{job.name}: {line}" for job in jobs for line in job.training_set.report]
+        data = [
+            f"{job.name}: {line}"
+            for job in jobs
+            for line in (*job.training_set.report, *job.training_set.warnings)
+        ]
         for line in (*faults, *left_out, *data):
             progress.message(line)
         if snapshot is not None:
@@ -130,6 +141,18 @@ def train(
         if sweep is not None:
             sweep.finish(engine)
         return results
+
+
+@contextmanager
+def _taken_off_at_an_error(host: Host) -> Iterator[None]:
+    """Leave a host as it was where an error or a signal ends a run."""
+    before = set(host.adapters)
+    try:
+        yield
+    except BaseException:
+        for name in host.adapters.keys() - before:
+            host.remove(name)
+        raise
 
 
 def _load_base(run: RunConfig) -> tuple[Host, PreTrainedTokenizerBase]:
@@ -180,8 +203,8 @@ def _build_jobs(
         if name not in first and record.result is None:
             try:
                 jobs.append(builder.build(JobConfig.model_validate(record.settings)))
-            except LoraloomError as error:
-                faults.append(f"warning: {error}; it had joined the run and is left out")
+            except (LoraloomError, ValidationError) as error:
+                faults.append(f"warning: job {name} had joined the run and is left out: {error}")
                 continue
         kept[name] = record
     return jobs, replace(snapshot, jobs=kept), faults
@@ -210,7 +233,7 @@ def _check_sources(run: RunConfig, directory: RunDirectory) -> None:
     jobs_by_path = {directory.job(job.name).resolve(): job.name for job in run.all_jobs}
     for job in run.all_jobs:
         for setting, source in _sources(job).items():
-            path = Path(source).resolve()
+            path = local_path(source, f"job {job.name}: {setting}").resolve()
             for replaced in (path, *path.parents):
                 if replaced in jobs_by_path:
                     raise ConfigError(

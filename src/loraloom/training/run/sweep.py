@@ -10,20 +10,21 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loraloom.config.job import JobConfig
 from loraloom.config.run import RunConfig
 from loraloom.config.sweep import SweepStoppingConfig, TpeSearch, parameter_value
-from loraloom.durable import write_output
+from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.eval.sweep_plot import plot_sweep
 from loraloom.training.run.engine import Engine
@@ -63,6 +64,36 @@ class AshaPruner(BasePruner):
         rivals.sort(key=lambda one: sign * one.intermediate_values[step])
         kept = rivals[: max(1, len(rivals) // self._reduction_factor)]
         return trial.number not in {one.number for one in kept}
+
+
+class _Journal(JournalFileBackend):
+    """A journal that has each entry whole, and none that could not be written and synced.
+
+    Nobody else writes it, as a run locks its directory, so it needs no lock of its own: Optuna's
+    would stay where a process is killed, and make the next one wait for half a minute.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(str(path), _NoLock(str(path)))
+        self._path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append entries, or nothing; at a fault once more, as a decision can't wait for long."""
+        cut_torn_line(self._path)
+        length = self._path.stat().st_size
+        try:
+            super().append_logs(logs)
+        except OSError:
+            os.truncate(self._path, length)
+            super().append_logs(logs)
+
+
+class _NoLock(JournalFileOpenLock):
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
 
 
 class Sweep:
@@ -113,16 +144,21 @@ class Sweep:
     def open(self, journal_bytes: int) -> None:
         """Begin a study, or go on with the one whose journal had so many bytes."""
         journal = self._directory.sweep_journal
-        if journal.exists():
-            os.truncate(journal, min(journal_bytes, journal.stat().st_size))
-        self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name="sweep",
-            direction="minimize" if metric_mode(self._metric) == "min" else "maximize",
-            load_if_exists=True,
-        )
-        self._longest = self._study.user_attrs.get("longest_job", self._longest)
-        self._study.set_user_attr("longest_job", self._longest)
+        try:
+            cut_torn_line(journal, journal_bytes)
+            self._study = optuna.create_study(
+                storage=JournalStorage(_Journal(journal)),
+                study_name="sweep",
+                direction="minimize" if metric_mode(self._metric) == "min" else "maximize",
+                load_if_exists=True,
+            )
+            self._longest = self._study.user_attrs.get("longest_job", self._longest)
+            self._study.set_user_attr("longest_job", self._longest)
+        except Exception as error:  # Optuna raises whatever comes of an entry that was edited
+            raise ConfigError(
+                f"{journal} can't be used: {type(error).__name__}: {error}; if it is damaged, "
+                "delete it: what it decided is decided again"
+            ) from error
         self._study.pruner = _pruner(self._stopping, self._longest)
 
     def between_steps(self, engine: Engine) -> None:
@@ -135,7 +171,11 @@ class Sweep:
 
     def finish(self, engine: Engine) -> None:
         """Show the ranking a last time."""
-        self._progress.conclude(self.ranking(engine))
+        with self._noting_faults():
+            ranking = self.ranking(engine)
+            if ranking.standings:
+                self._show(ranking)
+                self._progress.conclude(ranking)
 
     def ranking(self, engine: Engine) -> Ranking:
         """Tell how the jobs stand that have begun."""
@@ -276,9 +316,9 @@ class Sweep:
         """Let files that can't be written, on a full disk for example, not end the training."""
         try:
             yield
-        except (ConfigError, OSError) as error:
+        except (ConfigError, OSError, ValueError) as error:  # ValueError: a journal that was edited
             if str(error) != self._fault:
-                self._progress.message(f"warning: {error}")
+                self._progress.message(f"warning: sweep: {error}")
             self._fault = str(error)
 
 

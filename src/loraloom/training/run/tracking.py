@@ -22,6 +22,7 @@ from accelerate.tracking import (
     WandBTracker,
 )
 
+from loraloom.durable import append_line, sync
 from loraloom.errors import ConfigError
 from loraloom.training.step.micro_batch import StepReport
 
@@ -61,21 +62,22 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a line."""
+    """metrics.jsonl: one object a line. It is opened for each, so a fault costs one line."""
 
     name = METRICS_FILE
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append the metrics of a step or of an evaluation."""
-        self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self._file.flush()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        append_line(self._path, json.dumps(metrics, allow_nan=False))
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Flush what was written to the disk."""
+        if self._path.exists():
+            sync(self._path)
 
 
 class Tracker:
@@ -148,8 +150,9 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
-    """Read one figure's course, (step, value), from a job's metrics.jsonl."""
-    lines = map(json.loads, metrics_file.read_text(encoding="utf-8").splitlines())
+    """Read one figure's course, (step, value), from the whole lines of a job's metrics.jsonl."""
+    text = metrics_file.read_text(encoding="utf-8")
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     return [(line["step"], line[name]) for line in lines if name in line]
 
 

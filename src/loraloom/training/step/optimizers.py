@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.optimization import GreedyLR
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.optimizer import OptimizerConfig, OptimizerName
 from loraloom.config.train import SCHEDULERS_ON_METRIC, TrainConfig
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 
 OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {
     "adadelta": torch.optim.Adadelta,
@@ -38,23 +39,84 @@ OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {
 
 Scheduler = LRScheduler | GreedyLR
 
+_REHEARSED_STEPS = 3
+
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     """Make the optimizer of an adapter.
 
     Raises:
-        ConfigError: If the optimizer does not take `optimizer_args`.
+        ConfigError: If the optimizer does not take `optimizer_args`, as a rehearsal shows.
     """
-    groups = parameter_groups(config, adapter)
+    rehearse_optimizer(config, adapter.name)
+    return _make_optimizer(config, parameter_groups(config, adapter))
+
+
+def rehearse(config: TrainConfig, name: str) -> None:
+    """Let a job's optimizer and schedule make a few steps of their own, before anything is loaded.
+
+    Raises:
+        ConfigError: If they don't take their arguments.
+    """
+    rehearse_optimizer(config, name)
+    optimizer = _make_optimizer(config, _four_weights())
+    total_steps = config.max_steps or _REHEARSED_STEPS
+    scheduler = build_scheduler(config, optimizer, total_steps, "min", name)
+    metric = [1.0] if config.lr_scheduler in SCHEDULERS_ON_METRIC else []
+    with _told_as_config_error(config, "lr_scheduler", name):
+        for _ in range(_REHEARSED_STEPS):
+            optimizer.step()
+            scheduler.step(*metric)  # pyright: ignore[reportArgumentType]
+            _check_rates(optimizer)
+            if isinstance(scheduler, LambdaLR):
+                scheduler.last_epoch = total_steps - 1  # the step after it is the last one
+
+
+def rehearse_optimizer(config: OptimizerConfig, name: str) -> None:
+    """Let an optimizer make a few steps with four weights: torch refuses some arguments only then.
+
+    Raises:
+        ConfigError: If it does not take its arguments, or they make weights that are not finite
+            even at a small learning rate.
+    """
+    groups = _four_weights()
+    with _told_as_config_error(config, "optimizer", name):
+        optimizer = _make_optimizer(config.model_copy(update={"learning_rate": 1e-3}), groups)
+        for _ in range(_REHEARSED_STEPS):
+            optimizer.step()
+        if not groups[0]["params"][0].isfinite().all():
+            raise ValueError("they make weights that are not finite")
+
+
+def _four_weights() -> list[dict[str, Any]]:
+    weights = Parameter(torch.ones(2, 2, dtype=torch.float64))
+    weights.grad = torch.ones_like(weights)
+    return [{"params": [weights]}]
+
+
+def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
     arguments = {"lr": config.learning_rate, **config.optimizer_args}
     if config.optimizer in ("adam", "adamw") and "foreach" not in arguments:
         arguments.setdefault("fused", True)  # an adapter has hundreds of small tensors
+    return OPTIMIZERS[config.optimizer](groups, **arguments)
+
+
+def _check_rates(optimizer: Optimizer) -> None:
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise ValueError(f"they make a learning rate of {rates[0]}")
+
+
+@contextmanager
+def _told_as_config_error(config: OptimizerConfig, setting: str, name: str) -> Iterator[None]:
+    """Tell of arguments that don't work; torch and transformers raise whatever comes of them."""
     try:
-        return OPTIMIZERS[config.optimizer](groups, **arguments)
-    except (TypeError, ValueError) as error:
+        yield
+    except Exception as error:
+        arguments = getattr(config, f"{setting}_args")
         raise ConfigError(
-            f"job {adapter.name}: optimizer {config.optimizer} can't be made with optimizer_args "
-            f"{config.optimizer_args}: {error}"
+            f"job {name}: {setting} {getattr(config, setting)} can't be used with {setting}_args "
+            f"{shown(arguments)}: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -149,7 +211,7 @@ def build_scheduler(
     arguments = dict(config.lr_scheduler_args)
     if config.lr_scheduler in SCHEDULERS_ON_METRIC:
         arguments["mode"] = metric_mode
-    try:
+    with _told_as_config_error(config, "lr_scheduler", name):
         return transformers.get_scheduler(
             config.lr_scheduler,
             optimizer,
@@ -157,8 +219,3 @@ def build_scheduler(
             num_training_steps=total_steps,
             scheduler_specific_kwargs=arguments,
         )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"job {name}: lr_scheduler {config.lr_scheduler} can't be made with lr_scheduler_args "
-            f"{config.lr_scheduler_args}: {error}"
-        ) from error

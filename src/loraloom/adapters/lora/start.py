@@ -1,0 +1,56 @@
+"""Initial weights of a LoRA that PEFT computes, from the base's weights or at random.
+
+Axes: I in_features, O out_features, R rank.
+
+Source: Meng et al. 2024, PiSSA, arXiv:2404.02948; Buyukakyuz 2024, OLoRA, arXiv:2406.01775; peft
+0.21.2, `peft/tuners/lora/layer.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraloom.adapters.base import BaseProjection
+from loraloom.adapters.lora.config import LoraConfig
+from loraloom.adapters.low_rank import generator_for
+from loraloom.errors import ConfigError
+
+
+def start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Let PEFT initialise A, [R, I], and B, [O, R], on a copy of a projection.
+
+    Args:
+        base: The projection.
+        config: Rank, scaling, initialisation.
+        seed: Of the job; what is random depends on it and the projection's name.
+
+    Raises:
+        AdapterError: If the base stores its weights quantised.
+        ConfigError: If PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft.tuners.lora import Linear
+    except ImportError as error:
+        raise ConfigError(
+            f"init: {config.init} is computed by PEFT, which is not installed; "
+            "run: pip install 'loraloom[peft]'"
+        ) from error
+    settings: Any = {"use_rslora": config.rank_stabilized, "init_lora_weights": config.init}
+    sizes: Any = {"r": config.rank, "lora_alpha": config.alpha}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator_for(seed, base.key).initial_seed())
+        layer = Linear(_copy(base), "start", config=PeftConfig(**settings), **sizes)
+    lora_A, lora_B = (layer.get_parameter(f"{part}.start.weight") for part in ("lora_A", "lora_B"))
+    return lora_A.detach(), lora_B.detach()
+
+
+def _copy(base: BaseProjection) -> nn.Linear:
+    """Copy a projection's weights, which PEFT changes, in float32."""
+    linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    weight = base.weight.detach().to(torch.float32, copy=True)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

@@ -1,0 +1,27 @@
+"""Hashes of what a job learns from and is measured on, so that a run goes on with the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loraloom.data.questions import questions_digest
+from loraloom.eval.provenance import adapter_digest
+from loraloom.models.host import Host
+from loraloom.training.run.evaluation import Evaluation
+from loraloom.training.run.job import Job
+
+
+def input_digests(host: Host, job: Job, evaluation: Evaluation) -> dict[str, str]:
+    """Hash a job's encoded examples, its questions and its reference's weights."""
+    digests = {"examples": job.training_set.digest}
+    if job.config.eval:
+        sets = (evaluation.questions.get(config, []) for config in job.config.eval)
+        digests["questions"] = " ".join(map(questions_digest, sets))
+    if job.reference is not None and job.reference.adapter_name is not None:
+        digests["reference"] = adapter_digest(host.adapter(job.reference.adapter_name))
+    return digests
+
+
+def changed_inputs(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Name what is no longer what it was; older snapshots have no hashes."""
+    return [name for name, digest in now.items() if saved.get(name, digest) != digest]

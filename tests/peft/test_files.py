@@ -1,0 +1,199 @@
+"""PEFT's files with every way of choosing modules, ranks and alphas: read, computed, written."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import loraloom
+from loraloom import (
+    AdapterError,
+    LoraConfig,
+    OptimizerConfig,
+    TrainingClient,
+    example_of,
+)
+from tests.conftest import build_tokenizer
+from tests.tiny import parameter_grads, randomise, relative_error, tiny_ids, tiny_model
+
+# peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+IDS = tiny_ids(3)
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHOICES = {
+    "rank_pattern": {"rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\.down_proj": 2}},
+    "alpha_pattern": {"alpha_pattern": {"v_proj": 32, "up_proj": 3}},
+    "both": {"rank_pattern": {".*_proj": 2}, "alpha_pattern": {r"layers\.0\..*": 16}},
+    "full names": {"rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 6}},
+    "rslora": {"rank_pattern": {"q_proj": 9}, "use_rslora": True},
+    "dora": {"rank_pattern": {"q_proj": 6, "gate_proj": 2}, "use_dora": True},
+    "layers_to_transform": {"layers_to_transform": [1]},
+    "layers_pattern": {"layers_to_transform": 0, "layers_pattern": "layers"},
+    "exclude_modules": {"exclude_modules": ["k_proj", "layers.1.mlp.up_proj"]},
+    "exclude a pattern": {"exclude_modules": r".*layers\.0\.mlp\..*"},
+    "target a pattern": {"target_modules": r".*layers\.1\.self_attn\.[qv]_proj"},
+    "target places": {"target_modules": ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]},
+    "bare names": {"target_modules": ["q_proj", "down_proj"]},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa, dora": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
+    "olora": {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}},
+}
+
+
+def trained_by_peft(family: str = "llama", **choice):
+    """A PEFT model whose adapter changes the logits; in float32."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "task_type": "CAUSAL_LM"} | choice
+    model = get_peft_model(tiny_model(family, torch.float32), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+            if "magnitude" in name:
+                weight.mul_(torch.empty_like(weight).uniform_(0.5, 2))
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, **kwargs):
+    return model(IDS, **kwargs).logits
+
+
+@pytest.mark.parametrize(
+    ("choice", "safe"), [(choice, place % 2 == 0) for place, choice in enumerate(CHOICES)]
+)
+def test_what_peft_saves_gives_its_logits_and_goes_back(choice, safe, tmp_path):
+    theirs = trained_by_peft(**CHOICES[choice])
+    theirs.save_pretrained(tmp_path / "theirs", safe_serialization=safe)
+    host = loraloom.attach(tiny_model(dtype=torch.float32))
+    host.load("a", tmp_path / "theirs")
+    expected = logits(theirs)
+    assert relative_error(logits(host, adapters=["a"] * 3), expected) < 1e-5
+    host.save("a", tmp_path / "ours")
+    again = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path / "ours")
+    assert relative_error(logits(again), expected) < 1e-5
+    host.load("b", tmp_path / "ours")
+    assert host.adapter("b").config == host.adapter("a").config
+
+
+def test_layers_elsewhere_in_the_model_are_found(tmp_path):
+    choice = {
+        "target_modules": ["query_key_value", "dense_h_to_4h"],
+        "layers_to_transform": [1],
+        "rank_pattern": {r"gpt_neox\.layers\.1\.attention\.query_key_value": 2},
+    }
+    theirs = trained_by_peft("gpt_neox", **choice)
+    theirs.save_pretrained(tmp_path / "theirs")
+    host = loraloom.attach(tiny_model("gpt_neox", torch.float32))
+    config = host.load("a", tmp_path / "theirs").config
+    assert config.layers == (1,)
+    assert config.rank_pattern == {r"layers\.1\.attention\.query_key_value": 2}
+    expected = logits(theirs)
+    assert relative_error(logits(host, adapters=["a"] * 3), expected) < 1e-5
+    host.save("a", tmp_path / "ours")
+    again = PeftModel.from_pretrained(tiny_model("gpt_neox", torch.float32), tmp_path / "ours")
+    assert relative_error(logits(again), expected) < 1e-5
+
+
+OURS = {
+    "layers": LoraConfig(rank=3, layers=(1,)),
+    "places": LoraConfig(rank=3, target_modules=("layers.0.mlp.up_proj", "o_proj")),
+    "ranks": LoraConfig(rank=3, rank_pattern={r".*\.0\.mlp\.\w+": 5, "q_proj": 2}),
+    "alphas": LoraConfig(rank=3, alpha_pattern={"down_proj": 2.5}, weight_decomposition=True),
+    "pissa": LoraConfig(rank=3, init="pissa"),
+    "olora": LoraConfig(rank=3, init="olora", weight_decomposition=True),
+}
+
+
+@pytest.mark.parametrize("choice", OURS)
+def test_gradients_are_those_of_peft(choice, tmp_path):
+    host = loraloom.attach(tiny_model(dtype=torch.float32))
+    randomise(host.add("a", OURS[choice]))
+    host.save("a", tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path, is_trainable=True)
+    host(IDS, adapters=["a"] * 3, training=True, labels=IDS).loss.backward()
+    theirs(IDS, labels=IDS).loss.backward()
+    expected = {
+        name.partition(".model.model.")[2].replace(".default", ""): grad
+        for name, grad in parameter_grads(theirs).items()
+    }
+    ours = parameter_grads(host.adapter("a"))
+    assert len(ours) == len(expected)
+    for name, grad in ours.items():
+        want = expected[f"{name}.weight"] if f"{name}.weight" in expected else expected[name]
+        assert relative_error(grad.reshape(want.shape), want) < 1e-4, name
+
+
+@pytest.mark.parametrize("choice", OURS)
+def test_what_is_trained_here_is_computed_by_peft_too(choice, tmp_path):
+    host = loraloom.attach(tiny_model(dtype=torch.float32))
+    optimizer = OptimizerConfig(optimizer="sgd", learning_rate=0.5)
+    client = TrainingClient(host, build_tokenizer(), "a", OURS[choice], optimizer)
+    for _ in range(2):
+        client.forward_backward([example_of(row, [True] * len(row)) for row in IDS.tolist()])
+        client.optim_step()
+    client.save(tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path)
+    ours = logits(host, adapters=["a"] * 3)
+    assert relative_error(ours, logits(theirs)) < 1e-5
+    assert relative_error(ours, logits(host)) > 1e-3
+
+
+@pytest.mark.parametrize("choice", OURS)
+def test_rows_of_irregular_adapters_share_batches_and_decode(choice):
+    host = loraloom.attach(tiny_model())
+    randomise(host.add("a", OURS[choice]))
+    randomise(host.add("b", LoraConfig(rank=3), seed=1), 1)
+    names = ["a", None, "b"]
+    alone = [logits(host, adapters=[name] * 3)[row] for row, name in enumerate(names)]
+    together = logits(host, adapters=names)
+    assert all(relative_error(together[row], alone[row]) < 1e-9 for row in range(3))
+    session = host.prefill(IDS[:, :-1], adapters=names)
+    decoded = host.decode(session, IDS[:, -1])
+    assert relative_error(decoded, together[:, -1]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": (2,)}, r"layers must be in \[0, 2\); got 2"),
+        ({"rank_pattern": {"nope": 3}}, "rank_pattern must match adapted projections.*got nope"),
+        ({"alpha_pattern": {"q_proj": 3}, "target_modules": "ffn"}, "alpha_pattern must match"),
+        ({"target_modules": ("layers.9.mlp.up_proj",)}, "target_modules must name projections"),
+    ],
+)
+def test_choices_without_effect_are_refused(settings, message):
+    host = loraloom.attach(tiny_model())
+    with pytest.raises(AdapterError, match=message):
+        host.add("a", LoraConfig(**settings))
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"patterns must be regular expressions, got '\('"):
+        LoraConfig(rank_pattern={"(": 3})
+
+
+def test_patterns_of_a_file_that_match_nothing_have_no_effect_as_in_peft(tmp_path):
+    trained_by_peft().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"nope": 3}}))
+    host = loraloom.attach(tiny_model(dtype=torch.float32))
+    assert host.load("a", tmp_path).config.rank_pattern == {}
+
+
+def test_a_layer_that_a_file_does_not_leave_out_must_be_there(tmp_path):
+    trained_by_peft().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {name: value for name, value in load_file(path).items() if ".layers.1." not in name}
+    save_file(tensors, path)
+    host = loraloom.attach(tiny_model(dtype=torch.float32))
+    with pytest.raises(AdapterError, match="it has 1 layers, not 2"):
+        host.load("a", tmp_path)
