@@ -31,11 +31,11 @@ FIRST, SECOND = LoraConfig(rank=3, alpha=6), LoraConfig(rank=3, alpha=3)
 
 
 def in_both(second: LoraConfig = SECOND) -> tuple[Host, peft.PeftModel]:
-    """The adapters `a` and `b` on a host and on a model of PEFT's."""
+    """The adapters `x` and `y` on a host and on a model of PEFT's."""
     model = tiny_model(dtype=torch.float32)
     host = loraloom.attach(copy.deepcopy(model))
     theirs = wrapped_by_peft(model, FIRST, host.base)
-    copied = {"a": FIRST, "b": second}
+    copied = {"x": FIRST, "y": second}
     for seed, (name, config) in enumerate(copied.items()):
         randomise(host.add(name, config), seed)
         own = copy.deepcopy(theirs.peft_config["default"])
@@ -57,13 +57,13 @@ def test_a_combination_of_loras_is_pefts(combination):
     density = None if combination in ("linear", "svd") else 0.6
     torch.manual_seed(3)
     theirs.add_weighted_adapter(
-        ["a", "b"], WEIGHTS, "c", combination_type=combination, density=density
+        ["x", "y"], WEIGHTS, "z", combination_type=combination, density=density
     )
-    theirs.set_adapter("c")
+    theirs.set_adapter("z")
     theirs.eval()
     expected = theirs(input_ids=IDS).logits
-    host.combine(["a", "b"], WEIGHTS, combination, name="c", density=density, seed=3)
-    actual = host(IDS, adapters=["c", "c"]).logits
+    host.combine(["x", "y"], WEIGHTS, combination, name="z", density=density, seed=3)
+    actual = host(IDS, adapters=["z", "z"]).logits
     if combination == "dare_ties":  # drawn in another order of the projections
         assert actual.isfinite().all()
         return
@@ -73,24 +73,24 @@ def test_a_combination_of_loras_is_pefts(combination):
 @torch.no_grad()
 def test_svd_joins_adapters_of_different_ranks():
     host, theirs = in_both(LoraConfig(rank=5, alpha=5))
-    theirs.add_weighted_adapter(["a", "b"], WEIGHTS, "c", combination_type="svd")
-    theirs.set_adapter("c")
+    theirs.add_weighted_adapter(["x", "y"], WEIGHTS, "z", combination_type="svd")
+    theirs.set_adapter("z")
     theirs.eval()
-    combined = host.combine(["a", "b"], WEIGHTS, "svd", name="c")
+    combined = host.combine(["x", "y"], WEIGHTS, "svd", name="z")
     assert combined.config.rank == 5
     expected = theirs(input_ids=IDS).logits
-    assert relative_error(host(IDS, adapters=["c"] * 2).logits, expected) < 1e-4
+    assert relative_error(host(IDS, adapters=["z"] * 2).logits, expected) < 1e-4
     with pytest.raises(
         AdapterError, match=r"must have one rank, got \[3, 5\]; combine them by svd"
     ):
-        host.combine(["a", "b"], WEIGHTS, "linear", name="d")
+        host.combine(["x", "y"], WEIGHTS, "linear", name="d")
 
 
 def test_dare_ties_is_drawn_by_its_seed_and_leaves_torchs_numbers_alone():
     host, _ = in_both()
     state = torch.random.get_rng_state()
     drawn = [
-        host.combine(["a", "b"], WEIGHTS, "dare_ties", name=f"c{place}", seed=seed).tensors()
+        host.combine(["x", "y"], WEIGHTS, "dare_ties", name=f"c{place}", seed=seed).tensors()
         for place, seed in enumerate((1, 1, 2))
     ]
     assert torch.random.get_rng_state().equal(state)
@@ -133,6 +133,7 @@ def test_one_adapter_alone_is_itself():
         assert relative_error(again, out) < 1e-5
 
 
+@torch.no_grad()
 def test_adapters_of_different_targets_are_combined_where_they_are():
     attention = LoraConfig(rank=2, alpha=2, target_modules="attention")
     ffn = LoraConfig(rank=2, alpha=2, target_modules=("up_proj",))
@@ -140,6 +141,11 @@ def test_adapters_of_different_targets_are_combined_where_they_are():
     both = host.combine(["a", "b"], [1.0, 1.0], name="c")
     names = {*host.base.attention_projections, "up_proj"}
     assert set(both.config.target_modules) == names
+    first = LoraConfig(rank=2, alpha=2, layers=(0,), alpha_pattern={"q_proj": 8})
+    randomise(host.add("first", first))
+    host.combine(["first"], [1.0], name="again")
+    out, again = (host(IDS, adapters=[name] * 2).logits for name in ("first", "again"))
+    assert relative_error(again, out) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -149,6 +155,7 @@ def test_adapters_of_different_targets_are_combined_where_they_are():
         (["lora", "dora"], {}, AdapterError, "must agree in weight_decomposition"),
         (["vera"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["moslora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
+        (["pissa"], {"weights": [1.0]}, AdapterError, "leave the base's weights as they are"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (["lora", "lora"], {"density": 0.5}, ConfigError, "density is a setting of ties"),
         (
@@ -160,7 +167,8 @@ def test_adapters_of_different_targets_are_combined_where_they_are():
     ],
 )
 def test_what_cannot_be_combined_is_refused(names, options, error, message):
-    host = tiny_host(configs=ALL_METHODS)
+    pissa = LoraConfig(rank=2, init="pissa")
+    host = tiny_host(configs=ALL_METHODS | {"pissa": pissa}, dtype=torch.float32)
     weights = options.pop("weights", [1.0, 1.0])
     with pytest.raises(error, match=message):
         host.combine(names, weights, name="c", **options)

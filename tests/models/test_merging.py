@@ -14,6 +14,9 @@ MERGEABLE = {
     "lora": METHODS["lora"],
     "rslora": LoraConfig(rank=3, alpha=6, rank_stabilized=True),
     "dora": METHODS["dora"],
+    "some": LoraConfig(
+        rank=3, layers=(1,), rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}
+    ),
     "vera": ALL_METHODS["vera"],
     "moslora": ALL_METHODS["moslora"],
 }

@@ -41,7 +41,7 @@ class BaseProjection:
         weight = self.linear.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise AdapterError(
-                f"weight_decomposition, merging, exporting and starts from the base's weights need "
+                f"weight_decomposition, starts from the base's weights, merging and exporting need "
                 f"these in floating point, got a quantised {self.key}; load the base model "
                 "unquantised or do without"
             )

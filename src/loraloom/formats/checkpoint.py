@@ -1,28 +1,56 @@
-"""Whole models on disk, as transformers' `from_pretrained` reads them, written piece by piece."""
+"""Whole models on disk, as transformers' `from_pretrained` reads them, written tensor by tensor.
+
+safetensors' own writer wants all tensors of a file at once, which would be a layer with all of its
+experts; here a tensor is made when its bytes are written.
+
+Source: the format, https://github.com/huggingface/safetensors#format.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX_FILE = "model.safetensors.index.json"
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is wanted.
+
+    Args:
+        shape: Its shape.
+        make: Makes it.
+    """
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @staticmethod
+    def of(tensor: Tensor) -> LazyTensor:
+        """Stand for a tensor that is there."""
+        return LazyTensor(tuple(tensor.shape), lambda: tensor)
 
 
 def write_shards(
-    directory: Path, shards: Iterable[Mapping[str, Tensor]], num_shards: int, dtype: torch.dtype
+    directory: Path, shards: Iterable[Mapping[str, LazyTensor]], num_shards: int, dtype: torch.dtype
 ) -> int:
     """Write a file for each shard and the index of their tensors.
 
     Args:
         directory: Where to.
-        shards: Tensors by name; each shard is made when its turn comes, and then let go.
+        shards: Tensors by name.
         num_shards: How many they are.
-        dtype: Of the tensors in the files.
+        dtype: Of the tensors in the files: float32, bfloat16 or float16.
 
     Returns:
         Bytes of all tensors.
@@ -31,14 +59,30 @@ def write_shards(
     total_bytes = 0
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{num_shards:05}.safetensors"
-        tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        files |= dict.fromkeys(tensors, name)
-        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        del shard, tensors  # before the next one is made
+        total_bytes += _write_file(directory / name, shard, dtype)
+        files |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total_bytes
+
+
+def _write_file(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> int:
+    """Write a file, and return its tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name, tensor in tensors.items():
+        start, stop = stop, stop + math.prod(tensor.shape) * dtype.itemsize
+        offsets = {"shape": tensor.shape, "data_offsets": [start, stop]}
+        header[name] = {"dtype": _NAMES[dtype], **offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            value = tensor.make().to("cpu", dtype).contiguous()
+            assert tuple(value.shape) == tuple(tensor.shape), name
+            file.write(value.flatten().view(torch.uint8).numpy())
+    return stop
 
 
 def read_index(directory: Path) -> dict[str, str]:

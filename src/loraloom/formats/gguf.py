@@ -92,16 +92,16 @@ def write_gguf_adapter(
     """
     architecture = architecture_of(base)
     names = get_tensor_name_map(_ARCHITECTURES[base.model_type], base.num_layers)
-    scaling = adapter.config.description()["scaling"] or 1.0
+    alpha = (adapter.config.description()["scaling"] or 1.0) * adapter.config.rank
     kind, file_type = _FILE_TYPES[dtype]
     writer = GGUFWriter(path, architecture)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, Keys.Adapter.LORA_ALPHA.split(".")[1])
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, scaling * adapter.config.rank)
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_file_type(file_type)
     for projection in _projections(adapter):
         name = _gguf_name(names, base, projection)
-        lora_B = projection.compute_B(torch.float32).T / scaling
+        lora_B = projection.compute_B(torch.float32).T * (projection.num_columns / alpha)
         stored_B = _stored_rows(lora_B, projection.name, base.model_type, config)
         for part, tensor in (("a", projection.compute_A(torch.float32)), ("b", stored_B)):
             values = tensor.detach().cpu().contiguous().numpy()

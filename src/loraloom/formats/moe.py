@@ -10,15 +10,15 @@ that their checkpoints have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loraloom.adapters.adapter import MoeFfn
 from loraloom.errors import AdapterError
+from loraloom.formats.checkpoint import LazyTensor
 
 SILENT_SIZE = 16
 """Width of a shared expert that adds nothing; vLLM wants some."""
@@ -66,36 +66,26 @@ class Twin:
     keeps_layer_types: bool = False
 
     def ffn_tensors(
-        self, ffn: MoeFfn, ffn_names: tuple[str, ...], dtype: torch.dtype
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, ffn: MoeFfn, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype
+    ) -> Iterator[tuple[str, LazyTensor]]:
         """Give an FFN block's tensors by their names in the block.
 
         Args:
             ffn: The block of the mixture.
-            ffn_names: The dense family's names of its projections.
+            shapes: Of the dense family's projections in it, by name.
             dtype: Of the computation.
         """
-        yield self.router, ffn.router
+        yield self.router, LazyTensor.of(ffn.router)
+        experts = [_expert(ffn, expert, shapes, dtype) for expert in range(ffn.num_experts)]
         if self.stacked:
-            yield from self._stacked_experts(ffn, ffn_names, dtype)
+            yield from _stacked_experts(experts)
         else:
-            for expert in range(ffn.num_experts):
-                weights = _expert_weights(ffn, expert, ffn_names, dtype)
+            for number, weights in enumerate(experts):
                 for name, weight in zip(self.names, weights, strict=True):
-                    yield f"experts.{expert}.{name}.weight", weight()
+                    yield f"experts.{number}.{name}.weight", weight
         sizes = {"E": ffn.num_experts, "D": ffn.router.shape[1], "S": SILENT_SIZE, "1": 1}
         for name, axes in self.zeros.items():
-            yield name, ffn.router.new_zeros([sizes[axis] for axis in axes])
-
-    def _stacked_experts(
-        self, ffn: MoeFfn, ffn_names: tuple[str, ...], dtype: torch.dtype
-    ) -> Iterator[tuple[str, Tensor]]:
-        experts = [
-            _expert_weights(ffn, expert, ffn_names, dtype) for expert in range(ffn.num_experts)
-        ]
-        inputs = torch.stack([torch.cat([gate(), up()]) for gate, up, _ in experts])
-        yield "input_linear.weight", inputs
-        yield "output_linear.weight", torch.stack([down() for *_, down in experts])
+            yield name, LazyTensor.of(torch.zeros([sizes[axis] for axis in axes]))
 
     def stored_parts(self, name: str, shape: Sequence[int]) -> dict[str, Place]:
         """Say of which tensors of the checkpoint a tensor of a loaded layer is made.
@@ -125,7 +115,9 @@ class Twin:
                 return {f"{expert}.{down}.weight": (e,) for e, expert in enumerate(experts)}
         return {f"{self.block}.{self.loaded_names.get(inner, inner)}": ()}
 
-    def rename(self, name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
+    def rename(
+        self, name: str, tensor: LazyTensor, config: Any
+    ) -> Iterator[tuple[str, LazyTensor]]:
         """Give a tensor of a decoder layer, outside of its FFN block, by the class's names.
 
         Args:
@@ -139,9 +131,11 @@ class Twin:
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
-        parts = tensor.split([head_dim * count for count in heads])
-        for letter, part in zip("qkv", parts, strict=True):
-            yield name.replace("qkv", letter), part
+        start = 0
+        for letter, num_heads in zip("qkv", heads, strict=True):
+            rows = slice(start, start + head_dim * num_heads)
+            start = rows.stop
+            yield name.replace("qkv", letter), _rows(tensor, rows)
 
     def config_fields(self, config: Mapping[str, Any], ffn: MoeFfn) -> dict[str, Any]:
         """Make the fields of the class's configuration from the dense family's.
@@ -157,17 +151,40 @@ class Twin:
         return {**fields, **self.settings, **own}
 
 
-def _expert_weights(
-    ffn: MoeFfn, expert: int, names: tuple[str, ...], dtype: torch.dtype
-) -> tuple[Callable[[], Tensor], ...]:
-    """Give what computes an expert's gate, up and down; a fused gate_up is cut into halves."""
-    if len(names) == 3:
-        return tuple(lambda name=name: ffn.weight(expert, name, dtype) for name in names)
-    fused, down = names
-    return (
-        lambda: ffn.weight(expert, fused, dtype).chunk(2)[0],
-        lambda: ffn.weight(expert, fused, dtype).chunk(2)[1],
-        lambda: ffn.weight(expert, down, dtype),
+def _expert(
+    ffn: MoeFfn, expert: int, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype
+) -> Sequence[LazyTensor]:
+    """Give an expert's gate, up and down; a fused gate_up is cut into halves."""
+    weights = [
+        LazyTensor(shape, lambda name=name: ffn.weight(expert, name, dtype))
+        for name, shape in shapes.items()
+    ]
+    if len(weights) == 3:
+        return weights
+    fused, down = weights
+    half = fused.shape[0] // 2
+    return _rows(fused, slice(0, half)), _rows(fused, slice(half, 2 * half)), down
+
+
+def _rows(tensor: LazyTensor, rows: slice) -> LazyTensor:
+    shape = (rows.stop - rows.start, *tensor.shape[1:])
+    return LazyTensor(shape, lambda: tensor.make()[rows])
+
+
+def _stacked_experts(experts: Sequence[Sequence[LazyTensor]]) -> Iterator[tuple[str, LazyTensor]]:
+    gate, _, down = experts[0]
+    shape = (len(experts), 2 * gate.shape[0], gate.shape[1])
+    yield (
+        "input_linear.weight",
+        LazyTensor(
+            shape, lambda: torch.stack([torch.cat([g.make(), u.make()]) for g, u, _ in experts])
+        ),
+    )
+    yield (
+        "output_linear.weight",
+        LazyTensor(
+            (len(experts), *down.shape), lambda: torch.stack([d.make() for *_, d in experts])
+        ),
     )
 
 

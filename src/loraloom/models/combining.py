@@ -29,7 +29,18 @@ from loraloom.errors import AdapterError, ConfigError
 Combination = Literal["linear", "ties", "dare_ties", "svd"]
 _PAIR = {"lora_A", "lora_B"}
 _AVERAGED = {"router", "magnitude"}
-_FREE = {"rank", "alpha", "dropout", "target_modules", "rank_stabilized", "init", "experts"}
+_FREE = {
+    "rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "rank_stabilized",
+    "init",
+    "experts",
+    "layers",
+    "rank_pattern",
+    "alpha_pattern",
+}
 """Settings in which adapters that are combined may differ; those of routers' training too."""
 
 
@@ -59,6 +70,8 @@ def combine(
         _Weighted(adapter.config, float(weight), _places(adapter))
         for adapter, weight in zip(adapters, weights, strict=True)
     ]
+    first, *others = (adapter.config for adapter in adapters)
+    config = first.combined(others, _targets(weighted))
     pair = _pair_function(combination, density)
     tensors: dict[str, Tensor] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -69,8 +82,7 @@ def combine(
                 str(replace(place, part=part)): tensor
                 for part, tensor in _combined(place, holders, pair)
             }
-    first, *others = (adapter.config for adapter in adapters)
-    return first.combined(others, _targets(weighted)), tensors
+    return config, tensors
 
 
 def _check(
@@ -211,7 +223,10 @@ def _by_svd(
 
 
 def _targets(weighted: Sequence[_Weighted]) -> Any:
-    """The projections of all adapters."""
+    """The projections of all adapters; with their layers, where one is not in all of them."""
+    if not all(one.config.in_every_layer for one in weighted):
+        places = dict.fromkeys(place for one in weighted for place in one.places)
+        return tuple(f"layers.{place.layer}.{place.path}" for place in places)
     given = {str(one.config.target_modules): one.config.target_modules for one in weighted}
     if len(given) == 1:
         return next(iter(given.values()))

@@ -60,9 +60,15 @@ def _read(
     empty: Tensor,
 ) -> Tensor:
     """Put a tensor together from its parts in the files, in float32."""
-    value = torch.empty_like(empty, dtype=torch.float32, device="cpu")
     parts = {name: ()} if parts_of is None else parts_of(name, empty.shape)
+    if len(parts) == 1:
+        return _stored(files, prefix + next(iter(parts))).float().view(empty.shape)
+    value = torch.empty_like(empty, dtype=torch.float32, device="cpu")
     for stored, place in parts.items():
-        with safe_open(files[prefix + stored], framework="pt") as shard:
-            value[place] = shard.get_tensor(prefix + stored)
+        value[place] = _stored(files, prefix + stored)
     return value
+
+
+def _stored(files: dict[str, Path], name: str) -> Tensor:
+    with safe_open(files[name], framework="pt") as shard:
+        return shard.get_tensor(name)

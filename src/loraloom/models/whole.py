@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.low_rank import Projection
 from loraloom.errors import AdapterError
+from loraloom.formats.checkpoint import LazyTensor
 from loraloom.formats.moe import Place, twin_of
 from loraloom.models.host import Host
 from loraloom.models.merging import check_merges
@@ -45,7 +46,7 @@ class WholeModel(ABC):
                 projection.check_is_floating_point()
 
     @abstractmethod
-    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
         """Give a decoder layer's tensors by their names in the layer."""
 
     def layer_parts(self, name: str, shape: torch.Size) -> dict[str, Place]:
@@ -62,28 +63,31 @@ class WholeModel(ABC):
         """One for each decoder layer, and one for the rest."""
         return self.host.base.num_layers + 1
 
-    def shards(self) -> Iterator[Mapping[str, Tensor]]:
-        """Give the model's tensors by name, as many at a time as a layer has."""
+    def shards(self) -> Iterator[Mapping[str, LazyTensor]]:
+        """Give the model's tensors by name, layer by layer."""
         yield dict(self._outer_tensors())
         layers = self.host.model.get_submodule(self.host.base.layers_path)
         for index, layer in enumerate(layers.children()):
             prefix = f"{self.host.base.layers_path}.{index}"
             yield {f"{prefix}.{name}": tensor for name, tensor in self.layer_tensors(index, layer)}
 
-    def _outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _outer_tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """Embeddings, the last norm and the head, unless it is the embeddings."""
         model, layers = self.host.model, f"{self.host.base.layers_path}."
         tied = model.all_tied_weights_keys
         for name, tensor in model.state_dict().items():
             if not name.startswith(layers) and name not in tied:
-                yield name, tensor
+                yield name, LazyTensor.of(tensor)
 
-    def merged(self, projections: Mapping[str, Projection], name: str, tensor: Tensor) -> Tensor:
+    def merged(
+        self, projections: Mapping[str, Projection], name: str, tensor: Tensor
+    ) -> LazyTensor:
         """Merge the update into a tensor if it is an adapted projection's weight."""
         path, _, kind = name.rpartition(".")
         if kind != "weight" or path not in projections:
-            return tensor
-        return projections[path].merged(self.dtype)
+            return LazyTensor.of(tensor)
+        projection = projections[path]
+        return LazyTensor(tuple(tensor.shape), lambda: projection.merged(self.dtype))
 
     def attention(self, index: int) -> dict[str, Projection]:
         """The adapter's projections of a layer's attention, by their names in the layer."""
@@ -109,7 +113,7 @@ class MergedModel(WholeModel):
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config
 
-    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
         """See WholeModel."""
         projections = self.attention(index) | self.ffn(index)
         for name, tensor in layer.state_dict().items():
@@ -133,7 +137,7 @@ class MoeModel(WholeModel):
         self.config.architectures = [type(self._theirs).__name__]
         self._check_tensors()
 
-    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
         """See WholeModel."""
         base = self.host.base
         attention = self.attention(index)
@@ -142,7 +146,8 @@ class MoeModel(WholeModel):
                 whole = self.merged(attention, name, tensor)
                 yield from self.twin.rename(name, whole, self.host.config)
         ffn = self.adapter.as_moe(index)
-        for name, tensor in self.twin.ffn_tensors(ffn, base.ffn_projections, self.dtype):
+        shapes = {name: base.shapes[f"{base.ffn}.{name}"] for name in base.ffn_projections}
+        for name, tensor in self.twin.ffn_tensors(ffn, shapes, self.dtype):
             yield f"{self.twin.block}.{name}", tensor
 
     def layer_parts(self, name: str, shape: torch.Size) -> dict[str, Place]:
@@ -158,7 +163,7 @@ class MoeModel(WholeModel):
             new
             for name, tensor in ours.items()
             if not name.startswith(f"{self.host.base.ffn}.")
-            for new, _ in self.twin.rename(name, tensor, self.host.config)
+            for new, _ in self.twin.rename(name, LazyTensor.of(tensor), self.host.config)
         }
         theirs = {
             name

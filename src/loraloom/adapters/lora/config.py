@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, LowRankConfig, Targets
+from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig, LowRankConfig, Targets
 from loraloom.adapters.keys import Shape, TensorKey, is_meant, target_projections
 from loraloom.adapters.lora.selection import (
     check_selection,
@@ -16,7 +16,7 @@ from loraloom.adapters.lora.selection import (
     pattern_value,
     projection_keys,
 )
-from loraloom.errors import shown
+from loraloom.errors import AdapterError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,24 @@ class LoraConfig(DecomposedConfig):
             "alpha": pattern_value(self.alpha_pattern, key, self.alpha),
         }
         return self.model_copy(update=own | {"rank_pattern": {}, "alpha_pattern": {}})
+
+    def scaling_of(self, key: TensorKey) -> float:
+        """See AdapterConfig."""
+        return self.at(f"layers.{key.layer}.{key.path}").scaling
+
+    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
+        """See AdapterConfig; targets say the layers."""
+        for config in (self, *others):
+            if isinstance(config, LoraConfig) and (config.takes_start_off or config.rank_pattern):
+                raise AdapterError(
+                    "adapters that are combined must have one rank and leave the base's weights "
+                    "as they are, got a rank_pattern or init: pissa or olora; give their rows "
+                    "scales instead"
+                )
+        plain = {"layers": None, "alpha_pattern": {}, "init": "kaiming"}
+        return type(self).model_validate(
+            {**super().combined(others, targets).model_dump(), **plain}
+        )
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:
         """See AdapterConfig."""
