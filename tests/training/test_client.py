@@ -376,7 +376,8 @@ def test_a_state_of_something_else_is_an_error(tmp_path):
     client.save_state(tmp_path)
     store = SnapshotStore(tmp_path)
     records = store.newest()[0].jobs
-    for state in ({}, {"weights": {}}, {"weights": 3}):
+    numbers = {"weights": dict.fromkeys(client.parameters, 10**300), "gradients": {}}
+    for state in ({}, {"weights": {}}, {"weights": 3}, numbers):
         store.write(1, 0.0, describe_base(client.host), records, {"client": state})
         with pytest.raises(ConfigError, match="must hold a client's saved state, it holds"):
             client.load_state(tmp_path)

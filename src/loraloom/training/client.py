@@ -30,7 +30,12 @@ from loraloom.infer.sampling import SamplingConfig
 from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.models.samples import sample_key
-from loraloom.training.run.checkpoint import JobRecord, SnapshotStore, describe_changes
+from loraloom.training.run.checkpoint import (
+    STATE_ERRORS,
+    JobRecord,
+    SnapshotStore,
+    describe_changes,
+)
 from loraloom.training.run.engine import describe_base
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.optimizers import (
@@ -321,7 +326,7 @@ class TrainingClient:
             self.step, self._forwards, self._draws = (
                 state[k] for k in ("step", "forwards", "draws")
             )
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except STATE_ERRORS as error:
             raise ConfigError(
                 f"{directory} must hold a client's saved state, it holds something else: {error}"
             ) from error

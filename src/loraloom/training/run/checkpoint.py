@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ from loraloom.durable import remove, write_directory
 from loraloom.errors import TrainingError, plain
 
 MANIFEST = "manifest.json"
+
+STATE_ERRORS = (
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
+"""What a state that is of something else may raise where it is put to use."""
 
 _SNAPSHOT = re.compile(r"snapshot-([0-9]{1,18})")
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from pickle import UnpicklingError
 from typing import Any
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
-from loraloom.training.run.checkpoint import JobRecord, Snapshot
+from loraloom.training.run.checkpoint import STATE_ERRORS, JobRecord, Snapshot
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.inputs import changed_inputs, input_digests
@@ -29,7 +28,6 @@ from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.reference import drop_reference
 
 SNAPSHOT_RETRY_S = 60.0
-_STATE_ERRORS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, UnpicklingError)
 
 _log = logging.getLogger(__name__)
 
@@ -345,7 +343,7 @@ class Engine:
             self._directory.tidy(name)
             try:
                 self._load_job(name, record, snapshot)
-            except _STATE_ERRORS as error:
+            except STATE_ERRORS as error:
                 raise ConfigError(
                     f"checkpoint {snapshot.directory} can't be used, the state of job {name} is of "
                     f"something else: {_describe(error)}; delete it to go on from the one before"
