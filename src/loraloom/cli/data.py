@@ -34,14 +34,13 @@ def show(
     ] = 2,
 ) -> None:
     """Print the first rows of jobs as tokens, with ^ under those that are learnt."""
-    from rich.console import Console
-
     from loraloom.models.loading import load_tokenizer
+    from loraloom.terminal import make_console
 
     run = load_run_config(run_file, overrides or ())
     jobs = _find_jobs(run, job)
     tokenizer = load_tokenizer(run.base_model)
-    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console = make_console(soft_wrap=True)
     console.print("Tokens between |, ^ under those that are learnt.")
     for config in jobs:
         for source in config.data.sources:
