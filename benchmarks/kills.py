@@ -87,7 +87,12 @@ def check_kills(directory: Path, kills: int, steps: int, seed: int = 0) -> Outco
     unbroken_s = time.monotonic() - started
     rounds = _kill_often(directory, kills, unbroken_s, random.Random(seed))
     _join(_start(directory / "killed.yaml"))
-    return Outcome(len(rounds), rounds, unbroken_s, different_files(directory / "unbroken", directory / "killed"))
+    return Outcome(
+        len(rounds),
+        rounds,
+        unbroken_s,
+        different_files(directory / "unbroken", directory / "killed"),
+    )
 
 
 def settings(inputs: Path, output_dir: Path, steps: int, **train: Any) -> dict[str, Any]:

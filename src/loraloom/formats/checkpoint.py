@@ -81,7 +81,7 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtyp
         for name, tensor in tensors.items():
             value = tensor.make().to("cpu", dtype).contiguous()
             assert tuple(value.shape) == tuple(tensor.shape), name
-            file.write(value.flatten().view(torch.uint8).numpy())
+            file.write(value.flatten().view(torch.uint8).numpy().data)
     return stop
 
 
