@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import date
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from loraloom.cli import generate as verb
 from loraloom.cli import main as cli
@@ -60,6 +63,29 @@ def test_a_file_is_completed_row_by_row(run, saved, tmp_path):
     assert written[1]["completion"] != written[2]["completion"]
 
 
+def test_a_row_without_an_adapter_is_answered_by_all_of_them(run, saved, tmp_path):
+    path, output = write_rows(tmp_path / "in.jsonl", {"prompt": "one"}), tmp_path / "out.jsonl"
+    adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
+    assert run("--input", path, "--output", str(output), *adapters) == 0
+    assert [(row["prompt"], row["adapter"]) for row in read_rows(output)] == [
+        ("one", "a"),
+        ("one", "b"),
+    ]
+
+
+def test_rows_of_a_table_with_dates_are_written_again(run, tmp_path):
+    rows, output = {"prompt": ["one"], "day": [date(2026, 1, 2)]}, tmp_path / "out.jsonl"
+    parquet.write_table(pa.table(rows), tmp_path / "in.parquet")
+    assert run("--input", str(tmp_path / "in.parquet"), "--output", str(output)) == 0
+    assert read_rows(output)[0]["day"] == "2026-01-02"
+
+
+def test_half_a_surrogate_pair_in_a_row_is_named(run, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "one"}\n{"prompt": "\\ud800"}\n')
+    assert run("--input", str(tmp_path / "in.jsonl")) == 2
+    assert "in.jsonl must be JSON, line 2, column 19: " in capsys.readouterr().err
+
+
 def test_a_row_may_scale_its_adapter(run, saved, tmp_path):
     rows = [{"prompt": "one", "adapter": adapter} for adapter in (["a", 0.0], "base", ["a", 1])]
     path, output = write_rows(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
@@ -97,7 +123,7 @@ def test_sampling_options_are_used(run, capsys):
         ({"text": "x"}, "line 1: a row must have either 'prompt' or 'messages'"),
         ({"prompt": 3}, "line 1: field 'prompt' must be a string"),
         ({"prompt": "x", "adapter": "c"}, "field 'adapter' must be one of base, a, b, got 'c'"),
-        ({"prompt": "x"}, "field 'adapter' must say which of base, a, b"),
+        ({"prompt": "x", "adapter": ["a"]}, "field 'adapter' must be a name or [name, scale], got"),
         ({"prompt": "x", "adapter": ["a", "b"]}, "must be a name or [name, scale], got ['a', 'b']"),
         ({"messages": [{"role": "user"}]}, "no field 'content'"),
     ],
@@ -141,7 +167,7 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(
 def test_messages_without_a_template_are_an_error(run, tmp_path, capsys):
     turns = {"messages": [{"role": "user", "content": "one"}]}
     assert run("--input", write_rows(tmp_path / "in.jsonl", turns)) == 2
-    assert "in.jsonl, line 1: messages need a chat template" in capsys.readouterr().err
+    assert "in.jsonl, line 1: the tokenizer must have a chat template" in capsys.readouterr().err
 
 
 def test_the_verb_imports_nothing_heavy():
@@ -150,6 +176,14 @@ def test_the_verb_imports_nothing_heavy():
         "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_chat_template_takes_the_place_of_the_tokenizers(run, tmp_path, capsys):
+    path = write_rows(tmp_path / "in.jsonl", {"messages": [{"role": "user", "content": "one"}]})
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert run("--input", path, "--chat-template", template) == 0
+    assert run("--prompt", "one", "--chat-template", "{{ 1/0 }}") == 2
+    assert "do not fit the chat template: division by zero" in capsys.readouterr().err
 
 
 def interrupt_after(monkeypatch, num_batches):

@@ -70,7 +70,15 @@ CONTRADICTIONS = [
     ({"dataset": "a.jsonl"}, "format must be given with a dataset"),
     ({**CHAT, "path": "data"}, "path has no effect on a dataset"),
     ({**CHAT, "scoring": "text"}, "scoring has no effect on a dataset"),
-    ({**CHAT, "template": "alpaca"}, "template has no effect on format chat"),
+    (
+        {**CHAT, "template": "alpaca"},
+        "template has no effect on format chat: conversations have ch",
+    ),
+    ({"task": "piqa", "chat_template": "trl"}, "chat_template has no effect on a task, only on a"),
+    (
+        {"dataset": "a.jsonl", "format": "text", "chat_template": "trl"},
+        "chat_template has no effect on format text, only on chat and preference",
+    ),
     (
         {"dataset": "a.jsonl", "format": "preference", "template": "alpaca"},
         "template has no effect on format preference",
@@ -81,7 +89,10 @@ CONTRADICTIONS = [
     ),
     ({**CHAT, "split": "train"}, "split has no effect on a file"),
     ({**CHAT, "config": "main"}, "config has no effect on a file"),
-    ({**CHAT, "fields": {"turns": "t"}}, "fields must map messages to column names, got turns"),
+    (
+        {**CHAT, "fields": {"turns": "t"}},
+        "fields must map messages, tools, system to column names, got turns",
+    ),
     ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix must stand without task"),
     ({"mix": []}, "at least 1 item"),
     ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),

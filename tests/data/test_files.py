@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
+import math
 import random
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -73,6 +76,48 @@ def test_plain_text_gives_a_row_a_line(tmp_path):
     assert [row["text"] for row in rows] == ["one", "two"]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\v", "\f", "\x1c"])
+def test_only_line_breaks_end_a_row(tmp_path, separator):
+    text = f"one{separator}two"
+    assert read_file(write(tmp_path / "a.csv", f"text,n\n{text},1\n")) == [{"text": text, "n": "1"}]
+    assert read_file(write(tmp_path / "a.txt", f"{text}\r\nnext")) == [
+        {"text": text},
+        {"text": "next"},
+    ]
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    (row,) = read_file(write(tmp_path / "a.csv", "text\n" + "x" * 200_000))
+    assert len(row["text"]) == 200_000
+
+
+def test_what_json_has_no_form_for_becomes_text_when_parquet_is_read(tmp_path):
+    table = {
+        "day": [datetime.date(2026, 1, 2)],
+        "at": [datetime.datetime(2026, 1, 2, 3, 4)],
+        "price": [Decimal("1.50")],
+        "image": [b"\xff"],
+        "score": [math.nan],
+        "turns": [[{"at": datetime.time(3, 4)}]],
+    }
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    (row,) = read_file(tmp_path / "a.parquet")
+    assert json.loads(json.dumps(row, allow_nan=False)) == {
+        "day": "2026-01-02",
+        "at": "2026-01-02T03:04:00",
+        "price": "1.50",
+        "image": "/w==",
+        "score": None,
+        "turns": [{"at": "03:04:00"}],
+    }
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".jsonl", "a\0.jsonl", "~nosuchuser/a.jsonl"])
+def test_what_can_be_no_path_is_one_clear_error(name):
+    with pytest.raises(DataError, match="a data file must be a path"):
+        read_file(Path(name))
+
+
 def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
     text = json.dumps({"text": "a\u2028b"}, ensure_ascii=False)
     assert read_file(write(tmp_path / "a.jsonl", text)) == [{"text": "a\u2028b"}]
@@ -81,21 +126,34 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl must be JSON, line 2, column 6: EOF while"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
-        ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json, line 2: not valid JSON"),
-        ("a.json", '[{"a": 1},\n', "a.json, line 2: not valid JSON: Expecting value"),
-        ("a.json", '[{"a": 1}\n', "a.json, line 2: not valid JSON: Expecting ',' delimiter"),
-        ("a.json", '[\n{"a": 1} {"b": 2}]', "a.json, line 2: not valid JSON: Expecting ','"),
-        ("a.json", '[{"a": 1}]\njunk', "a.json, line 2: not valid JSON: Extra data"),
-        ("a.json", '[{"a": 1}]\n[{"b": 2}]', "a.json, line 2: not valid JSON: Extra data"),
-        ("a.json", '[{"a": 1},]', "a.json, line 1: not valid JSON"),
+        ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json must be JSON, line 2, column 7: expected `:`"),
+        ("a.json", '[{"a": 1},\n', "a.json must be JSON, line 2, column 0: EOF while"),
+        ("a.json", '[\n{"a": 1} {"b": 2}]', "a.json must be JSON, line 2, column 10: expected `,`"),
+        ("a.json", '[{"a": 1}]\njunk', "a.json must be JSON, line 2, column 1: trailing char"),
+        ("a.json", '[{"a": 1}]\n[{"b": 2}]', "a.json must be JSON, line 2, column 1: trailing"),
+        ("a.json", '[{"a": 1},]', "a.json must be JSON, line 1, column 11: trailing comma"),
         ("a.json", '[\n[{"a": 1}]]', "a.json, line 2: a row must be a JSON object, got list"),
-        ("a.json", "[" * 100_000, "a.json, line 1: JSON that can't be read"),
-        ("a.jsonl", "{}\n" + "1" * 5000, "a.jsonl, line 2: JSON that can't be read"),
+        ("a.json", "[" * 100_000, "a.json must be JSON, line 1, column 202: more than 200 levels"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000, "line 1, column 207: more than 200 levels"),
+        ("a.jsonl", "{}\n" + "1" * 5000, "a.jsonl must be JSON, line 2, column 4302: number out"),
+        (
+            "a.jsonl",
+            '{}\n{"text": "\\ud800"}',
+            "a.jsonl must be JSON, line 2, column 17: unexpected",
+        ),
+        (
+            "a.jsonl",
+            '{"label": Infinity}',
+            "a.jsonl must be JSON, line 1, column 11: expected value",
+        ),
+        ("a.jsonl", '{"label": 1e400}', "a.jsonl, label must be a number that is finite"),
         ("a.jsonl", "\n", "a.jsonl: the file has no rows"),
         ("a.json", "[]", "a.json: the file has no rows"),
         ("a.csv", "text,label\n", "a.csv: the file has no rows"),
+        ("a.csv", 'text\n"never closed\n', "a.csv, line 2: not valid CSV: unexpected end of data"),
+        ("a.csv", "a,b,a\n1,2,3\n", "a.csv, line 1: columns must have different names, got 'a' t"),
         ("a.parquet", "not parquet", "a.parquet: not a Parquet file that can be read"),
         ("a.jsonl.gz", "not gzip", "a.jsonl.gz: the file can't be read"),
         ("a.xlsx", "x", "a.xlsx: a data file must end in one of .jsonl, .json, .csv"),
@@ -112,7 +170,7 @@ ARRAY = json.dumps([{"text": "a, ]\n", "n": [1, {"m": None}]}, {}, {"text": "é"
 @pytest.mark.parametrize("length", range(1, len(ARRAY)))
 def test_a_list_that_is_cut_short_is_refused_with_its_line(tmp_path, length):
     path = write(tmp_path / "a.json", ARRAY[:length])
-    with pytest.raises(DataError, match=r"a\.json, line \d+: not valid JSON: "):
+    with pytest.raises(DataError, match=r"a\.json must be JSON, line \d+, column \d+: "):
         read_file(path)
 
 
@@ -125,7 +183,7 @@ def test_a_list_with_a_character_changed_reads_as_json_does_or_not_at_all(tmp_pa
         try:
             expected = json.loads(text)
         except ValueError:
-            with pytest.raises(DataError, match=r"a\.json, line \d+: not valid JSON: "):
+            with pytest.raises(DataError, match=r"a\.json must be JSON, line \d+, column \d+: "):
                 read_file(path)
             continue
         assert all(isinstance(row, dict) for row in expected), "changed into another kind of list"

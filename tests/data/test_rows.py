@@ -30,6 +30,18 @@ def test_a_field_of_another_type_is_refused():
         ROW.integer("question")
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1.5, "1.5", None, [1]])
+def test_what_is_no_integer_is_refused(value):
+    with pytest.raises(DataError, match="line 7: field 'label' must be an integer, got"):
+        Row({"label": value}, "f.jsonl, line 7").integer("label")
+
+
+def test_a_message_names_twenty_fields_and_is_plain_text():
+    row = Row({f"f{n}\x1b[31m": n for n in range(30)}, "f, line 1")
+    with pytest.raises(DataError, match=r"fields are f0\\x1b\[31m, f1.* and 10 more$"):
+        row["label"]
+
+
 def test_digits_are_an_integer():
     assert ROW.integer("label") == 2
 

@@ -11,6 +11,8 @@ from loraloom.data.tasks import find_task
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import DataError
 
+BAD = {"role": "assistant", "content": "green"}
+
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,7 +98,7 @@ def test_the_report_tells_what_was_cut_and_dropped(tiny_tokenizer, tmp_path):
     assert len(loaded.examples) == 2
     assert loaded.report == (
         f"{path}: 3 rows, 2 examples, {tokens} tokens, 0 held out; 1 cut or divided to fit "
-        "max_length=20; 1 dropped, their answer is missing or does not fit",
+        "max_length=20; 1 dropped, their answer does not fit",
     )
 
 
@@ -242,3 +244,51 @@ def test_real_data_sets_load(tiny_tokenizer, shared_dir):
     assert max(len(example.input_ids) for example in loaded.examples) <= 512
     end = tiny_tokenizer.eos_token_id
     assert all(example.labels[-1] == end for example in loaded.examples)
+
+
+def test_a_validation_file_that_is_the_training_file_is_told(tiny_tokenizer, alpaca):
+    source = {"dataset": alpaca, "format": "instruction"}
+    loaded = load(tiny_tokenizer, max_length=128, **source, validation=source)
+    assert loaded.warnings == (
+        "warning: 40 of 40 held-out examples are learnt too; eval/loss shows how well they are "
+        "remembered",
+    )
+
+
+def test_other_validation_rows_are_told_of_in_no_warning(tiny_tokenizer, alpaca):
+    loaded = load(
+        tiny_tokenizer,
+        max_length=128,
+        dataset=alpaca,
+        format="instruction",
+        validation_fraction=0.2,
+    )
+    assert loaded.warnings == ()
+
+
+def test_an_empty_text_is_refused(tiny_tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": ""}])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: field 'text' must be a text to learn"):
+        load(tiny_tokenizer, dataset=path, format="text")
+
+
+def test_a_chat_template_of_ones_own_is_taken(tiny_tokenizer, tmp_path):
+    turns = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]
+    chats = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}])
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"chosen": turns, "rejected": [turns[0], BAD]}])
+    template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    source = {"chat_template": template}
+    (example,) = load(tiny_tokenizer, dataset=chats, format="chat", **source).examples
+    assert tiny_tokenizer.decode(example.input_ids) == "sky?;blue;"
+    loaded = load(tiny_tokenizer, dataset=pairs, format="preference", as_pairs=True, **source)
+    assert tiny_tokenizer.decode(loaded.examples[0].rejected.input_ids) == "sky?;green;"
+
+
+def test_answers_of_a_pair_that_are_one_another_are_refused(tiny_tokenizer, tmp_path):
+    turns = [{"role": "user", "content": "sky?"}, BAD]
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"chosen": turns, "rejected": turns}])
+    tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    with pytest.raises(
+        DataError, match="line 1: the conversation has no assistant's turn to learn"
+    ):
+        load(tiny_tokenizer, dataset=pairs, format="preference", as_pairs=True)

@@ -36,7 +36,9 @@ def test_a_conversation_goes_into_the_template(tiny_tokenizer):
 
 
 def test_a_conversation_without_a_template_is_an_error(tiny_tokenizer):
-    with pytest.raises(DataError, match=r"a\.jsonl, line 3: messages need a chat template"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 3: the tokenizer must have a chat template"
+    ):
         encode_prompt(tiny_tokenizer, Prompt(TURNS, origin="a.jsonl, line 3"))
 
 

@@ -228,6 +228,13 @@ def test_bf16_autocast_trains_float32_weights(trainer, way, tmp_path):
     assert_equal_weights(trained_by_us(trainer, ALL_METHODS["lora"]), after, 0.05)
 
 
+def test_rows_that_trl_packs_train_as_they_do_alone(tmp_path):
+    model, adapter = model_of("peft")
+    packed = {"packing": True, "max_length": 36, "per_device_train_batch_size": 1}
+    sft_trainer_of(model, tmp_path, **packed, eval_packing=False).train()
+    assert_equal_weights(trained_by_us("SFTTrainer"), weights(adapter))
+
+
 def test_other_adapters_on_the_host_stay_as_they_are(tmp_path):
     model, _ = model_of("view")
     other = model.host.add("other", MIX, seed=1)

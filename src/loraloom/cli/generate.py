@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ from loraloom.cli.options import (
     DtypeOption,
     parse_adapters,
 )
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from loraloom.data.rows import Row
@@ -38,7 +39,7 @@ def generate(
         typer.Option(
             "--input",
             metavar="FILE.jsonl",
-            help="A row for each prompt: `prompt` or `messages`, and perhaps `adapter`.",
+            help="A row for each prompt: `prompt` or `messages` (and `tools`), perhaps `adapter`.",
         ),
     ] = None,
     output: Annotated[
@@ -59,6 +60,14 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Leave out the tokenizer's chat template.")
     ] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template",
+            metavar="TEMPLATE",
+            help="In place of the tokenizer's: a file, a Jinja text, or trl for its training one.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")
     ] = 128,
@@ -94,6 +103,7 @@ def generate(
     """
     adapters = parse_adapters(adapter)
     from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
+    from loraloom.data.chat_template import replace_chat_template
     from loraloom.eval.provenance import describe_adapters
     from loraloom.infer.generate import complete_in_order
     from loraloom.infer.loading import check_sources, load_host
@@ -117,12 +127,14 @@ def generate(
             raise ConfigError(f"--output must be another file than --input, got {output} twice")
         settings = {"base_model": base_model, "dtype": dtype, "sampling": sampling.model_dump()}
         settings |= {"raw": raw, "batch_size": batch_size, "adapters": describe_adapters(adapters)}
+        settings |= {"chat_template": chat_template} if chat_template else {}
         file = OutputFile(output, [*labelled(rows, prompts)], settings)
         num_done = file.count_done(batch_size, overwrite=overwrite)
     if num_done == len(rows):
         typer.echo(f"all {num_done} rows are in {output} already", err=True)
         return
     host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
+    replace_chat_template(tokenizer, chat_template)
     batches = complete_in_order(
         host,
         tokenizer,
@@ -161,34 +173,46 @@ def _read(
         return [{"prompt": prompt}] * len(names), [
             Prompt(str(prompt), name, origin="--prompt") for name in names
         ]
-    found = read_file(input_file)
-    return [dict(row) for row in found], [_prompt_of(row, adapters) for row in found]
+    asked = [
+        (dict(row), prompt)
+        for row in read_file(input_file)
+        for prompt in _prompts_of(row, adapters)
+    ]
+    return [row for row, _ in asked], [prompt for _, prompt in asked]
 
 
-def _prompt_of(row: Row, adapters: Mapping[str, str]) -> Prompt:
-    from loraloom.data.chat import read_messages
+def _prompts_of(row: Row, adapters: Mapping[str, str]) -> list[Prompt]:
+    """What a row asks: one adapter, or all of them where it names none."""
+    from loraloom.data.messages import read_messages, read_tools
     from loraloom.infer.prompts import Prompt
 
     if ("prompt" in row) == ("messages" in row):
         row.reject("a row must have either 'prompt' or 'messages'")
-    content = row.text("prompt") if "prompt" in row else tuple(read_messages(row, "messages"))
-    return Prompt(content, _adapter_of(row, adapters), row.origin)
+    tools = None
+    if "prompt" in row:
+        content = row.text("prompt")
+    else:
+        content, tools = tuple(read_messages(row, "messages")), read_tools(row, "tools")
+    wanted: list[RowAdapter] = (
+        [_adapter_of(row, adapters)] if "adapter" in row else list(adapters) or [None]
+    )
+    return [Prompt(content, adapter, row.origin, tools) for adapter in wanted]
 
 
 def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:
-    """The adapter that a row asks for, perhaps with a scale, or the only one."""
-    known = ", ".join([BASE, *adapters])
-    if "adapter" not in row:
-        if len(adapters) > 1:
-            row.reject(f"field 'adapter' must say which of {known}; there are several")
-        return next(iter(adapters), None)
-    wanted = row["adapter"]
-    with_scale = isinstance(wanted, list) and len(wanted) == 2
-    name, scale = cast("tuple[Any, Any]", wanted if with_scale else (wanted, 1.0))
-    if not isinstance(scale, int | float):
-        row.reject(f"field 'adapter' must be a name or [name, scale], got {wanted!r}")
-    if name is None or name == BASE:
-        return None
+    """The adapter that a row asks for, perhaps with a scale."""
+    match row["adapter"]:
+        case None | "base":
+            return None
+        case str(name):
+            scale = 1.0
+        case [str(name), int(scale) | float(scale)] if math.isfinite(scale):
+            pass
+        case other:
+            row.reject(f"field 'adapter' must be a name or [name, scale], got {shown(other)}")
     if name not in adapters:
-        row.reject(f"field 'adapter' must be one of {known}, got {name!r}; give --adapter for it")
+        known = ", ".join([BASE, *adapters])
+        row.reject(
+            f"field 'adapter' must be one of {known}, got {shown(name)}; give --adapter for it"
+        )
     return name if scale == 1 else (name, scale)

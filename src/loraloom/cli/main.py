@@ -22,6 +22,7 @@ from loraloom.cli import (
     bench,
     chat,
     config,
+    data,
     eval,
     generate,
     inspect,
@@ -52,6 +53,7 @@ VERBS: dict[str, Command] = {
 GROUPS: dict[str, tuple[str, Mapping[str, Command]]] = {
     "bench": ("What a layer, a training step and decoding cost.", bench.SUBCOMMANDS),
     "config": ("Run files: their schema, and one in full.", config.SUBCOMMANDS),
+    "data": ("What a run's jobs learn from.", data.SUBCOMMANDS),
 }
 """Verb with verbs of its own -> its help, and the functions of those."""
 

@@ -33,16 +33,16 @@ DataFormat = Literal["instruction", "chat", "text", "preference"]
 
 FIELD_ROLES: dict[DataFormat, tuple[str, ...]] = {
     "instruction": ("instruction", "input", "output"),
-    "chat": ("messages",),
+    "chat": ("messages", "tools", "system"),
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected"),
 }
 """What a row of each format is made of: the keys that `fields` may map to columns."""
 
 _NO_TEMPLATE = {
-    "chat": "the tokenizer's chat template is used",
+    "chat": "conversations have chat_template, or the tokenizer's",
     "text": "plain text is taken as it is",
-    "preference": "prompts are taken as they are, and messages have the chat template",
+    "preference": "prompts are taken as they are, and messages have chat_template",
 }
 """Why a format takes no prompt template."""
 
@@ -112,12 +112,18 @@ def _why_without_effect(info: CheckInfo) -> str | None:
         return "a dataset, only on a task"
     if setting == "path" and task == "skills":
         return "skills, which loraloom generates"
-    if setting in ("config", "format", "template", "fields") and task and "dataset" in before:
+    if (
+        setting in ("config", "format", "template", "chat_template", "fields")
+        and task
+        and "dataset" in before
+    ):
         return "a task, only on a dataset"
     if setting in ("split", "config") and dataset and _DATA_FILE.fullmatch(dataset):
         return f"a file ({dataset})"
     if setting == "template" and data_format in _NO_TEMPLATE:
         return f"format {data_format}: {_NO_TEMPLATE[data_format]}"
+    if setting == "chat_template" and data_format in ("instruction", "text"):
+        return f"format {data_format}, only on chat and preference"
     return None
 
 
@@ -146,6 +152,10 @@ class _SourceFields(StrictModel):
     """Data set: whether rows are instructions, conversations, plain text or preferences."""
     template: str | None = Field(default=None, min_length=1)
     """Instructions: the prompt template, alpaca (the default) or plain, a Jinja text or a file."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """Conversations: a Jinja text or file in place of the tokenizer's chat template.
+
+    trl takes the template that the trl package has for training with the tokenizer's."""
     fields: dict[str, str] | None = None
     """Data set: column of each role, where they differ from the format's own names."""
 
@@ -159,7 +169,9 @@ class _SourceFields(StrictModel):
             )
         return dataset
 
-    @field_validator("path", "split", "scoring", "config", "format", "template", "fields")
+    @field_validator(
+        "path", "split", "scoring", "config", "format", "template", "chat_template", "fields"
+    )
     @classmethod
     def _check_effect(cls, value: Any, info: CheckInfo) -> Any:
         return check_effect(value, info)

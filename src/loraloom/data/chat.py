@@ -1,121 +1,182 @@
-"""Conversations in the tokenizer's own chat template; what the assistant says is learnt."""
+"""Conversations in a chat template; what the assistant says is learnt, as it would be generated.
+
+A model is asked for an answer with all turns before it, and the template's beginning of one. Each
+answer is learnt after just that text. A template may write an answer differently once more turns
+follow (reasoning is left out, say): such a conversation is learnt in several texts, each with the
+answers that would be generated as they stand there.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import NoReturn
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.data.chat_template import ChatTemplate, Span
 from loraloom.data.encoding import EncodedRow, LearntTokens, fit
+from loraloom.data.messages import Conversation, read_conversation
 from loraloom.data.rows import Row
 from loraloom.data.tokenising import leading_tokens
-from loraloom.errors import DataError
+from loraloom.errors import DataError, shown
 
-Message = dict[str, str]
-
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def read_messages(row: Row, field: str) -> list[Message]:
-    """The turns of a conversation: a list of objects with `role` and `content`.
-
-    Raises:
-        DataError: If the field is missing or of another form.
-    """
-    turns = row[field]
-    if not isinstance(turns, list) or not turns:
-        row.reject(f"field {field!r} must be a list of messages, got {type(turns).__name__}")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            row.reject(f"message {number} must be an object, got {type(turn).__name__}")
-        message = Row(turn, f"{row.origin}, message {number}")
-        messages.append({"role": message.text("role"), "content": message.text("content")})
-    return messages
+_END_OF_REASONING = "</think>"
+"""What ends the reasoning where it stands in the content."""
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], field: str, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    rows: Sequence[Row],
+    columns: Mapping[str, str],
+    max_length: int,
 ) -> list[EncodedRow]:
     """Conversations with a loss on what the assistant says, its end-of-turn token included.
 
     Where the template marks these tokens with `{% generation %}`, its marks are taken. Else they
-    are what each assistant's turn adds to the text of the turns before.
+    are what would be generated after the turns before.
 
     Args:
-        tokenizer: With a chat template.
-        rows: Each with a list of messages.
-        field: Name of that list.
+        tokenizer: The base model's, a fast one.
+        template: Writes the conversations out.
+        rows: Each with a conversation.
+        columns: The rows' names for its parts, where they differ; see `read_conversation`.
         max_length: Most tokens of a row; see `fit`.
 
     Raises:
-        DataError: If there is no template, a row can't be put into it, or the template changes
-            earlier turns so that the assistant's part can't be told apart.
+        DataError: If a row has no answer, can't be put into the template or has something that the
+            template leaves out.
     """
     start = leading_tokens(tokenizer)
     encoded = []
     for row in rows:
-        answered = learn_answers(tokenizer, row, read_messages(row, field))
-        encoded.append(fit(answered.ids, answered.is_learnt, start, max_length))
+        texts = learn_answers(tokenizer, template, row, read_conversation(row, columns))
+        fitted = [fit(text.ids, text.is_learnt, start, max_length) for text in texts]
+        pieces = tuple(piece for text in fitted for piece in text.pieces)
+        is_cut = any(text.is_cut or not text.pieces for text in fitted)
+        encoded.append(EncodedRow(pieces, is_cut=is_cut and bool(pieces)))
     return encoded
 
 
 def learn_answers(
-    tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[Message], first: int = 0
-) -> LearntTokens:
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    row: Row,
+    conversation: Conversation,
+    first: int = 0,
+) -> list[LearntTokens]:
     """A conversation in full length: loss on the assistant's turns from message `first` on.
+
+    Returns:
+        One text, or several where the template writes an answer differently once others follow.
 
     Raises:
         DataError: As `encode_conversations`.
     """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer must have a chat template for messages, it has none; "
-            "set tokenizer.chat_template or write the conversations out as texts"
-        )
-    if _GENERATION_TAG.search(tokenizer.get_chat_template()):
-        num_answers = sum(message["role"] == "assistant" for message in messages[first:])
-        marked = _marked_tokens(tokenizer, row, messages)
-        return LearntTokens(marked.ids, _last_runs(marked.is_learnt, num_answers))
-    return _added_tokens(tokenizer, row, messages, first)
-
-
-def _last_runs(is_learnt: Sequence[bool], count: int) -> list[bool]:
-    """Keep the marks of the last `count` spans."""
-    starts = [
+    places = [
         place
-        for place, learnt in enumerate(is_learnt)
-        if learnt and (place == 0 or not is_learnt[place - 1])
+        for place, message in enumerate(conversation.messages)
+        if message["role"] == "assistant" and place >= first
     ]
-    kept = starts[-count:] if count else []
-    first = kept[0] if kept else len(is_learnt)
-    return [learnt and place >= first for place, learnt in enumerate(is_learnt)]
-
-
-def _marked_tokens(
-    tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[Message]
-) -> LearntTokens:
+    if not places:
+        row.reject("the conversation has no assistant's turn to learn from")
+    if places[0] == 0:
+        row.reject("a conversation must not begin with the assistant's turn")
     try:
-        encoding: Any = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-    except (TemplateError, TypeError, ValueError) as error:
+        _check_written(template, row, conversation, places)
+        if template.marks_answers(conversation):
+            texts = [_marked_text(template, row, conversation, first)]
+        else:
+            texts = _answered_texts(template, row, conversation, places)
+    except TemplateError as error:
         row.reject(f"the conversation does not fit the chat template: {error}")
-    return LearntTokens(encoding["input_ids"], [bool(mark) for mark in encoding["assistant_masks"]])
+    return [_learn_spans(tokenizer, text, spans) for text, spans in texts]
 
 
-def _added_tokens(
-    tokenizer: PreTrainedTokenizerBase, row: Row, messages: list[Message], first: int
+Marked = tuple[str, list[Span]]
+"""A text and where in it the answers are."""
+
+
+def _marked_text(
+    template: ChatTemplate, row: Row, conversation: Conversation, first: int
+) -> Marked:
+    text, marks = template.render_with_marks(conversation)
+    start = 0
+    if first:
+        given = template.render(_until(conversation, first))
+        start = _count_shared(text, given)
+    spans = [(begin, end) for begin, end in marks if begin >= start]
+    if not any(end > begin for begin, end in spans):
+        row.reject("the chat template's {% generation %} marks have nothing of it between them")
+    return text, spans
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An assistant's turn: the text that asks for it, and the text with it at the end."""
+
+    asked: str
+    answered: str
+
+    def span_in(self, text: str, closing: str) -> Span | None:
+        """Where the turn stands in a text as it would be generated; None if it does not.
+
+        Args:
+            text: A longer conversation, or this one.
+            closing: What the template puts at the end of every conversation.
+        """
+        for answered in (self.answered, self.answered.removesuffix(closing)):
+            if text.startswith(answered):
+                return len(self.asked), len(answered)
+        return None
+
+
+def _answered_texts(
+    template: ChatTemplate, row: Row, conversation: Conversation, places: Sequence[int]
+) -> list[Marked]:
+    """As few texts as have every answer as it would be generated."""
+    answers = [_read_answer(template, row, conversation, place) for place in places]
+    closing = _closing(template)
+    texts: list[Marked] = []
+    while answers:
+        text = answers[-1].answered
+        spans = [answer.span_in(text, closing) for answer in answers]
+        texts.append((text, [span for span in spans if span is not None]))
+        answers = [answer for answer, span in zip(answers, spans, strict=True) if span is None]
+    return texts[::-1]
+
+
+def _read_answer(
+    template: ChatTemplate, row: Row, conversation: Conversation, place: int
+) -> _Answer:
+    asked = template.render(_until(conversation, place), for_answer=True)
+    answered = template.render(_until(conversation, place + 1))
+    if not answered.startswith(asked):
+        _reject_beginning(row, place, asked, answered)
+    return _Answer(asked, answered)
+
+
+def _reject_beginning(row: Row, place: int, asked: str, answered: str) -> NoReturn:
+    shared = _count_shared(asked, answered)
+    row.reject(
+        f"the chat template asks for message {place + 1} with {shown(asked[shared:])} where it "
+        f"then writes {shown(answered[shared : shared + 30])}, so the model would learn another "
+        "text than it is asked for; give chat_template: trl, or a template without this difference"
+    )
+
+
+def _learn_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]
 ) -> LearntTokens:
-    text = _render(tokenizer, row, messages)
-    spans = [
-        _answer_span(tokenizer, row, messages, position, text)
-        for position, message in enumerate(messages)
-        if message["role"] == "assistant" and position >= first
-    ]
+    """The tokens of a text; those that reach into a span are learnt."""
+    if not tokenizer.is_fast:
+        raise DataError(
+            "chats need a fast tokenizer, which tells where its tokens stand in a text, got "
+            f"{type(tokenizer).__name__}"
+        )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     is_learnt = [
         any(begin < end and token_begin < end and token_end > begin for begin, end in spans)
@@ -124,38 +185,75 @@ def _added_tokens(
     return LearntTokens(encoding["input_ids"], is_learnt)
 
 
-def _answer_span(
-    tokenizer: PreTrainedTokenizerBase,
-    row: Row,
-    messages: list[Message],
-    position: int,
-    text: str,
-) -> tuple[int, int]:
-    """Where the assistant's turn at `position` stands in the text of the whole conversation."""
-    if position == 0:
-        row.reject("a conversation must not begin with the assistant's turn")
-    before = _render(tokenizer, row, messages[:position], for_answer=True)
-    after = _render(tokenizer, row, messages[: position + 1])
-    if not after.startswith(before) or not text.startswith(after):
-        row.reject(
-            f"the chat template writes earlier turns differently once message {position + 1} "
-            "follows, so the assistant's tokens can't be told apart; give the tokenizer a template "
-            "with {% generation %} marks"
-        )
-    return len(before), len(after)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    row: Row,
-    messages: list[Message],
-    *,
-    for_answer: bool = False,
-) -> str:
+def _closing(template: ChatTemplate) -> str:
+    """The end-of-text token, if the template puts it after a conversation that only asks."""
+    end = template.end_of_text
+    question = Conversation([{"role": "user", "content": "?"}])
     try:
-        text: Any = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=for_answer
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        row.reject(f"the conversation does not fit the chat template: {error}")
-    return text
+        return end if template.render(question).endswith(end) else ""
+    except TemplateError:
+        return ""
+
+
+def _count_shared(text: str, other: str) -> int:
+    """Count the characters that two texts begin with alike."""
+    return sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False))
+    )
+
+
+def _check_written(
+    template: ChatTemplate, row: Row, conversation: Conversation, places: Sequence[int]
+) -> None:
+    """Refuse what the template would leave out without a word."""
+    for what, whole, without in _omissions(conversation, places):
+        if _is_written_alike(template, whole, without):
+            row.reject(
+                f"the chat template leaves out {what}; give chat_template one that writes it, or "
+                "leave it out of the data"
+            )
+
+
+def _omissions(
+    conversation: Conversation, places: Sequence[int]
+) -> Iterator[tuple[str, Conversation, Conversation]]:
+    """What a template may not know, a conversation with it and one without."""
+    if conversation.tools:
+        yield "the tools", conversation, replace(conversation, tools=None)
+    for place, message in enumerate(conversation.messages):
+        name = f"of message {place + 1}"
+        if "tool_calls" in message:
+            without = _changed(conversation, place, tool_calls=[])
+            yield f"the tool_calls {name}", conversation, without
+        elif message["role"] not in ("user", "assistant"):
+            without = _changed(conversation, place, content=f"{message['content']}?")
+            yield f"the content {name}, of role {message['role']!r}", conversation, without
+    for place in places:  # the reasoning of earlier turns is left out for good reasons
+        answer, turn = _until(conversation, place + 1), conversation.messages[place]
+        if "reasoning_content" in turn:
+            without = _changed(answer, place, reasoning_content="")
+            yield f"the reasoning of message {place + 1}", answer, without
+        elif _END_OF_REASONING in turn["content"]:
+            said = turn["content"].rpartition(_END_OF_REASONING)[2]
+            yield (
+                f"the reasoning of message {place + 1}",
+                answer,
+                _changed(answer, place, content=said),
+            )
+
+
+def _until(conversation: Conversation, place: int) -> Conversation:
+    return replace(conversation, messages=conversation.messages[:place])
+
+
+def _changed(conversation: Conversation, place: int, **fields: object) -> Conversation:
+    messages = list(conversation.messages)
+    messages[place] = {**messages[place], **fields}
+    return replace(conversation, messages=messages)
+
+
+def _is_written_alike(template: ChatTemplate, one: Conversation, other: Conversation) -> bool:
+    try:
+        return template.render(one) == template.render(other)
+    except TemplateError:
+        return False

@@ -22,6 +22,11 @@ class Piece:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
 
+    @property
+    def is_learnt(self) -> list[bool]:
+        """Whether each token is predicted, with a loss; the first never is."""
+        return [False, *(label != NO_LOSS for label in self.labels[1:])]
+
 
 @dataclass(frozen=True)
 class EncodedRow:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
+import io
 import json
+import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
 from loraloom.config.faults import suggestion
+from loraloom.config.json_text import parse_json
+from loraloom.config.paths import local_path
 from loraloom.data.rows import Row
-from loraloom.errors import DataError
+from loraloom.errors import DataError, shown
 
 
 def read_file(path: Path) -> list[Row]:
@@ -24,6 +31,7 @@ def read_file(path: Path) -> list[Row]:
     Raises:
         DataError: If the file is missing, of an unknown kind, damaged or empty.
     """
+    path = local_path(path, "a data file", DataError)
     if not path.is_file():
         raise DataError(f"{path}: no such file or directory; {_neighbours(path)}")
     rows = list(_reader(path)(path))
@@ -75,19 +83,6 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: the file must be UTF-8 text: {error}") from error
 
 
-def _parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """The value of a JSON text that begins at a line of a file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {line + error.lineno - 1}: not valid JSON: {error.msg}, column "
-            f"{error.colno}"
-        ) from error
-    except (ValueError, RecursionError) as error:  # more digits or levels than Python takes
-        raise DataError(f"{path}, line {line}: JSON that can't be read: {error}") from error
-
-
 def _row(value: Any, origin: str) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row must be a JSON object, got {type(value).__name__}")
@@ -97,7 +92,8 @@ def _row(value: Any, origin: str) -> Row:
 def _read_json_lines(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
-            yield _row(_parse_json(line, path, number), f"{path}, line {number}")
+            value = parse_json(line, str(path), DataError, number)
+            yield _row(value, f"{path}, line {number}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -105,7 +101,8 @@ def _read_json(path: Path) -> Iterator[Row]:
     if not text.lstrip().startswith("["):  # JSON lines under the wrong name, as often on the hub
         yield from _read_json_lines(path)
         return
-    _parse_json(text, path)  # the list as a whole; what follows only finds the line of each row
+    # the list as a whole is checked first; what follows only finds the line of each row
+    parse_json(text, str(path), DataError)
     decoder = json.JSONDecoder()
     line, seen, position = 1, 0, _skip(text, text.index("[") + 1, " \n\r\t")
     while text[position] != "]":
@@ -122,23 +119,46 @@ def _skip(text: str, position: int, characters: str) -> int:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    reader = csv.reader(_read_text(path).splitlines(keepends=True))
-    columns = next(reader, [])
-    for values in reader:
-        origin = f"{path}, line {reader.line_num}"
+    text = _read_text(path)
+    with _fields_of_any_length():
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            columns = _check_columns(path, next(reader, []))
+            rows = [(reader.line_num, values) for values in reader if values]
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
+    for number, values in rows:
         if len(values) > len(columns):
             raise DataError(
-                f"{origin}: a row must have at most {len(columns)} columns as the first line has, "
-                f"got {len(values)}"
+                f"{path}, line {number}: a row must have at most {len(columns)} columns as the "
+                f"first line has, got {len(values)}"
             )
-        if values:
-            yield Row(dict(zip(columns, values, strict=False)), origin)
+        yield Row(dict(zip(columns, values, strict=False)), f"{path}, line {number}")
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """Lift the limit that Python has on CSV, for all that runs."""
+    former = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(former)
+
+
+def _check_columns(path: Path, columns: list[str]) -> list[str]:
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{path}, line 1: columns must have different names, got {shown(twice[0])} twice"
+        )
+    return columns
 
 
 def _read_plain_text(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(_read_text(path), newline=None), start=1):
         if line.strip():
-            yield Row({"text": line}, f"{path}, line {number}")
+            yield Row({"text": line.removesuffix("\n")}, f"{path}, line {number}")
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -147,10 +167,25 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         records = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
     for number, record in enumerate(records, start=1):
-        yield Row(record, f"{path}, row {number}")
+        yield Row(as_json(record), f"{path}, row {number}")
+
+
+def as_json(value: Any) -> Any:
+    """A value of a table as JSON has it: dates and decimals as texts, bytes in base64."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):  # pandas writes NaN for nothing
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.config.faults import suggestion
+from loraloom.config.paths import local_path
 from loraloom.data.files import SUFFIXES, is_data_file, read_file
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
@@ -63,7 +64,7 @@ def read_rows(location: str, split: str, config: str | None = None) -> list[Row]
     Raises:
         DataError: If there is no such data set or split, or it is empty or damaged.
     """
-    path = Path(location).expanduser()
+    path = local_path(location, "dataset", DataError)
     if path.is_dir():
         return read_file(_find_split(path, split))
     if path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location):
@@ -82,7 +83,7 @@ def find_named(path: Path, name: str, split: str) -> Path:
     Raises:
         DataError: If there is no such data set or split.
     """
-    path = path.expanduser()
+    path = local_path(path, "the path of data", DataError)
     if not path.is_dir():
         return _check_single_file(path, split)
     if (path / name).is_dir():
@@ -107,7 +108,7 @@ def find_splits(path: Path, name: str, *, alone: bool) -> dict[str, Path]:
     Raises:
         DataError: If the path is no directory.
     """
-    path = path.expanduser()
+    path = local_path(path, "the path of data", DataError)
     if not path.is_dir():
         raise DataError(f"{path}: there is no such directory of data sets")
     if (path / name).is_dir():

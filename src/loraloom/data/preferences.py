@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.chat import Message, learn_answers, read_messages
+from loraloom.data.chat import learn_answers
+from loraloom.data.chat_template import ChatTemplate, load_chat_template
 from loraloom.data.encoding import EncodedRow, LearntTokens, fit_pair, learn_completions
+from loraloom.data.messages import Conversation, Message, read_messages, read_tools
 from loraloom.data.rows import Row
 from loraloom.data.tokenising import leading_tokens
 
@@ -20,6 +22,7 @@ def encode_preferences(
     rows: Sequence[Row],
     columns: dict[str, str],
     max_length: int,
+    chat_template: str | None = None,
 ) -> list[EncodedRow]:
     """Rows of `prompt`, `chosen` and `rejected` with a loss on both answers.
 
@@ -32,6 +35,7 @@ def encode_preferences(
         rows: All of one kind.
         columns: The rows' names for the three, where they differ.
         max_length: Most tokens of either answer with its prompt; see `fit_pair`.
+        chat_template: For messages, in place of the tokenizer's; see `load_chat_template`.
 
     Raises:
         DataError: If a row lacks a field or has one of another kind, or the tokenizer lacks what
@@ -40,9 +44,10 @@ def encode_preferences(
     names = {role: columns.get(role, role) for role in ("prompt", "chosen", "rejected")}
     if isinstance(rows[0][names["chosen"]], str):
         return encode_text_pairs(tokenizer, [_read_texts(row, names) for row in rows], max_length)
-    start = leading_tokens(tokenizer)
+    start, template = leading_tokens(tokenizer), load_chat_template(tokenizer, chat_template)
     return [
-        fit_pair(*_learn_conversations(tokenizer, row, names), start, max_length) for row in rows
+        fit_pair(*_learn_conversations(tokenizer, template, row, names), start, max_length)
+        for row in rows
     ]
 
 
@@ -66,7 +71,7 @@ def _read_texts(row: Row, names: dict[str, str]) -> TextPair:
 
 
 def _learn_conversations(
-    tokenizer: PreTrainedTokenizerBase, row: Row, names: dict[str, str]
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, row: Row, names: dict[str, str]
 ) -> tuple[LearntTokens, LearntTokens]:
     chosen, rejected = (read_messages(row, names[role]) for role in ("chosen", "rejected"))
     if isinstance(row.get(names["prompt"]), list):
@@ -74,10 +79,27 @@ def _learn_conversations(
         first, chosen, rejected = len(prompt), [*prompt, *chosen], [*prompt, *rejected]
     else:
         first = _count_shared(chosen, rejected)
+    tools = read_tools(row, "tools")
     return (
-        learn_answers(tokenizer, row, chosen, first),
-        learn_answers(tokenizer, row, rejected, first),
+        _learn_answer(tokenizer, template, row, Conversation(chosen, tools), first),
+        _learn_answer(tokenizer, template, row, Conversation(rejected, tools), first),
     )
+
+
+def _learn_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    row: Row,
+    conversation: Conversation,
+    first: int,
+) -> LearntTokens:
+    texts = learn_answers(tokenizer, template, row, conversation, first)
+    if len(texts) > 1:
+        row.reject(
+            "an answer of several turns must be one text, and the chat template writes its earlier "
+            "turns differently once others follow; give chat_template one that does not"
+        )
+    return texts[0]
 
 
 def _count_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:

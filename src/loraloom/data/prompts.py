@@ -6,14 +6,11 @@ other field of the row. It ends where the answer begins.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from loraloom.config.faults import suggestion
 from loraloom.data.rows import Row
-from loraloom.errors import DataError
+from loraloom.data.templates import BoundedEnvironment, compile_within, read_template, render
+from loraloom.errors import DataError, shown
 
 _ALPACA = """\
 Below is an instruction that describes a task\
@@ -51,7 +48,7 @@ def load_template(template: str | None) -> Template:
         DataError: If it is none of these or not valid Jinja.
     """
     return compile_template(
-        _template_source(template or "alpaca"), f"the prompt template {template!r}"
+        _template_source(template or "alpaca"), f"the prompt template {shown(template)}"
     )
 
 
@@ -65,11 +62,9 @@ def compile_template(source: str, origin: str) -> Template:
     Raises:
         DataError: If it is not valid Jinja.
     """
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True
-    )
+    environment = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     try:
-        return environment.from_string(source)
+        return compile_within(environment, source)
     except TemplateError as error:
         raise DataError(f"{origin} is not valid Jinja: {error}") from error
 
@@ -89,8 +84,8 @@ def read_instruction(row: Row, columns: dict[str, str], template: Template) -> t
     instruction, output = row.text(columns["instruction"]), row.text(columns["output"])
     given = row.text(columns["input"]) if has_input else ""
     try:
-        return template.render({**row, "instruction": instruction, "input": given}), output
-    except (TemplateError, TypeError, ValueError) as error:
+        return render(template, {**row, "instruction": instruction, "input": given}), output
+    except TemplateError as error:
         row.reject(f"the prompt template can't be filled in: {error}")
 
 
@@ -111,15 +106,4 @@ def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, s
 
 
 def _template_source(template: str) -> str:
-    if template in TEMPLATES:
-        return TEMPLATES[template]
-    if "{{" in template or "{%" in template:
-        return template
-    path = Path(template).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{suggestion(template, TEMPLATES)}template must be {', '.join(TEMPLATES)}, a Jinja "
-            f"template or a file with one, got {template!r}"
-        ) from error
+    return TEMPLATES.get(template) or read_template(template, "template", TEMPLATES)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from loraloom.errors import DataError
+from loraloom.errors import DataError, shown
+
+_MAX_FIELDS = 20
+"""Fields of a row that a message names."""
 
 
 class Row(dict[str, Any]):
@@ -16,7 +19,9 @@ class Row(dict[str, Any]):
         self.origin = origin
 
     def __missing__(self, name: str) -> NoReturn:
-        self.reject(f"the row has no field {name!r}; its fields are {', '.join(self) or 'none'}")
+        fields = ", ".join(map(str, list(self)[:_MAX_FIELDS])) or "none"
+        more = f" and {len(self) - _MAX_FIELDS} more" if len(self) > _MAX_FIELDS else ""
+        self.reject(f"the row has no field {name!r}; its fields are {fields}{more}")
 
     def reject(self, reason: str) -> NoReturn:
         """Raise the DataError that this row can't be used.
@@ -34,7 +39,7 @@ class Row(dict[str, Any]):
         """
         value = self[name]
         if not isinstance(value, str):
-            self.reject(f"field {name!r} must be a string, got {_shown(value)}")
+            self.reject(f"field {name!r} must be a string, got {shown(value)}")
         return value
 
     def texts(self, name: str) -> list[str]:
@@ -45,7 +50,7 @@ class Row(dict[str, Any]):
         """
         value = self[name]
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            self.reject(f"field {name!r} must be a list of strings, got {_shown(value)}")
+            self.reject(f"field {name!r} must be a list of strings, got {shown(value)}")
         return value
 
     def integer(self, name: str) -> int:
@@ -56,9 +61,12 @@ class Row(dict[str, Any]):
         """
         value = self[name]
         try:
-            return int(value)
-        except (TypeError, ValueError):
-            self.reject(f"field {name!r} must be an integer, got {_shown(value)}")
+            number = int(value)
+        except (TypeError, ValueError, OverflowError):
+            self.reject(f"field {name!r} must be an integer, got {shown(value)}")
+        if isinstance(value, float) and value != number:
+            self.reject(f"field {name!r} must be an integer, got {shown(value)}")
+        return number
 
     def part(self, name: str) -> Row:
         """The field as a row of its own, for fields that hold fields.
@@ -68,10 +76,5 @@ class Row(dict[str, Any]):
         """
         value = self[name]
         if not isinstance(value, Mapping):
-            self.reject(f"field {name!r} must be an object, got {_shown(value)}")
+            self.reject(f"field {name!r} must be an object, got {shown(value)}")
         return Row(value, f"{self.origin}, field {name!r}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

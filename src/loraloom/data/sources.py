@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SourceConfig
 from loraloom.data.chat import encode_conversations
+from loraloom.data.chat_template import load_chat_template
 from loraloom.data.encoding import EncodedRow, encode_completions, encode_documents
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.locations import read_rows
@@ -34,6 +35,7 @@ def load_source(
     split: str,
     *,
     as_pairs: bool = False,
+    limit: int | None = None,
 ) -> LoadedSource:
     """Read and encode a source.
 
@@ -43,16 +45,18 @@ def load_source(
         max_length: Most tokens of an example.
         split: What is read where the config names no split.
         as_pairs: Make each question of a task a preference: the right answer over a wrong one.
+        limit: Most rows to take from the beginning.
 
     Raises:
         DataError: If the data is missing, empty or has a row that can't be used, or no row fits
             max_length.
     """
     if config.task is not None:
-        source = _load_task(config, config.task, tokenizer, max_length, split, as_pairs=as_pairs)
+        rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
+        source = _load_task(config, config.task, rows, tokenizer, max_length, as_pairs=as_pairs)
     else:
         assert config.dataset is not None, "SourceConfig has a task or a dataset"
-        rows = read_rows(config.dataset, config.split or split, config.config)
+        rows = read_rows(config.dataset, config.split or split, config.config)[:limit]
         source = LoadedSource(config.dataset, _encode(config, rows, tokenizer, max_length))
     if not any(row.pieces for row in source.rows):
         raise DataError(
@@ -65,15 +69,14 @@ def load_source(
 def _load_task(
     config: SourceConfig,
     name: str,
+    rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    split: str,
     *,
     as_pairs: bool,
 ) -> LoadedSource:
     task = find_task(name)
     scoring = config.scoring or task.scoring
-    rows = task.load_rows(config.split or split, config.path)
     if as_pairs:
         pairs = [task.preference_texts(row, index, scoring) for index, row in enumerate(rows)]
         encoded = encode_text_pairs(tokenizer, pairs, max_length)
@@ -93,15 +96,23 @@ def _encode(
     columns = config.fields or {}
     match config.format:
         case "chat":
-            field = columns.get("messages", "messages")
-            return encode_conversations(tokenizer, rows, field, max_length)
+            chats = load_chat_template(tokenizer, config.chat_template)
+            return encode_conversations(tokenizer, chats, rows, columns, max_length)
         case "text":
             field = columns.get("text", "text")
-            return encode_documents(tokenizer, [row.text(field) for row in rows], max_length)
+            texts = [_read_document(row, field) for row in rows]
+            return encode_documents(tokenizer, texts, max_length)
         case "preference":
-            return encode_preferences(tokenizer, rows, columns, max_length)
+            return encode_preferences(tokenizer, rows, columns, max_length, config.chat_template)
         case _:
             template = load_template(config.template)
             names = instruction_columns(rows[0], config.fields)
             texts = [read_instruction(row, names, template) for row in rows]
             return encode_completions(tokenizer, texts, max_length)
+
+
+def _read_document(row: Row, field: str) -> str:
+    text = row.text(field)
+    if not text:
+        row.reject(f"field {field!r} must be a text to learn, it is empty")
+    return text

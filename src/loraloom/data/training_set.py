@@ -43,7 +43,7 @@ class TrainingSet:
     """Examples to learn from, others held out, and what happened to the rows on the way.
 
     `validation_questions` are the rows held out of choice tasks, as questions; `report` has a line
-    for each source.
+    for each source, and `warnings` one where examples are both learnt and held out.
     """
 
     examples: list[TrainingExample]
@@ -52,6 +52,7 @@ class TrainingSet:
     portions: tuple[Portion, ...]
     report: tuple[str, ...]
     seed: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def epoch_length(self) -> int:
@@ -123,6 +124,7 @@ def load_training_set(
             for place, source in enumerate(config.sources)
         ),
         report=tuple(_describe(share, max_length) for share in shares),
+        warnings=tuple(_warn_of_repeats(shares)),
         seed=seed,
     )
 
@@ -211,8 +213,21 @@ def _describe(share: _Share, max_length: int) -> str:
     if cut:
         line += f"; {cut} cut or divided to fit max_length={max_length}"
     if dropped:
-        line += f"; {dropped} dropped, their answer is missing or does not fit"
+        line += f"; {dropped} dropped, their answer does not fit"
     return line
+
+
+def _warn_of_repeats(shares: Sequence[_Share]) -> list[str]:
+    """Tell of held-out examples that are learnt too, as if the validation file was trained on."""
+    learnt = {row.input_ids for share in shares for one in share.examples for row in one.rows}
+    held_out = [row.input_ids for share in shares for one in share.held_out for row in one.rows]
+    repeated = sum(tokens in learnt for tokens in held_out)
+    if not repeated:
+        return []
+    return [
+        f"warning: {repeated} of {len(held_out)} held-out examples are learnt too; eval/loss shows "
+        "how well they are remembered"
+    ]
 
 
 def _count_cut(rows: Sequence[EncodedRow]) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.chat import Message
+from loraloom.data.chat_template import load_chat_template
+from loraloom.data.messages import Conversation, Message
 from loraloom.data.tokenising import encode_texts
 from loraloom.errors import DataError, shown
 from loraloom.models.layout import RowAdapter
@@ -21,11 +23,13 @@ class Prompt:
         content: A text, or the turns of a conversation.
         adapter: Name of the adapter that answers, perhaps with a scale; None is the base model.
         origin: Where it comes from, for messages: a file and line, say.
+        tools: JSON schemas of the functions that a conversation's answer may call.
     """
 
     content: str | tuple[Message, ...]
     adapter: RowAdapter = None
     origin: str = "prompt"
+    tools: list[dict[str, Any]] | None = None
 
 
 def encode_prompt(
@@ -48,7 +52,7 @@ def encode_prompt(
     if isinstance(prompt.content, str) and (raw or not tokenizer.chat_template):
         ids = encode_texts(tokenizer, [_checked(prompt.content, prompt)])[0]
     else:
-        text = _checked(_render(tokenizer, prompt), prompt)
+        text = _render(tokenizer, prompt)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
@@ -74,17 +78,16 @@ def _checked(text: str, prompt: Prompt) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{prompt.origin}: messages need a chat template and the tokenizer has none; "
-            "write the conversation out as a prompt"
-        )
     content = prompt.content
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+    for message in messages:
+        _checked(message["content"], prompt)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
+        template = load_chat_template(tokenizer)
+        return template.render(Conversation(messages, prompt.tools), for_answer=True)
+    except DataError as error:
+        raise DataError(f"{prompt.origin}: {error}") from None
+    except TemplateError as error:
         raise DataError(
             f"{prompt.origin}: the messages do not fit the chat template: {error}"
         ) from error
-    return str(text)

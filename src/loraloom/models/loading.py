@@ -90,6 +90,20 @@ def load_base_model(
     return model, tokenizer
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model alone.
+
+    Args:
+        name: As in `load_base_model`.
+
+    Raises:
+        ModelError: If there is no such model, or its tokenizer can't be loaded.
+    """
+    source = find_source(name)
+    with _quiet(source), _told_as_model_error(f"the tokenizer of {name}", source):
+        return _load_tokenizer(source)
+
+
 def find_device(name: str) -> torch.device:
     """Return a device that this machine has.
 

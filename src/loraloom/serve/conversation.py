@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.chat import Message
+from loraloom.data.messages import Message
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.serve.engine import Engine

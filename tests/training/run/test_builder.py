@@ -50,6 +50,15 @@ def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
     assert first.training_set is not other.training_set
 
 
+def test_rows_longer_than_the_models_positions_are_refused(builder, rows):
+    rows.write_text(json.dumps({"text": "one " * 999}) + "\n")
+    message = (
+        r"job a: examples must fit the model's \d+ positions, the longest has 900 tokens; set tr"
+    )
+    with pytest.raises(LoraloomError, match=message):
+        builder.build(config(rows, train={"max_steps": 1, "max_length": 900}))
+
+
 def test_data_that_was_changed_is_read_again(builder, rows):
     builder.build(config(rows))
     rows.write_text(json.dumps(ROWS[0]) + "\n")

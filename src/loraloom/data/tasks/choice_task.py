@@ -20,7 +20,7 @@ from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.files import read_file
 from loraloom.data.locations import HubSource, SplitFiles, find_named, read_hub
 from loraloom.data.rows import Row
-from loraloom.errors import DataError
+from loraloom.errors import DataError, shown
 
 Generator = Callable[[str], list[dict[str, Any]]]
 """Makes the rows of a split."""
@@ -197,7 +197,7 @@ def published(row: Row, field: str, gold: int, num_choices: int) -> int:
     """
     if not 0 <= gold < num_choices:
         row.reject(
-            f"field {field!r} must name one of {num_choices} choices, got {row[field]!r}; "
+            f"field {field!r} must name one of {num_choices} choices, got {shown(row[field])}; "
             "a split without published labels can't be used"
         )
     return gold

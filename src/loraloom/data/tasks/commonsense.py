@@ -20,6 +20,7 @@ from loraloom.data.tasks.choice_task import (
     letters,
     published,
 )
+from loraloom.errors import shown
 
 Choices = tuple[list[str], tuple[str, ...], int]
 """Answers, labels, and the index of the right one."""
@@ -35,7 +36,7 @@ def _read_lettered(row: Row) -> Choices:
         choices.reject(f"must have as many texts as labels, got {len(answers)} and {len(labels)}")
     key = row.text("answerKey").strip()
     if key not in labels:
-        row.reject(f"field 'answerKey' must be one of {', '.join(labels)}, got {key!r}")
+        row.reject(f"field 'answerKey' must be one of {', '.join(labels)}, got {shown(key)}")
     return answers, tuple(labels), labels.index(key)
 
 
@@ -82,7 +83,7 @@ def _read_truth(row: Row) -> bool:
     answer = str(row[field]).strip().lower()
     if answer not in _TRUTH:
         row.reject(
-            f"field {field!r} must be true or false, got {row[field]!r}; "
+            f"field {field!r} must be true or false, got {shown(row[field])}; "
             "a split without published labels can't be used"
         )
     return _TRUTH[answer]
@@ -231,7 +232,7 @@ def _winogrande_by_text(row: Row) -> ChoiceForm:
     options, gold = _read_options(row)
     before, blank, after = row.text("sentence").partition("_")
     if not blank:
-        row.reject(f"field 'sentence' must have a blank '_', got {row['sentence']!r}")
+        row.reject(f"field 'sentence' must have a blank '_', got {shown(row['sentence'])}")
     return ChoiceForm(
         contexts=tuple(before + option for option in options),
         continuations=(f" {after.strip()}",) * 2,

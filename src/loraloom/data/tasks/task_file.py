@@ -17,7 +17,8 @@ from loraloom.data.locations import HubSource, SplitFiles
 from loraloom.data.prompts import compile_template
 from loraloom.data.rows import Row
 from loraloom.data.tasks.choice_task import ChoiceForm, ChoiceTask, letters
-from loraloom.errors import ConfigError
+from loraloom.data.templates import render
+from loraloom.errors import ConfigError, shown
 
 _MAX_LETTERS = 26
 
@@ -141,7 +142,7 @@ class _TaskForm:
         if answer not in options:
             row.reject(
                 f"answer ({self._config.answer}) must be a choice's {self._config.answer_is}, one "
-                f"of {', '.join(options)}, got {answer!r}"
+                f"of {', '.join(options)}, got {shown(answer)}"
             )
         return options.index(answer)
 
@@ -172,8 +173,8 @@ def _fill_in(template: Template, row: Row, setting: str, choices: _Choices | Non
     if choices is not None:
         beside = {"choice_texts": choices.texts, "choice_labels": choices.labels}
     try:
-        return template.render({**row, **beside})
-    except (TemplateError, TypeError, ValueError) as error:
+        return render(template, {**row, **beside})
+    except TemplateError as error:
         row.reject(
             f"{setting} can't be filled in: {error}; the row's fields are "
             f"{', '.join(row) or 'none'}"
@@ -199,13 +200,13 @@ def _step(row: Row, value: Any, part: str, path: str) -> Any:
 
 def _as_texts(row: Row, field: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
-        row.reject(f"field {field!r} must be a list, got {value!r}")
+        row.reject(f"field {field!r} must be a list, got {shown(value)}")
     return tuple(_as_text(row, f"field {field!r}", entry) for entry in value)
 
 
 def _as_text(row: Row, what: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        row.reject(f"{what} must be a text or a number, got {value!r}")
+        row.reject(f"{what} must be a text or a number, got {shown(value)}")
     return str(value)
 
 

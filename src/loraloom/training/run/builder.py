@@ -13,6 +13,7 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
+from loraloom.config.paths import local_path
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.formats.files import read_adapter
@@ -61,6 +62,7 @@ class JobBuilder:
         reference = load_reference(self._host, config.train.objective)
         training_set = self._training_set(config)
         _check_enough(config, training_set)
+        _check_positions(config, training_set, self._host.config.max_position_embeddings)
         job = Job(config, adapter, training_set, reference)
         self._evaluation.read(config)
         return job
@@ -80,16 +82,17 @@ class JobBuilder:
 def _file_versions(data: DataConfig) -> Iterator[tuple[str, int, int]]:
     """Tell the local files that data comes from, with time and size: they may change meanwhile."""
     for source in (*data.sources, *([data.validation] if data.validation else [])):
-        for name in (source.task, source.dataset, source.path, source.template):
+        names = (source.task, source.dataset, source.path, source.template, source.chat_template)
+        for name in names:
             for file in _files_of(name):
                 status = file.stat()
                 yield str(file), status.st_mtime_ns, status.st_size
 
 
 def _files_of(name: str | None) -> list[Path]:
-    if name is None or "\n" in name:  # a template's text
+    if name is None or "{" in name or "\n" in name:  # a template's text
         return []
-    path = Path(name)
+    path = local_path(name, "data", DataError)
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [path] if path.is_file() else []
@@ -101,6 +104,16 @@ def _check_enough(config: JobConfig, training_set: TrainingSet) -> None:
         raise DataError(
             f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
             "give more rows, or raise max_length"
+        )
+
+
+def _check_positions(config: JobConfig, training_set: TrainingSet, positions: int) -> None:
+    examples = (*training_set.examples, *training_set.validation)
+    longest = max(len(row.input_ids) for example in examples for row in example.rows)
+    if longest > positions:
+        raise DataError(
+            f"examples must fit the model's {positions} positions, the longest has {longest} "
+            f"tokens; set train.max_length, {config.train.max_length}, to {positions} or less"
         )
 
 

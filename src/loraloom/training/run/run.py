@@ -113,7 +113,11 @@ def train(
             check_memory(prediction, run.memory_limit, host.device)
             progress.message(f"memory: {prediction.describe()}")
         sweep = _sweep(run, directory, progress, builder, jobs)
-        data = [f"{job.name}: {line}" for job in jobs for line in job.training_set.report]
+        data = [
+            f"{job.name}: {line}"
+            for job in jobs
+            for line in (*job.training_set.report, *job.training_set.warnings)
+        ]
         for line in (*faults, *left_out, *data):
             progress.message(line)
         if snapshot is not None:

@@ -1,0 +1,195 @@
+"""A chat template: how a conversation is written out for a model.
+
+It renders as `tokenizer.apply_chat_template` does, within bounds. `for_answer` ends the text where
+the model's answer begins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+from loraloom.data.messages import Conversation, Message
+from loraloom.data.templates import (
+    BoundedEnvironment,
+    bounded,
+    check_text,
+    compile_within,
+    counted,
+    read_template,
+    render,
+)
+from loraloom.errors import DataError
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+TRL = "trl"
+"""In place of a template: the one that trl has for training with the tokenizer's."""
+
+Span = tuple[int, int]
+"""Where a part of a text begins and ends, in characters."""
+
+
+class ChatTemplate:
+    """A chat template with the special tokens of a tokenizer.
+
+    Args:
+        source: The template.
+        tool_source: What is used in its place for conversations with tools.
+        special_tokens: Special tokens by name, `bos_token` and so on.
+
+    Raises:
+        DataError: If a template is not valid Jinja.
+    """
+
+    def __init__(self, source: str, tool_source: str, special_tokens: Mapping[str, Any]):
+        self._templates = {False: _compile(source), True: _compile(tool_source)}
+        self._special_tokens = special_tokens
+        self._sources = {False: source, True: tool_source}
+
+    @property
+    def end_of_text(self) -> str:
+        """The tokenizer's EOS token, empty if it has none."""
+        return str(self._special_tokens.get("eos_token", ""))
+
+    def marks_answers(self, conversation: Conversation) -> bool:
+        """Whether the template says itself what the assistant's part is, by `{% generation %}`."""
+        source = self._sources[conversation.tools is not None]
+        return _GENERATION_TAG.search(source) is not None
+
+    def render(self, conversation: Conversation, *, for_answer: bool = False) -> str:
+        """The text of a conversation.
+
+        Raises:
+            TemplateError: If it does not fit the template.
+        """
+        return render(self._template(conversation), self._fields(conversation, for_answer))
+
+    def render_with_marks(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text of a conversation, and where the template marks the assistant's parts in it.
+
+        Raises:
+            TemplateError: If it does not fit the template.
+        """
+        template, blocks, marks = self._template(conversation), [], []
+        environment: Any = template.environment
+        with bounded(), environment.activate_tracker(blocks, marks):
+            for block in template.generate(self._fields(conversation, for_answer=False)):
+                blocks.append(block)
+        return check_text("".join(blocks)), marks
+
+    def _template(self, conversation: Conversation) -> Template:
+        return self._templates[conversation.tools is not None]
+
+    def _fields(self, conversation: Conversation, for_answer: bool) -> dict[str, Any]:
+        return {
+            **self._special_tokens,
+            "messages": [_with_thinking(message) for message in conversation.messages],
+            "tools": conversation.tools,
+            "documents": None,
+            "add_generation_prompt": for_answer,
+        }
+
+
+def load_chat_template(
+    tokenizer: PreTrainedTokenizerBase, given: str | None = None
+) -> ChatTemplate:
+    """The chat template of a tokenizer, or one in its place.
+
+    Args:
+        tokenizer: Its special tokens are the template's.
+        given: A Jinja text, a file with one, or `trl`; None takes the tokenizer's own.
+
+    Raises:
+        DataError: If there is no template or it can't be used.
+    """
+    own = given is None
+    sources = _own_sources(tokenizer) if own else (_given_source(tokenizer, given),) * 2
+    return ChatTemplate(*sources, special_tokens=tokenizer.special_tokens_map)
+
+
+def replace_chat_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None:
+    """Give a tokenizer another chat template, if there is one to give; see `load_chat_template`.
+
+    Raises:
+        DataError: If it can't be used.
+    """
+    if given is not None:
+        source = _given_source(tokenizer, given)
+        _compile(source)
+        tokenizer.chat_template = source
+
+
+def _given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
+    if given != TRL:
+        return read_template(given, "chat_template", (TRL,))
+    return _training_source(tokenizer) or _own_sources(tokenizer)[0]
+
+
+@lru_cache(64)
+def _compile(source: str) -> Template:
+    try:
+        return compile_within(_chat_environment(), source)
+    except TemplateError as error:
+        raise DataError(f"the chat template is not valid Jinja: {error}") from error
+
+
+def _chat_environment() -> BoundedEnvironment:
+    """Bounds around what transformers gives chat templates; Jinja's own sandbox has less."""
+    theirs: Any = chat_template_utils._compile_jinja_template("").environment
+    environment = BoundedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[type(extension) for extension in theirs.extensions.values()],
+    )
+    environment.filters["tojson"] = counted("tojson", theirs.filters["tojson"])
+    environment.globals |= {
+        name: theirs.globals[name]
+        for name in ("raise_exception", "strftime_now", "dict", "namespace")
+        if name in theirs.globals
+    }
+    return environment
+
+
+def _own_sources(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The tokenizer's template, and the one that it has for conversations with tools."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer must have a chat template for messages, it has none; give one as "
+            "chat_template, or write the conversations out as texts"
+        )
+    try:
+        return tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
+    except ValueError as error:
+        raise DataError(f"the tokenizer's chat template can't be told: {error}") from error
+
+
+def _training_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What trl trains with in place of a tokenizer's template; None: the template itself."""
+    _own_sources(tokenizer)
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError as error:
+        raise DataError(
+            f"chat_template {TRL} needs trl's templates: pip install trl ({error})"
+        ) from error
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise DataError(
+            f"trl has no training template for this tokenizer; give chat_template another one "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _with_thinking(message: Message) -> Message:
+    """A message whose reasoning also has the name that gpt-oss's template knows it by."""
+    if "reasoning_content" not in message:
+        return message
+    return {"thinking": message["reasoning_content"], **message}

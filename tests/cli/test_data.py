@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+
+import pytest
+import yaml
+
+from loraloom.cli.main import main
+from tests.conftest import build_tokenizer
+from tests.tiny import tiny_model
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TURNS = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    tiny_model(vocab_size=300).save_pretrained(directory / "base")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory / "base")
+    chats = [{"messages": TURNS}, {"messages": [TURNS[0], {**TURNS[1], "content": "x" * 99}]}]
+    (directory / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in chats))
+    (directory / "text.jsonl").write_text('{"text": "the sky"}\n')
+    return directory
+
+
+@pytest.fixture
+def show(directory, tmp_path, monkeypatch, capsys):
+    """Run `data show` on two jobs, and return what it prints."""
+    monkeypatch.chdir(directory)
+    sources = {"chats": "chat", "texts": "text"}
+    run = {
+        "base_model": "base",
+        "output_dir": str(tmp_path / "out"),
+        "jobs": [
+            {
+                "name": name,
+                "adapter": {"method": "lora"},
+                "data": {"dataset": f"{data_format}.jsonl", "format": data_format},
+                "train": {"max_length": 64, "num_epochs": 1},
+            }
+            for name, data_format in sources.items()
+        ],
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+
+    def call(*words, code=0):
+        assert main(["data", "show", str(tmp_path / "run.yaml"), *words]) == code
+        shown = capsys.readouterr()
+        return shown.err if code else shown.out
+
+    return call
+
+
+def marked(lines):
+    """The characters that have a ^ under them."""
+    return "".join(
+        character
+        for line, below in pairwise(lines)
+        if set(below) <= {" ", "^"}
+        for character, mark in zip(line, below, strict=False)
+        if mark == "^"
+    )
+
+
+def test_rows_are_shown_with_marks_under_what_is_learnt(show):
+    legend, _, chat, *lines = show("--rows", "1").splitlines()
+    texts = lines.index("")
+    assert legend == "Tokens between |, ^ under those that are learnt."
+    assert re.fullmatch(r"chats: chat.jsonl, row 1: \d+ tokens, 5 learnt", chat)
+    assert "".join(lines[:2]).replace("|", "").startswith("user:sky?<eos>\\nassistant:")
+    assert marked(lines[:texts]) == "blue<eos>\\n"
+    assert re.fullmatch(r"texts: text.jsonl, row 1: \d+ tokens, \d+ learnt", lines[texts + 1])
+    assert marked(lines[texts:]) == "he sky<eos>"  # the first token is predicted from nothing
+
+
+def test_a_row_that_is_dropped_is_shown_as_such(show):
+    shown = show("--job", "chats")
+    assert "chats: chat.jsonl, row 2: dropped, its answer does not fit max_length" in shown
+    assert "texts" not in shown
+
+
+def test_an_unknown_job_is_named(show):
+    message = show("--job", "chat", code=2)
+    assert "did you mean 'chats'? --job must be one of chats, texts, got 'chat'" in message
