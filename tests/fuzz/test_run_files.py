@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -105,9 +105,8 @@ def with_file(content: bytes, action: Any) -> None:
 
 
 def as_yaml(settings: Any) -> bytes:
-    """Write settings as YAML that any value can be written as."""
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=False)
-    return text.encode("utf-8", "surrogatepass")
+    """Write settings as JSON, which is YAML and can be nested more deeply than PyYAML writes."""
+    return json.dumps(settings, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 @pytest.mark.parametrize("kind", ["run", "job"])
