@@ -148,7 +148,7 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
             '{"label": Infinity}',
             "a.jsonl must be JSON, line 1, column 11: expected value",
         ),
-        ("a.jsonl", '{"label": 1e400}', "a.jsonl, label must be a number that is finite"),
+        ("a.jsonl", '{"label": 1e400}', "a.jsonl, line 1, label must be a number that is finite"),
         ("a.jsonl", "\n", "a.jsonl: the file has no rows"),
         ("a.json", "[]", "a.json: the file has no rows"),
         ("a.csv", "text,label\n", "a.csv: the file has no rows"),

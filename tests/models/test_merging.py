@@ -10,12 +10,13 @@ from loraloom.errors import AdapterError
 from tests.tiny import ALL_METHODS, METHODS, relative_error, tiny_host, tiny_ids
 
 IDS = tiny_ids(2, 6)
+ATTENTION = r"(self_attn|attention)\.\w+"
 MERGEABLE = {
     "lora": METHODS["lora"],
     "rslora": LoraConfig(rank=3, alpha=6, rank_stabilized=True),
     "dora": METHODS["dora"],
     "some": LoraConfig(
-        rank=3, layers=(1,), rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}
+        rank=3, layers=(1,), rank_pattern={ATTENTION: 2}, alpha_pattern={ATTENTION: 3}
     ),
     "vera": ALL_METHODS["vera"],
     "moslora": ALL_METHODS["moslora"],
