@@ -131,6 +131,15 @@ def test_adapters_of_some_projections_are_stacked_too(method, targets):
     torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_the_bases_weights_is_stacked_with_its_like_alone(init):
+    configs = {"start": changed(METHODS["lora"], init=init), "plain": METHODS["lora"]}
+    host = tiny_host(configs=configs | {"start-b": configs["start"]})
+    ids, rows = tiny_ids(4, 1), ["start", "plain", None, "start-b"]
+    expected = host(ids, None, rows).logits.detach()
+    torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_rows_that_go_leave_stacks_as_they_are(monkeypatch):
     """What is kept of plans is bounded, and the weights of the same adapters are stacked once."""
     made, whole = [], stacking.Stack.__init__

@@ -13,6 +13,14 @@ def press(number: int = signal.SIGINT) -> None:
     os.kill(os.getpid(), number)
 
 
+@pytest.fixture
+def hangup():
+    """Let SIGHUP be what it is by default, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_the_first_ctrl_c_is_a_request_and_the_second_ends_at_once():
     told: list[str] = []
     with Interruption(lambda: told.append("stopping")) as interruption:
@@ -27,7 +35,7 @@ def test_the_first_ctrl_c_is_a_request_and_the_second_ends_at_once():
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, "143"), (signal.SIGHUP, "129")], ids=["term", "hup"]
 )
-def test_other_signals_ask_as_ctrl_c_does_and_end_with_their_own_code(number, code):
+def test_other_signals_ask_as_ctrl_c_does_and_end_with_their_own_code(number, code, hangup):
     with Interruption(lambda: None) as interruption:
         press(number)
         assert interruption.requested
@@ -48,15 +56,12 @@ def test_a_terminal_that_is_being_written_to_raises_nothing():
         assert interruption.requested
 
 
-def test_a_hangup_that_is_ignored_stays_so():
+def test_a_hangup_that_is_ignored_stays_so(hangup):
     """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Interruption(lambda: None) as interruption:
-            press(signal.SIGHUP)
-            assert not interruption.requested
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interruption(lambda: None) as interruption:
+        press(signal.SIGHUP)
+        assert not interruption.requested
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
