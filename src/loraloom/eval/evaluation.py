@@ -32,10 +32,10 @@ from loraloom.eval.moe_peft import check_tasks, encode_last_tokens, with_all_lab
 from loraloom.eval.progress import EvaluationProgress, question_size
 from loraloom.eval.protocol import encode_choices, score_questions
 from loraloom.eval.provenance import describe_evaluation
-from loraloom.eval.results import SCHEMA_VERSION, TaskScores, check_finite, summarise
+from loraloom.eval.results import TaskScores, check_finite, summarise
 from loraloom.eval.routing import RoutingTally, summarise_routing
 from loraloom.eval.tables import all_tables, csv_page
-from loraloom.eval.writing import write_evaluation
+from loraloom.eval.writing import as_document, write_evaluation
 from loraloom.models.host import Host
 
 Compat = Literal["moe-peft"]
@@ -77,13 +77,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as it stands in the JSON file."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "results": self.results,
-            "seeds": self.seeds,
-            "comparisons": [comparison.to_json() for comparison in self.comparisons],
-            **self.details,
-        }
+        return as_document(self.results, self.seeds, self.comparisons, self.details)
 
 
 def evaluate(

@@ -38,10 +38,10 @@ from loraloom.eval.loss_tables import loss_tables, losses_csv
 from loraloom.eval.progress import EvaluationProgress
 from loraloom.eval.protocol import score_kept
 from loraloom.eval.provenance import describe_evaluation
-from loraloom.eval.results import BASE, SCHEMA_VERSION
+from loraloom.eval.results import BASE
 from loraloom.eval.routing import RoutingTally, summarise_routing
 from loraloom.eval.statistics import compare_losses, ratio_intervals, ratio_stderr
-from loraloom.eval.writing import write_evaluation
+from loraloom.eval.writing import as_document, write_evaluation
 from loraloom.infer.rows import example_row
 from loraloom.models.host import Host
 
@@ -123,13 +123,7 @@ class LossEvaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as it stands in the JSON file."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "results": self.results,
-            "seeds": self.seeds,
-            "comparisons": [comparison.to_json() for comparison in self.comparisons],
-            **self.details,
-        }
+        return as_document(self.results, self.seeds, self.comparisons, self.details)
 
 
 def evaluate_loss(

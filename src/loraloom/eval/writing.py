@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from loraloom.durable import write_output
+from loraloom.eval.results import SCHEMA_VERSION
 from loraloom.eval.tables import check_outputs, markdown_page
 
 
@@ -36,3 +37,26 @@ def write_evaluation(
         case _:
             text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_output(path, text)
+
+
+def as_document(
+    results: Mapping[str, Any],
+    seeds: Any,
+    comparisons: Sequence[Any],
+    details: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Put an evaluation together as it stands in the JSON file.
+
+    Args:
+        results: By adapter and task.
+        seeds: Summaries over seeds.
+        comparisons: Of pairs; each has a `to_json`.
+        details: Further fields.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "results": results,
+        "seeds": seeds,
+        "comparisons": [comparison.to_json() for comparison in comparisons],
+        **details,
+    }
