@@ -216,12 +216,14 @@ class StackedExpertFfn(StackedFfn):
         expert_columns: 1 at the columns of each expert, [E, S].
         top_k: K.
         apart: Slots are not added up in front of the base's output projection.
+        router_bias: Added to the logits where experts are chosen, [N, 1, E]; None for nothing.
     """
 
     router: Tensor
     expert_columns: Tensor
     top_k: int
     apart: bool
+    router_bias: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -279,9 +281,11 @@ class _ExpertStep(StackedStep):
 
     def _route(self, hidden_states: Tensor, tokens: TokensOf) -> tuple[Tensor, Tensor]:
         """Choose experts and their weights, both [N, n, K]."""
-        router, top_k = self.weights.router, self.weights.top_k
+        router, top_k, bias = self.weights.router, self.weights.top_k, self.weights.router_bias
         logits = torch.bmm(hidden_states.to(router.dtype), router)
-        selected, slot_weights = top_k_routing(logits.flatten(0, 1), top_k)
+        if bias is not None:
+            bias = bias.expand_as(logits).flatten(0, 1)
+        selected, slot_weights = top_k_routing(logits.flatten(0, 1), top_k, bias)
         selected = selected.view(*logits.shape[:2], top_k)
         slot_weights = slot_weights.view_as(selected)
         if tokens(0).record is not None:  # views cost as much as small products do
@@ -355,7 +359,10 @@ def stack_low_rank_ffn(parts: Sequence[FfnWeights]) -> StackedLowRankFfn:
 
 
 def stack_expert_ffn(
-    parts: Sequence[FfnWeights], routers: Sequence[Tensor], top_k: int
+    parts: Sequence[FfnWeights],
+    routers: Sequence[Tensor],
+    top_k: int,
+    router_biases: Sequence[Tensor] = (),
 ) -> StackedExpertFfn:
     """Put the FFN weights of like mixtures side by side.
 
@@ -363,6 +370,7 @@ def stack_expert_ffn(
         parts: Each mixture's weights.
         routers: Each mixture's router, [E, D].
         top_k: K of all of them.
+        router_biases: Each router's bias, [E], if they have one.
     """
     first = parts[0]
     some = first.sides[0].B  # for its dtype and device
@@ -373,6 +381,7 @@ def stack_expert_ffn(
         expert_columns=experts.repeat_interleave(first.rank, dim=1),
         top_k=top_k,
         apart=first.apart,
+        router_bias=torch.stack(list(router_biases)).unsqueeze(1) if router_biases else None,
     )
 
 

@@ -23,6 +23,8 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
+from loraloom.routing.losses import balance_by_bias
+from loraloom.routing.record import LayerRouting
 from loraloom.routing.top_k import router_logits, top_k_routing
 
 
@@ -87,14 +89,21 @@ class MixLoraAdapter(Adapter):
         cls, adapters: Sequence[MixLoraAdapter], layer: int, weights: Sequence[FfnWeights]
     ) -> StackedExpertFfn:
         """See Adapter."""
+        biases = (adapter.router_bias(layer) for adapter in adapters)
         return stack_expert_ffn(
             weights,
             [adapter.router(layer).detach() for adapter in adapters],
             adapters[0].config.top_k,
+            [bias.detach() for bias in biases if bias is not None],
         )
 
     def as_moe(self, layer: int) -> MoeFfn:
         """See Adapter."""
+        if self.config.router_bias:
+            raise AdapterError(
+                f"adapter {self.name!r} must have no router_bias to have the form of an MoE "
+                "checkpoint, whose routers have none"
+            )
         block, base = self.ffn_block(layer), self.base_layers[layer].ffn
 
         def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:
@@ -104,9 +113,22 @@ class MixLoraAdapter(Adapter):
 
         return MoeFfn(self.router(layer).detach(), self.config.top_k, weight)
 
+    def auxiliary_loss(self, routing: Sequence[LayerRouting]) -> Tensor | None:
+        """See Adapter; biases get their gradient here."""
+        loss = super().auxiliary_loss(routing)
+        for record in routing:
+            bias = self.router_bias(record.layer)
+            if bias is not None and loss is not None:
+                loss = loss + balance_by_bias(bias, record.selected_experts)
+        return loss
+
     def router(self, layer: int) -> Tensor:
         """The router's weight in a layer, [E, D]."""
         return self.layers[layer]["router"].weight  # pyright: ignore
+
+    def router_bias(self, layer: int) -> Tensor | None:
+        """What balances the load of a layer's router, [E]; None without."""
+        return self.layers[layer]["router"].bias  # pyright: ignore
 
     def _route(self, layer: int, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
         jitter = None
@@ -115,7 +137,10 @@ class MixLoraAdapter(Adapter):
                 Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
             )
         logits = router_logits(hidden_states, self.router(layer), jitter)
-        selected, weights = top_k_routing(logits, self.config.top_k)
+        bias = self.router_bias(layer)
+        if bias is not None:
+            bias = bias.detach().unsqueeze(0)
+        selected, weights = top_k_routing(logits, self.config.top_k, bias)
         tokens.record_routing(logits, selected, weights)
         if tokens.real is None:
             return Routing(selected, weights)
@@ -136,7 +161,10 @@ def _build_layer(
         return LoraProjection(base, config, None, dtype, seed)
 
     def experts(base, layer):
-        return LoraProjection(base, config.expert_config, config.num_experts, dtype, seed)
+        shared = config.shared_config and LoraProjection(
+            base, config.shared_config, None, dtype, seed
+        )
+        return LoraProjection(base, config.expert_config, config.num_experts, dtype, seed, shared)
 
     router = Router(
         f"layers.{layer.index}.{layer.ffn_block}.router",
@@ -145,6 +173,7 @@ def _build_layer(
         std=config.router_init_std,
         dtype=dtype,
         device=layer.ffn[layer.ffn_shape.inputs[0]].device,
+        has_bias=config.router_bias,
     )
     return nn.ModuleDict(
         {
