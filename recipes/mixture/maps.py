@@ -21,8 +21,9 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+import yaml
+
 import loraloom
-from loraloom.config.loading import load_run_config
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
 
 def cells(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Give each cell's name and what it asks of `run.py`."""
-    jobs = load_run_config(args.run_file).jobs
+    jobs = loraloom.RunConfig.model_validate(yaml.safe_load(args.run_file.read_text())).jobs
     axes = {
         axis: getattr(args, axis)
         for axis in ("lands", "capacity", "steps", "experts")

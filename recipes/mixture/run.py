@@ -20,17 +20,16 @@ import argparse
 import csv
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import yaml
+
 import loraloom
-from loraloom.config.loading import load_run_config
-from loraloom.durable import write_json
-from loraloom.terminal import make_console
-from loraloom.training.run.progress import Progress
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEARCH_SEEDS = (100, 101)
@@ -72,12 +71,17 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
     """Read the run file with what the options change."""
-    jobs = load_run_config(args.run_file, args.set).jobs
+    settings = yaml.safe_load(args.run_file.read_text())
+    settings = json.loads(json.dumps(settings))  # jobs share no objects, as they do by aliases
+    for change in args.set:
+        change_setting(settings, change)
     wanted = [*args.each]
     if args.task is not None:
         wanted += [f"data.task={args.task}", f"eval.0.task={args.task}"]
-    changes = [f"jobs.{place}.{change}" for place in range(len(jobs)) for change in wanted]
-    run = load_run_config(args.run_file, [*args.set, *changes])
+    for job in settings["jobs"]:
+        for change in wanted:
+            change_setting(job, change)
+    run = loraloom.RunConfig.model_validate(settings)
     names = [job.name for job in run.jobs]
     unknown = set(args.only or names) - set(names)
     if unknown:
@@ -87,6 +91,15 @@ def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
     return run.model_copy(
         update={"jobs": tuple(job for job in run.jobs if job.name in (args.only or names))}
     )
+
+
+def change_setting(settings: Any, change: str) -> None:
+    """Apply a `path=value`, `train.max_steps=20` for instance; a number in a path is a place."""
+    path, _, value = change.partition("=")
+    *outer, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    for part in outer:
+        settings = settings[part]
+    settings[last] = yaml.safe_load(value)
 
 
 def _check_study(args: argparse.Namespace, run: loraloom.RunConfig) -> None:
@@ -104,7 +117,9 @@ def _check_study(args: argparse.Namespace, run: loraloom.RunConfig) -> None:
 def kept(path: Path, compute: Callable[[], Any]) -> Any:
     """Return what a file holds; if there is none yet, compute and write it."""
     if not path.exists():
-        write_json(path, compute())
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(compute(), indent=2))
+        os.replace(aside, path)
     return json.loads(path.read_text())
 
 
@@ -185,10 +200,8 @@ def train(
 ) -> list[loraloom.JobResult]:
     settings = as_settings(run) | {"output_dir": str(directory), "jobs": [], **content}
     resume = (directory / ".checkpoints").exists()
-    progress = Progress(make_console())
-    return loraloom.train(
-        settings, resume=resume, overwrite=not resume, base=base, progress=progress
-    )
+    print(f"{time.strftime('%H:%M:%S')} {directory}{', going on' * resume}", flush=True)
+    return loraloom.train(settings, resume=resume, overwrite=not resume, base=base)
 
 
 def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict[str, Any]:

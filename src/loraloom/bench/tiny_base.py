@@ -1,6 +1,6 @@
 """Make a tiny base model that knows the language of the skills, in minutes on one core.
 
-    python recipes/mixture/tiny_base.py --output runs/mixture/tiny-base
+    python -m loraloom.bench.tiny_base --output runs/mixture/tiny-base
 
 It is trained from nothing on the questions and answers of every rule at its home and in eight
 lands that no study asks about (`skills@592` and smaller ones don't have them), so that it knows the
@@ -40,6 +40,7 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
 def main() -> None:
+    """Train the model and write it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6, help="how long to train")
