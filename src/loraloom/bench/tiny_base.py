@@ -41,7 +41,7 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 def main() -> None:
     """Train the model and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Make a tiny base model for studies.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6, help="how long to train")
     args = parser.parse_args()
