@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from loraloom.cli.options import path_argument
+
 
 def convert(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="The adapter's directory or hub id.")
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Where to: a new directory.")],
+    destination: Annotated[Path, path_argument("DST", help="Where to: a new directory.")],
     to: Annotated[
         Literal["native", "peft", "reference", "axolotl"],
         typer.Option(
