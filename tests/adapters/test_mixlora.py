@@ -52,7 +52,7 @@ def test_derivatives_with_a_shared_expert_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["shared", "biased"])
-def test_mixtures_decode_side_by_side_as_in_full_forwards(config):
+def test_mixtures_decode_as_in_full_forwards(config):
     host = tiny_host(configs={"a": config, "b": config})
     ids, names = IDS, ["a", "b"]
     with torch.no_grad():
@@ -83,6 +83,11 @@ def test_a_shared_expert_takes_what_it_leaves_out_from_the_experts():
 def test_a_shared_expert_is_refused_where_norms_are_of_one_update():
     with pytest.raises(ValidationError, match="shared_expert can't be used with weight_decompos"):
         MixLoraConfig(weight_decomposition=True, shared_expert=SharedExpertConfig())
+
+
+def test_a_bias_is_refused_where_no_number_of_experts_is_chosen():
+    with pytest.raises(ValidationError, match="router_bias is a setting of routing: top_k, got"):
+        MixLoraConfig(router_bias=True, routing="dense")
 
 
 def test_mixtures_with_a_shared_expert_are_not_combined():
@@ -141,5 +146,5 @@ def test_a_bias_learns_faster_than_its_router_and_does_not_decay():
 
 def test_a_mixture_with_biases_is_no_moe_checkpoint():
     host = tiny_host(configs={"a": BIASED})
-    with pytest.raises(AdapterError, match="must have no router_bias to have the form of an MoE"):
+    with pytest.raises(AdapterError, match="must be a mixture whose routers choose top_k whole FFN experts"):
         host.adapters["a"].as_moe(0)
