@@ -65,8 +65,8 @@ def path_argument(metavar: str, **settings: Any) -> Any:
     return typer.Argument(metavar=metavar, parser=_path_parser(metavar), **settings)
 
 
-def _path_parser(name: str) -> Callable[[str], Path]:
-    def path(text: str) -> Path:
+def _path_parser(name: str) -> Callable[[str | Path], Path]:
+    def path(text: str | Path) -> Path:
         return local_path(text, name, LoraloomError)  # typer rewords a ConfigError, a ValueError
 
     return path
