@@ -13,6 +13,7 @@ from loraloom.cli.options import (
     BaseModelOption,
     DeviceOption,
     DtypeOption,
+    QuantizationOption,
     parse_adapters,
     path_option,
 )
@@ -92,7 +93,8 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1024, help="Largest request.")
     ] = 2 << 20,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
@@ -114,9 +116,11 @@ def serve(
         )
     if adapter_dir is not None and not adapter_dir.is_dir():
         raise ConfigError(f"--adapter-dir must be a directory, there is no {adapter_dir}")
-    check_sources(base_model, adapters, device)
+    check_sources(base_model, adapters, device, dtype, quantization)
     with listen(host, port) as sock:
-        model, tokenizer = load_host(base_model, {}, dtype, device, attn_implementation)
+        model, tokenizer = load_host(
+            base_model, {}, dtype, device, attn_implementation, quantization
+        )
         limits = make_limits(
             model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
         )
