@@ -15,6 +15,7 @@ from loraloom.cli.options import (
     BaseModelOption,
     DeviceOption,
     DtypeOption,
+    QuantizationOption,
     parse_adapters,
     path_option,
 )
@@ -106,7 +107,8 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1024, help="Largest request.")
     ] = 2 << 20,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
     engine_name: Annotated[
@@ -141,9 +143,11 @@ def serve(
     from loraloom.serve.http.app import ApiOptions, create_app
     from loraloom.serve.http.server import Server, listen
 
-    check_sources(base_model, adapters, device)
+    check_sources(base_model, adapters, device, dtype, quantization)
     with listen(host, port) as sock:
-        model, tokenizer = load_host(base_model, {}, dtype, device, attn_implementation)
+        model, tokenizer = load_host(
+            base_model, {}, dtype, device, attn_implementation, quantization
+        )
         limits = make_limits(
             model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
         )
