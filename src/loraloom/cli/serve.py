@@ -49,6 +49,7 @@ _EMBEDDED_ONLY = {
     "max_request_seconds": "vLLM's requests have no time limit",
     "max_body_bytes": "vLLM's requests have no size limit",
     "device": "vLLM runs where it was built for",
+    "quantization": "vLLM quantises in ways of its own",
     "attn_implementation": "vLLM has attention of its own",
 }
 """Options that vLLM can't honour, and why."""
