@@ -12,7 +12,14 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, FfnRows, MoeFfn, SegmentTokens, resolve_targets
+from loraloom.adapters.adapter import (
+    Adapter,
+    FfnRows,
+    MoeFfn,
+    SampleTokens,
+    SegmentTokens,
+    resolve_targets,
+)
 from loraloom.adapters.base import BaseLayer
 from loraloom.adapters.lora.weights import LoraProjection
 from loraloom.adapters.low_rank import ffn_weights, projection_block
@@ -114,9 +121,11 @@ class MixLoraAdapter(Adapter):
         top_k = self.config.experts_per_token or self.config.num_experts
         return MoeFfn(self.router(layer).detach(), top_k, weight)
 
-    def auxiliary_loss(self, routing: Sequence[LayerRouting]) -> Tensor | None:
+    def auxiliary_loss(
+        self, routing: Sequence[LayerRouting], samples: Sequence[SampleTokens] | None = None
+    ) -> Tensor | None:
         """See Adapter; biases get their gradient here."""
-        loss = super().auxiliary_loss(routing)
+        loss = super().auxiliary_loss(routing, samples)
         for record in routing:
             bias = self.router_bias(record.layer)
             if bias is not None and loss is not None:
