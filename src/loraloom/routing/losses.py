@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -17,16 +17,19 @@ from loraloom.routing.record import LayerRouting
 
 
 def load_balance_loss(
-    router_logits: Float[Tensor, "T E"], selected_experts: Int[Tensor, "T K"]
+    router_logits: Float[Tensor, "T E"],
+    selected_experts: Int[Tensor, "T K"],
+    is_used: Bool[Tensor, "T K"] | None = None,
 ) -> Float[Tensor, ""]:
     """Compute `E · Σ_j Σ_n f[j, n] · P[n]`, which is at least K and reaches it when balanced.
 
     f[j, n] is the share of tokens whose slot j went to expert n (no gradient), P[n] the mean
-    probability of n.
+    probability of n. K is the mean number of experts that a token uses, where it differs.
 
     Args:
         router_logits: Raw router outputs of the real tokens.
         selected_experts: Their chosen experts.
+        is_used: Whether a token uses each of them; None: it does.
 
     Source:
         Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 4-6, summed over slots as in
@@ -34,7 +37,10 @@ def load_balance_loss(
     """
     num_experts = router_logits.shape[-1]
     num_tokens = max(1, len(router_logits))  # no tokens cost nothing
-    share = one_hot(selected_experts, num_experts).to(router_logits.dtype).sum(0)  # (K, E)
+    chosen = one_hot(selected_experts, num_experts).to(router_logits.dtype)
+    if is_used is not None:
+        chosen = chosen * is_used.unsqueeze(-1)
+    share = chosen.sum(0)  # (K, E)
     probability = router_logits.softmax(-1).sum(0)
     return num_experts * (share * probability).sum() / num_tokens**2
 
@@ -65,12 +71,20 @@ def router_loss(
     """
     if scope == "pooled":
         logits = torch.cat([layer.router_logits for layer in routing])
-        balance = load_balance_loss(logits, torch.cat([r.selected_experts for r in routing]))
+        selected = torch.cat([layer.selected_experts for layer in routing])
+        balance = load_balance_loss(logits, selected, torch.cat([_is_used(r) for r in routing]))
     else:
-        per_router = [load_balance_loss(r.router_logits, r.selected_experts) for r in routing]
+        per_router = [
+            load_balance_loss(r.router_logits, r.selected_experts, _is_used(r)) for r in routing
+        ]
         balance = torch.stack(per_router).mean()
     loss = aux_loss_coef * balance
     if z_loss_coef > 0:
         z_loss = torch.stack([router_z_loss(layer.router_logits) for layer in routing]).mean()
         loss = loss + z_loss_coef * z_loss
     return loss
+
+
+def _is_used(routing: LayerRouting) -> Tensor:
+    """Tell which of a token's experts have weight, [T, K]."""
+    return routing.routing_weights.detach() > 0

@@ -17,6 +17,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from loraloom.adapters.adapter import SampleTokens
 from loraloom.infer.rows import collate, example_row
 from loraloom.models.host import Host
 from loraloom.routing.record import LayerRouting
@@ -61,9 +62,13 @@ def forward_backward(
     losses = host.token_losses(states, inputs.targets)
     routing = [output.routing.get(batch.adapter.name) for batch in micro_batches]
     terms = [
-        _loss_terms(batch, batch_losses, own_routing)
-        for batch, batch_losses, own_routing in zip(
-            micro_batches, layout.split_losses(losses), routing, strict=True
+        _loss_terms(*of_batch)
+        for of_batch in zip(
+            micro_batches,
+            layout.split_losses(losses),
+            routing,
+            layout.sample_tokens,
+            strict=True,
         )
     ]
     values = _fetch(terms, routing)
@@ -91,14 +96,18 @@ class _Fetched:
 
 
 def _loss_terms(
-    micro_batch: MicroBatch, token_losses: Tensor, routing: list[LayerRouting] | None
+    micro_batch: MicroBatch,
+    token_losses: Tensor,
+    routing: list[LayerRouting] | None,
+    samples: Sequence[SampleTokens],
 ) -> dict[str, Tensor]:
     """Return a micro-batch's share of the step's loss, router loss and metrics."""
     terms = micro_batch.objective.terms(
         _scored(micro_batch, token_losses), micro_batch.window.totals
     )
     aux_loss = torch.zeros_like(terms.loss)
-    added = None if routing is None else micro_batch.adapter.auxiliary_loss(routing)
+    adapter = micro_batch.adapter
+    added = None if routing is None else adapter.auxiliary_loss(routing, samples)
     if added is not None:
         aux_loss = (added * _token_share(micro_batch)).to(terms.loss.dtype)
     return {"loss": terms.loss, "aux_loss": aux_loss, **terms.metrics}
