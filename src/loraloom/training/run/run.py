@@ -19,7 +19,7 @@ from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
 from loraloom.models.host import Host
-from loraloom.models.loading import load_base_model
+from loraloom.models.loading import find_device, load_base_model
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import Snapshot, describe_changes
 from loraloom.training.run.engine import Engine, describe_base
@@ -31,7 +31,7 @@ from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import JobResult, describe_environment
 from loraloom.training.run.tracking import check_trackers
-from loraloom.training.step.optimizers import rehearse
+from loraloom.training.step.optimizers import check_optimizer_device, rehearse
 
 if TYPE_CHECKING:
     from loraloom.training.run.sweep import Sweep
@@ -82,7 +82,9 @@ def train(
     directory.check(resume=resume, overwrite=overwrite)
     _check_sources(run, directory)
     check_trackers(run.trackers)
+    device = find_device(run.device)
     for job in run.all_jobs:
+        check_optimizer_device(job.train, device, job.name)
         rehearse(job.train, job.name)
     with ExitStack() as stack:
         if watch is not None:
@@ -157,7 +159,7 @@ def _taken_off_at_an_error(host: Host) -> Iterator[None]:
 
 def _load_base(run: RunConfig) -> tuple[Host, PreTrainedTokenizerBase]:
     model, tokenizer = load_base_model(
-        run.base_model, run.dtype, run.device, run.attn_implementation
+        run.base_model, run.dtype, run.device, run.attn_implementation, run.quantization
     )
     return attach(model), tokenizer
 
