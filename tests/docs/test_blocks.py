@@ -44,7 +44,7 @@ RUN = {"train", "eval", "report", "generate", "inspect", "config", "data", "expo
 """Verbs that run in README.md and docs/; `quickstart` and `bench` take long."""
 SERVER = "http://127.0.0.1:8000"
 """Where documents have a server."""
-NOT_OURS = {"git", "cd", "for", "sed", "done"}
+NOT_OURS = {"git", "cd", "for", "sed", "done", "vllm"}
 """Programs whose options are not checked."""
 ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
 """Options that wait for ever, and what ends it."""

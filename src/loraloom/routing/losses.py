@@ -15,6 +15,9 @@ from torch.nn.functional import one_hot
 
 from loraloom.routing.record import LayerRouting
 
+_BIAS_GRADIENT = 1e-3
+"""Factor of the gradients of biases: too small to count in an adapter's norm."""
+
 
 def load_balance_loss(
     router_logits: Float[Tensor, "T E"],
@@ -43,6 +46,30 @@ def load_balance_loss(
     share = chosen.sum(0)  # (K, E)
     probability = router_logits.softmax(-1).sum(0)
     return num_experts * (share * probability).sum() / num_tokens**2
+
+
+def balance_by_bias(
+    bias: Float[Tensor, " E"], selected_experts: Int[Tensor, "T K"]
+) -> Float[Tensor, ""]:
+    """Let an optimizer move a router's bias against the load: a loss that is 0 wherever it is.
+
+    Its gradient is c·(f[n] - 1/E), f[n] the share of choices that went to expert n, so that Adam,
+    for which the factor c does not matter, lowers the bias of an expert with more than an even
+    share and raises that of one with less. c is small, for the norm by which gradients are clipped.
+
+    Args:
+        bias: Added to the router's logits where experts are chosen.
+        selected_experts: Chosen experts of the real tokens.
+
+    Source:
+        Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664, which moves the bias
+        by a constant in the direction of the error's sign.
+    """
+    num_experts = len(bias)
+    counts = one_hot(selected_experts.flatten(), num_experts).sum(0).to(bias.dtype)
+    excess = counts / max(1, selected_experts.numel()) - 1 / num_experts
+    value = _BIAS_GRADIENT * (bias * excess).sum()
+    return value - value.detach()
 
 
 def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
