@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
+from loraloom.ranks import whole
 
 
 class BaseProjection:
@@ -34,7 +35,7 @@ class BaseProjection:
             AdapterError: If the base stores it quantised.
         """
         self.check_is_floating_point()
-        return self.linear.weight  # pyright: ignore[reportReturnType]
+        return whole(self.linear.weight)  # pyright: ignore[reportArgumentType]
 
     def check_is_floating_point(self) -> None:
         """Raise an AdapterError if the base stores the weight quantised."""

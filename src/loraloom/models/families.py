@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, FfnShape
 from loraloom.errors import ModelError, shown
+from loraloom.ranks import whole
 
 _GATED = FfnShape(("gate_proj", "up_proj"), "down_proj")
 _SPLIT_QKV = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
@@ -188,7 +189,7 @@ def _fingerprint(
     digest = hashlib.sha256(f"{model_type} {len(layers)} {sorted(shapes.items())}".encode())
     for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
         for projection in (*layer.attention.values(), *layer.ffn.values()):
-            corner = next(projection.linear.parameters()).detach().flatten()[:64]
+            corner = whole(next(projection.linear.parameters())).detach().flatten()[:64]
             if corner.is_meta:  # a model without weights is known by its shapes
                 continue
             digest.update(corner.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())

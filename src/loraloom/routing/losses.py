@@ -5,15 +5,22 @@ Axes: T tokens (of all layers where pooled), E experts, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from loraloom.routing.record import LayerRouting
+
+AddUp = Callable[[Tensor], Tensor]
+"""Adds a tensor up over everybody who has a part of the micro-batch."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Add up over the one who has all of it."""
+    return tensor
 
 
 def load_balance_loss(
@@ -33,10 +40,7 @@ def load_balance_loss(
         MoE-PEFT 2.0.2 (`MixtralRouterLoss`).
     """
     num_experts = router_logits.shape[-1]
-    num_tokens = max(1, len(router_logits))  # no tokens cost nothing
-    share = one_hot(selected_experts, num_experts).to(router_logits.dtype).sum(0)  # (K, E)
-    probability = router_logits.softmax(-1).sum(0)
-    return num_experts * (share * probability).sum() / num_tokens**2
+    return _balance(router_logits, _counts(selected_experts, num_experts, router_logits.dtype))
 
 
 def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
@@ -44,7 +48,7 @@ def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 
     Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5.
     """
-    return router_logits.logsumexp(-1).square().sum() / max(1, len(router_logits))
+    return _squares(router_logits) / max(1, len(router_logits))
 
 
 def router_loss(
@@ -53,8 +57,12 @@ def router_loss(
     aux_loss_coef: float,
     z_loss_coef: float,
     scope: Literal["pooled", "per_layer"],
+    add_up: AddUp = whole,
 ) -> Float[Tensor, ""]:
     """Add up an adapter's router losses with their coefficients.
+
+    Where several have a part of the micro-batch each, this is one's summand of the loss: shares and
+    numbers of tokens are everybody's, probabilities its own.
 
     Args:
         routing: The record of one forward, an entry for each router.
@@ -62,15 +70,41 @@ def router_loss(
         z_loss_coef: Of the z-loss.
         scope: Pool the load over all routers, or average a loss for each. Routers with different
             numbers of experts can't be pooled.
+        add_up: Adds counts up over everybody's parts; by default there is one.
     """
+    widest = max(record.num_experts for record in routing)
+    dtype = routing[0].router_logits.dtype
+    counts = add_up(
+        torch.stack([_counts(record.selected_experts, widest, dtype) for record in routing])
+    )
     if scope == "pooled":
-        logits = torch.cat([layer.router_logits for layer in routing])
-        balance = load_balance_loss(logits, torch.cat([r.selected_experts for r in routing]))
+        balance = _balance(torch.cat([r.router_logits for r in routing]), counts.sum(0))
     else:
-        per_router = [load_balance_loss(r.router_logits, r.selected_experts) for r in routing]
-        balance = torch.stack(per_router).mean()
+        pairs = zip(routing, counts, strict=True)
+        balance = torch.stack([_balance(r.router_logits, own) for r, own in pairs]).mean()
     loss = aux_loss_coef * balance
     if z_loss_coef > 0:
-        z_loss = torch.stack([router_z_loss(layer.router_logits) for layer in routing]).mean()
-        loss = loss + z_loss_coef * z_loss
+        squares = torch.stack([_squares(record.router_logits) for record in routing])
+        loss = loss + z_loss_coef * (squares / counts[:, -1].clamp_min(1)).mean()
     return loss
+
+
+def _counts(selected_experts: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Count how often each expert was chosen in any slot, and behind them the tokens, [E + 1]."""
+    chosen = selected_experts.flatten()
+    counts = torch.zeros(num_experts + 1, dtype=dtype, device=chosen.device)
+    counts.scatter_add_(0, chosen, counts.new_ones(()).expand(chosen.shape))
+    counts[-1] = len(selected_experts)
+    return counts
+
+
+def _balance(router_logits: Tensor, counts: Tensor) -> Tensor:
+    """Compute the loss of tokens among those that were counted."""
+    num_experts = router_logits.shape[-1]
+    num_tokens = counts[-1].clamp_min(1)  # no tokens cost nothing
+    probability = router_logits.softmax(-1).sum(0)
+    return num_experts * (counts[:num_experts] * probability).sum() / num_tokens**2
+
+
+def _squares(router_logits: Tensor) -> Tensor:
+    return router_logits.logsumexp(-1).square().sum()
