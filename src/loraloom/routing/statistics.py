@@ -55,14 +55,17 @@ def read_statistics(routing: Sequence[LayerRouting], measured: Sequence[float]) 
     """Make statistics of the numbers that `measure_load` computed for a record."""
     entropy, num_tokens, *counts = measured
     widest = len(counts) // len(routing)
-    loads = {
-        record.router: counts[start : start + record.num_experts]
+    loads = [
+        counts[start : start + record.num_experts]
         for record, start in zip(routing, range(0, len(counts), widest), strict=True)
-    }
+    ]
     return RouterStatistics(
-        {router: [round(count) for count in load] for router, load in loads.items()},
+        {
+            record.router: [round(count) for count in load]
+            for record, load in zip(routing, loads, strict=True)
+        },
         entropy / num_tokens if num_tokens else 1.0,
-        fmean(map(_spread, loads.values())),
+        fmean(map(_spread, loads)),
     )
 
 
