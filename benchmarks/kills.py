@@ -16,6 +16,7 @@ import multiprocessing
 import random
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
@@ -160,10 +161,10 @@ def _join(process: BaseProcess) -> None:
         raise SystemExit(f"a process ended with code {process.exitcode}")
 
 
-def different_files(expected: Path, directory: Path) -> list[str]:
-    """Name what is not bit-equal in the results of two runs."""
+def different_files(expected: Path, directory: Path, names: Iterable[str] = ADAPTERS) -> list[str]:
+    """Name what is not bit-equal in the results of jobs of two runs."""
     differences = []
-    for name in ADAPTERS:
+    for name in names:
         for place in ("", "checkpoints/last", "checkpoints/best"):
             file = Path(name, place, "adapter_model.safetensors")
             left, right = load_file(expected / file), load_file(directory / file)

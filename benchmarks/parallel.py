@@ -13,7 +13,6 @@ three.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -23,18 +22,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from safetensors.torch import load_file
 
 import loraloom
 from benchmarks.kills import ADAPTERS
-from loraloom.models.sharding import shard
-from loraloom.ranks import own_part
-from loraloom.training.run.builder import JobBuilder
-from loraloom.training.run.engine import Engine
 from tests.training.saved import run_settings, save_inputs, write_run_file
-from tests.training.world import run_ranks
+from tests.training.world import hold_base, run_ranks
 
 MODES: Mapping[str, dict[str, Any]] = {
     "plain": {},
@@ -104,7 +98,7 @@ def train_on(
 def _train(
     rank: int, run_files: Sequence[Path], resume: bool, dies: tuple[int, int] | None
 ) -> None:
-    def between_steps(engine: Engine, _: JobBuilder) -> None:
+    def between_steps(engine: Any, _: Any) -> None:
         if dies == (rank, engine.round):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -206,22 +200,9 @@ def resume_elsewhere(directory: Path, numbers: Sequence[int]) -> dict[int, list[
 
 def base_memory(directory: Path, base_model: str, num_ranks: int, base: str) -> list[list[int]]:
     """Return for each rank the bytes of its weights, and what they added to its resident memory."""
-    if any(codes := run_ranks(num_ranks, _load_base, directory, base_model, base)):
+    if any(codes := run_ranks(num_ranks, hold_base, directory, base_model, base)):
         raise SystemExit(f"ranks ended with {codes}")
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(num_ranks)]
-
-
-def _load_base(rank: int, directory: Path, base_model: str, base: str) -> None:
-    process = psutil.Process()
-    before = process.memory_info().rss
-    model, _ = loraloom.load_base_model(base_model, "bfloat16", "cpu")
-    if base == "fsdp":
-        shard(model, torch.device("cpu"))
-    gc.collect()
-    held = {own_part(weight).untyped_storage().data_ptr(): weight for weight in model.parameters()}
-    num_bytes = sum(own_part(weight).untyped_storage().nbytes() for weight in held.values())
-    added = process.memory_info().rss - before
-    (directory / f"{rank}.json").write_text(json.dumps([num_bytes, added]))
 
 
 def print_memory(base_model: str, numbers: Sequence[int]) -> None:

@@ -35,6 +35,12 @@ def test_plain_text_keeps_its_lines_and_other_scripts():
 
 def test_a_message_is_plain_and_short_whatever_it_is_made_of():
     assert str(FormatError("adapter \x1b[2J: \ud800")) == r"adapter \x1b[2J: \ud800"
-    message = str(FormatError("x" * 10**6))
-    assert message.startswith("x" * MAX_MESSAGE)
-    assert len(message) == MAX_MESSAGE + 2
+
+
+@pytest.mark.parametrize("character", ["x", "\x1b", "\ud800", "\U000e0001"])
+def test_a_message_is_cut_when_it_is_escaped(character):
+    assert str(FormatError("x" * MAX_MESSAGE)) == "x" * MAX_MESSAGE
+    message = str(FormatError(character * 10**6))
+    assert message.startswith(plain(character * 300))
+    assert message.endswith(" …")
+    assert len(message) == MAX_MESSAGE

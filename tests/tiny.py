@@ -18,11 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import loraloom
 from loraloom.adapters import (
     AdapterConfig,
+    DynMoleConfig,
     HydraLoraConfig,
     LoraConfig,
+    LoraMoeConfig,
     MixLoraConfig,
     MolaConfig,
     MosLoraConfig,
+    SmoraConfig,
     VeraConfig,
 )
 from loraloom.adapters.adapter import Adapter
@@ -73,6 +76,9 @@ ALL_METHODS: dict[str, AdapterConfig] = METHODS | {
     "hydralora": HydraLoraConfig(rank=2, alpha=4, num_experts=3),
     "mola": MolaConfig(rank=2, alpha=4, num_experts=(3, 4), top_k=2, router_loss_scope="per_layer"),
     "moslora": MosLoraConfig(rank=4, alpha=6),
+    "loramoe": LoraMoeConfig(rank=2, alpha=4, num_experts=3),
+    "dynmole": DynMoleConfig(rank=2, alpha=4, num_experts=4, entropy_threshold=0.95),
+    "smora": SmoraConfig(rank=6, alpha=6, top_k=2),
 }
 """The methods that work on each projection in their own way as well."""
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from loraloom.infer.prompts import Prompt as Prompt
     from loraloom.infer.sampling import SamplingConfig as SamplingConfig
     from loraloom.models.attach import attach as attach
+    from loraloom.models.converting import convert as convert
     from loraloom.models.export import Export as Export
     from loraloom.models.export import export as export
     from loraloom.models.host import Host as Host
@@ -74,6 +75,7 @@ _HOMES = {
     "infer.prompts": ("Prompt",),
     "infer.sampling": ("SamplingConfig",),
     "models.attach": ("attach",),
+    "models.converting": ("convert",),
     "models.export": ("Export", "export"),
     "models.host": ("Host", "HostOutput"),
     "models.loading": ("load_base_model",),

@@ -52,8 +52,8 @@ class LoraloomError(Exception):
     """Root of every error that loraloom raises on purpose."""
 
     def __init__(self, message: str = ""):
-        cut = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"
-        super().__init__(plain(cut))
+        text = plain(message[: MAX_MESSAGE + 1])  # which may be longer: an escape has up to ten
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 2]} …")
 
 
 class ConfigError(LoraloomError, ValueError):

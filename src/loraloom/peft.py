@@ -318,10 +318,11 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         settings, own = fit_to_base(parse_files(files), self.host.base)
         adapter = self.host.adapter(name)
         without_memory = any(parameter.is_meta for parameter in adapter.parameters())
-        if without_memory or own.keys() != adapter.tensors().keys():
+        others = own.keys() ^ adapter.tensors().keys()
+        if without_memory or any(not name.endswith(".magnitude") for name in others):
             # PEFT's low_cpu_mem_usage, or files have more to them than their configuration says
             adapter = self._put_again(name, settings)
-        adapter.load_tensors(own)
+        adapter.load_stored(own)
         return {f"{self._prefix(name)}{key}": value for key, value in adapter.state_dict().items()}
 
     def _put_again(self, name: str, settings: AdapterConfig) -> Adapter:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from loraloom.adapters import MolaConfig
-from loraloom.errors import AdapterError, FormatError
+from loraloom.errors import AdapterError
 from tests.adapters.plain import MASK, check_ffn_gradients, compare
 from tests.tiny import changed, tiny_host, tiny_ids
 
@@ -139,9 +139,10 @@ def test_a_list_that_is_not_the_layers_is_refused(tmp_path):
         tiny_host(configs={}).load("a", tmp_path)
 
 
-def test_files_with_dora_are_refused(tmp_path):
+def test_dora_in_files_is_left_out_as_the_reference_does(tmp_path):
     tiny_host(configs={"a": CONFIG}).save("a", tmp_path)
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {"use_dora": True}))
-    with pytest.raises(FormatError, match="`use_dora` must be unset"):
-        tiny_host(configs={}).load("a", tmp_path)
+    host = tiny_host(configs={})
+    with pytest.warns(UserWarning, match="`use_dora` is left out"):
+        host.load("a", tmp_path)

@@ -48,6 +48,11 @@ def words(run, *results):
             "--dataset 'a b.jsonl' --format chat",
         ),
         (
+            {**ROWS, "chat_template": "{{ messages }}"},
+            {},
+            "--dataset HELD_OUT.jsonl --format chat --chat-template '{{ messages }}'",
+        ),
+        (
             {**ROWS, "format": "instruction", "template": "plain", "fields": {"output": "reply"}},
             {},
             "--dataset HELD_OUT.jsonl --format instruction --template plain --field output=reply",

@@ -97,11 +97,24 @@ def test_columns_may_have_other_names(run, tmp_path):
     assert results["held_out"]["loss"] == results["other"]["loss"]
 
 
+def test_conversations_are_written_out_by_the_template_that_is_given(run, tmp_path, capsys):
+    turns = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]
+    write(tmp_path / "held_out.jsonl", [{"messages": turns}] * 3)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    run("--format", "chat", code=2)
+    assert "the tokenizer must have a chat template for messages" in capsys.readouterr().err
+    given = run("--format", "chat", "--chat-template", template)
+    longer = run("--format", "chat", "--chat-template", template.replace("}}", "}}, yes"))
+    tokens = [written["tasks"]["held_out"]["num_tokens"] for written in (given, longer)]
+    assert 0 < tokens[0] < tokens[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--format preference", "format instruction, chat or text, got preference"),
         ("--dataset nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("--chat-template trl", "chat_template has no effect on format instruction"),
         ("--field output", "--field must be ROLE=COLUMN, got 'output'"),
         ("--field answer=a", "fields must map instruction, input, output"),
         ("--compare a:b", "--compare must be FIRST:SECOND, two of base, a, got 'a:b'"),

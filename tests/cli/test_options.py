@@ -1,4 +1,5 @@
-from typing import get_type_hints
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -12,7 +13,7 @@ from loraloom.cli.options import (
     parse_adapter,
     parse_adapters,
 )
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, LoraloomError
 
 SEEN = {}
 
@@ -97,3 +98,42 @@ def test_an_adapter_option_that_is_no_such_pair_is_refused(text, message):
 def test_a_name_given_twice_is_refused():
     with pytest.raises(ConfigError, match="name must not be given twice, got 'a' again"):
         parse_adapters(["a=x", "a=y"])
+
+
+def commands():
+    groups = [cli.VERBS, *(group for _, group in cli.GROUPS.values())]
+    return [command for group in groups for command in group.values()]
+
+
+def is_a_path(hint):
+    return hint is Path or any(map(is_a_path, get_args(hint)))
+
+
+def test_every_path_of_every_command_is_one_that_the_system_can_be_asked_about():
+    checked = []
+    for command in commands():
+        for name, hint in get_type_hints(command, include_extras=True).items():
+            if is_a_path(hint):
+                _, parameter = get_args(hint)
+                assert parameter.parser is not None, f"{command.__name__}: {name}: path_option"
+                assert parameter.parser("a/b") == Path("a/b")
+                words = (parameter.default, *(parameter.param_decls or ()), parameter.metavar)
+                shown = next(word for word in words if isinstance(word, str))
+                with pytest.raises(LoraloomError, match=f"{shown} must be a path, got '~nosuch"):
+                    parameter.parser("~nosuchuser/x")
+                checked.append(name)
+    assert {"run_file", "watch", "output", "run_dirs", "picture"} <= set(checked)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["report", 300 * "x"], "RUN_DIR..."),
+        (["config", "show", 300 * "x"], "RUN.yaml"),
+        (["report", ".", "--eval", "a.json", "--eval", 300 * "x"], "--eval"),
+        (["train", "run.yaml", "--watch", 300 * "x"], "--watch"),
+    ],
+)
+def test_a_path_that_can_not_exist_is_code_2_and_named(argv, name, capsys):
+    assert cli.main(argv) == 2
+    assert f"error: {name} must be a path of names of at most 255" in capsys.readouterr().err

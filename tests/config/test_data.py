@@ -107,6 +107,10 @@ CONTRADICTIONS = [
         {"task": "piqa", "validation": {"task": "boolq", "weight": 2}},
         "validation.weight has no effect outside a mix",
     ),
+    (
+        {"task": "piqa", "validation": {"task": "boolq", "expert_group": 1}},
+        "validation.expert_group has no effect outside a mix",
+    ),
 ]
 
 

@@ -49,6 +49,9 @@ def test_a_number_that_is_infinite_as_a_float_is_an_error_with_its_place(number)
 def test_lines_are_those_of_the_file():
     with pytest.raises(DataError, match=r"must be JSON, line 8, column 1: "):
         parse_json("{\n]", "m.jsonl", DataError, line=7)
+    text = r'{"1e999": "\" 1e999", "no": null,' + '\n"loss":\n[1e308, -1E+999]}'
+    with pytest.raises(DataError, match=r"m\.jsonl, line 9, loss, 1 must be a number that is fin"):
+        parse_json(text, "m.jsonl", DataError, line=7)
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):

@@ -40,6 +40,15 @@ HOSTILE = {
     GROWING.replace("BODY", "{% set n.x = n.x ~ n.x %}"): TOO_MUCH,
     GROWING.replace("BODY", "{% set n.x = n.x + n.x %}"): TOO_MUCH,
     GROWING.replace("BODY", "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}"): TOO_MUCH,
+    GROWING.replace("BODY", "{% set n.x = [n.x, n.x] %}"): TOO_LONG,
+    GROWING.replace("BODY", "{% set n.x = (n.x, n.x) %}"): TOO_LONG,
+    GROWING.replace("BODY", "{% set n.x = {1: n.x, 2: n.x} %}"): TOO_LONG,
+    GROWING.replace("BODY", "{% set n.x = [n.x] * 2 %}"): TOO_LONG,
+    GROWING.replace("BODY", "{% set n.x = [n.x] + [n.x] %}"): TOO_LONG,
+    GROWING.replace("BODY", "{% set n.x = cycler(n.x, n.x).items %}"): TOO_MUCH,
+    GROWING.replace("BODY", "{% set n.x = dict(a=n.x, b=n.x) %}"): TOO_MUCH,
+    "{% macro a() %}{{ a(varargs, varargs) }}{% endmacro %}{{ a() }}": TOO_LONG,
+    "{% macro a() %}{{ a(b=kwargs, c=kwargs) }}{% endmacro %}{{ a() }}": TOO_LONG,
     "{{ '\\ud800' }}": "it makes no text of Unicode",
     "{{" + "(" * 9999: "maximum recursion depth",
 }
@@ -47,7 +56,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize(("source", "message"), HOSTILE.items())
 def test_a_hostile_template_is_one_clear_error(source, message, monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
+    if message == TOO_SLOW:  # others may take their time on a busy machine
+        monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
     row = Row({"instruction": "a", "output": "b"}, "a.jsonl, line 7")
     columns = {"instruction": "instruction", "input": "input", "output": "output"}
     with pytest.raises(DataError, match=message):
@@ -58,7 +68,8 @@ def test_a_hostile_template_is_one_clear_error(source, message, monkeypatch):
 def test_a_hostile_chat_template_is_too(source, message, monkeypatch, tiny_tokenizer):
     if "undefined" in message and "lipsum" not in message:
         message = "is undefined"
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
+    if message == TOO_SLOW:  # others may take their time on a busy machine
+        monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
     tiny_tokenizer.chat_template = source
     with pytest.raises((DataError, TemplateError), match=message):
         load_chat_template(tiny_tokenizer).render(Conversation([{"role": "user", "content": "a"}]))
@@ -75,6 +86,18 @@ def test_bounds_leave_ordinary_templates_alone():
     assert templates.render(template, {"items": ["p", "q"]}) == (
         "1/2False 2/2True 1.5 1 8 ab1None [1, 3] b a=  1.0 1700000000 P, Q b"
     )
+
+
+def test_lists_in_lists_are_compared_written_and_taken_apart():
+    source = (
+        "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(9) %}"
+        "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}"
+        "{% set a, (b, c) = 1, (2, {'k': [3]}) %} {{ a }}{{ b }}{{ c.k in [[3]] }}"
+        " {{ (c,)|string }}"
+        "{% macro m() %}{{ varargs|length }}{{ kwargs.k }}{% endmacro %} {{ m(1, 2, k='v') }}"
+    )
+    template = compile_template(source, "the template")
+    assert templates.render(template, {}) == "True 12True ({'k': [3]},) 2v"
 
 
 @pytest.mark.parametrize("template", ["x" * 5000, "~nosuchuser/t", "a\0b", "nowhere.jinja"])

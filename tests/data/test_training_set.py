@@ -70,9 +70,10 @@ def test_text_and_chat_become_examples(tiny_tokenizer, tmp_path):
         tiny_tokenizer,
         mix=[
             {"dataset": chat, "format": "chat", "fields": {"messages": "turns"}},
-            {"dataset": text, "format": "text", "fields": {"text": "body"}},
+            {"dataset": text, "format": "text", "fields": {"text": "body"}, "expert_group": 1},
         ],
     )
+    assert [example.expert_group for example in loaded.examples] == [0, 1]
     assert answer(tiny_tokenizer, loaded.examples[0]) == "blue<eos>"
     assert answer(tiny_tokenizer, loaded.examples[1]) == "The sky<eos>"
     assert [example.sample_id for example in loaded.examples] == [0, 1]

@@ -40,7 +40,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if path.name not in ("CHANGELOG.md", "LOG.md")
 )
-RUN = {"train", "eval", "report", "generate", "inspect", "config", "data", "export"}
+RUN = {"train", "eval", "report", "generate", "inspect", "config", "data", "export", "convert"}
 """Verbs that run in README.md and docs/; `quickstart` and `bench` take long."""
 SERVER = "http://127.0.0.1:8000"
 """Where documents have a server."""

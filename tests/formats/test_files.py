@@ -22,6 +22,9 @@ ADAPTER_FILES = [
     "adapter_model.safetensors",
     "adapter_model.bin",
     "README.md",
+    "mixlora_model.safetensors",
+    "config.yml",
+    "config.yaml",
 ]
 
 
@@ -179,6 +182,7 @@ def test_a_hub_id_out_of_reach_is_an_error_that_says_both(monkeypatch, base):
         raise LocalEntryNotFoundError("outgoing traffic has been disabled")
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", offline)
     with pytest.raises(FormatError, match=r"no directory here, .*outgoing traffic.*check the name"):
         read_adapter("owner/adapter", base)
 
@@ -190,9 +194,14 @@ def test_of_a_hub_repository_only_the_adapters_files_are_downloaded(monkeypatch,
         asked.update(repo_id=repo_id, files=allow_patterns)
         return str(saved)
 
+    files = [*ADAPTER_FILES, "optimizer.pt", "merged/model.safetensors"]
     monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda api, repo_id: files)
     read_adapter("owner/adapter", base)
     assert asked == {"repo_id": "owner/adapter", "files": ADAPTER_FILES}
+    files.append("experts.safetensors")
+    with pytest.raises(FormatError, match=r"owner/adapter has weights .*\(experts.safetensors\)"):
+        read_adapter("owner/adapter", base)
 
 
 def test_another_shape_is_an_error_that_names_the_tensor(saved):

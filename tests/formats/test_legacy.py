@@ -97,10 +97,23 @@ def test_legacy_plain_adapters_kept_the_ffn_under_attention(base, tmp_path):
     assert_same_tensors(read_tensors, tensors)
 
 
+def test_legacy_switch_mixtures_are_read(base, tmp_path):
+    config = MixLoraConfig(rank=2, alpha=4, num_experts=2, target_modules="ffn")
+    tensors = make_tensors(config, base)
+    fields = {"peft_type": "MIXLORA", "routing_strategy": "switch", "expert_capacity": 8}
+    targets = list(base.ffn_projections)
+    write_legacy(
+        tmp_path, tensors, old_mixture_name, num_experts=2, target_modules=targets, **fields
+    )
+    read, read_tensors = read_adapter(tmp_path, base)
+    assert (read.routing, read.expert_capacity) == ("switch", 8)
+    assert_same_tensors(read_tensors, tensors)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"routing_strategy": "switch"}, "got 'mixlora-switch'"),
+        ({"routing_strategy": "switch", "sparse_step": 1}, "`sparse_step` must be unset"),
         ({"routing_strategy": "mixtral", "sparse_step": 2}, "`sparse_step` must be unset"),
     ],
 )

@@ -11,6 +11,7 @@ from loraloom.adapters import ExpertsConfig, LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import read_adapter, write_adapter
 from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
+from tests.tiny import changed
 
 CONFIGS = [
     MixLoraConfig(rank=4, alpha=8, num_experts=4, target_modules=("q_proj", "up_proj")),
@@ -123,19 +124,46 @@ def test_plain_checkpoints_of_moe_peft_are_read(case, base, shared_fixtures):
     assert len(tensors) == 2 * 7 * 2
 
 
-def test_methods_to_come_are_refused_by_name(base, shared_fixtures):
-    with pytest.raises(
-        FormatError, match=r"`peft_type` .* must be one of LORA, MIXLORA.*got .LORAMOE"
-    ):
-        read_adapter(shared_fixtures / "llama-loramoe" / "adapter", base)
+@pytest.mark.parametrize(
+    ("fields", "settings"),
+    [
+        (
+            {"routing_strategy": "mixlora-dynamic", "top_p": 0.6, "temperature": 0.0},
+            {"routing": "top_p", "top_p": 0.6},
+        ),
+        (
+            {"routing_strategy": "mixlora-dynamic", "temperature": 0.5},
+            {"routing": "top_p", "temperature": 0.5},
+        ),
+        (
+            {"routing_strategy": "mixlora-switch", "expert_capacity": 16, "sparse_step": None},
+            {"routing": "switch", "expert_capacity": 16},
+        ),
+        ({"routing_strategy": "mixlora-switch"}, {"routing": "switch", "expert_capacity": 32}),
+    ],
+)
+def test_all_routings_of_the_reference_are_read(fields, settings, base, tmp_path):
+    config, tensors = write_mixture(tmp_path, base)
+    edit_config(tmp_path, loraloom=None, top_k=None, **fields)
+    read, read_tensors = read_adapter(tmp_path, base)
+    targets = base.attention_projections + base.ffn_projections
+    assert read == changed(config, target_modules=targets, **settings)
+    assert_same_tensors(read_tensors, tensors)
 
 
-@pytest.mark.parametrize("strategy", ["mixlora-dynamic", "mixlora-switch"])
-def test_other_routings_are_refused_by_name(strategy, base, tmp_path):
+def test_a_routing_that_nobody_knows_is_refused(base, tmp_path):
     write_mixture(tmp_path, base)
-    edit_config(tmp_path, routing_strategy=strategy)
-    with pytest.raises(FormatError, match=f"must be mixlora .*{strategy}.*doesn't support yet"):
+    edit_config(tmp_path, routing_strategy="mixlora-best")
+    with pytest.raises(FormatError, match=r"one of mixlora, .*mixlora-switch, got 'mixlora-best'"):
         read_adapter(tmp_path, base)
+
+
+def test_settings_can_be_given_in_place_of_those_in_files(base, tmp_path):
+    write_mixture(tmp_path, base)
+    config, _ = read_adapter(tmp_path, base, {"top_k": 1, "experts": {"dropout": 0.2}})
+    assert (config.top_k, config.expert_config.dropout) == (1, 0.2)
+    with pytest.raises(FormatError, match=r"with the given settings can't be used: .*top_n"):
+        read_adapter(tmp_path, base, {"top_n": 1})
 
 
 def test_another_activation_is_an_error(base, tmp_path):
@@ -181,20 +209,61 @@ def test_experts_inherit_what_expert_lora_does_not_say(base, tmp_path):
     )
 
 
-def test_experts_of_another_kind_than_the_adapter_are_refused(base, tmp_path):
-    write_mixture(tmp_path, base)
-    edit_config(tmp_path, expert_lora={"r": 2, "use_dora": True})
-    with pytest.raises(FormatError, match=r"`expert_lora.use_dora` must be the adapter's own"):
-        read_adapter(tmp_path, base)
+@pytest.mark.parametrize("flags", [(True, False), (False, True)])
+def test_experts_may_be_of_another_kind_than_the_adapters_lora(flags, base, tmp_path):
+    decomposed, stabilized = flags
+    experts = ExpertsConfig(weight_decomposition=decomposed, rank_stabilized=stabilized)
+    config = MixLoraConfig(
+        rank=2,
+        num_experts=2,
+        experts=experts,
+        weight_decomposition=not decomposed,
+        rank_stabilized=not stabilized,
+        target_modules=("q_proj", "up_proj"),
+    )
+    tensors = make_tensors(config, base)
+    assert any("magnitude" in name and "mlp" in name for name in tensors) == decomposed
+    assert any("magnitude" in name and "attn" in name for name in tensors) != decomposed
+    write_adapter(tmp_path, config, tensors, base)
+    read, read_tensors = read_adapter(tmp_path, base)
+    assert read == config
+    assert read.title == ("MixDoRA" if decomposed else "MixLoRA")
+    assert_same_tensors(read_tensors, tensors)
 
 
-def test_a_mixture_needs_experts_on_the_ffn(base, tmp_path):
-    write_mixture(tmp_path, base, target_modules=("q_proj", "up_proj"))
-    path = tmp_path / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if "up_proj" not in k}, path)
-    edit_config(tmp_path, target_modules=["q_proj"])
+def keep_attention_alone(directory):
+    path = directory / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if ".experts." not in k}, path)
+    edit_config(directory, target_modules=["q_proj"])
+
+
+def test_a_mixture_on_attention_alone_is_the_lora_that_it_computes(base, tmp_path):
+    _, tensors = write_mixture(tmp_path, base, target_modules=("q_proj", "up_proj"))
+    keep_attention_alone(tmp_path)
+    config, read = read_adapter(tmp_path, base)
+    assert config == LoraConfig(rank=2, target_modules=("q_proj",))
+    assert_same_tensors(read, {k: v for k, v in tensors.items() if "self_attn" in k})
+
+
+def test_it_is_none_where_routing_scales_the_ffn_block(base, tmp_path):
+    write_mixture(tmp_path, base, target_modules=("q_proj", "up_proj"), routing="top_p")
+    keep_attention_alone(tmp_path)
     with pytest.raises(FormatError, match="must have experts on an FFN projection"):
         read_adapter(tmp_path, base)
+
+
+@pytest.mark.parametrize("config", CONFIGS[2:])
+def test_lost_magnitudes_are_left_to_the_base_model(config, base, tmp_path):
+    tensors = make_tensors(config, base)
+    write_adapter(tmp_path, config, tensors, base)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "magnitude" not in k}, path)
+    with pytest.warns(UserWarning, match="a DoRA without magnitudes, as MoE-PEFT"):
+        read, read_tensors = read_adapter(tmp_path, base)
+    assert read == config
+    assert_same_tensors(read_tensors, {k: v for k, v in tensors.items() if "magnitude" not in k})
+    plain, _ = read_adapter(tmp_path, base, {"weight_decomposition": False})
+    assert plain == changed(config, weight_decomposition=False)
 
 
 def test_more_chosen_experts_than_there_are_is_an_error(base, tmp_path):

@@ -1,12 +1,15 @@
 """Let one file operation of a training run fail, or kill the run there, and see how it ends.
 
-    scripts/faults [--moments 200] [--kills 20] [--seed 0]
+    scripts/faults [--moments 200] [--kills 20] [--seed 0] [--arrivals]
 
 Four jobs (a LoRA, a DoRA, a MixLoRA and a MixDoRA) train on a tiny base model in float32, with an
 evaluation every second step and a snapshot after every step. At a random one of the run's file
 operations there is no space, an error of the device, no permission, or half of the bytes are
 written; the run must end with the right weights or a clear error. Others are killed there. Then
 each is resumed, and weights, best weights and metrics must be those of an unbroken run, bit by bit.
+
+With --arrivals two of the jobs are a sweep's, and two come from a watched directory of job files.
+One that a fault keeps from joining is told so in its state file, and is given again.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import builtins
 import errno
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -33,8 +37,10 @@ import torch
 
 import loraloom
 import loraloom.formats.disk as disk
-from benchmarks.kills import ADAPTERS, different_files, settings
+from benchmarks.kills import different_files, settings
 from loraloom.errors import LoraloomError
+from loraloom.training.run import inbox, sweep
+from loraloom.training.run.inbox import WatchOptions
 from loraloom.training.run.progress import Progress
 from tests.fuzz.harness import assert_presentable
 from tests.training.saved import save_inputs
@@ -173,12 +179,14 @@ class Bench:
     Args:
         directory: For everything that is written.
         seed: Of the moments.
+        arrivals: Let jobs be a sweep's, or come from files.
         outcomes: How runs ended, counted.
         defects: What should not have been, a line each.
     """
 
     directory: Path
     seed: int = 0
+    arrivals: bool = False
     outcomes: Counter[str] = field(default_factory=Counter)
     defects: list[str] = field(default_factory=list)
 
@@ -188,8 +196,9 @@ class Bench:
         model, tokenizer = loraloom.load_base_model(str(self._inputs / "base"))
         self._base = loraloom.attach(model), tokenizer
         self._random = random.Random(self.seed)
+        self._inbox("unbroken")
         with moment_of(Moment(self.directory)) as unbroken:
-            self._train("unbroken")
+            self._names = [result.job for result in self._train("unbroken")]
         self.operations = unbroken.operations
 
     def try_fault(self) -> None:
@@ -226,29 +235,59 @@ class Bench:
             self._train("broken")
 
     def _moment(self, fault: str) -> Moment:
-        of_results = [n for n, text in enumerate(self.operations, 1) if " unbroken/" in text]
+        of_results = [n for n, text in enumerate(self.operations, 1) if " unbroken" in text]
         numbers = of_results if fault == KILL else range(1, len(self.operations) + 1)
         shutil.rmtree(self.directory / "broken", ignore_errors=True)
+        self._inbox("broken")
         return Moment(self.directory, self._random.choice(numbers), fault)
 
     def _train(self, name: str, *, resume: bool = False) -> list[Any]:
-        run = settings(self._inputs, self.directory / name, STEPS, eval_steps=2, save_steps=1)
-        return loraloom.train(run, resume=resume, base=self._base, progress=Progress())
+        run, watch = self._settings(name), None
+        if self.arrivals:
+            _, job, *_ = run.pop("jobs")
+            run["sweep"] = {"job": job, "parameters": {"seed": [1, 5]}}
+            watch = WatchOptions(self.directory / f"{name} inbox", exit_when_idle=True)
+        with patch.object(inbox, "LOOK_S", 0.0), patch.object(sweep, "plot_sweep"):
+            return loraloom.train(
+                run, resume=resume, base=self._base, progress=Progress(), watch=watch
+            )
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return settings(self._inputs, self.directory / name, STEPS, eval_steps=2, save_steps=1)
+
+    def _inbox(self, name: str) -> None:
+        """Put two of the jobs into a new directory."""
+        directory = self.directory / f"{name} inbox"
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        for job in self._settings(name)["jobs"][2:]:
+            (directory / f"{job['name']}.yaml").write_text(json.dumps(job))
+
+    def _give_again(self) -> None:
+        """Forget what was told of job files that failed."""
+        for file in (self.directory / "broken inbox").glob("*.state.json"):
+            state = json.loads(file.read_text())
+            if state["state"] == "failed":
+                self.outcomes["a job file failed with a clear error"] += 1
+                self._check_message(Moment(file), state["reason"])
+                file.unlink()
 
     def _resume(self, moment: Moment) -> None:
+        self._give_again()
         try:
             results = self._train("broken", resume=True)
         except Exception as error:
             self._defect(moment, f"resumed: {type(error).__name__}: {error}")
             return
         unfinished = [result.job for result in results if result.status != "finished"]
-        if unfinished or len(results) != len(ADAPTERS):
+        if unfinished or {result.job for result in results} != set(self._names):
             self._defect(moment, f"resumed: not finished are {unfinished}")
             return
-        for file in different_files(self.directory / "unbroken", self.directory / "broken"):
+        expected, directory = self.directory / "unbroken", self.directory / "broken"
+        for file in different_files(expected, directory, self._names):
             if moment.fault == KILL or not file.endswith("metrics.jsonl"):
                 self._defect(moment, f"resumed: another {file}")
-        for file in (self.directory / "broken").rglob("*.writing"):
+        for file in self.directory.glob("broken*/**/*.writing"):
             self._defect(moment, f"left behind: {file}")
 
     def _check_message(self, moment: Moment, message: str) -> None:
@@ -268,9 +307,10 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=200)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arrivals", action="store_true", help="a sweep, and files of jobs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        bench = Bench(Path(directory), options.seed)
+        bench = Bench(Path(directory), options.seed, options.arrivals)
         for _ in range(options.moments):
             bench.try_fault()
         for _ in range(options.kills):

@@ -144,6 +144,7 @@ def test_a_broken_adapter_is_read_or_refused(valid, tmp_path, data):
 @given(path=st.text() | EXTREMES.map(str) | st.sampled_from(["a/" * 3000, "owner/\x1b[31m"]))
 def test_any_path_is_no_adapter(path, monkeypatch):
     monkeypatch.setattr("loraloom.formats.hub.snapshot_download", _no_hub)
+    monkeypatch.setattr("loraloom.formats.hub._listed", lambda hub_id: [])
     monkeypatch.setenv("HOME", tempfile.gettempdir())
     assert survives(lambda: read_adapter(path, BASE)) is not None
 

@@ -67,6 +67,7 @@ FRAGMENTS = [
     *("{% macro a(n) %}", "{% endmacro %}", "{{ a(a(1)) }}", "{{ messages[0].content }}", "}}"),
     *("{{ instruction ~ instruction }}", "{{ 2 ** 10**9 }}", "{{ '%9999999d' % 1 }}", "{% raw %}"),
     *("{% set n = namespace(x='x') %}", "{% set n.x = n.x ~ n.x %}", "{{ n.x }}", "{% set x %}"),
+    *("{% set n.x = [n.x, n.x] %}", "{{ n.x in [n.x, [n.x]] }}", "{{ n.x|string }}"),
     *("{{ messages * 10**8 }}", "{{ [].__class__ }}", "{% generation %}", "{% endgeneration %}"),
     *("{{ raise_exception('no') }}", "{% include 'x' %}", "{{ '\\ud800' }}", "\0", "{# "),
 ]

@@ -155,6 +155,7 @@ def test_adapters_of_different_targets_are_combined_where_they_are():
         (["lora", "dora"], {}, AdapterError, "must agree in weight_decomposition"),
         (["vera"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["moslora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
+        (["smora"], {"weights": [1.0]}, AdapterError, "updates of the form BA"),
         (["pissa"], {"weights": [1.0]}, AdapterError, "leave the base's weights as they are"),
         (["lora"], {}, ConfigError, "a finite number for each of the adapters"),
         (["lora", "lora"], {"density": 0.5}, ConfigError, "density is a setting of ties"),

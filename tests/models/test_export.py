@@ -122,7 +122,7 @@ def test_what_no_class_computes_is_refused_with_the_reason(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ["hydralora", "mola"])
+@pytest.mark.parametrize("method", ["hydralora", "mola", "loramoe"])
 def test_routers_of_single_projections_have_no_moe_form(tmp_path, method):
     host = host_of("llama", {"a": ALL_METHODS[method]})
     with pytest.raises(AdapterError, match="mixture whose routers choose top_k whole FFN experts"):

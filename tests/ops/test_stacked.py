@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from loraloom.ops.stacked import StackedFfn, StackedStep, stack_expert_ffn, stack_low_rank_ffn
+from loraloom.routing.routes import TopK
 from tests.ops.ffn_case import SHAPES, FfnCase, bend, compute_form, dense_loop, make_case
 from tests.ops.test_expert_ffn import PARTS
 
@@ -28,7 +29,7 @@ def stack(cases: list[FfnCase], *, routed: bool) -> StackedFfn:
     if not routed:
         return stack_low_rank_ffn(parts)
     routers = [_router(case).T for case in cases]
-    return stack_expert_ffn(parts, routers, cases[0].selected.shape[1])
+    return stack_expert_ffn(parts, routers, TopK(cases[0].selected.shape[1]))
 
 
 @dataclass

@@ -113,7 +113,34 @@ class DenseAdapter:
         return x * self.masks.keep(layer, site, x.shape[-1], dropout)
 
     def _slot_sites(self) -> range:
-        return range(Site.FFN_SLOT, Site.FFN_SLOT + self.config.top_k)
+        return range(Site.FFN_SLOT, Site.FFN_SLOT + self._num_slots)
+
+    @property
+    def _num_slots(self) -> int:
+        config = self.config
+        return {"top_k": config.top_k, "switch": 1}.get(config.routing, config.num_experts)
+
+    def _choose(self, logits: Tensor) -> list[tuple[Tensor, int]]:
+        """Weight and number of each expert that a token uses, best first."""
+        config = self.config
+        scaled = logits
+        if config.routing == "top_p" and config.compat is None:
+            scaled = logits / config.temperature
+        probability = scaled.softmax(0)
+        if config.routing == "top_p" and config.compat is not None:
+            probability = probability / config.temperature
+        values = probability.tolist()
+        order = sorted(range(len(values)), key=lambda e: -values[e])
+        if config.routing == "switch":
+            order = order[:1]
+        elif config.routing == "top_p":
+            sums = [sum(values[e] for e in order[:n]) for n in range(len(order))]
+            order = [e for e, before in zip(order, sums, strict=True) if before <= config.top_p]
+        elif config.routing == "top_k":
+            order = order[: config.top_k]
+            total = sum(probability[e] for e in order)
+            return [(probability[e] / total, e) for e in order]
+        return [(probability[e], e) for e in order]
 
     def _dense(
         self, module: nn.Module, key: str, config: LoraConfig, x: Tensor, dropped: Tensor
@@ -141,7 +168,7 @@ class DenseAdapter:
         routed, dropped = x, self._drop(x, index, Site.FFN_INPUT)
         if self.masks is not None and config.router_jitter > 0:
             routed = x * self.masks.jitter(index, x.shape[-1], config.router_jitter)
-        keeps = [None] * config.top_k
+        keeps = [None] * self._num_slots
         if self.masks is not None and config.expert_config.dropout > 0:
             size = block.get_submodule(names[-1]).in_features
             keeps = [
@@ -159,11 +186,9 @@ class DenseAdapter:
                     outputs.append(expert(None, None))
                     continue
                 logits.append(router @ routed[row, place])
-                weights, chosen = logits[-1].softmax(0).topk(config.top_k)
-                weights = weights / weights.sum()
                 parts = [
-                    weight * expert(int(e), keep)
-                    for weight, e, keep in zip(weights, chosen, keeps, strict=True)
+                    weight * expert(e, keep)
+                    for (weight, e), keep in zip(self._choose(logits[-1]), keeps, strict=False)
                 ]
                 outputs.append(sum(parts))
             rows.append(torch.stack(outputs))

@@ -41,10 +41,16 @@ def language_model_loss(logits: Tensor) -> Tensor:
 def balance_loss(router_logits: list[Tensor], config: MixLoraConfig) -> Tensor:
     """The formula over all layers' real tokens, written out."""
     probability = torch.cat(router_logits).softmax(-1)
-    chosen = one_hot(probability.topk(config.top_k).indices, config.num_experts).double()
-    per_slot = [
-        (chosen[:, slot].mean(0) * probability.mean(0)).sum() for slot in range(config.top_k)
-    ]
+    num_chosen = config.experts_per_token or config.num_experts
+    ordered = probability.detach().topk(num_chosen)
+    chosen = one_hot(ordered.indices, config.num_experts).double()
+    if config.routing == "top_p":
+        scaled = (torch.cat(router_logits).detach() / config.temperature).softmax(-1)
+        if config.compat is not None:
+            scaled = probability.detach() / config.temperature
+        ordered = scaled.topk(num_chosen).values
+        chosen *= (ordered.cumsum(-1) - ordered <= config.top_p).unsqueeze(-1)
+    per_slot = [(chosen[:, slot].mean(0) * probability.mean(0)).sum() for slot in range(num_chosen)]
     return config.router_aux_loss_coef * config.num_experts * sum(per_slot)
 
 
@@ -97,6 +103,26 @@ def test_so_they_are_with_dropout_and_jitter(family, method):
         changes["router_jitter"] = 0.2
     config = heavy_balance(changed(METHODS[method], **changes))
     compare(family, config, train=True)
+
+
+ROUTINGS = {
+    "top_p": {"routing": "top_p", "top_p": 0.7},
+    "temperature": {"routing": "top_p", "top_p": 0.6, "temperature": 0.7},
+    "moe-peft": {"routing": "top_p", "top_p": 0.9, "temperature": 0.7, "compat": "moe-peft"},
+    "switch": {"routing": "switch"},
+    "dense": {"routing": "dense"},
+}
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_any_routing(routing, decomposed):
+    """phi's output projection has a bias, which counts as often as the weights sum to."""
+    config = MixLoraConfig(
+        rank=2, alpha=4, num_experts=4, weight_decomposition=decomposed, **ROUTINGS[routing]
+    )
+    compare("phi", heavy_balance(changed(config, dropout=0.3)), train=True)
+    compare("llama", config)
 
 
 @pytest.mark.parametrize("decomposed", [False, True])

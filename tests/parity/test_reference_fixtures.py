@@ -20,7 +20,7 @@ from loraloom.routing.record import LayerRouting
 from tests.tiny import changed, router_loss
 
 MIXTURES = ("llama-mixlora", "qwen2-mixlora", "phi-mixlora")
-CASES = (*MIXTURES, "llama-lora", "llama-mola")
+CASES = (*MIXTURES, "llama-lora", "llama-mola", "llama-loramoe", "llama-axolotl")
 TOLERANCE = 1e-4
 REFERENCE_COEFFICIENT = 0.001
 
@@ -96,12 +96,15 @@ def assert_same_routers(record: list[list[LayerRouting]], expected: Tensor, real
 
 
 @batches
-def test_routers_of_each_projection_are_those_of_the_reference(batch, fixtures):
-    case, host = fixtures / "llama-mola", attach_base(fixtures / "llama")
+@pytest.mark.parametrize("name", ["llama-mola", "llama-loramoe"])
+def test_routers_of_each_projection_are_those_of_the_reference(name, batch, fixtures):
+    case, host = fixtures / name, attach_base(fixtures / "llama")
     adapter = host.load("a", case / "adapter")
     out, real, expected = run(host, case, batch)
     names = json.loads((case / "meta.json").read_text())["router_projections"]
     assert_same_routers(by_projection(out.routing["a"], names), expected["router_logits"], real)
+    if "aux_loss" not in expected:
+        return
     config = changed(adapter.config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
     assert config.router_loss_scope == "pooled"
     loss = router_loss(out.routing["a"], config)
@@ -122,7 +125,24 @@ def test_the_base_model_is_that_of_the_reference(family, batch, fixtures):
     )
 
 
-@pytest.mark.parametrize("case", ["llama-mixlora", "llama-mola"])
+def test_all_adapters_of_one_base_give_the_references_logits_in_one_batch(fixtures):
+    host = attach_base(fixtures / "llama")
+    names = [case for case in CASES if case.startswith("llama")]
+    expected = {name: load_file(fixtures / name / "expected.safetensors") for name in names}
+    for name in names:
+        host.load(name, fixtures / name / "adapter")
+    rows = [name for name in names for _ in range(3)]
+    ids = torch.cat([expected[name]["padded.input_ids"] for name in names])
+    mask = torch.cat([expected[name]["padded.attention_mask"] for name in names]).bool()
+    logits = torch.cat([expected[name]["padded.logits"] for name in names])
+    order = [row for start in range(3) for row in range(start, len(rows), 3)]  # none side by side
+    with torch.no_grad():
+        actual = host(ids[order], mask[order], [rows[row] for row in order]).logits
+    real = mask[order]
+    torch.testing.assert_close(actual[real], logits[order][real], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["llama-mixlora", "llama-mola", "llama-loramoe", "llama-axolotl"])
 def test_a_saved_adapter_gives_the_same_logits_as_the_reference(tmp_path, fixtures, case):
     host = attach_base(fixtures / "llama")
     host.load("first", fixtures / case / "adapter")

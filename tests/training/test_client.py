@@ -8,7 +8,9 @@ from torch import Tensor
 
 from loraloom.config.objective import DpoConfig, SftConfig
 from loraloom.config.optimizer import OptimizerConfig
-from loraloom.errors import ConfigError, TrainingError
+from loraloom.errors import AdapterError, ConfigError, TrainingError
+from loraloom.infer.generate import generate_tokens
+from loraloom.infer.prompts import Prompt
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.models.host import Host
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
@@ -226,6 +228,35 @@ def test_what_is_not_finite_is_dropped_and_weights_are_left_alone():
         client.optim_step()
     assert grads_of(client) == {}
     assert all(torch.equal(weights_of(client)[name], weight) for name, weight in before.items())
+
+
+def test_of_several_adapters_that_are_not_finite_each_is_named_and_the_others_learn():
+    host, examples = toy_host(), toy_examples(4)
+    methods = {"a": "lora", "b": "mixlora", "c": "dora"}
+    clients = [new_client(host, name, method) for name, method in methods.items()]
+    for client, value in zip(clients, (float("nan"), float("inf")), strict=False):
+        for weight in client.parameters.values():
+            weight.data.fill_(value)
+    requests = [client.request(examples, micro_batch_size=2) for client in clients]
+    with pytest.raises(TrainingError) as caught:
+        run_requests(host, requests, PAD_ID)
+    told = "adapter {}: loss must be finite, got nan; its gradients are dropped"
+    assert str(caught.value).splitlines() == [told.format("a"), told.format("b")]
+    assert [grads_of(client) for client in clients[:2]] == [{}, {}]
+    alone = new_client(None, "c", "dora")
+    alone.forward_backward(examples, micro_batch_size=2)
+    assert_same(grads_of(clients[2]), grads_of(alone), 1e-6)
+
+
+def test_adapters_that_are_not_finite_are_named_when_they_should_sample():
+    host = toy_host()
+    clients = [new_client(host, name) for name in "abc"]
+    for client in clients[:2]:
+        next(iter(client.parameters.values())).data.fill_(float("nan"))
+    prompts = [Prompt("x", name) for name in "abc"]
+    with pytest.raises(AdapterError, match="got NaN from adapter 'a', adapter 'b'; the weights"):
+        generate_tokens(host, toy_tokenizer(), prompts, SamplingConfig(max_new_tokens=2))
+    assert clients[2].sample(["x"], SamplingConfig(max_new_tokens=2))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -10,10 +12,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 import loraloom
+from loraloom.models.sharding import shard
+from loraloom.ranks import own_part
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["loraloom.training.run.run"])
@@ -50,3 +55,17 @@ def _be_rank(
         work(rank, *args)
     except loraloom.LoraloomError as error:
         sys.exit(f"rank {rank}: {error}")
+
+
+def hold_base(rank: int, directory: Path, base_model: str, base: str) -> None:
+    """Load a base model, and write the bytes of its weights and what they added to memory."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    model, _ = loraloom.load_base_model(base_model, "bfloat16", "cpu")
+    if base == "fsdp":
+        shard(model, torch.device("cpu"))
+    gc.collect()
+    parts = [own_part(weight).untyped_storage() for weight in model.parameters()]
+    held = sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+    added = process.memory_info().rss - before
+    (directory / f"{rank}.json").write_text(json.dumps([held, added]))

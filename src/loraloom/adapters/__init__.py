@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field, TypeAdapter
 
 from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.dynmole.config import DynMoleConfig
 from loraloom.adapters.hydralora.config import HydraLoraConfig
 from loraloom.adapters.lora.config import LoraConfig
+from loraloom.adapters.loramoe.config import LoraMoeConfig
 from loraloom.adapters.mixlora.config import ExpertsConfig as ExpertsConfig
 from loraloom.adapters.mixlora.config import MixLoraConfig
 from loraloom.adapters.mola.config import MolaConfig
 from loraloom.adapters.moslora.config import MosLoraConfig
+from loraloom.adapters.smora.config import SmoraConfig
 from loraloom.adapters.vera.config import VeraConfig
 
 CONFIGS: tuple[type[AdapterConfig], ...] = (
@@ -21,6 +24,9 @@ CONFIGS: tuple[type[AdapterConfig], ...] = (
     HydraLoraConfig,
     MolaConfig,
     MosLoraConfig,
+    LoraMoeConfig,
+    DynMoleConfig,
+    SmoraConfig,
 )
 """The methods. To add one, import its configuration above and name it here."""
 

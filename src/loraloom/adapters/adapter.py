@@ -22,6 +22,7 @@ from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
 from loraloom.ops.low_rank import InputGroup, down_project
 from loraloom.routing.losses import AddUp, router_loss, whole
 from loraloom.routing.record import LayerRouting
+from loraloom.routing.routes import beyond_capacity
 
 if TYPE_CHECKING:
     from loraloom.adapters.low_rank import Projection
@@ -68,6 +69,31 @@ class SegmentTokens:
             values = [value.index_select(0, self.real_index) for value in values]
         logits, selected, weights = values
         self.record(LayerRouting(self.layer, logits, selected, weights, projection))
+
+    def beyond_capacity(self, selected_experts: Tensor, capacity: int | None) -> Tensor | None:
+        """Tell which tokens their expert doesn't take, [T, 1]; None where it takes all.
+
+        Args:
+            selected_experts: [T, 1].
+            capacity: Tokens of a sample that an expert takes in training.
+        """
+        if capacity is None or self.noise is None:
+            return None
+        samples = [span.tokens for span in self.noise.spans]
+        return beyond_capacity(selected_experts.squeeze(1), samples, capacity).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """A sample among the tokens of a record.
+
+    Args:
+        num_tokens: Its real tokens.
+        expert_group: Of the experts that are meant for its kind of data, 0 or 1.
+    """
+
+    num_tokens: int
+    expert_group: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,12 +232,16 @@ class Adapter(nn.Module, ABC):
         )
 
     def auxiliary_loss(
-        self, routing: Sequence[LayerRouting], add_up: AddUp = whole
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
     ) -> Tensor | None:
         """Compute what the method adds to the objective, with its coefficient; None for nothing.
 
         Args:
             routing: The record of one forward, an entry for each router.
+            samples: Whose tokens these are, in their order; None where nobody knows.
             add_up: As in `router_loss`.
         """
         config = self.config
@@ -268,6 +298,16 @@ class Adapter(nn.Module, ABC):
         """Return every tensor under its file-neutral name (keys.py), as views of the parameters."""
         holders = (module for module in self.modules() if isinstance(module, Weights))
         return {name: tensor for holder in holders for name, tensor in holder.tensors()}
+
+    def load_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values in as files have them; magnitudes that they lack stay as they are.
+
+        Raises:
+            AdapterError: If names or shapes differ from this adapter's.
+        """
+        own = self.tensors()
+        kept = {name: tensor for name, tensor in own.items() if name.endswith(".magnitude")}
+        self.load_tensors({**kept, **tensors})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names of `tensors()`.

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, field_validator
 
 from loraloom.adapters.keys import Shape, TensorKey, target_projections
-from loraloom.config.fields import StrictModel
+from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import AdapterError, ConfigError, shown
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from loraloom.adapters.adapter import Adapter
     from loraloom.adapters.base import BaseInfo, BaseLayer
-    from loraloom.adapters.files import AdapterFiles
+    from loraloom.adapters.files import AdapterFiles, Sidecar, SidecarFiles
+    from loraloom.routing.routes import Route
 
 MAX_RANK, MAX_EXPERTS, MAX_NUMBER = 2**16, 2**10, 1e6
 """Bounds far from what anybody trains, so that a slip or malice ends in a message."""
@@ -36,6 +38,8 @@ Targets = TargetGroup | tuple[str, ...]
 class AdapterConfig(StrictModel, ABC):
     """The settings that all methods have, and the questions that all must answer."""
 
+    adds_up_over_ranks: ClassVar[bool] = True
+    """Whether its auxiliary loss is known to a rank that has only a part of the tokens."""
     peft_type: ClassVar[str]
     """What adapter_config.json calls the method."""
     layout: ClassVar[Literal["peft", "reference", "native"]] = "native"
@@ -50,6 +54,8 @@ class AdapterConfig(StrictModel, ABC):
     """Names of `routing_strategy` in the reference's old files, and what they are today."""
     file_parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Names of the method's own parts of tensors in PEFT's or the reference's files."""
+    sidecar: ClassVar[Sidecar | None] = None
+    """Files that another program writes for the method beside PEFT's two; see `adopted`."""
 
     method: str
     rank: int = Field(default=16, ge=1, le=MAX_RANK)
@@ -184,6 +190,29 @@ class AdapterConfig(StrictModel, ABC):
         """The method's fields of adapter_config.json; by default its settings under our names."""
         return self.model_dump(mode="json")
 
+    def reference_fault(self, base: BaseInfo) -> str | None:
+        """Say what of this MoE-PEFT's files can't hold; None if they hold it all."""
+        return f"MoE-PEFT has no {self.title}"
+
+    def split_for_sidecar(
+        self, tensors: Mapping[str, Tensor], base: BaseInfo
+    ) -> tuple[AdapterConfig, SidecarFiles]:
+        """Give what PEFT's two files hold, and what goes into the sidecar beside them.
+
+        Raises:
+            AdapterError: If the program whose sidecar it is can't hold this.
+        """
+        raise AdapterError(f"axolotl has mixtures of whole FFN blocks alone, got {self.title}")
+
+    @classmethod
+    def adopted(cls, files: AdapterFiles) -> AdapterFiles:
+        """Bring what another program has written for this method into the method's own layout.
+
+        Raises:
+            FormatError: If it is of this method and can't be understood.
+        """
+        return files
+
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """Read settings from adapter_config.json, the other way round.
@@ -278,6 +307,84 @@ class RouterLossConfig(StrictModel):
             f"raise router_aux_loss_coef (it is {self.router_aux_loss_coef:g}){scope}, or lower "
             "learning_rate"
         )
+
+
+_ROUTING_OF = {
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "temperature": "top_p",
+    "expert_capacity": "switch",
+}
+"""The routing that each setting belongs to."""
+
+
+class RoutingConfig(RouterLossConfig):
+    """How routers choose among experts, by p, the softmax of their logits."""
+
+    num_experts: Any = 8
+    routing: Literal["top_k", "top_p", "switch", "dense"] = "top_k"
+    """Which experts a token uses: the top_k of largest p, with p renormalised to sum to 1; the
+    fewest whose p sum to more than top_p, with p; that of largest p, with p (switch); or all."""
+    top_k: int = Field(default=2, ge=1, validate_default=True)
+    """Experts that each token uses, with routing: top_k."""
+    top_p: float = Field(default=0.8, gt=0, le=1, validate_default=True)
+    """What the p of a token's experts have to exceed together, with routing: top_p."""
+    temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER, validate_default=True)
+    """What the logits are divided by, with routing: top_p."""
+    expert_capacity: int | None = Field(default=None, ge=1, validate_default=True)
+    """Tokens of a sample that an expert takes in training, with routing: switch; those beyond it go
+    without an expert. None: any number."""
+
+    @field_validator("top_k", "top_p", "temperature", "expert_capacity")
+    @classmethod
+    def _check_routing(cls, value: Any, info: CheckInfo) -> Any:
+        name, routing = info.field_name or "", info.data.get("routing")
+        if routing not in (None, _ROUTING_OF[name]) and value != cls.model_fields[name].default:
+            raise ValueError(
+                f"{name} is a setting of routing: {_ROUTING_OF[name]}, got {value} with routing: "
+                f"{routing}"
+            )
+        if name == "top_k" and routing == "top_k":
+            _check_top_k(value, info.data.get("num_experts", value))
+        return value
+
+    @property
+    def route(self) -> Route:
+        """What routers do with their logits."""
+        from loraloom.routing.routes import Dense, Switch, TopK, TopP
+
+        if self.routing == "top_k":
+            return TopK(self.top_k)
+        if self.routing == "top_p":
+            return TopP(self.top_p, self.temperature)
+        return Switch() if self.routing == "switch" else Dense()
+
+    @property
+    def routing_label(self) -> str:
+        """The routing with its number, for people."""
+        numbers = {"top_k": f"top-{self.top_k}", "top_p": f"top-p {self.top_p:g}"}
+        return numbers.get(self.routing, self.routing)
+
+    def experts_described(self) -> dict[str, Any]:
+        """How many experts there are and who uses them, for `inspect`."""
+        top_k = self.experts_per_token or self.experts_per_router
+        return {"num_experts": self.num_experts, "top_k": top_k, "routing": self.routing_label}
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """See AdapterConfig; where it differs by token, or all are used, none."""
+        return {"top_k": self.top_k, "switch": 1}.get(self.routing)
+
+    @property
+    def experts_per_router(self) -> int:
+        """See AdapterConfig."""
+        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+
+def _check_top_k(top_k: int, num_experts: Any) -> None:
+    counts = [num_experts] if isinstance(num_experts, int) else num_experts
+    if top_k > min(counts, default=0):
+        raise ValueError(f"top_k must be in [1, num_experts={min(counts, default=0)}], got {top_k}")
 
 
 def _is_module_name(name: Any) -> bool:

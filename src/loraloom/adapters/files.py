@@ -24,6 +24,32 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 
 
+@dataclass(frozen=True)
+class Sidecar:
+    """Files in which another program keeps a part of an adapter, beside PEFT's two.
+
+    Args:
+        weights: Name of the safetensors file.
+        settings: Names that the YAML file with the run's settings may have.
+    """
+
+    weights: str
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SidecarFiles:
+    """What a sidecar's files hold.
+
+    Args:
+        tensors: By name.
+        settings: Of the run; empty where no file has them.
+    """
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+
 def _check_printable(text: str) -> str:
     if plain(text) != text or "\n" in text:
         raise ValueError(f"must be a text without control characters, got {shown(text)}")
@@ -151,6 +177,12 @@ class AdapterFiles:
     """The header of the safetensors file."""
     source: str = "the adapter"
     """Where they came from, for messages."""
+    sidecars: Mapping[str, SidecarFiles] = field(default_factory=dict)
+    """Other programs' files beside these, by the name of the one with weights."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the method that the user gives: what files lack, or in place of theirs."""
+    program: str | None = None
+    """Which program wrote them, where they have been brought into another layout."""
 
     def error(self, message: str) -> FormatError:
         """Make an error that names these files."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraloom.bench.cases import PEFT_CASES, StepSetting, adapter_cases, mixture_case
-from loraloom.cli.options import BaseModelOption, DtypeOption
+from loraloom.cli.options import BaseModelOption, DtypeOption, path_option
 from loraloom.durable import prepare_output
 from loraloom.errors import ConfigError, shown
 from loraloom.models.sources import SMALL_MODEL
@@ -54,7 +54,7 @@ def _check_picture(path: Path | None) -> Path | None:
 
 PictureOption = Annotated[
     Path | None,
-    typer.Option(
+    path_option(
         "--picture", metavar="FILE", callback=_check_picture, help="Draw the ratios there."
     ),
 ]

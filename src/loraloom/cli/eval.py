@@ -15,9 +15,11 @@ from loraloom.cli.options import (
     AdapterOption,
     AttnOption,
     BaseModelOption,
+    ChatTemplateOption,
     DeviceOption,
     DtypeOption,
     parse_adapters,
+    path_option,
 )
 from loraloom.config.data import DataFormat, Scoring
 from loraloom.errors import ConfigError
@@ -94,7 +96,7 @@ def evaluate(
     ] = None,
     harness_include: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--harness-include",
             metavar="DIR",
             help="YAML files of more tasks for --harness; they can run code, so trust them first.",
@@ -129,6 +131,7 @@ def evaluate(
         str | None,
         typer.Option("--template", help="Of --dataset with --format instruction; alpaca."),
     ] = None,
+    chat_template: ChatTemplateOption = None,
     field: Annotated[
         list[str] | None,
         typer.Option(
@@ -147,7 +150,7 @@ def evaluate(
     adapter: AdapterOption = None,
     data: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--data",
             metavar="DIR",
             help="A directory of data sets, or of the task's own; the hub's copy by default.",
@@ -192,7 +195,7 @@ def evaluate(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--cache",
             metavar="DIR",
             help="Where scores are kept, so that an evaluation goes on where it was interrupted; "
@@ -204,7 +207,7 @@ def evaluate(
     ] = False,
     output: Annotated[
         list[Path] | None,
-        typer.Option(
+        path_option(
             "--output",
             metavar="FILE",
             help="Write the results there: FILE.json, FILE.csv or FILE.md. May be repeated.",
@@ -212,7 +215,7 @@ def evaluate(
     ] = None,
     per_question: Annotated[
         Path | None,
-        typer.Option("--per-question", metavar="FILE.jsonl", help="Write a line a question there."),
+        path_option("--per-question", metavar="FILE.jsonl", help="Write a line a question there."),
     ] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
@@ -231,13 +234,19 @@ def evaluate(
     from loraloom.eval.tables import check_outputs
 
     kind = _only_one({"--task": task, "--dataset": dataset, "--harness": harness})
-    settings = {"format": data_format, "template": template, "fields": _parse_fields(field)}
+    settings = {
+        "format": data_format,
+        "template": template,
+        "chat_template": chat_template,
+        "fields": _parse_fields(field),
+    }
     options: dict[str, tuple[Any, tuple[str, ...]]] = {
         "--harness-include": (harness_include, ("--harness",)),
         "--num-fewshot": (num_fewshot is not None, ("--harness",)),
         "--apply-chat-template": (apply_chat_template, ("--harness",)),
         "--format": (data_format, ("--dataset",)),
         "--template": (template, ("--dataset",)),
+        "--chat-template": (chat_template, ("--dataset",)),
         "--field": (field, ("--dataset",)),
         "--max-length": (max_length, ("--dataset",)),
         "--data": (data, ("--task", "--harness")),

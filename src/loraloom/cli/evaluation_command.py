@@ -76,5 +76,7 @@ def _data_options(source: SourceConfig, *, has_rows: bool) -> Iterator[str]:
     yield f"--format {source.format}"
     if source.template is not None:
         yield f"--template {shlex.quote(source.template)}"
+    if source.chat_template is not None:
+        yield f"--chat-template {shlex.quote(source.chat_template)}"
     for role, column in (source.fields or {}).items():
         yield f"--field {shlex.quote(f'{role}={column}')}"

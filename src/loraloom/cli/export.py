@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from loraloom.cli.options import BaseModelOption, DeviceOption
+from loraloom.cli.options import BaseModelOption, DeviceOption, path_option
 from loraloom.config.fields import Dtype
 
 _NAME = "adapter"
@@ -21,7 +21,7 @@ def export(
     ],
     output: Annotated[
         Path,
-        typer.Option(
+        path_option(
             "--output",
             metavar="PATH",
             help="Where to: a new directory; for gguf a new file, adapter.gguf say.",

@@ -13,9 +13,11 @@ from loraloom.cli.options import (
     AdapterOption,
     AttnOption,
     BaseModelOption,
+    ChatTemplateOption,
     DeviceOption,
     DtypeOption,
     parse_adapters,
+    path_option,
 )
 from loraloom.errors import ConfigError, shown
 
@@ -36,7 +38,7 @@ def generate(
     ] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--input",
             metavar="FILE.jsonl",
             help="A row for each prompt: `prompt` or `messages` (and `tools`), perhaps `adapter`.",
@@ -44,7 +46,7 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--output",
             metavar="FILE.jsonl",
             help="Write the rows there as they are done, with `completion` and `adapter`; rows "
@@ -60,14 +62,7 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Leave out the tokenizer's chat template.")
     ] = False,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            "--chat-template",
-            metavar="TEMPLATE",
-            help="In place of the tokenizer's: a file, a Jinja text, or trl for its training one.",
-        ),
-    ] = None,
+    chat_template: ChatTemplateOption = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")
     ] = 128,

@@ -52,7 +52,7 @@ def _settings(description: AdapterDescription) -> dict[str, str]:
     }
     if experts := description.experts:
         rows["experts"] = (
-            f"{experts['num_experts']}, top-{experts['top_k']}, rank {experts['rank']}, "
+            f"{experts['num_experts']}, {experts['routing']}, rank {experts['rank']}, "
             f"alpha {experts['alpha']:g}, dropout {experts['dropout']:g}"
         )
     rows["target modules"] = ", ".join(description.target_modules)

@@ -22,6 +22,7 @@ from loraloom.cli import (
     bench,
     chat,
     config,
+    convert,
     data,
     eval,
     export,
@@ -49,6 +50,7 @@ VERBS: dict[str, Command] = {
     "chat": chat.chat,
     "inspect": inspect.inspect,
     "export": export.export,
+    "convert": convert.convert,
 }
 """Verb -> function, in the order of --help."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loraloom.config.fields import AttnImplementation, Dtype, check_device, check_name
-from loraloom.errors import ConfigError
+from loraloom.config.paths import local_path
+from loraloom.errors import ConfigError, LoraloomError
 
 
 def parse_adapter(text: str) -> tuple[str, str]:
@@ -49,6 +50,28 @@ def parse_adapters(texts: Sequence[str] | None) -> dict[str, str]:
     return adapters
 
 
+def path_option(name: str, **settings: Any) -> Any:
+    """An option whose value is a path that the system can be asked about.
+
+    Args:
+        name: As the user writes it.
+        settings: Further ones of `typer.Option`.
+    """
+    return typer.Option(name, parser=_path_parser(name), **settings)
+
+
+def path_argument(metavar: str, **settings: Any) -> Any:
+    """An argument that is a path; see `path_option`."""
+    return typer.Argument(metavar=metavar, parser=_path_parser(metavar), **settings)
+
+
+def _path_parser(name: str) -> Callable[[str], Path]:
+    def path(text: str) -> Path:
+        return local_path(text, name, LoraloomError)  # typer rewords a ConfigError, a ValueError
+
+    return path
+
+
 BaseModelOption = Annotated[
     str,
     typer.Option(
@@ -84,7 +107,15 @@ AdapterOption = Annotated[
     ),
 ]
 RunFileArgument = Annotated[
-    Path, typer.Argument(metavar="RUN.yaml", help="The run file: a base model and its jobs.")
+    Path, path_argument("RUN.yaml", help="The run file: a base model and its jobs.")
+]
+ChatTemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="TEMPLATE",
+        help="In place of the tokenizer's: a file, a Jinja text, or trl for its training one.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraloom.cli.options import BaseModelOption, DeviceOption, DtypeOption
+from loraloom.cli.options import BaseModelOption, DeviceOption, DtypeOption, path_option
 from loraloom.cli.train import raise_failures
 from loraloom.config.run import RunConfig
 from loraloom.config.yaml_text import parse_yaml
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def quickstart(
     output_dir: Annotated[
-        Path, typer.Option("--output-dir", help="Where adapters, metrics and pictures go.")
+        Path,
+        path_option("--output-dir", metavar="DIR", help="Where adapters, metrics and pictures go."),
     ] = Path("quickstart"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier quickstart's results.")

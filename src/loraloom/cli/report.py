@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from loraloom.cli.options import path_argument, path_option
 from loraloom.errors import ConfigError
 
 DEFAULT_NAME = "report.html"
@@ -15,14 +16,14 @@ DEFAULT_NAME = "report.html"
 def report(
     run_dirs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN_DIR...",
+        path_argument(
+            "RUN_DIR...",
             help="Output directories of `loraloom train`; several may be seeds of one recipe.",
         ),
     ],
     evaluations: Annotated[
         list[Path] | None,
-        typer.Option(
+        path_option(
             "--eval",
             metavar="FILE.json",
             help="What `loraloom eval --output` wrote. May be repeated.",
@@ -30,7 +31,7 @@ def report(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--output", metavar="FILE.html", help="Where to; report.html in the first RUN_DIR."
         ),
     ] = None,

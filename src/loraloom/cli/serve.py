@@ -14,6 +14,7 @@ from loraloom.cli.options import (
     DeviceOption,
     DtypeOption,
     parse_adapters,
+    path_option,
 )
 from loraloom.errors import ConfigError
 
@@ -43,7 +44,7 @@ def serve(
     adapter: AdapterOption = None,
     adapter_dir: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--adapter-dir",
             metavar="DIR",
             help="A directory of adapters; each is loaded when it is first asked for.",
@@ -61,7 +62,7 @@ def serve(
     ] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option("--api-key-file", metavar="FILE", help="API keys, one a line."),
+        path_option("--api-key-file", metavar="FILE", help="API keys, one a line."),
     ] = None,
     no_api_key: Annotated[
         bool, typer.Option("--no-api-key", help="Let anybody ask who reaches --host.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraloom.cli.evaluation_command import evaluation_command
-from loraloom.cli.options import RunFileArgument, SetOption
+from loraloom.cli.options import RunFileArgument, SetOption, path_option
 from loraloom.config.fields import AttnImplementation, Dtype
 from loraloom.config.loading import load_run_config
 from loraloom.errors import ConfigError, TrainingError
@@ -33,7 +33,7 @@ def train(
     ] = False,
     watch: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--watch",
             metavar="DIR",
             help="Go on, and train the job files that come into this directory too.",

@@ -210,6 +210,9 @@ class SourceConfig(_SourceFields):
 
     weight: float = Field(default=1.0, gt=0, le=1000)
     """In a mix: how many times an epoch goes through this source's rows; 0.5 is a half of them."""
+    expert_group: Literal[0, 1] = 0
+    """In a mix: which half of the experts these rows are meant for, where the method has two groups
+    of them (loramoe)."""
 
     @model_validator(mode="after")
     def _check_origin(self) -> SourceConfig:
@@ -247,8 +250,10 @@ class DataConfig(_SourceFields):
     ) -> SourceConfig | None:
         if validation is not None and info.data.get("validation_fraction", 0) > 0:
             raise ValueError("validation and validation_fraction exclude each other; give one")
-        if validation is not None and validation.weight != 1:
-            raise ValueError("validation.weight has no effect outside a mix; remove it")
+        for name in ("weight", "expert_group"):
+            default = SourceConfig.model_fields[name].default
+            if validation is not None and getattr(validation, name) != default:
+                raise ValueError(f"validation.{name} has no effect outside a mix; remove it")
         return validation
 
     @model_validator(mode="after")

@@ -233,8 +233,8 @@ def _in_place(details: ErrorDetails, path: list[int | str], models: list[Models]
 
 
 def _advice(key: str, known: list[str]) -> str:
-    if key == "weight":
-        return "weight belongs to a source inside mix"
+    if key in ("weight", "expert_group"):
+        return f"{key} belongs to a source inside mix"
     if _RENAMED.get(key) in known:
         return f"did you mean {_RENAMED[key]!r}?"
     return suggestion(key, known).rstrip() or f"known keys are {', '.join(known)}"

@@ -19,6 +19,7 @@ MAX_FILE_BYTES = 2**28
 """Of a JSON file that is read as a whole, unless its reader says less."""
 
 _FAULT = re.compile(r"(?P<problem>.*?)(?: at line (?P<line>\d+) column (?P<column>\d+))?", re.S)
+_TEXT_OR_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|(?P<number>-?\d[\d.eE+-]*)')
 _MAY_BE_TOO_LARGE = re.compile(r"\d{300}|[eE]\+?\d{3}")
 
 
@@ -44,8 +45,10 @@ def parse_json(
     except TypeError:  # pydantic takes no text that could not be written as UTF-8
         raise error(f"{origin} must be JSON, line {line}: half a surrogate pair") from None
     if _MAY_BE_TOO_LARGE.search(text):
-        place = origin if "\n" in text else f"{origin}, line {line}"
-        _check_finite(value, place, error)
+        fields = _find_infinite(value)
+        if fields is not None:
+            place = ", ".join([origin, f"line {line + _lines_before_infinite(text)}", *fields])
+            raise error(f"{place} must be a number that is finite as a float, got a larger one")
     return value
 
 
@@ -97,18 +100,26 @@ def _describe(fault: str, first_line: int) -> str:
     return f" must be JSON{place}: {problem}"
 
 
-def _check_finite(value: Any, place: str, error: type[LoraloomError]) -> None:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            _check_finite(entry, f"{place}, {key}", error)
-    elif isinstance(value, list):
-        for number, entry in enumerate(value):
-            _check_finite(entry, f"{place}, {number}", error)
-    elif isinstance(value, int | float) and not _is_finite(value):
-        raise error(f"{place} must be a number that is finite as a float, got a larger one")
+def _find_infinite(value: Any) -> list[str] | None:
+    """Keys and places that lead to the first number that no float holds; None for none."""
+    if isinstance(value, int | float):
+        return None if _is_finite(value) else []
+    if not isinstance(value, dict | list):
+        return None
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        fields = _find_infinite(entry)
+        if fields is not None:
+            return [str(key), *fields]
+    return None
 
 
-def _is_finite(number: int | float) -> bool:
+def _lines_before_infinite(text: str) -> int:
+    numbers = (match for match in _TEXT_OR_NUMBER.finditer(text) if match["number"])
+    start = next(number.start() for number in numbers if not _is_finite(number["number"]))
+    return text.count("\n", 0, start)
+
+
+def _is_finite(number: int | float | str) -> bool:
     try:
         return math.isfinite(float(number))
     except OverflowError:

@@ -13,12 +13,13 @@ class Example:
     """One tokenised training example.
 
     `labels[i]` is the token at i, or NO_LOSS; the shift by one is the trainer's. `sample_id` is the
-    same in every epoch, whatever the order.
+    same in every epoch, whatever the order. `expert_group` is that of its source.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     sample_id: int
+    expert_group: int = 0
 
     @property
     def rows(self) -> tuple[Example, ...]:

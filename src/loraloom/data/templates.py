@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from jinja2 import Template, TemplateError, TemplateRuntimeError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Cycler
 from jinja2.visitor import NodeTransformer
 
 from loraloom.config.faults import suggestion
@@ -29,6 +30,7 @@ MAX_CHARACTERS = 100_000_000
 _MAX_INTEGER_BITS = 10_000
 _OBJECT_SIZE = 50
 """Characters that an entry of a list counts for, about what its bytes are."""
+_TOO_LONG = "it makes a text, a list or a number that is too long"
 
 _GROWING = frozenset(
     "batch center expandtabs indent join ljust replace rjust slice tojson translate wordwrap"
@@ -90,6 +92,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # makes as much text as it is asked for
         self.filters = {name: counted(name, taken) for name, taken in self.filters.items()}
         self.filters |= {"_steps": _steps, "_joined": _joined, "_copied": _copied}
+        self.filters["_measured"] = _measured
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _BUDGETED.visit(super()._parse(source, name, filename))
@@ -104,7 +107,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _check_format(left)
         elif operator != "+":
             _check_product(operator, left, right)
-        return _copied(super().call_binop(context, operator, left, right))
+        return _measured(_copied(super().call_binop(context, operator, left, right)))
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls, within the budget."""
@@ -130,6 +133,26 @@ class _Budgeting(NodeTransformer):
         """Count what `~` joins."""
         self.generic_visit(node)
         return _filter(nodes.List(node.nodes), "_joined")
+
+    def visit_List(self, node: nodes.Literal) -> nodes.Expr:  # noqa: N802, jinja2's name
+        """Measure what a template puts together.
+
+        Entries may be shared, so that a few lines make a list of lists that takes years to compare
+        or to write. Data of files shares nothing, and filters and calls count what they return.
+        """
+        self.generic_visit(node)
+        return _filter(node, "_measured")
+
+    visit_Dict = visit_List  # noqa: N815, jinja2's name
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:  # noqa: N802, jinja2's name
+        """Measure a tuple, unless it is what values are taken apart to."""
+        return self.visit_List(node) if node.ctx == "load" else node
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Expr:  # noqa: N802, jinja2's name
+        """Measure the tuple of a macro's further arguments, which nobody has written down."""
+        is_collected = node.ctx == "load" and node.name in ("varargs", "kwargs")
+        return _filter(node, "_measured") if is_collected else node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:  # noqa: N802, jinja2's name
         """Count copies of a part of a text or list."""
@@ -177,6 +200,13 @@ def _copied(value: Any) -> Any:
     return value
 
 
+def _measured(value: Any) -> Any:
+    _spend(0)
+    if _written_size(value) > MAX_CHARACTERS:
+        raise TemplateRuntimeError(_TOO_LONG)
+    return value
+
+
 def _count_output(value: Any) -> Any:
     _spend(_written_size(value))
     return value
@@ -206,23 +236,27 @@ def _check_product(operator: str, *values: Any) -> None:
         for value in values:
             size *= max(abs(value) if isinstance(value, int) else _written_size(value), 1)
     if size > limit:
-        raise TemplateRuntimeError("it makes a text, a list or a number that is too long")
+        raise TemplateRuntimeError(_TOO_LONG)
 
 
-def _written_size(value: Any, limit: int = MAX_CHARACTERS) -> int:
-    """Characters that a value is written with, counted up to about the limit."""
+def _written_size(value: Any, known: dict[int, int] | None = None) -> int:
+    """Characters that a value is written with.
+
+    Args:
+        value: Anything.
+        known: Sizes of lists by identity, so that one that stands in many places is read once.
+    """
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, Mapping):
-        value = [*value, *value.values()]
-    if not isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, Cycler):  # its items can be had as a tuple
+        value = value.items
+    if not isinstance(value, Mapping | list | tuple | set | frozenset):
         return 1
-    size = 0
-    for entry in value:
-        size += _OBJECT_SIZE + _written_size(entry, limit - size)
-        if size > limit:
-            break
-    return size
+    known = {} if known is None else known
+    if id(value) not in known:
+        entries = [*value, *value.values()] if isinstance(value, Mapping) else value
+        known[id(value)] = sum(_OBJECT_SIZE + _written_size(entry, known) for entry in entries)
+    return known[id(value)]
 
 
 def read_template(template: str, setting: str, names: Iterable[str]) -> str:

@@ -106,7 +106,10 @@ def load_training_set(
         for source in config.sources
     ]
     sample_ids = count()
-    shares = [_share(source, config.validation_fraction, seed, sample_ids) for source in sources]
+    shares = [
+        _share(source, config.validation_fraction, seed, sample_ids, settings.expert_group)
+        for source, settings in zip(sources, config.sources, strict=True)
+    ]
     if config.validation is not None:
         validation = load_source(
             config.validation, tokenizer, max_length, "validation", as_pairs=as_pairs
@@ -139,9 +142,11 @@ class _Share:
     questions: list[ChoiceQuestion]
 
 
-def _share(source: LoadedSource, fraction: float, seed: int, sample_ids: Iterator[int]) -> _Share:
+def _share(
+    source: LoadedSource, fraction: float, seed: int, sample_ids: Iterator[int], expert_group: int
+) -> _Share:
     chosen = choose_held_out(source.name, source.rows, fraction, seed)
-    examples = [_number(row, sample_ids) for row in source.rows]
+    examples = [_number(row, sample_ids, expert_group) for row in source.rows]
     return _Share(
         source=source,
         examples=[one for index, row in enumerate(examples) if index not in chosen for one in row],
@@ -155,8 +160,13 @@ def _all_held_out(source: LoadedSource, sample_ids: Iterator[int]) -> _Share:
     return _Share(source, [], held_out, source.questions or [])
 
 
-def _number(row: EncodedRow, sample_ids: Iterator[int]) -> Sequence[TrainingExample]:
-    examples = [Example(piece.input_ids, piece.labels, next(sample_ids)) for piece in row.pieces]
+def _number(
+    row: EncodedRow, sample_ids: Iterator[int], expert_group: int = 0
+) -> Sequence[TrainingExample]:
+    examples = [
+        Example(piece.input_ids, piece.labels, next(sample_ids), expert_group)
+        for piece in row.pieces
+    ]
     return [PreferencePair(*examples)] if row.is_pair else examples
 
 

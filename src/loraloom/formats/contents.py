@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFiles, AdapterRecord, checked_fields
@@ -18,6 +19,8 @@ from loraloom.errors import shown
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
+SIDECARS = tuple(method.sidecar for method in CONFIGS if method.sidecar is not None)
+"""Other programs' files that are read beside these."""
 
 RECORD_VERSION = 1
 """Version of what loraloom adds to the two layouts; files with a higher one are refused."""
@@ -114,9 +117,9 @@ def stored_adapter(
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
     projections = [key.projection for key in keys if key.projection is not None]
     settings = method.settings_of(files, projections)
-    config = _build_config(files, method, settings)
+    config = _build_config(files, method, _with_given(settings, files.given))
     base = BaseRecord.from_files(files, record)
-    return StoredAdapter(layout, config, tensors, base, files.source, **known)
+    return StoredAdapter(files.program or layout, config, tensors, base, files.source, **known)
 
 
 def renamed(files: AdapterFiles, keys: Mapping[str, str]) -> dict[str, Tensor]:
@@ -153,6 +156,17 @@ def check_task(files: AdapterFiles) -> None:
         raise files.error(f"`bias` must be none, got {shown(files.config['bias'])}")
 
 
+def _with_given(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Put given settings in place of those in files, sections key by key."""
+    merged = dict(settings)
+    for name, value in given.items():
+        own = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(own, dict):
+            value = _with_given(own, value)
+        merged[name] = value
+    return merged
+
+
 def _build_config(
     files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
 ) -> AdapterConfig:
@@ -160,7 +174,8 @@ def _build_config(
         return method(**settings)
     except ValidationError as error:
         faults = "; ".join(_fault(detail["loc"], detail["msg"]) for detail in error.errors())
-        raise files.error(f"{CONFIG_FILE} can't be used: {faults}") from error
+        origin = f"{CONFIG_FILE} with the given settings" if files.given else CONFIG_FILE
+        raise files.error(f"{origin} can't be used: {faults}") from error
 
 
 def _fault(location: tuple[int | str, ...], message: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.adapters.keys import TensorKey
-from loraloom.formats.contents import PICKLE_FILE, WEIGHTS_FILE, StoredAdapter
+from loraloom.formats.contents import PICKLE_FILE, SIDECARS, WEIGHTS_FILE, StoredAdapter
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 
@@ -47,7 +47,7 @@ class AdapterDescription:
     rank_stabilized: bool
     target_modules: tuple[str, ...]
     experts: dict[str, Any] | None
-    """The mixture's side: num_experts, top_k, and the experts' rank, alpha and dropout."""
+    """The mixture's side: num_experts, top_k, routing, and the experts' rank, alpha and dropout."""
     base_model: str | None
     base_fingerprint: str | None
     num_layers: int
@@ -147,5 +147,6 @@ def _norms(tensors: dict[str, tuple[TensorKey, Tensor]]) -> tuple[NormDescriptio
 
 
 def _file_bytes(directory: Path) -> dict[str, int]:
-    paths = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)]
+    names = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, *(sidecar.weights for sidecar in SIDECARS))
+    paths = [directory / name for name in names]
     return {path.name: path.stat().st_size for path in paths if path.exists()}

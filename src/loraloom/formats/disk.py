@@ -5,27 +5,52 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraloom.adapters.files import CONFIG_FILE, AdapterFields, AdapterFiles, checked_fields
+from loraloom.adapters.files import (
+    CONFIG_FILE,
+    AdapterFields,
+    AdapterFiles,
+    Sidecar,
+    SidecarFiles,
+    checked_fields,
+)
 from loraloom.config.json_text import read_json
-from loraloom.durable import remove_leftovers, staging, sync
-from loraloom.errors import AdapterError, FormatError
-from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE, names_in
+from loraloom.config.yaml_text import parse_yaml
+from loraloom.durable import remove_leftovers, staging, sync, write_directory
+from loraloom.errors import AdapterError, ConfigError, FormatError
+from loraloom.formats.contents import (
+    CARD_FILE,
+    PICKLE_FILE,
+    SIDECARS,
+    WEIGHTS_FILE,
+    names_in,
+)
 
 _ABANDONED_S = 3600.0
 """After so long, nobody is writing any more what lies aside."""
 
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
+_STALE_FILES = (PICKLE_FILE, *(sidecar.weights for sidecar in SIDECARS))
+"""What would be read instead of new files, or beside them."""
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_STALE_FILES, CARD_FILE)
+_READ_WEIGHTS = {WEIGHTS_FILE, *_STALE_FILES}
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+_NO_PART = re.compile(
+    r"(optimizer|scheduler|sampler|scaler|training_args|rng_state|random_states|dl_state_dict)\w*\.\w+"
+    r"|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"
+)
+"""What trainers keep beside an adapter: states, and whole models under transformers' names."""
 _MAX_CONFIG_BYTES = 2**24
 _STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -60,11 +85,13 @@ def read_files(directory: Path) -> AdapterFiles:
     """Read adapter_config.json and the weights, from safetensors or else from a pickle.
 
     Raises:
-        FormatError: If a file is missing or broken, or a tensor is not plain numbers.
+        FormatError: If a file is missing or broken, a tensor is not plain numbers, or there are
+            weights that nothing reads.
     """
     if not directory.is_dir():
         raise FormatError(f"an adapter must be a directory, got the file {directory}")
     config = _read_config(directory)
+    check_all_read(str(directory), (path.name for path in directory.iterdir() if path.is_file()))
     weights, pickled = directory / WEIGHTS_FILE, directory / PICKLE_FILE
     if weights.is_file():
         tensors, metadata = _read_safetensors(weights)
@@ -72,7 +99,58 @@ def read_files(directory: Path) -> AdapterFiles:
         tensors, metadata = _read_pickle(pickled), {}
     else:
         raise FormatError(f"{directory} must have {WEIGHTS_FILE} or {PICKLE_FILE}, it has neither")
-    return AdapterFiles(config, tensors, metadata, source=str(directory))
+    return AdapterFiles(
+        config, tensors, metadata, source=str(directory), sidecars=_read_sidecars(directory)
+    )
+
+
+def check_all_read(source: str, names: Iterable[str]) -> None:
+    """Raise a FormatError for files beside an adapter's that look like weights and aren't read.
+
+    Args:
+        source: Where they are, for the message.
+        names: Of all files there.
+    """
+    unread = [
+        name
+        for name in sorted(names)
+        if Path(name).suffix in _WEIGHT_SUFFIXES
+        and name not in _READ_WEIGHTS
+        and not _NO_PART.fullmatch(name)
+    ]
+    if unread:
+        raise FormatError(
+            f"{source} has weights that loraloom doesn't read ({names_in(unread)}), without which "
+            "the adapter may be another one; move them elsewhere if they aren't a part of it"
+        )
+
+
+def _read_sidecars(directory: Path) -> dict[str, SidecarFiles]:
+    return {
+        sidecar.weights: SidecarFiles(
+            _read_safetensors(directory / sidecar.weights)[0],
+            _sidecar_settings(directory, sidecar),
+        )
+        for sidecar in SIDECARS
+        if (directory / sidecar.weights).is_file()
+    }
+
+
+def _sidecar_settings(directory: Path, sidecar: Sidecar) -> dict[str, Any]:
+    """Read a run's settings: beside the weights, or above a checkpoint of a run."""
+    places = [directory, *([directory.parent] if directory.name.startswith("checkpoint-") else [])]
+    for path in (place / name for place in places for name in sidecar.settings):
+        if path.is_file():
+            return _read_yaml(path)
+    return {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} can't be read: {error}") from error
+    return settings if isinstance(settings, dict) else {}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -175,15 +253,67 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
             _remove_if_empty(directory)
 
 
+def write_new(
+    directory: Path,
+    files: AdapterFiles,
+    card: str,
+    *,
+    pickled: bool = False,
+    sidecar: tuple[Sidecar, SidecarFiles] | None = None,
+) -> None:
+    """Write an adapter to a directory that isn't there yet; it appears whole.
+
+    Args:
+        directory: Where to.
+        files: adapter_config.json and the weights.
+        card: Text of README.md.
+        pickled: Write the weights as torch.save does, as MoE-PEFT reads them.
+        sidecar: Files that another program reads beside these.
+
+    Raises:
+        AdapterError: If there is something, or the system can't write there.
+    """
+    if directory.exists():
+        raise AdapterError(f"{directory} is there already; convert to a new directory")
+
+    def fill(aside: Path) -> None:
+        _write_config(aside, files, card)
+        if pickled:
+            torch.save(_copies(files.tensors), aside / PICKLE_FILE)
+        else:
+            _write_tensors(aside / WEIGHTS_FILE, files.tensors, files.metadata)
+        if sidecar is not None:
+            names, contents = sidecar
+            _write_tensors(aside / names.weights, contents.tensors, {"format": "pt"})
+            text = yaml.safe_dump(contents.settings)
+            (aside / names.settings[0]).write_text(text, encoding="utf-8")
+
+    try:
+        write_directory(directory, fill)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
+
+
 def _stage(aside: Path, files: AdapterFiles, card: str) -> None:
-    tensors = {name: _on_cpu(tensor) for name, tensor in files.tensors.items()}
-    save_file(tensors, aside / WEIGHTS_FILE, metadata=files.metadata)
+    _write_config(aside, files, card)
+    _write_tensors(aside / WEIGHTS_FILE, files.tensors, files.metadata)
+    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+        sync(aside / name)
+
+
+def _write_config(aside: Path, files: AdapterFiles, card: str) -> None:
     config = json.dumps(files.config, indent=2, ensure_ascii=False, allow_nan=False)
     (aside / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     (aside / CARD_FILE).write_text(card, encoding="utf-8")
-    shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)  # safetensors makes it 0600
-    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
-        sync(aside / name)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    save_file(_copies(tensors), path, metadata=metadata)
+    shutil.copymode(path.parent / CONFIG_FILE, path)  # safetensors makes it 0600
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _on_cpu(tensor) for name, tensor in tensors.items()}
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -199,7 +329,8 @@ def _publish(aside: Path, directory: Path) -> None:
     for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
         os.replace(aside / name, directory / name)
         sync(directory)
-    (directory / PICKLE_FILE).unlink(missing_ok=True)
+    for name in _STALE_FILES:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _remove_if_empty(directory: Path) -> None:

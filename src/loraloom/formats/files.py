@@ -5,14 +5,18 @@
     native       our own names (native.py), for methods that no other library has
     older names  brought up to date first (legacy.py)
 
-`peft_type` in adapter_config.json says which method it is, and the method says which layout.
+`peft_type` in adapter_config.json says which method it is, and the method says which layout. What
+another program has written for a method is brought into that method's layout first.
 
 Code in a pickle is never run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +36,7 @@ _LAYOUTS = {"peft": peft, "reference": reference, "native": native}
 
 
 def read_adapter(
-    path_or_hub_id: str | Path, base: BaseInfo
+    path_or_hub_id: str | Path, base: BaseInfo, settings: Mapping[str, Any] | None = None
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Read an adapter for a base model.
 
@@ -40,6 +44,7 @@ def read_adapter(
         path_or_hub_id: A directory, or `owner/name` on the Hugging Face Hub.
         base: The base model that it must fit. Other weights than those it was trained on
             (another fingerprint) give a warning.
+        settings: Of the method: what the files lack, or in place of theirs.
 
     Returns:
         The method's configuration, and the tensors by our keys, on the CPU, at least in float32.
@@ -48,18 +53,26 @@ def read_adapter(
         FormatError: If files are missing, broken, or say what loraloom can't represent.
         AdapterError: If the adapter is for another base model.
     """
-    return fit_to_base(read_stored(find_adapter(path_or_hub_id)), base)
+    return fit_to_base(read_stored(find_adapter(path_or_hub_id), settings), base)
 
 
-def read_stored(directory: Path) -> StoredAdapter:
+def read_stored(directory: Path, settings: Mapping[str, Any] | None = None) -> StoredAdapter:
     """Read an adapter as its files describe it, with no base model at hand."""
-    return parse_files(read_files(directory))
+    return parse_files(replace(read_files(directory), given=settings or {}))
 
 
 def parse_files(files: AdapterFiles) -> StoredAdapter:
     """Find out the layout from configuration and names, and understand the files by it."""
     if legacy.is_legacy(files):
         files = legacy.upgrade(files)
+    for method in CONFIGS:
+        files = method.adopted(files)
+    if files.sidecars:
+        raise files.error(
+            f"{names_in(list(files.sidecars))} doesn't go with `peft_type` "
+            f"{shown(files.config.get('peft_type'))}; move it elsewhere if it isn't a part of the "
+            "adapter"
+        )
     peft_type = files.config.get("peft_type")
     if peft_type is None and "routing_strategy" in files.config:
         peft_type = files.config["routing_strategy"].partition("-")[0].upper()
@@ -108,7 +121,12 @@ def write_adapter(
 
 def render_files(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> AdapterFiles:
     """Lay an adapter out as its method's files are."""
-    record = BaseRecord(base.name_or_path, base.model_type, base.fingerprint, base.num_parameters)
+    record = BaseRecord(
+        base.name_or_path or None,
+        base.model_type or None,
+        base.fingerprint or None,
+        base.num_parameters or None,
+    )
     return _LAYOUTS[config.layout].render(config, tensors, base, record)
 
 

@@ -27,7 +27,8 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
 
     Returns:
         The configuration with `target_modules` in the base model's order, and the tensors by our
-        keys, at least in float32.
+        keys, at least in float32. Magnitudes are left out where the files have none (MoE-PEFT
+        doesn't save them): those of a new adapter are meant, the norms of the base model's rows.
 
     Raises:
         FormatError: If tensors are missing, unexpected or not finite, or the activation is another.
@@ -37,7 +38,7 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
     _check_activation(stored, base)
     config = _with_known_targets(stored, base)
     _check_experts(stored)
-    shapes = config.tensor_shapes(base)
+    shapes = _without_lost_magnitudes(stored, config.tensor_shapes(base))
     _check_names(stored, shapes)
     check_shapes(stored.source, stored.tensors, shapes, base)
     _check_finite(stored)
@@ -125,14 +126,25 @@ def _check_finite(stored: StoredAdapter) -> None:
         )
 
 
+def _without_lost_magnitudes(
+    stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Leave magnitudes out, with a warning, where an adapter that should have some has none."""
+    magnitudes = {name for name in shapes if name.endswith(".magnitude")}
+    if not magnitudes or magnitudes & stored.tensors.keys():
+        return shapes
+    warnings.warn(
+        f"{stored.source} is a DoRA without magnitudes, as MoE-PEFT, which doesn't train them "
+        "either, saves it; those it had in training are taken, the norms of the base model's rows. "
+        "(MoE-PEFT itself makes a LoRA of it on loading: settings={'weight_decomposition': False})",
+        stacklevel=4,
+    )
+    return {name: shape for name, shape in shapes.items() if name not in magnitudes}
+
+
 def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> None:
     missing = [name for name in shapes if name not in stored.tensors]
     unexpected = [name for name in stored.tensors if name not in shapes]
-    if missing and all(name.endswith(".magnitude") for name in missing):
-        raise FormatError(
-            f"{stored.source}: a DoRA must have its magnitudes, missing: {names_in(missing)}; "
-            "MoE-PEFT doesn't save them, and without them it isn't the adapter that was trained"
-        )
     faults = [
         f"{kind} tensors: {names_in(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected))

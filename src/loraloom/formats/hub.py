@@ -11,7 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.paths import local_path
 from loraloom.errors import FormatError
-from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE
+from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, SIDECARS, WEIGHTS_FILE
+from loraloom.formats.disk import check_all_read
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -34,6 +35,8 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
 
 def _download(hub_id: str) -> Path:
     wanted = [CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE]
+    wanted += [name for sidecar in SIDECARS for name in (sidecar.weights, *sidecar.settings)]
+    check_all_read(hub_id, _listed(hub_id))
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -43,6 +46,17 @@ def _download(hub_id: str) -> Path:
             f"({type(error).__name__}: {reason}); check the name, the network and, for a private "
             "or gated repository, `hf auth login`"
         ) from error
+
+
+def _listed(hub_id: str) -> list[str]:
+    """List the files at the top of a repository; none where it is out of reach.
+
+    What the cache holds then was listed when it came.
+    """
+    try:
+        return [name for name in HfApi().list_repo_files(hub_id) if "/" not in name]
+    except (_HTTP_ERROR, HFValidationError, OSError):
+        return []
 
 
 def upload_adapter(directory: Path, hub_id: str, *, private: bool) -> str:

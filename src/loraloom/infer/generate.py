@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from loraloom.errors import DataError
+from loraloom.errors import AdapterError, DataError
 from loraloom.infer.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig, StopTexts, TokenChooser, before_stop
@@ -61,7 +61,8 @@ def generate(
     Raises:
         DataError: If a prompt is empty, leaves no room for `max_new_tokens`, or doesn't fit into
             memory even alone.
-        AdapterError: If a prompt names an adapter that the host lacks.
+        AdapterError: If a prompt names an adapter that the host lacks, or whose weights have become
+            infinite or NaN.
     """
     completions = generate_tokens(
         host, tokenizer, prompts, sampling, batch_size=batch_size, raw=raw
@@ -228,6 +229,7 @@ def _generate_batch(
         return _search_beams(host, tokenizer, input_ids, attention_mask, names, sampling, stops)
     chooser = TokenChooser(sampling, keys, host.device)
     session = host.prefill(input_ids, attention_mask, names)
+    _check_finite(names, session.logits)
     new_ids: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))  # the session's rows
     while True:
@@ -252,6 +254,20 @@ def _generate_batch(
             session.keep(staying)
             chooser.keep(staying)
         host.decode(session, tokens)
+
+
+def _check_finite(names: Sequence[RowAdapter], logits: Tensor) -> None:
+    """Refuse to choose tokens by what is no number: broken weights give it from the start."""
+    broken = logits.isnan().any(-1).tolist()
+    rows = {name: None for name, is_broken in zip(names, broken, strict=True) if is_broken}
+    if rows:
+        whose = ", ".join(
+            "the base model" if name is None else f"adapter {name!r}" for name in rows
+        )
+        raise AdapterError(
+            f"logits must be finite, got NaN from {whose}; the weights have diverged, or float16 "
+            "is too narrow for them (take bfloat16)"
+        )
 
 
 def _search_beams(

@@ -40,7 +40,7 @@ from loraloom.models.forward import (
     running,
     segment_adapters,
 )
-from loraloom.models.layout import RowAdapter, make_layout
+from loraloom.models.layout import Layout, RowAdapter, make_layout
 from loraloom.models.merging import Merged, MergeError
 from loraloom.models.packing import (
     SampleLengths,
@@ -155,20 +155,25 @@ class Host:
         self._check_unmerged("start an adapter")
         return self._register(self._build(name, config, seed))
 
-    def load(self, name: str, path_or_hub_id: str | Path) -> Adapter:
+    def load(
+        self, name: str, path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
+    ) -> Adapter:
         """Put an adapter from files on the base model.
 
         Args:
             name: A safe file name that is not taken.
-            path_or_hub_id: A directory or a hub id, in PEFT's, MoE-PEFT's or loraloom's layout.
+            path_or_hub_id: A directory or a hub id, in PEFT's, MoE-PEFT's, axolotl's or loraloom's
+                layout.
+            settings: Of the method, `{"top_k": 2}` for instance: what the files don't tell, or in
+                place of what they do.
 
         Raises:
             FormatError: If the files can't be read.
             AdapterError: If they don't fit the base model, or the name is taken.
         """
-        config, tensors = read_adapter(path_or_hub_id, self.base)
+        config, tensors = read_adapter(path_or_hub_id, self.base, settings)
         adapter = self._build(name, config, seed=0)
-        adapter.load_tensors(tensors)
+        adapter.load_stored(tensors)
         return self._register(adapter)
 
     def save(
@@ -758,12 +763,13 @@ class Host:
             training=rows.training,
             record=record if rows.training else None,
         )
-        return Visit(self._run(forward), lambda: self._auxiliary_loss(record))
+        return Visit(self._run(forward), lambda: self._auxiliary_loss(record, forward.layout))
 
-    def _auxiliary_loss(self, record: Record) -> Tensor | None:
+    def _auxiliary_loss(self, record: Record, layout: Layout) -> Tensor | None:
         """Add up what adapters add to the objective; None for nothing."""
         losses = [
-            self.adapters[name].auxiliary_loss(routing) for name, routing in _filled(record).items()
+            self.adapters[name].auxiliary_loss(routing, layout.sample_tokens(name))
+            for name, routing in _filled(record).items()
         ]
         present = [loss for loss in losses if loss is not None]
         return torch.stack(present).sum() if present else None

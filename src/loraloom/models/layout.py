@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import SegmentTokens
+from loraloom.adapters.adapter import SampleTokens, SegmentTokens
 from loraloom.models.packing import SampleLengths
 from loraloom.ops.dropout import SampleNoise, SampleSpan
 from loraloom.routing.record import LayerRouting
@@ -77,6 +77,12 @@ class Layout:
     def has_padding(self) -> bool:
         """Whether some tokens are not real."""
         return any(segment.real is not None for segment in self.segments)
+
+    def sample_tokens(self, adapter_name: str) -> list[SampleTokens] | None:
+        """Return an adapter's samples in the order of their tokens; None outside training."""
+        own = [s for s in self.segments if s.adapter_name == adapter_name and s.spans is not None]
+        spans = [span for segment in own for span in segment.spans or ()]
+        return [SampleTokens(span.num_tokens) for span in spans] if own else None
 
     def split(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, L, N] into each segment's tokens, [T, N]."""

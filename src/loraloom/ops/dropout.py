@@ -51,6 +51,13 @@ class SampleSpan:
     key: int
     tokens: slice | Tensor
 
+    @property
+    def num_tokens(self) -> int:
+        """How many they are."""
+        if isinstance(self.tokens, slice):
+            return self.tokens.stop - self.tokens.start
+        return len(self.tokens)
+
 
 @dataclass(frozen=True)
 class SampleNoise:

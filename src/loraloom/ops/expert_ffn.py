@@ -88,7 +88,8 @@ class Routing:
 
     Args:
         selected_experts: Expert of each slot, [T, K]; -1 gives the base's own output (padding).
-        routing_weights: g, [T, K], summing to one over K.
+        routing_weights: g, [T, K]. Where they don't sum to one over K, it is the caller who counts
+            the bias of the output projection that often.
     """
 
     selected_experts: Tensor

@@ -22,7 +22,7 @@ from torch.nn.functional import embedding
 
 from loraloom.ops.expert_ffn import Activation, FfnWeights, combine_slots
 from loraloom.ops.low_rank import Between, InputGroup, UpProjection, decompose
-from loraloom.routing.top_k import top_k_routing
+from loraloom.routing.routes import Route
 
 TokensOf = Callable[[int], Any]
 """From an adapter's place in the stack to the description of its rows."""
@@ -214,14 +214,17 @@ class StackedExpertFfn(StackedFfn):
     Args:
         router: [N, D, E] float32.
         expert_columns: 1 at the columns of each expert, [E, S].
-        top_k: K.
+        route: What routers do with their logits.
         apart: Slots are not added up in front of the base's output projection.
+        unweighted_bias: The output projection's bias, [O], which its output has once instead of
+            times the sum of a token's weights; None where that is the same.
     """
 
     router: Tensor
     expert_columns: Tensor
-    top_k: int
+    route: Route
     apart: bool
+    unweighted_bias: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -257,7 +260,7 @@ class _ExpertStep(StackedStep):
         if up is not None:
             states = states * self._project(up, low_rank, weights.up)
         if states.shape[2] == 1:  # neither gate nor up is adapted
-            states = states.expand(-1, -1, weights.top_k, -1)
+            states = states.expand(-1, -1, selected.shape[2], -1)
         self._slot_shape = states.shape[:-1]
         self._down_rank = self._reduce(states)
         hidden = states if weights.apart else self._combined(states)
@@ -265,6 +268,9 @@ class _ExpertStep(StackedStep):
 
     def finish(self, output: Tensor) -> Tensor:
         weights, down = self.weights, self.weights.down
+        if weights.unweighted_bias is not None:
+            excess = sum(self._slot_weights).flatten(0, 1) - 1  # pyright: ignore
+            output = output + excess * weights.unweighted_bias
         if down is not None and self._down_rank is not None:
             update = torch.bmm(self._down_rank.flatten(1, -2), down.B).flatten(0, 1)
             if down.row_scale is None:
@@ -279,10 +285,10 @@ class _ExpertStep(StackedStep):
 
     def _route(self, hidden_states: Tensor, tokens: TokensOf) -> tuple[Tensor, Tensor]:
         """Choose experts and their weights, both [N, n, K]."""
-        router, top_k = self.weights.router, self.weights.top_k
+        router = self.weights.router
         logits = torch.bmm(hidden_states.to(router.dtype), router)
-        selected, slot_weights = top_k_routing(logits.flatten(0, 1), top_k)
-        selected = selected.view(*logits.shape[:2], top_k)
+        selected, slot_weights = self.weights.route(logits.flatten(0, 1))
+        selected = selected.view(*logits.shape[:2], selected.shape[-1])
         slot_weights = slot_weights.view_as(selected)
         if tokens(0).record is not None:  # views cost as much as small products do
             for index, record in enumerate(zip(logits, selected, slot_weights, strict=True)):
@@ -355,14 +361,18 @@ def stack_low_rank_ffn(parts: Sequence[FfnWeights]) -> StackedLowRankFfn:
 
 
 def stack_expert_ffn(
-    parts: Sequence[FfnWeights], routers: Sequence[Tensor], top_k: int
+    parts: Sequence[FfnWeights],
+    routers: Sequence[Tensor],
+    route: Route,
+    unweighted_bias: Tensor | None = None,
 ) -> StackedExpertFfn:
     """Put the FFN weights of like mixtures side by side.
 
     Args:
         parts: Each mixture's weights.
         routers: Each mixture's router, [E, D].
-        top_k: K of all of them.
+        route: Of all of them.
+        unweighted_bias: See StackedExpertFfn.
     """
     first = parts[0]
     some = first.sides[0].B  # for its dtype and device
@@ -371,8 +381,9 @@ def stack_expert_ffn(
         **_stack_sides(parts),
         router=torch.stack([router.T for router in routers]),
         expert_columns=experts.repeat_interleave(first.rank, dim=1),
-        top_k=top_k,
+        route=route,
         apart=first.apart,
+        unweighted_bias=unweighted_bias,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loraloom.routing.record import LayerRouting
@@ -24,23 +24,29 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def load_balance_loss(
-    router_logits: Float[Tensor, "T E"], selected_experts: Int[Tensor, "T K"]
+    router_logits: Float[Tensor, "T E"],
+    selected_experts: Int[Tensor, "T K"],
+    is_used: Bool[Tensor, "T K"] | None = None,
 ) -> Float[Tensor, ""]:
     """Compute `E · Σ_j Σ_n f[j, n] · P[n]`, which is at least K and reaches it when balanced.
 
     f[j, n] is the share of tokens whose slot j went to expert n (no gradient), P[n] the mean
-    probability of n.
+    probability of n. K is the mean number of experts that a token uses, where it differs.
 
     Args:
         router_logits: Raw router outputs of the real tokens.
         selected_experts: Their chosen experts.
+        is_used: Whether a token uses each of them; None: it does.
 
     Source:
         Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 4-6, summed over slots as in
         MoE-PEFT 2.0.2 (`MixtralRouterLoss`).
     """
     num_experts = router_logits.shape[-1]
-    return _balance(router_logits, _counts(selected_experts, num_experts, router_logits.dtype))
+    if is_used is None:
+        is_used = torch.ones_like(selected_experts, dtype=torch.bool)
+    dtype = router_logits.dtype
+    return _balance(router_logits, _counts(selected_experts, is_used, num_experts, dtype))
 
 
 def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
@@ -75,7 +81,7 @@ def router_loss(
     widest = max(record.num_experts for record in routing)
     dtype = routing[0].router_logits.dtype
     counts = add_up(
-        torch.stack([_counts(record.selected_experts, widest, dtype) for record in routing])
+        torch.stack([_counts(r.selected_experts, _is_used(r), widest, dtype) for r in routing])
     )
     if scope == "pooled":
         balance = _balance(torch.cat([r.router_logits for r in routing]), counts.sum(0))
@@ -89,11 +95,17 @@ def router_loss(
     return loss
 
 
-def _counts(selected_experts: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
-    """Count how often each expert was chosen in any slot, and behind them the tokens, [E + 1]."""
-    chosen = selected_experts.flatten()
-    counts = torch.zeros(num_experts + 1, dtype=dtype, device=chosen.device)
-    counts.scatter_add_(0, chosen, counts.new_ones(()).expand(chosen.shape))
+def _is_used(routing: LayerRouting) -> Tensor:
+    """Tell which of a token's experts have weight, [T, K]."""
+    return routing.routing_weights.detach() > 0
+
+
+def _counts(
+    selected_experts: Tensor, is_used: Tensor, num_experts: int, dtype: torch.dtype
+) -> Tensor:
+    """Count how often each expert was used in any slot, and behind them the tokens, [E + 1]."""
+    counts = torch.zeros(num_experts + 1, dtype=dtype, device=selected_experts.device)
+    counts.scatter_add_(0, selected_experts.flatten(), is_used.flatten().to(dtype))
     counts[-1] = len(selected_experts)
     return counts
 

@@ -78,6 +78,15 @@ def test_what_one_process_decides_is_refused_among_several(what, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+def test_a_method_whose_loss_joins_all_tokens_is_refused_among_several(tmp_path, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    job = toy_config("a").model_dump() | {"adapter": {"method": "loramoe"}}
+    settings = {"base_model": "none", "output_dir": tmp_path / "out", "jobs": [job]}
+    with pytest.raises(ConfigError, match="job a: method loramoe needs a single process"):
+        train(RunConfig.model_validate(settings))
+
+
 def test_a_base_model_that_is_loaded_is_not_taken_apart(tmp_path, monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)

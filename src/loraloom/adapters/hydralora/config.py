@@ -63,7 +63,8 @@ class HydraLoraConfig(LowRankConfig):
     def description(self) -> dict[str, Any]:
         """See AdapterConfig; each token uses all experts."""
         sizes = self.model_dump(include={"num_experts", "rank", "alpha", "dropout"})
-        return super().description() | {"experts": sizes | {"top_k": self.num_experts}}
+        taken = {"top_k": self.num_experts, "routing": "dense"}
+        return super().description() | {"experts": sizes | taken}
 
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""

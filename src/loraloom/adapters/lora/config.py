@@ -218,6 +218,21 @@ class LoraConfig(DecomposedConfig):
 
         return peft_fields(self, base)
 
+    def reference_fault(self, base: BaseInfo) -> str | None:
+        """See AdapterConfig."""
+        from loraloom.adapters.reference import lora_fault
+
+        chosen = {"layers": self.layers, "rank_pattern": self.rank_pattern}
+        chosen |= {"alpha_pattern": self.alpha_pattern, "places in target_modules": None}
+        if self._names_layers:
+            chosen["places in target_modules"] = self.target_modules
+        if self.takes_start_off:
+            chosen[f"init: {self.init}"] = self.init
+        names = [name for name, value in chosen.items() if value]
+        if names:
+            return f"MoE-PEFT has no {', '.join(names)}"
+        return lora_fault(self, base)
+
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """See AdapterConfig."""

@@ -7,7 +7,7 @@ Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-8.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
-from loraloom.routing.top_k import router_logits, top_k_routing
+from loraloom.routing.top_k import router_logits
 
 
 class MixLoraAdapter(Adapter):
@@ -52,6 +52,8 @@ class MixLoraAdapter(Adapter):
         layers = [_build_layer(config, layer, targets, dtype, seed) for layer in base_layers]
         super().__init__(name, config, base_layers, layers)
         self._expert_dropout = config.expert_config.dropout
+        self._routed = config.route
+        self._returns_input = config.compat is not None and config.routing == "switch"
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         """See Adapter."""
@@ -69,32 +71,37 @@ class MixLoraAdapter(Adapter):
         tokens: SegmentTokens,
     ) -> FfnRows:
         """Route the real tokens and compute their experts; padding gets the base's output."""
+        if self._returns_input and tokens.noise is None:
+            return FfnRows(gate[:0], lambda output: hidden_states.to(output.dtype))
         routing = self._route(layer, hidden_states, tokens)
         dropout = self.ffn_dropout(
-            self._expert_dropout, hidden_states.shape[-1], gate, self.config.top_k, tokens
+            self._expert_dropout, hidden_states.shape[-1], gate, routing.top_k, tokens
         )
         hidden, finish = lean_expert_ffn(
             hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout
         )
-        return FfnRows(hidden, finish)
+        return FfnRows(hidden, self._with_bias(layer, weights, routing, finish))
 
     def stack_key(self) -> Hashable:
         """See Adapter."""
-        return type(self.config), self.config.top_k, self._shapes
+        if self._returns_input:
+            return None
+        return type(self.config), self._routed, self._shapes
 
     @classmethod
     def stack_ffn(
         cls, adapters: Sequence[MixLoraAdapter], layer: int, weights: Sequence[FfnWeights]
     ) -> StackedExpertFfn:
         """See Adapter."""
-        return stack_expert_ffn(
-            weights,
-            [adapter.router(layer).detach() for adapter in adapters],
-            adapters[0].config.top_k,
-        )
+        first = adapters[0]
+        routers = [adapter.router(layer).detach() for adapter in adapters]
+        bias = first._unweighted_bias(layer, weights[0])
+        return stack_expert_ffn(weights, routers, first._routed, bias)
 
     def as_moe(self, layer: int) -> MoeFfn:
-        """See Adapter."""
+        """See Adapter; possible where a token's weights sum to 1."""
+        if not self._routed.sums_to_one:
+            return super().as_moe(layer)
         block, base = self.ffn_block(layer), self.base_layers[layer].ffn
 
         def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:
@@ -102,7 +109,8 @@ class MixLoraAdapter(Adapter):
                 return base[name].weight.to(dtype, copy=True)  # each expert has its own
             return block[name].merged(dtype, expert, self.config.num_experts)
 
-        return MoeFfn(self.router(layer).detach(), self.config.top_k, weight)
+        top_k = self.config.experts_per_token or self.config.num_experts
+        return MoeFfn(self.router(layer).detach(), top_k, weight)
 
     def router(self, layer: int) -> Tensor:
         """The router's weight in a layer, [E, D]."""
@@ -115,14 +123,50 @@ class MixLoraAdapter(Adapter):
                 Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
             )
         logits = router_logits(hidden_states, self.router(layer), jitter)
-        selected, weights = top_k_routing(logits, self.config.top_k)
+        selected, weights = self._routed(logits)
         tokens.record_routing(logits, selected, weights)
+        if not self._routed.sums_to_one:
+            selected, weights = _used_slots(selected, weights)
+        beyond = tokens.beyond_capacity(selected, self.config.expert_capacity)
+        if beyond is not None:
+            selected = selected.masked_fill(beyond, -1)
         if tokens.real is None:
             return Routing(selected, weights)
         real = tokens.real.unsqueeze(1)
         first_slot = torch.zeros_like(weights)
         first_slot[:, 0] = 1
         return Routing(torch.where(real, selected, -1), torch.where(real, weights, first_slot))
+
+    def _unweighted_bias(self, layer: int, weights: FfnWeights) -> Tensor | None:
+        """The output projection's bias, where it is added once and slots' weights don't sum to 1.
+
+        Each slot has the bias, so that their sum has it times the sum of the weights.
+        """
+        if self._routed.sums_to_one or weights.apart:
+            return None
+        base = self.base_layers[layer]
+        return base.ffn[base.ffn_shape.output].compute_bias(weights.sides[0].B.dtype)
+
+    def _with_bias(
+        self,
+        layer: int,
+        weights: FfnWeights,
+        routing: Routing,
+        finish: Callable[[Tensor], Tensor],
+    ) -> Callable[[Tensor], Tensor]:
+        bias = self._unweighted_bias(layer, weights)
+        if bias is None:
+            return finish
+        excess = routing.routing_weights.sum(1, keepdim=True).to(bias.dtype) - 1
+        return lambda output: finish(output + excess * bias)
+
+
+def _used_slots(selected: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out slots that no token uses, where the device need not be waited for."""
+    if weights.device.type != "cpu" or not len(weights):
+        return selected, weights
+    used = int((weights.detach() > 0).sum(1).max())
+    return selected[:, :used], weights[:, :used]
 
 
 def _build_layer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,19 +13,22 @@ from loraloom.adapters.config import (
     MAX_RANK,
     AdapterConfig,
     ExpertCount,
-    RouterLossConfig,
+    RoutingConfig,
     Targets,
 )
 from loraloom.adapters.keys import Shape, TensorKey
 from loraloom.adapters.lora.config import DecomposedConfig, LoraConfig
+from loraloom.adapters.mixlora import axolotl
 from loraloom.config.fields import CheckInfo, StrictModel
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from loraloom.adapters.adapter import Adapter
     from loraloom.adapters.base import BaseInfo, BaseLayer
-    from loraloom.adapters.files import AdapterFiles
+    from loraloom.adapters.files import AdapterFiles, SidecarFiles
+    from loraloom.routing.routes import Route
 
 
 class ExpertsConfig(StrictModel):
@@ -37,9 +40,13 @@ class ExpertsConfig(StrictModel):
     """Numerator of the experts' scaling."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout on the experts' inputs, in training only."""
+    rank_stabilized: bool | None = None
+    """Scale the experts by alpha / sqrt(rank)."""
+    weight_decomposition: bool | None = None
+    """Decompose the experts' weights, as DoRA does."""
 
 
-class MixLoraConfig(RouterLossConfig, DecomposedConfig):
+class MixLoraConfig(RoutingConfig, DecomposedConfig):
     """A router and several LoRA experts in each FFN block, plain LoRA on attention.
 
     Source: Li et al. 2024, MixLoRA, arXiv:2404.15159.
@@ -50,13 +57,15 @@ class MixLoraConfig(RouterLossConfig, DecomposedConfig):
     formula = "FFN(x) = Σ_j g_j · W_d'_e(j)(act(W_g'_e(j) x) ∘ W_u'_e(j) x), W' = W + sBA"
     aliases: ClassVar = {"mixdora": "method: mixlora with weight_decomposition: true"}
     old_strategies: ClassVar = {"mixtral": "mixlora", "switch": "mixlora-switch"}
+    sidecar = axolotl.SIDECAR
 
     method: Literal["mixlora"] = "mixlora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Mixture of LoRA experts in the FFN blocks."""
-    num_experts: ExpertCount = 8
+    num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts in each FFN block."""
-    top_k: int = Field(default=2, ge=1, validate_default=True)
-    """Experts that each token uses."""
+    compat: Literal["moe-peft"] | None = None
+    """Compute what MoE-PEFT 2.0.2 does where it differs from the method: with routing: top_p the
+    temperature divides probabilities; with switch a block outside of training returns its input."""
     experts: ExpertsConfig | None = None
     """The experts' own rank, alpha and dropout where they differ."""
     router_init_std: float = Field(default=0.02, gt=0, le=MAX_NUMBER)
@@ -74,13 +83,15 @@ class MixLoraConfig(RouterLossConfig, DecomposedConfig):
             )
         return targets
 
-    @field_validator("top_k")
+    @field_validator("compat")
     @classmethod
-    def _check_top_k(cls, top_k: int, info: CheckInfo) -> int:
-        num_experts = info.data.get("num_experts", top_k)
-        if top_k > num_experts:
-            raise ValueError(f"top_k must be in [1, num_experts={num_experts}], got {top_k}")
-        return top_k
+    def _check_compat(cls, compat: str | None, info: CheckInfo) -> str | None:
+        if compat is not None and info.data.get("routing") not in (None, "top_p", "switch"):
+            raise ValueError(
+                f"compat must be unset where MoE-PEFT computes what the method means, got "
+                f"{compat} with routing: {info.data['routing']}"
+            )
+        return compat
 
     @property
     def expert_config(self) -> LoraConfig:
@@ -92,18 +103,16 @@ class MixLoraConfig(RouterLossConfig, DecomposedConfig):
 
     @property
     def title(self) -> str:
-        """MixLoRA or MixDoRA."""
-        return f"Mix{super().title}"
+        """MixLoRA, or MixDoRA where the experts are decomposed."""
+        return f"Mix{self.expert_config.title}"
 
     @property
-    def experts_per_token(self) -> int:
-        """See AdapterConfig."""
-        return self.top_k
-
-    @property
-    def experts_per_router(self) -> int:
-        """See AdapterConfig."""
-        return self.num_experts
+    def route(self) -> Route:
+        """See RoutingConfig."""
+        route = super().route
+        if self.compat is not None and self.routing == "top_p":
+            return replace(route, divides_probabilities=True)  # pyright: ignore
+        return route
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -141,7 +150,8 @@ class MixLoraConfig(RouterLossConfig, DecomposedConfig):
         """See AdapterConfig; the experts have a rank of their own."""
         mixtures = [config for config in (self, *others) if isinstance(config, MixLoraConfig)]
         rank = max(config.expert_config.rank for config in mixtures)
-        experts = {"rank": rank, "alpha": float(rank)}
+        decomposed = self.expert_config.weight_decomposition
+        experts = {"rank": rank, "alpha": float(rank), "weight_decomposition": decomposed}
         settings = super().combined(others, targets).model_dump()
         return type(self).model_validate({**settings, "experts": experts})
 
@@ -150,7 +160,7 @@ class MixLoraConfig(RouterLossConfig, DecomposedConfig):
         expert = self.expert_config
         return [
             *super().card_lines(),
-            f"{self.num_experts} experts in each FFN, {self.top_k} for each token",
+            f"{self.num_experts} experts in each FFN, routing {self.routing_label}",
             f"experts: rank {expert.rank}, alpha {expert.alpha:g}, dropout {expert.dropout:g}",
         ]
 
@@ -159,7 +169,7 @@ class MixLoraConfig(RouterLossConfig, DecomposedConfig):
         expert = self.expert_config
         return super().summary() | {
             "num_experts": self.num_experts,
-            "top_k": self.top_k,
+            "routing": self.routing_label,
             "experts' rank": expert.rank,
             "experts' scaling": expert.scaling,
         }
@@ -167,14 +177,40 @@ class MixLoraConfig(RouterLossConfig, DecomposedConfig):
     def description(self) -> dict[str, Any]:
         """See AdapterConfig."""
         own = self.expert_config.model_dump(include={"rank", "alpha", "dropout"})
-        sizes = {"num_experts": self.num_experts, "top_k": self.top_k}
-        return super().description() | {"experts": sizes | own}
+        return super().description() | {"experts": self.experts_described() | own}
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
         from loraloom.adapters.mixlora.files import reference_fields
 
         return reference_fields(self, base)
+
+    def reference_fault(self, base: BaseInfo) -> str | None:
+        """See AdapterConfig."""
+        from loraloom.adapters.reference import alpha_fault, lora_fault
+
+        if self.expert_config.weight_decomposition:
+            return "MoE-PEFT's files have no place for the magnitudes of a MixDoRA"
+        if self.routing == "top_p" and self.temperature != 1 and self.compat is None:
+            return "MoE-PEFT's temperature divides probabilities, not logits"
+        return lora_fault(self, base) or alpha_fault(self.expert_config.alpha)
+
+    def split_for_sidecar(
+        self, tensors: Mapping[str, Tensor], base: BaseInfo
+    ) -> tuple[AdapterConfig, SidecarFiles]:
+        """See AdapterConfig."""
+        from loraloom.adapters.mixlora.axolotl import split
+
+        return split(self, tensors, base)
+
+    @classmethod
+    def adopted(cls, files: AdapterFiles) -> AdapterFiles:
+        """See AdapterConfig."""
+        from loraloom.adapters.reference import without_experts
+
+        if files.config.get("routing_strategy") in (None, "mixlora"):
+            files = without_experts(files, cls)
+        return axolotl.adopted(files)
 
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:

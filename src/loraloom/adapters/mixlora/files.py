@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraloom.adapters.files import AdapterFiles
-from loraloom.adapters.keys import target_projections
 from loraloom.adapters.lora.files import lora_settings
+from loraloom.adapters.reference import shared_fields, whole
 from loraloom.errors import shown
 
 if TYPE_CHECKING:
@@ -36,11 +36,24 @@ _SAVED_SETTINGS = {
     "rank_stabilized",
     "weight_decomposition",
     "num_experts",
+    "routing",
     "top_k",
+    "top_p",
+    "temperature",
     "experts",
 }
 """Settings that the reference has a field for."""
-_EXPERT_FIELDS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+_ROUTINGS = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "switch"}
+"""Ours by `routing_strategy`. Dense routing is top-k of all experts in the reference's files."""
+_NO_CAPACITY = 2**20
+"""What stands for any number of tokens in the reference's files."""
+_EXPERT_FIELDS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rank_stabilized": "use_rslora",
+    "weight_decomposition": "use_dora",
+}
 _INIT_NAMES = {"original": "kaiming", "gaussian": "gaussian"}
 
 
@@ -52,14 +65,13 @@ def settings_of(files: AdapterFiles, projections: Sequence[str]) -> dict[str, An
     instance. They change nothing until the adapter is trained on.
 
     Raises:
-        FormatError: If the routing is not top-k MixLoRA, or a field is missing.
+        FormatError: If the routing is none of the reference's, or a field is missing.
     """
-    _check_method(files)
     return {
         **lora_settings(files, projections),
         **_training_settings(files),
         "num_experts": files.required("num_experts"),
-        "top_k": files.config.get("top_k", 2),
+        **_routing(files),
         "experts": _expert_settings(files),
         **files.section("loraloom").get("adapter", {}),
     }
@@ -67,37 +79,52 @@ def settings_of(files: AdapterFiles, projections: Sequence[str]) -> dict[str, An
 
 def reference_fields(config: MixLoraConfig, base: BaseInfo) -> dict[str, Any]:
     """Write a mixture's settings."""
-    targets = target_projections(config.target_modules, base)
+    saved = _SAVED_SETTINGS - ({"routing", "top_k"} if config.routing == "dense" else set())
     fields = {
-        "use_dora": True if config.weight_decomposition else None,
-        "use_rslora": True if config.rank_stabilized else None,
-        "bias": "none",
-        "r": config.rank,
-        "lora_alpha": _whole(config.alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": [path.rpartition(".")[2] for path in targets],
+        **shared_fields(config, base, decomposed=config.weight_decomposition),
         "expert_lora": _expert_lora(config),
-        "routing_strategy": "mixlora",
+        **_routing_fields(config),
         "num_experts": config.num_experts,
-        "act_fn": base.activation,
-        "top_k": config.top_k,
+        "act_fn": base.activation or None,
     }
     own = {
-        name: value
-        for name, value in config.model_dump(mode="json").items()
-        if name not in _SAVED_SETTINGS
+        name: value for name, value in config.model_dump(mode="json").items() if name not in saved
     }
     present = {name: value for name, value in fields.items() if value is not None}
     return present | {"loraloom": {"adapter": own}}
 
 
-def _check_method(files: AdapterFiles) -> None:
+def _routing(files: AdapterFiles) -> dict[str, Any]:
+    """Read how tokens choose experts; a temperature of 0 stands for none."""
     strategy = files.config.get("routing_strategy", "mixlora")
-    if strategy != "mixlora":
+    if strategy not in _ROUTINGS:
         raise files.error(
-            f"`routing_strategy` must be mixlora (top-k), got {shown(strategy)}, which loraloom "
-            "doesn't support yet"
+            f"`routing_strategy` must be one of {', '.join(_ROUTINGS)}, got {shown(strategy)}"
         )
+    fields = files.config
+    own = {
+        "top_k": {"top_k": fields.get("top_k", 2)},
+        "top_p": {
+            "top_p": fields.get("top_p", 0.8),
+            "temperature": fields.get("temperature") or 1.0,
+        },
+        "switch": {"expert_capacity": fields.get("expert_capacity", 32)},
+    }
+    routing = _ROUTINGS[strategy]
+    return {"routing": routing, **own[routing]}
+
+
+def _routing_fields(config: MixLoraConfig) -> dict[str, Any]:
+    """Write how tokens choose experts."""
+    if config.routing == "top_p":
+        temperature = 0.0 if config.temperature == 1 else config.temperature
+        own = {"top_p": config.top_p, "temperature": temperature}
+        return {"routing_strategy": "mixlora-dynamic", **own}
+    if config.routing == "switch":
+        capacity = config.expert_capacity or _NO_CAPACITY
+        return {"routing_strategy": "mixlora-switch", "expert_capacity": capacity}
+    top_k = config.num_experts if config.routing == "dense" else config.top_k
+    return {"routing_strategy": "mixlora", "top_k": top_k}
 
 
 def _training_settings(files: AdapterFiles) -> dict[str, Any]:
@@ -117,13 +144,6 @@ def _training_settings(files: AdapterFiles) -> dict[str, Any]:
 def _expert_settings(files: AdapterFiles) -> dict[str, Any] | None:
     """Read `expert_lora`, which holds what differs from the adapter's own settings."""
     expert = files.section("expert_lora")
-    for name in ("use_dora", "use_rslora"):
-        shared = files.config.get(name, False)
-        if expert.get(name, shared) != shared:
-            raise files.error(
-                f"`expert_lora.{name}` must be the adapter's own, {shared}, "
-                f"got {shown(expert[name])}"
-            )
     own = {ours: expert[theirs] for ours, theirs in _EXPERT_FIELDS.items() if theirs in expert}
     return own or None
 
@@ -133,10 +153,5 @@ def _expert_lora(config: MixLoraConfig) -> dict[str, Any] | None:
         return None
     own: dict[str, Any] = {"bias": "none"}
     for ours, value in config.experts.model_dump(exclude_none=True).items():
-        own[_EXPERT_FIELDS[ours]] = _whole(value) if ours == "alpha" else value
+        own[_EXPERT_FIELDS[ours]] = whole(value) if ours == "alpha" else value
     return own
-
-
-def _whole(alpha: float) -> float | int:
-    """MoE-PEFT takes whole alphas only."""
-    return int(alpha) if alpha.is_integer() else alpha

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from loraloom.adapters.config import ExpertCount, LowRankConfig, RouterLossConfig
-from loraloom.adapters.keys import Shape, TensorKey
+from loraloom.adapters.config import ExpertCount, LowRankConfig, RoutingConfig
+from loraloom.adapters.keys import Shape, TensorKey, routed_shapes
 from loraloom.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from loraloom.adapters.files import AdapterFiles
 
 
-class MolaConfig(RouterLossConfig, LowRankConfig):
+class MolaConfig(RoutingConfig, LowRankConfig):
     """A router and several LoRA experts on each linear layer: y = Wx + s·Σ_j g_j B_e(j)(A_e(j)(x)).
 
     Source: Gao et al. 2024, MoLA, arXiv:2402.08562, eq. 2-4; files as in moe-peft 2.0.2.
@@ -33,12 +32,10 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
 
     method: Literal["mola"] = "mola"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Mixture of LoRA experts on each linear layer."""
-    num_experts: ExpertCount | tuple[ExpertCount, ...] = 8
+    num_experts: ExpertCount | tuple[ExpertCount, ...] = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts of each projection: a number, or a list with one for each layer.
 
     Where they differ, router_loss_scope is per_layer by default."""
-    top_k: int = Field(default=2, ge=1)
-    """Experts that each token uses."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,27 +47,14 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
         return {"router_loss_scope": "per_layer", **settings}
 
     @model_validator(mode="after")
-    def _check_experts(self) -> MolaConfig:
+    def _check_scope(self) -> MolaConfig:
         counts = {self.num_experts} if isinstance(self.num_experts, int) else set(self.num_experts)
-        if not counts or self.top_k > min(counts):
-            fewest = min(counts, default=0)
-            raise ValueError(f"top_k must be in [1, num_experts={fewest}], got {self.top_k}")
         if len(counts) > 1 and self.router_loss_scope == "pooled":
             raise ValueError(
                 "router_loss_scope must be per_layer where num_experts differs by layer, got "
                 "pooled; leave it out, or drop the list"
             )
         return self
-
-    @property
-    def experts_per_token(self) -> int:
-        """See AdapterConfig."""
-        return self.top_k
-
-    @property
-    def experts_per_router(self) -> int:
-        """See AdapterConfig."""
-        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
 
     def experts_of(self, layer: int) -> int:
         """How many experts a projection of a layer has."""
@@ -81,28 +65,24 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
     ) -> Adapter:
         """See AdapterConfig."""
         from loraloom.adapters.low_rank import LowRankAdapter
-        from loraloom.adapters.mola.weights import MolaProjection
+        from loraloom.adapters.routed import RoutedProjection
 
         self._check_layers(len(base_layers))
+        route = self.route
+        capacity = self.expert_capacity
 
-        return LowRankAdapter.of(
-            name,
-            self,
-            base_layers,
-            lambda base, layer: MolaProjection(
-                base, self, self.experts_of(layer.index), dtype, seed
-            ),
-        )
+        def build(base, layer):
+            num_experts = self.experts_of(layer.index)
+            return RoutedProjection(base, self, num_experts, route, dtype, seed, capacity)
+
+        return LowRankAdapter.of(name, self, base_layers, build)
 
     def projection_shapes(
         self, place: TensorKey, out_features: int, in_features: int
     ) -> Iterator[tuple[TensorKey, Shape]]:
         """See AdapterConfig."""
         num_experts = self.experts_of(place.layer)
-        yield replace(place, part="router"), (num_experts, in_features)
-        for expert in range(num_experts):
-            yield replace(place, part="lora_A", expert=expert), (self.rank, in_features)
-            yield replace(place, part="lora_B", expert=expert), (out_features, self.rank)
+        return routed_shapes(place, out_features, in_features, num_experts, self.rank)
 
     def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
         """See AdapterConfig."""
@@ -111,7 +91,8 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
 
     def summary(self) -> dict[str, Any]:
         """See AdapterConfig."""
-        return super().summary() | {"num_experts": self.num_experts, "top_k": self.top_k}
+        own = {"num_experts": self.num_experts, "routing": self.routing_label}
+        return super().summary() | own
 
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""
@@ -119,19 +100,31 @@ class MolaConfig(RouterLossConfig, LowRankConfig):
         text = str(counts) if isinstance(counts, int) else ", ".join(map(str, counts))
         return [
             *super().card_lines(),
-            f"{text} experts on each projection, {self.top_k} for each token",
+            f"{text} experts on each projection, routing {self.routing_label}",
         ]
 
     def description(self) -> dict[str, Any]:
         """See AdapterConfig."""
-        sizes = self.model_dump(include={"num_experts", "top_k", "rank", "alpha", "dropout"})
-        return super().description() | {"experts": sizes}
+        own = self.model_dump(include={"rank", "alpha", "dropout"})
+        return super().description() | {"experts": self.experts_described() | own}
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
         from loraloom.adapters.mola.files import reference_fields
 
         return reference_fields(self, base)
+
+    def reference_fault(self, base: BaseInfo) -> str | None:
+        """See AdapterConfig."""
+        from loraloom.adapters.lora.config import LoraConfig
+        from loraloom.adapters.reference import lora_fault
+
+        if not isinstance(self.num_experts, int):
+            return "MoE-PEFT has one number of experts for all layers"
+        if self.routing != "top_k":
+            return f"MoE-PEFT's MoLA has top-k routing alone, got {self.routing}"
+        plain = LoraConfig(rank=self.rank, alpha=self.alpha, target_modules=self.target_modules)
+        return lora_fault(plain, base)
 
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:

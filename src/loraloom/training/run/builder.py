@@ -137,7 +137,7 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
             f"start_from needs an adapter with the job's own settings, got {path_or_hub_id}: "
             f"{'; '.join(changed)}"
         )
-    adapter.load_tensors(tensors)
+    adapter.load_stored(tensors)
 
 
 def _formula(config: AdapterConfig) -> dict[str, object]:

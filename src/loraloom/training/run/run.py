@@ -190,6 +190,12 @@ def _check_goes_with(launch: Launch, run: RunConfig, watch: WatchOptions | None,
             "parallel.base: fsdp takes a base model apart as it is loaded, got one that is loaded; "
             "leave `base` out, or take base: replicated"
         )
+    for job in run.all_jobs:
+        if launch.size > 1 and not job.adapter.adds_up_over_ranks:
+            raise ConfigError(
+                f"job {job.name}: method {job.adapter.method} needs a single process, as its "
+                f"router loss joins all tokens, got {launch.size} ranks; start it without torchrun"
+            )
     lone = {"sweep": run.sweep, "--watch": watch}  # decided by one process's clock and files
     for name, value in lone.items():
         if launch.size > 1 and value is not None:

@@ -17,6 +17,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from loraloom.adapters.adapter import SampleTokens
 from loraloom.infer.rows import collate, example_row
 from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
@@ -90,11 +91,13 @@ class _Forward:
     Args:
         terms: Its summands of the step's loss and metrics.
         routing: Of its tokens; None without routers.
+        samples: Whose tokens these are.
         computed_tokens: Of its rows, padding included.
     """
 
     terms: ObjectiveTerms
     routing: list[LayerRouting] | None
+    samples: Sequence[SampleTokens]
     computed_tokens: int
 
     def with_auxiliary_loss(self, micro_batch: MicroBatch, ranks: Ranks) -> dict[str, Tensor]:
@@ -107,7 +110,7 @@ class _Forward:
         loss = self.terms.loss
         aux_loss, added = torch.zeros_like(loss), None
         if self.routing is not None:
-            added = micro_batch.adapter.auxiliary_loss(self.routing, ranks.sum)
+            added = micro_batch.adapter.auxiliary_loss(self.routing, self.samples, ranks.sum)
         if added is not None:
             aux_loss = (added * _token_share(micro_batch)).to(loss.dtype)
         tokens = loss.new_full((), self.computed_tokens)
@@ -122,7 +125,7 @@ class _Forward:
         """Keep the graph, but let nothing come of it."""
         metrics = {name: value * 0 for name, value in self.terms.metrics.items()}
         routing = None if self.routing is None else [record.emptied() for record in self.routing]
-        return _Forward(ObjectiveTerms(self.terms.loss * 0, metrics), routing, 0)
+        return _Forward(ObjectiveTerms(self.terms.loss * 0, metrics), routing, [], 0)
 
 
 def _forwards(
@@ -130,12 +133,16 @@ def _forwards(
 ) -> list[_Forward]:
     """Cut what a forward gave by the shares in it."""
     pieces = zip(
-        layout.micro_batches, layout.split_losses(losses), layout.computed_tokens, strict=True
+        layout.micro_batches,
+        layout.split_losses(losses),
+        layout.sample_tokens,
+        layout.computed_tokens,
+        strict=True,
     )
     forwards = []
-    for share, own, computed_tokens in pieces:
+    for share, own, samples, computed_tokens in pieces:
         terms = share.objective.terms(_scored(share, own), share.window.totals)
-        forward = _Forward(terms, routing.get(share.adapter.name), computed_tokens)
+        forward = _Forward(terms, routing.get(share.adapter.name), samples, computed_tokens)
         forwards.append(forward if share.counts else forward.uncounted())
     return forwards
 

@@ -118,7 +118,8 @@ def run_requests(
 
     Raises:
         ConfigError: If data is empty, or two requests are of one adapter.
-        TrainingError: If a loss is not finite: that adapter's gradients are dropped.
+        TrainingError: If losses are not finite: the gradients of the adapters that it names are
+            dropped, and those of the others are there.
     """
     names = [request.adapter.name for request in requests]
     if len(set(names)) < len(names):
@@ -134,8 +135,7 @@ def run_requests(
         losses = forward_backward(host, [one_round[place] for place in places], pad_id)
         for place, loss in zip(places, losses, strict=True):
             totals[place] += loss
-    for request, total in zip(requests, totals, strict=True):
-        _check_finite(request, total)
+    _check_finite(requests, totals)
     return [
         ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, recorder.log_probs)
         for total, recorder in zip(totals, recorders, strict=True)
@@ -164,11 +164,15 @@ def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
     return micro_batches
 
 
-def _check_finite(request: Request, total: MicroBatchLoss) -> None:
-    value = total.loss + total.aux_loss
-    if not math.isfinite(value):
-        request.adapter.zero_grad(set_to_none=True)
-        raise TrainingError(
-            f"adapter {request.adapter.name}: loss must be finite, got {value}; its gradients are "
-            "dropped"
-        )
+def _check_finite(requests: Sequence[Request], totals: Sequence[MicroBatchLoss]) -> None:
+    faults = []
+    for request, total in zip(requests, totals, strict=True):
+        value = total.loss + total.aux_loss
+        if not math.isfinite(value):
+            request.adapter.zero_grad(set_to_none=True)
+            faults.append(
+                f"adapter {request.adapter.name}: loss must be finite, got {value}; its gradients "
+                "are dropped"
+            )
+    if faults:
+        raise TrainingError("\n".join(faults))

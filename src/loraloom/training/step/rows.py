@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from loraloom.adapters.adapter import SampleTokens
 from loraloom.data.examples import Example
 from loraloom.data.packing import first_fit, join_samples
 from loraloom.training.step.micro_batch import MicroBatch
@@ -61,6 +62,18 @@ class RowLayout:
         if not self.is_packed:
             return None
         return [[len(sample.input_ids) for sample in samples] for samples in self._samples()]
+
+    @property
+    def sample_tokens(self) -> list[list[SampleTokens]]:
+        """Each micro-batch's samples in the order of their tokens, row after row."""
+        return [
+            [
+                SampleTokens(len(sample.input_ids), sample.expert_group)
+                for row in rows
+                for sample in map(batch.examples.__getitem__, row)
+            ]
+            for batch, rows in zip(self.micro_batches, self.rows, strict=True)
+        ]
 
     def joined(self) -> list[Example]:
         """Return each row as one example."""

@@ -1,0 +1,1 @@
+"""SMoRA: a LoRA whose ranks are experts; a router chooses among them for each token."""

@@ -1,0 +1,104 @@
+"""An adapter's files in another program's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.files import AdapterFiles
+from loraloom.errors import AdapterError
+from loraloom.formats.card import model_card
+from loraloom.formats.contents import SIDECARS
+from loraloom.formats.disk import write_new
+from loraloom.formats.files import read_stored, render_files
+from loraloom.formats.fit import fit_to_base
+from loraloom.formats.hub import find_adapter
+from loraloom.formats.seen import seen_base
+from loraloom.models.host import Host
+
+Program = Literal["native", "peft", "reference", "axolotl"]
+"""Whose form: what `Host.save` writes, PEFT's, MoE-PEFT's or axolotl's."""
+
+_LEAST_DROPOUT = 1e-6
+"""MoE-PEFT refuses a dropout of 0, and drops at inference as well."""
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: Program,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    host: Host | None = None,
+) -> AdapterConfig:
+    """Write an adapter for another program.
+
+    Args:
+        source: A directory or hub id, in any form that `Host.load` reads.
+        destination: A new directory.
+        to: Whose form: `native` is what `Host.save` writes.
+        settings: Of the method: what the files don't tell, or in place of what they do.
+        host: With the adapter's base model, to check that it fits. Needed where files lack a DoRA's
+            magnitudes; without, the files are checked against one another.
+
+    Returns:
+        The adapter's configuration.
+
+    Raises:
+        FormatError: If the files can't be read.
+        AdapterError: If the other program can't hold such an adapter, or it doesn't fit the base
+            model, or the destination is there already.
+    """
+    config, tensors, base = _read(source, settings, host)
+    card = model_card(config, base)
+    path = Path(destination)
+    if to == "reference":
+        write_new(path, _for_reference(config, tensors, base), card, pickled=True)
+    elif to == "axolotl":
+        attention, beside = config.split_for_sidecar(tensors, base)
+        own = {name: tensors[name] for name in attention.tensor_shapes(base)}
+        files = render_files(attention, own, base)
+        write_new(path, files, card, sidecar=(SIDECARS[0], beside))
+    else:
+        if to == "peft" and config.layout != "peft":
+            raise AdapterError(
+                f"PEFT has no {config.title}; `import loraloom.peft` makes it read the native "
+                "form, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
+            )
+        write_new(path, render_files(config, tensors, base), card)
+    return config
+
+
+def _read(
+    source: str | Path, settings: Mapping[str, Any] | None, host: Host | None
+) -> tuple[AdapterConfig, dict[str, Tensor], BaseInfo]:
+    if host is not None:
+        adapter = host.load("converted", source, settings)
+        host.remove("converted")
+        return adapter.config, adapter.tensors(), host.base
+    stored = read_stored(find_adapter(source), settings)
+    base = seen_base(stored)
+    config, tensors = fit_to_base(stored, base)
+    if tensors.keys() != config.tensor_shapes(base).keys():
+        raise AdapterError(
+            f"{stored.source} lacks its magnitudes, which are those of the base model's rows; give "
+            "the base model: --base-model"
+        )
+    return config, tensors, base
+
+
+def _for_reference(
+    config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo
+) -> AdapterFiles:
+    fault = config.reference_fault(base)
+    if fault is not None:
+        raise AdapterError(f"the adapter must be one that MoE-PEFT 2.0.2 reads: {fault}")
+    files = render_files(config, tensors, base)
+    dropout = max(config.dropout, _LEAST_DROPOUT)
+    return replace(files, config={**files.config, "lora_dropout": dropout}, metadata={})

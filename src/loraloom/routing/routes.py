@@ -1,0 +1,188 @@
+"""Routes: from a token's router logits to its experts and their weights.
+
+Axes: T tokens, E experts, K slots of a token.
+
+A route gives K experts for each token, best first, and their weights. Where a token uses fewer,
+the rest weigh 0. `p` is the softmax of the logits.
+
+    TopK     the top_k largest p, renormalised to sum to 1
+    TopP     the largest p until they exceed top_p, as they are
+    Switch   the largest p, as it is
+    Dense    all p
+    Hybrid   all p where their entropy is high, else the largest p within top_p, as they are
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loraloom.routing.top_k import top_k_routing
+
+Routed = tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]
+
+
+class Route(ABC):
+    """What routers do with their logits; equal settings are equal."""
+
+    sums_to_one: ClassVar[bool] = False
+    """Whether a token's weights always sum to 1."""
+
+    @abstractmethod
+    def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
+        """Choose experts.
+
+        Args:
+            logits: Router outputs, float32 or better.
+
+        Returns:
+            The experts, best first, and their weights.
+        """
+
+
+@dataclass(frozen=True)
+class TopK(Route):
+    """See `top_k_routing`."""
+
+    top_k: int
+    sums_to_one = True
+
+    def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
+        """See Route."""
+        return top_k_routing(logits, self.top_k)
+
+
+@dataclass(frozen=True)
+class TopP(Route):
+    """The fewest experts whose probabilities sum to more than top_p, with these as weights.
+
+    Args:
+        top_p: In (0, 1]; 1 keeps all.
+        temperature: The logits are divided by it.
+        divides_probabilities: Divide the probabilities by the temperature instead, as MoE-PEFT
+            2.0.2 does.
+
+    Source:
+        MoE-PEFT 2.0.2, `mixlora-dynamic`; Huang et al. 2024, Harder Tasks Need More Experts,
+        arXiv:2403.07652.
+    """
+
+    top_p: float
+    temperature: float = 1.0
+    divides_probabilities: bool = False
+
+    def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
+        """See Route."""
+        if self.divides_probabilities:
+            probabilities = logits.softmax(-1) / self.temperature
+        else:
+            probabilities = (logits / self.temperature).softmax(-1)
+        weights, selected = probabilities.sort(-1, descending=True)
+        before = weights.detach().cumsum(-1).roll(1, -1)
+        before[..., 0] = 0
+        return selected, weights.masked_fill(before > self.top_p, 0)
+
+
+@dataclass(frozen=True)
+class Switch(Route):
+    """The most probable expert, weighted by its probability.
+
+    Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 1-2.
+    """
+
+    def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
+        """See Route."""
+        weights, selected = logits.softmax(-1).max(-1, keepdim=True)
+        return selected, weights
+
+
+@dataclass(frozen=True)
+class Dense(Route):
+    """All experts, weighted by their probabilities."""
+
+    sums_to_one = True
+
+    def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
+        """See Route."""
+        weights, selected = logits.softmax(-1).sort(-1, descending=True)
+        return selected, weights
+
+
+@dataclass(frozen=True)
+class Hybrid(Route):
+    """All experts where a token's router is undecided, else the most probable within top_p.
+
+    Args:
+        top_p: The experts whose probabilities sum to at most so much are kept.
+        keep_top_k: So many are kept whatever they sum to.
+        entropy_index: q of the Tsallis entropy.
+        entropy_threshold: Entropy, as a share of its maximum, above which all are kept.
+
+    Source:
+        Li et al. 2025, DynMoLE, arXiv:2504.00661, and its code, github.com/mikecovlee/DynMoLE.
+    """
+
+    top_p: float
+    keep_top_k: int
+    entropy_index: float
+    entropy_threshold: float
+
+    def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
+        """See Route."""
+        probabilities = logits.softmax(-1)
+        weights, selected = probabilities.sort(-1, descending=True)
+        sums = weights.detach().cumsum(-1)
+        undecided = tsallis_entropy(probabilities.detach(), self.entropy_index)
+        kept = (sums <= self.top_p) | (undecided > self.entropy_threshold).unsqueeze(-1)
+        kept[..., : self.keep_top_k] = True
+        return selected, weights.masked_fill(~kept, 0)
+
+
+def tsallis_entropy(probabilities: Float[Tensor, "T E"], index: float) -> Float[Tensor, " T"]:
+    """Compute `(1 - Σ p^q) / (q - 1)` of each token, divided by its value for uniform p.
+
+    At q = 1 it is Shannon's entropy divided by ln E. With one expert it is 1.
+
+    Args:
+        probabilities: p, each row sums to 1.
+        index: q, above 0.
+
+    Source: Tsallis 1988, doi:10.1007/BF01016429; DynMoLE, arXiv:2504.00661.
+    """
+    num_experts = probabilities.shape[-1]
+    if num_experts == 1:
+        return torch.ones_like(probabilities[:, 0])
+    if index == 1:
+        return -torch.special.xlogy(probabilities, probabilities).sum(-1) / math.log(num_experts)
+    # p^q has no finite slope at 0 for q < 1
+    powers = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).pow(index)
+    return (1 - powers.sum(-1)) / (1 - num_experts ** (1 - index))
+
+
+def beyond_capacity(
+    selected: Int[Tensor, " T"], samples: list[slice | Tensor], capacity: int
+) -> Tensor:
+    """Tell which tokens come after the first `capacity` of their sample that chose their expert.
+
+    Args:
+        selected: Each token's expert.
+        samples: Each sample's tokens.
+        capacity: Tokens of a sample that an expert takes.
+
+    Returns:
+        Boolean, [T].
+
+    Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, section 2.2, by sample.
+    """
+    beyond = torch.zeros_like(selected, dtype=torch.bool)
+    for tokens in samples:
+        own = selected[tokens]
+        same = own.unsqueeze(0) == own.unsqueeze(1)  # (t, t)
+        beyond[tokens] = same.tril().sum(-1) > capacity
+    return beyond

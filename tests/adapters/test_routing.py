@@ -1,0 +1,131 @@
+"""`routing` of mixtures: settings, files, like adapters at once, capacity and MoE-PEFT's own ways.
+
+The formulas are held by tests/parity/test_dense_loop.py and tests/routing/test_routes.py.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from loraloom.adapters import MixLoraConfig, MolaConfig
+from loraloom.errors import AdapterError
+from tests.tiny import changed, padded_mask, tiny_host, tiny_ids
+
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "top_p": {"routing": "top_p", "top_p": 0.6, "temperature": 1.5},
+    "switch": {"routing": "switch", "expert_capacity": 3},
+    "dense": {"routing": "dense"},
+}
+MIXTURES: dict[str, Any] = {
+    f"{method.__name__[:4]} {routing}": method(rank=2, alpha=4, num_experts=4, **settings)
+    for method in (MixLoraConfig, MolaConfig)
+    for routing, settings in ROUTINGS.items()
+}
+each_mixture = pytest.mark.parametrize("mixture", MIXTURES)
+
+
+@each_mixture
+def test_like_mixtures_decode_at_once_as_alone(mixture):
+    """phi's output projection has a bias."""
+    host, ids = tiny_host("phi", dict.fromkeys("ab", MIXTURES[mixture])), tiny_ids(4, 3)
+    names = ["b", None, "a", "b"]
+    with torch.no_grad():
+        expected = host(ids, adapters=names).logits
+        alone = [host(ids[row, None], adapters=[name]).logits for row, name in enumerate(names)]
+        with host.prepared():
+            stacked = host(ids, adapters=names).logits
+    torch.testing.assert_close(stacked, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.cat(alone), expected, rtol=1e-9, atol=1e-9)
+
+
+@each_mixture
+def test_what_is_saved_computes_the_same(mixture, tmp_path):
+    host, ids = tiny_host(configs={"a": MIXTURES[mixture]}), tiny_ids(2)
+    host.save("a", tmp_path)
+    loaded = host.load("b", tmp_path)
+    targets = loaded.config.target_modules
+    assert loaded.config == changed(MIXTURES[mixture], target_modules=targets)
+    with torch.no_grad():
+        logits = [host(ids, adapters=[name] * 2).logits for name in ("a", "b")]
+    assert torch.equal(*logits)
+
+
+def test_files_name_the_references_strategies(tmp_path):
+    expected = {
+        "top_p": {"routing_strategy": "mixlora-dynamic", "top_p": 0.6, "temperature": 1.5},
+        "switch": {"routing_strategy": "mixlora-switch", "expert_capacity": 3},
+        "dense": {"routing_strategy": "mixlora", "top_k": 4},
+    }
+    for routing, fields in expected.items():
+        host = tiny_host(configs={"a": MIXTURES[f"MixL {routing}"]})
+        host.save("a", tmp_path / routing)
+        written = json.loads((tmp_path / routing / "adapter_config.json").read_text())
+        assert {name: written[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"routing": "top_p", "top_k": 3}, "top_k is a setting of routing: top_k, got 3 with"),
+        ({"top_p": 0.5}, "top_p is a setting of routing: top_p, got 0.5 with routing: top_k"),
+        ({"routing": "dense", "temperature": 2}, "temperature is a setting of routing: top_p"),
+        ({"expert_capacity": 4}, "expert_capacity is a setting of routing: switch"),
+        ({"routing": "top_p", "top_p": 0}, "greater than 0"),
+        ({"compat": "moe-peft"}, "compat must be unset where MoE-PEFT computes what"),
+        ({"routing": "best"}, "'top_k', 'top_p', 'switch' or 'dense'"),
+    ],
+)
+def test_settings_of_another_routing_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        MixLoraConfig(**settings)
+
+
+@pytest.mark.parametrize("method", ["MixL", "Mola"])
+def test_an_expert_that_is_full_lets_tokens_go_in_training_alone(method):
+    full = MIXTURES[f"{method} switch"]
+    hosts = {
+        name: tiny_host("phi", {"a": changed(full, expert_capacity=capacity)})
+        for name, capacity in {"any": None, "much": 7, "one": 1}.items()
+    }
+    ids, mask, states = tiny_ids(2), padded_mask([7, 5]), {}
+    for training in (False, True):
+        for name, host in hosts.items():
+            out = host.hidden(ids, mask, ["a"] * 2, [1, 2], training=training)
+            states[name, training] = out.last_hidden_state[mask.bool()].detach()
+    for name in ("much", "one"):
+        assert torch.equal(states[name, False], states["any", False])
+    assert torch.equal(states["much", True], states["any", True])
+    assert not torch.allclose(states["one", True], states["any", True])
+    assert torch.equal(states["one", True][[0, 7]], states["any", True][[0, 7]])  # first tokens
+
+
+def test_moe_pefts_switch_returns_a_blocks_input_outside_of_training():
+    config = changed(MIXTURES["MixL switch"], compat="moe-peft", target_modules="ffn")
+    host, ids = tiny_host(configs={"a": config}), tiny_ids(2)
+    with torch.no_grad():
+        actual = host(ids, adapters=["a", "a"]).logits
+        model = host.detach()
+        for layer in model.model.layers:
+            layer.mlp.forward = lambda x: x
+        expected = model(ids).logits
+    torch.testing.assert_close(actual, expected)
+
+
+def test_only_mixtures_whose_weights_sum_to_1_are_moe_checkpoints():
+    host = tiny_host(configs={"dense": MIXTURES["MixL dense"], "p": MIXTURES["MixL top_p"]})
+    assert host.adapters["dense"].as_moe(0).top_k == 4
+    with pytest.raises(AdapterError, match="mixture whose routers choose top_k whole FFN experts"):
+        host.adapters["p"].as_moe(0)
+
+
+@each_mixture
+def test_cards_and_inspection_say_how_experts_are_chosen(mixture):
+    config = MIXTURES[mixture]
+    label = {"top_p": "top-p 0.6"}.get(config.routing, config.routing)
+    assert config.description()["experts"]["routing"] == label
+    assert any(label in line for line in config.card_lines())

@@ -1,0 +1,187 @@
+"""Mixtures of axolotl's plug-in: read as what they are, and written again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from loraloom.adapters import ExpertsConfig, MixLoraConfig
+from loraloom.errors import AdapterError, FormatError
+from loraloom.formats import describe, read_adapter, write_adapter
+from loraloom.models.converting import convert
+from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
+
+CONFIG = MixLoraConfig(
+    rank=4,
+    alpha=8,
+    dropout=0.05,
+    num_experts=3,
+    experts=ExpertsConfig(
+        rank=2, alpha=6, dropout=0.1, rank_stabilized=False, weight_decomposition=False
+    ),
+    router_aux_loss_coef=0.02,
+    target_modules=(*llama_base().attention_projections, *llama_base().ffn_projections),
+)
+RUN = {
+    "adapter": "mixlora",
+    "lora_alpha": 8,
+    "mixlora_num_experts": 3,
+    "mixlora_top_k": 2,
+    "mixlora_expert_lora_alpha": 6,
+    "mixlora_expert_lora_dropout": 0.1,
+    "mixlora_router_aux_loss_coef": 0.02,
+}
+SIDECAR = "mixlora_model.safetensors"
+GIVEN = {"top_k": 2, "experts": {"alpha": 6, "dropout": 0.1}, "router_aux_loss_coef": 0.02}
+
+
+def write(directory, run=RUN, **fields):
+    """Write a mixture as axolotl does, and return its tensors by our keys."""
+    tensors = make_tensors(CONFIG, llama_base())
+    attention, experts = {}, {}
+    for name, tensor in tensors.items():
+        place = f"base_model.model.model.{name}.weight"
+        if "self_attn" in name:
+            attention[place] = tensor
+        elif name.endswith("router"):
+            experts[place.replace("router.weight", "router.gate.weight")] = tensor
+        else:
+            _, layer, _, projection, _, expert, part = name.split(".")
+            own = f"{projection.removesuffix('_proj')}_{part.lower()}.weight"
+            experts[f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{own}"] = tensor
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(attention, directory / "adapter_model.safetensors")
+    save_file(experts, directory / SIDECAR)
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "target_modules": ["v_proj", "q_proj", "k_proj", "o_proj"],
+        "bias": "none",
+        "peft_version": "0.21.2",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config | fields))
+    if run is not None:
+        (directory / "config.yml").write_text(yaml.safe_dump(run))
+    return tensors
+
+
+def test_it_is_read_as_the_mixture_that_it_is(base, tmp_path):
+    tensors = write(tmp_path)
+    config, read = read_adapter(tmp_path, base)
+    assert config == CONFIG
+    assert_same_tensors(read, tensors)
+    description = describe(tmp_path)
+    assert (description.method, description.layout) == ("MixLoRA", "axolotl")
+    assert SIDECAR in description.file_bytes
+
+
+def test_a_checkpoint_of_a_run_takes_the_runs_settings(base, tmp_path):
+    write(tmp_path / "out" / "checkpoint-20", run=None)
+    (tmp_path / "out" / "config.yml").write_text(yaml.safe_dump(RUN))
+    assert read_adapter(tmp_path / "out" / "checkpoint-20", base)[0] == CONFIG
+
+
+@pytest.mark.parametrize("run", [None, {"adapter": "lora"}, [1]])
+def test_without_the_runs_settings_it_asks_for_them(run, base, tmp_path):
+    tensors = write(tmp_path, run)
+    with pytest.raises(FormatError, match=r"doesn't tell top_k and the experts' alpha.*settings="):
+        read_adapter(tmp_path, base)
+    config, read = read_adapter(tmp_path, base, GIVEN)
+    assert config == CONFIG
+    assert_same_tensors(read, tensors)
+
+
+def test_given_settings_take_the_place_of_the_runs(base, tmp_path):
+    write(tmp_path)
+    config, _ = read_adapter(tmp_path, base, {"top_k": 1, "experts": {"alpha": 3}})
+    assert (config.top_k, config.experts.alpha, config.experts.rank) == (1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("run", "fields", "message"),
+    [
+        (RUN | {"mixlora_num_experts": 8}, {}, "number of experts in .*, 3, got 8"),
+        (RUN | {"mixlora_top_k": 4}, {}, r"top_k must be in \[1, num_experts=3\], got 4"),
+        (RUN, {"rank_pattern": {"q_proj": 8}}, "must have one rank and alpha.*rank_pattern"),
+        (RUN, {"layers_to_transform": [0]}, "be in every layer.*got layers"),
+        (RUN, {"modules_to_save": ["lm_head"]}, "`modules_to_save` must be unset"),
+        (RUN, {"peft_type": "MIXLORA"}, f"{SIDECAR} doesn't go with `peft_type` 'MIXLORA'"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(run, fields, message, base, tmp_path):
+    write(tmp_path, run, **fields)
+    with pytest.raises(FormatError, match=message):
+        read_adapter(tmp_path, base)
+
+
+def test_tensors_of_another_name_are_refused(base, tmp_path):
+    write(tmp_path)
+    tensors = load_file(tmp_path / SIDECAR)
+    odd = "base_model.model.model.layers.0.mlp.experts.0.shared.weight"
+    save_file(tensors | {odd: tensors.popitem()[1]}, tmp_path / SIDECAR)
+    with pytest.raises(FormatError, match=r"shared\.weight` is no router's or expert's tensor"):
+        read_adapter(tmp_path, base)
+
+
+@pytest.mark.parametrize("name", ["extra.safetensors", "head.bin", "embeddings.pt"])
+def test_weights_that_nothing_reads_are_an_error(name, base, tmp_path):
+    config = MixLoraConfig(rank=2, num_experts=2)
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FormatError, match=f"weights that loraloom doesn't read .{name}"):
+        read_adapter(tmp_path, base)
+
+
+def test_what_trainers_keep_beside_weights_is_no_weight(base, tmp_path):
+    write(tmp_path)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("training_args.bin", "scaler.pt", "model.safetensors", "adapter.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    read_adapter(tmp_path, base)
+
+
+def test_saving_over_it_leaves_nothing_of_it(base, tmp_path):
+    tensors = write(tmp_path)
+    with pytest.raises(AdapterError, match=f"already has .*{SIDECAR}"):
+        write_adapter(tmp_path, CONFIG, tensors, base)
+    write_adapter(tmp_path, CONFIG, tensors, base, overwrite=True)
+    assert not (tmp_path / SIDECAR).exists()
+    assert_same_tensors(read_adapter(tmp_path, base)[1], tensors)
+
+
+def test_what_is_written_for_axolotl_is_what_axolotl_wrote(base, tmp_path):
+    write(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "native", "native")
+    convert(tmp_path / "native", tmp_path / "ours", "axolotl")
+    for name in ("adapter_model.safetensors", SIDECAR):
+        theirs, ours = (load_file(tmp_path / one / name) for one in ("theirs", "ours"))
+        assert_same_tensors(ours, theirs)
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
+    assert set(config["target_modules"]) == set(base.attention_projections)
+    run = yaml.safe_load((tmp_path / "ours" / "config.yml").read_text())
+    assert run.items() >= RUN.items()
+    assert read_adapter(tmp_path / "ours", base)[0] == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"routing": "dense"}, "have top-k routing, got dense"),
+        ({"target_modules": ("q_proj", "up_proj")}, "experts on all of gate_proj.*got up_proj"),
+        ({"target_modules": "ffn"}, "have a LoRA on attention, got none"),
+        ({"weight_decomposition": True}, "decompose none, got MixDoRA"),
+    ],
+)
+def test_axolotl_is_not_given_what_it_lacks(settings, message, base, tmp_path):
+    config = MixLoraConfig(rank=2, num_experts=2, **settings)
+    write_adapter(tmp_path / "a", config, make_tensors(config, base), base)
+    with pytest.raises(AdapterError, match=f"axolotl's mixtures .*{message}"):
+        convert(tmp_path / "a", tmp_path / "b", "axolotl")
+    assert not (tmp_path / "b").exists()
