@@ -33,7 +33,7 @@ def test_the_schema_is_json(capsys):
 def test_a_run_is_shown_with_its_defaults(run_file, capsys):
     assert main(["config", "show", str(run_file)]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["dtype"] == "float32"
+    assert shown["dtype"] == "auto"
     assert shown["jobs"][0]["adapter"]["num_experts"] == 8
     assert shown["jobs"][0]["train"]["micro_batch_size"] == 16
 

@@ -10,6 +10,7 @@ from loraloom.cli.options import (
     BaseModelOption,
     DeviceOption,
     DtypeOption,
+    QuantizationOption,
     parse_adapter,
     parse_adapters,
 )
@@ -24,6 +25,7 @@ def load(
     dtype: DtypeOption = "float32",
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
+    quantization: QuantizationOption = None,
 ) -> None:
     """A verb with every shared option."""
     SEEN.update(
@@ -32,6 +34,7 @@ def load(
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
+        quantization=quantization,
     )
 
 
@@ -51,6 +54,7 @@ def test_options_have_defaults(verb):
         "dtype": "float32",
         "device": "auto",
         "attn_implementation": None,
+        "quantization": None,
     }
 
 
@@ -63,12 +67,23 @@ def test_options_are_read(verb):
 
 
 @pytest.mark.parametrize(
+    ("text", "quant_type"),
+    [("nf4", "nf4"), ("{load_in_4bit: true, bnb_4bit_quant_type: fp4}", "fp4")],
+)
+def test_a_quantisation_is_a_name_or_settings(verb, text, quant_type):
+    assert verb("--base-model", "m", "--quantization", text) == 0
+    assert SEEN["quantization"].bnb_4bit_quant_type == quant_type
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--dtype float64", "float32"),
         ("--device gpu", "error: device must be auto, cpu, cuda"),
         ("--attn-implementation flash", "sdpa"),
         ("--adapter a", "error: --adapter must be name=path, got 'a'"),
+        ("--quantization 4", "error: quantization must be nf4, int8"),
+        ("--quantization {load_in_4bit:", "error: quantization must be valid YAML"),
     ],
 )
 def test_a_wrong_option_is_code_2(verb, capsys, words, message):

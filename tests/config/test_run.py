@@ -86,7 +86,10 @@ def test_early_stopping_selects_by_its_metric():
 RUN_FAULTS = [
     ({"dtype": "float16"}, "dtype must be float32 or bfloat16 in training, got float16"),
     ({"device": "gpu"}, "device must be auto, cpu, cuda"),
-    ({"attn_implementation": "flash_attention_2"}, "computes in 16 bits only"),
+    (
+        {"attn_implementation": "flash_attention_2", "dtype": "float32"},
+        "computes in 16 bits only",
+    ),
     ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
     ({"base_model": ""}, "at least 1 character"),
     ({"jobs": []}, "jobs must be a list of 1 or more, or sweep must be given"),

@@ -55,6 +55,7 @@ def small_world(tmp_path_factory):
 
 def _save_models() -> None:
     sizes = {"vocab_size": 300, "max_position_embeddings": 512}
+    sizes |= {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of 4-bit weights
     model = tiny_model(dtype=torch.float32, **sizes)
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -243,7 +243,7 @@ def test_what_llama_cpp_has_no_adapter_for_is_refused(tmp_path, name):
 @pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_is_exported_exactly(tmp_path):
-    model, tokenizer = loraloom.load_base_model("smollm2-135m")
+    model, tokenizer = loraloom.load_base_model("smollm2-135m", "float32")
     host = loraloom.attach(model)
     randomise(host.add("a", MixLoraConfig(rank=4, num_experts=3, top_k=2)))
     for parameter in host.adapters["a"].parameters():

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from loraloom.config.fields import Dtype
+from loraloom.config.fields import BaseDtype, Dtype
 from loraloom.errors import ConfigError, ModelError
 from loraloom.models import loading, sources
 from loraloom.models.loading import DTYPES, find_device, load_base_model
@@ -101,7 +101,40 @@ def test_weights_come_in_the_dtype_that_was_asked_for(directory, name, dtype):
 
 
 def test_run_files_and_loading_know_the_same_dtypes():
-    assert set(DTYPES) == set(get_args(Dtype))
+    assert set(DTYPES) == set(get_args(Dtype)) == set(get_args(BaseDtype)) - {"auto"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.bfloat16),  # nothing trains in float16
+        ("float64", torch.float32),
+        (None, torch.float32),
+    ],
+)
+def test_dtype_auto_is_the_checkpoints(directory, saved, loaded):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": saved}))
+    model, _ = load_base_model(str(directory))
+    assert model.dtype == loaded
+
+
+def test_dtype_auto_is_float16_where_the_device_has_no_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    device = torch.device("cuda")
+    assert loading._find_dtype("auto", {"torch_dtype": "bfloat16"}, device) == torch.float16
+    assert loading._find_dtype("auto", {"torch_dtype": "float32"}, device) == torch.float32
+
+
+def test_dtype_auto_of_a_gguf_file_is_bfloat16(gguf_file, cache):
+    assert load_base_model(str(gguf_file))[0].dtype == torch.bfloat16
+
+
+def test_flash_attention_needs_16_bits(directory):
+    with pytest.raises(ModelError, match="computes in 16 bits only, got dtype float32"):
+        load_base_model(str(directory), attn_implementation="flash_attention_2")
 
 
 def test_attention_implementation_is_passed_on(directory):
@@ -265,7 +298,7 @@ def test_other_tokens_without_a_row_are_told_of(directory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         (
             {"attn_implementation": "owner/kernel"},
             "attn_implementation must be one of sdpa, eager, .*, got 'owner/kernel'",
@@ -382,9 +415,9 @@ def test_a_broken_copy_is_made_again(gguf_file, cache, count_dequantised, part, 
 
 
 def test_another_file_or_dtype_has_a_copy_of_its_own(gguf_file, cache):
-    load_base_model(str(gguf_file))
+    load_base_model(str(gguf_file), "float32")
     load_base_model(str(gguf_file), "bfloat16")
-    model, _ = load_base_model(str(write_gguf(gguf_file, seed=1)))
+    model, _ = load_base_model(str(write_gguf(gguf_file, seed=1)), "bfloat16")
     assert len(copies(cache)) == 3
     assert_same((model, _), load_base_model(str(gguf_file)))
 

@@ -114,26 +114,31 @@ def test_rows_of_experts_are_those_of_an_index():
     assert torch.autograd.gradcheck(lambda table: rows_of_experts(table, experts), (rows,))
 
 
+def norms_of(weight, lora_A, lora_B, scaling):
+    products = weight @ lora_A.flatten(0, 1).T
+    return dora_norms(products, weight.square().sum(1), lora_A, lora_B, scaling)
+
+
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_dora_norms_are_those_of_the_dense_weight(num_experts):
     weight, scaling = leaf(6, 5), 1.7
     lora_A, lora_B = leaf(num_experts, 2, 5), leaf(num_experts, 6, 2)
     dense = weight + scaling * lora_B @ lora_A
-    norms = dora_norms(weight, weight.square().sum(1), lora_A, lora_B, scaling)
+    norms = norms_of(weight, lora_A, lora_B, scaling)
     torch.testing.assert_close(norms, dense.norm(dim=-1), rtol=1e-12, atol=1e-12)
 
 
 def test_dora_norms_at_first_are_those_of_the_base_weight():
     weight = torch.randn(6, 5)
     lora_A, lora_B = torch.randn(2, 3, 5), torch.zeros(2, 6, 3)
-    norms = dora_norms(weight, weight.square().sum(1), lora_A, lora_B, 2.0)
+    norms = norms_of(weight, lora_A, lora_B, 2.0)
     torch.testing.assert_close(norms, weight.norm(dim=1).expand(2, 6))
 
 
 def test_dora_norms_of_a_cancelled_row_are_zero_not_nan():
     weight = torch.randn(1, 4)
     lora_A, lora_B = weight[None], -torch.ones(1, 1, 1)
-    norms = dora_norms(weight, weight.square().sum(1), lora_A, lora_B, 1.0)
+    norms = norms_of(weight, lora_A, lora_B, 1.0)
     assert norms.item() == pytest.approx(0, abs=1e-3)
 
 
@@ -141,8 +146,8 @@ def test_dora_norms_of_a_bfloat16_base_are_near_the_exact_ones():
     weight, lora_A, lora_B = torch.randn(64, 48), torch.randn(2, 4, 48) / 7, torch.randn(2, 64, 4)
     rounded = weight.bfloat16()
     exact = (rounded.double() + 2 * lora_B.double() @ lora_A.double()).norm(dim=-1)
-    squared = rounded.float().square().sum(1)
-    norms = dora_norms(rounded, squared, lora_A, lora_B, 2.0)
+    products = rounded @ lora_A.flatten(0, 1).bfloat16().T
+    norms = dora_norms(products, rounded.float().square().sum(1), lora_A, lora_B, 2.0)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), exact, rtol=5e-3, atol=0)
 

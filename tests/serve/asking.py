@@ -7,6 +7,7 @@ from typing import Any
 
 from loraloom.infer.generate import complete
 from loraloom.infer.sampling import SamplingConfig
+from loraloom.models.layout import RowAdapter
 from loraloom.serve.engine import Engine
 from loraloom.serve.sequence import Event, Failure, GenerationRequest, Piece
 
@@ -42,13 +43,14 @@ class Asked:
 
 
 def request(
-    tokenizer: Any, text: str, adapter: str | None = None, place: int = 0, **settings: Any
+    tokenizer: Any, text: str, adapter: RowAdapter = None, place: int = 0, **settings: Any
 ) -> GenerationRequest:
     """Make a request; settings of the sampling and of the request may be mixed."""
     own = {key: settings.pop(key) for key in list(settings) if key in SamplingConfig.model_fields}
     sampling = SamplingConfig(**{"max_new_tokens": 8} | own)
     ids = tokenizer(text)["input_ids"]
-    return GenerationRequest(ids, adapter, adapter or "base", sampling, place, **settings)
+    owner = adapter[0] if isinstance(adapter, tuple) else adapter or "base"
+    return GenerationRequest(ids, adapter, owner, sampling, place, **settings)
 
 
 def submit(engine: Engine, *requests: GenerationRequest) -> list[Asked]:

@@ -13,9 +13,12 @@ from tests.infer.saved import save_tiny
 WORDS = ("blue", "one", "two", "yes", "no", "true", "false", "short")
 
 
-def save_inputs(directory: Path) -> Path:
-    """Write `base`, instructions to learn from, and a choice task to be measured on."""
-    save_tiny(directory)
+def save_inputs(directory: Path, **changes: Any) -> Path:
+    """Write `base`, instructions to learn from, and a choice task to be measured on.
+
+    Changes are of the base model's configuration.
+    """
+    save_tiny(directory, **changes)
     rows = [{"instruction": f"Say {word} {n}", "output": word} for n in (1, 2) for word in WORDS]
     (directory / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     pairs = [{"prompt": f"Say {word}", "chosen": f" {word}", "rejected": " no"} for word in WORDS]

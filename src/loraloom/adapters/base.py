@@ -1,50 +1,117 @@
 """The base model as adapters and their files see it.
 
-Axes: I in_features, O out_features.
+Axes: I in_features, O out_features, S columns of an A product, n rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
 from loraloom.ranks import whole
 
+_BLOCK_NUMBERS = 1 << 22
+"""About how many numbers of a quantised weight are dequantised at a time."""
+
+
+class QuantisedWeight(ABC):
+    """A linear layer's W as a library keeps it, in fewer bits.
+
+    Args:
+        linear: The layer.
+        kind: The library and its format, `bitsandbytes nf4` for instance.
+        row_step: `rows` begins at a multiple of it.
+        is_linear_over_rows: Whether W(x + y) = Wx + Wy.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        kind: str,
+        row_step: int = 1,
+        *,
+        is_linear_over_rows: bool = True,
+    ):
+        self.linear: Any = linear
+        self.kind = kind
+        self.row_step = row_step
+        self.is_linear_over_rows = is_linear_over_rows
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Dequantise rows from one to another, [n, I]."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield everything that is kept, by name."""
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Dequantise W some millions of numbers at a time, [n, I] each."""
+        num_rows, width = self.linear.out_features, self.linear.in_features
+        size = max(_BLOCK_NUMBERS // width // self.row_step, 1) * self.row_step
+        for start in range(0, num_rows, size):
+            yield self.rows(start, min(start + size, num_rows))
+
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dequantise W, [O, I], in a dtype or in that of `rows`."""
+        blocks, stop = self.blocks(), 0
+        first = next(blocks)
+        shape = (self.linear.out_features, self.linear.in_features)
+        numbers = first.new_empty(shape, dtype=dtype)
+        for block in chain([first], blocks):
+            start, stop = stop, stop + len(block)
+            numbers[start:stop] = block
+        return numbers
+
 
 class BaseProjection:
-    """A frozen linear layer of the base model, with what DoRA needs to know of it."""
+    """A frozen linear layer of the base model, with what DoRA needs to know of it.
 
-    def __init__(self, linear: nn.Module, key: str, in_features: int, out_features: int):
+    Args:
+        linear: The layer.
+        key: Its name, `layers.0.mlp.up_proj`.
+        in_features: I.
+        out_features: O.
+        quantised: Its weight, where that is not a tensor of floating-point numbers.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        key: str,
+        in_features: int,
+        out_features: int,
+        quantised: QuantisedWeight | None = None,
+    ):
         self.linear = linear
         self.key = key
         self.in_features = in_features
         self.out_features = out_features
+        self.quantised = quantised
         self._squared_norms: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        """W, [O, I].
-
-        Raises:
-            AdapterError: If the base stores it quantised.
-        """
-        self.check_is_floating_point()
+        """W, [O, I]: the base's own, put together where it is sharded, or a dequantised copy."""
+        if self.quantised is not None:
+            return self.quantised.whole()
         return whole(self.linear.weight)  # pyright: ignore[reportArgumentType]
 
-    def check_is_floating_point(self) -> None:
+    def check_can_be_changed(self) -> None:
         """Raise an AdapterError if the base stores the weight quantised."""
-        weight = self.linear.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        if self.quantised is not None:
             raise AdapterError(
-                f"weight_decomposition, starts from the base's weights, merging and exporting need "
-                f"these in floating point, got a quantised {self.key}; load the base model "
-                "unquantised or do without"
+                f"merging changes the base's weights, which must be floating-point numbers, got "
+                f"{self.key} in {self.quantised.kind}; load the base model without quantization, "
+                "or let `loraloom export` write the merged model"
             )
 
     @torch.no_grad()
@@ -52,6 +119,12 @@ class BaseProjection:
         """Put other values into W, rounded to its dtype."""
         self.weight.copy_(weight)
         self._squared_norms = None
+
+    @torch.no_grad()
+    def product(self, lora_A: Float[Tensor, "S I"]) -> Float[Tensor, "O S"]:
+        """Compute W Aᵀ in W's dtype; of a quantised W, some rows are dequantised at a time."""
+        blocks = [rows @ lora_A.T.to(rows.dtype) for rows in self._row_blocks()]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def compute_bias(self, dtype: torch.dtype) -> Tensor | None:
         """The layer's bias in the dtype of its output, [O]."""
@@ -61,21 +134,33 @@ class BaseProjection:
     @property
     def device(self) -> torch.device:
         """Where the layer computes."""
-        return next(self.linear.parameters()).device
+        return next(chain(self.linear.parameters(), self.linear.buffers())).device
 
-    @cached_property
+    @property
     def is_linear_over_rows(self) -> bool:
-        """Whether W(x + y) = Wx + Wy. LLM.int8 rounds each row of its input by its maximum."""
-        return type(self.linear).__name__ != "Linear8bitLt"
+        """Whether W(x + y) = Wx + Wy."""
+        return self.quantised is None or self.quantised.is_linear_over_rows
 
     @property
     def squared_norms(self) -> Tensor:
         """‖W‖² of each output row, [O], in float32 or better; computed once on a device."""
-        weight = self.weight.detach()
-        if self._squared_norms is None or self._squared_norms.device != weight.device:
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            self._squared_norms = wide.square().sum(1)
+        if self._squared_norms is None or self._squared_norms.device != self.device:
+            self._squared_norms = torch.cat([*map(_squared_norms, self._row_blocks())])
         return self._squared_norms
+
+    def first_weights(self, count: int) -> Tensor:
+        """Return the first numbers of W's first row."""
+        row = self.weight if self.quantised is None else self.quantised.rows(0, 1)
+        return row.detach().flatten()[:count]
+
+    def _row_blocks(self) -> Iterable[Tensor]:
+        """W in one, or dequantised piece by piece."""
+        return [self.weight.detach()] if self.quantised is None else self.quantised.blocks()
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return wide.square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +212,8 @@ class BaseInfo:
         shapes: `block.projection` to (out_features, in_features).
         num_parameters: Parameters of the whole base model.
         fingerprint: Hash of the shapes and of a few weights rounded to bfloat16.
+        quantization: How its projections are kept, `bitsandbytes nf4` for instance; None: in
+            floating point.
     """
 
     name_or_path: str
@@ -142,3 +229,4 @@ class BaseInfo:
     shapes: dict[str, tuple[int, int]]
     num_parameters: int
     fingerprint: str
+    quantization: str | None = None

@@ -98,6 +98,7 @@ class BaseFields(_Fields):
     model_type: Text | None = None
     fingerprint: Text | None = None
     num_parameters: NonNegativeInt | None = None
+    quantization: Text | None = None
 
 
 class AdapterRecord(_Fields):

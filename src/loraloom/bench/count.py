@@ -127,14 +127,15 @@ def count_step(case: str, shape: Shape, setting: StepSetting, lora_rank: int) ->
 
 
 def _count(case: str, shape: Shape, setting: StepSetting, lora_rank: int) -> Count:
-    step = _make_step(case, _make_model(shape), setting, lora_rank)
+    step = _make_step(case, make_model(shape), setting, lora_rank)
     counter = _Counter()
-    with _without_reads(), counter:
+    with without_reads(), counter:
         step()
     return counter.count()
 
 
-def _make_model(shape: Shape) -> nn.Module:
+def make_model(shape: Shape) -> nn.Module:
+    """Make a Llama model of these sizes on the meta device, in bfloat16."""
     config = LlamaConfig(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_size,
@@ -186,8 +187,12 @@ def _peft_step(case: str, model: nn.Module, tokens: Tensor, rank: int) -> Callab
 
 
 @contextmanager
-def _without_reads() -> Iterator[None]:
-    with patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None):
+def without_reads() -> Iterator[None]:
+    """Let transformers' masks be made on the meta device."""
+    with (
+        patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None),
+        patch.object(masking_utils, "fast_all", lambda mask: False),
+    ):
         yield
 
 

@@ -59,7 +59,7 @@ def predict_and_measure(base_model: str, setting: JobsSetting) -> dict[str, int]
     host = Host(model)
     for weight in model.parameters():
         weight.sum()  # weights that are mapped from a file are read when they are first used
-    jobs = _build_jobs(host, setting)
+    jobs = build_jobs(host, setting)
     prediction = predict_memory(host, jobs)
     before = psutil.Process().memory_info().rss
     reset_peak_rss()
@@ -73,7 +73,8 @@ def predict_and_measure(base_model: str, setting: JobsSetting) -> dict[str, int]
     return {"predicted": predicted, "measured": peak_rss_bytes() - before}
 
 
-def _build_jobs(host: Host, setting: JobsSetting) -> list[Job]:
+def build_jobs(host: Host, setting: JobsSetting) -> list[Job]:
+    """Put a setting's jobs on a host, with random tokens to learn from."""
     adapter = adapter_config(setting.case, StepSetting(rank=setting.rank))
     adapter = adapter.model_copy(update={"dropout": setting.dropout})
     train = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraloom.bench.cases import PEFT_CASES, StepSetting, adapter_cases, mixture_case
-from loraloom.cli.options import BaseModelOption, DtypeOption, path_option
+from loraloom.cli.options import BaseModelOption, FixedDtypeOption, path_option
 from loraloom.durable import prepare_output
 from loraloom.errors import ConfigError, shown
 from loraloom.models.sources import SMALL_MODEL
@@ -134,7 +134,7 @@ def _measure_layers(layers: Mapping[str, LayerCase], rounds: int) -> Figures:
 
 def step(
     base_model: BaseModelOption = SMALL_MODEL,
-    dtype: DtypeOption = "bfloat16",
+    dtype: FixedDtypeOption = "bfloat16",
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of a step.")] = 4,
     length: LengthOption = 256,
     rank: RankOption = 8,
@@ -165,7 +165,7 @@ def step(
 
 def jobs(
     base_model: BaseModelOption = SMALL_MODEL,
-    dtype: DtypeOption = "bfloat16",
+    dtype: FixedDtypeOption = "bfloat16",
     num_jobs: Annotated[int, typer.Option("--jobs", min=2, help="Adapters that train.")] = 8,
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of each job.")] = 1,
     length: LengthOption = 128,
@@ -198,7 +198,7 @@ def jobs(
 
 def decode(
     base_model: BaseModelOption = SMALL_MODEL,
-    dtype: DtypeOption = "bfloat16",
+    dtype: FixedDtypeOption = "bfloat16",
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences at once.")] = 16,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Of each row.")] = 32,
     rank: RankOption = 8,

@@ -16,6 +16,7 @@ from loraloom.cli.options import (
     BaseModelOption,
     DeviceOption,
     DtypeOption,
+    QuantizationOption,
     parse_adapters,
 )
 from loraloom.cli.serve import CacheTokensOption, make_limits
@@ -53,7 +54,8 @@ def chat(
         int | None, typer.Option("--seed", help="Of the draws; by default another each time.")
     ] = None,
     cache_tokens: CacheTokensOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
@@ -71,8 +73,10 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=secrets.randbits(63) if seed is None else seed,
     )
-    check_sources(base_model, adapters, device)
-    host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
+    check_sources(base_model, adapters, device, dtype, quantization)
+    host, tokenizer = load_host(
+        base_model, adapters, dtype, device, attn_implementation, quantization
+    )
     engine = Engine(host, tokenizer, make_limits(host, len(adapters) + 1, cache_tokens))
     conversation = Conversation(engine, tokenizer, BASE, system)
     Terminal(conversation, [BASE, *adapters], sampling).run()

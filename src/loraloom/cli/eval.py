@@ -18,6 +18,7 @@ from loraloom.cli.options import (
     ChatTemplateOption,
     DeviceOption,
     DtypeOption,
+    QuantizationOption,
     parse_adapters,
     path_option,
 )
@@ -27,6 +28,7 @@ from loraloom.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from loraloom.config.quantization import AnyQuantization
     from loraloom.models.host import Host
 
 Compat = Literal["moe-peft"]
@@ -44,6 +46,7 @@ class EvalRun:
     dtype: str
     device: str
     attn_implementation: str | None
+    quantization: AnyQuantization | None
     names: Sequence[str | None]
     adapters: Mapping[str, str]
     data: Path | None
@@ -62,7 +65,7 @@ class EvalRun:
         from loraloom.durable import prepare_output
         from loraloom.infer.loading import check_sources
 
-        check_sources(self.base_model, self.adapters, self.device)
+        check_sources(self.base_model, self.adapters, self.device, self.dtype, self.quantization)
         for path in self.outputs:
             prepare_output(path, "--output")
         prepare_output(self.per_question, "--per-question")
@@ -72,7 +75,12 @@ class EvalRun:
         from loraloom.infer.loading import load_host
 
         return load_host(
-            self.base_model, self.adapters, self.dtype, self.device, self.attn_implementation
+            self.base_model,
+            self.adapters,
+            self.dtype,
+            self.device,
+            self.attn_implementation,
+            self.quantization,
         )
 
 
@@ -217,7 +225,8 @@ def evaluate(
         Path | None,
         path_option("--per-question", metavar="FILE.jsonl", help="Write a line a question there."),
     ] = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
@@ -267,6 +276,7 @@ def evaluate(
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
+        quantization=quantization,
         names=names,
         adapters=adapters,
         data=data,

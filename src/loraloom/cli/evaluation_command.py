@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loraloom.config.data import SourceConfig, is_task_file
 from loraloom.config.job import EvaluationConfig, JobConfig
+from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | No
     asked = [] if job is None else [*_asked(job)]
     if not asked:
         return None
+    base = f"--base-model {shlex.quote(run.base_model)} {quantization_option(run.quantization)}"
     lines = [
-        f"loraloom eval --base-model {shlex.quote(run.base_model)}",
+        f"loraloom eval {base}".rstrip(),
         *(f"--adapter {shlex.quote(f'{one.job}={one.directory}')}" for one in good[:MAX_ADAPTERS]),
         " ".join(asked),
         f"--output {shlex.quote(str(run.output_dir / 'eval.json'))}",

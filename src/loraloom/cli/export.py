@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from loraloom.cli.options import BaseModelOption, DeviceOption, path_option
+from loraloom.cli.options import (
+    BaseModelOption,
+    DeviceOption,
+    QuantizationOption,
+    path_option,
+)
 from loraloom.config.fields import Dtype
 
 _NAME = "adapter"
@@ -40,6 +45,7 @@ def export(
         Dtype, typer.Option("--dtype", help="Number format of the written weights.")
     ] = "float32",
     device: DeviceOption = "auto",
+    quantization: QuantizationOption = None,
 ) -> None:
     """Write an adapter for other engines: transformers, vLLM, llama.cpp."""
     from loraloom.infer.loading import check_sources, load_host
@@ -47,8 +53,9 @@ def export(
     from loraloom.models.export import export as write
 
     check_target(output, to)
-    check_sources(base_model, {_NAME: adapter}, device)
-    host, tokenizer = load_host(base_model, {_NAME: adapter}, "float32", device, None)
+    adapters = {_NAME: adapter}
+    check_sources(base_model, adapters, device, "float32", quantization)
+    host, tokenizer = load_host(base_model, adapters, "float32", device, None, quantization)
     written = write(host, tokenizer, _NAME, output, to, dtype=dtype)
     size = f"{written.num_bytes / 1e6:,.1f} MB in {dtype}"
     typer.echo(f"wrote {written.path}: {written.architecture}, {size}")

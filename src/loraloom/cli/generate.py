@@ -16,6 +16,7 @@ from loraloom.cli.options import (
     ChatTemplateOption,
     DeviceOption,
     DtypeOption,
+    QuantizationOption,
     parse_adapters,
     path_option,
 )
@@ -88,7 +89,8 @@ def generate(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Most prompts at once.")
     ] = 16,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
@@ -115,7 +117,7 @@ def generate(
         stop=tuple(stop or ()),
     )
     rows, prompts = _read(prompt, input_file, adapters, no_base=no_base)
-    check_sources(base_model, adapters, device)
+    check_sources(base_model, adapters, device, dtype, quantization)
     num_done, file = 0, None
     if output is not None:
         if input_file is not None and output.resolve() == input_file.resolve():
@@ -123,12 +125,15 @@ def generate(
         settings = {"base_model": base_model, "dtype": dtype, "sampling": sampling.model_dump()}
         settings |= {"raw": raw, "batch_size": batch_size, "adapters": describe_adapters(adapters)}
         settings |= {"chat_template": chat_template} if chat_template else {}
+        settings |= {"quantization": quantization.model_dump()} if quantization else {}
         file = OutputFile(output, [*labelled(rows, prompts)], settings)
         num_done = file.count_done(batch_size, overwrite=overwrite)
     if num_done == len(rows):
         typer.echo(f"all {num_done} rows are in {output} already", err=True)
         return
-    host, tokenizer = load_host(base_model, adapters, dtype, device, attn_implementation)
+    host, tokenizer = load_host(
+        base_model, adapters, dtype, device, attn_implementation, quantization
+    )
     replace_chat_template(tokenizer, chat_template)
     batches = complete_in_order(
         host,

@@ -38,6 +38,9 @@ from loraloom.errors import LoraloomError, plain, shown
 
 _log = logging.getLogger(__name__)
 
+_CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""What warns when transformers imports it, of kernels for devices that aren't there."""
+
 Command = Callable[..., None]
 
 VERBS: dict[str, Command] = {
@@ -73,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         line, which names the file that has the traceback) and where nobody reads the output any
         more, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP in training.
     """
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with kept_tracebacks() as tracebacks:
         try:
             get_command(_build_app()).main(args=argv, prog_name="loraloom")

@@ -8,8 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from loraloom.config.fields import AttnImplementation, Dtype, check_device, check_name
+from loraloom.config.fields import (
+    AttnImplementation,
+    BaseDtype,
+    Dtype,
+    check_device,
+    check_name,
+)
 from loraloom.config.paths import local_path
+from loraloom.config.quantization import parse_quantization
 from loraloom.errors import ConfigError, LoraloomError
 
 
@@ -65,8 +72,8 @@ def path_argument(metavar: str, **settings: Any) -> Any:
     return typer.Argument(metavar=metavar, parser=_path_parser(metavar), **settings)
 
 
-def _path_parser(name: str) -> Callable[[str], Path]:
-    def path(text: str) -> Path:
+def _path_parser(name: str) -> Callable[[str | Path], Path]:
+    def path(text: str | Path) -> Path:
         return local_path(text, name, LoraloomError)  # typer rewords a ConfigError, a ValueError
 
     return path
@@ -81,7 +88,24 @@ BaseModelOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[
+    BaseDtype,
+    typer.Option(
+        "--dtype", help="Number format of the base model's weights; auto: the checkpoint's."
+    ),
+]
+FixedDtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Number format of the base model's weights.")
+]
+QuantizationOption = Annotated[
+    Any,  # what the callback makes of the text
+    typer.Option(
+        "--quantization",
+        parser=str,
+        callback=parse_quantization,
+        metavar="KIND",
+        help="Keep the base model's linear layers in fewer bits: nf4, int8, torchao-int8, "
+        "torchao-int4, or a library's settings, {load_in_4bit: true, ...} for one.",
+    ),
 ]
 DeviceOption = Annotated[
     str,

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraloom.cli.options import BaseModelOption, DeviceOption, DtypeOption, path_option
+from loraloom.cli.options import (
+    BaseModelOption,
+    DeviceOption,
+    DtypeOption,
+    QuantizationOption,
+    path_option,
+)
 from loraloom.cli.train import raise_failures
+from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
 from loraloom.config.yaml_text import parse_yaml
 from loraloom.models.sources import SMALL_MODEL
@@ -36,13 +43,21 @@ def quickstart(
     base_model: BaseModelOption = SMALL_MODEL,
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = "auto",
+    quantization: QuantizationOption = None,
 ) -> None:
     """Train a plain adapter and a mixture together on a small model, and see what they learnt.
 
     The data set, `skills`, is made by loraloom itself: small rules of invented worlds. About six
     minutes on two processor cores.
     """
-    run = _run_config(output_dir, max_steps, base_model, dtype, device)
+    run = _run_config(
+        max_steps,
+        output_dir=output_dir,
+        base_model=base_model,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+    )
     from loraloom.eval.evaluation import evaluate
     from loraloom.models.attach import attach
     from loraloom.models.loading import load_base_model
@@ -55,7 +70,7 @@ def quickstart(
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
     skills = _load_skills()
     console.print(f"Loading {base_model} ({dtype})")
-    model, tokenizer = load_base_model(base_model, dtype, device)
+    model, tokenizer = load_base_model(base_model, dtype, device, quantization=quantization)
     host = attach(model)
     num_questions = sum(len(skill.questions) for skill in skills)
     console.print(f"Scoring the base model on {num_questions} held-out questions")
@@ -76,19 +91,17 @@ def quickstart(
     _print_accuracies(console, before.results | after.results)
     ((mixture, routing),) = after.details["routing"].items()
     _draw(output_dir, names, routing)
-    _print_outlook(console, output_dir / mixture, base_model)
+    base = f"--base-model {base_model} {quantization_option(quantization)}".rstrip()
+    _print_outlook(console, output_dir / mixture, base)
 
 
-def _run_config(
-    output_dir: Path, max_steps: int, base_model: str, dtype: str, device: str
-) -> RunConfig:
+def _run_config(max_steps: int, **settings: Any) -> RunConfig:
     """Fill the quickstart's run file in."""
     file = files("loraloom.cli") / "quickstart.yaml"
-    settings = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
-    for job in settings["jobs"]:
+    run = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
+    for job in run["jobs"]:
         job["train"]["max_steps"] = max_steps
-    own = {"base_model": base_model, "dtype": dtype, "device": device, "output_dir": output_dir}
-    return RunConfig.model_validate(settings | own)
+    return RunConfig.model_validate(run | settings)
 
 
 def _load_skills() -> list[QuestionSet]:
@@ -151,15 +164,15 @@ def _draw(output_dir: Path, names: Sequence[str], routing: Mapping[str, Any]) ->
     )
 
 
-def _print_outlook(console: Console, adapter: Path, base_model: str) -> None:
+def _print_outlook(console: Console, adapter: Path, base: str) -> None:
     output_dir = adapter.parent
     console.print(
         f"\nAdapters and metrics are in {output_dir}/, with pictures: loss.png, expert_load.png\n"
         "\nTry next:\n"
         f"  loraloom inspect {adapter}\n"
-        f"  loraloom generate --base-model {base_model} --adapter mix={adapter} "
+        f"  loraloom generate {base} --adapter mix={adapter} "
         '--raw --prompt "Bus 34 in Orlen goes to the" --max-new-tokens 4\n'
-        f"  loraloom eval --base-model {base_model} --adapter mix={adapter} "
+        f"  loraloom eval {base} --adapter mix={adapter} "
         f"--task skills --scoring text --output {output_dir}/eval.json",
         soft_wrap=True,
         highlight=False,

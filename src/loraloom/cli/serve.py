@@ -13,6 +13,7 @@ from loraloom.cli.options import (
     BaseModelOption,
     DeviceOption,
     DtypeOption,
+    QuantizationOption,
     parse_adapters,
     path_option,
 )
@@ -92,31 +93,30 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1024, help="Largest request.")
     ] = 2 << 20,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
     """Serve the base model and its adapters with OpenAI's API."""
     adapters = parse_adapters(adapter)
+    is_local = _check_host(host, api_key_file, no_api_key)
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        raise ConfigError(f"--adapter-dir must be a directory, there is no {adapter_dir}")
+    from loraloom.serve.access import read_keys
+
+    keys = [] if api_key_file is None else read_keys(api_key_file)
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.serve.adapters import AdapterShelf
     from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
-    from loraloom.serve.http.guards import is_loopback
-    from loraloom.serve.http.server import Server, listen, read_keys
+    from loraloom.serve.http.server import Server, listen
 
-    keys = [] if api_key_file is None else read_keys(api_key_file)
-    is_local = is_loopback(host)
-    if not is_local and not keys and not no_api_key:
-        raise ConfigError(
-            f"--host {host} can be reached from other machines: give --api-key-file, or "
-            "--no-api-key if anybody may ask"
-        )
-    if adapter_dir is not None and not adapter_dir.is_dir():
-        raise ConfigError(f"--adapter-dir must be a directory, there is no {adapter_dir}")
-    check_sources(base_model, adapters, device)
+    check_sources(base_model, adapters, device, dtype, quantization)
     with listen(host, port) as sock:
-        model, tokenizer = load_host(base_model, {}, dtype, device, attn_implementation)
+        model, tokenizer = load_host(
+            base_model, {}, dtype, device, attn_implementation, quantization
+        )
         limits = make_limits(
             model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
         )
@@ -128,6 +128,19 @@ def serve(
         app = create_app(engine, tokenizer, shelf, options)
         _announce(engine, shelf, sock)
         Server(app, engine).run([sock])
+
+
+def _check_host(host: str, api_key_file: Path | None, no_api_key: bool) -> bool:
+    """Say whether only this machine reaches the server; others need keys."""
+    from loraloom.serve.access import is_loopback
+
+    is_local = is_loopback(host)
+    if not is_local and api_key_file is None and not no_api_key:
+        raise ConfigError(
+            f"--host {host} can be reached from other machines: give --api-key-file, or "
+            "--no-api-key if anybody may ask"
+        )
+    return is_local
 
 
 def make_limits(
@@ -149,11 +162,11 @@ def make_limits(
 
 def _announce(engine: Engine, shelf: AdapterShelf, sock: socket.socket) -> None:
     """Say what is served, where, and what it may take."""
-    from loraloom.serve.memory import bytes_per_token
+    from loraloom.serve.memory import cache_bytes
 
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address
-    size = engine.limits.cache_tokens * bytes_per_token(engine.host)
+    size = cache_bytes(engine.host, engine.limits)
     names = ", ".join([shelf.base_name, *shelf.names()])
     typer.echo(f"models: {names}")
     typer.echo(

@@ -12,7 +12,7 @@ import typer
 
 from loraloom.cli.evaluation_command import evaluation_command
 from loraloom.cli.options import RunFileArgument, SetOption, path_option
-from loraloom.config.fields import AttnImplementation, Dtype
+from loraloom.config.fields import AttnImplementation, BaseDtype
 from loraloom.config.loading import load_run_config
 from loraloom.errors import ConfigError, TrainingError
 
@@ -44,7 +44,11 @@ def train(
         typer.Option("--watch-exit-when-idle", help="With --watch: end when all files are done."),
     ] = False,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="In place of the run file's dtype.")
+        BaseDtype | None, typer.Option("--dtype", help="In place of the run file's dtype.")
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", metavar="KIND", help="In place of the run file's."),
     ] = None,
     device: Annotated[
         str | None,
@@ -62,7 +66,12 @@ def train(
     Ctrl-C, SIGTERM or SIGHUP saves everything for --resume; a second one ends at once. Output
     that can't be written, to a closed pipe say, is lost; training goes on.
     """
-    options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+    options = {
+        "dtype": dtype,
+        "quantization": quantization,
+        "device": device,
+        "attn_implementation": attn_implementation,
+    }
     changes = [f"{name}={value}" for name, value in options.items() if value is not None]
     if watch_exit_when_idle and watch is None:
         raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")

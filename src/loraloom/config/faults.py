@@ -70,7 +70,7 @@ _RENAMED = {
 }
 """Names of peft and transformers that difflib would not find ours by."""
 
-_TAGS = ("method", "name")
+_TAGS = ("method", "name", "quant_method")
 """Fields that tell the members of a union apart."""
 
 

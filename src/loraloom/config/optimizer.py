@@ -21,8 +21,15 @@ OptimizerName = Literal[
     "rmsprop",
     "rprop",
     "sgd",
+    "adamw_8bit",
+    "ademamix_8bit",
+    "lion_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_ademamix_8bit",
+    "paged_lion_8bit",
 ]
-"""The optimizers of torch.optim, in lower case.
+"""The optimizers of torch.optim, in lower case, and bitsandbytes' as transformers calls them.
 
 Three can't be used: lbfgs evaluates the loss several times a step, muon takes matrices only (a
 mixture's experts are stacked), sparseadam takes sparse gradients only.
@@ -35,7 +42,7 @@ class OptimizerConfig(StrictModel):
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate of the schedule."""
     optimizer: OptimizerName = "adamw"
-    """An optimizer of torch.optim by name, in any case."""
+    """An optimizer of torch.optim, or of bitsandbytes in 8 bits or paged, by name in any case."""
     optimizer_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, for example `{betas: [0.9, 0.95]}`."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -11,9 +11,16 @@ from pydantic import AfterValidator, ByteSize, Field, ValidationError, field_val
 from pydantic_core import InitErrorDetails
 
 from loraloom.config.faults import as_fault, describe_faults, value_fault
-from loraloom.config.fields import AttnImplementation, CheckInfo, Dtype, StrictModel, check_device
+from loraloom.config.fields import (
+    AttnImplementation,
+    BaseDtype,
+    CheckInfo,
+    StrictModel,
+    check_device,
+)
 from loraloom.config.job import JobConfig
 from loraloom.config.paths import local_path
+from loraloom.config.quantization import AnyQuantization, QuantizationConfig, check_fits_dtype
 from loraloom.config.sweep import SweepConfig
 from loraloom.config.trials import Trial, check_trials, make_trial
 from loraloom.errors import ConfigError
@@ -31,8 +38,10 @@ class RunConfig(StrictModel):
 
     base_model: str = Field(min_length=1)
     """Hub id, directory or .gguf file of a causal language model, or smollm2-135m."""
-    dtype: Dtype = "float32"
-    """Number format of the base model. Adapters are always kept in float32."""
+    dtype: BaseDtype = "auto"
+    """Number format of the base model; auto: its checkpoint's. Adapters are kept in float32."""
+    quantization: QuantizationConfig | None = None
+    """nf4, int8, torchao-int8, torchao-int4, or a library's settings; null: none."""
     device: Annotated[str, AfterValidator(check_device)] = "auto"
     """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
     attn_implementation: AttnImplementation | None = None
@@ -61,13 +70,26 @@ class RunConfig(StrictModel):
 
     @field_validator("dtype")
     @classmethod
-    def _check_dtype(cls, dtype: Dtype) -> Dtype:
+    def _check_dtype(cls, dtype: BaseDtype) -> BaseDtype:
         if dtype == "float16":
             raise ValueError(
                 "dtype must be float32 or bfloat16 in training, got float16: without loss scaling "
                 "small gradients become zero; use bfloat16"
             )
         return dtype
+
+    @field_validator("quantization")
+    @classmethod
+    def _check_quantization(
+        cls, quantization: AnyQuantization | None, info: CheckInfo
+    ) -> AnyQuantization | None:
+        check_fits_dtype(quantization, info.data.get("dtype"))
+        if getattr(quantization, "bnb_4bit_compute_dtype", None) == "float16":
+            raise ValueError(
+                "quantization.bnb_4bit_compute_dtype must be float32 or bfloat16 in training, got "
+                "float16: without loss scaling small gradients become zero"
+            )
+        return quantization
 
     @field_validator("attn_implementation")
     @classmethod

@@ -19,6 +19,7 @@ from loraloom.data.questions import QuestionSet, questions_digest, sha256
 from loraloom.formats.contents import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from loraloom.formats.hub import find_adapter
 from loraloom.models.host import Host
+from loraloom.models.quantised import stored_weights
 
 SCORING_VERSION = 1
 """Raise it with every change of the code that may change a log-likelihood."""
@@ -42,6 +43,7 @@ def describe_evaluation(
         "base_model": host.base.name_or_path,
         "base_fingerprint": host.base.fingerprint,
         "dtype": str(host.dtype).removeprefix("torch."),
+        "quantization": host.base.quantization,
         "attention": attention(host),
         "adapters": describe_adapters(adapters),
         "tasks": {asked.task: describe_questions(asked) for asked in questions},
@@ -125,9 +127,9 @@ def adapter_digest(adapter: Adapter) -> str:
 def _weights_digest(host: Host) -> str:
     """Hash sums of every base tensor's bits: each weight and its place count."""
     digest = hashlib.sha256()
-    for name, parameter in host.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        for sums in _bit_sums(parameter):
+    for name, weight in stored_weights(host.model):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        for sums in _bit_sums(weight):
             digest.update(sums.cpu().numpy().data)
     return digest.hexdigest()[:32]
 

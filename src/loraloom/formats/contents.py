@@ -43,6 +43,7 @@ class BaseRecord:
     model_type: str | None = None
     fingerprint: str | None = None
     num_parameters: int | None = None
+    quantization: str | None = None
 
     @classmethod
     def from_files(cls, files: AdapterFiles, record: Mapping[str, Any]) -> BaseRecord:
@@ -62,18 +63,19 @@ class BaseRecord:
             model_type=read.base.model_type,
             fingerprint=read.base.fingerprint,
             num_parameters=read.base.num_parameters,
+            quantization=read.base.quantization,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The record as it is stored; the name has a field of its own in both layouts."""
-        return {
-            "version": RECORD_VERSION,
-            "base": {
-                "model_type": self.model_type,
-                "fingerprint": self.fingerprint,
-                "num_parameters": self.num_parameters,
-            },
+        fields = {
+            "model_type": self.model_type,
+            "fingerprint": self.fingerprint,
+            "num_parameters": self.num_parameters,
         }
+        if self.quantization is not None:
+            fields["quantization"] = self.quantization
+        return {"version": RECORD_VERSION, "base": fields}
 
 
 @dataclass(frozen=True)

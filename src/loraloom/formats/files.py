@@ -103,7 +103,7 @@ def write_adapter(
         directory: Made if it isn't there.
         config: Its method says which layout.
         tensors: By our keys (keys.py), all of them.
-        base: The base model, whose name, size and fingerprint are stored.
+        base: The base model, whose name, size, fingerprint and quantization are stored.
         card: Text of README.md, see `model_card`; None for a card with method and base alone.
         overwrite: Replace an adapter that is there already.
 
@@ -126,6 +126,7 @@ def render_files(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseIn
         base.model_type or None,
         base.fingerprint or None,
         base.num_parameters or None,
+        base.quantization,
     )
     return _LAYOUTS[config.layout].render(config, tensors, base, record)
 

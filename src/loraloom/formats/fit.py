@@ -158,13 +158,21 @@ def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> N
 
 
 def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
-    if stored.base.fingerprint not in (None, base.fingerprint):
-        warnings.warn(
-            f"{stored.source} was trained on other weights than those of {base.name_or_path} "
-            f"(fingerprint {stored.base.fingerprint}, here {base.fingerprint}); shapes fit, but "
-            f"results may be wrong; it names {stored.base.name_or_path} as its base model",
-            stacklevel=4,
+    if stored.base.fingerprint in (None, base.fingerprint):
+        return
+    then, now = (kept or "floating point" for kept in (stored.base.quantization, base.quantization))
+    difference = f"fingerprint {stored.base.fingerprint}, here {base.fingerprint}"
+    advice = f"results may be wrong; it names {stored.base.name_or_path} as its base model"
+    if then != now:
+        difference = f"it had them in {then}, here they are in {now}"
+        advice = (
+            "results differ by the rounding if it is the same model, and may be wrong otherwise"
         )
+    warnings.warn(
+        f"{stored.source} was trained on other weights than those of {base.name_or_path} "
+        f"({difference}); shapes fit, but {advice}",
+        stacklevel=4,
+    )
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
         shapes=shapes,
         num_parameters=stored.base.num_parameters or 0,
         fingerprint=stored.base.fingerprint or "",
+        quantization=stored.base.quantization,
     )
 
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from loraloom.models.forward import PreparedWeights
 from loraloom.models.layout import RowAdapter
 
-_SPARE_TOKENS = 64
+SPARE_TOKENS = 64
 """Most columns of the cache that are not in use."""
 
 
@@ -49,7 +49,7 @@ class _RoomyLayer(DynamicLayer):
         # other rows have come or gone: `known` is a tensor of its own
         is_elsewhere = room is None or known.data_ptr() != room.data_ptr()
         if room is None or is_elsewhere or stop > room.shape[2]:
-            room = added.new_empty(*added.shape[:2], stop + _SPARE_TOKENS, added.shape[3])
+            room = added.new_empty(*added.shape[:2], stop + SPARE_TOKENS, added.shape[3])
             if length:
                 room[:, :, :length] = known
             self._rooms[place] = room

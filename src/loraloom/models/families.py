@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, FfnShape
 from loraloom.errors import ModelError, shown
-from loraloom.ranks import whole
+from loraloom.models.quantised import is_linear, num_parameters, quantised_weight
 
 _GATED = FfnShape(("gate_proj", "up_proj"), "down_proj")
 _SPLIT_QKV = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
@@ -94,7 +94,7 @@ def family_of(model: nn.Module) -> Family:
     family = FAMILIES.get(model_type)
     if family is None or not _has_path(model, family.layers) or not _has_head(model):
         linears = sorted(
-            {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m)}
+            {name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)}
         )
         raise ModelError(
             f"model family must be one of {', '.join(FAMILIES)} (as a causal LM), "
@@ -133,6 +133,7 @@ def _projections(
             f"layers.{index}.{block}.{name}",
             module.in_features,  # pyright: ignore[reportArgumentType]
             module.out_features,  # pyright: ignore[reportArgumentType]
+            quantised_weight(module),
         )
         for name, module in modules.items()
     }
@@ -178,8 +179,9 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
         num_layers=len(layers),
         hidden_size=first.hidden_size,
         shapes=shapes,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters(model),
         fingerprint=_fingerprint(config.model_type, shapes, layers),
+        quantization=_quantization(layers),
     )
 
 
@@ -189,15 +191,19 @@ def _fingerprint(
     digest = hashlib.sha256(f"{model_type} {len(layers)} {sorted(shapes.items())}".encode())
     for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
         for projection in (*layer.attention.values(), *layer.ffn.values()):
-            corner = whole(next(projection.linear.parameters())).detach().flatten()[:64]
-            if corner.is_meta:  # a model without weights is known by its shapes
+            if projection.device.type == "meta":  # one without weights is known by its shapes
                 continue
+            corner = projection.first_weights(64)
             digest.update(corner.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
+def _quantization(layers: list[BaseLayer]) -> str | None:
+    """Name how the first quantised projection is kept; some may be left in floating point."""
+    kept = (
+        p.quantised for layer in layers for block in layer.blocks.values() for p in block.values()
+    )
+    return next((weight.kind for weight in kept if weight is not None), None)
 
 
 def _has_head(model: nn.Module) -> bool:

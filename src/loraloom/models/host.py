@@ -499,6 +499,7 @@ class Host:
         attention_mask: Tensor | None = None,
         adapters: Sequence[RowAdapter] | None = None,
         prepared: PreparedWeights | None = None,
+        record: Record | None = None,
     ) -> Decoding:
         """Read prompts, as the first step of a decoding session.
 
@@ -507,6 +508,7 @@ class Host:
             attention_mask: 1 at real tokens, [B, L]; None: all are.
             adapters: As in calling the host.
             prepared: Takes the weights in compute form; by default they are the session's own.
+            record: Takes what routers do, by adapter name.
 
         Returns:
             A session with the logits of each row's next token. It keeps the weights as they are
@@ -524,7 +526,7 @@ class Host:
             )
         names = list(self._row_adapters(adapters, len(input_ids)))
         session = Decoding(names, mask, prepared=prepared or PreparedWeights())
-        self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0), mask)
+        self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0), mask, record)
         return session
 
     def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:

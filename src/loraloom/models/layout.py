@@ -59,6 +59,24 @@ class Segment:
         return SegmentTokens(layer, self.real, self.real_index, noise, record)
 
 
+def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
+    """Tell which rows an adapter's record speaks of, in the record's order.
+
+    Args:
+        adapters: Of each row.
+
+    Returns:
+        Places of rows by the adapter's name: those with its first scale before those with the next.
+    """
+    scaled = [(adapter, 1.0) if isinstance(adapter, str) else adapter for adapter in adapters]
+    rows: dict[str, list[int]] = {}
+    for row in sorted(range(len(scaled)), key=_first_place(scaled)):
+        adapter = scaled[row]
+        if adapter is not None:
+            rows.setdefault(adapter[0], []).append(row)
+    return rows
+
+
 @dataclass(frozen=True)
 class Layout:
     """All segments of a batch.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast, get_args
 
 import torch
@@ -22,14 +23,22 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraloom.config.fields import AttnImplementation, check_device
+from loraloom.config.quantization import AnyQuantization, check_fits_dtype, parse_quantization
 from loraloom.durable import write_directory
 from loraloom.errors import ModelError, shown
+from loraloom.models.quantising import (
+    check_checkpoint,
+    check_quantization,
+    transformers_config,
+)
 from loraloom.models.sources import ModelSource, ask_hub, dequantised_copy, find_source
 
 DTYPES: dict[str, torch.dtype] = {
@@ -59,31 +68,43 @@ _ADVICE = {
 
 def load_base_model(
     name: str,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str = "cpu",
     attn_implementation: str | None = None,
+    quantization: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM, in eval mode, and its tokenizer, which has a padding token.
 
     Args:
         name: A hub name, a directory, a .gguf file (its weights are dequantised) or
             `smollm2-135m`; it becomes the model's `config.name_or_path`.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16, float16, or auto: the checkpoint's, but bfloat16 in place of
+            float16 where the device computes in it; of a .gguf file bfloat16.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
+        quantization: nf4, int8, torchao-int8, torchao-int4, or a mapping of a library's settings,
+            as in a run file; None for none, or what a quantised checkpoint has.
 
     Raises:
         ModelError: If there is no such model, its files are missing, broken or incomplete, or the
-            dtype, device or attention implementation is unknown or not to be had here.
-        ConfigError: If the device's name could not be one.
+            dtype, device or attention implementation is unknown or not to be had here, or the
+            device can't compute with that quantisation.
+        ConfigError: If the device's name could not be one, the quantisation is unknown, its library
+            is not installed, or it doesn't go with the dtype or the checkpoint.
     """
     source = find_source(name)
+    place, quantised = find_device(device), parse_quantization(quantization)
+    check_quantization(quantised, dtype, place)
     if source.kind == "hub":
         source = ask_hub(source)
+    checkpoint = _read_config(source)
+    check_checkpoint(name, checkpoint, quantised)
+    number_format = _find_dtype(dtype, checkpoint, place)
     options = {
-        "dtype": _find_dtype(dtype),
-        "device_map": find_device(device),
-        **_attention_option(attn_implementation),
+        "dtype": number_format,
+        "device_map": place,
+        **_attention_option(attn_implementation, number_format),
+        **_quantization_option(quantised, number_format),
     }
     with quiet(hides_stderr=source.kind == "gguf"), _told_as_model_error(name, source):
         load = _load if source.gguf_file is None else _load_gguf
@@ -134,13 +155,48 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _find_dtype(name: str) -> torch.dtype:
+def _read_config(source: ModelSource) -> dict[str, Any]:
+    """Read a checkpoint's config.json; {} where it has none, or none that can be read."""
+    if source.gguf_file is not None:
+        return {}
+    with suppress(*_LOADING_ERRORS):
+        return PreTrainedConfig.get_config_dict(
+            source.location, local_files_only=source.cached, trust_remote_code=False
+        )[0]
+    return {}  # loading tells what is wrong
+
+
+def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return _dtype_of(checkpoint, device)
     if name not in DTYPES:
-        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
+        raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
     return DTYPES[name]
 
 
-def _attention_option(name: str | None) -> dict[str, str]:
+def _dtype_of(checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    """Choose what the checkpoint was saved in, as far as the device and training allow it."""
+    if not checkpoint:  # of a GGUF file, whose weights have few bits
+        saved = "bfloat16"
+    else:
+        named = checkpoint.get("dtype") or checkpoint.get("torch_dtype")
+        saved = str(named).removeprefix("torch.")
+    if saved not in ("bfloat16", "float16"):
+        return torch.float32
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def _quantization_option(
+    quantization: AnyQuantization | None, dtype: torch.dtype
+) -> dict[str, QuantizationConfigMixin]:
+    if quantization is None:
+        return {}
+    check_fits_dtype(quantization, str(dtype).removeprefix("torch."))
+    return {"quantization_config": transformers_config(quantization, dtype)}
+
+
+def _attention_option(name: str | None, dtype: torch.dtype) -> dict[str, str]:
     # transformers would take a hub name too, and run the kernel that it downloads from there
     known = get_args(AttnImplementation)
     if name is None:
@@ -148,6 +204,11 @@ def _attention_option(name: str | None) -> dict[str, str]:
     if name not in known:
         raise ModelError(
             f"attn_implementation must be one of {', '.join(known)}, got {shown(name)}"
+        )
+    if name == "flash_attention_2" and dtype == torch.float32:
+        raise ModelError(
+            "attn_implementation flash_attention_2 computes in 16 bits only, got dtype float32; "
+            "take bfloat16, or sdpa"
         )
     return {"attn_implementation": name}
 
@@ -167,22 +228,36 @@ def _load_gguf(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a GGUF file by its dequantised copy, which is made where there is none or a broken one.
 
-    Where the cache can't be written, nothing is kept.
+    Where the cache can't be written, nothing is kept. A model to be quantised is loaded from the
+    copy.
     """
     copy = dequantised_copy(source, options["dtype"])
+    plain = {name: value for name, value in options.items() if name != "quantization_config"}
     with ExitStack() as stack:
         with suppress(OSError):  # several processes wait for the first one's copy
             copy.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(f"{copy}.lock"))
         if copy.is_dir():
             with suppress(ModelError, *_LOADING_ERRORS):
-                model, tokenizer = _load(name, ModelSource("directory", str(copy)), options)
-                tokenizer.name_or_path = source.location  # as if it came from the file
-                return model, tokenizer
-        loaded = _load(name, source, options)
+                return _load_copy(name, source, copy, options)
+        loaded = _load(name, source, plain)
         with suppress(*_LOADING_ERRORS):
             write_directory(copy, lambda aside: _save(aside, *loaded))
-        return loaded
+        if plain == options:
+            return loaded
+        if copy.is_dir():
+            return _load_copy(name, source, copy, options)
+        scratch = Path(stack.enter_context(TemporaryDirectory()))
+        _save(scratch, *loaded)
+        return _load_copy(name, source, scratch, options)
+
+
+def _load_copy(
+    name: str, source: ModelSource, copy: Path, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = _load(name, ModelSource("directory", str(copy)), options)
+    tokenizer.name_or_path = source.location  # as if it came from the file
+    return model, tokenizer
 
 
 def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -46,7 +46,7 @@ class Merged:
         self.name = adapter.name
         projections = list(_projections(adapter))
         for projection in projections:
-            projection.base.check_is_floating_point()
+            projection.base.check_can_be_changed()
         self._originals: list[tuple[BaseProjection, Tensor]] = []
         try:
             self.error = self._merge(projections)

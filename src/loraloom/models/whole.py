@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraloom.adapters.adapter import Adapter
@@ -21,17 +21,15 @@ from loraloom.formats.checkpoint import LazyTensor
 from loraloom.formats.moe import Place, twin_of
 from loraloom.models.host import Host
 from loraloom.models.merging import check_merges
+from loraloom.models.quantised import quantised_linears
 
 
 class WholeModel(ABC):
-    """What a checkpoint says: a configuration and tensors.
+    """What a checkpoint says: a configuration and tensors, quantised weights in floating point.
 
     Args:
         host: With the base model.
         adapter: On it.
-
-    Raises:
-        AdapterError: If the base's weights are quantised.
     """
 
     config: Any
@@ -41,9 +39,6 @@ class WholeModel(ABC):
         self.host = host
         self.adapter = adapter
         self.dtype = torch.promote_types(host.dtype, torch.float32)
-        for layer in adapter.base_layers:
-            for projection in (*layer.attention.values(), *layer.ffn.values()):
-                projection.check_is_floating_point()
 
     @abstractmethod
     def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
@@ -75,19 +70,19 @@ class WholeModel(ABC):
         """Embeddings, the last norm and the head, unless it is the embeddings."""
         model, layers = self.host.model, f"{self.host.base.layers_path}."
         tied = model.all_tied_weights_keys
-        for name, tensor in model.state_dict().items():
+        for name, tensor in whole_tensors(model).items():
             if not name.startswith(layers) and name not in tied:
-                yield name, LazyTensor.of(tensor)
+                yield name, tensor
 
     def merged(
-        self, projections: Mapping[str, Projection], name: str, tensor: Tensor
+        self, projections: Mapping[str, Projection], name: str, tensor: LazyTensor
     ) -> LazyTensor:
         """Merge the update into a tensor if it is an adapted projection's weight."""
         path, _, kind = name.rpartition(".")
         if kind != "weight" or path not in projections:
-            return LazyTensor.of(tensor)
+            return tensor
         projection = projections[path]
-        return LazyTensor(tuple(tensor.shape), lambda: projection.merged(self.dtype))
+        return LazyTensor(tensor.shape, lambda: projection.merged(self.dtype))
 
     def attention(self, index: int) -> dict[str, Projection]:
         """The adapter's projections of a layer's attention, by their names in the layer."""
@@ -96,6 +91,18 @@ class WholeModel(ABC):
     def ffn(self, index: int) -> dict[str, Projection]:
         """The adapter's projections of a layer's FFN block, by their names in the layer."""
         return {p.path: p for p in self.adapter.ffn_block(index).values()}
+
+
+def whole_tensors(module: nn.Module) -> dict[str, LazyTensor]:
+    """A module's tensors by name; weights that are quantised are dequantised when wanted."""
+    tensors = {name: LazyTensor.of(tensor) for name, tensor in module.state_dict().items()}
+    for path, weight in quantised_linears(module).items():
+        kept = [name for name in tensors if name.startswith(f"{path}.") and name != f"{path}.bias"]
+        for name in kept:
+            del tensors[name]
+        shape = (weight.linear.out_features, weight.linear.in_features)
+        tensors[f"{path}.weight"] = LazyTensor(shape, weight.whole)
+    return tensors
 
 
 class MergedModel(WholeModel):
@@ -116,7 +123,7 @@ class MergedModel(WholeModel):
     def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
         """See WholeModel."""
         projections = self.attention(index) | self.ffn(index)
-        for name, tensor in layer.state_dict().items():
+        for name, tensor in whole_tensors(layer).items():
             yield name, self.merged(projections, name, tensor)
 
 
@@ -141,7 +148,7 @@ class MoeModel(WholeModel):
         """See WholeModel."""
         base = self.host.base
         attention = self.attention(index)
-        for name, tensor in layer.state_dict().items():
+        for name, tensor in whole_tensors(layer).items():
             if not name.startswith(f"{base.ffn}."):
                 whole = self.merged(attention, name, tensor)
                 yield from self.twin.rename(name, whole, self.host.config)
@@ -157,13 +164,13 @@ class MoeModel(WholeModel):
     def _check_tensors(self) -> None:
         """Compare what surrounds the FFN blocks with what the class has there."""
         layers = f"{self.host.base.layers_path}.0"
-        ours = self.host.model.get_submodule(layers).state_dict()
+        ours = whole_tensors(self.host.model.get_submodule(layers))
         biased = [name for name in ours if name.startswith(self.host.base.ffn) and "bias" in name]
         names = {
             new
             for name, tensor in ours.items()
             if not name.startswith(f"{self.host.base.ffn}.")
-            for new, _ in self.twin.rename(name, LazyTensor.of(tensor), self.host.config)
+            for new, _ in self.twin.rename(name, tensor, self.host.config)
         }
         theirs = {
             name

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from loraloom.adapters.base import QuantisedWeight
 from loraloom.errors import ModelError
 from loraloom.models.families import Family
+from loraloom.models.quantised import (
+    QuantisedLinear,
+    check_computes,
+    keep_layout,
+    quantised_linears,
+)
 from loraloom.models.wrappers import AttentionProjection, DecoderLayer, FfnBlock
 from loraloom.ops.dropout import Site
 
@@ -23,16 +30,22 @@ class Wiring:
         family: Where its parts are.
 
     Raises:
-        ModelError: If the model is wired already.
+        ModelError: If the model is wired already, is on several devices, or has layers that are
+            quantised in a way that its library computes wrongly there.
     """
 
     def __init__(self, model: nn.Module, family: Family):
         if any(isinstance(m.__dict__.get("forward"), FfnBlock) for m in model.modules()):
             raise ModelError("model must not be attached yet: call detach() on its host first")
+        _check_on_one_device(model)
+        quantised = quantised_linears(model)
+        for name, weight in quantised.items():
+            check_computes(name, weight)
         self._model: Any = model
         self._family = family
         self._restore: list[Callable[[], object]] = []
         self._freeze()
+        self._wire_quantised(quantised)
         self._wrap()
 
     def undo(self) -> None:
@@ -53,6 +66,11 @@ class Wiring:
         model.requires_grad_(False)
         self._restore.append(lambda: [setattr(m, "training", mode) for m, mode in modes])
         self._restore.append(lambda: [p.requires_grad_(True) for p in trainable])
+
+    def _wire_quantised(self, linears: Mapping[str, QuantisedWeight]) -> None:
+        for weight in linears.values():
+            self._restore.append(keep_layout(weight.linear))
+            self._replace_forward(weight.linear, QuantisedLinear(weight))
 
     def _wrap(self) -> None:
         family = self._family
@@ -81,6 +99,16 @@ class Wiring:
                 module.forward = before
 
         self._restore.append(undo)
+
+
+def _check_on_one_device(model: nn.Module) -> None:
+    """Refuse what `device_map` has spread: adapters and rows are where the embeddings are."""
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ModelError(
+            f"model must be on one device, got parts on {', '.join(devices)}; load it on one "
+            "(device_map={'': 0} for example), quantised if it is too large"
+        )
 
 
 def _contiguous_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -265,7 +265,7 @@ def rows_of_experts(
 
 
 def dora_norms(
-    weight: Float[Tensor, "O I"],
+    products: Float[Tensor, "O S"],
     squared_norms: Float[Tensor, " O"],
     lora_A: Float[Tensor, "E R I"],
     lora_B: Float[Tensor, "E O R"],
@@ -273,19 +273,17 @@ def dora_norms(
 ) -> Float[Tensor, "E O"]:
     """Compute the row norms of `W + s B_e A_e` for every expert without the dense product.
 
-    ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(AAᵀ))∘B). The product W Aᵀ runs in the
-    weight's dtype, the rest in lora_A's.
+    ‖W + sBA‖² = ‖W‖² + 2s·rowsum((W Aᵀ)∘B) + s²·rowsum((B(AAᵀ))∘B), in lora_A's dtype.
 
     Args:
-        weight: The frozen base weight W.
+        products: W Aᵀ of all experts' A side by side, W being the frozen base weight.
         squared_norms: ‖W‖² by row, constant.
         lora_A: Down-projections, float32 or better.
         lora_B: Unscaled up-projections.
         scaling: s.
     """
     num_experts, rank, _ = lora_A.shape
-    cross = weight @ lora_A.flatten(0, 1).to(weight.dtype).T  # (O, E*R)
-    cross = cross.to(lora_A.dtype).unflatten(1, (num_experts, rank)).transpose(0, 1)  # (E, O, R)
+    cross = products.to(lora_A.dtype).unflatten(1, (num_experts, rank)).transpose(0, 1)  # (E, O, R)
     gram = lora_A @ lora_A.transpose(1, 2)  # (E, R, R)
     squared = squared_norms + (lora_B * (2 * scaling * cross + scaling**2 * lora_B @ gram)).sum(-1)
     return squared.clamp_min(0).sqrt()

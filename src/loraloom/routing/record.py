@@ -66,6 +66,41 @@ class LayerRouting:
         return self.layer, self.projection
 
 
+@dataclass(frozen=True)
+class RouterChoice:
+    """What a router did with one token.
+
+    Args:
+        router: Which one.
+        num_experts: E.
+        experts: Those it chose, best first.
+        weights: Theirs.
+    """
+
+    router: RouterName
+    num_experts: int
+    experts: list[int]
+    weights: list[float]
+
+
+def choices_by_token(routing: Sequence[LayerRouting]) -> list[list[RouterChoice]]:
+    """Turn the records of routers that saw the same tokens into what each token met.
+
+    Args:
+        routing: An entry for each router.
+    """
+    by_router = [
+        [
+            RouterChoice(record.router, record.num_experts, experts, weights)
+            for experts, weights in zip(
+                record.selected_experts.tolist(), record.routing_weights.tolist(), strict=True
+            )
+        ]
+        for record in routing
+    ]
+    return [list(choices) for choices in zip(*by_router, strict=True)]
+
+
 def join_routing(entries: Iterable[LayerRouting]) -> list[LayerRouting]:
     """Put what each router did in several segments of a batch together."""
     by_router: dict[RouterName, list[LayerRouting]] = {}

@@ -32,7 +32,8 @@ from loraloom.infer.scoring import score_rows, tokens_per_batch
 from loraloom.models.decoding import Decoding
 from loraloom.models.forward import PreparedWeights, Record
 from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter
+from loraloom.models.layout import RowAdapter, rows_in_record
+from loraloom.routing.record import choices_by_token, join_routing
 from loraloom.serve.cache import BLOCK_TOKENS, PrefixCache
 from loraloom.serve.counts import EngineCounts, Outcome
 from loraloom.serve.scheduler import Scheduler
@@ -64,6 +65,10 @@ class QueueFullError(LoraloomError):
 
 class StoppingError(LoraloomError):
     """The engine takes no more requests."""
+
+
+class NoRoutersError(LoraloomError):
+    """A request asks for the routing of a model that has no routers."""
 
 
 class OutOfTimeError(LoraloomError):
@@ -182,6 +187,7 @@ class Engine:
             QueueFullError: If too many wait.
             DataError: If the prompt is empty, or it and the completion don't fit.
             AdapterError: If the host lacks the adapter.
+            NoRoutersError: If its routing is asked for, and it has no routers.
         """
         self._check(request)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
@@ -276,8 +282,18 @@ class Engine:
         if name is not None:
             self.host.adapter(name)
 
+    def _check_routes(self, request: GenerationRequest) -> None:
+        name = request.adapter_name
+        if name is None or self.host.adapter(name).config.experts_per_router == 0:
+            raise NoRoutersError(
+                f"routing is told of models that have routers, {request.owner!r} has none; leave "
+                "routing out"
+            )
+
     def _check(self, request: GenerationRequest) -> None:
         self._check_adapter(request.adapter_name)
+        if request.tells_routing:
+            self._check_routes(request)
         num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
         if num_prompt == 0:
             raise DataError("the prompt must not be empty")
@@ -388,11 +404,16 @@ class Engine:
                 reading.num_read = row.num_cached = known.shape[3]
         piece = tokens[reading.num_read : reading.num_read + max_tokens]
         input_ids = torch.tensor([piece], device=self.host.device)
+        # a row that was sent back is told what its last token met, which it wasn't yet
+        record: Record | None = {} if row.new_ids and row.request.tells_routing else None
         if reading.session is None:
-            reading.session = self.host.prefill(input_ids, None, [adapter], self._prepared)
+            reading.session = self.host.prefill(input_ids, None, [adapter], self._prepared, record)
         else:
-            self.host.extend(reading.session, input_ids)
+            self.host.extend(reading.session, input_ids, record)
         reading.num_read += len(piece)
+        if record is not None and reading.num_read == row.length:
+            (routing,) = record.values()
+            row.was_read(choices_by_token(routing)[-1])
         self._scheduler.charge(row.owner, len(piece))
         return len(piece)
 
@@ -463,7 +484,9 @@ class Engine:
         if self._session is None:
             return
         tokens = torch.tensor([row.new_ids[-1] for row in self._rows], device=self.host.device)
-        record: Record | None = {} if self.counts.num_steps % ROUTING_STEPS == 0 else None
+        is_counted = self.counts.num_steps % ROUTING_STEPS == 0
+        is_told = any(row.request.tells_routing for row in self._rows)
+        record: Record | None = {} if is_counted or is_told else None
         try:
             self.host.decode(self._session, tokens, record)
         except Exception as error:
@@ -473,9 +496,23 @@ class Engine:
         self._scheduler.clear(self._rows)
         for row in self._rows:
             self._scheduler.charge(row.owner, 1)
-        owners = {row.request.adapter_name: row.owner for row in self._rows}
-        for name, routing in (record or {}).items():
-            self.counts.add_routing(owners[name], routing)
+        if record and is_counted:
+            owners = {row.request.adapter_name: row.owner for row in self._rows}
+            for name, routing in record.items():
+                self.counts.add_routing(owners[name], routing)
+        if record and is_told:
+            self._tell_routing(record)
+
+    def _tell_routing(self, record: Record) -> None:
+        """Let rows that ask for it know what their adapters' routers did with their last tokens."""
+        for name, places in rows_in_record([row.request.adapter for row in self._rows]).items():
+            rows = [self._rows[place] for place in places]
+            if not any(row.request.tells_routing for row in rows):
+                continue
+            choices = choices_by_token(join_routing(record[name]))
+            for row, choice in zip(rows, choices, strict=True):
+                if row.request.tells_routing:
+                    row.was_read(choice)
 
     def _recover(self, error: Exception) -> None:
         """After rows failed together, read them again, adapter by adapter.

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.infer.sampling import SamplingConfig, TokenChooser
 from loraloom.infer.scoring import TokenScores
 from loraloom.models.layout import RowAdapter
+from loraloom.routing.record import RouterChoice
 from loraloom.serve.text import TextStream
 
 FinishReason = Literal["stop", "length"]
@@ -54,6 +55,7 @@ class GenerationRequest:
         logit_bias: Added to the logits of tokens.
         ignore_end: End tokens end nothing.
         constraint: What tokens may follow; it belongs to this request alone.
+        tells_routing: Tell which experts read each token.
     """
 
     prompt_ids: Sequence[int]
@@ -67,6 +69,7 @@ class GenerationRequest:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     ignore_end: bool = False
     constraint: Constraint | None = None
+    tells_routing: bool = False
 
     @property
     def adapter_name(self) -> str | None:
@@ -112,6 +115,18 @@ class TokenLogProb(NamedTuple):
     top: list[tuple[int, float]]
 
 
+class TokenRouting(NamedTuple):
+    """A token of a completion, and what the adapter's routers did when they read it.
+
+    Args:
+        text: What the token added to the completion's text.
+        choices: Of each router.
+    """
+
+    text: str
+    choices: list[RouterChoice]
+
+
 @dataclass(frozen=True)
 class Piece:
     """What a step added to a completion.
@@ -121,12 +136,15 @@ class Piece:
         num_tokens: Tokens that were generated, the end token included.
         log_probs: Of these tokens, where they are asked for.
         finish_reason: Why it ended, in the last piece.
+        routing: Of the tokens that were read meanwhile, where it is asked for. A token is read
+            after it was told, so that these are older ones; the last one is never read.
     """
 
     text: str
     num_tokens: int
     log_probs: list[TokenLogProb] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    routing: list[TokenRouting] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -218,6 +236,8 @@ class Row:
         self._counts: Counter[int] = Counter()
         self._unsaid: list[TokenLogProb] = []
         self._num_unsaid = 0
+        self._last_text = ""
+        self._untold_routing: list[TokenRouting] = []
 
     @property
     def owner(self) -> str:
@@ -263,15 +283,19 @@ class Row:
         self._num_unsaid += 1
         if self.request.num_logprobs is not None:
             self._unsaid.append(log_prob_of(token, logits, self.request.num_logprobs))
-        text = "" if token in self._ends else self._text.push(token)
+        text = self._last_text = "" if token in self._ends else self._text.push(token)
         reason = self._finish_reason(token)
         if reason is not None:
             text += self._text.finish()
             reason = "stop" if self._text.stopped else reason
         if text or reason:
-            self.sink(Piece(text, self._num_unsaid, self._unsaid, reason))
-            self._unsaid, self._num_unsaid = [], 0
+            self.sink(Piece(text, self._num_unsaid, self._unsaid, reason, self._untold_routing))
+            self._unsaid, self._num_unsaid, self._untold_routing = [], 0, []
         return reason
+
+    def was_read(self, choices: list[RouterChoice]) -> None:
+        """Note what routers did when they read the token that was chosen last."""
+        self._untold_routing.append(TokenRouting(self._last_text, choices))
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         constraint = self.request.constraint

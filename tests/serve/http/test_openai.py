@@ -220,6 +220,28 @@ def test_a_named_tool_is_called_with_arguments_of_its_schema(client):
     assert "".join(piece.arguments for piece in pieces) == call.function.arguments
 
 
+def test_an_answer_may_have_to_be_a_call_of_some_tool(client):
+    other: Any = {
+        "type": "function",
+        "function": {"name": "wait", "parameters": {"additionalProperties": False}},
+    }
+    settings: Any = {"tools": [TOOL, other], "tool_choice": "required", "max_tokens": 120}
+    (choice,) = chat(client, **settings).choices
+    (call,) = choice.message.tool_calls
+    assert choice.message.content is None
+    assert choice.finish_reason == "tool_calls"
+    assert call.function.name in ("paint", "wait")
+    assert isinstance(json.loads(call.function.arguments), dict)
+    chunks = [chunk.choices[0] for chunk in chat(client, **settings, stream=True)]
+    (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert (streamed.function.name, streamed.function.arguments) == (
+        call.function.name,
+        call.function.arguments,
+    )
+    assert chunks[-1].finish_reason == "tool_calls"
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
+
+
 def test_a_conversation_may_hold_calls_of_tools(client):
     call = {"id": "1", "type": "function", "function": {"name": "paint", "arguments": "{}"}}
     messages = [

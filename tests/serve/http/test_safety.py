@@ -12,11 +12,13 @@ import httpx2
 import openai
 import pytest
 
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, DataError
+from loraloom.serve.access import is_loopback, read_keys
 from loraloom.serve.engine import QueueFullError
 from loraloom.serve.http.app import ApiOptions
-from loraloom.serve.http.guards import is_loopback
-from loraloom.serve.http.server import listen, read_keys
+from loraloom.serve.http.chat import encode_chat
+from loraloom.serve.http.objects import ChatBody
+from loraloom.serve.http.server import listen
 from tests.serve.http.in_process import BASE, serving
 
 CHAT: dict[str, Any] = {
@@ -63,7 +65,7 @@ def error_of(response, status):
         (b"[" * 100_000, "body"),
         (
             b'{"model": "lora", "messages": [{"role": "user", "content": "\\ud800"}]}',
-            "can't be read",
+            "it makes no text of Unicode",
         ),
         (json.dumps(CHAT | {"temperature": float("nan")}).encode(), "temperature"),
         (json.dumps(CHAT | {"seed": 10**30}).encode(), "seed"),
@@ -263,3 +265,9 @@ def test_keys_are_read_from_a_file(tmp_path):
         read_keys(path)
     with pytest.raises(ConfigError, match="can't be read"):
         read_keys(tmp_path / "missing")
+
+
+def test_a_chat_template_may_not_go_on_for_ever(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for n in range(10**9) %}a{% endfor %}")
+    with pytest.raises(DataError, match="the messages do not fit the chat template"):
+        encode_chat(tokenizer, ChatBody.model_validate(CHAT))

@@ -115,10 +115,11 @@ class LoraProjection(Projection):
         if self.lora_magnitude_vector is None:
             return None
         with torch.no_grad():
+            lora_A = self._all_A()
             norms = dora_norms(
-                self.base.weight,
+                self.base.product(lora_A.flatten(0, 1)),
                 self.base.squared_norms,
-                self._all_A(),
+                lora_A,
                 self._all_B(),
                 self.config.scaling,
             )

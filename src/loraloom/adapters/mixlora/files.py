@@ -80,6 +80,7 @@ def settings_of(files: AdapterFiles, projections: Sequence[str]) -> dict[str, An
 def reference_fields(config: MixLoraConfig, base: BaseInfo) -> dict[str, Any]:
     """Write a mixture's settings."""
     saved = _SAVED_SETTINGS - ({"routing", "top_k"} if config.routing == "dense" else set())
+    unlimited = {"expert_capacity"} if config.routing == "switch" else set()
     fields = {
         **shared_fields(config, base, decomposed=config.weight_decomposition),
         "expert_lora": _expert_lora(config),
@@ -88,7 +89,9 @@ def reference_fields(config: MixLoraConfig, base: BaseInfo) -> dict[str, Any]:
         "act_fn": base.activation or None,
     }
     own = {
-        name: value for name, value in config.model_dump(mode="json").items() if name not in saved
+        name: value
+        for name, value in config.model_dump(mode="json").items()
+        if name not in saved and (value is not None or name in unlimited)
     }
     present = {name: value for name, value in fields.items() if value is not None}
     return present | {"loraloom": {"adapter": own}}

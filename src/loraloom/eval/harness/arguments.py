@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.faults import suggestion
 from loraloom.config.fields import check_device
+from loraloom.config.quantization import parse_quantization
 from loraloom.errors import ConfigError
 from loraloom.infer.loading import load_host
 from loraloom.models.host import Host
@@ -16,7 +17,8 @@ from loraloom.models.host import Host
 _LOADING: dict[str, Any] = {
     "base_model": None,
     "adapter": None,
-    "dtype": "float32",
+    "dtype": "auto",
+    "quantization": None,
     "device": "auto",
     "attn_implementation": None,
 }
@@ -31,7 +33,7 @@ def load_arguments(
 
     Args:
         arguments: base_model, adapter (a directory or hub id; none for the base model), dtype,
-            device, attn_implementation, and what HostLM takes.
+            quantization, device, attn_implementation, and what HostLM takes.
         command_line: batch_size and device, as lm-eval passes them.
 
     Returns:
@@ -51,6 +53,7 @@ def load_arguments(
         str(chosen["dtype"]),
         check_device(str(chosen["device"])),
         chosen["attn_implementation"],
+        parse_quantization(chosen["quantization"]),
     )
     options = {name: chosen[name] for name in _LM_OPTIONS if name in chosen}
     batch_size = str(command_line.get("batch_size"))

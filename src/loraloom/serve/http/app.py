@@ -37,6 +37,7 @@ from loraloom.serve.http.objects import (
     ModelList,
     UnloadBody,
 )
+from loraloom.serve.http.playground import add_playground
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -109,6 +110,7 @@ def create_app(
     _add_completions(app, backend)
     _add_models(app, backend)
     _add_health(app, engine, Metrics(engine))
+    add_playground(app)
     if options.allow_loading:
         _add_loading(app, shelf)
     return app

@@ -24,11 +24,12 @@ from loraloom.errors import DataError, LoraloomError, shown
 from loraloom.infer.generate import end_tokens
 from loraloom.infer.sampling import parse_sampling
 from loraloom.models.layout import RowAdapter
+from loraloom.routing.record import describe_router
 from loraloom.serve.adapters import AdapterShelf, ServedAdapter
 from loraloom.serve.constraints import JsonConstraints
 from loraloom.serve.engine import Engine
 from loraloom.serve.http.errors import ApiError, api_error
-from loraloom.serve.http.objects import SamplingBody, Usage
+from loraloom.serve.http.objects import RouterChoices, SamplingBody, TokenChoices, Usage
 from loraloom.serve.sequence import (
     Constraint,
     Event,
@@ -42,6 +43,7 @@ from loraloom.serve.sequence import (
     Scores,
     Sink,
     TokenLogProb,
+    TokenRouting,
 )
 
 MAX_SCALE = 10.0
@@ -151,6 +153,7 @@ class Backend:
                 self._logit_bias(body),
                 body.ignore_eos,
                 None if make_constraint is None else make_constraint(),
+                body.routing,
             )
             for place in range(body.n)
         ]
@@ -275,6 +278,7 @@ class Answer:
     num_tokens: int = 0
     log_probs: list[TokenLogProb] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    routing: list[TokenRouting] = field(default_factory=list)
 
     def add(self, piece: Piece | Scores) -> None:
         """Add a piece."""
@@ -283,6 +287,7 @@ class Answer:
             self.text += piece.text
             self.num_tokens += piece.num_tokens
             self.finish_reason = piece.finish_reason
+            self.routing += piece.routing
 
 
 async def ask(
@@ -356,6 +361,25 @@ def usage(num_prompt: int, num_completion: int) -> Usage:
         completion_tokens=num_completion,
         total_tokens=num_prompt + num_completion,
     )
+
+
+def as_choices(routing: Sequence[TokenRouting]) -> list[TokenChoices]:
+    """What routers did with tokens, as it is told; weights have four digits."""
+    return [
+        TokenChoices(
+            text=text,
+            routers=[
+                RouterChoices(
+                    router=describe_router(choice.router),
+                    num_experts=choice.num_experts,
+                    experts=choice.experts,
+                    weights=[round(weight, 4) for weight in choice.weights],
+                )
+                for choice in choices
+            ],
+        )
+        for text, choices in routing
+    ]
 
 
 def finite(log_prob: float) -> float:

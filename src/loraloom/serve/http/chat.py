@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -11,6 +11,8 @@ from jinja2 import TemplateError
 from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.data.chat_template import load_chat_template
+from loraloom.data.messages import Conversation
 from loraloom.errors import DataError
 from loraloom.serve.http.asking import (
     Answer,
@@ -18,6 +20,7 @@ from loraloom.serve.http.asking import (
     Backend,
     EventStream,
     ServedModel,
+    as_choices,
     ask,
     collect,
     encode_text,
@@ -40,7 +43,20 @@ from loraloom.serve.http.objects import (
     ToolCall,
     TopLogProb,
 )
-from loraloom.serve.sequence import Constraint, GenerationRequest, Piece, TokenLogProb
+from loraloom.serve.http.tool_calls import (
+    CallStream,
+    Said,
+    arguments_schema,
+    call_schema,
+    parse_calls,
+)
+from loraloom.serve.sequence import (
+    Constraint,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    TokenLogProb,
+)
 
 
 async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Response:
@@ -77,15 +93,14 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> list[int]
         raise DataError(
             "the base model's tokenizer has no chat template; use /v1/completions instead"
         )
-    tools: list[Any] = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    conversation = Conversation(
+        [message.as_turn() for message in body.messages],
+        None if body.tool_choice == "none" else tools or None,
+    )
     try:
-        text: Any = tokenizer.apply_chat_template(
-            [message.as_turn() for message in body.messages],
-            tools=None if body.tool_choice == "none" else tools or None,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    except (TemplateError, TypeError, ValueError, RecursionError) as error:
+        text = load_chat_template(tokenizer).render(conversation, for_answer=True)
+    except TemplateError as error:
         raise DataError(f"the messages do not fit the chat template: {error}") from error
     ids = encode_text(tokenizer, text)
     if not ids:
@@ -106,9 +121,10 @@ def _constraint(backend: Backend, body: ChatBody) -> Callable[[], Constraint] | 
 def _schema(body: ChatBody) -> dict[str, Any] | None:
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
-        functions = [tool.function for tool in body.tools or ()]
-        called = next(function for function in functions if function.name == name)
-        return called.parameters or {"type": "object"}
+        tools = body.tools or ()
+        return arguments_schema(next(tool for tool in tools if tool.function.name == name))
+    if body.tool_choice == "required":
+        return call_schema(body.tools or ())
     match body.response_format:
         case JsonSchemaFormat(json_schema=described):
             return described.schema_
@@ -118,17 +134,32 @@ def _schema(body: ChatBody) -> dict[str, Any] | None:
 
 
 def _choice(backend: Backend, body: ChatBody, index: int, answer: Answer) -> ChatChoice:
-    message = AssistantMessage(content=answer.text)
-    if isinstance(body.tool_choice, NamedTool):
-        function = FunctionCall(name=body.tool_choice.function.name, arguments=answer.text)
-        call = ToolCall(id=new_id("call"), function=function)
-        message = AssistantMessage(content=None, tool_calls=[call])
+    content, calls = _said_by(body, answer.text)
     return ChatChoice(
         index=index,
-        message=message,
+        message=AssistantMessage(
+            content=None if calls and not content else content,
+            tool_calls=[ToolCall(id=new_id("call"), function=call) for call in calls] or None,
+        ),
         logprobs=_log_probs(backend, answer.log_probs) if body.logprobs else None,
-        finish_reason=answer.finish_reason,
+        finish_reason=_reason(body, answer.finish_reason, calls),
+        routing=as_choices(answer.routing) if body.routing else None,
     )
+
+
+def _said_by(body: ChatBody, text: str) -> Said:
+    """Take a whole answer apart."""
+    if isinstance(body.tool_choice, NamedTool):
+        return Said("", [FunctionCall(name=body.tool_choice.function.name, arguments=text)])
+    return parse_calls(text, body.callable_names) if body.callable_names else Said(text, [])
+
+
+def _reason(
+    body: ChatBody, reason: FinishReason | None, calls: list[FunctionCall]
+) -> Literal["stop", "length", "tool_calls"] | None:
+    """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
+    is_free = calls and not isinstance(body.tool_choice, NamedTool)
+    return "tool_calls" if is_free and reason == "stop" else reason
 
 
 async def _chunks(
@@ -145,19 +176,31 @@ async def _chunks(
     if with_usage:
         frame["usage"] = None
     num_new = 0
+    streams = [CallStream(body.callable_names) for _ in range(body.n if body.callable_names else 0)]
     for index in range(body.n):
         delta = {"role": "assistant", "content": "", **_first_call(body)}
         yield {**frame, "choices": [_delta(index, delta)]}
     async for index, piece in answers.pieces():
         assert isinstance(piece, Piece)
         num_new += piece.num_tokens
-        if piece.text or piece.log_probs:
-            choice = _delta(index, _said(body, piece))
+        text, calls = piece.text, []
+        if streams:
+            text = streams[index].push(text)
+            if piece.finish_reason is not None:
+                rest, calls = streams[index].finish()
+                text += rest
+        if text or piece.log_probs or piece.routing:
+            choice = _delta(index, _said(body, text))
+            if body.routing:
+                choice["routing"] = [one.model_dump() for one in as_choices(piece.routing)]
             if body.logprobs:
                 choice["logprobs"] = _log_probs(backend, piece.log_probs).model_dump()
             yield {**frame, "choices": [choice]}
+        if calls:
+            yield {**frame, "choices": [_delta(index, {"tool_calls": _called(calls)})]}
         if piece.finish_reason is not None:
-            yield {**frame, "choices": [_delta(index, {}, piece.finish_reason)]}
+            reason = _reason(body, piece.finish_reason, calls)
+            yield {**frame, "choices": [_delta(index, {}, reason)]}
     if with_usage:
         yield {**frame, "choices": [], "usage": usage(num_prompt, num_new).model_dump()}
 
@@ -174,10 +217,17 @@ def _first_call(body: ChatBody) -> dict[str, Any]:
     return {"content": None, "tool_calls": [call]}
 
 
-def _said(body: ChatBody, piece: Piece) -> dict[str, Any]:
+def _called(calls: list[FunctionCall]) -> list[dict[str, Any]]:
+    return [
+        {"index": place, "id": new_id("call"), "type": "function", "function": call.model_dump()}
+        for place, call in enumerate(calls)
+    ]
+
+
+def _said(body: ChatBody, text: str) -> dict[str, Any]:
     if isinstance(body.tool_choice, NamedTool):
-        return {"tool_calls": [{"index": 0, "function": {"arguments": piece.text}}]}
-    return {"content": piece.text}
+        return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+    return {"content": text}
 
 
 def _log_probs(backend: Backend, log_probs: list[TokenLogProb]) -> ChatLogProbs:

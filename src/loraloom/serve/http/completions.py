@@ -18,6 +18,7 @@ from loraloom.serve.http.asking import (
     Backend,
     EventStream,
     ServedModel,
+    as_choices,
     ask,
     collect,
     finite,
@@ -118,6 +119,7 @@ def _choices(
                     text=echoed + answer.text,
                     logprobs=log_probs,
                     finish_reason=answer.finish_reason,
+                    routing=as_choices(answer.routing) if body.routing else None,
                 )
             )
     return choices
@@ -150,6 +152,8 @@ async def _chunks(
             "logprobs": log_probs,
             "finish_reason": piece.finish_reason,
         }
+        if body.routing:
+            choice["routing"] = [one.model_dump() for one in as_choices(piece.routing)]
         yield {**frame, "choices": [choice], **({"usage": None} if with_usage else {})}
     if with_usage:
         yield {**frame, "choices": [], "usage": usage(num_prompt, num_new).model_dump()}

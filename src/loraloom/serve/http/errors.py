@@ -12,7 +12,12 @@ from starlette.exceptions import HTTPException
 
 from loraloom.errors import LoraloomError, plain
 from loraloom.serve.adapters import AllInUseError, UnknownModelError
-from loraloom.serve.engine import OutOfTimeError, QueueFullError, StoppingError
+from loraloom.serve.engine import (
+    NoRoutersError,
+    OutOfTimeError,
+    QueueFullError,
+    StoppingError,
+)
 
 
 class ErrorObject(BaseModel):
@@ -77,6 +82,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="adapters_in_use", headers=_later(1))
         case StoppingError():
             return ApiError(503, str(error), code="stopping", headers=_later(1))
+        case NoRoutersError():
+            return ApiError(400, str(error), code="no_routers", param="routing")
         case OutOfTimeError():
             return ApiError(504, str(error), code="timeout")
         case LoraloomError():

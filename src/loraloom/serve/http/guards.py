@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraloom.errors import shown
+from loraloom.serve.access import is_loopback
 from loraloom.serve.http.errors import ApiError
+from loraloom.serve.http.playground import PAGES
 
-_OPEN = ("/health", "/ready")
+_OPEN = ("/health", "/ready", *PAGES)
 """Paths that need no key."""
 
 
@@ -99,14 +100,6 @@ class KeyCheck:
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return kind.lower() == b"bearer" and any(matches)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _digest(key: bytes) -> bytes:

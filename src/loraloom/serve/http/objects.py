@@ -47,6 +47,8 @@ class SamplingBody(StrictModel):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     """End tokens end nothing."""
+    routing: bool = False
+    """Tell which experts read each token of the answer; for models with routers."""
     user: str | None = None
     """Not read."""
     metadata: dict[str, str] | None = None
@@ -189,8 +191,9 @@ class ChatBody(SamplingBody):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(None, min_length=1)
     """Given to the chat template."""
-    tool_choice: Literal["none", "auto"] | NamedTool | None = None
-    """`none` leaves the tools out; a named function is called with arguments of its schema."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """`none` leaves the tools out; `required` makes the answer a call of one of them, and a named
+    function is called, both with arguments of the function's schema."""
     parallel_tool_calls: bool | None = None
     """Not read."""
 
@@ -204,14 +207,28 @@ class ChatBody(SamplingBody):
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool):
             self._check_named(self.tool_choice.function.name)
+        if self.must_call and self.response_format is not None:
+            raise ValueError(
+                "response_format and a tool_choice that must be called exclude each other"
+            )
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def callable_names(self) -> list[str]:
+        """Names of the tools whose calls are looked for in the answer."""
+        if self.tool_choice == "none" or isinstance(self.tool_choice, NamedTool):
+            return []
+        return [tool.function.name for tool in self.tools or ()]
 
     def _check_named(self, name: str) -> None:
         names = [tool.function.name for tool in self.tools or ()]
         if name not in names:
             raise ValueError(f"tool_choice must name one of the tools {names}, got {shown(name)}")
-        if self.response_format is not None:
-            raise ValueError("response_format and a named tool_choice exclude each other")
 
 
 class CompletionBody(SamplingBody):
@@ -234,6 +251,8 @@ class CompletionBody(SamplingBody):
             raise ValueError(f"best_of must be n, {self.n}, or be left out, got {self.best_of}")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1 without echo, got 0")
+        if self.max_tokens == 0 and self.routing:
+            raise ValueError("routing needs max_tokens of at least 1, got 0")
         if self.echo and self.stream:
             raise ValueError("echo and stream exclude each other")
         if not self.prompt or any(prompt in ("", []) for prompt in self.prompts):
@@ -295,6 +314,26 @@ class ChatLogProbs(BaseModel):
     content: list[TokenLogProbs]
 
 
+class RouterChoices(BaseModel):
+    """What a router did with a token."""
+
+    router: str
+    """A layer, and a projection where routers sit on these."""
+    num_experts: int
+    experts: list[int]
+    """Those it chose, best first."""
+    weights: list[float]
+    """Theirs."""
+
+
+class TokenChoices(BaseModel):
+    """A token of an answer, and the experts that read it."""
+
+    text: str
+    """What the token added to the answer."""
+    routers: list[RouterChoices]
+
+
 class AssistantMessage(BaseModel):
     """What the model says."""
 
@@ -309,7 +348,8 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogProbs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    routing: list[TokenChoices] | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -339,6 +379,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogProbs | None
     finish_reason: Literal["stop", "length"] | None
+    routing: list[TokenChoices] | None = None
 
 
 class Completion(BaseModel):

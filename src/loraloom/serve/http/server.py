@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -50,19 +49,3 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"can't listen on {host}:{port}: {error}") from error
-
-
-def read_keys(path: Path) -> list[str]:
-    """Read API keys, one a line; empty lines and those that begin with # are left out.
-
-    Raises:
-        ConfigError: If the file can't be read, or has no key.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the file of API keys can't be read: {error}") from error
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(f"{path} must have an API key a line, it has none")
-    return keys

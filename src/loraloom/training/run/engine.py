@@ -535,6 +535,7 @@ def describe_base(host: Host) -> dict[str, Any]:
         "name": host.base.name_or_path,
         "fingerprint": host.base.fingerprint,
         "dtype": str(host.dtype).removeprefix("torch."),
+        "quantization": host.base.quantization,
     }
 
 

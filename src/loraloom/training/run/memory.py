@@ -9,6 +9,7 @@ compute form a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from loraloom.data.packing import first_fit
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
+from loraloom.models.quantised import stored_weights
 from loraloom.models.sharding import gathered_weights
 from loraloom.ops.token_loss import loss_workspace_bytes
 from loraloom.ranks import own_part
@@ -32,8 +34,17 @@ _CPU_ALLOCATOR_SHARE, _ALLOCATOR_SHARE = 0.15, 0.05
 _CPU_CHECKPOINT_ROOM = 4.5
 """Room that a checkpointed layer's input takes, in its sizes: glibc doesn't give back what lies
 freed between the inputs that are kept (SmolLM2: 342 MB of which 76 MB are in use)."""
-_OPTIMIZER_STATES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
-"""Copies of the weights that optimizers keep; others keep two."""
+_STATE_OF_8_BITS = (1 + 4 / 256) / 4
+_OPTIMIZER_STATES = {
+    "sgd": 0,
+    "adafactor": 0,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "adamw_8bit": 2 * _STATE_OF_8_BITS,
+    "ademamix_8bit": 3 * _STATE_OF_8_BITS,
+    "lion_8bit": _STATE_OF_8_BITS,
+}
+"""Copies of the weights that optimizers keep, paged ones too; others keep two."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +123,9 @@ def predict_memory(
         for job in jobs
     ]
     return MemoryPrediction(
-        base_model=_bytes_of([*host.model.parameters(), *host.model.buffers()]),
+        base_model=_bytes_of(_base_tensors(host)),
         adapters=_bytes_of(w for adapter in host.adapters.values() for w in adapter.parameters()),
-        learning=sum(count * size for count, size in zip(copies, adapters, strict=True)),
+        learning=round(sum(count * size for count, size in zip(copies, adapters, strict=True))),
         activations=max(round(activations), sum(adapters)),
         loss=_loss_bytes(host, sum(rows) * length),
         rows=sum(rows),
@@ -219,19 +230,19 @@ def _watch(host: Host, job: Job) -> ForwardCost:
 
 def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
     """Count the storages that autograd keeps in a forward of rows with padding."""
-    weights = [*host.model.parameters(), *host.model.buffers(), *job.adapter.parameters()]
+    weights = [*_base_tensors(host), *job.adapter.parameters()]
     known = _storages(weights).keys()
     kept: dict[int, int] = {}
 
     def look(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if address not in known and address not in _storages(gathered_weights(host.model)):
-            kept[address] = storage.nbytes()
+        key = storage._cdata
+        if key not in known and key not in _storages(gathered_weights(host.model)):
+            kept[key] = storage.nbytes()
         return tensor
 
     input_ids = torch.zeros(rows, length, dtype=torch.long, device=host.device)
-    mask = torch.ones_like(input_ids)
+    mask = torch.ones(rows, length, dtype=torch.long)
     mask[0, -1] = 0
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
         output = host.hidden(input_ids, mask, [job.name] * rows, training=True)
@@ -252,21 +263,32 @@ def _largest_round(
     return rows
 
 
-def _learning_copies(job: Job, *, checkpointed: bool) -> int:
+def _learning_copies(job: Job, *, checkpointed: bool) -> float:
     """Count copies of the weights beside them, at the beginning of a backward pass."""
     train = job.config.train
     earlier_gradients = int(train.micro_batch_size < train.batch_size)
-    return earlier_gradients + int(checkpointed) + _OPTIMIZER_STATES.get(train.optimizer, 2) + 1
+    states = float(_OPTIMIZER_STATES.get(train.optimizer.removeprefix("paged_"), 2))
+    return states + earlier_gradients + int(checkpointed) + 1
 
 
 def _loss_bytes(host: Host, num_tokens: int) -> int:
-    """Logits, or gradients of a layer: three of the FFN's width, eight of the model's."""
+    """Logits, or gradients of a layer: three of the FFN's width, eight of the model's.
+
+    A quantised base dequantises its widest weight on top of them.
+    """
     hidden_size = host.base.hidden_size
     logits = loss_workspace_bytes(
         num_tokens, host.config.hidden_size, host.config.vocab_size, host.dtype
     )
     widest = max(out_features for out_features, _ in host.base.shapes.values())
-    return max(logits, num_tokens * (3 * widest + 8 * hidden_size) * host.dtype.itemsize)
+    gradients = num_tokens * (3 * widest + 8 * hidden_size) * host.dtype.itemsize
+    if host.base.quantization is not None:
+        gradients += max(map(math.prod, host.base.shapes.values())) * host.dtype.itemsize
+    return max(logits, gradients)
+
+
+def _base_tensors(host: Host) -> list[Tensor]:
+    return [*(weight for _, weight in stored_weights(host.model)), *host.model.buffers()]
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -274,9 +296,9 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """The bytes of this rank's storages by their addresses."""
+    """The bytes of this rank's storages by their identity."""
     storages = (own_part(tensor).untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return {storage._cdata: storage.nbytes() for storage in storages}
 
 
 def _in_gb(num_bytes: int) -> str:

@@ -20,7 +20,7 @@ from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
 from loraloom.models.host import Host
-from loraloom.models.loading import load_base_model
+from loraloom.models.loading import find_device, load_base_model
 from loraloom.models.sharding import shard
 from loraloom.ranks import Ranks
 from loraloom.training.run.builder import JobBuilder
@@ -35,7 +35,7 @@ from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import JobResult, describe_environment
 from loraloom.training.run.tracking import check_trackers
-from loraloom.training.step.optimizers import rehearse
+from loraloom.training.step.optimizers import check_optimizer_device, rehearse
 
 if TYPE_CHECKING:
     from loraloom.training.run.sweep import Sweep
@@ -93,6 +93,7 @@ def train(
     _check_sources(run, directory)
     check_trackers(run.trackers)
     for job in run.all_jobs:
+        check_optimizer_device(job.train, find_device(device), job.name)
         rehearse(job.train, job.name)
     with ExitStack() as stack:
         is_sharded = run.parallel.base == "fsdp" and launch.size > 1
@@ -190,6 +191,11 @@ def _check_goes_with(launch: Launch, run: RunConfig, watch: WatchOptions | None,
             "parallel.base: fsdp takes a base model apart as it is loaded, got one that is loaded; "
             "leave `base` out, or take base: replicated"
         )
+    if launch.size > 1 and run.parallel.base == "fsdp" and run.quantization is not None:
+        raise ConfigError(
+            "parallel.base: fsdp needs weights in floating point, got quantization; leave it out, "
+            "or take base: replicated"
+        )
     for job in run.all_jobs:
         if launch.size > 1 and not job.adapter.adds_up_over_ranks:
             raise ConfigError(
@@ -228,7 +234,7 @@ def _load_base(
 ) -> tuple[Host, PreTrainedTokenizerBase]:
     first_device = "cpu" if is_sharded else device
     model, tokenizer = load_base_model(
-        run.base_model, run.dtype, first_device, run.attn_implementation
+        run.base_model, run.dtype, first_device, run.attn_implementation, run.quantization
     )
     if is_sharded:
         shard(model, torch.device(device))

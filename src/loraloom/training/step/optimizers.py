@@ -20,8 +20,9 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.config.optimizer import OptimizerConfig, OptimizerName
 from loraloom.config.train import SCHEDULERS_ON_METRIC, TrainConfig
 from loraloom.errors import ConfigError, shown
+from loraloom.models.quantising import import_library
 
-OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {
+OPTIMIZERS: Mapping[str, type[Optimizer]] = {
     "adadelta": torch.optim.Adadelta,
     "adafactor": torch.optim.Adafactor,
     "adagrad": torch.optim.Adagrad,
@@ -35,7 +36,18 @@ OPTIMIZERS: dict[OptimizerName, type[Optimizer]] = {
     "rprop": torch.optim.Rprop,
     "sgd": torch.optim.SGD,
 }
-"""Optimizers by their names in a run file."""
+"""Those of torch by their names in a run file."""
+
+BITSANDBYTES: Mapping[str, str] = {
+    "adamw_8bit": "AdamW8bit",
+    "ademamix_8bit": "AdEMAMix8bit",
+    "lion_8bit": "Lion8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "paged_ademamix_8bit": "PagedAdEMAMix8bit",
+    "paged_lion_8bit": "PagedLion8bit",
+}
+"""bitsandbytes' classes by their names in a run file, which are transformers'."""
 
 Scheduler = LRScheduler | GreedyLR
 
@@ -46,8 +58,10 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
     """Make the optimizer of an adapter.
 
     Raises:
-        ConfigError: If the optimizer does not take `optimizer_args`, as a rehearsal shows.
+        ConfigError: If the optimizer does not take `optimizer_args`, as a rehearsal shows, its
+            library is not installed, or it can't be had on the adapter's device.
     """
+    check_optimizer_device(config, next(adapter.parameters()).device, adapter.name)
     rehearse_optimizer(config, adapter.name)
     return _make_optimizer(config, parameter_groups(config, adapter))
 
@@ -59,7 +73,7 @@ def rehearse(config: TrainConfig, name: str) -> None:
         ConfigError: If they don't take their arguments.
     """
     rehearse_optimizer(config, name)
-    optimizer = _make_optimizer(config, _four_weights())
+    optimizer = _make_rehearsed(config, _four_weights())
     total_steps = config.max_steps or _REHEARSED_STEPS
     scheduler = build_scheduler(config, optimizer, total_steps, "min", name)
     metric = [1.0] if config.lr_scheduler in SCHEDULERS_ON_METRIC else []
@@ -76,12 +90,13 @@ def rehearse_optimizer(config: OptimizerConfig, name: str) -> None:
     """Let an optimizer make a few steps with four weights: torch refuses some arguments only then.
 
     Raises:
-        ConfigError: If it does not take its arguments, or they make weights that are not finite
-            even at a small learning rate.
+        ConfigError: If its library is not installed, it does not take its arguments, or they make
+            weights that are not finite even at a small learning rate.
     """
     groups = _four_weights()
+    _optimizer_class(config.optimizer)
     with _told_as_config_error(config, "optimizer", name):
-        optimizer = _make_optimizer(config.model_copy(update={"learning_rate": 1e-3}), groups)
+        optimizer = _make_rehearsed(config.model_copy(update={"learning_rate": 1e-3}), groups)
         for _ in range(_REHEARSED_STEPS):
             optimizer.step()
         if not groups[0]["params"][0].isfinite().all():
@@ -94,11 +109,43 @@ def _four_weights() -> list[dict[str, Any]]:
     return [{"params": [weights]}]
 
 
+def _make_rehearsed(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """Make an optimizer for the CPU, where bitsandbytes' can't be paged."""
+    optimizer: Any = _make_optimizer(config, groups)
+    optimizer.is_paged = False
+    return optimizer
+
+
 def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
     arguments = {"lr": config.learning_rate, **config.optimizer_args}
     if config.optimizer in ("adam", "adamw") and "foreach" not in arguments:
         arguments.setdefault("fused", True)  # an adapter has hundreds of small tensors
-    return OPTIMIZERS[config.optimizer](groups, **arguments)
+    return _optimizer_class(config.optimizer)(groups, **arguments)
+
+
+def _optimizer_class(name: OptimizerName) -> type[Optimizer]:
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    return getattr(import_library("bitsandbytes", f"optimizer {name}").optim, BITSANDBYTES[name])
+
+
+def check_optimizer_device(config: OptimizerConfig, device: torch.device, name: str) -> None:
+    """Refuse a paged optimizer where no memory can be paged.
+
+    Args:
+        config: Of the job.
+        device: Where its adapter is.
+        name: Of the job, for errors.
+
+    Raises:
+        ConfigError: If the device is none of CUDA or XPU.
+    """
+    if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
+        raise ConfigError(
+            f"job {name}: optimizer {config.optimizer} needs a CUDA or XPU device, whose memory it "
+            f"pages, got {device}; take "
+            f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
+        )
 
 
 def _check_rates(optimizer: Optimizer) -> None:

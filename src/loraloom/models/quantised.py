@@ -1,0 +1,270 @@
+"""Linear layers that a library keeps in fewer bits: read, wired and trained through.
+
+Axes: T tokens, I in_features, O out_features, n rows.
+
+Libraries are recognised by their classes where they are loaded already; none is imported here.
+
+Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Dettmers et al. 2023, QLoRA,
+arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from loraloom.adapters.base import QuantisedWeight
+from loraloom.errors import ModelError
+
+
+class _Bits4(QuantisedWeight):
+    """bitsandbytes in 4 bits: W's rows lie one behind another, each 64 numbers have a scale."""
+
+    def __init__(self, linear: Any):
+        # as many rows as a block has numbers fill whole blocks, however long they are
+        super().__init__(
+            linear, f"bitsandbytes {linear.weight.quant_type}", linear.weight.blocksize
+        )
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """See QuantisedWeight."""
+        functional = sys.modules["bitsandbytes"].functional
+        state, width = self._state, self.linear.in_features
+        first, last = start * width, stop * width
+        packed = self._packed().view(torch.uint8).flatten()
+        part = functional.QuantState(
+            absmax=self._scales()[first // state.blocksize : -(last // -state.blocksize)],
+            shape=torch.Size((stop - start, width)),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+        )
+        return functional.dequantize_4bit(packed[first // 2 : -(last // -2)].unsqueeze(1), part)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See QuantisedWeight."""
+        state = self._state
+        yield "packed", self._packed()
+        yield "absmax", state.absmax
+        if state.nested:
+            yield "nested_absmax", state.state2.absmax
+
+    def _packed(self) -> Tensor:
+        return self.linear.weight.data.as_subclass(Tensor)
+
+    @property
+    def _state(self) -> Any:
+        """It is lost to the weight, not to the layer, where FSDP replaces parameters."""
+        state = getattr(self.linear.weight, "quant_state", None)
+        return self.linear.quant_state if state is None else state
+
+    def _scales(self) -> Tensor:
+        """The scale of each block, themselves quantised where quantisation is double."""
+        state = self._state
+        if not state.nested:
+            return state.absmax.float()
+        functional = sys.modules["bitsandbytes"].functional
+        return (functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+
+class _Bits8(QuantisedWeight):
+    """bitsandbytes' LLM.int8: a scale for each row of W, and one for each row of the input."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__(linear, "bitsandbytes int8", is_linear_over_rows=False)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """See QuantisedWeight."""
+        functional = sys.modules["bitsandbytes"].functional
+        numbers = self.linear.weight.data.as_subclass(Tensor)[start:stop]
+        return functional.int8_vectorwise_dequant(numbers, self._scales()[start:stop])
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See QuantisedWeight."""
+        yield "int8", self.linear.weight.data.as_subclass(Tensor)
+        yield "scales", self._scales()
+
+    def _scales(self) -> Tensor:
+        """They move from the weight to the layer's state in the first forward."""
+        scales = self.linear.weight.SCB
+        return self.linear.state.SCB if scales is None else scales
+
+
+class _TorchAo(QuantisedWeight):
+    """torchao: the weight is a tensor of a class of its own, which dequantises its rows."""
+
+    def __init__(self, linear: Any):
+        weight = linear.weight
+        takes_rounded_rows = getattr(weight, "act_quant_kwargs", None) is not None
+        kind = f"torchao {type(weight).__name__}"
+        super().__init__(linear, kind, is_linear_over_rows=not takes_rounded_rows)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """See QuantisedWeight."""
+        return self.linear.weight.detach()[start:stop].dequantize()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See QuantisedWeight."""
+        weight = self.linear.weight
+        for name in weight.__tensor_flatten__()[0]:
+            yield name, getattr(weight, name)
+
+
+class _Probed(QuantisedWeight):
+    """A format of which nothing is known: W is what the layer makes of unit vectors."""
+
+    def __init__(self, linear: Any):
+        kind = type(getattr(linear, "weight", linear)).__name__
+        super().__init__(linear, kind, row_step=linear.out_features)
+
+    @torch.no_grad()
+    def rows(self, start: int, stop: int) -> Tensor:
+        """See QuantisedWeight."""
+        numbers = [tensor for _, tensor in self.tensors() if _is_computed_with(tensor)]
+        device = next(tensor.device for _, tensor in self.tensors())
+        dtype = numbers[0].dtype if numbers else torch.bfloat16
+        units = torch.eye(self.linear.in_features, dtype=dtype, device=device)
+        products = type(self.linear).forward(self.linear, units)  # (I, O)
+        bias = self.linear.bias
+        return (products if bias is None else products - bias.to(dtype)).T[start:stop]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See QuantisedWeight."""
+        yield from chain(self.linear.named_parameters(), self.linear.named_buffers())
+
+
+def quantised_weight(linear: nn.Module) -> QuantisedWeight | None:
+    """Return how a linear layer's weight is kept; None if in floating-point numbers."""
+    weight: Any = getattr(linear, "weight", None)
+    bitsandbytes, torchao = (sys.modules.get(name) for name in ("bitsandbytes", "torchao.utils"))
+    if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Params4bit):
+        return None if weight.quant_state is None else _Bits4(linear)
+    if bitsandbytes is not None and isinstance(weight, bitsandbytes.nn.Int8Params):
+        return _Bits8(linear) if weight.dtype == torch.int8 else None
+    if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
+        return _TorchAo(linear) if hasattr(weight, "dequantize") else _Probed(linear)
+    return None if isinstance(weight, Tensor) and _is_computed_with(weight) else _Probed(linear)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, of whatever library."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def quantised_linears(model: nn.Module) -> dict[str, QuantisedWeight]:
+    """Find the linear layers of a model that are quantised, by their names."""
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    weights = {name: quantised_weight(linear) for name, linear in linears.items()}
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count a model's weights, quantised ones as the numbers that they stand for."""
+    counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for weight in quantised_linears(model).values():
+        linear = weight.linear
+        counts[id(getattr(linear, "weight", linear))] = linear.in_features * linear.out_features
+    return sum(counts.values())
+
+
+def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's weights by name as they lie in memory, quantised ones in their parts."""
+    linears = quantised_linears(model).values()
+    quantised = {id(getattr(weight.linear, "weight", None)): weight for weight in linears}
+    for name, parameter in model.named_parameters():
+        weight = quantised.get(id(parameter))
+        if weight is None:
+            yield name, parameter
+        else:
+            yield from ((f"{name}.{part}", tensor) for part, tensor in weight.tensors())
+
+
+class QuantisedLinear:
+    """A quantised layer's forward; for the backward pass it keeps nothing but the layer.
+
+    As they come, LLM.int8 keeps its inputs, and torchao a dequantised copy of every weight.
+    """
+
+    def __init__(self, weight: QuantisedWeight):
+        self.weight = weight
+        self.base_forward = weight.linear.forward
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Return what the layer returns, [..., O]."""
+        if not torch.is_grad_enabled():
+            return self.base_forward(hidden_states)
+        if hidden_states.requires_grad:
+            return _ThroughWeight.apply(hidden_states, self)  # pyright: ignore
+        return _no_view(self.base_forward(hidden_states))
+
+
+class _ThroughWeight(torch.autograd.Function):
+    """y = layer(x) and ∂x = ∂y W, W being dequantised anew."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, layer):
+        ctx.weight = layer.weight
+        return _no_view(layer.base_forward(hidden_states))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad @ ctx.weight.whole(grad.dtype), None
+
+
+def _no_view(output: Tensor) -> Tensor:
+    """Give an output that updates may change in place: autograd refuses views made in functions."""
+    return torch.ops.aten._unsafe_view(output, output.shape)
+
+
+def check_computes(name: str, weight: QuantisedWeight) -> None:
+    """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs.
+
+    Its kernel there begins a block of 64 numbers with every row.
+
+    Args:
+        name: Of the layer.
+        weight: Its weight.
+
+    Raises:
+        ModelError: If rows of 4 bits are no multiple of a block.
+    """
+    width, linear = weight.linear.in_features, weight.linear
+    if isinstance(weight, _Bits4) and linear.weight.is_cpu and width % weight.row_step:
+        raise ModelError(
+            f"rows of a 4-bit weight must be a multiple of {weight.row_step} numbers on a CPU, "
+            f"where bitsandbytes computes others wrongly, got {width} in {name}; "
+            "take torchao-int8, or an accelerator"
+        )
+
+
+def keep_layout(linear: Any) -> Callable[[], object]:
+    """Keep bitsandbytes from packing a 4-bit layer anew, and from a warning in each forward.
+
+    On CPUs with AVX512-BF16 it does so before the first forward without gradients. The packed form
+    has no backward pass, rounds scales to 16 bits, and takes multiples of 32 rows only.
+
+    Returns:
+        What undoes it.
+    """
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if not hasattr(linear, "support_avx512bf16_for_cpu"):
+        return lambda: None
+    before = linear.support_avx512bf16_for_cpu
+    linear.support_avx512bf16_for_cpu = False
+    if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+        linear.state_dict()  # unpacks the layer
+    return lambda: setattr(linear, "support_avx512bf16_for_cpu", before)
+
+
+def _is_computed_with(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers mean what they say: eight bits need a scale beside them."""
+    return tensor.is_floating_point() and tensor.element_size() >= 2

@@ -1,0 +1,349 @@
+"""Adapters on quantised bases, as the libraries themselves have them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loraloom
+from loraloom.adapters import LoraConfig, base
+from loraloom.adapters.base import BaseProjection
+from loraloom.errors import AdapterError, ConfigError, ModelError
+from loraloom.models.host import Host
+from loraloom.models.quantised import num_parameters, quantised_linears, stored_weights
+from tests.infer.saved import save_tiny
+from tests.tiny import METHODS, gradients, randomise, relative_error, tiny_ids, tiny_model
+
+with warnings.catch_warnings():  # of what torch and triton call deprecated
+    warnings.simplefilter("ignore")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    pytest.importorskip("torchao")
+    peft = pytest.importorskip("peft")
+    from peft.utils.integrations import dequantize_module_weight
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*was instantiated without `get_apply_tensor_subclass`"),
+]
+
+KINDS = {
+    "nf4": "bitsandbytes nf4",
+    "int8": "bitsandbytes int8",
+    "torchao-int8": "torchao Int8Tensor",
+}
+IDS = tiny_ids(4, 9)
+ROWS = [*METHODS]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A base model with biases, saved in float32."""
+    sizes = {"hidden_size": 64, "intermediate_size": 192}
+    biases = {"attention_bias": True, "mlp_bias": True}
+    return save_tiny(tmp_path_factory.mktemp("saved"), **sizes, **biases)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+def load(saved, kind=None) -> nn.Module:
+    return loraloom.load_base_model(str(saved / "base"), quantization=kind)[0]
+
+
+@pytest.fixture(scope="module")
+def host(saved, kind) -> Host:
+    """A host with an adapter of each method."""
+    host = loraloom.attach(load(saved, kind))
+    for seed, (name, config) in enumerate(METHODS.items()):
+        randomise(host.add(name, config, seed=seed), seed)
+    return host
+
+
+def projections(host: Host) -> list[BaseProjection]:
+    layers = host.adapters["lora"].base_layers
+    return [one for layer in layers for block in layer.blocks.values() for one in block.values()]
+
+
+def loss_of(logits: Tensor) -> Tensor:
+    weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    return (logits * weights).tanh().sum()
+
+
+def test_linear_layers_are_quantised_and_the_rest_is_not(host, kind):
+    assert {one.quantised.kind for one in projections(host)} == {KINDS[kind]}
+    assert host.base.quantization == KINDS[kind]
+    assert host.dtype == torch.float32
+    assert type(host.model.get_output_embeddings()) is nn.Linear
+
+
+def test_weights_are_those_that_peft_dequantises(host, monkeypatch):
+    monkeypatch.setattr(base, "_BLOCK_NUMBERS", 500)  # some rows at a time
+    for projection in projections(host):
+        assert projection.weight.equal(dequantize_module_weight(projection.linear))
+
+
+def test_weights_are_near_those_of_the_checkpoint(host, saved, kind):
+    exact = dict(load(saved).named_parameters())
+    allowed = 0.15 if kind == "nf4" else 0.01
+    for projection in projections(host):
+        weight = exact[f"model.{projection.key}.weight"]
+        assert relative_error(projection.weight, weight.detach()) < allowed
+
+
+def test_norms_and_products_are_those_of_the_dequantised_weight(host, monkeypatch):
+    monkeypatch.setattr(base, "_BLOCK_NUMBERS", 500)
+    for projection in projections(host):
+        projection._squared_norms = None
+        weight = projection.weight.double()
+        assert relative_error(projection.squared_norms, weight.square().sum(1)) < 1e-6
+        columns = torch.randn(3, projection.in_features)
+        assert relative_error(projection.product(columns), weight @ columns.double().T) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_logits_and_gradients_are_those_of_peft(saved, kind, host, method, tmp_path):
+    host.save(method, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(load(saved, kind), tmp_path, is_trainable=True)
+    for linear in theirs.modules():  # or it packs first layers anew on some CPUs
+        if isinstance(linear, bitsandbytes.nn.Linear4bit):
+            linear.support_avx512bf16_for_cpu = False
+    theirs.eval()  # on a CPU, LLM.int8 multiplies floating-point numbers in training
+    expected = theirs(input_ids=IDS).logits
+    loss_of(expected).backward()
+    adapter = host.adapter(method)
+    weights = {name: tensor.clone() for name, tensor in adapter.named_parameters()}
+    actual = host(IDS, adapters=[method] * 4).logits
+    adapter.zero_grad()
+    loss_of(actual).backward()
+    assert relative_error(actual.detach(), expected.detach()) < 1e-5
+    parts = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}
+    parts["magnitude"] = "lora_magnitude_vector.default.weight"
+    for name, grad in gradients(adapter).items():
+        path, _, part = name.rpartition(".")
+        wanted = theirs.get_parameter(f"base_model.model.model.{path}.{parts[part]}").grad
+        assert relative_error(grad, wanted) < 1e-4, name
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def test_rows_of_all_methods_are_what_they_are_alone(host, kind):
+    with torch.no_grad():
+        together = host(IDS, adapters=ROWS).logits
+        alone = [host(IDS[n : n + 1], adapters=[name]).logits for n, name in enumerate(ROWS)]
+    # LLM.int8 takes outliers apart by column, whichever row has them
+    allowed = 0.05 if kind == "int8" else 1e-5
+    assert relative_error(together, torch.cat(alone)) < allowed
+
+
+def test_decoding_step_by_step_gives_the_logits_of_whole_rows(host, kind):
+    with torch.no_grad():
+        session = host.prefill(IDS[:, :6], adapters=ROWS)
+        for column in range(6, 9):
+            host.decode(session, IDS[:, column])
+        whole = host(IDS, adapters=ROWS).logits[:, -1]
+    assert relative_error(session.logits, whole) < (0.05 if kind == "int8" else 1e-5)
+
+
+def test_gradients_are_the_same_after_decoding(host):
+    """bitsandbytes packs layers for decoding on some CPUs, in a form without a backward pass."""
+    adapter = host.adapter("mixlora")
+
+    def grads() -> list[Tensor]:
+        adapter.zero_grad()
+        loss_of(host(IDS, adapters=["mixlora"] * 4).logits).backward()
+        return [parameter.grad.clone() for parameter in adapter.parameters()]
+
+    before = grads()
+    with torch.no_grad():
+        host(IDS, adapters=["mixlora"] * 4)
+        host.prefill(IDS[:1], adapters=["mixlora"])
+    assert all(one.equal(other) for one, other in zip(before, grads(), strict=True))
+    assert all(bool(grad.any()) for grad in before)
+
+
+def test_a_forward_keeps_no_more_than_on_an_unquantised_base(host, saved):
+    def kept_bytes(host: Host) -> int:
+        known = {tensor.untyped_storage().data_ptr() for _, tensor in stored_weights(host.model)}
+        kept: dict[int, int] = {}
+
+        def look(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+            host(IDS, adapters=["lora"] * 4)
+        return sum(kept.values())
+
+    plain = loraloom.attach(load(saved))
+    plain.add("lora", METHODS["lora"])
+    assert kept_bytes(host) <= 1.01 * kept_bytes(plain)
+
+
+def test_parameters_are_counted_as_the_numbers_that_they_stand_for(host, saved):
+    plain = load(saved)
+    assert host.base.num_parameters == num_parameters(plain) == plain.num_parameters()
+
+
+def test_weights_take_the_memory_that_their_bits_say(host, kind):
+    linears = quantised_linears(host.model).values()
+    stored = sum(t.nbytes for weight in linears for _, t in weight.tensors())
+    numbers = sum(weight.linear.weight.shape.numel() for weight in linears)
+    numbers *= 2 if kind == "nf4" else 1  # two of them are in a byte
+    assert stored / numbers == pytest.approx(0.5 if kind == "nf4" else 1, rel=0.25)
+
+
+def test_a_quantised_checkpoint_is_loaded_as_it_is(saved, kind, tmp_path):
+    model, tokenizer = loraloom.load_base_model(str(saved / "base"), quantization=kind)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = loraloom.load_base_model(str(tmp_path))
+    hosts = [loraloom.attach(one) for one in (model, again)]
+    assert hosts[0].base.fingerprint == hosts[1].base.fingerprint
+    with torch.no_grad():
+        logits = [host(IDS).logits for host in hosts]
+    assert logits[0].equal(logits[1])
+    with pytest.raises(ConfigError, match=r"quantization must be left out for .*already"):
+        loraloom.load_base_model(str(tmp_path), quantization="nf4")
+
+
+def test_detaching_leaves_the_model_as_it_was(saved, kind):
+    model = load(saved, kind)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    host = loraloom.attach(model)
+    host.add("lora", METHODS["lora"])
+    host.detach()
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        flag = "support_avx512bf16_for_cpu"
+        assert vars(module).get(flag) == before[name].get(flag)
+
+
+@pytest.mark.parametrize("method", ["dora", "mixdora"])
+def test_an_export_computes_what_the_adapter_does(saved, host, method, kind, tmp_path):
+    tokenizer = loraloom.load_base_model(str(saved / "base"))[1]
+    if method == "mixdora":  # no class of mixtures has biases
+        with pytest.raises(AdapterError, match="bias"):
+            loraloom.export(host, tokenizer, method, tmp_path / "out")
+        return
+    done = loraloom.export(host, tokenizer, method, tmp_path / "out")
+    assert done.logit_error is not None
+    assert done.logit_error < (0.1 if kind == "int8" else 1e-5)
+
+
+def test_merging_is_refused_before_anything_is_changed(host, kind):
+    message = f"merging changes the base's weights.*{KINDS[kind]}.*export"
+    with pytest.raises(AdapterError, match=message):
+        host.merge("lora")
+    assert host.merged is None
+
+
+def test_an_adapter_remembers_how_its_base_was_quantised(saved, host, kind, tmp_path):
+    host.save("mixlora", tmp_path)
+    plain = loraloom.attach(load(saved))
+    with pytest.warns(UserWarning, match=f"it had them in {KINDS[kind]}, here .* floating point"):
+        plain.load("a", tmp_path)
+
+
+class Coded(nn.Module):
+    """A linear layer of a library that nobody knows: whole numbers and a scale."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.codes.to(hidden_states.dtype) * self.scale
+        return nn.functional.linear(hidden_states, weight, self.bias)
+
+
+def test_a_format_that_nobody_knows_is_read_by_what_the_layer_computes():
+    model, dense = (tiny_model(dtype=torch.float32, mlp_bias=True) for _ in range(2))
+    for name, linear in [*model.named_modules()]:
+        if isinstance(linear, nn.Linear) and "layers" in name:
+            coded = Coded(linear)
+            model.set_submodule(name, coded)
+            weight = coded.codes.float() * coded.scale
+            dense.get_submodule(name).weight.data.copy_(weight)
+    hosts = [loraloom.attach(one) for one in (model, dense)]
+    results = []
+    for host in hosts:
+        adapter = randomise(host.add("a", METHODS["mixdora"]))
+        logits = host(IDS, adapters=["a"] * 4).logits
+        loss_of(logits).backward()
+        results.append([logits.detach(), *(p.grad for p in adapter.parameters())])
+    assert hosts[0].base.quantization == "Coded"
+    assert hosts[0].base.num_parameters == hosts[1].base.num_parameters
+    for one, other in zip(*results, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ("nf5", ConfigError, "quantization must be nf4, .*got 'nf5'; did you mean 'nf4'?"),
+        ({"bits": 4}, ConfigError, "quantization.quant_method must be one of .*missing"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}, ConfigError, "bnb_4bit_quant_type"),
+        ({"load_in_8bit": True, "llm_int8_threshold": -1}, ConfigError, "at least 0, got -1"),
+        ("torchao-int4", ModelError, "int4_weight_only needs a CUDA device .*got cpu"),
+    ],
+)
+def test_what_cant_be_had_is_an_error_before_anything_is_loaded(
+    saved, monkeypatch, settings, error, message
+):
+    monkeypatch.setattr(loraloom.models.loading, "_load", lambda *_: pytest.fail("must not load"))
+    with pytest.raises(error, match=message):
+        loraloom.load_base_model(str(saved / "base"), quantization=settings)
+
+
+def test_four_bits_of_torchao_contradict_other_dtypes(saved):
+    with pytest.raises(ConfigError, match="computes in bfloat16 only, got dtype float32"):
+        loraloom.load_base_model(str(saved / "base"), "float32", quantization="torchao-int4")
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_a_library_that_is_missing_is_named_with_its_extra(saved, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    kind = {"bitsandbytes": "nf4", "torchao": "torchao-int8"}[library]
+    with pytest.raises(ConfigError, match=rf"needs {library}.*pip install 'loraloom\[quantisation"):
+        loraloom.load_base_model(str(saved / "base"), quantization=kind)
+
+
+def test_settings_reach_the_library(saved):
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    settings |= {"bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "bfloat16"}
+    host = loraloom.attach(load(saved, settings))
+    linear = host.model.model.layers[0].mlp.up_proj
+    assert host.base.quantization == "bitsandbytes fp4"
+    assert not linear.weight.quant_state.nested
+    assert linear.compute_dtype == torch.bfloat16
+    host.add("dora", LoraConfig(rank=2, weight_decomposition=True))
+    projection = host.adapters["dora"].base_layers[0].ffn["up_proj"]
+    assert projection.weight.equal(dequantize_module_weight(linear))
+
+
+def test_rows_that_bitsandbytes_computes_wrongly_on_a_cpu_are_refused(tmp_path):
+    model = load(save_tiny(tmp_path), "nf4")
+    with pytest.raises(
+        ModelError, match=r"multiple of 64 numbers on a CPU.*got 32 in model.layers.0"
+    ):
+        loraloom.attach(model)
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = tiny_model(dtype=torch.float32)
+    model.model.layers[1].to("meta")
+    with pytest.raises(ModelError, match="must be on one device, got parts on cpu, meta"):
+        loraloom.attach(model)

@@ -1,0 +1,67 @@
+"""Calls in what models write, whole and in pieces of any size."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraloom.serve.http.tool_calls import CallStream, parse_calls
+
+NAMES = ["paint", "wait"]
+CALL = '{"name": "paint", "arguments": {"color": "blé"}}'
+WRITTEN = {
+    f"<tool_call>\n{CALL}\n</tool_call>": ("", 1),
+    f"Gladly. <tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>": ("Gladly.", 2),
+    f"<tool_call>{CALL}": ("", 1),  # the end token came in place of the closing tag
+    f"[TOOL_CALLS] [{CALL}, {CALL}]": ("", 2),
+    f" [{CALL}]": ("", 1),
+    CALL.replace("arguments", "parameters"): ("", 1),
+    "<|python_tag|>" + CALL: ("", 1),
+}
+TEXTS = [
+    "",
+    " ",
+    "The sky is blue < green.",
+    "[1] is a footnote",
+    '{"color": "blue"}',
+    CALL.replace("paint", "nobody"),
+    f"<tool_call>{CALL[:-1]}</tool_call>",
+    f"<tool_call>{CALL}</tool_call><tool_call>nothing</tool_call>",
+    '{"name": "paint", "arguments": 3}',
+    "[" * 5000,
+    "<tool_",
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_calls_are_found_in_the_notations_of_families(text):
+    content, number = WRITTEN[text]
+    said = parse_calls(text, NAMES)
+    assert said.content == content
+    assert [call.name for call in said.calls] == ["paint"] * number
+    assert {call.arguments for call in said.calls} == {'{"color": "blé"}'}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:20])
+def test_what_is_no_call_stays_text(text):
+    assert parse_calls(text, NAMES) == (text, [])
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+@pytest.mark.parametrize("text", [*WRITTEN, *TEXTS], ids=lambda text: text[:20])
+def test_streams_say_what_whole_answers_do(text, size):
+    stream = CallStream(NAMES)
+    settled = "".join(stream.push(text[at : at + size]) for at in range(0, len(text), size))
+    rest = stream.finish()
+    whole = parse_calls(text, NAMES)
+    assert (settled + rest.content).strip() == whole.content.strip()
+    assert rest.calls == whole.calls
+
+
+def test_text_is_told_as_it_comes():
+    stream = CallStream(NAMES)
+    assert [stream.push(piece) for piece in ("Hel", "lo <", "b> <tool", "_call>{")] == [
+        "Hel",
+        "lo ",
+        "<b> ",
+        "",
+    ]

@@ -1,0 +1,84 @@
+"""Which experts read a completion's tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.serve.engine import NoRoutersError
+from tests.serve.asking import TEXTS, answers, finish, request, submit
+
+ROUTED = ("mixlora", ("mixdora", 0.5), "mixlora", "mola", "hydralora", ("mixlora", 1.0), "mixdora")
+
+
+def routed(tokenizer):
+    return [
+        request(tokenizer, text, adapter, place, tells_routing=True)
+        for place, (text, adapter) in enumerate(zip([*TEXTS, *TEXTS], ROUTED, strict=False))
+    ]
+
+
+def told(asked):
+    return [entry for piece in asked.pieces for entry in piece.routing]
+
+
+def assert_is_what_a_forward_does(host, asked):
+    """All tokens of the completion but the last are told as routers meet them in one forward."""
+    prompt, new = asked.request.prompt_ids, asked.row.new_ids
+    entries = told(asked)
+    assert len(entries) == len(new) - 1
+    with torch.no_grad():
+        routing = host(torch.tensor([[*prompt, *new]]), adapters=[asked.request.adapter]).routing
+    (records,) = routing.values()
+    for place, entry in enumerate(entries, start=len(prompt)):
+        assert [choice.router for choice in entry.choices] == [one.router for one in records]
+        for choice, record in zip(entry.choices, records, strict=True):
+            assert choice.num_experts == record.num_experts
+            assert choice.experts == record.selected_experts[place].tolist()
+            expected = record.routing_weights[place].tolist()
+            assert choice.weights == pytest.approx(expected, abs=1e-4)
+
+
+def test_tokens_are_told_as_a_forward_routes_them_whatever_shares_the_batch(
+    make_engine, host, tiny_tokenizer
+):
+    engine = make_engine()
+    others = [request(tiny_tokenizer, text, name) for text in TEXTS[:2] for name in ("lora", None)]
+    asked = submit(engine, *others, *routed(tiny_tokenizer))[len(others) :]
+    finish(engine)
+    for one in asked:
+        assert_is_what_a_forward_does(host, one)
+        assert one.text.startswith("".join(entry.text for entry in told(one)))
+
+
+def test_a_row_that_waited_again_misses_no_token(make_engine, host, tiny_tokenizer):
+    engine = make_engine(cache_tokens=60)
+    asked = submit(
+        engine,
+        *(
+            request(tiny_tokenizer, "one", adapter, tells_routing=True, max_new_tokens=30)
+            for adapter in ROUTED[:5]
+        ),
+    )
+    finish(engine)
+    assert engine.counts.num_preempted > 0
+    for one in asked:
+        assert_is_what_a_forward_does(host, one)
+
+
+def test_nobody_is_told_who_does_not_ask(make_engine, tiny_tokenizer):
+    engine = make_engine()
+    silent, asked = submit(
+        engine, request(tiny_tokenizer, "one", "mixlora"), *routed(tiny_tokenizer)[:1]
+    )
+    finish(engine)
+    assert told(silent) == []
+    assert len(told(asked)) == 7
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "vera"])
+def test_what_has_no_routers_is_refused(make_engine, tiny_tokenizer, adapter):
+    engine = make_engine()
+    with pytest.raises(NoRoutersError, match="has none; leave routing out"):
+        submit(engine, request(tiny_tokenizer, "one", adapter, tells_routing=True))
+    assert answers(engine, [request(tiny_tokenizer, "one", adapter)])
