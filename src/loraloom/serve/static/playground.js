@@ -95,6 +95,8 @@ async function loadModels() {
 }
 
 function showModels(models, chosen) {
+  // the server's order changes with use
+  models.sort((a, b) => (a.parent !== null) - (b.parent !== null) || a.id.localeCompare(b.id));
   const base = models.find((model) => model.parent === null);
   if (base) withRouters.set(base.id, false);
   byId("base").textContent = base ? `on ${base.id}` : "";
