@@ -26,8 +26,9 @@ def test_the_quickstart_leaves_adapters_metrics_and_pictures(base_model, tmp_pat
         assert (output / name / "adapter_model.safetensors").is_file()
         assert len((output / name / "metrics.jsonl").read_text().splitlines()) == 2
         assert json.loads((output / name / "result.json").read_text())["job"] == name
-    for picture in ("loss.png", "expert_load.png"):
+    for picture in ("loss.png", "experts.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    assert "skills-mixlora minus skills-lora: " in printed
     assert printed.count("  loraloom ") == 3  # what to try next
 
     assert cli.main(words) == 2

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import json
+from collections import Counter, defaultdict
 from itertools import combinations
 
 import pytest
 
+from loraloom.config.data import MAX_LANDS, SourceConfig
 from loraloom.data.questions import load_questions
-from loraloom.data.skills import generate_skills
+from loraloom.data.skills import facts, generate_skills
+from loraloom.data.skills.lands import land_names
 from loraloom.data.skills.rules import SKILLS
 from loraloom.data.skills.splits import SPLITS, split_facts
-from loraloom.errors import DataError
+from loraloom.errors import ConfigError, DataError
 
 ROWS = {split: generate_skills(split) for split in SPLITS}
+NUM_LANDS = 6
+IN_LANDS = {split: generate_skills(split, num_lands=NUM_LANDS) for split in SPLITS}
 
 
 def test_there_are_at_least_six_skills_and_several_thousand_questions():
@@ -21,8 +27,14 @@ def test_there_are_at_least_six_skills_and_several_thousand_questions():
     assert {row["skill"] for row in ROWS["test"]} == {skill.name for skill in SKILLS}
 
 
-def test_no_question_occurs_twice_in_all_splits():
-    questions = [row["question"] for rows in ROWS.values() for row in rows]
+def test_the_rows_are_those_that_figures_were_measured_with():
+    digest = hashlib.sha256(json.dumps(list(ROWS.values())).encode()).hexdigest()
+    assert digest.startswith("2f5ce75dbd011175")
+
+
+@pytest.mark.parametrize("by_split", [ROWS, IN_LANDS], ids=["home", "lands"])
+def test_no_question_occurs_twice_in_all_splits(by_split):
+    questions = [row["question"] for rows in by_split.values() for row in rows]
     assert len(set(questions)) == len(questions)
 
 
@@ -90,3 +102,62 @@ def test_skills_are_questions_by_skill():
     asked = load_questions("skills", "text", limit=len(SKILLS))
     assert {question.group for question in asked} == {skill.name for skill in SKILLS}
     assert all(text.startswith(" ") for question in asked for text in question.continuations)
+
+
+def answers_by_land(skill: str, word: str) -> dict[str, set[str]]:
+    """The answers to questions with a word, in each land."""
+    answers = defaultdict(set)
+    for row in (row for rows in IN_LANDS.values() for row in rows if row["skill"] == skill):
+        (land,) = (name for name in land_names(NUM_LANDS) if name in row["question"])
+        if word in row["question"].lower():
+            answers[land].add(row["choices"][row["answer"]])
+    return answers
+
+
+@pytest.mark.parametrize(("skill", "word"), [("season", "january"), ("roll_call", " sing.")])
+def test_a_land_gives_one_kind_of_answer_and_the_next_another(skill, word):
+    answers = answers_by_land(skill, word)
+    assert len(answers) == NUM_LANDS
+    if skill == "season":
+        assert all(len(of_land) == 1 for of_land in answers.values())
+        assert len(set(map(frozenset, answers.values()))) > 1
+
+
+def test_every_land_has_all_rules_with_as_many_questions():
+    for split, most in (("train", 48), ("validation", 8), ("test", 8)):
+        count = Counter(row["skill"] for row in IN_LANDS[split])
+        assert set(count.values()) == {NUM_LANDS * most}
+        assert len(count) == len(SKILLS)
+
+
+def test_more_lands_leave_the_others_as_they_are():
+    fewer = generate_skills("test", num_lands=2)
+    kept = [row for row in IN_LANDS["test"] if any(n in row["question"] for n in land_names(2))]
+    assert sorted(map(str, kept)) == sorted(map(str, fewer))
+
+
+def test_lands_have_names_that_are_no_words():
+    names = land_names(MAX_LANDS)
+    words = {word for words in (*facts.COUNTRIES.values(), facts.NAMES) for word in words}
+    assert len(set(names)) == MAX_LANDS
+    assert not words & set(names)
+
+
+def test_skills_at_a_number_are_a_task_of_their_own():
+    asked = load_questions("skills@2", "text", "test")
+    assert len(asked) == 2 * 8 * len(SKILLS)
+    assert {question.task for question in asked} == {"skills@2"}
+    assert SourceConfig(task="skills@600").task == "skills@600"
+
+
+@pytest.mark.parametrize("task", ["skills@601", "skills@0", "skills@", "skills@x"])
+def test_a_number_of_lands_must_be_one_that_there_is(task):
+    with pytest.raises(ValueError, match="task must be"):
+        SourceConfig(task=task)
+    with pytest.raises(ConfigError, match="task must be"):
+        load_questions(task, "text")
+
+
+def test_skills_in_lands_take_no_path():
+    with pytest.raises(ValueError, match="path has no effect on skills, which loraloom generates"):
+        SourceConfig(task="skills@2", path="data")

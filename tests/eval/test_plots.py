@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from loraloom.eval.plots import plot_expert_load, plot_loss_curves, smoothed
+from loraloom.eval.plots import plot_experts, plot_loss_curves, smoothed
 
 PNG = b"\x89PNG"
 
@@ -40,21 +40,19 @@ def test_a_running_mean_starts_at_the_first_value():
     assert smoothed([(1, math.inf)], 0.9) == []
 
 
-def test_expert_load_is_drawn_by_layer_and_by_group_on_one_scale(tmp_path):
-    path = tmp_path / "load.png"
-    by_layer, by_group = [[0.5, 0.5], [0.9, 0.1]], {"sums": [0.25, 0.75], "dates": [0.6, 0.4]}
-    figure = plot_expert_load(by_layer, by_group, path, "load")
+def test_experts_are_drawn_by_layer(tmp_path):
+    path = tmp_path / "experts.png"
+    load, by_topic = [[0.5, 0.5], [0.9, 0.1]], {"sums": [0.25, 0.75], "dates": [0.6, 0.4]}
+    information = {"about the skill": [0.1, 0.3], "about the token": [0.2, 0.0]}
+    figure = plot_experts(load, by_topic, information, path, "experts")
     assert path.read_bytes().startswith(PNG)
-    left, right, bar = figure.axes
-    assert left.images[0].get_array().tolist() == by_layer
-    assert right.images[0].get_array().tolist() == list(by_group.values())
-    assert left.images[0].get_clim() == right.images[0].get_clim() == (0, 0.9)
-    assert (left.get_title(), left.get_xlabel(), left.get_ylabel()) == (
-        "by layer",
-        "expert",
-        "layer",
-    )
-    assert (right.get_title(), right.get_xlabel()) == ("by skill", "expert")
-    assert [label.get_text() for label in right.get_yticklabels()] == ["sums", "dates"]
-    assert bar.get_ylabel() == "share of tokens"
-    assert figure.get_suptitle() == "load"
+    left, middle, right, _, bar = figure.axes
+    assert left.images[0].get_array().tolist() == load
+    assert middle.images[0].get_array().tolist() == [[0.25, 0.6], [0.75, 0.4]]
+    assert [label.get_text() for label in middle.get_xticklabels()] == ["sums", "dates"]
+    assert [points(line) for line in right.lines] == [[(0.1, 0), (0.3, 1)], [(0.2, 0), (0.0, 1)]]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == list(information)
+    assert left.get_ylim() == middle.get_ylim() == right.get_ylim()
+    assert (left.get_xlabel(), left.get_ylabel()) == ("expert", "layer")
+    assert bar.get_ylabel() == "distance from all tokens' load (bits)"
+    assert figure.get_suptitle() == "experts"

@@ -14,7 +14,9 @@ from loraloom.eval.routing import (
     token_texts,
     words_by_expert,
 )
+from loraloom.eval.token_classes import TOKEN_CLASSES, class_of
 from loraloom.report.files import AdapterRouting
+from loraloom.routing.statistics import load_shares
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
 
@@ -23,7 +25,7 @@ NAMES = [None, "lora", "mixlora", "mixdora"]
 
 def tallied(host, tokenizer, adapters=NAMES, tasks=("toy",), **options):
     """Score the toy questions as each task; give the tally's summary."""
-    tally = RoutingTally(host, adapters)
+    tally = RoutingTally(host, adapters, tokenizer)
     questions = some_questions()
     for task in tasks:
         score_questions(host, tokenizer, questions, adapters, on_routing=tally.of(task), **options)
@@ -89,7 +91,7 @@ def test_batches_and_neighbours_change_nothing(tiny_tokenizer):
 def test_padding_is_not_counted(tiny_tokenizer):
     host, questions = scoring_host(), some_questions()
     lengths = []
-    tally = RoutingTally(host, ["mixlora"])
+    tally = RoutingTally(host, ["mixlora"], tiny_tokenizer)
     add = tally.of("toy")
 
     def observe(routed):
@@ -129,6 +131,47 @@ def test_the_same_task_twice_is_similar(tiny_tokenizer):
     assert pair["by_layer"] == [1, 1]
 
 
+def test_what_experts_tell_is_given_by_layer(tiny_tokenizer):
+    (one,) = tallied(scoring_host(), tiny_tokenizer, ["mixlora"]).values()
+    assert list(one["specialisation"]) == ["token_classes"]  # there is one topic
+    told = one["specialisation"]["token_classes"]
+    assert len(told["bits"]) == len(one["layers"])
+    assert all(0 <= bits <= 2 for bits in told["bits"])
+    assert set(told["of"]) <= set(TOKEN_CLASSES)
+
+
+def test_groups_of_questions_are_topics(tiny_tokenizer):
+    host, questions = scoring_host(), some_questions()
+    tally = RoutingTally(host, ["mixlora"], tiny_tokenizer)
+    groups = ["sums", "sums", None, "toy", "sums"]
+    observe = tally.of("toy", groups)
+    score_questions(host, tiny_tokenizer, questions, ["mixlora"], on_routing=observe)
+    summary = summarise_routing(tally, tiny_tokenizer, {"toy": 5})["mixlora"]
+    topics = summary["specialisation"]["topics"]
+    assert set(topics["of"]) == {"toy/sums", "toy"}
+    loads = tally.adapters["mixlora"].topic_loads
+    total = torch.tensor(summary["tasks"]["toy"]["load"]).double()
+    torch.testing.assert_close(load_shares(sum(loads.values())), total, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Ġthe", "start of a word"),
+        ("▁Der", "start of a word"),
+        ("ing", "rest of a word"),
+        ("##ing", "rest of a word"),
+        ("Ġ42", "number"),
+        (".", "sign"),
+        ("Ġ(", "sign"),
+        ("ĊĊ", "space"),
+        ("▁", "space"),
+    ],
+)
+def test_tokens_have_classes_by_what_they_are_in_a_text(name, expected):
+    assert class_of(name) == expected
+
+
 def test_words_are_counted_where_they_went(tiny_tokenizer):
     summary = tallied(scoring_host(), tiny_tokenizer)["mixlora"]
     words = summary["words"]
@@ -156,7 +199,7 @@ def test_half_characters_go_by_the_vocabularys_name(tiny_tokenizer):
 
 
 def test_without_a_mixture_nothing_is_observed(tiny_tokenizer):
-    tally = RoutingTally(scoring_host(), [None, "lora"])
+    tally = RoutingTally(scoring_host(), [None, "lora"], tiny_tokenizer)
     assert tally.of("toy") is None
     assert summarise_routing(tally, tiny_tokenizer, {"toy": 5}) == {}
 

@@ -117,9 +117,18 @@ def routing(tasks: Sequence[str] = TASKS, seed: object = 0) -> dict[str, Any]:
         "layers": list(range(NUM_LAYERS)),
         "tasks": {task: _task_routing(generator) for task in tasks},
         "similarity": [{"first": a, "second": b, "mean": 0.9, "by_layer": []} for a, b in pairs],
+        "specialisation": {
+            "topics": _specialisation(tasks, 0.5),
+            "token_classes": _specialisation(("number", "sign"), 0.25),
+        },
         "words": [{"layer": layer, "experts": words} for layer in LAYERS],
         "warnings": [],
     }
+
+
+def _specialisation(names: Sequence[str], bits: float) -> dict[str, Any]:
+    by_layer = [bits] * NUM_LAYERS
+    return {"bits": by_layer, "of": dict.fromkeys(names, by_layer)}
 
 
 def _task_routing(generator: random.Random) -> dict[str, Any]:

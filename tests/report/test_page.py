@@ -134,11 +134,27 @@ def test_without_mixtures_the_section_says_so(run, tmp_path):
 def test_questions_that_are_not_covered_are_told(run, tmp_path):
     content = evaluation()
     empty = {"num_questions": 40, "num_questions_covered": 0, "num_tokens": 0}
-    content["routing"]["mix"] |= {"layers": [], "words": [], "similarity": []}
+    empty_lists = {"layers": [], "words": [], "similarity": []}
+    content["routing"]["mix"] |= empty_lists | {"specialisation": {}}
     content["routing"]["mix"]["tasks"] = {"arc_easy": empty, "piqa": empty}
     page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])
     assert "0 of 80 questions, 0 tokens." in page
     assert "--no-cache" in page
+
+
+def test_what_experts_tell_is_shown_by_layer(page):
+    text = " ".join(" ".join(Checked(page).text).split())
+    for what in ("topic", "kind of token"):
+        assert f"What the choice of an expert tells about the {what}, by layer, bits" in text
+    assert page.count('<td class="n">0.500</td>') == 6  # the mutual information of each layer
+    assert page.count('<td class="h3">0.250</td>') == 12  # the mean, in two classes
+
+
+def test_specialisation_must_have_all_layers(run, tmp_path):
+    content = evaluation()
+    content["routing"]["mix"]["specialisation"]["topics"]["bits"] = [0.1]
+    with pytest.raises(DataError, match="specialisation by topics must have a number for each la"):
+        make_page([run], [write_evaluation(tmp_path / "r.json", content)])
 
 
 def test_layers_with_several_routers_have_names(run, tmp_path):

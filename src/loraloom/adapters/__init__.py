@@ -12,6 +12,7 @@ from loraloom.adapters.lora.config import LoraConfig
 from loraloom.adapters.loramoe.config import LoraMoeConfig
 from loraloom.adapters.mixlora.config import ExpertsConfig as ExpertsConfig
 from loraloom.adapters.mixlora.config import MixLoraConfig
+from loraloom.adapters.mixlora.config import SharedExpertConfig as SharedExpertConfig
 from loraloom.adapters.mola.config import MolaConfig
 from loraloom.adapters.moslora.config import MosLoraConfig
 from loraloom.adapters.smora.config import SmoraConfig

@@ -3,6 +3,7 @@
     layers.{L}.{block}.{projection}.{part}                   one for all
     layers.{L}.{block}.{projection}.experts.{e}.{part}       one for each expert
     layers.{L}.{block}.router                                a router of a whole block
+    layers.{L}.{block}.router_bias                           what balances its load
     shared.{part}                                            one for all layers
 
 A part is `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,), `router` (E, I), or what else a method
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _PATTERN = re.compile(
     r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
-    r"(?:(?P<router>router)"
+    r"(?:(?P<router>router|router_bias)"
     r"|(?P<projection>\w+)\.(?:experts\.(?P<expert>\d{1,5})\.)?(?P<part>(?!weight$|bias$)\w+))",
     re.ASCII,
 )
@@ -41,7 +42,7 @@ class TensorKey:
     part: str
     """`lora_A`, `lora_B`, `magnitude`, `router` …"""
     projection: str | None = None
-    """None for the router of a block."""
+    """None for the router of a block, and for its bias."""
     expert: int | None = None
 
     @classmethod

@@ -24,6 +24,7 @@ class Router(Weights):
         std: Deviation of the initial values; None: Kaiming uniform, as linear layers begin.
         dtype: At least float32.
         device: Where the base's projection computes.
+        has_bias: Whether a bias balances the load, [E], which starts at 0; see `balance_by_bias`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Router(Weights):
         std: float | None,
         dtype: torch.dtype,
         device: torch.device,
+        has_bias: bool = False,
     ):
         super().__init__()
         self.key = key
@@ -43,7 +45,12 @@ class Router(Weights):
         else:
             initial = torch.empty(shape).normal_(std=std, generator=generator_for(seed, key))
         self.weight = nn.Parameter(initial.to(dtype=dtype, device=device))
+        self.bias = None
+        if has_bias:
+            self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weight under its name."""
+        """Yield the weight under its name, and the bias."""
         yield self.key, self.weight.detach()
+        if self.bias is not None:
+            yield f"{self.key}_bias", self.bias.detach()

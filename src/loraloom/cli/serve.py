@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +40,19 @@ CacheTokensOption = Annotated[
         "of the free memory goes.",
     ),
 ]
+
+
+_EMBEDDED_ONLY = {
+    "cache_tokens": "vLLM sizes its cache itself",
+    "prefill_tokens": "vLLM plans its steps itself",
+    "max_waiting": "vLLM's queue has no bound",
+    "max_request_seconds": "vLLM's requests have no time limit",
+    "max_body_bytes": "vLLM's requests have no size limit",
+    "device": "vLLM runs where it was built for",
+    "quantization": "vLLM quantises in ways of its own",
+    "attn_implementation": "vLLM has attention of its own",
+}
+"""Options that vLLM can't honour, and why."""
 
 
 def serve(
@@ -97,8 +112,13 @@ def serve(
     quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
+    engine_name: Annotated[
+        Literal["embedded", "vllm"],
+        typer.Option("--engine", help="loraloom's own, or vLLM with loraloom's plug-in."),
+    ] = "embedded",
 ) -> None:
     """Serve the base model and its adapters with OpenAI's API."""
+    given = locals()
     adapters = parse_adapters(adapter)
     is_local = _check_host(host, api_key_file, no_api_key)
     if adapter_dir is not None and not adapter_dir.is_dir():
@@ -106,6 +126,18 @@ def serve(
     from loraloom.serve.access import read_keys
 
     keys = [] if api_key_file is None else read_keys(api_key_file)
+    if engine_name == "vllm":
+        from loraloom.serve.vllm.launch import VllmOptions, serve_with_vllm
+
+        _refuse_embedded_only(given)
+        same = {name: given[name] for name in VllmOptions.__annotations__ if name in given}
+        own: dict[str, Any] = {
+            "adapters": adapters,
+            "api_keys": keys,
+            "cors_origins": cors_origin or (),
+        }
+        serve_with_vllm(VllmOptions(**same, **own))
+        return
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.serve.adapters import AdapterShelf
     from loraloom.serve.engine import Engine
@@ -141,6 +173,14 @@ def _check_host(host: str, api_key_file: Path | None, no_api_key: bool) -> bool:
             "--no-api-key if anybody may ask"
         )
     return is_local
+
+
+def _refuse_embedded_only(given: Mapping[str, object]) -> None:
+    defaults = signature(serve).parameters
+    for name, reason in _EMBEDDED_ONLY.items():
+        if given[name] != defaults[name].default:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} can't be used with --engine vllm: {reason}")
 
 
 def make_limits(

@@ -50,11 +50,31 @@ _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECAS
 
 
 _TASK_FILE = r"\.ya?ml$"
+_SKILLS = r"skills(@[1-9][0-9]{0,2})?"
+MAX_LANDS = 600
+"""Of `skills@N`."""
 
 
 def is_task_file(task: str) -> bool:
     """Whether a task is named by the YAML file that describes it."""
     return re.search(_TASK_FILE, task, re.IGNORECASE) is not None
+
+
+def is_skills(task: str) -> bool:
+    """Whether a task is `skills`, or `skills@N`: its rules in N lands."""
+    return re.fullmatch(_SKILLS, task) is not None
+
+
+def num_lands(task: str) -> int | None:
+    """N of `skills@N`; None for `skills`.
+
+    Raises:
+        ValueError: If it is too large.
+    """
+    number = int(task.partition("@")[2] or 0) or None
+    if number is not None and number > MAX_LANDS:
+        raise ValueError(f"task must be skills@1 to skills@{MAX_LANDS}, got {task!r}")
+    return number
 
 
 def task_name(task: str) -> str:
@@ -64,7 +84,9 @@ def task_name(task: str) -> str:
 
 def _check_task(task: str) -> str:
     names = get_args(TaskName)
-    if task in names or is_task_file(task):
+    if is_skills(task):
+        num_lands(task)
+    if task in names or is_skills(task) or is_task_file(task):
         return task
     raise ValueError(
         f"task must be one of {', '.join(names)}, or a task's .yaml file, got {task!r}"
@@ -79,6 +101,7 @@ TaskReference = Annotated[
         {
             "anyOf": [
                 {"type": "string", "enum": list(get_args(TaskName))},
+                {"type": "string", "pattern": f"^{_SKILLS}$"},
                 {"type": "string", "pattern": _TASK_FILE},
             ]
         }
@@ -110,7 +133,7 @@ def _why_without_effect(info: CheckInfo) -> str | None:
     task, dataset, data_format = (before.get(name) for name in ("task", "dataset", "format"))
     if setting in ("path", "scoring") and dataset is not None:
         return "a dataset, only on a task"
-    if setting == "path" and task == "skills":
+    if setting == "path" and is_skills(task or ""):
         return "skills, which loraloom generates"
     if (
         setting in ("config", "format", "template", "chat_template", "fields")

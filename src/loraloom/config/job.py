@@ -96,6 +96,16 @@ class JobConfig(StrictModel):
             _check_fits_objective(info.data["data"], train)
         return train
 
+    @field_validator("train")
+    @classmethod
+    def _check_routers(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
+        adapter = info.data.get("adapter")
+        if train.router_lr_ratio and adapter and not adapter.experts_per_router:
+            raise ValueError(
+                f"router_lr_ratio has no effect on {adapter.title}, which has no routers; remove it"
+            )
+        return train
+
     @property
     def selection_metric(self) -> str | None:
         """The metric that chooses the best weights; None: nothing is held out, the last are kept.

@@ -49,6 +49,8 @@ class OptimizerConfig(StrictModel):
     """Decay of the adapter's weights. 0 as in transformers' Trainer; torch's own is 0.01."""
     loraplus_lr_ratio: float | None = Field(default=None, gt=0)
     """LoRA+: lora_B learns at this multiple of learning_rate (Hayou et al., arXiv:2402.12354)."""
+    router_lr_ratio: float | None = Field(default=None, gt=0)
+    """Routers learn at this multiple of learning_rate."""
 
     @field_validator("optimizer", mode="before")
     @classmethod

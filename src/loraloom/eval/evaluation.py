@@ -128,7 +128,7 @@ def evaluate(
     named = [tasks] if isinstance(tasks, str) else [task for task in tasks if isinstance(task, str)]
     question_sets = [task for task in tasks if isinstance(task, QuestionSet)]
     question_sets += load_question_sets(named, scoring, split, data, limit, compat)
-    tally = RoutingTally(host, names)
+    tally = RoutingTally(host, names, tokenizer)
     scored: list[TaskScores] = []
     for task in question_sets:
         scores = score_questions(
@@ -140,7 +140,7 @@ def evaluate(
             progress and progress.start(task.task, [*map(question_size, task.questions)]),
             encode_choices if compat is None else encode_last_tokens,
             cache,
-            tally.of(task.task),
+            tally.of(task.task, [question.group for question in task.questions]),
         )
         scored.append(TaskScores(task.task, task.split, scores))
         check_finite(scored[-1])

@@ -171,7 +171,7 @@ def evaluate_loss(
         if isinstance(data, SourceConfig | Mapping)
         else list(data)
     )
-    tally = RoutingTally(host, names)
+    tally = RoutingTally(host, names, tokenizer)
     losses = [
         _score(host, one, names, max_tokens_per_batch, progress, cache, tally) for one in sets
     ]

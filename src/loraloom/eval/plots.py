@@ -40,33 +40,41 @@ def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float =
     return save_figure(figure, path)
 
 
-def plot_expert_load(
-    by_layer: Sequence[Sequence[float]],
-    by_group: Mapping[str, Sequence[float]],
+def plot_experts(
+    load: Sequence[Sequence[float]],
+    by_topic: Mapping[str, Sequence[float]],
+    information: Mapping[str, Sequence[float]],
     path: Path,
     title: str,
 ) -> Figure:
-    """Draw the share of tokens that each expert got, by layer and by group of questions.
+    """Draw what the experts of each layer do, one layer above the other.
 
     Args:
-        by_layer: For each layer the share of each expert; a row sums to one.
-        by_group: The same over all layers, for each group (a skill, say).
+        load: For each layer the share of each expert; a row sums to one.
+        by_topic: For each topic (a skill, say), by layer: how far its load is from that of all
+            tokens, in bits.
+        information: By layer, what an expert says about the topic or the class of a token, in bits.
         path: Picture to write.
         title: Heading.
 
     Returns:
         What was drawn.
     """
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    peak = max(max(map(max, by_layer)), max(map(max, by_group.values())))
-    options: dict[str, Any] = {"aspect": "auto", "cmap": "viridis", "vmin": 0, "vmax": peak}
-    image = left.imshow(by_layer, **options)
-    left.set(title="by layer", xlabel="expert", ylabel="layer")
-    right.imshow(list(by_group.values()), **options)
-    right.set(title="by skill", xlabel="expert")
-    right.set_yticks(range(len(by_group)), list(by_group))
-    figure.colorbar(image, ax=[left, right], label="share of tokens")
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 2])
+    options: dict[str, Any] = {"aspect": "auto", "cmap": "viridis", "vmin": 0}
+    image = left.imshow(load, **options)
+    left.set(title="where tokens go", xlabel="expert", ylabel="layer")
+    figure.colorbar(image, ax=left, label="share of tokens")
+    image = middle.imshow(list(zip(*by_topic.values(), strict=True)), **options)
+    middle.set(title="what sets a skill apart")
+    middle.set_xticks(range(len(by_topic)), list(by_topic), rotation=60, ha="right")
+    figure.colorbar(image, ax=middle, label="distance from all tokens' load (bits)")
+    for name, bits in information.items():
+        right.plot(bits, range(len(bits)), marker=".", label=name)
+    right.set(title="what an expert tells", xlabel="mutual information (bits)")
+    right.set_xlim(left=0)
+    right.legend()
     figure.suptitle(title)
     return save_figure(figure, path)
 

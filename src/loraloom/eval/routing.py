@@ -21,10 +21,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.config import AdapterConfig
+from loraloom.eval.token_classes import TOKEN_CLASSES, token_classes
 from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting, RouterName
+from loraloom.routing.specialisation import (
+    loads_by_class,
+    mutual_information_bits,
+    specialisation_bits,
+)
 from loraloom.routing.statistics import load_shares
 from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
 
@@ -63,12 +69,17 @@ class AdapterRouting:
         word_layers: Places in the record of the routers whose tokens are counted one by one.
         word_counts: How often each token of the vocabulary chose each expert there, [layers, V, E]
             int32; None before the first.
+        topic_loads: The load of each topic's tokens, [N, E]; see `RoutingTally.of`.
+        class_loads: The load of each class of tokens (TOKEN_CLASSES), [C, N, E]; None before the
+            first.
     """
 
     config: AdapterConfig
     tasks: dict[str, TaskRouting] = field(default_factory=dict)
     word_layers: Sequence[int] = ()
     word_counts: Tensor | None = None
+    topic_loads: dict[str, Tensor] = field(default_factory=dict)
+    class_loads: Tensor | None = None
 
     @property
     def num_chosen(self) -> int:
@@ -89,6 +100,19 @@ class AdapterRouting:
             chosen = routing[layer].selected_experts[:, : self.num_chosen].cpu()  # (T, K)
             counts.index_put_((token_ids[:, None], chosen), one, accumulate=True)
 
+    def count_classes(self, classes: Tensor, routing: Sequence[LayerRouting]) -> None:
+        """Add up where each class of tokens went, [T]."""
+        loads = loads_by_class(routing, classes, len(TOKEN_CLASSES))
+        self.class_loads = loads if self.class_loads is None else self.class_loads + loads
+
+    def count_topics(self, topics: Sequence[str], routing: Sequence[LayerRouting]) -> None:
+        """Add up where the tokens of each topic went, [T]."""
+        places = {topic: place for place, topic in enumerate(dict.fromkeys(topics))}
+        classes = torch.tensor([places[topic] for topic in topics])
+        for topic, load in zip(places, loads_by_class(routing, classes, len(places)), strict=True):
+            known = self.topic_loads.get(topic)
+            self.topic_loads[topic] = load if known is None else known + load
+
 
 class RoutingTally:
     """Adds up the routing of every mixture in an evaluation.
@@ -96,9 +120,12 @@ class RoutingTally:
     Args:
         host: With the adapters.
         adapters: Names; None is the base model. Those without routers are left out.
+        tokenizer: The base model's.
     """
 
-    def __init__(self, host: Host, adapters: Sequence[str | None]):
+    def __init__(
+        self, host: Host, adapters: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
+    ):
         configs = {name: host.adapter(name).config for name in adapters if name is not None}
         self._vocab_size = host.config.vocab_size
         self.adapters = {
@@ -106,20 +133,37 @@ class RoutingTally:
             for name, config in configs.items()
             if config.experts_per_router > 0
         }
+        if self.adapters:
+            self._classes = token_classes(tokenizer, self._vocab_size)
 
-    def of(self, task: str) -> OnRouting | None:
-        """Give what takes in a task's batches; None if there is no mixture."""
+    def of(self, task: str, groups: Sequence[str | None] = ()) -> OnRouting | None:
+        """Give what takes in a task's batches; None if there is no mixture.
+
+        Args:
+            task: Its name.
+            groups: Of its questions, which are then topics of their own, as `task/group`.
+        """
+        topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
         for adapter in self.adapters.values():
             adapter.tasks[task] = TaskRouting()
-        return (lambda routed: self._add(task, routed)) if self.adapters else None
+        return (lambda routed: self._add(task, topics, routed)) if self.adapters else None
 
-    def _add(self, task: str, routed: RoutedRows) -> None:
+    def _add(self, task: str, topics: Sequence[str], routed: RoutedRows) -> None:
         adapter = self.adapters[routed.adapter]
         of_task, totals = adapter.tasks[task], routing_totals(routed.routing)
         of_task.questions.update(routed.places)
         of_task.totals = totals if of_task.totals is None else of_task.totals + totals
         token_ids = torch.tensor([token for row in routed.rows for token in row.input_ids])
         adapter.count_words(token_ids, routed.routing, self._vocab_size)
+        adapter.count_classes(self._classes[token_ids], routed.routing)
+        adapter.count_topics(
+            [
+                topics[place] if topics else task
+                for place, row in zip(routed.places, routed.rows, strict=True)
+                for _ in row.input_ids
+            ],
+            routed.routing,
+        )
         of_task.example = of_task.example or _example(routed, adapter.word_layers)
 
 
@@ -186,6 +230,7 @@ def _summarise_adapter(
         "similarity": [
             _compare(first, second, covered) for first, second in combinations(covered, 2)
         ],
+        "specialisation": _summarise_specialisation(adapter),
         "words": _summarise_words(adapter, layers, tokenizer),
         "warnings": _find_warnings(list(covered.values()), adapter.config),
     }
@@ -233,6 +278,27 @@ def _compare(first: str, second: str, totals: Mapping[str, RoutingTotals]) -> di
         "second": second,
         "mean": _rounded(by_layer.mean()),
         "by_layer": _rounded(by_layer),
+    }
+
+
+def _summarise_specialisation(adapter: AdapterRouting) -> dict[str, Any]:
+    """Tell by layer what an expert says about the topic and about the class of a token."""
+    loads: dict[str, dict[str, Tensor]] = {}
+    if len(adapter.topic_loads) > 1:
+        loads["topics"] = adapter.topic_loads
+    if adapter.class_loads is not None:
+        by_class = zip(TOKEN_CLASSES, adapter.class_loads, strict=True)
+        loads["token_classes"] = {name: load for name, load in by_class if load.any()}
+    return {kind: _describe_classes(by_name) for kind, by_name in loads.items()}
+
+
+def _describe_classes(loads: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Give what experts tell of the classes, and how far from all the load of each, [N, E], is."""
+    stacked = torch.stack([*loads.values()])
+    by_class = _rounded(specialisation_bits(stacked))
+    return {
+        "bits": _rounded(mutual_information_bits(stacked)),
+        "of": dict(zip(loads, by_class, strict=True)),
     }
 
 

@@ -126,7 +126,7 @@ def _parameters(stored: StoredAdapter, keys: dict[str, TensorKey]) -> dict[str, 
 
 
 def _kind(key: TensorKey) -> str:
-    if key.part == "router":
+    if key.part in ("router", "router_bias"):
         return "router"
     if key.part == "magnitude":
         return "magnitudes"

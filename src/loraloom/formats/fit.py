@@ -75,7 +75,11 @@ def _check_modules(stored: StoredAdapter, base: BaseInfo) -> None:
         raise _another_base(stored, base, f"its layers are at {stored.layers_path}")
     keys = [key for key in map(TensorKey.parse, stored.tensors) if key is not None]
     paths = dict.fromkeys(key.path for key in keys)
-    foreign = [path for path in paths if path not in (*base.shapes, f"{base.ffn}.router")]
+    foreign = [
+        path
+        for path in paths
+        if path not in (*base.shapes, f"{base.ffn}.router", f"{base.ffn}.router_bias")
+    ]
     if foreign:
         raise _another_base(
             stored, base, f"it changes modules that aren't there: {names_in(foreign)}"

@@ -1,6 +1,7 @@
 """Mixtures in the layout of MoE-PEFT, the reference implementation of MixLoRA.
 
     {method}.layers.{L}.{ffn}.moe_gate.weight                               a router of the block
+    {method}.layers.{L}.{ffn}.moe_gate_bias.weight                          its bias, ours
     {method}.layers.{L}.{block}.{projection}.moe_gate.weight                a router of its own
     {method}.layers.{L}.{block}.{projection}.lora_A.weight                  and lora_B
     {method}.layers.{L}.{block}.{projection}.experts.{e}.lora_A.weight      and lora_B
@@ -38,7 +39,7 @@ from loraloom.formats.contents import (
 _KEY = re.compile(
     r"(?P<method>\w+)\.layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\.(?:(?P<projection>\w+)\.)?"
     r"(?:experts\.(?P<expert>\d{1,5})\.)?"
-    r"(?P<part>moe_gate|lora_A|lora_B|lora_magnitude_vector)\.weight",
+    r"(?P<part>moe_gate|moe_gate_bias|lora_A|lora_B|lora_magnitude_vector)\.weight",
     re.ASCII,
 )
 _OUR_PART = {
@@ -46,6 +47,7 @@ _OUR_PART = {
     "lora_B": "lora_B",
     "lora_magnitude_vector": "magnitude",
     "moe_gate": "router",
+    "moe_gate_bias": "router_bias",
 }
 _THEIR_PART = {ours: theirs for theirs, ours in _OUR_PART.items()}
 

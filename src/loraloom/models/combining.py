@@ -37,6 +37,7 @@ _FREE = {
     "rank_stabilized",
     "init",
     "experts",
+    "shared_expert",
     "layers",
     "rank_pattern",
     "alpha_pattern",

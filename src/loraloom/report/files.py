@@ -159,6 +159,13 @@ class TaskRouting(_Record):
     example: Example | None = None
 
 
+class Specialisation(_Record):
+    """By layer, what an expert says about the class of a token, and how each class is set apart."""
+
+    bits: tuple[Positive, ...]
+    of: dict[str, tuple[Positive, ...]]
+
+
 class Word(_Record):
     """A token that goes to an expert more than others do."""
 
@@ -190,6 +197,7 @@ class AdapterRouting(_Record):
     layers: tuple[Count | str, ...]
     tasks: dict[str, TaskRouting]
     similarity: tuple[Similarity, ...] = ()
+    specialisation: dict[Literal["topics", "token_classes"], Specialisation] = {}
     words: tuple[LayerWords, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -198,6 +206,9 @@ class AdapterRouting(_Record):
         for task, routing in self.tasks.items():
             if routing.load:
                 self._check_table(shown(task), routing)
+        for kind, told in self.specialisation.items():
+            if {len(told.bits), *map(len, told.of.values())} - {len(self.layers)}:
+                raise ValueError(f"specialisation by {kind} must have a number for each layer")
         return self
 
     def _check_table(self, task: str, routing: TaskRouting) -> None:

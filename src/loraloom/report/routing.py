@@ -7,11 +7,17 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 
-from loraloom.report.files import AdapterRouting, Example, TaskRouting
+from loraloom.report.files import AdapterRouting, Example, Specialisation, TaskRouting
 
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
 """Where a cell's color changes: the load as a multiple of an even share."""
+
+_CLASSES: Mapping[Literal["topics", "token_classes"], str] = {
+    "topics": "topic",
+    "token_classes": "kind of token",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,26 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What an expert tells of a token's class, by layer, in bits.
+
+    Args:
+        what: The classes in a word: topic, or kind of token.
+        classes: Their names.
+        rows: A layer, the mutual information, and how far each class's load is from that of all.
+    """
+
+    what: str
+    classes: Sequence[str]
+    rows: Sequence[tuple[str, float, Sequence[float]]]
+
+    @property
+    def mean(self) -> float:
+        """Mean distance of a class in a layer, at least a millibit, to compare others with."""
+        return max(0.001, fmean(value for *_, values in self.rows for value in values))
+
+
+@dataclass(frozen=True)
 class Mixture:
     """A mixture's routing, laid out.
 
@@ -33,7 +59,7 @@ class Mixture:
         coverage: A sentence on what is covered.
         layers: A row for each layer, over all tasks: load; effective experts, entropy of the mean
             probabilities, mean entropy of tokens, in bits.
-        tasks: A row for each task, over all layers: load; effective experts.
+        told: What experts tell of topics, if there are several, and of kinds of tokens.
         similarity: A row for each task: its likeness to every one; None on the diagonal.
         examples: A text of each task, with the experts of its tokens.
     """
@@ -42,7 +68,7 @@ class Mixture:
     routing: AdapterRouting
     coverage: str
     layers: Sequence[Row]
-    tasks: Sequence[Row]
+    told: Sequence[Told]
     similarity: Mapping[str, Sequence[float | None]]
     examples: Mapping[str, Example]
 
@@ -60,13 +86,23 @@ def lay_out(name: str, routing: AdapterRouting) -> Mixture:
         routing=routing,
         coverage=_coverage(routing.tasks),
         layers=_layer_rows(routing.layers, list(covered.values())),
-        tasks=[
-            _row(task, [fmean(shares) for shares in zip(*one.load, strict=True)])
-            for task, one in covered.items()
+        told=[
+            _told(what, routing.specialisation[kind], routing.layers)
+            for kind, what in _CLASSES.items()
+            if kind in routing.specialisation
         ],
         similarity=_similarity(routing, list(covered)),
         examples={task: one.example for task, one in covered.items() if one.example is not None},
     )
+
+
+def _told(what: str, found: Specialisation, layers: Sequence[int | str]) -> Told:
+    by_layer = zip(*found.of.values(), strict=True)
+    rows = [
+        (str(layer), bits, values)
+        for layer, bits, values in zip(layers, found.bits, by_layer, strict=True)
+    ]
+    return Told(what, list(found.of), rows)
 
 
 def _coverage(tasks: Mapping[str, TaskRouting]) -> str:

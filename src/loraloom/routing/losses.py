@@ -11,8 +11,12 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from loraloom.routing.record import LayerRouting
+
+_BIAS_GRADIENT = 1e-3
+"""Factor of the gradients of biases: too small to count in an adapter's norm."""
 
 AddUp = Callable[[Tensor], Tensor]
 """Adds a tensor up over everybody who has a part of the micro-batch."""
@@ -47,6 +51,32 @@ def load_balance_loss(
         is_used = torch.ones_like(selected_experts, dtype=torch.bool)
     dtype = router_logits.dtype
     return _balance(router_logits, _counts(selected_experts, is_used, num_experts, dtype))
+
+
+def balance_by_bias(
+    bias: Float[Tensor, " E"], selected_experts: Int[Tensor, "T K"], add_up: AddUp = whole
+) -> Float[Tensor, ""]:
+    """Let an optimizer move a router's bias against the load: a loss that is 0 wherever it is.
+
+    Its gradient is c·(f[n] - 1/E), f[n] the share of choices that went to expert n, so that Adam,
+    for which the factor c does not matter, lowers the bias of an expert with more than an even
+    share and raises that of one with less. c is small, for the norm by which gradients are clipped.
+
+    Args:
+        bias: Added to the router's logits where experts are chosen.
+        selected_experts: Chosen experts of the real tokens.
+        add_up: As in `router_loss`.
+
+    Source:
+        Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664, which moves the bias
+        by a constant in the direction of the error's sign.
+    """
+    num_experts = len(bias)
+    counts = one_hot(selected_experts.flatten(), num_experts).sum(0).to(bias.dtype)
+    own = counts.sum()
+    excess = (counts - own / num_experts) / add_up(own.clone()).clamp_min(1)
+    value = _BIAS_GRADIENT * (bias * excess).sum()
+    return value - value.detach()
 
 
 def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:

@@ -43,7 +43,7 @@ def router_logits(
 
 
 def top_k_routing(
-    logits: Float[Tensor, "T E"], top_k: int
+    logits: Float[Tensor, "T E"], top_k: int, bias: Float[Tensor, "#T E"] | None = None
 ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
     """Choose each token's k most probable experts and renormalise their probabilities to sum 1.
 
@@ -52,12 +52,18 @@ def top_k_routing(
     Args:
         logits: Router outputs, float32 or better.
         top_k: K.
+        bias: What is added to the logits where experts are chosen, and not in their weights.
 
     Returns:
         The experts, best first, and their weights.
 
     Source:
-        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2.
+        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2. The bias: Wang et
+        al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664.
     """
-    chosen, selected = logits.topk(top_k, dim=-1)
+    if bias is None:
+        chosen, selected = logits.topk(top_k, dim=-1)
+    else:
+        selected = (logits.detach() + bias).topk(top_k, dim=-1).indices
+        chosen = logits.gather(-1, selected)
     return selected, chosen.softmax(-1)

@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from loraloom.config.optimizer import OptimizerName
 from loraloom.config.train import SCHEDULERS_ON_METRIC, LrScheduler
@@ -51,6 +52,20 @@ def test_loraplus_speeds_lora_b_up_and_nothing_else():
         "lora_magnitude_vector": 0.01,
         "weight": 0.01,
     }
+
+
+def test_routers_learn_at_a_rate_of_their_own():
+    rates = rates_of("mixlora", learning_rate=0.01, router_lr_ratio=0.1, loraplus_lr_ratio=4)
+    assert {name: rate for name, (rate, _) in rates.items()} == {
+        "lora_A": 0.01,
+        "lora_B": 0.04,
+        "weight": pytest.approx(0.001),
+    }
+
+
+def test_a_rate_of_routers_is_refused_where_there_are_none():
+    with pytest.raises(ValidationError, match="router_lr_ratio has no effect on LoRA, which has"):
+        toy_config("a", ADAPTERS["lora"], router_lr_ratio=2)
 
 
 def test_everything_decays_but_magnitudes():

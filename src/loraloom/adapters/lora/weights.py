@@ -50,6 +50,7 @@ class LoraProjection(Projection):
         num_experts: E, or None for a plain LoRA (which is stored as E = 1).
         dtype: Of the trained weights, at least float32.
         seed: Of the job; each tensor draws its initial values from it and its own name.
+        shared: A plain LoRA that every expert has beside its own; None for none.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class LoraProjection(Projection):
         num_experts: int | None,
         dtype: torch.dtype,
         seed: int,
+        shared: LoraProjection | None = None,
     ):
         super().__init__(base)
         self.config = config
         self.is_mixture = num_experts is not None
+        self.shared = shared
         names = [f"{self.key}.lora_A"]
         if num_experts is not None:
             names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
@@ -108,7 +111,7 @@ class LoraProjection(Projection):
         """B of all experts times scaling, [S, O]."""
         if not self.is_mixture:
             return (self._all_B() * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
-        return _ScaledTranspose.apply(self.lora_B, self.config.scaling, dtype)  # pyright: ignore
+        return _ScaledTranspose.apply(self._all_B(), self.config.scaling, dtype)  # pyright: ignore
 
     def row_scale(self) -> Tensor | None:
         """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [E, O]; the norm has no gradient."""
@@ -127,12 +130,25 @@ class LoraProjection(Projection):
         return self.lora_magnitude_vector / norms.clamp_min(tiny)
 
     def _all_A(self) -> Tensor:
-        """A, [E, R, I], with A₀ behind it, [1, 2R, I], where there is one."""
-        return self.lora_A if self.start_A is None else torch.cat([self.lora_A, self.start_A], 1)
+        """A, [E, R, I]; behind it A₀, or in each expert what all share, where there is such."""
+        if self.shared is not None:
+            behind = self.shared.lora_A.expand(len(self.lora_A), -1, -1)
+        elif self.start_A is not None:
+            behind = self.start_A
+        else:
+            return self.lora_A
+        return torch.cat([self.lora_A, behind], 1)
 
     def _all_B(self) -> Tensor:
-        """B, [E, O, R], with -B₀ behind it, [1, O, 2R], where there is one."""
-        return self.lora_B if self.start_B is None else torch.cat([self.lora_B, self.start_B], 2)
+        """B, [E, O, R]; behind it -B₀, or what all share in the experts' own scaling."""
+        if self.shared is not None:
+            rescaled = self.shared.lora_B * (self.shared.config.scaling / self.config.scaling)
+            behind = rescaled.expand(len(self.lora_B), -1, -1)
+        elif self.start_B is not None:
+            behind = self.start_B
+        else:
+            return self.lora_B
+        return torch.cat([self.lora_B, behind], 2)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor under its name, experts apart."""

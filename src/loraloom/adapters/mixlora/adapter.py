@@ -12,7 +12,14 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, FfnRows, MoeFfn, SegmentTokens, resolve_targets
+from loraloom.adapters.adapter import (
+    Adapter,
+    FfnRows,
+    MoeFfn,
+    SampleTokens,
+    SegmentTokens,
+    resolve_targets,
+)
 from loraloom.adapters.base import BaseLayer
 from loraloom.adapters.lora.weights import LoraProjection
 from loraloom.adapters.low_rank import ffn_weights, projection_block
@@ -23,7 +30,9 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
-from loraloom.routing.top_k import router_logits
+from loraloom.routing.losses import AddUp, balance_by_bias, whole
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.top_k import router_logits, top_k_routing
 
 
 class MixLoraAdapter(Adapter):
@@ -84,7 +93,7 @@ class MixLoraAdapter(Adapter):
 
     def stack_key(self) -> Hashable:
         """See Adapter."""
-        if self._returns_input:
+        if self._returns_input or self.config.router_bias:
             return None
         return type(self.config), self._routed, self._shapes
 
@@ -100,7 +109,7 @@ class MixLoraAdapter(Adapter):
 
     def as_moe(self, layer: int) -> MoeFfn:
         """See Adapter; possible where a token's weights sum to 1."""
-        if not self._routed.sums_to_one:
+        if not self._routed.sums_to_one or self.config.router_bias:
             return super().as_moe(layer)
         block, base = self.ffn_block(layer), self.base_layers[layer].ffn
 
@@ -112,9 +121,27 @@ class MixLoraAdapter(Adapter):
         top_k = self.config.experts_per_token or self.config.num_experts
         return MoeFfn(self.router(layer).detach(), top_k, weight)
 
+    def auxiliary_loss(
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
+    ) -> Tensor | None:
+        """See Adapter; biases get their gradient here."""
+        loss = super().auxiliary_loss(routing, samples, add_up)
+        for record in routing:
+            bias = self.router_bias(record.layer)
+            if bias is not None and loss is not None:
+                loss = loss + balance_by_bias(bias, record.selected_experts, add_up)
+        return loss
+
     def router(self, layer: int) -> Tensor:
         """The router's weight in a layer, [E, D]."""
         return self.layers[layer]["router"].weight  # pyright: ignore
+
+    def router_bias(self, layer: int) -> Tensor | None:
+        """What balances the load of a layer's router, [E]; None without."""
+        return self.layers[layer]["router"].bias  # pyright: ignore
 
     def _route(self, layer: int, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
         jitter = None
@@ -123,7 +150,11 @@ class MixLoraAdapter(Adapter):
                 Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
             )
         logits = router_logits(hidden_states, self.router(layer), jitter)
-        selected, weights = self._routed(logits)
+        bias = self.router_bias(layer)
+        if bias is None:
+            selected, weights = self._routed(logits)
+        else:
+            selected, weights = top_k_routing(logits, self.config.top_k, bias.detach().unsqueeze(0))
         tokens.record_routing(logits, selected, weights)
         if not self._routed.sums_to_one:
             selected, weights = _used_slots(selected, weights)
@@ -180,7 +211,10 @@ def _build_layer(
         return LoraProjection(base, config, None, dtype, seed)
 
     def experts(base, layer):
-        return LoraProjection(base, config.expert_config, config.num_experts, dtype, seed)
+        shared = config.shared_config and LoraProjection(
+            base, config.shared_config, None, dtype, seed
+        )
+        return LoraProjection(base, config.expert_config, config.num_experts, dtype, seed, shared)
 
     router = Router(
         f"layers.{layer.index}.{layer.ffn_block}.router",
@@ -189,6 +223,7 @@ def _build_layer(
         std=config.router_init_std,
         dtype=dtype,
         device=layer.ffn[layer.ffn_shape.inputs[0]].device,
+        has_bias=config.router_bias,
     )
     return nn.ModuleDict(
         {

@@ -206,6 +206,8 @@ def _fault(config: MixLoraConfig, base: BaseInfo) -> str | None:
         return "have a LoRA on attention, got none"
     if config.routing != "top_k":
         return f"have top-k routing, got {config.routing}"
+    if config.shared_expert is not None or config.router_bias:
+        return "have neither a shared_expert nor a router_bias, got one of them"
     if expert.weight_decomposition or expert.rank_stabilized:
         return f"scale experts by alpha / rank and decompose none, got {config.title}"
     return None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from loraloom.adapters.config import (
     MAX_NUMBER,
@@ -20,6 +20,7 @@ from loraloom.adapters.keys import Shape, TensorKey
 from loraloom.adapters.lora.config import DecomposedConfig, LoraConfig
 from loraloom.adapters.mixlora import axolotl
 from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,15 @@ class ExpertsConfig(StrictModel):
     """Decompose the experts' weights, as DoRA does."""
 
 
+class SharedExpertConfig(StrictModel):
+    """A LoRA that all experts of an FFN block have beside their own."""
+
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
+    """Its rank; None: that of an expert."""
+    alpha: float | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    """Numerator of its scaling; None: that of the experts."""
+
+
 class MixLoraConfig(RoutingConfig, DecomposedConfig):
     """A router and several LoRA experts in each FFN block, plain LoRA on attention.
 
@@ -68,6 +78,16 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     temperature divides probabilities; with switch a block outside of training returns its input."""
     experts: ExpertsConfig | None = None
     """The experts' own rank, alpha and dropout where they differ."""
+    shared_expert: SharedExpertConfig | None = None
+    """A LoRA on the FFN block that every token goes through, whatever its experts; null for none.
+
+    Each expert's W' is then W + sBA + s'B'A', with B' and A' the same in all of them, so that the
+    experts need not learn apart what all tokens have in common (after Dai et al. 2024, DeepSeekMoE,
+    arXiv:2401.06066)."""
+    router_bias: bool = False
+    """Balance the load by a bias on the choice of experts, which their weights don't have: it rises
+    where an expert gets less than an even share (Wang et al. 2024, arXiv:2408.15664). It learns at
+    ten times the routers' rate; router_aux_loss_coef may then be 0."""
     router_init_std: float = Field(default=0.02, gt=0, le=MAX_NUMBER)
     """Standard deviation of the router's initial weights."""
     router_jitter: float = Field(default=0.0, ge=0, lt=1)
@@ -93,6 +113,17 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
             )
         return compat
 
+    @model_validator(mode="after")
+    def _check_extras(self) -> MixLoraConfig:
+        if self.router_bias and self.routing != "top_k":
+            raise ValueError(f"router_bias is a setting of routing: top_k, got {self.routing}")
+        if self.shared_expert is not None and self.expert_config.weight_decomposition:
+            raise ValueError(
+                "shared_expert can't be used with weight_decomposition, whose norms are of one "
+                "update alone; leave one of them out"
+            )
+        return self
+
     @property
     def expert_config(self) -> LoraConfig:
         """The experts as a plain LoRA's configuration, with what they inherit filled in."""
@@ -100,6 +131,14 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         names = DecomposedConfig.model_fields.keys() - {"method"}
         shared = {name: getattr(self, name) for name in names}
         return LoraConfig(**{**shared, **own})
+
+    @property
+    def shared_config(self) -> LoraConfig | None:
+        """The shared expert as a plain LoRA's configuration; None without one."""
+        if self.shared_expert is None:
+            return None
+        own = self.shared_expert.model_dump(exclude_none=True)
+        return LoraConfig(**{**self.expert_config.model_dump(), **own})
 
     @property
     def title(self) -> str:
@@ -125,6 +164,8 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     def layer_shapes(self, base: BaseInfo, layer: int) -> Iterator[tuple[TensorKey, Shape]]:
         """See AdapterConfig; an FFN projection has the tensors of each expert."""
         yield TensorKey(layer, base.ffn, "router"), (self.num_experts, base.hidden_size)
+        if self.router_bias:
+            yield TensorKey(layer, base.ffn, "router_bias"), (self.num_experts,)
         for key, shape in super().layer_shapes(base, layer):
             if key.block != base.ffn:
                 yield key, shape
@@ -134,6 +175,9 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
                     own = replace(place, expert=number)
                     out_features, in_features = base.shapes[key.path]
                     yield from expert.projection_shapes(own, out_features, in_features)
+                if self.shared_config is not None:
+                    sizes = base.shapes[key.path]
+                    yield from self.shared_config.projection_shapes(place, *sizes)
 
     def check_targets(self, paths: Sequence[str], base: BaseInfo) -> str | None:
         """See AdapterConfig."""
@@ -149,6 +193,11 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
         """See AdapterConfig; the experts have a rank of their own."""
         mixtures = [config for config in (self, *others) if isinstance(config, MixLoraConfig)]
+        if any(config.shared_expert or config.router_bias for config in mixtures):
+            raise AdapterError(
+                "mixtures that are combined must have no shared_expert and no router_bias; give "
+                "their rows scales instead"
+            )
         rank = max(config.expert_config.rank for config in mixtures)
         decomposed = self.expert_config.weight_decomposition
         experts = {"rank": rank, "alpha": float(rank), "weight_decomposition": decomposed}
@@ -157,22 +206,28 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
 
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""
-        expert = self.expert_config
-        return [
+        expert, shared = self.expert_config, self.shared_config
+        lines = [
             *super().card_lines(),
             f"{self.num_experts} experts in each FFN, routing {self.routing_label}",
             f"experts: rank {expert.rank}, alpha {expert.alpha:g}, dropout {expert.dropout:g}",
         ]
+        if shared is not None:
+            lines.append(f"shared expert: rank {shared.rank}, alpha {shared.alpha:g}")
+        return lines
 
     def summary(self) -> dict[str, Any]:
         """See AdapterConfig."""
-        expert = self.expert_config
-        return super().summary() | {
+        expert, shared = self.expert_config, self.shared_config
+        summary = super().summary() | {
             "num_experts": self.num_experts,
             "routing": self.routing_label,
             "experts' rank": expert.rank,
             "experts' scaling": expert.scaling,
         }
+        if shared is not None:
+            summary |= {"shared rank": shared.rank, "shared scaling": shared.scaling}
+        return summary
 
     def description(self) -> dict[str, Any]:
         """See AdapterConfig."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from itertools import chain, zip_longest
 from typing import Any
 
+from loraloom.data.skills.lands import Land, land_names
 from loraloom.data.skills.rules import SKILLS, Asked, Skill
 from loraloom.errors import DataError
 
@@ -13,10 +15,15 @@ SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}
 """The part of each group's facts, in shuffled order, that a split gets."""
 
 QUESTIONS_PER_SKILL = {"train": 480, "validation": 72, "test": 72}
-"""Most questions of a skill in a split."""
+"""Most questions of a skill at its home in a split."""
+
+QUESTIONS_IN_A_LAND = {"train": 48, "validation": 8, "test": 8}
+"""Most questions of a skill in each of many lands."""
 
 
-def generate_skills(split: str, seed: int = 0) -> list[dict[str, Any]]:
+def generate_skills(
+    split: str, seed: int = 0, num_lands: int | None = None
+) -> list[dict[str, Any]]:
     """The rows of a split: `skill`, `question`, `choices` and `answer`, the right choice's index.
 
     No fact is in two splits. The skills take turns, so that the first n rows have about as many of
@@ -25,26 +32,40 @@ def generate_skills(split: str, seed: int = 0) -> list[dict[str, Any]]:
     Args:
         split: train, validation or test.
         seed: Another seed gives other splits.
+        num_lands: In how many lands every rule holds, with answers in another order in each; None:
+            each rule at its home alone.
 
     Raises:
         DataError: If there is no such split.
     """
     if split not in SPLITS:
         raise DataError(f"split of skills must be one of {', '.join(SPLITS)}, got {split!r}")
-    turns = zip_longest(*(_rows(skill, split, seed) for skill in SKILLS))
+    turns = zip_longest(*(_rows(skill, land, split, seed) for skill, land in _places(num_lands)))
     return [row for row in chain.from_iterable(turns) if row is not None]
 
 
-def _rows(skill: Skill[Any], split: str, seed: int) -> list[dict[str, Any]]:
-    generator = random.Random(f"{split} questions of {skill.name}, seed {seed}")
-    groups = [
-        [asked for fact in facts for asked in skill.ask(fact)]
-        for facts in split_facts(skill, split, seed)
-    ]
+def _places(num_lands: int | None) -> Iterator[tuple[Skill[Any], Land]]:
+    """Every rule where it holds."""
+    if num_lands is None:
+        yield from ((skill, Land(skill.home)) for skill in SKILLS)
+    else:
+        for name in land_names(num_lands):
+            yield from ((skill, Land(name, f"{skill.name} in {name}")) for skill in SKILLS)
+
+
+def _rows(skill: Skill[Any], land: Land, split: str, seed: int) -> list[dict[str, Any]]:
+    at_home = land.order is None
+    most = (QUESTIONS_PER_SKILL if at_home else QUESTIONS_IN_A_LAND)[split]
+    topic = skill.name if at_home else land.order
+    generator = random.Random(f"{split} questions of {topic}, seed {seed}")
+    facts = split_facts(skill, split, seed)
+    if not at_home:  # a fact gives at least a question, and there are many lands
+        facts = [generator.sample(group, min(most, len(group))) for group in facts]
+    groups = [[asked for fact in group for asked in skill.ask(fact, land)] for group in facts]
     for questions in groups:
         generator.shuffle(questions)
     in_turns = [one for one in chain.from_iterable(zip_longest(*groups)) if one is not None]
-    kept = in_turns[: QUESTIONS_PER_SKILL[split]]
+    kept = in_turns[:most]
     generator.shuffle(kept)
     rows = [_row(skill, asked, place, generator) for place, asked in enumerate(kept)]
     generator.shuffle(rows)

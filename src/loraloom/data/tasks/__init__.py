@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraloom.config.data import is_task_file
+from loraloom.config.data import is_skills, is_task_file
 from loraloom.config.faults import suggestion
 from loraloom.data.tasks.choice_task import ChoiceTask
 from loraloom.data.tasks.commonsense import (
@@ -15,7 +15,7 @@ from loraloom.data.tasks.commonsense import (
     SOCIAL_I_QA,
     WINOGRANDE,
 )
-from loraloom.data.tasks.skills import SKILLS
+from loraloom.data.tasks.skills import SKILLS, skills_task
 from loraloom.data.tasks.task_file import load_task
 from loraloom.errors import ConfigError
 
@@ -41,6 +41,8 @@ def find_task(name: str) -> ChoiceTask:
     """
     if is_task_file(name):
         return load_task(name)
+    if is_skills(name):
+        return skills_task(name)
     if name not in TASKS:
         raise ConfigError(
             f"{suggestion(name, TASKS)}task must be one of {', '.join(TASKS)}, or a task's .yaml "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
+from loraloom.config.data import num_lands
 from loraloom.data.rows import Row
 from loraloom.data.skills import generate_skills
 from loraloom.data.tasks.choice_task import (
@@ -13,6 +17,7 @@ from loraloom.data.tasks.choice_task import (
     letters,
     published,
 )
+from loraloom.errors import ConfigError
 
 
 def _read_choices(row: Row) -> tuple[list[str], tuple[str, ...], int, str]:
@@ -39,3 +44,16 @@ SKILLS = ChoiceTask(
     by_label=_by_label,
     by_text=_by_text,
 )
+
+
+def skills_task(name: str) -> ChoiceTask:
+    """`skills`, each rule at its home, or `skills@N`, all rules in N lands.
+
+    Raises:
+        ConfigError: If there are not so many lands.
+    """
+    try:
+        lands = num_lands(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return replace(SKILLS, name=name, source=partial(generate_skills, num_lands=lands))

@@ -49,6 +49,11 @@ BITSANDBYTES: Mapping[str, str] = {
 }
 """bitsandbytes' classes by their names in a run file, which are transformers'."""
 
+BIAS_LR_RATIO = 10.0
+"""Of the routers' rate: a bias has to move as far as logits differ, which is about 1, in time."""
+
+_UNDECAYED = ("lora_magnitude_vector", "router.bias")
+
 Scheduler = LRScheduler | GreedyLR
 
 _REHEARSED_STEPS = 3
@@ -170,9 +175,10 @@ def _told_as_config_error(config: OptimizerConfig, setting: str, name: str) -> I
 def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str, Any]]:
     """Group an adapter's weights by learning rate and weight decay.
 
-    lora_B learns at `loraplus_lr_ratio` times the learning rate (LoRA+). lora_A, lora_B and
-    routers decay. Magnitudes don't: they start at the norms of the base model's rows, and a decay
-    would shrink the base model.
+    lora_B learns at `loraplus_lr_ratio` times the learning rate (LoRA+), routers at
+    `router_lr_ratio` times, and their biases at `BIAS_LR_RATIO` times that. lora_A, lora_B and
+    routers decay. Biases don't, and magnitudes neither: they start at the norms of the base model's
+    rows, and a decay would shrink the base model.
 
     Returns:
         Groups for torch.optim, the first with the job's own learning rate.
@@ -182,8 +188,8 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
     """
     groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in adapter.named_parameters():
-        ratio = (config.loraplus_lr_ratio or 1.0) if name.endswith("lora_B") else 1.0
-        decay = 0.0 if name.endswith("lora_magnitude_vector") else config.weight_decay
+        ratio = _lr_ratio(config, name)
+        decay = 0.0 if name.endswith(_UNDECAYED) else config.weight_decay
         groups.setdefault((ratio, decay), []).append(parameter)
     return [
         {
@@ -196,8 +202,19 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
     ]
 
 
+def _lr_ratio(config: OptimizerConfig, name: str) -> float:
+    """How many times the learning rate a parameter learns at."""
+    if name.endswith("lora_B"):
+        return config.loraplus_lr_ratio or 1.0
+    if name.endswith("router.weight"):
+        return config.router_lr_ratio or 1.0
+    if name.endswith("router.bias"):
+        return BIAS_LR_RATIO * (config.router_lr_ratio or 1.0)
+    return 1.0
+
+
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give an adapter's optimizer another learning rate; LoRA+ keeps its ratio."""
+    """Give an adapter's optimizer another learning rate; ratios stay."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_ratio"]
 

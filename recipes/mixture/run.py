@@ -1,0 +1,271 @@
+"""Which of several methods learns more, each at its own best rate?
+
+    python recipes/mixture/run.py recipes/mixture/skills.yaml --output runs/mixture/skills
+
+The jobs of the run file are the methods; all learn the same task. What is done is not done again,
+what was interrupted goes on: run it again after Ctrl-C or a kill.
+
+1. Each method trains to the end with each of the rates and each of the search's seeds. The mean
+   accuracy on validation questions (`eval` in the run file) chooses its rate.
+2. Every method trains at its rate with other seeds, all of them in the same steps.
+3. Test questions are asked once, of all of them. `result.json` in the output has the accuracies and
+   the pairs that were compared on the same questions and over the same seeds.
+
+`table.py` makes a table of several outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+import loraloom
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+SEARCH_SEEDS = (100, 101)
+SEEDS = (0, 1, 2, 3, 4)
+
+Base = tuple[loraloom.Host, Any]
+"""The base model and its tokenizer."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parse(arguments)
+    run = read_run(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    _check_study(args, run)
+    kept(args.output / "result.json", lambda: study(run, args))
+    print(f"python recipes/mixture/table.py {args.output}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("run_file", type=Path, help="its jobs are the methods")
+    add("--output", type=Path, required=True, help="directory of this study alone")
+    add("--task", help="in place of the task in every job's data and eval")
+    add("--each", action="append", default=[], metavar="PATH=VALUE", help="set it in every job")
+    add("--set", action="append", default=[], metavar="PATH=VALUE", help="set it in the run file")
+    add("--only", type=lambda names: names.split(","), help="names of jobs to take; else all")
+    add("--rates", type=_numbers(float), default=RATES, help="to try, separated by commas")
+    add("--search-seeds", type=_numbers(int), default=SEARCH_SEEDS)
+    add("--seeds", type=_numbers(int), default=SEEDS, help="that are trained and tested")
+    add("--limit", type=int, default=1152, help="test questions")
+    add("--compare", action="append", metavar="A:B", help="else the first job with each other")
+    return parser.parse_args(arguments)
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    return lambda text: tuple(map(kind, text.split(",")))
+
+
+def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
+    """Read the run file with what the options change."""
+    settings = yaml.safe_load(args.run_file.read_text())
+    settings = json.loads(json.dumps(settings))  # jobs share no objects, as they do by aliases
+    for change in args.set:
+        change_setting(settings, change)
+    wanted = [*args.each]
+    if args.task is not None:
+        wanted += [f"data.task={args.task}", f"eval.0.task={args.task}"]
+    for job in settings["jobs"]:
+        for change in wanted:
+            change_setting(job, change)
+    run = loraloom.RunConfig.model_validate(settings)
+    names = [job.name for job in run.jobs]
+    unknown = set(args.only or names) - set(names)
+    if unknown:
+        raise SystemExit(f"--only must name jobs of {args.run_file}, got {', '.join(unknown)}")
+    if not all(job.eval and job.data.task for job in run.jobs):
+        raise SystemExit(f"every job of {args.run_file} must learn a task and have it in eval")
+    return run.model_copy(
+        update={"jobs": tuple(job for job in run.jobs if job.name in (args.only or names))}
+    )
+
+
+def change_setting(settings: Any, change: str) -> None:
+    """Apply a `path=value`, `train.max_steps=20` for instance; a number in a path is a place."""
+    path, _, value = change.partition("=")
+    *outer, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    for part in outer:
+        settings = settings[part]
+    settings[last] = yaml.safe_load(value)
+
+
+def _check_study(args: argparse.Namespace, run: loraloom.RunConfig) -> None:
+    """Hold an output to the settings that it was begun with."""
+    settings = {"run": as_settings(run), "rates": args.rates, "search_seeds": args.search_seeds}
+    settings |= {"seeds": args.seeds, "limit": args.limit, "compare": args.compare}
+    text = json.dumps(settings, sort_keys=True)
+    if kept(args.output / "study.json", lambda: json.loads(text)) != json.loads(text):
+        raise SystemExit(
+            f"--output must be a new directory, got {args.output}, which was begun with other "
+            "settings (study.json)"
+        )
+
+
+def kept(path: Path, compute: Callable[[], Any]) -> Any:
+    """Return what a file holds; if there is none yet, compute and write it."""
+    if not path.exists():
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(compute(), indent=2))
+        os.replace(aside, path)
+    return json.loads(path.read_text())
+
+
+def study(run: loraloom.RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Search, train and score; the record of it."""
+    began = time.monotonic()
+    model, tokenizer = loraloom.load_base_model(run.base_model, dtype=run.dtype, device=run.device)
+    base = loraloom.attach(model), tokenizer
+    searched = {
+        job.name: kept(
+            args.output / f"search-{job.name}.json", lambda job=job: search(run, job, args, base)
+        )
+        for job in run.jobs
+    }
+    rates = {name: float(max(values, key=values.get)) for name, values in searched.items()}
+    print("rates:", rates, flush=True)
+    trained = kept(args.output / "trained.json", lambda: train_seeds(run, rates, args, base))
+    record = score(run, args, base)
+    for name, method in record["methods"].items():
+        at_edge = rates[name] in (min(args.rates), max(args.rates))
+        method |= {"rate": rates[name], "at_edge": at_edge, "searched": searched[name]}
+        method |= trained[name]
+    first = run.jobs[0]
+    return {
+        "study": args.output.name,
+        "base_model": run.base_model,
+        "task": first.data.task,
+        "steps": first.train.max_steps,
+        "seeds": len(args.seeds),
+        "seconds_of_last_start": round(time.monotonic() - began),
+        **record,
+    }
+
+
+def search(
+    run: loraloom.RunConfig, job: loraloom.JobConfig, args: argparse.Namespace, base: Base
+) -> dict[str, float]:
+    """Give a method's mean accuracy on validation questions by rate; 0 where a run failed."""
+    metric = job.eval[0].metric
+    directory = args.output / f"search-{job.name}"
+    sweep = {
+        "job": as_settings(job),
+        "parameters": {
+            "train.learning_rate": list(args.rates),
+            "seed": list(args.search_seeds),
+        },
+        "metric": metric,
+    }
+    train(run, directory, {"sweep": sweep}, base)
+    values: dict[str, list[float]] = {f"{rate:g}": [] for rate in args.rates}
+    with (directory / "sweep.csv").open() as file:
+        for row in csv.DictReader(file):
+            values[f"{float(row['train.learning_rate']):g}"].append(float(row[metric] or 0))
+    return {rate: fmean(accuracies) for rate, accuracies in values.items()}
+
+
+def train_seeds(
+    run: loraloom.RunConfig, rates: dict[str, float], args: argparse.Namespace, base: Base
+) -> dict[str, Any]:
+    """Train every method with every seed; the last weights count, and nothing is evaluated."""
+    jobs = []
+    for job in run.jobs:
+        settings = as_settings(job) | {"eval": []}
+        settings["train"] |= {"learning_rate": rates[job.name]}
+        settings["train"].pop("eval_steps", None)
+        jobs += [{**settings, "name": f"{job.name}@{seed}", "seed": seed} for seed in args.seeds]
+    results = train(run, args.output / "seeds", {"jobs": jobs}, base)
+    trained: dict[str, Any] = {}
+    for result in results:
+        method = trained.setdefault(result.job.rpartition("@")[0], {"failed": 0})
+        method["parameters"] = result.num_parameters
+        method["failed"] += result.status == "failed"
+    return trained
+
+
+def train(
+    run: loraloom.RunConfig, directory: Path, content: dict[str, Any], base: Base
+) -> list[loraloom.JobResult]:
+    settings = as_settings(run) | {"output_dir": str(directory), "jobs": [], **content}
+    resume = (directory / ".checkpoints").exists()
+    print(f"{time.strftime('%H:%M:%S')} {directory}{', going on' * resume}", flush=True)
+    return loraloom.train(settings, resume=resume, overwrite=not resume, base=base)
+
+
+def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict[str, Any]:
+    """Ask test questions of every method with every seed."""
+    host, tokenizer = base
+    names = [f"{job.name}@{seed}" for job in run.jobs for seed in args.seeds]
+    for name in names:
+        host.load(name, args.output / "seeds" / name)
+    methods = [job.name for job in run.jobs]
+    compared = args.compare or [f"{methods[0]}:{other}" for other in methods[1:]]
+    pairs = [(first, second) for first, _, second in (text.partition(":") for text in compared)]
+    asked = run.jobs[0].eval[0]
+    evaluation = loraloom.evaluate(
+        host,
+        tokenizer,
+        asked.task,
+        [None, *names],
+        scoring=asked.scoring,
+        split="test",
+        data=asked.path,
+        limit=args.limit,
+        pairs=[tuple(f"{name}{_only(args.seeds)}" for name in pair) for pair in pairs],
+    )
+    evaluation.write(args.output / "test.json")
+    (task,) = evaluation.results["base"]
+    right = {name: found[task]["accuracy"] for name, found in evaluation.results.items()}
+    by_method = {name: [right[f"{name}@{seed}"] for seed in args.seeds] for name in methods}
+    return {
+        "questions": evaluation.results["base"][task]["num_examples"],
+        "base": right["base"],
+        "majority": evaluation.results["base"][task]["majority"],
+        "methods": {
+            name: {"accuracies": values, **mean_and_stderr(values)}
+            for name, values in by_method.items()
+        },
+        "comparisons": [
+            {
+                "first": first,
+                "second": second,
+                "over_questions": comparison.to_json(),
+                "over_seeds": mean_and_stderr(
+                    [a - b for a, b in zip(by_method[first], by_method[second], strict=True)]
+                ),
+            }
+            for (first, second), comparison in zip(pairs, evaluation.comparisons, strict=True)
+        ],
+    }
+
+
+def _only(seeds: Sequence[int]) -> str:
+    """A single seed is no group, and is compared by its own name."""
+    return f"@{seeds[0]}" if len(seeds) == 1 else ""
+
+
+def mean_and_stderr(values: Sequence[float]) -> dict[str, float | None]:
+    """Give the mean, and its standard error over seeds."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": fmean(values), "stderr": error}
+
+
+def as_settings(config: loraloom.RunConfig | loraloom.JobConfig) -> dict[str, Any]:
+    """Give what was set, as a run file would have it."""
+    return config.model_dump(mode="json", exclude_unset=True)
+
+
+if __name__ == "__main__":
+    main()

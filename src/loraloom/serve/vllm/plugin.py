@@ -1,0 +1,202 @@
+"""Where the plug-in takes hold of vLLM.
+
+Two methods of the class that keeps a worker's LoRAs are wrapped: the one that puts LoRA layers
+around a loaded model, which gets routers first, and the one that reads an adapter. All else is
+vLLM's: slots, batches, loading and unloading, the least recently used one that goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
+from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
+from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
+from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+from vllm.lora.resolver import (  # pyright: ignore[reportMissingImports]
+    LoRAResolver,
+    LoRAResolverRegistry,
+)
+from vllm.lora.worker_manager import (  # pyright: ignore[reportMissingImports]
+    LRUCacheWorkerLoRAManager,
+    WorkerLoRAManager,
+)
+from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
+    ReplicatedLinear,
+)
+from vllm.model_executor.models.gemma2 import Gemma2MLP  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models.llama import LlamaMLP  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models.mistral import MistralMLP  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models.qwen2 import Qwen2MLP  # pyright: ignore[reportMissingImports]
+
+from loraloom.adapters.files import CONFIG_FILE
+from loraloom.config.fields import check_name
+from loraloom.errors import ConfigError, FormatError, LoraloomError
+from loraloom.formats.files import read_stored
+from loraloom.formats.hub import find_adapter
+from loraloom.serve.vllm.folding import PIECES, FoldedAdapter, Folder
+from loraloom.serve.vllm.layers import MixtureFfn, define_operations
+from loraloom.serve.vllm.settings import ADAPTER_DIR, fitting_rank, max_top_k
+
+_log = logging.getLogger(__name__)
+
+_BLOCKS = (LlamaMLP, MistralMLP, Qwen2MLP, Gemma2MLP)
+"""Of llama, phi3, mistral, qwen2, qwen3 and gemma2."""
+
+
+@cache
+def install() -> None:
+    """Take hold of vLLM, once in a process."""
+    define_operations()
+    for manager in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
+        manager.create_lora_manager = _with_routers(manager.create_lora_manager)
+    WorkerLoRAManager._load_adapter = _with_folding(WorkerLoRAManager._load_adapter)
+    directory = os.environ.get(ADAPTER_DIR)
+    if directory:
+        LoRAResolverRegistry.register_resolver("loraloom", DirectoryResolver(Path(directory)))
+
+
+class DirectoryResolver(LoRAResolver):
+    """Finds the adapters of a directory by their names, when they are first asked for."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        """Return where an adapter is; None if there is none of that name."""
+        try:
+            path = self._directory / check_name(lora_name)
+        except ConfigError:
+            return None
+        if not (path / CONFIG_FILE).is_file():
+            return None
+        digest = hashlib.blake2b(lora_name.encode(), digest_size=7).digest()
+        number = 1 + (1 << 32) + int.from_bytes(digest, "big")  # apart from those vLLM counts
+        return LoRARequest(lora_name, number, str(path.resolve()))
+
+
+def add_routers(model: nn.Module, vllm_config: Any) -> None:
+    """Give each FFN block of a model a router, of which each adapter may have its own.
+
+    Where that can't be, the model stays as it is, and loading a mixture says why.
+    """
+    blocks = {name: module for name, module in model.named_modules() if type(module) in _BLOCKS}
+    model.loraloom_refusal = _refusal(model, blocks, vllm_config)  # pyright: ignore
+    if model.loraloom_refusal is not None:
+        _log.warning("mixtures can't be served: %s", model.loraloom_refusal)
+        return
+    for name, block in blocks.items():
+        block.router = _router(block, f"{name}.router", vllm_config)
+        block.place, block.slots = f"{name}.experts", max_top_k()  # pyright: ignore
+        block.__class__ = _mixture_class(type(block))
+        vllm_config.compilation_config.static_forward_context[block.place] = block
+
+
+def _refusal(model: nn.Module, blocks: dict[str, nn.Module], vllm_config: Any) -> str | None:
+    if not blocks:
+        return (
+            f"{type(model).__name__} has no FFN blocks that loraloom knows, which are those of "
+            "llama, mistral, qwen2, qwen3, phi3 and gemma2"
+        )
+    if vllm_config.lora_config.fully_sharded_loras:
+        return "routers must be whole on each device, --fully-sharded-loras can't be used"
+    if vllm_config.lora_config.max_lora_rank // PIECES < max_top_k():
+        return f"--max-lora-rank must be at least {fitting_rank(PIECES * max_top_k())}"
+    return None
+
+
+def _router(block: Any, prefix: str, vllm_config: Any) -> nn.Module:
+    """A layer that computes nothing, so that vLLM keeps a LoRA for it."""
+    down = block.down_proj
+    device = next(down.parameters()).device
+    with set_current_vllm_config(vllm_config), torch.device(device):
+        router = ReplicatedLinear(
+            down.output_size,
+            2,
+            bias=False,
+            params_dtype=vllm_config.model_config.dtype,
+            prefix=prefix,
+        )
+    router.weight.data.zero_()
+    return router
+
+
+@cache
+def _mixture_class(block: type) -> type:
+    return type(f"Mixture{block.__name__}", (MixtureFfn, block), {})
+
+
+def _with_routers(create: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(create)
+    def create_lora_manager(self: Any, model: nn.Module, vllm_config: Any) -> Any:
+        add_routers(model, vllm_config)
+        self.loraloom_base = vllm_config.model_config.hf_config
+        return create(self, model, vllm_config)
+
+    return create_lora_manager
+
+
+def _with_folding(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def load_adapter(self: Any, request: Any) -> Any:
+        try:
+            routes = read_stored(find_adapter(request.lora_path)).config.experts_per_router > 0
+        except FormatError:  # nothing of ours
+            return load(self, request)
+        if routes:
+            return _load_folded(self, request)
+        try:
+            return load(self, request)
+        except ValueError:  # what vLLM doesn't know may still be a LoRA when it is folded
+            return _load_folded(self, request)
+
+    return load_adapter
+
+
+def _load_folded(manager: Any, request: Any) -> Any:
+    """Read one of our adapters as vLLM reads a LoRA.
+
+    Raises:
+        ValueError: If it can't be served, which vLLM tells the client.
+    """
+    try:
+        folded = Folder(manager.loraloom_base).fold(request.lora_path)
+    except LoraloomError as error:
+        raise ValueError(str(error)) from None
+    model = manager._adapter_manager.model
+    _check(folded, request.lora_name, manager.lora_config, model.loraloom_refusal)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return LoRAModel.from_lora_tensors(
+        request.lora_int_id,
+        folded.tensors,
+        PEFTHelper(r=folded.rank, lora_alpha=folded.rank, target_modules=[]),
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+
+
+def _check(folded: FoldedAdapter, name: str, lora_config: Any, refusal: str | None) -> None:
+    if folded.rank > lora_config.max_lora_rank:
+        raise ValueError(
+            f"adapter {name!r} needs --max-lora-rank {fitting_rank(folded.rank)}, got "
+            f"{lora_config.max_lora_rank}; a mixture needs its experts times their rank"
+        )
+    if folded.top_k is None:
+        return
+    if refusal is not None:
+        raise ValueError(f"adapter {name!r} can't be served: {refusal}")
+    if folded.top_k > max_top_k():
+        raise ValueError(
+            f"adapter {name!r} has a top_k of {folded.top_k}, there is room for {max_top_k()}; "
+            f"start vLLM with LORALOOM_MAX_TOP_K={folded.top_k}"
+        )

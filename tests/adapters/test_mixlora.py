@@ -1,0 +1,150 @@
+"""What a mixture has beside its experts; the formula itself is in tests/parity."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import loraloom
+from loraloom.adapters import LoraConfig, MixLoraConfig, SharedExpertConfig
+from loraloom.config.optimizer import OptimizerConfig
+from loraloom.errors import AdapterError
+from loraloom.routing.losses import balance_by_bias
+from loraloom.routing.statistics import load_statistics
+from loraloom.routing.top_k import top_k_routing
+from loraloom.training.step.optimizers import parameter_groups
+from tests.adapters.plain import IDS, MASK, check_ffn_gradients
+from tests.tiny import changed, randomise, relative_error, tiny_host, tiny_ids, tiny_model
+
+PLAIN = MixLoraConfig(rank=2, alpha=4, num_experts=4, top_k=2, experts={"rank": 3, "alpha": 3})
+CONFIG = changed(PLAIN, shared_expert={"rank": 2, "alpha": 5})
+BIASED = changed(PLAIN, router_bias=True)
+OF_FFN = ".mlp."
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
+def test_a_shared_expert_is_a_lora_merged_into_the_base_models_ffn(family):
+    host = loraloom.attach(tiny_model(family))
+    adapter = randomise(host.add("a", CONFIG))
+    tensors = adapter.tensors()
+    changed_base = copy.deepcopy(tiny_model(family))
+    for name, lora_B in tensors.items():
+        if OF_FFN in name and "experts" not in name and name.endswith("lora_B"):
+            place = name.removesuffix(".lora_B")
+            module = changed_base.get_submodule(f"{host.base.layers_path}.{place[7:]}")
+            with torch.no_grad():
+                module.weight += 5 / 2 * lora_B @ tensors[f"{place}.lora_A"]
+    other = loraloom.attach(changed_base)
+    plain = other.add("a", PLAIN)
+    plain.load_tensors({name: tensors[name] for name in plain.tensors()})
+    real = MASK.bool()
+    with torch.no_grad():
+        logits, expected = (one(IDS, MASK, ["a", "a"]).logits[real] for one in (host, other))
+    assert len(tensors) > len(plain.tensors())
+    assert relative_error(logits, expected) < 1e-10
+
+
+def test_derivatives_with_a_shared_expert_are_those_of_finite_differences():
+    check_ffn_gradients(CONFIG)
+
+
+@pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["shared", "biased"])
+def test_mixtures_decode_as_in_full_forwards(config):
+    host = tiny_host(configs={"a": config, "b": config})
+    ids, names = IDS, ["a", "b"]
+    with torch.no_grad():
+        whole = host(ids, adapters=names).logits[:, -1]
+        session = host.prefill(ids[:, :-1], adapters=names)
+        step = host.decode(session, ids[:, -1])
+    assert relative_error(step, whole) < 1e-9
+
+
+@pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["shared", "biased"])
+def test_what_a_mixture_has_beside_its_experts_is_saved_and_read_back(tmp_path, config):
+    host = tiny_host(configs={"a": config})
+    host.save("a", tmp_path / "a")
+    again = host.load("again", tmp_path / "a")
+    assert again.config.summary() == config.summary()
+    assert again.config.router_bias == config.router_bias
+    saved = host.adapters["a"].tensors()
+    assert saved.keys() == again.tensors().keys() == config.tensor_shapes(host.base).keys()
+    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in saved.items())
+
+
+def test_a_shared_expert_takes_what_it_leaves_out_from_the_experts():
+    config = changed(PLAIN, shared_expert={})
+    assert (config.shared_config.rank, config.shared_config.alpha) == (3, 3)
+    assert PLAIN.shared_config is None
+
+
+def test_a_shared_expert_is_refused_where_norms_are_of_one_update():
+    with pytest.raises(ValidationError, match="shared_expert can't be used with weight_decompos"):
+        MixLoraConfig(weight_decomposition=True, shared_expert=SharedExpertConfig())
+
+
+def test_a_bias_is_refused_where_no_number_of_experts_is_chosen():
+    with pytest.raises(ValidationError, match="router_bias is a setting of routing: top_k, got"):
+        MixLoraConfig(router_bias=True, routing="dense")
+
+
+def test_mixtures_with_a_shared_expert_are_not_combined():
+    host = tiny_host(configs={"a": CONFIG, "b": CONFIG})
+    with pytest.raises(AdapterError, match="must have no shared_expert and no router_bias"):
+        host.combine(["a", "b"], [0.5, 0.5], name="sum")
+    assert isinstance(CONFIG.shared_config, LoraConfig)
+
+
+def test_a_bias_moves_the_load_to_experts_that_have_too_little():
+    host = tiny_host(configs={"a": changed(BIASED, router_aux_loss_coef=0)})
+    adapter, ids = host.adapters["a"], tiny_ids(8, 20)
+    biases = [router for name, router in adapter.named_parameters() if name.endswith("bias")]
+    optimizer = torch.optim.Adam(biases, lr=0.05)
+
+    def spread() -> float:
+        routing = host(ids, adapters=["a"] * 8, training=True).routing["a"]
+        adapter.auxiliary_loss(routing).backward()
+        return load_statistics(routing).load_cv
+
+    before = spread()
+    for _ in range(60):
+        optimizer.step()
+        optimizer.zero_grad()
+        after = spread()
+    assert after < 0.4 * before
+
+
+def test_a_bias_is_in_the_choice_of_experts_and_not_in_their_weights():
+    logits = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
+    selected, weights = top_k_routing(logits, 2, torch.tensor([[-3.0, 0.0, 0.0]]).double())
+    assert selected.tolist() == [[1, 2]]
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.0]]).double().softmax(-1))
+
+
+def test_a_bias_learns_from_its_load_alone():
+    bias = torch.tensor([0.5, -1.0, 0.0, 2.0], requires_grad=True)
+    loss = balance_by_bias(bias, torch.tensor([[0, 1], [0, 2], [0, 3], [0, 1]]))
+    loss.backward()
+    assert loss.item() == 0
+    torch.testing.assert_close(1e3 * bias.grad, torch.tensor([0.25, 0.0, -0.125, -0.125]))
+
+
+def test_a_bias_learns_faster_than_its_router_and_does_not_decay():
+    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, router_lr_ratio=0.5)
+    adapter = tiny_host(configs={"a": BIASED}).adapters["a"]
+    names = {id(parameter): name for name, parameter in adapter.named_parameters()}
+    rates = {
+        names[id(parameter)].split(".", 2)[2]: (group["lr"], group["weight_decay"])
+        for group in parameter_groups(config, adapter)
+        for parameter in group["params"]
+    }
+    assert rates["router.weight"] == (0.005, 0.1)
+    assert rates["router.bias"] == (pytest.approx(0.05), 0.0)
+
+
+def test_a_mixture_with_biases_is_no_moe_checkpoint():
+    host = tiny_host(configs={"a": BIASED})
+    with pytest.raises(AdapterError, match="must be a mixture whose routers choose top_k"):
+        host.adapters["a"].as_moe(0)

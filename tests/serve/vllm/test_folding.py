@@ -1,0 +1,199 @@
+"""Adapters as LoRAs for vLLM, and FFN blocks that compute them, against our own layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConfig
+from loraloom.errors import AdapterError, ConfigError
+from loraloom.serve.vllm import is_known
+from loraloom.serve.vllm.folding import Folder, split_in_pieces
+from loraloom.serve.vllm.mixing import choose, mix
+from loraloom.serve.vllm.settings import fitting_rank, max_top_k
+from tests.tiny import METHODS, tiny_host
+
+SERVED = {
+    "small": MixLoraConfig(rank=2, alpha=4, num_experts=4, top_k=2),
+    "large": MixLoraConfig(
+        rank=2, alpha=3, num_experts=3, top_k=3, experts={"rank": 4, "alpha": 2.0}
+    ),
+    "one": MixLoraConfig(rank=3, alpha=4, num_experts=5, top_k=1, target_modules="ffn"),
+    "lora": LoraConfig(rank=5, alpha=6),
+    "mixed": MosLoraConfig(rank=4, alpha=6),
+}
+REFUSED = {
+    "dora": METHODS["dora"],
+    "mixdora": METHODS["mixdora"],
+    "mola": MolaConfig(rank=2, num_experts=(3, 4), router_loss_scope="per_layer"),
+}
+ROOM = 16
+
+
+@pytest.fixture(scope="module", params=["llama", "phi3"])
+def served(request, tmp_path_factory):
+    """A host, and its adapters folded from their files."""
+    host = tiny_host(request.param, SERVED | REFUSED, torch.float32)
+    directory = tmp_path_factory.mktemp("served")
+    for name in host.adapters:
+        host.save(name, directory / name)
+    folder = Folder(host.config)
+    folded = {name: folder.fold(directory / name) for name in SERVED}
+    return SimpleNamespace(host=host, folder=folder, folded=folded, directory=directory)
+
+
+def test_each_adapter_keeps_its_own_rank_and_top_k(served):
+    ranks = {name: one.rank for name, one in served.folded.items()}
+    assert ranks == {"small": 12, "large": 12, "one": 15, "lora": 5, "mixed": 4}
+    assert [one.top_k for one in served.folded.values()] == [2, 3, 1, None, None]
+
+
+def test_attention_is_a_lora_with_the_scaling_in_its_B(served):
+    adapter, folded = served.host.adapters["large"], served.folded["large"]
+    for name, projection in adapter.attention_block(1).items():
+        place = f"base_model.model.model.layers.1.self_attn.{name}"
+        update = folded.tensors[f"{place}.lora_B.weight"] @ folded.tensors[f"{place}.lora_A.weight"]
+        weight = projection.base.weight
+        torch.testing.assert_close(weight + update, projection.merged(torch.float32))
+
+
+@dataclass
+class Slots:
+    """The adapters' weights in one FFN block as vLLM keeps them: a slot for each, padded."""
+
+    blocks: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def of(cls, folded, names, layer):
+        blocks = {}
+        for module, inputs, outputs in names:
+            A = torch.zeros(len(folded), ROOM, inputs)
+            B = torch.zeros(len(folded), outputs, ROOM)
+            for slot, one in enumerate(folded):
+                place = f"base_model.model.model.layers.{layer}.mlp.{module}"
+                if f"{place}.lora_A.weight" in one.tensors:
+                    own_A = one.tensors[f"{place}.lora_A.weight"]
+                    own_B = one.tensors[f"{place}.lora_B.weight"]
+                    A[slot, : len(own_A)] = own_A
+                    B[slot, :, : own_B.shape[1]] = own_B
+            blocks[module] = A, B
+        return cls(blocks)
+
+    def shrink(self, module, x, adapters):
+        return torch.einsum("ti,tsi->ts", x, self.blocks[module][0][adapters])
+
+    def expand(self, module, low_rank, adapters):
+        return torch.einsum("ts,tos->to", low_rank, self.blocks[module][1][adapters])
+
+
+@pytest.mark.parametrize("slots", [3, 4])
+def test_tokens_of_all_adapters_meet_their_own_experts_in_one_pass(served, slots):
+    host, layer = served.host, 1
+    names = list(SERVED)
+    block = host.model.model.layers[layer].mlp
+    fused = hasattr(block, "gate_up_proj")
+    inputs = ["gate_up_proj"] if fused else ["gate_proj", "up_proj"]
+    sizes = [(name, 32, 96 if fused else 48) for name in inputs]
+    kept = Slots.of(
+        list(served.folded.values()), [*sizes, ("down_proj", 48, 32), ("router", 32, 2)], layer
+    )
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
+    adapters = torch.arange(24) % (len(names) + 1) - 1
+
+    def expand(*ranks):
+        pairs = zip(inputs, ranks, strict=True)
+        return torch.cat([kept.expand(name, z, adapters) for name, z in pairs], -1)
+
+    with torch.no_grad():
+        gate_up = torch.cat([getattr(block, name)(x) for name in inputs], -1)
+        scores = kept.shrink("router", x, adapters)
+        choice = choose(scores, kept.blocks["router"][1], adapters, slots)
+        low_rank = torch.stack([kept.shrink(name, x, adapters) for name in inputs])
+        hidden, rank_space = mix(
+            gate_up,
+            low_rank,
+            choice,
+            lambda output, slots: output + torch.stack([expand(*slot) for slot in slots]),
+            lambda states: torch.stack([kept.shrink("down_proj", one, adapters) for one in states]),
+            lambda both: silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
+        )
+        output = block.down_proj(hidden) + kept.expand("down_proj", rank_space, adapters)
+        expected = torch.stack(
+            [
+                _alone(host, layer, names[at] if at >= 0 else None, row)
+                for row, at in zip(x, adapters.tolist(), strict=True)
+            ]
+        )
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def _alone(host, layer, name, row):
+    """One token's FFN output by our own layers."""
+    from loraloom.models.forward import running
+
+    forward = host._forward(torch.zeros(1, 1, dtype=torch.long), None, [name])
+    with running(forward):
+        return host.model.model.layers[layer].mlp(row.view(1, 1, -1)).view(-1)
+
+
+def test_diverged_adapters_spoil_no_others_tokens():
+    described = torch.zeros(2, 2, 6)
+    described[0, 0] = torch.tensor([1, 1, 1, 2, 2, 2])
+    described[0, 1, :2] = torch.tensor([2, 1])
+    described[1] = torch.nan
+    scores = torch.ones(3, 6)
+    scores[1] = torch.nan
+    adapters = torch.tensor([0, 1, -1])
+    choice = choose(scores, described, adapters, 2)
+    assert choice.weights[:, 0, 0].tolist() == [1, 0]
+    assert not choice.columns[:, 2].any()
+    hidden, rank_space = mix(
+        torch.ones(3, 4),
+        torch.stack([scores]),
+        choice,
+        lambda output, slots: output + torch.where(adapters == 0, 0.0, torch.nan).view(1, 3, 1),
+        lambda states: torch.ones(2, 3, 6),
+        lambda both: both[:, :2],
+    )
+    assert hidden[[0, 2]].isfinite().all()
+    assert rank_space[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dora", "weight decomposition scales rows of the base model's own weights"),
+        ("mixdora", "weight decomposition scales rows of the base model's own weights"),
+        ("mola", r"routers of whole FFN blocks only, this adapter has one on self_attn"),
+    ],
+)
+def test_what_no_lora_can_do_is_refused(served, name, message):
+    with pytest.raises(AdapterError, match=message):
+        served.folder.fold(served.directory / name)
+
+
+def test_float32_is_three_bfloat16():
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    pieces = split_in_pieces(values)
+    assert torch.equal(pieces, pieces.bfloat16().float())
+    torch.testing.assert_close(pieces.sum(1), values, rtol=1e-7, atol=0)
+
+
+def test_ranks_are_those_that_vllm_takes(monkeypatch):
+    assert [fitting_rank(rank) for rank in (1, 8, 9, 257, 512)] == [8, 8, 16, 320, 512]
+    with pytest.raises(AdapterError, match="rank 512 at most, got 513"):
+        fitting_rank(513)
+    assert max_top_k() == 2
+    monkeypatch.setenv("LORALOOM_MAX_TOP_K", "0")
+    with pytest.raises(ConfigError, match="must be a whole number of at least 1, got '0'"):
+        max_top_k()
+
+
+def test_versions_that_are_not_known_are_refused():
+    assert is_known("0.32.0")
+    assert is_known("0.32.1+cpu")
+    assert not any(map(is_known, ("0.320.0", "0.31.2", "0.33.0", None)))

@@ -1,0 +1,84 @@
+"""What `loraloom serve --engine vllm` hands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loraloom.cli.main import main
+from loraloom.errors import ConfigError
+from loraloom.serve import vllm
+from loraloom.serve.vllm.folding import FoldedAdapter
+from loraloom.serve.vllm.launch import VllmOptions, serve_with_vllm, vllm_command
+
+
+def options(**changes):
+    settings = {
+        "base_model": "some/base",
+        "adapters": {"mix": "runs/mix"},
+        "adapter_dir": None,
+        "max_adapters": 8,
+        "host": "127.0.0.1",
+        "port": 8000,
+        "api_keys": (),
+        "allow_loading": False,
+        "cors_origins": (),
+        "max_rows": 32,
+        "dtype": "float32",
+    }
+    return VllmOptions(**settings | changes)
+
+
+def test_options_are_said_in_vllms_words():
+    words, settings = vllm_command(
+        options(api_keys=["one", "two"], cors_origins=["https://a.example"], allow_loading=True),
+        [FoldedAdapter({}, 48, 3), FoldedAdapter({}, 8, None)],
+    )
+    said = " ".join(words)
+    for part in (
+        "--model some/base",
+        "--max-lora-rank 64",
+        "--max-loras 2",
+        "--max-num-seqs 32",
+        "--enable-lora --lora-modules mix=runs/mix",
+        "--api-key one two",
+        '--allowed-origins ["https://a.example"]',
+    ):
+        assert part in said
+    assert settings == {"LORALOOM_MAX_TOP_K": "3", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+
+def test_a_directory_of_adapters_goes_by_the_environment(tmp_path):
+    changes = {"adapters": {}, "adapter_dir": tmp_path, "allow_loading": True}
+    words, settings = vllm_command(options(**changes), [])
+    assert "--lora-modules" not in words
+    assert words[words.index("--max-loras") + 1] == "8"
+    assert settings["LORALOOM_ADAPTER_DIR"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "changes", "message"),
+    [
+        (None, {}, "needs vLLM 0.32, which is not installed"),
+        ("0.31.0", {}, "knows vLLM 0.32, got 0.31.0"),
+        ("0.32.0", {"port": 0}, "--port must be a number of at least 1"),
+        ("0.32.0", {"adapter_dir": Path()}, "--adapter-dir needs --allow-loading"),
+    ],
+)
+def test_what_can_not_be_done_is_refused(monkeypatch, found, changes, message):
+    monkeypatch.setattr("loraloom.serve.vllm.launch.vllm_version", lambda: found)
+    with pytest.raises(ConfigError, match=message):
+        serve_with_vllm(options(**changes))
+
+
+def test_options_that_vllm_can_not_honour_are_refused(capsys):
+    given = ["serve", "--base-model", "some/base", "--engine", "vllm", "--max-waiting", "3"]
+    assert main(given) == 2
+    assert "--max-waiting can't be used with --engine vllm" in capsys.readouterr().err
+
+
+def test_a_version_that_is_not_known_leaves_vllm_as_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(vllm, "vllm_version", lambda: "0.99.0")
+    vllm.register()
+    assert "knows vLLM 0.32, this is 0.99.0: mixtures can't be served" in caplog.text
