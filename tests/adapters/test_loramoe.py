@@ -106,7 +106,7 @@ def test_a_step_tells_whose_tokens_are_whose(monkeypatch):
     monkeypatch.setattr(
         type(host.adapters["a"]),
         "auxiliary_loss",
-        lambda _, routing, samples: seen.append((len(routing[0].router_logits), samples)),
+        lambda _, routing, samples, add_up: seen.append((len(routing[0].router_logits), samples)),
     )
     data = [
         Example((5, 6, 7, 8), (5, 6, 7, 8), 0, expert_group=1),

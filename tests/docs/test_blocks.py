@@ -44,6 +44,8 @@ RUN = {"train", "eval", "report", "generate", "inspect", "config", "data", "expo
 """Verbs that run in README.md and docs/; `quickstart` and `bench` take long."""
 SERVER = "http://127.0.0.1:8000"
 """Where documents have a server."""
+LAUNCHERS = {"torchrun", "accelerate"}
+"""Programs that start `python -m loraloom` in several processes; here it runs in this one."""
 NOT_OURS = {"git", "cd", "for", "sed", "done", "vllm"}
 """Programs whose options are not checked."""
 ENDLESS = {"--watch": ["--watch-exit-when-idle"]}
@@ -135,6 +137,8 @@ def run_commands(block: Example) -> None:
         program, *arguments = words
         if program == "loraloom":
             run_verb(arguments)
+        elif program in LAUNCHERS:
+            run_verb(arguments[arguments.index("loraloom") + 1 :])
         elif Path(program).name in ("python", "python3"):
             check_script(arguments)
         elif Path(program).name == "pip":

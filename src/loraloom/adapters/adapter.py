@@ -20,7 +20,7 @@ from loraloom.errors import AdapterError
 from loraloom.ops.dropout import SampleNoise, Site
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
 from loraloom.ops.low_rank import InputGroup, down_project
-from loraloom.routing.losses import router_loss
+from loraloom.routing.losses import AddUp, router_loss, whole
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import beyond_capacity
 
@@ -232,13 +232,17 @@ class Adapter(nn.Module, ABC):
         )
 
     def auxiliary_loss(
-        self, routing: Sequence[LayerRouting], samples: Sequence[SampleTokens] | None = None
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
     ) -> Tensor | None:
         """Compute what the method adds to the objective, with its coefficient; None for nothing.
 
         Args:
             routing: The record of one forward, an entry for each router.
             samples: Whose tokens these are, in their order; None where nobody knows.
+            add_up: As in `router_loss`.
         """
         config = self.config
         if not routing or not isinstance(config, RouterLossConfig):
@@ -248,6 +252,7 @@ class Adapter(nn.Module, ABC):
             aux_loss_coef=config.router_aux_loss_coef,
             z_loss_coef=config.router_z_loss_coef,
             scope=config.router_loss_scope,
+            add_up=add_up,
         )
 
     def adapts_ffn(self, layer: int) -> bool:

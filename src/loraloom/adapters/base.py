@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
+from loraloom.ranks import whole
 
 _BLOCK_NUMBERS = 1 << 22
 """About how many numbers of a quantised weight are dequantised at a time."""
@@ -99,10 +100,10 @@ class BaseProjection:
 
     @property
     def weight(self) -> Tensor:
-        """W, [O, I]: the base's own, or a dequantised copy."""
+        """W, [O, I]: the base's own, put together where it is sharded, or a dequantised copy."""
         if self.quantised is not None:
             return self.quantised.whole()
-        return self.linear.weight  # pyright: ignore[reportReturnType]
+        return whole(self.linear.weight)  # pyright: ignore[reportArgumentType]
 
     def check_can_be_changed(self) -> None:
         """Raise an AdapterError if the base stores the weight quantised."""

@@ -38,6 +38,8 @@ Targets = TargetGroup | tuple[str, ...]
 class AdapterConfig(StrictModel, ABC):
     """The settings that all methods have, and the questions that all must answer."""
 
+    adds_up_over_ranks: ClassVar[bool] = True
+    """Whether its auxiliary loss is known to a rank that has only a part of the tokens."""
     peft_type: ClassVar[str]
     """What adapter_config.json calls the method."""
     layout: ClassVar[Literal["peft", "reference", "native"]] = "native"

@@ -99,7 +99,13 @@ def _complain(message: str, tracebacks: TracebackFile) -> None:
     """Tell what went wrong on stderr, and where its traceback is if one was kept."""
     place = "" if tracebacks.path is None else f"; the traceback is in {tracebacks.path}"
     with suppress(OSError):
-        print(f"error: {plain(message)}{place}", file=sys.stderr)
+        print(f"error{_origin()}: {plain(message)}{place}", file=sys.stderr)
+
+
+def _origin() -> str:
+    """Say which of several ranks it is, as torchrun numbers them."""
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    return "" if rank is None or size == "1" else f" on rank {plain(rank)}"
 
 
 def _flush_output() -> None:

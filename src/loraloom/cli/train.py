@@ -61,6 +61,8 @@ def train(
 ) -> None:
     """Train the adapters of a run file, all of them together on one base model.
 
+    With `torchrun --nproc-per-node N -m loraloom train RUN.yaml`, N processes share the rows.
+
     Ctrl-C, SIGTERM or SIGHUP saves everything for --resume; a second one ends at once. Output
     that can't be written, to a closed pipe say, is lost; training goes on.
     """
@@ -77,9 +79,10 @@ def train(
     from loraloom.terminal import make_console, print_tables
     from loraloom.training.run import run as training
     from loraloom.training.run.inbox import WatchOptions
+    from loraloom.training.run.launch import read_launch
     from loraloom.training.run.progress import Progress
 
-    console = make_console()
+    console = make_console(quiet=read_launch().rank > 0)
     results = training.train(
         run,
         resume=resume,

@@ -26,6 +26,13 @@ from loraloom.config.trials import Trial, check_trials, make_trial
 from loraloom.errors import ConfigError
 
 
+class ParallelConfig(StrictModel):
+    """How the processes that torchrun starts share a base model."""
+
+    base: Literal["replicated", "fsdp"] = "replicated"
+    """replicated: each process has all of it; fsdp: each keeps a part of every layer's weights."""
+
+
 class RunConfig(StrictModel):
     """One base model and the jobs that share it."""
 
@@ -39,6 +46,8 @@ class RunConfig(StrictModel):
     """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
     attn_implementation: AttnImplementation | None = None
     """How transformers computes attention; null for its own choice."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How several processes share the base model; each computes a share of all jobs' rows."""
     output_dir: Path
     """Directory of the results, one directory a job in it."""
     max_tokens_per_step: int | None = Field(default=None, ge=1)

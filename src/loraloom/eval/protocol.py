@@ -134,24 +134,29 @@ def score_kept(
         By adapter and place the log-likelihoods of the group's continuations.
     """
     budget = max_tokens_per_batch or tokens_per_batch(host)
+    batches = list(token_batches(rows, budget // len(adapters)))
     scores: dict[tuple[str | None, int], LogLikelihoods] = {}
+
+    def score(places: Sequence[int]) -> list[LogLikelihoods]:
+        keys = list(product(adapters, places))
+        known = {
+            (name, place): values
+            for name, place in keys
+            if cache is not None and (values := cache.find(name, tokens[place])) is not None
+        }
+        missing = [key for key in keys if key not in known]
+        scored = score_groups(host, rows, missing, budget, on_routing)
+        new = {
+            key: tuple(pair.log_likelihood for pair in pairs)
+            for key, pairs in zip(missing, scored, strict=True)
+        }
+        if cache is not None:
+            cache.add([(name, tokens[place], new[name, place]) for name, place in missing])
+        return [(known | new)[key] for key in keys]
+
     with host.prepared():
-        for places in token_batches(rows, budget // len(adapters)):
-            keys = list(product(adapters, places))
-            known = {
-                (name, place): values
-                for name, place in keys
-                if cache is not None and (values := cache.find(name, tokens[place])) is not None
-            }
-            missing = [key for key in keys if key not in known]
-            scored = score_groups(host, rows, missing, budget, on_routing)
-            new = {
-                key: tuple(pair.log_likelihood for pair in pairs)
-                for key, pairs in zip(missing, scored, strict=True)
-            }
-            if cache is not None:
-                cache.add([(name, tokens[place], new[name, place]) for name, place in missing])
-            scores |= known | new
+        for places, values in zip(batches, host.ranks.spread(batches, score), strict=True):
+            scores |= dict(zip(product(adapters, places), values, strict=True))
             if on_progress is not None:
                 on_progress(places)
     return scores

@@ -120,7 +120,7 @@ def score_rows(
         host: With the adapters; weights must not change meanwhile.
         requests: In any order.
         max_tokens: Of a batch, padding included; None for `tokens_per_batch`.
-        on_routing: Told after each forward where mixtures sent its tokens.
+        on_routing: Told after each forward of this process where mixtures sent its tokens.
         num_top: K, most likely tokens to tell in the place of each.
 
     Returns:
@@ -140,20 +140,24 @@ def score_rows(
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
     groups = [requests[place][1:] for place in scored]
     order = {name: number for number, (name, _) in enumerate(requests)}
+    batches = [
+        # the rows of an adapter lie together, so that a half has few adapters
+        sorted((scored[at] for at in batch), key=lambda place: order[requests[place][0]])
+        for batch in token_batches(groups, max_tokens or tokens_per_batch(host))
+    ]
+
+    def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        forward = partial(_forward, host, requests, on_routing=on_routing, num_top=num_top)
+        return in_halves(
+            forward,
+            places,
+            lambda place: f"a row of {len(requests[place][1].input_ids)} tokens to be scored",
+        )
+
     with torch.no_grad(), host.prepared():
-        for batch in token_batches(groups, max_tokens or tokens_per_batch(host)):
-            # the rows of an adapter lie together, so that a half has few adapters
-            places = sorted(
-                (scored[at] for at in batch), key=lambda place: order[requests[place][0]]
-            )
-            forward = partial(_forward, host, requests, on_routing=on_routing, num_top=num_top)
-            results = in_halves(
-                forward,
-                places,
-                lambda place: f"a row of {len(requests[place][1].input_ids)} tokens to be scored",
-            )
+        for places, results in zip(batches, host.ranks.spread(batches, score), strict=True):
             for place, result in zip(places, results, strict=True):
-                scores[place] = result
+                scores[place] = TokenScores(*result)
     return scores
 
 
@@ -163,8 +167,8 @@ def _forward(
     places: Sequence[int],
     on_routing: OnRouting | None,
     num_top: int,
-) -> list[TokenScores]:
-    """Score the requests at some places in one forward."""
+) -> list[tuple[Tensor, ...]]:
+    """Score the requests at some places in one forward; gives the fields of their scores."""
     rows = [requests[place][1] for place in places]
     batch = collate(rows, host.dtype, host.device)
     output = host.hidden(
@@ -180,12 +184,12 @@ def _forward(
     top_log_probs, top_ids = host.top_tokens(states, num_top)
     counts = [len(row.targets) for row in rows]
     columns = (log_probs.double(), is_top, top_log_probs.double(), top_ids)
-    scores = zip(*(column.cpu().split(counts) for column in columns), strict=True)
+    scores = list(zip(*(column.cpu().split(counts) for column in columns), strict=True))
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():
             routed = [place for place in places if requests[place][0] == name]
             on_routing(RoutedRows(name, routed, [requests[place][1] for place in routed], routing))
-    return [TokenScores(*columns) for columns in scores]
+    return scores
 
 
 def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) -> list[Tensor]:

@@ -49,10 +49,12 @@ from loraloom.models.packing import (
     packed_token_mask,
 )
 from loraloom.models.samples import draw_sample_keys, sample_key
+from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacking import ScaledAdapter, StackedForward
 from loraloom.models.view import AdapterModel
 from loraloom.models.wiring import Wiring
 from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
+from loraloom.ranks import Alone, Ranks
 from loraloom.routing.record import LayerRouting, join_routing
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
@@ -96,6 +98,10 @@ class Host:
     Args:
         model: A transformers causal LM.
 
+    Attributes:
+        adapters: Those on it, by name.
+        ranks: The processes that share its rows in training; this one alone by default.
+
     Raises:
         ModelError: If the family is not supported, or the model is attached or compiled already.
     """
@@ -103,9 +109,11 @@ class Host:
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.adapters: dict[str, Adapter] = {}
+        self.ranks: Ranks = Alone()
         self._family = family_of(model)
         self._base_layers = base_layers(model, self._family)
         self.base = base_info(model, self._family, self._base_layers)
+        self._decoder = decoder_of(model)
         self._head = head_of(model, self._family)
         self._wiring = Wiring(model, self._family)
         self._generation = self.door(model)
@@ -445,7 +453,7 @@ class Host:
         if forward.checkpointing:
             self._check_fills_no_cache(model_inputs)
         with self._run(forward):
-            out = self.model.base_model(
+            out = self._decoder(
                 input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
             )
         return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
@@ -571,7 +579,7 @@ class Host:
             prepared=session.prepared,
         )
         with self._run(forward):
-            out = self.model.base_model(
+            out = self._decoder(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -741,7 +749,7 @@ class Host:
     @contextmanager
     def _run(self, forward: ForwardContext) -> Iterator[None]:
         """Be inside the base model, alone."""
-        with self._inside, running(forward):
+        with self._inside, running(forward), recovering(self.model):
             yield
 
     def _visit(self, tokens: Tensor, attention_mask: Tensor | None, rows: Rows) -> Visit | None:

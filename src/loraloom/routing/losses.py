@@ -5,7 +5,7 @@ Axes: T tokens (of all layers where pooled), E experts, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,14 @@ from loraloom.routing.record import LayerRouting
 
 _BIAS_GRADIENT = 1e-3
 """Factor of the gradients of biases: too small to count in an adapter's norm."""
+
+AddUp = Callable[[Tensor], Tensor]
+"""Adds a tensor up over everybody who has a part of the micro-batch."""
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Add up over the one who has all of it."""
+    return tensor
 
 
 def load_balance_loss(
@@ -39,17 +47,14 @@ def load_balance_loss(
         MoE-PEFT 2.0.2 (`MixtralRouterLoss`).
     """
     num_experts = router_logits.shape[-1]
-    num_tokens = max(1, len(router_logits))  # no tokens cost nothing
-    chosen = one_hot(selected_experts, num_experts).to(router_logits.dtype)
-    if is_used is not None:
-        chosen = chosen * is_used.unsqueeze(-1)
-    share = chosen.sum(0)  # (K, E)
-    probability = router_logits.softmax(-1).sum(0)
-    return num_experts * (share * probability).sum() / num_tokens**2
+    if is_used is None:
+        is_used = torch.ones_like(selected_experts, dtype=torch.bool)
+    dtype = router_logits.dtype
+    return _balance(router_logits, _counts(selected_experts, is_used, num_experts, dtype))
 
 
 def balance_by_bias(
-    bias: Float[Tensor, " E"], selected_experts: Int[Tensor, "T K"]
+    bias: Float[Tensor, " E"], selected_experts: Int[Tensor, "T K"], add_up: AddUp = whole
 ) -> Float[Tensor, ""]:
     """Let an optimizer move a router's bias against the load: a loss that is 0 wherever it is.
 
@@ -60,6 +65,7 @@ def balance_by_bias(
     Args:
         bias: Added to the router's logits where experts are chosen.
         selected_experts: Chosen experts of the real tokens.
+        add_up: As in `router_loss`.
 
     Source:
         Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664, which moves the bias
@@ -67,7 +73,8 @@ def balance_by_bias(
     """
     num_experts = len(bias)
     counts = one_hot(selected_experts.flatten(), num_experts).sum(0).to(bias.dtype)
-    excess = counts / max(1, selected_experts.numel()) - 1 / num_experts
+    own = counts.sum()
+    excess = (counts - own / num_experts) / add_up(own.clone()).clamp_min(1)
     value = _BIAS_GRADIENT * (bias * excess).sum()
     return value - value.detach()
 
@@ -77,7 +84,7 @@ def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
 
     Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5.
     """
-    return router_logits.logsumexp(-1).square().sum() / max(1, len(router_logits))
+    return _squares(router_logits) / max(1, len(router_logits))
 
 
 def router_loss(
@@ -86,8 +93,12 @@ def router_loss(
     aux_loss_coef: float,
     z_loss_coef: float,
     scope: Literal["pooled", "per_layer"],
+    add_up: AddUp = whole,
 ) -> Float[Tensor, ""]:
     """Add up an adapter's router losses with their coefficients.
+
+    Where several have a part of the micro-batch each, this is one's summand of the loss: shares and
+    numbers of tokens are everybody's, probabilities its own.
 
     Args:
         routing: The record of one forward, an entry for each router.
@@ -95,23 +106,47 @@ def router_loss(
         z_loss_coef: Of the z-loss.
         scope: Pool the load over all routers, or average a loss for each. Routers with different
             numbers of experts can't be pooled.
+        add_up: Adds counts up over everybody's parts; by default there is one.
     """
+    widest = max(record.num_experts for record in routing)
+    dtype = routing[0].router_logits.dtype
+    counts = add_up(
+        torch.stack([_counts(r.selected_experts, _is_used(r), widest, dtype) for r in routing])
+    )
     if scope == "pooled":
-        logits = torch.cat([layer.router_logits for layer in routing])
-        selected = torch.cat([layer.selected_experts for layer in routing])
-        balance = load_balance_loss(logits, selected, torch.cat([_is_used(r) for r in routing]))
+        balance = _balance(torch.cat([r.router_logits for r in routing]), counts.sum(0))
     else:
-        per_router = [
-            load_balance_loss(r.router_logits, r.selected_experts, _is_used(r)) for r in routing
-        ]
-        balance = torch.stack(per_router).mean()
+        pairs = zip(routing, counts, strict=True)
+        balance = torch.stack([_balance(r.router_logits, own) for r, own in pairs]).mean()
     loss = aux_loss_coef * balance
     if z_loss_coef > 0:
-        z_loss = torch.stack([router_z_loss(layer.router_logits) for layer in routing]).mean()
-        loss = loss + z_loss_coef * z_loss
+        squares = torch.stack([_squares(record.router_logits) for record in routing])
+        loss = loss + z_loss_coef * (squares / counts[:, -1].clamp_min(1)).mean()
     return loss
 
 
 def _is_used(routing: LayerRouting) -> Tensor:
     """Tell which of a token's experts have weight, [T, K]."""
     return routing.routing_weights.detach() > 0
+
+
+def _counts(
+    selected_experts: Tensor, is_used: Tensor, num_experts: int, dtype: torch.dtype
+) -> Tensor:
+    """Count how often each expert was used in any slot, and behind them the tokens, [E + 1]."""
+    counts = torch.zeros(num_experts + 1, dtype=dtype, device=selected_experts.device)
+    counts.scatter_add_(0, selected_experts.flatten(), is_used.flatten().to(dtype))
+    counts[-1] = len(selected_experts)
+    return counts
+
+
+def _balance(router_logits: Tensor, counts: Tensor) -> Tensor:
+    """Compute the loss of tokens among those that were counted."""
+    num_experts = router_logits.shape[-1]
+    num_tokens = counts[-1].clamp_min(1)  # no tokens cost nothing
+    probability = router_logits.softmax(-1).sum(0)
+    return num_experts * (counts[:num_experts] * probability).sum() / num_tokens**2
+
+
+def _squares(router_logits: Tensor) -> Tensor:
+    return router_logits.logsumexp(-1).square().sum()

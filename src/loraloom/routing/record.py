@@ -54,6 +54,12 @@ class LayerRouting:
             return torch.ones_like(self.routing_weights)
         return self.routing_weights.detach()
 
+    def emptied(self) -> LayerRouting:
+        """Leave all tokens out; logits stay in their graph."""
+        parts = (self.router_logits, self.selected_experts, self.routing_weights)
+        logits, selected, weights = (part[:0] for part in parts)
+        return LayerRouting(self.layer, logits, selected, weights, self.projection)
+
     @property
     def router(self) -> RouterName:
         """Which router of the adapter it is."""

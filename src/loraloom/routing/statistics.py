@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -38,29 +39,33 @@ def load_statistics(routing: Sequence[LayerRouting]) -> RouterStatistics:
 
 
 def measure_load(routing: Sequence[LayerRouting]) -> Tensor:
-    """Compute what `read_statistics` reads, on the routers' device, [2 + N·E] float64."""
-    load = expert_loads(routing)
-    num_experts = torch.tensor([record.num_experts for record in routing]).to(load)
-    mean = load.sum(-1) / num_experts
-    spread = (load.square().sum(-1) / num_experts - mean.square()).clamp_min(0).sqrt()
-    entropies = [_entropy(record.router_logits.detach()).double() for record in routing]
-    means = torch.stack(
-        [torch.stack(entropies).mean(), (spread / mean.clamp_min(1 / num_experts)).mean()]
+    """Compute what `read_statistics` reads, on the routers' device, [2 + N·E] float64.
+
+    What several parts of a batch give can be added up.
+    """
+    entropies = [_entropies(record.router_logits.detach()).double().sum() for record in routing]
+    num_tokens = sum(len(record.router_logits) for record in routing)
+    sums = torch.stack(entropies).sum()
+    return torch.cat(
+        [torch.stack([sums, sums.new_full((), num_tokens)]), expert_loads(routing).flatten()]
     )
-    return torch.cat([means, load.flatten()])
 
 
 def read_statistics(routing: Sequence[LayerRouting], measured: Sequence[float]) -> RouterStatistics:
-    """Name the numbers that `measure_load` computed for a record."""
-    entropy, load_cv, *counts = measured
+    """Make statistics of the numbers that `measure_load` computed for a record."""
+    entropy, num_tokens, *counts = measured
     widest = len(counts) // len(routing)
+    loads = [
+        counts[start : start + record.num_experts]
+        for record, start in zip(routing, range(0, len(counts), widest), strict=True)
+    ]
     return RouterStatistics(
         {
-            record.router: [round(count) for count in counts[start : start + record.num_experts]]
-            for record, start in zip(routing, range(0, len(counts), widest), strict=True)
+            record.router: [round(count) for count in load]
+            for record, load in zip(routing, loads, strict=True)
         },
-        entropy,
-        load_cv,
+        entropy / num_tokens if num_tokens else 1.0,
+        fmean(map(_spread, loads)),
     )
 
 
@@ -88,10 +93,16 @@ def load_shares(counts: Tensor) -> Tensor:
     return counts.double() / total.where(total > 0, 1)
 
 
-def _entropy(router_logits: Tensor) -> Tensor:
+def _spread(load: Sequence[float]) -> float:
+    """Divide the standard deviation of a load over experts by its mean; 0 without any load."""
+    mean = fmean(load)
+    return math.sqrt(fmean((count - mean) ** 2 for count in load)) / mean if mean else 0.0
+
+
+def _entropies(router_logits: Tensor) -> Tensor:
+    """Compute the entropy of each token's probabilities, divided by ln E, [T]."""
     num_tokens, num_experts = router_logits.shape
-    if num_experts == 1 or num_tokens == 0:
-        return router_logits.new_ones(())
+    if num_experts == 1:
+        return router_logits.new_ones(num_tokens)
     log_probabilities = router_logits.log_softmax(-1)
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
-    return entropy / math.log(num_experts)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1) / math.log(num_experts)

@@ -26,6 +26,7 @@ class DynMoleConfig(LowRankConfig):
     its code, github.com/mikecovlee/DynMoLE.
     """
 
+    adds_up_over_ranks = False
     peft_type = "DYNMOLE"
     layout = "reference"
     title = "DynMoLE"

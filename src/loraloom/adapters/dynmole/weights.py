@@ -14,6 +14,7 @@ from torch import Tensor
 from loraloom.adapters.adapter import SampleTokens
 from loraloom.adapters.dynmole.config import DynMoleConfig
 from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import Hybrid, tsallis_entropy
 
@@ -24,7 +25,10 @@ class DynMoleAdapter(LowRankAdapter):
     config: DynMoleConfig
 
     def auxiliary_loss(
-        self, routing: Sequence[LayerRouting], samples: Sequence[SampleTokens] | None = None
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
     ) -> Tensor | None:
         """Compute both losses over the tokens of all routers together."""
         if not routing:

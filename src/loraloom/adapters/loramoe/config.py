@@ -28,6 +28,7 @@ class LoraMoeConfig(DecomposedConfig):
     Source: Dou et al. 2023, LoRAMoE, arXiv:2312.09979; files as in moe-peft 2.0.2.
     """
 
+    adds_up_over_ranks = False
     peft_type = "LORAMOE"
     layout = "reference"
     title = "LoRAMoE"  # pyright: ignore

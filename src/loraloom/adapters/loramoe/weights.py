@@ -17,6 +17,7 @@ from loraloom.adapters.lora.weights import LoraProjection
 from loraloom.adapters.loramoe.config import LoraMoeConfig
 from loraloom.adapters.low_rank import LowRankAdapter, Projection
 from loraloom.adapters.routed import RoutedProjection
+from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import Dense
 
@@ -27,7 +28,10 @@ class LoraMoeAdapter(LowRankAdapter):
     config: LoraMoeConfig
 
     def auxiliary_loss(
-        self, routing: Sequence[LayerRouting], samples: Sequence[SampleTokens] | None = None
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
     ) -> Tensor | None:
         """Compute the balancing constraint, the mean over routers."""
         config = self.config

@@ -30,7 +30,7 @@ from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
-from loraloom.routing.losses import balance_by_bias
+from loraloom.routing.losses import AddUp, balance_by_bias, whole
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.top_k import router_logits, top_k_routing
 
@@ -122,14 +122,17 @@ class MixLoraAdapter(Adapter):
         return MoeFfn(self.router(layer).detach(), top_k, weight)
 
     def auxiliary_loss(
-        self, routing: Sequence[LayerRouting], samples: Sequence[SampleTokens] | None = None
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
     ) -> Tensor | None:
         """See Adapter; biases get their gradient here."""
-        loss = super().auxiliary_loss(routing, samples)
+        loss = super().auxiliary_loss(routing, samples, add_up)
         for record in routing:
             bias = self.router_bias(record.layer)
             if bias is not None and loss is not None:
-                loss = loss + balance_by_bias(bias, record.selected_experts)
+                loss = loss + balance_by_bias(bias, record.selected_experts, add_up)
         return loss
 
     def router(self, layer: int) -> Tensor:

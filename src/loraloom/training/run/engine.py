@@ -24,7 +24,7 @@ from loraloom.training.run.progress import Progress
 from loraloom.training.run.reporting import Reporter
 from loraloom.training.run.results import JobResult, job_result, parse_result
 from loraloom.training.run.schedule import Schedule
-from loraloom.training.step.micro_batch import MicroBatch
+from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.reference import drop_reference
 
 SNAPSHOT_RETRY_S = 60.0
@@ -42,6 +42,9 @@ class Engine:
 
     Gradient checkpointing is a matter of the whole forward: it is on if any job in it asks for it.
     Gradients are the same.
+
+    Where the host has several ranks, each has an engine with the same jobs, and calls of one are
+    made on all. The directory is the first one's to write.
 
     Args:
         host: The base model with the jobs' adapters.
@@ -135,16 +138,16 @@ class Engine:
         try:
             notice = "saving everything after this step; Ctrl-C again stops at once"
             with Interruption(partial(self._reporter.message, notice)) as self._interruption:
-                while not self.is_interrupted:
+                while not (is_ending := self._must_end()):
                     self._evaluate_due()
                     self._close_complete()
                     for callback in between_steps:
                         callback(self)
                     self.save_if_due(may_wait=bool(self.jobs))
-                    if self.is_interrupted or not self.jobs:
+                    if (is_ending := self._must_end()) or not self.jobs:
                         break
                     self.step()
-                if self.is_interrupted:
+                if is_ending:
                     self._save_for_later()
                     self._interruption.end()
         finally:
@@ -216,6 +219,7 @@ class Engine:
             any(job.config.train.gradient_checkpointing for job in jobs)
         )
         outcomes = self._runner.run(micro_batches)
+        self._sum_gradients(jobs, outcomes)
         self.round += 1
         self._schedule.charge(micro_batches)
         for job, micro_batch, outcome in zip(jobs, micro_batches, outcomes, strict=True):
@@ -271,7 +275,7 @@ class Engine:
             result = self._result(job, f"{error or f'job {job.name}'}: {reason}", stop_reason)
             self._reporter.message(f"error: {result.error}")
             with suppress(OSError):
-                result.write(self._directory.job(job.name))
+                self._directory.write_result(job.name, result)
             if error is None and stop_reason is None:
                 self._unwritten[job.name] = job.state_dict()
         self._leave(job, result)
@@ -290,13 +294,16 @@ class Engine:
         self._is_snapshot_due = False
 
     def _write_snapshot(self) -> None:
+        for job in self.jobs.values():
+            if not job.at_boundary:
+                self.host.ranks.collect_gradients(job.parameters.values())
         running = {
             name: job.state_dict()
             for name, job in self.jobs.items()
             if job.has_begun  # before, the seed says it all
         }
         states, journal = self._unwritten | running, self._directory.sweep_journal
-        self._directory.snapshots.write(
+        self._directory.write_snapshot(
             self.round,
             self.seconds,
             describe_base(self.host),
@@ -313,7 +320,7 @@ class Engine:
             may_wait: Whether the run goes on, so that there will be a later try.
         """
         is_too_early = may_wait and time.monotonic() < self._no_snapshot_before
-        if not self._is_snapshot_due or is_too_early:
+        if not self.host.ranks.first(self._is_snapshot_due and not is_too_early):
             return
         try:
             self.save_state()
@@ -378,9 +385,27 @@ class Engine:
             job, state = self.jobs[name], snapshot.load_state(name)
             if state is not None:
                 job.load_state_dict(state)
+                self.host.ranks.keep_at_first(job.parameters.values())
             self._directory.reopen(self.host, job)
         if record.joined_later:
             self.joined.add(name)
+
+    def _must_end(self) -> bool:
+        """Whether any rank was interrupted; signals come to them one after the other."""
+        return self.host.ranks.any(self.is_interrupted)
+
+    def _sum_gradients(
+        self, jobs: Sequence[Job], outcomes: Sequence[MicroBatchLoss | TrainingError]
+    ) -> None:
+        """Add the gradients of the jobs that make a step now up over the ranks, all at once."""
+        ready = [
+            job
+            for job, outcome in zip(jobs, outcomes, strict=True)
+            if job.is_at_last_micro_batch and not isinstance(outcome, TrainingError)
+        ]
+        self.host.ranks.sum_gradients(
+            parameter for job in ready for parameter in job.parameters.values()
+        )
 
     def _micro_batches(self) -> list[MicroBatch]:
         """Return each job's next micro-batch; a job that has none to give ends."""
@@ -489,7 +514,9 @@ class Engine:
         jobs, bound = [*self.jobs.values(), job], self._schedule.max_tokens_per_step
         try:
             prediction = predict_memory(self.host, jobs, bound)
-            check_memory(prediction, self._memory_limit, self.host.device)
+            check_memory(
+                prediction, self._memory_limit, self.host.device, self.host.ranks.local_size
+            )
         except ConfigError as error:
             raise ConfigError(f"job {job.name}: {error}") from None
 

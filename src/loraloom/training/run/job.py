@@ -123,6 +123,11 @@ class Job:
         return self.position.micro_step == 0
 
     @property
+    def is_at_last_micro_batch(self) -> bool:
+        """Whether the next micro-batch is the last one of its step."""
+        return self.position.micro_step + 1 == self.window.num_micro_batches
+
+    @property
     def has_begun(self) -> bool:
         """Whether it has learnt something, or was measured."""
         return self.position.tokens > 0 or self.position.evaluated_step >= 0

@@ -21,7 +21,9 @@ from loraloom.data.packing import first_fit
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
 from loraloom.models.quantised import stored_weights
+from loraloom.models.sharding import gathered_weights
 from loraloom.ops.token_loss import loss_workspace_bytes
+from loraloom.ranks import own_part
 from loraloom.training.run.container import container_bytes_left
 from loraloom.training.run.job import Job
 from loraloom.training.step.window import longest_row
@@ -91,14 +93,16 @@ class MemoryPrediction:
 def predict_memory(
     host: Host, jobs: Sequence[Job], max_tokens_per_step: int | None = None
 ) -> MemoryPrediction:
-    """Predict the memory of the largest round that jobs may take together.
+    """Predict the memory of the largest round that jobs may take together, on one of its ranks.
 
     Args:
         host: With the jobs' adapters; left without gradient checkpointing.
         jobs: At least one.
         max_tokens_per_step: Bound of a round's tokens, with padding.
     """
-    counts, lengths = zip(*map(step_rows, jobs), strict=True)
+    num_ranks = host.ranks.size
+    counts, lengths = zip(*(step_rows(job, num_ranks) for job in jobs), strict=True)
+    bound = None if max_tokens_per_step is None else -(-max_tokens_per_step // num_ranks)
     length, on_cpu = max(lengths), host.device.type == "cpu"
     checkpointed = any(job.config.train.gradient_checkpointing for job in jobs)
     costs = watch_forwards(host, jobs)
@@ -107,7 +111,7 @@ def predict_memory(
         inputs = length * host.base.hidden_size * host.dtype.itemsize * host.base.num_layers
         inputs *= _CPU_CHECKPOINT_ROOM if on_cpu else 1.0
         per_row = [inputs + whole / host.base.num_layers for whole in per_row]
-    rows = _largest_round(counts, per_row, length, max_tokens_per_step)
+    rows = _largest_round(counts, per_row, length, bound)
     activations = sum(cost.constant for cost in costs)
     activations += sum(count * cost for count, cost in zip(rows, per_row, strict=True))
     if not checkpointed:
@@ -129,13 +133,16 @@ def predict_memory(
     )
 
 
-def check_memory(prediction: MemoryPrediction, limit: int | None, device: torch.device) -> None:
+def check_memory(
+    prediction: MemoryPrediction, limit: int | None, device: torch.device, local_size: int = 1
+) -> None:
     """Refuse a run whose largest round does not fit.
 
     Args:
         prediction: Of that round.
         limit: Most bytes of the whole; None for what the device has.
         device: Where it runs.
+        local_size: Ranks on this machine: they share its memory, but not an accelerator's.
 
     Raises:
         ConfigError: If more is needed than there is; with the numbers.
@@ -145,6 +152,8 @@ def check_memory(prediction: MemoryPrediction, limit: int | None, device: torch.
         available = available_bytes(device)
         if available is None:
             return
+        if device.type == "cpu":
+            available //= local_size
         limit, name = available + prediction.loaded, f"what {device} has"
     if prediction.total > limit:
         raise ConfigError(
@@ -166,14 +175,14 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
-def step_rows(job: Job) -> tuple[int, int]:
-    """Return the most rows that a job puts into a forward, and their length in tokens.
+def step_rows(job: Job, num_ranks: int = 1) -> tuple[int, int]:
+    """Return the most rows that a job puts into a rank's forward, and their length in tokens.
 
     They are those of its longest examples.
     """
     train, examples = job.config.train, job.training_set.examples
     count = min(train.micro_batch_size, train.batch_size)
-    longest = sorted(examples, key=longest_row, reverse=True)[:count]
+    longest = sorted(examples, key=longest_row, reverse=True)[:count:num_ranks]
     lengths = [len(row.input_ids) for example in longest for row in example.rows]
     if not train.packing:
         return len(lengths), max(lengths)
@@ -222,13 +231,14 @@ def _watch(host: Host, job: Job) -> ForwardCost:
 def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
     """Count the storages that autograd keeps in a forward of rows with padding."""
     weights = [*_base_tensors(host), *job.adapter.parameters()]
-    known = {weight.untyped_storage()._cdata for weight in weights}
+    known = _storages(weights).keys()
     kept: dict[int, int] = {}
 
     def look(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage.nbytes()
+        key = storage._cdata
+        if key not in known and key not in _storages(gathered_weights(host.model)):
+            kept[key] = storage.nbytes()
         return tensor
 
     input_ids = torch.zeros(rows, length, dtype=torch.long, device=host.device)
@@ -282,8 +292,13 @@ def _base_tensors(host: Host) -> list[Tensor]:
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    return sum(_storages(tensors).values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of this rank's storages by their identity."""
+    storages = (own_part(tensor).untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage.nbytes() for storage in storages}
 
 
 def _in_gb(num_bytes: int) -> str:

@@ -12,13 +12,15 @@ No job can be called .checkpoints: names begin with a letter or digit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loraloom.durable import remove, remove_leftovers
+from loraloom.durable import cut_torn_line, remove, remove_leftovers
 from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_adapter, write_adapter
@@ -35,11 +37,28 @@ _JOB_FILES = (*ADAPTER_FILES, METRICS_FILE, RESULT_FILE)
 _JOB_DIRECTORIES = (_CHECKPOINTS, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY)
 
 
-class RunDirectory:
-    """Where a run's results go."""
+def _for_its_owner(method: Callable[..., None]) -> Callable[..., None]:
+    """Leave a method to the process whose directory it is."""
 
-    def __init__(self, path: Path):
+    @wraps(method)
+    def owned(directory: RunDirectory, *args: Any, **options: Any) -> None:
+        if not directory.is_read_only:
+            method(directory, *args, **options)
+
+    return owned
+
+
+class RunDirectory:
+    """Where a run's results go.
+
+    Args:
+        path: The directory.
+        is_read_only: Nothing is checked, written or deleted here, as somebody else does it.
+    """
+
+    def __init__(self, path: Path, *, is_read_only: bool = False):
         self.path = path
+        self.is_read_only = is_read_only
         self.snapshots = SnapshotStore(path / _SNAPSHOTS)
         self.sweep_table = path / "sweep.csv"
         self.sweep_picture = path / "sweep.png"
@@ -61,6 +80,7 @@ class RunDirectory:
         """A job's metrics.jsonl."""
         return self.job(name) / METRICS_FILE
 
+    @_for_its_owner
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Check that the run may write here. Nothing is written.
 
@@ -97,6 +117,9 @@ class RunDirectory:
         Raises:
             ConfigError: If another run is there, or the system can't write there.
         """
+        if self.is_read_only:
+            yield
+            return
         lock = FileLock(self.snapshots.directory / _LOCK_FILE, timeout=0)
         with self._writing():
             self.snapshots.directory.mkdir(parents=True, exist_ok=True)
@@ -114,6 +137,7 @@ class RunDirectory:
         finally:
             lock.release()
 
+    @_for_its_owner
     def prepare(self, jobs: Sequence[str]) -> None:
         """Delete earlier results of these jobs, and all checkpoints of the run.
 
@@ -128,6 +152,7 @@ class RunDirectory:
             for name in jobs:
                 self._clear(name)
 
+    @_for_its_owner
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that joins; what a run that died left of it is deleted.
 
@@ -140,6 +165,7 @@ class RunDirectory:
         with self._writing():
             self._clear(name)
 
+    @_for_its_owner
     def check_new(self, name: str) -> None:
         """Check that a job that begins replaces nothing.
 
@@ -153,6 +179,7 @@ class RunDirectory:
                     f"{self.job(name) / file}; take another name, or move its directory away"
                 )
 
+    @_for_its_owner
     def reopen(self, host: Host, job: Job) -> None:
         """Bring the files of a job that goes on back to where its snapshot is.
 
@@ -174,6 +201,7 @@ class RunDirectory:
             job.best = read_adapter(self.best(name), host.base)[1]
         self.write_best(host, job)
 
+    @_for_its_owner
     def tidy(self, name: str) -> None:
         """Delete what killed writers left in a job's directory.
 
@@ -184,6 +212,7 @@ class RunDirectory:
             for directory in (self.job(name), self.best(name), self.last(name)):
                 remove_leftovers(directory)
 
+    @_for_its_owner
     def write_best(self, host: Host, job: Job) -> None:
         """Write the best weights that a job has kept.
 
@@ -194,6 +223,7 @@ class RunDirectory:
         directory = self.best(job.name)
         write_adapter(directory, job.adapter.config, job.best, host.base, overwrite=True)
 
+    @_for_its_owner
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
         """Write a job's last weights, the adapter's files and result.json.
 
@@ -209,7 +239,26 @@ class RunDirectory:
         host.save(name, self.last(name), overwrite=True)
         card = result_card(result, job, base)
         write_adapter(self.job(name), job.adapter.config, tensors, base, card, overwrite=True)
+        self.write_result(name, result)
+
+    @_for_its_owner
+    def write_result(self, name: str, result: JobResult) -> None:
+        """Write a job's result.json alone.
+
+        Raises:
+            OSError: If it can't be written.
+        """
         result.write(self.job(name))
+
+    @_for_its_owner
+    def cut_metrics(self, name: str, num_bytes: int) -> None:
+        """Cut a job's metrics.jsonl: what followed will be logged again."""
+        cut_torn_line(self.metrics(name), num_bytes)
+
+    @_for_its_owner
+    def write_snapshot(self, *args: Any, **options: Any) -> None:
+        """Write a snapshot; see `SnapshotStore.write`."""
+        self.snapshots.write(*args, **options)
 
     def _clear(self, name: str) -> None:
         for entry in (*_JOB_FILES, *_JOB_DIRECTORIES):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from loraloom.durable import cut_torn_line, sync
+from loraloom.durable import sync
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
@@ -20,7 +20,7 @@ class Reporter:
     def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: tuple[str, ...]):
         self._directory = directory
         self._progress = progress
-        self._tracker_names = dict.fromkeys(("jsonl", *tracker_names))
+        self._tracker_names = [] if directory.is_read_only else ["jsonl", *tracker_names]
         self._trackers: dict[str, list[MetricsFile | Tracker]] = {}
         self._failing: set[tuple[str, str]] = set()
         self._is_started = False
@@ -38,7 +38,7 @@ class Reporter:
             return
         directory, config = self._directory.job(job.name), job.config.model_dump(mode="json")
         trackers = self._trackers[job.name] = []
-        for name in self._tracker_names:
+        for name in dict.fromkeys(self._tracker_names):
             with self._noting_faults(name, job.name):
                 trackers.append(open_tracker(name, directory, job.position.step + 1, config))
         self._progress.add(job)
@@ -87,7 +87,7 @@ class Reporter:
 
     def forget_after(self, job_name: str, num_bytes: int) -> None:
         """Cut a job's metrics.jsonl: what followed will be logged again."""
-        cut_torn_line(self._directory.metrics(job_name), num_bytes)
+        self._directory.cut_metrics(job_name, num_bytes)
 
     @contextmanager
     def _noting_faults(self, tracker_name: str, job_name: str) -> Iterator[None]:

@@ -190,7 +190,9 @@ def result_card(result: JobResult, job: Job, base: BaseInfo) -> str:
     )
 
 
-def describe_environment(device: torch.device, dtype: torch.dtype, command: str) -> dict[str, Any]:
+def describe_environment(
+    device: torch.device, dtype: torch.dtype, command: str, num_ranks: int = 1
+) -> dict[str, Any]:
     """Say with what a run was made."""
     packages = ("loraloom", "torch", "transformers", "safetensors")
     return {
@@ -200,6 +202,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype, command: str)
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "ranks": num_ranks,
         "command": command,
     }
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
@@ -20,12 +21,15 @@ from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
 from loraloom.models.host import Host
 from loraloom.models.loading import find_device, load_base_model
+from loraloom.models.sharding import shard
+from loraloom.ranks import Ranks
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import Snapshot, describe_changes
 from loraloom.training.run.engine import Engine, describe_base
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox, sole_trainer
 from loraloom.training.run.job import Job
+from loraloom.training.run.launch import Launch, joined_ranks, rank_device, read_launch
 from loraloom.training.run.memory import check_memory, predict_memory
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
@@ -53,7 +57,9 @@ def train(
 ) -> list[JobResult]:
     """Train all jobs of a run on its base model.
 
-    Everything is read and checked before the first file is written.
+    Everything is read and checked before the first file is written. Where torchrun or accelerate
+    started several processes, they share the rows of all jobs; each calls this, and the first one
+    writes.
 
     Args:
         run: A run file, or its settings.
@@ -72,26 +78,32 @@ def train(
         ConfigError: If results are in the way, another run writes there, there is nothing to
             resume, or a setting is wrong.
         ModelError, AdapterError, DataError: If the base model, an adapter or data can't be had.
+        TrainingError: If other ranks can't be reached any more.
         KeyboardInterrupt: After Ctrl-C, when everything is saved.
         SystemExit: After SIGTERM, likewise.
     """
     if not isinstance(run, RunConfig):
         run = load_run_config(run, needs_jobs=watch is None)
-    progress = progress or Progress()
-    directory = RunDirectory(run.output_dir)
+    launch = read_launch()
+    _check_goes_with(launch, run, watch, base)
+    device = rank_device(run.device, launch)
+    progress = progress if progress is not None and launch.rank == 0 else Progress()
+    directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
     directory.check(resume=resume, overwrite=overwrite)
     _check_sources(run, directory)
     check_trackers(run.trackers)
-    device = find_device(run.device)
     for job in run.all_jobs:
-        check_optimizer_device(job.train, device, job.name)
+        check_optimizer_device(job.train, find_device(device), job.name)
         rehearse(job.train, job.name)
     with ExitStack() as stack:
+        is_sharded = run.parallel.base == "fsdp" and launch.size > 1
+        ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None:
             prepare_inbox(watch.path)
             stack.enter_context(sole_trainer(watch.path))
-        host, tokenizer = base or _load_base(run)
+        host, tokenizer = base or _load_base(run, device, is_sharded=is_sharded)
         stack.enter_context(_taken_off_at_an_error(host))
+        stack.enter_context(_shared_by(ranks, host))
         evaluation = Evaluation(host, tokenizer)
         builder = JobBuilder(host, tokenizer, evaluation)
         if resume and directory.snapshots.exists():
@@ -105,15 +117,16 @@ def train(
             directory,
             progress,
             trackers=run.trackers,
-            environment=describe_environment(host.device, host.dtype, command),
+            environment=describe_environment(host.device, host.dtype, command, ranks.size),
             max_tokens_per_step=run.max_tokens_per_step,
             memory_limit=run.memory_limit,
             keep_snapshots=run.keep_snapshots,
         )
         if jobs:
             prediction = predict_memory(host, jobs, run.max_tokens_per_step)
-            check_memory(prediction, run.memory_limit, host.device)
+            check_memory(prediction, run.memory_limit, host.device, ranks.local_size)
             progress.message(f"memory: {prediction.describe()}")
+        _check_alike(ranks, run, jobs, snapshot)
         sweep = _sweep(run, directory, progress, builder, jobs)
         data = [
             f"{job.name}: {line}"
@@ -157,10 +170,74 @@ def _taken_off_at_an_error(host: Host) -> Iterator[None]:
         raise
 
 
-def _load_base(run: RunConfig) -> tuple[Host, PreTrainedTokenizerBase]:
+@contextmanager
+def _shared_by(ranks: Ranks, host: Host) -> Iterator[None]:
+    """Let ranks share a host's rows."""
+    before, host.ranks = host.ranks, ranks
+    try:
+        yield
+    finally:
+        host.ranks = before
+
+
+def _check_goes_with(launch: Launch, run: RunConfig, watch: WatchOptions | None, base: Any) -> None:
+    """Refuse what several processes can't do together.
+
+    Raises:
+        ConfigError: If the run has any of it.
+    """
+    if launch.size > 1 and run.parallel.base == "fsdp" and base is not None:
+        raise ConfigError(
+            "parallel.base: fsdp takes a base model apart as it is loaded, got one that is loaded; "
+            "leave `base` out, or take base: replicated"
+        )
+    if launch.size > 1 and run.parallel.base == "fsdp" and run.quantization is not None:
+        raise ConfigError(
+            "parallel.base: fsdp needs weights in floating point, got quantization; leave it out, "
+            "or take base: replicated"
+        )
+    for job in run.all_jobs:
+        if launch.size > 1 and not job.adapter.adds_up_over_ranks:
+            raise ConfigError(
+                f"job {job.name}: method {job.adapter.method} needs a single process, as its "
+                f"router loss joins all tokens, got {launch.size} ranks; start it without torchrun"
+            )
+    lone = {"sweep": run.sweep, "--watch": watch}  # decided by one process's clock and files
+    for name, value in lone.items():
+        if launch.size > 1 and value is not None:
+            raise ConfigError(
+                f"{name} needs a single process, got {launch.size} ranks; start it without "
+                "torchrun, or give the jobs in a run file"
+            )
+
+
+def _check_alike(
+    ranks: Ranks, run: RunConfig, jobs: Sequence[Job], snapshot: Snapshot | None
+) -> None:
+    """Check that all ranks are about to do the same.
+
+    Raises:
+        ConfigError: If they are not; names what differs.
+    """
+    facts = {f"the data of job {job.name}": job.training_set.digest for job in jobs}
+    facts["the run file"] = run.model_dump_json(exclude={"output_dir"})
+    facts["the newest checkpoint"] = "" if snapshot is None else snapshot.directory.name
+    if different := ranks.check_alike(facts):
+        raise ConfigError(
+            f"all {ranks.size} ranks must have the same run, these differ: {', '.join(different)}; "
+            "let all machines see the same files, output_dir among them"
+        )
+
+
+def _load_base(
+    run: RunConfig, device: str, *, is_sharded: bool
+) -> tuple[Host, PreTrainedTokenizerBase]:
+    first_device = "cpu" if is_sharded else device
     model, tokenizer = load_base_model(
-        run.base_model, run.dtype, run.device, run.attn_implementation, run.quantization
+        run.base_model, run.dtype, first_device, run.attn_implementation, run.quantization
     )
+    if is_sharded:
+        shard(model, torch.device(device))
     return attach(model), tokenizer
 
 

@@ -10,7 +10,7 @@ own loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -20,12 +20,14 @@ from torch import Tensor
 from loraloom.adapters.adapter import SampleTokens
 from loraloom.infer.rows import collate, example_row
 from loraloom.models.host import Host
+from loraloom.models.sharding import recovering
+from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import RouterStatistics, measure_load, read_statistics
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
-from loraloom.training.step.objectives import ScoredSamples
+from loraloom.training.step.objectives import ObjectiveTerms, ScoredSamples
 from loraloom.training.step.reference import ask_references
-from loraloom.training.step.rows import lay_out
+from loraloom.training.step.rows import RowLayout, lay_out
 from loraloom.training.step.window import count_labels
 
 
@@ -38,53 +40,111 @@ def forward_backward(
     does not depend on how the step is cut. A loss that is not finite is left out of the backward
     pass; its adapter's gradient is of no use then.
 
+    Where the host has several ranks, each computes its share of the rows and gets its summand of
+    the gradient. Losses are those of all.
+
     Args:
         host: With the micro-batches' adapters.
-        micro_batches: One of each job.
+        micro_batches: One of each job, the same on all ranks.
         pad_id: Token to pad with, on the right.
 
     Returns:
         The losses, in the order of the micro-batches.
     """
+    ranks = host.ranks
     ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
-    layout = lay_out(micro_batches)
+    layout = lay_out([batch.share(ranks.rank, ranks.size) for batch in micro_batches])
     rows = [example_row(example) for example in layout.joined()]
-    inputs = collate(rows, host.dtype, host.device, pad_id)
-    output = host.hidden(
-        inputs.input_ids,
-        None if layout.is_packed else inputs.attention_mask,
-        adapters=layout.adapters,
-        sample_keys=layout.sample_keys,
-        sample_lengths=layout.sample_lengths,
-        training=True,
-    )
-    states = inputs.predicting_states(output.last_hidden_state)
-    losses = host.token_losses(states, inputs.targets)
-    routing = [output.routing.get(batch.adapter.name) for batch in micro_batches]
+    with ranks.together():
+        inputs = collate(rows, host.dtype, host.device, pad_id)
+        output = host.hidden(
+            inputs.input_ids,
+            None if layout.is_packed else inputs.attention_mask,
+            adapters=layout.adapters,
+            sample_keys=layout.sample_keys,
+            sample_lengths=layout.sample_lengths,
+            training=True,
+        )
+        states = inputs.predicting_states(output.last_hidden_state)
+        losses = host.token_losses(states, inputs.targets)
+        forwards = _forwards(layout, losses, output.routing)
     terms = [
-        _loss_terms(*of_batch)
-        for of_batch in zip(
-            micro_batches,
-            layout.split_losses(losses),
-            routing,
-            layout.sample_tokens,
-            strict=True,
-        )
+        forward.with_auxiliary_loss(micro_batch, ranks)
+        for forward, micro_batch in zip(forwards, micro_batches, strict=True)
     ]
-    values = _fetch(terms, routing)
-    _backward(
-        [
-            term["loss"] + term["aux_loss"]
-            for term, fetched in zip(terms, values, strict=True)
-            if math.isfinite(fetched.terms["loss"] + fetched.terms["aux_loss"])
-        ]
+    values = _fetch(terms, [forward.routing for forward in forwards], ranks)
+    with ranks.together(), recovering(host.model):
+        _backward(
+            [
+                term["loss"] + term["aux_loss"]
+                for term, fetched in zip(terms, values, strict=True)
+                if math.isfinite(fetched.terms["loss"] + fetched.terms["aux_loss"])
+            ]
+        )
+    return [_report(*pair) for pair in zip(micro_batches, values, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What a rank's share of a micro-batch gave.
+
+    Args:
+        terms: Its summands of the step's loss and metrics.
+        routing: Of its tokens; None without routers.
+        samples: Whose tokens these are.
+        computed_tokens: Of its rows, padding included.
+    """
+
+    terms: ObjectiveTerms
+    routing: list[LayerRouting] | None
+    samples: Sequence[SampleTokens]
+    computed_tokens: int
+
+    def with_auxiliary_loss(self, micro_batch: MicroBatch, ranks: Ranks) -> dict[str, Tensor]:
+        """Name all summands; that of the router losses takes everybody's counts.
+
+        Args:
+            micro_batch: The whole one.
+            ranks: Those that have a share of it.
+        """
+        loss = self.terms.loss
+        aux_loss, added = torch.zeros_like(loss), None
+        if self.routing is not None:
+            added = micro_batch.adapter.auxiliary_loss(self.routing, self.samples, ranks.sum)
+        if added is not None:
+            aux_loss = (added * _token_share(micro_batch)).to(loss.dtype)
+        tokens = loss.new_full((), self.computed_tokens)
+        return {
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "computed_tokens": tokens,
+            **self.terms.metrics,
+        }
+
+    def uncounted(self) -> _Forward:
+        """Keep the graph, but let nothing come of it."""
+        metrics = {name: value * 0 for name, value in self.terms.metrics.items()}
+        routing = None if self.routing is None else [record.emptied() for record in self.routing]
+        return _Forward(ObjectiveTerms(self.terms.loss * 0, metrics), routing, [], 0)
+
+
+def _forwards(
+    layout: RowLayout, losses: Tensor, routing: Mapping[str, list[LayerRouting]]
+) -> list[_Forward]:
+    """Cut what a forward gave by the shares in it."""
+    pieces = zip(
+        layout.micro_batches,
+        layout.split_losses(losses),
+        layout.sample_tokens,
+        layout.computed_tokens,
+        strict=True,
     )
-    return [
-        _report(micro_batch, fetched, computed_tokens)
-        for micro_batch, fetched, computed_tokens in zip(
-            micro_batches, values, layout.computed_tokens, strict=True
-        )
-    ]
+    forwards = []
+    for share, own, samples, computed_tokens in pieces:
+        terms = share.objective.terms(_scored(share, own), share.window.totals)
+        forward = _Forward(terms, routing.get(share.adapter.name), samples, computed_tokens)
+        forwards.append(forward if share.counts else forward.uncounted())
+    return forwards
 
 
 @dataclass(frozen=True)
@@ -95,24 +155,6 @@ class _Fetched:
     routers: RouterStatistics | None
 
 
-def _loss_terms(
-    micro_batch: MicroBatch,
-    token_losses: Tensor,
-    routing: list[LayerRouting] | None,
-    samples: Sequence[SampleTokens],
-) -> dict[str, Tensor]:
-    """Return a micro-batch's share of the step's loss, router loss and metrics."""
-    terms = micro_batch.objective.terms(
-        _scored(micro_batch, token_losses), micro_batch.window.totals
-    )
-    aux_loss = torch.zeros_like(terms.loss)
-    adapter = micro_batch.adapter
-    added = None if routing is None else adapter.auxiliary_loss(routing, samples)
-    if added is not None:
-        aux_loss = (added * _token_share(micro_batch)).to(terms.loss.dtype)
-    return {"loss": terms.loss, "aux_loss": aux_loss, **terms.metrics}
-
-
 def _scored(micro_batch: MicroBatch, token_losses: Tensor) -> ScoredSamples:
     references = None
     if micro_batch.reference is not None:
@@ -121,14 +163,15 @@ def _scored(micro_batch: MicroBatch, token_losses: Tensor) -> ScoredSamples:
 
 
 def _fetch(
-    terms: Sequence[dict[str, Tensor]], routing: Sequence[list[LayerRouting] | None]
+    terms: Sequence[dict[str, Tensor]],
+    routing: Sequence[list[LayerRouting] | None],
+    ranks: Ranks,
 ) -> list[_Fetched]:
-    """Read all numbers of a round from the device at once."""
+    """Add all numbers of a round up over the ranks, and read them from the device at once."""
     scalars = torch.stack([value.detach() for term in terms for value in term.values()])
     loads = [torch.empty(0) if record is None else measure_load(record) for record in routing]
-    numbers = iter(
-        torch.cat([values.to(scalars.device).double() for values in (scalars, *loads)]).tolist()
-    )
+    summands = torch.cat([values.to(scalars.device).double() for values in (scalars, *loads)])
+    numbers = iter(ranks.sum(summands).tolist())
     named = [{name: next(numbers) for name in term} for term in terms]
     return [
         _Fetched(
@@ -144,9 +187,10 @@ def _backward(losses: Sequence[Tensor]) -> None:
         torch.stack(list(losses)).sum().backward()
 
 
-def _report(micro_batch: MicroBatch, fetched: _Fetched, computed_tokens: int) -> MicroBatchLoss:
+def _report(micro_batch: MicroBatch, fetched: _Fetched) -> MicroBatchLoss:
     metrics = dict(fetched.terms)
     loss, aux_loss = metrics.pop("loss"), metrics.pop("aux_loss")
+    computed_tokens = round(metrics.pop("computed_tokens"))
     summed = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=computed_tokens)
     if fetched.routers is None:
         return summed

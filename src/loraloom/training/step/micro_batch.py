@@ -26,6 +26,7 @@ class MicroBatch:
         objective: What is minimised.
         reference: What the objective compares with, if it does.
         max_row_length: Most tokens of a row that samples share; None: each has a row.
+        counts: Whether anything comes of it; False for a rank that no example is left for.
     """
 
     adapter: Adapter
@@ -35,6 +36,7 @@ class MicroBatch:
     objective: Objective
     reference: Reference | None = None
     max_row_length: int | None = None
+    counts: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -46,19 +48,34 @@ class MicroBatch:
 
         Examples come the longest first: where they are packed, every other one makes halves alike.
         """
-        num_rows = len(self.window.examples[0].rows)
-        starts = range(0, len(self.examples), num_rows)
+        starts = self._starts
         if len(starts) < 2:
             return []
         middle = (len(starts) + 1) // 2
         cut = (starts[:middle], starts[middle:])
         if self.max_row_length is not None:
             cut = (starts[::2], starts[1::2])
-        return [
-            self._subset([start + row for start in half for row in range(num_rows)]) for half in cut
-        ]
+        return [self._subset(half) for half in cut]
 
-    def _subset(self, places: Sequence[int]) -> MicroBatch:
+    def share(self, rank: int, num_ranks: int) -> MicroBatch:
+        """Return what one of several ranks computes: every so-many-th example.
+
+        A rank that none is left for gets the shortest one, which doesn't count: all ranks make the
+        same forwards then.
+        """
+        if num_ranks == 1:
+            return self
+        own = self._starts[rank::num_ranks]
+        return self._subset(own) if own else replace(self._subset(self._starts[-1:]), counts=False)
+
+    @property
+    def _starts(self) -> range:
+        """Where each example's rows begin."""
+        return range(0, len(self.examples), len(self.window.examples[0].rows))
+
+    def _subset(self, starts: Sequence[int]) -> MicroBatch:
+        """Return some examples, with all their rows."""
+        places = [start + row for start in starts for row in range(self._starts.step)]
         examples = [self.examples[place] for place in places]
         return replace(
             self, examples=examples, sample_keys=[self.sample_keys[place] for place in places]

@@ -1,0 +1,81 @@
+"""A frozen base model of which every rank keeps a part (PyTorch's FSDP2).
+
+A layer's weights are put together for its forward, and again for its backward pass. Embedding,
+final norm and head stay together from a forward on to the end of the backward pass, as losses are
+computed outside of the model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from loraloom.errors import ModelError
+from loraloom.models.families import family_of
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Leave a rank's part of each weight, on its device; all ranks of the default group call this.
+
+    Layers are brought to the device one after the other, so that it never has the whole model.
+
+    Args:
+        model: A causal LM of transformers, on the CPU or the device.
+        device: Of this rank.
+
+    Raises:
+        ModelError: If the family is not supported, or weights are not in floating point.
+    """
+    family = family_of(model)
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point():
+            raise ModelError(
+                f"parallel.base: fsdp needs weights in floating point, got {name} in "
+                f"{str(weight.dtype).removeprefix('torch.')}; take base: replicated"
+            )
+    model.requires_grad_(False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.get_submodule(family.layers).children():
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+
+
+def decoder_of(model: Any) -> Callable[..., Any]:
+    """Return the forward up to the final norm; a sharded model must be entered by its root."""
+    if not isinstance(model, FSDPModule):
+        return model.base_model
+    root: Any = model
+    root.run_decoder = MethodType(_run_decoder, root)
+    register_fsdp_forward_method(root, "run_decoder")
+    return root.run_decoder
+
+
+def gathered_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of a sharded model that are put together now; none of another model."""
+    if not isinstance(model, FSDPModule):
+        return []
+    return [weight for weight in model.parameters() if not isinstance(weight, DTensor)]
+
+
+@contextmanager
+def recovering(model: nn.Module) -> Iterator[None]:
+    """Leave a sharded model ready for another forward where one, or a backward pass, fails."""
+    try:
+        yield
+    except Exception:
+        if isinstance(model, FSDPModule):
+            model.reset_iter_state()
+        raise
+
+
+def _run_decoder(model: Any, **inputs: Any) -> Any:
+    return model.base_model(**inputs)

@@ -1,0 +1,157 @@
+"""Joining the ranks that torchrun or accelerate started, if they did."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from loraloom.errors import ConfigError, TrainingError, shown
+from loraloom.models.loading import find_device
+from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
+
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process among those that were started together.
+
+    Args:
+        rank: Its number among all.
+        size: How many there are.
+        local_rank: Its number among those on this machine.
+        local_size: How many there are on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read what torchrun, accelerate or another launcher says of this process.
+
+    A process group that is there already says more than the variables.
+
+    Args:
+        environment: Variables by name.
+
+    Raises:
+        ConfigError: If only some of the variables are there, or they contradict each other.
+    """
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        local_rank = _number(environment, "LOCAL_RANK", default=rank)
+        return Launch(rank, size, local_rank, _number(environment, "LOCAL_WORLD_SIZE", size))
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return Launch()
+    if missing := [name for name in (*_NUMBERS, *_ADDRESS) if name not in environment]:
+        given = [name for name in (*_NUMBERS, *_ADDRESS) if name in environment]
+        raise ConfigError(
+            f"the environment must have all variables of a launcher, {', '.join(missing)} besides "
+            f"{', '.join(given)}; start with `torchrun --nproc-per-node N -m loraloom train "
+            "RUN.yaml`, or unset them to train in one process"
+        )
+    rank, size, local_rank = (_number(environment, name) for name in _NUMBERS)
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", default=size)
+    if not (rank < size and local_rank < local_size <= size):
+        raise ConfigError(
+            f"RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, got {rank} of "
+            f"{size} and {local_rank} of {local_size}; let torchrun set them"
+        )
+    return Launch(rank, size, local_rank, local_size)
+
+
+def rank_device(name: str, launch: Launch) -> str:
+    """Choose a rank's device.
+
+    Args:
+        name: As in a run file.
+        launch: Of this process.
+
+    Raises:
+        ConfigError: If ranks would share an accelerator, or can't be connected on it.
+        ModelError: If this machine has no such device.
+    """
+    if launch.size == 1:
+        return name
+    device = find_device(name)
+    if device.type not in _BACKENDS:
+        raise ConfigError(
+            f"device must be one of {', '.join(_BACKENDS)} where several ranks train, got "
+            f"{device.type}; train in one process there"
+        )
+    if device.type == "cpu":
+        return "cpu"
+    if name not in ("auto", device.type):
+        raise ConfigError(
+            f"device must be {device.type} or auto where several ranks train, as each takes its "
+            f"own, got {name}"
+        )
+    count = torch.get_device_module(device).device_count()
+    if launch.local_size > count:
+        raise ConfigError(
+            f"each rank needs a {device.type} device of its own, got {launch.local_size} ranks and "
+            f"{count} devices on this machine; start as many as there are devices, or take "
+            "device: cpu"
+        )
+    return f"{device.type}:{launch.local_rank}"
+
+
+@contextmanager
+def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> Iterator[Ranks]:
+    """Be one of the ranks for a while; a process that was started alone is alone.
+
+    A process group that is there is used, and left as it is.
+
+    Args:
+        device: Of this rank; see `rank_device`.
+        launch: Of this process.
+        in_lockstep: A forward takes all ranks.
+
+    Raises:
+        ConfigError: If the ranks don't find each other.
+        TrainingError: If other ranks can't be reached any more.
+    """
+    if launch.size == 1:
+        yield Alone()
+        return
+    kind = torch.device(device)
+    if kind.type != "cpu":
+        torch.get_device_module(kind).set_device(kind)
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        _connect(_BACKENDS[kind.type], launch)
+    try:
+        yield ProcessRanks(_BACKENDS[kind.type], launch.local_size, in_lockstep=in_lockstep)
+    except RankLost as lost:
+        raise TrainingError(str(lost)) from lost
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def _connect(backend: str, launch: Launch) -> None:
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # torch's own errors of the network are the former
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"rank {launch.rank} of {launch.size} can't join the others: {reason}; check that "
+            "MASTER_ADDR and MASTER_PORT name the first one, and that the network lets it through"
+        ) from error
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, "" if default is None else str(default))
+    if not text.isdecimal() or len(text) > 9:
+        raise ConfigError(f"{name} must be a whole number, got {shown(text)}; let torchrun set it")
+    return int(text)

@@ -1,0 +1,177 @@
+"""Two processes that train together, started once; what they found is judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import loraloom
+from benchmarks.kills import ADAPTERS
+from benchmarks.parallel import compare, difference, resume_elsewhere, settings
+from loraloom.ranks import ProcessRanks
+from loraloom.training.run.results import read_result
+from tests.training.running import read_metrics
+from tests.training.saved import save_inputs, write_run_file
+from tests.training.world import run_ranks
+
+MODES = ("pairs", "plain", "accumulation", "packing")
+"""Of a LoRA, a DoRA, a MixLoRA and a MixDoRA."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """The results of runs on one rank and on two, and what two ranks say of each other."""
+    directory = save_inputs(tmp_path_factory.mktemp("world"))
+    for name, base in (("one", "replicated"), ("two", "replicated"), ("sharded", "fsdp")):
+        run = settings(directory, directory / name, MODES, base)
+        run["jobs"][2]["train"]["save_steps"] = 1
+        write_run_file(directory / f"{name}.yaml", run)
+    run = settings(directory, directory / "broken", MODES)
+    write_run_file(directory / "broken.yaml", run)
+    loraloom.train(directory / "one.yaml")
+    assert run_ranks(2, _work, directory) == [0, 0]
+    return directory
+
+
+def _work(rank: int, directory: Path) -> None:
+    (directory / f"rank-{rank}.json").write_text(json.dumps(_talk(rank)))
+    loraloom.train(directory / "two.yaml")
+    loraloom.train(directory / "sharded.yaml", between_steps=lambda *_: None)
+
+    def between_steps(engine, _builder):
+        if (rank, engine.round) == (1, 4):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loraloom.train(directory / "broken.yaml", between_steps=between_steps)
+
+
+def _talk(rank: int) -> dict[str, Any]:
+    """Try out what ranks do together."""
+    ranks = ProcessRanks("gloo", 2)
+    parameters = [Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.tensor([1.0, rank])
+    parameters[1].grad = torch.ones(2) if rank == 1 else None
+    ranks.sum_gradients(parameters)
+    sums = [None if p.grad is None else p.grad.tolist() for p in parameters]
+    ranks.keep_at_first(parameters)
+    return {
+        "gathered": [float(part["x"]) for part in ranks.gather({"x": torch.tensor(rank + 0.5)})],
+        "any": [ranks.any(rank == 1), ranks.any(False)],
+        "first": [ranks.first(rank == 0), ranks.first(rank == 1)],
+        "spread": list(ranks.spread([3, 4, 5], lambda item: [item, rank])),
+        "sums": sums,
+        "left": [p.grad is not None for p in parameters],
+        "differs": ranks.check_alike({"same": "a", "other": str(rank)}),
+        "fault": _failure(ranks, ValueError("broken") if rank == 1 else None),
+        "memory": _failure(ranks, torch.OutOfMemoryError("full") if rank == 0 else None),
+        "both": _failure(ranks, (torch.OutOfMemoryError if rank == 0 else ValueError)("gone")),
+    }
+
+
+def _failure(ranks: ProcessRanks, error: Exception | None) -> str:
+    try:
+        with ranks.together():
+            if error is not None:
+                raise error
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def told(world) -> list[dict[str, Any]]:
+    return [json.loads((world / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_ranks_hear_what_each_says(told):
+    for own in told:
+        assert own["gathered"] == [0.5, 1.5]
+        assert (own["any"], own["first"]) == ([True, False], [True, False])
+        assert own["differs"] == ["other"]
+
+
+def test_items_are_spread_over_the_ranks(told):
+    assert told[0]["spread"] == told[1]["spread"] == [[3, 0], [4, 1], [5, 0]]
+
+
+def test_gradients_are_added_up_and_count_once(told):
+    for own in told:
+        assert own["sums"] == [[2.0, 1.0], [1.0, 1.0], None]
+    assert [own["left"] for own in told] == [[True, True, False], [False] * 3]
+
+
+def test_what_fails_on_one_rank_fails_on_all(told):
+    assert [own["fault"] for own in told] == [
+        "RuntimeError: on rank 1: ValueError: broken",
+        "ValueError: broken",
+    ]
+    assert [own["memory"] for own in told] == [
+        "OutOfMemoryError: full",
+        "OutOfMemoryError: memory ran out on another rank",
+    ]
+    assert [own["both"] for own in told] == [
+        "RuntimeError: on rank 1: ValueError: gone",
+        "ValueError: gone",
+    ]
+
+
+@pytest.mark.parametrize("run", ["two", "sharded"])
+@pytest.mark.parametrize("job", ADAPTERS)
+def test_two_ranks_give_the_weights_of_one(world, run, job):
+    assert difference(world / run / job, world / "one" / job).is_rounding
+
+
+@pytest.mark.parametrize("run", ["two", "sharded"])
+def test_one_rank_writes_metrics_over_all_rows(world, run):
+    for job in ADAPTERS:
+        expected, actual = read_metrics(world / "one" / job), read_metrics(world / run / job)
+        ignored = {"seconds": 0, "computed_tokens": 0}
+        for line, other in zip(actual, expected, strict=True):
+            assert line | ignored == pytest.approx(other | ignored, rel=1e-4, abs=1e-7)
+    assert read_result(world / run / "lora").environment["ranks"] == 2
+
+
+def test_a_run_whose_second_rank_was_interrupted_goes_on_with_one(world, tmp_path):
+    directory = tmp_path / "broken"
+    shutil.copytree(world / "broken", directory)
+    run = settings(world, directory, MODES)
+    loraloom.train(write_run_file(tmp_path / "run.yaml", run), resume=True)
+    for job in ADAPTERS:
+        assert difference(directory / job, world / "one" / job).is_rounding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["replicated", "fsdp"])
+def test_four_ranks_give_the_weights_of_one(tmp_path, base):
+    assert all(one.is_rounding for one in compare(save_inputs(tmp_path), 4, base).values())
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_any_number(tmp_path):
+    for differences in resume_elsewhere(save_inputs(tmp_path), [1, 3]).values():
+        assert all(one.is_rounding for one in differences)
+
+
+@pytest.mark.slow
+def test_ranks_that_see_other_files_are_told_so(tmp_path, capfd):
+    save_inputs(tmp_path)
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for seed, file in enumerate(files):
+        run = settings(tmp_path, tmp_path / "out", ["plain"] * 4)
+        run["jobs"][0]["seed"] = seed
+        write_run_file(file, run)
+    assert 0 not in run_ranks(2, _train_own, files)
+    assert "these differ: the data of job lora, the run file" in capfd.readouterr().err
+
+
+def _train_own(rank: int, files: list[Path]) -> None:
+    loraloom.train(files[rank])
