@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 import loraloom
 from benchmarks.kills import ADAPTERS
-from benchmarks.parallel import compare, difference, resume_elsewhere, settings
+from benchmarks.parallel import difference, resume_elsewhere, settings
 from loraloom.ranks import ProcessRanks
 from loraloom.training.run.results import read_result
 from tests.training.running import read_metrics
@@ -150,28 +150,26 @@ def test_a_run_whose_second_rank_was_interrupted_goes_on_with_one(world, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["replicated", "fsdp"])
-def test_four_ranks_give_the_weights_of_one(tmp_path, base):
-    assert all(one.is_rounding for one in compare(save_inputs(tmp_path), 4, base).values())
-
-
-@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_any_number(tmp_path):
     for differences in resume_elsewhere(save_inputs(tmp_path), [1, 3]).values():
         assert all(one.is_rounding for one in differences)
 
 
 @pytest.mark.slow
-def test_ranks_that_see_other_files_are_told_so(tmp_path, capfd):
+def test_ranks_that_see_other_files_are_told_so(tmp_path):
     save_inputs(tmp_path)
     files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
     for seed, file in enumerate(files):
         run = settings(tmp_path, tmp_path / "out", ["plain"] * 4)
         run["jobs"][0]["seed"] = seed
         write_run_file(file, run)
-    assert 0 not in run_ranks(2, _train_own, files)
-    assert "these differ: the data of job lora, the run file" in capfd.readouterr().err
+    assert run_ranks(2, _train_own, files) == [0, 0]
+    for file in files:
+        message = file.with_suffix(".error").read_text()
+        assert "these differ: the data of job lora, the run file" in message
 
 
 def _train_own(rank: int, files: list[Path]) -> None:
-    loraloom.train(files[rank])
+    with pytest.raises(loraloom.LoraloomError) as error:
+        loraloom.train(files[rank])
+    files[rank].with_suffix(".error").write_text(str(error.value))
