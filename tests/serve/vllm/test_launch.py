@@ -53,7 +53,7 @@ def test_a_directory_of_adapters_goes_by_the_environment(tmp_path):
     changes = {"adapters": {}, "adapter_dir": tmp_path, "allow_loading": True}
     words, settings = vllm_command(options(**changes), [])
     assert "--lora-modules" not in words
-    assert words[words.index("--max-loras") + 1] == "8"
+    assert words[words.index("--max-loras") + 1] == "9"
     assert settings["LORALOOM_ADAPTER_DIR"] == str(tmp_path)
 
 

@@ -68,7 +68,9 @@ def vllm_command(
         folded: All adapters that are known now.
     """
     rank = fitting_rank(max((adapter.rank for adapter in folded), default=1))
-    slots = max(2, len(options.adapters) + options.max_adapters * (options.adapter_dir is not None))
+    slots = len(options.adapters) + options.max_adapters * (options.adapter_dir is not None)
+    # one more: on a CPU, vLLM 0.32 lets the base model's rows beside others read the last slot
+    slots = max(2, slots + 1)
     arguments = {
         "--model": options.base_model,
         "--host": options.host,
