@@ -74,7 +74,7 @@ def plot_experts(
         right.plot(bits, range(len(bits)), marker=".", label=name)
     right.set(title="what an expert tells", xlabel="mutual information (bits)")
     right.set_xlim(left=0)
-    right.legend()
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)  # below the curves
     figure.suptitle(title)
     return save_figure(figure, path)
 
