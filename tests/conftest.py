@@ -70,3 +70,14 @@ def _cache_of_its_own(_session_cache, tmp_path_factory, monkeypatch) -> None:
     (home / "loraloom").mkdir()
     (home / "loraloom" / "gguf").symlink_to(_session_cache / "loraloom" / "gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium, where the machine has one."""
+    browsers = pytest.importorskip("tests.report.browser", exc_type=ImportError)
+    try:
+        with browsers.chromium() as browser:
+            yield browser
+    except browsers.NoChromium as missing:
+        pytest.skip(str(missing))

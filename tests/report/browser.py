@@ -13,14 +13,20 @@ from playwright.sync_api import Browser, Page, sync_playwright
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-def find_chromium() -> str | None:
-    """Path of a Chromium; $CHROMIUM goes before those on the PATH."""
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
+class NoChromium(SystemExit):
+    """There is no browser here."""
 
 
 @contextmanager
-def chromium(executable: str) -> Iterator[Browser]:
-    """Run a browser."""
+def chromium() -> Iterator[Browser]:
+    """Run a browser, $CHROMIUM before those on the PATH.
+
+    Raises:
+        NoChromium: If there is none.
+    """
+    executable = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
+    if executable is None:
+        raise NoChromium("no Chromium on this machine; install one, or set CHROMIUM to its path")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.report.browser import chromium, find_chromium, opened
+from tests.report.browser import chromium, opened
 
 SHOTS = {
     "results": (1280, "light", "#results"),
@@ -25,11 +25,8 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    executable = find_chromium()
-    if executable is None:
-        raise SystemExit("no Chromium on this machine; install one, or set CHROMIUM to its path")
     options.output.mkdir(parents=True, exist_ok=True)
-    with chromium(executable) as browser:
+    with chromium() as browser:
         for name, (width, scheme, selector) in SHOTS.items():
             with opened(browser, options.page, width, scheme) as page:
                 page.locator(selector).evaluate("one => one.scrollIntoView()")

@@ -31,15 +31,6 @@ CONTRASTS = """() => {
 
 
 @pytest.fixture(scope="module")
-def browser():
-    executable = browsers.find_chromium()
-    if executable is None:
-        pytest.skip("no Chromium on this machine; install one, or set CHROMIUM to its path")
-    with browsers.chromium(executable) as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A page of three seeds of four adapters, and names that leave no room."""
     directory = tmp_path_factory.mktemp("report")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser
 
-from tests.report.browser import chromium, find_chromium
+from tests.report.browser import chromium
 
 SHOTS = {"wide": (1100, 820, "light"), "phone": (375, 820, "dark")}
 """Name -> width, height and color scheme."""
@@ -24,11 +24,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="What is the capital of France?")
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    executable = find_chromium()
-    if executable is None:
-        raise SystemExit("no Chromium on this machine; install one, or set CHROMIUM to its path")
     options.output.mkdir(parents=True, exist_ok=True)
-    with chromium(executable) as browser:
+    with chromium() as browser:
         for name in SHOTS:
             take(browser, name, options)
 

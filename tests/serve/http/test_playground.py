@@ -11,23 +11,12 @@ from loraloom.serve.http.playground import PAGES
 from tests.serve.http.in_process import BASE, serving
 from tests.serve.http.test_openai import chat
 
-browsers = pytest.importorskip("tests.report.browser", exc_type=ImportError)
-
 
 @pytest.fixture(scope="module")
 def locked(host, tokenizer):
     """A server that wants a key."""
     with serving(host, tokenizer, options=ApiOptions(api_keys=["secret"])) as (address, _):
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = browsers.find_chromium()
-    if executable is None:
-        pytest.skip("no Chromium on this machine; install one, or set CHROMIUM to its path")
-    with browsers.chromium(executable) as browser:
-        yield browser
 
 
 @pytest.fixture
