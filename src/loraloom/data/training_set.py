@@ -62,11 +62,12 @@ class TrainingSet:
     @cached_property
     def digest(self) -> str:
         """Hash of all examples as the model gets them."""
-        digest = hashlib.sha256(f"{len(self.examples)} and {len(self.validation)}".encode())
-        for example in (*self.examples, *self.validation):
-            for row in example.rows:
-                digest.update(array("q", (len(row.input_ids), *row.input_ids, *row.labels)))
-        return digest.hexdigest()
+        return _digest(self.examples, self.validation)
+
+    @cached_property
+    def held_out_digest(self) -> str:
+        """Hash of the examples that are held out."""
+        return _digest([], self.validation)
 
     def epoch_order(self, epoch: int) -> list[int]:
         """Indices into `examples` in the order of an epoch, shuffled anew in each.
@@ -78,6 +79,14 @@ class TrainingSet:
         order = [index for portion in self.portions for index in _draw(portion, generator)]
         generator.shuffle(order)
         return order
+
+
+def _digest(examples: Sequence[TrainingExample], validation: Sequence[TrainingExample]) -> str:
+    digest = hashlib.sha256(f"{len(examples)} and {len(validation)}".encode())
+    for example in (*examples, *validation):
+        for row in example.rows:
+            digest.update(array("q", (len(row.input_ids), *row.input_ids, *row.labels)))
+    return digest.hexdigest()
 
 
 def load_training_set(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -37,6 +37,7 @@ class Position:
     Args:
         step: Steps done.
         micro_step: Micro-batches done of the next step.
+        micro_batches: All that were done.
         tokens: Real tokens learnt from.
         computed_tokens: Tokens that went through the model to learn from them, with padding.
         loss: Of the micro-batches done of the next step.
@@ -49,6 +50,7 @@ class Position:
 
     step: int = 0
     micro_step: int = 0
+    micro_batches: int = 0
     tokens: int = 0
     computed_tokens: int = 0
     loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
@@ -56,6 +58,41 @@ class Position:
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
     last_loss: float | None = None
+
+
+@runtime_checkable
+class JobView(Protocol):
+    """What a display and a sweep see of a job, wherever it trains.
+
+    Attributes:
+        config: Its settings.
+        position: Where it stands.
+        milestones: Steps after which it is evaluated, beside every eval_steps and its end.
+    """
+
+    config: JobConfig
+    position: Position
+    milestones: frozenset[int]
+
+    @property
+    def name(self) -> str:
+        """Name of the job and of its adapter."""
+        ...
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the job, unless it is stopped early."""
+        ...
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no step is half done."""
+        ...
+
+    @property
+    def held_out(self) -> str:
+        """Hash of the examples that it is measured on."""
+        ...
 
 
 class Job:
@@ -128,6 +165,11 @@ class Job:
         return self.position.micro_step + 1 == self.window.num_micro_batches
 
     @property
+    def held_out(self) -> str:
+        """Hash of the examples that it is measured on."""
+        return self.training_set.held_out_digest
+
+    @property
     def has_begun(self) -> bool:
         """Whether it has learnt something, or was measured."""
         return self.position.tokens > 0 or self.position.evaluated_step >= 0
@@ -190,6 +232,7 @@ class Job:
         self._proven = None
         position = self.position
         position.micro_step += 1
+        position.micro_batches += 1
         position.tokens += micro_batch.num_tokens
         position.computed_tokens += loss.computed_tokens
         total = MicroBatchLoss(**position.loss) + loss
