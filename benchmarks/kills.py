@@ -1,4 +1,4 @@
-"""Kill a training process (SIGKILL) again and again, resume it each time, compare the weights.
+"""Kill `loraloom train` (SIGKILL) again and again, resume it each time, compare the weights.
 
     python -m benchmarks.kills [--kills 20] [--steps 240] [--seed 0]
 
@@ -11,26 +11,30 @@ often enough, and runs to its end. Weights, best weights and metrics must be equ
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import multiprocessing
 import random
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
 
-import loraloom
+from loraloom.cli.main import main as loraloom_command
+from loraloom.training.run.engine import Engine
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["loraloom.training.run.run"])
+_PROCESSES.set_forkserver_preload(["loraloom.cli.main", "loraloom.training.run.run"])
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3, "dropout": 0.1},
@@ -116,9 +120,16 @@ def settings(inputs: Path, output_dir: Path, steps: int, **train: Any) -> dict[s
 
 
 def _train(run_file: str, begun: Event) -> None:
-    """Train in a process of its own, and tell when that begins."""
+    """Train in a process of its own, as the command line does, and tell when that begins."""
     torch.set_num_threads(1)
-    loraloom.train(run_file, resume=True, between_steps=lambda *_: begun.set())
+    step = Engine.step
+
+    def first_step(engine: Engine) -> None:
+        begun.set()
+        step(engine)
+
+    with patch.object(Engine, "step", first_step), redirect_stdout(io.StringIO()):
+        raise SystemExit(loraloom_command(["train", run_file, "--resume"]))
 
 
 def _start(run_file: Path) -> BaseProcess:
