@@ -11,30 +11,25 @@ often enough, and runs to its end. Weights, best weights and metrics must be equ
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import multiprocessing
 import random
 import tempfile
 import time
 from collections.abc import Iterable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
 
-from loraloom.cli.main import main as loraloom_command
-from loraloom.training.run.engine import Engine
+from tests.training.command import resume
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["loraloom.cli.main", "loraloom.training.run.run"])
+_PROCESSES.set_forkserver_preload(["tests.training.command", "loraloom.training.run.run"])
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3, "dropout": 0.1},
@@ -119,23 +114,10 @@ def settings(inputs: Path, output_dir: Path, steps: int, **train: Any) -> dict[s
     return {**run, "max_tokens_per_step": 800}
 
 
-def _train(run_file: str, begun: Event) -> None:
-    """Train in a process of its own, as the command line does, and tell when that begins."""
-    torch.set_num_threads(1)
-    step = Engine.step
-
-    def first_step(engine: Engine) -> None:
-        begun.set()
-        step(engine)
-
-    with patch.object(Engine, "step", first_step), redirect_stdout(io.StringIO()):
-        raise SystemExit(loraloom_command(["train", run_file, "--resume"]))
-
-
 def _start(run_file: Path) -> BaseProcess:
     """Start a process and wait until it trains."""
     begun = _PROCESSES.Event()
-    process = _PROCESSES.Process(target=_train, args=(str(run_file), begun))
+    process = _PROCESSES.Process(target=resume, args=(str(run_file), begun))
     process.start()
     while not begun.wait(0.1) and process.exitcode is None:
         pass
