@@ -139,14 +139,17 @@ def _projections(
     }
 
 
-def head_of(model: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
-    """Return the function from final hidden states to logits, with scaling and soft cap."""
+def head_of(model: nn.Module, family: Family) -> Callable[..., Tensor]:
+    """Return the function from final hidden states to logits, with scaling and soft cap.
+
+    It takes another linear layer as a second argument, in place of the model's.
+    """
     config: Any = model.config
     linear = model.get_output_embeddings()  # pyright: ignore
     divisor = getattr(config, family.logit_divisor) if family.logit_divisor else None
     softcap = getattr(config, family.logit_softcap) if family.logit_softcap else None
 
-    def head(hidden_states: Tensor) -> Tensor:
+    def head(hidden_states: Tensor, linear: Callable[[Tensor], Tensor] = linear) -> Tensor:
         logits = linear(hidden_states)
         if divisor is not None:
             logits = logits / divisor
@@ -160,6 +163,7 @@ def head_of(model: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
 def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> BaseInfo:
     """Describe a base model for the files of its adapters."""
     config: Any = model.config
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
     first = layers[0]
     blocks = {family.attention: first.attention, family.ffn: first.ffn}
     shapes = {
@@ -182,7 +186,27 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
         num_parameters=num_parameters(model),
         fingerprint=_fingerprint(config.model_type, shapes, layers),
         quantization=_quantization(layers),
+        modules=_other_modules(model),
+        embedding=_path_of(model, embedding),
+        head=_path_of(model, head),
+        ties_head=embedding.weight is head.weight,
     )
+
+
+def _other_modules(model: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Find embeddings, norms and the head, with their parameters' shapes."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore
+    found = {}
+    for path, module in model.named_modules():
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        is_norm = not any(module.children()) and all(len(shape) == 1 for shape in shapes.values())
+        if shapes and (module in tables or is_norm):
+            found[path] = shapes
+    return found
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    return next(path for path, other in model.named_modules() if other is module)
 
 
 def _fingerprint(
