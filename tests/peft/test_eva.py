@@ -134,6 +134,8 @@ def test_a_job_starts_from_its_own_data_and_so_does_a_resumed_one(tmp_path):
     assert first.config.rank_pattern
     tensors = second.tensors()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in first.tensors().items())
+    with pytest.raises(ConfigError, match=r"read whole, got data\.streaming"):
+        built(data={**settings["data"], "streaming": True})
     with pytest.raises(ConfigError, match="start_from takes the place of initial weights"):
         built(start_from="some/adapter")
 
