@@ -41,7 +41,7 @@ class LossScale:
         """Divide the gradients of a whole step by the scale."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, 1 / self.scale)
+            torch._foreach_mul_(gradients, 1 / self.scale)  # pyright: ignore
 
     def takes(self, grad_norm: float) -> bool:
         """Say whether to make a step, by the norm of its gradient, and adapt the scale."""
