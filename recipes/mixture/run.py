@@ -6,7 +6,8 @@ The jobs of the run file are the methods; all learn the same task. What is done 
 what was interrupted goes on: run it again after Ctrl-C or a kill.
 
 1. Each method trains to the end with each of the rates and each of the search's seeds. The mean
-   accuracy on validation questions (`eval` in the run file) chooses its rate.
+   accuracy on validation questions (`eval` in the run file), or another `--metric`, chooses its
+   rate. A single rate is taken as it is.
 2. Every method trains at its rate with other seeds, all of them in the same steps.
 3. Test questions are asked once, of all of them. `result.json` in the output has the accuracies and
    the pairs that were compared on the same questions and over the same seeds.
@@ -23,6 +24,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,6 +36,7 @@ import loraloom
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEARCH_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
+WORST = 1e9
 
 Base = tuple[loraloom.Host, Any]
 """The base model and its tokenizer."""
@@ -58,9 +61,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="set it in the run file")
     add("--only", type=lambda names: names.split(","), help="names of jobs to take; else all")
     add("--rates", type=_numbers(float), default=RATES, help="to try, separated by commas")
+    add("--metric", help="chooses the rate: eval/loss; else the accuracy of the first in eval")
     add("--search-seeds", type=_numbers(int), default=SEARCH_SEEDS)
     add("--seeds", type=_numbers(int), default=SEEDS, help="that are trained and tested")
-    add("--limit", type=int, default=1152, help="test questions")
+    add("--limit", type=int, default=1152, help="questions of the test, and of those learnt from")
     add("--compare", action="append", metavar="A:B", help="else the first job with each other")
     return parser.parse_args(arguments)
 
@@ -79,7 +83,8 @@ def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
     if args.task is not None:
         wanted += [f"data.task={args.task}", f"eval.0.task={args.task}"]
     for job in settings["jobs"]:
-        for change in wanted:
+        held_out = args.task is not None and "validation" in job["data"]
+        for change in [*wanted, *[f"data.validation.task={args.task}"] * held_out]:
             change_setting(job, change)
     run = loraloom.RunConfig.model_validate(settings)
     names = [job.name for job in run.jobs]
@@ -94,18 +99,32 @@ def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
 
 
 def change_setting(settings: Any, change: str) -> None:
-    """Apply a `path=value`, `train.max_steps=20` for instance; a number in a path is a place."""
+    """Apply a `path=value`, `jobs.mixlora.adapter.rank=4` for instance; jobs go by their names."""
     path, _, value = change.partition("=")
-    *outer, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    *outer, last = path.split(".")
     for part in outer:
-        settings = settings[part]
+        settings = _part_of(settings, part)
     settings[last] = yaml.safe_load(value)
+
+
+def _part_of(settings: Any, name: str) -> Any:
+    if isinstance(settings, list):
+        return settings[int(name)] if name.isdigit() else _job_of(settings, name)
+    return settings.setdefault(name, {})
+
+
+def _job_of(jobs: list[Any], name: str) -> Any:
+    named = {job["name"]: job for job in jobs}
+    if name not in named:
+        raise SystemExit(f"--set must name one of the jobs {', '.join(named)}, got {name}")
+    return named[name]
 
 
 def _check_study(args: argparse.Namespace, run: loraloom.RunConfig) -> None:
     """Hold an output to the settings that it was begun with."""
     settings = {"run": as_settings(run), "rates": args.rates, "search_seeds": args.search_seeds}
     settings |= {"seeds": args.seeds, "limit": args.limit, "compare": args.compare}
+    settings |= {"metric": args.metric}
     text = json.dumps(settings, sort_keys=True)
     if kept(args.output / "study.json", lambda: json.loads(text)) != json.loads(text):
         raise SystemExit(
@@ -134,12 +153,12 @@ def study(run: loraloom.RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         )
         for job in run.jobs
     }
-    rates = {name: float(max(values, key=values.get)) for name, values in searched.items()}
+    rates = {name: float(next(iter(values))) for name, values in searched.items()}
     print("rates:", rates, flush=True)
     trained = kept(args.output / "trained.json", lambda: train_seeds(run, rates, args, base))
     record = score(run, args, base)
     for name, method in record["methods"].items():
-        at_edge = rates[name] in (min(args.rates), max(args.rates))
+        at_edge = len(args.rates) > 1 and rates[name] in (min(args.rates), max(args.rates))
         method |= {"rate": rates[name], "at_edge": at_edge, "searched": searched[name]}
         method |= trained[name]
     first = run.jobs[0]
@@ -157,8 +176,11 @@ def study(run: loraloom.RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 def search(
     run: loraloom.RunConfig, job: loraloom.JobConfig, args: argparse.Namespace, base: Base
 ) -> dict[str, float]:
-    """Give a method's mean accuracy on validation questions by rate; 0 where a run failed."""
-    metric = job.eval[0].metric
+    """Give a method's mean of the metric by rate, the best rate first; runs that fail are worst."""
+    if len(args.rates) == 1:
+        return {f"{args.rates[0]:g}": 0.0}
+    metric = args.metric or job.eval[0].metric
+    sign = -1 if metric.endswith("loss") else 1
     directory = args.output / f"search-{job.name}"
     sweep = {
         "job": as_settings(job),
@@ -172,8 +194,10 @@ def search(
     values: dict[str, list[float]] = {f"{rate:g}": [] for rate in args.rates}
     with (directory / "sweep.csv").open() as file:
         for row in csv.DictReader(file):
-            values[f"{float(row['train.learning_rate']):g}"].append(float(row[metric] or 0))
-    return {rate: fmean(accuracies) for rate, accuracies in values.items()}
+            value = float(row[metric] or -sign * WORST)
+            values[f"{float(row['train.learning_rate']):g}"].append(value)
+    means = {rate: fmean(found) for rate, found in values.items()}
+    return dict(sorted(means.items(), key=lambda item: -sign * item[1]))
 
 
 def train_seeds(
@@ -185,6 +209,7 @@ def train_seeds(
         settings = as_settings(job) | {"eval": []}
         settings["train"] |= {"learning_rate": rates[job.name]}
         settings["train"].pop("eval_steps", None)
+        settings["data"].pop("validation", None)
         jobs += [{**settings, "name": f"{job.name}@{seed}", "seed": seed} for seed in args.seeds]
     results = train(run, args.output / "seeds", {"jobs": jobs}, base)
     trained: dict[str, Any] = {}
@@ -205,7 +230,7 @@ def train(
 
 
 def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict[str, Any]:
-    """Ask test questions of every method with every seed."""
+    """Ask test questions, and training questions, of every method with every seed."""
     host, tokenizer = base
     names = [f"{job.name}@{seed}" for job in run.jobs for seed in args.seeds]
     for name in names:
@@ -214,41 +239,85 @@ def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict
     compared = args.compare or [f"{methods[0]}:{other}" for other in methods[1:]]
     pairs = [(first, second) for first, _, second in (text.partition(":") for text in compared)]
     asked = run.jobs[0].eval[0]
-    evaluation = loraloom.evaluate(
-        host,
-        tokenizer,
-        asked.task,
-        [None, *names],
+    ask = partial(
+        loraloom.evaluate,
         scoring=asked.scoring,
-        split="test",
         data=asked.path,
         limit=args.limit,
+        tasks=asked.task,
+    )
+    evaluation = ask(
+        host,
+        tokenizer,
+        adapters=[None, *names],
+        split="test",
         pairs=[tuple(f"{name}{_only(args.seeds)}" for name in pair) for pair in pairs],
     )
     evaluation.write(args.output / "test.json")
+    learnt = ask(host, tokenizer, adapters=names, split="train", pairs=[])
     (task,) = evaluation.results["base"]
-    right = {name: found[task]["accuracy"] for name, found in evaluation.results.items()}
-    by_method = {name: [right[f"{name}@{seed}"] for seed in args.seeds] for name in methods}
+    measured = {
+        "accuracy": _of_task(evaluation.results, task, "accuracy"),
+        "train_accuracy": _of_task(learnt.results, task, "accuracy"),
+        "loss": losses(host, tokenizer, asked, "test", names, args.limit),
+        "train_loss": losses(host, tokenizer, asked, "train", names, args.limit),
+    }
+    by_method = {
+        metric: {name: [values[f"{name}@{seed}"] for seed in args.seeds] for name in methods}
+        for metric, values in measured.items()
+    }
     return {
         "questions": evaluation.results["base"][task]["num_examples"],
-        "base": right["base"],
+        "base": evaluation.results["base"][task]["accuracy"],
         "majority": evaluation.results["base"][task]["majority"],
         "methods": {
-            name: {"accuracies": values, **mean_and_stderr(values)}
-            for name, values in by_method.items()
+            name: {
+                "accuracies": by_method["accuracy"][name],
+                **{metric: mean_and_stderr(values[name]) for metric, values in by_method.items()},
+                "effective_experts": effective_experts(
+                    evaluation.details["routing"], task, [f"{name}@{seed}" for seed in args.seeds]
+                ),
+            }
+            for name in methods
         },
         "comparisons": [
             {
                 "first": first,
                 "second": second,
                 "over_questions": comparison.to_json(),
-                "over_seeds": mean_and_stderr(
-                    [a - b for a, b in zip(by_method[first], by_method[second], strict=True)]
-                ),
+                "over_seeds": {
+                    metric: mean_and_stderr(
+                        [a - b for a, b in zip(values[first], values[second], strict=True)]
+                    )
+                    for metric, values in by_method.items()
+                },
             }
             for (first, second), comparison in zip(pairs, evaluation.comparisons, strict=True)
         ],
     }
+
+
+def _of_task(results: dict[str, Any], task: str, metric: str) -> dict[str, float]:
+    return {name: tasks[task][metric] for name, tasks in results.items()}
+
+
+def losses(
+    host: loraloom.Host, tokenizer: Any, asked: Any, split: str, names: list[str], limit: int
+) -> dict[str, float]:
+    """Give each adapter's loss on the answers of a split, in nats a token."""
+    source = {"task": asked.task, "path": asked.path, "scoring": asked.scoring, "split": split}
+    found = loraloom.evaluate_loss(host, tokenizer, source, names, limit=limit, pairs=[])
+    return {name: next(iter(tasks.values()))["loss"] for name, tasks in found.results.items()}
+
+
+def effective_experts(
+    routing: dict[str, Any], task: str, names: Sequence[str]
+) -> list[float] | None:
+    """Give the effective number of experts by layer, averaged over seeds; None without routers."""
+    by_seed = [
+        routing[name]["tasks"][task]["effective_experts"] for name in names if name in routing
+    ]
+    return [fmean(layer) for layer in zip(*by_seed, strict=True)] or None
 
 
 def _only(seeds: Sequence[int]) -> str:
