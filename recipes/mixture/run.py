@@ -25,6 +25,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -43,7 +44,7 @@ Base = tuple[loraloom.Host, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parse(arguments)
+    args = parse(arguments)
     run = read_run(args)
     args.output.mkdir(parents=True, exist_ok=True)
     _check_study(args, run)
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"python recipes/mixture/table.py {args.output}")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("run_file", type=Path, help="its jobs are the methods")
@@ -230,55 +231,42 @@ def train(
 
 
 def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict[str, Any]:
-    """Ask test questions, and training questions, of every method with every seed."""
+    """Ask test questions, and questions that were learnt, of every method with every seed."""
     host, tokenizer = base
-    names = [f"{job.name}@{seed}" for job in run.jobs for seed in args.seeds]
+    methods = [job.name for job in run.jobs]
+    seeds_of = {name: [f"{name}@{seed}" for seed in args.seeds] for name in methods}
+    names = [name for seeds in seeds_of.values() for name in seeds]
     for name in names:
         host.load(name, args.output / "seeds" / name)
-    methods = [job.name for job in run.jobs]
     compared = args.compare or [f"{methods[0]}:{other}" for other in methods[1:]]
     pairs = [(first, second) for first, _, second in (text.partition(":") for text in compared)]
     asked = run.jobs[0].eval[0]
-    ask = partial(
-        loraloom.evaluate,
-        scoring=asked.scoring,
-        data=asked.path,
-        limit=args.limit,
-        tasks=asked.task,
-    )
-    evaluation = ask(
-        host,
-        tokenizer,
-        adapters=[None, *names],
-        split="test",
-        pairs=[tuple(f"{name}{_only(args.seeds)}" for name in pair) for pair in pairs],
-    )
-    evaluation.write(args.output / "test.json")
-    learnt = ask(host, tokenizer, adapters=names, split="train", pairs=[])
-    (task,) = evaluation.results["base"]
+    ask = partial(loraloom.evaluate, host, tokenizer, asked.task, limit=args.limit)
+    ask = partial(ask, scoring=asked.scoring, data=asked.path)
+    test = ask([None, *names], split="test", pairs=[_as_asked(pair, args.seeds) for pair in pairs])
+    test.write(args.output / "test.json")
+    learnt = ask(names, split="train", pairs=[])
     measured = {
-        "accuracy": _of_task(evaluation.results, task, "accuracy"),
-        "train_accuracy": _of_task(learnt.results, task, "accuracy"),
-        "loss": losses(host, tokenizer, asked, "test", names, args.limit),
-        "train_loss": losses(host, tokenizer, asked, "train", names, args.limit),
+        "accuracy": _of_task(test.results, "accuracy"),
+        "train_accuracy": _of_task(learnt.results, "accuracy"),
+        "loss": losses(base, asked, "test", names, args.limit),
+        "train_loss": losses(base, asked, "train", names, args.limit),
     }
-    by_method = {
-        metric: {name: [values[f"{name}@{seed}"] for seed in args.seeds] for name in methods}
-        for metric, values in measured.items()
+    values = {
+        metric: {method: [one[seed] for seed in seeds] for method, seeds in seeds_of.items()}
+        for metric, one in measured.items()
     }
+    (of_base,) = test.results["base"].values()
     return {
-        "questions": evaluation.results["base"][task]["num_examples"],
-        "base": evaluation.results["base"][task]["accuracy"],
-        "majority": evaluation.results["base"][task]["majority"],
+        "questions": of_base["num_examples"],
+        "base": of_base["accuracy"],
+        "majority": of_base["majority"],
         "methods": {
-            name: {
-                "accuracies": by_method["accuracy"][name],
-                **{metric: mean_and_stderr(values[name]) for metric, values in by_method.items()},
-                "effective_experts": effective_experts(
-                    evaluation.details["routing"], task, [f"{name}@{seed}" for seed in args.seeds]
-                ),
+            method: {
+                **{metric: mean_and_stderr(one[method]) for metric, one in values.items()},
+                "effective_experts": effective_experts(test.details["routing"], seeds),
             }
-            for name in methods
+            for method, seeds in seeds_of.items()
         },
         "comparisons": [
             {
@@ -286,49 +274,43 @@ def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict
                 "second": second,
                 "over_questions": comparison.to_json(),
                 "over_seeds": {
-                    metric: mean_and_stderr(
-                        [a - b for a, b in zip(values[first], values[second], strict=True)]
-                    )
-                    for metric, values in by_method.items()
+                    metric: mean_and_stderr([*map(sub, one[first], one[second])])
+                    for metric, one in values.items()
                 },
             }
-            for (first, second), comparison in zip(pairs, evaluation.comparisons, strict=True)
+            for (first, second), comparison in zip(pairs, test.comparisons, strict=True)
         ],
     }
 
 
-def _of_task(results: dict[str, Any], task: str, metric: str) -> dict[str, float]:
-    return {name: tasks[task][metric] for name, tasks in results.items()}
+def _as_asked(pair: tuple[str, str], seeds: Sequence[int]) -> tuple[str, ...]:
+    """A single seed is no group, and is compared by its own name."""
+    return pair if len(seeds) > 1 else tuple(f"{name}@{seeds[0]}" for name in pair)
 
 
-def losses(
-    host: loraloom.Host, tokenizer: Any, asked: Any, split: str, names: list[str], limit: int
-) -> dict[str, float]:
+def _of_task(results: dict[str, Any], metric: str) -> dict[str, float]:
+    """Give a metric by adapter where there is one task."""
+    return {name: next(iter(tasks.values()))[metric] for name, tasks in results.items()}
+
+
+def losses(base: Base, asked: Any, split: str, names: list[str], limit: int) -> dict[str, float]:
     """Give each adapter's loss on the answers of a split, in nats a token."""
     source = {"task": asked.task, "path": asked.path, "scoring": asked.scoring, "split": split}
-    found = loraloom.evaluate_loss(host, tokenizer, source, names, limit=limit, pairs=[])
-    return {name: next(iter(tasks.values()))["loss"] for name, tasks in found.results.items()}
+    found = loraloom.evaluate_loss(*base, source, names, limit=limit, pairs=[])
+    return _of_task(found.results, "loss")
 
 
-def effective_experts(
-    routing: dict[str, Any], task: str, names: Sequence[str]
-) -> list[float] | None:
+def effective_experts(routing: dict[str, Any], names: Sequence[str]) -> list[float] | None:
     """Give the effective number of experts by layer, averaged over seeds; None without routers."""
-    by_seed = [
-        routing[name]["tasks"][task]["effective_experts"] for name in names if name in routing
-    ]
-    return [fmean(layer) for layer in zip(*by_seed, strict=True)] or None
+    tasks = [task for name in names if name in routing for task in routing[name]["tasks"].values()]
+    by_layer = zip(*(task["effective_experts"] for task in tasks), strict=True)
+    return [fmean(layer) for layer in by_layer] or None
 
 
-def _only(seeds: Sequence[int]) -> str:
-    """A single seed is no group, and is compared by its own name."""
-    return f"@{seeds[0]}" if len(seeds) == 1 else ""
-
-
-def mean_and_stderr(values: Sequence[float]) -> dict[str, float | None]:
-    """Give the mean, and its standard error over seeds."""
+def mean_and_stderr(values: Sequence[float]) -> dict[str, Any]:
+    """Give values with their mean, and its standard error over seeds."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": fmean(values), "stderr": error}
+    return {"mean": fmean(values), "stderr": error, "values": list(values)}
 
 
 def as_settings(config: loraloom.RunConfig | loraloom.JobConfig) -> dict[str, Any]:
