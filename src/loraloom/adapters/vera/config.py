@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig
-from loraloom.adapters.keys import Shape, TensorKey, target_projections
+from loraloom.adapters.keys import Shape, TensorKey, target_pattern, target_projections
 from loraloom.errors import shown
 
 if TYPE_CHECKING:
@@ -49,16 +49,24 @@ class VeraConfig(AdapterConfig):
     save_projection: bool = True
     """Save A and B too, so that the files don't depend on the random generator."""
 
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _check_no_tokens(cls, tokens: Any) -> Any:
+        if tokens:
+            raise ValueError(
+                "trainable_token_indices must be unset, as PEFT's files of a VeRA have no place "
+                f"for them, got {shown(tokens)}; train embed_tokens by modules_to_save"
+            )
+        return tokens
+
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         """See AdapterConfig."""
-        from loraloom.adapters.adapter import resolve_targets
         from loraloom.adapters.low_rank import LowRankAdapter
         from loraloom.adapters.vera.weights import SharedProjections, VeraProjection
 
-        targets = resolve_targets(self, base_layers[0])
-        shared = SharedProjections(self, base_layers[0], targets, dtype)
+        shared = SharedProjections(self, base_layers, dtype)
 
         def build(base, layer):
             return VeraProjection(base, self, shared, dtype)
@@ -87,23 +95,25 @@ class VeraConfig(AdapterConfig):
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
-        targets = target_projections(self.target_modules, base)
+        targets: Any = list(self.known_targets(base))
+        if not base.has_own_names:
+            targets = target_pattern(self.target_modules, base)
         return {
             "r": self.rank,
             "vera_dropout": self.dropout,
             "d_initial": self.d_initial,
             "projection_prng_key": self.projection_seed,
             "save_projection": self.save_projection,
-            "target_modules": [path.rpartition(".")[2] for path in targets],
+            "target_modules": targets,
             "bias": "none",
         }
 
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """See AdapterConfig."""
-        for name in ("layers_to_transform", "modules_to_save"):
-            if files.config.get(name):
-                raise files.error(f"`{name}` must be unset, got {shown(files.config[name])}")
+        layers = files.config.get("layers_to_transform")
+        if layers:
+            raise files.error(f"`layers_to_transform` must be unset, got {shown(layers)}")
         return {
             "rank": files.required("r"),
             "dropout": files.config.get("vera_dropout", 0.0),

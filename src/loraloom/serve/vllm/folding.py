@@ -23,12 +23,14 @@ from loraloom.adapters.adapter import Adapter, MoeFfn
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.low_rank import Projection
+from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
 from loraloom.formats.contents import StoredAdapter
 from loraloom.formats.files import read_stored
 from loraloom.formats.fit import fit_to_base
 from loraloom.formats.hub import find_adapter
-from loraloom.models.families import base_info, base_layers, family_of
+from loraloom.models.families import base_info, base_layers
+from loraloom.models.structure import family_of
 
 PIECES = 3
 """A float32 is the sum of so many bfloat16."""
@@ -75,6 +77,7 @@ class Folder:
             AdapterError: If they are for another base model, or the adapter does what a LoRA can't.
         """
         stored = read_stored(find_adapter(path_or_hub_id))
+        refuse_own_parts(stored.config, stored.source, "be served by vLLM")
         _check_no_magnitudes(stored)
         # the base's weights aren't here to be compared with those it was trained on
         stored = replace(stored, base=replace(stored.base, fingerprint=None))

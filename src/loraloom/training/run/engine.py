@@ -566,6 +566,8 @@ def _refusing_other_states(name: str, snapshot: Snapshot) -> Iterator[None]:
     """Raise a ConfigError where a job's state turns out to be of something else."""
     try:
         yield
+    except ConfigError as error:
+        raise ConfigError(f"job {name}: {error}") from error
     except STATE_ERRORS as error:
         raise ConfigError(
             f"checkpoint {snapshot.directory} can't be used, the state of job {name} is of "
