@@ -148,12 +148,12 @@ def _connect(ray: ModuleType, address: str) -> None:
     Raises:
         ConfigError: If there is no such cluster.
     """
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     if named:
         _check_reachable(named)
     try:
-        ray.init(address=named or "auto", **{**quiet, "include_dashboard": None})
+        ray.init(address=named or "auto", **quiet)
     except ConnectionError as error:
         if named:
             raise _no_cluster(named, error) from None
@@ -161,6 +161,7 @@ def _connect(ray: ModuleType, address: str) -> None:
             ray.init(
                 address="local",
                 _node_ip_address=_LOOPBACK,
+                include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 **quiet,
             )
