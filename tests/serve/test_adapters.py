@@ -35,12 +35,12 @@ def test_adapters_of_a_directory_are_loaded_when_they_are_asked_for(host, saved)
 
 def test_the_one_that_was_not_used_for_longest_goes(host, saved):
     gone = []
-    shelf = AdapterShelf(host, "base", saved, max_lazy=2, on_removed=lambda: gone.append(1))
+    shelf = AdapterShelf(host, "base", saved, max_lazy=2, on_removed=gone.append)
     for name in ("lora", "dora", "lora", "mixlora"):
         with shelf.using(name):
             pass
     assert set(host.adapters) == {"own", "lora", "mixlora"}
-    assert len(gone) == 1
+    assert [adapter.name for adapter in gone] == ["dora"]
 
 
 def test_adapters_in_use_stay(host, saved):

@@ -153,7 +153,7 @@ def serve(
             model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
         )
         engine = Engine(model, tokenizer, limits)
-        shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget_prepared)
+        shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget)
         for name, path in adapters.items():
             shelf.load(name, path)
         options = ApiOptions(keys, allow_loading, cors_origin or (), max_body_bytes, is_local)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, ConfigError, shown
@@ -65,7 +66,7 @@ class AdapterShelf:
         base_name: str,
         directory: Path | None = None,
         max_lazy: int = 8,
-        on_removed: Callable[[], object] = lambda: None,
+        on_removed: Callable[[Adapter], object] = lambda adapter: None,
     ):
         self.base_name = base_name
         self._host = host
@@ -199,8 +200,9 @@ class AdapterShelf:
             self._remove(adapter)
 
     def _remove(self, adapter: ServedAdapter) -> None:
+        removed = self._host.adapter(adapter.host_name)
         self._host.remove(adapter.host_name)
-        self._on_removed()
+        self._on_removed(removed)
 
     def _in_directory(self) -> dict[str, str]:
         if self._directory is None or not self._directory.is_dir():
