@@ -173,7 +173,7 @@ def _saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output kept as it is would keep its own node, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()

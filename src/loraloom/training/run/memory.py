@@ -239,7 +239,7 @@ def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
         key = storage._cdata
         if key not in known and key not in _storages(gathered_weights(host.model)):
             kept[key] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output kept as it is would keep its own node, for good
 
     input_ids = torch.zeros(rows, length, dtype=torch.long, device=host.device)
     mask = torch.ones(rows, length, dtype=torch.long)
