@@ -118,7 +118,7 @@ def _forward_of(
     for adapter in adapters.values():
         fill_B(adapter)
     owner = object()
-    block = FfnBlock(owner, 0, mlp, _SHAPE, "act_fn")
+    block = FfnBlock(owner, 0, mlp, _SHAPE, mlp.act_fn)
 
     def forward(hidden_states: Tensor) -> Tensor:
         names, device = list(adapters), hidden_states.device
