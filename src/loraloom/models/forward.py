@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter, OwnModule, SegmentTokens
 from loraloom.adapters.low_rank import input_group
@@ -48,7 +48,7 @@ class PreparedWeights:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Adapter, *tuple[Hashable, ...]], Any] = {}
+        self._kept: dict[tuple[nn.Module, *tuple[Hashable, ...]], Any] = {}
         self._plans: OrderedDict[Hashable, StackedPlan | None] = OrderedDict()
         self._stacks = Stacks(on_change=self._plans.clear)
 
@@ -71,11 +71,17 @@ class PreparedWeights:
 
     def forget(self, adapter: Adapter) -> None:
         """Let what was made of an adapter's weights go, as they have changed or it has gone."""
-        self._kept = {key: value for key, value in self._kept.items() if key[0] is not adapter}
+        gone = set(adapter.modules())
+        self._kept = {key: value for key, value in self._kept.items() if key[0] not in gone}
         self._stacks.forget(adapter)
 
-    def get(self, key: tuple[Adapter, *tuple[Hashable, ...]], build: Callable[[], Any]) -> Any:
-        """Return what was built for an adapter and what follows it, built now if it never was."""
+    def get(self, key: tuple[nn.Module, *tuple[Hashable, ...]], build: Callable[[], Any]) -> Any:
+        """Return what was built for a key, built now if it never was.
+
+        Args:
+            key: An adapter, or a module of it, and what tells its parts apart.
+            build: Makes it.
+        """
         if key not in self._kept:
             self._kept[key] = build()
         return self._kept[key]
@@ -220,7 +226,9 @@ class ForwardContext:
         low_rank = adapter.attention_low_rank(group, hidden_states, site, tokens)
         return AttentionPart(group, hidden_states, tokens, low_rank)
 
-    def _weights(self, key: tuple[Adapter, *tuple[Hashable, ...]], build: Callable[[], Any]) -> Any:
+    def _weights(
+        self, key: tuple[nn.Module, *tuple[Hashable, ...]], build: Callable[[], Any]
+    ) -> Any:
         if self.prepared is None or torch.is_grad_enabled():
             return build()
         return self.prepared.get(key, build)
