@@ -26,6 +26,7 @@ def run_file(inputs, tmp_path):
     return write_run_file(tmp_path / "run.yaml", run_settings(inputs, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_worker_of_rays_is_killed_and_the_weights_are_those_of_one_process(
     inputs, run_file, tmp_path
 ):

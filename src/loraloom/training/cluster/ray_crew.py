@@ -73,7 +73,7 @@ class _RayCrew(Crew):
         resources: What each worker takes: options of an actor.
     """
 
-    def __init__(self, ray: ModuleType, make: Any, resources: dict[str, float]):
+    def __init__(self, ray: ModuleType, make: Any, resources: dict[str, int]):
         self._ray = ray
         self._make = make
         self._actor = ray.remote(_Actor).options(
@@ -213,7 +213,7 @@ def _first_line(error: Exception) -> str:
 
 def choose_workers(
     nodes: Sequence[dict[str, Any]], device: str, num_workers: int | None
-) -> tuple[int, dict[str, float]]:
+) -> tuple[int, dict[str, int]]:
     """Choose how many workers to start, and what each takes.
 
     Args:
@@ -228,7 +228,7 @@ def choose_workers(
     gpus, cpus = ([int(one.get(kind, 0)) for one in alive] for kind in ("GPU", "CPU"))
     if device in ("cuda", "xpu") or (device == "auto" and sum(gpus)):
         size, most, kind = num_workers or sum(gpus), sum(gpus), "accelerators"
-        resources: dict[str, float] = {"num_cpus": 0, "num_gpus": 1}
+        resources: dict[str, int] = {"num_cpus": 0, "num_gpus": 1}
     else:
         size, most, kind = num_workers or len(alive), sum(cpus), "cores"
         resources = {"num_cpus": _cores_each(cpus, size), "num_gpus": 0}
