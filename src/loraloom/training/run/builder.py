@@ -7,13 +7,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.own import own_parts
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
 from loraloom.config.paths import local_path
+from loraloom.data.streaming import StreamedSet
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.formats.files import read_adapter
@@ -21,6 +25,7 @@ from loraloom.models.host import Host
 from loraloom.models.packing import check_takes_packed_rows
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
+from loraloom.training.run.start import start_batches
 from loraloom.training.step.reference import load_reference
 
 KEPT_TRAINING_SETS = 8
@@ -56,7 +61,8 @@ class JobBuilder:
     def _build(self, config: JobConfig) -> Job:
         if config.train.packing:
             check_takes_packed_rows(self._host.config)
-        adapter = self._host.add(config.name, config.adapter, config.seed)
+        batches = self._start_batches(config) if config.adapter.starts_from_data else None
+        adapter = self._host.add(config.name, config.adapter, config.seed, batches)
         if config.start_from is not None:
             load_start(self._host, adapter, config.start_from)
         reference = load_reference(self._host, config.train.objective)
@@ -67,15 +73,35 @@ class JobBuilder:
         self._evaluation.read(config)
         return job
 
-    def _training_set(self, config: JobConfig) -> TrainingSet:
+    def _start_batches(self, config: JobConfig) -> list[dict[str, Tensor]]:
+        """Give what an adapter looks at before it starts; its settings say how much it needs."""
+        if config.start_from is not None:
+            raise ConfigError(
+                "start_from takes the place of initial weights that are made from data; leave one "
+                "of them out"
+            )
+        training_set, num_tokens = self._training_set(config), 4 * config.adapter.rank
+        if isinstance(training_set, StreamedSet):
+            raise ConfigError(
+                "initial weights that are made from data need it read whole, got data.streaming: "
+                "true; leave one of them out"
+            )
+        pad_id, device = self._evaluation.pad_id, self._host.device
+        return start_batches(training_set, num_tokens, pad_id, device)
+
+    def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
         files = tuple(_file_versions(config.data))
         as_pairs, data = config.train.learns_from_pairs, config.data.model_dump_json()
         return self._load(data, config.train.max_length, config.seed, as_pairs, files)
 
     def _load_training_set(
         self, data: str, max_length: int, seed: int, as_pairs: bool, _files: tuple[Any, ...]
-    ) -> TrainingSet:
+    ) -> TrainingSet | StreamedSet:
         config = DataConfig.model_validate_json(data)
+        if config.streaming:
+            return StreamedSet(
+                config, self._tokenizer, max_length, seed, self._host.ranks, as_pairs=as_pairs
+            )
         return load_training_set(config, self._tokenizer, max_length, seed, as_pairs=as_pairs)
 
 
@@ -98,18 +124,21 @@ def _files_of(name: str | None) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _check_enough(config: JobConfig, training_set: TrainingSet) -> None:
-    missing = "learn from" if not training_set.examples else "measure eval/loss on"
-    if not training_set.examples or (config.data.has_validation and not training_set.validation):
+def _check_enough(config: JobConfig, training_set: TrainingSet | StreamedSet) -> None:
+    has_examples = bool(training_set.longest(1))
+    missing = "measure eval/loss on" if has_examples else "learn from"
+    if not has_examples or (config.data.has_validation and not training_set.validation):
         raise DataError(
             f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
             "give more rows, or raise max_length"
         )
 
 
-def _check_positions(config: JobConfig, training_set: TrainingSet, positions: int) -> None:
-    examples = (*training_set.examples, *training_set.validation)
-    longest = max(len(row.input_ids) for example in examples for row in example.rows)
+def _check_positions(
+    config: JobConfig, training_set: TrainingSet | StreamedSet, positions: int
+) -> None:
+    held_out = (len(row.input_ids) for one in training_set.validation for row in one.rows)
+    longest = max([*training_set.longest(1)[0], *held_out])
     if longest > positions:
         raise DataError(
             f"examples must fit the model's {positions} positions, the longest has {longest} "
@@ -126,7 +155,7 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
         AdapterError: If names or shapes of weights differ.
     """
     config, tensors = read_adapter(path_or_hub_id, host.base)
-    wanted, stored = _formula(adapter.config), _formula(config)
+    wanted, stored = (_formula(one, host.base) for one in (adapter.config, config))
     changed = [
         f"{name} is {value!r} and that adapter's {stored.get(name)!r}"
         for name, value in wanted.items()
@@ -140,6 +169,8 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     adapter.load_stored(tensors)
 
 
-def _formula(config: AdapterConfig) -> dict[str, object]:
+def _formula(config: AdapterConfig, base: BaseInfo) -> dict[str, object]:
     """Return what decides how weights are used, and most of what decides their shapes."""
-    return {"method": config.method, **config.summary()}
+    own = own_parts(config, base)
+    tokens = {"trainable_token_indices": own.tokens} if own.tokens else {}
+    return {"method": config.method, **config.summary(), **tokens}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.adapter import SampleTokens
-from loraloom.infer.rows import collate, example_row
+from loraloom.infer.rows import collate, example_row, owners
 from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
@@ -66,7 +66,7 @@ def forward_backward(
             training=True,
         )
         states = inputs.predicting_states(output.last_hidden_state)
-        losses = host.token_losses(states, inputs.targets)
+        losses = host.token_losses(states, inputs.targets, owners(rows, layout.adapters))
         forwards = _forwards(layout, losses, output.routing)
     terms = [
         forward.with_auxiliary_loss(micro_batch, ranks)
