@@ -1,4 +1,4 @@
-"""Kill a training process (SIGKILL) again and again, resume it each time, compare the weights.
+"""Kill `loraloom train` (SIGKILL) again and again, resume it each time, compare the weights.
 
     python -m benchmarks.kills [--kills 20] [--steps 240] [--seed 0]
 
@@ -19,18 +19,17 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-import loraloom
+from tests.training.command import resume
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["loraloom.training.run.run"])
+_PROCESSES.set_forkserver_preload(["tests.training.command", "loraloom.training.run.run"])
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3, "dropout": 0.1},
@@ -115,16 +114,10 @@ def settings(inputs: Path, output_dir: Path, steps: int, **train: Any) -> dict[s
     return {**run, "max_tokens_per_step": 800}
 
 
-def _train(run_file: str, begun: Event) -> None:
-    """Train in a process of its own, and tell when that begins."""
-    torch.set_num_threads(1)
-    loraloom.train(run_file, resume=True, between_steps=lambda *_: begun.set())
-
-
 def _start(run_file: Path) -> BaseProcess:
     """Start a process and wait until it trains."""
     begun = _PROCESSES.Event()
-    process = _PROCESSES.Process(target=_train, args=(str(run_file), begun))
+    process = _PROCESSES.Process(target=resume, args=(str(run_file), begun))
     process.start()
     while not begun.wait(0.1) and process.exitcode is None:
         pass

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import loraloom
 from loraloom.adapters import (
@@ -29,7 +35,6 @@ from loraloom.adapters import (
     VeraConfig,
 )
 from loraloom.adapters.adapter import Adapter
-from loraloom.models.families import FAMILIES
 from loraloom.models.host import Host
 from loraloom.routing import losses
 from loraloom.routing.record import LayerRouting
@@ -49,6 +54,7 @@ _SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},
@@ -57,10 +63,54 @@ _OWN: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5},
     "phi": {"partial_rotary_factor": 0.5},
     "stablelm": {"use_qkv_bias": True},
+    "ministral": {"head_dim": 8},
+    "ministral3": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "helium": {"head_dim": 8},
+    "exaone4": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "seed_oss": {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "hyperclovax": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 3.0},
+    "cohere2": {"logit_scale": 3.0, "layer_types": ["sliding_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": _EXPERTS | {"head_dim": 8},
+    "olmoe": _EXPERTS,
+    "gpt_oss": {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
 }
-ALL_FAMILIES = tuple(FAMILIES)
+_COMPOSITES = ("gemma3", "mistral3")
+"""Models with an encoder of images beside their text part."""
+_IMAGES = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+ALL_FAMILIES = tuple(
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 granite stablelm gpt_neox "
+    "smollm3".split()
+)
+"""One or more of each layout, which all that depends on the family is tried on."""
 PADS_RIGHT_ONLY = ("gemma2",)
 """Gemma 2 needs eager attention, and gives NaN by itself in float64 with padding on the left."""
+_EAGER = (*PADS_RIGHT_ONLY, "gpt_oss")
 
 METHODS: dict[str, LoraConfig] = {
     "lora": LoraConfig(rank=3, alpha=6),
@@ -92,9 +142,10 @@ def tiny_model(
     family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
     """Make a model whose weights, biases and norms are random: none is zero or one."""
-    config = AutoConfig.for_model(family, **_SMALL | _OWN.get(family, {}) | changes)
-    attention = "eager" if family in PADS_RIGHT_ONLY else "sdpa"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    config = _tiny_config(family, changes)
+    auto = AutoModelForImageTextToText if family in _COMPOSITES else AutoModelForCausalLM
+    attention = "eager" if family in _EAGER else "sdpa"
+    model = auto.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -103,6 +154,20 @@ def tiny_model(
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
     return model.to(dtype).eval()
+
+
+def _tiny_config(family: str, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    settings = _SMALL | _OWN.get(family, {}) | changes
+    if family not in _COMPOSITES:
+        return AutoConfig.for_model(family, **settings)
+    parts = AutoConfig.for_model(family)
+    return AutoConfig.for_model(
+        family,
+        text_config={"model_type": parts.text_config.model_type, "head_dim": 8, **settings},
+        vision_config={"model_type": parts.vision_config.model_type, **_IMAGES},
+        image_token_index=VOCAB_SIZE - 1,
+        mm_tokens_per_image=4,
+    )
 
 
 def randomise(adapter: Adapter, seed: int = 0) -> Adapter:

@@ -15,6 +15,7 @@ may be anybody's, so `shown` and `plain` leave no character that a terminal woul
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
 
 MAX_MESSAGE = 4000
 """Characters of a message; what is longer is cut."""
@@ -78,3 +79,21 @@ class FormatError(LoraloomError):
 
 class TrainingError(LoraloomError):
     """A job can't go on."""
+
+
+def not_finite(
+    what: str, value: object, adapters: Iterable[str | None], place: str = ""
+) -> AdapterError:
+    """Make the error of numbers that are not finite where an adapter or the base model is used.
+
+    Args:
+        what: The numbers.
+        value: One of them, or all.
+        adapters: Whose they are; None is the base model.
+        place: Where, if that is known: `in row 3 of a.jsonl`.
+    """
+    owners = ", ".join("the base model" if a is None else f"adapter {a!r}" for a in adapters)
+    return AdapterError(
+        f"{what} must be finite, got {value} from {' '.join(filter(None, (owners, place)))}; the "
+        "weights have diverged, or float16 is too narrow for them (take bfloat16)"
+    )

@@ -102,24 +102,32 @@ class Ranks(ABC):
             raise
         self._agree(None)
 
-    def spread(self, items: Sequence[Item], compute: Callable[[Item], Result]) -> Iterator[Result]:
+    def spread(
+        self,
+        items: Sequence[Item],
+        compute: Callable[[Item], Result],
+        *,
+        makes_forwards: bool = True,
+    ) -> Iterator[Result]:
         """Compute items, each on one rank, and give all results in the order of the items.
 
-        Within `compute` a rank is alone. In lockstep every rank computes all items.
+        Within `compute` a rank is alone.
 
         Args:
             items: The same on all ranks.
             compute: Makes a result of tensors, texts and numbers.
+            makes_forwards: Of the base model: in lockstep every rank computes all items then.
         """
         if self.size == 1 or self._is_apart:
             yield from map(compute, items)
             return
-        own = items if self.in_lockstep else items[self.rank :: self.size]
+        in_lockstep = self.in_lockstep and makes_forwards
+        own = items if in_lockstep else items[self.rank :: self.size]
         with self.together(), self._apart():
             results = [compute(item) for item in own]
         parts = [iter(part) for part in self.gather(results)]
         for place in range(len(items)):
-            yield next(parts[0 if self.in_lockstep else place % self.size])
+            yield next(parts[0 if in_lockstep else place % self.size])
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Add gradients up over all ranks, in one flat buffer.

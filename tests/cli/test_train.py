@@ -5,10 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from loraloom.cli import main as cli
@@ -162,33 +160,6 @@ def test_train_help_imports_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.slow
-def test_a_killed_process_is_resumed_to_the_same_weights(inputs, tmp_path):
-    settings = run_settings(inputs, tmp_path / "out")
-    for job in settings["jobs"]:
-        job["train"] |= {"max_steps": 60, "save_steps": 1}
-    run_file = write_run_file(tmp_path / "run.yaml", settings)
-    main = "from loraloom.cli.main import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", main, "train", str(run_file)]
-    unbroken = ["--set", f"output_dir={tmp_path / 'unbroken'}"]
-    subprocess.run([*command, *unbroken], check=True, capture_output=True)
-
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = tmp_path / "out/plain/metrics.jsonl"
-    while process.poll() is None and not (
-        metrics.exists() and len(metrics.read_text().splitlines()) > 15
-    ):
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
-    for name in ("plain", "mixture"):
-        file = f"{name}/adapter_model.safetensors"
-        tensors = load_file(tmp_path / "out" / file)
-        expected = load_file(tmp_path / "unbroken" / file)
-        assert all(torch.equal(tensors[key], value) for key, value in expected.items())
 
 
 def test_a_sweep_prints_its_ranking_and_leaves_a_table_and_a_picture(inputs, tmp_path, capsys):

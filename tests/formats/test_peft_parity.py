@@ -19,7 +19,8 @@ from transformers import (
 from loraloom.adapters import LoraConfig
 from loraloom.adapters.base import BaseInfo
 from loraloom.formats import read_adapter, write_adapter
-from loraloom.models.families import base_info, base_layers, family_of
+from loraloom.models.families import base_info, base_layers
+from loraloom.models.structure import family_of
 from tests.formats.tiny import assert_same_tensors, make_tensors
 
 CONFIGS = [

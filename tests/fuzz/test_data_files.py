@@ -122,11 +122,14 @@ def as_csv(rows: Any) -> bytes:
 
 def as_parquet(rows: Any) -> bytes:
     """A table of the rows; of their texts where they are too different for one."""
-    buffer = pa.BufferOutputStream()
     try:
-        table = pa.Table.from_pylist(_listed(rows))
+        return _parquet(pa.Table.from_pylist(_listed(rows)))
     except (pa.ArrowException, TypeError, ValueError, AttributeError, OverflowError):
-        table = pa.table({"text": [ascii(rows)]})
+        return _parquet(pa.table({"text": [ascii(rows)]}))
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = pa.BufferOutputStream()
     parquet.write_table(table, buffer)
     return buffer.getvalue().to_pybytes()
 

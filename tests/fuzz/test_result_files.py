@@ -72,7 +72,7 @@ def results(draw: st.DrawFn, place: Path) -> tuple[Path, Path]:
 def test_broken_results_are_read_or_refused(tmp_path, data):
     run, evaluated = data.draw(results(tmp_path / "results"))
     faults = [survives(lambda: read_runs([run])), survives(lambda: read_evaluation(evaluated))]
-    if faults == [None, None] and data.draw(st.integers(0, 9)) == 0:  # a page takes a second
+    if faults == [None, None] and data.draw(st.integers(0, 39)) == 0:  # a page takes half a second
         survives(lambda: make_page([run], [evaluated]))
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +143,11 @@ def test_files_with_other_bytes(data: st.DataObject, is_signed: bool, interrupte
     with_copy(interrupted, change)
 
 
+@cache
+def load_state(file: Path) -> dict[str, Any]:
+    return torch.load(file, weights_only=True)
+
+
 def changed(data: st.DataObject, state: Any) -> Any:
     """Put something else in a place of a state, or one level below; tensors are not drawn."""
     key = data.draw(st.sampled_from(sorted(state)))
@@ -154,11 +160,12 @@ def changed(data: st.DataObject, state: Any) -> Any:
 @given(data=st.data())
 @fuzz
 def test_states_with_other_values(data: st.DataObject, interrupted: Any) -> None:
+    snapshots = newest(interrupted[0].output_dir)
+
     def change(directory: Path) -> None:
         snapshot = newest(directory)
         file = data.draw(st.sampled_from(sorted(snapshot.glob("*.pt"))))
-        state = torch.load(file, weights_only=True)
-        torch.save(changed(data, state), file)
+        torch.save(changed(data, load_state(snapshots / file.name)), file)
         body = read_body(snapshot / MANIFEST)
         body["jobs"][file.stem]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         write_signed(snapshot / MANIFEST, body)
@@ -226,13 +233,12 @@ def client_state(client, tmp_path_factory):
 @given(data=st.data())
 @fuzz
 def test_states_of_clients(data: st.DataObject, client: Any, client_state: Path) -> None:
+    snapshot, _ = SnapshotStore(client_state).newest()
+    assert snapshot is not None
+    state = changed(data, load_state(snapshot.directory / "client.pt"))
     with tempfile.TemporaryDirectory() as name:
-        shutil.copytree(client_state, name, dirs_exist_ok=True)
-        snapshot, _ = SnapshotStore(Path(name)).newest()
-        assert snapshot is not None
-        state = changed(data, snapshot.load_state("client"))
         SnapshotStore(Path(name)).write(
-            2, 0.0, snapshot.base, snapshot.jobs, {"client": state}, keep=1
+            1, 0.0, snapshot.base, snapshot.jobs, {"client": state}, keep=1
         )
         survives(lambda: client.load_state(name))
         client.load_state(client_state)

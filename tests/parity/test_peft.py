@@ -7,11 +7,11 @@ import copy
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import loraloom
 from loraloom.adapters import LoraConfig
-from loraloom.adapters.base import BaseInfo
+from tests.parity.peft_models import their_parameter, wrapped_by_peft
 from tests.tiny import (
     changed,
     gradients,
@@ -34,31 +34,6 @@ CONFIGS = {
     "dora": LoraConfig(rank=3, alpha=6, weight_decomposition=True),
     "attention": LoraConfig(rank=3, alpha=6, target_modules="attention"),
 }
-PARTS = {
-    "lora_A": "lora_A.default.weight",
-    "lora_B": "lora_B.default.weight",
-    "magnitude": "lora_magnitude_vector.default.weight",
-}
-
-
-def wrapped_by_peft(model: nn.Module, config: LoraConfig, base: BaseInfo) -> nn.Module:
-    targets = base.attention_projections
-    if config.target_modules == "all-linear":
-        targets += base.ffn_projections
-    theirs = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=int(config.alpha),
-        lora_dropout=config.dropout,
-        target_modules=list(targets),
-        use_dora=config.weight_decomposition,
-        use_rslora=config.rank_stabilized,
-    )
-    return peft.get_peft_model(model, theirs).to(model.dtype)
-
-
-def their_parameter(model: nn.Module, base: BaseInfo, name: str) -> nn.Parameter:
-    path, _, part = name.removeprefix("layers.").rpartition(".")
-    return model.get_parameter(f"base_model.model.{base.layers_path}.{path}.{PARTS[part]}")
 
 
 def loss_of(logits: Tensor) -> Tensor:

@@ -254,8 +254,10 @@ def test_adapters_that_are_not_finite_are_named_when_they_should_sample():
     for client in clients[:2]:
         next(iter(client.parameters.values())).data.fill_(float("nan"))
     prompts = [Prompt("x", name) for name in "abc"]
-    with pytest.raises(AdapterError, match="got NaN from adapter 'a', adapter 'b'; the weights"):
-        generate_tokens(host, toy_tokenizer(), prompts, SamplingConfig(max_new_tokens=2))
+    for num_beams in (1, 2):
+        sampling = SamplingConfig(max_new_tokens=2, num_beams=num_beams)
+        with pytest.raises(AdapterError, match="NaN from adapter 'a', adapter 'b'; the weights"):
+            generate_tokens(host, toy_tokenizer(), prompts, sampling)
     assert clients[2].sample(["x"], SamplingConfig(max_new_tokens=2))
 
 

@@ -31,6 +31,13 @@ CONFIGS: tuple[type[AdapterConfig], ...] = (
 )
 """The methods. To add one, import its configuration above and name it here."""
 
+TRIALS: Mapping[str, AdapterConfig] = {
+    "attention": LoraConfig(rank=4, alpha=8, target_modules="attention"),
+    "ffn": LoraConfig(rank=4, alpha=8, target_modules="ffn"),
+    "mixture": MixLoraConfig(rank=2, num_experts=2, top_k=1),
+}
+"""What a base model of an unknown type is tried with; experts do nothing until they are trained."""
+
 if TYPE_CHECKING:
     AnyAdapterConfig = AdapterConfig
 else:

@@ -359,23 +359,26 @@ class Adapter(nn.Module, ABC):
 
 
 def resolve_targets(config: AdapterConfig, layer: BaseLayer) -> frozenset[str]:
-    """Turn `target_modules` into names of the base's projections.
+    """Turn `target_modules` into names of the base's projections; a layer may lack some of them.
 
     Raises:
-        AdapterError: If a name is none of the base's projections.
+        AdapterError: If a name is none of the base's projections, or a group has none of them.
     """
-    groups = {
-        "attention": frozenset(layer.attention),
-        "ffn": frozenset(layer.ffn),
-        "all-linear": frozenset(layer.attention) | frozenset(layer.ffn),
-    }
-    if isinstance(config.target_modules, str):
-        return groups[config.target_modules]
-    unknown = sorted(set(config.target_modules) - groups["all-linear"])
-    if unknown or not config.target_modules:
+    groups = {"attention": frozenset(layer.attention), "ffn": frozenset(layer.ffn)}
+    groups["all-linear"] = groups["attention"] | groups["ffn"]
+    known, targets = groups["all-linear"] | layer.absent, config.target_modules
+    if targets == "ffn" and not groups["ffn"]:
+        raise AdapterError(
+            "target_modules must have projections on the base model, got ffn where its FFN blocks "
+            "are mixtures of experts themselves; take attention"
+        )
+    if isinstance(targets, str):
+        return groups[targets]
+    unknown = sorted(set(targets) - known)
+    if unknown or not targets:
         raise AdapterError(
             f"target_modules must name projections of the base model "
-            f"({', '.join(sorted(groups['all-linear']))}) or be all-linear, attention or ffn; "
+            f"({', '.join(sorted(known))}) or be all-linear, attention or ffn; "
             f"got {', '.join(unknown) or 'an empty list'}"
         )
-    return frozenset(config.target_modules)
+    return frozenset(targets)

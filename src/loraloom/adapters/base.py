@@ -171,6 +171,11 @@ class FfnShape:
     output: str
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All projections, the output last; none where the block is no dense one."""
+        return (*self.inputs, self.output) if self.inputs else ()
+
+    @property
     def fused(self) -> bool:
         """One input projection makes gate and up side by side."""
         return self.inputs == ("gate_up_proj",)
@@ -187,6 +192,8 @@ class BaseLayer:
     ffn: Mapping[str, BaseProjection]
     ffn_shape: FfnShape
     hidden_size: int
+    absent: frozenset[str] = frozenset()
+    """Names of projections that other layers have, and this one hasn't."""
 
     @property
     def blocks(self) -> dict[str, Mapping[str, BaseProjection]]:
@@ -214,6 +221,8 @@ class BaseInfo:
         fingerprint: Hash of the shapes and of a few weights rounded to bfloat16.
         quantization: How its projections are kept, `bitsandbytes nf4` for instance; None: in
             floating point.
+        attention_layers: The decoder layers that have the attention projections; None: all.
+        has_own_names: No other linear module of the model has a projection's name.
     """
 
     name_or_path: str
@@ -230,3 +239,11 @@ class BaseInfo:
     num_parameters: int
     fingerprint: str
     quantization: str | None = None
+    attention_layers: tuple[int, ...] | None = None
+    has_own_names: bool = True
+
+    def has(self, layer: int, path: str) -> bool:
+        """Whether a decoder layer has the projection `block.projection`."""
+        if self.attention_layers is None or not path.startswith(f"{self.attention}."):
+            return True
+        return layer in self.attention_layers

@@ -107,7 +107,7 @@ class AdapterConfig(StrictModel, ABC):
 
     def layer_shapes(self, base: BaseInfo, layer: int) -> Iterator[tuple[TensorKey, Shape]]:
         """Give the key and shape of each tensor of a decoder layer."""
-        for path in target_projections(self.target_modules, base):
+        for path in target_projections(self.target_modules, base, layer):
             block, _, projection = path.partition(".")
             place = TensorKey(layer, block, "", projection)
             yield from self.projection_shapes(place, *base.shapes[path])

@@ -101,11 +101,14 @@ def target_projections(
         "ffn": [f"{base.ffn}.{name}" for name in base.ffn_projections],
     }
     groups["all-linear"] = groups["attention"] + groups["ffn"]
+    there = [path for path in groups["all-linear"] if layer is None or base.has(layer, path)]
     if isinstance(targets, str):
-        return groups[targets]
+        return [path for path in there if path in groups[targets]]
     place = "" if layer is None else f"layers.{layer}."
-    return [
-        path
-        for path in groups["all-linear"]
-        if any(is_meant(target, f"{place}{path}") for target in targets)
-    ]
+    return [path for path in there if any(is_meant(target, f"{place}{path}") for target in targets)]
+
+
+def target_pattern(targets: str | tuple[str, ...], base: BaseInfo) -> str:
+    """Name what `target_modules` means by a pattern that matches nothing else in the base model."""
+    paths = "|".join(map(re.escape, target_projections(targets, base)))
+    return rf"{re.escape(base.layers_path)}\.\d+\.({paths})"

@@ -118,7 +118,7 @@ def _forward_of(
     for adapter in adapters.values():
         fill_B(adapter)
     owner = object()
-    block = FfnBlock(owner, 0, mlp, _SHAPE, "act_fn")
+    block = FfnBlock(owner, 0, mlp, _SHAPE, mlp.act_fn)
 
     def forward(hidden_states: Tensor) -> Tensor:
         names, device = list(adapters), hidden_states.device
@@ -173,7 +173,7 @@ def _saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output kept as it is would keep its own node, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()

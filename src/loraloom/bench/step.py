@@ -14,9 +14,10 @@ from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.bench.cases import StepSetting, adapter_config
-from loraloom.models.families import family_of, head_of
+from loraloom.models.families import head_of
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
+from loraloom.models.structure import family_of
 from loraloom.ops.token_loss import token_losses
 
 Step = Callable[[], object]

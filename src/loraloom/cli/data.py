@@ -71,6 +71,7 @@ def _show_source(
         "train",
         as_pairs=job.train.learns_from_pairs,
         limit=limit,
+        streaming=job.data.streaming,
     )
     for number, row in enumerate(source.rows, start=1):
         yield from _show_row(f"{job.name}: {source.name}, row {number}", row, tokenizer)

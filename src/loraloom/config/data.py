@@ -4,6 +4,7 @@ One source, or several in a mix:
 
     data: {task: arc_easy, path: data/arc_easy}
     data: {mix: [{task: arc_easy, weight: 2}, {dataset: alpaca.jsonl, format: instruction}]}
+    data: {dataset: web.jsonl.gz, format: text, streaming: true}
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECAS
 
 _TASK_FILE = r"\.ya?ml$"
 _SKILLS = r"skills(@[1-9][0-9]{0,2})?"
+SHUFFLE_BUFFER = 1000
+"""Rows of a stream that are shuffled together, where no other number is given."""
+
 MAX_LANDS = 600
 """Of `skills@N`."""
 
@@ -232,7 +236,9 @@ class SourceConfig(_SourceFields):
     """One source of a mix, or the validation data: a task or a data set."""
 
     weight: float = Field(default=1.0, gt=0, le=1000)
-    """In a mix: how many times an epoch goes through this source's rows; 0.5 is a half of them."""
+    """In a mix: how many times an epoch goes through this source's rows; 0.5 is a half of them.
+
+    Of streams: its share of the rows, against the others'."""
     expert_group: Literal[0, 1] = 0
     """In a mix: which half of the experts these rows are meant for, where the method has two groups
     of them (loramoe)."""
@@ -249,6 +255,10 @@ class DataConfig(_SourceFields):
 
     mix: tuple[SourceConfig, ...] | None = Field(default=None, min_length=1)
     """Several sources in place of one."""
+    streaming: bool = False
+    """Read data sets on and on while training, in place of all at once before it."""
+    shuffle_buffer: int | None = Field(default=None, ge=1, le=10_000_000, validate_default=True)
+    """Streaming: rows that are read, shuffled and learnt at a time, 1000 by default."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows that is held out to measure `eval/loss`."""
     validation: SourceConfig | None = None
@@ -265,6 +275,39 @@ class DataConfig(_SourceFields):
                 f"mix must stand without {', '.join(beside)}; put them into a source of the mix"
             )
         return mix
+
+    @field_validator("streaming")
+    @classmethod
+    def _check_streamed(cls, streaming: bool, info: CheckInfo) -> bool:
+        sources: tuple[SourceConfig, ...] = info.data.get("mix") or ()
+        tasks = [task for task in (info.data.get("task"), *(s.task for s in sources)) if task]
+        if streaming and tasks:
+            raise ValueError(
+                f"streaming must be false for tasks, which are read whole, got {tasks[0]}; stream "
+                "datasets alone"
+            )
+        return streaming
+
+    @field_validator("shuffle_buffer")
+    @classmethod
+    def _fill_in_buffer(cls, buffer: int | None, info: CheckInfo) -> int | None:
+        streaming = info.data.get("streaming", False)
+        if buffer is not None and not streaming:
+            raise ValueError(
+                "shuffle_buffer has no effect without streaming, where all rows are shuffled; "
+                "remove it"
+            )
+        return buffer or (SHUFFLE_BUFFER if streaming else None)
+
+    @field_validator("validation_fraction")
+    @classmethod
+    def _check_fraction(cls, fraction: float, info: CheckInfo) -> float:
+        if fraction > 0 and info.data.get("streaming"):
+            raise ValueError(
+                "validation_fraction is a share of all rows, which streaming never has; give "
+                "validation data of their own"
+            )
+        return fraction
 
     @field_validator("validation")
     @classmethod

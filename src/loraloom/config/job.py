@@ -98,6 +98,13 @@ class JobConfig(StrictModel):
 
     @field_validator("train")
     @classmethod
+    def _check_streamed(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
+        if "data" in info.data and info.data["data"].streaming:
+            _check_needs_no_size(train)
+        return train
+
+    @field_validator("train")
+    @classmethod
     def _check_routers(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
         adapter = info.data.get("adapter")
         if train.router_lr_ratio and adapter and not adapter.experts_per_router:
@@ -139,6 +146,20 @@ def _check_fits_objective(data: DataConfig, train: TrainConfig) -> None:
                 f"train.objective {objective} needs pairs of answers: a task, or a dataset of "
                 f"format preference, got format {data_format}"
             )
+
+
+def _check_needs_no_size(train: TrainConfig) -> None:
+    """Check that nothing depends on how many rows there are, or on all of their lengths."""
+    if train.max_steps is None:
+        raise ValueError(
+            "train.num_epochs needs the number of rows, which data.streaming does not know; give "
+            "train.max_steps"
+        )
+    if train.group_by_length:
+        raise ValueError(
+            "train.group_by_length needs the lengths of all rows, which data.streaming does not "
+            "know; take train.packing"
+        )
 
 
 def _selecting_metrics(

@@ -1,25 +1,36 @@
-"""Files of rows: JSON, JSON lines, CSV, plain text and Parquet, plain or gzipped."""
+"""Files of rows: JSON, JSON lines, CSV, plain text and Parquet, plain or gzipped.
+
+Rows are read one after the other, but for a JSON list, which is read as a whole. A reader gives
+them unparsed, so that it costs little to pass over some.
+"""
 
 from __future__ import annotations
 
 import base64
 import csv
 import gzip
-import io
 import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date, time
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from loraloom.config.faults import suggestion
 from loraloom.config.json_text import parse_json
 from loraloom.config.paths import local_path
 from loraloom.data.rows import Row
 from loraloom.errors import DataError, shown
+
+_PARQUET_ROWS = 1000
+"""Rows of a Parquet file that are in memory at once."""
+
+UnparsedRow = Callable[[], Row]
+"""Makes a row, or a DataError of what its line is."""
 
 
 def read_file(path: Path) -> list[Row]:
@@ -31,13 +42,28 @@ def read_file(path: Path) -> list[Row]:
     Raises:
         DataError: If the file is missing, of an unknown kind, damaged or empty.
     """
-    path = local_path(path, "a data file", DataError)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file or directory; {_neighbours(path)}")
-    rows = list(_reader(path)(path))
+    rows = list(rows_of_file(path))
     if not rows:
         raise DataError(f"{path}: the file has no rows")
     return rows
+
+
+def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
+    """Read a file's rows one after the other; it is looked at when this is called.
+
+    Args:
+        path: As in `read_file`.
+        start: Rows to pass over.
+
+    Raises:
+        DataError: As `read_file`, but for an empty file, where there is no row; what is damaged
+            shows when it is read.
+    """
+    path = local_path(path, "a data file", DataError)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or directory; {_neighbours(path)}")
+    unparsed = _reader(path)(path)
+    return (parse() for parse in islice(unparsed, start, None))
 
 
 def is_data_file(path: Path) -> bool:
@@ -50,7 +76,7 @@ def _suffix(path: Path) -> str:
     return name[name.rfind(".") :] if "." in name else ""
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
+def _reader(path: Path) -> Callable[[Path], Iterator[UnparsedRow]]:
     try:
         return _READERS[_suffix(path)]
     except KeyError:
@@ -71,16 +97,21 @@ def _neighbours(path: Path) -> str:
     return f"{suggestion(path.name, names)}{path.parent} has {shown}"
 
 
-def _read_text(path: Path) -> str:
+@contextmanager
+def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a file to read; what goes wrong with it while it is open is a DataError."""
+    open_file: Any = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        data = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            data = gzip.decompress(data)
-        return data.decode("utf-8-sig")
+        with open_file(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            yield file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the file can't be read: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the file must be UTF-8 text: {error}") from error
+
+
+def _json_row(line: str, path: Path, number: int) -> Row:
+    return _row(parse_json(line, str(path), DataError, number), f"{path}, line {number}")
 
 
 def _row(value: Any, origin: str) -> Row:
@@ -89,16 +120,20 @@ def _row(value: Any, origin: str) -> Row:
     return Row(value, origin)
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            value = parse_json(line, str(path), DataError, number)
-            yield _row(value, f"{path}, line {number}")
+def _read_json_lines(path: Path) -> Iterator[UnparsedRow]:
+    with _open_text(path, newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield partial(_json_row, line.removesuffix("\n"), path, number)
 
 
-def _read_json(path: Path) -> Iterator[Row]:
-    text = _read_text(path)
-    if not text.lstrip().startswith("["):  # JSON lines under the wrong name, as often on the hub
+def _read_json(path: Path) -> Iterator[UnparsedRow]:
+    with _open_text(path, newline="\n") as file:
+        first = next((line for line in file if line.strip()), "")
+        is_list = first.lstrip().startswith("[")
+        file.seek(0)
+        text = file.read() if is_list else ""
+    if not is_list:  # JSON lines under the wrong name, as often on the hub
         yield from _read_json_lines(path)
         return
     # the list as a whole is checked first; what follows only finds the line of each row
@@ -108,7 +143,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     while text[position] != "]":
         line, seen = line + text.count("\n", seen, position), position
         value, position = decoder.raw_decode(text, position)
-        yield _row(value, f"{path}, line {line}")
+        yield partial(_row, value, f"{path}, line {line}")
         position = _skip(text, position, ", \n\r\t")
 
 
@@ -118,27 +153,37 @@ def _skip(text: str, position: int, characters: str) -> int:
     return position
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    text = _read_text(path)
+def _read_csv(path: Path) -> Iterator[UnparsedRow]:
+    with _open_text(path, newline="") as file:
+        reader = csv.reader(file, strict=True)
+        columns: list[str] | None = None
+        while (values := _next_line(reader, path)) is not None:
+            if columns is None:
+                columns = _check_columns(path, values)
+            elif values:
+                yield partial(_csv_row, columns, values, f"{path}, line {reader.line_num}")
+
+
+def _next_line(reader: Any, path: Path) -> list[str] | None:
     with _fields_of_any_length():
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
-            columns = _check_columns(path, next(reader, []))
-            rows = [(reader.line_num, values) for values in reader if values]
+            return next(reader, None)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
-    for number, values in rows:
-        if len(values) > len(columns):
-            raise DataError(
-                f"{path}, line {number}: a row must have at most {len(columns)} columns as the "
-                f"first line has, got {len(values)}"
-            )
-        yield Row(dict(zip(columns, values, strict=False)), f"{path}, line {number}")
+
+
+def _csv_row(columns: list[str], values: list[str], origin: str) -> Row:
+    if len(values) > len(columns):
+        raise DataError(
+            f"{origin}: a row must have at most {len(columns)} columns as the first line has, got "
+            f"{len(values)}"
+        )
+    return Row(dict(zip(columns, values, strict=False)), origin)
 
 
 @contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """Lift the limit that Python has on CSV, for all that runs."""
+    """Lift the limit that Python has on CSV for a while, for all that runs."""
     former = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -155,22 +200,30 @@ def _check_columns(path: Path, columns: list[str]) -> list[str]:
     return columns
 
 
-def _read_plain_text(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(io.StringIO(_read_text(path), newline=None), start=1):
-        if line.strip():
-            yield Row({"text": line.removesuffix("\n")}, f"{path}, line {number}")
+def _read_plain_text(path: Path) -> Iterator[UnparsedRow]:
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield partial(Row, {"text": line.removesuffix("\n")}, f"{path}, line {number}")
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[UnparsedRow]:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
-        records = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield partial(_parquet_row, record, f"{path}, row {number}")
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
-    for number, record in enumerate(records, start=1):
-        yield Row(as_json(record), f"{path}, row {number}")
+
+
+def _parquet_row(record: dict[str, Any], origin: str) -> Row:
+    return Row(as_json(record), origin)
 
 
 def as_json(value: Any) -> Any:
@@ -188,7 +241,7 @@ def as_json(value: Any) -> Any:
     return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[UnparsedRow]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,

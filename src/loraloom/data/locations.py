@@ -8,14 +8,15 @@ DIR/<name>/train.jsonl   a directory of data sets
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, final
 
 from loraloom.config.faults import suggestion
 from loraloom.config.paths import local_path
-from loraloom.data.files import SUFFIXES, is_data_file, read_file
+from loraloom.data.files import SUFFIXES, is_data_file, read_file, rows_of_file
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 
@@ -64,12 +65,112 @@ def read_rows(location: str, split: str, config: str | None = None) -> list[Row]
     Raises:
         DataError: If there is no such data set or split, or it is empty or damaged.
     """
+    found = _find(location, split, config)
+    return read_file(found) if isinstance(found, Path) else read_hub(found, split)
+
+
+def stream_rows(location: str, split: str, config: str | None = None) -> RowStream:
+    """The same rows one after the other; those of the hub are not kept on the disk.
+
+    Raises:
+        DataError: If there is no such data set or split. What is damaged shows when it is read.
+    """
+    found = _find(location, split, config)
+    return FileStream(found) if isinstance(found, Path) else HubStream(found, split)
+
+
+def _find(location: str, split: str, config: str | None) -> Path | HubSource:
     path = local_path(location, "dataset", DataError)
     if path.is_dir():
-        return read_file(_find_split(path, split))
+        return _find_split(path, split)
     if path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location):
-        return read_file(path)
-    return read_hub(HubSource(location, config), split)
+        return path
+    return HubSource(location, config)
+
+
+StreamState = dict[str, Any]
+"""A place in a stream, in plain values."""
+
+
+class RowStream(ABC):
+    """Rows of a data set, which can be read on from a place that another process had reached.
+
+    Attributes:
+        sizes: Bytes of its local files, by name.
+    """
+
+    sizes: Mapping[str, int] = {}
+
+    @abstractmethod
+    def rows(self, state: StreamState | None = None) -> Iterator[Row]:
+        """Read from there on, or from the beginning; what was begun before ends.
+
+        Raises:
+            DataError: If a row can't be read.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> StreamState:
+        """Return the place after the last row that was read."""
+
+
+@final
+class FileStream(RowStream):
+    """The rows of a file; a place is a number of rows, which are passed over unparsed.
+
+    Raises:
+        DataError: If there is no such file, or it is of an unknown kind.
+    """
+
+    def __init__(self, path: Path):
+        rows_of_file(path)
+        self._path = path
+        self._num_rows = 0
+        self.sizes = {path.name: path.stat().st_size}
+
+    def rows(self, state: StreamState | None = None) -> Iterator[Row]:
+        """See RowStream."""
+        self._num_rows = 0 if state is None else state["row"]
+        for row in rows_of_file(self._path, self._num_rows):
+            self._num_rows += 1
+            yield row
+
+    def state_dict(self) -> StreamState:
+        """See RowStream."""
+        return {"row": self._num_rows}
+
+
+@final
+class HubStream(RowStream):
+    """The rows of a data set on the hub, as datasets streams them.
+
+    Raises:
+        DataError: If the hub can't be reached or has no such data set or split.
+    """
+
+    def __init__(self, source: HubSource, split: str):
+        self._source, self._split = source, split
+        self._table = _load_from_hub(source, split, streaming=True)
+        self._num_rows = 0
+
+    def rows(self, state: StreamState | None = None) -> Iterator[Row]:
+        """See RowStream."""
+        self._num_rows = 0 if state is None else state["row"]
+        self._table.load_state_dict(None if state is None else state["dataset"])
+        table = iter(self._table)
+        while True:
+            try:
+                record = next(table)
+            except StopIteration:
+                return
+            except Exception as error:  # of the network, of damaged files, of datasets itself
+                _reject_hub(self._source, self._split, error)
+            self._num_rows += 1
+            yield _hub_row(self._source, self._split, self._num_rows, record)
+
+    def state_dict(self) -> StreamState:
+        """See RowStream."""
+        return {"row": self._num_rows, "dataset": self._table.state_dict()}
 
 
 def find_named(path: Path, name: str, split: str) -> Path:
@@ -122,25 +223,34 @@ def read_hub(source: HubSource, split: str) -> list[Row]:
     Raises:
         DataError: If the hub can't be reached or has no such data set or split.
     """
-    import datasets
-
-    try:
-        table: Any = datasets.load_dataset(
-            source.repository, source.config, revision=source.revision, split=split
-        )
-    except Exception as error:  # datasets raises some dozen unrelated types
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(
-            f"{source.repository}: the data set's split {split!r} could not be loaded from the "
-            f"Hugging Face hub: {reason}; give the path of a local copy where there is no network"
-        ) from error
-    rows = [
-        Row(record, f"{source.repository}, {split}, row {number}")
-        for number, record in enumerate(table, start=1)
-    ]
+    table = _load_from_hub(source, split)
+    rows = [_hub_row(source, split, *numbered) for numbered in enumerate(table, start=1)]
     if not rows:
         raise DataError(f"{source.repository}: the split {split!r} has no rows")
     return rows
+
+
+def _load_from_hub(source: HubSource, split: str, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            source.repository, source.config, revision=source.revision, split=split, **options
+        )
+    except Exception as error:  # datasets raises some dozen unrelated types
+        _reject_hub(source, split, error)
+
+
+def _reject_hub(source: HubSource, split: str, error: Exception) -> NoReturn:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    raise DataError(
+        f"{source.repository}: the data set's split {split!r} could not be loaded from the "
+        f"Hugging Face hub: {reason}; give the path of a local copy where there is no network"
+    ) from error
+
+
+def _hub_row(source: HubSource, split: str, number: int, record: dict[str, Any]) -> Row:
+    return Row(record, f"{source.repository}, {split}, row {number}")
 
 
 def _check_single_file(path: Path, split: str) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +13,7 @@ from loraloom.data.chat import encode_conversations
 from loraloom.data.chat_template import load_chat_template
 from loraloom.data.encoding import EncodedRow, encode_completions, encode_documents
 from loraloom.data.examples import ChoiceQuestion
-from loraloom.data.locations import read_rows
+from loraloom.data.locations import read_rows, stream_rows
 from loraloom.data.preferences import encode_preferences, encode_text_pairs
 from loraloom.data.prompts import instruction_columns, load_template, read_instruction
 from loraloom.data.rows import Row
@@ -36,6 +38,7 @@ def load_source(
     *,
     as_pairs: bool = False,
     limit: int | None = None,
+    streaming: bool = False,
 ) -> LoadedSource:
     """Read and encode a source.
 
@@ -46,6 +49,7 @@ def load_source(
         split: What is read where the config names no split.
         as_pairs: Make each question of a task a preference: the right answer over a wrong one.
         limit: Most rows to take from the beginning.
+        streaming: Read no more of a data set than that.
 
     Raises:
         DataError: If the data is missing, empty or has a row that can't be used, or no row fits
@@ -56,8 +60,15 @@ def load_source(
         source = _load_task(config, config.task, rows, tokenizer, max_length, as_pairs=as_pairs)
     else:
         assert config.dataset is not None, "SourceConfig has a task or a dataset"
-        rows = read_rows(config.dataset, config.split or split, config.config)[:limit]
-        source = LoadedSource(config.dataset, _encode(config, rows, tokenizer, max_length))
+        location = (config.dataset, config.split or split, config.config)
+        if streaming:
+            rows = list(islice(stream_rows(*location).rows(), limit))
+            if not rows:
+                raise DataError(f"{config.dataset}: there are no rows")
+        else:
+            rows = read_rows(*location)[:limit]
+        encoded = encode_rows(config, rows, rows[0], tokenizer, max_length)
+        source = LoadedSource(config.dataset, encoded)
     if not any(row.pieces for row in source.rows):
         raise DataError(
             f"{source.name}: none of the {len(source.rows)} rows has an answer that fits "
@@ -90,9 +101,25 @@ def _load_task(
     )
 
 
-def _encode(
-    config: SourceConfig, rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+def encode_rows(
+    config: SourceConfig,
+    rows: Sequence[Row],
+    first: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
 ) -> list[EncodedRow]:
+    """Encode rows of a data set as its format says.
+
+    Args:
+        config: A data set's.
+        rows: At least one.
+        first: The data set's first row, whose columns say how instructions are written.
+        tokenizer: The base model's.
+        max_length: Most tokens of an example.
+
+    Raises:
+        DataError: If a row can't be used.
+    """
     columns = config.fields or {}
     match config.format:
         case "chat":
@@ -106,7 +133,7 @@ def _encode(
             return encode_preferences(tokenizer, rows, columns, max_length, config.chat_template)
         case _:
             template = load_template(config.template)
-            names = instruction_columns(rows[0], config.fields)
+            names = instruction_columns(first, config.fields)
             texts = [read_instruction(row, names, template) for row in rows]
             return encode_completions(tokenizer, texts, max_length)
 

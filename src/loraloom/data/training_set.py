@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import nlargest
 from itertools import chain, count
 
 from transformers import PreTrainedTokenizerBase
@@ -62,11 +63,12 @@ class TrainingSet:
     @cached_property
     def digest(self) -> str:
         """Hash of all examples as the model gets them."""
-        digest = hashlib.sha256(f"{len(self.examples)} and {len(self.validation)}".encode())
-        for example in (*self.examples, *self.validation):
-            for row in example.rows:
-                digest.update(array("q", (len(row.input_ids), *row.input_ids, *row.labels)))
-        return digest.hexdigest()
+        return examples_digest(self.examples, self.validation)
+
+    def longest(self, number: int) -> list[tuple[int, ...]]:
+        """Return the tokens of the rows of so many examples, those with the longest rows."""
+        lengths = (tuple(len(row.input_ids) for row in one.rows) for one in self.examples)
+        return nlargest(number, lengths, key=max)
 
     def epoch_order(self, epoch: int) -> list[int]:
         """Indices into `examples` in the order of an epoch, shuffled anew in each.
@@ -78,6 +80,17 @@ class TrainingSet:
         order = [index for portion in self.portions for index in _draw(portion, generator)]
         generator.shuffle(order)
         return order
+
+
+def examples_digest(
+    examples: Sequence[TrainingExample], validation: Sequence[TrainingExample] = (), more: str = ""
+) -> str:
+    """Hash examples as the model gets them, and some text."""
+    digest = hashlib.sha256(f"{len(examples)} and {len(validation)}{more}".encode())
+    for example in (*examples, *validation):
+        for row in example.rows:
+            digest.update(array("q", (len(row.input_ids), *row.input_ids, *row.labels)))
+    return digest.hexdigest()
 
 
 def load_training_set(
@@ -146,7 +159,7 @@ def _share(
     source: LoadedSource, fraction: float, seed: int, sample_ids: Iterator[int], expert_group: int
 ) -> _Share:
     chosen = choose_held_out(source.name, source.rows, fraction, seed)
-    examples = [_number(row, sample_ids, expert_group) for row in source.rows]
+    examples = [number_row(row, sample_ids, expert_group) for row in source.rows]
     return _Share(
         source=source,
         examples=[one for index, row in enumerate(examples) if index not in chosen for one in row],
@@ -156,13 +169,14 @@ def _share(
 
 
 def _all_held_out(source: LoadedSource, sample_ids: Iterator[int]) -> _Share:
-    held_out = [example for row in source.rows for example in _number(row, sample_ids)]
+    held_out = [example for row in source.rows for example in number_row(row, sample_ids)]
     return _Share(source, [], held_out, source.questions or [])
 
 
-def _number(
+def number_row(
     row: EncodedRow, sample_ids: Iterator[int], expert_group: int = 0
 ) -> Sequence[TrainingExample]:
+    """Make examples of a row, each with the next sample id."""
     examples = [
         Example(piece.input_ids, piece.labels, next(sample_ids), expert_group)
         for piece in row.pieces

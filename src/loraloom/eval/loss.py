@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import SourceConfig
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.tokenising import TokenPair
-from loraloom.errors import AdapterError
+from loraloom.errors import not_finite
 from loraloom.eval.cache import ScoreCache, Tokens
 from loraloom.eval.comparison import (
     Comparison,
@@ -207,8 +207,8 @@ def _score(
     losses = {
         name or BASE: [-scores[name, place][0] for place in range(len(data.rows))] for name in names
     }
-    for name, values in losses.items():
-        _check_finite(name, values, data.name)
+    for name in names:
+        _check_finite(name, losses[name or BASE], data.name)
     return HeldOutLosses(data, losses)
 
 
@@ -217,13 +217,10 @@ def _known_by(examples: Sequence[Example]) -> Tokens:
     return [TokenPair([NO_LOSS, *one.input_ids], list(one.labels)) for one in examples]
 
 
-def _check_finite(name: str, losses: Sequence[float], data: str) -> None:
+def _check_finite(name: str | None, losses: Sequence[float], data: str) -> None:
     for place, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
-            raise AdapterError(
-                f"losses must be finite, got {loss} from {name} in row {place} of {data}; the "
-                "weights have diverged, or float16 is too narrow for them (take bfloat16)"
-            )
+            raise not_finite("losses", loss, [name], f"in row {place} of {data}")
 
 
 def _summarise(one: HeldOutLosses) -> dict[str, dict[str, Any]]:

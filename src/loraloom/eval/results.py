@@ -10,7 +10,7 @@ from typing import Any
 
 from loraloom.data.questions import questions_digest
 from loraloom.durable import write_output
-from loraloom.errors import AdapterError
+from loraloom.errors import not_finite
 from loraloom.eval.accuracy import Accuracy, QuestionScore, accuracy, accuracy_by_group
 from loraloom.eval.statistics import wilson_interval
 
@@ -35,12 +35,8 @@ def check_finite(task: TaskScores) -> None:
     for name, scores in task.scores.items():
         for score in scores:
             if not score.finite:
-                who = "the base model" if name is None else f"adapter {name!r}"
-                raise AdapterError(
-                    f"scores must be finite, got {score.log_likelihoods} from {who} in "
-                    f"{task.task}, question {score.question.index}; the weights have diverged, or "
-                    "float16 is too narrow for them (take bfloat16)"
-                )
+                place = f"in {task.task}, question {score.question.index}"
+                raise not_finite("scores", score.log_likelihoods, [name], place)
 
 
 def summarise(tasks: Sequence[TaskScores]) -> dict[str, dict[str, Any]]:

@@ -85,9 +85,8 @@ def _check_modules(stored: StoredAdapter, base: BaseInfo) -> None:
             stored, base, f"it changes modules that aren't there: {names_in(foreign)}"
         )
     num_layers = 1 + max((key.layer for key in keys), default=-1)
-    fits = num_layers == base.num_layers or (
-        num_layers < base.num_layers and not stored.config.in_every_layer
-    )
+    in_every_layer = stored.config.in_every_layer and base.attention_layers is None
+    fits = num_layers == base.num_layers or (num_layers < base.num_layers and not in_every_layer)
     if keys and not fits:
         raise _another_base(stored, base, f"it has {num_layers} layers, not {base.num_layers}")
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from loraloom.errors import AdapterError, DataError
+from loraloom.errors import DataError, not_finite
 from loraloom.infer.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig, StopTexts, TokenChooser, before_stop
@@ -256,18 +256,17 @@ def _generate_batch(
         host.decode(session, tokens)
 
 
-def _check_finite(names: Sequence[RowAdapter], logits: Tensor) -> None:
+def _check_finite(names: Sequence[RowAdapter], logits: Tensor) -> Tensor:
     """Refuse to choose tokens by what is no number: broken weights give it from the start."""
     broken = logits.isnan().any(-1).tolist()
-    rows = {name: None for name, is_broken in zip(names, broken, strict=True) if is_broken}
-    if rows:
-        whose = ", ".join(
-            "the base model" if name is None else f"adapter {name!r}" for name in rows
-        )
-        raise AdapterError(
-            f"logits must be finite, got NaN from {whose}; the weights have diverged, or float16 "
-            "is too narrow for them (take bfloat16)"
-        )
+    owners = [
+        name[0] if isinstance(name, tuple) else name
+        for name, is_broken in zip(names, broken, strict=True)
+        if is_broken
+    ]
+    if owners:
+        raise not_finite("logits", "NaN", dict.fromkeys(owners))
+    return logits
 
 
 def _search_beams(
@@ -281,6 +280,7 @@ def _search_beams(
 ) -> list[list[int]]:
     """Continue prompts by transformers' beam search."""
     ends = end_tokens(host, tokenizer)
+    beams = [name for name in names for _ in range(sampling.num_beams)]
     output = host.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -294,6 +294,7 @@ def _search_beams(
         top_p=1.0,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([lambda _, scores: _check_finite(beams, scores)]),
         stopping_criteria=StoppingCriteriaList([] if stops is None else [stops]),
     )
     return [

@@ -20,6 +20,7 @@ from loraloom.data.examples import Example
 from loraloom.data.tokenising import TokenPair
 from loraloom.infer.halving import in_halves
 from loraloom.infer.rows import TokenRow, collate, example_row, make_rows
+from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import LayerRouting
@@ -205,13 +206,14 @@ def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) 
 def group_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[TokenRow]]:
     """Make each group's rows; continuations share one where attention takes a mask of our own.
 
-    transformers leaves such a mask as it is: FlashAttention takes none, and a sliding window would
-    be missing from it.
+    transformers leaves such a mask as it is: FlashAttention takes none, a sliding window would be
+    missing from it, and running states take no notice of it.
     """
     rows = [make_rows(pairs, shared=True) for pairs in groups]
     longest = max((len(row.input_ids) for group in rows for row in group), default=0)
     window = host.config.to_dict().get("sliding_window")
     takes_mask = host.config._attn_implementation in ("sdpa", "eager")
+    takes_mask = takes_mask and not keeps_running_states(host.config)
     if takes_mask and (window is None or longest <= window):
         return rows
     return [make_rows(pairs, shared=False) for pairs in groups]

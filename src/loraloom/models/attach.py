@@ -16,7 +16,8 @@ def attach(model: nn.Module) -> Host:
     """Freeze a transformers causal LM and make it a host of adapters.
 
     Args:
-        model: Any causal LM of a supported family; it is changed in place until `detach()`.
+        model: A causal LM of a family in the table, or one that is built and computes like them;
+            it is changed in place until `detach()`.
 
     Raises:
         ModelError: If it is no model or a host, the family is not supported, or the model is

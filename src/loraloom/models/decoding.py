@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from loraloom.models.families import keeps_running_states
 from loraloom.models.forward import PreparedWeights
 from loraloom.models.layout import RowAdapter
 
@@ -57,10 +58,24 @@ class _RoomyLayer(DynamicLayer):
         return room[:, :, :stop]
 
 
-def _make_cache() -> DynamicCache:
+def make_cache(config: Any) -> DynamicCache:
+    """Make a cache that keeps all tokens of every attention layer; masks see to windows.
+
+    Layers that keep running states in place of tokens are transformers' own.
+
+    Args:
+        config: The model's.
+    """
     cache = DynamicCache()
     cache.layer_class_to_replicate = _RoomyLayer
+    if keeps_running_states(config):
+        layers = DynamicCache(config=config).layers
+        cache.layers = [one if _is_running(one) else _RoomyLayer() for one in layers]
     return cache
+
+
+def _is_running(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 @dataclass
@@ -71,16 +86,15 @@ class Decoding:
         adapters: Of each row.
         attention_mask: 1 at real tokens, [B, L].
         logits: Of the token after each row's last one, [B, V].
-        cache: Keys and values, [B, heads, L, head_dim] in each layer. Made without the model's
-            config, it keeps all tokens in every layer; masks see to windows.
+        cache: Of `make_cache`: keys and values, [B, heads, L, head_dim], in each attention layer.
         prepared: The adapters' weights, as they were when the session began.
     """
 
     adapters: list[RowAdapter]
     attention_mask: Tensor
-    logits: Tensor = field(init=False)
-    cache: DynamicCache = field(default_factory=_make_cache)
+    cache: DynamicCache
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
+    logits: Tensor = field(init=False)
 
     @classmethod
     def resume(cls, adapter: RowAdapter, states: Tensor, prepared: PreparedWeights) -> Decoding:
@@ -94,7 +108,7 @@ class Decoding:
             prepared: Takes the weights in compute form.
         """
         mask = torch.ones(1, states.shape[3], dtype=torch.long, device=states.device)
-        session = cls([adapter], mask, prepared=prepared)
+        session = cls([adapter], mask, make_cache(None), prepared)
         for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
             session.cache.update(keys, values, layer)
         return session
@@ -109,7 +123,7 @@ class Decoding:
         return self.attention_mask.sum(1)
 
     def states(self, row: int, start: int, stop: int) -> Tensor:
-        """Copy keys and values of a row's tokens, [layers, 2, heads, stop - start, head_dim].
+        """Copy keys and values of a row's tokens, [attention layers, 2, heads, N, head_dim].
 
         Args:
             row: Its place.
@@ -122,6 +136,7 @@ class Decoding:
             [
                 torch.stack([layer.keys[row, :, columns], layer.values[row, :, columns]])
                 for layer in _layers(self.cache)
+                if not _is_running(layer)
             ]
         )
 
@@ -138,8 +153,11 @@ class Decoding:
         unused = mask.shape[1] - int(mask.sum(1).max())
         self.attention_mask = mask[:, unused:]
         for layer in _layers(self.cache):
-            layer.keys = layer.keys.index_select(0, index)[:, :, unused:]
-            layer.values = layer.values.index_select(0, index)[:, :, unused:]
+            for states, place in _running_states(layer):
+                states[place] = states[place].index_select(0, index)
+            if not _is_running(layer):
+                layer.keys = layer.keys.index_select(0, index)[:, :, unused:]
+                layer.values = layer.values.index_select(0, index)[:, :, unused:]
 
     def join(self, other: Decoding) -> None:
         """Take in the rows of another session, behind one's own; its weights are this one's.
@@ -149,10 +167,14 @@ class Decoding:
         """
         length = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
         for ours, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
-            ours.keys, ours.values = (
-                torch.cat([_pad_left(values, length, 2) for values in pair])
-                for pair in ((ours.keys, theirs.keys), (ours.values, theirs.values))
-            )
+            running = zip(_running_states(ours), _running_states(theirs), strict=True)
+            for (states, place), (others, _) in running:
+                states[place] = torch.cat([states[place], others[place]])
+            if not _is_running(ours):
+                ours.keys, ours.values = (
+                    torch.cat([_pad_left(values, length, 2) for values in pair])
+                    for pair in ((ours.keys, theirs.keys), (ours.values, theirs.values))
+                )
         masks = (self.attention_mask, other.attention_mask)
         self.attention_mask = torch.cat([_pad_left(mask, length, 1) for mask in masks])
         self.logits = torch.cat([self.logits, other.logits])
@@ -161,6 +183,14 @@ class Decoding:
 
 def _layers(cache: DynamicCache) -> Sequence[Any]:
     return cache.layers
+
+
+def _running_states(layer: Any) -> list[tuple[dict[int, Any], int]]:
+    """Where a layer keeps one state of all tokens of a row, [B, ...]; nowhere for attention."""
+    if not _is_running(layer):
+        return []
+    kept = (layer.conv_states, layer.recurrent_states)
+    return [(states, place) for states in kept for place in states if states[place] is not None]
 
 
 def _pad_left(values: Tensor, length: int, dim: int) -> Tensor:

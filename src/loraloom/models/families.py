@@ -1,21 +1,31 @@
-"""Where attention and FFN projections sit in each architecture. Adding a family is adding a row."""
+"""Where attention and FFN projections sit in each architecture. Adding a family is adding a row.
+
+What is in no row is looked for by structure.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as _CACHES
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, FfnShape
-from loraloom.errors import ModelError, shown
+from loraloom.errors import ModelError
 from loraloom.models.quantised import is_linear, num_parameters, quantised_weight
 
 _GATED = FfnShape(("gate_proj", "up_proj"), "down_proj")
-_SPLIT_QKV = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
+_UNGATED = FfnShape(("up_proj",), "down_proj")
+_FUSED = FfnShape(("gate_up_proj",), "down_proj")
+EXPERTS = FfnShape((), "")
+"""The FFN block is no dense one, but a mixture of experts."""
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -23,28 +33,60 @@ class Family:
     """One architecture's layout.
 
     Args:
-        attention_inputs: Attention projections, grouped by the tensor they read.
+        attention_inputs: Attention projections, grouped by the tensor they read. Layers whose
+            attention has others have none.
         ffn_shape: Projections of the FFN block.
         layers: Path of the decoder layers.
         attention: Name of a layer's attention module.
         ffn: Name of a layer's FFN module.
-        activation: Name of the FFN module's activation.
+        activation: Name of the FFN module's activation, or where it has none, transformers' name.
         logit_divisor: Config field that divides the head's logits.
+        logit_factor: Config field that multiplies them.
         logit_softcap: Config field of the logits' soft cap.
+        in_table: It has a row here.
     """
 
-    attention_inputs: tuple[tuple[str, ...], ...] = _SPLIT_QKV
+    attention_inputs: tuple[tuple[str, ...], ...] = (_QKV, ("o_proj",))
     ffn_shape: FfnShape = field(default_factory=lambda: _GATED)
     layers: str = "model.layers"
     attention: str = "self_attn"
     ffn: str = "mlp"
     activation: str = "act_fn"
     logit_divisor: str | None = None
+    logit_factor: str | None = None
     logit_softcap: str | None = None
+    in_table: bool = True
+
+    @property
+    def attention_projections(self) -> tuple[str, ...]:
+        """Names of a layer's attention projections."""
+        return tuple(name for group in self.attention_inputs for name in group)
+
+    def has_attention(self, layer: nn.Module) -> bool:
+        """Whether a decoder layer has all of the attention projections."""
+        names = [f"{self.attention}.{name}" for name in self.attention_projections]
+        linears = {name for name, module in layer.named_modules() if is_linear(module)}
+        return linears.issuperset(names)
 
 
 _LLAMA = Family()
 _GEMMA2 = Family(logit_softcap="final_logit_softcapping")
+_GLM = Family(ffn_shape=_FUSED, activation="activation_fn")
+_PERSIMMON = Family(
+    attention_inputs=(("query_key_value",), ("dense",)),
+    ffn_shape=FfnShape(("dense_h_to_4h",), "dense_4h_to_h"),
+    activation="act",
+)
+_NEMOTRON = Family(ffn_shape=_UNGATED)
+_COHERE = Family(logit_factor="logit_scale")
+_LFM2 = Family(
+    attention_inputs=(_QKV, ("out_proj",)),
+    ffn_shape=FfnShape(("w1", "w3"), "w2"),
+    ffn="feed_forward",
+    activation="silu",
+)
+_MIXTRAL = Family(ffn_shape=EXPERTS)
+_INSIDE = Family(layers="model.language_model.layers")
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -55,76 +97,104 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "phi": Family(
-        attention_inputs=(("q_proj", "k_proj", "v_proj"), ("dense",)),
+        attention_inputs=(_QKV, ("dense",)),
         ffn_shape=FfnShape(("fc1",), "fc2"),
         activation="activation_fn",
     ),
     "phi3": Family(
         attention_inputs=(("qkv_proj",), ("o_proj",)),
-        ffn_shape=FfnShape(("gate_up_proj",), "down_proj"),
+        ffn_shape=_FUSED,
         activation="activation_fn",
     ),
     "olmo2": _LLAMA,
     "granite": Family(logit_divisor="logits_scaling"),
     "stablelm": _LLAMA,
-    "gpt_neox": Family(
-        attention_inputs=(("query_key_value",), ("dense",)),
-        ffn_shape=FfnShape(("dense_h_to_4h",), "dense_4h_to_h"),
-        layers="gpt_neox.layers",
-        attention="attention",
-        activation="act",
-    ),
+    "gpt_neox": replace(_PERSIMMON, layers="gpt_neox.layers", attention="attention"),
     "smollm3": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo3": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "exaone4": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "seed_oss": _LLAMA,
+    "helium": _LLAMA,
+    "hyperclovax": Family(logit_factor="logits_scaling"),
+    "glm": _GLM,
+    "glm4": _GLM,
+    "starcoder2": Family(ffn_shape=FfnShape(("c_fc",), "c_proj"), activation="act"),
+    "nemotron": _NEMOTRON,
+    "arcee": _NEMOTRON,
+    "apertus": _NEMOTRON,
+    "jais2": _NEMOTRON,
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "nanochat": Family(
+        ffn_shape=FfnShape(("fc1",), "fc2"),
+        activation="activation_fn",
+        logit_softcap="final_logit_softcapping",
+    ),
+    "lfm2": _LFM2,
+    "qwen3_5_text": _LLAMA,
+    "mixtral": _MIXTRAL,
+    "qwen2_moe": _MIXTRAL,
+    "qwen3_moe": _MIXTRAL,
+    "olmoe": _MIXTRAL,
+    "gpt_oss": _MIXTRAL,
+    "gemma3": _INSIDE,
+    "mistral3": _INSIDE,
 }
 
 
-def family_of(model: nn.Module) -> Family:
-    """Look a model's family up.
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's text part; most models are nothing else."""
+    return model.config.get_text_config()  # pyright: ignore
 
-    Raises:
-        ModelError: If it is not in the table; lists the families and the model's linear modules. Or
-            if the model is compiled as a whole.
+
+def keeps_running_states(config: Any) -> bool:
+    """Whether some layers keep one state of all tokens before, in place of keys and values.
+
+    Args:
+        config: Of a model's text part; None: of one whose layers are all attention.
     """
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-        raise ModelError(
-            "model must not be compiled as a whole, as its rows may have different adapters in "
-            "each forward; attach the model itself and compile its decoder layers: layer.compile()"
-        )
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    family = FAMILIES.get(model_type)
-    if family is None or not _has_path(model, family.layers) or not _has_head(model):
-        linears = sorted(
-            {name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)}
-        )
-        raise ModelError(
-            f"model family must be one of {', '.join(FAMILIES)} (as a causal LM), "
-            f"got {shown(model_type)} ({type(model).__name__}); "
-            f"its linear modules are {', '.join(linears) or 'none'}"
-        )
-    return family
+    kinds = getattr(config, "layer_types", None) or ()
+    return any(
+        issubclass(_CACHES.get(kind, object), LinearAttentionCacheLayerMixin) for kind in kinds
+    )
 
 
 def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:
-    """List each decoder layer's projections."""
-    config: Any = model.config
-    attention = [name for group in family.attention_inputs for name in group]
-    ffn = [*family.ffn_shape.inputs, family.ffn_shape.output]
-    return [
+    """List each decoder layer's projections.
+
+    Raises:
+        ModelError: If layers have projections of different sizes.
+    """
+    hidden_size = text_config(model).hidden_size
+    layers = list(model.get_submodule(family.layers).children())
+    with_attention = [family.has_attention(layer) for layer in layers]
+    absent = frozenset(family.attention_projections)
+    described = [
         BaseLayer(
             index=index,
             attention_block=family.attention,
-            attention=_projections(layer, index, family.attention, attention),
+            attention=_projections(
+                layer, index, family.attention, family.attention_projections if attends else ()
+            ),
             ffn_block=family.ffn,
-            ffn=_projections(layer, index, family.ffn, ffn),
+            ffn=_projections(layer, index, family.ffn, family.ffn_shape.names),
             ffn_shape=family.ffn_shape,
-            hidden_size=config.hidden_size,
+            hidden_size=hidden_size,
+            absent=frozenset() if attends else absent,
         )
-        for index, layer in enumerate(model.get_submodule(family.layers).children())
+        for index, (layer, attends) in enumerate(zip(layers, with_attention, strict=True))
     ]
+    _check_alike(described)
+    return described
 
 
 def _projections(
-    layer: nn.Module, index: int, block: str, names: list[str]
+    layer: nn.Module, index: int, block: str, names: Sequence[str]
 ) -> dict[str, BaseProjection]:
     modules = {name: layer.get_submodule(f"{block}.{name}") for name in names}
     return {
@@ -139,17 +209,47 @@ def _projections(
     }
 
 
+def _check_alike(layers: Sequence[BaseLayer]) -> None:
+    shapes = _shapes(layers)
+    for layer in layers:
+        for path, size in _shapes([layer]).items():
+            if size != shapes[path]:
+                raise ModelError(
+                    f"decoder layers must have projections of the same size, got {path} with "
+                    f"{list(size)} in layer {layer.index} and {list(shapes[path])} in another"
+                )
+
+
+def _shapes(layers: Sequence[BaseLayer]) -> dict[str, tuple[int, int]]:
+    """Name all projections, `block.projection`, with (out_features, in_features)."""
+    return {
+        f"{block}.{name}": (projection.out_features, projection.in_features)
+        for layer in layers
+        for block, projections in layer.blocks.items()
+        for name, projection in projections.items()
+    }
+
+
+def activation_of(ffn: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
+    """Return the activation of an FFN block."""
+    own: Callable[[Tensor], Tensor] | None = getattr(ffn, family.activation, None)
+    return ACT2FN[family.activation] if own is None else own
+
+
 def head_of(model: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
     """Return the function from final hidden states to logits, with scaling and soft cap."""
-    config: Any = model.config
+    config = text_config(model)
     linear = model.get_output_embeddings()  # pyright: ignore
     divisor = getattr(config, family.logit_divisor) if family.logit_divisor else None
+    factor = getattr(config, family.logit_factor) if family.logit_factor else None
     softcap = getattr(config, family.logit_softcap) if family.logit_softcap else None
 
     def head(hidden_states: Tensor) -> Tensor:
         logits = linear(hidden_states)
         if divisor is not None:
             logits = logits / divisor
+        if factor is not None:
+            logits = logits * factor
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         return logits
@@ -160,36 +260,50 @@ def head_of(model: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
 def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> BaseInfo:
     """Describe a base model for the files of its adapters."""
     config: Any = model.config
-    first = layers[0]
-    blocks = {family.attention: first.attention, family.ffn: first.ffn}
-    shapes = {
-        f"{block}.{name}": (projection.out_features, projection.in_features)
-        for block, projections in blocks.items()
-        for name, projection in projections.items()
-    }
+    shapes = _shapes(layers)
+    with_attention = tuple(layer.index for layer in layers if layer.attention)
     return BaseInfo(
         name_or_path=getattr(config, "_name_or_path", ""),
         model_type=config.model_type,
         layers_path=family.layers,
         attention=family.attention,
         ffn=family.ffn,
-        attention_projections=tuple(first.attention),
-        ffn_projections=tuple(first.ffn),
-        activation=getattr(config, "hidden_act", None) or config.hidden_activation,
+        attention_projections=family.attention_projections,
+        ffn_projections=family.ffn_shape.names,
+        activation=_activation_name(text_config(model), family),
         num_layers=len(layers),
-        hidden_size=first.hidden_size,
+        hidden_size=layers[0].hidden_size,
         shapes=shapes,
         num_parameters=num_parameters(model),
         fingerprint=_fingerprint(config.model_type, shapes, layers),
         quantization=_quantization(layers),
+        attention_layers=with_attention if len(with_attention) < len(layers) else None,
+        has_own_names=_has_own_names(model, layers),
     )
+
+
+def _has_own_names(model: nn.Module, layers: Sequence[BaseLayer]) -> bool:
+    blocks = [block for layer in layers for block in layer.blocks.values()]
+    own = {id(projection.linear) for block in blocks for projection in block.values()}
+    others = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if is_linear(module) and id(module) not in own
+    }
+    return all(others.isdisjoint(block) for block in blocks)
+
+
+def _activation_name(config: Any, family: Family) -> str:
+    named = (getattr(config, field, None) for field in ("hidden_act", "hidden_activation"))
+    return next((name for name in named if isinstance(name, str)), family.activation)
 
 
 def _fingerprint(
     model_type: str, shapes: dict[str, tuple[int, int]], layers: list[BaseLayer]
 ) -> str:
     digest = hashlib.sha256(f"{model_type} {len(layers)} {sorted(shapes.items())}".encode())
-    for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
+    adapted = [layer for layer in layers if layer.attention or layer.ffn]
+    for layer in (adapted[0], adapted[len(adapted) // 2], adapted[-1]):
         for projection in (*layer.attention.values(), *layer.ffn.values()):
             if projection.device.type == "meta":  # one without weights is known by its shapes
                 continue
@@ -204,16 +318,3 @@ def _quantization(layers: list[BaseLayer]) -> str | None:
         p.quantised for layer in layers for block in layer.blocks.values() for p in block.values()
     )
     return next((weight.kind for weight in kept if weight is not None), None)
-
-
-def _has_head(model: nn.Module) -> bool:
-    """Whether it maps hidden states to a vocabulary; a classifier has other heads."""
-    return model.get_output_embeddings() is not None  # pyright: ignore
-
-
-def _has_path(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

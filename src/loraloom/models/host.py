@@ -28,9 +28,9 @@ from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.formats.hub import upload_adapter
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.combining import Combination, combine
-from loraloom.models.decoding import Decoding
+from loraloom.models.decoding import Decoding, make_cache
 from loraloom.models.door import Door, Rows, Visit, expand_adapters, nobody
-from loraloom.models.families import base_info, base_layers, family_of, head_of
+from loraloom.models.families import base_info, base_layers, head_of, text_config
 from loraloom.models.forward import (
     ForwardContext,
     PreparedWeights,
@@ -51,6 +51,8 @@ from loraloom.models.packing import (
 from loraloom.models.samples import draw_sample_keys, sample_key
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacking import ScaledAdapter, StackedForward
+from loraloom.models.structure import family_of
+from loraloom.models.trial import try_adapters
 from loraloom.models.view import AdapterModel
 from loraloom.models.wiring import Wiring
 from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
@@ -103,7 +105,8 @@ class Host:
         ranks: The processes that share its rows in training; this one alone by default.
 
     Raises:
-        ModelError: If the family is not supported, or the model is attached or compiled already.
+        ModelError: If the family is not supported, a model that looks like one computes something
+            else, or the model is attached or compiled already.
     """
 
     def __init__(self, model: nn.Module):
@@ -124,11 +127,13 @@ class Host:
         self._detached = False
         self._merged: Merged | None = None
         self._forwards = 0
+        if not self._family.in_table:
+            self._try()
 
     @property
     def config(self) -> Any:
-        """The base model's configuration."""
-        return self.model.config
+        """The configuration of the base model's text part, which most models are all of."""
+        return text_config(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -525,7 +530,8 @@ class Host:
                 "got an attention_mask with 0 behind 1"
             )
         names = list(self._row_adapters(adapters, len(input_ids)))
-        session = Decoding(names, mask, prepared=prepared or PreparedWeights())
+        cache = make_cache(self.config)
+        session = Decoding(names, mask, cache, prepared or PreparedWeights())
         self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0), mask, record)
         return session
 
@@ -638,6 +644,15 @@ class Host:
         self._wiring.undo()
         self.adapters.clear()
         return self.model
+
+    def _try(self) -> None:
+        """Leave a model as it was that adapters can't be added to."""
+        try:
+            try_adapters(self)
+        except ModelError:
+            self.detach()
+            raise
+        self._forwards = 0
 
     def _build(self, name: str, config: AdapterConfig, seed: int) -> Adapter:
         check_name(name)

@@ -21,11 +21,16 @@ from huggingface_hub.utils import (
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -278,7 +283,7 @@ def _load_model(
     if source.gguf_file is not None:
         config = GgufConfig(dequantize=True)
         options = {**options, "gguf_file": source.gguf_file, "quantization_config": config}
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded = _auto_class(source).from_pretrained(
         source.location,
         local_files_only=source.cached,
         trust_remote_code=False,  # None would ask on the terminal whether to run that code
@@ -287,6 +292,17 @@ def _load_model(
         **options,
     )
     return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+
+
+def _auto_class(source: ModelSource) -> Any:
+    """Choose the class: that of models of images and text where the type has no causal LM."""
+    model_type = _read_config(source).get("model_type")
+    causal, composite = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    is_composite = model_type in composite and model_type not in causal
+    return AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
 
 
 def _check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:

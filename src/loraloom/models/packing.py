@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loraloom.errors import ModelError
+from loraloom.models.families import keeps_running_states
 
 _TAKE_PACKED_ROWS = ("sdpa", "eager")
 
@@ -24,11 +25,16 @@ SampleLengths = Sequence[Sequence[int]]
 
 
 def check_takes_packed_rows(config: Any) -> None:
-    """Check that a model's attention can keep the samples of a row apart.
+    """Check that a model can keep the samples of a row apart.
 
     Raises:
-        ModelError: If its implementation takes no mask.
+        ModelError: If its implementation takes no mask, or some layers keep running states.
     """
+    if keeps_running_states(config):
+        raise ModelError(
+            "packing needs attention in all layers, got layers that keep running states, which "
+            "would go from sample to sample; set packing: false and group_by_length: true"
+        )
     implementation = config._attn_implementation
     if implementation not in _TAKE_PACKED_ROWS:
         raise ModelError(

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from loraloom.errors import ModelError
-from loraloom.models.families import family_of
+from loraloom.models.structure import family_of
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

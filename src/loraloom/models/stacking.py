@@ -325,7 +325,7 @@ def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
 def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.dtype) -> bool:
     slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
     layer = adapters[0][0].base_layers[0]
-    width = layer.ffn[layer.ffn_shape.output].in_features
+    width = max([layer.hidden_size, *(one.in_features for one in layer.ffn.values())])
     return slots * num_tokens * width * dtype.itemsize <= MAX_HIDDEN_BYTES
 
 

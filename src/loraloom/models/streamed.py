@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loraloom.formats.checkpoint import read_index
 from loraloom.models.whole import WholeModel
@@ -26,7 +26,7 @@ def streamed_model(whole: WholeModel, directory: Path) -> PreTrainedModel:
     """
     files = {name: directory / file for name, file in read_index(directory).items()}
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(whole.config, dtype=torch.float32).eval()
+        model = whole.empty().eval()
     layers_path = whole.host.base.layers_path
     for index, layer in enumerate(model.get_submodule(layers_path).children()):
         read = partial(_read, files, f"{layers_path}.{index}.", whole.layer_parts)

@@ -99,8 +99,9 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         self.name = name
         self.adapter = None if name is None else host.adapter(name)
         self.base: Any = host.model
+        config = host.model.config
         has_router = self.adapter is not None and self.adapter.config.experts_per_router > 0
-        self.config = with_auxiliary_loss(host.config) if has_router else host.config
+        self.config = with_auxiliary_loss(config) if has_router else config
         self.warnings_issued: dict[str, bool] = {}
         self.register_state_dict_post_hook(_leave_base_out)
         self.register_load_state_dict_post_hook(_expect_no_base)

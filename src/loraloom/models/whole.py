@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.low_rank import Projection
@@ -47,6 +47,10 @@ class WholeModel(ABC):
     def layer_parts(self, name: str, shape: torch.Size) -> dict[str, Place]:
         """Say of which stored tensors a loaded layer's tensor is made, and their places in it."""
         return {name: ()}
+
+    @abstractmethod
+    def empty(self) -> PreTrainedModel:
+        """Make a model of the class, in float32, whose weights are to come."""
 
     @property
     def architecture(self) -> str:
@@ -115,10 +119,14 @@ class MergedModel(WholeModel):
     def __init__(self, host: Host, adapter: Adapter):
         super().__init__(host, adapter)
         check_merges(adapter)
-        self.config = copy.deepcopy(host.config)
+        self.config = copy.deepcopy(host.model.config)
         self.config.architectures = [type(host.model).__name__]
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config
+
+    def empty(self) -> PreTrainedModel:
+        """See WholeModel."""
+        return type(self.host.model)._from_config(self.config, dtype=torch.float32)
 
     def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
         """See WholeModel."""
@@ -143,6 +151,10 @@ class MoeModel(WholeModel):
             self._theirs = AutoModelForCausalLM.from_config(self.config)
         self.config.architectures = [type(self._theirs).__name__]
         self._check_tensors()
+
+    def empty(self) -> PreTrainedModel:
+        """See WholeModel."""
+        return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
 
     def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, LazyTensor]]:
         """See WholeModel."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import QuantisedWeight
 from loraloom.errors import ModelError
-from loraloom.models.families import Family
+from loraloom.models.families import EXPERTS, Family, activation_of
 from loraloom.models.quantised import (
     QuantisedLinear,
     check_computes,
@@ -35,7 +35,7 @@ class Wiring:
     """
 
     def __init__(self, model: nn.Module, family: Family):
-        if any(isinstance(m.__dict__.get("forward"), FfnBlock) for m in model.modules()):
+        if any(isinstance(m.__dict__.get("forward"), DecoderLayer) for m in model.modules()):
             raise ModelError("model must not be attached yet: call detach() on its host first")
         _check_on_one_device(model)
         quantised = quantised_linears(model)
@@ -75,19 +75,22 @@ class Wiring:
     def _wrap(self) -> None:
         family = self._family
         for index, layer in enumerate(self._model.get_submodule(family.layers).children()):
-            attention = layer.get_submodule(family.attention)
-            for group, site in zip(family.attention_inputs, _SITES, strict=True):
-                for name in group:
-                    hook = AttentionProjection(self, index, name, group, site)
-                    handle = attention.get_submodule(name).register_forward_hook(hook)
-                    self._restore.append(handle.remove)
-            ffn = layer.get_submodule(family.ffn)
-            self._replace_forward(
-                ffn, FfnBlock(self, index, ffn, family.ffn_shape, family.activation)
-            )
+            if family.has_attention(layer):
+                self._hook(index, layer.get_submodule(family.attention))
+            if family.ffn_shape != EXPERTS:
+                ffn = layer.get_submodule(family.ffn)
+                act = activation_of(ffn, family)
+                self._replace_forward(ffn, FfnBlock(self, index, ffn, family.ffn_shape, act))
             self._replace_forward(layer, DecoderLayer(self, layer))
         head = self._model.get_output_embeddings()
         self._restore.append(head.register_forward_pre_hook(_contiguous_input).remove)
+
+    def _hook(self, layer: int, attention: nn.Module) -> None:
+        for group, site in zip(self._family.attention_inputs, _SITES, strict=True):
+            for name in group:
+                hook = AttentionProjection(self, layer, name, group, site)
+                handle = attention.get_submodule(name).register_forward_hook(hook)
+                self._restore.append(handle.remove)
 
     def _replace_forward(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
         before = module.__dict__.get("forward")

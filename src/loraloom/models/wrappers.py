@@ -23,6 +23,7 @@ from loraloom.adapters.base import FfnShape
 from loraloom.models.autocast import outside_autocast
 from loraloom.models.forward import ForwardContext, checkpoint_contexts, current_forward
 from loraloom.ops.dropout import Site
+from loraloom.ops.expert_ffn import Activation
 from loraloom.ops.low_rank import add_low_rank_, apply_update
 
 # What torch.compile must not trace, as it depends on the running forward: a compiled decoder layer
@@ -108,7 +109,7 @@ class FfnBlock:
     """An FFN block's forward: the base's projections once for all rows, adapters in between."""
 
     def __init__(
-        self, owner: object, layer: int, module: nn.Module, shape: FfnShape, activation: str
+        self, owner: object, layer: int, module: nn.Module, shape: FfnShape, act: Activation
     ):
         self.owner = owner
         self.layer = layer
@@ -116,7 +117,7 @@ class FfnBlock:
         self.base_forward = module.forward
         self.inputs = [module.get_submodule(name) for name in shape.inputs]
         self.output = module.get_submodule(shape.output)
-        self.act = getattr(module, activation)
+        self.act = act
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return the block's output, [B, L, D]."""

@@ -124,7 +124,6 @@ class Comparison(_Record):
     metric: str = "accuracy"
     first: str
     second: str
-    metric: str = "accuracy"
     difference: Number
     stderr: Positive | None = None
     interval: tuple[Number, Number]

@@ -30,6 +30,7 @@ from loraloom.infer.generate import end_tokens
 from loraloom.infer.rows import make_rows
 from loraloom.infer.scoring import score_rows, tokens_per_batch
 from loraloom.models.decoding import Decoding
+from loraloom.models.families import keeps_running_states
 from loraloom.models.forward import PreparedWeights, Record
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, rows_in_record
@@ -559,6 +560,8 @@ class Engine:
 
     def _remember(self, session: Decoding, place: int, row: Row, tokens: list[int]) -> None:
         """Keep the states of a row's whole blocks for prompts that begin alike."""
+        if keeps_running_states(self.host.config):  # of which no token has a part
+            return
         missing = self._prefixes.missing(row.salt, tokens)
         if not missing or self._salt(row.request.adapter) != row.salt:  # weights have changed
             return

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
+import runpy
 import sys
 
 import lm_eval
@@ -56,13 +56,14 @@ def test_wrong_arguments_are_an_error(arguments, message):
 
 
 @pytest.mark.slow
-def test_lm_evals_command_line_knows_the_model(saved, toy_tasks):
+def test_lm_evals_command_line_knows_the_model(saved, toy_tasks, monkeypatch, capsys):
     arguments = f"base_model={saved / 'base'},adapter={saved / 'mixlora'},device=cpu"
     words = f"--model loraloom --model_args {arguments} --include_path {toy_tasks} --limit 2"
-    command = [sys.executable, "-m", "loraloom.eval.harness", *words.split()]
-    done = subprocess.run([*command, "--tasks", "toy_choice"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "toy_choice" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["lm-eval", *words.split(), "--tasks", "toy_choice"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("loraloom.eval.harness", run_name="__main__")
+    assert not done.value.code
+    assert "toy_choice" in capsys.readouterr().out
 
 
 def test_a_missing_lm_eval_says_what_to_install(monkeypatch):

@@ -410,6 +410,22 @@ def test_a_file_that_can_not_be_looked_at_for_a_while_stops_no_job(
     assert [state_of(one)["state"] for one in (path, other)] == ["done", "done"]
 
 
+def test_a_file_that_can_not_be_looked_at_from_the_start_is_waited_for(
+    tmp_path, inbox, monkeypatch
+):
+    path, original, looks = drop(inbox, "a"), Path.stat, []
+
+    def broken(file, *args, **options):
+        if file == path and len(looks) < 3:
+            looks.append(file)
+            raise OSError(5, "Input/output error")
+        return original(file, *args, **options)
+
+    monkeypatch.setattr(Path, "stat", broken)
+    (result,) = Watched(tmp_path, inbox).run()
+    assert (result.status, state_of(path)["state"]) == ("finished", "done")
+
+
 def test_a_file_that_is_done_stays_done_when_it_can_not_be_read(tmp_path, inbox, monkeypatch):
     path = drop(inbox, "a")
     watched = Watched(tmp_path, inbox)

@@ -16,10 +16,13 @@ from torch.nn import Parameter
 import loraloom
 from benchmarks.kills import ADAPTERS
 from benchmarks.parallel import difference, resume_elsewhere, settings
-from loraloom.ranks import ProcessRanks
+from loraloom.config.data import DataConfig
+from loraloom.data.streaming import StreamedSet
+from loraloom.ranks import Alone, ProcessRanks, Ranks
 from loraloom.training.run.results import read_result
 from tests.training.running import read_metrics
 from tests.training.saved import save_inputs, write_run_file
+from tests.training.toy import toy_tokenizer
 from tests.training.world import run_ranks
 
 MODES = ("pairs", "plain", "accumulation", "packing")
@@ -42,7 +45,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def _work(rank: int, directory: Path) -> None:
-    (directory / f"rank-{rank}.json").write_text(json.dumps(_talk(rank)))
+    (directory / f"rank-{rank}.json").write_text(json.dumps(_talk(rank, directory)))
     loraloom.train(directory / "two.yaml")
     loraloom.train(directory / "sharded.yaml", between_steps=lambda *_: None)
 
@@ -54,7 +57,7 @@ def _work(rank: int, directory: Path) -> None:
         loraloom.train(directory / "broken.yaml", between_steps=between_steps)
 
 
-def _talk(rank: int) -> dict[str, Any]:
+def _talk(rank: int, directory: Path) -> dict[str, Any]:
     """Try out what ranks do together."""
     ranks = ProcessRanks("gloo", 2)
     parameters = [Parameter(torch.zeros(2)) for _ in range(3)]
@@ -68,6 +71,7 @@ def _talk(rank: int) -> dict[str, Any]:
         "any": [ranks.any(rank == 1), ranks.any(False)],
         "first": [ranks.first(rank == 0), ranks.first(rank == 1)],
         "spread": list(ranks.spread([3, 4, 5], lambda item: [item, rank])),
+        "block": _stream_block(directory, ranks),
         "sums": sums,
         "left": [p.grad is not None for p in parameters],
         "differs": ranks.check_alike({"same": "a", "other": str(rank)}),
@@ -75,6 +79,13 @@ def _talk(rank: int) -> dict[str, Any]:
         "memory": _failure(ranks, torch.OutOfMemoryError("full") if rank == 0 else None),
         "both": _failure(ranks, (torch.OutOfMemoryError if rank == 0 else ValueError)("gone")),
     }
+
+
+def _stream_block(directory: Path, ranks: Ranks) -> str:
+    data = {"dataset": str(directory / "rows.jsonl"), "format": "instruction"}
+    config = DataConfig.model_validate({**data, "streaming": True, "shuffle_buffer": 5})
+    streamed = StreamedSet(config, toy_tokenizer(), 64, 0, ranks)
+    return streamed.block_digest(streamed.take(streamed.start, 7)[1])
 
 
 def _failure(ranks: ProcessRanks, error: Exception | None) -> str:
@@ -101,6 +112,11 @@ def test_ranks_hear_what_each_says(told):
 
 def test_items_are_spread_over_the_ranks(told):
     assert told[0]["spread"] == told[1]["spread"] == [[3, 0], [4, 1], [5, 0]]
+
+
+def test_ranks_encode_a_stream_together(told, world):
+    alone = _stream_block(world, Alone())
+    assert [own["block"] for own in told] == [alone, alone]
 
 
 def test_gradients_are_added_up_and_count_once(told):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraloom.adapters.files import AdapterFiles
+from loraloom.adapters.keys import target_pattern
 from loraloom.adapters.lora.selection import carried_over, is_pattern
 from loraloom.errors import shown
 
@@ -163,10 +164,19 @@ def peft_fields(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
         "modules_to_save": None,
         "r": config.rank,
         "rank_pattern": carried_over(config.rank_pattern, config.rank, names),
-        "target_modules": list(config.known_targets(base)),
+        "target_modules": _targets(config, base),
         "use_dora": config.weight_decomposition,
         "use_rslora": config.rank_stabilized,
     }
+
+
+def _targets(config: LoraConfig, base: BaseInfo) -> list[str] | str:
+    """Name the targets; by a pattern where names alone would mean other modules too."""
+    known = config.known_targets(base)
+    names_places = any("." in name for name in known)
+    if base.has_own_names or names_places:
+        return list(known)
+    return target_pattern(config.target_modules, base)
 
 
 def _module_names(config: LoraConfig, base: BaseInfo) -> dict[str, str]:

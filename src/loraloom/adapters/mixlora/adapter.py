@@ -53,12 +53,20 @@ class MixLoraAdapter(Adapter):
         seed: int,
     ):
         targets = resolve_targets(config, base_layers[0])
+        if not base_layers[0].ffn:
+            raise AdapterError(
+                "a mixture needs an FFN block of linear layers, this base model's are mixtures of "
+                "experts themselves; take a plain adapter, on attention"
+            )
         if not targets & frozenset(base_layers[0].ffn):
             raise AdapterError(
                 f"a mixture needs experts: target_modules must have at least one of "
                 f"{', '.join(base_layers[0].ffn)}, got {', '.join(sorted(targets))}"
             )
-        layers = [_build_layer(config, layer, targets, dtype, seed) for layer in base_layers]
+        layers = [
+            _build_layer(config, layer, resolve_targets(config, layer), dtype, seed)
+            for layer in base_layers
+        ]
         super().__init__(name, config, base_layers, layers)
         self._expert_dropout = config.expert_config.dropout
         self._routed = config.route

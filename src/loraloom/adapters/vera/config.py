@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig
-from loraloom.adapters.keys import Shape, TensorKey, target_projections
+from loraloom.adapters.keys import Shape, TensorKey, target_pattern, target_projections
 from loraloom.errors import shown
 
 if TYPE_CHECKING:
@@ -53,12 +53,10 @@ class VeraConfig(AdapterConfig):
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         """See AdapterConfig."""
-        from loraloom.adapters.adapter import resolve_targets
         from loraloom.adapters.low_rank import LowRankAdapter
         from loraloom.adapters.vera.weights import SharedProjections, VeraProjection
 
-        targets = resolve_targets(self, base_layers[0])
-        shared = SharedProjections(self, base_layers[0], targets, dtype)
+        shared = SharedProjections(self, base_layers, dtype)
 
         def build(base, layer):
             return VeraProjection(base, self, shared, dtype)
@@ -87,14 +85,16 @@ class VeraConfig(AdapterConfig):
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
-        targets = target_projections(self.target_modules, base)
+        targets: Any = list(self.known_targets(base))
+        if not base.has_own_names:
+            targets = target_pattern(self.target_modules, base)
         return {
             "r": self.rank,
             "vera_dropout": self.dropout,
             "d_initial": self.d_initial,
             "projection_prng_key": self.projection_seed,
             "save_projection": self.save_projection,
-            "target_modules": [path.rpartition(".")[2] for path in targets],
+            "target_modules": targets,
             "bias": "none",
         }
 

@@ -8,7 +8,7 @@ Axes: I in_features, O out_features, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,14 @@ class SharedProjections(Weights):
     Source: peft 0.21.2, `peft/tuners/vera/model.py`, which draws the same numbers.
     """
 
-    def __init__(
-        self, config: VeraConfig, layer: BaseLayer, targets: frozenset[str], dtype: torch.dtype
-    ):
+    def __init__(self, config: VeraConfig, base_layers: Sequence[BaseLayer], dtype: torch.dtype):
         super().__init__()
         adapted = [
             projection
+            for layer in base_layers
             for block in layer.blocks.values()
             for name, projection in block.items()
-            if name in targets
+            if name in config.targets_in(layer)
         ]
         generator = torch.Generator().manual_seed(config.projection_seed)
         options = {"dtype": dtype, "device": adapted[0].device}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import TokenPair, eos_token
-from loraloom.errors import AdapterError, ConfigError, DataError
+from loraloom.errors import ConfigError, DataError, not_finite
 from loraloom.eval.harness.answers import Answers, CompletionRequest, ScoreRequest
 from loraloom.eval.harness.arguments import load_arguments
 from loraloom.eval.harness.requests import RequestEncoder, parse_generation
@@ -213,11 +213,7 @@ class HostLM(TemplateLM):
             scores = self._answers.score(self.adapter, fitted, tell)
         for score in scores:
             if not math.isfinite(score.log_likelihood):
-                who = "the base model" if self.adapter is None else f"adapter {self.adapter!r}"
-                raise AdapterError(
-                    f"log-likelihoods must be finite, got {score.log_likelihood} from {who}; the "
-                    "weights have diverged, or float16 is too narrow for them (take bfloat16)"
-                )
+                raise not_finite("log-likelihoods", score.log_likelihood, [self.adapter])
         return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -28,7 +28,8 @@ from loraloom.formats.contents import StoredAdapter
 from loraloom.formats.files import read_stored
 from loraloom.formats.fit import fit_to_base
 from loraloom.formats.hub import find_adapter
-from loraloom.models.families import base_info, base_layers, family_of
+from loraloom.models.families import base_info, base_layers
+from loraloom.models.structure import family_of
 
 PIECES = 3
 """A float32 is the sum of so many bfloat16."""

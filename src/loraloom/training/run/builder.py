@@ -14,6 +14,7 @@ from loraloom.adapters.config import AdapterConfig
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
 from loraloom.config.paths import local_path
+from loraloom.data.streaming import StreamedSet
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.formats.files import read_adapter
@@ -67,15 +68,19 @@ class JobBuilder:
         self._evaluation.read(config)
         return job
 
-    def _training_set(self, config: JobConfig) -> TrainingSet:
+    def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
         files = tuple(_file_versions(config.data))
         as_pairs, data = config.train.learns_from_pairs, config.data.model_dump_json()
         return self._load(data, config.train.max_length, config.seed, as_pairs, files)
 
     def _load_training_set(
         self, data: str, max_length: int, seed: int, as_pairs: bool, _files: tuple[Any, ...]
-    ) -> TrainingSet:
+    ) -> TrainingSet | StreamedSet:
         config = DataConfig.model_validate_json(data)
+        if config.streaming:
+            return StreamedSet(
+                config, self._tokenizer, max_length, seed, self._host.ranks, as_pairs=as_pairs
+            )
         return load_training_set(config, self._tokenizer, max_length, seed, as_pairs=as_pairs)
 
 
@@ -98,18 +103,21 @@ def _files_of(name: str | None) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _check_enough(config: JobConfig, training_set: TrainingSet) -> None:
-    missing = "learn from" if not training_set.examples else "measure eval/loss on"
-    if not training_set.examples or (config.data.has_validation and not training_set.validation):
+def _check_enough(config: JobConfig, training_set: TrainingSet | StreamedSet) -> None:
+    has_examples = bool(training_set.longest(1))
+    missing = "measure eval/loss on" if has_examples else "learn from"
+    if not has_examples or (config.data.has_validation and not training_set.validation):
         raise DataError(
             f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
             "give more rows, or raise max_length"
         )
 
 
-def _check_positions(config: JobConfig, training_set: TrainingSet, positions: int) -> None:
-    examples = (*training_set.examples, *training_set.validation)
-    longest = max(len(row.input_ids) for example in examples for row in example.rows)
+def _check_positions(
+    config: JobConfig, training_set: TrainingSet | StreamedSet, positions: int
+) -> None:
+    held_out = (len(row.input_ids) for one in training_set.validation for row in one.rows)
+    longest = max([*training_set.longest(1)[0], *held_out])
     if longest > positions:
         raise DataError(
             f"examples must fit the model's {positions} positions, the longest has {longest} "

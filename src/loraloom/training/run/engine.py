@@ -350,6 +350,8 @@ class Engine:
             self._directory.tidy(name)
             try:
                 self._load_job(name, record, snapshot)
+            except ConfigError as error:
+                raise ConfigError(f"job {name}: {error}") from error
             except STATE_ERRORS as error:
                 raise ConfigError(
                     f"checkpoint {snapshot.directory} can't be used, the state of job {name} is of "

@@ -42,6 +42,9 @@ _log = logging.getLogger(__name__)
 Version = tuple[int, int]
 """Time and size of a file, by which a change shows."""
 
+_UNSEEN: Version = (0, -1)
+"""Of a file that can't be looked at: it is there, and its job waits or fails with the reason."""
+
 
 @dataclass(frozen=True)
 class FileState:
@@ -330,8 +333,7 @@ def _job_files(directory: Path, known: Mapping[Path, Version]) -> dict[Path, Ver
         except FileNotFoundError:  # deleted just now, or a link to nothing
             continue
         except OSError:
-            if path in known:
-                files[path] = known[path]
+            files[path] = known.get(path, _UNSEEN)
             continue
         if stat.S_ISREG(status.st_mode):
             files[path] = (status.st_mtime_ns, status.st_size)

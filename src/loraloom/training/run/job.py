@@ -11,6 +11,7 @@ from torch import Tensor
 from loraloom.adapters.adapter import Adapter
 from loraloom.config.job import JobConfig
 from loraloom.config.train import SCHEDULERS_ON_METRIC
+from loraloom.data.streaming import StreamedSet
 from loraloom.data.training_set import TrainingSet
 from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key
@@ -27,7 +28,7 @@ from loraloom.training.step.optimizers import (
     load_learning_state,
 )
 from loraloom.training.step.reference import Reference
-from loraloom.training.step.window import StepOrder, Window
+from loraloom.training.step.window import Window, make_order
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Job:
         self,
         config: JobConfig,
         adapter: Adapter,
-        training_set: TrainingSet,
+        training_set: TrainingSet | StreamedSet,
         reference: Reference | None = None,
     ):
         self.config = config
@@ -81,7 +82,7 @@ class Job:
         self.training_set = training_set
         self.objective = build_objective(config.train.objective)
         self.reference = reference
-        self.order = StepOrder(training_set, config.train)
+        self.order = make_order(training_set, config.train)
         self.optimizer = build_optimizer(config.train, adapter)
         self.scheduler = build_scheduler(
             config.train,
@@ -254,6 +255,7 @@ class Job:
             "selection": asdict(self.selection),
             "collapse": asdict(self.collapse),
             "reference": {} if self.reference is None else self.reference.log_probs,
+            "order": self.order.state_dict(self.position.step),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -267,6 +269,8 @@ class Job:
         self.collapse = CollapseWatch(**state.get("collapse", {}))  # older ones have none
         if self.reference is not None:
             self.reference.log_probs = state["reference"]
+        self.order.load_state_dict(self.position.step, state.get("order", {}))
+        self._window = None
 
     def _make_step(self, loss: MicroBatchLoss) -> StepReport:
         grad_norm = self._clip()
@@ -278,6 +282,8 @@ class Job:
         self._proven = proven
         if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
             self.scheduler.step()  # pyright: ignore[reportCallIssue]
+        if self.reference is not None and isinstance(self.training_set, StreamedSet):
+            self.reference.forget(self.window.examples)  # they never come again
         position.step += 1
         position.micro_step = 0
         position.loss = asdict(MicroBatchLoss(0.0))

@@ -26,7 +26,6 @@ from loraloom.ops.token_loss import loss_workspace_bytes
 from loraloom.ranks import own_part
 from loraloom.training.run.container import container_bytes_left
 from loraloom.training.run.job import Job
-from loraloom.training.step.window import longest_row
 
 _TOKENS = 32
 _CPU_ALLOCATOR_SHARE, _ALLOCATOR_SHARE = 0.15, 0.05
@@ -180,10 +179,9 @@ def step_rows(job: Job, num_ranks: int = 1) -> tuple[int, int]:
 
     They are those of its longest examples.
     """
-    train, examples = job.config.train, job.training_set.examples
+    train = job.config.train
     count = min(train.micro_batch_size, train.batch_size)
-    longest = sorted(examples, key=longest_row, reverse=True)[:count:num_ranks]
-    lengths = [len(row.input_ids) for example in longest for row in example.rows]
+    lengths = [length for rows in job.training_set.longest(count)[::num_ranks] for length in rows]
     if not train.packing:
         return len(lengths), max(lengths)
     packed = first_fit(lengths, train.max_length)
@@ -239,7 +237,7 @@ def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
         key = storage._cdata
         if key not in known and key not in _storages(gathered_weights(host.model)):
             kept[key] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output kept as it is would keep its own node, for good
 
     input_ids = torch.zeros(rows, length, dtype=torch.long, device=host.device)
     mask = torch.ones(rows, length, dtype=torch.long)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from loraloom.config.objective import BASE_REFERENCE, CpoConfig, DpoConfig, SftConfig
-from loraloom.data.examples import Example
+from loraloom.data.examples import Example, TrainingExample
 from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 
@@ -31,6 +31,11 @@ class Reference:
     def of(self, examples: Sequence[Example]) -> list[float]:
         """Return what it gave these samples."""
         return [self.log_probs[example.sample_id] for example in examples]
+
+    def forget(self, examples: Iterable[TrainingExample]) -> None:
+        """Drop what it gave the rows of examples."""
+        for row in (row for example in examples for row in example.rows):
+            self.log_probs.pop(row.sample_id, None)
 
 
 def load_reference(host: Host, config: SftConfig | DpoConfig | CpoConfig) -> Reference | None:

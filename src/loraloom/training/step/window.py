@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from typing import Any, final
 
 from loraloom.config.train import TrainConfig
 from loraloom.data.examples import NO_LOSS, Example, TrainingExample
 from loraloom.data.grouping import group_by_length
+from loraloom.data.streaming import StreamedSet, StreamPosition
 from loraloom.data.training_set import TrainingSet
+from loraloom.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Window:
     """The examples of one step.
 
     Args:
-        epoch: Counted from 0.
+        epoch: Counted from 0; for streams always 0, as their sample ids go on from pass to pass.
         examples: Fewer than batch_size at an epoch's end. The longest come first, so that a
             micro-batch has examples of like lengths and little padding.
         micro_batch_size: Examples that go through the model at once.
@@ -84,8 +88,51 @@ def longest_row(example: TrainingExample) -> int:
     return max(len(row.input_ids) for row in example.rows)
 
 
-class StepOrder:
-    """The windows of a job: a function of the step alone, so that a job can begin anywhere.
+class Order(ABC):
+    """The windows of a job."""
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> int:
+        """Steps of the whole job, unless it is stopped early."""
+
+    @property
+    @abstractmethod
+    def max_micro_batch_tokens(self) -> int:
+        """Tokens of the longest micro-batch of all, padding included."""
+
+    @abstractmethod
+    def window(self, step: int) -> Window:
+        """Return the examples of a step, counted from 0."""
+
+    @abstractmethod
+    def epochs_after(self, step: int) -> float:
+        """Return the passes over the data after so many steps."""
+
+    @abstractmethod
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Return what a later process needs for the window of a step, in plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+
+
+def make_order(training_set: TrainingSet | StreamedSet, config: TrainConfig) -> Order:
+    """Make the windows of a job.
+
+    Args:
+        training_set: The job's data.
+        config: Sizes of batches and micro-batches, and how long the job is.
+    """
+    if isinstance(training_set, StreamedSet):
+        return StreamOrder(training_set, config)
+    return StepOrder(training_set, config)
+
+
+@final
+class StepOrder(Order):
+    """Windows that are a function of the step alone, so that a job can begin anywhere.
 
     Each epoch has its own order. An epoch's last window takes what is left.
 
@@ -130,8 +177,7 @@ class StepOrder:
         start = place * self.config.batch_size
         indices = self._order(epoch)[start : start + self.config.batch_size]
         examples = [self.training_set.examples[index] for index in indices]
-        examples.sort(key=lambda example: -longest_row(example))
-        return Window(epoch, tuple(examples), self.config.micro_batch_size)
+        return _make_window(epoch, examples, self.config)
 
     def epochs_after(self, step: int) -> float:
         """Return the passes over the data, as a fraction, after so many steps."""
@@ -139,9 +185,79 @@ class StepOrder:
         length = self.training_set.epoch_length
         return epoch + min(place * self.config.batch_size, length) / length
 
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Nothing is needed."""
+        return {}
+
+    def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
+        """Nothing is to be done."""
+
     def _make_order(self, epoch: int) -> list[int]:
         order = self.training_set.epoch_order(epoch)
         if not self.config.group_by_length:
             return order
         lengths = [longest_row(self.training_set.examples[index]) for index in order]
         return group_by_length(order, lengths, self.config.batch_size)
+
+
+@final
+class StreamOrder(Order):
+    """Windows of streams, one after the other; each has batch_size examples.
+
+    Args:
+        training_set: The job's streams.
+        config: As for `make_order`; with max_steps.
+    """
+
+    def __init__(self, training_set: StreamedSet, config: TrainConfig):
+        self.training_set = training_set
+        self.config = config
+        self._positions: dict[int, StreamPosition] = {0: training_set.start}
+        """Of the step that was asked for last, and of the one after it."""
+
+    @property
+    def total_steps(self) -> int:
+        """See Order."""
+        assert self.config.max_steps is not None, "streams need it"
+        return self.config.max_steps
+
+    @property
+    def max_micro_batch_tokens(self) -> int:
+        """What it may have at most; packed rows, what one example may have."""
+        number = 1 if self.config.packing else self.config.micro_batch_size
+        return sum(map(sum, self.training_set.longest(number)))
+
+    def window(self, step: int) -> Window:
+        """Return the examples of a step: the last one that was asked for, or the one after it."""
+        position = self._positions[step]
+        examples, after = self.training_set.take(position, self.config.batch_size)
+        self._positions = {step: position, step + 1: after}
+        return _make_window(0, examples, self.config)
+
+    def epochs_after(self, step: int) -> float:
+        """Return how often the data was read to its end; parts of a pass can't be known."""
+        return float(self._positions[step].passes)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """See Order."""
+        position = self._positions[step]
+        return {"position": asdict(position), "block": self.training_set.block_digest(position)}
+
+    def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            ConfigError: If the data there is no longer what it was.
+        """
+        position = StreamPosition.of(state["position"])
+        if self.training_set.block_digest(position) != state["block"]:
+            raise ConfigError(
+                "--resume needs the data that the run began with, the stream has changed since "
+                "where it was read last; put it back, or give --overwrite to begin again"
+            )
+        self._positions = {step: position}
+
+
+def _make_window(epoch: int, examples: list[TrainingExample], config: TrainConfig) -> Window:
+    examples.sort(key=lambda example: -longest_row(example))
+    return Window(epoch, tuple(examples), config.micro_batch_size)

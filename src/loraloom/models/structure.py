@@ -1,0 +1,190 @@
+"""Which family a model is of: its row in the table, or what its decoder layers look like.
+
+A layer is known by the names that its linear modules usually have: attention has projections to q,
+k and v, or one to all three, and one from the heads; an FFN block has gate, up and down, gate and
+up in one, or one before its activation and one behind it; or it is a mixture of experts, which have
+tensors of three axes. Names only suggest what a model computes, so that a host tries one that has
+no row before it takes it (see trial.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from torch import nn
+
+from loraloom.adapters.base import FfnShape
+from loraloom.errors import ModelError, shown
+from loraloom.models.families import EXPERTS, FAMILIES, Family, text_config
+from loraloom.models.quantised import is_linear
+
+_ATTENTION_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("Wqkv",),
+)
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "Wo", "c_proj")
+_FFNS = (
+    FfnShape(("gate_proj", "up_proj"), "down_proj"),
+    FfnShape(("gate_up_proj",), "down_proj"),
+    FfnShape(("up_proj",), "down_proj"),
+    FfnShape(("w1", "w3"), "w2"),
+    FfnShape(("fc1",), "fc2"),
+    FfnShape(("fc_in",), "fc_out"),
+    FfnShape(("c_fc",), "c_proj"),
+    FfnShape(("dense_h_to_4h",), "dense_4h_to_h"),
+)
+_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+_LOGIT_FIELDS = {
+    "logit_divisor": "logits_scaling",
+    "logit_factor": "logit_scale",
+    "logit_softcap": "final_logit_softcapping",
+}
+"""Fields of a configuration that usually say what becomes of the head's logits."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """Look a model's family up, or tell it by the model's structure.
+
+    Raises:
+        ModelError: If it is neither in the table nor known by its structure; lists the families and
+            the model's linear modules. Or if the model is compiled as a whole.
+    """
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise ModelError(
+            "model must not be compiled as a whole, as its rows may have different adapters in "
+            "each forward; attach the model itself and compile its decoder layers: layer.compile()"
+        )
+    if not _has_head(model):
+        raise unsupported(model, "it has no head that gives logits of tokens")
+    family = FAMILIES.get(_model_type(model))
+    if family is None:
+        return _family_by_structure(model)
+    if not _has_path(model, family.layers):
+        raise unsupported(model, f"it has no {family.layers}")
+    return family
+
+
+def unsupported(model: nn.Module, reason: str) -> ModelError:
+    """Make the error that a model can't be a host.
+
+    Args:
+        model: The model.
+        reason: What is wrong with it, a clause.
+    """
+    linears = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
+    return ModelError(
+        f"model family must be one of {', '.join(FAMILIES)}, or one that is built and computes "
+        f"like them (as a causal LM), got {shown(_model_type(model))} ({type(model).__name__}): "
+        f"{reason}; its linear modules are {', '.join(linears) or 'none'}"
+    )
+
+
+def _family_by_structure(model: nn.Module) -> Family:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise unsupported(model, "it has an encoder")
+    path, layers = _decoder_layers(model)
+    attention, inputs, output = _attention(model, layers)
+    ffn, shape = _ffn(model, layers)
+    config = text_config(model)
+    fields = {name: field for name, field in _LOGIT_FIELDS.items() if getattr(config, field, None)}
+    return Family(
+        attention_inputs=(inputs, (output,)),
+        ffn_shape=shape,
+        layers=path,
+        attention=attention,
+        ffn=ffn,
+        activation=_activation(model, layers[0].get_submodule(ffn), shape),
+        in_table=False,
+        **fields,
+    )
+
+
+def _decoder_layers(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
+    """Find the list of decoder layers, not of an encoder of images beside them."""
+    num_layers = getattr(text_config(model), "num_hidden_layers", None)
+    decoder: Any = model.get_decoder()  # pyright: ignore
+    inside = {id(module) for module in decoder.modules()}
+    for path, module in model.named_modules():
+        is_inside = isinstance(module, nn.ModuleList) and id(module) in inside
+        if is_inside and len(module) == num_layers:  # pyright: ignore
+            return path, list(module.children())
+    raise unsupported(model, f"no list of its modules has its {num_layers} decoder layers")
+
+
+def _attention(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, tuple[str, ...], str]:
+    """Name a layer's attention, its input projections and its output projection."""
+    for layer in layers:
+        for block, linears in _blocks(layer):
+            for inputs, output in product(_ATTENTION_INPUTS, _ATTENTION_OUTPUTS):
+                if linears.issuperset((*inputs, output)):
+                    return block, inputs, output
+    raise unsupported(model, "no layer has attention with projections of q, k, v and output")
+
+
+def _ffn(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, FfnShape]:
+    """Name a layer's FFN block and its projections."""
+    for block, _ in _blocks(layers[0]):
+        for shape in _FFNS:
+            if all(_linears(layer, block).issuperset(shape.names) for layer in layers):
+                return block, shape
+    for layer in layers:
+        for block, child in layer.named_children():
+            if _has_experts(child):
+                return block, EXPERTS
+    raise unsupported(
+        model, "its layers have no module with the FFN block's projections, gate, up and down"
+    )
+
+
+def _has_experts(block: nn.Module) -> bool:
+    """Whether weights of several experts are one tensor in it."""
+    modules = (module for module in block.modules() if not isinstance(module, nn.Conv1d))
+    return any(w.dim() == 3 for module in modules for w in module.parameters(recurse=False))
+
+
+def _activation(model: nn.Module, ffn: nn.Module, shape: FfnShape) -> str:
+    """Name the FFN module's activation."""
+    if shape == EXPERTS:
+        return ""
+    others = [name for name, _ in ffn.named_children() if name not in shape.names]
+    named = [name for name in _ACTIVATIONS if callable(getattr(ffn, name, None))]
+    if not named and len(others) != 1:
+        raise unsupported(model, "its FFN block has no module that is its activation")
+    return named[0] if named else others[0]
+
+
+def _blocks(layer: nn.Module) -> Iterator[tuple[str, set[str]]]:
+    """Name a layer's modules and the linear ones right in them."""
+    for block, _ in layer.named_children():
+        yield block, _linears(layer, block)
+
+
+def _linears(layer: nn.Module, block: str) -> set[str]:
+    modules = dict(layer.named_children())
+    if block not in modules:
+        return set()
+    return {name for name, module in modules[block].named_children() if is_linear(module)}
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether it maps hidden states to a vocabulary; a classifier has other heads."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    return find_head is not None and find_head() is not None
+
+
+def _has_path(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

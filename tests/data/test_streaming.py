@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from itertools import islice
+
+import datasets
+import pytest
+
+from loraloom.config.data import DataConfig
+from loraloom.data import streaming
+from loraloom.data.locations import stream_rows
+from loraloom.data.streaming import StreamedSet, StreamPosition
+from loraloom.data.training_set import load_training_set
+from loraloom.errors import DataError
+from loraloom.ranks import Alone, Ranks
+
+ROWS = [{"text": f"row {number}"} for number in range(30)]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return str(path)
+
+
+def stream(tokenizer, *, ranks: Ranks | None = None, max_length=64, seed=0, **data) -> StreamedSet:
+    data = {"streaming": True, "shuffle_buffer": 8} | data
+    if "dataset" in data:
+        data.setdefault("format", "text")
+    config = DataConfig.model_validate(data)
+    return StreamedSet(config, tokenizer, max_length, seed, ranks or Alone())
+
+
+def texts(tokenizer, examples) -> list[str]:
+    return [tokenizer.decode(example.input_ids).removesuffix("<eos>") for example in examples]
+
+
+def test_a_pass_has_every_example_of_the_whole_data_set_once(tiny_tokenizer, file):
+    made = stream(tiny_tokenizer, dataset=file)
+    examples, _ = made.take(made.start, 30)
+    config = DataConfig.model_validate({"dataset": file, "format": "text"})
+    whole = load_training_set(config, tiny_tokenizer, 64, 0).examples
+    streamed = sorted(example.input_ids for example in examples[:24])
+    assert streamed == sorted(example.input_ids for example in whole[:24])
+    assert texts(tiny_tokenizer, examples) != texts(tiny_tokenizer, whole)
+
+
+def test_rows_are_shuffled_within_the_buffer_by_the_seed(tiny_tokenizer, file):
+    first, again, other = (
+        texts(tiny_tokenizer, made.take(made.start, 8)[0])
+        for made in (stream(tiny_tokenizer, dataset=file, seed=seed) for seed in (0, 0, 1))
+    )
+    assert first == again != other
+    assert set(first) == set(other) == {row["text"] for row in ROWS[:8]}
+
+
+def test_a_stream_that_ends_begins_again_in_another_order(tiny_tokenizer, file):
+    made = stream(tiny_tokenizer, dataset=file, shuffle_buffer=30)
+    first, position = made.take(made.start, 30)
+    second, _ = made.take(position, 30)
+    assert position.passes == 0  # the end shows when there is nothing more
+    assert Counter(texts(tiny_tokenizer, first)) == Counter(texts(tiny_tokenizer, second))
+    assert texts(tiny_tokenizer, first) != texts(tiny_tokenizer, second)
+    assert len({example.sample_id for example in first + second}) == 60
+
+
+@pytest.mark.parametrize("taken", [3, 8, 29, 31])
+def test_what_follows_a_position_is_the_same_in_another_process(tiny_tokenizer, file, taken):
+    made = stream(tiny_tokenizer, dataset=file)
+    _, position = made.take(made.start, taken)
+    expected, _ = made.take(position, 40)
+    stored = json.loads(json.dumps(asdict(position)))
+    other = stream(tiny_tokenizer, dataset=file)
+    assert other.take(StreamPosition.of(stored), 40)[0] == expected
+
+
+def test_a_block_does_not_depend_on_who_encodes_its_rows(tiny_tokenizer, file):
+    class Three(Alone):
+        size = 3
+
+        def spread(self, items, compute, **_):
+            yield from map(compute, items)
+
+    alone = stream(tiny_tokenizer, dataset=file)
+    three = stream(tiny_tokenizer, dataset=file, ranks=Three())
+    assert alone.take(alone.start, 20) == three.take(three.start, 20)
+
+
+def test_sources_of_a_mix_have_shares_by_their_weights(tiny_tokenizer, file, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("yes\nno\n")
+    made = stream(
+        tiny_tokenizer,
+        mix=[
+            {"dataset": file, "format": "text", "weight": 3},
+            {"dataset": str(few), "format": "text", "expert_group": 1},
+        ],
+    )
+    block = made.block(made.start).examples
+    assert Counter(example.expert_group for example in block) == {0: 6, 1: 2}
+    assert made.report == (
+        f"{file}: a stream, read 6 rows at a time",
+        f"{few}: a stream, read 2 rows at a time",
+    )
+
+
+def test_instructions_are_read_by_the_columns_of_the_first_row(tiny_tokenizer, tmp_path):
+    path = tmp_path / "dolly.jsonl"
+    rows = [{"instruction": f"Say {n}", "context": "", "response": f"{n}"} for n in range(12)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    made = stream(tiny_tokenizer, dataset=str(path), format="instruction", template="plain")
+    examples, _ = made.take(made.start, 12)
+    assert len(texts(tiny_tokenizer, examples)) == 12
+
+
+def test_rows_that_never_fit_are_an_error(tiny_tokenizer, tmp_path):
+    path = tmp_path / "long.jsonl"
+    row = {"instruction": "Say", "output": "what color is the sky " * 20}
+    path.write_text(f"{json.dumps(row)}\n" * 3)
+    with pytest.raises(DataError, match="no row has an answer that fits max_length=16; raise it"):
+        stream(tiny_tokenizer, dataset=str(path), format="instruction", max_length=16)
+
+
+def test_an_empty_stream_and_a_bad_row_are_errors(tiny_tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"rows.jsonl: there are no rows"):
+        stream(tiny_tokenizer, dataset=str(path))
+    path.write_text('{"text": "one"}\n' * 10 + '{"body": "two"}\n')
+    made = stream(tiny_tokenizer, dataset=str(path))
+    with pytest.raises(DataError, match=r"rows.jsonl, line 11: the row has no field 'text'"):
+        made.take(made.start, 10)
+
+
+def test_the_digest_tells_of_another_size_and_another_beginning(tiny_tokenizer, tmp_path):
+    path = tmp_path / "rows.txt"
+    digests = set()
+    for text in ("one\ntwo\n", "one\nsix\n", "one\ntwo\n" * 4, "one\ntwo\n" * 4 + "two\n"):
+        path.write_text(text)
+        digests.add(stream(tiny_tokenizer, dataset=str(path), shuffle_buffer=2).digest)
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet", ".jsonl.gz"])
+def test_a_file_of_any_kind_is_read_on_from_a_row(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    table = datasets.Dataset.from_list(ROWS)
+    match suffix:
+        case ".txt":
+            path.write_text("\n".join(row["text"] for row in ROWS))
+        case ".csv":
+            table.to_csv(path)
+        case ".parquet":
+            table.to_parquet(path)
+        case _:
+            table.to_json(path, compression="infer")
+    made = stream_rows(str(path), "train")
+    beginning = list(islice(made.rows(), 11))
+    state = made.state_dict()
+    rest = list(stream_rows(str(path), "train").rows(state))
+    assert [row["text"] for row in beginning + rest] == [row["text"] for row in ROWS]
+    assert rest[0].origin.startswith(f"{path}, ")
+
+
+def test_a_data_set_of_the_hub_is_read_on_from_its_own_state(monkeypatch):
+    table = datasets.Dataset.from_list(ROWS)
+
+    def load_dataset(*_, streaming, **__):
+        assert streaming
+        return table.to_iterable_dataset(num_shards=3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    made = stream_rows("owner/rows", "train")
+    beginning = list(islice(made.rows(), 13))
+    state = json.loads(json.dumps(made.state_dict()))
+    rest = list(stream_rows("owner/rows", "train").rows(state))
+    assert [row["text"] for row in beginning + rest] == [row["text"] for row in ROWS]
+    assert rest[0].origin == "owner/rows, train, row 14"
+
+
+def test_a_hub_that_fails_on_the_way_is_a_data_error(monkeypatch):
+    def rows():
+        yield ROWS[0]
+        raise ConnectionError("gone")
+
+    def load_dataset(*_, **__):
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"owner/rows: the data set's split 'train' .*gone"):
+        list(stream_rows("owner/rows", "train").rows())
+
+
+def test_a_source_is_not_read_again_where_it_stands(tiny_tokenizer, file, monkeypatch):
+    made = stream(tiny_tokenizer, dataset=file)
+    rewound = []
+    monkeypatch.setattr(streaming._Source, "_rewind", lambda _, place: rewound.append(place))
+    made.take(made.start, 24)
+    assert rewound == []

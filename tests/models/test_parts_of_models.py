@@ -1,0 +1,97 @@
+"""Where only some of a model's modules are adapted: text parts, and layers of two kinds."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+
+import loraloom
+from loraloom.adapters import LoraConfig, VeraConfig
+from loraloom.data.tokenising import TokenPair
+from loraloom.errors import AdapterError, ModelError
+from loraloom.infer.scoring import group_rows
+from tests.conftest import build_tokenizer
+from tests.tiny import METHODS, randomise, relative_error, tiny_host, tiny_ids, tiny_model
+
+# peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+IDS = tiny_ids(2)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_a_model_of_images_and_text_is_loaded_exported_and_told_by_its_text_part(family, tmp_path):
+    tokenizer = build_tokenizer()
+    model = tiny_model(family, torch.float32, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded, _ = loraloom.load_base_model(str(tmp_path / "base"), dtype="float32")
+    host = loraloom.attach(loaded)
+    assert host.config.vocab_size == len(tokenizer)
+    assert host.base.layers_path == "model.language_model.layers"
+    adapter = randomise(host.add("a", METHODS["lora"]))
+    with torch.no_grad():
+        assert torch.equal(host(IDS).logits, model(IDS).logits)
+        done = loraloom.export(host, tokenizer, "a", tmp_path / "out")
+        merged, _ = loraloom.load_base_model(str(done.path), dtype="float32")
+        adapted = host(IDS, adapters=["a", "a"]).logits
+        assert relative_error(merged(IDS).logits, adapted) < 1e-4
+    assert not [name for name in adapter.tensors() if "vision" in name]
+
+
+@pytest.mark.parametrize("config", [METHODS["dora"], VeraConfig(rank=3)], ids=["dora", "vera"])
+@pytest.mark.parametrize("family", ["gemma3", "lfm2"])
+def test_peft_adapts_what_the_adapter_does_and_nothing_else(family, config, tmp_path):
+    model = tiny_model(family)
+    host = loraloom.attach(copy.deepcopy(model))
+    randomise(host.add("a", config))
+    host.save("a", tmp_path / "a")
+    host.load("b", tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(model, str(tmp_path / "a"))
+    with torch.no_grad():
+        ours = host(IDS, adapters=["a", "b"]).logits
+        expected = theirs(input_ids=IDS).logits
+    assert relative_error(ours, expected) < 1e-6
+    adapted = {name for name, _ in theirs.named_parameters() if "lora_" in name or "vera_l" in name}
+    assert not [name for name in adapted if "vision" in name or ".conv." in name]
+
+
+@pytest.fixture(scope="module")
+def two_kinds():
+    return tiny_host("lfm2", METHODS)
+
+
+def test_layers_without_attention_have_the_mixture_alone(two_kinds):
+    names = two_kinds.adapters["mixlora"].tensors()
+    assert {name.split(".")[2] for name in names if name.startswith("layers.0.")} == {
+        "feed_forward"
+    }
+    assert two_kinds.base.attention_layers == (1,)
+
+
+def test_samples_are_not_packed_into_running_states(two_kinds):
+    with pytest.raises(ModelError, match="packing needs attention in all layers"):
+        two_kinds.hidden(IDS, adapters=["lora", "lora"], sample_lengths=[[4, 3], [7]])
+
+
+def test_choices_do_not_share_a_question_in_running_states(two_kinds):
+    pairs = [TokenPair([5, 6, 7], [last]) for last in (8, 9)]
+    assert [len(rows) for rows in group_rows(two_kinds, [pairs])] == [2]
+    assert [len(rows) for rows in group_rows(tiny_host(), [pairs])] == [1]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (METHODS["mixlora"], "FFN block of linear layers, .* mixtures of experts themselves"),
+        (LoraConfig(target_modules="ffn"), "got ffn where its FFN blocks are mixtures of experts"),
+        (LoraConfig(target_modules=("gate_proj",)), r"\(k_proj, o_proj, q_proj, v_proj\)"),
+    ],
+)
+def test_the_experts_of_a_base_model_are_left_alone(config, message):
+    host = tiny_host("mixtral", {}, torch.float32)
+    with pytest.raises(AdapterError, match=message):
+        host.add("a", config)

@@ -1,0 +1,112 @@
+"""Each row of the table of families: computing what PEFT and its own blocks do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loraloom
+from loraloom.adapters import LoraConfig
+from loraloom.adapters.base import BaseInfo
+from loraloom.models.families import EXPERTS, FAMILIES
+from tests.parity.peft_models import their_parameter, wrapped_by_peft
+from tests.tiny import (
+    ALL_FAMILIES,
+    METHODS,
+    padded_mask,
+    randomise,
+    relative_error,
+    tiny_ids,
+    tiny_model,
+)
+
+# peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+IDS = tiny_ids(2)
+MASK = padded_mask([7, 5])
+REAL = MASK.bool()
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ALL_FAMILIES])
+def test_a_family_computes_what_peft_and_its_own_blocks_do(family):
+    dtype, tolerance = (torch.float64, 1e-9) if is_dense(family) else (torch.float32, 1e-5)
+    model = tiny_model(family, dtype)
+    host = loraloom.attach(copy.deepcopy(model))
+    for name, config in methods_of(family).items():
+        adapter = randomise(host.add(name, config))
+        oracle = by_peft if name == "lora" else merged
+        with torch.no_grad():
+            theirs = oracle(copy.deepcopy(model), host.base, config, adapter.tensors())
+            expected = theirs(IDS, attention_mask=MASK).logits
+            actual = host(IDS, MASK, [name, name]).logits
+        assert relative_error(actual[REAL], expected[REAL]) < tolerance, name
+        assert set(adapter.tensors()) == config.tensor_shapes(host.base).keys(), name
+
+
+def is_dense(family: str) -> bool:
+    """Whether its FFN blocks are linear layers; mixtures of experts compute in 32 bits at most."""
+    return FAMILIES[family].ffn_shape != EXPERTS
+
+
+def methods_of(family: str) -> dict[str, LoraConfig]:
+    """The four methods; on mixtures of experts those without routers."""
+    return {n: c for n, c in METHODS.items() if is_dense(family) or not c.experts_per_router}
+
+
+def by_peft(
+    model: nn.Module, base: BaseInfo, config: LoraConfig, tensors: dict[str, Tensor]
+) -> nn.Module:
+    """The model with a plain adapter in PEFT's layers."""
+    wrapped = wrapped_by_peft(model, config, base)
+    for name, tensor in tensors.items():
+        their_parameter(wrapped, base, name).copy_(tensor)
+    return wrapped
+
+
+def merged(model: nn.Module, base: BaseInfo, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
+    """The model with updates in its weights, and whole FFN blocks as experts."""
+    for index, layer in enumerate(model.get_submodule(base.layers_path).children()):
+        for path in base.shapes:
+            if f"layers.{index}.{path}.lora_A" in tensors:
+                merge(layer.get_submodule(path), config, tensors, f"layers.{index}.{path}")
+        if config.experts_per_router:
+            block = layer.get_submodule(base.ffn)
+            experts = [copy.deepcopy(block) for _ in range(config.num_experts)]
+            for name in base.ffn_projections:
+                for number, expert in enumerate(experts):
+                    place = f"layers.{index}.{base.ffn}.{name}.experts.{number}"
+                    merge(expert.get_submodule(name), config, tensors, place)
+            router = tensors[f"layers.{index}.{base.ffn}.router"]
+            block.forward = partial(mixed, block.forward, experts, router, config.top_k)
+    return model
+
+
+def merge(linear: Any, config: Any, tensors: dict[str, Tensor], place: str) -> None:
+    """Put an update into a weight: W + s·BA, or m ∘ (W + s·BA) / ‖W + s·BA‖."""
+    linear.weight += config.scaling * tensors[f"{place}.lora_B"] @ tensors[f"{place}.lora_A"]
+    if config.weight_decomposition:
+        norms = linear.weight.norm(dim=1)
+        linear.weight *= (tensors[f"{place}.magnitude"] / norms).unsqueeze(1)
+
+
+def mixed(
+    base_forward: Callable[[Tensor], Tensor],
+    experts: list[nn.Module],
+    router: Tensor,
+    top_k: int,
+    hidden_states: Tensor,
+) -> Tensor:
+    """Compute a mixture of blocks at real tokens, and the base's block at padding."""
+    weights, chosen = (hidden_states @ router.T).softmax(-1).topk(top_k)
+    outputs = torch.stack([expert(hidden_states) for expert in experts], -2)
+    picked = outputs.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, outputs.shape[-1]))
+    shares = weights / weights.sum(-1, keepdim=True)
+    mixture = (shares.unsqueeze(-1) * picked).sum(-2)
+    return torch.where(REAL.unsqueeze(-1), mixture, base_forward(hidden_states))

@@ -1,0 +1,134 @@
+"""Jobs that learn from streams: they go on where they were, and refuse other data."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import loraloom
+from loraloom.training.run.results import read_result
+from tests.training.running import assert_same_files, read_metrics
+from tests.training.saved import run_settings, save_inputs
+
+JOBS = ("plain", "pairs")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def settings(inputs: Path, output_dir: Path) -> dict:
+    """A LoRA that accumulates, with rows that end amid a block, and a mixture on pairs."""
+    run = run_settings(inputs, output_dir)
+    plain, pairs = run["jobs"]
+    stream = {"streaming": True, "shuffle_buffer": 5}
+    rows = {"dataset": str(inputs / "rows.jsonl"), "format": "instruction"}
+    plain["data"] = {**rows, **stream, "validation": rows}
+    plain["train"] |= {"micro_batch_size": 2, "save_steps": 1, "max_steps": 6, "eval_steps": 3}
+    pairs |= {"name": "pairs", "eval": []}
+    pairs["data"] = {"dataset": str(inputs / "pairs.jsonl"), "format": "preference", **stream}
+    pairs["train"] |= {"objective": {"name": "dpo"}, "packing": True, "warmup_ratio": 0.5}
+    return run
+
+
+remembered: list[int] = []
+"""How many samples the reference of `pairs` knew between the steps of `unbroken`."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(inputs, tmp_path_factory) -> Path:
+    def between_steps(engine, _builder):
+        if "pairs" in engine.jobs:
+            remembered.append(len(engine.jobs["pairs"].reference.log_probs))
+
+    directory = tmp_path_factory.mktemp("unbroken")
+    loraloom.train(settings(inputs, directory), between_steps=between_steps)
+    return directory
+
+
+def interrupt(run: dict, rounds: int, **options) -> None:
+    def between_steps(engine, _builder):
+        if engine.round == rounds:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loraloom.train(run, between_steps=between_steps, **options)
+
+
+def test_a_run_goes_on_in_its_streams_as_if_unbroken(inputs, unbroken, tmp_path):
+    run = settings(inputs, tmp_path)
+    interrupt(run, 3)  # amid a step, and amid a block
+    interrupt(run, 7, resume=True)
+    loraloom.train(run, resume=True)
+    assert_same_files(tmp_path, unbroken, JOBS)
+
+
+def test_metrics_count_whole_passes(inputs, unbroken):
+    epochs = [line["epoch"] for line in read_metrics(unbroken / "plain") if "loss" in line]
+    assert epochs == [0, 0, 0, 0, 1, 1]
+    (line,) = read_result(unbroken / "plain").data
+    assert line == f"{inputs / 'rows.jsonl'}: a stream, read 5 rows at a time"
+
+
+def test_a_reference_forgets_samples_that_never_come_again(unbroken):
+    assert 0 < max(remembered) <= 8  # the rows of a step
+
+
+def test_rows_that_changed_where_the_stream_stands_are_refused(inputs, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    text = (inputs / "rows.jsonl").read_text()
+    file.write_text(text)
+    run = settings(inputs, tmp_path / "run")
+    run["jobs"] = run["jobs"][:1]
+    run["jobs"][0]["data"]["dataset"] = str(file)
+    interrupt(run, 4)
+    lines = text.splitlines(keepends=True)
+    file.write_text("".join([*lines[:8], *reversed(lines[8:])]))
+    message = "job plain: .*the stream has changed since where it was read last"
+    with pytest.raises(loraloom.ConfigError, match=message):
+        loraloom.train(run, resume=True)
+    file.write_text(text + lines[0])
+    with pytest.raises(loraloom.ConfigError, match="job plain: examples"):
+        loraloom.train(run, resume=True)
+
+
+def test_memory_is_predicted_for_rows_of_max_length(inputs, tmp_path):
+    run = settings(inputs, tmp_path) | {"memory_limit": 1000}
+    with pytest.raises(loraloom.ConfigError, match="a step of 6 rows of 128 tokens"):
+        loraloom.train(run)
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"train": {"num_epochs": 1}}, "train.num_epochs needs the number of rows"),
+        ({"train": {"max_steps": 1, "group_by_length": True}}, "take train.packing"),
+        ({"data": {"validation_fraction": 0.1}}, "give validation data of their own"),
+        ({"data": {"streaming": False}}, "shuffle_buffer has no effect without streaming"),
+        ({"train": {"max_steps": 1, "max_length": 99999}}, "must fit the model's"),
+    ],
+)
+def test_what_needs_to_know_all_rows_is_refused(inputs, tmp_path, job, message):
+    run = settings(inputs, tmp_path)
+    del run["jobs"][1], run["jobs"][0]["data"]["validation"]
+    for section, values in job.items():
+        keep = run["jobs"][0][section] if section == "data" else {}
+        run["jobs"][0][section] = {**keep, **values}
+    with pytest.raises(loraloom.LoraloomError, match=message):
+        loraloom.train(run)
+
+
+def test_a_task_is_not_streamed():
+    with pytest.raises(ValueError, match="streaming must be false for tasks"):
+        loraloom.JobConfig.model_validate(
+            {
+                "name": "a",
+                "adapter": {"method": "lora"},
+                "data": {"task": "skills", "streaming": True},
+                "train": {"max_steps": 1},
+            }
+        )
