@@ -15,8 +15,6 @@ SCRIPTS = sorted(path.stem for path in (Path(__file__).parents[2] / "benchmarks"
 def test_a_script_can_be_imported(name):
     if name == "vllm_plugin":
         pytest.importorskip("vllm", reason="needs vLLM")
-    if name == "compile_kernels":
-        pytest.importorskip("triton", reason="needs Triton")
     assert callable(import_module(f"benchmarks.{name}").main)
 
 

@@ -3,7 +3,7 @@
 Each kernel is compiled by Triton's own compiler and ptxas from the arguments of a block of Llama 2
 7B, forward and backward. Nothing runs. Stack is what a thread keeps outside of its registers.
 
-    python benchmarks/compile_kernels.py [--capability 80 89 90] [--dtype bfloat16]
+    python -m loraloom.bench.kernels [--capability 80 89 90] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import triton
+import triton  # pyright: ignore[reportMissingImports]
 from torch.nn.functional import silu
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
 from loraloom.ops.fused import kernels
@@ -39,7 +39,8 @@ Launches = dict[str, dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print a line for each kernel and capability."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 89, 90])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     options = parser.parse_args()
@@ -73,12 +74,14 @@ def started(num_experts: int, decomposed: bool, dtype: torch.dtype) -> list[Any]
         def __getitem__(self, grid: object):
             return lambda **arguments: taken.append((self.name, arguments))
 
-    with patch.multiple(kernels, **{name: Noted(name) for name in names}):
+    noted: dict[str, Any] = {name: Noted(name) for name in names}
+    with patch.multiple(kernels, **noted):
         run_block(num_experts, decomposed, dtype)
     return taken
 
 
 def run_block(num_experts: int, decomposed: bool, dtype: torch.dtype) -> None:
+    """Go through a block, forward and backward; no experts are a plain LoRA."""
     experts = routing_weights = None
     rank = 16 if num_experts else 80
     if num_experts:
@@ -135,7 +138,8 @@ def compile_kernel(name: str, arguments: dict[str, Any], capability: int) -> tup
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    """Return what CUDA's tools tell of a program: registers and stack bytes of a thread."""
+    program = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
