@@ -109,7 +109,7 @@ def test_given_settings_take_the_place_of_the_runs(base, tmp_path):
         (RUN | {"mixlora_top_k": 4}, {}, r"top_k must be in \[1, num_experts=3\], got 4"),
         (RUN, {"rank_pattern": {"q_proj": 8}}, "must have one rank and alpha.*rank_pattern"),
         (RUN, {"layers_to_transform": [0]}, "be in every layer.*got layers"),
-        (RUN, {"modules_to_save": ["lm_head"]}, "`modules_to_save` must be unset"),
+        (RUN, {"modules_to_save": ["lm_head"]}, "missing tensors: modules.lm_head.weight"),
         (RUN, {"peft_type": "MIXLORA"}, f"{SIDECAR} doesn't go with `peft_type` 'MIXLORA'"),
     ],
 )

@@ -96,10 +96,8 @@ def test_listed_modules_that_the_base_lacks_have_no_effect_as_in_peft(base, tmp_
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("lora_bias", True),
-        ("trainable_token_indices", [3]),
         ("a_field_of_the_future", {"on": True}),
         ("init_lora_weights", "pissa_niter_4"),
         ("task_type", "SEQ_CLS"),

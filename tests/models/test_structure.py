@@ -149,3 +149,11 @@ def test_layers_of_different_sizes_are_refused():
     mlp.down_proj = nn.Linear(40, 32)
     with pytest.raises(ModelError, match=r"the same size, got mlp\.\w+ with .* in layer 0 and"):
         loraloom.attach(model)
+
+
+def test_linear_attention_is_no_attention_where_there_is_another():
+    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    kinds = ["linear_attention", "full_attention"]
+    model = tiny_model("olmo_hybrid", torch.float32, layer_types=kinds, **sizes)
+    host = loraloom.attach(model)
+    assert (host.base.attention, host.base.attention_layers) == ("self_attn", (1,))

@@ -89,6 +89,16 @@ def test_long_prompts_are_read_in_pieces_between_decoding_steps(make_engine, tin
     assert [late.text] == alone(engine, tiny_tokenizer, [long])
 
 
+def test_layers_with_running_states_are_served_without_remembering_prompts(tiny_tokenizer):
+    host = tiny_host("lfm2", METHODS, torch.float32, **SIZES)
+    limits = EngineLimits(max_rows=8, cache_tokens=1024, prefill_tokens=16)
+    engine = Engine(host, tiny_tokenizer, limits)
+    asked = [request(tiny_tokenizer, TEXTS[2], name) for name in (*METHODS, None, "mixlora")]
+    expected = alone(engine, tiny_tokenizer, asked)
+    assert answers(engine, asked) == expected
+    assert engine.prefix_tokens == 0
+
+
 def test_several_completions_of_a_prompt_are_drawn_apart_and_repeat(make_engine, tiny_tokenizer):
     asked = [
         request(tiny_tokenizer, "one", "dora", place, temperature=1.0, seed=3) for place in range(3)

@@ -8,6 +8,7 @@ from pydantic import Field, TypeAdapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.dynmole.config import DynMoleConfig
 from loraloom.adapters.hydralora.config import HydraLoraConfig
+from loraloom.adapters.lora.config import EvaConfig as EvaConfig
 from loraloom.adapters.lora.config import LoraConfig
 from loraloom.adapters.loramoe.config import LoraMoeConfig
 from loraloom.adapters.mixlora.config import ExpertsConfig as ExpertsConfig

@@ -137,6 +137,39 @@ class Weights(nn.Module, ABC):
         """Yield each tensor under its name (keys.py), as a view of the parameters."""
 
 
+class OwnModule(Weights):
+    """What an adapter has in place of a module of the base model.
+
+    Args:
+        path: The module's, in the base model.
+    """
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    @abstractmethod
+    def compute_form(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Bring the weights into the form in which `outputs` takes them, the base's dtype."""
+
+    @abstractmethod
+    def outputs(
+        self,
+        module: nn.Module,
+        weights: Mapping[str, Tensor],
+        inputs: Tensor,
+        base_forward: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Compute what the adapter's rows get from the module.
+
+        Args:
+            module: The base model's.
+            weights: What `compute_form` returned.
+            inputs: Of the adapter's rows.
+            base_forward: The module's own forward.
+        """
+
+
 class Adapter(nn.Module, ABC):
     """A named set of trained weights on a base model.
 
@@ -160,10 +193,15 @@ class Adapter(nn.Module, ABC):
         self.config = config
         self.base_layers = list(base_layers)
         self.layers = nn.ModuleList(layers)
+        self.own_modules = nn.ModuleList()
         self._blocks: list[dict[str, dict[str, Projection]]] = [
             {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
             for base, layer in zip(base_layers, layers, strict=True)
         ]
+
+    def own_at(self, path: str) -> OwnModule | None:
+        """Return what the adapter has in place of a module of the base model; None for nothing."""
+        return next((own for own in self.own_modules if own.path == path), None)  # pyright: ignore
 
     @cached_property
     def _shapes(self) -> int:
@@ -308,6 +346,13 @@ class Adapter(nn.Module, ABC):
         own = self.tensors()
         kept = {name: tensor for name, tensor in own.items() if name.endswith(".magnitude")}
         self.load_tensors({**kept, **tensors})
+
+    @torch.no_grad()
+    def load_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy some of the initial weights in, by the names of `tensors()`."""
+        own = self.tensors() if tensors else {}
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names of `tensors()`.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -221,6 +221,11 @@ class BaseInfo:
         fingerprint: Hash of the shapes and of a few weights rounded to bfloat16.
         quantization: How its projections are kept, `bitsandbytes nf4` for instance; None: in
             floating point.
+        modules: What adapters can have as their own: modules outside of the projections that have
+            parameters, by path, and the parameters' shapes.
+        embedding: Path of the input embeddings.
+        head: Path of the output embeddings.
+        ties_head: Whether the two have one weight.
         attention_layers: The decoder layers that have the attention projections; None: all.
         has_own_names: No other linear module of the model has a projection's name.
     """
@@ -239,6 +244,10 @@ class BaseInfo:
     num_parameters: int
     fingerprint: str
     quantization: str | None = None
+    modules: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    embedding: str = ""
+    head: str = ""
+    ties_head: bool = False
     attention_layers: tuple[int, ...] | None = None
     has_own_names: bool = True
 

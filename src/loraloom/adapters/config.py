@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, field_validator
 
 from loraloom.adapters.keys import Shape, TensorKey, target_projections
+from loraloom.adapters.own import own_shapes
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import AdapterError, ConfigError, shown
 
@@ -31,6 +32,7 @@ MAX_RANK, MAX_EXPERTS, MAX_NUMBER = 2**16, 2**10, 1e6
 """Bounds far from what anybody trains, so that a slip or malice ends in a message."""
 
 ExpertCount = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
+TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
 TargetGroup = Literal["all-linear", "attention", "ffn"]
 Targets = TargetGroup | tuple[str, ...]
 
@@ -64,6 +66,15 @@ class AdapterConfig(StrictModel, ABC):
     """Dropout on the input of the update, in training only."""
     target_modules: Targets = "all-linear"
     """Projections to adapt: their names, or `all-linear`, `attention`, `ffn`."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules outside of the projections that the adapter trains whole, as a copy of its own:
+    `embed_tokens`, `lm_head`, norms; names or the ends of paths, as in PEFT."""
+    trainable_token_indices: TokenIds | dict[str, TokenIds] = ()
+    """Tokens whose embeddings the adapter trains, as rows of its own; where the base model ties its
+    head to the embeddings, the head has them too. By the name of the embedding or the head:
+    `{embed_tokens: [7], lm_head: [7, 8]}`."""
+    ensure_weight_tying: bool = False
+    """Train one copy for embedding and head in modules_to_save, where the base model has one."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -76,6 +87,14 @@ class AdapterConfig(StrictModel, ABC):
             f"target_modules must be {', '.join(groups)} or a list of module names, got "
             f"{shown(targets)}"
         )
+
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _check_tokens_differ(cls, given: Any) -> Any:
+        for tokens in given.values() if isinstance(given, dict) else [given]:
+            if len(set(tokens)) < len(tokens):
+                raise ValueError(f"trainable_token_indices must differ, got {shown(list(tokens))}")
+        return given
 
     @abstractmethod
     def build(
@@ -92,6 +111,30 @@ class AdapterConfig(StrictModel, ABC):
         Raises:
             AdapterError: If `target_modules` names projections that the base model lacks.
         """
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether initial weights depend on the training data; `started` gives them then."""
+        return False
+
+    def started(
+        self, model: Any, batches: Sequence[Mapping[str, Tensor]], base: BaseInfo
+    ) -> tuple[AdapterConfig, dict[str, Tensor]]:
+        """Look at training data on the base model.
+
+        Args:
+            model: The base model, of transformers.
+            batches: `input_ids`, `attention_mask` and `labels` of some rows each, [B, L].
+            base: Describes the model.
+
+        Returns:
+            The settings of an adapter that starts from the data, and those of its initial weights
+            that the data tells, by our keys.
+
+        Raises:
+            ConfigError: If the data is too little, or what computes it is not installed.
+        """
+        return self, {}
 
     @abstractmethod
     def projection_shapes(
@@ -114,11 +157,12 @@ class AdapterConfig(StrictModel, ABC):
 
     def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
         """Give the name and shape of every tensor that an adapter has on a base model."""
-        return {
+        shapes = {
             str(key): shape
             for layer in range(base.num_layers)
             for key, shape in self.layer_shapes(base, layer)
         }
+        return shapes | own_shapes(self, base)
 
     @property
     def in_every_layer(self) -> bool:

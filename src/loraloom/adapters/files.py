@@ -134,6 +134,8 @@ class AdapterFields(_Fields):
     lora_dropout: float | None = None
     use_dora: bool | None = None
     use_rslora: bool | None = None
+    trainable_token_indices: list[NonNegativeInt] | dict[Text, list[NonNegativeInt]] | None = None
+    ensure_weight_tying: bool | None = None
     routing_strategy: Text | None = None
     act_fn: Text | None = None
     lora_init: Text | None = None
@@ -180,6 +182,8 @@ class AdapterFiles:
     """Where they came from, for messages."""
     sidecars: Mapping[str, SidecarFiles] = field(default_factory=dict)
     """Other programs' files beside these, by the name of the one with weights."""
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of modules that the adapter has as its own, by our keys, once they are set apart."""
     given: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method that the user gives: what files lack, or in place of theirs."""
     program: str | None = None

@@ -11,6 +11,7 @@ import yaml
 
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.own import own_lines
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
@@ -72,6 +73,7 @@ def _method(config: AdapterConfig) -> str:
         f"rank {config.rank}, dropout {config.dropout:g}",
         f"target modules: {targets if isinstance(targets, str) else ', '.join(targets)}",
         *config.card_lines(),
+        *own_lines(config),
     ]
     return "\n".join(f"- {line}" for line in lines)
 

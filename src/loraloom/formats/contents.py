@@ -15,6 +15,7 @@ from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFiles, AdapterRecord, checked_fields
 from loraloom.adapters.keys import TensorKey
 from loraloom.errors import shown
+from loraloom.formats.own import own_settings
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -118,10 +119,12 @@ def stored_adapter(
     """
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
     projections = [key.projection for key in keys if key.projection is not None]
-    settings = method.settings_of(files, projections)
+    settings = method.settings_of(files, projections) | own_settings(files)
     config = _build_config(files, method, _with_given(settings, files.given))
     base = BaseRecord.from_files(files, record)
-    return StoredAdapter(files.program or layout, config, tensors, base, files.source, **known)
+    return StoredAdapter(
+        files.program or layout, config, {**tensors, **files.own}, base, files.source, **known
+    )
 
 
 def renamed(files: AdapterFiles, keys: Mapping[str, str]) -> dict[str, Tensor]:

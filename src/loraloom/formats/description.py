@@ -15,6 +15,7 @@ from torch import Tensor
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.own import MODULES, TOKENS
 from loraloom.formats.contents import PICKLE_FILE, SIDECARS, WEIGHTS_FILE, StoredAdapter
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
@@ -53,7 +54,8 @@ class AdapterDescription:
     num_layers: int
     dtypes: tuple[str, ...]
     parameters: dict[str, int]
-    """Numbers by kind: `self_attn LoRA`, `mlp experts`, `router`, `magnitudes`."""
+    """Numbers by kind: `self_attn LoRA`, `mlp experts`, `router`, `magnitudes`,
+    `modules_to_save`, `tokens`."""
     num_parameters: int
     """Trained ones; what all layers share is frozen."""
     num_base_parameters: int | None
@@ -122,6 +124,10 @@ def _parameters(stored: StoredAdapter, keys: dict[str, TensorKey]) -> dict[str, 
     counts: dict[str, int] = defaultdict(int)
     for name, key in keys.items():
         counts[_kind(key)] += stored.tensors[name].numel()
+    for prefix, kind in ((MODULES, "modules_to_save"), (TOKENS, "tokens")):
+        sizes = [t.numel() for name, t in stored.tensors.items() if name.startswith(prefix)]
+        if sizes:
+            counts[kind] = sum(sizes)
     return dict(counts)
 
 

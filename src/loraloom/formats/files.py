@@ -31,6 +31,7 @@ from loraloom.formats.contents import BaseRecord, StoredAdapter, names_in
 from loraloom.formats.disk import read_files, refuse_to_overwrite, replace_files
 from loraloom.formats.fit import check_shapes, fit_to_base
 from loraloom.formats.hub import find_adapter
+from loraloom.formats.own import own_fields, own_names, set_apart
 
 _LAYOUTS = {"peft": peft, "reference": reference, "native": native}
 
@@ -65,6 +66,7 @@ def parse_files(files: AdapterFiles) -> StoredAdapter:
     """Find out the layout from configuration and names, and understand the files by it."""
     if legacy.is_legacy(files):
         files = legacy.upgrade(files)
+    files = set_apart(files, {part for method in CONFIGS for part in peft.part_names(method)})
     for method in CONFIGS:
         files = method.adopted(files)
     if files.sidecars:
@@ -128,7 +130,14 @@ def render_files(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseIn
         base.num_parameters or None,
         base.quantization,
     )
-    return _LAYOUTS[config.layout].render(config, tensors, base, record)
+    own = own_names(tensors)
+    others = {name: tensor for name, tensor in tensors.items() if name not in own}
+    files = _LAYOUTS[config.layout].render(config, others, base, record)
+    return replace(
+        files,
+        config=files.config | own_fields(config, base),
+        tensors=files.tensors | {name: tensors[key] for key, name in own.items()},
+    )
 
 
 def _check_complete(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.keys import TensorKey, target_projections
+from loraloom.adapters.own import MODULES
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.formats.contents import StoredAdapter, names_in
 
@@ -38,12 +39,21 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
     _check_activation(stored, base)
     config = _with_known_targets(stored, base)
     _check_experts(stored)
-    shapes = _without_lost_magnitudes(stored, config.tensor_shapes(base))
+    shapes = _without_lost_magnitudes(stored, _shapes(stored, config, base))
     _check_names(stored, shapes)
     check_shapes(stored.source, stored.tensors, shapes, base)
     _check_finite(stored)
     _warn_if_another_base(stored, base)
     return config, {name: _at_least_float32(stored.tensors[name]) for name in shapes}
+
+
+def _shapes(
+    stored: StoredAdapter, config: AdapterConfig, base: BaseInfo
+) -> dict[str, tuple[int, ...]]:
+    try:
+        return config.tensor_shapes(base)
+    except AdapterError as error:
+        raise AdapterError(f"{stored.source}: {error}") from error
 
 
 def check_shapes(
@@ -52,10 +62,12 @@ def check_shapes(
     """Raise an AdapterError for the first tensor that doesn't have the base model's shape."""
     for name, expected in shapes.items():
         if tuple(tensors[name].shape) != expected:
+            advice = "use the base model that the adapter was trained on"
+            if name.startswith(MODULES):
+                advice += "; if tokens were added to it, resize its embeddings first"
             raise AdapterError(
                 f"{source}: `{name}` must have shape {expected} on the base model "
-                f"{base.name_or_path}, got {tuple(tensors[name].shape)}; "
-                "use the base model that the adapter was trained on"
+                f"{base.name_or_path}, got {tuple(tensors[name].shape)}; {advice}"
             )
 
 
@@ -156,7 +168,7 @@ def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> N
     if faults:
         raise FormatError(
             f"{stored.source}: {'; '.join(faults)}; every layer must have all target modules and "
-            "experts that adapter_config.json names"
+            "experts that adapter_config.json names, and the adapter all modules_to_save"
         )
 
 

@@ -73,6 +73,11 @@ def render(
     )
 
 
+def part_names(method: type[AdapterConfig]) -> list[str]:
+    """How the names of the method's tensors end, without `.weight`."""
+    return [suffix.removesuffix(".weight") for suffix in _suffixes(method).values()]
+
+
 def _suffixes(method: type[AdapterConfig]) -> dict[str, str]:
     """PEFT's ending of each part that the method has."""
     return dict(method.file_parts or _SUFFIX_OF_PART)

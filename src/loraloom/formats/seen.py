@@ -5,10 +5,13 @@ Axes: I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.own import MODULES, TOKENS
 from loraloom.errors import FormatError
 from loraloom.formats.contents import StoredAdapter
 
@@ -44,6 +47,7 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
         num_parameters=stored.base.num_parameters or 0,
         fingerprint=stored.base.fingerprint or "",
         quantization=stored.base.quantization,
+        **_own_modules(stored),
     )
 
 
@@ -67,6 +71,21 @@ def _shapes(stored: StoredAdapter) -> dict[str, tuple[int, int]]:
             "the base model: --base-model"
         )
     return {path: (own["lora_B"], own["lora_A"]) for path, own in sizes.items()}
+
+
+def _own_modules(stored: StoredAdapter) -> dict[str, Any]:
+    """Tell what is known of modules that the adapter has as its own."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in stored.tensors.items():
+        if key.startswith(MODULES):
+            path, _, name = key.removeprefix(MODULES).rpartition(".")
+            modules.setdefault(path, {})[name] = tuple(tensor.shape)
+    tables = [key.removeprefix(TOKENS) for key in stored.tensors if key.startswith(TOKENS)]
+    for path in tables:
+        width = stored.tensors[f"{TOKENS}{path}"].shape[-1]
+        modules[path] = {"weight": (sys.maxsize, width)}
+    embedding, head = [*tables, "", ""][:2]
+    return {"modules": modules, "embedding": embedding, "head": head}
 
 
 def _ffn_block(keys: Iterable[TensorKey]) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import DataError
+from loraloom.models.layout import RowAdapter
 
 _PADDING = -1
 """Branch of the padding."""
@@ -68,6 +69,11 @@ class RowBatch:
     def predicting_states(self, hidden_states: Tensor) -> Tensor:
         """Take the states that predict the scored tokens, [N, D], out of all, [B, L, D]."""
         return hidden_states.flatten(0, 1).index_select(0, self.predictors)
+
+
+def owners(rows: Sequence[TokenRow], adapters: Sequence[RowAdapter]) -> list[RowAdapter]:
+    """Give the adapter of each scored token, row after row."""
+    return [adapter for row, adapter in zip(rows, adapters, strict=True) for _ in row.targets]
 
 
 def fit_pair(pair: TokenPair, max_length: int, name: str = "a continuation") -> TokenPair:

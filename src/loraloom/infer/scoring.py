@@ -19,7 +19,7 @@ from torch import Tensor
 from loraloom.data.examples import Example
 from loraloom.data.tokenising import TokenPair
 from loraloom.infer.halving import in_halves
-from loraloom.infer.rows import TokenRow, collate, example_row, make_rows
+from loraloom.infer.rows import TokenRow, collate, example_row, make_rows, owners
 from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter
@@ -172,17 +172,19 @@ def _forward(
     """Score the requests at some places in one forward; gives the fields of their scores."""
     rows = [requests[place][1] for place in places]
     batch = collate(rows, host.dtype, host.device)
+    adapters = [requests[place][0] for place in places]
     output = host.hidden(
         batch.input_ids,
         batch.attention_mask,
-        [requests[place][0] for place in places],
+        adapters,
         token_mask=batch.token_mask,
         training=False,
         position_ids=batch.position_ids,
     )
     states = batch.predicting_states(output.last_hidden_state)
-    log_probs, is_top = host.token_scores(states, batch.targets)
-    top_log_probs, top_ids = host.top_tokens(states, num_top)
+    heads = owners(rows, adapters)
+    log_probs, is_top = host.token_scores(states, batch.targets, heads)
+    top_log_probs, top_ids = host.top_tokens(states, num_top, heads)
     counts = [len(row.targets) for row in rows]
     columns = (log_probs.double(), is_top, top_log_probs.double(), top_ids)
     scores = list(zip(*(column.cpu().split(counts) for column in columns), strict=True))

@@ -41,6 +41,7 @@ _FREE = {
     "layers",
     "rank_pattern",
     "alpha_pattern",
+    "eva",
 }
 """Settings in which adapters that are combined may differ; those of routers' training too."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import AdapterFiles
+from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
 from loraloom.formats.card import model_card
 from loraloom.formats.contents import SIDECARS
@@ -56,6 +57,8 @@ def convert(
             model, or the destination is there already.
     """
     config, tensors, base = _read(source, settings, host)
+    if to in ("reference", "axolotl"):
+        refuse_own_parts(config, "the adapter", "be read by MoE-PEFT or axolotl")
     card = model_card(config, base)
     path = Path(destination)
     if to == "reference":

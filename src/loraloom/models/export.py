@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters.own import refuse_own_parts
 from loraloom.durable import write_directory, write_file
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats.checkpoint import write_shards
@@ -79,6 +80,7 @@ def export(
         ConfigError: If the path or the dtype can't be used.
     """
     path, adapter = Path(path), host.adapter(name)
+    refuse_own_parts(adapter.config, f"adapter {name!r}", "be exported")
     if host.merged is not None:
         raise AdapterError(
             f"no adapter may be merged to export one, {host.merged!r} is; unmerge it"

@@ -236,15 +236,18 @@ def activation_of(ffn: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
     return ACT2FN[family.activation] if own is None else own
 
 
-def head_of(model: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
-    """Return the function from final hidden states to logits, with scaling and soft cap."""
+def head_of(model: nn.Module, family: Family) -> Callable[..., Tensor]:
+    """Return the function from final hidden states to logits, with scaling and soft cap.
+
+    It takes another linear layer as a second argument, in place of the model's.
+    """
     config = text_config(model)
     linear = model.get_output_embeddings()  # pyright: ignore
     divisor = getattr(config, family.logit_divisor) if family.logit_divisor else None
     factor = getattr(config, family.logit_factor) if family.logit_factor else None
     softcap = getattr(config, family.logit_softcap) if family.logit_softcap else None
 
-    def head(hidden_states: Tensor) -> Tensor:
+    def head(hidden_states: Tensor, linear: Callable[[Tensor], Tensor] = linear) -> Tensor:
         logits = linear(hidden_states)
         if divisor is not None:
             logits = logits / divisor
@@ -260,6 +263,7 @@ def head_of(model: nn.Module, family: Family) -> Callable[[Tensor], Tensor]:
 def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> BaseInfo:
     """Describe a base model for the files of its adapters."""
     config: Any = model.config
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
     shapes = _shapes(layers)
     with_attention = tuple(layer.index for layer in layers if layer.attention)
     return BaseInfo(
@@ -277,9 +281,31 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
         num_parameters=num_parameters(model),
         fingerprint=_fingerprint(config.model_type, shapes, layers),
         quantization=_quantization(layers),
+        modules=_other_modules(model, family),
+        embedding=_path_of(model, embedding),
+        head=_path_of(model, head),
+        ties_head=embedding.weight is head.weight,
         attention_layers=with_attention if len(with_attention) < len(layers) else None,
         has_own_names=_has_own_names(model, layers),
     )
+
+
+def _other_modules(model: nn.Module, family: Family) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Find embeddings, norms of the text model and the head, with their parameters' shapes."""
+    text_model = family.layers.rpartition(".")[0]
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore
+    found = {}
+    for path, module in model.named_modules():
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        is_leaf = path.startswith(f"{text_model}.") and not any(module.children())
+        is_norm = is_leaf and all(len(shape) == 1 for shape in shapes.values())
+        if shapes and (module in tables or is_norm):
+            found[path] = shapes
+    return found
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    return next(path for path, other in model.named_modules() if other is module)
 
 
 def _has_own_names(model: nn.Module, layers: Sequence[BaseLayer]) -> bool:

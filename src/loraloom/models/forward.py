@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter, SegmentTokens
+from loraloom.adapters.adapter import Adapter, OwnModule, SegmentTokens
 from loraloom.adapters.low_rank import input_group
 from loraloom.models.layout import Layout
 from loraloom.models.stacking import Stack, StackedForward, plan_stacked
@@ -114,6 +114,14 @@ class ForwardContext:
     def adapts_ffn(self, layer: int) -> bool:
         """Whether some adapter has weights in this layer's FFN block."""
         return any(adapter is not None and adapter.adapts_ffn(layer) for adapter in self.adapters)
+
+    def has_own(self, path: str) -> bool:
+        """Whether some adapter has a module of its own in place of one of the base model."""
+        return any(a is not None and a.own_at(path) is not None for a in self.adapters)
+
+    def own_weights(self, own: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Return an adapter's own module in compute form."""
+        return self._weights((own, dtype), lambda: own.compute_form(dtype))
 
     def recorder(self, adapter: Adapter) -> Callable[[LayerRouting], None] | None:
         """Return what takes an adapter's routing; None where nobody asks."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig, check_config
+from loraloom.adapters.own import own_parts
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.card import model_card
@@ -40,8 +41,10 @@ from loraloom.models.forward import (
     running,
     segment_adapters,
 )
+from loraloom.models.heads import Head, Heads
 from loraloom.models.layout import Layout, RowAdapter, make_layout
 from loraloom.models.merging import Merged, MergeError
+from loraloom.models.own import build_own_modules
 from loraloom.models.packing import (
     SampleLengths,
     check_takes_packed_rows,
@@ -55,7 +58,7 @@ from loraloom.models.structure import family_of
 from loraloom.models.trial import try_adapters
 from loraloom.models.view import AdapterModel
 from loraloom.models.wiring import Wiring
-from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
+from loraloom.ops.token_loss import token_losses, token_scores, top_tokens, trained_token_losses
 from loraloom.ranks import Alone, Ranks
 from loraloom.routing.record import LayerRouting, join_routing
 
@@ -117,7 +120,8 @@ class Host:
         self._base_layers = base_layers(model, self._family)
         self.base = base_info(model, self._family, self._base_layers)
         self._decoder = decoder_of(model)
-        self._head = head_of(model, self._family)
+        head = head_of(model, self._family)
+        self._heads = Heads(self.model.get_output_embeddings(), self.base.head, head)
         self._wiring = Wiring(model, self._family)
         self._generation = self.door(model)
         self._inside = threading.RLock()
@@ -145,20 +149,39 @@ class Host:
         """The base model's dtype, in which low-rank products run."""
         return self.model.dtype
 
-    def add(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
+    def add(
+        self,
+        name: str,
+        config: AdapterConfig,
+        seed: int = 0,
+        batches: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Adapter:
         """Put a new adapter on the base model.
 
         Args:
             name: A safe file name that is not taken.
             config: Method and settings.
             seed: Of the initial weights.
+            batches: Training data for methods whose initial weights depend on it: `input_ids`,
+                `attention_mask` and `labels` of some rows each, [B, L].
 
         Raises:
             ConfigError: If the name is not a safe file name, or the configuration not loraloom's.
             AdapterError: If it is taken, or target modules are not in the base model.
         """
         self._check_unmerged("start an adapter")
-        return self._register(self._build(name, config, seed))
+        start: dict[str, Tensor] = {}
+        if check_config(config).starts_from_data:
+            self._check_new(name)
+            if batches is None:
+                raise AdapterError(
+                    f"adapter {name!r} starts from training data, got none; give batches, or train "
+                    "it by a run file"
+                )
+            config, start = config.started(self.model, batches, self.base)
+        adapter = self._build(name, config, seed)
+        adapter.load_start(start)
+        return self._register(adapter)
 
     def load(
         self, name: str, path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
@@ -335,11 +358,13 @@ class Host:
     def train(self, mode: bool = True) -> Host:
         """Let forwards that don't say train, with dropout and jitter on.
 
+        Where the base model is in float16, the loss must be scaled (`torch.amp.GradScaler`).
+
         Raises:
-            ModelError: If the base model is in float16.
+            AdapterError: If an adapter is merged.
         """
         if mode:
-            self._check_trainable()
+            self._check_unmerged("train")
         self._training = mode
         return self
 
@@ -400,8 +425,7 @@ class Host:
 
         Raises:
             AdapterError: If `adapters` has another length than the batch or an unknown name.
-            ModelError: If it is to train and the base model is in float16, or if it fills a cache
-                and layers are to be recomputed.
+            ModelError: If it fills a cache and layers are to be recomputed.
         """
         record: Record = {}
         forward = self._forward(
@@ -463,40 +487,80 @@ class Host:
             )
         return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Map final hidden states [..., D] to logits [..., V], scaled and soft-capped."""
-        return self._head(hidden_states)
+    def logits(self, hidden_states: Tensor, adapters: Sequence[RowAdapter] | None = None) -> Tensor:
+        """Map final hidden states [N, …, D] to logits [N, …, V], scaled and soft-capped.
 
-    def token_losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        Args:
+            hidden_states: After the final norm.
+            adapters: Of each state, where some may have a head of their own, as in calling the
+                host; None: the base model's head for all.
+        """
+        return self._by_head(_logits, [hidden_states], adapters)[0]
+
+    def token_losses(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        adapters: Sequence[RowAdapter] | None = None,
+    ) -> Tensor:
         """Compute -log p of each label from the state that predicts it, in chunks.
 
         Args:
             hidden_states: After the final norm, [N, D].
             labels: Token ids, [N].
+            adapters: Of each state, as in `logits`.
 
         Returns:
-            Losses, [N] float32, differentiable with respect to the states.
+            Losses, [N] float32, differentiable with respect to the states and adapters' heads.
         """
-        return token_losses(hidden_states, labels, self._head, self.config.vocab_size)
 
-    def token_scores(self, hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def compute(head: Head, states: Tensor, targets: Tensor) -> list[Tensor]:
+            is_trained = head.is_own and torch.is_grad_enabled()
+            losses = trained_token_losses if is_trained else token_losses
+            return [losses(states, targets, head, self.config.vocab_size)]
+
+        return self._by_head(compute, [hidden_states, labels], adapters)[0]
+
+    def token_scores(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        adapters: Sequence[RowAdapter] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Compute log p of each label, [N], and whether it is the most likely token, [N].
 
         Args:
             hidden_states: After the final norm, [N, D].
             labels: Token ids, [N].
+            adapters: Of each state, as in `logits`.
         """
-        return token_scores(hidden_states, labels, self._head, self.config.vocab_size)
 
-    def top_tokens(self, hidden_states: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+        def compute(head: Head, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return token_scores(states, targets, head, self.config.vocab_size)
+
+        log_probs, is_top = self._by_head(compute, [hidden_states, labels], adapters)
+        return log_probs, is_top
+
+    def top_tokens(
+        self,
+        hidden_states: Tensor,
+        num_top: int,
+        adapters: Sequence[RowAdapter] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Compute log p of the most likely next tokens, [N, K], and their ids, [N, K].
 
         Args:
             hidden_states: After the final norm, [N, D].
             num_top: K.
+            adapters: Of each state, as in `logits`.
         """
         vocab_size = self.config.vocab_size
-        return top_tokens(hidden_states, self._head, vocab_size, min(num_top, vocab_size))
+
+        def compute(head: Head, states: Tensor) -> tuple[Tensor, Tensor]:
+            return top_tokens(states, head, vocab_size, min(num_top, vocab_size))
+
+        log_probs, ids = self._by_head(compute, [hidden_states], adapters)
+        return log_probs, ids
 
     def prefill(
         self,
@@ -593,7 +657,8 @@ class Host:
                 **{self._cache_argument: session.cache},
             )
         session.attention_mask = mask
-        session.logits = self.logits(out.last_hidden_state[:, -1].contiguous())
+        states = out.last_hidden_state[:, -1].contiguous()
+        (session.logits,) = self._by_head(_logits, [states], session.adapters, session.prepared)
 
     @torch.no_grad()
     def generate(
@@ -654,7 +719,7 @@ class Host:
             raise
         self._forwards = 0
 
-    def _build(self, name: str, config: AdapterConfig, seed: int) -> Adapter:
+    def _check_new(self, name: str) -> None:
         check_name(name)
         if self._detached:
             raise AdapterError(
@@ -662,11 +727,19 @@ class Host:
             )
         if name in self.adapters:
             raise AdapterError(f"adapter name {name!r} is taken; remove it or choose another")
+
+    def _build(self, name: str, config: AdapterConfig, seed: int) -> Adapter:
+        self._check_new(name)
         dtype = torch.promote_types(torch.float32, self.dtype)
+        parts = own_parts(check_config(config), self.base)
         with torch.inference_mode(False):  # its tensors could neither be trained nor decode
-            return check_config(config).build(name, self._base_layers, dtype, seed)
+            adapter = config.build(name, self._base_layers, dtype, seed)
+            adapter.own_modules.extend(build_own_modules(parts, self.model, dtype))
+        return adapter
 
     def _register(self, adapter: Adapter) -> Adapter:
+        for own in adapter.own_modules:
+            self._wiring.lead_through(own.path)  # pyright: ignore[reportArgumentType]
         self.adapters[adapter.name] = adapter
         return adapter
 
@@ -716,7 +789,7 @@ class Host:
         training = self._training if training is None else training
         keys = None
         if training:
-            self._check_trainable()
+            self._check_unmerged("train")
             self._forwards += 1
             keys = self._sample_keys(sample_keys, batch_size, sample_lengths)
         mask = query_mask(attention_mask, length)
@@ -756,6 +829,21 @@ class Host:
         name, scale = (adapter, 1.0) if isinstance(adapter, str) else adapter
         return self.adapters[name], scale
 
+    def _by_head(
+        self,
+        compute: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        adapters: Sequence[RowAdapter] | None,
+        prepared: PreparedWeights | None = None,
+    ) -> Sequence[Tensor]:
+        """Compute something of states with each one's head; see `Heads.each`."""
+        rows: Sequence[ScaledAdapter | None] = ()
+        heads = (adapter.own_at(self.base.head) for adapter in self.adapters.values())
+        if adapters is not None and any(head is not None for head in heads):
+            names = self._row_adapters(adapters, len(tensors[0]))
+            rows = [None if name is None else self._scaled(name) for name in names]
+        return self._heads.each(compute, tensors, rows, prepared or self._prepared_here())
+
     def _prepared_here(self) -> PreparedWeights | None:
         """Return what a `with host.prepared():` of this thread keeps."""
         kept = _prepared.get()
@@ -771,6 +859,8 @@ class Host:
         """Open a forward that somebody else makes."""
         if current_forward(self._wiring) is not None:
             return None
+        if rows.training:
+            self._check_needs_no_scaling()
         record: Record = {}
         forward = self._forward(
             tokens,
@@ -791,12 +881,13 @@ class Host:
         present = [loss for loss in losses if loss is not None]
         return torch.stack(present).sum() if present else None
 
-    def _check_trainable(self) -> None:
-        self._check_unmerged("train")
+    def _check_needs_no_scaling(self) -> None:
+        """Refuse a base model whose trainer would have to scale its loss: nobody can tell."""
         if self.dtype == torch.float16:
             raise ModelError(
-                "training needs a base model in bfloat16 or float32, got float16: without loss "
-                "scaling small gradients become zero; load it in another dtype"
+                "training by other programs needs a base model in bfloat16 or float32, got "
+                "float16: without loss scaling small gradients become zero; load it in another "
+                "dtype, or train with loraloom, which scales losses"
             )
 
     def _check_unmerged(self, purpose: str) -> None:
@@ -827,6 +918,10 @@ class Host:
                 f"sample_keys must have one key for each of the {count} {what}, got {len(keys)}"
             )
         return [int(key) for key in keys]
+
+
+def _logits(head: Head, states: Tensor) -> tuple[Tensor]:
+    return (head(states),)
 
 
 def _scaled_name(adapter: Any) -> tuple[str, float]:

@@ -117,6 +117,18 @@ class Layout:
         values = rows.view(shape)
         return values if self.row_inverse is None else values.index_select(0, self.row_inverse)
 
+    def split_rows(self, values: Tensor) -> Sequence[Tensor]:
+        """Cut [B, …] into each segment's rows."""
+        if self.row_order is not None:
+            values = values.index_select(0, self.row_order)
+        length = self.segments[-1].tokens.stop // len(values)
+        return values.split([(s.tokens.stop - s.tokens.start) // length for s in self.segments])
+
+    def join_rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put the segments' rows together again."""
+        values = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return values if self.row_inverse is None else values.index_select(0, self.row_inverse)
+
 
 def make_layout(
     adapters: Sequence[RowAdapter],

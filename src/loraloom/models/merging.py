@@ -14,6 +14,7 @@ from torch import Tensor
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.base import BaseProjection
 from loraloom.adapters.low_rank import Projection
+from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
 
 
@@ -75,7 +76,8 @@ class Merged:
 
 
 def check_merges(adapter: Adapter) -> None:
-    """Raise an AdapterError if no weights stand for an adapter, as its routers choose by token."""
+    """Raise an AdapterError if no weights of projections stand for an adapter."""
+    refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be merged into projections")
     if adapter.config.experts_per_router:
         raise AdapterError(
             f"adapter {adapter.name!r} must be without routers to be merged into the base model, "

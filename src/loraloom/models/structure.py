@@ -118,13 +118,20 @@ def _decoder_layers(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
 
 
 def _attention(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, tuple[str, ...], str]:
-    """Name a layer's attention, its input projections and its output projection."""
-    for layer in layers:
-        for block, linears in _blocks(layer):
-            for inputs, output in product(_ATTENTION_INPUTS, _ATTENTION_OUTPUTS):
-                if linears.issuperset((*inputs, output)):
-                    return block, inputs, output
-    raise unsupported(model, "no layer has attention with projections of q, k, v and output")
+    """Name a layer's attention, its input projections and its output projection.
+
+    Linear attention, which may have such projections too, comes last.
+    """
+    found = [
+        (block, inputs, output)
+        for layer in layers
+        for block, linears in _blocks(layer)
+        for inputs, output in product(_ATTENTION_INPUTS, _ATTENTION_OUTPUTS)
+        if linears.issuperset((*inputs, output))
+    ]
+    if not found:
+        raise unsupported(model, "no layer has attention with projections of q, k, v and output")
+    return min(found, key=lambda one: "linear" in one[0])
 
 
 def _ffn(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, FfnShape]:

@@ -16,7 +16,7 @@ from loraloom.models.quantised import (
     keep_layout,
     quantised_linears,
 )
-from loraloom.models.wrappers import AttentionProjection, DecoderLayer, FfnBlock
+from loraloom.models.wrappers import AttentionProjection, DecoderLayer, FfnBlock, OwnedModule
 from loraloom.ops.dropout import Site
 
 _SITES = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
@@ -57,6 +57,12 @@ class Wiring:
     def on_undo(self, undo: Callable[[], object]) -> None:
         """Have something else undone with the rest."""
         self._restore.append(undo)
+
+    def lead_through(self, path: str) -> None:
+        """Let adapters that have a module of their own in place of one compute their rows."""
+        module = self._model.get_submodule(path)
+        if not isinstance(module.__dict__.get("forward"), OwnedModule):
+            self._replace_forward(module, OwnedModule(self, path, module))
 
     def _freeze(self) -> None:
         model = self._model

@@ -22,6 +22,7 @@ from loraloom.adapters.adapter import FfnRows
 from loraloom.adapters.base import FfnShape
 from loraloom.models.autocast import outside_autocast
 from loraloom.models.forward import ForwardContext, checkpoint_contexts, current_forward
+from loraloom.models.own import own_outputs
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation
 from loraloom.ops.low_rank import add_low_rank_, apply_update
@@ -165,3 +166,36 @@ class FfnBlock:
         scale = forward.layout.segments[index].scale
         weights = forward.ffn_weights(adapter, scale, self.layer, gate.dtype)
         return adapter.ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)
+
+
+class OwnedModule:
+    """The forward of an embedding, norm or head that some adapters have as their own."""
+
+    def __init__(self, owner: object, path: str, module: nn.Module):
+        self.owner = owner
+        self.path = path
+        self.module = module
+        self.base_forward = module.forward
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the module's output, [B, …], each row by its adapter's module."""
+        if torch.compiler.is_compiling():
+            return _untraced(self, inputs)
+        forward = current_forward(self.owner)
+        if forward is None or not forward.has_own(self.path):
+            return self.base_forward(inputs)
+        parts = [
+            self._segment(forward, index, rows)
+            for index, rows in enumerate(forward.layout.split_rows(inputs))
+        ]
+        return forward.layout.join_rows(parts)
+
+    def _segment(self, forward: ForwardContext, index: int, inputs: Tensor) -> Tensor:
+        adapter = forward.adapters[index]
+        own = None if adapter is None else adapter.own_at(self.path)
+        if own is None:
+            return self.base_forward(inputs)
+        dtype = next(self.module.parameters(recurse=False)).dtype
+        weights = forward.own_weights(own, dtype)
+        scale = forward.layout.segments[index].scale
+        return own_outputs(own, weights, self.module, inputs, self.base_forward, scale)

@@ -1,4 +1,4 @@
-"""Cross entropy of tokens through a frozen head, without the logits of a whole batch.
+"""Cross entropy of tokens through a head, without the logits of a whole batch.
 
 Axes: N labelled tokens, D hidden, V vocabulary.
 """
@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 _CHUNK_BYTES = 15 << 22  # of float32 logits; in 16 bits under 32 MiB, which malloc keeps
 _BLOCK_BYTES = 1 << 21
@@ -104,6 +106,36 @@ def token_losses(
     """
     chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
     return _TokenLosses.apply(hidden_states, labels, head, chunk_tokens)  # pyright: ignore
+
+
+def trained_token_losses(
+    hidden_states: Float[Tensor, "N D"],
+    labels: Int[Tensor, " N"],
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+) -> Float[Tensor, " N"]:
+    """Compute what `token_losses` does, where the head's weights get a gradient too.
+
+    It is a sum over tokens whose weights are known in the backward pass alone, so that logits are
+    made there again, a chunk at a time.
+
+    Args:
+        hidden_states: States that predict the labels, after the final norm.
+        labels: Token ids.
+        head: The trained output layer, with its scaling and soft-capping.
+        vocab_size: V, from which the chunk is chosen, as in `token_losses`.
+    """
+    chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    losses = [
+        checkpoint(_cross_entropy, states, own, head, use_reentrant=False, preserve_rng_state=False)
+        for states, own in chunks
+    ]
+    return torch.cat(losses)
+
+
+def _cross_entropy(states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    return cross_entropy(head(states).to(_wide_dtype(states)), labels, reduction="none")
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -16,10 +16,12 @@ from loraloom.adapters.lora.selection import (
     pattern_value,
     projection_keys,
 )
+from loraloom.config.fields import StrictModel
 from loraloom.errors import AdapterError, shown
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from loraloom.adapters.adapter import Adapter
     from loraloom.adapters.base import BaseInfo, BaseLayer
@@ -54,6 +56,21 @@ class DecomposedConfig(LowRankConfig):
             yield replace(place, part="magnitude"), (out_features,)
 
 
+class EvaConfig(StrictModel):
+    """How `init: eva` looks at the data; the names and defaults are PEFT's."""
+
+    rho: float = Field(default=2.0, ge=1, le=MAX_NUMBER)
+    """Ranks move between projections, to at most rho × rank; 1: all keep the adapter's rank."""
+    tau: float = Field(default=0.99, ge=0, le=1)
+    """Directions are taken once their cosine similarity to those of a batch before reaches this."""
+    use_label_mask: bool = True
+    """Look at the tokens that are learnt alone."""
+    whiten: bool = False
+    """Divide directions by the roots of their singular values."""
+    adjust_scaling_factors: bool = True
+    """Keep alpha / rank where a projection's rank has changed."""
+
+
 class LoraConfig(DecomposedConfig):
     """Low-rank adaptation: y = Wx + b + s·B(A(dropout(x))).
 
@@ -76,10 +93,13 @@ class LoraConfig(DecomposedConfig):
 
     method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Low-rank adaptation of linear layers."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"  # pyright: ignore[reportIncompatibleVariableOverride]
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "kaiming"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Start: A Kaiming uniform with a = sqrt(5) or normal with std 1 / rank, and B zero; A and B
-    random with BA = 0 (orthogonal, even ranks); or the largest part of W by its singular values
-    (pissa) or QR (olora), which is then taken off W. The last three are computed by PEFT."""
+    random with BA = 0 (orthogonal, even ranks); the largest part of W by its singular values
+    (pissa) or QR (olora), which is then taken off W; or A the main directions of the projection's
+    inputs on the training data (eva). The last four are computed by PEFT."""
+    eva: EvaConfig = EvaConfig()
+    """How init: eva looks at the data."""
     layers: tuple[_Index, ...] | None = Field(default=None, min_length=1)
     """Decoder layers to adapt, counted from 0; None: all."""
     rank_pattern: dict[str, _Rank] = Field(default_factory=dict)
@@ -107,6 +127,19 @@ class LoraConfig(DecomposedConfig):
     def takes_start_off(self) -> bool:
         """Whether the start of the update is taken off the base's weights."""
         return self.init in ("pissa", "olora")
+
+    @property
+    def starts_from_data(self) -> bool:
+        """See AdapterConfig."""
+        return self.init == "eva"
+
+    def started(
+        self, model: Any, batches: Sequence[Mapping[str, Tensor]], base: BaseInfo
+    ) -> tuple[AdapterConfig, dict[str, Tensor]]:
+        """See AdapterConfig; ranks move to where inputs vary in more directions."""
+        from loraloom.adapters.lora.eva import eva_start
+
+        return eva_start(self, model, batches, base)
 
     @property
     def in_every_layer(self) -> bool:

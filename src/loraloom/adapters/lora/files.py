@@ -42,15 +42,16 @@ _NO_EFFECT = {
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
     "revision",
     "task_type",
+    "trainable_token_indices",
 }
 """Fields that don't change what the saved tensors compute, or are looked at elsewhere."""
 _REMEDY = {
-    "modules_to_save": "merge these modules into the base model",
     "bias": "train with bias='none', or merge the biases into the base model",
     "lora_bias": "train with lora_bias=False",
 }

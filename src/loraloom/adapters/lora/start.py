@@ -31,14 +31,10 @@ def start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tenso
         AdapterError: If the base stores its weights quantised.
         ConfigError: If PEFT is not installed.
     """
-    try:
-        from peft import LoraConfig as PeftConfig
-        from peft.tuners.lora import Linear
-    except ImportError as error:
-        raise ConfigError(
-            f"init: {config.init} is computed by PEFT, which is not installed; "
-            "run: pip install 'loraloom[peft]'"
-        ) from error
+    import_peft(config.init)
+    from peft import LoraConfig as PeftConfig
+    from peft.tuners.lora import Linear
+
     settings: Any = {"use_rslora": config.rank_stabilized, "init_lora_weights": config.init}
     sizes: Any = {"r": config.rank, "lora_alpha": config.alpha}
     with torch.random.fork_rng(devices=[]):
@@ -46,6 +42,17 @@ def start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tenso
         layer = Linear(_copy(base), "start", config=PeftConfig(**settings), **sizes)
     lora_A, lora_B = (layer.get_parameter(f"{part}.start.weight") for part in ("lora_A", "lora_B"))
     return lora_A.detach(), lora_B.detach()
+
+
+def import_peft(init: str) -> None:
+    """Raise a ConfigError if PEFT, which computes an initialisation, is not installed."""
+    try:
+        import peft as peft
+    except ImportError as error:
+        raise ConfigError(
+            f"init: {init} is computed by PEFT, which is not installed; "
+            "run: pip install 'loraloom[peft]'"
+        ) from error
 
 
 def _copy(base: BaseProjection) -> nn.Linear:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from loraloom.adapters.files import AdapterFiles, Sidecar, SidecarFiles
 from loraloom.adapters.keys import TensorKey, target_projections
 from loraloom.adapters.lora.config import LoraConfig
+from loraloom.adapters.own import OWN_FIELDS
 from loraloom.errors import AdapterError, shown
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _attention_fields(files: AdapterFiles) -> dict[str, Any]:
         "target_modules": [*settings["target_modules"], *_FFN],
         "use_rslora": settings["rank_stabilized"],
         "use_dora": settings["weight_decomposition"],
+        **{name: files.config[name] for name in OWN_FIELDS if name in files.config},
     }
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.lora.files import lora_settings
+from loraloom.adapters.own import OWN_FIELDS
 from loraloom.adapters.reference import shared_fields, whole
 from loraloom.errors import shown
 
@@ -28,6 +29,7 @@ _TRAINING_FIELDS = {
 }
 """Fields that MoE-PEFT reads but doesn't save."""
 _SAVED_SETTINGS = {
+    *OWN_FIELDS,
     "method",
     "rank",
     "alpha",
@@ -42,7 +44,7 @@ _SAVED_SETTINGS = {
     "temperature",
     "experts",
 }
-"""Settings that the reference has a field for."""
+"""Settings that the reference has a field for, or that stand in the same fields as PEFT's."""
 _ROUTINGS = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "switch"}
 """Ours by `routing_strategy`. Dense routing is top-k of all experts in the reference's files."""
 _NO_CAPACITY = 2**20
@@ -88,13 +90,13 @@ def reference_fields(config: MixLoraConfig, base: BaseInfo) -> dict[str, Any]:
         "num_experts": config.num_experts,
         "act_fn": base.activation or None,
     }
-    own = {
+    settings = {
         name: value
         for name, value in config.model_dump(mode="json").items()
         if name not in saved and (value is not None or name in unlimited)
     }
     present = {name: value for name, value in fields.items() if value is not None}
-    return present | {"loraloom": {"adapter": own}}
+    return present | {"loraloom": {"adapter": settings}}
 
 
 def _routing(files: AdapterFiles) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig
 from loraloom.adapters.keys import Shape, TensorKey, target_pattern, target_projections
@@ -48,6 +48,16 @@ class VeraConfig(AdapterConfig):
     """Seed of A and B, as PEFT's projection_prng_key."""
     save_projection: bool = True
     """Save A and B too, so that the files don't depend on the random generator."""
+
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _check_no_tokens(cls, tokens: Any) -> Any:
+        if tokens:
+            raise ValueError(
+                "trainable_token_indices must be unset, as PEFT's files of a VeRA have no place "
+                f"for them, got {shown(tokens)}; train embed_tokens by modules_to_save"
+            )
+        return tokens
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -101,9 +111,9 @@ class VeraConfig(AdapterConfig):
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """See AdapterConfig."""
-        for name in ("layers_to_transform", "modules_to_save"):
-            if files.config.get(name):
-                raise files.error(f"`{name}` must be unset, got {shown(files.config[name])}")
+        layers = files.config.get("layers_to_transform")
+        if layers:
+            raise files.error(f"`layers_to_transform` must be unset, got {shown(layers)}")
         return {
             "rank": files.required("r"),
             "dropout": files.config.get("vera_dropout", 0.0),

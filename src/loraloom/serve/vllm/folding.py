@@ -23,6 +23,7 @@ from loraloom.adapters.adapter import Adapter, MoeFfn
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.low_rank import Projection
+from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
 from loraloom.formats.contents import StoredAdapter
 from loraloom.formats.files import read_stored
@@ -76,6 +77,7 @@ class Folder:
             AdapterError: If they are for another base model, or the adapter does what a LoRA can't.
         """
         stored = read_stored(find_adapter(path_or_hub_id))
+        refuse_own_parts(stored.config, stored.source, "be served by vLLM")
         _check_no_magnitudes(stored)
         # the base's weights aren't here to be compared with those it was trained on
         stored = replace(stored, base=replace(stored.base, fingerprint=None))

@@ -7,10 +7,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.own import own_parts
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
 from loraloom.config.paths import local_path
@@ -22,6 +25,8 @@ from loraloom.models.host import Host
 from loraloom.models.packing import check_takes_packed_rows
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
+from loraloom.training.run.start import start_batches
+from loraloom.training.step.loss_scale import make_loss_scale
 from loraloom.training.step.reference import load_reference
 
 KEPT_TRAINING_SETS = 8
@@ -57,16 +62,33 @@ class JobBuilder:
     def _build(self, config: JobConfig) -> Job:
         if config.train.packing:
             check_takes_packed_rows(self._host.config)
-        adapter = self._host.add(config.name, config.adapter, config.seed)
+        batches = self._start_batches(config) if config.adapter.starts_from_data else None
+        adapter = self._host.add(config.name, config.adapter, config.seed, batches)
         if config.start_from is not None:
             load_start(self._host, adapter, config.start_from)
         reference = load_reference(self._host, config.train.objective)
         training_set = self._training_set(config)
         _check_enough(config, training_set)
         _check_positions(config, training_set, self._host.config.max_position_embeddings)
-        job = Job(config, adapter, training_set, reference)
+        job = Job(config, adapter, training_set, reference, make_loss_scale(self._host))
         self._evaluation.read(config)
         return job
+
+    def _start_batches(self, config: JobConfig) -> list[dict[str, Tensor]]:
+        """Give what an adapter looks at before it starts; its settings say how much it needs."""
+        if config.start_from is not None:
+            raise ConfigError(
+                "start_from takes the place of initial weights that are made from data; leave one "
+                "of them out"
+            )
+        training_set, num_tokens = self._training_set(config), 4 * config.adapter.rank
+        if isinstance(training_set, StreamedSet):
+            raise ConfigError(
+                "initial weights that are made from data need it read whole, got data.streaming: "
+                "true; leave one of them out"
+            )
+        pad_id, device = self._evaluation.pad_id, self._host.device
+        return start_batches(training_set, num_tokens, pad_id, device)
 
     def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
         files = tuple(_file_versions(config.data))
@@ -134,7 +156,7 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
         AdapterError: If names or shapes of weights differ.
     """
     config, tensors = read_adapter(path_or_hub_id, host.base)
-    wanted, stored = _formula(adapter.config), _formula(config)
+    wanted, stored = (_formula(one, host.base) for one in (adapter.config, config))
     changed = [
         f"{name} is {value!r} and that adapter's {stored.get(name)!r}"
         for name, value in wanted.items()
@@ -148,6 +170,8 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     adapter.load_stored(tensors)
 
 
-def _formula(config: AdapterConfig) -> dict[str, object]:
+def _formula(config: AdapterConfig, base: BaseInfo) -> dict[str, object]:
     """Return what decides how weights are used, and most of what decides their shapes."""
-    return {"method": config.method, **config.summary()}
+    own = own_parts(config, base)
+    tokens = {"trainable_token_indices": own.tokens} if own.tokens else {}
+    return {"method": config.method, **config.summary(), **tokens}

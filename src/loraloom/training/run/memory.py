@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from loraloom.adapters.adapter import Adapter
 from loraloom.data.packing import first_fit
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
@@ -126,7 +127,7 @@ def predict_memory(
         adapters=_bytes_of(w for adapter in host.adapters.values() for w in adapter.parameters()),
         learning=round(sum(count * size for count, size in zip(copies, adapters, strict=True))),
         activations=max(round(activations), sum(adapters)),
-        loss=_loss_bytes(host, sum(rows) * length),
+        loss=_loss_bytes(host, sum(rows) * length, [job.adapter for job in jobs]),
         rows=sum(rows),
         length=length,
     )
@@ -269,10 +270,11 @@ def _learning_copies(job: Job, *, checkpointed: bool) -> float:
     return states + earlier_gradients + int(checkpointed) + 1
 
 
-def _loss_bytes(host: Host, num_tokens: int) -> int:
+def _loss_bytes(host: Host, num_tokens: int, adapters: Sequence[Adapter]) -> int:
     """Logits, or gradients of a layer: three of the FFN's width, eight of the model's.
 
-    A quantised base dequantises its widest weight on top of them.
+    A quantised base dequantises its widest weight on top of them. A trained head is in the base's
+    dtype beside the logits, and so is its gradient before it is in the weights'.
     """
     hidden_size = host.base.hidden_size
     logits = loss_workspace_bytes(
@@ -282,6 +284,9 @@ def _loss_bytes(host: Host, num_tokens: int) -> int:
     gradients = num_tokens * (3 * widest + 8 * hidden_size) * host.dtype.itemsize
     if host.base.quantization is not None:
         gradients += max(map(math.prod, host.base.shapes.values())) * host.dtype.itemsize
+    heads = [adapter.own_at(host.base.head) for adapter in adapters]
+    sizes = [sum(map(Tensor.numel, head.parameters())) for head in heads if head is not None]
+    logits += max(sizes, default=0) * (2 * host.dtype.itemsize + torch.float32.itemsize)
     return max(logits, gradients)
 
 

@@ -182,7 +182,7 @@ def result_card(result: JobResult, job: Job, base: BaseInfo) -> str:
     table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
     training = f"{result.epochs:g} epochs, {result.tokens:,} tokens, seed {job.config.seed}"
     return model_card(
-        job.config.adapter,
+        job.adapter.config,
         base,
         name=result.job,
         data="\n".join(f"- {line}" for line in result.data),

@@ -1,0 +1,325 @@
+"""Modules and tokens of an adapter's own, held to PEFT's `modules_to_save` and tokens."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import loraloom
+from loraloom import (
+    AdapterError,
+    FormatError,
+    LoraConfig,
+    MixLoraConfig,
+    OptimizerConfig,
+    TrainingClient,
+    VeraConfig,
+    example_of,
+    run_requests,
+)
+from loraloom.formats.description import describe
+from tests.conftest import build_tokenizer
+from tests.tiny import (
+    METHODS,
+    changed,
+    parameter_grads,
+    randomise,
+    relative_error,
+    tiny_ids,
+    tiny_model,
+)
+
+pytestmark = [
+    # peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
+
+IDS = tiny_ids(3)
+TOKENS = sorted(set(IDS.flatten().tolist()))[::3]
+TIED = {"tie_word_embeddings": True}
+UNTIED = {"tie_word_embeddings": False}
+BOTH = ["embed_tokens", "lm_head"]
+CHOICES = {
+    "head": (UNTIED, {"modules_to_save": ["lm_head"]}),
+    "both": (UNTIED, {"modules_to_save": BOTH, "use_dora": True}),
+    "norms": (UNTIED, {"modules_to_save": ["norm"]}),
+    "tied, embeddings": (TIED, {"modules_to_save": ["embed_tokens"]}),
+    "tied, both": (TIED, {"modules_to_save": BOTH}),
+    "tied, kept so": (TIED, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tokens": (UNTIED, {"trainable_token_indices": TOKENS[::-1]}),
+    "tied tokens": (TIED, {"trainable_token_indices": TOKENS}),
+    "tokens of both": (
+        UNTIED,
+        {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [5, 2]}},
+    ),
+}
+
+
+def model_of(changes, family="llama"):
+    return tiny_model(family, torch.float32, **changes)
+
+
+def move(module, seed=0):
+    """Let trained weights change what is computed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.empty_like(weight).normal_(std=0.1, generator=generator))
+    return module
+
+
+def trained_by_peft(changes, family="llama", **choice):
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"]} | choice
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    return move(get_peft_model(model_of(changes, family), config)).eval()
+
+
+@torch.no_grad()
+def logits(model, **kwargs):
+    return model(IDS, **kwargs).logits
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_peft_saves_gives_its_logits_and_gradients_and_goes_back(choice, tmp_path):
+    changes, settings = CHOICES[choice]
+    theirs = trained_by_peft(changes, **settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    host = loraloom.attach(model_of(changes))
+    adapter = host.load("a", tmp_path / "theirs")
+    expected = logits(theirs)
+    assert relative_error(logits(host, adapters=["a"] * 3), expected) < 1e-5
+    assert relative_error(logits(host), expected) > 1e-2
+
+    host(IDS, adapters=["a"] * 3, training=True, labels=IDS).loss.backward()
+    theirs(IDS, labels=IDS).loss.backward()
+    wanted = [float(grad.norm()) for grad in parameter_grads(theirs).values()]
+    ours = [float(grad.norm()) for grad in parameter_grads(adapter).values()]
+    assert sorted(ours) == pytest.approx(sorted(wanted), rel=1e-4)
+
+    host.save("a", tmp_path / "ours")
+    again = PeftModel.from_pretrained(model_of(changes), tmp_path / "ours")
+    assert relative_error(logits(again), expected) < 1e-5
+    assert host.load("b", tmp_path / "ours").config == adapter.config
+    saved = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert load_file(tmp_path / "ours" / "adapter_model.safetensors").keys() == saved.keys()
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "granite", "gpt_neox"])
+def test_scaled_embeddings_and_heads_keep_their_scale(family, tmp_path):
+    embeddings = {"gpt_neox": "embed_in"}.get(family, "embed_tokens")
+    targets = {"gpt_neox": ["query_key_value"]}.get(family, ["q_proj"])
+    for place, choice in enumerate(
+        [{"trainable_token_indices": {embeddings: TOKENS}}, {"modules_to_save": [embeddings]}]
+    ):
+        theirs = trained_by_peft({}, family, target_modules=targets, **choice)
+        theirs.save_pretrained(tmp_path / str(place))
+        host = loraloom.attach(model_of({}, family))
+        host.load("a", tmp_path / str(place))
+        assert relative_error(logits(host, adapters=["a"] * 3), logits(theirs)) < 1e-5
+
+
+def test_tables_that_peft_saves_without_being_asked_are_read(tmp_path):
+    model_of(TIED).save_pretrained(tmp_path / "base")
+
+    def resized():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        model.resize_token_embeddings(99, mean_resizing=False)
+        return model.eval()
+
+    for place, choice in enumerate([{"trainable_token_indices": [97, 98]}, {}]):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **choice)
+        theirs = move(get_peft_model(resized(), config)).eval()
+        theirs.save_pretrained(tmp_path / str(place))
+        ids = torch.tensor([[3, 97, 98, 5]])
+        with torch.no_grad():
+            expected = theirs(ids).logits
+            host = loraloom.attach(resized())
+            host.load("a", tmp_path / str(place))
+            assert relative_error(host(ids, adapters=["a"]).logits, expected) < 1e-5
+    small = loraloom.attach(model_of(TIED))
+    with pytest.raises(AdapterError, match=r"shape \(97, 32\).*got \(99, 32\).*resize"):
+        small.load("a", tmp_path / "0")
+
+
+OURS = {
+    "tied": (TIED, {"modules_to_save": ("embed_tokens", "norm"), "ensure_weight_tying": True}),
+    "untied": (UNTIED, {"modules_to_save": ("lm_head",), "trainable_token_indices": (4, 9, 3)}),
+    "tokens": (TIED, {"trainable_token_indices": tuple(TOKENS)}),
+}
+
+
+def mixed_host(choice, dtype=torch.float64):
+    """Adapters of several methods with modules of their own, and one without."""
+    changes, settings = OURS[choice]
+    host = loraloom.attach(tiny_model("llama", dtype, **changes))
+    for seed, (name, config) in enumerate(METHODS.items()):
+        own = {} if name == "dora" else settings
+        move(randomise(host.add(name, changed(config, **own), seed), seed), seed)
+    return host
+
+
+@pytest.mark.parametrize("choice", OURS)
+def test_rows_of_a_batch_have_their_own_modules_alone_and_together(choice):
+    host = mixed_host(choice)
+    names = ["mixlora", "lora", None, ("lora", 0.5), "dora", "mixdora", "lora"]
+    ids = tiny_ids(len(names))
+    with torch.no_grad():
+        base = host(ids).logits
+        alone = torch.cat([host(ids[[r]], adapters=[name]).logits for r, name in enumerate(names)])
+        together = host(ids, adapters=names).logits
+        assert relative_error(together, alone) < 1e-12
+        assert relative_error(together[2], base[2]) < 1e-12
+        states = host.hidden(ids, adapters=names).last_hidden_state
+        assert relative_error(host.logits(states, names), together) < 1e-12
+        session = host.prefill(ids[:, :-2], adapters=names)
+        assert relative_error(session.logits, together[:, -3]) < 1e-9
+        for column in (-2, -1):
+            decoded = host.decode(session, ids[:, column])
+            assert relative_error(decoded, together[:, column]) < 1e-9
+        nothing = host(ids, adapters=[("lora", 0.0)] * len(ids)).logits
+        assert relative_error(nothing, base) < 1e-9
+
+
+@pytest.mark.parametrize("choice", OURS)
+def test_losses_are_those_of_each_rows_head_with_its_gradient(choice):
+    host = mixed_host(choice)
+    names = ["lora", None, "mixlora", "dora"]
+    ids = tiny_ids(len(names))
+    owners = [name for name in names for _ in ids[0, 1:]]
+    labels = ids[:, 1:].flatten()
+
+    def grads(loss):
+        loss.backward()
+        return {name: parameter_grads(host.adapter(name)) for name in METHODS}
+
+    logits = host(ids, adapters=names, training=True).logits[:, :-1].flatten(0, 1)
+    expected = cross_entropy(logits, labels, reduction="none")
+    states = host.hidden(ids, adapters=names, training=True).last_hidden_state[:, :-1]
+    states = states.flatten(0, 1)
+    losses = host.token_losses(states, labels, owners)
+    torch.testing.assert_close(losses, expected)
+    weights = torch.arange(1.0, 1 + len(labels), dtype=torch.float64)
+    want, have = grads((expected * weights).sum()), grads((losses * weights).sum())
+    for name, own in want.items():
+        assert have[name].keys() == own.keys()
+        for key, grad in own.items():
+            torch.testing.assert_close(have[name][key], grad, msg=f"{name} {key}")
+    with torch.no_grad():
+        scores, is_top = host.token_scores(states, labels, owners)
+        torch.testing.assert_close(scores, -expected)
+        _, ids_of_top = host.top_tokens(states, 2, owners)
+    assert torch.equal(is_top, ids_of_top[:, 0] == labels)
+    assert torch.equal(ids_of_top, logits.topk(2).indices)
+
+
+def test_what_trains_together_trains_as_alone():
+    examples = [example_of(row, [True] * len(row)) for row in tiny_ids(4).tolist()]
+    optimizer = OptimizerConfig(optimizer="sgd", learning_rate=0.3)
+    configs = {
+        "a": LoraConfig(rank=2, modules_to_save=("lm_head", "embed_tokens")),
+        "b": MixLoraConfig(rank=2, num_experts=2, trainable_token_indices=tuple(TOKENS)),
+    }
+
+    def trained(names):
+        host = loraloom.attach(tiny_model(**TIED))
+        clients = [
+            TrainingClient(host, build_tokenizer(), name, configs[name], optimizer)
+            for name in names
+        ]
+        for _ in range(2):
+            run_requests(host, [one.request(examples) for one in clients], clients[0].pad_id)
+            for one in clients:
+                one.optim_step()
+        return {one.name: one.adapter.tensors() for one in clients}
+
+    together = trained("ab")
+    for name in configs:
+        for key, tensor in trained(name)[name].items():
+            assert relative_error(together[name][key], tensor) < 1e-9, key
+
+
+def test_files_of_mixtures_have_them_too(tmp_path):
+    host = mixed_host("untied", torch.float32)
+    host.save("mixlora", tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["modules_to_save"] == ["lm_head"]
+    assert fields["trainable_token_indices"] == [4, 9, 3]
+    again = host.load("again", tmp_path)
+    with torch.no_grad():
+        expected = host(IDS, adapters=["mixlora"] * 3).logits
+        assert torch.equal(host(IDS, adapters=["again"] * 3).logits, expected)
+    assert again.config.modules_to_save == ("lm_head",)
+    counts = describe(tmp_path).parameters
+    assert (counts["modules_to_save"], counts["tokens"]) == (97 * 32, 3 * 32)
+    assert "trained whole: lm_head" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ("nope",)}, r"modules_to_save must name modules .*embed_tokens.*nope"),
+        ({"modules_to_save": ("q_proj",)}, "which target_modules adapts"),
+        ({"trainable_token_indices": (97,)}, r"must be in \[0, 97\).*resize_token_embeddings"),
+        ({"trainable_token_indices": {"norm": (1,)}}, r"embedding or head \(.*\), got norm"),
+        (
+            {"modules_to_save": ("embed_tokens",), "trainable_token_indices": (1,)},
+            "trained whole or for some tokens, got model.embed_tokens",
+        ),
+        (
+            {
+                "trainable_token_indices": {"embed_tokens": (1,), "lm_head": (2,)},
+                "ensure_weight_tying": True,
+            },
+            "the same for embedding and head",
+        ),
+    ],
+)
+def test_what_means_no_module_of_the_base_is_refused(settings, message):
+    host = loraloom.attach(tiny_model(**TIED))
+    with pytest.raises(AdapterError, match=message):
+        host.add("a", LoraConfig(**settings))
+    assert host.adapters == {}
+
+
+def test_tokens_that_are_named_twice_are_refused():
+    with pytest.raises(ValueError, match=r"must differ, got \[1, 1\]"):
+        LoraConfig(trainable_token_indices=(1, 1))
+    with pytest.raises(ValueError, match="no place for them"):
+        VeraConfig(trainable_token_indices=(1,))
+
+
+def test_files_without_the_modules_that_they_name_are_refused(tmp_path):
+    host = mixed_host("untied")
+    host.save("dora", tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
+    with pytest.raises(FormatError, match=r"missing tensors: modules.lm_head.weight"):
+        host.load("a", tmp_path)
+
+
+def test_what_has_no_place_for_them_says_so(tmp_path):
+    host = mixed_host("untied")
+    with pytest.raises(AdapterError, match=r"without modules_to_save.*to be merged"):
+        host.merge("lora")
+    with pytest.raises(AdapterError, match="must have updates of the form BA"):
+        host.combine(["lora", "lora"], [0.5, 0.5], name="both")
+    with pytest.raises(AdapterError, match="to be exported, got trained whole: lm_head"):
+        loraloom.export(host, build_tokenizer(), "lora", tmp_path / "out")
+    host.save("lora", tmp_path / "lora")
+    with pytest.raises(AdapterError, match="to be read by MoE-PEFT"):
+        loraloom.convert(tmp_path / "lora", tmp_path / "reference", "reference")
+    loraloom.convert(tmp_path / "lora", tmp_path / "peft", "peft")
+    host.load("back", tmp_path / "peft")
+    own = host.adapter("back").tensors()
+    assert all(torch.equal(own[k], v) for k, v in host.adapter("lora").tensors().items())
