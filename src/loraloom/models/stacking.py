@@ -10,7 +10,7 @@ cohort has are the base's; nothing of a cohort is ever added to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -112,6 +112,12 @@ class Cohort:
     def width(self) -> int:
         """N."""
         return max(self.counts)
+
+    def moved(self, device: torch.device) -> Cohort:
+        """Bring it to a device."""
+        if self.take is None or self.put is None:
+            return self
+        return replace(self, take=self.take.to(device), put=self.put.to(device))
 
     def tokens(self, layer: int, index: int, recorder: Recorder, device: Any) -> SegmentTokens:
         """Describe an adapter's rows in a layer; padding at their end is not real."""
@@ -333,16 +339,17 @@ def _make_plan(
     stacks: Sequence[Stack], rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
 ) -> StackedPlan:
     ordered = sorted(stacks, key=lambda stack: not stack.adapts_ffn)
-    cohorts = tuple(_make_cohort(stack, rows, length, device) for stack in ordered)
-    in_ffn = [cohort for cohort in cohorts if cohort.stack.adapts_ffn]
+    on_cpu = [_make_cohort(stack, rows, length) for stack in ordered]
+    cohorts = tuple(cohort.moved(device) for cohort in on_cpu)
+    in_ffn = [cohort for cohort in on_cpu if cohort.stack.adapts_ffn]
     if in_ffn and in_ffn[0].put is None:
         return StackedPlan(cohorts, 1, None, None, device)
     num_tokens, start = len(rows) * length, 0
     place = torch.full((num_tokens,), -1)
     for cohort in in_ffn:
         size = len(cohort.adapters) * cohort.width
-        put: Tensor = cohort.put.cpu()  # pyright: ignore[reportOptionalMemberAccess]
-        place = torch.where(put < size, start + put, place)
+        assert cohort.put is not None, "only a cohort that has all rows has none"
+        place = torch.where(cohort.put < size, start + cohort.put, place)
         start += size
     base_rows = (place < 0).nonzero().squeeze(1)
     place[base_rows] = start + torch.arange(len(base_rows))
@@ -355,9 +362,8 @@ def _make_plan(
     )
 
 
-def _make_cohort(
-    stack: Stack, rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
-) -> Cohort:
+def _make_cohort(stack: Stack, rows: Sequence[ScaledAdapter | None], length: int) -> Cohort:
+    """Find a stack's rows, on the CPU."""
     adapters = stack.adapters
     tokens = [
         [
@@ -377,4 +383,4 @@ def _make_cohort(
     for index, places in enumerate(tokens):
         put[places] = index * width + torch.arange(len(places))
     take = torch.tensor(padded).flatten()
-    return Cohort(stack, counts, take.to(device), put.to(device))
+    return Cohort(stack, counts, take, put)
