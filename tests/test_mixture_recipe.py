@@ -7,7 +7,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
+import loraloom
 from tests.infer.saved import save_tiny
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "mixture"
@@ -40,18 +42,18 @@ def test_a_study_goes_on_where_it_was_interrupted_and_makes_a_table(words, tmp_p
     result = json.loads((output / "result.json").read_text())
     assert list(result["methods"]) == ["mixlora", "lora-size"]
     for method in result["methods"].values():
-        assert len(method["accuracies"]) == 2
+        assert len(method["accuracy"]["values"]) == len(method["train_loss"]["values"]) == 2
         assert method["rate"] in (1e-3, 1e-2)
         assert set(method["searched"]) == {"0.001", "0.01"}
     (compared,) = result["comparisons"]
-    means = [method["mean"] for method in result["methods"].values()]
-    assert compared["over_seeds"]["mean"] == pytest.approx(means[0] - means[1])
+    means = [method["accuracy"]["mean"] for method in result["methods"].values()]
+    assert compared["over_seeds"]["accuracy"]["mean"] == pytest.approx(means[0] - means[1])
     assert compared["over_questions"]["difference"] == pytest.approx(means[0] - means[1])
 
     (study,) = table["read_studies"]([tmp_path])
     rows = list(table["table"]([study]))
     assert len({row.count("|") for row in rows}) == 1
-    assert [row.split(" | ")[1] for row in rows[2:]] == ["base model", "mixlora", "lora-size"]
+    assert [row.split(" | ")[1] for row in rows[2:]] == ["mixlora", "lora-size", "base model"]
     assert [line["method"] for line in table["lines"](study)] == ["mixlora", "lora-size"]
 
     with pytest.raises(SystemExit, match="begun with other settings"):
@@ -62,3 +64,65 @@ def test_a_study_takes_jobs_that_there_are(words, tmp_path):
     recipe = runpy.run_path(str(RECIPE / "run.py"))
     with pytest.raises(SystemExit, match=r"--only must name jobs of .*, got lora"):
         recipe["main"]([*words, f"--output={tmp_path}", "--only=lora"])
+
+
+def test_settings_of_a_job_go_by_its_name(words, tmp_path):
+    recipe = runpy.run_path(str(RECIPE / "run.py"))
+    options = [*words, f"--output={tmp_path}"]
+    asked = recipe["parse"]([*options, "--set=jobs.mixlora.adapter.top_k=3"])
+    assert recipe["read_run"](asked).jobs[0].adapter.top_k == 3
+    asked = recipe["parse"]([*options, "--set=jobs.other.adapter.top_k=3"])
+    with pytest.raises(SystemExit, match=r"--set must name one of the jobs mixlora, .*, got other"):
+        recipe["read_run"](asked)
+
+
+@pytest.mark.parametrize(("capacity", "num_experts"), [(1, None), (3, None), (2, 4)])
+def test_ranks_on_a_map_keep_size_and_compute(words, tmp_path, capacity, num_experts):
+    recipe, maps = (runpy.run_path(str(RECIPE / name)) for name in ("run.py", "maps.py"))
+    asked = recipe["parse"]([*words, f"--output={tmp_path}"])
+    asked.only = None
+    run = recipe["read_run"](asked)
+    model, _ = loraloom.load_base_model(run.base_model)
+    host = loraloom.attach(model)
+    changes = maps["sized"](run, host.base, capacity, num_experts)
+    asked.set += [f"jobs.{path}={value:g}" for path, value in changes.items()]
+    adapters = {job.name: job.adapter for job in recipe["read_run"](asked).jobs}
+    mixture, compute, size = (adapters[n] for n in ("mixlora", "lora-compute", "lora-size"))
+    assert mixture.num_experts * mixture.expert_config.rank == 8 * capacity
+    assert compute.rank == mixture.rank == 2 * mixture.expert_config.rank
+    smaller = size.model_copy(update={"rank": size.rank - 1})
+    counts = [
+        sum(weight.numel() for weight in host.add(f"{place}", adapter).parameters())
+        for place, adapter in enumerate((smaller, mixture, size))
+    ]
+    assert counts[0] < counts[1] <= counts[2]
+
+
+def test_a_map_has_a_study_for_each_cell(words, tmp_path):
+    maps = runpy.run_path(str(RECIPE / "maps.py"))
+    more = ["--only=mixlora,lora-size", "--rates=1e-3", "--seeds=0", "--each=train.max_steps=1"]
+    options = [f"--output={tmp_path}", "--capacity=1,2", "--", *words[1:], *more]
+    maps["main"]([words[0], *options])
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/result.json"))]
+    assert [result["study"] for result in results] == ["capacity001", "capacity002"]
+    small, large = (result["methods"]["mixlora"]["parameters"] for result in results)
+    assert small < large
+
+
+def test_a_base_model_is_cut_to_its_first_layers(words, tmp_path):
+    (base,) = (word.partition("base_model=")[2] for word in words if "base_model=" in word)
+    cut = runpy.run_path(str(RECIPE / "cut_base.py"))["main"]
+    cut(["--base-model", base, "--layers=1", f"--output={tmp_path}"])
+    whole, short = (
+        loraloom.load_base_model(name, dtype="float32")[0] for name in (base, str(tmp_path))
+    )
+    token_ids = torch.tensor([[5, 7, 11]])
+    first = whole(token_ids, output_hidden_states=True).hidden_states[1]
+    kept = short(token_ids, output_hidden_states=True)
+    assert len(kept.hidden_states) == 2
+    torch.testing.assert_close(
+        short.model.norm(first),
+        kept.hidden_states[1],
+        rtol=0.02,
+        atol=0.02,  # bfloat16 on the disk
+    )

@@ -9,17 +9,18 @@ layer are the whole model's, so that ranks, rates and scalings are of the same o
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import loraloom
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base-model", default="smollm2-135m")
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     model, tokenizer = loraloom.load_base_model(args.base_model, dtype="bfloat16", device="cpu")
     model.model.layers = model.model.layers[: args.layers]
     model.config.num_hidden_layers = args.layers

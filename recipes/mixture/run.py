@@ -6,7 +6,8 @@ The jobs of the run file are the methods; all learn the same task. What is done 
 what was interrupted goes on: run it again after Ctrl-C or a kill.
 
 1. Each method trains to the end with each of the rates and each of the search's seeds. The mean
-   accuracy on validation questions (`eval` in the run file) chooses its rate.
+   accuracy on validation questions (`eval` in the run file), or another `--metric`, chooses its
+   rate. A single rate is taken as it is.
 2. Every method trains at its rate with other seeds, all of them in the same steps.
 3. Test questions are asked once, of all of them. `result.json` in the output has the accuracies and
    the pairs that were compared on the same questions and over the same seeds.
@@ -23,6 +24,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import sub
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,13 +37,14 @@ import loraloom
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEARCH_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
+WORST = 1e9
 
 Base = tuple[loraloom.Host, Any]
 """The base model and its tokenizer."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parse(arguments)
+    args = parse(arguments)
     run = read_run(args)
     args.output.mkdir(parents=True, exist_ok=True)
     _check_study(args, run)
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"python recipes/mixture/table.py {args.output}")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("run_file", type=Path, help="its jobs are the methods")
@@ -58,9 +62,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="set it in the run file")
     add("--only", type=lambda names: names.split(","), help="names of jobs to take; else all")
     add("--rates", type=_numbers(float), default=RATES, help="to try, separated by commas")
+    add("--metric", help="chooses the rate: eval/loss; else the accuracy of the first in eval")
     add("--search-seeds", type=_numbers(int), default=SEARCH_SEEDS)
     add("--seeds", type=_numbers(int), default=SEEDS, help="that are trained and tested")
-    add("--limit", type=int, default=1152, help="test questions")
+    add("--limit", type=int, default=1152, help="questions of the test, and of those learnt from")
     add("--compare", action="append", metavar="A:B", help="else the first job with each other")
     return parser.parse_args(arguments)
 
@@ -79,7 +84,8 @@ def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
     if args.task is not None:
         wanted += [f"data.task={args.task}", f"eval.0.task={args.task}"]
     for job in settings["jobs"]:
-        for change in wanted:
+        held_out = args.task is not None and "validation" in job["data"]
+        for change in [*wanted, *[f"data.validation.task={args.task}"] * held_out]:
             change_setting(job, change)
     run = loraloom.RunConfig.model_validate(settings)
     names = [job.name for job in run.jobs]
@@ -94,18 +100,32 @@ def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
 
 
 def change_setting(settings: Any, change: str) -> None:
-    """Apply a `path=value`, `train.max_steps=20` for instance; a number in a path is a place."""
+    """Apply a `path=value`, `jobs.mixlora.adapter.rank=4` for instance; jobs go by their names."""
     path, _, value = change.partition("=")
-    *outer, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    *outer, last = path.split(".")
     for part in outer:
-        settings = settings[part]
+        settings = _part_of(settings, part)
     settings[last] = yaml.safe_load(value)
+
+
+def _part_of(settings: Any, name: str) -> Any:
+    if isinstance(settings, list):
+        return settings[int(name)] if name.isdigit() else _job_of(settings, name)
+    return settings.setdefault(name, {})
+
+
+def _job_of(jobs: list[Any], name: str) -> Any:
+    named = {job["name"]: job for job in jobs}
+    if name not in named:
+        raise SystemExit(f"--set must name one of the jobs {', '.join(named)}, got {name}")
+    return named[name]
 
 
 def _check_study(args: argparse.Namespace, run: loraloom.RunConfig) -> None:
     """Hold an output to the settings that it was begun with."""
     settings = {"run": as_settings(run), "rates": args.rates, "search_seeds": args.search_seeds}
     settings |= {"seeds": args.seeds, "limit": args.limit, "compare": args.compare}
+    settings |= {"metric": args.metric}
     text = json.dumps(settings, sort_keys=True)
     if kept(args.output / "study.json", lambda: json.loads(text)) != json.loads(text):
         raise SystemExit(
@@ -134,12 +154,12 @@ def study(run: loraloom.RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         )
         for job in run.jobs
     }
-    rates = {name: float(max(values, key=values.get)) for name, values in searched.items()}
+    rates = {name: float(next(iter(values))) for name, values in searched.items()}
     print("rates:", rates, flush=True)
     trained = kept(args.output / "trained.json", lambda: train_seeds(run, rates, args, base))
     record = score(run, args, base)
     for name, method in record["methods"].items():
-        at_edge = rates[name] in (min(args.rates), max(args.rates))
+        at_edge = len(args.rates) > 1 and rates[name] in (min(args.rates), max(args.rates))
         method |= {"rate": rates[name], "at_edge": at_edge, "searched": searched[name]}
         method |= trained[name]
     first = run.jobs[0]
@@ -157,8 +177,11 @@ def study(run: loraloom.RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 def search(
     run: loraloom.RunConfig, job: loraloom.JobConfig, args: argparse.Namespace, base: Base
 ) -> dict[str, float]:
-    """Give a method's mean accuracy on validation questions by rate; 0 where a run failed."""
-    metric = job.eval[0].metric
+    """Give a method's mean of the metric by rate, the best rate first; runs that fail are worst."""
+    if len(args.rates) == 1:
+        return {f"{args.rates[0]:g}": 0.0}
+    metric = args.metric or job.eval[0].metric
+    sign = -1 if metric.endswith("loss") else 1
     directory = args.output / f"search-{job.name}"
     sweep = {
         "job": as_settings(job),
@@ -172,8 +195,10 @@ def search(
     values: dict[str, list[float]] = {f"{rate:g}": [] for rate in args.rates}
     with (directory / "sweep.csv").open() as file:
         for row in csv.DictReader(file):
-            values[f"{float(row['train.learning_rate']):g}"].append(float(row[metric] or 0))
-    return {rate: fmean(accuracies) for rate, accuracies in values.items()}
+            value = float(row[metric] or -sign * WORST)
+            values[f"{float(row['train.learning_rate']):g}"].append(value)
+    means = {rate: fmean(found) for rate, found in values.items()}
+    return dict(sorted(means.items(), key=lambda item: -sign * item[1]))
 
 
 def train_seeds(
@@ -185,6 +210,7 @@ def train_seeds(
         settings = as_settings(job) | {"eval": []}
         settings["train"] |= {"learning_rate": rates[job.name]}
         settings["train"].pop("eval_steps", None)
+        settings["data"].pop("validation", None)
         jobs += [{**settings, "name": f"{job.name}@{seed}", "seed": seed} for seed in args.seeds]
     results = train(run, args.output / "seeds", {"jobs": jobs}, base)
     trained: dict[str, Any] = {}
@@ -205,61 +231,86 @@ def train(
 
 
 def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict[str, Any]:
-    """Ask test questions of every method with every seed."""
+    """Ask test questions, and questions that were learnt, of every method with every seed."""
     host, tokenizer = base
-    names = [f"{job.name}@{seed}" for job in run.jobs for seed in args.seeds]
+    methods = [job.name for job in run.jobs]
+    seeds_of = {name: [f"{name}@{seed}" for seed in args.seeds] for name in methods}
+    names = [name for seeds in seeds_of.values() for name in seeds]
     for name in names:
         host.load(name, args.output / "seeds" / name)
-    methods = [job.name for job in run.jobs]
     compared = args.compare or [f"{methods[0]}:{other}" for other in methods[1:]]
     pairs = [(first, second) for first, _, second in (text.partition(":") for text in compared)]
     asked = run.jobs[0].eval[0]
-    evaluation = loraloom.evaluate(
-        host,
-        tokenizer,
-        asked.task,
-        [None, *names],
-        scoring=asked.scoring,
-        split="test",
-        data=asked.path,
-        limit=args.limit,
-        pairs=[tuple(f"{name}{_only(args.seeds)}" for name in pair) for pair in pairs],
-    )
-    evaluation.write(args.output / "test.json")
-    (task,) = evaluation.results["base"]
-    right = {name: found[task]["accuracy"] for name, found in evaluation.results.items()}
-    by_method = {name: [right[f"{name}@{seed}"] for seed in args.seeds] for name in methods}
+    ask = partial(loraloom.evaluate, host, tokenizer, asked.task, limit=args.limit)
+    ask = partial(ask, scoring=asked.scoring, data=asked.path)
+    test = ask([None, *names], split="test", pairs=[_as_asked(pair, args.seeds) for pair in pairs])
+    test.write(args.output / "test.json")
+    learnt = ask(names, split="train", pairs=[])
+    measured = {
+        "accuracy": _of_task(test.results, "accuracy"),
+        "train_accuracy": _of_task(learnt.results, "accuracy"),
+        "loss": losses(base, asked, "test", names, args.limit),
+        "train_loss": losses(base, asked, "train", names, args.limit),
+    }
+    values = {
+        metric: {method: [one[seed] for seed in seeds] for method, seeds in seeds_of.items()}
+        for metric, one in measured.items()
+    }
+    (of_base,) = test.results["base"].values()
     return {
-        "questions": evaluation.results["base"][task]["num_examples"],
-        "base": right["base"],
-        "majority": evaluation.results["base"][task]["majority"],
+        "questions": of_base["num_examples"],
+        "base": of_base["accuracy"],
+        "majority": of_base["majority"],
         "methods": {
-            name: {"accuracies": values, **mean_and_stderr(values)}
-            for name, values in by_method.items()
+            method: {
+                **{metric: mean_and_stderr(one[method]) for metric, one in values.items()},
+                "effective_experts": effective_experts(test.details["routing"], seeds),
+            }
+            for method, seeds in seeds_of.items()
         },
         "comparisons": [
             {
                 "first": first,
                 "second": second,
                 "over_questions": comparison.to_json(),
-                "over_seeds": mean_and_stderr(
-                    [a - b for a, b in zip(by_method[first], by_method[second], strict=True)]
-                ),
+                "over_seeds": {
+                    metric: mean_and_stderr([*map(sub, one[first], one[second])])
+                    for metric, one in values.items()
+                },
             }
-            for (first, second), comparison in zip(pairs, evaluation.comparisons, strict=True)
+            for (first, second), comparison in zip(pairs, test.comparisons, strict=True)
         ],
     }
 
 
-def _only(seeds: Sequence[int]) -> str:
+def _as_asked(pair: tuple[str, str], seeds: Sequence[int]) -> tuple[str, ...]:
     """A single seed is no group, and is compared by its own name."""
-    return f"@{seeds[0]}" if len(seeds) == 1 else ""
+    return pair if len(seeds) > 1 else tuple(f"{name}@{seeds[0]}" for name in pair)
 
 
-def mean_and_stderr(values: Sequence[float]) -> dict[str, float | None]:
-    """Give the mean, and its standard error over seeds."""
+def _of_task(results: dict[str, Any], metric: str) -> dict[str, float]:
+    """Give a metric by adapter where there is one task."""
+    return {name: next(iter(tasks.values()))[metric] for name, tasks in results.items()}
+
+
+def losses(base: Base, asked: Any, split: str, names: list[str], limit: int) -> dict[str, float]:
+    """Give each adapter's loss on the answers of a split, in nats a token."""
+    source = {"task": asked.task, "path": asked.path, "scoring": asked.scoring, "split": split}
+    found = loraloom.evaluate_loss(*base, source, names, limit=limit, pairs=[])
+    return _of_task(found.results, "loss")
+
+
+def effective_experts(routing: dict[str, Any], names: Sequence[str]) -> list[float] | None:
+    """Give the effective number of experts by layer, averaged over seeds; None without routers."""
+    tasks = [task for name in names if name in routing for task in routing[name]["tasks"].values()]
+    by_layer = zip(*(task["effective_experts"] for task in tasks), strict=True)
+    return [fmean(layer) for layer in by_layer] or None
+
+
+def mean_and_stderr(values: Sequence[float]) -> dict[str, Any]:
+    """Give values with their mean, and its standard error over seeds."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": fmean(values), "stderr": error}
+    return {"mean": fmean(values), "stderr": error, "values": list(values)}
 
 
 def as_settings(config: loraloom.RunConfig | loraloom.JobConfig) -> dict[str, Any]:

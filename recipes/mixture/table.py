@@ -1,6 +1,7 @@
 """Make a table of studies: python recipes/mixture/table.py OUTPUT... > table.md
 
-Each OUTPUT is a directory that `run.py` has filled, or one with several of them. `--jsonl` prints a
+Each OUTPUT is a directory that `run.py` has filled, or one with several of them. Numbers are means
+over seeds with their standard errors; losses are in nats a token of the answer. `--jsonl` prints a
 JSON line for each method in place of the table.
 """
 
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 HEADER = (
-    "| study | method | weights | rate | accuracy, % | {first} minus it: seeds | questions | p |"
+    "| study | method | weights | rate | right, % | of those learnt | loss | of those learnt "
+    "| {first} minus it: right | loss | p over questions |"
 )
+METRICS = ("accuracy", "train_accuracy", "loss", "train_loss")
 
 
 def main() -> None:
@@ -47,17 +50,18 @@ def lines(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def table(studies: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Write a Markdown table: accuracies with their standard errors over seeds."""
+    """Write a Markdown table."""
     firsts = {one["first"] for study in studies for one in study["comparisons"]}
     yield HEADER.format(first=firsts.pop() if len(firsts) == 1 else "the first")
     yield "|---" * HEADER.count(" | ") + "|---|"
     for study in studies:
         compared = {one["second"]: one for one in study["comparisons"]}
-        yield f"| {study['study']} | base model | | | {100 * study['base']:.1f} | | | |"
         for name, method in study["methods"].items():
             cells = [study["study"], name, f"{method['parameters']:,}", _rate(method)]
-            cells += [_percent(method), *_differences(compared.get(name))]
-            yield f"| {' | '.join(cells)} |"
+            cells += [_number(metric, method[metric]) for metric in METRICS]
+            yield f"| {' | '.join([*cells, *_differences(compared.get(name))])} |"
+        known = f"{100 * study['base']:.1f}"
+        yield f"| {study['study']} | base model | | | {known} | | | | | | |"
 
 
 def _rate(method: dict[str, Any]) -> str:
@@ -65,20 +69,19 @@ def _rate(method: dict[str, Any]) -> str:
     return f"{method['rate']:g}{' (edge)' if method['at_edge'] else ''}"
 
 
-def _percent(value: dict[str, Any], sign: str = "") -> str:
-    error = "" if value["stderr"] is None else f" ± {100 * value['stderr']:.1f}"
-    return f"{100 * value['mean']:{sign}.1f}{error}"
+def _number(metric: str, value: dict[str, Any], sign: str = "") -> str:
+    factor, digits = (1, 3) if metric.endswith("loss") else (100, 1)
+    mean, error = value["mean"] * factor, value["stderr"]
+    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error * factor:.{digits}f}")
 
 
 def _differences(compared: dict[str, Any] | None) -> list[str]:
     if compared is None:
         return ["", "", ""]
-    asked = compared["over_questions"]
-    over_questions = {"mean": asked["difference"], "stderr": asked["stderr"]}
-    p_value = asked["adjusted_p_value"]
+    over_seeds, p_value = compared["over_seeds"], compared["over_questions"]["adjusted_p_value"]
     return [
-        _percent(compared["over_seeds"], "+"),
-        _percent(over_questions, "+"),
+        _number("accuracy", over_seeds["accuracy"], "+"),
+        _number("loss", over_seeds["loss"], "+"),
         "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
     ]
 

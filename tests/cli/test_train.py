@@ -49,7 +49,6 @@ def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):
     ("words", "message"),
     [
         (["--set", "jobs.0.train.learnin_rate=1"], "learning_rate"),
-        (["--dtype", "float16"], "loss scaling"),
         (["--set", "jobs.1.adapter.top_k=9"], "top_k must be in [1, num_experts=4], got 9"),
         (["--set", "base_model=gone/"], "gone/"),
         (["--resume", "--overwrite"], "exclude each other"),

@@ -96,7 +96,7 @@ def test_a_number_in_quotes_is_a_number(tmp_path):
 def test_all_faults_are_in_one_message(tmp_path):
     overrides = [
         "dtyp=float32",
-        "dtype=float16",
+        "dtype=float17",
         "jobs.0.name=a/b",
         "jobs.0.adapter.top_k=9",
         "jobs.0.adapter.rnak=3",
@@ -120,8 +120,8 @@ def test_all_faults_are_in_one_message(tmp_path):
     )
     assert sorted(faults(tmp_path, *overrides)) == sorted(
         [
-            "dtype must be float32 or bfloat16 in training, got float16: without loss scaling "
-            "small gradients become zero; use bfloat16",
+            "dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got 'float17'; did you mean "
+            "'float16'?",
             "unknown key 'dtyp'; did you mean 'dtype'?",
             f"jobs.0.{safe} letter or digit), got 'a/b'",
             "jobs.0.adapter.top_k must be in [1, num_experts=8], got 9",

@@ -280,10 +280,11 @@ def test_one_text_for_all_rows_is_refused():
         host(tiny_ids(1), adapters="a")
 
 
-def test_training_on_a_float16_base_is_refused():
+def test_other_programs_do_not_train_on_a_float16_base():
     host = loraloom.attach(tiny_model("llama", torch.float16))
-    with pytest.raises(ModelError, match="training needs a base model in bfloat16 or float32"):
-        host.train()
+    host.add("a", METHODS["lora"])
+    with pytest.raises(ModelError, match="needs a base model in bfloat16 or float32, got float16"):
+        host.as_model("a").train()(input_ids=tiny_ids(1))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
+from loraloom.training.step.loss_scale import make_loss_scale
 from loraloom.training.step.reference import load_reference
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
@@ -172,7 +173,8 @@ def add_job(
         randomise(adapter, config.seed)
     own_set = toy_pair_set if config.train.learns_from_pairs else toy_set
     reference = load_reference(host, config.train.objective)
-    return Job(config, adapter, training_set or own_set(seed=config.seed), reference)
+    training_set = training_set or own_set(seed=config.seed)
+    return Job(config, adapter, training_set, reference, make_loss_scale(host))
 
 
 def toy_engine(

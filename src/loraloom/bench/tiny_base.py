@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,32 +27,44 @@ from loraloom.data.skills import generate_skills
 from loraloom.data.skills.lands import FIRST_SYLLABLES, LAST_SYLLABLES, land_names
 
 NUM_LANDS, FIRST_LAND = 600, 592
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
+NUM_HEADS = 4
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train the model and write it."""
     parser = argparse.ArgumentParser(description="Make a tiny base model for studies.")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=6, help="how long to train")
-    args = parser.parse_args()
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--hidden-size", type=int, default=64, help="a multiple of 8")
+    parser.add_argument("--steps", type=int, default=4000, help="of 64 texts each")
+    args = parser.parse_args(arguments)
     texts = read_texts()
     tokenizer = build_tokenizer(texts)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, **SIZES)
-    model = LlamaForCausalLM(config)
-    pretrain(model, tokenizer, texts, 60 * args.minutes)
+    model = build_model(args.layers, args.hidden_size, len(tokenizer))
+    pretrain(model, tokenizer, texts, args.steps)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+
+
+def build_model(num_layers: int, hidden_size: int, vocab_size: int) -> LlamaForCausalLM:
+    """Make a Llama with random weights, whose FFN blocks are three times as wide as its layers."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=NUM_HEADS,
+            num_key_value_heads=NUM_HEADS,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def read_texts() -> list[str]:
@@ -90,17 +102,14 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], seconds: float
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], num_steps: int
 ) -> None:
-    """Train for some time, at a rate that falls to zero with it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    began, losses = time.monotonic(), []
-    for batch in batches(tokenizer, texts):
-        share = (time.monotonic() - began) / seconds
-        if share >= 1:
-            break
+    """Train so many steps, at a rate that falls to zero with them."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    losses: list[float] = []
+    for step, batch in enumerate(islice(batches(tokenizer, texts), num_steps)):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, len(losses) / 50) * (1 - share)
+            group["lr"] = 3e-3 * min(1.0, step / 50) * (1 - step / num_steps)
         logits = model(batch, attention_mask=(batch != 0).long()).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0)
         loss.backward()
@@ -113,7 +122,7 @@ def pretrain(
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], size: int = 128
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], size: int = 64
 ) -> Iterator[torch.Tensor]:
     """Draw batches of texts with like lengths, without end, padded with 0."""
     rows = [torch.tensor(ids) for ids in tokenizer(texts).input_ids]

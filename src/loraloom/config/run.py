@@ -68,26 +68,18 @@ class RunConfig(StrictModel):
     def _check_output_dir(cls, output_dir: Path) -> Path:
         return local_path(output_dir, "output_dir")
 
-    @field_validator("dtype")
-    @classmethod
-    def _check_dtype(cls, dtype: BaseDtype) -> BaseDtype:
-        if dtype == "float16":
-            raise ValueError(
-                "dtype must be float32 or bfloat16 in training, got float16: without loss scaling "
-                "small gradients become zero; use bfloat16"
-            )
-        return dtype
-
     @field_validator("quantization")
     @classmethod
     def _check_quantization(
         cls, quantization: AnyQuantization | None, info: CheckInfo
     ) -> AnyQuantization | None:
         check_fits_dtype(quantization, info.data.get("dtype"))
-        if getattr(quantization, "bnb_4bit_compute_dtype", None) == "float16":
+        computes_in_float16 = getattr(quantization, "bnb_4bit_compute_dtype", None) == "float16"
+        if computes_in_float16 and info.data.get("dtype") != "float16":
             raise ValueError(
                 "quantization.bnb_4bit_compute_dtype must be float32 or bfloat16 in training, got "
-                "float16: without loss scaling small gradients become zero"
+                "float16: without loss scaling, which comes with dtype: float16, small gradients "
+                "become zero"
             )
         return quantization
 

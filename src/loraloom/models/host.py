@@ -358,11 +358,13 @@ class Host:
     def train(self, mode: bool = True) -> Host:
         """Let forwards that don't say train, with dropout and jitter on.
 
+        Where the base model is in float16, the loss must be scaled (`torch.amp.GradScaler`).
+
         Raises:
-            ModelError: If the base model is in float16.
+            AdapterError: If an adapter is merged.
         """
         if mode:
-            self._check_trainable()
+            self._check_unmerged("train")
         self._training = mode
         return self
 
@@ -423,8 +425,7 @@ class Host:
 
         Raises:
             AdapterError: If `adapters` has another length than the batch or an unknown name.
-            ModelError: If it is to train and the base model is in float16, or if it fills a cache
-                and layers are to be recomputed.
+            ModelError: If it fills a cache and layers are to be recomputed.
         """
         record: Record = {}
         forward = self._forward(
@@ -795,7 +796,7 @@ class Host:
         training = self._training if training is None else training
         keys = None
         if training:
-            self._check_trainable()
+            self._check_unmerged("train")
             self._forwards += 1
             keys = self._sample_keys(sample_keys, batch_size, sample_lengths)
         mask = query_mask(attention_mask, length)
@@ -865,6 +866,8 @@ class Host:
         """Open a forward that somebody else makes."""
         if current_forward(self._wiring) is not None:
             return None
+        if rows.training:
+            self._check_needs_no_scaling()
         record: Record = {}
         forward = self._forward(
             tokens,
@@ -885,12 +888,13 @@ class Host:
         present = [loss for loss in losses if loss is not None]
         return torch.stack(present).sum() if present else None
 
-    def _check_trainable(self) -> None:
-        self._check_unmerged("train")
+    def _check_needs_no_scaling(self) -> None:
+        """Refuse a base model whose trainer would have to scale its loss: nobody can tell."""
         if self.dtype == torch.float16:
             raise ModelError(
-                "training needs a base model in bfloat16 or float32, got float16: without loss "
-                "scaling small gradients become zero; load it in another dtype"
+                "training by other programs needs a base model in bfloat16 or float32, got "
+                "float16: without loss scaling small gradients become zero; load it in another "
+                "dtype, or train with loraloom, which scales losses"
             )
 
     def _check_unmerged(self, purpose: str) -> None:

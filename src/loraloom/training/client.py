@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from loraloom.training.run.checkpoint import (
     describe_changes,
 )
 from loraloom.training.run.engine import describe_base
+from loraloom.training.step.loss_scale import LossScale, make_loss_scale
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.optimizers import (
     build_optimizer,
@@ -73,10 +74,13 @@ class OptimStepOutput:
     Args:
         step: Steps done.
         grad_norm: Of the adapter's whole gradient, before clipping.
+        is_skipped: No step was made, as the gradient overflowed float16; it is dropped, and losses
+            are scaled by less from now on.
     """
 
     step: int
     grad_norm: float
+    is_skipped: bool = False
 
 
 class TrainingClient:
@@ -117,6 +121,7 @@ class TrainingClient:
         self.parameters = dict(self.adapter.named_parameters())
         self._optimizer_config = optimizer or OptimizerConfig()
         self._optimizer = build_optimizer(self._optimizer_config, self.adapter)
+        self._loss_scale = make_loss_scale(host)
         self.references: dict[str | None, Reference] = {}
         self._forwards = 0
         self._draws = 0
@@ -185,7 +190,9 @@ class TrainingClient:
                 is not finite: gradients are dropped.
         """
         objective = CustomObjective(data, loss_fn)
-        request = Request(self.adapter, data, objective, self._next_sample_key())
+        request = Request(
+            self.adapter, data, objective, self._next_sample_key(), loss_scale=self._loss_factor
+        )
         return run_requests(self.host, [request], self.pad_id)[0]
 
     def request(
@@ -217,6 +224,7 @@ class TrainingClient:
             self._next_sample_key(),
             reference,
             micro_batch_size,
+            self._loss_factor,
         )
 
     def optim_step(
@@ -238,7 +246,12 @@ class TrainingClient:
             set_learning_rate(self._optimizer, learning_rate)
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise self._error("optim_step needs a gradient, there is none; call forward_backward")
+        if self._loss_scale is not None:
+            self._loss_scale.unscale(self.parameters.values())
         grad_norm = clip_gradients(self.parameters.values(), max_grad_norm)
+        if self._loss_scale is not None and not self._loss_scale.takes(grad_norm):
+            self.zero_grad()
+            return OptimStepOutput(self.step, grad_norm, is_skipped=True)
         if not math.isfinite(grad_norm):
             self.zero_grad()
             raise self._error(f"gradient norm must be finite, got {grad_norm}; it is dropped")
@@ -303,6 +316,7 @@ class TrainingClient:
             "step": self.step,
             "forwards": self._forwards,
             "draws": self._draws,
+            "loss_scale": None if self._loss_scale is None else asdict(self._loss_scale),
         }
         records = {_STATE: JobRecord(self._settings())}
         store = SnapshotStore(Path(directory))
@@ -326,6 +340,8 @@ class TrainingClient:
             self.step, self._forwards, self._draws = (
                 state[k] for k in ("step", "forwards", "draws")
             )
+            if self._loss_scale is not None:
+                self._loss_scale = LossScale(**state["loss_scale"])
         except STATE_ERRORS as error:
             raise ConfigError(
                 f"{directory} must hold a client's saved state, it holds something else: {error}"
@@ -342,6 +358,10 @@ class TrainingClient:
         for reference in self.references.values():
             drop_reference(self.host, reference, others)
         self.references.clear()
+
+    @property
+    def _loss_factor(self) -> float:
+        return 1.0 if self._loss_scale is None else self._loss_scale.scale
 
     def _next_sample_key(self) -> Callable[[int], int]:
         """Make what gives the rows of a call their keys of dropout, other ones in each call."""

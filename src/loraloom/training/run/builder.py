@@ -26,6 +26,7 @@ from loraloom.models.packing import check_takes_packed_rows
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
 from loraloom.training.run.start import start_batches
+from loraloom.training.step.loss_scale import make_loss_scale
 from loraloom.training.step.reference import load_reference
 
 KEPT_TRAINING_SETS = 8
@@ -69,7 +70,7 @@ class JobBuilder:
         training_set = self._training_set(config)
         _check_enough(config, training_set)
         _check_positions(config, training_set, self._host.config.max_position_embeddings)
-        job = Job(config, adapter, training_set, reference)
+        job = Job(config, adapter, training_set, reference, make_loss_scale(self._host))
         self._evaluation.read(config)
         return job
 

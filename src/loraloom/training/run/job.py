@@ -17,6 +17,7 @@ from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key
 from loraloom.training.run.collapse import CollapseWatch
 from loraloom.training.run.selection import Selection, metric_mode
+from loraloom.training.step.loss_scale import LossScale
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss, StepReport
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.optimizers import (
@@ -76,12 +77,14 @@ class Job:
         adapter: Adapter,
         training_set: TrainingSet | StreamedSet,
         reference: Reference | None = None,
+        loss_scale: LossScale | None = None,
     ):
         self.config = config
         self.adapter = adapter
         self.training_set = training_set
         self.objective = build_objective(config.train.objective)
         self.reference = reference
+        self.loss_scale = loss_scale
         self.order = make_order(training_set, config.train)
         self.optimizer = build_optimizer(config.train, adapter)
         self.scheduler = build_scheduler(
@@ -171,6 +174,7 @@ class Job:
             self.objective,
             self.reference,
             train.max_length if train.packing else None,
+            loss_scale=1.0 if self.loss_scale is None else self.loss_scale.scale,
         )
 
     def accept(
@@ -256,6 +260,7 @@ class Job:
             "collapse": asdict(self.collapse),
             "reference": {} if self.reference is None else self.reference.log_probs,
             "order": self.order.state_dict(self.position.step),
+            "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -269,19 +274,22 @@ class Job:
         self.collapse = CollapseWatch(**state.get("collapse", {}))  # older ones have none
         if self.reference is not None:
             self.reference.log_probs = state["reference"]
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale(**state["loss_scale"])
         self.order.load_state_dict(self.position.step, state.get("order", {}))
         self._window = None
 
     def _make_step(self, loss: MicroBatchLoss) -> StepReport:
-        grad_norm = self._clip()
-        learning_rate, position = self.learning_rate, self.position
-        # Until a finite loss proves the new weights, the old ones take the place of the gradients.
-        proven = [parameter.detach().clone() for parameter in self.parameters.values()]
-        self.optimizer.step()
+        learning_rate, position, scale = self.learning_rate, self.position, self.loss_scale
+        if scale is not None:
+            scale.unscale(self.parameters.values())
+        grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)
+        if scale is None or scale.takes(grad_norm):
+            self._check_finite("gradient norm", grad_norm, position.step + 1)
+            self._learn()
+        elif scale.scale < 1:
+            raise self._error("gradients overflow float16 even without scaling", position.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        self._proven = proven
-        if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
-            self.scheduler.step()  # pyright: ignore[reportCallIssue]
         if self.reference is not None and isinstance(self.training_set, StreamedSet):
             self.reference.forget(self.window.examples)  # they never come again
         position.step += 1
@@ -297,7 +305,18 @@ class Job:
             position.tokens,
             position.computed_tokens,
             self._warnings(loss),
+            None if scale is None else scale.scale,
+            0 if scale is None else scale.skipped_steps,
         )
+
+    def _learn(self) -> None:
+        """Let the weights follow their gradients."""
+        # Until a finite loss proves the new weights, the old ones take the place of the gradients.
+        proven = [parameter.detach().clone() for parameter in self.parameters.values()]
+        self.optimizer.step()
+        self._proven = proven
+        if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
+            self.scheduler.step()  # pyright: ignore[reportCallIssue]
 
     def _warnings(self, loss: MicroBatchLoss) -> tuple[str, ...]:
         """Judge a mixture's load after a step."""
@@ -305,11 +324,6 @@ class Job:
         if config.experts_per_token is None or not loss.tokens_per_expert:
             return ()
         return tuple(self.collapse.take(self.position.step, loss.tokens_per_expert, config))
-
-    def _clip(self) -> float:
-        grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)
-        self._check_finite("gradient norm", grad_norm, self.position.step + 1)
-        return grad_norm
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import math
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -39,7 +40,8 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
 
     `tokens`, `computed_tokens` (with padding) and `seconds` are totals since the job and the run
     began; `loss` is the objective's over the whole step, `aux_loss` the router losses with their
-    coefficients. `warnings` are there only after a step that gave some.
+    coefficients. `warnings` are there only after a step that gave some. A job on a base model in
+    float16 has `loss_scale` and `skipped_steps`, and no `grad_norm` at a step that was skipped.
     """
     loss = report.loss
     metrics: Metrics = {
@@ -53,6 +55,10 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
         "computed_tokens": report.computed_tokens,
         "seconds": round(seconds, 3),
     }
+    if report.loss_scale is not None:
+        metrics |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
+        if not math.isfinite(report.grad_norm):
+            del metrics["grad_norm"]
     if loss.router_entropy is not None:
         metrics["router/entropy"] = loss.router_entropy
         metrics["router/load_cv"] = loss.router_load_cv

@@ -38,7 +38,7 @@ def forward_backward(
 
     A loss is the micro-batch's share of its objective over the whole step, so that the gradient
     does not depend on how the step is cut. A loss that is not finite is left out of the backward
-    pass; its adapter's gradient is of no use then.
+    pass; its adapter's gradient is of no use then. Gradients are those of losses times their scale.
 
     Where the host has several ranks, each computes its share of the rows and gets its summand of
     the gradient. Losses are those of all.
@@ -76,8 +76,8 @@ def forward_backward(
     with ranks.together(), recovering(host.model):
         _backward(
             [
-                term["loss"] + term["aux_loss"]
-                for term, fetched in zip(terms, values, strict=True)
+                _scaled(term["loss"] + term["aux_loss"], micro_batch.loss_scale)
+                for term, fetched, micro_batch in zip(terms, values, micro_batches, strict=True)
                 if math.isfinite(fetched.terms["loss"] + fetched.terms["aux_loss"])
             ]
         )
@@ -180,6 +180,10 @@ def _fetch(
         )
         for own, record, load in zip(named, routing, loads, strict=True)
     ]
+
+
+def _scaled(loss: Tensor, scale: float) -> Tensor:
+    return loss if scale == 1 else loss * scale
 
 
 def _backward(losses: Sequence[Tensor]) -> None:

@@ -27,6 +27,7 @@ class MicroBatch:
         reference: What the objective compares with, if it does.
         max_row_length: Most tokens of a row that samples share; None: each has a row.
         counts: Whether anything comes of it; False for a rank that no example is left for.
+        loss_scale: Factor of the loss in the backward pass alone.
     """
 
     adapter: Adapter
@@ -37,6 +38,7 @@ class MicroBatch:
     reference: Reference | None = None
     max_row_length: int | None = None
     counts: bool = True
+    loss_scale: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -132,7 +134,11 @@ def _add(left: float | None, right: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step of a job did; `warnings` are new with it."""
+    """What a step of a job did.
+
+    `warnings` are new with it. A job without a `loss_scale` skips no steps; `grad_norm` is not
+    finite where it did.
+    """
 
     step: int
     epoch: float
@@ -142,6 +148,8 @@ class StepReport:
     tokens: int
     computed_tokens: int
     warnings: tuple[str, ...] = ()
+    loss_scale: float | None = None
+    skipped_steps: int = 0
 
 
 def padding_share(tokens: int, computed_tokens: int) -> float:

@@ -58,6 +58,7 @@ class Request:
         sample_key: Makes the key of a row's dropout from its place.
         reference: What the objective compares with, if it does.
         micro_batch_size: Examples that go through the model at once; None for all.
+        loss_scale: Factor of the gradients.
     """
 
     adapter: Adapter
@@ -66,6 +67,7 @@ class Request:
     sample_key: Callable[[int], int]
     reference: Reference | None = None
     micro_batch_size: int | None = None
+    loss_scale: float = 1.0
 
 
 @final
@@ -159,7 +161,15 @@ def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
         examples = [next(rows) for _ in window.micro_batch(index)]
         keys = [request.sample_key(example.sample_id) for example in examples]
         micro_batches.append(
-            MicroBatch(request.adapter, examples, keys, window, recorder, request.reference)
+            MicroBatch(
+                request.adapter,
+                examples,
+                keys,
+                window,
+                recorder,
+                request.reference,
+                loss_scale=request.loss_scale,
+            )
         )
     return micro_batches
 

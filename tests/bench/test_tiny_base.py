@@ -1,0 +1,26 @@
+"""The tiny base model of studies."""
+
+from __future__ import annotations
+
+import loraloom
+from loraloom.bench import tiny_base
+from loraloom.data.skills import generate_skills
+
+
+def test_the_tiny_base_model_has_a_token_for_each_syllable_of_a_land(tmp_path, monkeypatch):
+    rows = generate_skills("train")[:90]
+    texts = [f"{row['question']} {row['choices'][row['answer']]}" for row in rows]
+    monkeypatch.setattr(tiny_base, "read_texts", lambda: texts)
+    sizes = ["--layers=1", "--hidden-size=16"]
+    tiny_base.main([f"--output={tmp_path}", "--steps=2", *sizes])
+    model, tokenizer = loraloom.load_base_model(str(tmp_path))
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (1, 48)
+    assert tokenizer.tokenize("Baldan: 42") == ["Bal", "##dan", ":", "4", "##2"]
+    assert all(tokenizer.unk_token_id not in ids for ids in tokenizer(texts).input_ids)
+
+
+def test_the_tiny_base_model_learns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny_base, "read_texts", lambda: ["the lower card wins 3"] * 64)
+    tiny_base.main([f"--output={tmp_path}", "--steps=200", "--layers=1", "--hidden-size=16"])
+    first, second = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
+    assert second < first / 2
