@@ -36,31 +36,51 @@ _Update = tuple[StackedInput | None, Tensor]
 Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
 """From an adapter to what takes its routing; None where nobody asks."""
 
-MakeStack = Callable[[tuple[ScaledAdapter, ...], torch.dtype], "Stack"]
+TakeStack = Callable[[tuple[ScaledAdapter, ...], torch.dtype], "StackPart"]
 
 
 class Stack:
     """Like adapters' weights in compute form, layer by layer, made when first asked for.
 
+    Adapters come and go; what is there of the others stays.
+
     Args:
-        adapters: One or more, all alike.
         dtype: Of the products.
+
+    Attributes:
+        adapters: In the order of their entries; all are alike.
     """
 
-    def __init__(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype):
-        self.adapters = adapters
+    def __init__(self, dtype: torch.dtype):
+        self.adapters: tuple[ScaledAdapter, ...] = ()
         self._dtype = dtype
-        self._inputs: dict[tuple[int, str], StackedInput | None] = {}
+        self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
         self._ffns: dict[int, StackedFfn] = {}
 
-    @property
-    def adapts_ffn(self) -> bool:
-        """Whether they have weights in FFN blocks: in all of them, or in none."""
-        return self.adapters[0][0].adapts_ffn(0)
+    def keep(self, entries: Sequence[int]) -> None:
+        """Let all other adapters go."""
+        self.adapters = tuple(self.adapters[entry] for entry in entries)
+        if not entries:
+            self._inputs, self._ffns = {}, {}
+        for key, inputs in self._inputs.items():
+            self._inputs[key] = inputs and inputs.take(entries)
+        for layer, ffn in self._ffns.items():
+            self._ffns[layer] = ffn.take(entries)
 
-    def attention(self, layer: int, names: Sequence[str]) -> StackedInput | None:
+    def add(self, adapters: tuple[ScaledAdapter, ...]) -> None:
+        """Put other ones behind those that are there."""
+        added = Stack(self._dtype)
+        added.adapters = adapters
+        self.adapters += adapters
+        for key, inputs in self._inputs.items():
+            more = added.attention(*key)
+            self._inputs[key] = inputs and more and inputs.followed_by(more)
+        for layer, ffn in self._ffns.items():
+            self._ffns[layer] = ffn.followed_by(added.ffn(layer))
+
+    def attention(self, layer: int, names: tuple[str, ...]) -> StackedInput | None:
         """Return the attention projections that share an input; None if none is adapted."""
-        key = (layer, names[0])
+        key = (layer, names)
         if key not in self._inputs:
             first, _ = self.adapters[0]
             present = [name for name in names if name in first.attention_block(layer)]
@@ -87,21 +107,103 @@ class Stack:
         return stack_inputs(groups)
 
 
+class StackPart:
+    """Adapters that lie behind one another in a stack; views of its weights.
+
+    Args:
+        stack: Of these adapters and perhaps others; it must not change from now on.
+        entries: Where they are.
+    """
+
+    def __init__(self, stack: Stack, entries: slice):
+        self.adapters = stack.adapters[entries]
+        self._stack = stack
+        self._entries = entries
+        self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
+        self._ffns: dict[int, StackedFfn] = {}
+
+    @property
+    def adapts_ffn(self) -> bool:
+        """Whether they have weights in FFN blocks: in all of them, or in none."""
+        return self.adapters[0][0].adapts_ffn(0)
+
+    def attention(self, layer: int, names: tuple[str, ...]) -> StackedInput | None:
+        """See Stack."""
+        key = (layer, names)
+        if key not in self._inputs:
+            whole = self._stack.attention(layer, names)
+            self._inputs[key] = whole and whole.take(self._entries)
+        return self._inputs[key]
+
+    def ffn(self, layer: int) -> StackedFfn:
+        """See Stack."""
+        if layer not in self._ffns:
+            self._ffns[layer] = self._stack.ffn(layer).take(self._entries)
+        return self._ffns[layer]
+
+
+class Stacks:
+    """A stack for each kind of adapters that were used together.
+
+    Args:
+        on_change: Told before a stack changes; its parts must not be used from then on.
+    """
+
+    def __init__(self, on_change: Callable[[], object]):
+        self._on_change = on_change
+        self._stacks: dict[Hashable, Stack] = {}
+
+    def take(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype) -> StackPart:
+        """Return a part of a stack with these adapters, all of which are alike.
+
+        Others may lie between them, which go when they are more than these.
+        """
+        key = (adapters[0][0].stack_key(), dtype)
+        stack = self._stacks.pop(key, None) or Stack(dtype)  # what fails half-way is gone
+        missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
+        if missing:
+            self._on_change()
+            stack.add(missing)
+        entries = _span(stack, adapters)
+        if entries.stop - entries.start > 2 * len(adapters):
+            self._on_change()
+            stack.keep(sorted(map(stack.adapters.index, adapters)))
+            entries = _span(stack, adapters)
+        self._stacks[key] = stack
+        return StackPart(stack, entries)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Let an adapter's weights go, however they are scaled."""
+        self._on_change()
+        for stack in self._stacks.values():
+            others = [place for place, one in enumerate(stack.adapters) if one[0] is not adapter]
+            if len(others) < len(stack.adapters):
+                stack.keep(others)
+
+
+def _span(stack: Stack, adapters: Sequence[ScaledAdapter]) -> slice:
+    """Where a stack has adapters, and perhaps others between them."""
+    entries = [stack.adapters.index(adapter) for adapter in adapters]
+    return slice(min(entries), max(entries) + 1)
+
+
 @dataclass(frozen=True)
 class Cohort:
     """Like adapters of a batch and where their rows are.
 
     Args:
         stack: Of N adapters.
-        counts: Token rows of each.
+        counts: Token rows of each; the first and the last have some.
         take: Token row of each place of [N, n], flat; None when the cohort has all rows in order.
-        put: Place of each token row, or N·n at rows that are not the cohort's; None as above.
+        put: Place of each token row, any at rows that are not the cohort's; None as above.
+        others: True at rows that are not the cohort's, [T, 1]; None where there are none.
     """
 
-    stack: Stack
+    stack: StackPart
     counts: tuple[int, ...]
     take: Tensor | None
     put: Tensor | None
+    others: Tensor | None
 
     @property
     def adapters(self) -> tuple[ScaledAdapter, ...]:
@@ -116,16 +218,25 @@ class Cohort:
     def tokens(self, layer: int, index: int, recorder: Recorder, device: Any) -> SegmentTokens:
         """Describe an adapter's rows in a layer; padding at their end is not real."""
         count = self.counts[index]
-        record = recorder(self.adapters[index][0])
+        record = recorder(self.adapters[index][0]) if count else None
         if count == self.width or record is None:
             return SegmentTokens(layer, record=record)
         real_index = torch.arange(count, device=device)
         return SegmentTokens(layer, None, real_index, None, record)
 
+    @property
+    def size(self) -> int:
+        """N·n."""
+        return len(self.adapters) * self.width
+
     def gather(self, rows: Tensor) -> Tensor:
         """Go from [T, ...] to [N, n, ...]."""
         if self.take is not None:
             rows = rows.index_select(0, self.take)
+        return self.side_by_side(rows)
+
+    def side_by_side(self, rows: Tensor) -> Tensor:
+        """See gathered rows, [N·n, ...], as [N, n, ...]."""
         return rows.view(len(self.adapters), -1, rows.shape[-1])
 
     def scatter(self, values: Tensor, blank: float = 0.0) -> Tensor:
@@ -133,8 +244,8 @@ class Cohort:
         values = values.flatten(0, 1)
         if self.put is None:
             return values
-        row = values.new_full((1, values.shape[-1]), blank)
-        return torch.cat([values, row]).index_select(0, self.put)
+        rows = values.index_select(0, self.put)
+        return rows if self.others is None else rows.masked_fill_(self.others, blank)
 
 
 @dataclass(frozen=True)
@@ -144,15 +255,15 @@ class StackedPlan:
     Args:
         cohorts: Of attention; those that adapt FFN blocks too come first.
         num_in_ffn: How many of them.
-        base_rows: Token rows that no cohort's FFN has; None for none.
-        ffn_put: Place of each token row behind one another; None when there is one cohort with all
-            rows in order.
+        ffn_take: Token row of each place of all cohorts' rows, behind one another, and behind them
+            the rows that no cohort's FFN has; None when there is one cohort with all rows in order.
+        ffn_put: Place of each token row among these; None as above.
         device: Of the hidden states.
     """
 
     cohorts: tuple[Cohort, ...]
     num_in_ffn: int
-    base_rows: Tensor | None
+    ffn_take: Tensor | None
     ffn_put: Tensor | None
     device: torch.device
 
@@ -168,12 +279,12 @@ class StackedForward:
     def __init__(self, plan: StackedPlan, recorder: Recorder):
         self._plan = plan
         self._recorder = recorder
-        self._shared: tuple[Tensor, int, Sequence[str], Sequence[_Update]] | None = None
+        self._shared: tuple[Tensor, int, tuple[str, ...], Sequence[_Update]] | None = None
 
     def project(
         self,
         layer: int,
-        group: Sequence[str],
+        group: tuple[str, ...],
         name: str,
         hidden_states: Tensor,
         output: Tensor,
@@ -201,31 +312,43 @@ class StackedForward:
         self,
         layer: int,
         hidden_states: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
+        base_inputs: Callable[[Tensor], tuple[Tensor, Tensor | None]],
         act: Activation,
         down: nn.Module,
     ) -> Tensor:
-        """Compute an FFN block from the base's gate and up; see FfnBlock."""
+        """Compute an FFN block; see FfnBlock.
+
+        Rows are put in the cohorts' order in front of the base's projections, and back behind them.
+
+        Args:
+            layer: Index of the decoder layer.
+            hidden_states: The block's input, [B, L, D].
+            base_inputs: The base's gate and up (or only input projection, and None).
+            act: The base's activation.
+            down: The base's output projection.
+        """
         plan = self._plan
+        cohorts = plan.cohorts[: plan.num_in_ffn]
         rows = hidden_states.view(-1, hidden_states.shape[-1])
-        gate = gate.flatten(0, -2)
-        up = None if up is None else up.flatten(0, -2)
+        if plan.ffn_take is not None:
+            rows = rows.index_select(0, plan.ffn_take)
+        gate, up = base_inputs(rows)
+        sizes = [cohort.size for cohort in cohorts]
+        sizes += [len(rows) - sum(sizes)] * (len(rows) > sum(sizes))
+        parts = [_split(values, sizes) for values in (rows, gate, up)]
         with outside_autocast(gate):
             steps = [
                 cohort.stack.ffn(layer).step(
-                    cohort.gather(rows),
-                    cohort.gather(gate),
-                    None if up is None else cohort.gather(up),
+                    *(None if own is None else cohort.side_by_side(own) for own in inputs),
                     act,
                     partial(self._tokens, cohort, layer),
                 )
-                for cohort in plan.cohorts[: plan.num_in_ffn]
+                for cohort, *inputs in zip(cohorts, *parts, strict=False)
             ]
         hidden = [step.hidden for step in steps]
-        if plan.base_rows is not None:
-            states = act(gate.index_select(0, plan.base_rows))
-            hidden.append(states if up is None else states * up.index_select(0, plan.base_rows))
+        if len(sizes) > len(cohorts):
+            _, gate, up = (own[-1] for own in parts)
+            hidden.append(act(gate) if up is None else act(gate) * up)
         outputs = _through(down, hidden)
         with outside_autocast(gate):
             for place, step in enumerate(steps):
@@ -239,7 +362,7 @@ class StackedForward:
         return cohort.tokens(layer, index, self._recorder, self._plan.device)
 
     def _updates(
-        self, layer: int, group: Sequence[str], hidden_states: Tensor, dtype: torch.dtype
+        self, layer: int, group: tuple[str, ...], hidden_states: Tensor, dtype: torch.dtype
     ) -> Sequence[_Update]:
         """Every cohort's update of projections with one input, [T, ΣO]; kept for the next one."""
         if self._shared is not None:
@@ -278,7 +401,7 @@ def _updated(
 
 
 def plan_stacked(
-    make_stack: MakeStack,
+    take_stack: TakeStack,
     rows: Sequence[ScaledAdapter | None],
     length: int,
     dtype: torch.dtype,
@@ -287,7 +410,7 @@ def plan_stacked(
     """Plan how to compute a small forward without gradients by cohorts.
 
     Args:
-        make_stack: Puts like adapters' weights side by side.
+        take_stack: Puts like adapters' weights side by side.
         rows: Each batch row's adapter.
         length: L.
         dtype: Of the base.
@@ -306,7 +429,7 @@ def plan_stacked(
         alike.setdefault(adapter[0].stack_key(), []).append(adapter)
     if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter, _ in adapters):
         return None
-    stacks = [make_stack(tuple(adapters), dtype) for adapters in alike.values()]
+    stacks = [take_stack(tuple(adapters), dtype) for adapters in alike.values()]
     return _make_plan(stacks, rows, length, device)
 
 
@@ -322,6 +445,13 @@ def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
     return list(linear(torch.cat(list(parts))).split([len(part) for part in parts]))
 
 
+def _split(rows: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
+    """Cut rows into parts; views cost as much as small products do."""
+    if rows is None or len(sizes) == 1:
+        return [rows] * len(sizes)
+    return rows.split(list(sizes))
+
+
 def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.dtype) -> bool:
     slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
     layer = adapters[0][0].base_layers[0]
@@ -330,51 +460,80 @@ def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.d
 
 
 def _make_plan(
-    stacks: Sequence[Stack], rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
+    stacks: Sequence[StackPart],
+    rows: Sequence[ScaledAdapter | None],
+    length: int,
+    device: torch.device,
 ) -> StackedPlan:
     ordered = sorted(stacks, key=lambda stack: not stack.adapts_ffn)
     cohorts = tuple(_make_cohort(stack, rows, length, device) for stack in ordered)
     in_ffn = [cohort for cohort in cohorts if cohort.stack.adapts_ffn]
     if in_ffn and in_ffn[0].put is None:
         return StackedPlan(cohorts, 1, None, None, device)
-    num_tokens, start = len(rows) * length, 0
-    place = torch.full((num_tokens,), -1)
+    order: list[int] = []
+    place: dict[int, int] = {}
     for cohort in in_ffn:
-        size = len(cohort.adapters) * cohort.width
-        put: Tensor = cohort.put.cpu()  # pyright: ignore[reportOptionalMemberAccess]
-        place = torch.where(put < size, start + put, place)
-        start += size
-    base_rows = (place < 0).nonzero().squeeze(1)
-    place[base_rows] = start + torch.arange(len(base_rows))
+        parts = _token_rows(cohort.stack, rows, length)
+        place |= {row: len(order) + own for row, own in _places(parts).items()}
+        order += _padded(parts)
+    for row in range(len(rows) * length):
+        if row not in place:
+            place[row] = len(order)
+            order.append(row)
+    put = [place[row] for row in range(len(place))]
     return StackedPlan(
         cohorts,
         len(in_ffn),
-        base_rows.to(device) if len(base_rows) else None,
-        place.to(device),
+        torch.tensor(order, device=device),
+        torch.tensor(put, device=device),
         device,
     )
 
 
 def _make_cohort(
-    stack: Stack, rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
+    stack: StackPart, rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
 ) -> Cohort:
-    adapters = stack.adapters
-    tokens = [
+    num_tokens = len(rows) * length
+    parts = _token_rows(stack, rows, length)
+    counts = tuple(map(len, parts))
+    if counts == (num_tokens,):
+        return Cohort(stack, counts, None, None, None)
+    place = _places(parts)
+    put = [place.get(row, 0) for row in range(num_tokens)]
+    others = None
+    if len(place) < num_tokens:
+        mask = [[row not in place] for row in range(num_tokens)]
+        others = torch.tensor(mask, device=device)
+    take = torch.tensor(_padded(parts), device=device)
+    return Cohort(stack, counts, take, torch.tensor(put, device=device), others)
+
+
+def _token_rows(
+    stack: StackPart, rows: Sequence[ScaledAdapter | None], length: int
+) -> list[list[int]]:
+    """List the token rows of each adapter."""
+    return [
         [
             row * length + place
             for row, owner in enumerate(rows)
             if owner == adapter
             for place in range(length)
         ]
-        for adapter in adapters
+        for adapter in stack.adapters
     ]
-    counts = tuple(map(len, tokens))
-    num_tokens, width = len(rows) * length, max(counts)
-    if counts == (num_tokens,):
-        return Cohort(stack, counts, None, None)
-    padded = [places + places[:1] * (width - len(places)) for places in tokens]
-    put = torch.full((num_tokens,), len(adapters) * width)
-    for index, places in enumerate(tokens):
-        put[places] = index * width + torch.arange(len(places))
-    take = torch.tensor(padded).flatten()
-    return Cohort(stack, counts, take.to(device), put.to(device))
+
+
+def _padded(parts: Sequence[list[int]]) -> list[int]:
+    """List all adapters' token rows, each padded to the longest by its first row (or row 0)."""
+    width = max(map(len, parts))
+    return [row for part in parts for row in part + (part[:1] or [0]) * (width - len(part))]
+
+
+def _places(parts: Sequence[list[int]]) -> dict[int, int]:
+    """Say where each token row is among the padded ones."""
+    width = max(map(len, parts))
+    return {
+        row: index * width + offset
+        for index, part in enumerate(parts)
+        for offset, row in enumerate(part)
+    }

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -28,10 +30,37 @@ TokensOf = Callable[[int], Any]
 """From an adapter's place in the stack to the description of its rows."""
 
 _Value = TypeVar("_Value")
+_Change = Callable[..., Any]
+"""From what lies entry by entry in stacks, [N, ...] or tuples, to the same of a new stack."""
+
+
+class Entries(ABC):
+    """Weights that lie adapter by adapter, of which some can be taken and others put behind."""
+
+    def take(self, entries: slice | Sequence[int]) -> Any:
+        """Return the stack of some adapters; of those in a slice it is a view."""
+        return self._changed(lambda values: _taken(values, entries))
+
+    def followed_by(self, other: Any) -> Any:
+        """Return the stack of these adapters and of other ones that are like them."""
+        return self._changed(
+            lambda *both: torch.cat(both) if isinstance(both[0], Tensor) else (*chain(*both),),
+            other,
+        )
+
+    @abstractmethod
+    def _changed(self, change: _Change, *others: Any) -> Any:
+        """Change what lies entry by entry, together with the same of other stacks."""
+
+
+def _taken(values: Any, entries: slice | Sequence[int]) -> Any:
+    if isinstance(values, Tensor) or isinstance(entries, slice):
+        return values[entries]
+    return tuple(values[entry] for entry in entries if values)  # none has any, or all have
 
 
 @dataclass(frozen=True)
-class StackedInput:
+class StackedInput(Entries):
     """Projections with one input.
 
     Args:
@@ -48,6 +77,19 @@ class StackedInput:
     columns: Mapping[str, slice]
     row_scales: Mapping[str, Tensor]
     sources: Sequence[InputGroup] = ()
+
+    def _changed(self, change: _Change, *others: StackedInput) -> StackedInput:
+        stacks = (self, *others)
+        return replace(
+            self,
+            A=change(*(stack.A.mT for stack in stacks)).mT,
+            B=change(*(stack.B for stack in stacks)),
+            row_scales={
+                name: change(*(stack.row_scales[name] for stack in stacks))
+                for name in self.row_scales
+            },
+            sources=change(*(stack.sources for stack in stacks)),
+        )
 
     def update(self, hidden_states: Tensor, tokens: TokensOf) -> Tensor:
         """Compute every projection's update side by side, [N, n, ΣO].
@@ -66,7 +108,7 @@ class StackedInput:
 
 
 @dataclass(frozen=True)
-class StackedSide:
+class StackedSide(Entries):
     """The B side of an FFN's input projection.
 
     Args:
@@ -83,6 +125,24 @@ class StackedSide:
     bias: Tensor | None
     between: Sequence[Between] = ()
 
+    def _changed(self, change: _Change, *others: StackedSide) -> StackedSide:
+        stacks = (self, *others)
+        row_scale = None
+        if self.row_scale is not None:
+            row_scale = change(*(stack._row_scale_by_entry for stack in stacks)).flatten(0, 1)
+        return replace(
+            self,
+            B=change(*(stack.B for stack in stacks)),
+            row_scale=row_scale,
+            between=change(*(stack.between for stack in stacks)),
+        )
+
+    @property
+    def _row_scale_by_entry(self) -> Tensor:
+        """[N, E, F]."""
+        assert self.row_scale is not None
+        return self.row_scale.unflatten(0, (len(self.B), -1))
+
 
 class StackedStep(ABC):
     """One pass of an FFN block, to both sides of the base's output projection."""
@@ -96,7 +156,7 @@ class StackedStep(ABC):
 
 
 @dataclass(frozen=True)
-class StackedFfn(ABC):
+class StackedFfn(Entries):
     """An FFN block's weights of like adapters.
 
     Args:
@@ -112,6 +172,17 @@ class StackedFfn(ABC):
     up: StackedSide | None
     down_A: Tensor | None
     down: StackedSide | None
+
+    def _changed(self, change: _Change, *others: Any) -> Any:
+        stacks = (self, *others)
+        return replace(
+            self,
+            input_A=_changed_matrix(change, [stack.input_A for stack in stacks]),
+            gate=_changed_side(change, [stack.gate for stack in stacks]),
+            up=_changed_side(change, [stack.up for stack in stacks]),
+            down_A=_changed_matrix(change, [stack.down_A for stack in stacks]),
+            down=_changed_side(change, [stack.down for stack in stacks]),
+        )
 
     @abstractmethod
     def step(
@@ -231,6 +302,11 @@ class StackedExpertFfn(StackedFfn):
         """E."""
         return len(self.expert_columns)
 
+    def _changed(self, change: _Change, *others: StackedExpertFfn) -> StackedExpertFfn:
+        stacks = (self, *others)
+        changed = super()._changed(change, *others)
+        return replace(changed, router=change(*(stack.router for stack in stacks)))
+
     def step(
         self,
         hidden_states: Tensor,
@@ -249,10 +325,7 @@ class _ExpertStep(StackedStep):
         selected, slot_weights = self._route(hidden_states, tokens)
         self._masks = embedding(selected, weights.expert_columns)  # (N, n, K, S)
         self._slot_weights = list(slot_weights.to(gate.dtype).unsqueeze(-1).unbind(2))
-        self._factors_of: Tensor | None = None
-        if weights.num_experts * len(selected) > 1:
-            first = torch.arange(len(selected), device=selected.device) * weights.num_experts
-            self._factors_of = selected + first[:, None, None]
+        self._selected = selected
         low_rank = None
         if weights.input_A is not None:
             low_rank = torch.bmm(hidden_states.to(gate.dtype), weights.input_A)
@@ -310,9 +383,15 @@ class _ExpertStep(StackedStep):
 
     def _factors(self, row_scale: Tensor, rows: Tensor) -> Tensor:
         """DoRA's factors of every row's adapter and expert."""
-        if self._factors_of is None:
+        if len(row_scale) == 1:
             return row_scale.expand_as(rows)
         return embedding(self._factors_of, row_scale)
+
+    @cached_property
+    def _factors_of(self) -> Tensor:
+        """The place of each slot's factors among those of all adapters, [N, n, K]."""
+        adapters = torch.arange(len(self._selected), device=self._selected.device)
+        return self._selected + adapters[:, None, None] * self.weights.num_experts
 
     def _reduce(self, states: Tensor) -> Tensor | None:
         """Go to the rank space of the output projection, [N, n, [K,] S], combined if it may be."""
@@ -395,6 +474,17 @@ def _stack_sides(parts: Sequence[FfnWeights]) -> dict[str, Any]:
         "down_A": _stack_transposed([part.down_A for part in parts]),
         "down": _stack_up([part.down for part in parts]),
     }
+
+
+def _changed_matrix(change: _Change, matrices: Sequence[Tensor | None]) -> Tensor | None:
+    """Change transposed matrices, so that they lie as they did."""
+    present = _present(matrices)
+    return change(*(matrix.mT for matrix in present)).mT if present else None
+
+
+def _changed_side(change: _Change, sides: Sequence[StackedSide | None]) -> StackedSide | None:
+    present = _present(sides)
+    return present[0]._changed(change, *present[1:]) if present else None
 
 
 def _present(values: Iterable[_Value | None]) -> list[_Value]:
