@@ -315,8 +315,8 @@ def test_what_has_no_place_for_them_says_so(tmp_path):
         host.merge("lora")
     with pytest.raises(AdapterError, match="must have updates of the form BA"):
         host.combine(["lora", "lora"], [0.5, 0.5], name="both")
-    with pytest.raises(AdapterError, match="to be exported, got trained whole: lm_head"):
-        loraloom.export(host, build_tokenizer(), "lora", tmp_path / "out")
+    with pytest.raises(AdapterError, match="to be a GGUF adapter, got trained whole: lm_head"):
+        loraloom.export(host, build_tokenizer(), "lora", tmp_path / "out.gguf", "gguf")
     host.save("lora", tmp_path / "lora")
     with pytest.raises(AdapterError, match="to be read by MoE-PEFT"):
         loraloom.convert(tmp_path / "lora", tmp_path / "reference", "reference")
@@ -346,3 +346,12 @@ def test_peft_models_of_our_methods_have_them_too(tmp_path):
     view = host.as_model("a")
     with torch.no_grad():
         assert relative_error(view(input_ids=IDS).logits, expected) < 1e-6
+
+
+@pytest.mark.parametrize("choice", OURS)
+@pytest.mark.parametrize("name", ["lora", "mixlora"])
+def test_exported_models_have_them_in_place_of_the_bases(choice, name, tmp_path):
+    host = mixed_host(choice, torch.float32)
+    written = loraloom.export(host, build_tokenizer(), name, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(written.path, dtype=torch.float32)
+    assert relative_error(logits(model), logits(host, adapters=[name] * 3)) < 1e-5

@@ -169,6 +169,15 @@ class OwnModule(Weights):
             base_forward: The module's own forward.
         """
 
+    @abstractmethod
+    def stored(self, name: str, weight: Tensor) -> Tensor:
+        """Give a parameter with which the module itself computes the same.
+
+        Args:
+            name: Of the parameter in the module.
+            weight: The base model's.
+        """
+
 
 class Adapter(nn.Module, ABC):
     """A named set of trained weights on a base model.

@@ -4,7 +4,7 @@ Axes: B rows, L tokens in the cache, V vocabulary.
 
 Rows end at the cache's last column, so that they are padded on the left and distances between
 columns are distances between tokens, whatever a row's length. A row's positions count its own
-tokens.
+tokens. Which tokens are real is known on the CPU, so that no step asks the device for it.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Decoding:
 
     Args:
         adapters: Of each row.
-        attention_mask: 1 at real tokens, [B, L].
+        attention_mask: 1 at real tokens, [B, L]; on the CPU.
         logits: Of the token after each row's last one, [B, V].
         cache: Of `make_cache`: keys and values, [B, heads, L, head_dim], in each attention layer.
         prepared: The adapters' weights, as they were when the session began.
@@ -168,7 +168,7 @@ class Decoding:
             states: Of the row's first tokens, [layers, 2, heads, L, head_dim].
             prepared: Takes the weights in compute form.
         """
-        mask = torch.ones(1, states.shape[3], dtype=torch.long, device=states.device)
+        mask = torch.ones(1, states.shape[3], dtype=torch.long)
         session = cls([adapter], mask, make_cache(None), prepared)
         for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
             session.cache.update(keys, values, layer)
@@ -180,7 +180,7 @@ class Decoding:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row, [B]."""
+        """Tokens of each row, [B]; on the CPU."""
         return self.attention_mask.sum(1)
 
     def states(self, row: int, start: int, stop: int) -> Tensor:
@@ -209,10 +209,10 @@ class Decoding:
         Args:
             rows: Places, at least one; one that is named twice is copied.
         """
-        index = torch.tensor(rows, device=self.attention_mask.device)
         self.adapters = [self.adapters[row] for row in rows]
+        index = torch.tensor(rows, device=self.logits.device)
         self.logits = self.logits.index_select(0, index)
-        mask = self.attention_mask.index_select(0, index)
+        mask = self.attention_mask[list(rows)]
         unused = mask.shape[1] - int(mask.sum(1).max())
         self.attention_mask = mask[:, unused:]
         for layer in _layers(self.cache):

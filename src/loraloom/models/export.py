@@ -80,7 +80,6 @@ def export(
         ConfigError: If the path or the dtype can't be used.
     """
     path, adapter = Path(path), host.adapter(name)
-    refuse_own_parts(adapter.config, f"adapter {name!r}", "be exported")
     if host.merged is not None:
         raise AdapterError(
             f"no adapter may be merged to export one, {host.merged!r} is; unmerge it"
@@ -90,6 +89,7 @@ def export(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if form == "gguf":
+        refuse_own_parts(adapter.config, f"adapter {name!r}", "be a GGUF adapter")
         architecture = architecture_of(host.base)
         _written(
             write_file,

@@ -43,6 +43,7 @@ class Merged:
     """
 
     def __init__(self, adapter: Adapter):
+        refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be merged into a base model")
         check_merges(adapter)
         self.name = adapter.name
         projections = list(_projections(adapter))
@@ -76,8 +77,7 @@ class Merged:
 
 
 def check_merges(adapter: Adapter) -> None:
-    """Raise an AdapterError if no weights of projections stand for an adapter."""
-    refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be merged into projections")
+    """Raise an AdapterError if no weights stand for an adapter, as its routers choose by token."""
     if adapter.config.experts_per_router:
         raise AdapterError(
             f"adapter {adapter.name!r} must be without routers to be merged into the base model, "

@@ -57,6 +57,10 @@ class WholeModule(OwnModule):
         outputs = twin.forward(inputs)
         return outputs if self.is_linear else outputs.to(_dtype(module))
 
+    def stored(self, name: str, weight: Tensor) -> Tensor:
+        """See OwnModule."""
+        return self.get_parameter(name).detach()
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters."""
         for name, weight in self.named_parameters():
@@ -124,6 +128,13 @@ class OwnTokens(OwnModule):
             hidden_states, rows, None if bias is None else bias[self.get_buffer("tokens")]
         )
         return outputs.index_copy(-1, self.get_buffer("tokens"), logits.to(outputs.dtype))
+
+    def stored(self, name: str, weight: Tensor) -> Tensor:
+        """See OwnModule."""
+        if name != "weight":
+            return weight
+        rows = self.rows.detach()
+        return weight.to(rows.dtype).index_copy(0, self.get_buffer("tokens"), rows)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the rows, where they are not the embedding's."""

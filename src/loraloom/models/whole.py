@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.low_rank import Projection
+from loraloom.adapters.own import own_parts
 from loraloom.errors import AdapterError
 from loraloom.formats.checkpoint import LazyTensor
 from loraloom.formats.moe import Place, twin_of
@@ -64,19 +65,36 @@ class WholeModel(ABC):
 
     def shards(self) -> Iterator[Mapping[str, LazyTensor]]:
         """Give the model's tensors by name, layer by layer."""
-        yield dict(self._outer_tensors())
+        yield {name: self._owned(name, tensor) for name, tensor in self._outer_tensors()}
         layers = self.host.model.get_submodule(self.host.base.layers_path)
         for index, layer in enumerate(layers.children()):
             prefix = f"{self.host.base.layers_path}.{index}"
-            yield {f"{prefix}.{name}": tensor for name, tensor in self.layer_tensors(index, layer)}
+            tensors = self.layer_tensors(index, layer)
+            names = ((f"{prefix}.{name}", tensor) for name, tensor in tensors)
+            yield {name: self._owned(name, tensor) for name, tensor in names}
 
     def _outer_tensors(self) -> Iterator[tuple[str, LazyTensor]]:
         """Embeddings, the last norm and the head, unless it is the embeddings."""
         model, layers = self.host.model, f"{self.host.base.layers_path}."
-        tied = model.all_tied_weights_keys
+        tied = {} if self.unties_head else model.all_tied_weights_keys
         for name, tensor in whole_tensors(model).items():
             if not name.startswith(layers) and name not in tied:
                 yield name, tensor
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether the adapter has an embedding or head of its own, and not both as one."""
+        base = self.host.base
+        has_own = any(self.adapter.own_at(path) is not None for path in (base.embedding, base.head))
+        return base.ties_head and has_own and not own_parts(self.adapter.config, base).tied
+
+    def _owned(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        """Put what the adapter has as its own in place of a module's parameter."""
+        path, _, kind = name.rpartition(".")
+        own = self.adapter.own_at(path)
+        if own is None:
+            return tensor
+        return LazyTensor(tensor.shape, lambda: own.stored(kind, tensor.make()))
 
     def merged(
         self, projections: Mapping[str, Projection], name: str, tensor: LazyTensor
@@ -123,6 +141,8 @@ class MergedModel(WholeModel):
         self.config.architectures = [type(host.model).__name__]
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config
+        if self.unties_head:
+            self.config.tie_word_embeddings = False
 
     def empty(self) -> PreTrainedModel:
         """See WholeModel."""
@@ -146,6 +166,8 @@ class MoeModel(WholeModel):
         super().__init__(host, adapter)
         self.twin = twin_of(host.base.model_type)
         fields = self.twin.config_fields(host.config.to_dict(), adapter.as_moe(0))
+        if self.unties_head:
+            fields["tie_word_embeddings"] = False
         self.config = AutoConfig.for_model(self.twin.model_type, **fields)
         with torch.device("meta"):
             self._theirs = AutoModelForCausalLM.from_config(self.config)
