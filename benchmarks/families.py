@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from loraloom import ModelError, attach
 from loraloom.models.families import FAMILIES
-from loraloom.models.loading import quiet
 
 SMALL = {
     "vocab_size": 97,
@@ -55,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--types", nargs="+", default=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     counts: Counter[str] = Counter()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     for model_type in parser.parse_args().types:
         verdict, detail = tell(model_type)
         counts[verdict] += 1
@@ -67,7 +69,7 @@ def tell(model_type: str) -> tuple[str, str]:
     if model_type in FAMILIES:
         return "in the table", ""
     try:
-        with quiet(), in_time():
+        with in_time():
             model = tiny_model(model_type)
     except Exception as error:
         return "not made", str(error).partition("\n")[0][:100]

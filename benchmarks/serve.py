@@ -127,7 +127,12 @@ def arrivals(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "rate_chats_per_s": round(rate, 3),
         "chats": sum(map(len, waits.values())),
         "time_to_first_token_s": {
-            name: {"chats": len(own), "p50": quantile(own, 0.5), "p95": quantile(own, 0.95)}
+            name: {
+                "chats": len(own),
+                "p50": quantile(own, 0.5),
+                "p95": quantile(own, 0.95),
+                "longest": quantile(own, 1),
+            }
             for name, own in sorted(waits.items())
         },
     }

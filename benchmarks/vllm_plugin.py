@@ -155,9 +155,13 @@ def tiny_model(family: str) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15, generator=generator)
+            elif family == "gemma2" and "post_" in name:
+                # its blocks add normed outputs to embeddings that are the head, too: were these the
+                # larger part, each token would be followed by itself, whoever adapts the blocks
+                parameter.fill_(4.0)
     model.generation_config.eos_token_id = None
     return model.float().eval()
 

@@ -13,8 +13,8 @@ import loraloom
 from loraloom import adapters, errors
 
 ROOT = Path(__file__).parent.parent
-INSIDE = ("loraloom.bench", "loraloom.eval.harness")
-"""What measures, and what needs an extra, has modules of its own."""
+INSIDE = ("loraloom.bench", "loraloom.eval.harness", "loraloom.models.families")
+"""What measures, what needs an extra, and the table of families have modules of their own."""
 BESIDE = ("loraloom.peft",)
 """What needs another package is public under a name of its own."""
 

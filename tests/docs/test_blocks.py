@@ -167,7 +167,7 @@ def run_verb(arguments: list[str]) -> None:
     """Run a verb, or let the command line read its options."""
     for option, ending in ENDLESS.items():
         arguments = [*arguments, *ending] if option in arguments else arguments
-    runs = arguments[0] in RUN and "--harness" not in arguments
+    runs = arguments[0] in RUN and not {"--harness", "--ray"} & set(arguments)
     with pytest.MonkeyPatch.context() as patch:
         if not runs:
             for verbs in (cli.VERBS, *(verbs for _, verbs in cli.GROUPS.values())):

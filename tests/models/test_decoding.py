@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -75,6 +77,54 @@ def test_a_token_is_added_without_copying_the_others():
     places = {layer.keys.data_ptr() for layer in session.cache.layers}
     greedy(host, session, 3)
     assert {layer.keys.data_ptr() for layer in session.cache.layers} == places
+
+
+def test_rows_that_come_where_others_left_move_nothing():
+    host, (ids, mask) = tiny_host(), prompts()
+    session = host.prefill(ids, mask, NAMES)
+    places = {layer.keys.data_ptr() for layer in session.cache.layers}
+    for _ in range(3):
+        session.join(host.prefill(ids[2:3, 4:], None, NAMES[2:3]))
+        session.keep([0, 1, 2, 6, 4, 5])
+    assert {layer.keys.data_ptr() for layer in session.cache.layers} == places
+
+
+def test_rows_that_come_and_go_at_random_say_what_they_say_alone():
+    host, draw = tiny_host(), random.Random(4)
+    session, said = None, []
+    for step in range(30):
+        if session is None or (len(session) < 5 and draw.random() < 0.6):
+            ids, name = tiny_ids(1, draw.randint(1, 9), seed=step), draw.choice(NAMES)
+            came, alone = (host.prefill(ids, None, [name]) for _ in range(2))
+            said.append((alone, []))
+            session = came if session is None else (session.join(came), session)[1]
+        tokens = session.logits.argmax(-1)
+        for (_, own), token in zip(said, tokens.tolist(), strict=True):
+            own.append(token)
+        leaving = draw.randrange(len(said)) if len(said) > 1 and draw.random() < 0.5 else None
+        if leaving is not None:
+            alone, own = said[leaving]
+            assert greedy(host, alone, len(own))[0].tolist() == own
+            rows = [row for row in range(len(said)) if row != leaving]
+            draw.shuffle(rows)
+            said, tokens = [said[row] for row in rows], tokens[rows]
+            session.keep(rows)
+        host.decode(session, tokens)
+
+
+def test_states_that_are_no_numbers_go_with_their_row():
+    """Attention multiplies even what is masked, so nobody may find what another row left."""
+    host = tiny_host(configs={"broken": METHODS["lora"]})
+    with torch.no_grad():
+        for parameter in host.adapters["broken"].parameters():
+            parameter.fill_(torch.nan)
+    session = host.prefill(tiny_ids(2, 7), None, [None, "broken"])
+    session.keep([0])
+    short = tiny_ids(1, 3)
+    session.join(host.prefill(short, None, [None]))
+    tokens = session.logits.argmax(-1)
+    alone = host.decode(host.prefill(short, None, [None]), tokens[1:])
+    torch.testing.assert_close(host.decode(session, tokens)[1:], alone)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", *TWO_KINDS])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 
 from loraloom.models import stacking
-from loraloom.models.forward import KEPT_PLANS
 from loraloom.models.host import Host, HostOutput
 from tests.tiny import ALL_METHODS, METHODS, changed, tiny_host, tiny_ids
 
@@ -140,20 +140,53 @@ def test_a_start_from_the_bases_weights_is_stacked_with_its_like_alone(init):
     torch.testing.assert_close(stacked(host, ids, rows).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_rows_that_go_leave_stacks_as_they_are(monkeypatch):
-    """What is kept of plans is bounded, and the weights of the same adapters are stacked once."""
-    made, whole = [], stacking.Stack.__init__
-    monkeypatch.setattr(
-        stacking.Stack,
-        "__init__",
-        lambda self, *args: (made.append(args[0]), whole(self, *args))[1],
-    )
-    host = host_with_pairs("llama")
-    rows = [name for name in ("mixlora", "lora-b", "lora", "mixlora-b") for _ in range(4)]
-    session = host.prefill(tiny_ids(16), None, rows)
-    for _ in range(12):
+def test_an_adapter_is_brought_into_compute_form_once(monkeypatch):
+    """Whoever decodes beside it, and whoever comes and goes."""
+    host, made = host_with_pairs("llama"), Counter()
+
+    def count(adapter):
+        whole = adapter.ffn_weights
+        monkeypatch.setattr(
+            adapter,
+            "ffn_weights",
+            lambda layer, dtype: (made.update([(adapter.name, layer)]), whole(layer, dtype))[1],
+        )
+
+    names = ("mixlora", "lora-b", "lora", "mixlora-b")
+    for name in names:
+        count(host.adapters[name])
+    session = host.prefill(tiny_ids(1), None, names[:1])
+    for name in names[1:] * 3:
+        session.join(host.prefill(tiny_ids(1), None, [name], session.prepared))
         host.decode(session, session.logits.argmax(-1))
-        session.keep([*range(1, len(session)), 0] if len(session) <= 4 else range(len(session) - 1))
-    names = [tuple(adapter.name for adapter, _ in adapters) for adapters in made]
-    assert len(names) == len(set(names))
-    assert session.prepared.plan.cache_info().currsize == KEPT_PLANS
+    for _ in range(9):
+        session.keep([*range(1, len(session))])
+        host.decode(session, session.logits.argmax(-1))
+    assert len(made) == 2 * len(names)
+    assert set(made.values()) == {1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lora", "mixdora", "hydralora"])
+def test_like_adapters_that_have_no_rows_change_nothing(method):
+    """Not while they lie between the others, and not when they are too many and go."""
+    configs = dict.fromkeys("abcdef", ALL_METHODS[method])
+    host, ids = tiny_host(configs=configs), tiny_ids(6, 1)
+    batches = [[*"abcdef"], [*"acf", None, *"ca"], [*"afa", None, *"fa"], [*"bbbbbb"], [*"fedcba"]]
+    with host.prepared():
+        served = [host(ids, None, rows) for rows in batches]
+    for rows, out in zip(batches, served, strict=True):
+        expected = host(ids, None, rows)
+        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-9, atol=1e-9)
+        assert out.routing.keys() == expected.routing.keys()
+
+
+def test_what_was_made_of_a_forgotten_adapter_is_freed():
+    host = host_with_pairs("llama")
+    session = host.prefill(tiny_ids(3, 1), None, ["lora", "mixlora", "lora-b"])
+    session.keep([0, 1])
+    session.prepared.forget(host.adapters["lora-b"])
+    gone = weakref.ref(host.adapters["lora-b"])
+    host.remove("lora-b")
+    assert gone() is None
+    host.decode(session, session.logits.argmax(-1))

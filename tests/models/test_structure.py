@@ -157,3 +157,8 @@ def test_linear_attention_is_no_attention_where_there_is_another():
     model = tiny_model("olmo_hybrid", torch.float32, layer_types=kinds, **sizes)
     host = loraloom.attach(model)
     assert (host.base.attention, host.base.attention_layers) == ("self_attn", (1,))
+
+
+@pytest.mark.parametrize("place", [torch.bfloat16, torch.device("meta")], ids=str)
+def test_rounding_is_no_difference_and_a_model_without_numbers_has_none(place):
+    assert loraloom.attach(unknown().to(place)).base.model_type == "unheard_of"

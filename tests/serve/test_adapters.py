@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from loraloom.errors import ConfigError, FormatError
@@ -35,12 +37,12 @@ def test_adapters_of_a_directory_are_loaded_when_they_are_asked_for(host, saved)
 
 def test_the_one_that_was_not_used_for_longest_goes(host, saved):
     gone = []
-    shelf = AdapterShelf(host, "base", saved, max_lazy=2, on_removed=lambda: gone.append(1))
+    shelf = AdapterShelf(host, "base", saved, max_lazy=2, on_removed=gone.append)
     for name in ("lora", "dora", "lora", "mixlora"):
         with shelf.using(name):
             pass
     assert set(host.adapters) == {"own", "lora", "mixlora"}
-    assert len(gone) == 1
+    assert [adapter.name for adapter in gone] == ["dora"]
 
 
 def test_adapters_in_use_stay(host, saved):
@@ -96,3 +98,29 @@ def test_files_that_can_not_be_used_leave_nothing(host, saved):
 
 def test_a_directory_that_has_gone_has_no_adapters(host, tmp_path):
     assert list(AdapterShelf(host, "base", tmp_path / "none").names()) == ["own"]
+
+
+def test_one_that_is_loaded_again_from_the_same_files_is_the_one_that_is_still_there(host, saved):
+    shelf = AdapterShelf(host, "base")
+    shelf.load("a", str(saved / "lora"))
+    with shelf.using("a") as old:
+        shelf.unload("a")
+        shelf.load("b", str(saved / "lora"))
+        with shelf.using("b") as new:
+            assert new == old
+    assert set(host.adapters) == {"own", "a"}
+    shelf.unload("b")
+    assert set(host.adapters) == {"own"}
+
+
+def test_one_whose_files_have_changed_is_another_one(host, saved, tmp_path):
+    shelf, directory = AdapterShelf(host, "base"), tmp_path / "mine"
+    shutil.copytree(saved / "lora", directory)
+    shelf.load("a", str(directory))
+    with shelf.using("a") as old:
+        shelf.unload("a")
+        shutil.copytree(saved / "dora", directory, dirs_exist_ok=True)
+        shelf.load("a", str(directory))
+        with shelf.using("a") as new:
+            assert new != old
+    assert set(host.adapters) == {"own", new}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -128,6 +129,17 @@ def test_weights_that_changed_meet_no_states_of_before(tiny_tokenizer):
             parameter.mul_(2)
     after = answers(engine, asked)
     assert after == alone(engine, tiny_tokenizer, asked) != before
+
+
+def test_an_adapter_that_goes_takes_what_was_made_of_it_along(tiny_tokenizer):
+    host = tiny_host(configs={"a": METHODS["mixlora"], "b": METHODS["mixlora"]}, **SIZES)
+    engine = Engine(host, tiny_tokenizer, EngineLimits(8, 1024, 16))
+    answers(engine, [request(tiny_tokenizer, text, name) for text in TEXTS for name in "ab"])
+    gone = weakref.ref(host.adapters["b"])
+    engine.forget(host.adapters["b"])
+    host.remove("b")
+    finish(engine)
+    assert gone() is None
 
 
 def test_a_request_whose_client_has_gone_ends(make_engine, tiny_tokenizer):

@@ -140,10 +140,12 @@ def serve(
         return
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.serve.adapters import AdapterShelf
+    from loraloom.serve.allocator import return_freed_memory
     from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
     from loraloom.serve.http.server import Server, listen
 
+    return_freed_memory()
     check_sources(base_model, adapters, device, dtype, quantization)
     with listen(host, port) as sock:
         model, tokenizer = load_host(
@@ -153,7 +155,7 @@ def serve(
             model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
         )
         engine = Engine(model, tokenizer, limits)
-        shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget_prepared)
+        shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget)
         for name, path in adapters.items():
             shelf.load(name, path)
         options = ApiOptions(keys, allow_loading, cors_origin or (), max_body_bytes, is_local)

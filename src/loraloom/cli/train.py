@@ -43,6 +43,25 @@ def train(
         bool,
         typer.Option("--watch-exit-when-idle", help="With --watch: end when all files are done."),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="auto|HOST:PORT",
+            help="Train the jobs on the devices of a Ray cluster; auto: the one that runs on this "
+            "machine, else one for the time of the run.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--ray-workers",
+            min=1,
+            metavar="N",
+            help="With --ray: how many devices; all accelerators by default, or else one worker "
+            "on each machine.",
+        ),
+    ] = None,
     dtype: Annotated[
         BaseDtype | None, typer.Option("--dtype", help="In place of the run file's dtype.")
     ] = None,
@@ -75,6 +94,8 @@ def train(
     changes = [f"{name}={value}" for name, value in options.items() if value is not None]
     if watch_exit_when_idle and watch is None:
         raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
+    if ray_workers is not None and ray is None:
+        raise ConfigError("--ray-workers has no effect without --ray; give it")
     run = load_run_config(run_file, [*(overrides or ()), *changes], needs_jobs=watch is None)
     from loraloom.terminal import make_console, print_tables
     from loraloom.training.run import run as training
@@ -89,6 +110,8 @@ def train(
         overwrite=overwrite,
         progress=Progress(console),
         watch=watch and WatchOptions(watch, overwrite, watch_exit_when_idle),
+        ray=ray,
+        ray_workers=ray_workers,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
     others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]

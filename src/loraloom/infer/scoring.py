@@ -186,13 +186,20 @@ def _forward(
     log_probs, is_top = host.token_scores(states, batch.targets, heads)
     top_log_probs, top_ids = host.top_tokens(states, num_top, heads)
     counts = [len(row.targets) for row in rows]
-    columns = (log_probs.double(), is_top, top_log_probs.double(), top_ids)
-    scores = list(zip(*(column.cpu().split(counts) for column in columns), strict=True))
+    columns = (log_probs[:, None], is_top[:, None], top_log_probs, top_ids)
+    read = torch.cat([column.double() for column in columns], dim=1).cpu()  # at once
+    scores = [_scores_of(rows, num_top) for rows in read.split(counts)]
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():
             routed = [place for place in places if requests[place][0] == name]
             on_routing(RoutedRows(name, routed, [requests[place][1] for place in routed], routing))
     return scores
+
+
+def _scores_of(read: Tensor, num_top: int) -> tuple[Tensor, ...]:
+    """Cut the fields of a row's scores apart, [N, 2 + 2K]."""
+    log_probs, is_top, top_log_probs, top_ids = read.split([1, 1, num_top, num_top], dim=1)
+    return log_probs.squeeze(1), is_top.squeeze(1).bool(), top_log_probs, top_ids.long()
 
 
 def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) -> list[Tensor]:

@@ -4,7 +4,7 @@ Axes: B rows, L tokens in the cache, V vocabulary.
 
 Rows end at the cache's last column, so that they are padded on the left and distances between
 columns are distances between tokens, whatever a row's length. A row's positions count its own
-tokens.
+tokens. Which tokens are real is known on the CPU, so that no step asks the device for it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,73 @@ from loraloom.models.forward import PreparedWeights
 from loraloom.models.layout import RowAdapter
 
 SPARE_TOKENS = 64
-"""Most columns of the cache that are not in use."""
+"""Most columns behind the last token that are not in use."""
+SPARE_ROWS = 0.25
+"""Most rows that are not in use, as a share of those that are, when room for them is made."""
+
+
+class _Room:
+    """Keys, or values, of one layer in a larger tensor: what comes or goes moves nothing else.
+
+    They are a window, [B, heads, L, head_dim], of the tensor's first rows. Tokens are added behind
+    it; when the longest row goes, columns before it are left, in which a longer one finds room.
+    """
+
+    def __init__(self, like: Tensor):
+        self._space = like.new_empty(len(like), like.shape[1], 0, like.shape[3])
+        self._num_rows = len(like)
+        self._start = self._stop = 0
+
+    @property
+    def window(self) -> Tensor:
+        """What is held."""
+        return self._space[: self._num_rows, :, self._start : self._stop]
+
+    def append(self, added: Tensor) -> None:
+        """Add tokens to all rows, [B, heads, l, head_dim]."""
+        if self._stop + added.shape[2] > self._space.shape[2]:
+            self._make_space(columns_after=added.shape[2])
+        self._stop += added.shape[2]
+        self.window[:, :, -added.shape[2] :] = added
+
+    def join(self, other: _Room) -> None:
+        """Take in another one's rows."""
+        first, added = self._num_rows, other.window
+        missing = max(0, added.shape[2] - (self._stop - self._start))
+        if first + len(added) > len(self._space) or missing > self._start:
+            self._make_space(rows=len(added), columns_before=missing)
+        self._start -= missing
+        self.window[:, :, :missing] = 0
+        self._num_rows += len(added)
+        rows = self.window[first:]
+        unused = rows.shape[2] - added.shape[2]
+        rows[:, :, :unused] = 0  # what was there may be NaN, which attention's mask lets through
+        rows[:, :, unused:] = added
+
+    def keep(self, rows: Sequence[int], unused: int) -> None:
+        """Take these rows in this order, without the first columns, which none of them uses."""
+        self._start += unused
+        if len(rows) > len(self._space):
+            self._make_space(rows=len(rows) - self._num_rows)
+        places = [place for place, row in enumerate(rows) if place != row]
+        if places:
+            moved = torch.tensor([rows[place] for place in places], device=self._space.device)
+            columns = self._space[:, :, self._start : self._stop]
+            columns[places] = columns.index_select(0, moved)
+        self._num_rows = len(rows)
+
+    def _make_space(self, rows: int = 0, columns_before: int = 0, columns_after: int = 0) -> None:
+        held = self.window
+        rows += self._num_rows
+        columns = columns_before + held.shape[2] + columns_after + SPARE_TOKENS
+        shape = (rows + int(rows * SPARE_ROWS), held.shape[1], columns, held.shape[3])
+        self._space = held.new_empty(shape)
+        self._start, self._stop = columns_before, columns_before + held.shape[2]
+        self.window.copy_(held)
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room behind them, so that adding a token is no copy of all others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._rooms: list[Tensor | None] = [None, None]
+    """Keys and values with room around them."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -39,23 +97,26 @@ class _RoomyLayer(DynamicLayer):
         """Add states behind those that are there, and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._append(0, self.keys, key_states)
-        self.values = self._append(1, self.values, value_states)
-        return self.keys, self.values
+            self._rooms = _Room(key_states), _Room(value_states)
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room.append(states)
+        return self._show()
 
-    def _append(self, place: int, known: Any, added: Tensor) -> Tensor:
-        length = known.shape[2] if known.numel() else 0
-        stop = length + added.shape[2]
-        room = self._rooms[place]
-        # other rows have come or gone: `known` is a tensor of its own
-        is_elsewhere = room is None or known.data_ptr() != room.data_ptr()
-        if room is None or is_elsewhere or stop > room.shape[2]:
-            room = added.new_empty(*added.shape[:2], stop + SPARE_TOKENS, added.shape[3])
-            if length:
-                room[:, :, :length] = known
-            self._rooms[place] = room
-        room[:, :, length:stop] = added
-        return room[:, :, :stop]
+    def join(self, other: _RoomyLayer) -> None:
+        """Take in another layer's rows."""
+        for ours, theirs in zip(self._rooms, other._rooms, strict=True):
+            ours.join(theirs)
+        self._show()
+
+    def keep(self, rows: Sequence[int], unused: int) -> None:
+        """Let other rows go, and columns that are not used."""
+        for room in self._rooms:
+            room.keep(rows, unused)
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (room.window for room in self._rooms)
+        return self.keys, self.values
 
 
 def make_cache(config: Any) -> DynamicCache:
@@ -84,7 +145,7 @@ class Decoding:
 
     Args:
         adapters: Of each row.
-        attention_mask: 1 at real tokens, [B, L].
+        attention_mask: 1 at real tokens, [B, L]; on the CPU.
         logits: Of the token after each row's last one, [B, V].
         cache: Of `make_cache`: keys and values, [B, heads, L, head_dim], in each attention layer.
         prepared: The adapters' weights, as they were when the session began.
@@ -107,7 +168,7 @@ class Decoding:
             states: Of the row's first tokens, [layers, 2, heads, L, head_dim].
             prepared: Takes the weights in compute form.
         """
-        mask = torch.ones(1, states.shape[3], dtype=torch.long, device=states.device)
+        mask = torch.ones(1, states.shape[3], dtype=torch.long)
         session = cls([adapter], mask, make_cache(None), prepared)
         for layer, (keys, values) in enumerate(states.unsqueeze(2)):  # (2, 1, heads, L, head_dim)
             session.cache.update(keys, values, layer)
@@ -119,7 +180,7 @@ class Decoding:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row, [B]."""
+        """Tokens of each row, [B]; on the CPU."""
         return self.attention_mask.sum(1)
 
     def states(self, row: int, start: int, stop: int) -> Tensor:
@@ -143,21 +204,22 @@ class Decoding:
     def keep(self, rows: Sequence[int]) -> None:
         """Let all other rows go; those that stay take this order.
 
+        Rows that stay at their place are not touched.
+
         Args:
             rows: Places, at least one; one that is named twice is copied.
         """
-        index = torch.tensor(rows, device=self.attention_mask.device)
         self.adapters = [self.adapters[row] for row in rows]
+        index = torch.tensor(rows, device=self.logits.device)
         self.logits = self.logits.index_select(0, index)
-        mask = self.attention_mask.index_select(0, index)
+        mask = self.attention_mask[list(rows)]
         unused = mask.shape[1] - int(mask.sum(1).max())
         self.attention_mask = mask[:, unused:]
         for layer in _layers(self.cache):
             for states, place in _running_states(layer):
                 states[place] = states[place].index_select(0, index)
             if not _is_running(layer):
-                layer.keys = layer.keys.index_select(0, index)[:, :, unused:]
-                layer.values = layer.values.index_select(0, index)[:, :, unused:]
+                layer.keep(rows, unused)
 
     def join(self, other: Decoding) -> None:
         """Take in the rows of another session, behind one's own; its weights are this one's.
@@ -171,12 +233,9 @@ class Decoding:
             for (states, place), (others, _) in running:
                 states[place] = torch.cat([states[place], others[place]])
             if not _is_running(ours):
-                ours.keys, ours.values = (
-                    torch.cat([_pad_left(values, length, 2) for values in pair])
-                    for pair in ((ours.keys, theirs.keys), (ours.values, theirs.values))
-                )
+                ours.join(theirs)
         masks = (self.attention_mask, other.attention_mask)
-        self.attention_mask = torch.cat([_pad_left(mask, length, 1) for mask in masks])
+        self.attention_mask = torch.cat([_pad_left(mask, length) for mask in masks])
         self.logits = torch.cat([self.logits, other.logits])
         self.adapters += other.adapters
 
@@ -193,10 +252,6 @@ def _running_states(layer: Any) -> list[tuple[dict[int, Any], int]]:
     return [(states, place) for states in kept for place in states if states[place] is not None]
 
 
-def _pad_left(values: Tensor, length: int, dim: int) -> Tensor:
-    missing = length - values.shape[dim]
-    if missing == 0:
-        return values
-    shape = list(values.shape)
-    shape[dim] = missing
-    return torch.cat([values.new_zeros(shape), values], dim=dim)
+def _pad_left(mask: Tensor, length: int) -> Tensor:
+    """Mark columns before a mask's as padding, [B, length]."""
+    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0))

@@ -8,20 +8,26 @@ another thread.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter, OwnModule, SegmentTokens
 from loraloom.adapters.low_rank import input_group
 from loraloom.models.layout import Layout
-from loraloom.models.stacking import Stack, StackedForward, plan_stacked
+from loraloom.models.stacking import (
+    ScaledAdapter,
+    StackedForward,
+    StackedPlan,
+    Stacks,
+    plan_stacked,
+)
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnWeights
 from loraloom.ops.low_rank import InputGroup, UpProjection
@@ -32,25 +38,50 @@ Record = dict[str, list[LayerRouting]]
 
 
 KEPT_PLANS = 8
-"""Plans, and stacks of weights, that are kept: rows come and go in ever new combinations."""
+"""Plans that are kept: rows come and go in ever new combinations."""
 
 
 class PreparedWeights:
     """Compute forms of adapters' weights, kept for as long as nobody changes the weights.
 
     One thread at a time uses it: that of a decoding session, or of a `with host.prepared():`.
-
-    Attributes:
-        plan: `plan_stacked`, of which the latest results are kept.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, Any] = {}
-        make_stack = lru_cache(KEPT_PLANS)(Stack)  # plans of the same adapters share it
-        self.plan = lru_cache(KEPT_PLANS)(partial(plan_stacked, make_stack))
+        self._kept: dict[tuple[nn.Module, *tuple[Hashable, ...]], Any] = {}
+        self._plans: OrderedDict[Hashable, StackedPlan | None] = OrderedDict()
+        self._stacks = Stacks(on_change=self._plans.clear)
 
-    def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """Return what was built for a key, built now if it never was."""
+    def plan(
+        self,
+        rows: tuple[ScaledAdapter | None, ...],
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> StackedPlan | None:
+        """Return what `plan_stacked` does; the latest results are kept."""
+        key = (rows, length, dtype, device)
+        if key not in self._plans:
+            plan = plan_stacked(self._stacks.take, rows, length, dtype, device)
+            self._plans[key] = plan
+        self._plans.move_to_end(key)
+        if len(self._plans) > KEPT_PLANS:
+            self._plans.popitem(last=False)
+        return self._plans[key]
+
+    def forget(self, adapter: Adapter) -> None:
+        """Let what was made of an adapter's weights go, as they have changed or it has gone."""
+        gone = set(adapter.modules())
+        self._kept = {key: value for key, value in self._kept.items() if key[0] not in gone}
+        self._stacks.forget(adapter)
+
+    def get(self, key: tuple[nn.Module, *tuple[Hashable, ...]], build: Callable[[], Any]) -> Any:
+        """Return what was built for a key, built now if it never was.
+
+        Args:
+            key: An adapter, or a module of it, and what tells its parts apart.
+            build: Makes it.
+        """
         if key not in self._kept:
             self._kept[key] = build()
         return self._kept[key]
@@ -195,7 +226,9 @@ class ForwardContext:
         low_rank = adapter.attention_low_rank(group, hidden_states, site, tokens)
         return AttentionPart(group, hidden_states, tokens, low_rank)
 
-    def _weights(self, key: Hashable, build: Callable[[], Any]) -> Any:
+    def _weights(
+        self, key: tuple[nn.Module, *tuple[Hashable, ...]], build: Callable[[], Any]
+    ) -> Any:
         if self.prepared is None or torch.is_grad_enabled():
             return build()
         return self.prepared.get(key, build)

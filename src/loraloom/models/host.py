@@ -574,7 +574,8 @@ class Host:
 
         Args:
             input_ids: Prompts, [B, L], padded on the left.
-            attention_mask: 1 at real tokens, [B, L]; None: all are.
+            attention_mask: 1 at real tokens, [B, L], best on the CPU, where it is read; None: all
+                are.
             adapters: As in calling the host.
             prepared: Takes the weights in compute form; by default they are the session's own.
             record: Takes what routers do, by adapter name.
@@ -587,7 +588,9 @@ class Host:
             AdapterError: As in calling the host.
             DataError: If prompts are not padded on the left.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = torch.ones(input_ids.shape, dtype=torch.long)
+        if attention_mask is not None:
+            mask = attention_mask.cpu()
         if not bool((mask.long().diff(dim=1) >= 0).all() and mask[:, -1].all()):
             raise DataError(
                 "prompts must be padded on the left, so that all of them end at the last column; "
@@ -623,7 +626,7 @@ class Host:
         Returns:
             Logits of the tokens after the last ones, [B, V].
         """
-        added = torch.arange(input_ids.shape[1], device=input_ids.device)
+        added = torch.arange(input_ids.shape[1])
         positions = session.lengths.unsqueeze(1) + added
         ones = session.attention_mask.new_ones(input_ids.shape)
         mask = torch.cat([session.attention_mask, ones], dim=1)
@@ -639,7 +642,11 @@ class Host:
         mask: Tensor,
         record: Record | None = None,
     ) -> None:
-        """Run tokens of a session; its logits become those after the last one of each row."""
+        """Run tokens of a session; its logits become those after the last one of each row.
+
+        Positions and mask are on the CPU. A mask of ones is left out, as transformers would ask the
+        device for it and then leave it out.
+        """
         forward = self._forward(
             input_ids,
             mask,
@@ -651,8 +658,8 @@ class Host:
         with self._run(forward):
             out = self._decoder(
                 input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=position_ids,
+                attention_mask=None if bool(mask.all()) else self._moved(mask),
+                position_ids=position_ids.to(self.device),
                 use_cache=True,
                 **{self._cache_argument: session.cache},
             )

@@ -10,7 +10,7 @@ cohort has are the base's; nothing of a cohort is ever added to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,31 +36,51 @@ _Update = tuple[StackedInput | None, Tensor]
 Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
 """From an adapter to what takes its routing; None where nobody asks."""
 
-MakeStack = Callable[[tuple[ScaledAdapter, ...], torch.dtype], "Stack"]
+TakeStack = Callable[[tuple[ScaledAdapter, ...], torch.dtype], "StackPart"]
 
 
 class Stack:
     """Like adapters' weights in compute form, layer by layer, made when first asked for.
 
+    Adapters come and go; what is there of the others stays.
+
     Args:
-        adapters: One or more, all alike.
         dtype: Of the products.
+
+    Attributes:
+        adapters: In the order of their entries; all are alike.
     """
 
-    def __init__(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype):
-        self.adapters = adapters
+    def __init__(self, dtype: torch.dtype):
+        self.adapters: tuple[ScaledAdapter, ...] = ()
         self._dtype = dtype
-        self._inputs: dict[tuple[int, str], StackedInput | None] = {}
+        self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
         self._ffns: dict[int, StackedFfn] = {}
 
-    @property
-    def adapts_ffn(self) -> bool:
-        """Whether they have weights in FFN blocks: in all of them, or in none."""
-        return self.adapters[0][0].adapts_ffn(0)
+    def keep(self, entries: Sequence[int]) -> None:
+        """Let all other adapters go."""
+        self.adapters = tuple(self.adapters[entry] for entry in entries)
+        if not entries:
+            self._inputs, self._ffns = {}, {}
+        for key, inputs in self._inputs.items():
+            self._inputs[key] = inputs and inputs.take(entries)
+        for layer, ffn in self._ffns.items():
+            self._ffns[layer] = ffn.take(entries)
 
-    def attention(self, layer: int, names: Sequence[str]) -> StackedInput | None:
+    def add(self, adapters: tuple[ScaledAdapter, ...]) -> None:
+        """Put other ones behind those that are there."""
+        added = Stack(self._dtype)
+        added.adapters = adapters
+        self.adapters += adapters
+        for key, inputs in self._inputs.items():
+            more = added.attention(*key)
+            self._inputs[key] = inputs and more and inputs.followed_by(more)
+        for layer, ffn in self._ffns.items():
+            self._ffns[layer] = ffn.followed_by(added.ffn(layer))
+
+    def attention(self, layer: int, names: tuple[str, ...]) -> StackedInput | None:
         """Return the attention projections that share an input; None if none is adapted."""
-        key = (layer, names[0])
+        key = (layer, names)
         if key not in self._inputs:
             first, _ = self.adapters[0]
             present = [name for name in names if name in first.attention_block(layer)]
@@ -87,18 +107,98 @@ class Stack:
         return stack_inputs(groups)
 
 
+class StackPart:
+    """Adapters that lie behind one another in a stack; views of its weights.
+
+    Args:
+        stack: Of these adapters and perhaps others; it must not change from now on.
+        entries: Where they are.
+    """
+
+    def __init__(self, stack: Stack, entries: slice):
+        self.adapters = stack.adapters[entries]
+        self._stack = stack
+        self._entries = entries
+        self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
+        self._ffns: dict[int, StackedFfn] = {}
+
+    @property
+    def adapts_ffn(self) -> bool:
+        """Whether they have weights in FFN blocks: in all of them, or in none."""
+        return self.adapters[0][0].adapts_ffn(0)
+
+    def attention(self, layer: int, names: tuple[str, ...]) -> StackedInput | None:
+        """See Stack."""
+        key = (layer, names)
+        if key not in self._inputs:
+            whole = self._stack.attention(layer, names)
+            self._inputs[key] = whole and whole.take(self._entries)
+        return self._inputs[key]
+
+    def ffn(self, layer: int) -> StackedFfn:
+        """See Stack."""
+        if layer not in self._ffns:
+            self._ffns[layer] = self._stack.ffn(layer).take(self._entries)
+        return self._ffns[layer]
+
+
+class Stacks:
+    """A stack for each kind of adapters that were used together.
+
+    Args:
+        on_change: Told before a stack changes; its parts must not be used from then on.
+    """
+
+    def __init__(self, on_change: Callable[[], object]):
+        self._on_change = on_change
+        self._stacks: dict[Hashable, Stack] = {}
+
+    def take(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype) -> StackPart:
+        """Return a part of a stack with these adapters, all of which are alike.
+
+        Others may lie between them, which go when they are more than these.
+        """
+        key = (adapters[0][0].stack_key(), dtype)
+        stack = self._stacks.pop(key, None) or Stack(dtype)  # what fails half-way is gone
+        missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
+        if missing:
+            self._on_change()
+            stack.add(missing)
+        entries = _span(stack, adapters)
+        if entries.stop - entries.start > 2 * len(adapters):
+            self._on_change()
+            stack.keep(sorted(map(stack.adapters.index, adapters)))
+            entries = _span(stack, adapters)
+        self._stacks[key] = stack
+        return StackPart(stack, entries)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Let an adapter's weights go, however they are scaled."""
+        self._on_change()
+        for stack in self._stacks.values():
+            others = [place for place, one in enumerate(stack.adapters) if one[0] is not adapter]
+            if len(others) < len(stack.adapters):
+                stack.keep(others)
+
+
+def _span(stack: Stack, adapters: Sequence[ScaledAdapter]) -> slice:
+    """Where a stack has adapters, and perhaps others between them."""
+    entries = [stack.adapters.index(adapter) for adapter in adapters]
+    return slice(min(entries), max(entries) + 1)
+
+
 @dataclass(frozen=True)
 class Cohort:
     """Like adapters of a batch and where their rows are.
 
     Args:
         stack: Of N adapters.
-        counts: Token rows of each.
+        counts: Token rows of each; the first and the last have some.
         take: Token row of each place of [N, n], flat; None when the cohort has all rows in order.
         put: Place of each token row, or N·n at rows that are not the cohort's; None as above.
     """
 
-    stack: Stack
+    stack: StackPart
     counts: tuple[int, ...]
     take: Tensor | None
     put: Tensor | None
@@ -113,10 +213,16 @@ class Cohort:
         """N."""
         return max(self.counts)
 
+    def moved(self, device: torch.device) -> Cohort:
+        """Bring it to a device."""
+        if self.take is None or self.put is None:
+            return self
+        return replace(self, take=self.take.to(device), put=self.put.to(device))
+
     def tokens(self, layer: int, index: int, recorder: Recorder, device: Any) -> SegmentTokens:
         """Describe an adapter's rows in a layer; padding at their end is not real."""
         count = self.counts[index]
-        record = recorder(self.adapters[index][0])
+        record = recorder(self.adapters[index][0]) if count else None
         if count == self.width or record is None:
             return SegmentTokens(layer, record=record)
         real_index = torch.arange(count, device=device)
@@ -168,12 +274,12 @@ class StackedForward:
     def __init__(self, plan: StackedPlan, recorder: Recorder):
         self._plan = plan
         self._recorder = recorder
-        self._shared: tuple[Tensor, int, Sequence[str], Sequence[_Update]] | None = None
+        self._shared: tuple[Tensor, int, tuple[str, ...], Sequence[_Update]] | None = None
 
     def project(
         self,
         layer: int,
-        group: Sequence[str],
+        group: tuple[str, ...],
         name: str,
         hidden_states: Tensor,
         output: Tensor,
@@ -239,7 +345,7 @@ class StackedForward:
         return cohort.tokens(layer, index, self._recorder, self._plan.device)
 
     def _updates(
-        self, layer: int, group: Sequence[str], hidden_states: Tensor, dtype: torch.dtype
+        self, layer: int, group: tuple[str, ...], hidden_states: Tensor, dtype: torch.dtype
     ) -> Sequence[_Update]:
         """Every cohort's update of projections with one input, [T, ΣO]; kept for the next one."""
         if self._shared is not None:
@@ -278,7 +384,7 @@ def _updated(
 
 
 def plan_stacked(
-    make_stack: MakeStack,
+    take_stack: TakeStack,
     rows: Sequence[ScaledAdapter | None],
     length: int,
     dtype: torch.dtype,
@@ -287,7 +393,7 @@ def plan_stacked(
     """Plan how to compute a small forward without gradients by cohorts.
 
     Args:
-        make_stack: Puts like adapters' weights side by side.
+        take_stack: Puts like adapters' weights side by side.
         rows: Each batch row's adapter.
         length: L.
         dtype: Of the base.
@@ -306,7 +412,7 @@ def plan_stacked(
         alike.setdefault(adapter[0].stack_key(), []).append(adapter)
     if None in alike or not all(_adapts_every_ffn_or_none(adapter) for adapter, _ in adapters):
         return None
-    stacks = [make_stack(tuple(adapters), dtype) for adapters in alike.values()]
+    stacks = [take_stack(tuple(adapters), dtype) for adapters in alike.values()]
     return _make_plan(stacks, rows, length, device)
 
 
@@ -330,19 +436,23 @@ def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.d
 
 
 def _make_plan(
-    stacks: Sequence[Stack], rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
+    stacks: Sequence[StackPart],
+    rows: Sequence[ScaledAdapter | None],
+    length: int,
+    device: torch.device,
 ) -> StackedPlan:
     ordered = sorted(stacks, key=lambda stack: not stack.adapts_ffn)
-    cohorts = tuple(_make_cohort(stack, rows, length, device) for stack in ordered)
-    in_ffn = [cohort for cohort in cohorts if cohort.stack.adapts_ffn]
+    on_cpu = [_make_cohort(stack, rows, length) for stack in ordered]
+    cohorts = tuple(cohort.moved(device) for cohort in on_cpu)
+    in_ffn = [cohort for cohort in on_cpu if cohort.stack.adapts_ffn]
     if in_ffn and in_ffn[0].put is None:
         return StackedPlan(cohorts, 1, None, None, device)
     num_tokens, start = len(rows) * length, 0
     place = torch.full((num_tokens,), -1)
     for cohort in in_ffn:
         size = len(cohort.adapters) * cohort.width
-        put: Tensor = cohort.put.cpu()  # pyright: ignore[reportOptionalMemberAccess]
-        place = torch.where(put < size, start + put, place)
+        assert cohort.put is not None, "only a cohort that has all rows has none"
+        place = torch.where(cohort.put < size, start + cohort.put, place)
         start += size
     base_rows = (place < 0).nonzero().squeeze(1)
     place[base_rows] = start + torch.arange(len(base_rows))
@@ -355,9 +465,8 @@ def _make_plan(
     )
 
 
-def _make_cohort(
-    stack: Stack, rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
-) -> Cohort:
+def _make_cohort(stack: StackPart, rows: Sequence[ScaledAdapter | None], length: int) -> Cohort:
+    """Find a stack's rows, on the CPU."""
     adapters = stack.adapters
     tokens = [
         [
@@ -372,9 +481,10 @@ def _make_cohort(
     num_tokens, width = len(rows) * length, max(counts)
     if counts == (num_tokens,):
         return Cohort(stack, counts, None, None)
-    padded = [places + places[:1] * (width - len(places)) for places in tokens]
+    # one without rows gets the first one, as its padding
+    padded = [places + (places[:1] or [0]) * (width - len(places)) for places in tokens]
     put = torch.full((num_tokens,), len(adapters) * width)
     for index, places in enumerate(tokens):
         put[places] = index * width + torch.arange(len(places))
     take = torch.tensor(padded).flatten()
-    return Cohort(stack, counts, take.to(device), put.to(device))
+    return Cohort(stack, counts, take, put)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -28,10 +29,37 @@ TokensOf = Callable[[int], Any]
 """From an adapter's place in the stack to the description of its rows."""
 
 _Value = TypeVar("_Value")
+_Change = Callable[..., Any]
+"""From what lies entry by entry in stacks, [N, ...] or tuples, to the same of a new stack."""
+
+
+class Entries(ABC):
+    """Weights that lie adapter by adapter, of which some can be taken and others put behind."""
+
+    def take(self, entries: slice | Sequence[int]) -> Any:
+        """Return the stack of some adapters; of those in a slice it is a view."""
+        return self._changed(lambda values: _taken(values, entries))
+
+    def followed_by(self, other: Any) -> Any:
+        """Return the stack of these adapters and of other ones that are like them."""
+        return self._changed(
+            lambda *both: torch.cat(both) if isinstance(both[0], Tensor) else (*chain(*both),),
+            other,
+        )
+
+    @abstractmethod
+    def _changed(self, change: _Change, *others: Any) -> Any:
+        """Change what lies entry by entry, together with the same of other stacks."""
+
+
+def _taken(values: Any, entries: slice | Sequence[int]) -> Any:
+    if isinstance(values, Tensor) or isinstance(entries, slice):
+        return values[entries]
+    return tuple(values[entry] for entry in entries if values)  # none has any, or all have
 
 
 @dataclass(frozen=True)
-class StackedInput:
+class StackedInput(Entries):
     """Projections with one input.
 
     Args:
@@ -48,6 +76,19 @@ class StackedInput:
     columns: Mapping[str, slice]
     row_scales: Mapping[str, Tensor]
     sources: Sequence[InputGroup] = ()
+
+    def _changed(self, change: _Change, *others: StackedInput) -> StackedInput:
+        stacks = (self, *others)
+        return replace(
+            self,
+            A=change(*(stack.A.mT for stack in stacks)).mT,
+            B=change(*(stack.B for stack in stacks)),
+            row_scales={
+                name: change(*(stack.row_scales[name] for stack in stacks))
+                for name in self.row_scales
+            },
+            sources=change(*(stack.sources for stack in stacks)),
+        )
 
     def update(self, hidden_states: Tensor, tokens: TokensOf) -> Tensor:
         """Compute every projection's update side by side, [N, n, ΣO].
@@ -66,7 +107,7 @@ class StackedInput:
 
 
 @dataclass(frozen=True)
-class StackedSide:
+class StackedSide(Entries):
     """The B side of an FFN's input projection.
 
     Args:
@@ -83,6 +124,24 @@ class StackedSide:
     bias: Tensor | None
     between: Sequence[Between] = ()
 
+    def _changed(self, change: _Change, *others: StackedSide) -> StackedSide:
+        stacks = (self, *others)
+        row_scale = None
+        if self.row_scale is not None:
+            row_scale = change(*(stack._row_scale_by_entry for stack in stacks)).flatten(0, 1)
+        return replace(
+            self,
+            B=change(*(stack.B for stack in stacks)),
+            row_scale=row_scale,
+            between=change(*(stack.between for stack in stacks)),
+        )
+
+    @property
+    def _row_scale_by_entry(self) -> Tensor:
+        """[N, E, F]."""
+        assert self.row_scale is not None
+        return self.row_scale.unflatten(0, (len(self.B), -1))
+
 
 class StackedStep(ABC):
     """One pass of an FFN block, to both sides of the base's output projection."""
@@ -96,7 +155,7 @@ class StackedStep(ABC):
 
 
 @dataclass(frozen=True)
-class StackedFfn(ABC):
+class StackedFfn(Entries):
     """An FFN block's weights of like adapters.
 
     Args:
@@ -112,6 +171,17 @@ class StackedFfn(ABC):
     up: StackedSide | None
     down_A: Tensor | None
     down: StackedSide | None
+
+    def _changed(self, change: _Change, *others: Any) -> Any:
+        stacks = (self, *others)
+        return replace(
+            self,
+            input_A=_changed_matrix(change, [stack.input_A for stack in stacks]),
+            gate=_changed_side(change, [stack.gate for stack in stacks]),
+            up=_changed_side(change, [stack.up for stack in stacks]),
+            down_A=_changed_matrix(change, [stack.down_A for stack in stacks]),
+            down=_changed_side(change, [stack.down for stack in stacks]),
+        )
 
     @abstractmethod
     def step(
@@ -230,6 +300,11 @@ class StackedExpertFfn(StackedFfn):
     def num_experts(self) -> int:
         """E."""
         return len(self.expert_columns)
+
+    def _changed(self, change: _Change, *others: StackedExpertFfn) -> StackedExpertFfn:
+        stacks = (self, *others)
+        changed = super()._changed(change, *others)
+        return replace(changed, router=change(*(stack.router for stack in stacks)))
 
     def step(
         self,
@@ -395,6 +470,17 @@ def _stack_sides(parts: Sequence[FfnWeights]) -> dict[str, Any]:
         "down_A": _stack_transposed([part.down_A for part in parts]),
         "down": _stack_up([part.down for part in parts]),
     }
+
+
+def _changed_matrix(change: _Change, matrices: Sequence[Tensor | None]) -> Tensor | None:
+    """Change transposed matrices, so that they lie as they did."""
+    present = _present(matrices)
+    return change(*(matrix.mT for matrix in present)).mT if present else None
+
+
+def _changed_side(change: _Change, sides: Sequence[StackedSide | None]) -> StackedSide | None:
+    present = _present(sides)
+    return present[0]._changed(change, *present[1:]) if present else None
 
 
 def _present(values: Iterable[_Value | None]) -> list[_Value]:

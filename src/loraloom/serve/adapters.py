@@ -1,7 +1,8 @@
 """The adapters that requests may name, and which of them are on the host.
 
 An adapter that was loaded again under its name is another one: rows that use the old one end with
-it, and it goes when the last of them has ended.
+it, and it goes when the last of them has ended. Where its files are what they were, the old one
+stays instead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
+from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, ConfigError, shown
@@ -35,6 +38,7 @@ class ServedAdapter:
         name: Under which requests know it.
         host_name: Under which the host does.
         source: Where it was loaded from; empty if it was on the host already.
+        files: What they were like then (`_files_of`).
         is_lazy: It was loaded when it was first asked for, and may go when others are.
         num_users: Requests that use it.
         is_leaving: It takes no more requests.
@@ -43,6 +47,7 @@ class ServedAdapter:
     name: str
     host_name: str
     source: str
+    files: frozenset[tuple[str, int, int]] = frozenset()
     is_lazy: bool = False
     num_users: int = 0
     is_leaving: bool = False
@@ -65,7 +70,7 @@ class AdapterShelf:
         base_name: str,
         directory: Path | None = None,
         max_lazy: int = 8,
-        on_removed: Callable[[], object] = lambda: None,
+        on_removed: Callable[[Adapter], object] = lambda adapter: None,
     ):
         self.base_name = base_name
         self._host = host
@@ -76,6 +81,7 @@ class AdapterShelf:
         self._lock = threading.Lock()  # held for moments
         self._versions = count(2)
         self._served = {name: ServedAdapter(name, name, "") for name in host.adapters}
+        self._leaving: list[ServedAdapter] = []
 
     def names(self) -> Mapping[str, str]:
         """Every adapter that may be asked for, and where its files are."""
@@ -123,6 +129,8 @@ class AdapterShelf:
         with self._lock:
             adapter.num_users -= 1
             is_done = adapter.is_leaving and adapter.num_users == 0
+            if is_done:
+                self._leaving.remove(adapter)
         if is_done:
             self._remove(adapter)
 
@@ -167,14 +175,29 @@ class AdapterShelf:
         return adapter
 
     def _load(self, name: str, source: str, *, is_lazy: bool) -> None:
-        taken = name in self._host.adapters
-        host_name = f"{name[:90]}.{next(self._versions)}" if taken else name
-        self._host.load(host_name, source)
+        files = _files_of(source)
+        adapter = self._take_back(source, files)
+        if adapter is None:
+            taken = name in self._host.adapters
+            host_name = f"{name[:90]}.{next(self._versions)}" if taken else name
+            self._host.load(host_name, source)
+            adapter = ServedAdapter(name, host_name, source, files)
         with self._lock:
+            adapter.name, adapter.is_lazy = name, is_lazy
             former = self._served.pop(name, None)
-            self._served[name] = ServedAdapter(name, host_name, source, is_lazy)
+            self._served[name] = adapter
         if former is not None:
             self._let_go(former)
+
+    def _take_back(self, source: str, files: frozenset[Any]) -> ServedAdapter | None:
+        """Keep the one of the same files that is leaving, if there is one, in place of a second."""
+        with self._lock:
+            for adapter in self._leaving:
+                if files and (adapter.source, adapter.files) == (source, files):
+                    self._leaving.remove(adapter)
+                    adapter.is_leaving = False
+                    return adapter
+        return None
 
     def _make_place(self) -> None:
         """Let the adapter of the directory go that was not used for the longest time."""
@@ -193,14 +216,17 @@ class AdapterShelf:
 
     def _let_go(self, adapter: ServedAdapter) -> None:
         with self._lock:
-            adapter.is_leaving = True
             is_done = adapter.num_users == 0
+            if not is_done:
+                adapter.is_leaving = True
+                self._leaving.append(adapter)
         if is_done:
             self._remove(adapter)
 
     def _remove(self, adapter: ServedAdapter) -> None:
+        removed = self._host.adapter(adapter.host_name)
         self._host.remove(adapter.host_name)
-        self._on_removed()
+        self._on_removed(removed)
 
     def _in_directory(self) -> dict[str, str]:
         if self._directory is None or not self._directory.is_dir():
@@ -210,6 +236,15 @@ class AdapterShelf:
             for path in sorted(self._directory.iterdir())
             if (path / CONFIG_FILE).is_file() and _is_name(path.name)
         }
+
+
+def _files_of(source: str) -> frozenset[tuple[str, int, int]]:
+    """Names, sizes and times of a directory's files; none for what is on the Hub."""
+    path = Path(source)
+    if not path.is_dir():
+        return frozenset()
+    stats = [(file.name, file.stat()) for file in path.iterdir() if file.is_file()]
+    return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _is_name(text: str) -> bool:

@@ -141,6 +141,7 @@ class Engine:
         self._prefixes = PrefixCache()
         self._prepared = PreparedWeights()
         self._prepared_for: set[RowAdapter] = set()
+        self._gone: list[Adapter] = []
         self._serials: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
         self._next_serial = count()
         self._versions: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
@@ -220,12 +221,11 @@ class Engine:
             row.is_cancelled = True
             self._wake.notify_all()
 
-    def forget_prepared(self) -> None:
-        """Make adapters' weights in compute form anew, as some have changed or gone."""
-        self._prepared = PreparedWeights()
-        session = self._session
-        if session is not None:
-            session.prepared = self._prepared
+    def forget(self, adapter: Adapter) -> None:
+        """Let what was made of an adapter's weights go with it."""
+        with self._wake:
+            self._gone.append(adapter)
+            self._wake.notify_all()
 
     def stop(self) -> None:
         """Take no more requests; `run` returns when those that are there have ended."""
@@ -250,6 +250,7 @@ class Engine:
     def step(self) -> bool:
         """Do one step; return whether there is more to do."""
         self.counts.num_steps += 1
+        self._forget_gone()
         self._drop_ended()
         self._score()
         self._admit()
@@ -265,7 +266,7 @@ class Engine:
 
     @property
     def _has_work(self) -> bool:
-        return self.num_running > 0 or self.num_waiting > 0
+        return self.num_running > 0 or self.num_waiting > 0 or len(self._gone) > 0
 
     def _check_open(self) -> None:
         if self.is_stopping:
@@ -303,6 +304,12 @@ class Engine:
                 f"the prompt and max_tokens must have at most {self.max_length} tokens together, "
                 f"got {num_prompt} and {num_new}; shorten the prompt or lower max_tokens"
             )
+
+    def _forget_gone(self) -> None:
+        with self._lock:
+            gone, self._gone = self._gone, []
+        for adapter in gone:
+            self._prepared.forget(adapter)
 
     def _drop_ended(self) -> None:
         """Let rows go whose clients have gone, or whose time is up."""
@@ -375,7 +382,10 @@ class Engine:
         self._prepared_for |= served
         if len(self._prepared_for) > max(MAX_PREPARED, len(served)):
             self._prepared_for = served
-            self.forget_prepared()
+            self._prepared = PreparedWeights()
+            for session in (self._session, *(reading.session for reading in self._reading)):
+                if session is not None:
+                    session.prepared = self._prepared
 
     def _read(self) -> None:
         """Read pieces of prompts, the oldest first; rows that are read join the others."""
@@ -532,9 +542,11 @@ class Engine:
                 self._scheduler.put_back(row)
 
     def _keep(self, places: list[int]) -> None:
-        """Let all rows but these go."""
+        """Let all rows but these go; the last ones take the places that become free."""
         if len(places) == len(self._rows):
             return
+        staying, last = set(places), [place for place in places if place >= len(places)]
+        places = [place if place in staying else last.pop() for place in range(len(places))]
         self._rows = [self._rows[place] for place in places]
         if not places:
             self._session = None
@@ -578,7 +590,7 @@ class Engine:
     def _salt(self, row_adapter: RowAdapter) -> Hashable:
         """What tells an adapter's weights, as they are now and are scaled, from all others.
 
-        Where they have changed, weights in compute form are made anew.
+        Where they have changed, what was made of them is made anew.
         """
         if row_adapter is None:
             return None
@@ -587,7 +599,7 @@ class Engine:
         version = sum(parameter._version for parameter in adapter.parameters())
         if self._versions.setdefault(adapter, version) != version:
             self._versions[adapter] = version
-            self.forget_prepared()
+            self._prepared.forget(adapter)
         if adapter not in self._serials:
             self._serials[adapter] = next(self._next_serial)
         return self._serials[adapter], version, scale

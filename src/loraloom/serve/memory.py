@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from loraloom.models.decoding import SPARE_TOKENS
+from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.models.host import Host
 from loraloom.serve.engine import EngineLimits
 
@@ -21,13 +21,14 @@ def bytes_per_token(host: Host) -> int:
 
 
 def cache_bytes(host: Host, limits: EngineLimits) -> int:
-    """Compute what the cache takes at most, the spare columns of its rows included."""
-    return (limits.cache_tokens + limits.max_rows * SPARE_TOKENS) * bytes_per_token(host)
+    """Compute what the cache takes at most, spare rows and columns included."""
+    tokens = limits.cache_tokens + limits.max_rows * SPARE_TOKENS
+    return int(tokens * (1 + SPARE_ROWS)) * bytes_per_token(host)
 
 
 def default_cache_tokens(host: Host, max_rows: int) -> int:
     """Choose the size of the cache: rows of full length, as far as a quarter of the memory goes."""
-    affordable = int(_free_bytes(host.device) * _SHARE) // bytes_per_token(host)
+    affordable = int(_free_bytes(host.device) * _SHARE / (1 + SPARE_ROWS)) // bytes_per_token(host)
     affordable -= max_rows * SPARE_TOKENS
     return max(1, min(max_rows * host.config.max_position_embeddings, affordable))
 

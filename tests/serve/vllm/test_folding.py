@@ -83,15 +83,16 @@ class Slots:
             blocks[module] = A, B
         return cls(blocks)
 
-    def shrink(self, module, x, adapters):
-        return torch.einsum("ti,tsi->ts", x, self.blocks[module][0][adapters])
+    def shrink(self, module, x, adapters, inputs=slice(None)):
+        return torch.einsum("ti,tsi->ts", x, self.blocks[module][0][adapters][..., inputs])
 
     def expand(self, module, low_rank, adapters):
         return torch.einsum("ts,tos->to", low_rank, self.blocks[module][1][adapters])
 
 
-@pytest.mark.parametrize("slots", [3, 4])
-def test_tokens_of_all_adapters_meet_their_own_experts_in_one_pass(served, slots):
+@pytest.mark.parametrize(("slots", "devices"), [(3, 1), (4, 1), (3, 2)])
+def test_tokens_of_all_adapters_meet_their_own_experts_in_one_pass(served, slots, devices):
+    """Devices may share a block's features: what they add up are outputs and rank spaces."""
     host, layer = served.host, 1
     names = list(SERVED)
     block = host.model.model.layers[layer].mlp
@@ -113,15 +114,27 @@ def test_tokens_of_all_adapters_meet_their_own_experts_in_one_pass(served, slots
         scores = kept.shrink("router", x, adapters)
         choice = choose(scores, kept.blocks["router"][1], adapters, slots)
         low_rank = torch.stack([kept.shrink(name, x, adapters) for name in inputs])
-        hidden, rank_space = mix(
-            gate_up,
-            low_rank,
-            choice,
-            lambda output, slots: output + torch.stack([expand(*slot) for slot in slots]),
-            lambda states: torch.stack([kept.shrink("down_proj", one, adapters) for one in states]),
-            lambda both: silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
-        )
-        output = block.down_proj(hidden) + kept.expand("down_proj", rank_space, adapters)
+        output, rank_space = torch.zeros(24, 32), torch.zeros(24, ROOM)
+        for own in torch.arange(48).chunk(devices):
+            both = torch.cat([own, 48 + own])  # of gate and up
+
+            def expand_slots(output, slots, both=both):
+                return output + torch.stack([expand(*slot)[:, both] for slot in slots])
+
+            def shrink_slots(states, own=own):
+                return torch.stack([kept.shrink("down_proj", x, adapters, own) for x in states])
+
+            hidden, part = mix(
+                gate_up[:, both],
+                low_rank,
+                choice,
+                expand_slots,
+                shrink_slots,
+                lambda both: silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
+            )
+            output += hidden @ block.down_proj.weight[:, own].T
+            rank_space += part
+        output += kept.expand("down_proj", rank_space, adapters)
         expected = torch.stack(
             [
                 _alone(host, layer, names[at] if at >= 0 else None, row)

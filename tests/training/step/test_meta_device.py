@@ -1,4 +1,4 @@
-"""A round on the meta device, which stands in for an accelerator.
+"""Rounds and decoding steps on the meta device, which stands in for an accelerator.
 
 Its tensors have no data: to join them with the CPU's fails, and so does reading one.
 What a round may read, once, is answered here; so are transformers' own looks at a mask.
@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
-from loraloom.config.objective import CpoConfig, SftConfig
+from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.data.examples import Example, PreferencePair
 from loraloom.models.host import Host
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.objectives import build_objective
+from loraloom.training.step.reference import Reference
 from loraloom.training.step.window import Window
-from tests.tiny import ALL_METHODS
+from tests.tiny import ALL_METHODS, padded_mask
 
 PAD_ID = 0
 LENGTHS = (9, 6, 4, 2)
@@ -32,7 +33,7 @@ def example(length: int, place: int) -> Example:
 @pytest.fixture
 def host(monkeypatch):
     """A layer of Llama-2-7B's shape in bfloat16, with an adapter of each method."""
-    answer = torch.Tensor.tolist
+    answer, copy = torch.Tensor.tolist, torch.Tensor.cpu
 
     def read(tensor):
         if not tensor.is_meta:
@@ -40,7 +41,14 @@ def host(monkeypatch):
         reads.append(tensor.numel())
         return [0.0] * tensor.numel()
 
+    def fetch(tensor):
+        if not tensor.is_meta:
+            return copy(tensor)
+        reads.append(tensor.numel())
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
     reads.clear()
+    monkeypatch.setattr(torch.Tensor, "cpu", fetch)
     monkeypatch.setattr(torch.Tensor, "tolist", read)
     monkeypatch.setattr(masking_utils, "fast_all", lambda mask: False)
     monkeypatch.setattr(
@@ -68,6 +76,7 @@ def micro_batches(host, *, packing=False, objective=None):
             [1, 2, 3, 4],
             window,
             build_objective(objective or SftConfig()),
+            reference=Reference() if isinstance(objective, DpoConfig) else None,
             max_row_length=24 if packing else None,
         )
         for adapter in host.adapters.values()
@@ -87,3 +96,23 @@ def test_a_round_of_every_method_reads_the_device_once(host, packing, checkpoint
         for name, parameter in adapter.named_parameters():
             assert parameter.grad is not None, (adapter.name, name)
             assert parameter.grad.is_meta
+
+
+def test_a_reference_is_read_once_too(host):
+    forward_backward(host, micro_batches(host, objective=DpoConfig())[:2], PAD_ID)
+    assert len(reads) == 2  # what the reference says, and the round's numbers
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3)], ids=["unpadded", "padded"])
+def test_decoding_steps_of_every_method_read_nothing(host, lengths):
+    names = [*host.adapters, None, next(iter(host.adapters))]
+    mask = padded_mask([lengths[place % 2] for place in range(len(names))], "left", 5)
+    ids = torch.zeros(mask.shape, dtype=torch.long, device="meta")
+    session = host.prefill(ids, mask, names)
+    for _ in range(2):
+        tokens = session.logits.argmax(-1)
+        assert host.decode(session, tokens).shape == (len(names), 320)
+    session.keep([3, 1])
+    session.join(host.prefill(ids[:2], mask[:2], names[:2]))
+    assert host.decode(session, torch.zeros(4, dtype=torch.long, device="meta")).is_meta
+    assert reads == []

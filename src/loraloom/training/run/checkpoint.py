@@ -4,7 +4,8 @@
         manifest.json    what each job's settings, metrics and result were, and the files' checksums
         <job>.pt         its weights, optimizer, schedule, half-done step: tensors and plain values
 
-A snapshot appears at once, by a rename. The newest ones are kept; a damaged one is passed over.
+Where several workers train, each job has snapshots of its own, in .checkpoints/jobs/<job>/. A
+snapshot appears at once, by a rename. The newest ones are kept; a damaged one is passed over.
 Randomness needs no record: it is a function of seed, epoch and sample.
 """
 
@@ -56,6 +57,7 @@ class JobRecord:
         joined_later: It is none of the run file's.
         inputs: Hashes of what it learns from and is measured on, see `input_digests`.
         scheduler_pass: Its place in the queue for steps; see `Schedule`.
+        micro_batches: How many it had done at its end; 0 before.
         result: What became of it, once it is done; None while it trains.
     """
 
@@ -65,6 +67,7 @@ class JobRecord:
     joined_later: bool = False
     inputs: dict[str, str] = field(default_factory=dict)
     scheduler_pass: float = 0.0
+    micro_batches: int = 0
     result: dict[str, Any] | None = None
 
     __pydantic_config__ = _CHECKED
@@ -200,6 +203,77 @@ class SnapshotStore:
         """Find the snapshots by number; what is called otherwise, a backup say, is left alone."""
         names = [(_SNAPSHOT.fullmatch(path.name), path) for path in self.directory.glob("*/")]
         return {int(name[1]): path for name, path in names if name is not None}
+
+
+class JobSnapshots:
+    """Snapshots of jobs that several workers train: each job has a store of its own.
+
+    So whoever trains a job finds its newest snapshot, whoever has written that.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._done: set[str] = set()
+
+    def of(self, job: str) -> SnapshotStore:
+        """The snapshots of a job."""
+        return SnapshotStore(self.directory / job)
+
+    def write(
+        self,
+        round_number: int,
+        seconds: float,
+        base: dict[str, Any],
+        records: Mapping[str, JobRecord],
+        states: Mapping[str, dict[str, Any]],
+        keep: int = 2,
+        sweep_bytes: int = 0,
+    ) -> None:
+        """Write a snapshot of each job, but none of one that was done before; see `SnapshotStore`.
+
+        Raises:
+            TrainingError: If the system can't write there.
+        """
+        for name in [name for name in records if name not in self._done]:
+            is_done = records[name].result is not None
+            self.of(name).write(
+                round_number,
+                seconds,
+                base,
+                {name: records[name]},
+                {name: states[name]} if name in states else {},
+                keep=1 if is_done else keep,
+                sweep_bytes=sweep_bytes,
+            )
+            if is_done:
+                self._done.add(name)
+
+    def newest(self) -> tuple[dict[str, Snapshot], list[str]]:
+        """Find the newest whole snapshot of each job.
+
+        Returns:
+            The snapshots by job, and what was wrong with newer ones.
+        """
+        found: dict[str, Snapshot] = {}
+        faults: list[str] = []
+        for directory in sorted(self.directory.glob("*/")):
+            snapshot, its_faults = self.of(directory.name).newest()
+            faults += its_faults
+            if snapshot is not None and directory.name in snapshot.jobs:
+                found[directory.name] = snapshot
+        return found, faults
+
+    def exists(self) -> bool:
+        """Whether there is any."""
+        return any(self.directory.glob("*/"))
+
+    def clear(self) -> None:
+        """Delete all snapshots.
+
+        Raises:
+            OSError: If one stays.
+        """
+        remove(self.directory)
 
 
 def describe_changes(old: Any, new: Any, path: str = "") -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -15,13 +15,12 @@ from loraloom.models.host import Host
 from loraloom.training.run.checkpoint import STATE_ERRORS, JobRecord, Snapshot
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.fitting import RoundRunner
-from loraloom.training.run.inputs import changed_inputs, input_digests
+from loraloom.training.run.inputs import check_inputs, input_digests
 from loraloom.training.run.interruption import Interruption
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import check_memory, predict_memory
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import Progress
-from loraloom.training.run.reporting import Reporter
+from loraloom.training.run.reporting import Reporter, Viewer
 from loraloom.training.run.results import JobResult, job_result, parse_result
 from loraloom.training.run.schedule import Schedule
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
@@ -57,10 +56,12 @@ class Engine:
         max_tokens_per_step: Most tokens of a round's forward, padding included; None for no bound.
         memory_limit: Most bytes that a round may be predicted to take with a job that joins.
         keep_snapshots: How many are left when a new one is written.
+        seconds: Wall time of the training before.
 
     Attributes:
         jobs: Those that train, by name.
         joined: Names of the jobs that joined a run that had begun.
+        held: Names of jobs that take part in no round for the time being.
         round: Rounds done.
 
     Raises:
@@ -73,21 +74,24 @@ class Engine:
         jobs: Sequence[Job],
         evaluation: Evaluation,
         directory: RunDirectory,
-        progress: Progress,
+        progress: Viewer,
         *,
         trackers: tuple[str, ...] = ("jsonl",),
         environment: Mapping[str, Any] | None = None,
         max_tokens_per_step: int | None = None,
         memory_limit: int | None = None,
         keep_snapshots: int = 2,
+        seconds: float = 0.0,
     ):
         self.host = host
         self.jobs: dict[str, Job] = {}
         self.joined: set[str] = set()
+        self.held: set[str] = set()
         self.round = 0
         self._settings: dict[str, dict[str, Any]] = {}  # of every job of the run, in their order
         self._inputs: dict[str, dict[str, str]] = {}
         self._results: dict[str, JobResult] = {}
+        self._micro_batches_of: dict[str, int] = {}  # of jobs that are done
         self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs that couldn't be written
         self._schedule = Schedule(max_tokens_per_step)
         self._memory_limit = memory_limit
@@ -100,7 +104,7 @@ class Engine:
         self._environment = dict(environment or {})
         self._reporter = Reporter(directory, progress, trackers)
         self._runner = RoundRunner(host, evaluation.pad_id)
-        self._started_at = time.monotonic()
+        self._started_at = time.monotonic() - seconds
         for job in jobs:
             self._schedule.check_fits(job)
             self._enter(job)
@@ -134,26 +138,41 @@ class Engine:
             KeyboardInterrupt: After Ctrl-C, when everything is saved; at once after another.
             SystemExit: After SIGTERM, likewise.
         """
+        notice = "saving everything after this step; Ctrl-C again stops at once"
+        interruption = Interruption(partial(self._reporter.message, notice))
+        with self.reporting(), interruption as self._interruption:
+            while not (is_ending := self._must_end()):
+                has_jobs = self.settle(*between_steps)
+                if (is_ending := self._must_end()) or not has_jobs:
+                    break
+                self.step()
+            if is_ending:
+                self._save_for_later()
+                self._interruption.end()
+        return list(self.results.values())
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Show the jobs and log their metrics, within this context."""
         self._reporter.start(self.jobs.values())
         try:
-            notice = "saving everything after this step; Ctrl-C again stops at once"
-            with Interruption(partial(self._reporter.message, notice)) as self._interruption:
-                while not (is_ending := self._must_end()):
-                    self._evaluate_due()
-                    self._close_complete()
-                    for callback in between_steps:
-                        callback(self)
-                    self.save_if_due(may_wait=bool(self.jobs))
-                    if (is_ending := self._must_end()) or not self.jobs:
-                        break
-                    self.step()
-                if is_ending:
-                    self._save_for_later()
-                    self._interruption.end()
+            yield
         finally:
             self._interruption = None
             self._reporter.stop()
-        return list(self.results.values())
+
+    def settle(self, *between_steps: Callable[[Engine], None]) -> bool:
+        """Do what is due between two rounds: evaluations, endings, callbacks, a snapshot.
+
+        Returns:
+            Whether any job is left.
+        """
+        self._evaluate_due()
+        self._close_complete()
+        for callback in between_steps:
+            callback(self)
+        self.save_if_due(may_wait=bool(self.jobs))
+        return bool(self.jobs)
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
         """Let a job join. It takes part from the next round on, and snapshots have it.
@@ -166,14 +185,39 @@ class Engine:
             ConfigError: If its name is taken, results are in the way, or it does not fit into a
                 round or into memory. The job is off the host then.
         """
+        with self._joining(job):
+            self._directory.prepare_job(job.name, overwrite=overwrite)
+
+    def resume(self, job: Job, snapshot: Snapshot) -> None:
+        """Let a job join that goes on from a snapshot, whichever engine has made that.
+
+        Args:
+            job: With its adapter on the host.
+            snapshot: In which it is not done.
+
+        Raises:
+            ConfigError: As in `add` and `load_state`. The job is off the host then.
+        """
+        record = snapshot.jobs[job.name]
+        with self._joining(job):
+            inputs = input_digests(self.host, job, self._evaluation)
+            check_inputs({job.name: record.inputs}, {job.name: inputs})
+            self._directory.tidy(job.name)
+            with _refusing_other_states(job.name, snapshot):
+                self._go_on(job, snapshot)
+            self._reporter.forget_after(job.name, record.metrics_bytes)
+
+    @contextmanager
+    def _joining(self, job: Job) -> Iterator[None]:
+        """Let a job join after what is done in this context; take it off where that fails."""
         try:
             if job.name.casefold() in map(str.casefold, self._settings):
                 raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
             self._schedule.check_fits(job)
             self._check_memory(job)
-            self._directory.prepare_job(job.name, overwrite=overwrite)
+            yield
         except Exception:
-            self._take_off(job)
+            self.discard(job)
             raise
         self._enter(job)
         self.joined.add(job.name)
@@ -205,6 +249,12 @@ class Engine:
             if result.error is None:
                 self._reporter.message(f"{name}: stopped after step {result.steps}: {reason}")
         return self.results[name]
+
+    def discard(self, job: Job) -> None:
+        """Free the adapter of a job that doesn't train, and its reference's if nobody needs it."""
+        self.host.remove(job.name)
+        others = [other.reference for other in self.jobs.values()]
+        drop_reference(self.host, job.reference, others)
 
     def step(self) -> None:
         """Do a round: jobs take their next micro-batch, and their step where it was the last one.
@@ -341,22 +391,15 @@ class Engine:
             ConfigError: If the data of a job is no longer what it was, a state is not that of its
                 job, or a job that begins would replace an adapter.
         """
-        self._check_inputs(snapshot)
+        check_inputs({name: record.inputs for name, record in snapshot.jobs.items()}, self._inputs)
         self.round = snapshot.round
         self._started_at = time.monotonic() - snapshot.seconds
         for name in self.jobs.keys() - snapshot.jobs.keys():
             self._directory.check_new(name)
         for name, record in snapshot.jobs.items():
             self._directory.tidy(name)
-            try:
+            with _refusing_other_states(name, snapshot):
                 self._load_job(name, record, snapshot)
-            except ConfigError as error:
-                raise ConfigError(f"job {name}: {error}") from error
-            except STATE_ERRORS as error:
-                raise ConfigError(
-                    f"checkpoint {snapshot.directory} can't be used, the state of job {name} is of "
-                    f"something else: {_describe(error)}; delete it to go on from the one before"
-                ) from error
         saved = {name: record.settings for name, record in snapshot.jobs.items()}
         self._settings = {**saved, **self._settings}
         self._inputs = {name: r.inputs for name, r in snapshot.jobs.items()} | self._inputs
@@ -367,30 +410,21 @@ class Engine:
             self._reporter.forget_after(name, 0 if record is None else record.metrics_bytes)
         self._is_snapshot_due = False
 
-    def _check_inputs(self, snapshot: Snapshot) -> None:
-        changed = [
-            f"job {name}: {what}"
-            for name, inputs in self._inputs.items()
-            if name in snapshot.jobs
-            for what in changed_inputs(snapshot.jobs[name].inputs, inputs)
-        ]
-        if changed:
-            raise ConfigError(
-                "--resume needs the data that the run began with, it has changed: "
-                f"{'; '.join(changed)}; put it back, or give --overwrite to begin again"
-            )
-
     def _load_job(self, name: str, record: JobRecord, snapshot: Snapshot) -> None:
         if record.result is not None:
             self._results[name] = parse_result(record.result)
         else:
-            job, state = self.jobs[name], snapshot.load_state(name)
-            if state is not None:
-                job.load_state_dict(state)
-                self.host.ranks.keep_at_first(job.parameters.values())
-            self._directory.reopen(self.host, job)
+            self._go_on(self.jobs[name], snapshot)
         if record.joined_later:
             self.joined.add(name)
+
+    def _go_on(self, job: Job, snapshot: Snapshot) -> None:
+        """Bring a job and its files to where a snapshot has them."""
+        state = snapshot.load_state(job.name)
+        if state is not None:
+            job.load_state_dict(state)
+            self.host.ranks.keep_at_first(job.parameters.values())
+        self._directory.reopen(self.host, job)
 
     def _must_end(self) -> bool:
         """Whether any rank was interrupted; signals come to them one after the other."""
@@ -412,7 +446,7 @@ class Engine:
     def _micro_batches(self) -> list[MicroBatch]:
         """Return each job's next micro-batch; a job that has none to give ends."""
         micro_batches = []
-        for job in list(self.jobs.values()):
+        for job in [job for job in self.jobs.values() if job.name not in self.held]:
             try:
                 micro_batches.append(job.micro_batch())
             except Exception as error:
@@ -486,6 +520,7 @@ class Engine:
             joined_later=name in self.joined,
             inputs=self._inputs[name],
             scheduler_pass=self._schedule.passes.get(name, 0.0),
+            micro_batches=self._micro_batches_of.get(name, 0),
             result=None if result is None else asdict(result),
         )
 
@@ -499,16 +534,11 @@ class Engine:
         job.release()
         del self.jobs[job.name]
         self._results[job.name] = result
+        self._micro_batches_of[job.name] = job.position.micro_batches
         self._schedule.leave(job.name)
-        self._take_off(job)
+        self.discard(job)
         self._reporter.end(job.name)
         self._is_snapshot_due = True
-
-    def _take_off(self, job: Job) -> None:
-        """Free a job's adapter, and its reference's if no other job is held at it."""
-        self.host.remove(job.name)
-        others = [other.reference for other in self.jobs.values()]
-        drop_reference(self.host, job.reference, others)
 
     def _check_memory(self, job: Job) -> None:
         if self._memory_limit is None:  # what is free can't be told from what a round left over
@@ -529,6 +559,20 @@ class Engine:
             self._reporter.message("saved; --resume goes on from here")
         except TrainingError as error:
             self._reporter.message(f"error: {error}; --resume goes on from the one before")
+
+
+@contextmanager
+def _refusing_other_states(name: str, snapshot: Snapshot) -> Iterator[None]:
+    """Raise a ConfigError where a job's state turns out to be of something else."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"job {name}: {error}") from error
+    except STATE_ERRORS as error:
+        raise ConfigError(
+            f"checkpoint {snapshot.directory} can't be used, the state of job {name} is of "
+            f"something else: {_describe(error)}; delete it to go on from the one before"
+        ) from error
 
 
 def describe_base(host: Host) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loraloom.data.questions import questions_digest
+from loraloom.errors import ConfigError
 from loraloom.eval.provenance import adapter_digest
 from loraloom.models.host import Host
 from loraloom.training.run.evaluation import Evaluation
@@ -22,6 +23,27 @@ def input_digests(host: Host, job: Job, evaluation: Evaluation) -> dict[str, str
     return digests
 
 
-def changed_inputs(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Name what is no longer what it was; older snapshots have no hashes."""
-    return [name for name, digest in now.items() if saved.get(name, digest) != digest]
+def check_inputs(
+    saved: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Check that jobs go on with what they began with; snapshots of older versions have no hashes.
+
+    Args:
+        saved: Hashes of a snapshot, by job.
+        now: Those of now; jobs that were not saved are left out.
+
+    Raises:
+        ConfigError: If some differ.
+    """
+    changed = [
+        f"job {name}: {what}"
+        for name, inputs in now.items()
+        if name in saved
+        for what, digest in inputs.items()
+        if saved[name].get(what, digest) != digest
+    ]
+    if changed:
+        raise ConfigError(
+            "--resume needs the data that the run began with, it has changed: "
+            f"{'; '.join(changed)}; put it back, or give --overwrite to begin again"
+        )

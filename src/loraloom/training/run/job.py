@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.config.job import JobConfig
 from loraloom.config.train import SCHEDULERS_ON_METRIC
 from loraloom.data.streaming import StreamedSet
-from loraloom.data.training_set import TrainingSet
+from loraloom.data.training_set import TrainingSet, examples_digest
 from loraloom.errors import TrainingError
 from loraloom.models.samples import sample_key
 from loraloom.training.run.collapse import CollapseWatch
@@ -39,6 +39,7 @@ class Position:
     Args:
         step: Steps done.
         micro_step: Micro-batches done of the next step.
+        micro_batches: All that were done.
         tokens: Real tokens learnt from.
         computed_tokens: Tokens that went through the model to learn from them, with padding.
         loss: Of the micro-batches done of the next step.
@@ -51,6 +52,7 @@ class Position:
 
     step: int = 0
     micro_step: int = 0
+    micro_batches: int = 0
     tokens: int = 0
     computed_tokens: int = 0
     loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
@@ -58,6 +60,41 @@ class Position:
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
     last_loss: float | None = None
+
+
+@runtime_checkable
+class JobView(Protocol):
+    """What a display and a sweep see of a job, wherever it trains.
+
+    Attributes:
+        config: Its settings.
+        position: Where it stands.
+        milestones: Steps after which it is evaluated, beside every eval_steps and its end.
+    """
+
+    config: JobConfig
+    position: Position
+    milestones: frozenset[int]
+
+    @property
+    def name(self) -> str:
+        """Name of the job and of its adapter."""
+        ...
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the job, unless it is stopped early."""
+        ...
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no step is half done."""
+        ...
+
+    @property
+    def held_out(self) -> str:
+        """Hash of the examples that it is measured on."""
+        ...
 
 
 class Job:
@@ -132,6 +169,11 @@ class Job:
         return self.position.micro_step + 1 == self.window.num_micro_batches
 
     @property
+    def held_out(self) -> str:
+        """Hash of the examples that it is measured on."""
+        return examples_digest([], self.training_set.validation)
+
+    @property
     def has_begun(self) -> bool:
         """Whether it has learnt something, or was measured."""
         return self.position.tokens > 0 or self.position.evaluated_step >= 0
@@ -195,6 +237,7 @@ class Job:
         self._proven = None
         position = self.position
         position.micro_step += 1
+        position.micro_batches += 1
         position.tokens += micro_batch.num_tokens
         position.computed_tokens += loss.computed_tokens
         total = MicroBatchLoss(**position.loss) + loss

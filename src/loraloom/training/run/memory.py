@@ -123,8 +123,8 @@ def predict_memory(
         for job in jobs
     ]
     return MemoryPrediction(
-        base_model=_bytes_of(_base_tensors(host)),
-        adapters=_bytes_of(w for adapter in host.adapters.values() for w in adapter.parameters()),
+        base_model=base_bytes(host),
+        adapters=adapter_bytes(host),
         learning=round(sum(count * size for count, size in zip(copies, adapters, strict=True))),
         activations=max(round(activations), sum(adapters)),
         loss=_loss_bytes(host, sum(rows) * length, [job.adapter for job in jobs]),
@@ -173,6 +173,16 @@ def available_bytes(device: torch.device) -> int | None:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return None
+
+
+def base_bytes(host: Host) -> int:
+    """Return the bytes of a base model's weights and buffers on this rank."""
+    return _bytes_of(_base_tensors(host))
+
+
+def adapter_bytes(host: Host) -> int:
+    """Return the bytes of the weights of all adapters on a host."""
+    return _bytes_of(w for adapter in host.adapters.values() for w in adapter.parameters())
 
 
 def step_rows(job: Job, num_ranks: int = 1) -> tuple[int, int]:

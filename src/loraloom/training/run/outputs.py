@@ -25,7 +25,7 @@ from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.host import Host
-from loraloom.training.run.checkpoint import SnapshotStore
+from loraloom.training.run.checkpoint import JobSnapshots, SnapshotStore
 from loraloom.training.run.job import Job
 from loraloom.training.run.results import RESULT_FILE, JobResult, result_card
 from loraloom.training.run.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY
@@ -54,12 +54,15 @@ class RunDirectory:
     Args:
         path: The directory.
         is_read_only: Nothing is checked, written or deleted here, as somebody else does it.
+        by_job: Each job has snapshots of its own, as several workers train.
     """
 
-    def __init__(self, path: Path, *, is_read_only: bool = False):
+    def __init__(self, path: Path, *, is_read_only: bool = False, by_job: bool = False):
         self.path = path
         self.is_read_only = is_read_only
+        self.by_job = by_job
         self.snapshots = SnapshotStore(path / _SNAPSHOTS)
+        self.job_snapshots = JobSnapshots(path / _SNAPSHOTS / "jobs")
         self.sweep_table = path / "sweep.csv"
         self.sweep_picture = path / "sweep.png"
         self.sweep_journal = path / "sweep.journal"
@@ -94,7 +97,8 @@ class RunDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise ConfigError(f"output_dir must be a directory, got the file {self.path}")
             self._check_writable()
-            has_results = bool(self._entries()) or self.snapshots.exists()
+            found = [self.snapshots.exists(), self.job_snapshots.exists()]
+            has_results = bool(self._entries()) or any(found)
         if overwrite or not has_results:
             return
         if not resume:
@@ -104,7 +108,14 @@ class RunDirectory:
                 "name another, or give --resume to go on from "
                 "its checkpoints or --overwrite to replace the jobs' results"
             )
-        if not self.snapshots.exists():
+        others, own = found if self.by_job else found[::-1]
+        if others and not own:
+            raise ConfigError(
+                f"--resume needs a run that was trained {'with' if self.by_job else 'without'} "
+                f"--ray, as this one is to be, {self.path} was not; "
+                f"{'leave --ray out' if self.by_job else 'give --ray auto'}"
+            )
+        if not own:
             raise ConfigError(
                 f"--resume needs checkpoints, {self.path} has results without any; "
                 "name another output_dir, or give --overwrite"
@@ -147,6 +158,7 @@ class RunDirectory:
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.snapshots.clear()
+            self.job_snapshots.clear()
             for file in (self.sweep_table, self.sweep_picture, self.sweep_journal):
                 file.unlink(missing_ok=True)
             for name in jobs:
@@ -257,8 +269,9 @@ class RunDirectory:
 
     @_for_its_owner
     def write_snapshot(self, *args: Any, **options: Any) -> None:
-        """Write a snapshot; see `SnapshotStore.write`."""
-        self.snapshots.write(*args, **options)
+        """Write a snapshot, or one of each job; see `SnapshotStore.write`."""
+        store = self.job_snapshots if self.by_job else self.snapshots
+        store.write(*args, **options)
 
     def _clear(self, name: str) -> None:
         for entry in (*_JOB_FILES, *_JOB_DIRECTORIES):
@@ -281,11 +294,14 @@ class RunDirectory:
         return sorted(entry.name for entry in self.path.iterdir() if entry.name != _SNAPSHOTS)
 
     def _check_writable(self) -> None:
-        existing = next(
-            path for path in (self.path, *self.path.absolute().parents) if path.exists()
-        )
+        existing = nearest_existing(self.path)
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise ConfigError(
                 f"output_dir must be where files can be written, got {self.path}: "
                 f"{existing} is no directory that can be written to"
             )
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the directory above it that is nearest to it among those that exist."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())

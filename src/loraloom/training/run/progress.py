@@ -13,7 +13,7 @@ from rich.progress import Progress as RichProgress
 from loraloom.errors import plain
 from loraloom.terminal import fitted, make_console, print_tables
 from loraloom.training.run.display import EnduringOutput
-from loraloom.training.run.job import Job
+from loraloom.training.run.job import JobView
 from loraloom.training.run.ranking import Ranking, ranking_line, ranking_table
 from loraloom.training.step.micro_batch import padding_share
 
@@ -69,7 +69,7 @@ class Progress:
         """Begin to show."""
         self._bars.start()
 
-    def add(self, job: Job) -> None:
+    def add(self, job: JobView) -> None:
         """Show one more job."""
         start = job.position.step, job.position.tokens
         self._tasks[job.name] = self._bars.add_task(
@@ -82,7 +82,7 @@ class Progress:
         self._shown_at[job.name] = time.monotonic()
         self._describe(job)
 
-    def update(self, job: Job) -> None:
+    def update(self, job: JobView) -> None:
         """Show a job after a step."""
         self._bars.update(self._tasks[job.name], completed=job.position.step)
         fields = self._describe(job)
@@ -125,7 +125,7 @@ class Progress:
         self._bars.table = None
         self._bars.stop()
 
-    def _describe(self, job: Job) -> dict[str, str]:
+    def _describe(self, job: JobView) -> dict[str, str]:
         """Bring the fields of a job's line up to date."""
         position, task = job.position, self._bars.tasks[self._tasks[job.name]]
         first_step, first_tokens = task.fields["start_position"]

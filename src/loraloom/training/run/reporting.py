@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from loraloom.durable import sync
-from loraloom.training.run.job import Job
+from loraloom.training.run.job import Job, JobView
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import Progress
 from loraloom.training.run.tracking import MetricsFile, Tracker, open_tracker, step_metrics
 from loraloom.training.step.micro_batch import StepReport
+
+
+@runtime_checkable
+class Viewer(Protocol):
+    """Who is shown how jobs get on; see `Progress`."""
+
+    def start(self) -> None:
+        """Begin to show."""
+
+    def add(self, job: JobView) -> None:
+        """Show one more job."""
+
+    def update(self, job: JobView) -> None:
+        """Show a job after a step."""
+
+    def message(self, text: str) -> None:
+        """Say something to the user."""
+
+    def stop(self) -> None:
+        """Show nothing more."""
 
 
 class Reporter:
     """Tells trackers and the user how jobs get on. A tracker that fails is told of once a job."""
 
-    def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: tuple[str, ...]):
+    def __init__(self, directory: RunDirectory, progress: Viewer, tracker_names: tuple[str, ...]):
         self._directory = directory
         self._progress = progress
         self._tracker_names = [] if directory.is_read_only else ["jsonl", *tracker_names]

@@ -13,8 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.job import JobConfig
 from loraloom.config.loading import load_run_config
-from loraloom.config.objective import BASE_REFERENCE, DpoConfig
-from loraloom.config.paths import local_path
 from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
@@ -22,7 +20,8 @@ from loraloom.models.host import Host
 from loraloom.models.loading import find_device, load_base_model
 from loraloom.ranks import Ranks
 from loraloom.training.run.builder import JobBuilder
-from loraloom.training.run.checkpoint import Snapshot, describe_changes
+from loraloom.training.run.checkpoint import Snapshot
+from loraloom.training.run.checks import check_same_run, check_sources
 from loraloom.training.run.engine import Engine, describe_base
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox, sole_trainer
@@ -51,6 +50,8 @@ def train(
     base: tuple[Host, PreTrainedTokenizerBase] | None = None,
     between_steps: BetweenSteps | None = None,
     watch: WatchOptions | None = None,
+    ray: str | None = None,
+    ray_workers: int | None = None,
     command: str = "",
 ) -> list[JobResult]:
     """Train all jobs of a run on its base model.
@@ -67,6 +68,9 @@ def train(
         base: The base model and its tokenizer where they are loaded already.
         between_steps: As in `Engine.run`, with what builds further jobs.
         watch: A directory of job files to train as well.
+        ray: Train the jobs on the workers of a Ray cluster: its `HOST:PORT`, or `auto` for the one
+            that runs on this machine, else one for the time of the run.
+        ray_workers: How many; None for one on each accelerator, or else on each machine.
         command: What result.json says the run was started with.
 
     Returns:
@@ -84,11 +88,24 @@ def train(
         run = load_run_config(run, needs_jobs=watch is None)
     launch = read_launch()
     _check_goes_with(launch, run, watch, base)
+    if ray is not None:
+        _check_goes_with_ray(launch, watch, base, between_steps)
+        from loraloom.training.cluster.train import train_with_ray  # it needs Ray
+
+        return train_with_ray(
+            run,
+            ray,
+            ray_workers,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress or Progress(),
+            command=command,
+        )
     device = rank_device(run.device, launch)
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
     directory.check(resume=resume, overwrite=overwrite)
-    _check_sources(run, directory)
+    check_sources(run, directory)
     check_trackers(run.trackers)
     for job in run.all_jobs:
         check_optimizer_device(job.train, find_device(device), job.name)
@@ -209,6 +226,23 @@ def _check_goes_with(launch: Launch, run: RunConfig, watch: WatchOptions | None,
             )
 
 
+def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: Any) -> None:
+    """Refuse what workers of a cluster can't do.
+
+    Raises:
+        ConfigError: If there is any of it.
+    """
+    if launch.size > 1:
+        raise ConfigError(
+            f"--ray starts workers itself, got {launch.size} ranks; start it without torchrun"
+        )
+    for name, value in {"--watch": watch, "base": base, "between_steps": between_steps}.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} needs a single process, got --ray too; leave one of them out"
+            )
+
+
 def _check_alike(
     ranks: Ranks, run: RunConfig, jobs: Sequence[Job], snapshot: Snapshot | None
 ) -> None:
@@ -254,7 +288,7 @@ def _read_snapshot(
     """
     snapshot, faults = directory.snapshots.newest()
     if snapshot is not None:
-        _check_same_run(snapshot, run, describe_base(host))
+        check_same_run(snapshot, run, describe_base(host))
     elif faults:
         raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
     return snapshot, faults
@@ -301,53 +335,3 @@ def _sweep(
     from loraloom.training.run.sweep import Sweep  # it needs Optuna
 
     return Sweep(run, directory, progress, builder.build, jobs)
-
-
-def _check_sources(run: RunConfig, directory: RunDirectory) -> None:
-    """Check that no adapter that a job reads is one that the run will replace.
-
-    Raises:
-        ConfigError: If one is.
-    """
-    jobs_by_path = {directory.job(job.name).resolve(): job.name for job in run.all_jobs}
-    for job in run.all_jobs:
-        for setting, source in _sources(job).items():
-            path = local_path(source, f"job {job.name}: {setting}").resolve()
-            for replaced in (path, *path.parents):
-                if replaced in jobs_by_path:
-                    raise ConfigError(
-                        f"job {job.name}: {setting} must not be in what the run writes, got "
-                        f"{source}, where job {jobs_by_path[replaced]} goes; give another "
-                        "output_dir or name"
-                    )
-
-
-def _sources(job: JobConfig) -> dict[str, str]:
-    """The adapters that a job reads, by setting."""
-    sources, objective = {}, job.train.objective
-    if job.start_from is not None:
-        sources["start_from"] = job.start_from
-    if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
-        sources["train.objective.reference"] = objective.reference
-    return sources
-
-
-def _check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) -> None:
-    """Check that what goes on is what was saved.
-
-    Raises:
-        ConfigError: If the base model or a setting of a job is another one.
-    """
-    changed = [f"base {name}" for name, value in base.items() if snapshot.base.get(name) != value]
-    for job in run.all_jobs:
-        record = snapshot.jobs.get(job.name)
-        if record is not None:  # priority changes no job's result
-            saved, now = (
-                {**s, "priority": None} for s in (record.settings, job.model_dump(mode="json"))
-            )
-            changed += [f"job {job.name}: {change}" for change in describe_changes(saved, now)]
-    if changed:
-        raise ConfigError(
-            "--resume needs the settings that the run began with, these differ: "
-            f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
-        )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
@@ -27,16 +27,51 @@ from loraloom.config.sweep import SweepStoppingConfig, TpeSearch, parameter_valu
 from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.eval.sweep_plot import plot_sweep
-from loraloom.training.run.engine import Engine
-from loraloom.training.run.job import Job
+from loraloom.training.run.job import JobView
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.ranking import RUNNING, Ranking, Standing, ranking_csv
 from loraloom.training.run.results import JobResult
 from loraloom.training.run.selection import metric_mode
 
+_ROUND = "round"
 _TPE_TRIES = 20
 """Draws of TPE among which one is looked for that was not tried."""
+
+
+AnyJob = TypeVar("AnyJob", bound=JobView)
+
+
+@runtime_checkable
+class Trainer(Protocol[AnyJob]):
+    """What trains the jobs of a sweep: an engine, or a cluster of them."""
+
+    @property
+    def jobs(self) -> Mapping[str, AnyJob]:
+        """Those that train or wait for room, by name."""
+        ...
+
+    @property
+    def results(self) -> Mapping[str, JobResult]:
+        """What became of the others."""
+        ...
+
+    @property
+    def round(self) -> int:
+        """Rounds done."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training."""
+        ...
+
+    def add(self, job: AnyJob, *, overwrite: bool = False) -> None:
+        """Let a job join."""
+
+    def stop(self, name: str, reason: str) -> JobResult:
+        """End a job now."""
+        ...
 
 
 class AshaPruner(BasePruner):
@@ -96,7 +131,7 @@ class _NoLock(JournalFileOpenLock):
         pass
 
 
-class Sweep:
+class Sweep(Generic[AnyJob]):
     """The jobs of a sweep.
 
     Args:
@@ -115,8 +150,8 @@ class Sweep:
         run: RunConfig,
         directory: RunDirectory,
         progress: Progress,
-        build: Callable[[JobConfig], Job],
-        jobs: Iterable[Job],
+        build: Callable[[JobConfig], AnyJob],
+        jobs: Iterable[AnyJob],
     ):
         assert run.sweep is not None
         self._run = run
@@ -139,7 +174,7 @@ class Sweep:
         ):  # else it goes on
             self._stopping.check_reached(self._longest)
         for job in own:
-            self._set_rungs(job)
+            self.set_rungs(job)
 
     def open(self, journal_bytes: int) -> None:
         """Begin a study, or go on with the one whose journal had so many bytes."""
@@ -161,7 +196,7 @@ class Sweep:
             ) from error
         self._study.pruner = _pruner(self._stopping, self._longest)
 
-    def between_steps(self, engine: Engine) -> None:
+    def between_steps(self, engine: Trainer[AnyJob]) -> None:
         """Report what was measured, stop the jobs that lost, let others join, show the ranking."""
         with self._noting_faults():
             self._report(engine)
@@ -169,7 +204,7 @@ class Sweep:
             self._fill(engine)
             self._show(self.ranking(engine))
 
-    def finish(self, engine: Engine) -> None:
+    def finish(self, engine: Trainer[AnyJob]) -> None:
         """Show the ranking a last time."""
         with self._noting_faults():
             ranking = self.ranking(engine)
@@ -177,7 +212,7 @@ class Sweep:
                 self._show(ranking)
                 self._progress.conclude(ranking)
 
-    def ranking(self, engine: Engine) -> Ranking:
+    def ranking(self, engine: Trainer[AnyJob]) -> Ranking:
         """Tell how the jobs stand that have begun."""
         rungs = () if self._stopping is None else self._stopping.rungs(self._longest)
         standings = []
@@ -196,6 +231,24 @@ class Sweep:
             standings.append(Standing(name, parameters, *state))
         return Ranking(self._metric, rungs, tuple(standings), self._sweep.num_jobs)
 
+    @property
+    def decides(self) -> bool:
+        """Whether what becomes of jobs, or which ones come, depends on what others measure."""
+        return self._stopping is not None or isinstance(self._sweep.search, TpeSearch)
+
+    def owns(self, name: str) -> bool:
+        """Whether a job of that name is one of the sweep's."""
+        return self._sweep.owns(name)
+
+    def begun(self) -> list[tuple[JobConfig, int]]:
+        """The jobs that have begun and did not fail, with the round in which each began."""
+        trials = self._study.get_trials(deepcopy=False)
+        return [
+            (self._run.trial(one.number, one.params).job, one.user_attrs.get(_ROUND, 0))
+            for one in trials
+            if one.state != TrialState.FAIL
+        ]
+
     def _trials(self) -> list[tuple[FrozenTrial, str]]:
         """Optuna's trials with the names of their jobs."""
         trials = self._study.get_trials(deepcopy=False)
@@ -204,7 +257,7 @@ class Sweep:
     def _handle(self, trial: FrozenTrial) -> optuna.Trial:
         return optuna.Trial(self._study, trial._trial_id)
 
-    def _report(self, engine: Engine) -> None:
+    def _report(self, engine: Trainer[AnyJob]) -> None:
         """Report the last evaluation of each job, and tell what became of those that ended."""
         for trial, name in self._trials():
             job, result = engine.jobs.get(name), engine.results.get(name)
@@ -230,38 +283,48 @@ class Sweep:
         else:
             self._study.tell(trial.number, value)
 
-    def _judge(self, engine: Engine) -> None:
+    def _judge(self, engine: Trainer[AnyJob]) -> None:
         """Stop the jobs that lost, each at the step where that was decided."""
         for trial, name in self._trials():
             job, step = engine.jobs.get(name), trial.last_step
             if job is None or step is None or (job.position.step, job.at_boundary) != (step, True):
                 continue
-            if trial.state != TrialState.RUNNING or trial.user_attrs.get("judged") == step:
+            is_lost = trial.state == TrialState.PRUNED  # with its files, so that it came again
+            if not is_lost and (
+                trial.state != TrialState.RUNNING or trial.user_attrs.get("judged") == step
+            ):
                 continue
-            if not self._handle(trial).should_prune():
+            if not (is_lost or self._handle(trial).should_prune()):
                 self._handle(trial).set_user_attr("judged", step)
                 continue
             value = f"{self._metric} {trial.intermediate_values[step]:.4f}"
             reason = f"{value} is not among the best after step {step}"
-            self._tell(trial, engine.stop(name, reason))
+            result = engine.stop(name, reason)
+            if not is_lost:
+                self._tell(trial, result)
 
-    def _fill(self, engine: Engine) -> None:
+    def _fill(self, engine: Trainer[AnyJob]) -> None:
         """Let jobs join until as many train as may."""
         num_running = sum(name in engine.jobs for _, name in self._trials())
         while num_running < self._sweep.num_concurrent:
-            trial = self._next()
+            trial = self._next(engine.round)
             if trial is None:
                 return
             num_running += self._start(engine, trial)
 
-    def _next(self) -> FrozenTrial | None:
-        """The next trial, put down in the study; None if there are enough."""
+    def _next(self, now: int) -> FrozenTrial | None:
+        """The next trial, put down in the study with its round; None if there are enough."""
         number = len(self._study.get_trials(deepcopy=False))
         if number >= self._sweep.num_jobs:
             return None
         params = self._planned[number] if number < len(self._planned) else self._suggest(number)
         self._study.add_trial(
-            create_trial(state=TrialState.RUNNING, params=params, distributions=self._distributions)
+            create_trial(
+                state=TrialState.RUNNING,
+                params=params,
+                distributions=self._distributions,
+                user_attrs={_ROUND: now},
+            )
         )
         return self._study.get_trials(deepcopy=False)[number]
 
@@ -281,14 +344,14 @@ class Sweep:
         tried = [trial.params for trial in trials]
         return next((params for params in suggested if params not in tried), suggested[0])
 
-    def _start(self, engine: Engine, trial: FrozenTrial) -> bool:
+    def _start(self, engine: Trainer[AnyJob], trial: FrozenTrial) -> bool:
         """Let a job join that does not train yet, unless it can't."""
         name = self._sweep.job_name(trial.number, trial.params)
         if name in engine.jobs or name in engine.results:
             return name in engine.jobs
         try:
             job = self._build(self._run.trial(trial.number, trial.params).job)
-            self._set_rungs(job)
+            self.set_rungs(job)
             engine.add(job, overwrite=True)
         except (LoraloomError, OSError) as error:
             self._study.tell(trial.number, state=TrialState.FAIL)
@@ -296,7 +359,7 @@ class Sweep:
             return False
         return True
 
-    def _set_rungs(self, job: Job) -> None:
+    def set_rungs(self, job: AnyJob) -> None:
         """Have a job evaluated at its rungs."""
         if self._stopping is not None:
             job.milestones = frozenset(self._stopping.rungs(job.total_steps))
@@ -334,17 +397,12 @@ def _pruner(stopping: SweepStoppingConfig | None, longest: int) -> BasePruner:
     return AshaPruner(stopping)
 
 
-def _differences(jobs: list[Job], metric: str) -> list[str]:
+def _differences(jobs: Sequence[JobView], metric: str) -> list[str]:
     """Say why a metric of held-out rows does not measure jobs alike, if it doesn't."""
     if metric in {one.metric for job in jobs for one in job.config.eval}:
         return []
     found = []
-    training_sets = {id(job.training_set): job.training_set for job in jobs}
-    held_out = {
-        tuple(row.input_ids for example in one.validation for row in example.rows)
-        for one in training_sets.values()
-    }
-    if len(held_out) > 1:
+    if len({job.held_out for job in jobs}) > 1:
         found.append(
             "they hold out other rows, as seed, data or max_length differ; give data.validation"
         )

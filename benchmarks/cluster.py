@@ -1,0 +1,137 @@
+"""Train on the workers of a local Ray cluster and in one process, and compare.
+
+    python -m benchmarks.cluster [--workers 2] [--steps 60]
+
+Six jobs of four methods, with dropout and jitter, on a tiny base model in float32: one worker is
+killed (SIGKILL) on the way. Printed is ‖a - b‖ / ‖b‖ of all weights of each adapter, and of the
+tensor where that is largest. Then a sweep of twelve jobs with successive halving: all lines of its
+table must be the same. It exits with 1 if anything differs by more than rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import loraloom
+from benchmarks.kills import ADAPTERS
+from benchmarks.parallel import difference
+from tests.training.saved import run_settings, save_inputs
+
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+
+
+def six_jobs(inputs: Path, output_dir: Path, steps: int) -> dict[str, Any]:
+    """Make a run of six jobs with snapshots every few steps."""
+    run = run_settings(inputs, output_dir)
+    template = run["jobs"][0]
+    adapters = [*ADAPTERS.items(), *list(ADAPTERS.items())[1:3]]
+    train = {**template["train"], "max_steps": steps, "eval_steps": 20, "save_steps": 3}
+    run["jobs"] = [
+        {
+            **template,
+            "name": f"{name}-{seed}",
+            "seed": seed,
+            "adapter": {"alpha": 4, **adapter},
+            "train": {**train, "learning_rate": 1e-3, "micro_batch_size": (4, 2, 1)[seed % 3]},
+        }
+        for seed, (name, adapter) in enumerate(adapters)
+    ]
+    return run
+
+
+def sweep_of_twelve(inputs: Path, output_dir: Path) -> dict[str, Any]:
+    """Make a sweep over rates and ranks, which stops half of the jobs at each rung."""
+    run = run_settings(inputs, output_dir)
+    plain = run.pop("jobs")[0]
+    plain["train"] |= {"max_steps": 20, "micro_batch_size": 2, "eval_steps": None}
+    run["sweep"] = {
+        "job": plain,
+        "parameters": {"train.learning_rate": RATES, "adapter.rank": [2, 4]},
+        "early_stopping": {"asha": {"min_steps": 4, "reduction_factor": 2}},
+    }
+    return run
+
+
+def kill_a_worker(output_dir: Path, killed: list[int]) -> None:
+    """Kill one of Ray's workers as soon as some job has its third snapshot."""
+    while not any(output_dir.glob(".checkpoints/jobs/*/snapshot-000004")):
+        time.sleep(0.05)
+    for process in psutil.Process().children(recursive=True):
+        if "_Actor" in " ".join(process.cmdline()):
+            process.kill()
+            killed.append(process.pid)
+            return
+
+
+def compare_jobs(directory: Path, workers: int, steps: int) -> bool:
+    """Compare the weights of six jobs, one worker being killed, with those of one process."""
+    killed: list[int] = []
+    many, one = directory / "many", directory / "one"
+    killer = threading.Thread(target=kill_a_worker, args=(many, killed), daemon=True)
+    killer.start()
+    started = time.monotonic()
+    results = loraloom.train(six_jobs(directory, many, steps), ray="auto", ray_workers=workers)
+    seconds = time.monotonic() - started
+    started = time.monotonic()
+    loraloom.train(six_jobs(directory, one, steps))
+    print(f"{workers} workers, {len(killed)} killed: {seconds:.1f} s with the cluster's start")
+    print(f"one process: {time.monotonic() - started:.1f} s")
+    apart = [difference(many / result.job, one / result.job) for result in results]
+    for result, found in zip(results, apart, strict=True):
+        print(f"  {result.job:10} {result.status} {found.whole:.1e} {found.tensor:.1e}", flush=True)
+    return len(killed) == 1 and all(found.is_rounding for found in apart)
+
+
+def compare_sweeps(directory: Path, workers: int) -> bool:
+    """Compare the tables of a sweep over workers and in one process."""
+    many, one = directory / "sweep-many", directory / "sweep-one"
+    loraloom.train(sweep_of_twelve(directory, many), ray="auto", ray_workers=workers)
+    loraloom.train(sweep_of_twelve(directory, one))
+    rows, others = read_table(many), read_table(one)
+    same = sum(map(alike, rows, others))
+    print(f"sweep of {len(others)}: {same} lines of the table are the same")
+    return len(rows) == len(others) == same
+
+
+def read_table(directory: Path) -> list[dict[str, str]]:
+    """Read sweep.csv without the times."""
+    with (directory / "sweep.csv").open() as file:
+        return [row | {"seconds": ""} for row in csv.DictReader(file)]
+
+
+def alike(row: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether two lines say the same, numbers up to rounding."""
+    return all(value == other[key] or _close(value, other[key]) for key, value in row.items())
+
+
+def _close(value: str, other: str) -> bool:
+    try:
+        return math.isclose(float(value), float(other), rel_tol=1e-4)
+    except ValueError:
+        return False
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        directory = save_inputs(Path(name))
+        is_well = compare_jobs(directory, options.workers, options.steps)
+        is_well &= compare_sweeps(directory, options.workers)
+    raise SystemExit(0 if is_well else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Many jobs on many devices: workers with an engine each, and who trains where."""

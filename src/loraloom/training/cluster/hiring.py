@@ -1,0 +1,139 @@
+"""Bringing workers to work: each sees the files, loads the base model, and has room for jobs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from loraloom.durable import staging
+from loraloom.errors import ConfigError
+from loraloom.training.cluster.board import Board
+from loraloom.training.cluster.staff import Answer, Staff
+from loraloom.training.cluster.worker import Loaded
+from loraloom.training.run.checkpoint import describe_changes
+from loraloom.training.run.outputs import nearest_existing
+
+START_S = 600.0
+"""How long workers may take to start, as the cluster may be busy with something else."""
+MAX_FAILED_STARTS = 3
+"""Workers in a row that may be lost before they are ready; then no other takes their place."""
+
+
+class Hiring:
+    """Workers on their way to the board.
+
+    Args:
+        staff: The workers.
+        board: Where they take jobs.
+        output_dir: Of the run, which all of them must see.
+
+    Attributes:
+        base: The base model, as snapshots say it.
+    """
+
+    def __init__(self, staff: Staff, board: Board, output_dir: Path):
+        self.base: dict[str, Any] = {}
+        self._staff = staff
+        self._board = board
+        self._output_dir = output_dir
+        self._shares: dict[str, int | None] = {}
+        self._failed_starts = 0
+
+    def assemble(self, num_workers: int) -> None:
+        """Start the workers of a run, and bring all of them to the board.
+
+        Raises:
+            ConfigError: If one doesn't see the files, they have other base models, or the cluster
+                has no room for them.
+            LoraloomError: If the base model can't be had.
+            TrainingError: If one is lost.
+        """
+        for _ in range(num_workers):
+            self._staff.hire()
+        with staging(nearest_existing(self._output_dir)) as mark:
+            blind = {machine for machine in self._ask_all("see", mark).values() if machine}
+        if blind:
+            raise ConfigError(
+                f"output_dir must be on storage that all workers see, {self._output_dir} is not "
+                f"seen on {', '.join(sorted(blind))}; name a directory on a shared file system"
+            )
+        loaded: dict[int, Loaded] = self._ask_all("load")
+        self._check_alike(loaded)
+        self._share_memory(loaded)
+        for worker, one in loaded.items():
+            self._open(worker, one, 0.0)
+        for worker in loaded:
+            self._board.open(worker, self._staff.result(worker))
+
+    @property
+    def is_going_on(self) -> bool:
+        """Whether a worker is on its way."""
+        return any(worker not in self._board.rooms for worker in self._staff.numbers)
+
+    def replace(self) -> bool:
+        """Start a worker in place of a lost one, and tell whether that makes sense."""
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            return False
+        self._failed_starts += 1  # until it is ready
+        self._staff.send(self._staff.hire(), "see", self._output_dir.absolute())
+        return True
+
+    def take(self, answer: Answer, seconds: float) -> str | None:
+        """Bring a worker that has answered one step further.
+
+        Args:
+            answer: Of a worker that is not on the board yet.
+            seconds: Wall time of the training so far.
+
+        Returns:
+            Why it is of no use, if it is.
+        """
+        match answer.method, answer.value:
+            case _, Exception() as error:
+                return str(error)
+            case "see", None:
+                self._staff.send(answer.worker, "load")
+            case "see", machine:
+                return f"{machine} does not see {self._output_dir}"
+            case "load", Loaded() as loaded if loaded.base != self.base:
+                return f"{loaded.machine} has another base model"
+            case "load", Loaded() as loaded:
+                self._open(answer.worker, loaded, seconds)
+            case "open", room:
+                self._failed_starts = 0
+                self._board.open(answer.worker, room)
+        return None
+
+    def _ask_all(self, method: str, *args: Any) -> dict[int, Any]:
+        workers = self._staff.numbers
+        for worker in workers:
+            self._staff.send(worker, method, *args)
+        if method == "see" and not self._staff.all_answered(START_S):
+            raise ConfigError(
+                f"{len(workers)} workers must find room on the cluster, some did not within "
+                f"{START_S:.0f} s; give a lower --ray-workers, or wait until others are done"
+            )
+        return {worker: self._staff.result(worker) for worker in workers}
+
+    def _check_alike(self, loaded: dict[int, Loaded]) -> None:
+        first, *others = loaded.values()
+        self.base = first.base
+        for other in others:
+            if changes := describe_changes(first.base, other.base, "base"):
+                raise ConfigError(
+                    f"all workers must have the same base model, {first.machine} and "
+                    f"{other.machine} differ: {'; '.join(changes)}; let them see the same files"
+                )
+
+    def _share_memory(self, loaded: dict[int, Loaded]) -> None:
+        """Divide the memory of each machine among its workers; accelerators have their own."""
+        workers = Counter(one.machine for one in loaded.values())
+        for one in loaded.values():
+            if one.is_on_cpu and one.free_bytes is not None:
+                self._shares[one.machine] = one.free_bytes // workers[one.machine]
+
+    def _open(self, worker: int, loaded: Loaded, seconds: float) -> None:
+        """Let a worker get ready; one that takes another's place on a machine gets its share."""
+        share = self._shares.get(loaded.machine, loaded.free_bytes)
+        self._staff.send(worker, "open", share, seconds)

@@ -1,0 +1,248 @@
+"""Workers as Ray's actors, and the cluster that they are on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, final
+
+from loraloom.config.run import RunConfig
+from loraloom.errors import ConfigError, LoraloomError, shown
+from loraloom.training.cluster.crew import Crew, WorkerLostError
+from loraloom.training.cluster.worker import Worker
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning
+    "RAY_DEDUP_LOGS": "0",
+}
+"""What Ray reads when it is imported."""
+_LOOPBACK = "127.0.0.1"
+_OBJECT_STORE_BYTES = 80_000_000
+"""Almost the least that Ray takes: nothing large goes through it."""
+_REACH_S = 5.0
+
+
+@contextmanager
+def ray_crew(
+    run: RunConfig, address: str, num_workers: int | None, command: str
+) -> Iterator[tuple[Crew, int]]:
+    """Connect to a cluster, and say how many workers to start there.
+
+    A connection that this process has is used, and left as it is.
+
+    Args:
+        run: Of the workers.
+        address: `HOST:PORT` of a cluster; or `auto`: the one that runs on this machine, else one
+            for as long as this lasts, on this machine alone.
+        num_workers: None for one on each accelerator, or on each machine where there are none.
+        command: What result.json says the run was started with.
+
+    Raises:
+        ConfigError: If Ray is not installed, there is no such cluster, or it has too few devices.
+    """
+    ray = _import_ray()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _connect(ray, address)
+    try:
+        size, resources = choose_workers(ray.nodes(), run.device, num_workers)
+        yield _RayCrew(ray, partial(_make, run, Path.cwd(), command), resources), size
+    finally:
+        if is_ours:
+            ray.shutdown()
+            for number, handler in handlers.items():  # Ray has put its own in their place
+                signal.signal(number, handler)
+
+
+@final
+class _RayCrew(Crew):
+    """Actors of a Ray cluster.
+
+    Args:
+        ray: The module.
+        make: Makes a worker, in its process.
+        resources: What each worker takes: options of an actor.
+    """
+
+    def __init__(self, ray: ModuleType, make: Any, resources: dict[str, int]):
+        self._ray = ray
+        self._make = make
+        self._actor = ray.remote(_Actor).options(
+            max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **resources
+        )
+
+    def hire(self) -> Any:
+        """Start an actor."""
+        return self._actor.remote(self._make)
+
+    def ask(self, worker: Any, method: str, *args: Any) -> Any:
+        """Call a method of an actor."""
+        return worker.call.remote(method, *args)
+
+    def wait(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Wait until a call is answered."""
+        done, _ = self._ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+        if not done:
+            return []
+        done, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        return done
+
+    def answer(self, call: Any) -> Any:
+        """Wait for what a call returns."""
+        try:
+            value = self._ray.get(call)
+        except self._ray.exceptions.RayError as error:
+            raise WorkerLostError(_first_line(error)) from None
+        if isinstance(value, LoraloomError):
+            raise value
+        return value
+
+    def dismiss(self, worker: Any) -> None:
+        """Kill an actor."""
+        self._ray.kill(worker, no_restart=True)
+
+
+class _Actor:
+    """A worker in a process of Ray's. Errors that are ours are returned, not raised."""
+
+    def __init__(self, make: Any):
+        self._worker: Worker = make()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the worker."""
+        try:
+            return getattr(self._worker, method)(*args)
+        except LoraloomError as error:
+            return error
+
+
+def _make(run: RunConfig, place: Path, command: str) -> Worker:
+    return Worker(run, place, command)
+
+
+def _import_ray() -> ModuleType:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise ConfigError(
+            "--ray needs Ray, which is not installed: pip install 'loraloom[ray]'"
+        ) from error
+    return ray
+
+
+def _connect(ray: ModuleType, address: str) -> None:
+    """Connect this process to a cluster, or start one.
+
+    Raises:
+        ConfigError: If there is no such cluster.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if named:
+        _check_reachable(named)
+    try:
+        ray.init(address=named or "auto", **quiet)
+    except ConnectionError as error:
+        if named:
+            raise _no_cluster(named, error) from None
+        with _on_this_machine_alone():
+            ray.init(
+                address="local",
+                _node_ip_address=_LOOPBACK,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **quiet,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _no_cluster(named or address, error) from None
+
+
+@contextmanager
+def _on_this_machine_alone() -> Iterator[None]:
+    """Let Ray take the loopback address as it is, not for the machine's own on the network.
+
+    Its servers listen to that alone then, and else to everybody.
+    """
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _check_reachable(address: str) -> None:
+    """Check that somebody listens there: Ray would end the process after a minute.
+
+    Raises:
+        ConfigError: If nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535 or "/" in host:
+        raise ConfigError(f"--ray must be auto or HOST:PORT of a cluster, got {shown(address)}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--ray must name a Ray cluster that can be reached, got {shown(address)}: "
+        f"{_first_line(error)}; start one with `ray start --head`, or give auto"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def choose_workers(
+    nodes: Sequence[dict[str, Any]], device: str, num_workers: int | None
+) -> tuple[int, dict[str, int]]:
+    """Choose how many workers to start, and what each takes.
+
+    Args:
+        nodes: The cluster's machines as Ray describes them.
+        device: As in a run file.
+        num_workers: As many as are wanted, if that was said.
+
+    Raises:
+        ConfigError: If the cluster has too few devices.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus, cpus = ([int(one.get(kind, 0)) for one in alive] for kind in ("GPU", "CPU"))
+    if device in ("cuda", "xpu") or (device == "auto" and sum(gpus)):
+        size, most, kind = num_workers or sum(gpus), sum(gpus), "accelerators"
+        resources: dict[str, int] = {"num_cpus": 0, "num_gpus": 1}
+    else:
+        size, most, kind = num_workers or len(alive), sum(cpus), "cores"
+        resources = {"num_cpus": _cores_each(cpus, size), "num_gpus": 0}
+    if size > most or not size:
+        raise ConfigError(
+            f"each worker needs a device of its own, got {max(size, 1)} workers and {most} "
+            f"{kind} in the cluster; give a lower --ray-workers, or another --device"
+        )
+    return size, resources
+
+
+def _cores_each(cpus: Sequence[int], num_workers: int) -> int:
+    """Return the most cores that each of so many workers can have."""
+    for cores in range(max(cpus, default=1), 1, -1):
+        if sum(own // cores for own in cpus) >= num_workers:
+            return cores
+    return 1

@@ -1,0 +1,182 @@
+"""`train` on the workers of a cluster: the same run, the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraloom.config.run import RunConfig
+from loraloom.errors import ConfigError
+from loraloom.training.cluster.cluster import Cluster
+from loraloom.training.cluster.crew import Crew
+from loraloom.training.cluster.ray_crew import ray_crew
+from loraloom.training.cluster.remote_job import RemoteJob
+from loraloom.training.run.checkpoint import Snapshot
+from loraloom.training.run.checks import check_same_run, check_sources
+from loraloom.training.run.inputs import check_inputs
+from loraloom.training.run.outputs import RunDirectory
+from loraloom.training.run.progress import Progress
+from loraloom.training.run.results import JobResult, parse_result
+from loraloom.training.run.tracking import check_trackers
+from loraloom.training.step.optimizers import rehearse
+
+if TYPE_CHECKING:
+    from loraloom.training.run.sweep import Sweep
+
+_DEVICES = ("auto", "cpu", "cuda", "xpu")
+
+
+def train_with_ray(
+    run: RunConfig,
+    address: str,
+    num_workers: int | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress,
+    command: str,
+) -> list[JobResult]:
+    """Train a run's jobs on the workers of a Ray cluster; see `train`."""
+    if run.device not in _DEVICES:
+        raise ConfigError(
+            f"device must be one of {', '.join(_DEVICES)} with --ray, as each worker takes a "
+            f"device of its own, got {run.device}"
+        )
+    if run.parallel.base != "replicated":
+        raise ConfigError(
+            "parallel.base: fsdp needs torchrun, got --ray, whose workers have a base model each"
+        )
+    directory = RunDirectory(run.output_dir, by_job=True)
+    directory.check(resume=resume, overwrite=overwrite)
+    check_sources(run, directory)
+    check_trackers(run.trackers)
+    for job in run.all_jobs:
+        rehearse(job.train, job.name)
+    with ray_crew(run, address, num_workers, command) as (crew, size):
+        return train_with(
+            crew, size, run, directory, resume=resume, overwrite=overwrite, progress=progress
+        )
+
+
+def train_with(
+    crew: Crew,
+    num_workers: int,
+    run: RunConfig,
+    directory: RunDirectory,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress,
+) -> list[JobResult]:
+    """Train a run's jobs on so many workers of a crew; see `train`."""
+    with ExitStack() as stack:
+        cluster = Cluster(run, crew, directory, progress)
+        cluster.assemble(num_workers)
+        goes_on = resume and directory.job_snapshots.exists()
+        earlier = _Earlier()
+        if goes_on:
+            stack.enter_context(directory.lock())
+            earlier = _read_earlier(directory, run, cluster, progress)
+        jobs = _build_jobs(cluster, run, earlier)
+        for job in jobs:
+            for line in job.measured.report:
+                progress.message(f"{job.name}: {line}")
+        sweep = _make_sweep(run, directory, progress, cluster, jobs)
+        if not goes_on:
+            stack.enter_context(directory.lock())
+            directory.check(resume=resume, overwrite=overwrite)  # another run may have ended now
+            directory.prepare([job.name for job in run.all_jobs])
+        for job in jobs:
+            cluster.add(job, overwrite=overwrite or not goes_on)
+        if sweep is not None:
+            _open_sweep(sweep, cluster, directory)
+        results = cluster.run(sweep)
+        if sweep is not None:
+            sweep.finish(cluster)
+        return results
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What an earlier part of a run has left.
+
+    Args:
+        snapshots: The newest of each job.
+        results: What became of the jobs that are done.
+    """
+
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    results: dict[str, JobResult] = field(default_factory=dict)
+
+
+def _read_earlier(
+    directory: RunDirectory, run: RunConfig, cluster: Cluster, progress: Progress
+) -> _Earlier:
+    """Read what a run goes on from.
+
+    Raises:
+        ConfigError: If nothing is whole, or it is of a run with other settings.
+    """
+    snapshots, faults = directory.job_snapshots.newest()
+    if not snapshots:
+        raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
+    for fault in faults:
+        progress.message(fault)
+    for snapshot in snapshots.values():
+        check_same_run(snapshot, run, dict(cluster.base))
+    records = {name: snapshot.jobs[name] for name, snapshot in snapshots.items()}
+    results = {
+        name: parse_result(record.result)
+        for name, record in records.items()
+        if record.result is not None
+    }
+    cluster.go_on(results, max(snapshot.seconds for snapshot in snapshots.values()))
+    progress.message(f"going on with {len(results)} of {len(snapshots)} jobs done")
+    return _Earlier(snapshots, results)
+
+
+def _build_jobs(cluster: Cluster, run: RunConfig, earlier: _Earlier) -> list[RemoteJob]:
+    """Let workers build the jobs that are not done yet.
+
+    Raises:
+        LoraloomError: If one can't be built, or goes on with other data than it began with.
+    """
+    configs = [config for config in run.first_jobs if config.name not in earlier.results]
+    jobs = cluster.build_all(configs)
+    saved = {name: one.jobs[name].inputs for name, one in earlier.snapshots.items()}
+    check_inputs(saved, {job.name: job.measured.inputs for job in jobs})
+    return jobs
+
+
+def _make_sweep(
+    run: RunConfig,
+    directory: RunDirectory,
+    progress: Progress,
+    cluster: Cluster,
+    jobs: Sequence[RemoteJob],
+) -> Sweep[RemoteJob] | None:
+    if run.sweep is None:
+        return None
+    from loraloom.training.run.sweep import Sweep  # it needs Optuna
+
+    return Sweep(run, directory, progress, cluster.build, jobs)
+
+
+def _open_sweep(sweep: Sweep[RemoteJob], cluster: Cluster, directory: RunDirectory) -> None:
+    """Go on with a sweep's study as it is, and let the jobs wait that have begun in it.
+
+    The journal may be ahead of a job's snapshot: what it has decided stands, and the job comes to
+    the same place again.
+    """
+    journal: Path = directory.sweep_journal
+    sweep.open(journal.stat().st_size if journal.exists() else 0)
+    for config, first_round in sweep.begun():
+        if config.name not in cluster.jobs and config.name not in cluster.results:
+            job = cluster.build(config)
+            sweep.set_rungs(job)
+            cluster.add(job, overwrite=True)
+        if config.name in cluster.jobs:
+            cluster.jobs[config.name].first_round = first_round

@@ -1,0 +1,61 @@
+"""The comparison of all methods, on a tiny base model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+import loraloom
+from loraloom.adapters import CONFIGS
+from tests.infer.saved import save_tiny
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "methods" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return runpy.run_path(str(RECIPE))
+
+
+def test_no_method_is_left_out(recipe):
+    compared = {settings["method"] for settings in recipe["METHODS"].values()}
+    assert compared == {config.model_fields["method"].default for config in CONFIGS}
+
+
+def test_ranks_are_those_whose_measure_is_nearest(recipe):
+    assert recipe["fitted_rank"](lambda rank: 10 * rank, 64) == 6
+    assert recipe["fitted_rank"](lambda rank: 10 * rank, 66) == 7
+    assert recipe["fitted_rank"](lambda rank: 10 * rank, 1) == 1
+    assert recipe["fitted_rank"](lambda rank: rank, 10**9) == recipe["MOST_RANK"]
+
+
+def test_methods_are_fitted_trained_tested_and_put_into_a_table(recipe, tmp_path, capsys):
+    base = save_tiny(tmp_path / "saved") / "base"
+    words = [f"--base-model={base}", f"--output={tmp_path / 'out'}", "--task=skills@1", "--rank=4"]
+    words += ["--methods=lora,mixlora", "--at=size", "--steps=2", "--batch-size=4"]
+    words += ["--rates=1e-3", "--search-seeds=100", "--seeds=0", "--limit=9"]
+    recipe["main"](words)
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in ("lora", "mixlora"))
+    methods = json.loads((tmp_path / "out" / "size" / "result.json").read_text())["methods"]
+    sizes = [method["parameters"] for method in methods.values()]
+    model, _ = loraloom.load_base_model(str(base))
+    host = loraloom.attach(model)
+
+    def measured(name, rank, measure):
+        settings = recipe["settings_of"](name, rank)
+        return recipe["measured"](host, settings, recipe["MEASURES"][measure])
+
+    assert sizes[0] == measured("lora", 4, "size")
+    nearest = [abs(measured("mixlora", rank, "size") - sizes[0]) for rank in (1, 2, 3)]
+    assert abs(sizes[1] - sizes[0]) == min(nearest)
+    one, two, three = (measured("lora", rank, "compute") for rank in (1, 2, 3))
+    assert two - one == three - two > 0
+
+
+def test_methods_that_there_are_not_are_refused(recipe, tmp_path):
+    with pytest.raises(SystemExit, match=r"must be among lora, dora, .*; size, compute, got lroa"):
+        recipe["main"](["--base-model=b", f"--output={tmp_path}", "--methods=lroa"])
