@@ -11,6 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read by the first import
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 _CORPUS = [

@@ -25,6 +25,7 @@ from loraloom import (
     run_requests,
 )
 from loraloom.formats.description import describe
+from loraloom.peft import LoraloomConfig
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     METHODS,
@@ -323,3 +324,25 @@ def test_what_has_no_place_for_them_says_so(tmp_path):
     host.load("back", tmp_path / "peft")
     own = host.adapter("back").tensors()
     assert all(torch.equal(own[k], v) for k, v in host.adapter("lora").tensors().items())
+
+
+def test_peft_models_of_our_methods_have_them_too(tmp_path):
+    config = MixLoraConfig(
+        rank=2, num_experts=2, modules_to_save=("lm_head",), trainable_token_indices=tuple(TOKENS)
+    )
+    model = move(get_peft_model(model_of(UNTIED), LoraloomConfig(config, seed=0)))
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    grads = parameter_grads(model)
+    assert sum("own_modules" in name for name in grads) == 2
+    assert all(bool(grad.isfinite().all()) for grad in grads.values())
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model_of(UNTIED), tmp_path).eval()
+    host = loraloom.attach(model_of(UNTIED))
+    host.load("a", tmp_path)
+    expected = logits(model)
+    assert relative_error(logits(again), expected) < 1e-6
+    assert relative_error(logits(host, adapters=["a"] * 3), expected) < 1e-6
+    view = host.as_model("a")
+    with torch.no_grad():
+        assert relative_error(view(input_ids=IDS).logits, expected) < 1e-6

@@ -25,7 +25,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 from loraloom.bench.cases import StepSetting, adapter_config
@@ -109,6 +109,34 @@ class Count:
             extended(self.peak_bytes, more.peak_bytes),
             {card: extended(self.seconds[card], more.seconds[card]) for card in self.seconds},
         )
+
+
+@register_flop_formula(torch.ops.loraloom.expert_hidden)
+def _hidden_flops(gate, up, low_rank, experts, weights, gate_B, *others, **_):
+    return _slot_flops(gate, experts, gate_B, others[2])
+
+
+@register_flop_formula(torch.ops.loraloom.expert_hidden_backward)
+def _hidden_backward_flops(grad, grad_rank, down_A, gate, up, low_rank, experts, *others, **_):
+    return _slot_flops(gate, experts, down_A, others[1], others[4])
+
+
+@register_flop_formula(torch.ops.loraloom.decomposed)
+def _decomposed_flops(output, rank_input, lora_B, row_scale, bias, experts, *_, **__):
+    return _slot_flops(rank_input, experts, lora_B)
+
+
+@register_flop_formula(torch.ops.loraloom.decomposed_backward)
+def _decomposed_backward_flops(
+    grad, output, rank_input, lora_B, row_scale, bias, experts, *_, **__
+):
+    return _slot_flops(rank_input, experts, lora_B)
+
+
+def _slot_flops(rows: Any, experts: Any, *weights: Any) -> int:
+    """Products of each slot's rows of rank space with weights, by shapes; None for no weight."""
+    num_slots = 1 if experts is None else experts[0]
+    return 2 * num_slots * rows[0] * sum(w[0] * w[1] for w in weights if w is not None)
 
 
 def count_step(case: str, shape: Shape, setting: StepSetting, lora_rank: int) -> Count:

@@ -10,7 +10,7 @@ cohort has are the base's; nothing of a cohort is ever added to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -195,13 +195,15 @@ class Cohort:
         stack: Of N adapters.
         counts: Token rows of each; the first and the last have some.
         take: Token row of each place of [N, n], flat; None when the cohort has all rows in order.
-        put: Place of each token row, or N·n at rows that are not the cohort's; None as above.
+        put: Place of each token row, any at rows that are not the cohort's; None as above.
+        others: True at rows that are not the cohort's, [T, 1]; None where there are none.
     """
 
     stack: StackPart
     counts: tuple[int, ...]
     take: Tensor | None
     put: Tensor | None
+    others: Tensor | None
 
     @property
     def adapters(self) -> tuple[ScaledAdapter, ...]:
@@ -213,12 +215,6 @@ class Cohort:
         """N."""
         return max(self.counts)
 
-    def moved(self, device: torch.device) -> Cohort:
-        """Bring it to a device."""
-        if self.take is None or self.put is None:
-            return self
-        return replace(self, take=self.take.to(device), put=self.put.to(device))
-
     def tokens(self, layer: int, index: int, recorder: Recorder, device: Any) -> SegmentTokens:
         """Describe an adapter's rows in a layer; padding at their end is not real."""
         count = self.counts[index]
@@ -228,10 +224,19 @@ class Cohort:
         real_index = torch.arange(count, device=device)
         return SegmentTokens(layer, None, real_index, None, record)
 
+    @property
+    def size(self) -> int:
+        """N·n."""
+        return len(self.adapters) * self.width
+
     def gather(self, rows: Tensor) -> Tensor:
         """Go from [T, ...] to [N, n, ...]."""
         if self.take is not None:
             rows = rows.index_select(0, self.take)
+        return self.side_by_side(rows)
+
+    def side_by_side(self, rows: Tensor) -> Tensor:
+        """See gathered rows, [N·n, ...], as [N, n, ...]."""
         return rows.view(len(self.adapters), -1, rows.shape[-1])
 
     def scatter(self, values: Tensor, blank: float = 0.0) -> Tensor:
@@ -239,8 +244,8 @@ class Cohort:
         values = values.flatten(0, 1)
         if self.put is None:
             return values
-        row = values.new_full((1, values.shape[-1]), blank)
-        return torch.cat([values, row]).index_select(0, self.put)
+        rows = values.index_select(0, self.put)
+        return rows if self.others is None else rows.masked_fill_(self.others, blank)
 
 
 @dataclass(frozen=True)
@@ -250,15 +255,15 @@ class StackedPlan:
     Args:
         cohorts: Of attention; those that adapt FFN blocks too come first.
         num_in_ffn: How many of them.
-        base_rows: Token rows that no cohort's FFN has; None for none.
-        ffn_put: Place of each token row behind one another; None when there is one cohort with all
-            rows in order.
+        ffn_take: Token row of each place of all cohorts' rows, behind one another, and behind them
+            the rows that no cohort's FFN has; None when there is one cohort with all rows in order.
+        ffn_put: Place of each token row among these; None as above.
         device: Of the hidden states.
     """
 
     cohorts: tuple[Cohort, ...]
     num_in_ffn: int
-    base_rows: Tensor | None
+    ffn_take: Tensor | None
     ffn_put: Tensor | None
     device: torch.device
 
@@ -307,31 +312,43 @@ class StackedForward:
         self,
         layer: int,
         hidden_states: Tensor,
-        gate: Tensor,
-        up: Tensor | None,
+        base_inputs: Callable[[Tensor], tuple[Tensor, Tensor | None]],
         act: Activation,
         down: nn.Module,
     ) -> Tensor:
-        """Compute an FFN block from the base's gate and up; see FfnBlock."""
+        """Compute an FFN block; see FfnBlock.
+
+        Rows are put in the cohorts' order in front of the base's projections, and back behind them.
+
+        Args:
+            layer: Index of the decoder layer.
+            hidden_states: The block's input, [B, L, D].
+            base_inputs: The base's gate and up (or only input projection, and None).
+            act: The base's activation.
+            down: The base's output projection.
+        """
         plan = self._plan
+        cohorts = plan.cohorts[: plan.num_in_ffn]
         rows = hidden_states.view(-1, hidden_states.shape[-1])
-        gate = gate.flatten(0, -2)
-        up = None if up is None else up.flatten(0, -2)
+        if plan.ffn_take is not None:
+            rows = rows.index_select(0, plan.ffn_take)
+        gate, up = base_inputs(rows)
+        sizes = [cohort.size for cohort in cohorts]
+        sizes += [len(rows) - sum(sizes)] * (len(rows) > sum(sizes))
+        parts = [_split(values, sizes) for values in (rows, gate, up)]
         with outside_autocast(gate):
             steps = [
                 cohort.stack.ffn(layer).step(
-                    cohort.gather(rows),
-                    cohort.gather(gate),
-                    None if up is None else cohort.gather(up),
+                    *(None if own is None else cohort.side_by_side(own) for own in inputs),
                     act,
                     partial(self._tokens, cohort, layer),
                 )
-                for cohort in plan.cohorts[: plan.num_in_ffn]
+                for cohort, *inputs in zip(cohorts, *parts, strict=False)
             ]
         hidden = [step.hidden for step in steps]
-        if plan.base_rows is not None:
-            states = act(gate.index_select(0, plan.base_rows))
-            hidden.append(states if up is None else states * up.index_select(0, plan.base_rows))
+        if len(sizes) > len(cohorts):
+            _, gate, up = (own[-1] for own in parts)
+            hidden.append(act(gate) if up is None else act(gate) * up)
         outputs = _through(down, hidden)
         with outside_autocast(gate):
             for place, step in enumerate(steps):
@@ -428,6 +445,13 @@ def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
     return list(linear(torch.cat(list(parts))).split([len(part) for part in parts]))
 
 
+def _split(rows: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
+    """Cut rows into parts; views cost as much as small products do."""
+    if rows is None or len(sizes) == 1:
+        return [rows] * len(sizes)
+    return rows.split(list(sizes))
+
+
 def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.dtype) -> bool:
     slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
     layer = adapters[0][0].base_layers[0]
@@ -442,49 +466,74 @@ def _make_plan(
     device: torch.device,
 ) -> StackedPlan:
     ordered = sorted(stacks, key=lambda stack: not stack.adapts_ffn)
-    on_cpu = [_make_cohort(stack, rows, length) for stack in ordered]
-    cohorts = tuple(cohort.moved(device) for cohort in on_cpu)
-    in_ffn = [cohort for cohort in on_cpu if cohort.stack.adapts_ffn]
+    cohorts = tuple(_make_cohort(stack, rows, length, device) for stack in ordered)
+    in_ffn = [cohort for cohort in cohorts if cohort.stack.adapts_ffn]
     if in_ffn and in_ffn[0].put is None:
         return StackedPlan(cohorts, 1, None, None, device)
-    num_tokens, start = len(rows) * length, 0
-    place = torch.full((num_tokens,), -1)
+    order: list[int] = []
+    place: dict[int, int] = {}
     for cohort in in_ffn:
-        size = len(cohort.adapters) * cohort.width
-        assert cohort.put is not None, "only a cohort that has all rows has none"
-        place = torch.where(cohort.put < size, start + cohort.put, place)
-        start += size
-    base_rows = (place < 0).nonzero().squeeze(1)
-    place[base_rows] = start + torch.arange(len(base_rows))
+        parts = _token_rows(cohort.stack, rows, length)
+        place |= {row: len(order) + own for row, own in _places(parts).items()}
+        order += _padded(parts)
+    for row in range(len(rows) * length):
+        if row not in place:
+            place[row] = len(order)
+            order.append(row)
+    put = [place[row] for row in range(len(place))]
     return StackedPlan(
         cohorts,
         len(in_ffn),
-        base_rows.to(device) if len(base_rows) else None,
-        place.to(device),
+        torch.tensor(order, device=device),
+        torch.tensor(put, device=device),
         device,
     )
 
 
-def _make_cohort(stack: StackPart, rows: Sequence[ScaledAdapter | None], length: int) -> Cohort:
-    """Find a stack's rows, on the CPU."""
-    adapters = stack.adapters
-    tokens = [
+def _make_cohort(
+    stack: StackPart, rows: Sequence[ScaledAdapter | None], length: int, device: torch.device
+) -> Cohort:
+    num_tokens = len(rows) * length
+    parts = _token_rows(stack, rows, length)
+    counts = tuple(map(len, parts))
+    if counts == (num_tokens,):
+        return Cohort(stack, counts, None, None, None)
+    place = _places(parts)
+    put = [place.get(row, 0) for row in range(num_tokens)]
+    others = None
+    if len(place) < num_tokens:
+        mask = [[row not in place] for row in range(num_tokens)]
+        others = torch.tensor(mask, device=device)
+    take = torch.tensor(_padded(parts), device=device)
+    return Cohort(stack, counts, take, torch.tensor(put, device=device), others)
+
+
+def _token_rows(
+    stack: StackPart, rows: Sequence[ScaledAdapter | None], length: int
+) -> list[list[int]]:
+    """List the token rows of each adapter."""
+    return [
         [
             row * length + place
             for row, owner in enumerate(rows)
             if owner == adapter
             for place in range(length)
         ]
-        for adapter in adapters
+        for adapter in stack.adapters
     ]
-    counts = tuple(map(len, tokens))
-    num_tokens, width = len(rows) * length, max(counts)
-    if counts == (num_tokens,):
-        return Cohort(stack, counts, None, None)
-    # one without rows gets the first one, as its padding
-    padded = [places + (places[:1] or [0]) * (width - len(places)) for places in tokens]
-    put = torch.full((num_tokens,), len(adapters) * width)
-    for index, places in enumerate(tokens):
-        put[places] = index * width + torch.arange(len(places))
-    take = torch.tensor(padded).flatten()
-    return Cohort(stack, counts, take, put)
+
+
+def _padded(parts: Sequence[list[int]]) -> list[int]:
+    """List all adapters' token rows, each padded to the longest by its first row (or row 0)."""
+    width = max(map(len, parts))
+    return [row for part in parts for row in part + (part[:1] or [0]) * (width - len(part))]
+
+
+def _places(parts: Sequence[list[int]]) -> dict[int, int]:
+    """Say where each token row is among the padded ones."""
+    width = max(map(len, parts))
+    return {
+        row: index * width + offset
+        for index, part in enumerate(parts)
+        for offset, row in enumerate(part)
+    }

@@ -127,9 +127,11 @@ class FfnBlock:
         forward = current_forward(self.owner)
         if forward is None or not forward.adapts_ffn(self.layer):
             return self.base_forward(hidden_states)
-        gate, up = self._base_inputs(hidden_states)
         if forward.stacked is not None:
-            return forward.stacked.ffn(self.layer, hidden_states, gate, up, self.act, self.output)
+            return forward.stacked.ffn(
+                self.layer, hidden_states, self._base_inputs, self.act, self.output
+            )
+        gate, up = self._base_inputs(hidden_states)
         layout = forward.layout
         gates = layout.split(gate)
         ups = [None] * len(gates) if up is None else layout.split(up)

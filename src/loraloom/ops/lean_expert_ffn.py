@@ -23,6 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
+from loraloom.ops.fused.decompose import fused_decompose
+from loraloom.ops.fused.expert_ffn import fused_hidden
+from loraloom.ops.fused.rows import activation_name, is_fused
 from loraloom.ops.grouped_products import grouped_down, grouped_up, zeros_for_gradient
 from loraloom.ops.low_rank import (
     UpProjection,
@@ -67,11 +70,17 @@ def lean_expert_ffn(
             low_rank = down_project(hidden_states, weights.input_A, keep, probability)
         else:
             low_rank = grouped_down(hidden_states, weights.input_A, keep, probability, slots)
-    gate_side, up_side = (_Side.of(side, weights, slots) for side in (weights.gate, weights.up))
-    block = _Block(slots, gate_side, up_side, act, dropout)
     slot_weights = None
     if routing is not None and not slots.apart:
-        slot_weights = routing.routing_weights.to(gate.dtype)
+        slot_weights = routing.routing_weights
+    if is_fused(gate) and activation_name(act):
+        experts = slots.experts if slots.routed else None
+        hidden, down_rank = fused_hidden(
+            gate, up, low_rank, weights, experts, slot_weights, act, dropout
+        )
+        return hidden, _finish(weights, routing, slots, down_rank)
+    gate_side, up_side = (_Side.of(side, weights, slots) for side in (weights.gate, weights.up))
+    block = _Block(slots, gate_side, up_side, act, dropout)
     hidden, down_rank = _LeanFfn.apply(  # pyright: ignore[reportGeneralTypeIssues]
         block,
         gate,
@@ -80,7 +89,7 @@ def lean_expert_ffn(
         *_tensors(weights.gate),
         *_tensors(weights.up),
         weights.down_A,
-        slot_weights,
+        None if slot_weights is None else slot_weights.to(gate.dtype),
     )
     return hidden, _finish(weights, routing, slots, down_rank)
 
@@ -104,6 +113,9 @@ def _finish(
         return lambda output: torch.stack([output, *updates.chunk(num_slots)]).sum(0)
 
     def finish(output: Tensor) -> Tensor:
+        if down is not None and down.row_scale is not None and is_fused(output):
+            routed = (slots.experts, routing.routing_weights) if routing else ()
+            return fused_decompose(output, down_rank, down, slots.rank, *routed)
         outputs = output.chunk(num_slots)
         if down is not None:
             updates = _slot_updates(down_rank, down.B, slots)

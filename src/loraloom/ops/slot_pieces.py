@@ -318,7 +318,7 @@ class Slots:
         if routing is None:
             experts = torch.zeros(1, len(gate), dtype=torch.long, device=gate.device)
         else:
-            experts = routing.selected_experts.T
+            experts = routing.selected_experts.T.contiguous()
         return Slots(
             experts,
             weights.num_experts,

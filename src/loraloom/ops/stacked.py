@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -324,10 +325,7 @@ class _ExpertStep(StackedStep):
         selected, slot_weights = self._route(hidden_states, tokens)
         self._masks = embedding(selected, weights.expert_columns)  # (N, n, K, S)
         self._slot_weights = list(slot_weights.to(gate.dtype).unsqueeze(-1).unbind(2))
-        self._factors_of: Tensor | None = None
-        if weights.num_experts * len(selected) > 1:
-            first = torch.arange(len(selected), device=selected.device) * weights.num_experts
-            self._factors_of = selected + first[:, None, None]
+        self._selected = selected
         low_rank = None
         if weights.input_A is not None:
             low_rank = torch.bmm(hidden_states.to(gate.dtype), weights.input_A)
@@ -385,9 +383,15 @@ class _ExpertStep(StackedStep):
 
     def _factors(self, row_scale: Tensor, rows: Tensor) -> Tensor:
         """DoRA's factors of every row's adapter and expert."""
-        if self._factors_of is None:
+        if len(row_scale) == 1:
             return row_scale.expand_as(rows)
         return embedding(self._factors_of, row_scale)
+
+    @cached_property
+    def _factors_of(self) -> Tensor:
+        """The place of each slot's factors among those of all adapters, [N, n, K]."""
+        adapters = torch.arange(len(self._selected), device=self._selected.device)
+        return self._selected + adapters[:, None, None] * self.weights.num_experts
 
     def _reduce(self, states: Tensor) -> Tensor | None:
         """Go to the rank space of the output projection, [N, n, [K,] S], combined if it may be."""

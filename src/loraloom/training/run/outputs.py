@@ -4,6 +4,7 @@
 <output_dir>/<job>/checkpoints/last/    the adapter after its last step
 <output_dir>/<job>/checkpoints/best/    the adapter at its best evaluation
 <output_dir>/.checkpoints/              what --resume needs
+<output_dir>/.checkpoints/jobs/         the same where several workers train, for each job apart
 <output_dir>/sweep.csv, .png, .journal  the jobs of a sweep, compared; Optuna's record of them
 
 No job can be called .checkpoints: names begin with a letter or digit.

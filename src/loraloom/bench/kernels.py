@@ -1,0 +1,154 @@
+"""Compile the Triton kernels for cards that are not here: registers, stack, shared memory.
+
+Each kernel is compiled by Triton's own compiler and ptxas from the arguments of a block of Llama 2
+7B, forward and backward. Nothing runs. Stack is what a thread keeps outside of its registers.
+
+    python -m loraloom.bench.kernels [--capability 80 89 90] [--dtype bfloat16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+from torch.nn.functional import silu
+from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+
+from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
+from loraloom.ops.fused import kernels
+from loraloom.ops.fused.decompose import fused_decompose
+from loraloom.ops.fused.expert_ffn import fused_hidden
+from loraloom.ops.low_rank import UpProjection
+
+FFN_SIZE, HIDDEN_SIZE, TOKENS = 11008, 4096, 64
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+}
+Launches = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    """Print a line for each kernel and capability."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 89, 90])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    options = parser.parse_args()
+    print(f"{'kernel':40} {'sm':>4} {'registers':>9} {'stack':>6} {'shared KB':>9}")
+    for name, arguments in launches(getattr(torch, options.dtype)).items():
+        for capability in options.capability:
+            registers, stack, shared = compile_kernel(name.split()[-1], arguments, capability)
+            print(f"{name:40} {capability:4} {registers:9} {stack:6} {shared / 1024:9.0f}")
+
+
+def launches(dtype: torch.dtype) -> Launches:
+    """Arguments of each kernel, as the blocks of four methods start it."""
+    seen: Launches = {}
+    for method, num_experts, decomposed in (
+        ("LoRA", 0, False), ("DoRA", 0, True), ("MixLoRA", 8, False), ("MixDoRA", 8, True)
+    ):  # fmt: skip
+        for kernel, arguments in started(num_experts, decomposed, dtype):
+            seen.setdefault(f"{method} {kernel}", arguments)
+    return seen
+
+
+def started(num_experts: int, decomposed: bool, dtype: torch.dtype) -> list[Any]:
+    """Go through an FFN block's kernels and note their arguments in place of running them."""
+    taken: list[tuple[str, dict[str, Any]]] = []
+    names = [name for name in vars(kernels) if name.endswith("_kernel")]
+
+    class Noted:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: object):
+            return lambda **arguments: taken.append((self.name, arguments))
+
+    noted: dict[str, Any] = {name: Noted(name) for name in names}
+    with patch.multiple(kernels, **noted):
+        run_block(num_experts, decomposed, dtype)
+    return taken
+
+
+def run_block(num_experts: int, decomposed: bool, dtype: torch.dtype) -> None:
+    """Go through a block, forward and backward; no experts are a plain LoRA."""
+    experts = routing_weights = None
+    rank = 16 if num_experts else 80
+    if num_experts:
+        experts = torch.zeros(2, TOKENS, dtype=torch.long)
+        routing_weights = torch.ones(TOKENS, 2, requires_grad=True)
+    count = max(1, num_experts)
+    size = count * rank
+
+    def leaf(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of, requires_grad=True)
+
+    def side(start: int, width: int) -> UpProjection:
+        scale = leaf(count, width, of=torch.float32) if decomposed else None
+        return UpProjection(slice(start, start + size), leaf(size, width), scale)
+
+    down = side(0, HIDDEN_SIZE)
+    weights = FfnWeights(
+        leaf(2 * size, HIDDEN_SIZE), side(0, FFN_SIZE), side(size, FFN_SIZE),
+        leaf(size, FFN_SIZE), down, count, rank,
+    )  # fmt: skip
+    hidden, down_rank = fused_hidden(
+        leaf(TOKENS, FFN_SIZE), leaf(TOKENS, FFN_SIZE), leaf(TOKENS, 2 * size), weights, experts,
+        None if decomposed else routing_weights, silu, FfnDropout.none(2),
+    )  # fmt: skip
+    (hidden.sum() + down_rank.sum()).backward()
+    if decomposed:
+        output = leaf(TOKENS * (2 if num_experts else 1), HIDDEN_SIZE)
+        fused_decompose(
+            output, leaf(TOKENS, size), down, rank, experts, routing_weights
+        ).sum().backward()
+
+
+def compile_kernel(name: str, arguments: dict[str, Any], capability: int) -> tuple[int, int, int]:
+    """Return registers and stack bytes of a thread, and shared bytes of a block."""
+    kernel: Any = getattr(kernels, name)
+    signature, constants, attributes = {}, {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        value = arguments[argument]
+        if isinstance(value, torch.Tensor):
+            signature[argument] = POINTERS[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int) and value != 1 and not argument.isupper():
+            signature[argument] = "i32"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[argument] = "fp32"
+        else:
+            signature[argument], constants[argument] = "constexpr", value
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target, {"num_warps": arguments["num_warps"]})
+    return *resources(compiled.asm["cubin"]), compiled.metadata.shared
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Return what CUDA's tools tell of a program: registers and stack bytes of a thread."""
+    program = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(program), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What kernels compute, and rank-space rows of slots.
+
+Axes: T tokens, K slots of a token, E experts, R rank, S = E·R, C projections side by side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from transformers import activations
+
+ACTIVATIONS: Mapping[Any, str] = {
+    nn.SiLU: "silu",
+    nn.functional.silu: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+}
+"""Activations that kernels know, by the name that they have there."""
+
+SWITCH = "LORALOOM_KERNELS"
+"""Environment variable; `off` leaves everything to PyTorch."""
+
+_DTYPES = (torch.bfloat16, torch.float16)
+"""Exact products in float32 have no fast kernel: tiles would not fit into registers."""
+
+
+def is_fused(rows: Tensor) -> bool:
+    """Whether kernels compute on these rows: on an accelerator with Triton.
+
+    The meta device stands for one.
+    """
+    on_accelerator = rows.is_meta or (rows.is_cuda and _has_triton())
+    return on_accelerator and rows.dtype in _DTYPES and os.environ.get(SWITCH) != "off"
+
+
+def activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
+    """Return what kernels call an activation; None if they don't know it."""
+    return ACTIVATIONS.get(type(act)) or ACTIVATIONS.get(act)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def with_rows(values: Tensor) -> Tensor:
+    """Kernels step from row to row by any stride, and within a row by 1."""
+    return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def own_experts(experts: Int[Tensor, "K T"], num_experts: int) -> Shaped[Tensor, "K T E"]:
+    """Tell whose columns each slot has; expert -1 has none."""
+    return experts.unsqueeze(-1) == torch.arange(num_experts, device=experts.device)
+
+
+def by_slot(
+    rows: Float[Tensor, "T P"], own: Shaped[Tensor, "K T E"] | None, rank: int
+) -> Float[Tensor, "N P"]:
+    """Spread rank-space rows over slots, [K·T, C·S], times what each slot has of an expert.
+
+    Args:
+        rows: [T, C·S].
+        own: See `own_experts`, or its product with routing weights; None without routing.
+        rank: R.
+    """
+    if own is None:
+        return rows
+    experts = rows.view(len(rows), -1, own.shape[-1], rank)
+    return (experts * own[:, :, None, :, None]).reshape(-1, rows.shape[1])
+
+
+def over_slots(
+    rows: Float[Tensor, "N P"], own: Shaped[Tensor, "K T E"] | None, rank: int
+) -> Float[Tensor, "T P"]:
+    """Add up the rank-space rows of a token's slots, times what each slot has of an expert.
+
+    Args:
+        rows: [K·T, C·S].
+        own: As in `by_slot`.
+        rank: R.
+    """
+    if own is None:
+        return rows
+    num_slots, num_tokens, num_experts = own.shape
+    experts = rows.view(num_slots, num_tokens, -1, num_experts, rank)
+    return (experts * own[:, :, None, :, None]).sum(0).reshape(num_tokens, -1)

@@ -1,0 +1,136 @@
+"""Kernels, interpreted on the CPU in float32, against a dense loop in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraloom.ops import lean_expert_ffn as lean
+from loraloom.ops import low_rank
+from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
+from loraloom.ops.fused import operators
+from loraloom.ops.fused.expert_ffn import fused_hidden
+from loraloom.ops.fused.rows import ACTIVATIONS, activation_name
+from loraloom.ops.low_rank import UpProjection, apply_update, decompose
+from tests.ops.ffn_case import SHAPES, FfnCase, dense_loop, make_case, run
+
+pytest.importorskip("triton", reason="kernels need Triton")
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch):
+    for module in (lean, low_rank):
+        monkeypatch.setattr(module, "is_fused", lambda rows: True)
+
+
+def gradients(output: Tensor, case: FfnCase) -> list[Tensor]:
+    upstream = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
+    leaves = list(case.leaves.values())
+    return list(torch.autograd.grad((output * upstream).sum(), leaves, materialize_grads=True))
+
+
+def as_float32(case: FfnCase) -> FfnCase:
+    """The same numbers for kernels, which don't take float64."""
+    values = dict(case.__dict__)
+    for name in ("base", "bias", "leaves", "norms"):
+        values[name] = {key: tensor.detach().float() for key, tensor in values[name].items()}
+    values["leaves"] = {key: leaf.requires_grad_() for key, leaf in values["leaves"].items()}
+    masks = case.dropout
+    keep_input = None if masks.keep_input is None else masks.keep_input.float()
+    keep_slots = [None if keep is None else keep.float() for keep in masks.keep_slots]
+    values["dropout"] = FfnDropout(masks.probability, keep_input, keep_slots)
+    return FfnCase(**values)
+
+
+def assert_same(case: FfnCase) -> None:
+    single = as_float32(case)
+    ours, exact = run(lean.lean_expert_ffn, single), dense_loop(case)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    pairs = zip(case.leaves, gradients(ours, single), gradients(exact, case), strict=True)
+    for name, own, expected in pairs:
+        torch.testing.assert_close(
+            own.double(), expected, rtol=1e-3, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize(
+    ("top_k", "padding", "dropout"), [(1, [], 0.0), (2, [1, 4], 0.0), (3, [], 0.4)]
+)
+def test_output_and_gradients_are_those_of_a_dense_loop(shape, decomposed, dropout, top_k, padding):
+    assert_same(
+        make_case(shape, decomposed=decomposed, dropout=dropout, top_k=top_k, padding=padding)
+    )
+
+
+@pytest.mark.parametrize("targets", [["gate"], ["up"], ["down"], ["up", "down"]])
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_projections_without_experts_keep_their_base_output(targets, decomposed):
+    assert_same(make_case("gated", targets=targets, dropout=0.4, decomposed=decomposed))
+
+
+@pytest.mark.parametrize(("num_tokens", "features", "rank"), [(65, 130, 2), (70, 6, 20)])
+def test_tiles_at_the_edges_are_whole(num_tokens, features, rank):
+    case = make_case(
+        "gated", num_tokens=num_tokens, features=features, rank=rank, padding=[64], decomposed=True
+    )
+    assert_same(case)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_plain_lora_is_one_expert_of_weight_one(shape):
+    case = make_case(shape, top_k=1, num_experts=1, dropout=0.4, decomposed=True)
+
+    def without_routing(x, gate, up, weights, routing, act, masks):
+        return lean.lean_expert_ffn(x, gate, up, weights, None, act, masks)
+
+    single = as_float32(case)
+    ours, exact = run(without_routing, single), dense_loop(case)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda act: act.__name__)
+def test_activations_and_their_slopes_are_pytorchs(act):
+    act = act() if isinstance(act, type) else act
+    gate = torch.linspace(-6, 6, 70).view(1, 70).requires_grad_()
+    weights = FfnWeights(None, None, None, None, None, num_experts=1, rank=1)
+    hidden, _ = fused_hidden(gate, None, None, weights, None, None, act, FfnDropout.none(1))
+    expected = act(gate)
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-6)
+    slopes = [torch.autograd.grad(value.sum(), gate)[0] for value in (hidden, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_activations_are_left_to_pytorch():
+    assert activation_name(torch.tanh) is None
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_doras_sum_is_that_of_decompose(biased):
+    torch.manual_seed(0)
+    output, low, lora_B = torch.randn(3, 5), torch.randn(3, 2), torch.randn(2, 5)
+    row_scale, bias = torch.rand(1, 5) + 0.5, torch.randn(5) if biased else None
+    leaves = [tensor.requires_grad_() for tensor in (output, low, lora_B, row_scale)]
+    side = UpProjection(slice(0, 2), lora_B, row_scale, bias)
+    results = [apply_update(output, low, side), decompose(output, low @ lora_B, row_scale, bias)]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(result.square().sum(), leaves) for result in results)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_operators_without_data_return_what_kernels_fill():
+    gate, grad, low_rank = torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 4)
+    experts, weights = torch.tensor([[0, 1, -1], [1, 0, -1]]), torch.rand(3, 2)
+    lora_B, row_scale = torch.randn(4, 5), torch.rand(2, 5)
+    block = (gate, gate, low_rank, experts, weights, lora_B, row_scale, None, lora_B, None, None)
+    settings = (None, [0, 0], 2, 4, "silu", 1.0, False)
+    decomposed = (torch.randn(6, 5), low_rank, lora_B, row_scale, None, experts, weights, 2)
+    for operator, arguments in (
+        (operators.expert_hidden, (*block, *settings, True)),
+        (operators.expert_hidden_backward, (grad, low_rank, lora_B, *block, *settings)),
+        (operators.decomposed, decomposed),
+        (operators.decomposed_backward, (grad, *decomposed)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
