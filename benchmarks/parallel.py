@@ -199,7 +199,7 @@ def resume_elsewhere(directory: Path, numbers: Sequence[int]) -> dict[int, list[
 
 
 def base_memory(directory: Path, base_model: str, num_ranks: int, base: str) -> list[list[int]]:
-    """Return for each rank the bytes of its weights, and what they added to its resident memory."""
+    """Return for each rank the bytes of its weights, what they added to memory, and at most."""
     if any(codes := run_ranks(num_ranks, hold_base, directory, base_model, base)):
         raise SystemExit(f"ranks ended with {codes}")
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(num_ranks)]
@@ -212,7 +212,8 @@ def print_memory(base_model: str, numbers: Sequence[int]) -> None:
             for base in ("replicated", "fsdp"):
                 held = base_memory(Path(name), base_model, num_ranks, base)
                 parts = (
-                    f"{weights / 1e6:.1f} MB (resident {rss / 1e6:.0f})" for weights, rss in held
+                    f"{weights / 1e6:.1f} MB (resident {rss / 1e6:.0f}, at most {most / 1e6:.0f})"
+                    for weights, rss, most in held
                 )
                 print(f"{num_ranks} ranks, {base} base: {', '.join(parts)}", flush=True)
 

@@ -175,6 +175,14 @@ def test_broken_weights_are_an_error(directory):
         load_base_model(str(directory))
 
 
+def test_a_quantised_checkpoint_is_not_sharded(directory):
+    file = directory / "config.json"
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
+    with pytest.raises(ModelError, match="needs weights in floating point"):
+        load_base_model(str(directory), sharded=True)
+
+
 def test_missing_tokenizer_is_an_error(directory):
     for file in directory.glob("tokenizer*"):
         file.unlink()

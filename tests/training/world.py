@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 import loraloom
-from loraloom.models.sharding import shard
 from loraloom.ranks import own_part
+from loraloom.training.run.results import peak_memory_bytes
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["loraloom.training.run.run"])
@@ -58,14 +58,13 @@ def _be_rank(
 
 
 def hold_base(rank: int, directory: Path, base_model: str, base: str) -> None:
-    """Load a base model, and write the bytes of its weights and what they added to memory."""
+    """Load a base model; write the bytes of its weights and what loading added to memory."""
     process = psutil.Process()
     before = process.memory_info().rss
-    model, _ = loraloom.load_base_model(base_model, "bfloat16", "cpu")
-    if base == "fsdp":
-        shard(model, torch.device("cpu"))
+    model, _ = loraloom.load_base_model(base_model, "bfloat16", sharded=base == "fsdp")
+    most = peak_memory_bytes()["rss"] - before
     gc.collect()
-    parts = [own_part(weight).untyped_storage() for weight in model.parameters()]
-    held = sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+    parts = [own_part(weight) for weight in model.parameters()]
+    held = sum({part.data_ptr(): part.nbytes for part in parts}.values())
     added = process.memory_info().rss - before
-    (directory / f"{rank}.json").write_text(json.dumps([held, added]))
+    (directory / f"{rank}.json").write_text(json.dumps([held, added, most]))

@@ -20,6 +20,7 @@ from huggingface_hub.utils import (
 )
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -44,6 +45,7 @@ from loraloom.models.quantising import (
     check_quantization,
     transformers_config,
 )
+from loraloom.models.sharding import shard, sharded_class
 from loraloom.models.sources import ModelSource, ask_hub, dequantised_copy, find_source
 
 DTYPES: dict[str, torch.dtype] = {
@@ -77,6 +79,8 @@ def load_base_model(
     device: str = "cpu",
     attn_implementation: str | None = None,
     quantization: Any = None,
+    *,
+    sharded: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM, in eval mode, and its tokenizer, which has a padding token.
 
@@ -89,11 +93,13 @@ def load_base_model(
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
         quantization: nf4, int8, torchao-int8, torchao-int4, or a mapping of a library's settings,
             as in a run file; None for none, or what a quantised checkpoint has.
+        sharded: Read this rank's part of the weights alone; all ranks of torch.distributed's
+            default group call this.
 
     Raises:
         ModelError: If there is no such model, its files are missing, broken or incomplete, or the
             dtype, device or attention implementation is unknown or not to be had here, or the
-            device can't compute with that quantisation.
+            device can't compute with that quantisation, or a quantised model is to be sharded.
         ConfigError: If the device's name could not be one, the quantisation is unknown, its library
             is not installed, or it doesn't go with the dtype or the checkpoint.
     """
@@ -104,6 +110,11 @@ def load_base_model(
         source = ask_hub(source)
     checkpoint = _read_config(source)
     check_checkpoint(name, checkpoint, quantised)
+    if sharded and checkpoint.get("quantization_config") is not None:
+        raise ModelError(
+            f"parallel.base: fsdp needs weights in floating point, those of {name} are quantised; "
+            "take base: replicated"
+        )
     number_format = _find_dtype(dtype, checkpoint, place)
     options = {
         "dtype": number_format,
@@ -112,6 +123,8 @@ def load_base_model(
         **_quantization_option(quantised, number_format),
     }
     with quiet(hides_stderr=source.kind == "gguf"), _told_as_model_error(name, source):
+        if sharded:
+            options["sharded"] = True
         load = _load if source.gguf_file is None else _load_gguf
         model, tokenizer = load(name, source, options)
     _set_padding(name, model, tokenizer)
@@ -237,6 +250,8 @@ def _load_gguf(
     copy.
     """
     copy = dequantised_copy(source, options["dtype"])
+    if "sharded" in options:
+        return _load_gguf_in_part(name, source, copy, options)
     plain = {name: value for name, value in options.items() if name != "quantization_config"}
     with ExitStack() as stack:
         with suppress(OSError):  # several processes wait for the first one's copy
@@ -255,6 +270,19 @@ def _load_gguf(
         scratch = Path(stack.enter_context(TemporaryDirectory()))
         _save(scratch, *loaded)
         return _load_copy(name, source, scratch, options)
+
+
+def _load_gguf_in_part(
+    name: str, source: ModelSource, copy: Path, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a rank's part of the copy; outside of its lock, as ranks wait for each other there."""
+    if not copy.is_dir():
+        whole = {name: value for name, value in options.items() if name != "sharded"}
+        model, tokenizer = _load_gguf(name, source, whole)
+        if not copy.is_dir():
+            shard(model, options["device_map"])
+            return model, tokenizer
+    return _load_copy(name, source, copy, options)
 
 
 def _load_copy(
@@ -283,10 +311,18 @@ def _load_model(
     if source.gguf_file is not None:
         config = GgufConfig(dequantize=True)
         options = {**options, "gguf_file": source.gguf_file, "quantization_config": config}
-    loaded = _auto_class(source).from_pretrained(
+    common = {
+        "local_files_only": source.cached,
+        "trust_remote_code": False,  # None would ask on the terminal whether to run that code
+    }
+    model_class: Any = _auto_class(source)
+    if "sharded" in options:
+        options = {name: value for name, value in options.items() if name != "sharded"}
+        config = AutoConfig.from_pretrained(source.location, **common)
+        model_class = sharded_class(model_class._model_mapping[type(config)], options["device_map"])
+    loaded = model_class.from_pretrained(
         source.location,
-        local_files_only=source.cached,
-        trust_remote_code=False,  # None would ask on the terminal whether to run that code
+        **common,
         ignore_mismatched_sizes=True,  # the report has them, and _check_complete refuses them
         output_loading_info=True,
         **options,

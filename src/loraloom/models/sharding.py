@@ -1,8 +1,9 @@
 """A frozen base model of which every rank keeps a part (PyTorch's FSDP2).
 
-A layer's weights are put together for its forward, and again for its backward pass. Embedding,
-final norm and head stay together from a forward on to the end of the backward pass, as losses are
-computed outside of the model's own forward.
+A model is divided before it has weights, and then each rank reads its part of them. A layer's
+weights are put together for its forward, and again for its backward pass. Embedding, final norm and
+head stay together from a forward on to the end of the backward pass, as losses are computed outside
+of the model's own forward.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,26 @@ from torch.distributed.tensor import DTensor
 
 from loraloom.errors import ModelError
 from loraloom.models.structure import family_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def sharded_class(model_class: type[Model], device: torch.device) -> type[Model]:
+    """Return the class whose models are divided as they are made; see `shard`.
+
+    transformers' `from_pretrained` makes a model without data, and reads of each tensor only what
+    this rank keeps.
+
+    Args:
+        model_class: Of transformers.
+        device: Of this rank.
+    """
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        shard(self, device)
+
+    return type(model_class.__name__, (model_class,), {"__init__": initialise})
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

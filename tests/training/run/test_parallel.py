@@ -23,7 +23,7 @@ from loraloom.training.run.results import read_result
 from tests.training.running import read_metrics
 from tests.training.saved import save_inputs, write_run_file
 from tests.training.toy import toy_tokenizer
-from tests.training.world import run_ranks
+from tests.training.world import hold_base, run_ranks
 
 MODES = ("pairs", "plain", "accumulation", "packing")
 """Of a LoRA, a DoRA, a MixLoRA and a MixDoRA."""
@@ -46,6 +46,7 @@ def world(tmp_path_factory) -> Path:
 
 def _work(rank: int, directory: Path) -> None:
     (directory / f"rank-{rank}.json").write_text(json.dumps(_talk(rank, directory)))
+    hold_base(rank, directory, str(directory / "base"), "fsdp")
     loraloom.train(directory / "two.yaml")
     loraloom.train(directory / "sharded.yaml", between_steps=lambda *_: None)
 
@@ -117,6 +118,14 @@ def test_items_are_spread_over_the_ranks(told):
 def test_ranks_encode_a_stream_together(told, world):
     alone = _stream_block(world, Alone())
     assert [own["block"] for own in told] == [alone, alone]
+
+
+def test_the_parts_that_ranks_read_of_a_base_model_are_the_whole(world):
+    held = [json.loads((world / f"{rank}.json").read_text())[0] for rank in range(2)]
+    model, _ = loraloom.load_base_model(str(world / "base"), "bfloat16")
+    whole = sum(weight.nbytes for weight in model.parameters())
+    assert sum(held) == whole
+    assert max(held) < 0.6 * whole
 
 
 def test_gradients_are_added_up_and_count_once(told):

@@ -310,8 +310,13 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """The bytes of this rank's storages by their identity."""
-    storages = (own_part(tensor).untyped_storage() for tensor in tensors)
-    return {storage._cdata: storage.nbytes() for storage in storages}
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        part = own_part(tensor)
+        storage = part.untyped_storage()
+        # a part of a file that is mapped into memory is a view of all of it
+        sizes[storage._cdata] = storage.nbytes() if part is tensor else part.nbytes
+    return sizes
 
 
 def _in_gb(num_bytes: int) -> str:

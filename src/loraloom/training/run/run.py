@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +18,6 @@ from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
 from loraloom.models.host import Host
 from loraloom.models.loading import find_device, load_base_model
-from loraloom.models.sharding import shard
 from loraloom.ranks import Ranks
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import Snapshot
@@ -266,12 +264,14 @@ def _check_alike(
 def _load_base(
     run: RunConfig, device: str, *, is_sharded: bool
 ) -> tuple[Host, PreTrainedTokenizerBase]:
-    first_device = "cpu" if is_sharded else device
     model, tokenizer = load_base_model(
-        run.base_model, run.dtype, first_device, run.attn_implementation, run.quantization
+        run.base_model,
+        run.dtype,
+        device,
+        run.attn_implementation,
+        run.quantization,
+        sharded=is_sharded,
     )
-    if is_sharded:
-        shard(model, torch.device(device))
     return attach(model), tokenizer
 
 
