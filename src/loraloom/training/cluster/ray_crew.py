@@ -158,11 +158,12 @@ def _connect(ray: ModuleType, address: str) -> None:
     named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     if named:
         _check_reachable(named)
+    elif _runs_here(ray):
+        named = "auto"
     try:
-        ray.init(address=named or "auto", **quiet)
-    except ConnectionError as error:
         if named:
-            raise _no_cluster(named, error) from None
+            ray.init(address=named, **quiet)
+            return
         with _on_this_machine_alone():
             ray.init(
                 address="local",
@@ -173,6 +174,15 @@ def _connect(ray: ModuleType, address: str) -> None:
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise _no_cluster(named or address, error) from None
+
+
+def _runs_here(ray: ModuleType) -> bool:
+    """Whether a cluster runs on this machine that others may join: another run's is its own."""
+    try:
+        _check_reachable(ray._private.services.canonicalize_bootstrap_address("auto") or "")
+    except (ConfigError, ConnectionError):
+        return False
+    return True
 
 
 @contextmanager
