@@ -41,7 +41,8 @@ def sharded_class(model_class: type[Model], device: torch.device) -> type[Model]
         model_class.__init__(self, *args, **kwargs)
         shard(self, device)
 
-    return type(model_class.__name__, (model_class,), {"__init__": initialise})
+    sharded: Any = type(model_class.__name__, (model_class,), {"__init__": initialise})
+    return sharded
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
