@@ -84,7 +84,6 @@ def test_early_stopping_selects_by_its_metric():
 
 
 RUN_FAULTS = [
-    ({"dtype": "float16"}, "dtype must be float32 or bfloat16 in training, got float16"),
     ({"device": "gpu"}, "device must be auto, cpu, cuda"),
     (
         {"attn_implementation": "flash_attention_2", "dtype": "float32"},

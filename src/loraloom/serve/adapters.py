@@ -239,11 +239,11 @@ class AdapterShelf:
 
 
 def _files_of(source: str) -> frozenset[tuple[str, int, int]]:
-    """Names, sizes and times of a directory's files; none for what is on the Hub."""
-    path = Path(source)
-    if not path.is_dir():
+    """Names, sizes and times of a directory's files; none for what is on the Hub, or can't be."""
+    try:
+        stats = [(file.name, file.stat()) for file in Path(source).iterdir() if file.is_file()]
+    except (OSError, ValueError):  # loading says what is wrong with it
         return frozenset()
-    stats = [(file.name, file.stat()) for file in path.iterdir() if file.is_file()]
     return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
