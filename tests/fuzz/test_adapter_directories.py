@@ -44,7 +44,7 @@ IN_A_PICKLE: dict[str, Callable[[Tensor], Any]] = TENSORS | {
     "without data": lambda tensor: tensor.to("meta"),
     "expanded": lambda tensor: torch.zeros(1).expand(10**6, 10**6),
     "a view": lambda tensor: tensor.flip(0).T if tensor.dim() == 2 else tensor[::2],
-    "a parameter": torch.nn.Parameter,
+    "a parameter": lambda tensor: torch.nn.Parameter(tensor, requires_grad=False),
     "a list": lambda tensor: tensor.tolist(),
     "a text": lambda tensor: "tensor",
 }

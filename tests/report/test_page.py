@@ -131,10 +131,11 @@ def test_without_mixtures_the_section_says_so(run, tmp_path):
     assert "no evaluation of a mixture was given" in page
 
 
-def test_questions_that_are_not_covered_are_told(run, tmp_path):
+@pytest.mark.parametrize("layers", [[], [0, 1, 2]], ids=["without layers", "with layers"])
+def test_questions_that_are_not_covered_are_told(run, tmp_path, layers):
     content = evaluation()
     empty = {"num_questions": 40, "num_questions_covered": 0, "num_tokens": 0}
-    empty_lists = {"layers": [], "words": [], "similarity": []}
+    empty_lists = {"layers": layers, "words": [], "similarity": []}
     content["routing"]["mix"] |= empty_lists | {"specialisation": {}}
     content["routing"]["mix"]["tasks"] = {"arc_easy": empty, "piqa": empty}
     page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])

@@ -119,7 +119,9 @@ def _coverage(tasks: Mapping[str, TaskRouting]) -> str:
 
 
 def _layer_rows(layers: Sequence[int | str], tasks: Sequence[TaskRouting]) -> list[Row]:
-    """Rows over all tasks; each weighs by its tokens."""
+    """Rows over all tasks, none without a task; each weighs by its tokens."""
+    if not tasks:
+        return []
     weights = [task.num_tokens for task in tasks]
 
     def mean(values: Sequence[float]) -> float:
