@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from loraloom.models.host import Host
     from loraloom.serve.adapters import AdapterShelf
-    from loraloom.serve.engine import Engine, EngineLimits
+    from loraloom.serve.engine import Engine
+    from loraloom.serve.limits import EngineLimits
 
 MaxRowsOption = Annotated[
     int, typer.Option("--max-rows", min=1, help="Most completions that are made at once.")
@@ -194,7 +195,7 @@ def make_limits(
     max_request_s: float = 600.0,
 ) -> EngineLimits:
     """What the engine may use, with a cache that fits into memory."""
-    from loraloom.serve.engine import EngineLimits
+    from loraloom.serve.limits import EngineLimits
     from loraloom.serve.memory import default_cache_tokens
 
     if cache_tokens is None:
