@@ -141,12 +141,13 @@ def serve(
         return
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.serve.adapters import AdapterShelf
-    from loraloom.serve.allocator import return_freed_memory
+    from loraloom.serve.allocator import bound_kernel_caches, return_freed_memory
     from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
     from loraloom.serve.http.server import Server, listen
 
     return_freed_memory()
+    bound_kernel_caches()
     check_sources(base_model, adapters, device, dtype, quantization)
     with listen(host, port) as sock:
         model, tokenizer = load_host(
