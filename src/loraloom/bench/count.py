@@ -198,7 +198,8 @@ def _make_step(
     if case in PEFT_COUNTED:
         return _peft_step(case, model, tokens, lora_rank)
     if case == BASE_FORWARD:
-        return torch.no_grad()(partial(model.model, input_ids=tokens, use_cache=False))
+        decoder: Any = model.model
+        return torch.no_grad()(partial(decoder, input_ids=tokens, use_cache=False))
     config = adapter_config(case, setting)
     if not hasattr(config, "num_experts"):
         config = adapter_config(case, replace(setting, rank=lora_rank))

@@ -57,10 +57,10 @@ def encode_once(
     """
     if len(items) < MIN_ROWS or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return encode(items)
-    import datasets
+    from datasets.config import HF_DATASETS_CACHE
 
     key = _key(items, tokenizer, settings)
-    file = Path(datasets.config.HF_DATASETS_CACHE) / "loraloom" / f"{key}.parquet"
+    file = Path(HF_DATASETS_CACHE) / "loraloom" / f"{key}.parquet"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
