@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -181,6 +182,12 @@ class Host:
             config, start = config.started(self.model, batches, self.base)
         adapter = self._build(name, config, seed)
         adapter.load_start(start)
+        if config.target_modules == "all-linear" and not self.base.ffn_projections:
+            warnings.warn(
+                f"adapter {name!r} is on attention alone: the base model's FFN blocks are mixtures "
+                "of experts, which stay as they are; target_modules: attention means the same",
+                stacklevel=2,
+            )
         return self._register(adapter)
 
     def load(
