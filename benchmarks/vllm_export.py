@@ -90,7 +90,7 @@ def tiny_model(family: str, vocab_size: int) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 or "bias" in name:
                 parameter.normal_(std=0.15, generator=generator)
             elif family == "gemma2" and "post_" in name:
                 # its blocks add normed outputs to embeddings that are the head, too: were these the
