@@ -25,7 +25,7 @@ from loraloom.models.families import base_info, base_layers, text_config
 from loraloom.models.layout import RowAdapter
 from loraloom.models.merging import Merged, MergeError
 from loraloom.models.own import build_own_modules
-from loraloom.models.stacking import ScaledAdapter
+from loraloom.models.stacks import ScaledAdapter
 from loraloom.models.structure import family_of
 from loraloom.models.wiring import Wiring
 
