@@ -50,14 +50,14 @@ def streamed_model(whole: WholeModel, directory: Path) -> PreTrainedModel:
 
 
 def _product(
-    files: dict[str, Path], module: nn.Linear, weight: str, bias: str, inputs: Tensor
+    files: dict[str, Path], module: nn.Linear, weight: str, bias: str, input: Tensor
 ) -> Tensor:
     step = max(1, _BLOCK_NUMBERS // module.in_features)
     outputs = []
     for start in range(0, module.out_features, step):
         with safe_open(files[weight], framework="pt") as shard:  # anew: what it reads, it keeps
             rows = shard.get_slice(weight)[start : start + step]
-        outputs.append(linear(inputs, rows.float()))
+        outputs.append(linear(input, rows.float()))
     output = torch.cat(outputs, -1)
     return output if module.bias is None else output + _stored(files, bias).float()
 
