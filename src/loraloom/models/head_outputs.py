@@ -17,7 +17,7 @@ from loraloom.models.forward import PreparedWeights
 from loraloom.models.heads import Head, Heads
 from loraloom.models.hosted import HostedAdapters
 from loraloom.models.layout import RowAdapter
-from loraloom.models.stacking import ScaledAdapter
+from loraloom.models.stacks import ScaledAdapter
 from loraloom.ops.token_loss import token_losses, token_scores, top_tokens, trained_token_losses
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ from loraloom.models.families import base_info, base_layers, text_config
 from loraloom.models.layout import RowAdapter
 from loraloom.models.merging import Merged, MergeError
 from loraloom.models.own import build_own_modules
-from loraloom.models.stacking import ScaledAdapter
+from loraloom.models.stacks import ScaledAdapter
 from loraloom.models.structure import family_of
 from loraloom.models.wiring import Wiring
 
@@ -91,6 +92,12 @@ class HostedAdapters:
             config, start = config.started(self.model, batches, self.base)
         adapter = self._build(name, config, seed)
         adapter.load_start(start)
+        if config.target_modules == "all-linear" and not self.base.ffn_projections:
+            warnings.warn(
+                f"adapter {name!r} is on attention alone: the base model's FFN blocks are mixtures "
+                "of experts, which stay as they are; target_modules: attention means the same",
+                stacklevel=2,
+            )
         return self._register(adapter)
 
     def load(
