@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -139,6 +140,16 @@ def test_a_damaged_entry_is_made_again(tokenizer, tmp_path, cache, damage):
 def test_without_a_cache_rows_are_encoded_as_ever(tokenizer, tmp_path, cache):
     cache.parent.write_text("in the way")
     assert len(load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))) == 25
+
+
+def test_what_a_killed_process_left_is_deleted_after_a_day(tokenizer, tmp_path, cache):
+    cache.mkdir(parents=True)
+    old, new = (cache / f".{name * 16}.writing" for name in "ab")
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_a_bad_row_leaves_no_entry(tokenizer, tmp_path, cache):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from loraloom.data.encoding import EncodedRow, Piece
 from loraloom.data.examples import NO_LOSS
-from loraloom.durable import write_file
+from loraloom.durable import remove_leftovers, write_file
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -32,6 +32,9 @@ MIN_ROWS = 5000
 
 _BLOCK = 1000
 """Rows that are encoded, and read, at once."""
+
+_ABANDONED_S = 24 * 3600.0
+"""Age of a file whose writer was killed."""
 
 Item = TypeVar("Item")
 
@@ -66,6 +69,7 @@ def encode_once(
         with FileLock(f"{file}.lock"):
             rows = _read(file, len(items))
             if rows is None:
+                remove_leftovers(file.parent, older_than_s=_ABANDONED_S)
                 write_file(file, partial(_write, _blocks(name, items, encode)))
                 rows = _read(file, len(items))
     except OSError:
