@@ -142,6 +142,14 @@ def test_without_a_cache_rows_are_encoded_as_ever(tokenizer, tmp_path, cache):
     assert len(load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))) == 25
 
 
+def test_without_locks_rows_are_encoded_as_ever(tokenizer, tmp_path, cache, monkeypatch):
+    def refuse(path):
+        raise NotImplementedError(path)
+
+    monkeypatch.setattr(encode_once, "FileLock", refuse)
+    assert len(load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))) == 25
+
+
 def test_what_a_killed_process_left_is_deleted_after_a_day(tokenizer, tmp_path, cache):
     cache.mkdir(parents=True)
     old, new = (cache / f".{name * 16}.writing" for name in "ab")

@@ -72,7 +72,7 @@ def encode_once(
                 remove_leftovers(file.parent, older_than_s=_ABANDONED_S)
                 write_file(file, partial(_write, _blocks(name, items, encode)))
                 rows = _read(file, len(items))
-    except OSError:
+    except (OSError, NotImplementedError):  # the latter where a file system has no locks
         rows = None
     return encode(items) if rows is None else rows
 
