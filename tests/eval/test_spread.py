@@ -17,14 +17,28 @@ from loraloom.eval import spread
 from tests.infer.saved import save_tiny
 
 
+class Call:
+    """What a task of `PlayedRay` gave, or raised."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 class PlayedRay:
     """Does tasks at once; or loses every worker."""
 
     class exceptions:  # noqa: N801
-        RayError = RuntimeError
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
 
     def __init__(self, *, is_lossy: bool = False):
         self.is_lossy, self.shares, self.cancelled = is_lossy, [], []
+
+    def put(self, value: Any) -> Any:
+        return value
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 2.0}}]
@@ -32,17 +46,22 @@ class PlayedRay:
     def remote(self, function: Any) -> Any:
         def call(score, names, place):
             self.shares.append(names)
-            return function(score, names, place)
+            try:
+                return Call(function(score, names, place))
+            except Exception as error:
+                return Call(self.exceptions.RayTaskError(repr(error)))
 
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=call))
 
     def wait(self, calls: list[Any]) -> tuple[list[Any], list[Any]]:
         return calls[-1:], calls[:-1]
 
-    def get(self, calls: Any) -> Any:
+    def get(self, call: Call) -> Any:
         if self.is_lossy:
-            raise RuntimeError("The worker died.\nMore of it.")
-        return calls
+            raise self.exceptions.RayError("The worker died.\nMore of it.")
+        if isinstance(call.value, self.exceptions.RayTaskError):
+            raise call.value
+        return call.value
 
     def cancel(self, call: Any, force: bool) -> None:
         assert force
@@ -111,6 +130,12 @@ def test_an_error_in_a_worker_is_raised_and_the_others_end(play):
     with pytest.raises(DataError, match="no data for \\['b'\\]"):
         spread.spread(score, ["a", "b"], "auto", 2, "cpu", print)
     assert len(ray.cancelled) == 2
+
+
+def test_a_defect_in_a_worker_is_not_taken_for_a_lost_worker(play):
+    ray = play(PlayedRay())
+    with pytest.raises(ray.exceptions.RayTaskError, match="TypeError"):
+        spread.spread(lambda names: names + 1, ["a"], "auto", 1, "cpu", print)
 
 
 def test_workers_that_are_lost_are_an_error(play):
