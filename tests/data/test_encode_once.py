@@ -92,7 +92,6 @@ def test_a_task_is_encoded_once_too(tokenizer, cache, monkeypatch, as_pairs):
     monkeypatch.setattr(sources, "encode_completions", refuse)
     monkeypatch.setattr(sources, "encode_text_pairs", refuse)
     assert loaded() == first
-    monkeypatch.setattr(encode_once, "MIN_ROWS", 100)
     monkeypatch.undo()
     assert loaded() == first
 
@@ -121,7 +120,7 @@ def test_whatever_changes_tokens_makes_another_entry(tokenizer, tmp_path, cache)
     assert num_entries() == 7
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "changed", "rows missing"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "changed", "renamed", "rows missing"])
 def test_a_damaged_entry_is_made_again(tokenizer, tmp_path, cache, damage):
     file = write(tmp_path / "rows.jsonl", DATA["text"])
     expected = load(tokenizer, file)
@@ -132,7 +131,9 @@ def test_a_damaged_entry_is_made_again(tokenizer, tmp_path, cache, damage):
     else:
         middle = len(whole) // 4
         changed = whole[:middle] + bytes(40) + whole[middle + 40 :]
-        entry.write_bytes({"empty": b"", "cut": whole[:-9], "changed": changed}[damage])
+        renamed = whole.replace(b"input_ids", b"input_idx")
+        damaged = {"empty": b"", "cut": whole[:-9], "changed": changed, "renamed": renamed}
+        entry.write_bytes(damaged[damage])
     assert load(tokenizer, file) == expected
     assert entry.read_bytes() == whole
 
@@ -146,8 +147,27 @@ def test_without_locks_rows_are_encoded_as_ever(tokenizer, tmp_path, cache, monk
     def refuse(path):
         raise NotImplementedError(path)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_once, "FileLock", refuse)
+        encoded = load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))
+    assert len(encoded) == 25
+    assert not entries(cache)
+
+
+def test_an_entry_is_read_without_a_lock(tokenizer, tmp_path, cache, monkeypatch):
+    file = write(tmp_path / "rows.jsonl", DATA["text"])
+    expected = load(tokenizer, file)
     monkeypatch.setattr(encode_once, "FileLock", refuse)
-    assert len(load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))) == 25
+    assert load(tokenizer, file) == expected
+
+
+def test_rows_of_another_kind_than_the_first_are_an_error_in_every_block(
+    tokenizer, tmp_path, cache
+):
+    messages = {"chosen": chat(1), "rejected": [*chat(1)[:1], {"role": "assistant", "content": ""}]}
+    file = write(tmp_path / "rows.jsonl", [*DATA["preference"][:20], *[messages] * 10])
+    with pytest.raises(DataError, match="line 21: the row has no field 'prompt'"):
+        load(tokenizer, file, "preference")
 
 
 def test_what_a_killed_process_left_is_deleted_after_a_day(tokenizer, tmp_path, cache):

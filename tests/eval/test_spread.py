@@ -17,14 +17,28 @@ from loraloom.eval import spread
 from tests.infer.saved import save_tiny
 
 
+class Call:
+    """What a task of `PlayedRay` gave, or raised."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 class PlayedRay:
     """Does tasks at once; or loses every worker."""
 
     class exceptions:  # noqa: N801
-        RayError = RuntimeError
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
 
     def __init__(self, *, is_lossy: bool = False):
         self.is_lossy, self.shares, self.cancelled = is_lossy, [], []
+
+    def put(self, value: Any) -> Any:
+        return value
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 2.0}}]
@@ -32,17 +46,22 @@ class PlayedRay:
     def remote(self, function: Any) -> Any:
         def call(score, names, place):
             self.shares.append(names)
-            return function(score, names, place)
+            try:
+                return Call(function(score, names, place))
+            except Exception as error:
+                return Call(self.exceptions.RayTaskError(repr(error)))
 
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=call))
 
     def wait(self, calls: list[Any]) -> tuple[list[Any], list[Any]]:
         return calls[-1:], calls[:-1]
 
-    def get(self, calls: Any) -> Any:
+    def get(self, call: Call) -> Any:
         if self.is_lossy:
-            raise RuntimeError("The worker died.\nMore of it.")
-        return calls
+            raise self.exceptions.RayError("The worker died.\nMore of it.")
+        if isinstance(call.value, self.exceptions.RayTaskError):
+            raise call.value
+        return call.value
 
     def cancel(self, call: Any, force: bool) -> None:
         assert force
@@ -113,6 +132,12 @@ def test_an_error_in_a_worker_is_raised_and_the_others_end(play):
     assert len(ray.cancelled) == 2
 
 
+def test_a_defect_in_a_worker_is_not_taken_for_a_lost_worker(play):
+    ray = play(PlayedRay())
+    with pytest.raises(ray.exceptions.RayTaskError, match="TypeError"):
+        spread.spread(lambda names: names + 1, ["a"], "auto", 1, "cpu", print)
+
+
 def test_workers_that_are_lost_are_an_error(play):
     play(PlayedRay(is_lossy=True))
     with pytest.raises(AdapterError, match=r"scored some adapters were lost: The worker died\.$"):
@@ -130,11 +155,15 @@ def test_a_worker_is_where_the_command_was_given(play, tmp_path, monkeypatch):
     [
         (["--ray-workers", "2"], "--ray-workers has no effect without --ray"),
         (["--ray", "auto", "--device", "cuda:1"], "device must be one of auto, cpu, cuda, xpu"),
+        (
+            ["--ray", "auto", "--device", "cuda"],
+            "needs a device of its own, got 1 workers and 0 acc",
+        ),
         (["--ray", "auto", "--harness", "x"], "--ray has an effect with --task or --dataset only"),
     ],
 )
-def test_options_that_do_not_go_together_are_errors(saved, capsys, monkeypatch, words, message):
-    monkeypatch.setattr("loraloom.cli.eval.EvalRun.check", lambda run: None)
+def test_options_that_do_not_go_together_are_errors(saved, capsys, play, words, message):
+    play(PlayedRay())
     asked = [] if "--harness" in words else ["--task", "skills"]
     assert cli.main(["eval", "--base-model", str(saved / "base"), *asked, *words]) == 2
     assert message in capsys.readouterr().err

@@ -24,8 +24,8 @@ RayOption = Annotated[
     typer.Option(
         "--ray",
         metavar="auto|HOST:PORT",
-        help="Spread it over the devices of a Ray cluster; auto: the one that runs on this "
-        "machine, else one for as long as it takes.",
+        help="Spread the work over the devices of a Ray cluster; auto: the one that runs on this "
+        "machine, else one that lasts as long as the command.",
     ),
 ]
 RayWorkersOption = Annotated[

@@ -34,7 +34,7 @@ def score_parts(
     try:
         return spread(work, run.names, run.ray, run.ray_workers, run.device, messages.print)
     except KeyboardInterrupt:
-        messages.print("stopped; the same command goes on from the scores that are kept")
+        messages.print("stopped; the same command goes on from any scores that are kept")
         raise
 
 

@@ -1,4 +1,4 @@
-"""Token ids of long data, kept in datasets' cache, so that it is encoded once.
+"""Token ids of data sets with many rows, kept in datasets' cache, so that they are encoded once.
 
 An entry is a Parquet file named by a hash of all that decides what is in it: the rows, how they are
 written out, the tokenizer, the code. It is written aside and renamed, its pages have checksums, and
@@ -48,13 +48,13 @@ def encode_once(
 ) -> list[EncodedRow]:
     """Encode rows, or read what came of them when they were encoded before.
 
-    Few rows are encoded as ever, and so are those of a tokenizer that can't be told as text, or
-    where nobody may write to the cache.
+    Few rows are encoded each time, and so are those of a tokenizer that can't be written as text,
+    or where the cache has no such file and can't be written to.
 
     Args:
         name: The source's, for the progress bar.
-        items: Rows or texts, JSON but for single values.
-        encode: Makes a row of each, of each for itself.
+        items: Rows or texts; values in them that JSON doesn't have are told apart by their `repr`.
+        encode: Encodes some items, each without regard to the others.
         tokenizer: What `encode` uses.
         settings: What else decides the outcome, as JSON.
     """
@@ -64,6 +64,9 @@ def encode_once(
 
     key = _key(items, tokenizer, settings)
     file = Path(HF_DATASETS_CACHE) / "loraloom" / f"{key}.parquet"
+    rows = _read(file, len(items))  # without the lock: a file that is there is whole
+    if rows is not None:
+        return rows
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
@@ -140,13 +143,12 @@ def _write(blocks: Iterator[list[EncodedRow]], file: Path) -> None:
 
 def _read(file: Path, num_rows: int) -> list[EncodedRow] | None:
     """Read a file; None if there is none, or it is not whole."""
-    import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(file, page_checksum_verification=True) as entry:
             rows = [row for batch in entry.iter_batches(_BLOCK) for row in _rows(batch)]
-    except (OSError, pyarrow.ArrowException):
+    except Exception:  # names and sizes have no checksum: what is changed there decides the error
         return None
     return rows if len(rows) == num_rows else None
 

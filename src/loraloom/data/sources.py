@@ -157,7 +157,7 @@ def encode_rows(
     Args:
         config: A data set's.
         rows: At least one.
-        first: The data set's first row, whose columns say how instructions are written.
+        first: The data set's first row, which says how instructions and preferences are written.
         tokenizer: The base model's.
         max_length: Most tokens of an example.
 
@@ -174,7 +174,8 @@ def encode_rows(
             texts = [_read_document(row, field) for row in rows]
             return encode_documents(tokenizer, texts, max_length)
         case "preference":
-            return encode_preferences(tokenizer, rows, columns, max_length, config.chat_template)
+            chat_template = config.chat_template
+            return encode_preferences(tokenizer, rows, first, columns, max_length, chat_template)
         case _:
             template = load_template(config.template)
             names = instruction_columns(first, config.fields)

@@ -49,7 +49,8 @@ def spread(
             max_retries=_MAX_RETRIES, scheduling_strategy="SPREAD", **resources
         )
         shares = [names[place::size] for place in range(min(size, len(names)))]
-        calls = [task.remote(score, share, Path.cwd()) for share in shares]
+        kept = ray.put(score)  # once, as it has the questions in it
+        calls = [task.remote(kept, share, Path.cwd()) for share in shares]
         try:
             return _results(ray, calls, tell)
         except BaseException:
@@ -59,20 +60,25 @@ def spread(
 
 
 def _results(ray: Any, calls: Sequence[Any], tell: Callable[[str], object]) -> list[Any]:
-    waiting = list(calls)
-    while waiting:
-        (done,), waiting = ray.wait(waiting)
-        try:
-            value = ray.get(done)
-        except ray.exceptions.RayError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise AdapterError(
-                f"the workers that scored some adapters were lost: {reason}"
-            ) from None
-        if isinstance(value, LoraloomError):
-            raise value
-        tell(f"{len(calls) - len(waiting)} of {len(calls)} workers have scored their adapters")
-    return ray.get(list(calls))
+    results: dict[Any, Any] = {}
+    while len(results) < len(calls):
+        (done,), _ = ray.wait([call for call in calls if call not in results])
+        results[done] = _result(ray, done)
+        tell(f"{len(results)} of {len(calls)} workers have scored their adapters")
+    return [results[call] for call in calls]
+
+
+def _result(ray: Any, call: Any) -> Any:
+    try:
+        value = ray.get(call)
+    except ray.exceptions.RayTaskError:  # raised by what the worker did: a defect of ours
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise AdapterError(f"the workers that scored some adapters were lost: {reason}") from None
+    if isinstance(value, LoraloomError):
+        raise value
+    return value
 
 
 def _score(score: Callable[[Any], Any], names: Sequence[str | None], place: Path) -> Any:
