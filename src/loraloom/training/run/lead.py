@@ -6,7 +6,7 @@ engine do between two rounds, the others are told and let theirs do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraloom.config.job import JobConfig
@@ -34,17 +34,17 @@ class Lead:
         self._built: Job | None = None
 
     @property
-    def jobs(self) -> Mapping[str, Job]:
+    def jobs(self) -> dict[str, Job]:
         """Those that train, by name."""
         return self._engine.jobs
 
     @property
-    def results(self) -> Mapping[str, JobResult]:
+    def results(self) -> dict[str, JobResult]:
         """What became of the others."""
         return self._engine.results
 
     @property
-    def joined(self) -> Set[str]:
+    def joined(self) -> set[str]:
         """Names of the jobs that joined a run that had begun."""
         return self._engine.joined
 
