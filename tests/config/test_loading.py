@@ -173,6 +173,10 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("jobs.0.priority=0", "jobs.0.priority must be at least 1e-06, got 0"),
         ("jobs=3", "jobs must be a list, got 3"),
         ("output_dir=3", "output_dir must be a path, got 3"),
+        (
+            "output_dir=s3://b/runs",
+            "output_dir must be a directory, got the URL 's3://b/runs'; mount",
+        ),
         ("base_model=null", "base_model must be a text (in quotes), got nothing"),
         ("jobs.1.train.gradient_checkpointing=maybe", "must be true or false, got 'maybe'"),
         ("jobs.1.train.batch_size=x", "jobs.1.train.batch_size must be a whole number, got 'x'"),

@@ -23,7 +23,7 @@ from loraloom.config.paths import local_path
 from loraloom.config.quantization import AnyQuantization, QuantizationConfig, check_fits_dtype
 from loraloom.config.sweep import SweepConfig
 from loraloom.config.trials import Trial, check_trials, make_trial
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, shown
 
 
 class ParallelConfig(StrictModel):
@@ -62,6 +62,17 @@ class RunConfig(StrictModel):
     """Adapters to train, all in the same steps."""
     sweep: SweepConfig | None = Field(default=None, validate_default=True)
     """A job in many versions, which train in the same steps as well."""
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _refuse_url(cls, output_dir: Any) -> Any:
+        if isinstance(output_dir, str) and "://" in output_dir:
+            raise ValueError(
+                f"output_dir must be a directory, got the URL {shown(output_dir)}; mount a file "
+                "system that all machines share (NFS, or JuiceFS on a bucket) and name a directory "
+                "in it"
+            )
+        return output_dir
 
     @field_validator("output_dir")
     @classmethod
