@@ -3,7 +3,8 @@
     python -m benchmarks.kills [--kills 20] [--steps 240] [--seed 0]
 
 A LoRA, a DoRA, a MixLoRA and a MixDoRA job with dropout and jitter train together on a tiny base
-model in float32, with evaluations and a snapshot every few steps, in steps of bounded size. An
+model in float32, two of them with modules or tokens of their own, with evaluations and a snapshot
+every few steps, in steps of bounded size. An
 unbroken run comes first; then the same run is killed at random moments until it has been killed
 often enough, and runs to its end. Weights, best weights and metrics must be equal bit by bit.
 """
@@ -33,13 +34,20 @@ _PROCESSES.set_forkserver_preload(["tests.training.command", "loraloom.training.
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3, "dropout": 0.1},
-    "dora": {"method": "lora", "rank": 2, "dropout": 0.2, "weight_decomposition": True},
+    "dora": {
+        "method": "lora",
+        "rank": 2,
+        "dropout": 0.2,
+        "weight_decomposition": True,
+        "modules_to_save": ["lm_head", "norm"],
+    },
     "mixlora": {
         "method": "mixlora",
         "rank": 2,
         "dropout": 0.1,
         "num_experts": 4,
         "router_jitter": 0.05,
+        "trainable_token_indices": [5, 4, 40],
     },
     "mixdora": {
         "method": "mixlora",

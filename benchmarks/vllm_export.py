@@ -1,6 +1,6 @@
 """A mixture as an MoE checkpoint, served by vLLM, against loraloom; run by a Python that has both.
 
-    python benchmarks/vllm_export.py [--bases llama smollm2-135m ...] [--tokens 64]
+    python -m benchmarks.vllm_export [--bases llama smollm2-135m ...] [--tokens 64]
 
 A mixture with random weights on a tiny random model of each family, or on a base model by its name,
 is exported in float32. vLLM serves what was written, and its greedy tokens are compared with those
@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
-from vllm import LLM, SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraloom import MixLoraConfig, attach, export, load_base_model
 
@@ -32,6 +31,9 @@ TINY = {
     "num_key_value_heads": 1,
     "head_dim": 32,
     "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "ernie4_5")
 MIXTURE = MixLoraConfig(rank=4, alpha=8, num_experts=4, top_k=2)
@@ -56,9 +58,9 @@ def check(base: str, num_tokens: int, path: Path) -> dict[str, Any]:
     """Count the texts of vLLM that are loraloom's."""
     tokenizer = load_base_model(SMOLLM2, "float32")[1]
     is_tiny = base in FAMILIES
-    model = tiny_model(base, tokenizer) if is_tiny else load_base_model(base, "float32")[0]
+    model = tiny_model(base, len(tokenizer)) if is_tiny else load_base_model(base, "float32")[0]
     host = attach(model)
-    fill_B(host.add("mix", MIXTURE), std=1.0 if is_tiny else 0.02)
+    fill(host.add("mix", MIXTURE), std=1.0 if is_tiny else 0.02)
     prompts = [
         tokenizer(text)["input_ids"]
         for text in ("The capital of France is", "Bread is made of", "Once upon a time, the moon")
@@ -66,7 +68,9 @@ def check(base: str, num_tokens: int, path: Path) -> dict[str, Any]:
     ours = [decode(host, prompt, "mix", num_tokens) for prompt in prompts]
     bare = [decode(host, prompt, None, num_tokens) for prompt in prompts]
     done = export(host, tokenizer, "mix", path)
-    theirs = serve(path, prompts, num_tokens)
+    served = start(path)
+    theirs = ask(served, prompts, num_tokens, detokenize=False)
+    served.llm_engine.engine_core.shutdown()
     same = [one == other for one, other in zip(theirs, ours, strict=True)]
     changed = [one != other for one, other in zip(ours, bare, strict=True)]
     return {
@@ -78,41 +82,63 @@ def check(base: str, num_tokens: int, path: Path) -> dict[str, Any]:
     }
 
 
-def tiny_model(family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+def tiny_model(family: str, vocab_size: int) -> Any:
     """A model whose weights are random, so that no two tokens are nearly as likely."""
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **TINY, **special)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=vocab_size, **TINY)
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or "bias" in name:
                 parameter.normal_(std=0.15, generator=generator)
+            elif family == "gemma2" and "post_" in name:
+                # its blocks add normed outputs to embeddings that are the head, too: were these the
+                # larger part, each token would be followed by itself, whoever adapts the blocks
+                parameter.fill_(4.0)
     return model.float().eval()
 
 
-def fill_B(adapter: torch.nn.Module, std: float) -> None:
-    generator = torch.Generator().manual_seed(1)
+def fill(adapter: torch.nn.Module, std: float, seed: int = 1) -> None:
+    """Give an adapter weights that change what is said."""
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapter.named_parameters():
         if "lora_B" in name or "router" in name:
             torch.nn.init.normal_(parameter, std=std, generator=generator)
 
 
 def decode(host: Any, prompt: list[int], name: str | None, num_tokens: int) -> list[int]:
+    """Loraloom's greedy tokens."""
     options = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
     ids = torch.tensor([prompt])
     answer = host.generate(ids, torch.ones_like(ids), [name], eos_token_id=None, **options)
     return answer[0, len(prompt) :].tolist()
 
 
-def serve(path: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    served = LLM(str(path), dtype="float32", max_model_len=128, enforce_eager=True)
+def start(path: Path, **settings: Any) -> Any:
+    """Start vLLM on a model directory."""
+    from vllm import LLM  # pyright: ignore[reportMissingImports]
+
+    defaults = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+    return LLM(str(path), **defaults | settings)
+
+
+def ask(
+    served: Any,
+    prompts: list[list[int]],
+    num_tokens: int,
+    lora_request: Any = None,
+    **settings: Any,
+) -> list[list[int]]:
+    """Ask everything at once; the greedy tokens of each answer."""
+    from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
+
     answers = served.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-        SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False),
+        SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **settings),
+        lora_request=lora_request,
         use_tqdm=False,
     )
-    served.llm_engine.engine_core.shutdown()
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 

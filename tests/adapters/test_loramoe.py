@@ -11,6 +11,7 @@ from loraloom.adapters.adapter import SampleTokens
 from loraloom.adapters.loramoe.weights import balancing_constraint
 from loraloom.config.objective import SftConfig
 from loraloom.data.examples import Example
+from loraloom.errors import AdapterError
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.requests import Request, run_requests
 from tests.adapters.plain import MASK, compare
@@ -115,3 +116,8 @@ def test_a_step_tells_whose_tokens_are_whose(monkeypatch):
     request = Request(host.adapters["a"], data, build_objective(SftConfig()), lambda place: place)
     run_requests(host, [request], pad_id=0)
     assert seen == [(6, [SampleTokens(4, 1), SampleTokens(2, 0)])]
+
+
+def test_experts_must_be_on_some_ffn_projection():
+    with pytest.raises(AdapterError, match=r"LoRAMoE needs experts: .* down_proj.*, got k_proj"):
+        tiny_host("llama", {"a": changed(CONFIG, target_modules="attention")})

@@ -14,7 +14,16 @@ from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError, ModelError
 from loraloom.infer.scoring import group_rows
 from tests.conftest import build_tokenizer
-from tests.tiny import METHODS, randomise, relative_error, tiny_host, tiny_ids, tiny_model
+from tests.tiny import (
+    ALL_METHODS,
+    METHODS,
+    changed,
+    randomise,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
 
 # peft 0.21 asks transformers 5.24 in a way that the latter calls deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -86,7 +95,8 @@ def test_choices_do_not_share_a_question_in_running_states(two_kinds):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (METHODS["mixlora"], "FFN block of linear layers, .* mixtures of experts themselves"),
+        (METHODS["mixlora"], "MixLoRA needs an FFN block of linear layers, .* experts themselves"),
+        (ALL_METHODS["loramoe"], "LoRAMoE needs an FFN block of linear layers"),
         (LoraConfig(target_modules="ffn"), "got ffn where its FFN blocks are mixtures of experts"),
         (LoraConfig(target_modules=("gate_proj",)), r"\(k_proj, o_proj, q_proj, v_proj\)"),
     ],
@@ -95,3 +105,12 @@ def test_the_experts_of_a_base_model_are_left_alone(config, message):
     host = tiny_host("mixtral", {}, torch.float32)
     with pytest.raises(AdapterError, match=message):
         host.add("a", config)
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "mola"])
+def test_who_adapts_all_linear_layers_is_told_that_experts_are_left_alone(method):
+    host = tiny_host("mixtral", {}, torch.float32)
+    with pytest.warns(UserWarning, match="'a' is on attention alone"):
+        adapter = host.add("a", ALL_METHODS[method])
+    assert not any(map(adapter.adapts_ffn, range(host.base.num_layers)))
+    host.add("b", changed(ALL_METHODS[method], target_modules="attention"))

@@ -19,6 +19,7 @@ from tests.parity.peft_models import their_parameter, wrapped_by_peft
 from tests.tiny import (
     ALL_FAMILIES,
     METHODS,
+    changed,
     padded_mask,
     randomise,
     relative_error,
@@ -55,9 +56,12 @@ def is_dense(family: str) -> bool:
     return FAMILIES[family].ffn_shape != EXPERTS
 
 
-def methods_of(family: str) -> dict[str, LoraConfig]:
-    """The four methods; on mixtures of experts those without routers."""
-    return {n: c for n, c in METHODS.items() if is_dense(family) or not c.experts_per_router}
+def methods_of(family: str) -> dict[str, Any]:
+    """The four methods; on mixtures of experts those without routers, on attention."""
+    if is_dense(family):
+        return METHODS
+    plain = {name: c for name, c in METHODS.items() if not c.experts_per_router}
+    return {name: changed(c, target_modules="attention") for name, c in plain.items()}
 
 
 def by_peft(

@@ -10,13 +10,8 @@ import torch
 
 from loraloom.errors import AdapterError, DataError
 from loraloom.models.decoding import Decoding
-from loraloom.serve.engine import (
-    Engine,
-    EngineLimits,
-    OutOfTimeError,
-    QueueFullError,
-    StoppingError,
-)
+from loraloom.serve.engine import Engine
+from loraloom.serve.limits import EngineLimits, OutOfTimeError, QueueFullError, StoppingError
 from tests.serve.asking import TEXTS, alone, answers, finish, request, submit
 from tests.serve.conftest import NAMES, SIZES
 from tests.tiny import METHODS, tiny_host

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.serve.engine import NoRoutersError
+from loraloom.serve.limits import NoRoutersError
 from tests.serve.asking import TEXTS, answers, finish, request, submit
 
 ROUTED = ("mixlora", ("mixdora", 0.5), "mixlora", "mola", "hydralora", ("mixlora", 1.0), "mixdora")

@@ -436,3 +436,18 @@ def resolve_targets(config: AdapterConfig, layer: BaseLayer) -> frozenset[str]:
             f"got {', '.join(unknown) or 'an empty list'}"
         )
     return frozenset(targets)
+
+
+def check_has_experts(config: AdapterConfig, layer: BaseLayer) -> None:
+    """Raise an AdapterError if experts that are on FFN projections would be on none."""
+    targets = resolve_targets(config, layer)
+    if not layer.ffn:
+        raise AdapterError(
+            f"{config.title} needs an FFN block of linear layers, this base model's are mixtures "
+            "of experts themselves; take a plain adapter, on attention"
+        )
+    if not targets & frozenset(layer.ffn):
+        raise AdapterError(
+            f"{config.title} needs experts: target_modules must have at least one of "
+            f"{', '.join(layer.ffn)}, got {', '.join(sorted(targets))}"
+        )

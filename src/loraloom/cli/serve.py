@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from loraloom.models.host import Host
     from loraloom.serve.adapters import AdapterShelf
-    from loraloom.serve.engine import Engine, EngineLimits
+    from loraloom.serve.engine import Engine
+    from loraloom.serve.limits import EngineLimits
 
 MaxRowsOption = Annotated[
     int, typer.Option("--max-rows", min=1, help="Most completions that are made at once.")
@@ -140,12 +141,13 @@ def serve(
         return
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.serve.adapters import AdapterShelf
-    from loraloom.serve.allocator import return_freed_memory
+    from loraloom.serve.allocator import bound_kernel_caches, return_freed_memory
     from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
     from loraloom.serve.http.server import Server, listen
 
     return_freed_memory()
+    bound_kernel_caches()
     check_sources(base_model, adapters, device, dtype, quantization)
     with listen(host, port) as sock:
         model, tokenizer = load_host(
@@ -194,7 +196,7 @@ def make_limits(
     max_request_s: float = 600.0,
 ) -> EngineLimits:
     """What the engine may use, with a cache that fits into memory."""
-    from loraloom.serve.engine import EngineLimits
+    from loraloom.serve.limits import EngineLimits
     from loraloom.serve.memory import default_cache_tokens
 
     if cache_tokens is None:

@@ -20,14 +20,10 @@ from torch import Tensor, nn
 
 from loraloom.adapters.adapter import Adapter, OwnModule, SegmentTokens
 from loraloom.adapters.low_rank import input_group
+from loraloom.models.cohorts import StackedPlan, plan_stacked
 from loraloom.models.layout import Layout
-from loraloom.models.stacking import (
-    ScaledAdapter,
-    StackedForward,
-    StackedPlan,
-    Stacks,
-    plan_stacked,
-)
+from loraloom.models.stacking import StackedForward
+from loraloom.models.stacks import ScaledAdapter, Stacks
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import FfnWeights
 from loraloom.ops.low_rank import InputGroup, UpProjection

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loraloom.adapters.adapter import OwnModule
 from loraloom.models.forward import PreparedWeights
 from loraloom.models.own import own_outputs
-from loraloom.models.stacking import ScaledAdapter
+from loraloom.models.stacks import ScaledAdapter
 
 
 @dataclass(frozen=True)

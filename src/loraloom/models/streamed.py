@@ -1,4 +1,7 @@
-"""A checkpoint's model as transformers computes it, with the weights of one module at a time."""
+"""A checkpoint's model as transformers computes it, with the weights of one module at a time.
+
+Of a linear layer outside of the decoder layers, which is the head, some rows are read at a time.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from loraloom.formats.checkpoint import read_index
 from loraloom.models.whole import WholeModel
+
+_BLOCK_NUMBERS = 1 << 22
+"""Of a head, so many numbers are read at a time."""
 
 
 def streamed_model(whole: WholeModel, directory: Path) -> PreTrainedModel:
@@ -32,10 +39,27 @@ def streamed_model(whole: WholeModel, directory: Path) -> PreTrainedModel:
         read = partial(_read, files, f"{layers_path}.{index}.", whole.layer_parts)
         _read_when_run(layer, read)
     for path, module in model.named_modules():
-        if not path.startswith(f"{layers_path}.") and list(module.parameters(recurse=False)):
-            tied = model.all_tied_weights_keys.get(f"{path}.weight", f"{path}.weight")
-            _read_when_run(module, partial(_read, files, tied.removesuffix("weight"), None))
+        if path.startswith(f"{layers_path}.") or not list(module.parameters(recurse=False)):
+            continue
+        if isinstance(module, nn.Linear):
+            weight = model.all_tied_weights_keys.get(f"{path}.weight", f"{path}.weight")
+            module.forward = partial(_product, files, module, weight, f"{path}.bias")
+        else:
+            _read_when_run(module, partial(_read, files, f"{path}.", None))
     return model
+
+
+def _product(
+    files: dict[str, Path], module: nn.Linear, weight: str, bias: str, input: Tensor
+) -> Tensor:
+    step = max(1, _BLOCK_NUMBERS // module.in_features)
+    outputs = []
+    for start in range(0, module.out_features, step):
+        with safe_open(files[weight], framework="pt") as shard:  # anew: what it reads, it keeps
+            rows = shard.get_slice(weight)[start : start + step]
+        outputs.append(linear(input, rows.float()))
+    output = torch.cat(outputs, -1)
+    return output if module.bias is None else output + _stored(files, bias).float()
 
 
 def _read_when_run(module: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:

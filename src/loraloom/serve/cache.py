@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import count
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.models.decoding import Decoding
+from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter
 
 BLOCK_TOKENS = 16
 """Tokens of a block."""
@@ -48,14 +55,58 @@ class PrefixCache:
         """Return key and first token of the whole blocks that are not held."""
         return [(key, start) for key, start in _keys(salt, tokens) if key not in self._blocks]
 
-    def put(self, key: bytes, states: Tensor) -> None:
-        """Hold a block's states."""
-        self._blocks[key] = states
+    def remember(
+        self, session: Decoding, place: int, salt: Hashable, tokens: Sequence[int]
+    ) -> None:
+        """Hold the states of a row's whole blocks that are not held.
+
+        Args:
+            session: That computed them.
+            place: The row's.
+            salt: Of its adapter.
+            tokens: Of the row, all of which were read.
+        """
+        missing = self.missing(salt, tokens)
+        if not missing:
+            return
+        states = session.states(place, missing[0][1], missing[-1][1] + BLOCK_TOKENS)
+        for (key, _), block in zip(missing, states.split(BLOCK_TOKENS, dim=3), strict=True):
+            self._blocks[key] = block.clone()
 
     def shrink(self, max_tokens: int) -> None:
         """Let blocks go until there are no more than so many tokens."""
         while self._blocks and self.num_tokens > max_tokens:
             self._blocks.popitem(last=False)
+
+
+class Salts:
+    """Tells adapters' weights from all others, as they are now.
+
+    Args:
+        host: That holds the adapters.
+        on_change: Told of each one whose weights have changed since it was last asked about.
+    """
+
+    def __init__(self, host: Host, on_change: Callable[[Adapter], object]):
+        self._host = host
+        self._on_change = on_change
+        self._serials: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
+        self._next_serial = count()
+        self._versions: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
+
+    def of(self, row_adapter: RowAdapter) -> Hashable:
+        """Return what a row's adapter is told by, scale included."""
+        if row_adapter is None:
+            return None
+        name, scale = (row_adapter, 1.0) if isinstance(row_adapter, str) else row_adapter
+        adapter = self._host.adapter(name)
+        version = sum(parameter._version for parameter in adapter.parameters())
+        if self._versions.setdefault(adapter, version) != version:
+            self._versions[adapter] = version
+            self._on_change(adapter)
+        if adapter not in self._serials:
+            self._serials[adapter] = next(self._next_serial)
+        return self._serials[adapter], version, scale
 
 
 def _keys(salt: Hashable, tokens: Sequence[int]) -> Iterator[tuple[bytes, int]]:

@@ -15,29 +15,34 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.data.tokenising import TokenPair
-from loraloom.errors import AdapterError, DataError, LoraloomError
+from loraloom.errors import AdapterError, DataError
 from loraloom.infer.generate import end_tokens
-from loraloom.infer.rows import make_rows
-from loraloom.infer.scoring import score_rows, tokens_per_batch
+from loraloom.infer.scoring import tokens_per_batch
 from loraloom.models.decoding import Decoding
 from loraloom.models.families import keeps_running_states
 from loraloom.models.forward import PreparedWeights, Record
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, rows_in_record
 from loraloom.routing.record import choices_by_token, join_routing
-from loraloom.serve.cache import BLOCK_TOKENS, PrefixCache
+from loraloom.serve.cache import PrefixCache, Salts
 from loraloom.serve.counts import EngineCounts, Outcome
+from loraloom.serve.limits import (
+    EngineLimits,
+    NoRoutersError,
+    OutOfTimeError,
+    QueueFullError,
+    StoppingError,
+)
 from loraloom.serve.scheduler import Scheduler
+from loraloom.serve.scores import score_texts
 from loraloom.serve.sequence import (
     Failure,
     GenerationRequest,
@@ -54,45 +59,6 @@ ROUTING_STEPS = 16
 """In one of so many steps it is counted which experts tokens are sent to."""
 MAX_PREPARED = 32
 """Most adapters, each in each scale, whose weights are kept in compute form."""
-
-
-class QueueFullError(LoraloomError):
-    """Too many requests wait; `retry_after_s` says when fewer may."""
-
-    def __init__(self, message: str = "", retry_after_s: int = 1):
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class StoppingError(LoraloomError):
-    """The engine takes no more requests."""
-
-
-class NoRoutersError(LoraloomError):
-    """A request asks for the routing of a model that has no routers."""
-
-
-class OutOfTimeError(LoraloomError):
-    """A request took longer than it may."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine may use.
-
-    Args:
-        max_rows: Most completions at once.
-        cache_tokens: Size of the key-value cache: rows times tokens of the longest.
-        prefill_tokens: Most tokens of prompts that are read between two decoding steps.
-        max_waiting: Most requests that wait.
-        max_request_s: Seconds after which a request fails, waiting included.
-    """
-
-    max_rows: int = 32
-    cache_tokens: int = 32768
-    prefill_tokens: int = 256
-    max_waiting: int = 256
-    max_request_s: float = 600.0
 
 
 @dataclass
@@ -142,9 +108,7 @@ class Engine:
         self._prepared = PreparedWeights()
         self._prepared_for: set[RowAdapter] = set()
         self._gone: list[Adapter] = []
-        self._serials: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
-        self._next_serial = count()
-        self._versions: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
+        self._salts = Salts(host, self._forget_weights)
 
     @property
     def max_length(self) -> int:
@@ -309,7 +273,10 @@ class Engine:
         with self._lock:
             gone, self._gone = self._gone, []
         for adapter in gone:
-            self._prepared.forget(adapter)
+            self._forget_weights(adapter)
+
+    def _forget_weights(self, adapter: Adapter) -> None:
+        self._prepared.forget(adapter)
 
     def _drop_ended(self) -> None:
         """Let rows go whose clients have gone, or whose time is up."""
@@ -337,37 +304,9 @@ class Engine:
             while self._scores and (not batch or len(self._scores[0].request.tokens) <= room):
                 batch.append(self._scores.popleft())
                 room -= len(batch[-1].request.tokens)
-        for part in self._scored_parts([score for score in batch if not score.is_cancelled]):
-            self._score_part(part)
+        score_texts(self.host, [score for score in batch if not score.is_cancelled])
         for score in batch:
             score.on_gone()
-
-    def _scored_parts(self, batch: list[Score]) -> list[list[Score]]:
-        """Put each adapter's texts together, so that a fault is its own."""
-        parts: dict[str | None, list[Score]] = {}
-        for score in batch:
-            parts.setdefault(score.request.adapter_name, []).append(score)
-        return list(parts.values())
-
-    def _score_part(self, part: list[Score]) -> None:
-        rows = [
-            make_rows([TokenPair(list(tokens[:1]), list(tokens[1:]))], shared=False)[0]
-            for tokens in (score.request.tokens for score in part)
-        ]
-        requests = [(score.request.adapter, row) for score, row in zip(part, rows, strict=True)]
-        num_top = max(score.request.num_top for score in part)
-        try:
-            for score, scores in zip(
-                part, score_rows(self.host, requests, num_top=num_top), strict=True
-            ):
-                score.tell(scores)
-        except Exception as error:
-            _log.warning("texts could not be scored", exc_info=True)
-            if len(part) == 1:
-                part[0].sink(Failure(error))
-                return
-            for score in part:
-                self._score_part([score])
 
     def _admit(self) -> None:
         with self._lock:
@@ -408,7 +347,7 @@ class Engine:
         row, adapter = reading.row, reading.row.request.adapter
         tokens = row.tokens
         if reading.session is None:
-            row.salt = self._salt(adapter)
+            row.salt = self._salts.of(adapter)
             known = self._prefixes.find(row.salt, tokens)
             if known is not None:
                 reading.session = Decoding.resume(adapter, known, self._prepared)
@@ -574,32 +513,10 @@ class Engine:
         """Keep the states of a row's whole blocks for prompts that begin alike."""
         if keeps_running_states(self.host.config):  # of which no token has a part
             return
-        missing = self._prefixes.missing(row.salt, tokens)
-        if not missing or self._salt(row.request.adapter) != row.salt:  # weights have changed
-            return
-        start, stop = missing[0][1], missing[-1][1] + BLOCK_TOKENS
-        states = session.states(place, start, stop)
-        for (key, _), block in zip(missing, states.split(BLOCK_TOKENS, dim=3), strict=True):
-            self._prefixes.put(key, block.clone())
+        if self._salts.of(row.request.adapter) == row.salt:  # else weights have changed
+            self._prefixes.remember(session, place, row.salt, tokens)
 
     def _fit_prefixes(self) -> None:
         """Let remembered prompts go where rows need their memory."""
         taken = self._scheduler.cached_tokens(self._served, added=1)
         self._prefixes.shrink(self.limits.cache_tokens - taken)
-
-    def _salt(self, row_adapter: RowAdapter) -> Hashable:
-        """What tells an adapter's weights, as they are now and are scaled, from all others.
-
-        Where they have changed, what was made of them is made anew.
-        """
-        if row_adapter is None:
-            return None
-        name, scale = (row_adapter, 1.0) if isinstance(row_adapter, str) else row_adapter
-        adapter = self.host.adapter(name)
-        version = sum(parameter._version for parameter in adapter.parameters())
-        if self._versions.setdefault(adapter, version) != version:
-            self._versions[adapter] = version
-            self._prepared.forget(adapter)
-        if adapter not in self._serials:
-            self._serials[adapter] = next(self._next_serial)
-        return self._serials[adapter], version, scale

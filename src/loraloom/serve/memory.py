@@ -7,7 +7,7 @@ import torch
 
 from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.models.host import Host
-from loraloom.serve.engine import EngineLimits
+from loraloom.serve.limits import EngineLimits
 
 _SHARE = 0.25
 """Of the memory that is free: what the cache takes when nobody says how much it may."""

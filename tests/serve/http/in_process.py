@@ -12,9 +12,10 @@ import uvicorn
 
 from loraloom.models.host import Host
 from loraloom.serve.adapters import AdapterShelf
-from loraloom.serve.engine import Engine, EngineLimits
+from loraloom.serve.engine import Engine
 from loraloom.serve.http.app import ApiOptions, create_app
 from loraloom.serve.http.server import listen
+from loraloom.serve.limits import EngineLimits
 
 BASE = "some/base"
 

@@ -14,11 +14,11 @@ import pytest
 
 from loraloom.errors import ConfigError, DataError
 from loraloom.serve.access import is_loopback, read_keys
-from loraloom.serve.engine import QueueFullError
 from loraloom.serve.http.app import ApiOptions
 from loraloom.serve.http.chat import encode_chat
 from loraloom.serve.http.objects import ChatBody
 from loraloom.serve.http.server import listen
+from loraloom.serve.limits import QueueFullError
 from tests.serve.http.in_process import BASE, serving
 
 CHAT: dict[str, Any] = {

@@ -13,6 +13,7 @@ from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConf
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.serve.vllm import is_known
 from loraloom.serve.vllm.folding import Folder, split_in_pieces
+from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 from loraloom.serve.vllm.mixing import choose, mix
 from loraloom.serve.vllm.settings import fitting_rank, max_top_k
 from tests.tiny import METHODS, tiny_host
@@ -32,6 +33,7 @@ REFUSED = {
     "mola": MolaConfig(rank=2, num_experts=(3, 4), router_loss_scope="per_layer"),
 }
 ROOM = 16
+LAYER = 1
 
 
 @pytest.fixture(scope="module", params=["llama", "phi3"])
@@ -93,17 +95,8 @@ class Slots:
 @pytest.mark.parametrize(("slots", "devices"), [(3, 1), (4, 1), (3, 2)])
 def test_tokens_of_all_adapters_meet_their_own_experts_in_one_pass(served, slots, devices):
     """Devices may share a block's features: what they add up are outputs and rank spaces."""
-    host, layer = served.host, 1
-    names = list(SERVED)
-    block = host.model.model.layers[layer].mlp
-    fused = hasattr(block, "gate_up_proj")
-    inputs = ["gate_up_proj"] if fused else ["gate_proj", "up_proj"]
-    sizes = [(name, 32, 96 if fused else 48) for name in inputs]
-    kept = Slots.of(
-        list(served.folded.values()), [*sizes, ("down_proj", 48, 32), ("router", 32, 2)], layer
-    )
-    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
-    adapters = torch.arange(24) % (len(names) + 1) - 1
+    block, inputs, kept = kept_block(served)
+    x, adapters = tokens_of_all()
 
     def expand(*ranks):
         pairs = zip(inputs, ranks, strict=True)
@@ -135,22 +128,105 @@ def test_tokens_of_all_adapters_meet_their_own_experts_in_one_pass(served, slots
             output += hidden @ block.down_proj.weight[:, own].T
             rank_space += part
         output += kept.expand("down_proj", rank_space, adapters)
-        expected = torch.stack(
-            [
-                _alone(host, layer, names[at] if at >= 0 else None, row)
-                for row, at in zip(x, adapters.tolist(), strict=True)
-            ]
-        )
+    expected = alone(served, x, adapters)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
-def _alone(host, layer, name, row):
-    """One token's FFN output by our own layers."""
+def kept_block(served):
+    """An FFN block of the base, its input projections' names, and what vLLM keeps for it."""
+    block = served.host.model.model.layers[LAYER].mlp
+    fused = hasattr(block, "gate_up_proj")
+    inputs = ["gate_up_proj"] if fused else ["gate_proj", "up_proj"]
+    sizes = [(name, 32, 96 if fused else 48) for name in inputs]
+    kept = Slots.of(
+        list(served.folded.values()), [*sizes, ("down_proj", 48, 32), ("router", 32, 2)], LAYER
+    )
+    return block, inputs, kept
+
+
+def tokens_of_all():
+    """Tokens that are the base's, the first adapter's and so on by turns."""
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
+    return x, torch.arange(24) % (len(SERVED) + 1) - 1
+
+
+@torch.no_grad()
+def alone(served, x, adapters):
+    """Each token's FFN output by our own layers, of one at a time."""
     from loraloom.models.forward import running
 
-    forward = host._forward(torch.zeros(1, 1, dtype=torch.long), None, [name])
-    with running(forward):
-        return host.model.model.layers[layer].mlp(row.view(1, 1, -1)).view(-1)
+    host, names, outputs = served.host, [*SERVED, None], []
+    for row, at in zip(x, adapters.tolist(), strict=True):
+        with running(host._forward(torch.zeros(1, 1, dtype=torch.long), None, [names[at]])):
+            outputs.append(host.model.model.layers[LAYER].mlp(row.view(1, 1, -1)).view(-1))
+    return torch.stack(outputs)
+
+
+class StackedLinear(torch.nn.Module):
+    """What vLLM puts around a linear layer: its LoRAs of all slots, and who has which tokens."""
+
+    def __init__(self, weight, loras, adapters, outputs):
+        super().__init__()
+        self.base_layer = lambda x: (x @ weight.T, None)
+        self.input_size, self.tp_size = weight.shape[1], 1
+        self.lora_a_stacked = tuple(A.unsqueeze(1) for A, _ in loras)
+        self.lora_b_stacked = tuple(B.unsqueeze(1) for _, B in loras)
+        self.n_slices, self.output_slices = len(loras), outputs
+        self.punica_wrapper = SimpleNamespace(
+            no_lora=False, _token_lora_indices=adapters, add_shrink=self._add_shrink
+        )
+
+    def _add_shrink(self, buffer, x, stacked, scale):
+        adapters = self.punica_wrapper._token_lora_indices.clamp_min(0)
+        own = torch.cat(stacked, 1)[adapters]  # (T, P, S, I)
+        buffer += scale * torch.einsum("ti,tpsi->pts", x, own)
+
+
+BLOCKS: dict[str, MixtureFfn] = {}
+
+
+@pytest.fixture(scope="module")
+def operations():
+    define_operations(BLOCKS.__getitem__)
+    return torch.ops.loraloom
+
+
+@pytest.fixture
+def mixture_ffn(served):
+    """vLLM's block with the plug-in's forward."""
+    block, inputs, kept = kept_block(served)
+    _, adapters = tokens_of_all()
+    loras = [kept.blocks[name] for name in inputs]
+    weight = torch.cat([getattr(block, name).weight.detach() for name in inputs])
+    outputs = [B.shape[1] for _, B in loras]
+    ffn = MixtureFfn()
+    ffn.gate_up_proj = StackedLinear(weight, loras, adapters, outputs)
+    down, router = kept.blocks["down_proj"], kept.blocks["router"]
+    ffn.down_proj = StackedLinear(block.down_proj.weight.detach(), [down], adapters, [32])
+    ffn.router = StackedLinear(torch.zeros(2, 32), [router], adapters, [2])
+    ffn.act_fn = lambda both: silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1]
+    ffn.place, ffn.slots = "layers.1.mlp", 3
+    BLOCKS[ffn.place] = ffn
+    return ffn
+
+
+def test_operations_are_what_torch_expects_of_them(operations, mixture_ffn):
+    x, _ = tokens_of_all()
+    gate_up, output = torch.randn(24, 96), torch.randn(24, 32)
+    opcheck = torch.library.opcheck
+    for no_lora in (False, True):
+        mixture_ffn.gate_up_proj.punica_wrapper.no_lora = no_lora
+        mixture_ffn.down_proj.punica_wrapper.no_lora = no_lora
+        opcheck(operations.mix_experts, (x, gate_up, 48, ROOM, mixture_ffn.place))
+        opcheck(operations.add_update, (output, torch.randn(24, ROOM), mixture_ffn.place))
+
+
+def test_a_compiled_block_has_one_graph_and_our_own_layers_outputs(operations, served, mixture_ffn):
+    x, adapters = tokens_of_all()
+    compiled = torch.compile(mixture_ffn, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        output = compiled(x)
+    torch.testing.assert_close(output, alone(served, x, adapters), rtol=1e-4, atol=1e-5)
 
 
 def test_diverged_adapters_spoil_no_others_tokens():

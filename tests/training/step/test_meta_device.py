@@ -18,10 +18,15 @@ from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.reference import Reference
 from loraloom.training.step.window import Window
-from tests.tiny import ALL_METHODS, padded_mask
+from tests.tiny import ALL_METHODS, changed, padded_mask
 
 PAD_ID = 0
 LENGTHS = (9, 6, 4, 2)
+CHANGES = {
+    "mola": {"num_experts": 4},
+    "dora": {"modules_to_save": ("lm_head", "norm")},
+    "mixlora": {"trainable_token_indices": (3, 5), "modules_to_save": ("lm_head",)},
+}
 reads: list[int] = []
 
 
@@ -58,8 +63,7 @@ def host(monkeypatch):
     with torch.device("meta"):
         host = Host(LlamaForCausalLM(config).to(torch.bfloat16))
     for name, method in ALL_METHODS.items():
-        layers = {"num_experts": 4} if name == "mola" else {}
-        host.add(name, method.model_copy(update=layers))
+        host.add(name, changed(method, **CHANGES.get(name, {})))
     return host
 
 

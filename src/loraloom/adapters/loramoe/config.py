@@ -55,8 +55,10 @@ class LoraMoeConfig(DecomposedConfig):
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         """See AdapterConfig."""
+        from loraloom.adapters.adapter import check_has_experts
         from loraloom.adapters.loramoe.weights import LoraMoeAdapter, projection_builder
 
+        check_has_experts(self, base_layers[0])
         build = projection_builder(self, dtype, seed)
         return LoraMoeAdapter.of(name, self, base_layers, build)
 

@@ -18,6 +18,7 @@ from loraloom.adapters.adapter import (
     MoeFfn,
     SampleTokens,
     SegmentTokens,
+    check_has_experts,
     resolve_targets,
 )
 from loraloom.adapters.base import BaseLayer
@@ -25,7 +26,6 @@ from loraloom.adapters.lora.weights import LoraProjection
 from loraloom.adapters.low_rank import ffn_weights, projection_block
 from loraloom.adapters.mixlora.config import MixLoraConfig
 from loraloom.adapters.router import Router
-from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
 from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
@@ -52,17 +52,7 @@ class MixLoraAdapter(Adapter):
         dtype: torch.dtype,
         seed: int,
     ):
-        targets = resolve_targets(config, base_layers[0])
-        if not base_layers[0].ffn:
-            raise AdapterError(
-                "a mixture needs an FFN block of linear layers, this base model's are mixtures of "
-                "experts themselves; take a plain adapter, on attention"
-            )
-        if not targets & frozenset(base_layers[0].ffn):
-            raise AdapterError(
-                f"a mixture needs experts: target_modules must have at least one of "
-                f"{', '.join(base_layers[0].ffn)}, got {', '.join(sorted(targets))}"
-            )
+        check_has_experts(config, base_layers[0])
         layers = [
             _build_layer(config, layer, resolve_targets(config, layer), dtype, seed)
             for layer in base_layers

@@ -12,12 +12,7 @@ from starlette.exceptions import HTTPException
 
 from loraloom.errors import LoraloomError, plain
 from loraloom.serve.adapters import AllInUseError, UnknownModelError
-from loraloom.serve.engine import (
-    NoRoutersError,
-    OutOfTimeError,
-    QueueFullError,
-    StoppingError,
-)
+from loraloom.serve.limits import NoRoutersError, OutOfTimeError, QueueFullError, StoppingError
 
 
 class ErrorObject(BaseModel):

@@ -6,18 +6,12 @@ layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import (  # pyright: ignore[reportMissingImports]
-    tensor_model_parallel_all_reduce,
-)
-from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
-from vllm.utils.torch_utils import (  # pyright: ignore[reportMissingImports]
-    direct_register_custom_op,
-)
 
 from loraloom.serve.vllm.mixing import choose, mix
 
@@ -27,7 +21,7 @@ _OPERATIONS = torch.library.Library("loraloom", "FRAGMENT")
 class MixtureFfn(nn.Module):
     """The forward of an FFN block whose tokens may have experts; mixed into vLLM's own class.
 
-    It has what these have (`gate_up_proj`, `down_proj`, `act_fn`), and `router`, `place`, `slots`.
+    It has what these have (`gate_up_proj`, `down_proj`, `act_fn`), and what is named below.
     """
 
     gate_up_proj: Any
@@ -36,6 +30,7 @@ class MixtureFfn(nn.Module):
     router: Any
     place: str
     slots: int
+    sum_over_devices: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block for tokens of all adapters, [T, D]."""
@@ -43,10 +38,9 @@ class MixtureFfn(nn.Module):
         hidden, rank_space = torch.ops.loraloom.mix_experts(
             x, gate_up, self.down_proj.input_size, _rank(self.router), self.place
         )
-        if (
-            self.down_proj.tp_size > 1
-        ):  # each device has the columns of A that its hidden states meet
-            rank_space = tensor_model_parallel_all_reduce(rank_space)
+        if self.down_proj.tp_size > 1:
+            # each device has the columns of A that its hidden states meet
+            rank_space = self.sum_over_devices(rank_space)
         output, _ = self.down_proj.base_layer(hidden)
         return torch.ops.loraloom.add_update(output, rank_space, self.place)
 
@@ -126,14 +120,26 @@ def _own(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
     return stacked.squeeze(1).index_select(0, adapters)
 
 
-def _block(place: str) -> Any:
-    return get_forward_context().no_compile_layers[place]
+def define_operations(block_at: Callable[[str], MixtureFfn]) -> None:
+    """Make the operations known to torch; once in a process.
 
+    Args:
+        block_at: Gives the block of a place.
+    """
 
-def _mix_experts(
-    x: Tensor, gate_up: Tensor, hidden_size: int, rank: int, place: str
-) -> tuple[Tensor, Tensor]:
-    return _block(place).mix_experts(x, gate_up)
+    def mix_experts(
+        x: Tensor, gate_up: Tensor, hidden_size: int, rank: int, place: str
+    ) -> tuple[Tensor, Tensor]:
+        return block_at(place).mix_experts(x, gate_up)
+
+    def add_update(output: Tensor, rank_space: Tensor, place: str) -> Tensor:
+        return block_at(place).add_update(output, rank_space)
+
+    for operation, shapes in ((mix_experts, _mix_experts_shapes), (add_update, _add_update_shapes)):
+        name = operation.__name__
+        _OPERATIONS.define(name + torch.library.infer_schema(operation, mutates_args=()))
+        _OPERATIONS.impl(name, operation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"loraloom::{name}", shapes, lib=_OPERATIONS)
 
 
 def _mix_experts_shapes(
@@ -143,18 +149,5 @@ def _mix_experts_shapes(
     return hidden, x.new_empty(len(x), rank, dtype=torch.float32)
 
 
-def _add_update(output: Tensor, rank_space: Tensor, place: str) -> Tensor:
-    return _block(place).add_update(output, rank_space)
-
-
 def _add_update_shapes(output: Tensor, rank_space: Tensor, place: str) -> Tensor:
     return torch.empty_like(output)
-
-
-def define_operations() -> None:
-    """Make the operations known to torch."""
-    for name, operation, shapes in (
-        ("mix_experts", _mix_experts, _mix_experts_shapes),
-        ("add_update", _add_update, _add_update_shapes),
-    ):
-        direct_register_custom_op(name, operation, fake_impl=shapes, target_lib=_OPERATIONS)

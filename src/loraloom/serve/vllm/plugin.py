@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
+from vllm.distributed import (  # pyright: ignore[reportMissingImports]
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
 from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
 from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
@@ -55,7 +59,7 @@ _BLOCKS = (LlamaMLP, MistralMLP, Qwen2MLP, Gemma2MLP)
 @cache
 def install() -> None:
     """Take hold of vLLM, once in a process."""
-    define_operations()
+    define_operations(lambda place: get_forward_context().no_compile_layers[place])
     for manager in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
         manager.create_lora_manager = _with_routers(manager.create_lora_manager)
     WorkerLoRAManager._load_adapter = _with_folding(WorkerLoRAManager._load_adapter)
@@ -96,6 +100,7 @@ def add_routers(model: nn.Module, vllm_config: Any) -> None:
     for name, block in blocks.items():
         block.router = _router(block, f"{name}.router", vllm_config)
         block.place, block.slots = f"{name}.experts", max_top_k()  # pyright: ignore
+        block.sum_over_devices = tensor_model_parallel_all_reduce  # pyright: ignore
         block.__class__ = _mixture_class(type(block))
         vllm_config.compilation_config.static_forward_context[block.place] = block
 

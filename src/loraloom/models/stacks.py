@@ -1,0 +1,162 @@
+"""Like adapters' weights in compute form, side by side; adapters come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.low_rank import input_group
+from loraloom.ops.stacked import StackedFfn, StackedInput, stack_inputs
+
+ScaledAdapter = tuple[Adapter, float]
+"""An adapter, and a factor of what it adds to the base model."""
+
+
+class Stack:
+    """Like adapters' weights in compute form, layer by layer, made when first asked for.
+
+    Adapters come and go; what is there of the others stays.
+
+    Args:
+        dtype: Of the products.
+
+    Attributes:
+        adapters: In the order of their entries; all are alike.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.adapters: tuple[ScaledAdapter, ...] = ()
+        self._dtype = dtype
+        self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
+        self._ffns: dict[int, StackedFfn] = {}
+
+    def keep(self, entries: Sequence[int]) -> None:
+        """Let all other adapters go."""
+        self.adapters = tuple(self.adapters[entry] for entry in entries)
+        if not entries:
+            self._inputs, self._ffns = {}, {}
+        for key, inputs in self._inputs.items():
+            self._inputs[key] = inputs and inputs.take(entries)
+        for layer, ffn in self._ffns.items():
+            self._ffns[layer] = ffn.take(entries)
+
+    def add(self, adapters: tuple[ScaledAdapter, ...]) -> None:
+        """Put other ones behind those that are there."""
+        added = Stack(self._dtype)
+        added.adapters = adapters
+        self.adapters += adapters
+        for key, inputs in self._inputs.items():
+            more = added.attention(*key)
+            self._inputs[key] = inputs and more and inputs.followed_by(more)
+        for layer, ffn in self._ffns.items():
+            self._ffns[layer] = ffn.followed_by(added.ffn(layer))
+
+    def attention(self, layer: int, names: tuple[str, ...]) -> StackedInput | None:
+        """Return the attention projections that share an input; None if none is adapted."""
+        key = (layer, names)
+        if key not in self._inputs:
+            first, _ = self.adapters[0]
+            present = [name for name in names if name in first.attention_block(layer)]
+            self._inputs[key] = self._stacked_inputs(layer, present) if present else None
+        return self._inputs[key]
+
+    def ffn(self, layer: int) -> StackedFfn:
+        """Return an FFN block's weights."""
+        if layer not in self._ffns:
+            adapters = [adapter for adapter, _ in self.adapters]
+            weights = [
+                adapter.ffn_weights(layer, self._dtype).scaled(scale)
+                for adapter, scale in self.adapters
+            ]
+            self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, weights)
+        return self._ffns[layer]
+
+    def _stacked_inputs(self, layer: int, names: Sequence[str]) -> StackedInput:
+        groups = []
+        for adapter, scale in self.adapters:
+            block = adapter.attention_block(layer)
+            group = input_group([block[name] for name in names], self._dtype)
+            groups.append(group.scaled(scale))
+        return stack_inputs(groups)
+
+
+class StackPart:
+    """Adapters that lie behind one another in a stack; views of its weights.
+
+    Args:
+        stack: Of these adapters and perhaps others; it must not change from now on.
+        entries: Where they are.
+    """
+
+    def __init__(self, stack: Stack, entries: slice):
+        self.adapters = stack.adapters[entries]
+        self._stack = stack
+        self._entries = entries
+        self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
+        self._ffns: dict[int, StackedFfn] = {}
+
+    @property
+    def adapts_ffn(self) -> bool:
+        """Whether they have weights in FFN blocks: in all of them, or in none."""
+        return self.adapters[0][0].adapts_ffn(0)
+
+    def attention(self, layer: int, names: tuple[str, ...]) -> StackedInput | None:
+        """See Stack."""
+        key = (layer, names)
+        if key not in self._inputs:
+            whole = self._stack.attention(layer, names)
+            self._inputs[key] = whole and whole.take(self._entries)
+        return self._inputs[key]
+
+    def ffn(self, layer: int) -> StackedFfn:
+        """See Stack."""
+        if layer not in self._ffns:
+            self._ffns[layer] = self._stack.ffn(layer).take(self._entries)
+        return self._ffns[layer]
+
+
+class Stacks:
+    """A stack for each kind of adapters that were used together.
+
+    Args:
+        on_change: Told before a stack changes; its parts must not be used from then on.
+    """
+
+    def __init__(self, on_change: Callable[[], object]):
+        self._on_change = on_change
+        self._stacks: dict[Hashable, Stack] = {}
+
+    def take(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype) -> StackPart:
+        """Return a part of a stack with these adapters, all of which are alike.
+
+        Others may lie between them, which go when they are more than these.
+        """
+        key = (adapters[0][0].stack_key(), dtype)
+        stack = self._stacks.pop(key, None) or Stack(dtype)  # what fails half-way is gone
+        missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
+        if missing:
+            self._on_change()
+            stack.add(missing)
+        entries = _span(stack, adapters)
+        if entries.stop - entries.start > 2 * len(adapters):
+            self._on_change()
+            stack.keep(sorted(map(stack.adapters.index, adapters)))
+            entries = _span(stack, adapters)
+        self._stacks[key] = stack
+        return StackPart(stack, entries)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Let an adapter's weights go, however they are scaled."""
+        self._on_change()
+        for stack in self._stacks.values():
+            others = [place for place, one in enumerate(stack.adapters) if one[0] is not adapter]
+            if len(others) < len(stack.adapters):
+                stack.keep(others)
+
+
+def _span(stack: Stack, adapters: Sequence[ScaledAdapter]) -> slice:
+    """Where a stack has adapters, and perhaps others between them."""
+    entries = [stack.adapters.index(adapter) for adapter in adapters]
+    return slice(min(entries), max(entries) + 1)
