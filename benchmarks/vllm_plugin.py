@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("way", choices=["check", "throughput"])
     parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--devices", type=int, default=1, help="that share a layer")
-    parser.add_argument("--compiled", action="store_true", help="with torch.compile")
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile, not on a CPU")
     parser.add_argument("--base-model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--chats", type=int, default=16, help="at once")

@@ -7,6 +7,11 @@ runs in loraloom's environment, with the plug-in's own files alone (model.py, pa
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheel axolotl==0.21.0
     python -m zipfile -e wheel/axolotl-0.21.0-py3-none-any.whl axolotl_wheel
     python benchmarks/peers/axolotl_mixlora_step.py axolotl_wheel [--autocast] [--turns 6]
+    python benchmarks/peers/axolotl_mixlora_step.py axolotl_wheel --count
+
+With --count a step's operations and bytes at Llama 2 7B's sizes, as `loraloom bench count` has them
+(8 x 512 tokens, experts of rank 16, attention of rank 80), if each expert gets as many tokens as
+the others. The plug-in reads the device to know how many: 16 times a layer, which is not counted.
 """
 
 from __future__ import annotations
@@ -21,14 +26,18 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
+from torch import Tensor
 
 import loraloom
+from loraloom.bench.count import SHAPES, count_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 AUX_LOSS_COEF = 0.01
+NUM_EXPERTS, TOP_K = 8, 2
 
 
 class Settings(dict):
@@ -42,9 +51,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("wheel", type=Path, help="where axolotl's wheel is unpacked")
     parser.add_argument("--autocast", action="store_true")
+    parser.add_argument("--count", action="store_true", help="count a step in place of timing it")
     parser.add_argument("--turns", type=int, default=6, help="steps; the first is not counted")
     options = parser.parse_args()
     patch_model, aux_loss = import_plugin(options.wheel)
+    if options.count:
+        return print_count(patch_model, aux_loss)
     model = build_model(patch_model)
     step = make_step(model, aux_loss, autocast=options.autocast)
     seconds = [timed(step) for _ in range(options.turns)]
@@ -67,10 +79,16 @@ def import_plugin(wheel: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def build_model(patch_model: Callable[..., Any]) -> Any:
     base, _ = loraloom.load_base_model("smollm2-135m", dtype="bfloat16")
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION)
+    return add_mixture(base, patch_model, rank=8, attention_rank=8)
+
+
+def add_mixture(base: Any, patch_model: Callable[..., Any], rank: int, attention_rank: int) -> Any:
+    config = peft.LoraConfig(
+        r=attention_rank, lora_alpha=2 * attention_rank, target_modules=ATTENTION
+    )
     model = peft.get_peft_model(base, config)
-    sizes = {"mixlora_num_experts": 8, "mixlora_top_k": 2}
-    patch_model(model, Settings(lora_r=8, lora_alpha=16, lora_dropout=0.0, **sizes))
+    sizes = {"mixlora_num_experts": NUM_EXPERTS, "mixlora_top_k": TOP_K}
+    patch_model(model, Settings(lora_r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **sizes))
     return model.train()
 
 
@@ -87,6 +105,32 @@ def make_step(model: Any, aux_loss: Callable[..., Any], *, autocast: bool) -> Ca
         optimizer.zero_grad()
 
     return step
+
+
+def print_count(patch_model: Callable[..., Any], aux_loss: Callable[..., Any]) -> None:
+    def make_step(base: Any) -> Callable[[], None]:
+        model = add_mixture(base, patch_model, rank=16, attention_rank=80)
+        decoder = model.base_model.model.model
+        tokens = torch.zeros(8, 512, dtype=torch.long, device="meta")
+
+        def step() -> None:
+            states = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+            (states.sum() + aux_loss(model, AUX_LOSS_COEF)).backward()
+
+        return step
+
+    with patch.multiple(Tensor, __bool__=lambda tensor: True, nonzero=even_share):
+        counted = count_model(make_step, SHAPES["7b"])
+    print(
+        f"axolotl MixLoRA: {counted.operations:.0f} operations, "
+        f"{counted.bytes / 1e9:.0f} GB moved, peak "
+        f"{counted.peak_bytes / 1e9:.1f} GB, H100 {counted.time_on('H100'):.3f} s"
+    )
+
+
+def even_share(mask: Tensor, *, as_tuple: bool) -> tuple[Tensor]:
+    """Stand for the places of an expert's tokens, which the meta device can't tell."""
+    return (torch.zeros(len(mask) * TOP_K // NUM_EXPERTS, dtype=torch.long, device="meta"),)
 
 
 def timed(step: Callable[[], None]) -> float:

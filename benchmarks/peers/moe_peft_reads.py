@@ -3,7 +3,7 @@
 Checkpoints of MoE-PEFT with its own outputs (`CASE/adapter`, `CASE/expected.safetensors`, and
 `FAMILY/base` beside them) go through loraloom first:
 
-    for case in llama-mixlora llama-mola llama-loramoe llama-lora qwen2-mixlora; do
+    for case in llama-mixlora llama-mola llama-loramoe llama-lora qwen2-mixlora phi-mixlora; do
         loraloom convert FIXTURES/$case/adapter OUT/$case --to reference
     done
     .peers/bin/python benchmarks/peers/moe_peft_reads.py FIXTURES OUT

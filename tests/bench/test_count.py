@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from loraloom.bench.cases import StepSetting
-from loraloom.bench.count import LAUNCH_SECONDS, PEFT_COUNTED, SHAPES, Shape, count_step
+from loraloom.bench.count import (
+    BASE_FORWARD,
+    LAUNCH_SECONDS,
+    PEFT_COUNTED,
+    SHAPES,
+    Shape,
+    count_step,
+)
 from loraloom.cli.main import main
 
 SHAPE = Shape(hidden_size=64, ffn_size=160, num_heads=4, num_kv_heads=4, num_layers=3)
@@ -33,6 +40,19 @@ def test_products_of_a_lora_are_those_counted_by_hand():
         count_step("lora", Shape(64, 160, 4, 4, layers), SETTING, lora_rank=8) for layers in (2, 3)
     )
     assert three.flops - two.flops == pytest.approx(flops_of_products(8), rel=0.05)
+
+
+def test_the_base_models_forward_is_what_is_left_without_an_adapter_and_a_backward():
+    two, three = (
+        count_step(BASE_FORWARD, Shape(64, 160, 4, 4, layers), SETTING, lora_rank=8)
+        for layers in (2, 3)
+    )
+    linears = [(64, 64)] * 4 + [(64, 160)] * 2 + [(160, 64)]
+    attention = 2 * 2 * 2 * 16 * 16 * 64
+    products = sum(2 * TOKENS * i * o for i, o in linears) + attention
+    assert three.flops - two.flops == products
+    assert three.peak_bytes == two.peak_bytes
+    assert three.operations < count_step("lora", SHAPE, SETTING, lora_rank=8).operations / 2
 
 
 def test_a_mixtures_step_is_counted_with_its_routers_and_experts():

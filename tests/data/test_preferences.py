@@ -14,7 +14,7 @@ TEMPLATES = pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "
 
 def encode(tokenizer, *rows, max_length=64, **columns):
     rows = [Row(row, f"pairs.jsonl, line {line}") for line, row in enumerate(rows, start=1)]
-    return encode_preferences(tokenizer, rows, columns, max_length)
+    return encode_preferences(tokenizer, rows, rows[0], columns, max_length)
 
 
 def shown(tokenizer, encoded):

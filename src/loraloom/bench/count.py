@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
-from loraloom.bench.cases import StepSetting, adapter_config
+from loraloom.bench.cases import StepSetting, adapter_cases, adapter_config
 from loraloom.models.host import Host
 
 
@@ -72,6 +73,11 @@ LAUNCH_SECONDS = 5e-6
 
 PEFT_COUNTED = ("peft-lora", "peft-bf16")
 """PEFT's LoRA as it trains by default, with float32 adapters, and with adapters in bfloat16."""
+
+BASE_FORWARD = "base-forward"
+"""The base model alone, which no training step can do without: a forward that keeps nothing."""
+
+COUNTED = (*PEFT_COUNTED, BASE_FORWARD, *adapter_cases())
 
 
 @dataclass(frozen=True)
@@ -143,19 +149,28 @@ def count_step(case: str, shape: Shape, setting: StepSetting, lora_rank: int) ->
     """Count a step of a whole model.
 
     Args:
-        case: One of `PEFT_COUNTED`, or an adapter of cases.yaml.
+        case: One of `COUNTED`.
         shape: The model's sizes.
         setting: Rows, length, and the rank of an expert; the base model and dtype are not used.
         lora_rank: Of methods without experts.
     """
+    return count_model(lambda model: _make_step(case, model, setting, lora_rank), shape)
+
+
+def count_model(make_step: Callable[[nn.Module], Callable[[], object]], shape: Shape) -> Count:
+    """Count a step of a whole model.
+
+    Args:
+        make_step: From a model on the meta device, of this shape but with fewer layers.
+        shape: The whole model's sizes.
+    """
     two, three = (
-        _count(case, replace(shape, num_layers=layers), setting, lora_rank) for layers in (2, 3)
+        _count(make_step(make_model(replace(shape, num_layers=layers)))) for layers in (2, 3)
     )
     return two.with_layers(three, shape.num_layers)
 
 
-def _count(case: str, shape: Shape, setting: StepSetting, lora_rank: int) -> Count:
-    step = _make_step(case, make_model(shape), setting, lora_rank)
+def _count(step: Callable[[], object]) -> Count:
     counter = _Counter()
     with without_reads(), counter:
         step()
@@ -182,6 +197,9 @@ def _make_step(
     tokens = torch.zeros(setting.rows, setting.length, dtype=torch.long, device="meta")
     if case in PEFT_COUNTED:
         return _peft_step(case, model, tokens, lora_rank)
+    if case == BASE_FORWARD:
+        decoder: Any = model.model
+        return torch.no_grad()(partial(decoder, input_ids=tokens, use_cache=False))
     config = adapter_config(case, setting)
     if not hasattr(config, "num_experts"):
         config = adapter_config(case, replace(setting, rank=lora_rank))
@@ -237,11 +255,13 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         """Run an operation and count it."""
         kwargs = kwargs or {}
+        inputs = _tensors((args, kwargs))
+        self._note_alive(inputs, counts=False)  # the weights: what was made here is known
         output = function(*args, **kwargs)
         results = _tensors(output)
         self._note_alive(results)
         if not function.is_view and not function._schema.name.startswith("aten::empty"):
-            self._add(function, args, kwargs, output, [*_tensors((args, kwargs)), *results])
+            self._add(function, args, kwargs, output, [*inputs, *results])
         return output
 
     def count(self) -> Count:
@@ -260,10 +280,10 @@ class _Counter(TorchDispatchMode):
         for name, card in CARDS.items():
             self._seconds[name] += max(moved / card.bandwidth, flops / card.flops)
 
-    def _note_alive(self, tensors: list[Tensor]) -> None:
+    def _note_alive(self, tensors: list[Tensor], *, counts: bool = True) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
+            key, size = storage._cdata, storage.nbytes() if counts else 0
             if key in self._known:
                 continue
             self._known.add(key)

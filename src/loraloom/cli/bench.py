@@ -234,7 +234,7 @@ def count(
     picture: PictureOption = None,
 ) -> None:
     """Operations, bytes and memory of a step's forward and backward, counted without a device."""
-    from loraloom.bench.count import CARDS, PEFT_COUNTED, SHAPES, count_step
+    from loraloom.bench.count import CARDS, COUNTED, SHAPES, count_step
 
     _check_choice("--shape", shape, SHAPES)
     _check_choice("--card", card, CARDS)
@@ -242,7 +242,7 @@ def count(
         rows=num_rows, length=length, rank=rank, num_experts=num_experts, top_k=top_k
     )
     figures = {}
-    for name in _names(cases, (*PEFT_COUNTED, *adapter_cases())):
+    for name in _names(cases, COUNTED):
         counted = count_step(name, SHAPES[shape], setting, lora_rank)
         figures[name] = {
             "operations": counted.operations,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraloom.cli.scoring import open_cache, present, tell_kept
+from loraloom.cli.scoring import open_cache, present, score_parts, tell_kept
 from loraloom.config.data import Scoring
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from loraloom.cli.eval import EvalRun
-    from loraloom.eval.evaluation import Compat
+    from loraloom.data.questions import QuestionSet
+    from loraloom.eval.evaluation import Compat, Evaluation
 
 
 def score_choices(
@@ -34,8 +38,8 @@ def score_choices(
         KeyboardInterrupt: After Ctrl-C, when the user has been told what is kept.
     """
     from loraloom.eval.comparison import choose_pairs
-    from loraloom.eval.evaluation import evaluate, load_question_sets
-    from loraloom.eval.progress import EvaluationProgress
+    from loraloom.eval.evaluation import load_question_sets
+    from loraloom.eval.joining import join_evaluations
     from loraloom.eval.results import write_questions
     from loraloom.terminal import make_console
 
@@ -46,23 +50,38 @@ def score_choices(
     pairs = choose_pairs(run.names, compare)
     run.check()
     asked = load_question_sets(tasks, scoring, split, run.data, run.limit, compat)
-    host, tokenizer = run.load()
     messages = make_console(stderr=True, soft_wrap=True)
+    parts = score_parts(run, partial(_score, asked, compat, cache, no_cache), messages)
+    evaluation = join_evaluations(parts, run.names, pairs)
+    if run.per_question is not None:
+        write_questions(run.per_question, evaluation.tasks)
+    present(run, evaluation, messages)
+
+
+def _score(
+    asked: Sequence[QuestionSet],
+    compat: Compat | None,
+    cache: Path | None,
+    no_cache: bool,
+    run: EvalRun,
+    messages: Console,
+) -> Evaluation:
+    from loraloom.eval.evaluation import evaluate
+    from loraloom.eval.progress import EvaluationProgress
+
+    host, tokenizer = run.load()
     kept = None if no_cache else open_cache(run, host, cache, messages)
     with tell_kept(kept, messages), EvaluationProgress(messages) as progress:
-        evaluation = evaluate(
+        return evaluate(
             host,
             tokenizer,
             asked,
             run.names,
             compat=compat,
-            pairs=pairs,
+            pairs=(),
             cache=kept,
             max_tokens_per_batch=run.batch_tokens,
             progress=progress,
             sources=run.adapters,
             command=run.command,
         )
-    if run.per_question is not None:
-        write_questions(run.per_question, evaluation.tasks)
-    present(run, evaluation, messages)

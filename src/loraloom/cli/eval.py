@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +19,9 @@ from loraloom.cli.options import (
     DeviceOption,
     DtypeOption,
     QuantizationOption,
+    RayOption,
+    RayWorkersOption,
+    check_ray_workers,
     parse_adapters,
     path_option,
 )
@@ -55,6 +58,8 @@ class EvalRun:
     outputs: Sequence[Path]
     per_question: Path | None
     command: str
+    ray: str | None
+    ray_workers: int | None
 
     def check(self) -> None:
         """Find what can be found wrong before anything is loaded, and make room for the outputs.
@@ -69,6 +74,11 @@ class EvalRun:
         for path in self.outputs:
             prepare_output(path, "--output")
         prepare_output(self.per_question, "--per-question")
+
+    def only(self, names: Sequence[str | None]) -> EvalRun:
+        """Return the same with fewer adapters."""
+        adapters = {name: path for name, path in self.adapters.items() if name in names}
+        return replace(self, names=names, adapters=adapters)
 
     def load(self) -> tuple[Host, PreTrainedTokenizerBase]:
         """Load the base model, its tokenizer and the adapters."""
@@ -225,6 +235,8 @@ def evaluate(
         Path | None,
         path_option("--per-question", metavar="FILE.jsonl", help="Write a line a question there."),
     ] = None,
+    ray: RayOption = None,
+    ray_workers: RayWorkersOption = None,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
@@ -240,6 +252,7 @@ def evaluate(
         raise ConfigError("--no-base leaves nothing to score without --adapter; give one")
     if cache is not None and no_cache:
         raise ConfigError("--cache and --no-cache exclude each other; give one")
+    check_ray_workers(ray, ray_workers)
     from loraloom.eval.tables import check_outputs
 
     kind = _only_one({"--task": task, "--dataset": dataset, "--harness": harness})
@@ -265,6 +278,7 @@ def evaluate(
         "--compare": (compare, ("--task", "--dataset")),
         "--cache": (cache, ("--task", "--dataset")),
         "--no-cache": (no_cache, ("--task", "--dataset")),
+        "--ray": (ray, ("--task", "--dataset")),
     }
     for option, (value, kinds) in options.items():
         if value and kind not in kinds:
@@ -285,6 +299,8 @@ def evaluate(
         outputs=outputs,
         per_question=per_question,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
+        ray=ray,
+        ray_workers=ray_workers,
     )
     check_outputs(run.outputs, run.per_question)
     if harness is not None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraloom.cli.scoring import open_cache, present, tell_kept
+from loraloom.cli.scoring import open_cache, present, score_parts, tell_kept
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from loraloom.cli.eval import EvalRun
+    from loraloom.config.data import SourceConfig
+    from loraloom.eval.loss import LossEvaluation
 
 
 def score_held_out(
@@ -42,9 +47,8 @@ def score_held_out(
     from loraloom.data.locations import read_rows
     from loraloom.durable import write_output
     from loraloom.eval.comparison import choose_pairs
-    from loraloom.eval.held_out import load_held_out, parse_source
-    from loraloom.eval.loss import evaluate_loss
-    from loraloom.eval.progress import EvaluationProgress
+    from loraloom.eval.held_out import parse_source
+    from loraloom.eval.joining import join_losses
     from loraloom.terminal import make_console
 
     given = {name: value for name, value in settings.items() if value}
@@ -54,30 +58,49 @@ def score_held_out(
     for source in sources:  # so that what is missing or broken is told before the model is loaded
         assert source.dataset is not None, "parse_source wants one"
         read_rows(source.dataset, source.split or "validation", source.config)
+    messages = make_console(stderr=True, soft_wrap=True)
+    parts = score_parts(run, partial(_score, sources, max_length, cache, no_cache), messages)
+    evaluation = join_losses(parts, run.names, pairs)
+    if run.ray is not None:  # whose workers are silent
+        for one in evaluation.losses:
+            messages.print(one.data.describe())
+    if run.per_question is not None:
+        lines = (json.dumps(line, ensure_ascii=False) for line in evaluation.lines())
+        write_output(run.per_question, "".join(f"{line}\n" for line in lines))
+    present(run, evaluation, messages)
+
+
+def _score(
+    sources: Sequence[SourceConfig],
+    max_length: int | None,
+    cache: Path | None,
+    no_cache: bool,
+    run: EvalRun,
+    messages: Console,
+) -> LossEvaluation:
+    from loraloom.eval.held_out import load_held_out
+    from loraloom.eval.loss import evaluate_loss
+    from loraloom.eval.progress import EvaluationProgress
+
     host, tokenizer = run.load()
     sets = [load_held_out(host, tokenizer, one, max_length, run.limit) for one in sources]
     _check_names([one.name for one in sets])
-    messages = make_console(stderr=True, soft_wrap=True)
     for one in sets:
         messages.print(one.describe())
     kept = None if no_cache else open_cache(run, host, cache, messages)
     with tell_kept(kept, messages), EvaluationProgress(messages) as progress:
-        evaluation = evaluate_loss(
+        return evaluate_loss(
             host,
             tokenizer,
             sets,
             run.names,
-            pairs=pairs,
+            pairs=(),
             cache=kept,
             max_tokens_per_batch=run.batch_tokens,
             progress=progress,
             sources=run.adapters,
             command=run.command,
         )
-    if run.per_question is not None:
-        lines = (json.dumps(line, ensure_ascii=False) for line in evaluation.lines())
-        write_output(run.per_question, "".join(f"{line}\n" for line in lines))
-    present(run, evaluation, messages)
 
 
 def _check_names(names: Sequence[str]) -> None:

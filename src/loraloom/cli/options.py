@@ -19,6 +19,32 @@ from loraloom.config.paths import local_path
 from loraloom.config.quantization import parse_quantization
 from loraloom.errors import ConfigError, LoraloomError
 
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|HOST:PORT",
+        help="Spread the work over the devices of a Ray cluster; auto: the one that runs on this "
+        "machine, else one that lasts as long as the command.",
+    ),
+]
+RayWorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ray-workers",
+        min=1,
+        metavar="N",
+        help="With --ray: how many devices; all accelerators by default, or else one worker on "
+        "each machine.",
+    ),
+]
+
+
+def check_ray_workers(ray: str | None, ray_workers: int | None) -> None:
+    """Raise a ConfigError if there are workers without a cluster."""
+    if ray_workers is not None and ray is None:
+        raise ConfigError("--ray-workers has no effect without --ray; give it")
+
 
 def parse_adapter(text: str) -> tuple[str, str]:
     """Split `name=path`.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from loraloom.errors import ConfigError
 
@@ -17,6 +18,32 @@ if TYPE_CHECKING:
     from loraloom.eval.evaluation import Evaluation
     from loraloom.eval.loss import LossEvaluation
     from loraloom.models.host import Host
+
+Part = TypeVar("Part")
+
+
+def score_parts(
+    run: EvalRun, score: Callable[[EvalRun, Console], Part], messages: Console
+) -> list[Part]:
+    """Score all adapters here, or with --ray some of them on each worker of a cluster."""
+    if run.ray is None:
+        return [score(run, messages)]
+    from loraloom.eval.spread import spread
+
+    work = partial(_score_in_worker, run, score)
+    try:
+        return spread(work, run.names, run.ray, run.ray_workers, run.device, messages.print)
+    except KeyboardInterrupt:
+        messages.print("stopped; the same command goes on from any scores that are kept")
+        raise
+
+
+def _score_in_worker(
+    run: EvalRun, score: Callable[[EvalRun, Console], Part], names: Sequence[str | None]
+) -> Part:
+    from loraloom.terminal import make_console
+
+    return score(run.only(names), make_console(quiet=True))
 
 
 def present(run: EvalRun, evaluation: Evaluation | LossEvaluation, messages: Console) -> None:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraloom.cli.evaluation_command import evaluation_command
-from loraloom.cli.options import RunFileArgument, SetOption, path_option
+from loraloom.cli.options import (
+    RayOption,
+    RayWorkersOption,
+    RunFileArgument,
+    SetOption,
+    check_ray_workers,
+    path_option,
+)
 from loraloom.config.fields import AttnImplementation, BaseDtype
 from loraloom.config.loading import load_run_config
 from loraloom.errors import ConfigError, TrainingError
@@ -43,25 +50,8 @@ def train(
         bool,
         typer.Option("--watch-exit-when-idle", help="With --watch: end when all files are done."),
     ] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray",
-            metavar="auto|HOST:PORT",
-            help="Train the jobs on the devices of a Ray cluster; auto: the one that runs on this "
-            "machine, else one for the time of the run.",
-        ),
-    ] = None,
-    ray_workers: Annotated[
-        int | None,
-        typer.Option(
-            "--ray-workers",
-            min=1,
-            metavar="N",
-            help="With --ray: how many devices; all accelerators by default, or else one worker "
-            "on each machine.",
-        ),
-    ] = None,
+    ray: RayOption = None,
+    ray_workers: RayWorkersOption = None,
     dtype: Annotated[
         BaseDtype | None, typer.Option("--dtype", help="In place of the run file's dtype.")
     ] = None,
@@ -94,8 +84,7 @@ def train(
     changes = [f"{name}={value}" for name, value in options.items() if value is not None]
     if watch_exit_when_idle and watch is None:
         raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
-    if ray_workers is not None and ray is None:
-        raise ConfigError("--ray-workers has no effect without --ray; give it")
+    check_ray_workers(ray, ray_workers)
     run = load_run_config(run_file, [*(overrides or ()), *changes], needs_jobs=watch is None)
     from loraloom.terminal import make_console, print_tables
     from loraloom.training.run import run as training

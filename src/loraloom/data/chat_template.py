@@ -110,7 +110,7 @@ def load_chat_template(
         DataError: If there is no template or it can't be used.
     """
     own = given is None
-    sources = _own_sources(tokenizer) if own else (_given_source(tokenizer, given),) * 2
+    sources = _own_sources(tokenizer) if own else (given_source(tokenizer, given),) * 2
     return ChatTemplate(*sources, special_tokens=tokenizer.special_tokens_map)
 
 
@@ -121,12 +121,13 @@ def replace_chat_template(tokenizer: PreTrainedTokenizerBase, given: str | None)
         DataError: If it can't be used.
     """
     if given is not None:
-        source = _given_source(tokenizer, given)
+        source = given_source(tokenizer, given)
         _compile(source)
         tokenizer.chat_template = source
 
 
-def _given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
+def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
+    """The text of a template that is given in place of the tokenizer's."""
     if given != TRL:
         return read_template(given, "chat_template", (TRL,))
     return _training_source(tokenizer) or _own_sources(tokenizer)[0]

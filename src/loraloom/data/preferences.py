@@ -20,6 +20,7 @@ TextPair = tuple[tuple[str, str], tuple[str, str]]
 def encode_preferences(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
+    first: Row,
     columns: dict[str, str],
     max_length: int,
     chat_template: str | None = None,
@@ -33,6 +34,7 @@ def encode_preferences(
     Args:
         tokenizer: With an EOS token for texts, a chat template for messages.
         rows: All of one kind.
+        first: The data set's first row, which says of which kind.
         columns: The rows' names for the three, where they differ.
         max_length: Most tokens of either answer with its prompt; see `fit_pair`.
         chat_template: For messages, in place of the tokenizer's; see `load_chat_template`.
@@ -42,7 +44,7 @@ def encode_preferences(
             is needed.
     """
     names = {role: columns.get(role, role) for role in ("prompt", "chosen", "rejected")}
-    if isinstance(rows[0][names["chosen"]], str):
+    if isinstance(first[names["chosen"]], str):
         return encode_text_pairs(tokenizer, [_read_texts(row, names) for row in rows], max_length)
     start, template = leading_tokens(tokenizer), load_chat_template(tokenizer, chat_template)
     return [

@@ -47,9 +47,7 @@ def load_template(template: str | None) -> Template:
     Raises:
         DataError: If it is none of these or not valid Jinja.
     """
-    return compile_template(
-        _template_source(template or "alpaca"), f"the prompt template {shown(template)}"
-    )
+    return compile_template(template_source(template), f"the prompt template {shown(template)}")
 
 
 def compile_template(source: str, origin: str) -> Template:
@@ -105,5 +103,7 @@ def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, s
     return {**INSTRUCTION_COLUMNS[0], **given}
 
 
-def _template_source(template: str) -> str:
-    return TEMPLATES.get(template) or read_template(template, "template", TEMPLATES)
+def template_source(template: str | None) -> str:
+    """The text of a template; see `load_template`."""
+    name = template or "alpaca"
+    return TEMPLATES.get(name) or read_template(name, "template", TEMPLATES)

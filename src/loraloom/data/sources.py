@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SourceConfig
 from loraloom.data.chat import encode_conversations
-from loraloom.data.chat_template import load_chat_template
+from loraloom.data.chat_template import given_source, load_chat_template
+from loraloom.data.encode_once import encode_once
 from loraloom.data.encoding import EncodedRow, encode_completions, encode_documents
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.locations import read_rows, stream_rows
 from loraloom.data.preferences import encode_preferences, encode_text_pairs
-from loraloom.data.prompts import instruction_columns, load_template, read_instruction
+from loraloom.data.prompts import (
+    instruction_columns,
+    load_template,
+    read_instruction,
+    template_source,
+)
 from loraloom.data.rows import Row
 from loraloom.data.tasks import find_task
 from loraloom.errors import DataError
@@ -67,7 +74,7 @@ def load_source(
                 raise DataError(f"{config.dataset}: there are no rows")
         else:
             rows = read_rows(*location)[:limit]
-        encoded = encode_rows(config, rows, rows[0], tokenizer, max_length)
+        encoded = _encode_data_set(config, config.dataset, rows, tokenizer, max_length)
         source = LoadedSource(config.dataset, encoded)
     if not any(row.pieces for row in source.rows):
         raise DataError(
@@ -89,16 +96,53 @@ def _load_task(
     task = find_task(name)
     scoring = config.scoring or task.scoring
     if as_pairs:
-        pairs = [task.preference_texts(row, index, scoring) for index, row in enumerate(rows)]
-        encoded = encode_text_pairs(tokenizer, pairs, max_length)
+        texts = [task.preference_texts(row, index, scoring) for index, row in enumerate(rows)]
+        encode: Any = encode_text_pairs
     else:
         texts = [task.training_text(row, scoring) for row in rows]
-        encoded = encode_completions(tokenizer, texts, max_length)
+        encode = encode_completions
+    encoded = encode_once(
+        task.name,
+        texts,
+        lambda some: encode(tokenizer, some, max_length),
+        tokenizer,
+        [as_pairs, max_length],
+    )
     return LoadedSource(
         name=f"{task.name} ({scoring})",
         rows=encoded,
         questions=[task.question(row, index, scoring) for index, row in enumerate(rows)],
     )
+
+
+def _encode_data_set(
+    config: SourceConfig,
+    name: str,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[EncodedRow]:
+    def encode(some: Sequence[Row]) -> list[EncodedRow]:
+        return encode_rows(config, some, rows[0], tokenizer, max_length)
+
+    template = _template_text(config, tokenizer)
+    if "strftime_now" in template:  # it writes the day
+        return encode(rows)
+    settings = [config.format, config.fields, template, max_length]
+    return encode_once(name, rows, encode, tokenizer, settings)
+
+
+def _template_text(config: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template that rows are written out in."""
+    match config.format:
+        case "instruction":
+            return template_source(config.template)
+        case "chat" | "preference" if config.chat_template is not None:
+            return given_source(tokenizer, config.chat_template)
+        case "chat" | "preference":
+            return str(tokenizer.chat_template)
+        case _:
+            return ""
 
 
 def encode_rows(
@@ -113,7 +157,7 @@ def encode_rows(
     Args:
         config: A data set's.
         rows: At least one.
-        first: The data set's first row, whose columns say how instructions are written.
+        first: The data set's first row, which says how instructions and preferences are written.
         tokenizer: The base model's.
         max_length: Most tokens of an example.
 
@@ -130,7 +174,8 @@ def encode_rows(
             texts = [_read_document(row, field) for row in rows]
             return encode_documents(tokenizer, texts, max_length)
         case "preference":
-            return encode_preferences(tokenizer, rows, columns, max_length, config.chat_template)
+            chat_template = config.chat_template
+            return encode_preferences(tokenizer, rows, first, columns, max_length, chat_template)
         case _:
             template = load_template(config.template)
             names = instruction_columns(first, config.fields)

@@ -29,7 +29,7 @@ FILE_NAME = "scores.sqlite3"
 _LOCK_TIMEOUT_S = 60
 
 _SCHEMA = """
-PRAGMA journal_mode = WAL;
+PRAGMA journal_mode = DELETE; -- WAL needs memory that all processes share, so one machine
 CREATE TABLE IF NOT EXISTS computations (id TEXT PRIMARY KEY, description TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS scores (
     computation TEXT, question TEXT, log_likelihoods TEXT, PRIMARY KEY (computation, question)

@@ -182,7 +182,7 @@ def evaluate_loss(
         "tasks": {one.name: one.details for one in sets},
         "num_cached_scores": 0 if cache is None else cache.num_found,
     }
-    return LossEvaluation(losses, _compare(losses, pairs), details)
+    return LossEvaluation(losses, compare_rows(losses, pairs), details)
 
 
 def _score(
@@ -252,7 +252,8 @@ def _spread(one: HeldOutLosses, members: Sequence[str]) -> dict[str, Any]:
     return {"mean": fmean(losses), "sd": stdev(losses), "num_seeds": len(losses)}
 
 
-def _compare(losses: Sequence[HeldOutLosses], pairs: Sequence[Pair]) -> list[Comparison]:
+def compare_rows(losses: Sequence[HeldOutLosses], pairs: Sequence[Pair]) -> list[Comparison]:
+    """Compare adapters on the same rows of each data set."""
     return adjusted(
         [
             (

@@ -39,7 +39,12 @@ def world(tmp_path_factory) -> Path:
         write_run_file(directory / f"{name}.yaml", run)
     run = settings(directory, directory / "broken", MODES)
     write_run_file(directory / "broken.yaml", run)
+    for name in ("half-one", "half-two"):
+        run = settings(directory, directory / name, ["plain"] * len(ADAPTERS))
+        run |= {"dtype": "float16", "jobs": [run["jobs"][0], run["jobs"][2]]}
+        write_run_file(directory / f"{name}.yaml", run)
     loraloom.train(directory / "one.yaml")
+    _overflow(1, directory / "half-one")
     assert run_ranks(2, _work, directory) == [0, 0]
     return directory
 
@@ -49,6 +54,7 @@ def _work(rank: int, directory: Path) -> None:
     hold_base(rank, directory, str(directory / "base"), "fsdp")
     loraloom.train(directory / "two.yaml")
     loraloom.train(directory / "sharded.yaml", between_steps=lambda *_: None)
+    _overflow(rank, directory / "half-two")
 
     def between_steps(engine, _builder):
         if (rank, engine.round) == (1, 4):
@@ -56,6 +62,22 @@ def _work(rank: int, directory: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         loraloom.train(directory / "broken.yaml", between_steps=between_steps)
+
+
+def _overflow(rank: int, directory: Path) -> None:
+    """Train in float16; the LoRA's second gradient overflows on the second rank alone."""
+    scales = []
+
+    def between_steps(engine, _builder):
+        states = {name: job.state_dict() for name, job in engine.jobs.items()}
+        scales.append({name: state["loss_scale"] for name, state in states.items()})
+        if (rank, engine.round) == (1, 1):
+            weight = next(iter(engine.jobs["lora"].parameters.values()))
+            hook = weight.register_hook(lambda gradient: hook.remove() or gradient * torch.inf)
+
+    loraloom.train(directory.with_suffix(".yaml"), between_steps=between_steps)
+    file = directory.with_name(f"{directory.name}-{rank}.json")
+    file.write_text(json.dumps(scales))
 
 
 def _talk(rank: int, directory: Path) -> dict[str, Any]:
@@ -163,6 +185,17 @@ def test_one_rank_writes_metrics_over_all_rows(world, run):
         for line, other in zip(actual, expected, strict=True):
             assert line | ignored == pytest.approx(other | ignored, rel=1e-4, abs=1e-7)
     assert read_result(world / run / "lora").environment["ranks"] == 2
+
+
+def test_an_overflow_on_one_rank_skips_the_jobs_step_on_all(world):
+    told = [json.loads((world / f"half-two-{rank}.json").read_text()) for rank in range(2)]
+    assert told[0] == told[1]
+    *_, before, ended = told[0]
+    assert before["lora"] == {"scale": 2.0**15, "sound_steps": 1, "skipped_steps": 1}
+    assert before["mixlora"] == {"scale": 2.0**16, "sound_steps": 3, "skipped_steps": 0}
+    assert ended == {}
+    for job in ("lora", "mixlora"):
+        assert difference(world / "half-two" / job, world / "half-one" / job).whole < 0.01
 
 
 def test_a_run_whose_second_rank_was_interrupted_goes_on_with_one(world, tmp_path):

@@ -28,6 +28,7 @@ _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 80_000_000
 """Almost the least that Ray takes: nothing large goes through it."""
 _REACH_S = 5.0
+_DEVICES = ("auto", "cpu", "cuda", "xpu")
 
 
 @contextmanager
@@ -36,17 +37,32 @@ def ray_crew(
 ) -> Iterator[tuple[Crew, int]]:
     """Connect to a cluster, and say how many workers to start there.
 
-    A connection that this process has is used, and left as it is.
-
     Args:
         run: Of the workers.
-        address: `HOST:PORT` of a cluster; or `auto`: the one that runs on this machine, else one
-            for as long as this lasts, on this machine alone.
+        address: See `connected`.
         num_workers: None for one on each accelerator, or on each machine where there are none.
         command: What result.json says the run was started with.
 
     Raises:
         ConfigError: If Ray is not installed, there is no such cluster, or it has too few devices.
+    """
+    with connected(address) as ray:
+        size, resources = choose_workers(ray.nodes(), run.device, num_workers)
+        yield _RayCrew(ray, partial(_make, run, Path.cwd(), command), resources), size
+
+
+@contextmanager
+def connected(address: str) -> Iterator[ModuleType]:
+    """Connect to a cluster, and give Ray's module.
+
+    A connection that this process has is used, and left as it is.
+
+    Args:
+        address: `HOST:PORT` of a cluster; or `auto`: the one that runs on this machine, else one
+            for as long as this lasts, on this machine alone.
+
+    Raises:
+        ConfigError: If Ray is not installed, or there is no such cluster.
     """
     ray = _import_ray()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -55,8 +71,7 @@ def ray_crew(
         _connect(ray, address)
     printed, ray._private.worker.print_to_stdstream = ray._private.worker.print_to_stdstream, _mute
     try:
-        size, resources = choose_workers(ray.nodes(), run.device, num_workers)
-        yield _RayCrew(ray, partial(_make, run, Path.cwd(), command), resources), size
+        yield ray
     finally:
         ray._private.worker.print_to_stdstream = printed
         if is_ours:
@@ -225,6 +240,15 @@ def _no_cluster(address: str, error: Exception) -> ConfigError:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def check_worker_device(device: str) -> None:
+    """Raise a ConfigError if a device is one of several, and not whatever a worker is given."""
+    if device not in _DEVICES:
+        raise ConfigError(
+            f"device must be one of {', '.join(_DEVICES)} with --ray, as each worker takes a "
+            f"device of its own, got {device}"
+        )
 
 
 def choose_workers(

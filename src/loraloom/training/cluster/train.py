@@ -12,7 +12,7 @@ from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError
 from loraloom.training.cluster.cluster import Cluster
 from loraloom.training.cluster.crew import Crew
-from loraloom.training.cluster.ray_crew import ray_crew
+from loraloom.training.cluster.ray_crew import check_worker_device, ray_crew
 from loraloom.training.cluster.remote_job import RemoteJob
 from loraloom.training.run.checkpoint import Snapshot
 from loraloom.training.run.checks import check_same_run, check_sources
@@ -26,8 +26,6 @@ from loraloom.training.step.optimizers import rehearse
 if TYPE_CHECKING:
     from loraloom.training.run.sweep import Sweep
 
-_DEVICES = ("auto", "cpu", "cuda", "xpu")
-
 
 def train_with_ray(
     run: RunConfig,
@@ -40,11 +38,7 @@ def train_with_ray(
     command: str,
 ) -> list[JobResult]:
     """Train a run's jobs on the workers of a Ray cluster; see `train`."""
-    if run.device not in _DEVICES:
-        raise ConfigError(
-            f"device must be one of {', '.join(_DEVICES)} with --ray, as each worker takes a "
-            f"device of its own, got {run.device}"
-        )
+    check_worker_device(run.device)
     if run.parallel.base != "replicated":
         raise ConfigError(
             "parallel.base: fsdp needs torchrun, got --ray, whose workers have a base model each"

@@ -1,0 +1,202 @@
+"""Long data is encoded once; what is read again is what encoding gives, bit by bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from loraloom.config.data import SourceConfig
+from loraloom.data import encode_once, sources
+from loraloom.data.sources import load_source
+from loraloom.errors import DataError
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def chat(n: int) -> list[dict]:
+    return [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "blue " * n}]
+
+
+DATA = {
+    "instruction": [{"instruction": f"Say {n}.", "output": "yes " * n} for n in range(25)],
+    "text": [{"text": "The sky is blue. " * (n + 1)} for n in range(25)],
+    "chat": [{"messages": chat(n + 1)} for n in range(25)],
+    "preference": [{"prompt": "a" * n, "chosen": " yes", "rejected": f" {n}"} for n in range(25)],
+}
+"""Some rows are too long for what the tests take: they are cut, divided or dropped."""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """Where entries go; little counts as long."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(encode_once, "MIN_ROWS", 20)
+    monkeypatch.setattr(encode_once, "_BLOCK", 10)
+    return tmp_path / "cache" / "loraloom"
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    tiny_tokenizer.chat_template = TEMPLATE
+    return tiny_tokenizer
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def load(tokenizer, dataset: str, data_format: str = "text", max_length: int = 40, **settings):
+    config = SourceConfig.model_validate({"dataset": dataset, "format": data_format, **settings})
+    return load_source(config, tokenizer, max_length, "train").rows
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*.parquet"))
+
+
+def refuse(*_, **__):
+    raise AssertionError("encoded again")
+
+
+@pytest.mark.parametrize("data_format", DATA)
+def test_what_is_read_is_what_encoding_gives(tokenizer, tmp_path, cache, monkeypatch, data_format):
+    file = write(tmp_path / "rows.jsonl", DATA[data_format])
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_once, "MIN_ROWS", 100)
+        expected = load(tokenizer, file, data_format)
+    assert not cache.exists()
+    assert load(tokenizer, file, data_format) == expected
+    monkeypatch.setattr(sources, "encode_rows", refuse)
+    assert load(tokenizer, file, data_format) == expected
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_a_task_is_encoded_once_too(tokenizer, cache, monkeypatch, as_pairs):
+    config = SourceConfig(task="skills")
+
+    def loaded():
+        return load_source(config, tokenizer, 64, "train", as_pairs=as_pairs, limit=30)
+
+    first = loaded()
+    monkeypatch.setattr(sources, "encode_completions", refuse)
+    monkeypatch.setattr(sources, "encode_text_pairs", refuse)
+    assert loaded() == first
+    monkeypatch.undo()
+    assert loaded() == first
+
+
+def test_whatever_changes_tokens_makes_another_entry(tokenizer, tmp_path, cache):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ instruction }}:")
+    rows = DATA["instruction"]
+    file = write(tmp_path / "rows.jsonl", rows)
+
+    def num_entries(**changes) -> int:
+        settings = {"template": str(template), "max_length": 40} | changes
+        load(tokenizer, file, "instruction", **settings)
+        return len(entries(cache))
+
+    assert num_entries() == num_entries() == 1
+    assert num_entries(max_length=39) == 2
+    assert num_entries(fields={"input": "instruction"}) == 3
+    template.write_text("{{ instruction }}>")
+    assert num_entries() == 4
+    write(tmp_path / "rows.jsonl", [*rows[:-1], rows[-1] | {"output": "no"}])
+    assert num_entries() == 5
+    tokenizer.add_tokens(["Say"])
+    assert num_entries() == 6
+    tokenizer.eos_token = "<bos>"
+    assert num_entries() == 7
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "changed", "renamed", "rows missing"])
+def test_a_damaged_entry_is_made_again(tokenizer, tmp_path, cache, damage):
+    file = write(tmp_path / "rows.jsonl", DATA["text"])
+    expected = load(tokenizer, file)
+    (entry,) = entries(cache)
+    whole = entry.read_bytes()
+    if damage == "rows missing":
+        encode_once._write(iter([expected[:10]]), entry)
+    else:
+        middle = len(whole) // 4
+        changed = whole[:middle] + bytes(40) + whole[middle + 40 :]
+        renamed = whole.replace(b"input_ids", b"input_idx")
+        damaged = {"empty": b"", "cut": whole[:-9], "changed": changed, "renamed": renamed}
+        entry.write_bytes(damaged[damage])
+    assert load(tokenizer, file) == expected
+    assert entry.read_bytes() == whole
+
+
+def test_without_a_cache_rows_are_encoded_as_ever(tokenizer, tmp_path, cache):
+    cache.parent.write_text("in the way")
+    assert len(load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))) == 25
+
+
+def test_without_locks_rows_are_encoded_as_ever(tokenizer, tmp_path, cache, monkeypatch):
+    def refuse(path):
+        raise NotImplementedError(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_once, "FileLock", refuse)
+        encoded = load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))
+    assert len(encoded) == 25
+    assert not entries(cache)
+
+
+def test_an_entry_is_read_without_a_lock(tokenizer, tmp_path, cache, monkeypatch):
+    file = write(tmp_path / "rows.jsonl", DATA["text"])
+    expected = load(tokenizer, file)
+    monkeypatch.setattr(encode_once, "FileLock", refuse)
+    assert load(tokenizer, file) == expected
+
+
+def test_rows_of_another_kind_than_the_first_are_an_error_in_every_block(
+    tokenizer, tmp_path, cache
+):
+    messages = {"chosen": chat(1), "rejected": [*chat(1)[:1], {"role": "assistant", "content": ""}]}
+    file = write(tmp_path / "rows.jsonl", [*DATA["preference"][:20], *[messages] * 10])
+    with pytest.raises(DataError, match="line 21: the row has no field 'prompt'"):
+        load(tokenizer, file, "preference")
+
+
+def test_what_a_killed_process_left_is_deleted_after_a_day(tokenizer, tmp_path, cache):
+    cache.mkdir(parents=True)
+    old, new = (cache / f".{name * 16}.writing" for name in "ab")
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_bad_row_leaves_no_entry(tokenizer, tmp_path, cache):
+    file = write(tmp_path / "rows.jsonl", [*DATA["text"], {"text": ""}])
+    with pytest.raises(DataError, match="line 26: field 'text' must be a text to learn"):
+        load(tokenizer, file)
+    assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_template_with_the_day_in_it_is_rendered_each_time(tokenizer, tmp_path, cache):
+    file = write(tmp_path / "rows.jsonl", DATA["chat"])
+    load(tokenizer, file, "chat", chat_template="{# strftime_now #}" + TEMPLATE)
+    assert not cache.exists()
+
+
+def test_a_terminal_sees_a_bar(tokenizer, tmp_path, cache, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # pyright: ignore
+    monkeypatch.setattr(sys, "stderr", terminal)
+    load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))
+    assert "rows.jsonl: tokens" in terminal.getvalue()
+    assert "25/25" in terminal.getvalue()

@@ -1,0 +1,130 @@
+"""Rounds and decoding on a GPU against the CPU's, and kernels against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import loraloom
+from loraloom.config.objective import SftConfig
+from loraloom.models.host import Host
+from loraloom.ops.fused.rows import SWITCH
+from loraloom.ops.lean_expert_ffn import lean_expert_ffn
+from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.micro_batch import MicroBatch
+from loraloom.training.step.objectives import build_objective
+from loraloom.training.step.window import Window
+from tests import tiny
+from tests.ops.ffn_case import SHAPES, FfnCase, make_case, run
+from tests.training.toy import PAD_ID, toy_examples
+
+DEVICE = "cuda"
+
+
+def make_host(device: str, dtype: torch.dtype = torch.float32) -> Host:
+    """A tiny model with an adapter of each method, whose weights are the same everywhere."""
+    source = tiny.tiny_host(configs=tiny.ALL_METHODS, dtype=torch.float32)
+    host = loraloom.attach(tiny.tiny_model(dtype=dtype).to(device))
+    for seed, (name, config) in enumerate(tiny.ALL_METHODS.items()):
+        host.add(name, config, seed).load_stored(source.adapters[name].tensors())
+    return host
+
+
+def train(host: Host, names: Sequence[str], row_length: int | None = None) -> list[Tensor]:
+    """Do a round; losses, and each adapter's gradients."""
+    window, objective = Window(0, tuple(toy_examples(4)), 4), build_objective(SftConfig())
+    adapters = [host.adapters[name] for name in names]
+    batches = [
+        MicroBatch(
+            adapter, window.examples, [1, 2, 3, 4], window, objective, max_row_length=row_length
+        )
+        for adapter in adapters
+    ]
+    losses = forward_backward(host, batches, PAD_ID)
+    gradients = [
+        [p.grad for p in adapter.parameters() if p.grad is not None] for adapter in adapters
+    ]
+    return [
+        torch.tensor([loss.loss + loss.aux_loss for loss in losses]),
+        *(torch.cat([gradient.flatten() for gradient in own]).cpu() for own in gradients),
+    ]
+
+
+def assert_close(ours: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    errors = [tiny.relative_error(*pair) for pair in zip(ours, expected, strict=True)]
+    assert max(errors) < tolerance, errors
+
+
+@pytest.mark.parametrize("row_length", [None, 24], ids=["padded", "packed"])
+def test_a_round_of_every_method_is_the_cpus(row_length):
+    ours, cpus = (train(make_host(d), list(tiny.ALL_METHODS), row_length) for d in (DEVICE, "cpu"))
+    assert_close(ours, cpus, 1e-3)
+
+
+def test_decoding_with_every_method_is_the_cpus():
+    names, logits = [*tiny.ALL_METHODS, None], []
+    mask = tiny.padded_mask([7 - place % 3 for place in range(len(names))], "left")
+    for device in (DEVICE, "cpu"):
+        host = make_host(device)
+        session = host.prefill(tiny.tiny_ids(len(names)).to(device), mask, names)
+        prefilled = session.logits.cpu()
+        decoded = host.decode(session, tiny.tiny_ids(len(names), 1)[:, 0].to(device)).cpu()
+        logits.append([prefilled, decoded])
+    assert_close(*logits, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_methods_round_with_kernels_is_that_without(monkeypatch, method, dtype):
+    ours = train(make_host(DEVICE, dtype), [method])
+    monkeypatch.setenv(SWITCH, "off")
+    assert_close(ours, train(make_host(DEVICE, dtype), [method]), 0.05)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_ffn_block_is_the_plain_form(shape, decomposed, dropout):
+    sizes = {"num_tokens": 70, "features": 130, "rank": 20, "padding": [64]}
+    case = make_case(shape, decomposed=decomposed, dropout=dropout, **sizes)
+    half = moved(case, DEVICE, torch.float16)
+    assert_close(block(half), block(moved(half, "cpu", torch.float32)), 0.1)
+
+
+def moved(case: FfnCase, device: str, dtype: torch.dtype) -> FfnCase:
+    """The same block there; what decides weights of slots and norms stays in float32."""
+
+    def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        exact = [name for name in tensors if name == "slot_logits" or name.endswith(".m")]
+        return {
+            name: tensor.detach().to(device, torch.float32 if name in exact else dtype)
+            for name, tensor in tensors.items()
+        }
+
+    masks = case.dropout
+    keep = [mask if mask is None else mask.to(device, dtype) for mask in masks.keep_slots]
+    keep_input = (
+        masks.keep_input if masks.keep_input is None else masks.keep_input.to(device, dtype)
+    )
+    return replace(
+        case,
+        base=there(case.base),
+        bias=there(case.bias),
+        leaves={name: leaf.requires_grad_() for name, leaf in there(case.leaves).items()},
+        norms={name: norm.to(device, torch.float32) for name, norm in case.norms.items()},
+        selected=case.selected.to(device),
+        dropout=replace(masks, keep_input=keep_input, keep_slots=keep),
+    )
+
+
+def block(case: FfnCase) -> list[Tensor]:
+    """The block's output, and the gradients of all that has one."""
+    output = run(lean_expert_ffn, case).float()
+    upstream = torch.linspace(-1, 2, output.numel(), device=output.device).view_as(output)
+    leaves = list(case.leaves.values())
+    gradients = torch.autograd.grad((output * upstream).sum(), leaves, materialize_grads=True)
+    return [tensor.detach().cpu() for tensor in (output, *gradients)]
