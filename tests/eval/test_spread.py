@@ -155,11 +155,15 @@ def test_a_worker_is_where_the_command_was_given(play, tmp_path, monkeypatch):
     [
         (["--ray-workers", "2"], "--ray-workers has no effect without --ray"),
         (["--ray", "auto", "--device", "cuda:1"], "device must be one of auto, cpu, cuda, xpu"),
+        (
+            ["--ray", "auto", "--device", "cuda"],
+            "needs a device of its own, got 1 workers and 0 acc",
+        ),
         (["--ray", "auto", "--harness", "x"], "--ray has an effect with --task or --dataset only"),
     ],
 )
-def test_options_that_do_not_go_together_are_errors(saved, capsys, monkeypatch, words, message):
-    monkeypatch.setattr("loraloom.cli.eval.EvalRun.check", lambda run: None)
+def test_options_that_do_not_go_together_are_errors(saved, capsys, play, words, message):
+    play(PlayedRay())
     asked = [] if "--harness" in words else ["--task", "skills"]
     assert cli.main(["eval", "--base-model", str(saved / "base"), *asked, *words]) == 2
     assert message in capsys.readouterr().err

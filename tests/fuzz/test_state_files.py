@@ -24,6 +24,7 @@ from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import MANIFEST, SnapshotStore
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.inbox import Inbox, WatchOptions
+from loraloom.training.run.lead import Lead
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.run import train
 from tests.fuzz.harness import EXTREMES, broken_bytes, fuzz, mutated, survives
@@ -207,7 +208,7 @@ def test_states_of_job_files(data: st.DataObject, as_bytes: bool, engine: Any) -
 
         def look() -> None:
             engine.joined = {"a"}
-            with Inbox(options, engine, builder, lambda text: None) as inbox:
+            with Inbox(options, Lead(engine, builder), lambda text: None) as inbox:
                 inbox.look()
                 inbox.look()
 

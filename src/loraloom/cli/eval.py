@@ -70,7 +70,11 @@ class EvalRun:
         from loraloom.durable import prepare_output
         from loraloom.infer.loading import check_sources
 
-        check_sources(self.base_model, self.adapters, self.device, self.dtype, self.quantization)
+        if self.ray is None:
+            where = (self.device, self.dtype, self.quantization)
+            check_sources(self.base_model, self.adapters, *where)
+        else:  # whose workers have devices that this machine may not have
+            check_sources(self.base_model, self.adapters, "cpu")
         for path in self.outputs:
             prepare_output(path, "--output")
         prepare_output(self.per_question, "--per-question")

@@ -1,4 +1,4 @@
-"""Token ids of long data, kept in datasets' cache, so that it is encoded once.
+"""Token ids of data sets with many rows, kept in datasets' cache, so that they are encoded once.
 
 An entry is a Parquet file named by a hash of all that decides what is in it: the rows, how they are
 written out, the tokenizer, the code. It is written aside and renamed, its pages have checksums, and
@@ -53,8 +53,8 @@ def encode_once(
 
     Args:
         name: The source's, for the progress bar.
-        items: Rows or texts, JSON but for single values.
-        encode: Makes a row of each, of each for itself.
+        items: Rows or texts; values in them that JSON doesn't have are told apart by their `repr`.
+        encode: Encodes some items, each without regard to the others.
         tokenizer: What `encode` uses.
         settings: What else decides the outcome, as JSON.
     """

@@ -37,7 +37,7 @@ def join_evaluations(
 def join_losses(
     parts: Sequence[LossEvaluation], names: Sequence[str | None], pairs: Sequence[Pair]
 ) -> LossEvaluation:
-    """Do so with held-out losses; see `join_evaluations`."""
+    """Make one evaluation of held-out loss of several; see `join_evaluations`."""
     known = [name or BASE for name in names]
     losses = [
         HeldOutLosses(one.data, _joined((part.losses[place].losses for part in parts), known))

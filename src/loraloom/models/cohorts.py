@@ -53,7 +53,7 @@ class Cohort:
 
     @property
     def width(self) -> int:
-        """N."""
+        """Token rows of each adapter, padding included: n."""
         return max(self.counts)
 
     def tokens(self, layer: int, index: int, recorder: Recorder, device: Any) -> SegmentTokens:
@@ -67,7 +67,7 @@ class Cohort:
 
     @property
     def size(self) -> int:
-        """N·n."""
+        """Token rows of all adapters, padding included: N·n."""
         return len(self.adapters) * self.width
 
     def gather(self, rows: Tensor) -> Tensor:

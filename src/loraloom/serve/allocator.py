@@ -5,7 +5,7 @@ raises to that of whatever was freed so far, up to 32 MiB. Then the tensors of a
 prompts lie between one another in heaps that never shrink, and threads have heaps of their own.
 
 oneDNN, by which CPUs multiply matrices in 16 bits, makes code for every shape that it meets and
-keeps that of the last 1,024, up to a megabyte each: prompts and batches of ever other lengths would
+keeps that of the last 1,024, up to a megabyte each: prompts and batches of ever new lengths would
 take up a gigabyte in the end.
 """
 

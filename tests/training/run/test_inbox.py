@@ -21,6 +21,7 @@ from loraloom.training.run.inbox import (
     prepare_inbox,
     sole_trainer,
 )
+from loraloom.training.run.lead import Lead
 from loraloom.training.run.outputs import RunDirectory
 from tests.training.running import Spoken, assert_same_files
 from tests.training.toy import add_job, toy_config, toy_host, toy_tokenizer
@@ -87,6 +88,7 @@ class Watched:
         self.engine = Engine(host, jobs, evaluation, directory, self.spoken)
         if resume:
             self.engine.load_state(snapshot)
+        self.lead = Lead(self.engine, self.builder)
         self.options = WatchOptions(inbox, **({"exit_when_idle": True} | options))
         self.inbox = self.open_inbox()
         step = self.engine.step
@@ -98,11 +100,11 @@ class Watched:
         self.engine.step = stepping
 
     def open_inbox(self) -> Inbox:
-        return Inbox(self.options, self.engine, self.builder, self.spoken.message)
+        return Inbox(self.options, self.lead, self.spoken.message)
 
     def run(self):
         with self.inbox as inbox:
-            return self.engine.run(inbox.between_steps)
+            return self.engine.run(self.lead.between_steps(inbox.between_steps))
 
 
 def test_files_are_trained_and_their_states_tell_how_it_went(tmp_path, inbox):

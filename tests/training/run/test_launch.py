@@ -5,7 +5,6 @@ import pytest
 from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError
 from loraloom.ranks import Alone
-from loraloom.training.run.inbox import WatchOptions
 from loraloom.training.run.launch import Launch, joined_ranks, rank_device, read_launch
 from loraloom.training.run.run import train
 from tests.training.toy import toy_config, toy_host, toy_tokenizer
@@ -62,20 +61,6 @@ def test_an_accelerator_is_never_shared(monkeypatch):
         rank_device("cuda:0", TWO)
     with pytest.raises(ConfigError, match="got 3 ranks and 2 devices on this machine"):
         rank_device("cuda", Launch(0, 3, 0, 3))
-
-
-@pytest.mark.parametrize("what", ["sweep", "--watch"])
-def test_what_one_process_decides_is_refused_among_several(what, tmp_path, monkeypatch):
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    job = toy_config("a", data={"task": "skills", "validation_fraction": 0.1}).model_dump()
-    run = {"base_model": "none", "output_dir": tmp_path / "out", "jobs": [job]}
-    watch = None if what == "sweep" else WatchOptions(tmp_path)
-    if what == "sweep":
-        run["sweep"] = {"job": "a", "parameters": {"train.learning_rate": [1e-4, 1e-3]}}
-    with pytest.raises(ConfigError, match=f"{what} needs a single process, got 4 ranks"):
-        train(RunConfig.model_validate(run), watch=watch)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_method_whose_loss_joins_all_tokens_is_refused_among_several(tmp_path, monkeypatch):

@@ -13,6 +13,19 @@ from loraloom.training.run.checkpoint import Snapshot, describe_changes
 from loraloom.training.run.outputs import RunDirectory
 
 
+def check_adds_up(job: JobConfig, num_ranks: int) -> None:
+    """Check that a job can share its rows among so many ranks.
+
+    Raises:
+        ConfigError: If it can't.
+    """
+    if num_ranks > 1 and not job.adapter.adds_up_over_ranks:
+        raise ConfigError(
+            f"job {job.name}: method {job.adapter.method} needs a single process, as its "
+            f"router loss joins all tokens, got {num_ranks} ranks; start it without torchrun"
+        )
+
+
 def check_sources(run: RunConfig, directory: RunDirectory) -> None:
     """Check that no adapter that a job reads is one that the run will replace.
 

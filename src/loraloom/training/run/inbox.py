@@ -29,8 +29,7 @@ from loraloom.config.json_text import read_json
 from loraloom.config.loading import load_job_config
 from loraloom.durable import write_json
 from loraloom.errors import ConfigError, LoraloomError, shown
-from loraloom.training.run.builder import JobBuilder
-from loraloom.training.run.engine import Engine
+from loraloom.training.run.lead import Lead
 from loraloom.training.run.results import JobResult
 
 LOOK_S = 1.0
@@ -109,20 +108,17 @@ class Inbox:
     Args:
         options: Which directory, and how.
         engine: That the jobs join; those that it has already are found by their state files.
-        builder: Of the jobs.
         say: Tells the user.
     """
 
     def __init__(
         self,
         options: WatchOptions,
-        engine: Engine,
-        builder: JobBuilder,
+        engine: Lead,
         say: Callable[[str], None],
     ):
         self._options = options
         self._engine = engine
-        self._builder = builder
         self._say = say
         self._next_look = self._next_progress = 0.0
         self._versions: dict[Path, Version] = {}
@@ -142,7 +138,7 @@ class Inbox:
                 self._states[path] = replace(self._news(state), state="queued", reason=reason)
         self._write_states(with_progress=True)
 
-    def between_steps(self, engine: Engine) -> None:
+    def between_steps(self, engine: Lead) -> None:
         """Look for files if it is time, and wait for some when no job trains."""
         if time.monotonic() >= self._next_look or not engine.jobs:
             self.look()
@@ -206,7 +202,7 @@ class Inbox:
             config = load_job_config(path)
             if config.name in self._engine.jobs or config.name in self._engine.results:
                 raise ConfigError(f"job name must be new in this run, got {config.name!r} again")
-            self._engine.add(self._builder.build(config), overwrite=self._options.overwrite)
+            self._engine.add(self._engine.build(config), overwrite=self._options.overwrite)
         except Exception as error:
             reason = str(error)
             if not isinstance(error, LoraloomError):

@@ -21,12 +21,13 @@ from loraloom.models.loading import find_device, load_base_model
 from loraloom.ranks import Ranks
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.checkpoint import Snapshot
-from loraloom.training.run.checks import check_same_run, check_sources
+from loraloom.training.run.checks import check_adds_up, check_same_run, check_sources
 from loraloom.training.run.engine import Engine, describe_base
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox, sole_trainer
 from loraloom.training.run.job import Job
 from loraloom.training.run.launch import Launch, joined_ranks, rank_device, read_launch
+from loraloom.training.run.lead import Lead
 from loraloom.training.run.memory import check_memory, predict_memory
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
@@ -87,7 +88,7 @@ def train(
     if not isinstance(run, RunConfig):
         run = load_run_config(run, needs_jobs=watch is None)
     launch = read_launch()
-    _check_goes_with(launch, run, watch, base)
+    _check_goes_with(launch, run, base)
     if ray is not None:
         _check_goes_with_ray(launch, watch, base, between_steps)
         from loraloom.training.cluster.train import train_with_ray  # it needs Ray
@@ -113,7 +114,7 @@ def train(
     with ExitStack() as stack:
         is_sharded = run.parallel.base == "fsdp" and launch.size > 1
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
-        if watch is not None:
+        if watch is not None and ranks.is_first:
             prepare_inbox(watch.path)
             stack.enter_context(sole_trainer(watch.path))
         host, tokenizer = base or _load_base(run, device, is_sharded=is_sharded)
@@ -142,7 +143,8 @@ def train(
             check_memory(prediction, run.memory_limit, host.device, ranks.local_size)
             progress.message(f"memory: {prediction.describe()}")
         _check_alike(ranks, run, jobs, snapshot)
-        sweep = _sweep(run, directory, progress, builder, jobs)
+        lead = Lead(engine, builder)
+        sweep = _sweep(run, directory, progress, lead, jobs)
         data = [
             f"{job.name}: {line}"
             for job in jobs
@@ -160,16 +162,19 @@ def train(
             engine.save_state()
         callbacks: list[Callable[[Engine], None]] = []
         if sweep is not None:
-            sweep.open(0 if snapshot is None else snapshot.sweep_bytes)
-            callbacks.append(sweep.between_steps)
+            if ranks.is_first:
+                sweep.open(0 if snapshot is None else snapshot.sweep_bytes)
+            callbacks.append(lead.between_steps(sweep.between_steps))
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, builder))
         if watch is not None:  # the last one, as it may wait
-            inbox = stack.enter_context(Inbox(watch, engine, builder, progress.message))
-            callbacks.append(inbox.between_steps)
+            inbox = Inbox(watch, lead, progress.message)
+            if ranks.is_first:
+                stack.enter_context(inbox)
+            callbacks.append(lead.between_steps(inbox.between_steps))
         results = engine.run(*callbacks)
-        if sweep is not None:
-            sweep.finish(engine)
+        if sweep is not None and ranks.is_first:
+            sweep.finish(lead)
         return results
 
 
@@ -195,7 +200,7 @@ def _shared_by(ranks: Ranks, host: Host) -> Iterator[None]:
         host.ranks = before
 
 
-def _check_goes_with(launch: Launch, run: RunConfig, watch: WatchOptions | None, base: Any) -> None:
+def _check_goes_with(launch: Launch, run: RunConfig, base: Any) -> None:
     """Refuse what several processes can't do together.
 
     Raises:
@@ -212,18 +217,7 @@ def _check_goes_with(launch: Launch, run: RunConfig, watch: WatchOptions | None,
             "or take base: replicated"
         )
     for job in run.all_jobs:
-        if launch.size > 1 and not job.adapter.adds_up_over_ranks:
-            raise ConfigError(
-                f"job {job.name}: method {job.adapter.method} needs a single process, as its "
-                f"router loss joins all tokens, got {launch.size} ranks; start it without torchrun"
-            )
-    lone = {"sweep": run.sweep, "--watch": watch}  # decided by one process's clock and files
-    for name, value in lone.items():
-        if launch.size > 1 and value is not None:
-            raise ConfigError(
-                f"{name} needs a single process, got {launch.size} ranks; start it without "
-                "torchrun, or give the jobs in a run file"
-            )
+        check_adds_up(job, launch.size)
 
 
 def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: Any) -> None:
@@ -327,11 +321,11 @@ def _sweep(
     run: RunConfig,
     directory: RunDirectory,
     progress: Progress,
-    builder: JobBuilder,
+    lead: Lead,
     jobs: Sequence[Job],
 ) -> Sweep | None:
     if run.sweep is None:
         return None
     from loraloom.training.run.sweep import Sweep  # it needs Optuna
 
-    return Sweep(run, directory, progress, builder.build, jobs)
+    return Sweep(run, directory, progress, lead.build, jobs)
