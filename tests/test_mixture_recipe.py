@@ -33,10 +33,15 @@ def test_a_study_goes_on_where_it_was_interrupted_and_makes_a_table(words, tmp_p
     def interrupt(*args):
         raise KeyboardInterrupt
 
+    recipe["main"]([*words, f"--output={output}", "--search-only"])
+    assert len([*output.glob("search-*.json")]) == 2
+    assert not (output / "seeds").exists()
     with monkeypatch.context() as patched:
+        patched.setitem(recipe["main"].__globals__, "search", interrupt)  # nor is it done again
         patched.setitem(recipe["main"].__globals__, "score", interrupt)
         with pytest.raises(KeyboardInterrupt):
             recipe["main"]([*words, f"--output={output}"])
+    assert (output / "trained.json").exists()
     monkeypatch.setitem(recipe["main"].__globals__, "train", interrupt)  # nothing is trained again
     recipe["main"]([*words, f"--output={output}"])
     result = json.loads((output / "result.json").read_text())

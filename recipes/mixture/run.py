@@ -48,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = read_run(args)
     args.output.mkdir(parents=True, exist_ok=True)
     _check_study(args, run)
-    kept(args.output / "result.json", lambda: study(run, args))
-    print(f"python recipes/mixture/table.py {args.output}")
+    if args.search_only:
+        search_all(run, args, load_base(run))
+    else:
+        kept(args.output / "result.json", lambda: study(run, args))
+        print(f"python recipes/mixture/table.py {args.output}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -64,6 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rates", type=_numbers(float), default=RATES, help="to try, separated by commas")
     add("--metric", help="chooses the rate: eval/loss; else the accuracy of the first in eval")
     add("--search-seeds", type=_numbers(int), default=SEARCH_SEEDS)
+    add("--search-only", action="store_true", help="end when the rates are chosen")
     add("--seeds", type=_numbers(int), default=SEEDS, help="that are trained and tested")
     add("--limit", type=int, default=1152, help="questions of the test, and of those learnt from")
     add("--compare", action="append", metavar="A:B", help="else the first job with each other")
@@ -146,16 +150,9 @@ def kept(path: Path, compute: Callable[[], Any]) -> Any:
 def study(run: loraloom.RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Search, train and score; the record of it."""
     began = time.monotonic()
-    model, tokenizer = loraloom.load_base_model(run.base_model, dtype=run.dtype, device=run.device)
-    base = loraloom.attach(model), tokenizer
-    searched = {
-        job.name: kept(
-            args.output / f"search-{job.name}.json", lambda job=job: search(run, job, args, base)
-        )
-        for job in run.jobs
-    }
+    base = load_base(run)
+    searched = search_all(run, args, base)
     rates = {name: float(next(iter(values))) for name, values in searched.items()}
-    print("rates:", rates, flush=True)
     trained = kept(args.output / "trained.json", lambda: train_seeds(run, rates, args, base))
     record = score(run, args, base)
     for name, method in record["methods"].items():
@@ -172,6 +169,25 @@ def study(run: loraloom.RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         "seconds_of_last_start": round(time.monotonic() - began),
         **record,
     }
+
+
+def load_base(run: loraloom.RunConfig) -> Base:
+    """Load the base model that all methods share."""
+    model, tokenizer = loraloom.load_base_model(run.base_model, dtype=run.dtype, device=run.device)
+    return loraloom.attach(model), tokenizer
+
+
+def search_all(
+    run: loraloom.RunConfig, args: argparse.Namespace, base: Base
+) -> dict[str, dict[str, float]]:
+    """Give each method's means by rate, as `search` does."""
+    searched = {}
+    for job in run.jobs:
+        path = args.output / f"search-{job.name}.json"
+        searched[job.name] = kept(path, lambda job=job: search(run, job, args, base))
+        means = [f"{rate}: {mean:.3f}" for rate, mean in searched[job.name].items()]
+        print(job.name, *means, sep="  ", flush=True)
+    return searched
 
 
 def search(
