@@ -95,7 +95,8 @@ def run_of(args: argparse.Namespace, host: loraloom.Host, measure: Measure) -> d
             lambda rank, name=name: measured(host, settings_of(name, rank), measure), target
         )
         print(f"{name}: rank {rank}", flush=True)
-        job = {"name": name, "adapter": settings_of(name, rank), "data": asked, "train": train}
+        data = {**asked, "validation": asked}
+        job = {"name": name, "adapter": settings_of(name, rank), "data": data, "train": train}
         jobs.append({**job, "eval": [{**asked, "limit": 288}]})
     base = {"base_model": args.base_model, "dtype": args.dtype, "output_dir": str(args.output)}
     return {**base, "jobs": jobs}

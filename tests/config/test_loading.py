@@ -175,7 +175,8 @@ def test_all_faults_are_in_one_message(tmp_path):
         ("output_dir=3", "output_dir must be a path, got 3"),
         (
             "output_dir=s3://b/runs",
-            "output_dir must be a directory, got the URL 's3://b/runs'; mount",
+            "output_dir must be a directory, got the URL 's3://b/runs'; mount a file system that "
+            "all machines share (NFS, or JuiceFS on a bucket) and name a directory in it",
         ),
         ("base_model=null", "base_model must be a text (in quotes), got nothing"),
         ("jobs.1.train.gradient_checkpointing=maybe", "must be true or false, got 'maybe'"),
