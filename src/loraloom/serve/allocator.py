@@ -2,7 +2,7 @@
 
 glibc keeps what is freed between allocations that live on: tensors of adapters, caches and prompts
 lie between one another, and threads have heaps of their own. Asked to, it gives whole pages back.
-Mapping every large tensor apart would do so at once, but costs a tenth to a quarter of the speed.
+Mapping every large tensor apart would do so at once, but costs a tenth of the engine's speed.
 
 oneDNN, by which CPUs multiply matrices in 16 bits, makes code for every shape that it meets and
 keeps that of the last 1,024, up to a megabyte each: prompts and batches of ever new lengths would
@@ -45,6 +45,7 @@ def return_freed_memory(seconds: float = TRIM_SECONDS) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
+    is_bounded = libc.mallopt(_ARENA_MAX, _NUM_HEAPS) == 1
 
     def trim() -> None:
         while True:
@@ -52,4 +53,4 @@ def return_freed_memory(seconds: float = TRIM_SECONDS) -> bool:
             libc.malloc_trim(0)
 
     threading.Thread(target=trim, daemon=True).start()
-    return libc.mallopt(_ARENA_MAX, _NUM_HEAPS) == 1
+    return is_bounded
