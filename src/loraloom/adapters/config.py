@@ -117,6 +117,11 @@ class AdapterConfig(StrictModel, ABC):
         """Whether initial weights depend on the training data; `started` gives them then."""
         return False
 
+    @property
+    def takes_start_off(self) -> bool:
+        """Whether the start of the update is taken off the base's weights."""
+        return False
+
     def started(
         self, model: Any, batches: Sequence[Mapping[str, Tensor]], base: BaseInfo
     ) -> tuple[AdapterConfig, dict[str, Tensor]]:
