@@ -33,6 +33,9 @@ from tests.training.world import hold_base, run_ranks
 MODES = ("pairs", "plain", "accumulation", "packing")
 """Of a LoRA, a DoRA, a MixLoRA and a MixDoRA."""
 
+SHARDED = {"parallel": {"base": "fsdp"}, "memory_limit": "8 GB"}
+"""With a limit, the memory of jobs that join is predicted, by forwards that take all ranks."""
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
@@ -49,7 +52,8 @@ def world(tmp_path_factory) -> Path:
         run |= {"dtype": "float16", "jobs": [run["jobs"][0], run["jobs"][2]]}
         write_run_file(directory / f"{name}.yaml", run)
     write_run_file(directory / "sweep.yaml", _sweep(directory, directory / "sweep-one"))
-    write_run_file(directory / "two-sweep.yaml", _sweep(directory, directory / "sweep-two"))
+    sharded = _sweep(directory, directory / "sweep-two") | SHARDED
+    write_run_file(directory / "two-sweep.yaml", sharded)
     loraloom.train(directory / "one.yaml")
     loraloom.train(directory / "sweep.yaml")
     _overflow(1, directory / "half-one")
@@ -107,7 +111,7 @@ def _decide(rank: int, directory: Path) -> None:
         (directory / "watched" / "taken" / "result.json").write_text("{}")
         for job in (jobs["dora"], unsplit, taken):
             write_run_file(directory / "in" / f"{job['name']}.yaml", job)
-    run |= {"output_dir": str(directory / "watched"), "jobs": [jobs["lora"]]}
+    run |= {"output_dir": str(directory / "watched"), "jobs": [jobs["lora"]], **SHARDED}
     watch = inbox.WatchOptions(directory / "in", exit_when_idle=True)
     loraloom.train(run, watch=watch, overwrite=True)
 

@@ -210,13 +210,18 @@ class Engine:
 
     @contextmanager
     def _joining(self, job: Job) -> Iterator[None]:
-        """Let a job join after what is done in this context; take it off where that fails."""
+        """Let a job join after what is done in this context; take it off where that fails.
+
+        What fails on one rank, the first one's files for example, fails on all.
+        """
+        ranks = self.host.ranks
         try:
-            if job.name.casefold() in map(str.casefold, self._settings):
-                raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
-            self._schedule.check_fits(job)
-            self._check_memory(job)
-            yield
+            with ranks.together():
+                if job.name.casefold() in map(str.casefold, self._settings):
+                    raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
+                self._schedule.check_fits(job)
+                self._check_memory(job)
+                yield
         except Exception:
             self.discard(job)
             raise
@@ -224,7 +229,8 @@ class Engine:
         self.joined.add(job.name)
         self._is_snapshot_due = True
         try:
-            self._reporter.add(job)
+            with ranks.together():
+                self._reporter.add(job)
         except Exception as error:
             self._fail(job, error)
 
