@@ -205,7 +205,7 @@ class ProcessRanks(Ranks):
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
         """See Ranks."""
         with self._reaching_others():
-            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+            work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
 
         def wait() -> None:
             with self._reaching_others():
