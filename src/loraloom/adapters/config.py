@@ -204,6 +204,11 @@ class AdapterConfig(StrictModel, ABC):
         return 0
 
     @property
+    def routes_outside_training(self) -> bool:
+        """Whether routers choose experts for tokens that nothing is learnt of."""
+        return self.experts_per_router > 0
+
+    @property
     def collapse_advice(self) -> str:
         """What to change where routers send all tokens to the same few experts."""
         return "lower learning_rate"

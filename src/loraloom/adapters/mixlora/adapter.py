@@ -60,7 +60,7 @@ class MixLoraAdapter(Adapter):
         super().__init__(name, config, base_layers, layers)
         self._expert_dropout = config.expert_config.dropout
         self._routed = config.route
-        self._returns_input = config.compat is not None and config.routing == "switch"
+        self._returns_input = not config.routes_outside_training
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         """See Adapter."""
