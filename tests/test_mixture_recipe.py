@@ -114,6 +114,30 @@ def test_a_map_has_a_study_for_each_cell(words, tmp_path):
     assert small < large
 
 
+def test_the_picture_of_a_map_says_what_was_measured(tmp_path):
+    picture = runpy.run_path(str(RECIPE / "picture.py"))
+    points = {(2, 1): 0.031, (2, 4): 0.0, (32, 1): -0.124}  # one cell is not done yet
+    for (lands, capacity), mean in points.items():
+        cell = tmp_path / f"lands{lands:03}-capacity{capacity:03}"
+        cell.mkdir()
+        comparisons = [
+            {"second": second, "over_seeds": {"accuracy": {"mean": mean * sign, "stderr": 0.01}}}
+            for second, sign in (("lora-size", 1), ("lora-compute", -1))
+        ]
+        (cell / "result.json").write_text(json.dumps({"comparisons": comparisons}))
+    figure = picture["draw"]([picture["read_map"](tmp_path)])
+    size, compute, _ = figure.axes  # and the colours' scale
+    assert [text.get_text() for text in size.texts] == [
+        "+3.1\n± 1.0",
+        "+0.0\n± 1.0",
+        "-12.4\n± 1.0",
+    ]
+    assert compute.texts[2].get_text() == "+12.4\n± 1.0"
+    assert [tick.get_text() for tick in size.get_xticklabels()] == ["2", "32"]
+    with pytest.raises(SystemExit, match="must have studies that are done"):
+        picture["read_map"](tmp_path / "other")
+
+
 def test_a_base_model_is_cut_to_its_first_layers(words, tmp_path):
     (base,) = (word.partition("base_model=")[2] for word in words if "base_model=" in word)
     cut = runpy.run_path(str(RECIPE / "cut_base.py"))["main"]

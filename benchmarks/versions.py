@@ -1,0 +1,123 @@
+"""Two versions of loraloom against each other, each case of one right after that of the other.
+
+    git worktree add ../before REVISION
+    .venv/bin/python benchmarks/versions.py ../before . -- step --cases lora,mixlora --rounds 7
+
+What follows `--` is `loraloom bench`'s. Both versions run in this Python's environment, each in a
+process of its own, and take turns within every timed round, so that a machine whose speed moves
+within minutes hits them alike; which of them is first changes from round to round. The table has
+the medians of both, the median over rounds of the second one's time ÷ the first one's, and the
+least and the largest of those ratios; below it, the same of each case ÷ the first case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Times = dict[str, list[float]]
+"""Seconds of each case, a value for every timed round."""
+
+
+def main() -> None:
+    if len(sys.argv) < 5 or sys.argv[3] != "--":
+        raise SystemExit(__doc__)
+    first, second = compare([Path(sys.argv[1]), Path(sys.argv[2])], sys.argv[4:])
+    print("| | first, s | second, s | second ÷ first | least to largest |")
+    print("|---|---|---|---|---|")
+    for case in first:
+        print_ratios(case, first[case], second[case])
+    baseline, *others = first
+    for case in others:
+        of_first, of_second = (
+            [one / base for one, base in zip(times[case], times[baseline], strict=True)]
+            for times in (first, second)
+        )
+        print_ratios(f"{case} ÷ {baseline}", of_first, of_second)
+
+
+def print_ratios(name: str, first: list[float], second: list[float]) -> None:
+    ratios = sorted(after / before for before, after in zip(first, second, strict=True))
+    cells = [f"{median(first):.3f}", f"{median(second):.3f}", f"{median(ratios):.3f}"]
+    print(f"| {name} | {' | '.join(cells)} | {ratios[0]:.3f} to {ratios[-1]:.3f} |")
+
+
+def compare(checkouts: list[Path], words: list[str]) -> list[Times]:
+    """Run `loraloom bench` of both checkouts by turns."""
+    with tempfile.TemporaryDirectory() as directory:
+        ends = socket.socketpair()
+        children, results = [], []
+        for place, (checkout, end) in enumerate(zip(checkouts, ends, strict=True)):
+            results.append(Path(directory, f"{place}.json"))
+            own = [f"{place}", f"{end.fileno()}", str(results[-1])]
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", f"{CHILD}", *own, *words],
+                    env=os.environ | {"PYTHONPATH": str(checkout.resolve() / "src")},
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[end.fileno()],
+                )
+            )
+        for end in ends:
+            end.close()  # so that one that fails ends the other
+        codes = [child.wait() for child in children]
+        if any(codes):
+            raise SystemExit("a version failed")
+        return [json.loads(path.read_text()) for path in results]
+
+
+def take_part(place: int, peer: socket.socket, words: list[str]) -> Times:
+    """Run `loraloom bench`, timing each case when it is this process's turn."""
+    from loraloom.bench import timing
+    from loraloom.cli.main import main as loraloom
+
+    timed: Any = timing._timed
+    times: Times = {}
+
+    def by_turns(run: Any) -> float:
+        caller = sys._getframe(1).f_locals
+        case, turn = caller["name"], caller["turn"]
+        if turn == 0 and case == next(iter(caller["cases"])):  # all that is measured has been made
+            peer.sendall(b"r")
+            _await(peer)
+        comes_first = turn % 2 == place
+        if not comes_first:
+            _await(peer)
+        elapsed = timed(run)
+        peer.sendall(b"t")
+        if comes_first:
+            _await(peer)
+        if turn >= caller["warmup"]:
+            times.setdefault(case, []).append(elapsed)
+        return elapsed
+
+    timing._timed = by_turns
+    sys.argv = ["loraloom", "bench", *words]
+    if code := loraloom():
+        raise SystemExit(code)
+    return times
+
+
+def _await(peer: socket.socket) -> None:
+    if not peer.recv(1):
+        raise SystemExit("the other version has ended")
+
+
+CHILD = f"""
+import json, runpy, socket, sys
+from pathlib import Path
+place, end, result, *words = sys.argv[1:]
+take_part = runpy.run_path({__file__!r})["take_part"]
+times = take_part(int(place), socket.socket(fileno=int(end)), words)
+Path(result).write_text(json.dumps(times))
+"""
+
+if __name__ == "__main__":
+    main()
