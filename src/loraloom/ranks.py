@@ -63,16 +63,24 @@ class Ranks(ABC):
         self._is_apart = False
 
     @abstractmethod
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Add a tensor up over all ranks, to bit-equal sums on all of them.
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to add a tensor up in place, and return what waits until it is done.
 
-        Args:
-            tensor: Without a gradient; the sum may take its place.
+        All ranks begin their sums in the same order.
         """
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
         """Tell all ranks a value of tensors, texts and numbers, and return what each one told."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, to bit-equal sums on all of them.
+
+        Args:
+            tensor: Without a gradient; it becomes the sum.
+        """
+        self.start_sum(tensor)()
+        return tensor
 
     @property
     def is_first(self) -> bool:
@@ -129,31 +137,6 @@ class Ranks(ABC):
         for place in range(len(items)):
             yield next(parts[0 if in_lockstep else place % self.size])
 
-    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Add gradients up over all ranks, in one flat buffer.
-
-        A parameter that no rank has a gradient of gets none.
-
-        Args:
-            parameters: The same on all ranks, in the same order, of one dtype.
-        """
-        owners = list(parameters)
-        if self.size == 1 or not owners:
-            return
-        present = owners[0].new_tensor([float(owner.grad is not None) for owner in owners])
-        pieces = [torch.zeros_like(o) if o.grad is None else o.grad for o in owners]
-        buffer = self.sum(torch.cat([*(piece.flatten() for piece in pieces), present]))
-        sizes = [owner.numel() for owner in owners]
-        *sums, counts = buffer.split([*sizes, len(owners)])
-        for owner, total, count in zip(owners, sums, counts.tolist(), strict=True):
-            owner.grad = total.view_as(owner) if count else None
-
-    def collect_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Add gradients up on the first rank; on the others none are left."""
-        owners = list(parameters)
-        self.sum_gradients(owners)
-        self.keep_at_first(owners)
-
     def keep_at_first(self, parameters: Iterable[Parameter]) -> None:
         """Drop gradients that all ranks have, except on the first: they count once."""
         if not self.is_first:
@@ -192,9 +175,9 @@ class Ranks(ABC):
 class Alone(Ranks):
     """A single process."""
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the tensor."""
-        return tensor
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Leave the tensor as it is."""
+        return lambda: None
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value."""
@@ -219,11 +202,16 @@ class ProcessRanks(Ranks):
         self.in_lockstep = in_lockstep
         self._group = dist.new_group(backend=backend, timeout=TIMEOUT)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
         """See Ranks."""
         with self._reaching_others():
-            dist.all_reduce(tensor, group=self._group)
-        return tensor
+            work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
+
+        def wait() -> None:
+            with self._reaching_others():
+                work.wait()
+
+        return wait
 
     def gather(self, value: Any) -> list[Any]:
         """See Ranks."""

@@ -117,10 +117,13 @@ def test_moe_pefts_switch_returns_a_blocks_input_outside_of_training():
 
 
 def test_only_mixtures_whose_weights_sum_to_1_are_moe_checkpoints():
-    host = tiny_host(configs={"dense": MIXTURES["MixL dense"], "p": MIXTURES["MixL top_p"]})
+    biased = MixLoraConfig(rank=2, router_bias=True)
+    configs = {"dense": MIXTURES["MixL dense"], "p": MIXTURES["MixL top_p"], "biased": biased}
+    host = tiny_host(configs=configs)
     assert host.adapters["dense"].as_moe(0).top_k == 4
-    with pytest.raises(AdapterError, match="mixture whose routers choose top_k whole FFN experts"):
-        host.adapters["p"].as_moe(0)
+    for name, found in (("p", "routing: top_p"), ("biased", "router_bias")):
+        with pytest.raises(AdapterError, match=f"choose top_k whole FFN experts .*got {found}"):
+            host.adapters[name].as_moe(0)
 
 
 @each_mixture

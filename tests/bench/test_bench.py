@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from loraloom.bench import memory as bench_memory
+from loraloom.bench import step as bench_step
 from loraloom.bench.cases import PEFT_CASES, StepSetting, adapter_cases
 from loraloom.bench.layer import LayerSetting, make_layer
 from loraloom.bench.memory import describe_peaks
 from loraloom.bench.step import make_job_steps
 from loraloom.bench.timing import alternate
 from loraloom.cli import main as cli
+from loraloom.models.loading import load_base_model
+from loraloom.models.quantised import quantised_linears
 from tests.infer.saved import save_tiny
 
 
@@ -105,10 +112,42 @@ def test_the_decode_benchmark_runs_all_cases(base_model, capsys):
     assert "mixed" in capsys.readouterr().out
 
 
+def _length_as_json(case: str, setting: StepSetting) -> int:
+    """Take the place of a measurement in another process, to which the setting goes as JSON."""
+    return len(json.dumps(asdict(setting)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["step", "--length", "8", "--cases", "peft-lora,mixlora", "--memory"],
+        ["jobs", "--jobs", "2", "--length", "8"],
+        ["decode", "--new-tokens", "2", "--cases", "base,mixlora"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_benchmarks_run_on_a_quantised_base(base_model, words, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    loaded = []
+
+    def load(*args, **options):
+        loaded.append(load_base_model(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(bench_step, "load_base_model", load)
+    monkeypatch.setattr(bench_memory, "step_peak_rss_bytes", _length_as_json)
+    options = ["--base-model", base_model, "--rounds", "1", "--quantization", "int8"]
+    assert cli.main(["bench", *words, *options]) == 0
+    assert all(quantised_linears(model) for model, _ in loaded)
+    assert loaded
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["layer", "--top-k", "9"], "--top-k must be at most --num-experts 8, got 9"),
+        (["step", "--quantization", "nf5"], "quantization must be nf4, int8"),
         (["step", "--top-k", "9"], "--top-k must be at most --num-experts 8, got 9"),
         (["scaling", "--over", "top-k", "--values", "2,9"], "at most --num-experts 8, got 9"),
         (["layer", "--picture", "x.zzz"], "--picture must end in .png, .svg, .pdf, .jpg, got x"),

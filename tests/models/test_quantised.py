@@ -14,7 +14,12 @@ from loraloom.adapters import LoraConfig, base
 from loraloom.adapters.base import BaseProjection
 from loraloom.errors import AdapterError, ConfigError, ModelError
 from loraloom.models.host import Host
-from loraloom.models.quantised import num_parameters, quantised_linears, stored_weights
+from loraloom.models.quantised import (
+    QuantisedLinear,
+    num_parameters,
+    quantised_linears,
+    stored_weights,
+)
 from tests.infer.saved import save_tiny
 from tests.tiny import METHODS, gradients, randomise, relative_error, tiny_ids, tiny_model
 
@@ -166,6 +171,20 @@ def test_gradients_are_the_same_after_decoding(host):
         host.prefill(IDS[:1], adapters=["mixlora"])
     assert all(one.equal(other) for one, other in zip(before, grads(), strict=True))
     assert all(bool(grad.any()) for grad in before)
+
+
+def test_outliers_in_float16_leave_what_others_keep_of_an_input_alone(saved):
+    """LLM.int8 takes them out of its input and puts them back, which counts as a change."""
+    model = loraloom.load_base_model(str(saved / "base"), "float16", quantization="int8")[0]
+    weight = next(iter(quantised_linears(model).values()))
+    hidden_states = torch.linspace(-1, 1, 3 * 64).reshape(3, 64).half()
+    hidden_states[1, 5] = 50.0
+    hidden_states.requires_grad_()
+    squares = (hidden_states * hidden_states).sum()
+    (squares + QuantisedLinear(weight)(hidden_states).sum()).backward()
+    expected = 2 * hidden_states.detach() + weight.whole(torch.float16).sum(0)
+    assert hidden_states.grad is not None
+    assert relative_error(hidden_states.grad, expected) < 1e-3
 
 
 def test_a_forward_keeps_no_more_than_on_an_unquantised_base(host, saved):

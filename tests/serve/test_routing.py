@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraloom.adapters import MixLoraConfig
 from loraloom.serve.limits import NoRoutersError
 from tests.serve.asking import TEXTS, answers, finish, request, submit
 
@@ -76,7 +77,16 @@ def test_nobody_is_told_who_does_not_ask(make_engine, tiny_tokenizer):
     assert len(told(asked)) == 7
 
 
-@pytest.mark.parametrize("adapter", [None, "lora", "vera"])
+@pytest.fixture
+def learns_alone(host):
+    """An adapter whose routers choose experts in training only."""
+    config = MixLoraConfig(rank=2, num_experts=3, routing="switch", compat="moe-peft")
+    yield host.add("learns-alone", config)
+    host.remove("learns-alone")
+
+
+@pytest.mark.usefixtures("learns_alone")
+@pytest.mark.parametrize("adapter", [None, "lora", "vera", "learns-alone"])
 def test_what_has_no_routers_is_refused(make_engine, tiny_tokenizer, adapter):
     engine = make_engine()
     with pytest.raises(NoRoutersError, match="has none; leave routing out"):

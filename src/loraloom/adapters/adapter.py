@@ -273,9 +273,12 @@ class Adapter(nn.Module, ABC):
             AdapterError: If the method's routers do something else than to choose a few of these
                 for each token.
         """
-        raise AdapterError(
+        raise self._no_moe(self.config.title)
+
+    def _no_moe(self, found: str) -> AdapterError:
+        return AdapterError(
             f"adapter {self.name!r} must be a mixture whose routers choose top_k whole FFN experts "
-            f"for each token to have the form of an MoE checkpoint, got {self.config.title}"
+            f"for each token to have the form of an MoE checkpoint, got {found}"
         )
 
     def auxiliary_loss(

@@ -117,6 +117,11 @@ class AdapterConfig(StrictModel, ABC):
         """Whether initial weights depend on the training data; `started` gives them then."""
         return False
 
+    @property
+    def takes_start_off(self) -> bool:
+        """Whether the start of the update is taken off the base's weights."""
+        return False
+
     def started(
         self, model: Any, batches: Sequence[Mapping[str, Tensor]], base: BaseInfo
     ) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -197,6 +202,11 @@ class AdapterConfig(StrictModel, ABC):
     def experts_per_router(self) -> int:
         """The most experts that a router chooses from; 0 without routers."""
         return 0
+
+    @property
+    def routes_outside_training(self) -> bool:
+        """Whether routers choose experts for tokens that nothing is learnt of."""
+        return self.experts_per_router > 0
 
     @property
     def collapse_advice(self) -> str:

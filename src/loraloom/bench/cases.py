@@ -28,6 +28,7 @@ class StepSetting:
         num_experts: Of a mixture.
         top_k: Of a mixture.
         num_jobs: Adapters, each with rows of its own in the batch.
+        quantization: Settings of the base model's; None for none.
 
     Raises:
         ConfigError: If a token would use more experts than there are.
@@ -41,6 +42,7 @@ class StepSetting:
     num_experts: int = 8
     top_k: int = 2
     num_jobs: int = 1
+    quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_top_k(self.top_k, self.num_experts)

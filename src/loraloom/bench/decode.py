@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from loraloom.bench.cases import StepSetting, adapter_config, mixture_case
-from loraloom.bench.step import fill_B
+from loraloom.bench.step import fill_B, load_setting
 from loraloom.models.host import Host
-from loraloom.models.loading import load_base_model
 
 _MIXED = ("mixture-0", "mixture-1", "mixture-2", "mixture-3", None)
 
@@ -44,8 +42,7 @@ def make_decode(case: str, setting: DecodeSetting) -> Callable[[], object]:
         case: `base`, `mixed` or an adapter of cases.yaml.
         setting: Model and sizes.
     """
-    model: Any
-    model, _ = load_base_model(setting.adapter.base_model, dtype=setting.adapter.dtype)
+    model = load_setting(setting.adapter)
     generator = torch.Generator().manual_seed(0)
     shape = (setting.rows, setting.prompt_length)
     prompts = torch.randint(3, model.config.vocab_size, shape, generator=generator)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from loraloom.bench.count import SHAPES, make_model, without_reads
 from loraloom.bench.prediction import STEPS, JobsSetting, build_jobs
@@ -41,7 +43,7 @@ def measure_kind(base_model: str, kind: str, setting: JobsSetting) -> dict[str, 
         training steps on top of what was there, `step_s` and `decode_s` a step's time, and
         `logit_error` against the unquantised model (relative, on random tokens).
     """
-    host = _load(base_model, kind, setting)
+    host = load_host(base_model, kind, setting)
     jobs = build_jobs(host, setting)
     runner = RoundRunner(host, pad_id=0)
 
@@ -66,6 +68,27 @@ def measure_kind(base_model: str, kind: str, setting: JobsSetting) -> dict[str, 
         "decode_s": times["decode"],
         "logit_error": _logit_error(base_model, host, setting),
     }
+
+
+def measure_peak(base_model: str, kind: str, setting: JobsSetting) -> dict[str, float]:
+    """Run training steps in a process of its own, and measure the most that they take.
+
+    Args:
+        base_model: As `load_base_model` takes it.
+        kind: A name of a quantisation, or none.
+        setting: Of the training steps.
+
+    Returns:
+        `peak_mb`, the base model's weights and what an adapter and its steps add to them.
+    """
+    host = load_host(base_model, kind, setting)
+    weights = sum(tensor.nbytes for _, tensor in stored_weights(host.model))
+    _train(host, setting)  # what is kept for good, compiled products for example, isn't a step's
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide a part of the next steps
+    before = psutil.Process().memory_info().rss
+    reset_peak_rss()
+    _train(host, setting)
+    return {"peak_mb": (weights + peak_rss_bytes() - before) / 1e6}
 
 
 def predict_at(shape: str, setting: JobsSetting) -> dict[str, MemoryPrediction]:
@@ -115,12 +138,30 @@ def linear_bytes(shapes: dict[str, tuple[int, int]], kind: str) -> float:
     return sum(rows * (width * of_weight + of_row) / 8 for rows, width in shapes.values())
 
 
-def _load(base_model: str, kind: str, setting: JobsSetting) -> Host:
+def load_host(base_model: str, kind: str, setting: JobsSetting) -> Host:
+    """Load a base model whose weights are all in memory, none mapped from a file.
+
+    Args:
+        base_model: As `load_base_model` takes it.
+        kind: A name of a quantisation, or none.
+        setting: With the base model's dtype.
+    """
     quantization = None if kind == "none" else kind
     model, _ = load_base_model(base_model, setting.dtype, quantization=quantization)
     for weight in model.parameters():
-        weight.detach().cpu()  # weights that are mapped from a file are read when first used
+        if type(weight.data) is Tensor and weight.is_floating_point():  # as it was in the file
+            weight.data = weight.data.clone()
     return Host(model)
+
+
+def _train(host: Host, setting: JobsSetting) -> None:
+    """Let a job make its steps, and take it off."""
+    (job,) = build_jobs(host, setting)
+    runner = RoundRunner(host, pad_id=0)
+    for _ in range(STEPS):
+        part = job.micro_batch()
+        job.accept(part, runner.run([part])[0])
+    host.remove(job.name)
 
 
 def _decoding(host: Host, adapter: str) -> Any:
@@ -135,5 +176,5 @@ def _logit_error(base_model: str, host: Host, setting: JobsSetting) -> float:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, host.config.vocab_size, (1, _PROBE_LENGTH), generator=generator)
     actual = host(ids).logits.float()
-    expected = _load(base_model, "none", setting)(ids).logits.float()
+    expected = load_host(base_model, "none", setting)(ids).logits.float()
     return float((actual - expected).norm() / expected.norm())

@@ -8,6 +8,7 @@ batch; the others are loraloom's. Dropout 0, no gradient checkpointing, all line
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,11 +84,17 @@ class JobSteps:
 
 def make_job_steps(case: str, setting: StepSetting) -> JobSteps:
     """Load a base model and put `num_jobs` adapters of a case on it."""
-    model, _ = load_base_model(setting.base_model, dtype=setting.dtype)
+    model = load_setting(setting)
     host = Host(model)
     for job in range(setting.num_jobs):
         host.add(f"{case}-{job}", adapter_config(case, setting), seed=job)
     return JobSteps(host, _random_tokens(model, setting))
+
+
+def load_setting(setting: StepSetting) -> Any:
+    """Load the base model of a setting."""
+    model, _ = load_base_model(setting.base_model, setting.dtype, quantization=setting.quantization)
+    return model
 
 
 def _random_tokens(model: torch.nn.Module, setting: StepSetting) -> Tensor:
@@ -107,7 +114,7 @@ def fill_B(module: torch.nn.Module) -> None:
 def _peft_step(setting: StepSetting, *, tuned: bool) -> Step:
     import peft
 
-    model, _ = load_base_model(setting.base_model, dtype=setting.dtype)
+    model = load_setting(setting)
     tokens = _random_tokens(model, setting)
     head = head_of(model, family_of(model))
     config = peft.LoraConfig(

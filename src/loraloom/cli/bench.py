@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loraloom.bench.cases import PEFT_CASES, StepSetting, adapter_cases, mixture_case
-from loraloom.cli.options import BaseModelOption, FixedDtypeOption, path_option
+from loraloom.cli.options import (
+    BaseModelOption,
+    FixedDtypeOption,
+    QuantizationOption,
+    path_option,
+)
+from loraloom.config.quantization import AnyQuantization
 from loraloom.durable import prepare_output
 from loraloom.errors import ConfigError, shown
 from loraloom.models.sources import SMALL_MODEL
@@ -135,6 +141,7 @@ def _measure_layers(layers: Mapping[str, LayerCase], rounds: int) -> Figures:
 def step(
     base_model: BaseModelOption = SMALL_MODEL,
     dtype: FixedDtypeOption = "bfloat16",
+    quantization: QuantizationOption = None,
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of a step.")] = 4,
     length: LengthOption = 256,
     rank: RankOption = 8,
@@ -153,7 +160,16 @@ def step(
     from loraloom.bench.timing import alternate
 
     names = _names(cases, (*PEFT_CASES, *adapter_cases()))
-    setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k)
+    setting = StepSetting(
+        base_model,
+        dtype,
+        num_rows,
+        length,
+        rank,
+        num_experts,
+        top_k,
+        quantization=_settings_of(quantization),
+    )
     peaks = {name: step_peak_rss_bytes(name, setting) for name in names} if memory else {}
     times = alternate({name: make_step(name, setting) for name in names}, rounds)
     figures = {
@@ -166,6 +182,7 @@ def step(
 def jobs(
     base_model: BaseModelOption = SMALL_MODEL,
     dtype: FixedDtypeOption = "bfloat16",
+    quantization: QuantizationOption = None,
     num_jobs: Annotated[int, typer.Option("--jobs", min=2, help="Adapters that train.")] = 8,
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences of each job.")] = 1,
     length: LengthOption = 128,
@@ -185,7 +202,17 @@ def jobs(
     from loraloom.bench.step import make_job_steps
     from loraloom.bench.timing import alternate
 
-    setting = StepSetting(base_model, dtype, num_rows, length, rank, num_experts, top_k, num_jobs)
+    setting = StepSetting(
+        base_model,
+        dtype,
+        num_rows,
+        length,
+        rank,
+        num_experts,
+        top_k,
+        num_jobs,
+        _settings_of(quantization),
+    )
     steps = make_job_steps(name, setting)
     peaks = describe_jobs_memory(name, setting, steps.adapters[0]) if memory else None
     times = alternate({"by turns": steps.by_turns, "fused": steps.fused}, rounds, warmup=1)
@@ -199,6 +226,7 @@ def jobs(
 def decode(
     base_model: BaseModelOption = SMALL_MODEL,
     dtype: FixedDtypeOption = "bfloat16",
+    quantization: QuantizationOption = None,
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="Sequences at once.")] = 16,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Of each row.")] = 32,
     rank: RankOption = 8,
@@ -213,7 +241,14 @@ def decode(
     from loraloom.bench.decode import DecodeSetting, make_decode
     from loraloom.bench.timing import alternate
 
-    adapter = StepSetting(base_model, dtype, rank=rank, num_experts=num_experts, top_k=top_k)
+    adapter = StepSetting(
+        base_model,
+        dtype,
+        rank=rank,
+        num_experts=num_experts,
+        top_k=top_k,
+        quantization=_settings_of(quantization),
+    )
     setting = DecodeSetting(adapter, rows=num_rows, new_tokens=new_tokens)
     times = alternate({name: make_decode(name, setting) for name in names}, rounds, warmup=1)
     tokens = num_rows * new_tokens
@@ -261,6 +296,11 @@ SUBCOMMANDS: Mapping[str, Callable[..., None]] = {
     "decode": decode,
     "count": count,
 }
+
+
+def _settings_of(quantization: AnyQuantization | None) -> dict[str, Any] | None:
+    """Write a quantisation so that it goes to another process."""
+    return None if quantization is None else quantization.model_dump()
 
 
 def _check_choice(option: str, value: str, known: Collection[str]) -> None:

@@ -145,24 +145,30 @@ def serve(
     from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
     from loraloom.serve.http.server import Server, listen
+    from loraloom.serve.threads import run_apart
 
     return_freed_memory()
     bound_kernel_caches()
     check_sources(base_model, adapters, device, dtype, quantization)
     with listen(host, port) as sock:
-        model, tokenizer = load_host(
-            base_model, {}, dtype, device, attn_implementation, quantization
-        )
-        limits = make_limits(
-            model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
-        )
-        engine = Engine(model, tokenizer, limits)
-        shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget)
-        for name, path in adapters.items():
-            shelf.load(name, path)
+
+        def prepare() -> tuple[Engine, AdapterShelf, Any]:
+            model, tokenizer = load_host(
+                base_model, {}, dtype, device, attn_implementation, quantization
+            )
+            limits = make_limits(
+                model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
+            )
+            engine = Engine(model, tokenizer, limits)
+            shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget)
+            for name, path in adapters.items():
+                shelf.load(name, path)
+            _announce(engine, shelf, sock)
+            return engine, shelf, tokenizer
+
+        engine, shelf, tokenizer = run_apart(prepare)
         options = ApiOptions(keys, allow_loading, cors_origin or (), max_body_bytes, is_local)
         app = create_app(engine, tokenizer, shelf, options)
-        _announce(engine, shelf, sock)
         Server(app, engine).run([sock])
 
 

@@ -203,7 +203,15 @@ class QuantisedLinear:
             return self.base_forward(hidden_states)
         if hidden_states.requires_grad:
             return _ThroughWeight.apply(hidden_states, self)  # pyright: ignore
-        return _no_view(self.base_forward(hidden_states))
+        return self.output(hidden_states)
+
+    def output(self, hidden_states: Tensor) -> Tensor:
+        """Return what the layer returns, without a graph.
+
+        bitsandbytes' LLM.int8 sets outliers in float16 to zero and back, which autograd would take
+        for another input than others have kept; `data` has a version of its own.
+        """
+        return _no_view(self.base_forward(hidden_states.data))
 
 
 class _ThroughWeight(torch.autograd.Function):
@@ -212,7 +220,7 @@ class _ThroughWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, layer):
         ctx.weight = layer.weight
-        return _no_view(layer.base_forward(hidden_states))
+        return layer.output(hidden_states)
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ Every product of a cohort (see cohorts.py) is one batched product over its N ada
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -105,11 +106,13 @@ class StackedForward:
         if len(sizes) > len(cohorts):
             _, gate, up = (own[-1] for own in parts)
             hidden.append(act(gate) if up is None else act(gate) * up)
-        outputs = _through(down, hidden)
+        output = down(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        base_outputs = _split(output, [len(part) for part in hidden])
         with outside_autocast(gate):
-            for place, step in enumerate(steps):
-                outputs[place] = step.finish(outputs[place])
-        rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            outputs = [step.finish(part) for step, part in zip(steps, base_outputs, strict=False)]
+        outputs += base_outputs[len(steps) :]
+        is_in_place = all(map(operator.is_, outputs, base_outputs))
+        rows = output if is_in_place else torch.cat(outputs)
         if plan.ffn_put is not None:
             rows = rows.index_select(0, plan.ffn_put)
         return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
@@ -154,13 +157,6 @@ def _updated(
     factors = cohort.scatter(factors, blank=1.0)
     bias: Any = linear.bias
     return decompose(output, update, factors, None if bias is None else bias.to(output.dtype))
-
-
-def _through(linear: nn.Module, parts: Sequence[Tensor]) -> list[Tensor]:
-    """Send several parts' rows through a linear layer at once."""
-    if len(parts) == 1:
-        return [linear(parts[0])]
-    return list(linear(torch.cat(list(parts))).split([len(part) for part in parts]))
 
 
 def _split(rows: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:

@@ -82,7 +82,7 @@ class StackedInput(Entries):
         stacks = (self, *others)
         return replace(
             self,
-            A=change(*(stack.A.mT for stack in stacks)).mT,
+            A=change(*(stack.A for stack in stacks)),
             B=change(*(stack.B for stack in stacks)),
             row_scales={
                 name: change(*(stack.row_scales[name] for stack in stacks))
@@ -152,7 +152,10 @@ class StackedStep(ABC):
 
     @abstractmethod
     def finish(self, output: Tensor) -> Tensor:
-        """Go from the base's output projection of `hidden` to the block's output, [N·n, D]."""
+        """Go from the base's output projection of `hidden` to the block's output, [N·n, D].
+
+        Where nothing else is asked of it, the output is changed in place and returned.
+        """
 
 
 @dataclass(frozen=True)
@@ -239,18 +242,18 @@ class _LowRankStep(StackedStep):
                 up_rank = _rank_input(weights.up, low_rank, hidden_states, tokens)
             states = states * _adapted(up, up_rank, weights.up)
         self.hidden = states.flatten(0, 1)
-        self._update: Tensor | None = None
+        self._rank_input: Tensor | None = None
         if self._down is not None:
             down_rank = torch.bmm(states, weights.down_A)
-            rank_input = _rank_input(self._down, down_rank, states, tokens)
-            self._update = torch.bmm(rank_input, self._down.B)  # pyright: ignore
+            self._rank_input = _rank_input(self._down, down_rank, states, tokens)
 
     def finish(self, output: Tensor) -> Tensor:
-        down, update = self._down, self._update
-        if down is None or update is None:
+        down, rank_input = self._down, self._rank_input
+        if down is None or rank_input is None:
             return output
         if down.row_scale is None:
-            return output + update.flatten(0, 1)
+            return _add_update_(output, rank_input, down.B)
+        update = torch.bmm(rank_input, down.B)
         rows = output.view_as(update)
         return decompose(rows, update, down.row_scale.unsqueeze(1), down.bias).flatten(0, 1)
 
@@ -266,6 +269,13 @@ def _rank_input(
         return low_rank
     entries = enumerate(zip(side.between, low_rank, hidden_states, strict=True))
     return torch.stack([between(z, x, tokens(index)) for index, (between, z, x) in entries])
+
+
+def _add_update_(output: Tensor, rank_input: Tensor, lora_B: Tensor) -> Tensor:
+    """Add what B makes of [N, n, S] to the base's output, [N·n, O]."""
+    rows = output.view(len(lora_B), -1, output.shape[-1])
+    rows.baddbmm_(rank_input, lora_B)
+    return output
 
 
 def _adapted(output: Tensor, rank_input: Tensor | None, side: StackedSide | None) -> Tensor:
@@ -345,10 +355,11 @@ class _ExpertStep(StackedStep):
             excess = sum(self._slot_weights).flatten(0, 1) - 1  # pyright: ignore
             output = output + excess * weights.unweighted_bias
         if down is not None and self._down_rank is not None:
-            update = torch.bmm(self._down_rank.flatten(1, -2), down.B).flatten(0, 1)
+            rank_input = self._down_rank.flatten(1, -2)
             if down.row_scale is None:
-                output = output + update
+                output = _add_update_(output, rank_input, down.B)
             else:
+                update = torch.bmm(rank_input, down.B)
                 rows = update.view(*self._slot_shape, update.shape[-1])
                 factors = self._factors(down.row_scale, rows)
                 output = decompose(output.view_as(rows), rows, factors, down.bias)
@@ -426,7 +437,7 @@ def stack_inputs(groups: Sequence[InputGroup]) -> StackedInput:
     }
     maps = any(side.between is not None for side in first.projections.values())
     return StackedInput(
-        A=torch.stack([group.A for group in groups]).transpose(1, 2),
+        A=torch.stack([group.A.T for group in groups]),
         B=B,
         columns=columns,
         row_scales={name: scale for name, scale in scales.items() if scale is not None},
@@ -477,9 +488,8 @@ def _stack_sides(parts: Sequence[FfnWeights]) -> dict[str, Any]:
 
 
 def _changed_matrix(change: _Change, matrices: Sequence[Tensor | None]) -> Tensor | None:
-    """Change transposed matrices, so that they lie as they did."""
     present = _present(matrices)
-    return change(*(matrix.mT for matrix in present)).mT if present else None
+    return change(*present) if present else None
 
 
 def _changed_side(change: _Change, sides: Sequence[StackedSide | None]) -> StackedSide | None:
@@ -494,7 +504,7 @@ def _present(values: Iterable[_Value | None]) -> list[_Value]:
 
 def _stack_transposed(matrices: Sequence[Tensor | None]) -> Tensor | None:
     present = _present(matrices)
-    return torch.stack(present).transpose(1, 2) if present else None
+    return torch.stack([matrix.T for matrix in present]) if present else None
 
 
 def _stack_scales(scales: Iterable[Tensor | None]) -> Tensor | None:

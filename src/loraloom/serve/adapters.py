@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.models.host import Host
+from loraloom.serve.threads import run_apart
 
 
 class UnknownModelError(AdapterError):
@@ -180,7 +182,7 @@ class AdapterShelf:
         if adapter is None:
             taken = name in self._host.adapters
             host_name = f"{name[:90]}.{next(self._versions)}" if taken else name
-            self._host.load(host_name, source)
+            run_apart(partial(self._host.load, host_name, source))
             adapter = ServedAdapter(name, host_name, source, files)
         with self._lock:
             adapter.name, adapter.is_lazy = name, is_lazy

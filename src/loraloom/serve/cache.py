@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import count
+from itertools import count, takewhile
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,8 @@ class PrefixCache:
     """Blocks of states, the least recently used of which go first.
 
     A block is found by its tokens, by all tokens before them and by a salt that says whose weights
-    computed the states, so that no adapter meets another's.
+    computed the states, so that no adapter meets another's. It is used later than all that go on
+    from it, so that a block is never held without those before it.
     """
 
     def __init__(self) -> None:
@@ -43,13 +44,10 @@ class PrefixCache:
 
         The last token is left out in any case: reading it gives the next one's logits.
         """
-        found = []
-        for key, _ in _keys(salt, tokens[:-1]):
-            if key not in self._blocks:
-                break
-            self._blocks.move_to_end(key)
-            found.append(self._blocks[key])
-        return torch.cat(found, dim=3) if found else None
+        keys = [key for key, _ in _keys(salt, tokens[:-1])]
+        found = list(takewhile(self._blocks.__contains__, keys))
+        self._use(found)
+        return torch.cat([self._blocks[key] for key in found], dim=3) if found else None
 
     def missing(self, salt: Hashable, tokens: Sequence[int]) -> list[tuple[bytes, int]]:
         """Return key and first token of the whole blocks that are not held."""
@@ -72,11 +70,17 @@ class PrefixCache:
         states = session.states(place, missing[0][1], missing[-1][1] + BLOCK_TOKENS)
         for (key, _), block in zip(missing, states.split(BLOCK_TOKENS, dim=3), strict=True):
             self._blocks[key] = block.clone()
+        self._use([key for key, _ in _keys(salt, tokens)])
 
     def shrink(self, max_tokens: int) -> None:
         """Let blocks go until there are no more than so many tokens."""
         while self._blocks and self.num_tokens > max_tokens:
             self._blocks.popitem(last=False)
+
+    def _use(self, keys: Sequence[bytes]) -> None:
+        """Note that a prompt's first blocks were used, the first one last."""
+        for key in reversed(keys):
+            self._blocks.move_to_end(key)
 
 
 class Salts:

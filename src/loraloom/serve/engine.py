@@ -250,10 +250,10 @@ class Engine:
 
     def _check_routes(self, request: GenerationRequest) -> None:
         name = request.adapter_name
-        if name is None or self.host.adapter(name).config.experts_per_router == 0:
+        if name is None or not self.host.adapter(name).config.routes_outside_training:
             raise NoRoutersError(
-                f"routing is told of models that have routers, {request.owner!r} has none; leave "
-                "routing out"
+                "routing is told of models whose routers read answers, "
+                f"{request.owner!r} has none; leave routing out"
             )
 
     def _check(self, request: GenerationRequest) -> None:

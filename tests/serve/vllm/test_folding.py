@@ -24,12 +24,15 @@ SERVED = {
         rank=2, alpha=3, num_experts=3, top_k=3, experts={"rank": 4, "alpha": 2.0}
     ),
     "one": MixLoraConfig(rank=3, alpha=4, num_experts=5, top_k=1, target_modules="ffn"),
+    "shared": MixLoraConfig(rank=2, alpha=4, num_experts=4, shared_expert={"rank": 1}),
     "lora": LoraConfig(rank=5, alpha=6),
     "mixed": MosLoraConfig(rank=4, alpha=6),
+    "orthogonal": LoraConfig(rank=4, alpha=6, init="orthogonal"),
 }
 REFUSED = {
     "dora": METHODS["dora"],
     "mixdora": METHODS["mixdora"],
+    "pissa": LoraConfig(rank=2, init="pissa"),
     "mola": MolaConfig(rank=2, num_experts=(3, 4), router_loss_scope="per_layer"),
 }
 ROOM = 16
@@ -50,8 +53,9 @@ def served(request, tmp_path_factory):
 
 def test_each_adapter_keeps_its_own_rank_and_top_k(served):
     ranks = {name: one.rank for name, one in served.folded.items()}
-    assert ranks == {"small": 12, "large": 12, "one": 15, "lora": 5, "mixed": 4}
-    assert [one.top_k for one in served.folded.values()] == [2, 3, 1, None, None]
+    mixtures = {"small": 12, "large": 12, "one": 15, "shared": 12}
+    assert ranks == mixtures | {"lora": 5, "mixed": 4, "orthogonal": 4}
+    assert [one.top_k for one in served.folded.values()] == [2, 3, 1, 2, None, None, None]
 
 
 def test_attention_is_a_lora_with_the_scaling_in_its_B(served):
@@ -257,6 +261,7 @@ def test_diverged_adapters_spoil_no_others_tokens():
     [
         ("dora", "weight decomposition scales rows of the base model's own weights"),
         ("mixdora", "weight decomposition scales rows of the base model's own weights"),
+        ("pissa", "its start is a part of the base model's own weights"),
         ("mola", r"routers of whole FFN blocks only, this adapter has one on self_attn"),
     ],
 )

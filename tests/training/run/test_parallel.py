@@ -21,14 +21,20 @@ from loraloom.config.data import DataConfig
 from loraloom.data.streaming import StreamedSet
 from loraloom.ranks import Alone, ProcessRanks, Ranks
 from loraloom.training.run import inbox
+from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.results import read_result
+from loraloom.training.step import gradient_sum
+from loraloom.training.step.gradient_sum import sum_gradients
 from tests.training.running import read_metrics
 from tests.training.saved import save_inputs, write_run_file
-from tests.training.toy import toy_tokenizer
+from tests.training.toy import PAD_ID, add_job, toy_config, toy_host, toy_tokenizer
 from tests.training.world import hold_base, run_ranks
 
 MODES = ("pairs", "plain", "accumulation", "packing")
 """Of a LoRA, a DoRA, a MixLoRA and a MixDoRA."""
+
+SHARDED = {"parallel": {"base": "fsdp"}, "memory_limit": "8 GB"}
+"""With a limit, the memory of jobs that join is predicted, by forwards that take all ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,8 @@ def world(tmp_path_factory) -> Path:
         run |= {"dtype": "float16", "jobs": [run["jobs"][0], run["jobs"][2]]}
         write_run_file(directory / f"{name}.yaml", run)
     write_run_file(directory / "sweep.yaml", _sweep(directory, directory / "sweep-one"))
-    write_run_file(directory / "two-sweep.yaml", _sweep(directory, directory / "sweep-two"))
+    sharded = _sweep(directory, directory / "sweep-two") | SHARDED
+    write_run_file(directory / "two-sweep.yaml", sharded)
     loraloom.train(directory / "one.yaml")
     loraloom.train(directory / "sweep.yaml")
     _overflow(1, directory / "half-one")
@@ -55,6 +62,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def _work(rank: int, directory: Path) -> None:
+    gradient_sum.BUCKET_BYTES = 4096  # tiny adapters are sent in several, too
     (directory / f"rank-{rank}.json").write_text(json.dumps(_talk(rank, directory)))
     hold_base(rank, directory, str(directory / "base"), "fsdp")
     loraloom.train(directory / "two.yaml")
@@ -103,7 +111,7 @@ def _decide(rank: int, directory: Path) -> None:
         (directory / "watched" / "taken" / "result.json").write_text("{}")
         for job in (jobs["dora"], unsplit, taken):
             write_run_file(directory / "in" / f"{job['name']}.yaml", job)
-    run |= {"output_dir": str(directory / "watched"), "jobs": [jobs["lora"]]}
+    run |= {"output_dir": str(directory / "watched"), "jobs": [jobs["lora"]], **SHARDED}
     watch = inbox.WatchOptions(directory / "in", exit_when_idle=True)
     loraloom.train(run, watch=watch, overwrite=True)
 
@@ -130,7 +138,7 @@ def _talk(rank: int, directory: Path) -> dict[str, Any]:
     parameters = [Parameter(torch.zeros(2)) for _ in range(3)]
     parameters[0].grad = torch.tensor([1.0, rank])
     parameters[1].grad = torch.ones(2) if rank == 1 else None
-    ranks.sum_gradients(parameters)
+    sum_gradients(ranks, [parameters[:2], parameters[2:]])
     sums = [None if p.grad is None else p.grad.tolist() for p in parameters]
     ranks.keep_at_first(parameters)
     return {
@@ -144,6 +152,7 @@ def _talk(rank: int, directory: Path) -> dict[str, Any]:
         "differs": ranks.check_alike({"same": "a", "other": str(rank)}),
         "fault": _failure(ranks, ValueError("broken") if rank == 1 else None),
         "memory": _failure(ranks, torch.OutOfMemoryError("full") if rank == 0 else None),
+        "backward": _fail_backward(rank, ranks),
         "both": _failure(ranks, (torch.OutOfMemoryError if rank == 0 else ValueError)("gone")),
     }
 
@@ -163,6 +172,22 @@ def _failure(ranks: ProcessRanks, error: Exception | None) -> str:
     except Exception as raised:
         return f"{type(raised).__name__}: {raised}"
     return ""
+
+
+def _fail_backward(rank: int, ranks: ProcessRanks) -> list[Any]:
+    """Let a backward pass fail on the second rank, where it comes to the first layer."""
+    host = toy_host()
+    host.ranks = ranks
+    job = add_job(host, toy_config("a"))
+    weights = list(job.parameters.values())
+    if rank == 1:
+        weights[0].register_hook(_fail)
+    (outcome,) = RoundRunner(host, PAD_ID).run([job.micro_batch()])
+    return [str(outcome), sum(weight.grad is not None for weight in weights)]
+
+
+def _fail(_: torch.Tensor) -> None:
+    raise ValueError("broken")
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +238,13 @@ def test_what_fails_on_one_rank_fails_on_all(told):
         "RuntimeError: on rank 1: ValueError: gone",
         "ValueError: gone",
     ]
+
+
+def test_a_backward_pass_that_fails_on_one_rank_leaves_no_gradients_on_any(told):
+    reasons, left = zip(*(own["backward"] for own in told), strict=True)
+    assert left == (0, 0)
+    assert "raised RuntimeError: on rank 1: ValueError: broken" in reasons[0]
+    assert "raised ValueError: broken" in reasons[1]
 
 
 @pytest.mark.parametrize("run", ["two", "sharded"])

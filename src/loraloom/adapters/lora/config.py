@@ -125,7 +125,7 @@ class LoraConfig(DecomposedConfig):
 
     @property
     def takes_start_off(self) -> bool:
-        """Whether the start of the update is taken off the base's weights."""
+        """See AdapterConfig."""
         return self.init in ("pissa", "olora")
 
     @property

@@ -55,10 +55,11 @@ _REMEDY = {
     "bias": "train with bias='none', or merge the biases into the base model",
     "lora_bias": "train with lora_bias=False",
 }
-_NAMED_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
-"""Initialisations that we have too, beside Kaiming's."""
+_READ_STARTS = ("gaussian", "pissa", "olora")
+"""Initialisations that stay an adapter's: PEFT's files mean the base without the last two."""
+_NAMED_STARTS = (*_READ_STARTS, "orthogonal")
+"""Those that files name; of an orthogonal one trained weights know nothing, which is computed."""
 _KNOWN_STARTS = (True, False, "eva", *_NAMED_STARTS)
-"""These, and what trained weights know nothing of."""
 _MODULE = re.compile(
     r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>\w+\.\w+))"
     r"\.lora_A(?:\.weight)?$"
@@ -86,9 +87,9 @@ def settings_of(files: AdapterFiles, projections: Sequence[str]) -> dict[str, An
 
 
 def _init(files: AdapterFiles) -> str:
-    """Name the initialisation, of which trained weights know nothing, where we have it too."""
+    """Name the initialisation; kaiming where trained weights know nothing of it."""
     start = files.config.get("init_lora_weights")
-    return start if start in _NAMED_STARTS else "kaiming"
+    return start if start in _READ_STARTS else "kaiming"
 
 
 def _adapted_modules(files: AdapterFiles) -> dict[str, str]:

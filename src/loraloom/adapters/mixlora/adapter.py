@@ -60,7 +60,7 @@ class MixLoraAdapter(Adapter):
         super().__init__(name, config, base_layers, layers)
         self._expert_dropout = config.expert_config.dropout
         self._routed = config.route
-        self._returns_input = config.compat is not None and config.routing == "switch"
+        self._returns_input = not config.routes_outside_training
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
         """See Adapter."""
@@ -107,8 +107,10 @@ class MixLoraAdapter(Adapter):
 
     def as_moe(self, layer: int) -> MoeFfn:
         """See Adapter; possible where a token's weights sum to 1."""
-        if not self._routed.sums_to_one or self.config.router_bias:
-            return super().as_moe(layer)
+        if not self._routed.sums_to_one:
+            raise self._no_moe(f"routing: {self.config.routing}")
+        if self.config.router_bias:
+            raise self._no_moe("router_bias, which such a checkpoint has no place for")
         block, base = self.ffn_block(layer), self.base_layers[layer].ffn
 
         def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:

@@ -125,6 +125,11 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         return self
 
     @property
+    def routes_outside_training(self) -> bool:
+        """See AdapterConfig; a block of MoE-PEFT's switch returns its input then."""
+        return self.compat is None or self.routing != "switch"
+
+    @property
     def expert_config(self) -> LoraConfig:
         """The experts as a plain LoRA's configuration, with what they inherit filled in."""
         own = {} if self.experts is None else self.experts.model_dump(exclude_none=True)

@@ -69,7 +69,7 @@ async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Resp
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         return backend.requests(body, model, prompt_ids, max_tokens, num_logprobs, make_constraint)
 
-    answers = await ask(backend, body.model, make_requests, http)
+    answers = await ask(backend, body.model, make_requests, http, in_pieces=body.stream)
     if body.stream:
         return EventStream(answers, _chunks(backend, body, answers, len(prompt_ids)))
     whole = await collect(answers)

@@ -47,7 +47,7 @@ async def complete_texts(backend: Backend, body: CompletionBody, http: Request) 
             for request in _requests(backend, body, model, prompt_ids)
         ]
 
-    answers = await ask(backend, body.model, make_requests, http)
+    answers = await ask(backend, body.model, make_requests, http, in_pieces=body.stream)
     num_prompt = sum(map(len, prompts))
     if body.stream:
         return EventStream(answers, _chunks(backend, body, answers, num_prompt))

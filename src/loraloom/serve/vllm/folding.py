@@ -78,7 +78,7 @@ class Folder:
         """
         stored = read_stored(find_adapter(path_or_hub_id))
         refuse_own_parts(stored.config, stored.source, "be served by vLLM")
-        _check_no_magnitudes(stored)
+        _check_needs_no_weights(stored)
         # the base's weights aren't here to be compared with those it was trained on
         stored = replace(stored, base=replace(stored.base, fingerprint=None))
         config, tensors = fit_to_base(stored, self._base)
@@ -172,14 +172,20 @@ def _routers(adapter: Adapter, layer: int, source: str) -> MoeFfn:
         ) from None
 
 
-def _check_no_magnitudes(stored: StoredAdapter) -> None:
+def _check_needs_no_weights(stored: StoredAdapter) -> None:
     keys: Sequence[TensorKey | None] = [TensorKey.parse(name) for name in stored.tensors]
     if any(key is not None and key.part == "magnitude" for key in keys):
-        raise AdapterError(
-            f"{stored.source}: weight decomposition scales rows of the base model's own weights, "
-            "which no LoRA can, so vLLM can't serve it; serve it with the embedded engine, or "
-            "export it merged (a mixture as an MoE checkpoint)"
+        reason = (
+            "weight decomposition scales rows of the base model's own weights, which no LoRA can"
         )
+    elif stored.config.takes_start_off:
+        reason = "its start is a part of the base model's own weights, which are not at hand"
+    else:
+        return
+    raise AdapterError(
+        f"{stored.source}: {reason}, so vLLM can't serve it; serve it with the embedded engine, or "
+        "export it merged (a mixture as an MoE checkpoint)"
+    )
 
 
 def _named(module: str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:

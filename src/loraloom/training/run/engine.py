@@ -23,7 +23,8 @@ from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.reporting import Reporter, Viewer
 from loraloom.training.run.results import JobResult, job_result, parse_result
 from loraloom.training.run.schedule import Schedule
-from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
+from loraloom.training.step.gradient_sum import sum_gradients
+from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.reference import drop_reference
 
 SNAPSHOT_RETRY_S = 60.0
@@ -209,13 +210,18 @@ class Engine:
 
     @contextmanager
     def _joining(self, job: Job) -> Iterator[None]:
-        """Let a job join after what is done in this context; take it off where that fails."""
+        """Let a job join after what is done in this context; take it off where that fails.
+
+        What fails on one rank, the first one's files for example, fails on all.
+        """
+        ranks = self.host.ranks
         try:
-            if job.name.casefold() in map(str.casefold, self._settings):
-                raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
-            self._schedule.check_fits(job)
-            self._check_memory(job)
-            yield
+            with ranks.together():
+                if job.name.casefold() in map(str.casefold, self._settings):
+                    raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
+                self._schedule.check_fits(job)
+                self._check_memory(job)
+                yield
         except Exception:
             self.discard(job)
             raise
@@ -223,7 +229,8 @@ class Engine:
         self.joined.add(job.name)
         self._is_snapshot_due = True
         try:
-            self._reporter.add(job)
+            with ranks.together():
+                self._reporter.add(job)
         except Exception as error:
             self._fail(job, error)
 
@@ -269,7 +276,6 @@ class Engine:
             any(job.config.train.gradient_checkpointing for job in jobs)
         )
         outcomes = self._runner.run(micro_batches)
-        self._sum_gradients(jobs, outcomes)
         self.round += 1
         self._schedule.charge(micro_batches)
         for job, micro_batch, outcome in zip(jobs, micro_batches, outcomes, strict=True):
@@ -346,7 +352,9 @@ class Engine:
     def _write_snapshot(self) -> None:
         for job in self.jobs.values():
             if not job.at_boundary:
-                self.host.ranks.collect_gradients(job.parameters.values())
+                weights = list(job.parameters.values())
+                sum_gradients(self.host.ranks, [weights])
+                self.host.ranks.keep_at_first(weights)
         running = {
             name: job.state_dict()
             for name, job in self.jobs.items()
@@ -429,19 +437,6 @@ class Engine:
     def _must_end(self) -> bool:
         """Whether any rank was interrupted; signals come to them one after the other."""
         return self.host.ranks.any(self.is_interrupted)
-
-    def _sum_gradients(
-        self, jobs: Sequence[Job], outcomes: Sequence[MicroBatchLoss | TrainingError]
-    ) -> None:
-        """Add the gradients of the jobs that make a step now up over the ranks, all at once."""
-        ready = [
-            job
-            for job, outcome in zip(jobs, outcomes, strict=True)
-            if job.is_at_last_micro_batch and not isinstance(outcome, TrainingError)
-        ]
-        self.host.ranks.sum_gradients(
-            parameter for job in ready for parameter in job.parameters.values()
-        )
 
     def _micro_batches(self) -> list[MicroBatch]:
         """Return each job's next micro-batch; a job that has none to give ends."""

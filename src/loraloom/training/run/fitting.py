@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch.nn import Parameter
 
 from loraloom.errors import TrainingError
 from loraloom.infer.halving import free_memory
 from loraloom.models.host import Host
 from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.gradient_sum import completed_weights, sum_gradients
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.rows import lay_out
 
@@ -50,9 +52,11 @@ class RoundRunner:
         Raises:
             Exception: If all jobs raise, and the base model does without any.
         """
+        ranks = self._host.ranks
         faults: list[Exception] = []
         losses = [MicroBatchLoss(0.0)] * len(micro_batches)
         errors: dict[int, TrainingError] = {}
+        parted: set[int] = set()
         waiting: list[Group] = [list(enumerate(micro_batches))]
         while waiting:
             group = [item for item in waiting.pop() if item[0] not in errors]
@@ -65,17 +69,18 @@ class RoundRunner:
             place, micro_batch = group[0]
             fault: Exception | None = None
             try:
-                with _gradients_set_aside([micro_batch for _, micro_batch in group]):
-                    outcome = forward_backward(
-                        self._host, [micro_batch for _, micro_batch in group], self._pad_id
-                    )
+                batches = [micro_batch for _, micro_batch in group]
+                with _gradients_set_aside(batches, completed_weights(ranks, batches)):
+                    outcome = forward_backward(self._host, batches, self._pad_id)
             except torch.OutOfMemoryError:
                 outcome = None
             except Exception as error:
                 outcome, fault = None, error
             if outcome is not None:
-                for (place, _), loss in zip(group, outcome, strict=True):
+                for (place, part), loss in zip(group, outcome, strict=True):
                     losses[place] += loss
+                    if part is not micro_batches[place]:
+                        parted.add(place)
             elif fault is None:
                 free_memory()  # the error, which holds on to the activations, is gone by now
                 if halves:
@@ -90,6 +95,8 @@ class RoundRunner:
                 errors[place] = _training_error(micro_batch, fault)
         if faults and len(faults) == len(micro_batches):
             self.raise_if_general(faults[0])
+        late = [micro_batches[place] for place in sorted(parted - errors.keys())]
+        sum_gradients(ranks, completed_weights(ranks, late))
         return [errors.get(place, loss) for place, loss in enumerate(losses)]
 
     def raise_if_general(self, fault: Exception) -> None:
@@ -106,22 +113,30 @@ class RoundRunner:
 
 
 @contextmanager
-def _gradients_set_aside(micro_batches: Sequence[MicroBatch]) -> Iterator[None]:
+def _gradients_set_aside(
+    micro_batches: Sequence[MicroBatch], completed: Sequence[Sequence[Parameter]]
+) -> Iterator[None]:
     """Add what a backward pass gives to the gradients that are there, but only if it ends.
 
     It may fail half-way, so it gets empty gradients; the others come back in any case.
+
+    Args:
+        micro_batches: Of the pass.
+        completed: Weights whose gradients it adds up over ranks, earlier ones too, in new tensors.
     """
     weights = [weight for batch in micro_batches for weight in batch.adapter.parameters()]
-    before = [weight.grad for weight in weights]
-    for weight in weights:
+    before = {weight: weight.grad for weight in weights}
+    apart = before.keys() - {weight for own in completed for weight in own}
+    for weight in apart:
         weight.grad = None
     try:
         yield
     except BaseException:
-        for weight, gradient in zip(weights, before, strict=True):
+        for weight, gradient in before.items():
             weight.grad = gradient
         raise
-    for weight, gradient in zip(weights, before, strict=True):
+    for weight in apart:
+        gradient = before[weight]
         if gradient is not None:
             weight.grad = gradient if weight.grad is None else gradient.add_(weight.grad)
 

@@ -164,11 +164,6 @@ class Job:
         return self.position.micro_step == 0
 
     @property
-    def is_at_last_micro_batch(self) -> bool:
-        """Whether the next micro-batch is the last one of its step."""
-        return self.position.micro_step + 1 == self.window.num_micro_batches
-
-    @property
     def held_out(self) -> str:
         """Hash of the examples that it is measured on."""
         return examples_digest([], self.training_set.validation)
@@ -217,6 +212,7 @@ class Job:
             self.reference,
             train.max_length if train.packing else None,
             loss_scale=1.0 if self.loss_scale is None else self.loss_scale.scale,
+            is_last=self.position.micro_step + 1 == window.num_micro_batches,
         )
 
     def accept(

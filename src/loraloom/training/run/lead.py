@@ -7,6 +7,7 @@ engine do between two rounds, the others are told and let theirs do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from loraloom.config.job import JobConfig
@@ -88,11 +89,8 @@ class Lead:
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
         """Let the job that was built last join; see `Engine.add`."""
-        try:
-            self._engine.add(job, overwrite=overwrite)
-        finally:
-            has_joined = self.jobs.get(job.name) is job
-            self._tell("add" if has_joined else "discard", sorted(job.milestones))
+        self._tell("add", sorted(job.milestones))
+        self._engine.add(job, overwrite=overwrite)
 
     def stop(self, name: str, reason: str) -> JobResult:
         """End a job now; see `Engine.stop`."""
@@ -127,11 +125,10 @@ class Lead:
             self._engine.stop(*value)
         elif action == "save":
             self._engine.save_if_due(may_wait=value)
-        elif self._built is not None and action == "add":
+        elif action == "add" and self._built is not None:
             self._built.milestones = frozenset(value)
-            self._engine.add(self._built)
-        elif self._built is not None:
-            self._engine.discard(self._built)
+            with suppress(Exception):  # as above
+                self._engine.add(self._built)
 
     def _build(self, config: JobConfig) -> Job:
         """Build a job on this rank; what fails here, or comes out otherwise, fails on all."""

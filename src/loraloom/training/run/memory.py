@@ -118,7 +118,7 @@ def predict_memory(
         activations *= 1 + (_CPU_ALLOCATOR_SHARE if on_cpu else _ALLOCATOR_SHARE)
     adapters = [_bytes_of(job.adapter.parameters()) for job in jobs]
     copies = [
-        _learning_copies(job, checkpointed=checkpointed)
+        _learning_copies(job, at_once=checkpointed or num_ranks > 1)
         + (on_cpu and job.config.selection_metric is not None)  # the best weights
         for job in jobs
     ]
@@ -272,12 +272,17 @@ def _largest_round(
     return rows
 
 
-def _learning_copies(job: Job, *, checkpointed: bool) -> float:
-    """Count copies of the weights beside them, at the beginning of a backward pass."""
+def _learning_copies(job: Job, *, at_once: bool) -> float:
+    """Count copies of the weights beside them, at the beginning of a backward pass.
+
+    Args:
+        job: That learns.
+        at_once: Whether there is room for all gradients before activations go.
+    """
     train = job.config.train
     earlier_gradients = int(train.micro_batch_size < train.batch_size)
     states = float(_OPTIMIZER_STATES.get(train.optimizer.removeprefix("paged_"), 2))
-    return states + earlier_gradients + int(checkpointed) + 1
+    return states + earlier_gradients + int(at_once) + 1
 
 
 def _loss_bytes(host: Host, num_tokens: int, adapters: Sequence[Adapter]) -> int:

@@ -24,6 +24,7 @@ from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.statistics import RouterStatistics, measure_load, read_statistics
+from loraloom.training.step.gradient_sum import completed_weights, summing_gradients
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import ObjectiveTerms, ScoredSamples
 from loraloom.training.step.reference import ask_references
@@ -41,7 +42,7 @@ def forward_backward(
     pass; its adapter's gradient is of no use then. Gradients are those of losses times their scale.
 
     Where the host has several ranks, each computes its share of the rows and gets its summand of
-    the gradient. Losses are those of all.
+    the gradient; after a step's last micro-batch, all get the sum. Losses are those of all.
 
     Args:
         host: With the micro-batches' adapters.
@@ -68,12 +69,13 @@ def forward_backward(
         states = inputs.predicting_states(output.last_hidden_state)
         losses = host.token_losses(states, inputs.targets, owners(rows, layout.adapters))
         forwards = _forwards(layout, losses, output.routing)
+        summing = summing_gradients(ranks, completed_weights(ranks, micro_batches))
     terms = [
         forward.with_auxiliary_loss(micro_batch, ranks)
         for forward, micro_batch in zip(forwards, micro_batches, strict=True)
     ]
     values = _fetch(terms, [forward.routing for forward in forwards], ranks)
-    with ranks.together(), recovering(host.model):
+    with ranks.together(), recovering(host.model), summing:
         _backward(
             [
                 _scaled(term["loss"] + term["aux_loss"], micro_batch.loss_scale)

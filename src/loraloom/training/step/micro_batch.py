@@ -28,6 +28,7 @@ class MicroBatch:
         max_row_length: Most tokens of a row that samples share; None: each has a row.
         counts: Whether anything comes of it; False for a rank that no example is left for.
         loss_scale: Factor of the loss in the backward pass alone.
+        is_last: Whether the step's gradient is complete with it.
     """
 
     adapter: Adapter
@@ -39,6 +40,7 @@ class MicroBatch:
     max_row_length: int | None = None
     counts: bool = True
     loss_scale: float = 1.0
+    is_last: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -48,6 +50,7 @@ class MicroBatch:
     def halves(self) -> list[MicroBatch]:
         """Cut it in two of about the same size, pairs of answers whole; nothing if it has one.
 
+        The step's gradient is complete with neither of them alone.
         Examples come the longest first: where they are packed, every other one makes halves alike.
         """
         starts = self._starts
@@ -57,7 +60,7 @@ class MicroBatch:
         cut = (starts[:middle], starts[middle:])
         if self.max_row_length is not None:
             cut = (starts[::2], starts[1::2])
-        return [self._subset(half) for half in cut]
+        return [replace(self._subset(half), is_last=False) for half in cut]
 
     def share(self, rank: int, num_ranks: int) -> MicroBatch:
         """Return what one of several ranks computes: every so-many-th example.
