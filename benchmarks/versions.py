@@ -5,9 +5,11 @@
 
 What follows `--` is `loraloom bench`'s. Both versions run in this Python's environment, each in a
 process of its own, and take turns within every timed round, so that a machine whose speed moves
-within minutes hits them alike; which of them is first changes from round to round. The table has
-the medians of both, the median over rounds of the second one's time ÷ the first one's, and the
-least and the largest of those ratios; below it, the same of each case ÷ the first case.
+within minutes hits them alike; which of them is first changes from round to round. All of it is
+done twice, with processes started in the other order, as the one that is started later is often
+slower by a tenth. The table has the medians of both, the median over rounds of the second one's
+time ÷ the first one's (of both orders, their geometric mean), and the least and the largest of
+those ratios; below it, the same of each case ÷ the first case.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 Times = dict[str, list[float]]
@@ -29,7 +31,12 @@ Times = dict[str, list[float]]
 def main() -> None:
     if len(sys.argv) < 5 or sys.argv[3] != "--":
         raise SystemExit(__doc__)
-    first, second = compare([Path(sys.argv[1]), Path(sys.argv[2])], sys.argv[4:])
+    checkouts, words = [Path(sys.argv[1]), Path(sys.argv[2])], sys.argv[4:]
+    first, second = compare(checkouts, words)
+    again = compare(checkouts[::-1], words)[::-1]
+    for times, more in zip((first, second), again, strict=True):
+        for case, seconds in more.items():
+            times[case] += seconds
     print("| | first, s | second, s | second ÷ first | least to largest |")
     print("|---|---|---|---|---|")
     for case in first:
@@ -44,9 +51,11 @@ def main() -> None:
 
 
 def print_ratios(name: str, first: list[float], second: list[float]) -> None:
-    ratios = sorted(after / before for before, after in zip(first, second, strict=True))
-    cells = [f"{median(first):.3f}", f"{median(second):.3f}", f"{median(ratios):.3f}"]
-    print(f"| {name} | {' | '.join(cells)} | {ratios[0]:.3f} to {ratios[-1]:.3f} |")
+    ratios = [after / before for before, after in zip(first, second, strict=True)]
+    rounds = len(ratios) // 2
+    ratio = geometric_mean([median(ratios[:rounds]), median(ratios[rounds:])])
+    cells = [f"{median(first):.3f}", f"{median(second):.3f}", f"{ratio:.3f}"]
+    print(f"| {name} | {' | '.join(cells)} | {min(ratios):.3f} to {max(ratios):.3f} |")
 
 
 def compare(checkouts: list[Path], words: list[str]) -> list[Times]:
