@@ -139,9 +139,11 @@ def _write(
     is_exact = {dtype, model.host.dtype} <= {torch.float32, torch.float64}
     most = _EXACT if is_exact and model.host.base.quantization is None else _ROUNDED
     if not error <= most:
+        coarse = "" if most == _EXACT else ", or rounding moves it too far (export in float32)"
         raise AdapterError(
             f"the files' logits must be the adapter's within {most:g}, they differ by {error:.2g}: "
-            f"{model.architecture} doesn't compute this model; serve the adapter with loraloom"
+            f"{model.architecture} doesn't compute this model{coarse}; serve the adapter with "
+            "loraloom"
         )
     return num_bytes, error
 

@@ -120,10 +120,19 @@ def test_the_overflow_of_one_job_leaves_its_neighbour_alone(tmp_path):
     )
     assert jobs["lora"].scheduler.last_epoch == 0
     lora, mixlora = (read_metrics(tmp_path / "wild" / name) for name in jobs)
-    assert [line["skipped_steps"] for line in lora] == [1, 2, 3, 4]
-    assert [line["loss_scale"] for line in lora] == [TOO_MUCH / 2**n for n in (1, 2, 3, 4)]
+    assert [line["skipped_steps"] for line in lora] == [1, 2, 3]
+    assert [line["loss_scale"] for line in lora] == [TOO_MUCH / 2**n for n in (1, 2, 3)]
     assert all("grad_norm" not in line for line in lora)
     assert all((line["skipped_steps"], line["grad_norm"] > 0) == (0, True) for line in mixlora)
+
+
+def test_a_job_that_made_none_of_its_steps_has_failed(tmp_path):
+    (result,) = toy_engine(tmp_path, ("lora",), scales={"lora": TOO_MUCH}).run()
+    assert result.status == "failed"
+    assert result.error == (
+        "job lora: all of its 4 steps were skipped, as gradients overflow float16; the last one "
+        f"halved the loss scale to {TOO_MUCH / 16:g}; train longer, or in bfloat16"
+    )
 
 
 def test_a_resumed_run_has_the_scale_it_had(tmp_path):

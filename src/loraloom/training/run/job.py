@@ -328,6 +328,12 @@ class Job:
             self._learn()
         elif scale.scale < 1:
             raise self._error("gradients overflow float16 even without scaling", position.step + 1)
+        elif scale.skipped_steps == self.total_steps:
+            raise TrainingError(
+                f"job {self.name}: all of its {self.total_steps} steps were skipped, as gradients "
+                f"overflow float16; the last one halved the loss scale to {scale.scale:g}; train "
+                "longer, or in bfloat16"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         if self.reference is not None and isinstance(self.training_set, StreamedSet):
             self.reference.forget(self.window.examples)  # they never come again
