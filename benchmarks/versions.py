@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import entry_points
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -85,8 +86,9 @@ def compare(checkouts: list[Path], words: list[str]) -> list[Times]:
 def take_part(place: int, peer: socket.socket, words: list[str]) -> Times:
     """Run `loraloom bench`, timing each case when it is this process's turn."""
     from loraloom.bench import timing
-    from loraloom.cli.main import main as loraloom
 
+    (command,) = entry_points(group="console_scripts", name="loraloom")
+    loraloom = command.load()
     timed: Any = timing._timed
     times: Times = {}
 
