@@ -29,7 +29,8 @@ from typing import Any
 
 import loraloom
 
-AXES = ("lands", "capacity", "steps", "experts")
+OPTIONS = ("--lands", "--capacity", "--steps", "--experts")
+AXES = tuple(option[2:] for option in OPTIONS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    for axis in AXES:
-        parser.add_argument(f"--{axis}", type=lambda text: [*map(int, text.split(","))])
+    for option in OPTIONS:
+        parser.add_argument(option, type=lambda text: [*map(int, text.split(","))])
     own, more = _parted(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(own)
     recipe = runpy.run_path(str(Path(__file__).with_name("run.py")))

@@ -186,6 +186,11 @@ def reads_only(verb: Callable[..., None]) -> Callable[..., None]:
     return nothing
 
 
+STUDY = ROOT / "recipes/mixture/run.py"
+PASS_ON = {STUDY.with_name("maps.py"), ROOT / "recipes/methods/run.py"}
+"""Scripts that give options that they don't know to `STUDY`."""
+
+
 def check_script(arguments: list[str]) -> None:
     """Check that a script or module is there, and that it names the options."""
     if arguments[0] == "-m":
@@ -197,6 +202,8 @@ def check_script(arguments: list[str]) -> None:
     else:
         script, options = ROOT / arguments[0], arguments[1:]
     source = script.read_text()
+    if script in PASS_ON:
+        source += STUDY.read_text()
     for option in options:
         if option.startswith("--"):
             assert f'"{option.partition("=")[0]}"' in source, f"{script.name} must know {option}"
