@@ -49,10 +49,6 @@ class PrefixCache:
         self._use(found)
         return torch.cat([self._blocks[key] for key in found], dim=3) if found else None
 
-    def missing(self, salt: Hashable, tokens: Sequence[int]) -> list[tuple[bytes, int]]:
-        """Return key and first token of the whole blocks that are not held."""
-        return [(key, start) for key, start in _keys(salt, tokens) if key not in self._blocks]
-
     def remember(
         self, session: Decoding, place: int, salt: Hashable, tokens: Sequence[int]
     ) -> None:
@@ -64,13 +60,14 @@ class PrefixCache:
             salt: Of its adapter.
             tokens: Of the row, all of which were read.
         """
-        missing = self.missing(salt, tokens)
+        starts = dict(_keys(salt, tokens))
+        missing = [key for key in starts if key not in self._blocks]
         if not missing:
             return
-        states = session.states(place, missing[0][1], missing[-1][1] + BLOCK_TOKENS)
-        for (key, _), block in zip(missing, states.split(BLOCK_TOKENS, dim=3), strict=True):
+        states = session.states(place, starts[missing[0]], starts[missing[-1]] + BLOCK_TOKENS)
+        for key, block in zip(missing, states.split(BLOCK_TOKENS, dim=3), strict=True):
             self._blocks[key] = block.clone()
-        self._use([key for key, _ in _keys(salt, tokens)])
+        self._use([*starts])
 
     def shrink(self, max_tokens: int) -> None:
         """Let blocks go until there are no more than so many tokens."""
