@@ -65,6 +65,16 @@ def test_a_study_goes_on_where_it_was_interrupted_and_makes_a_table(words, tmp_p
         recipe["main"]([*words, f"--output={output}", "--limit=8"])
 
 
+def test_a_study_may_ask_test_questions_alone(words, tmp_path):
+    recipe, table = (runpy.run_path(str(RECIPE / name)) for name in ("run.py", "table.py"))
+    recipe["main"]([*words, f"--output={tmp_path}", "--test-only", "--metric=eval/loss"])
+    (study,) = table["read_studies"]([tmp_path])
+    for method in study["methods"].values():
+        assert {"accuracy", "loss"} == set(method) & {"accuracy", "loss", "train_accuracy"}
+    rows = list(table["table"]([study]))
+    assert len({row.count("|") for row in rows}) == 1
+
+
 def test_a_study_takes_jobs_that_there_are(words, tmp_path):
     recipe = runpy.run_path(str(RECIPE / "run.py"))
     with pytest.raises(SystemExit, match=r"--only must name jobs of .*, got lora"):

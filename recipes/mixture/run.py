@@ -9,8 +9,9 @@ what was interrupted goes on: run it again after Ctrl-C or a kill.
    accuracy on validation questions (`eval` in the run file), or another `--metric`, chooses its
    rate. A single rate is taken as it is.
 2. Every method trains at its rate with other seeds, all of them in the same steps.
-3. Test questions are asked once, of all of them. `result.json` in the output has the accuracies and
-   the pairs that were compared on the same questions and over the same seeds.
+3. Test questions are asked once, of all of them, and questions that were learnt (unless
+   `--test-only`). `result.json` in the output has the accuracies and the pairs that were
+   compared on the same questions and over the same seeds.
 
 `table.py` makes a table of several outputs.
 """
@@ -70,6 +71,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--search-only", action="store_true", help="end when the rates are chosen")
     add("--seeds", type=_numbers(int), default=SEEDS, help="that are trained and tested")
     add("--limit", type=int, default=1152, help="questions of the test, and of those learnt from")
+    add("--test-only", action="store_true", help="ask no questions that were learnt")
     add("--compare", action="append", metavar="A:B", help="else the first job with each other")
     return parser.parse_args(arguments)
 
@@ -129,7 +131,7 @@ def _check_study(args: argparse.Namespace, run: loraloom.RunConfig) -> None:
     """Hold an output to the settings that it was begun with."""
     settings = {"run": as_settings(run), "rates": args.rates, "search_seeds": args.search_seeds}
     settings |= {"seeds": args.seeds, "limit": args.limit, "compare": args.compare}
-    settings |= {"metric": args.metric}
+    settings |= {"metric": args.metric} | ({"test_only": True} if args.test_only else {})
     text = json.dumps(settings, sort_keys=True)
     if kept(args.output / "study.json", lambda: json.loads(text)) != json.loads(text):
         raise SystemExit(
@@ -199,8 +201,9 @@ def search(
     metric = args.metric or job.eval[0].metric
     sign = -1 if metric.endswith("loss") else 1
     directory = args.output / f"search-{job.name}"
+    questions = {"eval": []} if metric == "eval/loss" else {}
     sweep = {
-        "job": as_settings(job),
+        "job": as_settings(job) | questions,
         "parameters": {
             "train.learning_rate": list(args.rates),
             "seed": list(args.search_seeds),
@@ -261,13 +264,14 @@ def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict
     ask = partial(ask, scoring=asked.scoring, data=asked.path)
     test = ask([None, *names], split="test", pairs=[_as_asked(pair, args.seeds) for pair in pairs])
     test.write(args.output / "test.json")
-    learnt = ask(names, split="train", pairs=[])
     measured = {
         "accuracy": _of_task(test.results, "accuracy"),
-        "train_accuracy": _of_task(learnt.results, "accuracy"),
         "loss": losses(base, asked, "test", names, args.limit),
-        "train_loss": losses(base, asked, "train", names, args.limit),
     }
+    if not args.test_only:
+        learnt = ask(names, split="train", pairs=[])
+        measured["train_accuracy"] = _of_task(learnt.results, "accuracy")
+        measured["train_loss"] = losses(base, asked, "train", names, args.limit)
     values = {
         metric: {method: [one[seed] for seed in seeds] for method, seeds in seeds_of.items()}
         for metric, one in measured.items()

@@ -58,7 +58,7 @@ def table(studies: Sequence[dict[str, Any]]) -> Iterator[str]:
         compared = {one["second"]: one for one in study["comparisons"]}
         for name, method in study["methods"].items():
             cells = [study["study"], name, f"{method['parameters']:,}", _rate(method)]
-            cells += [_number(metric, method[metric]) for metric in METRICS]
+            cells += [_number(metric, method.get(metric)) for metric in METRICS]
             yield f"| {' | '.join([*cells, *_differences(compared.get(name))])} |"
         known = f"{100 * study['base']:.1f}"
         yield f"| {study['study']} | base model | | | {known} | | | | | | |"
@@ -69,7 +69,9 @@ def _rate(method: dict[str, Any]) -> str:
     return f"{method['rate']:g}{' (edge)' if method['at_edge'] else ''}"
 
 
-def _number(metric: str, value: dict[str, Any], sign: str = "") -> str:
+def _number(metric: str, value: dict[str, Any] | None, sign: str = "") -> str:
+    if value is None:  # was not asked for
+        return ""
     factor, digits = (1, 3) if metric.endswith("loss") else (100, 1)
     mean, error = value["mean"] * factor, value["stderr"]
     return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error * factor:.{digits}f}")
