@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter, SegmentTokens
-from loraloom.models.stacks import ScaledAdapter, StackPart
+from loraloom.models.compute_forms import ScaledAdapter
+from loraloom.models.stacks import StackPart
 from loraloom.routing.record import LayerRouting
 
 MAX_HIDDEN_BYTES = 1 << 20

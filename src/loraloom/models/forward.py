@@ -16,16 +16,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter, OwnModule, SegmentTokens
-from loraloom.adapters.low_rank import input_group
+from loraloom.adapters.adapter import Adapter, SegmentTokens
 from loraloom.models.cohorts import StackedPlan, plan_stacked
+from loraloom.models.compute_forms import ComputeForms, KeptForms, ScaledAdapter
 from loraloom.models.layout import Layout
 from loraloom.models.stacking import StackedForward
-from loraloom.models.stacks import ScaledAdapter, Stacks
+from loraloom.models.stacks import Stacks
 from loraloom.ops.dropout import Site
-from loraloom.ops.expert_ffn import FfnWeights
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.routing.record import LayerRouting
 
@@ -41,12 +40,15 @@ class PreparedWeights:
     """Compute forms of adapters' weights, kept for as long as nobody changes the weights.
 
     One thread at a time uses it: that of a decoding session, or of a `with host.prepared():`.
+
+    Attributes:
+        forms: Of each adapter by itself.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[nn.Module, *tuple[Hashable, ...]], Any] = {}
+        self.forms = KeptForms()
         self._plans: OrderedDict[Hashable, StackedPlan | None] = OrderedDict()
-        self._stacks = Stacks(on_change=self._plans.clear)
+        self._stacks = Stacks(self.forms.passing(), on_change=self._plans.clear)
 
     def plan(
         self,
@@ -67,20 +69,15 @@ class PreparedWeights:
 
     def forget(self, adapter: Adapter) -> None:
         """Let what was made of an adapter's weights go, as they have changed or it has gone."""
-        gone = set(adapter.modules())
-        self._kept = {key: value for key, value in self._kept.items() if key[0] not in gone}
+        self.forms.forget(adapter)
         self._stacks.forget(adapter)
 
-    def get(self, key: tuple[nn.Module, *tuple[Hashable, ...]], build: Callable[[], Any]) -> Any:
-        """Return what was built for a key, built now if it never was.
 
-        Args:
-            key: An adapter, or a module of it, and what tells its parts apart.
-            build: Makes it.
-        """
-        if key not in self._kept:
-            self._kept[key] = build()
-        return self._kept[key]
+def forms_of(prepared: PreparedWeights | None) -> ComputeForms:
+    """Return where weights' compute forms come from: made anew, unless they are prepared."""
+    if prepared is None or torch.is_grad_enabled():
+        return ComputeForms()
+    return prepared.forms
 
 
 @dataclass(frozen=True)
@@ -146,9 +143,10 @@ class ForwardContext:
         """Whether some adapter has a module of its own in place of one of the base model."""
         return any(a is not None and a.own_at(path) is not None for a in self.adapters)
 
-    def own_weights(self, own: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """Return an adapter's own module in compute form."""
-        return self._weights((own, dtype), lambda: own.compute_form(dtype))
+    @property
+    def forms(self) -> ComputeForms:
+        """Where weights' compute forms come from."""
+        return forms_of(self.prepared)
 
     def recorder(self, adapter: Adapter) -> Callable[[LayerRouting], None] | None:
         """Return what takes an adapter's routing; None where nobody asks."""
@@ -161,13 +159,6 @@ class ForwardContext:
     ) -> SegmentTokens:
         """Describe a segment's tokens in a layer to their adapter."""
         return self.layout.segments[index].at_layer(layer, device, self.recorder(adapter))
-
-    def ffn_weights(
-        self, adapter: Adapter, scale: float, layer: int, dtype: torch.dtype
-    ) -> FfnWeights:
-        """Return an FFN block's weights in compute form, their updates scaled."""
-        key = (adapter, scale, layer, "ffn", dtype)
-        return self._weights(key, lambda: adapter.ffn_weights(layer, dtype).scaled(scale))
 
     def attention_parts(
         self, layer: int, names: Sequence[str], site: Site, hidden_states: Tensor, dtype
@@ -211,23 +202,13 @@ class ForwardContext:
         hidden_states: Tensor,
         dtype: torch.dtype,
     ) -> AttentionPart | None:
-        block = adapter.attention_block(layer)
-        modules = [block[name] for name in names if name in block]
-        if not modules:
+        row = (adapter, self.layout.segments[index].scale)
+        group = self.forms.attention(row, layer, names, dtype)
+        if group is None:
             return None
-        scale = self.layout.segments[index].scale
-        key = (adapter, scale, layer, site, dtype)
-        group = self._weights(key, lambda: input_group(modules, dtype).scaled(scale))
         tokens = self.tokens(adapter, index, layer, hidden_states.device)
         low_rank = adapter.attention_low_rank(group, hidden_states, site, tokens)
         return AttentionPart(group, hidden_states, tokens, low_rank)
-
-    def _weights(
-        self, key: tuple[nn.Module, *tuple[Hashable, ...]], build: Callable[[], Any]
-    ) -> Any:
-        if self.prepared is None or torch.is_grad_enabled():
-            return build()
-        return self.prepared.get(key, build)
 
 
 _current: ContextVar[ForwardContext | None] = ContextVar("loraloom_forward", default=None)

@@ -12,12 +12,12 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from loraloom.models.compute_forms import ScaledAdapter
 from loraloom.models.families import head_of
 from loraloom.models.forward import PreparedWeights
 from loraloom.models.heads import Head, Heads
 from loraloom.models.hosted import HostedAdapters
 from loraloom.models.layout import RowAdapter
-from loraloom.models.stacks import ScaledAdapter
 from loraloom.ops.token_loss import token_losses, token_scores, top_tokens, trained_token_losses
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import OwnModule
-from loraloom.models.forward import PreparedWeights
+from loraloom.models.compute_forms import ScaledAdapter
+from loraloom.models.forward import PreparedWeights, forms_of
 from loraloom.models.own import own_outputs
-from loraloom.models.stacks import ScaledAdapter
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,9 @@ class Heads:
         own: Any = adapter.own_at(self._path)
 
         def linear(states: Tensor) -> Tensor:
-            weights = _weights(own, states.dtype, prepared)
+            # in training for each piece of the states anew: its gradient is then added up in the
+            # dtype of the weights
+            weights = forms_of(prepared).own(own, states.dtype)
             return own_outputs(own, weights, self._linear, states, self._linear, scale)
 
         return Head(lambda states: self._base(states, linear), is_own=True)
-
-
-def _weights(own: OwnModule, dtype: torch.dtype, prepared: PreparedWeights | None) -> Any:
-    """Bring a head into compute form: in training for each piece of the states anew.
-
-    Its gradient is then added up in the dtype of the weights.
-    """
-    if prepared is None or torch.is_grad_enabled():
-        return own.compute_form(dtype)
-    return prepared.get((own, dtype), lambda: own.compute_form(dtype))

@@ -7,11 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.low_rank import input_group
+from loraloom.models.compute_forms import ComputeForms, ScaledAdapter
 from loraloom.ops.stacked import StackedFfn, StackedInput, stack_inputs
-
-ScaledAdapter = tuple[Adapter, float]
-"""An adapter, and a factor of what it adds to the base model."""
 
 
 class Stack:
@@ -21,14 +18,16 @@ class Stack:
 
     Args:
         dtype: Of the products.
+        forms: Of each adapter by itself.
 
     Attributes:
         adapters: In the order of their entries; all are alike.
     """
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, forms: ComputeForms):
         self.adapters: tuple[ScaledAdapter, ...] = ()
         self._dtype = dtype
+        self._forms = forms
         self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
         self._ffns: dict[int, StackedFfn] = {}
 
@@ -44,7 +43,7 @@ class Stack:
 
     def add(self, adapters: tuple[ScaledAdapter, ...]) -> None:
         """Put other ones behind those that are there."""
-        added = Stack(self._dtype)
+        added = Stack(self._dtype, self._forms)
         added.adapters = adapters
         self.adapters += adapters
         for key, inputs in self._inputs.items():
@@ -57,29 +56,18 @@ class Stack:
         """Return the attention projections that share an input; None if none is adapted."""
         key = (layer, names)
         if key not in self._inputs:
-            first, _ = self.adapters[0]
-            present = [name for name in names if name in first.attention_block(layer)]
-            self._inputs[key] = self._stacked_inputs(layer, present) if present else None
+            forms = [self._forms.attention(row, layer, names, self._dtype) for row in self.adapters]
+            groups = [form for form in forms if form is not None]  # all have one, or none
+            self._inputs[key] = stack_inputs(groups) if groups else None
         return self._inputs[key]
 
     def ffn(self, layer: int) -> StackedFfn:
         """Return an FFN block's weights."""
         if layer not in self._ffns:
             adapters = [adapter for adapter, _ in self.adapters]
-            weights = [
-                adapter.ffn_weights(layer, self._dtype).scaled(scale)
-                for adapter, scale in self.adapters
-            ]
+            weights = [self._forms.ffn(row, layer, self._dtype) for row in self.adapters]
             self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, weights)
         return self._ffns[layer]
-
-    def _stacked_inputs(self, layer: int, names: Sequence[str]) -> StackedInput:
-        groups = []
-        for adapter, scale in self.adapters:
-            block = adapter.attention_block(layer)
-            group = input_group([block[name] for name in names], self._dtype)
-            groups.append(group.scaled(scale))
-        return stack_inputs(groups)
 
 
 class StackPart:
@@ -121,10 +109,12 @@ class Stacks:
     """A stack for each kind of adapters that were used together.
 
     Args:
+        forms: Of each adapter by itself.
         on_change: Told before a stack changes; its parts must not be used from then on.
     """
 
-    def __init__(self, on_change: Callable[[], object]):
+    def __init__(self, forms: ComputeForms, on_change: Callable[[], object]):
+        self._forms = forms
         self._on_change = on_change
         self._stacks: dict[Hashable, Stack] = {}
 
@@ -134,7 +124,9 @@ class Stacks:
         Others may lie between them, which go when they are more than these.
         """
         key = (adapters[0][0].stack_key(), dtype)
-        stack = self._stacks.pop(key, None) or Stack(dtype)  # what fails half-way is gone
+        stack = self._stacks.pop(key, None) or Stack(
+            dtype, self._forms
+        )  # what fails half-way is gone
         missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
         if missing:
             self._on_change()

@@ -163,8 +163,8 @@ class FfnBlock:
             hidden = self.act(gate)
             return FfnRows(hidden if up is None else hidden * up, lambda output: output)
         tokens = forward.tokens(adapter, index, self.layer, gate.device)
-        scale = forward.layout.segments[index].scale
-        weights = forward.ffn_weights(adapter, scale, self.layer, gate.dtype)
+        row = (adapter, forward.layout.segments[index].scale)
+        weights = forward.forms.ffn(row, self.layer, gate.dtype)
         return adapter.ffn(self.layer, weights, hidden_states, gate, up, self.act, tokens)
 
 
@@ -196,6 +196,6 @@ class OwnedModule:
         if own is None:
             return self.base_forward(inputs)
         dtype = next(self.module.parameters(recurse=False)).dtype
-        weights = forward.own_weights(own, dtype)
+        weights = forward.forms.own(own, dtype)
         scale = forward.layout.segments[index].scale
         return own_outputs(own, weights, self.module, inputs, self.base_forward, scale)
