@@ -12,6 +12,7 @@ from loraloom.adapters.config import LowRankConfig
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.keys import target_projections
 from loraloom.adapters.lora.config import DecomposedConfig, LoraConfig
+from loraloom.adapters.lora.files import whole
 
 if TYPE_CHECKING:
     from loraloom.adapters.base import BaseInfo
@@ -106,8 +107,3 @@ def lora_fault(config: DecomposedConfig, base: BaseInfo) -> str | None:
 def alpha_fault(alpha: float) -> str | None:
     """Say what is wrong with an alpha for MoE-PEFT; None if nothing is."""
     return None if alpha.is_integer() else f"MoE-PEFT takes a whole alpha, got {alpha:g}"
-
-
-def whole(alpha: float) -> float | int:
-    """MoE-PEFT takes whole alphas only."""
-    return int(alpha) if alpha.is_integer() else alpha

@@ -152,7 +152,7 @@ def peft_fields(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
     none of them warns; PEFT fills in its defaults for the rest.
     """
     names = _module_names(config, base)
-    alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
+    alphas = {key: whole(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
         "alpha_pattern": carried_over(alphas, config.alpha, names),
         "auto_mapping": None,
@@ -161,7 +161,7 @@ def peft_fields(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
         "init_lora_weights": config.init if config.init in _NAMED_STARTS else True,
         "layers_pattern": None,
         "layers_to_transform": None if config.layers is None else list(config.layers),
-        "lora_alpha": _whole(config.alpha),
+        "lora_alpha": whole(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "r": config.rank,
@@ -190,8 +190,9 @@ def _module_names(config: LoraConfig, base: BaseInfo) -> dict[str, str]:
     }
 
 
-def _whole(alpha: float) -> float | int:
-    return int(alpha) if float(alpha).is_integer() else alpha
+def whole(alpha: float) -> float | int:
+    """Write a whole alpha without a point: MoE-PEFT takes no other."""
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _check_fields(files: AdapterFiles) -> None:
