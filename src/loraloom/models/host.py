@@ -103,11 +103,11 @@ class Host(HeadOutputs):
 
     @property
     def training(self) -> bool:
-        """Whether forwards that don't say train."""
+        """Whether forwards train by default."""
         return self._training
 
     def train(self, mode: bool = True) -> Host:
-        """Let forwards that don't say train, with dropout and jitter on.
+        """Make training the default of forwards: dropout and jitter are on.
 
         Where the base model is in float16, the loss must be scaled (`torch.amp.GradScaler`).
 
@@ -120,7 +120,7 @@ class Host(HeadOutputs):
         return self
 
     def eval(self) -> Host:
-        """Let forwards that don't say be in eval mode."""
+        """Make eval mode the default of forwards."""
         return self.train(False)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
