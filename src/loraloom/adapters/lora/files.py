@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraloom.adapters.files import AdapterFiles
+from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
 from loraloom.adapters.keys import target_pattern
 from loraloom.adapters.lora.selection import carried_over, is_pattern
 from loraloom.errors import shown
@@ -19,16 +19,12 @@ if TYPE_CHECKING:
     from loraloom.adapters.lora.config import LoraConfig
 
 _READ = {
+    *LORA_FIELDS.values(),
     "alpha_pattern",
     "layers_pattern",
     "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "r",
     "rank_pattern",
     "target_modules",
-    "use_dora",
-    "use_rslora",
 }
 _NO_EFFECT = {
     "auto_mapping",

@@ -30,13 +30,9 @@ _TRAINING_FIELDS = {
 """Fields that MoE-PEFT reads but doesn't save."""
 _SAVED_SETTINGS = {
     *OWN_FIELDS,
+    *LORA_FIELDS,
     "method",
-    "rank",
-    "alpha",
-    "dropout",
     "target_modules",
-    "rank_stabilized",
-    "weight_decomposition",
     "num_experts",
     "routing",
     "top_k",
