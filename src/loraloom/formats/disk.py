@@ -39,7 +39,7 @@ from loraloom.formats.contents import (
 )
 
 _ABANDONED_S = 3600.0
-"""After so long, nobody is writing any more what lies aside."""
+"""Age at which files that lie aside are no longer being written by anybody."""
 
 _STALE_FILES = (PICKLE_FILE, *(sidecar.weights for sidecar in SIDECARS))
 """What would be read instead of new files, or beside them."""

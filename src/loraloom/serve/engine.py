@@ -56,7 +56,7 @@ from loraloom.serve.sequence import (
 _log = logging.getLogger(__name__)
 
 ROUTING_STEPS = 16
-"""In one of so many steps it is counted which experts tokens are sent to."""
+"""Of this many steps, one counts which experts tokens are sent to."""
 MAX_PREPARED = 32
 """Most adapters, each in each scale, whose weights are kept in compute form."""
 
@@ -312,7 +312,7 @@ class Engine:
         self._fit_prefixes()
 
     def _bound_prepared(self) -> None:
-        """Keep the weights of so many adapters and scales in compute form, and no more."""
+        """Keep no more than `MAX_PREPARED` adapters and scales in compute form."""
         served = {row.request.adapter for row in self._served}
         self._prepared_for |= served
         if len(self._prepared_for) > max(MAX_PREPARED, len(served)):

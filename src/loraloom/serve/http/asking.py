@@ -303,7 +303,7 @@ def _is_last(event: Event) -> bool:
 
 
 class _Countdown:
-    """Calls something when so many requests have gone; any thread may count."""
+    """Calls something once a number of requests have gone; any thread may count."""
 
     def __init__(self, number: int, on_end: Callable[[], object]):
         self._left = number
