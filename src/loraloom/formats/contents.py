@@ -61,7 +61,7 @@ class BaseRecord:
             )
         return cls(
             name_or_path=files.config.get("base_model_name_or_path") or None,
-            **{name: getattr(read.base, name) for name in BaseFields.model_fields},
+            **read.base.model_dump(include=set(BaseFields.model_fields)),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -91,9 +91,9 @@ def complete_in_order(
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     *,
-    batch_size: int = 16,
-    raw: bool = False,
-    num_done: int = 0,
+    batch_size: int,
+    raw: bool,
+    num_done: int,
 ) -> Iterator[list[Completion]]:
     """Complete prompts as `generate` does, but in their own order, each batch when it is asked for.
 

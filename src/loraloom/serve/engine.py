@@ -81,14 +81,9 @@ class Engine:
         limits: What may be used.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: EngineLimits | None = None,
-    ):
+    def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits):
         self.host = host
-        self.limits = limits or EngineLimits()
+        self.limits = limits
         self.counts = EngineCounts()
         self.on_end: Callable[[Row], object] = lambda row: None
         """Told of each row that has ended."""
@@ -97,7 +92,7 @@ class Engine:
         self._ends = end_tokens(host, tokenizer)
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
-        self._scheduler = Scheduler(self.limits.max_rows, self.limits.cache_tokens)
+        self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens)
         self._arrivals = count(1)
         self._mean_s = 1.0
         self._scores: deque[Score] = deque()
