@@ -84,10 +84,7 @@ def router_loss(
         MoE-PEFT 2.0.2 (`MixtralRouterLoss`); Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5.
     """
     widest = max(record.num_experts for record in routing)
-    dtype = routing[0].router_logits.dtype
-    counts = add_up(
-        torch.stack([_counts(r.selected_experts, _is_used(r), widest, dtype) for r in routing])
-    )
+    counts = add_up(torch.stack([_counts(record, widest) for record in routing]))
     if scope == "pooled":
         balance = _balance(torch.cat([r.router_logits for r in routing]), counts.sum(0))
     else:
@@ -100,18 +97,12 @@ def router_loss(
     return loss
 
 
-def _is_used(routing: LayerRouting) -> Tensor:
-    """Tell which of a token's experts have weight, [T, K]."""
-    return routing.routing_weights.detach() > 0
-
-
-def _counts(
-    selected_experts: Tensor, is_used: Tensor, num_experts: int, dtype: torch.dtype
-) -> Tensor:
-    """Count how often each expert was used in any slot, and behind them the tokens, [E + 1]."""
-    counts = torch.zeros(num_experts + 1, dtype=dtype, device=selected_experts.device)
-    counts.scatter_add_(0, selected_experts.flatten(), is_used.flatten().to(dtype))
-    counts[-1] = len(selected_experts)
+def _counts(record: LayerRouting, num_experts: int) -> Tensor:
+    """Count how often each expert had weight in any slot, and behind them the tokens, [E + 1]."""
+    has_weight = record.routing_weights.detach() > 0
+    counts = record.router_logits.new_zeros(num_experts + 1)
+    counts.scatter_add_(0, record.selected_experts.flatten(), has_weight.flatten().to(counts.dtype))
+    counts[-1] = len(record.selected_experts)
     return counts
 
 
