@@ -98,7 +98,6 @@ def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: An
     return TrainingSet(
         examples=toy_examples(count, seed, **kinds),
         validation=toy_examples(num_validation, seed + 1000, first_id=count),
-        validation_questions=[],
         portions=(Portion(0, count, 1.0),),
         report=(f"toy: {count} rows",),
         seed=seed,
@@ -133,7 +132,6 @@ def toy_pair_set(
     return TrainingSet(
         examples=toy_pairs(count, seed, **kinds),
         validation=toy_pairs(num_validation, seed + 1000, first_id=2 * count),
-        validation_questions=[],
         portions=(Portion(0, count, 1.0),),
         report=(f"toy: {count} pairs",),
         seed=seed,

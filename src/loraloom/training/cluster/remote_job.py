@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from loraloom.config.job import JobConfig
 from loraloom.training.cluster.worker import Measured
@@ -59,10 +59,6 @@ class RemoteJob:
     def round_at(self, position: Position) -> int:
         """The round of a sweep in which it is at a position."""
         return self.first_round + position.micro_batches
-
-    def end(self, result: JobResult) -> None:
-        """Take over how far it came in the end."""
-        self.position = replace(self.position, step=result.steps, micro_step=0)
 
     def result(
         self, status: Status, *, base_model: str, directory: str, seconds: float, reason: str
