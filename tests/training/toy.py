@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.config.job import JobConfig
+from loraloom.config.json_text import read_json
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
@@ -25,6 +26,7 @@ from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
+from loraloom.training.run.results import RESULT_FILE, JobResult, parse_result
 from loraloom.training.step.loss_scale import make_loss_scale
 from loraloom.training.step.reference import load_reference
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
@@ -91,6 +93,11 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
         column([[1] * len(example.input_ids) for example in examples], 0),
         column([example.labels for example in examples], NO_LOSS),
     )
+
+
+def read_result(directory: Path) -> JobResult:
+    """Read a job's result.json."""
+    return parse_result(read_json(directory / RESULT_FILE))
 
 
 def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any) -> TrainingSet:
