@@ -121,7 +121,8 @@ def load_training_set(
         validation = load_source(
             config.validation, tokenizer, max_length, "validation", as_pairs=as_pairs
         )
-        shares.append(_all_held_out(validation, sample_ids))
+        held_out = [one for row in validation.rows for one in number_row(row, sample_ids)]
+        shares.append(_Share(validation, [], held_out))
     stops = [0]
     for share in shares:
         stops.append(stops[-1] + len(share.examples))
@@ -157,11 +158,6 @@ def _share(
         examples=[one for index, row in enumerate(examples) if index not in chosen for one in row],
         held_out=[one for index, row in enumerate(examples) if index in chosen for one in row],
     )
-
-
-def _all_held_out(source: LoadedSource, sample_ids: Iterator[int]) -> _Share:
-    held_out = [example for row in source.rows for example in number_row(row, sample_ids)]
-    return _Share(source, [], held_out)
 
 
 def number_row(
