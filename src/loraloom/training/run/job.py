@@ -15,7 +15,7 @@ from loraloom.config.train import SCHEDULERS_ON_METRIC
 from loraloom.data.streaming import StreamedSet
 from loraloom.data.training_set import TrainingSet, examples_digest
 from loraloom.errors import TrainingError
-from loraloom.models.samples import sample_key
+from loraloom.ops.dropout import sample_key
 from loraloom.training.run.collapse import CollapseWatch
 from loraloom.training.run.selection import Selection, metric_mode
 from loraloom.training.step.loss_scale import LossScale
