@@ -15,6 +15,7 @@ from loraloom.bench.cases import StepSetting, adapter_config, mixture_case
 from loraloom.bench.step import fill_B, load_setting
 from loraloom.models.host import Host
 
+_PROMPT_LENGTH = 32
 _MIXED = ("mixture-0", "mixture-1", "mixture-2", "mixture-3", None)
 
 
@@ -25,13 +26,11 @@ class DecodeSetting:
     Args:
         adapter: Base model, rank and mixture.
         rows: Sequences at once.
-        prompt_length: Tokens of each prompt.
         new_tokens: Tokens to make.
     """
 
     adapter: StepSetting
     rows: int = 16
-    prompt_length: int = 32
     new_tokens: int = 32
 
 
@@ -44,7 +43,7 @@ def make_decode(case: str, setting: DecodeSetting) -> Callable[[], object]:
     """
     model = load_setting(setting.adapter)
     generator = torch.Generator().manual_seed(0)
-    shape = (setting.rows, setting.prompt_length)
+    shape = (setting.rows, _PROMPT_LENGTH)
     prompts = torch.randint(3, model.config.vocab_size, shape, generator=generator)
     options = {
         "attention_mask": torch.ones_like(prompts),

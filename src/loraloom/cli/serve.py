@@ -130,12 +130,9 @@ def serve(
 
         _refuse_embedded_only(given)
         same = {name: given[name] for name in VllmOptions.__annotations__ if name in given}
-        own: dict[str, Any] = {
-            "adapters": adapters,
-            "api_keys": keys,
-            "cors_origins": cors_origin or (),
-        }
-        serve_with_vllm(VllmOptions(**same, **own))
+        serve_with_vllm(
+            VllmOptions(**same, adapters=adapters, api_keys=keys, cors_origins=cors_origin or ())
+        )
         return
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.serve.adapters import AdapterShelf

@@ -48,7 +48,7 @@ def ray_crew(
     """
     with connected(address) as ray:
         size, resources = choose_workers(ray.nodes(), run.device, num_workers)
-        yield _RayCrew(ray, partial(_make, run, Path.cwd(), command), resources), size
+        yield _RayCrew(ray, partial(Worker, run, Path.cwd(), command), resources), size
 
 
 @contextmanager
@@ -144,10 +144,6 @@ class _Actor:
 
 def _mute(*_: Any, **__: Any) -> None:
     """Keep what Ray says of lost workers off the terminal: the run says so, and Ray's logs too."""
-
-
-def _make(run: RunConfig, place: Path, command: str) -> Worker:
-    return Worker(run, place, command)
 
 
 def _import_ray() -> ModuleType:
