@@ -16,8 +16,8 @@ from loraloom.adapters import CONFIGS, parse_adapter_config
 from loraloom.adapters.config import AdapterConfig, RouterLossConfig
 from loraloom.formats.description import describe
 from loraloom.models.host import HiddenOutput, Host
-from loraloom.models.samples import sample_key
 from loraloom.models.stacking import StackedForward
+from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import LayerRouting
 from tests.tiny import (
     ALL_METHODS,

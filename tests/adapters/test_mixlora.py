@@ -13,11 +13,18 @@ from loraloom.adapters import LoraConfig, MixLoraConfig, SharedExpertConfig
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.errors import AdapterError
 from loraloom.routing.losses import balance_by_bias
-from loraloom.routing.statistics import load_statistics
 from loraloom.routing.top_k import top_k_routing
 from loraloom.training.step.optimizers import parameter_groups
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients
-from tests.tiny import changed, randomise, relative_error, tiny_host, tiny_ids, tiny_model
+from tests.tiny import (
+    changed,
+    load_statistics,
+    randomise,
+    relative_error,
+    tiny_host,
+    tiny_ids,
+    tiny_model,
+)
 
 PLAIN = MixLoraConfig(rank=2, alpha=4, num_experts=4, top_k=2, experts={"rank": 3, "alpha": 3})
 CONFIG = changed(PLAIN, shared_expert={"rank": 2, "alpha": 5})

@@ -25,7 +25,8 @@ def test_the_small_recipe_compares_adapters_that_it_scores(seeds, tmp_path, monk
     recipe = runpy.run_path(str(RECIPES / "small" / "run.py"))
     command: list[str] = []
     monkeypatch.setitem(recipe["evaluate"].__globals__, "run", lambda *args: command.extend(args))
-    args = Namespace(output=tmp_path, base_model="base", data=tmp_path)
+    methods = list(recipe["JOBS"])
+    args = Namespace(output=tmp_path, base_model="base", data=tmp_path, methods=methods)
     recipe["evaluate"](args, seeds, tmp_path / "scores")
     names, pairs = (
         [part.split("=")[1] for part in command if part.startswith(option)]

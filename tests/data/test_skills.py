@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from loraloom.config.data import MAX_LANDS, SourceConfig
-from loraloom.data.questions import load_questions
+from loraloom.data.questions import load_question_set
 from loraloom.data.skills import facts, generate_skills
 from loraloom.data.skills.lands import land_names
 from loraloom.data.skills.rules import SKILLS
@@ -95,11 +95,11 @@ def test_an_unknown_split_is_refused():
 
 def test_skills_take_no_path():
     with pytest.raises(DataError, match="skills is generated and takes no path"):
-        load_questions("skills", "text", path="data")
+        load_question_set("skills", "text", path="data")
 
 
 def test_skills_are_questions_by_skill():
-    asked = load_questions("skills", "text", limit=len(SKILLS))
+    asked = load_question_set("skills", "text", limit=len(SKILLS)).questions
     assert {question.group for question in asked} == {skill.name for skill in SKILLS}
     assert all(text.startswith(" ") for question in asked for text in question.continuations)
 
@@ -144,7 +144,7 @@ def test_lands_have_names_that_are_no_words():
 
 
 def test_skills_at_a_number_are_a_task_of_their_own():
-    asked = load_questions("skills@2", "text", "test")
+    asked = load_question_set("skills@2", "text", "test").questions
     assert len(asked) == 2 * 8 * len(SKILLS)
     assert {question.task for question in asked} == {"skills@2"}
     assert SourceConfig(task="skills@600").task == "skills@600"
@@ -155,7 +155,7 @@ def test_a_number_of_lands_must_be_one_that_there_is(task):
     with pytest.raises(ValueError, match="task must be"):
         SourceConfig(task=task)
     with pytest.raises(ConfigError, match="task must be"):
-        load_questions(task, "text")
+        load_question_set(task, "text")
 
 
 def test_skills_in_lands_take_no_path():

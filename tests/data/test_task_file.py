@@ -8,7 +8,7 @@ import pytest
 
 from loraloom.config.data import DataConfig
 from loraloom.config.job import JobConfig
-from loraloom.data.questions import load_question_set, load_questions, questions_digest, sha256
+from loraloom.data.questions import load_question_set, questions_digest, sha256
 from loraloom.data.tasks import find_task
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def write(tmp_path):
 
 
 def test_a_row_becomes_a_question(write):
-    (asked,) = load_questions(write())
+    (asked,) = load_question_set(write()).questions
     assert asked.task == "quiz"
     assert asked.contexts == ("Q: How many?\nA:",) * 2
     assert asked.continuations == (" one", " three")
@@ -53,8 +53,8 @@ def test_a_row_becomes_a_question(write):
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_the_recipe_asks_what_the_built_in_task_asks(shared_dir, scoring, split):
     data = shared_dir / "data" / "arc_easy"
-    own = load_questions(str(RECIPE), scoring, split, data)
-    built_in = load_questions("arc_easy", scoring, split, data)
+    own = load_question_set(str(RECIPE), scoring, split, data).questions
+    built_in = load_question_set("arc_easy", scoring, split, data).questions
     assert [replace(question, task="arc_easy") for question in own] == built_in
 
 
@@ -76,7 +76,7 @@ def test_the_recipe_reads_the_same_copy_of_the_hub():
 )
 def test_an_answer_is_a_label_an_index_or_a_text(write, answer_is, answer, gold):
     text = TASK.replace("answer_is: index", f"answer_is: {answer_is}")
-    assert load_questions(write(text, {**ROW, "answer": answer}))[0].gold == gold
+    assert load_question_set(write(text, {**ROW, "answer": answer})).questions[0].gold == gold
 
 
 def test_choices_labels_and_answer_may_be_templates(write):
@@ -91,7 +91,7 @@ normalization: none
 group: topic
 """
     row = {"question": "?", "first": "a", "second": "b", "number": 1, "topic": "sums"}
-    (asked,) = load_questions(write(text, row))
+    (asked,) = load_question_set(write(text, row)).questions
     assert asked.continuations == ("\na", "\nB")
     assert asked.normalizers == (1.0, 1.0)
     assert (asked.labels, asked.gold, asked.group) == (("1", "2"), 1, "sums")
@@ -102,26 +102,26 @@ def test_fields_may_be_inside_others_and_inside_lists(write):
     text = text.replace("answer_is: index", "answer_is: label").replace("question }}", "q.stem }}")
     options = [{"label": "x", "text": 1}, {"label": "y", "text": 2.5}]
     row = {"q": {"stem": "?", "options": options}, "answer": "y"}
-    (asked,) = load_questions(write(text, row))
+    (asked,) = load_question_set(write(text, row)).questions
     assert asked.contexts[0] == "Q: ?\nA:"
     assert (asked.continuations, asked.labels, asked.gold) == ((" 1", " 2.5"), ("x", "y"), 1)
 
 
 def test_a_template_sees_the_choices(write):
     text = TASK.replace("{{ question }}", "{{ choice_texts|join(',') }} {{ choice_labels[1] }}")
-    assert load_questions(write(text))[0].contexts[0] == "Q: one,three B\nA:"
+    assert load_question_set(write(text)).questions[0].contexts[0] == "Q: one,three B\nA:"
 
 
 def test_scoring_by_label_offers_the_labels(write):
     text = TASK.replace("template:", "scoring: label\ntemplate:")
-    (asked,) = load_questions(write(text))
+    (asked,) = load_question_set(write(text)).questions
     assert asked.continuations == (" A", " B")
     assert asked.normalizers == (1.0, 1.0)
 
 
 def test_a_scoring_without_a_template_is_an_error(write):
     with pytest.raises(ConfigError, match=r"quiz.yaml: template must have one for scoring label"):
-        load_questions(write(), "label")
+        load_question_set(write(), "label")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_scoring_without_a_template_is_an_error(write):
 )
 def test_a_row_that_can_not_be_used_is_named(write, change, message):
     with pytest.raises(DataError, match=rf"test.jsonl, line 2: {message}"):
-        load_questions(write(TASK, ROW, {**ROW, **change}))
+        load_question_set(write(TASK, ROW, {**ROW, **change}))
 
 
 @pytest.mark.parametrize("field", ["options", "answer"])
@@ -145,45 +145,45 @@ def test_a_missing_field_is_named_with_those_that_are_there(write, field):
     row = {name: value for name, value in ROW.items() if name != field}
     message = rf"line 1: the row has no field '{field}'; the fields there are question, "
     with pytest.raises(DataError, match=message):
-        load_questions(write(TASK, row))
+        load_question_set(write(TASK, row))
 
 
 def test_a_missing_field_of_a_template_is_named_too(write):
     message = r"line 1: template text can't be filled in: 'question' is undefined; the row's fields"
     with pytest.raises(DataError, match=message):
-        load_questions(write(TASK, {"options": ["a", "b"], "answer": 0}))
+        load_question_set(write(TASK, {"options": ["a", "b"], "answer": 0}))
 
 
 def test_labels_must_fit_the_choices(write):
     text = TASK.replace("choices: options", "choices: options\nlabels: tags")
     with pytest.raises(DataError, match="as many labels as choices, got 1 and 2"):
-        load_questions(write(text, {**ROW, "tags": ["x"]}))
+        load_question_set(write(text, {**ROW, "tags": ["x"]}))
     with pytest.raises(DataError, match="labels must differ, got x, x"):
-        load_questions(write(text, {**ROW, "tags": ["x", "x"]}))
+        load_question_set(write(text, {**ROW, "tags": ["x", "x"]}))
 
 
 def test_a_broken_template_is_an_error(write):
     with pytest.raises(DataError, match=r"quiz.yaml: template text is not valid Jinja"):
-        load_questions(write(TASK.replace("{{ question }}", "{{ question")))
+        load_question_set(write(TASK.replace("{{ question }}", "{{ question")))
 
 
 def test_a_split_that_is_not_there_is_an_error(write):
     with pytest.raises(DataError, match=r"no split 'tset' there; did you mean 'test'\?"):
-        load_questions(write(), split="tset")
+        load_question_set(write(), split="tset")
 
 
 def test_a_file_that_is_not_there_is_an_error(write, tmp_path):
     path = write()
     (tmp_path / "rows" / "test.jsonl").unlink()
     with pytest.raises(DataError, match=r"test.jsonl: no such file"):
-        load_questions(path)
+        load_question_set(path)
 
 
 def test_a_task_without_data_needs_a_path(write, tmp_path):
     path = write(TASK.replace("data:", "#"))
     with pytest.raises(DataError, match="quiz has no data of its own; give its path"):
-        load_questions(path)
-    assert len(load_questions(path, path=tmp_path / "rows")) == 1
+        load_question_set(path)
+    assert len(load_question_set(path, path=tmp_path / "rows").questions) == 1
 
 
 def test_a_job_can_learn_from_a_task_and_be_measured_on_it(write, tiny_tokenizer):
@@ -200,14 +200,16 @@ def test_a_job_can_learn_from_a_task_and_be_measured_on_it(write, tiny_tokenizer
             "eval": [{"task": write(), "split": "test"}],
         }
     ).eval
-    asked = load_questions(evaluation.task, evaluation.scoring, evaluation.split, evaluation.path)
+    asked = load_question_set(
+        evaluation.task, evaluation.scoring, evaluation.split, evaluation.path
+    ).questions
     assert asked[0].continuations == (" one", " three")
 
 
 def test_an_unsafe_name_is_an_error(tmp_path):
     (tmp_path / "my quiz.yaml").write_text(TASK)
     with pytest.raises(ConfigError, match=r"my quiz.yaml: name must be a safe file name"):
-        load_questions(str(tmp_path / "my quiz.yaml"))
+        load_question_set(str(tmp_path / "my quiz.yaml"))
 
 
 def test_questions_come_with_where_they_are_from(write, tmp_path):
@@ -224,6 +226,6 @@ def test_questions_come_with_where_they_are_from(write, tmp_path):
 
 
 def test_what_is_asked_has_a_hash(write):
-    asked = load_questions(write())
-    assert questions_digest(asked) == questions_digest(load_questions(write()))
+    asked = load_question_set(write()).questions
+    assert questions_digest(asked) == questions_digest(load_question_set(write()).questions)
     assert questions_digest(asked) != questions_digest([replace(asked[0], gold=0)])

@@ -6,7 +6,7 @@ import pytest
 
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.locations import HubSource
-from loraloom.data.questions import load_questions
+from loraloom.data.questions import load_question_set
 from loraloom.data.rows import Row
 from loraloom.data.tasks import TASKS
 from loraloom.errors import ConfigError, DataError
@@ -234,7 +234,7 @@ def test_names_are_those_of_the_table():
 
 def test_an_unknown_task_lists_the_tasks_and_the_nearest():
     with pytest.raises(ConfigError, match=r"did you mean 'piqa'\? task must be one of arc_easy, "):
-        load_questions("piqua", "text")
+        load_question_set("piqua", "text")
 
 
 @pytest.mark.parametrize(
@@ -250,24 +250,24 @@ def test_an_unknown_task_lists_the_tasks_and_the_nearest():
 )
 def test_real_data_has_its_published_number_of_questions(shared_dir, task, split, count):
     for scoring in ("label", "text"):
-        asked = load_questions(task, scoring, split=split, path=shared_dir / "data")
+        asked = load_question_set(task, scoring, split=split, path=shared_dir / "data").questions
         assert len(asked) == count
         assert [question.index for question in asked] == list(range(count))
         assert all(0 <= question.gold < len(question.labels) for question in asked)
 
 
 def test_arc_keeps_numbered_labels(shared_dir):
-    asked = load_questions("arc_easy", "label", path=shared_dir / "data" / "arc_easy")
+    asked = load_question_set("arc_easy", "label", path=shared_dir / "data" / "arc_easy").questions
     numbered = [question for question in asked if question.labels[0] == "1"]
     assert numbered
     assert all("(1) " in question.contexts[0] for question in numbered)
 
 
 def test_limit_takes_the_first_questions(shared_dir):
-    asked = load_questions("arc_easy", "text", path=shared_dir / "data", limit=3)
+    asked = load_question_set("arc_easy", "text", path=shared_dir / "data", limit=3).questions
     assert [question.index for question in asked] == [0, 1, 2]
 
 
 def test_piqas_unlabelled_test_split_is_refused(shared_dir):
     with pytest.raises(DataError, match=r"test.jsonl, line 1: field 'label' .* published labels"):
-        load_questions("piqa", "text", split="test", path=shared_dir / "data")
+        load_question_set("piqa", "text", split="test", path=shared_dir / "data")

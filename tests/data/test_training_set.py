@@ -179,15 +179,6 @@ def test_too_few_rows_to_hold_any_out_are_refused(tiny_tokenizer, tmp_path):
         load(tiny_tokenizer, dataset=path, format="text", validation_fraction=0.5)
 
 
-def test_held_out_rows_of_a_task_are_questions_too(tiny_tokenizer, quiz):
-    loaded = load(tiny_tokenizer, max_length=256, task="piqa", path=quiz, validation_fraction=0.2)
-    assert len(loaded.validation_questions) == len(loaded.validation) == 2
-    for question, example in zip(loaded.validation_questions, loaded.validation, strict=True):
-        text = tiny_tokenizer.decode(example.input_ids)
-        right = question.contexts[question.gold] + question.continuations[question.gold]
-        assert text == f"{right}<eos>"
-
-
 @pytest.mark.parametrize(
     ("scoring", "answers"), [("label", [" A<eos>", " B<eos>"]), ("text", [" yes<eos>", " no<eos>"])]
 )
@@ -232,8 +223,8 @@ def test_a_validation_source_is_read_from_its_validation_split(tiny_tokenizer, q
         validation={"task": "piqa", "path": quiz, "scoring": "text"},
     )
     assert (len(loaded.examples), len(loaded.validation)) == (10, 4)
-    assert len(loaded.validation_questions) == 4
-    assert loaded.validation_questions[0].contexts[0] == "Question: validation goal 0\nAnswer:"
+    text = tiny_tokenizer.decode(loaded.validation[0].input_ids)
+    assert text.startswith("Question: validation goal 0\nAnswer:")
     assert loaded.epoch_length == 10
     assert len(loaded.report) == 2
 

@@ -93,7 +93,7 @@ def test_rows_that_come_and_go_at_random_say_what_they_say_alone():
     host, draw = tiny_host(), random.Random(4)
     session, said = None, []
     for step in range(30):
-        if session is None or (len(session) < 5 and draw.random() < 0.6):
+        if session is None or (len(session.adapters) < 5 and draw.random() < 0.6):
             ids, name = tiny_ids(1, draw.randint(1, 9), seed=step), draw.choice(NAMES)
             came, alone = (host.prefill(ids, None, [name]) for _ in range(2))
             said.append((alone, []))

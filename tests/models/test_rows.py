@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.models.host import Host
-from loraloom.models.samples import sample_key
+from loraloom.ops.dropout import sample_key
 from tests.tiny import (
     METHODS,
     changed,

@@ -160,7 +160,7 @@ def test_an_adapter_is_brought_into_compute_form_once(monkeypatch):
         session.join(host.prefill(tiny_ids(1), None, [name], session.prepared))
         host.decode(session, session.logits.argmax(-1))
     for _ in range(9):
-        session.keep([*range(1, len(session))])
+        session.keep([*range(1, len(session.adapters))])
         host.decode(session, session.logits.argmax(-1))
     assert len(made) == 2 * len(names)
     assert set(made.values()) == {1}

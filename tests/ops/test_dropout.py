@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.models.samples import sample_key
-from loraloom.ops.dropout import SampleNoise, SampleSpan, Site, apply_keep_mask, mix64
+from loraloom.ops.dropout import SampleNoise, SampleSpan, Site, apply_keep_mask, mix64, sample_key
 
 KEY = sample_key(0, 0, 7)
 N = 64

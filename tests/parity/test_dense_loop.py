@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.models.samples import sample_key
+from loraloom.ops.dropout import sample_key
 from tests.parity.dense_loop import DenseAdapter, RandomMasks
 from tests.tiny import (
     ALL_FAMILIES,

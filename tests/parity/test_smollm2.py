@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import loraloom
 from loraloom.adapters import MixLoraConfig
-from loraloom.data.questions import load_questions
+from loraloom.data.questions import load_question_set
 from loraloom.eval.protocol import score_questions
 from tests.parity.plain_arc import read_rows, score
 from tests.tiny import randomise
@@ -63,7 +63,7 @@ def test_questions_are_scored_as_in_plain_transformers(smollm2, shared_dir, scor
     rows = read_rows(arc_easy / "test.jsonl", limit=4)
     plain = [score(model, tokenizer, row, scoring) for row in rows]
     host = loraloom.attach(model)
-    questions = load_questions("arc_easy", scoring, path=arc_easy, limit=4)
+    questions = load_question_set("arc_easy", scoring, path=arc_easy, limit=4).questions
     scores = score_questions(host, tokenizer, questions, [None])[None]
     host.detach()
     for found, expected in zip(scores, plain, strict=True):

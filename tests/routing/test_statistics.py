@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import load_statistics
 from loraloom.routing.top_k import top_k_routing
+from tests.tiny import load_statistics
 
 
 def layer(logits, top_k: int = 1, index: int = 0) -> LayerRouting:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import load_shares, load_statistics
+from loraloom.routing.statistics import load_shares
 from loraloom.routing.top_k import top_k_routing
 from loraloom.routing.totals import (
     effective_number,
@@ -14,6 +14,7 @@ from loraloom.routing.totals import (
     load_similarity,
     routing_totals,
 )
+from tests.tiny import load_statistics
 
 
 def record(num_tokens: int, seed: int = 0, top_k: int = 2) -> list[LayerRouting]:

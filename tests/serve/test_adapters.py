@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -27,11 +28,18 @@ def host():
     return tiny_host(configs={"own": METHODS["lora"]})
 
 
+@contextmanager
+def using(shelf, name):
+    adapter = shelf.acquire(name)
+    yield adapter.host_name
+    shelf.release(adapter)
+
+
 def test_adapters_of_a_directory_are_loaded_when_they_are_asked_for(host, saved):
     shelf = AdapterShelf(host, "base", saved)
     assert set(shelf.names()) == {"own", *METHODS}
     assert list(host.adapters) == ["own"]
-    with shelf.using("dora") as name:
+    with using(shelf, "dora") as name:
         assert name in host.adapters
 
 
@@ -39,7 +47,7 @@ def test_the_one_that_was_not_used_for_longest_goes(host, saved):
     gone = []
     shelf = AdapterShelf(host, "base", saved, max_lazy=2, on_removed=gone.append)
     for name in ("lora", "dora", "lora", "mixlora"):
-        with shelf.using(name):
+        with using(shelf, name):
             pass
     assert set(host.adapters) == {"own", "lora", "mixlora"}
     assert [adapter.name for adapter in gone] == ["dora"]
@@ -47,16 +55,16 @@ def test_the_one_that_was_not_used_for_longest_goes(host, saved):
 
 def test_adapters_in_use_stay(host, saved):
     shelf = AdapterShelf(host, "base", saved, max_lazy=1)
-    with shelf.using("lora"), pytest.raises(AllInUseError, match="at most 1 adapters"):
+    with using(shelf, "lora"), pytest.raises(AllInUseError, match="at most 1 adapters"):
         shelf.acquire("dora")
-    with shelf.using("dora"):
+    with using(shelf, "dora"):
         assert set(host.adapters) == {"own", "dora"}
 
 
 def test_unloading_waits_for_those_that_use_it(host, saved):
     shelf = AdapterShelf(host, "base")
     shelf.load("a", str(saved / "lora"))
-    with shelf.using("a") as name:
+    with using(shelf, "a") as name:
         shelf.unload("a")
         assert name in host.adapters
         with pytest.raises(UnknownModelError, match="the model 'a' does not exist"):
@@ -67,9 +75,9 @@ def test_unloading_waits_for_those_that_use_it(host, saved):
 def test_an_adapter_that_is_loaded_again_is_another_one(host, saved):
     shelf = AdapterShelf(host, "base")
     shelf.load("a", str(saved / "lora"))
-    with shelf.using("a") as old:
+    with using(shelf, "a") as old:
         shelf.load("a", str(saved / "mixlora"), replace=True)
-        with shelf.using("a") as new:
+        with using(shelf, "a") as new:
             assert host.adapters[old].config != host.adapters[new].config
     assert len(host.adapters) == 2
 
@@ -103,10 +111,10 @@ def test_a_directory_that_has_gone_has_no_adapters(host, tmp_path):
 def test_one_that_is_loaded_again_from_the_same_files_is_the_one_that_is_still_there(host, saved):
     shelf = AdapterShelf(host, "base")
     shelf.load("a", str(saved / "lora"))
-    with shelf.using("a") as old:
+    with using(shelf, "a") as old:
         shelf.unload("a")
         shelf.load("b", str(saved / "lora"))
-        with shelf.using("b") as new:
+        with using(shelf, "b") as new:
             assert new == old
     assert set(host.adapters) == {"own", "a"}
     shelf.unload("b")
@@ -117,10 +125,10 @@ def test_one_whose_files_have_changed_is_another_one(host, saved, tmp_path):
     shelf, directory = AdapterShelf(host, "base"), tmp_path / "mine"
     shutil.copytree(saved / "lora", directory)
     shelf.load("a", str(directory))
-    with shelf.using("a") as old:
+    with using(shelf, "a") as old:
         shelf.unload("a")
         shutil.copytree(saved / "dora", directory, dirs_exist_ok=True)
         shelf.load("a", str(directory))
-        with shelf.using("a") as new:
+        with using(shelf, "a") as new:
             assert new != old
     assert set(host.adapters) == {"own", new}

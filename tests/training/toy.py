@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.config.job import JobConfig
+from loraloom.config.json_text import read_json
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
@@ -25,6 +26,7 @@ from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
+from loraloom.training.run.results import RESULT_FILE, JobResult, parse_result
 from loraloom.training.step.loss_scale import make_loss_scale
 from loraloom.training.step.reference import load_reference
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
@@ -93,12 +95,16 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def read_result(directory: Path) -> JobResult:
+    """Read a job's result.json."""
+    return parse_result(read_json(directory / RESULT_FILE))
+
+
 def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any) -> TrainingSet:
     """Make a training set of toy examples."""
     return TrainingSet(
         examples=toy_examples(count, seed, **kinds),
         validation=toy_examples(num_validation, seed + 1000, first_id=count),
-        validation_questions=[],
         portions=(Portion(0, count, 1.0),),
         report=(f"toy: {count} rows",),
         seed=seed,
@@ -133,7 +139,6 @@ def toy_pair_set(
     return TrainingSet(
         examples=toy_pairs(count, seed, **kinds),
         validation=toy_pairs(num_validation, seed + 1000, first_id=2 * count),
-        validation_questions=[],
         portions=(Portion(0, count, 1.0),),
         report=(f"toy: {count} pairs",),
         seed=seed,

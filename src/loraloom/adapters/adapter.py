@@ -305,6 +305,12 @@ class Adapter(nn.Module, ABC):
             add_up=add_up,
         )
 
+    def projections(self) -> Iterator[Projection]:
+        """Yield the weights on all projections, layer after layer."""
+        for blocks in self._blocks:
+            for block in blocks.values():
+                yield from block.values()
+
     def adapts_ffn(self, layer: int) -> bool:
         """Whether the adapter has weights in this layer's FFN block."""
         return len(self.ffn_block(layer)) > 0

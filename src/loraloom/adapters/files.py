@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
+LORA_FIELDS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rank_stabilized": "use_rslora",
+    "weight_decomposition": "use_dora",
+}
+"""PEFT's names of a LoRA's settings by ours."""
 
 
 @dataclass(frozen=True)

@@ -157,10 +157,8 @@ class LowRankAdapter(Adapter):
         dropout = self.ffn_dropout(self.config.dropout, hidden_states.shape[-1], gate, 1, tokens)
         hidden_states = hidden_states.to(gate.dtype)
         if weights.is_plain:
-            hidden, finish = lean_expert_ffn(hidden_states, gate, up, weights, None, act, dropout)
-        else:
-            hidden, finish = low_rank_ffn(hidden_states, gate, up, weights, act, dropout, tokens)
-        return FfnRows(hidden, finish)
+            return FfnRows(*lean_expert_ffn(hidden_states, gate, up, weights, None, act, dropout))
+        return FfnRows(*low_rank_ffn(hidden_states, gate, up, weights, act, dropout, tokens))
 
     def stack_key(self) -> Hashable:
         """See Adapter."""

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loraloom.adapters.config import LowRankConfig
-from loraloom.adapters.files import AdapterFiles
+from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
 from loraloom.adapters.keys import target_projections
 from loraloom.adapters.lora.config import DecomposedConfig, LoraConfig
+from loraloom.adapters.lora.files import whole
 
 if TYPE_CHECKING:
     from loraloom.adapters.base import BaseInfo
@@ -49,13 +50,9 @@ _FFN_NAMES = {
 }
 """Projections on which the reference's mixtures have experts."""
 _KNOWN_NAMES = _FFN_NAMES | {"q_proj", "k_proj", "v_proj", "o_proj", "dense", "qkv_proj"}
-_LORA_FIELDS = (
-    "use_dora",
-    "use_rslora",
+_KEPT_FIELDS = (
+    *LORA_FIELDS.values(),
     "bias",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
     "target_modules",
     "base_model_name_or_path",
     "task_type",
@@ -81,7 +78,7 @@ def without_experts(files: AdapterFiles, method: type[LowRankConfig]) -> Adapter
         return files
     return replace(
         files,
-        config={name: files.config[name] for name in _LORA_FIELDS if name in files.config}
+        config={name: files.config[name] for name in _KEPT_FIELDS if name in files.config}
         | {"peft_type": LoraConfig.peft_type},
         tensors={
             f"base_model.model.model.layers.{name.removeprefix(prefix)}": tensor
@@ -106,8 +103,3 @@ def lora_fault(config: DecomposedConfig, base: BaseInfo) -> str | None:
 def alpha_fault(alpha: float) -> str | None:
     """Say what is wrong with an alpha for MoE-PEFT; None if nothing is."""
     return None if alpha.is_integer() else f"MoE-PEFT takes a whole alpha, got {alpha:g}"
-
-
-def whole(alpha: float) -> float | int:
-    """MoE-PEFT takes whole alphas only."""
-    return int(alpha) if alpha.is_integer() else alpha

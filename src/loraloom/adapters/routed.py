@@ -45,14 +45,8 @@ class RoutedProjection(LoraProjection):
         super().__init__(base, config, num_experts, dtype, seed)
         self.route = route
         self.capacity = capacity
-        self.router = Router(
-            f"{self.key}.router",
-            (num_experts, base.in_features),
-            seed,
-            std=None,
-            dtype=dtype,
-            device=base.device,
-        )
+        shape = (num_experts, base.in_features)
+        self.router = Router(f"{self.key}.router", shape, seed, dtype=dtype, device=base.device)
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
         """Weigh the columns of the token's experts, and zero all others, [T, S]."""

@@ -21,9 +21,9 @@ class Router(Weights):
         key: Its name in files.
         shape: [E, I].
         seed: Of the job.
-        std: Deviation of the initial values; None: Kaiming uniform, as linear layers begin.
         dtype: At least float32.
         device: Where the base's projection computes.
+        std: Deviation of the initial values; None: Kaiming uniform, as linear layers begin.
         has_bias: Whether a bias balances the load, [E], which starts at 0; see `balance_by_bias`.
     """
 
@@ -33,9 +33,9 @@ class Router(Weights):
         shape: tuple[int, int],
         seed: int,
         *,
-        std: float | None,
         dtype: torch.dtype,
         device: torch.device,
+        std: float | None = None,
         has_bias: bool = False,
     ):
         super().__init__()

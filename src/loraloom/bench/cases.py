@@ -28,7 +28,7 @@ class StepSetting:
         num_experts: Of a mixture.
         top_k: Of a mixture.
         num_jobs: Adapters, each with rows of its own in the batch.
-        quantization: Settings of the base model's; None for none.
+        quantization: Settings of the base model's quantisation; None for none.
 
     Raises:
         ConfigError: If a token would use more experts than there are.

@@ -110,4 +110,4 @@ def _random_set(host: Host, setting: JobsSetting, seed: int) -> TrainingSet:
             length = 3 * length // 4
         ids = tuple(generator.randrange(3, host.config.vocab_size) for _ in range(length))
         examples.append(Example(ids, (NO_LOSS, *ids[1:]), sample_id))
-    return TrainingSet(examples, [], [], (Portion(0, count, 1.0),), (), seed)
+    return TrainingSet(examples, [], (Portion(0, count, 1.0),), (), seed)

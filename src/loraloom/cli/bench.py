@@ -47,11 +47,7 @@ PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def _check_picture(path: Path | None) -> Path | None:
-    """Return where to draw as it came, before anything is measured.
-
-    Raises:
-        ConfigError: If no picture can be written there.
-    """
+    """Return where to draw as it came, before anything is measured."""
     if path is not None and path.suffix.lower() not in PICTURES:
         raise ConfigError(f"--picture must end in {', '.join(PICTURES)}, got {path}")
     prepare_output(path, "--picture")
@@ -304,21 +300,13 @@ def _settings_of(quantization: AnyQuantization | None) -> dict[str, Any] | None:
 
 
 def _check_choice(option: str, value: str, known: Collection[str]) -> None:
-    """Hold an option to its choices.
-
-    Raises:
-        ConfigError: If it is none of them.
-    """
+    """Hold an option to its choices."""
     if value not in known:
         raise ConfigError(f"{option} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _numbers(values: str) -> list[int]:
-    """Split `--values`.
-
-    Raises:
-        ConfigError: If they aren't positive whole numbers.
-    """
+    """Split `--values`."""
     parts = [part.strip() for part in values.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and 0 < int(part[:10]) < 10**9 for part in parts):
         raise ConfigError(
@@ -328,11 +316,7 @@ def _numbers(values: str) -> list[int]:
 
 
 def _names(cases: str | None, known: tuple[str, ...], option: str = "--cases") -> list[str]:
-    """Split `--cases`; None is all that are known.
-
-    Raises:
-        ConfigError: If one is unknown or none is given.
-    """
+    """Split `--cases`; None is all that are known."""
     if cases is None:
         return list(known)
     names = list(dict.fromkeys(name.strip() for name in cases.split(",") if name.strip()))

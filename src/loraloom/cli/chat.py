@@ -19,7 +19,7 @@ from loraloom.cli.options import (
     QuantizationOption,
     parse_adapters,
 )
-from loraloom.cli.serve import CacheTokensOption, make_limits
+from loraloom.cli.serve import CacheTokensOption
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def chat(
     from loraloom.infer.sampling import parse_sampling
     from loraloom.serve.conversation import Conversation
     from loraloom.serve.engine import Engine
+    from loraloom.serve.limits import EngineLimits
+    from loraloom.serve.memory import default_cache_tokens
 
     sampling = parse_sampling(
         max_new_tokens=max_new_tokens,
@@ -77,7 +79,9 @@ def chat(
     host, tokenizer = load_host(
         base_model, adapters, dtype, device, attn_implementation, quantization
     )
-    engine = Engine(host, tokenizer, make_limits(host, len(adapters) + 1, cache_tokens))
+    max_rows = len(adapters) + 1
+    limits = EngineLimits(max_rows, cache_tokens or default_cache_tokens(host, max_rows))
+    engine = Engine(host, tokenizer, limits)
     conversation = Conversation(engine, tokenizer, BASE, system)
     Terminal(conversation, [BASE, *adapters], sampling).run()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraloom.cli.scoring import open_cache, present, score_parts, tell_kept
@@ -27,8 +26,6 @@ def score_choices(
     split: str | None,
     compat: Compat | None,
     compare: Sequence[str],
-    cache: Path | None,
-    no_cache: bool,
 ) -> None:
     """Score choice tasks, write the results and print them; options are those of the verb.
 
@@ -51,7 +48,7 @@ def score_choices(
     run.check()
     asked = load_question_sets(tasks, scoring, split, run.data, run.limit, compat)
     messages = make_console(stderr=True, soft_wrap=True)
-    parts = score_parts(run, partial(_score, asked, compat, cache, no_cache), messages)
+    parts = score_parts(run, partial(_score, asked, compat), messages)
     evaluation = join_evaluations(parts, run.names, pairs)
     if run.per_question is not None:
         write_questions(run.per_question, evaluation.tasks)
@@ -61,8 +58,6 @@ def score_choices(
 def _score(
     asked: Sequence[QuestionSet],
     compat: Compat | None,
-    cache: Path | None,
-    no_cache: bool,
     run: EvalRun,
     messages: Console,
 ) -> Evaluation:
@@ -70,7 +65,7 @@ def _score(
     from loraloom.eval.progress import EvaluationProgress
 
     host, tokenizer = run.load()
-    kept = None if no_cache else open_cache(run, host, cache, messages)
+    kept = open_cache(run, host, messages)
     with tell_kept(kept, messages), EvaluationProgress(messages) as progress:
         return evaluate(
             host,

@@ -15,15 +15,13 @@ from typing import Any
 
 import typer
 
+from loraloom.cli.generate import BASE
 from loraloom.config.json_text import parse_json, read_json
 from loraloom.durable import append_text, prepare_output, write_json
 from loraloom.errors import ConfigError
 from loraloom.eval.progress import EvaluationProgress
 from loraloom.infer.prompts import Prompt
 from loraloom.terminal import make_console
-
-BASE = "base"
-"""What files call the base model."""
 
 Texts = Iterable[Sequence[str]]
 """Completions, batch by batch in the order of the rows."""

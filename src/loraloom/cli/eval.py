@@ -39,7 +39,7 @@ Compat = Literal["moe-peft"]
 
 @dataclass(frozen=True)
 class EvalRun:
-    """What every evaluation is given, of choice tasks or of lm-eval's.
+    """What every evaluation is given, whatever it scores.
 
     `names` are the adapters to score, None the base model; `adapters` says where each is loaded
     from. The rest is as on the command line.
@@ -57,6 +57,8 @@ class EvalRun:
     batch_tokens: int | None
     outputs: Sequence[Path]
     per_question: Path | None
+    cache: Path | None
+    no_cache: bool
     command: str
     ray: str | None
     ray_workers: int | None
@@ -302,6 +304,8 @@ def evaluate(
         batch_tokens=batch_tokens,
         outputs=outputs,
         per_question=per_question,
+        cache=cache,
+        no_cache=no_cache,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
         ray=ray,
         ray_workers=ray_workers,
@@ -327,8 +331,6 @@ def evaluate(
             settings={**settings, "split": split},
             max_length=max_length,
             compare=compare or (),
-            cache=cache,
-            no_cache=no_cache,
         )
         return
     from loraloom.cli.choices import score_choices
@@ -340,8 +342,6 @@ def evaluate(
         split=split,
         compat=compat,
         compare=compare or (),
-        cache=cache,
-        no_cache=no_cache,
     )
 
 
@@ -352,11 +352,7 @@ def _split_names(values: Sequence[str]) -> list[str]:
 
 
 def _only_one(options: Mapping[str, Sequence[str] | None]) -> str:
-    """The one option that says what is evaluated; --task where none is given.
-
-    Raises:
-        ConfigError: If there are several.
-    """
+    """The one option that says what is evaluated; --task where none is given."""
     given = [option for option, value in options.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"{given[0]} has no effect with {given[1]}; give one of them")
@@ -364,11 +360,7 @@ def _only_one(options: Mapping[str, Sequence[str] | None]) -> str:
 
 
 def _parse_fields(texts: Sequence[str] | None) -> dict[str, str]:
-    """Columns of --field by their roles.
-
-    Raises:
-        ConfigError: If one is not ROLE=COLUMN.
-    """
+    """Columns of --field by their roles."""
     fields = {}
     for text in texts or ():
         role, _, column = text.partition("=")

@@ -10,6 +10,7 @@ from loraloom.config.data import SourceConfig, is_task_file
 from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
+from loraloom.training.run.selection import metric_mode
 
 if TYPE_CHECKING:
     from loraloom.training.run.results import JobResult
@@ -31,7 +32,7 @@ def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | No
         return None
     if run.sweep is not None:
         metric = run.sweep.metric
-        sign = 1 if metric.endswith("loss") else -1
+        sign = 1 if metric_mode(metric) == "min" else -1
         good.sort(key=lambda one: sign * one.metrics.get(metric, sign * float("inf")))
     job = _find_job(run, good[0].job)
     asked = [] if job is None else [*_asked(job)]

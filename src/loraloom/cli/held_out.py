@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraloom.cli.scoring import open_cache, present, score_parts, tell_kept
@@ -26,8 +25,6 @@ def score_held_out(
     settings: dict[str, Any],
     max_length: int | None,
     compare: Sequence[str],
-    cache: Path | None,
-    no_cache: bool,
 ) -> None:
     """Compute losses on data sets, write the results and print them.
 
@@ -36,9 +33,7 @@ def score_held_out(
         datasets: Files, directories or hub ids.
         settings: Of each data set, as in a run file; None where one isn't given.
         max_length: Longest row in tokens; None for the default of training.
-        compare: Further options of the verb; so are the following ones.
-        cache: Where losses are kept.
-        no_cache: Keep none.
+        compare: As the user wrote it.
 
     Raises:
         ConfigError, DataError, AdapterError: As in `loraloom.eval.loss.evaluate_loss`.
@@ -59,7 +54,7 @@ def score_held_out(
         assert source.dataset is not None, "parse_source wants one"
         read_rows(source.dataset, source.split or "validation", source.config)
     messages = make_console(stderr=True, soft_wrap=True)
-    parts = score_parts(run, partial(_score, sources, max_length, cache, no_cache), messages)
+    parts = score_parts(run, partial(_score, sources, max_length), messages)
     evaluation = join_losses(parts, run.names, pairs)
     if run.ray is not None:  # whose workers are silent
         for one in evaluation.losses:
@@ -73,8 +68,6 @@ def score_held_out(
 def _score(
     sources: Sequence[SourceConfig],
     max_length: int | None,
-    cache: Path | None,
-    no_cache: bool,
     run: EvalRun,
     messages: Console,
 ) -> LossEvaluation:
@@ -87,7 +80,7 @@ def _score(
     _check_names([one.name for one in sets])
     for one in sets:
         messages.print(one.describe())
-    kept = None if no_cache else open_cache(run, host, cache, messages)
+    kept = open_cache(run, host, messages)
     with tell_kept(kept, messages), EvaluationProgress(messages) as progress:
         return evaluate_loss(
             host,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from loraloom.errors import ConfigError
@@ -62,16 +61,16 @@ def present(run: EvalRun, evaluation: Evaluation | LossEvaluation, messages: Con
     print_tables(make_console(), evaluation.tables())
 
 
-def open_cache(
-    run: EvalRun, host: Host, directory: Path | None, messages: Console
-) -> ScoreCache | None:
+def open_cache(run: EvalRun, host: Host, messages: Console) -> ScoreCache | None:
     """Open the cache; where the default directory can't be used, say so and go on without."""
     from loraloom.eval.cache import ScoreCache, default_cache_directory
 
+    if run.no_cache:
+        return None
     try:
-        return ScoreCache(directory or default_cache_directory(), host, run.names)
+        return ScoreCache(run.cache or default_cache_directory(), host, run.names)
     except ConfigError as error:
-        if directory is not None:
+        if run.cache is not None:
             raise
         messages.print(f"warning: {error}")
         return None

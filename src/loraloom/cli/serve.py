@@ -24,10 +24,8 @@ from loraloom.errors import ConfigError
 if TYPE_CHECKING:
     import socket
 
-    from loraloom.models.host import Host
     from loraloom.serve.adapters import AdapterShelf
     from loraloom.serve.engine import Engine
-    from loraloom.serve.limits import EngineLimits
 
 MaxRowsOption = Annotated[
     int, typer.Option("--max-rows", min=1, help="Most completions that are made at once.")
@@ -145,6 +143,8 @@ def serve(
     from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
     from loraloom.serve.http.server import Server, listen
+    from loraloom.serve.limits import EngineLimits
+    from loraloom.serve.memory import default_cache_tokens
     from loraloom.serve.threads import run_apart
 
     return_freed_memory()
@@ -156,8 +156,9 @@ def serve(
             model, tokenizer = load_host(
                 base_model, {}, dtype, device, attn_implementation, quantization
             )
-            limits = make_limits(
-                model, max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_seconds
+            tokens = cache_tokens or default_cache_tokens(model, max_rows)
+            limits = EngineLimits(
+                max_rows, tokens, prefill_tokens, max_waiting, max_request_seconds
             )
             engine = Engine(model, tokenizer, limits)
             shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget)
@@ -191,23 +192,6 @@ def _refuse_embedded_only(given: Mapping[str, object]) -> None:
         if given[name] != defaults[name].default:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} can't be used with --engine vllm: {reason}")
-
-
-def make_limits(
-    host: Host,
-    max_rows: int,
-    cache_tokens: int | None,
-    prefill_tokens: int = 256,
-    max_waiting: int = 256,
-    max_request_s: float = 600.0,
-) -> EngineLimits:
-    """What the engine may use, with a cache that fits into memory."""
-    from loraloom.serve.limits import EngineLimits
-    from loraloom.serve.memory import default_cache_tokens
-
-    if cache_tokens is None:
-        cache_tokens = default_cache_tokens(host, max_rows)
-    return EngineLimits(max_rows, cache_tokens, prefill_tokens, max_waiting, max_request_s)
 
 
 def _announce(engine: Engine, shelf: AdapterShelf, sock: socket.socket) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import NoReturn
 
 from jinja2 import TemplateError
@@ -20,7 +19,7 @@ from loraloom.data.chat_template import ChatTemplate, Span
 from loraloom.data.encoding import EncodedRow, LearntTokens, fit
 from loraloom.data.messages import Conversation, read_conversation
 from loraloom.data.rows import Row
-from loraloom.data.tokenising import leading_tokens
+from loraloom.data.tokenising import count_shared, leading_tokens
 from loraloom.errors import DataError, shown
 
 _END_OF_REASONING = "</think>"
@@ -107,7 +106,7 @@ def _marked_text(
     start = 0
     if first:
         given = template.render(_until(conversation, first))
-        start = _count_shared(text, given)
+        start = count_shared(text, given)
     spans = [(begin, end) for begin, end in marks if begin >= start]
     if not any(end > begin for begin, end in spans):
         row.reject("the chat template's {% generation %} marks have nothing of it between them")
@@ -160,7 +159,7 @@ def _read_answer(
 
 
 def _reject_beginning(row: Row, place: int, asked: str, answered: str) -> NoReturn:
-    shared = _count_shared(asked, answered)
+    shared = count_shared(asked, answered)
     row.reject(
         f"the chat template asks for message {place + 1} with {shown(asked[shared:])} where it "
         f"then writes {shown(answered[shared : shared + 30])}, so the model would learn another "
@@ -193,13 +192,6 @@ def _closing(template: ChatTemplate) -> str:
         return end if template.render(question).endswith(end) else ""
     except TemplateError:
         return ""
-
-
-def _count_shared(text: str, other: str) -> int:
-    """Count the characters that two texts begin with alike."""
-    return sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False))
-    )
 
 
 def _check_written(

@@ -27,6 +27,11 @@ class Example:
         return (self,)
 
 
+def count_labels(example: Example) -> int:
+    """Count the tokens that are predicted: the first one has nothing before it."""
+    return sum(label != NO_LOSS for label in example.labels[1:])
+
+
 @dataclass(frozen=True)
 class PreferencePair:
     """Two tokenised answers to one prompt, each a row and a sample of its own.

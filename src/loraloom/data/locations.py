@@ -157,16 +157,12 @@ class HubStream(RowStream):
         """See RowStream."""
         self._num_rows = 0 if state is None else state["row"]
         self._table.load_state_dict(None if state is None else state["dataset"])
-        table = iter(self._table)
-        while True:
-            try:
-                record = next(table)
-            except StopIteration:
-                return
-            except Exception as error:  # of the network, of damaged files, of datasets itself
-                _reject_hub(self._source, self._split, error)
-            self._num_rows += 1
-            yield _hub_row(self._source, self._split, self._num_rows, record)
+        try:
+            for record in self._table:
+                self._num_rows += 1
+                yield _hub_row(self._source, self._split, self._num_rows, record)
+        except Exception as error:  # of the network, of damaged files, of datasets itself
+            _reject_hub(self._source, self._split, error)
 
     def state_dict(self) -> StreamState:
         """See RowStream."""

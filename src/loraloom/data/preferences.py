@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.chat import learn_answers
 from loraloom.data.chat_template import ChatTemplate, load_chat_template
 from loraloom.data.encoding import EncodedRow, LearntTokens, fit_pair, learn_completions
-from loraloom.data.messages import Conversation, Message, read_messages, read_tools
+from loraloom.data.messages import Conversation, read_messages, read_tools
 from loraloom.data.rows import Row
-from loraloom.data.tokenising import leading_tokens
+from loraloom.data.tokenising import count_shared, leading_tokens
 
 TextPair = tuple[tuple[str, str], tuple[str, str]]
 """Prompt and completion of the chosen, and of the rejected."""
@@ -80,7 +80,7 @@ def _learn_conversations(
         prompt = read_messages(row, names["prompt"])
         first, chosen, rejected = len(prompt), [*prompt, *chosen], [*prompt, *rejected]
     else:
-        first = _count_shared(chosen, rejected)
+        first = count_shared(chosen, rejected)
     tools = read_tools(row, "tools")
     return (
         _learn_answer(tokenizer, template, row, Conversation(chosen, tools), first),
@@ -102,12 +102,3 @@ def _learn_answer(
             "turns differently once others follow; give chat_template one that does not"
         )
     return texts[0]
-
-
-def _count_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """Count the messages that two conversations begin with alike."""
-    pairs = zip(chosen, rejected, strict=False)
-    return next(
-        (place for place, (one, other) in enumerate(pairs) if one != other),
-        min(len(chosen), len(rejected)),
-    )

@@ -29,13 +29,13 @@ class QuestionSet:
     source: dict[str, Any]
 
 
-def load_questions(
+def load_question_set(
     task: str,
     scoring: Scoring | None = None,
     split: str | None = None,
     path: str | Path | None = None,
     limit: int | None = None,
-) -> list[ChoiceQuestion]:
+) -> QuestionSet:
     """The questions of a task's split, in the order of its rows.
 
     Args:
@@ -51,17 +51,6 @@ def load_questions(
         ConfigError: If the task is unknown, or for faults of its file.
         DataError: If its data is missing, empty, damaged or has no published answers.
     """
-    return load_question_set(task, scoring, split, path, limit).questions
-
-
-def load_question_set(
-    task: str,
-    scoring: Scoring | None = None,
-    split: str | None = None,
-    path: str | Path | None = None,
-    limit: int | None = None,
-) -> QuestionSet:
-    """The questions as `load_questions` gives them, with what there is to know about them."""
     found = find_task(task)
     split, scoring = split or found.evaluation_split, scoring or found.scoring
     rows = found.load_rows(split, path)

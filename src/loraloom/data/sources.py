@@ -14,7 +14,6 @@ from loraloom.data.chat import encode_conversations
 from loraloom.data.chat_template import given_source, load_chat_template
 from loraloom.data.encode_once import encode_once
 from loraloom.data.encoding import EncodedRow, encode_completions, encode_documents
-from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.locations import read_rows, stream_rows
 from loraloom.data.preferences import encode_preferences, encode_text_pairs
 from loraloom.data.prompts import (
@@ -30,11 +29,10 @@ from loraloom.errors import DataError
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A source's rows as token ids, and as questions where it is a choice task."""
+    """A source's rows as token ids."""
 
     name: str
     rows: list[EncodedRow]
-    questions: list[ChoiceQuestion] | None = None
 
 
 def load_source(
@@ -108,11 +106,7 @@ def _load_task(
         tokenizer,
         [as_pairs, max_length],
     )
-    return LoadedSource(
-        name=f"{task.name} ({scoring})",
-        rows=encoded,
-        questions=[task.question(row, index, scoring) for index, row in enumerate(rows)],
-    )
+    return LoadedSource(f"{task.name} ({scoring})", encoded)
 
 
 def _encode_data_set(

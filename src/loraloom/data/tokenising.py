@@ -42,12 +42,12 @@ def encode_pairs(
         lm-eval 0.4.13 `lm_eval/api/model.py`, `_encode_pair`: the same cut, except where a token
         reaches over it.
     """
-    moved = [_move_trailing_space(context, continuation) for context, continuation in pairs]
+    moved = [move_trailing_space(context, continuation) for context, continuation in pairs]
     wholes = encode_texts(tokenizer, [context + continuation for context, continuation in moved])
     contexts = encode_texts(tokenizer, [context for context, _ in moved])
     cuts = [_cut(whole, context) for whole, context in zip(wholes, contexts, strict=True)]
     return [
-        pair if pair.context else TokenPair([_start_of_text(tokenizer)], pair.continuation)
+        pair if pair.context else TokenPair([start_of_text(tokenizer)], pair.continuation)
         for pair in cuts
     ]
 
@@ -98,20 +98,28 @@ def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
-def _move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token that begins a text: BOS, or EOS where there is none.
+
+    Raises:
+        DataError: If the tokenizer has neither.
+    """
+    bos = tokenizer.bos_token_id
+    return bos if isinstance(bos, int) else eos_token(tokenizer)
+
+
+def move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
+    """Give the whitespace at the end of a context to its continuation."""
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation
 
 
+def count_shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """Count the entries that two sequences begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
 def _cut(whole: list[int], context: list[int]) -> TokenPair:
-    shared = 0
-    for one, other in zip(whole, context, strict=False):
-        if one != other:
-            break
-        shared += 1
+    shared = count_shared(whole, context)
     return TokenPair(whole[:shared], whole[shared:])
-
-
-def _start_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    bos = tokenizer.bos_token_id
-    return bos if isinstance(bos, int) else eos_token(tokenizer)

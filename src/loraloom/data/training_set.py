@@ -15,12 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import DataConfig
 from loraloom.data.encoding import EncodedRow
-from loraloom.data.examples import (
-    ChoiceQuestion,
-    Example,
-    PreferencePair,
-    TrainingExample,
-)
+from loraloom.data.examples import Example, PreferencePair, TrainingExample
 from loraloom.data.sources import LoadedSource, load_source
 from loraloom.errors import DataError
 
@@ -43,13 +38,12 @@ class Portion:
 class TrainingSet:
     """Examples to learn from, others held out, and what happened to the rows on the way.
 
-    `validation_questions` are the rows held out of choice tasks, as questions; `report` has a line
-    for each source, and `warnings` one where examples are both learnt and held out.
+    `report` has a line for each source, and `warnings` one where examples are both learnt and held
+    out.
     """
 
     examples: list[TrainingExample]
     validation: list[TrainingExample]
-    validation_questions: list[ChoiceQuestion]
     portions: tuple[Portion, ...]
     report: tuple[str, ...]
     seed: int
@@ -127,14 +121,14 @@ def load_training_set(
         validation = load_source(
             config.validation, tokenizer, max_length, "validation", as_pairs=as_pairs
         )
-        shares.append(_all_held_out(validation, sample_ids))
+        held_out = [one for row in validation.rows for one in number_row(row, sample_ids)]
+        shares.append(_Share(validation, [], held_out))
     stops = [0]
     for share in shares:
         stops.append(stops[-1] + len(share.examples))
     return TrainingSet(
         examples=list(chain.from_iterable(share.examples for share in shares)),
         validation=list(chain.from_iterable(share.held_out for share in shares)),
-        validation_questions=list(chain.from_iterable(share.questions for share in shares)),
         portions=tuple(
             Portion(stops[place], stops[place + 1], source.weight)
             for place, source in enumerate(config.sources)
@@ -152,7 +146,6 @@ class _Share:
     source: LoadedSource
     examples: list[TrainingExample]
     held_out: list[TrainingExample]
-    questions: list[ChoiceQuestion]
 
 
 def _share(
@@ -164,13 +157,7 @@ def _share(
         source=source,
         examples=[one for index, row in enumerate(examples) if index not in chosen for one in row],
         held_out=[one for index, row in enumerate(examples) if index in chosen for one in row],
-        questions=[source.questions[index] for index in sorted(chosen)] if source.questions else [],
     )
-
-
-def _all_held_out(source: LoadedSource, sample_ids: Iterator[int]) -> _Share:
-    held_out = [example for row in source.rows for example in number_row(row, sample_ids)]
-    return _Share(source, [], held_out, source.questions or [])
 
 
 def number_row(
@@ -233,10 +220,9 @@ def _describe(share: _Share, max_length: int) -> str:
         f"{share.source.name}: {len(share.source.rows)} rows, {len(share.examples)} {kind}, "
         f"{tokens} tokens, {len(share.held_out)} held out"
     )
-    cut, dropped = _count_cut(share.source.rows), _count_dropped(share.source.rows)
-    if cut:
+    if cut := sum(row.is_cut for row in share.source.rows):
         line += f"; {cut} cut or divided to fit max_length={max_length}"
-    if dropped:
+    if dropped := sum(not row.pieces for row in share.source.rows):
         line += f"; {dropped} dropped, their answer does not fit"
     return line
 
@@ -252,11 +238,3 @@ def _warn_of_repeats(shares: Sequence[_Share]) -> list[str]:
         f"warning: {repeated} of {len(held_out)} held-out examples are learnt too; eval/loss shows "
         "how well they are remembered"
     ]
-
-
-def _count_cut(rows: Sequence[EncodedRow]) -> int:
-    return sum(row.is_cut for row in rows)
-
-
-def _count_dropped(rows: Sequence[EncodedRow]) -> int:
-    return sum(not row.pieces for row in rows)

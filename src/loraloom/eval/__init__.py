@@ -1,1 +1,1 @@
-"""Evaluation: choice questions scored by log-likelihood."""
+"""Evaluation: choice questions, held-out loss, and the tasks of lm-evaluation-harness."""

@@ -129,11 +129,7 @@ def _read_scores(
 
 
 def _transact(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Result:
-    """Do a transaction in a file, which is made when missing.
-
-    Raises:
-        ConfigError: If the file can't be read or written, or is damaged.
-    """
+    """Do a transaction in a file, which is made when missing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=_LOCK_TIMEOUT_S)) as connection:

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import describe_faults
 from loraloom.config.train import TrainConfig
-from loraloom.data.encoding import Piece
-from loraloom.data.examples import NO_LOSS, Example
+from loraloom.data.examples import Example, count_labels
 from loraloom.data.questions import sha256
 from loraloom.data.sources import load_source
 from loraloom.errors import ConfigError, DataError
@@ -43,7 +42,7 @@ class HeldOutSet:
     @property
     def num_tokens(self) -> list[int]:
         """Tokens of each row that have a loss."""
-        return [sum(map(_count_labels, examples)) for examples in self.rows]
+        return [sum(map(count_labels, examples)) for examples in self.rows]
 
     def describe(self) -> str:
         """Say in a line what is measured, and what became of rows that don't fit."""
@@ -71,10 +70,8 @@ def load_held_out(
         raise ConfigError(f"max_length must be at most the model's {positions}, got {longest}")
     loaded = load_source(source, tokenizer, longest, source.split or "validation")
     encoded = loaded.rows[:limit]
-    rows = [
-        [example for piece in row.pieces if _count_labels(example := _example_of(piece))]
-        for row in encoded
-    ]
+    examples_of = ([Example(p.input_ids, p.labels, 0) for p in row.pieces] for row in encoded)
+    rows = [list(filter(count_labels, examples)) for examples in examples_of]
     kept = [examples for examples in rows if examples]
     if not kept:
         raise DataError(f"{loaded.name}: none of the {len(encoded)} rows has an answer that fits")
@@ -85,7 +82,7 @@ def load_held_out(
             "format": source.format or source.scoring,
             "split": source.split,
             "num_examples": len(kept),
-            "num_tokens": sum(_count_labels(one) for examples in kept for one in examples),
+            "num_tokens": sum(count_labels(one) for examples in kept for one in examples),
             "num_cut": sum(row.is_cut for row in encoded),
             "num_dropped": len(rows) - len(kept),
             "max_length": longest,
@@ -111,15 +108,6 @@ def parse_source(settings: Mapping[str, Any]) -> SourceConfig:
             "preference"
         )
     return source
-
-
-def _example_of(piece: Piece) -> Example:
-    return Example(piece.input_ids, piece.labels, sample_id=0)
-
-
-def _count_labels(example: Example) -> int:
-    """Tokens with a loss; the first one of a row is not predicted."""
-    return sum(label != NO_LOSS for label in example.labels[1:])
 
 
 def _name_of(dataset: str) -> str:

@@ -121,7 +121,6 @@ def compare_losses(
     first: Sequence[int | float],
     second: Sequence[int | float],
     num_tokens: Sequence[int],
-    seed: int = 0,
 ) -> PairedComparison:
     """Compare the losses a token of two adapters on the same rows.
 
@@ -132,11 +131,10 @@ def compare_losses(
         first: Loss of each row in nats, summed over its tokens.
         second: The same of the other, in the same order.
         num_tokens: Of each row.
-        seed: Of the bootstrap.
     """
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     lengths = np.asarray(num_tokens, dtype=np.float64)
-    ((low, high),) = ratio_intervals(differences[:, None], lengths, seed)
+    ((low, high),) = ratio_intervals(differences[:, None], lengths)
     num_first, num_second = int((differences < 0).sum()), int((differences > 0).sum())
     return PairedComparison(
         difference=float(differences.sum() / lengths.sum()),
@@ -168,18 +166,15 @@ def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
     return float(math.sqrt(count / (count - 1) * np.square(deviations).sum()) / total)
 
 
-def ratio_intervals(
-    sums: np.ndarray, lengths: np.ndarray, seed: int = 0
-) -> list[tuple[float, float]]:
+def ratio_intervals(sums: np.ndarray, lengths: np.ndarray) -> list[tuple[float, float]]:
     """Compute percentile bootstrap intervals of Σ sums / Σ lengths, all from the same resamples.
 
     Args:
         sums: Of each row, a column for each ratio, [n, C].
         lengths: Of each row, [n].
-        seed: Of the draws.
     """
     count, totals = len(lengths), np.column_stack([sums, lengths])
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     means = np.empty((NUM_RESAMPLES, totals.shape[1]))
     for resample in means:
         times = np.bincount(generator.integers(count, size=count), minlength=count)

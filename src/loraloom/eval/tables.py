@@ -197,12 +197,8 @@ def csv_page(tasks: Sequence[TaskScores]) -> str:
 def format_accuracy(result: Accuracy) -> str:
     """An accuracy in percent with its interval, marked where a constant answer reaches it."""
     low, high = wilson_interval(result.accuracy, result.num_examples)
-    return f"{100 * result.accuracy:.1f} ({100 * low:.1f}–{100 * high:.1f}){mark(result)}"
-
-
-def mark(result: Accuracy) -> str:
-    """The sign after an accuracy that a constant answer reaches."""
-    return "" if result.beats_majority else MARK
+    mark = "" if result.beats_majority else MARK
+    return f"{100 * result.accuracy:.1f} ({100 * low:.1f}–{100 * high:.1f}){mark}"
 
 
 def with_note(table: Table) -> Table:

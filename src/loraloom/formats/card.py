@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import yaml
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.own import own_lines
-
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+from loraloom.formats.hub import HUB_ID
 
 
 def model_card(
@@ -99,5 +97,5 @@ def _usage(config: AdapterConfig, base: BaseInfo) -> str:
 
 
 def _is_on_hub(base: BaseInfo) -> bool:
-    is_id = _HUB_ID.fullmatch(base.name_or_path) is not None
+    is_id = HUB_ID.fullmatch(base.name_or_path) is not None
     return is_id and not Path(base.name_or_path).exists()

@@ -12,7 +12,14 @@ from torch import Tensor
 from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
-from loraloom.adapters.files import CONFIG_FILE, AdapterFiles, AdapterRecord, checked_fields
+from loraloom.adapters.files import (
+    CONFIG_FILE,
+    LORA_FIELDS,
+    AdapterFiles,
+    AdapterRecord,
+    BaseFields,
+    checked_fields,
+)
 from loraloom.adapters.keys import TensorKey
 from loraloom.errors import shown
 from loraloom.formats.own import own_settings
@@ -26,14 +33,7 @@ SIDECARS = tuple(method.sidecar for method in CONFIGS if method.sidecar is not N
 RECORD_VERSION = 1
 """Version of what loraloom adds to the two layouts; files with a higher one are refused."""
 
-_FILE_FIELDS = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "rank_stabilized": "use_rslora",
-    "weight_decomposition": "use_dora",
-    "experts": "expert_lora",
-}
+_FILE_FIELDS = LORA_FIELDS | {"experts": "expert_lora"}
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,7 @@ class BaseRecord:
             )
         return cls(
             name_or_path=files.config.get("base_model_name_or_path") or None,
-            model_type=read.base.model_type,
-            fingerprint=read.base.fingerprint,
-            num_parameters=read.base.num_parameters,
-            quantization=read.base.quantization,
+            **read.base.model_dump(include=set(BaseFields.model_fields)),
         )
 
     def to_json(self) -> dict[str, Any]:

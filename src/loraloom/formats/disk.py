@@ -8,6 +8,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from loraloom.formats.contents import (
 )
 
 _ABANDONED_S = 3600.0
-"""After so long, nobody is writing any more what lies aside."""
+"""Age at which files that lie aside are no longer being written by anybody."""
 
 _STALE_FILES = (PICKLE_FILE, *(sidecar.weights for sidecar in SIDECARS))
 """What would be read instead of new files, or beside them."""
@@ -232,7 +233,8 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
         raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
     finally:
         if is_new:
-            _remove_if_empty(directory)
+            with suppress(OSError):  # it isn't empty, or isn't there
+                directory.rmdir()
 
 
 def write_new(
@@ -295,12 +297,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: _on_cpu(tensor) for name, tensor in tensors.items()}
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """Detach and copy, so that experts that are views of one tensor don't share storage."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """Copy to the CPU, so that experts that are views of one tensor don't share storage."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
 
 
 def _publish(aside: Path, directory: Path) -> None:
@@ -313,8 +313,3 @@ def _publish(aside: Path, directory: Path) -> None:
         sync(directory)
     for name in _STALE_FILES:
         (directory / name).unlink(missing_ok=True)
-
-
-def _remove_if_empty(directory: Path) -> None:
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()

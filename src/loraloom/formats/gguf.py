@@ -118,9 +118,7 @@ def _projections(adapter: Adapter) -> Iterator[Projection]:
             f"adapter {adapter.name!r} must be without routers to be a GGUF adapter, "
             f"got {adapter.config.title}; llama.cpp has none with routers"
         )
-    for layer in range(len(adapter.base_layers)):
-        for block in (adapter.attention_block(layer), adapter.ffn_block(layer)):
-            yield from map(_without_row_scale, block.values())
+    return map(_without_row_scale, adapter.projections())
 
 
 def _without_row_scale(projection: Projection) -> Projection:

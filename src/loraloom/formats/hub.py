@@ -14,7 +14,7 @@ from loraloom.errors import FormatError
 from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, SIDECARS, WEIGHTS_FILE
 from loraloom.formats.disk import check_all_read
 
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Of the HTTP client, which huggingface_hub has changed: no connection, for instance."""
 
@@ -28,7 +28,7 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
     path = local_path(path_or_hub_id, "an adapter", FormatError)
     if path.exists():
         return path
-    if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(path_or_hub_id):
+    if not isinstance(path_or_hub_id, str) or not HUB_ID.fullmatch(path_or_hub_id):
         raise FormatError(f"an adapter must be a directory or a Hub id, there is no {path}")
     return _download(path_or_hub_id)
 
@@ -73,7 +73,7 @@ def upload_adapter(directory: Path, hub_id: str, *, private: bool) -> str:
     Raises:
         FormatError: If the name could not be one, or the Hub can't be reached or refuses.
     """
-    if not _HUB_ID.fullmatch(hub_id):
+    if not HUB_ID.fullmatch(hub_id):
         raise FormatError(f"a Hub id must be owner/name, got {hub_id!r}")
     api = HfApi()
     try:

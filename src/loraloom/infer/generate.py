@@ -18,7 +18,7 @@ from loraloom.infer.halving import in_halves
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig, StopTexts, TokenChooser, before_stop
 from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter
+from loraloom.models.layout import RowAdapter, name_and_scale
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def complete_in_order(
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     *,
-    batch_size: int = 16,
-    raw: bool = False,
-    num_done: int = 0,
+    batch_size: int,
+    raw: bool,
+    num_done: int,
 ) -> Iterator[list[Completion]]:
     """Complete prompts as `generate` does, but in their own order, each batch when it is asked for.
 
@@ -260,9 +260,7 @@ def _check_finite(names: Sequence[RowAdapter], logits: Tensor) -> Tensor:
     """Refuse to choose tokens by what is no number: broken weights give it from the start."""
     broken = logits.isnan().any(-1).tolist()
     owners = [
-        name[0] if isinstance(name, tuple) else name
-        for name, is_broken in zip(names, broken, strict=True)
-        if is_broken
+        name_and_scale(name)[0] for name, is_broken in zip(names, broken, strict=True) if is_broken
     ]
     if owners:
         raise not_finite("logits", "NaN", dict.fromkeys(owners))

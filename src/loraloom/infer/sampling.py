@@ -28,7 +28,7 @@ from loraloom.config.faults import describe_faults
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import ConfigError, shown
 from loraloom.infer.prompts import is_unicode
-from loraloom.models.samples import sample_key
+from loraloom.ops.dropout import sample_key
 
 _ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
 """Draw from all tokens."""
@@ -48,7 +48,7 @@ class SamplingConfig(StrictModel):
     temperature: float = Field(default=0.0, ge=0)
     """0 takes the most likely token; from 0.001, tokens are drawn from softmax(logits / it)."""
     top_k: int = Field(default=0, ge=0)
-    """Draw from the so many most likely tokens; 0 for all."""
+    """Draw from this many of the most likely tokens; 0 for all."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the most likely tokens whose probabilities sum to this."""
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)

@@ -174,10 +174,6 @@ class Decoding:
             session.cache.update(keys, values, layer)
         return session
 
-    def __len__(self) -> int:
-        """Rows."""
-        return len(self.adapters)
-
     @property
     def lengths(self) -> Tensor:
         """Tokens of each row, [B]; on the CPU."""

@@ -65,7 +65,6 @@ _given: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", def
 
 def nobody() -> None:
     """Speak for no rows."""
-    return None
 
 
 class Door:
@@ -77,9 +76,7 @@ class Door:
         rows: Says whose the rows are where a thread has not said it by `of_rows`.
     """
 
-    def __init__(
-        self, module: nn.Module, open_visit: Open, rows: Callable[[], Rows | None] = nobody
-    ):
+    def __init__(self, module: nn.Module, open_visit: Open, rows: Callable[[], Rows | None]):
         self._module = module
         self._open = open_visit
         self._rows = rows

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loraloom.models.compute_forms import ScaledAdapter
 from loraloom.models.families import head_of
-from loraloom.models.forward import PreparedWeights
-from loraloom.models.heads import Head, Heads
+from loraloom.models.forward import PreparedWeights, forms_of
 from loraloom.models.hosted import HostedAdapters
 from loraloom.models.layout import RowAdapter
+from loraloom.models.own import own_outputs
 from loraloom.ops.token_loss import token_losses, token_scores, top_tokens, trained_token_losses
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
@@ -25,13 +27,29 @@ _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
 )
 
 
+@dataclass(frozen=True)
+class Head:
+    """From states after the final norm to logits, scaled and soft-capped.
+
+    Args:
+        compute: Does so.
+        is_own: It is an adapter's.
+    """
+
+    compute: Callable[[Tensor], Tensor]
+    is_own: bool = False
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return logits, [N, V]."""
+        return self.compute(states)
+
+
 class HeadOutputs(HostedAdapters):
     """What a host computes of hidden states."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        head = head_of(model, self._family)
-        self._heads = Heads(self.model.get_output_embeddings(), self.base.head, head)
+        self._head = head_of(model, self._family)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -140,13 +158,57 @@ class HeadOutputs(HostedAdapters):
         adapters: Sequence[RowAdapter] | None,
         prepared: PreparedWeights | None = None,
     ) -> Sequence[Tensor]:
-        """Compute something of states with each one's head; see `Heads.each`."""
-        rows: Sequence[ScaledAdapter | None] = ()
-        heads = (adapter.own_at(self.base.head) for adapter in self.adapters.values())
-        if adapters is not None and any(head is not None for head in heads):
-            names = self._row_adapters(adapters, len(tensors[0]))
-            rows = [None if name is None else self._scaled(name) for name in names]
-        return self._heads.each(compute, tensors, rows, prepared or self._prepared_here())
+        """Compute something of states with the heads of their adapters.
+
+        Args:
+            compute: From a head and `tensors` to results.
+            tensors: [N, …] each.
+            adapters: Of each state; None: the base model's head for all.
+            prepared: Keeps heads in compute form where weights don't change.
+
+        Returns:
+            Results, [N, …] each.
+        """
+        prepared = prepared or self._prepared_here()
+        groups = {} if adapters is None else self._places_by_head(adapters, len(tensors[0]))
+        if not groups.keys() - {None}:
+            return compute(Head(self._head), *tensors)
+        results = [
+            compute(self._head_of(row, prepared), *(values[places] for values in tensors))
+            for row, places in groups.items()
+        ]
+        order = [place for places in groups.values() for place in places]
+        inverse = torch.tensor(order, device=tensors[0].device).argsort()
+        columns = zip(*results, strict=True)
+        return [torch.cat(column).index_select(0, inverse) for column in columns]
+
+    def _places_by_head(
+        self, adapters: Sequence[RowAdapter], num_states: int
+    ) -> dict[ScaledAdapter | None, list[int]]:
+        """Group states by the adapter whose own head they have; None: the base model's."""
+        groups: dict[ScaledAdapter | None, list[int]] = {}
+        if all(adapter.own_at(self.base.head) is None for adapter in self.adapters.values()):
+            return groups
+        for place, name in enumerate(self._row_adapters(adapters, num_states)):
+            row = None if name is None else self._scaled(name)
+            has_own = row is not None and row[0].own_at(self.base.head) is not None
+            groups.setdefault(row if has_own else None, []).append(place)
+        return groups
+
+    def _head_of(self, row: ScaledAdapter | None, prepared: PreparedWeights | None) -> Head:
+        if row is None:
+            return Head(self._head)
+        adapter, scale = row
+        own: Any = adapter.own_at(self.base.head)
+        base = self.model.get_output_embeddings()
+
+        def linear(states: Tensor) -> Tensor:
+            # in training for each piece of the states anew: its gradient is then added up in the
+            # dtype of the weights
+            weights = forms_of(prepared).own(own, states.dtype)
+            return own_outputs(own, weights, base, states, base, scale)
+
+        return Head(lambda states: self._head(states, linear), is_own=True)
 
     def _prepared_here(self) -> PreparedWeights | None:
         """Return what a `with host.prepared():` of this thread keeps."""

@@ -35,11 +35,11 @@ from loraloom.models.packing import (
     packed_positions,
     packed_token_mask,
 )
-from loraloom.models.samples import draw_sample_keys, sample_key
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacking import StackedForward
 from loraloom.models.trial import try_adapters
 from loraloom.models.view import AdapterModel
+from loraloom.ops.dropout import sample_key
 from loraloom.ranks import Alone, Ranks
 from loraloom.routing.record import LayerRouting, join_routing
 
@@ -103,11 +103,11 @@ class Host(HeadOutputs):
 
     @property
     def training(self) -> bool:
-        """Whether forwards that don't say train."""
+        """Whether forwards train by default."""
         return self._training
 
     def train(self, mode: bool = True) -> Host:
-        """Let forwards that don't say train, with dropout and jitter on.
+        """Make training the default of forwards: dropout and jitter are on.
 
         Where the base model is in float16, the loss must be scaled (`torch.amp.GradScaler`).
 
@@ -120,7 +120,7 @@ class Host(HeadOutputs):
         return self
 
     def eval(self) -> Host:
-        """Let forwards that don't say be in eval mode."""
+        """Make eval mode the default of forwards."""
         return self.train(False)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
@@ -152,7 +152,7 @@ class Host(HeadOutputs):
                 On an accelerator, one that lies on the CPU spares waiting for the device.
             adapters: For each row an adapter's name, `(name, scale)` to scale what it adds to the
                 base model, or None for the base model; None: base model.
-            sample_keys: A key for each row's dropout in training (see `samples.sample_key`); drawn
+            sample_keys: A key for each row's dropout in training (`ops.dropout.sample_key`); drawn
                 from a count of forwards when left out.
             training: Dropout and jitter are on, for this forward.
             model_inputs: Passed to the base model: `past_key_values`, `position_ids`, ...
@@ -443,11 +443,14 @@ class Host(HeadOutputs):
         if rows.training:
             self._check_needs_no_scaling()
         record: Record = {}
+        keys = None
+        if rows.training:  # who saves and restores the state of torch's generator goes on with them
+            keys = torch.randint(2**62, (len(tokens),)).tolist()
         forward = self._forward(
             tokens,
             attention_mask,
             expand_adapters(rows.adapters, len(tokens)),
-            draw_sample_keys(len(tokens)) if rows.training else None,
+            keys,
             training=rows.training,
             record=record if rows.training else None,
         )

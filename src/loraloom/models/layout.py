@@ -9,7 +9,7 @@ rows are gathered by segment and put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -23,6 +23,11 @@ from loraloom.routing.record import LayerRouting
 
 RowAdapter = str | tuple[str, float] | None
 """A row's adapter: its name, its name and a factor of what it adds, or None, the base model."""
+
+
+def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
+    """Take a row's adapter apart; the base model has no name, and the scale 1."""
+    return adapter if isinstance(adapter, tuple) else (adapter, 1.0)
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,12 @@ def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
     Returns:
         Places of rows by the adapter's name: those with its first scale before those with the next.
     """
-    scaled = [(adapter, 1.0) if isinstance(adapter, str) else adapter for adapter in adapters]
+    scaled = [name_and_scale(adapter) for adapter in adapters]
     rows: dict[str, list[int]] = {}
     for row in sorted(range(len(scaled)), key=_first_place(scaled)):
-        adapter = scaled[row]
-        if adapter is not None:
-            rows.setdefault(adapter[0], []).append(row)
+        name, _ = scaled[row]
+        if name is not None:
+            rows.setdefault(name, []).append(row)
     return rows
 
 
@@ -183,8 +188,8 @@ def _samples(keys: Sequence[int], lengths: SampleLengths | None) -> list[_RowSam
     return [_RowSamples([next(rest) for _ in row], row) for row in lengths]
 
 
-def _first_place(adapters: Sequence[RowAdapter]):
-    first: dict[RowAdapter, int] = {}
+def _first_place(adapters: Sequence[Hashable]):
+    first: dict[Hashable, int] = {}
     for row, adapter in enumerate(adapters):
         first.setdefault(adapter, row)
     return lambda row: first[adapters[row]]
@@ -204,7 +209,7 @@ def _segment(
     spans = None
     if samples is not None:
         spans = _spans([samples[row] for row in rows], real, length)
-    name, scale = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+    name, scale = name_and_scale(adapter)
     if real is None or bool(real.all()):
         return Segment(name, scale, tokens, None, None, spans)
     flat = real.flatten()

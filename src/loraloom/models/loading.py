@@ -98,7 +98,7 @@ def load_base_model(
 
     Raises:
         ModelError: If there is no such model, its files are missing, broken or incomplete, or the
-            dtype, device or attention implementation is unknown or not to be had here, or the
+            dtype, device or attention implementation is unknown or not available here, or the
             device can't compute with that quantisation, or a quantised model is to be sharded.
         ConfigError: If the device's name could not be one, the quantisation is unknown, its library
             is not installed, or it doesn't go with the dtype or the checkpoint.

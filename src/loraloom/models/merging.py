@@ -5,7 +5,6 @@ Axes: O out_features, I in_features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +45,7 @@ class Merged:
         refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be merged into a base model")
         check_merges(adapter)
         self.name = adapter.name
-        projections = list(_projections(adapter))
+        projections = list(adapter.projections())
         for projection in projections:
             projection.base.check_can_be_changed()
         self._originals: list[tuple[BaseProjection, Tensor]] = []
@@ -84,12 +83,6 @@ def check_merges(adapter: Adapter) -> None:
             f"got {adapter.config.title}, whose update depends on the token; `loraloom export` "
             "writes mixtures of whole FFN blocks as MoE checkpoints"
         )
-
-
-def _projections(adapter: Adapter) -> Iterator[Projection]:
-    for layer in range(len(adapter.base_layers)):
-        yield from adapter.attention_block(layer).values()
-        yield from adapter.ffn_block(layer).values()
 
 
 def _square(values: Tensor) -> float:

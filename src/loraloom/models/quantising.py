@@ -1,4 +1,4 @@
-"""Quantising a base model while it is loaded: what can be had here, and in transformers' words."""
+"""Quantising a base model while it is loaded: what this machine can do, in transformers' words."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def transformers_config(
 
 
 def import_library(name: str, purpose: str) -> ModuleType:
-    """Import a library of quantisation without what it says of faster kernels to be had.
+    """Import a quantisation library without its hints at faster kernels.
 
     Args:
         name: bitsandbytes or torchao.

@@ -53,7 +53,7 @@ class ModelSource:
 
 
 def find_source(name: str) -> ModelSource:
-    """Tell what a base model's name means: what is on this disk goes before the hub.
+    """Tell what a base model's name means: local files take precedence over the hub.
 
     Args:
         name: A hub name, a directory, a .gguf file or `smollm2-135m`.

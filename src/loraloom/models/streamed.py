@@ -21,7 +21,7 @@ from loraloom.formats.checkpoint import read_index
 from loraloom.models.whole import WholeModel
 
 _BLOCK_NUMBERS = 1 << 22
-"""Of a head, so many numbers are read at a time."""
+"""Numbers of a head that are read at a time."""
 
 
 def streamed_model(whole: WholeModel, directory: Path) -> PreTrainedModel:

@@ -79,11 +79,15 @@ class _Trial:
             "its head's logits, scaled as its config says", self.host.logits(states), logits
         )
         for part, config in TRIALS.items():
+            if part != "attention" and not self.host.base.ffn_projections:
+                continue
             if part == "mixture":
                 self._try_mixture(config, logits)
-            elif part == "attention" or self.host.base.ffn_projections:
+            else:
                 self._try_updates(part, config)
-        self._compare("decoding with a cache", self._decoded(), logits[:, -1])
+        session = self.host.prefill(self.ids[:, :_READ_FIRST])
+        decoded = self.host.extend(session, self.ids[:, _READ_FIRST:])
+        self._compare("decoding with a cache", decoded, logits[:, -1])
 
     def _bare(self) -> Tensor:
         return self.host.model(input_ids=self.ids).logits
@@ -105,16 +109,10 @@ class _Trial:
         self._compare(f"{part} with a LoRA", actual, expected)
 
     def _try_mixture(self, config: AdapterConfig, logits: Tensor) -> None:
-        if not self.host.base.ffn_projections:
-            return
         self.host.add(_NAME, config)
         actual = self.host(self.ids, adapters=[_NAME] * _ROWS).logits
         self.host.remove(_NAME)
         self._compare("the FFN block with a mixture that adds nothing", actual, logits)
-
-    def _decoded(self) -> Tensor:
-        session = self.host.prefill(self.ids[:, :_READ_FIRST])
-        return self.host.extend(session, self.ids[:, _READ_FIRST:])
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
         wanted = expected.double()

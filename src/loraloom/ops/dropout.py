@@ -44,6 +44,11 @@ def mix64(*words: int) -> int:
     return state
 
 
+def sample_key(seed: int, epoch: int, sample_id: int) -> int:
+    """Hash a job's seed, the epoch and a sample's id to the key of the sample's random numbers."""
+    return mix64(seed, epoch, sample_id)
+
+
 @dataclass(frozen=True)
 class SampleSpan:
     """The real tokens of one sample within a segment's tokens."""

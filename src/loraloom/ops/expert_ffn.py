@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.low_rank import UpProjection, decompose, slot_masks
 
 Activation = Callable[[Tensor], Tensor]
+
+
+def are_halves(gate: Any, up: Any) -> bool:
+    """Whether the B sides of gate and up are the halves of one projection."""
+    return gate is not None and up is not None and gate.columns == up.columns
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,6 @@ class FfnWeights:
         """Whether nothing lies between A and B, and all projections have the same columns."""
         sizes = {len(part.B) for part in self.sides}
         return all(part.between is None for part in self.sides) and len(sizes) == 1
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether gate and up are the halves of one projection."""
-        gate, up = self.gate, self.up
-        return gate is not None and up is not None and gate.columns == up.columns
 
     @property
     def sides(self) -> Sequence[UpProjection]:

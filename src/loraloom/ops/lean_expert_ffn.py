@@ -318,7 +318,7 @@ class _PieceForward:
         if excess is None:
             value = torch.addmm(output, rank_input, own_B)
             return _Projected(value, value, None, rank_input)
-        excess = piece.expert_rows(excess)
+        excess = rows_of_experts(excess, piece.experts)
         value, rows = scale_rows(output, rank_input @ own_B, excess, side.bias)
         return _Projected(value, rows, excess, rank_input)
 

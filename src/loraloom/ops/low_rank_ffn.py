@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
+from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, are_halves
 from loraloom.ops.low_rank import UpProjection, apply_update, down_project
 
 
@@ -55,7 +55,7 @@ def low_rank_ffn(
     gate_rank = rank_input(weights.gate)
     hidden = act(apply_update(gate, gate_rank, weights.gate))
     if up is not None:
-        up_rank = gate_rank if weights.is_fused else rank_input(weights.up)
+        up_rank = gate_rank if are_halves(weights.gate, weights.up) else rank_input(weights.up)
         hidden = hidden * apply_update(up, up_rank, weights.up)
     down = weights.down
     if down is None or weights.down_A is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.expert_ffn import FfnWeights, Routing
-from loraloom.ops.low_rank import rows_of_experts, slot_masks
+from loraloom.ops.low_rank import slot_masks
 
 PIECE_BYTES = 1 << 21
 """Most bytes of a piece's hidden states."""
@@ -104,10 +104,6 @@ class BlockOfSlot:
     def keep_rank(self, values: Tensor) -> Tensor:
         """Zero what is outside of a row's expert's columns."""
         return values if self.mask is None else values * self.mask
-
-    def expert_rows(self, table: Tensor) -> Tensor:
-        """The rows of the slots' experts from [E + 1, F], whose last is for padding: [t, F]."""
-        return rows_of_experts(table, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""
@@ -195,10 +191,6 @@ class RowsOfGroup:
     def keep_rank(self, values: Tensor) -> Tensor:
         """Zero what is outside of a row's expert's columns."""
         return values * self.mask
-
-    def expert_rows(self, table: Tensor) -> Tensor:
-        """The rows of the slots' experts from [E + 1, F], whose last is for padding: [t, F]."""
-        return rows_of_experts(table, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""

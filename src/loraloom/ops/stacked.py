@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from loraloom.ops.expert_ffn import Activation, FfnWeights, combine_slots
+from loraloom.ops.expert_ffn import Activation, FfnWeights, are_halves, combine_slots
 from loraloom.ops.low_rank import Between, InputGroup, UpProjection, decompose
 from loraloom.routing.routes import Route
 
@@ -210,12 +210,6 @@ class StackedFfn(Entries):
 class StackedLowRankFfn(StackedFfn):
     """Weights of adapters that work on each projection by itself."""
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether gate and up are the halves of one projection."""
-        gate, up = self.gate, self.up
-        return gate is not None and up is not None and gate.columns == up.columns
-
     def step(
         self,
         hidden_states: Tensor,
@@ -238,7 +232,7 @@ class _LowRankStep(StackedStep):
         states = act(_adapted(gate, gate_rank, weights.gate))
         if up is not None:
             up_rank = gate_rank
-            if not weights.is_fused:
+            if not are_halves(weights.gate, weights.up):
                 up_rank = _rank_input(weights.up, low_rank, hidden_states, tokens)
             states = states * _adapted(up, up_rank, weights.up)
         self.hidden = states.flatten(0, 1)

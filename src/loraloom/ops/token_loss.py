@@ -75,6 +75,10 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def _chunk_tokens(vocab_size: int) -> int:
+    return max(1, _CHUNK_BYTES // (4 * vocab_size))
+
+
 def _wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -83,7 +87,7 @@ def loss_workspace_bytes(
     num_labels: int, hidden_size: int, vocab_size: int, dtype: torch.dtype
 ) -> int:
     """Return what `token_losses` needs at once: logits and their gradient, states and theirs."""
-    chunk = min(num_labels, max(1, _CHUNK_BYTES // (4 * vocab_size)))
+    chunk = min(num_labels, _chunk_tokens(vocab_size))
     return (2 * chunk * vocab_size + 3 * num_labels * hidden_size) * dtype.itemsize
 
 
@@ -104,8 +108,8 @@ def token_losses(
     Returns:
         Losses in float32 (float64 for float64 states).
     """
-    chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
-    return _TokenLosses.apply(hidden_states, labels, head, chunk_tokens)  # pyright: ignore
+    size = _chunk_tokens(vocab_size)
+    return _TokenLosses.apply(hidden_states, labels, head, size)  # pyright: ignore
 
 
 def trained_token_losses(
@@ -125,7 +129,7 @@ def trained_token_losses(
         head: The trained output layer, with its scaling and soft-capping.
         vocab_size: V, from which the chunk is chosen, as in `token_losses`.
     """
-    chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
+    chunk_tokens = _chunk_tokens(vocab_size)
     chunks = zip(hidden_states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
     losses = [
         checkpoint(_cross_entropy, states, own, head, use_reentrant=False, preserve_rng_state=False)
@@ -198,9 +202,8 @@ def _wide_logits(
     hidden_states: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Give blocks of rows, and their logits in float32 or wider."""
-    chunk_tokens = max(1, _CHUNK_BYTES // (4 * vocab_size))
     start = 0
-    for states in hidden_states.split(chunk_tokens):
+    for states in hidden_states.split(_chunk_tokens(vocab_size)):
         logits = head(states)
         for rows in _blocks(logits):
             wide = logits[rows].to(_wide_dtype(logits))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -25,32 +25,6 @@ AddUp = Callable[[Tensor], Tensor]
 def whole(tensor: Tensor) -> Tensor:
     """Add up over the one who has all of it."""
     return tensor
-
-
-def load_balance_loss(
-    router_logits: Float[Tensor, "T E"],
-    selected_experts: Int[Tensor, "T K"],
-    is_used: Bool[Tensor, "T K"] | None = None,
-) -> Float[Tensor, ""]:
-    """Compute `E · Σ_j Σ_n f[j, n] · P[n]`, which is at least K and reaches it when balanced.
-
-    f[j, n] is the share of tokens whose slot j went to expert n (no gradient), P[n] the mean
-    probability of n. K is the mean number of experts that a token uses, where it differs.
-
-    Args:
-        router_logits: Raw router outputs of the real tokens.
-        selected_experts: Their chosen experts.
-        is_used: Whether a token uses each of them; None: it does.
-
-    Source:
-        Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 4-6, summed over slots as in
-        MoE-PEFT 2.0.2 (`MixtralRouterLoss`).
-    """
-    num_experts = router_logits.shape[-1]
-    if is_used is None:
-        is_used = torch.ones_like(selected_experts, dtype=torch.bool)
-    dtype = router_logits.dtype
-    return _balance(router_logits, _counts(selected_experts, is_used, num_experts, dtype))
 
 
 def balance_by_bias(
@@ -79,14 +53,6 @@ def balance_by_bias(
     return value - value.detach()
 
 
-def router_z_loss(router_logits: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
-    """Compute the mean of `logsumexp(logits)²`.
-
-    Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5.
-    """
-    return _squares(router_logits) / max(1, len(router_logits))
-
-
 def router_loss(
     routing: Sequence[LayerRouting],
     *,
@@ -96,6 +62,11 @@ def router_loss(
     add_up: AddUp = whole,
 ) -> Float[Tensor, ""]:
     """Add up an adapter's router losses with their coefficients.
+
+    The load-balance loss is `E · Σ_j Σ_n f[j, n] · P[n]`: f[j, n] is the share of tokens whose slot
+    j went to expert n (no gradient), P[n] the mean probability of n. It is at least K and reaches
+    it when balanced; K is the mean number of experts that a token uses, where it differs. The
+    z-loss is the mean of `logsumexp(logits)²`.
 
     Where several have a part of the micro-batch each, this is one's summand of the loss: shares and
     numbers of tokens are everybody's, probabilities its own.
@@ -107,6 +78,10 @@ def router_loss(
         scope: Pool the load over all routers, or average a loss for each. Routers with different
             numbers of experts can't be pooled.
         add_up: Adds counts up over everybody's parts; by default there is one.
+
+    Source:
+        Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 4-6, summed over slots as in
+        MoE-PEFT 2.0.2 (`MixtralRouterLoss`); Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5.
     """
     widest = max(record.num_experts for record in routing)
     dtype = routing[0].router_logits.dtype

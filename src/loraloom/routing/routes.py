@@ -119,8 +119,8 @@ class Hybrid(Route):
     """All experts where a token's router is undecided, else the most probable within top_p.
 
     Args:
-        top_p: The experts whose probabilities sum to at most so much are kept.
-        keep_top_k: So many are kept whatever they sum to.
+        top_p: The most probable experts are kept while they sum to at most this.
+        keep_top_k: This many are kept whatever they sum to.
         entropy_index: q of the Tsallis entropy.
         entropy_threshold: Entropy, as a share of its maximum, above which all are kept.
 

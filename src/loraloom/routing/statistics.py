@@ -33,11 +33,6 @@ class RouterStatistics:
     load_cv: float
 
 
-def load_statistics(routing: Sequence[LayerRouting]) -> RouterStatistics:
-    """Compute the statistics of one forward's record; routers without tokens count as balanced."""
-    return read_statistics(routing, measure_load(routing).tolist())
-
-
 def measure_load(routing: Sequence[LayerRouting]) -> Tensor:
     """Compute what `read_statistics` reads, on the routers' device, [2 + N·E] float64.
 

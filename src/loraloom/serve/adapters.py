@@ -8,8 +8,7 @@ stays instead.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -91,26 +90,14 @@ class AdapterShelf:
             sources = {adapter.name: adapter.source for adapter in self._served.values()}
         return {**self._in_directory(), **sources}
 
-    @contextmanager
-    def using(self, name: str) -> Iterator[str]:
-        """Have an adapter on the host, loaded now if need be, until the end of the block.
-
-        Yields:
-            Its name on the host.
+    def acquire(self, name: str) -> ServedAdapter:
+        """Begin to use an adapter, loaded now if need be, until `release`.
 
         Raises:
             UnknownModelError: If there is none of that name.
             AllInUseError: If no other one can go for it.
             FormatError, AdapterError: If its files can't be used.
         """
-        adapter = self.acquire(name)
-        try:
-            yield adapter.host_name
-        finally:
-            self.release(adapter)
-
-    def acquire(self, name: str) -> ServedAdapter:
-        """Begin to use an adapter; see `using`."""
         adapter = self._take(name)
         if adapter is not None:
             return adapter
@@ -241,7 +228,7 @@ class AdapterShelf:
 
 
 def _files_of(source: str) -> frozenset[tuple[str, int, int]]:
-    """Names, sizes and times of a directory's files; none for what is on the Hub, or can't be."""
+    """Names, sizes and times of a directory's files; none on the Hub, or where it can't be read."""
     try:
         stats = [(file.name, file.stat()) for file in Path(source).iterdir() if file.is_file()]
     except (OSError, ValueError):  # loading says what is wrong with it

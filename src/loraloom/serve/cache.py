@@ -17,7 +17,7 @@ from torch import Tensor
 from loraloom.adapters.adapter import Adapter
 from loraloom.models.decoding import Decoding
 from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter
+from loraloom.models.layout import RowAdapter, name_and_scale
 
 BLOCK_TOKENS = 16
 """Tokens of a block."""
@@ -70,7 +70,7 @@ class PrefixCache:
         self._use([*starts])
 
     def shrink(self, max_tokens: int) -> None:
-        """Let blocks go until there are no more than so many tokens."""
+        """Let blocks go until at most `max_tokens` are held."""
         while self._blocks and self.num_tokens > max_tokens:
             self._blocks.popitem(last=False)
 
@@ -97,9 +97,9 @@ class Salts:
 
     def of(self, row_adapter: RowAdapter) -> Hashable:
         """Return what a row's adapter is told by, scale included."""
-        if row_adapter is None:
+        name, scale = name_and_scale(row_adapter)
+        if name is None:
             return None
-        name, scale = (row_adapter, 1.0) if isinstance(row_adapter, str) else row_adapter
         adapter = self._host.adapter(name)
         version = sum(parameter._version for parameter in adapter.parameters())
         if self._versions.setdefault(adapter, version) != version:

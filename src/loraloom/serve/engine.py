@@ -56,7 +56,7 @@ from loraloom.serve.sequence import (
 _log = logging.getLogger(__name__)
 
 ROUTING_STEPS = 16
-"""In one of so many steps it is counted which experts tokens are sent to."""
+"""Of this many steps, one counts which experts tokens are sent to."""
 MAX_PREPARED = 32
 """Most adapters, each in each scale, whose weights are kept in compute form."""
 
@@ -81,14 +81,9 @@ class Engine:
         limits: What may be used.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        tokenizer: PreTrainedTokenizerBase,
-        limits: EngineLimits | None = None,
-    ):
+    def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits):
         self.host = host
-        self.limits = limits or EngineLimits()
+        self.limits = limits
         self.counts = EngineCounts()
         self.on_end: Callable[[Row], object] = lambda row: None
         """Told of each row that has ended."""
@@ -97,7 +92,7 @@ class Engine:
         self._ends = end_tokens(host, tokenizer)
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
-        self._scheduler = Scheduler(self.limits.max_rows, self.limits.cache_tokens)
+        self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens)
         self._arrivals = count(1)
         self._mean_s = 1.0
         self._scores: deque[Score] = deque()
@@ -123,7 +118,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._has_work
+        return self.num_running == self.num_waiting == len(self._gone) == 0
 
     @property
     def num_waiting(self) -> int:
@@ -201,9 +196,9 @@ class Engine:
         """Do steps while there is something to do, and wait for more, until `stop`."""
         while True:
             with self._wake:
-                while not self._has_work and not self.is_stopping:
+                while self.is_idle and not self.is_stopping:
                     self._wake.wait()
-                if not self._has_work:
+                if self.is_idle:
                     return
             try:
                 self.step()
@@ -222,15 +217,11 @@ class Engine:
         self._choose()
         self._make_room()
         self._decode()
-        return self._has_work
+        return not self.is_idle
 
     @property
     def _served(self) -> list[Row]:
         return [*self._rows, *(reading.row for reading in self._reading)]
-
-    @property
-    def _has_work(self) -> bool:
-        return self.num_running > 0 or self.num_waiting > 0 or len(self._gone) > 0
 
     def _check_open(self) -> None:
         if self.is_stopping:
@@ -316,7 +307,7 @@ class Engine:
         self._fit_prefixes()
 
     def _bound_prepared(self) -> None:
-        """Keep the weights of so many adapters and scales in compute form, and no more."""
+        """Keep no more than `MAX_PREPARED` adapters and scales in compute form."""
         served = {row.request.adapter for row in self._served}
         self._prepared_for |= served
         if len(self._prepared_for) > max(MAX_PREPARED, len(served)):

@@ -82,7 +82,7 @@ class Scheduler:
         return row
 
     def cached_tokens(self, served: Sequence[Row], added: int = 0) -> int:
-        """Tokens of the cache that rows take up when each gets so many more."""
+        """Tokens of the cache that rows take up when each has `added` more."""
         return len(served) * max((row.length + added for row in served), default=0)
 
     def suspect(self, rows: Sequence[Row]) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.infer.sampling import SamplingConfig, TokenChooser
 from loraloom.infer.scoring import TokenScores
-from loraloom.models.layout import RowAdapter
+from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
 from loraloom.serve.text import TextStream
 
@@ -74,7 +74,7 @@ class GenerationRequest:
     @property
     def adapter_name(self) -> str | None:
         """The adapter's name on the host."""
-        return _name_of(self.adapter)
+        return name_and_scale(self.adapter)[0]
 
     @property
     def is_plain(self) -> bool:
@@ -104,7 +104,7 @@ class ScoreRequest:
     @property
     def adapter_name(self) -> str | None:
         """The adapter's name on the host."""
-        return _name_of(self.adapter)
+        return name_and_scale(self.adapter)[0]
 
 
 class TokenLogProb(NamedTuple):
@@ -325,7 +325,3 @@ def log_prob_of(token: int, logits: Tensor, num_top: int) -> TokenLogProb:
     values, ids = log_probs.topk(min(num_top, len(log_probs)))
     top = list(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogProb(token, float(log_probs[token]), top)
-
-
-def _name_of(adapter: RowAdapter) -> str | None:
-    return adapter[0] if isinstance(adapter, tuple) else adapter

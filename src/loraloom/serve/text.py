@@ -20,8 +20,6 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
-        self.text = ""
-        """All that was settled."""
         self.stopped = False
         """Whether a stop text came."""
         self._tokenizer = tokenizer
@@ -63,7 +61,6 @@ class TextStream:
         else:
             kept = 0 if is_last else self._begun(pending)
             settled, self._pending = pending[: len(pending) - kept], pending[len(pending) - kept :]
-        self.text += settled
         return settled
 
     def _begun(self, text: str) -> int:

@@ -29,7 +29,7 @@ from loraloom.infer.prompts import Prompt
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
-from loraloom.models.samples import sample_key
+from loraloom.ops.dropout import sample_key
 from loraloom.training.run.checkpoint import (
     STATE_ERRORS,
     JobRecord,

@@ -15,13 +15,13 @@ from loraloom.routing import collapse as routing_collapse
 from loraloom.training.run import collapse, evaluation
 from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.results import read_result
 from loraloom.training.step import fused as step
 from tests.tiny import randomise, relative_error
 from tests.training.running import interrupted, matrix, read_metrics, resumed, trained_weights
 from tests.training.toy import (
     ADAPTERS,
     add_job,
+    read_result,
     toy_config,
     toy_engine,
     toy_host,

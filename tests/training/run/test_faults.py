@@ -15,11 +15,11 @@ from loraloom.models.host import Host
 from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.evaluation import Evaluation
-from loraloom.training.run.results import JobResult, read_result
+from loraloom.training.run.results import JobResult
 from loraloom.training.run.tracking import MetricsFile
 from tests.tiny import relative_error
 from tests.training.running import Spoken, read_metrics, resumed
-from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
+from tests.training.toy import ADAPTERS, read_result, toy_config, toy_engine, toy_set, weights_of
 
 NO_SPACE = OSError(28, "No space left on device")
 

@@ -17,11 +17,11 @@ from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.inbox import WatchOptions, sole_trainer
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.results import read_result
 from loraloom.training.run.run import train
 from tests.tiny import relative_error
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
+from tests.training.toy import read_result
 
 
 @pytest.fixture(scope="module")

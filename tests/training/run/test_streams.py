@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import loraloom
-from loraloom.training.run.results import read_result
 from tests.training.running import assert_same_files, read_metrics
 from tests.training.saved import run_settings, save_inputs
+from tests.training.toy import read_result
 
 JOBS = ("plain", "pairs")
 

@@ -20,10 +20,10 @@ from loraloom.config.sweep import SweepStoppingConfig
 from loraloom.errors import ConfigError
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.progress import Progress
-from loraloom.training.run.results import read_result
 from loraloom.training.run.run import train
 from loraloom.training.run.sweep import AshaPruner
 from tests.training.saved import run_settings, save_inputs
+from tests.training.toy import read_result
 
 RATES = [1e-5, 3e-2, 1e-3, 1e-2, 1e-4, 3e-3]
 

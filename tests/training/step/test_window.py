@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.config.train import TrainConfig
-from loraloom.data.examples import NO_LOSS, Example
-from loraloom.training.step.window import StepOrder, count_labels, longest_row
+from loraloom.training.step.window import StepOrder, longest_row
 from tests.training.toy import toy_pair_set, toy_set
 
 
@@ -41,12 +40,6 @@ def test_micro_batches_cut_a_window_into_parts():
     assert window.num_micro_batches == 2  # four examples are left
     parts = [*window.micro_batch(0), *window.micro_batch(1)]
     assert parts == list(window.examples)
-
-
-def test_the_first_token_is_not_predicted():
-    assert count_labels(Example((1, 2, 3), (1, 2, 3), 0)) == 2
-    assert count_labels(Example((1, 2, 3), (NO_LOSS, NO_LOSS, 3), 0)) == 1
-    assert count_labels(Example((1,), (1,), 0)) == 0
 
 
 @pytest.mark.parametrize(("count", "num_epochs", "steps"), [(10, 2, 6), (8, 3, 6), (1, 5, 5)])

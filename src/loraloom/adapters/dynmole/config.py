@@ -9,7 +9,10 @@ from pydantic import Field, field_validator
 
 from loraloom.adapters.config import MAX_NUMBER, ExpertCount, LowRankConfig
 from loraloom.adapters.keys import Shape, TensorKey, routed_shapes
+from loraloom.adapters.lora.files import lora_settings
+from loraloom.adapters.reference import shared_fields
 from loraloom.config.fields import CheckInfo
+from loraloom.errors import shown
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +20,11 @@ if TYPE_CHECKING:
     from loraloom.adapters.adapter import Adapter
     from loraloom.adapters.base import BaseInfo, BaseLayer
     from loraloom.adapters.files import AdapterFiles
+
+_ROUTING_FIELDS = ("keep_top_k", "top_p", "entropy_threshold", "entropy_index")
+"""Settings that its authors' code keeps in adapter_config.json under the same names."""
+_OWN_SETTINGS = {"init", "router_entropy_loss_coef", "router_aux_loss_coef"}
+"""Those that it has no field for, under `"loraloom": {"adapter": …}`."""
 
 
 class DynMoleConfig(LowRankConfig):
@@ -90,8 +98,7 @@ class DynMoleConfig(LowRankConfig):
 
     def summary(self) -> dict[str, Any]:
         """See AdapterConfig."""
-        names = {"num_experts", "keep_top_k", "top_p", "entropy_threshold", "entropy_index"}
-        return super().summary() | self.model_dump(include=names)
+        return super().summary() | self.model_dump(include={"num_experts", *_ROUTING_FIELDS})
 
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""
@@ -110,13 +117,29 @@ class DynMoleConfig(LowRankConfig):
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.dynmole.files import reference_fields
-
-        return reference_fields(self, base)
+        return {
+            **shared_fields(self, base, decomposed=False),
+            "routing_strategy": "dynmole",
+            "num_experts": self.num_experts,
+            **{name: getattr(self, name) for name in _ROUTING_FIELDS},
+            "entropy_type": "tsallis",
+            "entropy_eps": 1e-5,
+            "loraloom": {"adapter": self.model_dump(mode="json", include=_OWN_SETTINGS)},
+        }
 
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.dynmole.files import settings_of
-
-        return settings_of(files, projections)
+        kind = files.config.get("entropy_type", "tsallis")
+        if kind != "tsallis":
+            raise files.error(f"`entropy_type` must be tsallis, got {shown(kind)}")
+        settings = lora_settings(files, projections)
+        if settings.pop("weight_decomposition"):
+            raise files.error("`use_dora` must be unset: experts of a DynMoLE aren't decomposed")
+        known = {name: files.config[name] for name in _ROUTING_FIELDS if name in files.config}
+        return {
+            **settings,
+            **known,
+            "num_experts": files.required("num_experts"),
+            **files.section("loraloom").get("adapter", {}),
+        }

@@ -35,7 +35,7 @@ class HydraLoraProjection(Projection):
         zeros = torch.zeros(config.num_experts, base.out_features, config.rank, **options)
         self.lora_B = nn.Parameter(zeros)
         router_shape = (config.num_experts, base.in_features)
-        self.router = Router(f"{self.key}.router", router_shape, seed, std=None, **options)
+        self.router = Router(f"{self.key}.router", router_shape, seed, **options)
 
     @property
     def num_columns(self) -> int:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig, LowRankConfig, Targets
 from loraloom.adapters.keys import Shape, TensorKey, is_meant, target_projections
+from loraloom.adapters.lora.files import peft_fields, settings_of
 from loraloom.adapters.lora.selection import (
     check_selection,
     is_pattern,
@@ -247,8 +248,6 @@ class LoraConfig(DecomposedConfig):
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.lora.files import peft_fields
-
         return peft_fields(self, base)
 
     def reference_fault(self, base: BaseInfo) -> str | None:
@@ -269,6 +268,4 @@ class LoraConfig(DecomposedConfig):
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.lora.files import settings_of
-
         return settings_of(files, projections)

@@ -105,7 +105,7 @@ def _check_enough(
 
 
 def _counted(most: int) -> Callable[[Any, Mapping[str, Tensor]], None]:
-    """Run a batch through a model, at most so many times."""
+    """Run a batch through a model, up to `most` times."""
     left = iter(range(most))
 
     def forward(model: Any, inputs: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraloom.adapters.files import AdapterFiles
+from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
 from loraloom.adapters.keys import target_pattern
 from loraloom.adapters.lora.selection import carried_over, is_pattern
 from loraloom.errors import shown
@@ -19,16 +19,12 @@ if TYPE_CHECKING:
     from loraloom.adapters.lora.config import LoraConfig
 
 _READ = {
+    *LORA_FIELDS.values(),
     "alpha_pattern",
     "layers_pattern",
     "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "r",
     "rank_pattern",
     "target_modules",
-    "use_dora",
-    "use_rslora",
 }
 _NO_EFFECT = {
     "auto_mapping",
@@ -152,7 +148,7 @@ def peft_fields(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
     none of them warns; PEFT fills in its defaults for the rest.
     """
     names = _module_names(config, base)
-    alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
+    alphas = {key: whole(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
         "alpha_pattern": carried_over(alphas, config.alpha, names),
         "auto_mapping": None,
@@ -161,7 +157,7 @@ def peft_fields(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
         "init_lora_weights": config.init if config.init in _NAMED_STARTS else True,
         "layers_pattern": None,
         "layers_to_transform": None if config.layers is None else list(config.layers),
-        "lora_alpha": _whole(config.alpha),
+        "lora_alpha": whole(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "r": config.rank,
@@ -190,8 +186,9 @@ def _module_names(config: LoraConfig, base: BaseInfo) -> dict[str, str]:
     }
 
 
-def _whole(alpha: float) -> float | int:
-    return int(alpha) if float(alpha).is_integer() else alpha
+def whole(alpha: float) -> float | int:
+    """Write a whole alpha without a point: MoE-PEFT takes no other."""
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _check_fields(files: AdapterFiles) -> None:

@@ -11,6 +11,8 @@ from pydantic import Field
 from loraloom.adapters.config import MAX_NUMBER, ExpertCount
 from loraloom.adapters.keys import Shape, TensorKey, routed_shapes
 from loraloom.adapters.lora.config import DecomposedConfig
+from loraloom.adapters.lora.files import lora_settings
+from loraloom.adapters.reference import lora_fault, shared_fields, without_experts
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from loraloom.adapters.adapter import Adapter
     from loraloom.adapters.base import BaseInfo, BaseLayer
     from loraloom.adapters.files import AdapterFiles
+
+_OWN_SETTINGS = {"init", "balance_coef", "balance_delta"}
+"""What the reference has no field for, under `"loraloom": {"adapter": …}`."""
 
 
 class LoraMoeConfig(DecomposedConfig):
@@ -87,26 +92,27 @@ class LoraMoeConfig(DecomposedConfig):
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.loramoe.files import reference_fields
-
-        return reference_fields(self, base)
+        return {
+            **shared_fields(self, base, decomposed=self.weight_decomposition),
+            "routing_strategy": "loramoe",
+            "num_experts": self.num_experts,
+            "loraloom": {"adapter": self.model_dump(mode="json", include=_OWN_SETTINGS)},
+        }
 
     def reference_fault(self, base: BaseInfo) -> str | None:
         """See AdapterConfig."""
-        from loraloom.adapters.reference import lora_fault
-
         return lora_fault(self, base)
 
     @classmethod
     def adopted(cls, files: AdapterFiles) -> AdapterFiles:
         """See AdapterConfig."""
-        from loraloom.adapters.reference import without_experts
-
         return without_experts(files, cls)
 
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.loramoe.files import settings_of
-
-        return settings_of(files, projections)
+        return {
+            **lora_settings(files, projections),
+            "num_experts": files.required("num_experts"),
+            **files.section("loraloom").get("adapter", {}),
+        }

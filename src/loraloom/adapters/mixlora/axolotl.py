@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from loraloom.adapters.files import AdapterFiles, Sidecar, SidecarFiles
+from loraloom.adapters.files import LORA_FIELDS, AdapterFiles, Sidecar, SidecarFiles
 from loraloom.adapters.keys import TensorKey, target_projections
 from loraloom.adapters.lora.config import LoraConfig
 from loraloom.adapters.own import OWN_FIELDS
@@ -86,12 +86,8 @@ def _attention_fields(files: AdapterFiles) -> dict[str, Any]:
         )
     return {
         "base_model_name_or_path": files.config.get("base_model_name_or_path"),
-        "r": settings["rank"],
-        "lora_alpha": settings["alpha"],
-        "lora_dropout": settings["dropout"],
         "target_modules": [*settings["target_modules"], *_FFN],
-        "use_rslora": settings["rank_stabilized"],
-        "use_dora": settings["weight_decomposition"],
+        **{theirs: settings[ours] for ours, theirs in LORA_FIELDS.items()},
         **{name: files.config[name] for name in OWN_FIELDS if name in files.config},
     }
 
@@ -187,14 +183,11 @@ def split(
     fault = _fault(config, base)
     if fault is not None:
         raise AdapterError(f"axolotl's mixtures {fault}")
-    shared = {name: getattr(config, name) for name in _OF_ATTENTION}
+    shared = {name: getattr(config, name) for name in (*LORA_FIELDS, "init")}
     attention = LoraConfig(target_modules=base.attention_projections, **shared)
     named = {_sidecar_name(TensorKey.parse(name)): tensor for name, tensor in tensors.items()}
     own = {name: tensor for name, tensor in named.items() if name is not None}
     return attention, SidecarFiles(own, _run_settings(config, attention))
-
-
-_OF_ATTENTION = ("rank", "alpha", "dropout", "rank_stabilized", "weight_decomposition", "init")
 
 
 def _fault(config: MixLoraConfig, base: BaseInfo) -> str | None:

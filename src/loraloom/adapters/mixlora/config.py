@@ -19,6 +19,8 @@ from loraloom.adapters.config import (
 from loraloom.adapters.keys import Shape, TensorKey
 from loraloom.adapters.lora.config import DecomposedConfig, LoraConfig
 from loraloom.adapters.mixlora import axolotl
+from loraloom.adapters.mixlora.files import reference_fields, settings_of
+from loraloom.adapters.reference import alpha_fault, lora_fault, without_experts
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import AdapterError
 
@@ -241,14 +243,10 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.mixlora.files import reference_fields
-
         return reference_fields(self, base)
 
     def reference_fault(self, base: BaseInfo) -> str | None:
         """See AdapterConfig."""
-        from loraloom.adapters.reference import alpha_fault, lora_fault
-
         if self.expert_config.weight_decomposition:
             return "MoE-PEFT's files have no place for the magnitudes of a MixDoRA"
         if self.routing == "top_p" and self.temperature != 1 and self.compat is None:
@@ -259,15 +257,11 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         self, tensors: Mapping[str, Tensor], base: BaseInfo
     ) -> tuple[AdapterConfig, SidecarFiles]:
         """See AdapterConfig."""
-        from loraloom.adapters.mixlora.axolotl import split
-
-        return split(self, tensors, base)
+        return axolotl.split(self, tensors, base)
 
     @classmethod
     def adopted(cls, files: AdapterFiles) -> AdapterFiles:
         """See AdapterConfig."""
-        from loraloom.adapters.reference import without_experts
-
         if files.config.get("routing_strategy") in (None, "mixlora"):
             files = without_experts(files, cls)
         return axolotl.adopted(files)
@@ -275,6 +269,4 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.mixlora.files import settings_of
-
         return settings_of(files, projections)

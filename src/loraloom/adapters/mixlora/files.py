@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraloom.adapters.files import AdapterFiles
-from loraloom.adapters.lora.files import lora_settings
+from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
+from loraloom.adapters.lora.files import lora_settings, whole
 from loraloom.adapters.own import OWN_FIELDS
-from loraloom.adapters.reference import shared_fields, whole
+from loraloom.adapters.reference import shared_fields
 from loraloom.errors import shown
 
 if TYPE_CHECKING:
@@ -30,13 +30,9 @@ _TRAINING_FIELDS = {
 """Fields that MoE-PEFT reads but doesn't save."""
 _SAVED_SETTINGS = {
     *OWN_FIELDS,
+    *LORA_FIELDS,
     "method",
-    "rank",
-    "alpha",
-    "dropout",
     "target_modules",
-    "rank_stabilized",
-    "weight_decomposition",
     "num_experts",
     "routing",
     "top_k",
@@ -49,13 +45,6 @@ _ROUTINGS = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "
 """Ours by `routing_strategy`. Dense routing is top-k of all experts in the reference's files."""
 _NO_CAPACITY = 2**20
 """What stands for any number of tokens in the reference's files."""
-_EXPERT_FIELDS = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "rank_stabilized": "use_rslora",
-    "weight_decomposition": "use_dora",
-}
 _INIT_NAMES = {"original": "kaiming", "gaussian": "gaussian"}
 
 
@@ -149,7 +138,7 @@ def _training_settings(files: AdapterFiles) -> dict[str, Any]:
 def _expert_settings(files: AdapterFiles) -> dict[str, Any] | None:
     """Read `expert_lora`, which holds what differs from the adapter's own settings."""
     expert = files.section("expert_lora")
-    own = {ours: expert[theirs] for ours, theirs in _EXPERT_FIELDS.items() if theirs in expert}
+    own = {ours: expert[theirs] for ours, theirs in LORA_FIELDS.items() if theirs in expert}
     return own or None
 
 
@@ -158,5 +147,5 @@ def _expert_lora(config: MixLoraConfig) -> dict[str, Any] | None:
         return None
     own: dict[str, Any] = {"bias": "none"}
     for ours, value in config.experts.model_dump(exclude_none=True).items():
-        own[_EXPERT_FIELDS[ours]] = whole(value) if ours == "alpha" else value
+        own[LORA_FIELDS[ours]] = whole(value) if ours == "alpha" else value
     return own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,9 @@ from pydantic import model_validator
 
 from loraloom.adapters.config import ExpertCount, LowRankConfig, RoutingConfig
 from loraloom.adapters.keys import Shape, TensorKey, routed_shapes
+from loraloom.adapters.lora.config import LoraConfig
+from loraloom.adapters.lora.files import lora_settings
+from loraloom.adapters.reference import lora_fault, shared_fields
 from loraloom.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -17,6 +21,18 @@ if TYPE_CHECKING:
     from loraloom.adapters.adapter import Adapter
     from loraloom.adapters.base import BaseInfo, BaseLayer
     from loraloom.adapters.files import AdapterFiles
+
+_OWN_SETTINGS = {
+    "init",
+    "routing",
+    "top_p",
+    "temperature",
+    "expert_capacity",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_loss_scope",
+}
+"""What the reference has no field for, under `"loraloom": {"adapter": …}`."""
 
 
 class MolaConfig(RoutingConfig, LowRankConfig):
@@ -109,16 +125,17 @@ class MolaConfig(RoutingConfig, LowRankConfig):
         return super().description() | {"experts": self.experts_described() | own}
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
-        """See AdapterConfig."""
-        from loraloom.adapters.mola.files import reference_fields
-
-        return reference_fields(self, base)
+        """See AdapterConfig; a list of experts by layer stands in the field of the number."""
+        return {
+            **shared_fields(self, base, decomposed=False),
+            "routing_strategy": "mola",
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "loraloom": {"adapter": self.model_dump(mode="json", include=_OWN_SETTINGS)},
+        }
 
     def reference_fault(self, base: BaseInfo) -> str | None:
         """See AdapterConfig."""
-        from loraloom.adapters.lora.config import LoraConfig
-        from loraloom.adapters.reference import lora_fault
-
         if not isinstance(self.num_experts, int):
             return "MoE-PEFT has one number of experts for all layers"
         if self.routing != "top_k":
@@ -129,9 +146,19 @@ class MolaConfig(RoutingConfig, LowRankConfig):
     @classmethod
     def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
         """See AdapterConfig."""
-        from loraloom.adapters.mola.files import settings_of
-
-        return settings_of(files, projections)
+        settings = lora_settings(files, projections)
+        if settings.pop("weight_decomposition"):
+            warnings.warn(
+                f"{files.source}: `use_dora` is left out, as MoE-PEFT ignores it in a MoLA's "
+                "experts",
+                stacklevel=2,
+            )
+        return {
+            **settings,
+            "num_experts": files.required("num_experts"),
+            "top_k": files.config.get("top_k", 2),
+            **files.section("loraloom").get("adapter", {}),
+        }
 
     def _check_layers(self, num_layers: int) -> None:
         if isinstance(self.num_experts, tuple) and len(self.num_experts) != num_layers:

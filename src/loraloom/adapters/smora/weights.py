@@ -25,8 +25,7 @@ class SmoraProjection(LoraProjection):
         super().__init__(base, config, None, dtype, seed)
         self.top_k = config.top_k
         shape = (config.rank, base.in_features)
-        options = {"dtype": dtype, "device": base.device}
-        self.router = Router(f"{self.key}.router", shape, seed, std=None, **options)
+        self.router = Router(f"{self.key}.router", shape, seed, dtype=dtype, device=base.device)
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
         """Weigh the token's ranks, and zero all others, [T, R]."""

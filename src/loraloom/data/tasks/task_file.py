@@ -76,9 +76,6 @@ class _TaskForm:
     Args:
         path: Of the task's file, for messages.
         config: What it says.
-
-    Raises:
-        DataError: If a template is not valid Jinja.
     """
 
     def __init__(self, path: Path, config: TaskConfig):

@@ -8,7 +8,13 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.tokenising import TokenPair, encode_texts, eos_token, leading_tokens
+from loraloom.data.tokenising import (
+    TokenPair,
+    encode_texts,
+    leading_tokens,
+    move_trailing_space,
+    start_of_text,
+)
 from loraloom.errors import ConfigError, DataError
 from loraloom.infer.sampling import SamplingConfig, parse_sampling
 
@@ -36,7 +42,9 @@ class RequestEncoder:
         prefix_token_id: int | None = None,
     ):
         self.tokenizer = tokenizer
-        self.prefix_token_id = _prefix(tokenizer) if prefix_token_id is None else prefix_token_id
+        if prefix_token_id is None:
+            prefix_token_id = start_of_text(tokenizer)
+        self.prefix_token_id = prefix_token_id
         self._start = _start(tokenizer, add_bos_token)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -55,8 +63,12 @@ class RequestEncoder:
         Source:
             lm-eval 0.4.13 `lm_eval/api/model.py`, `TemplateLM._encode_pair` and `loglikelihood`.
         """
-        _check_continuations(pairs)
-        moved = [_move_trailing_space(context, continuation) for context, continuation in pairs]
+        for context, continuation in pairs:
+            if not continuation:
+                raise DataError(
+                    f"a continuation must not be empty, got an empty one after {context[-60:]!r}"
+                )
+        moved = [move_trailing_space(context, continuation) for context, continuation in pairs]
         contexts = self._encode_distinct(context for context, _ in moved)
         wholes = iter(self.encode([context + rest for context, rest in moved if context]))
         bare = iter(
@@ -82,11 +94,6 @@ class RequestEncoder:
         return TokenPair([self.prefix_token_id], ids)
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
-    bos = tokenizer.bos_token_id
-    return bos if isinstance(bos, int) else eos_token(tokenizer)
-
-
 def _start(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None) -> list[int]:
     if add_bos_token is None:
         return leading_tokens(tokenizer)
@@ -95,19 +102,6 @@ def _start(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None) -> li
     if not isinstance(tokenizer.bos_token_id, int):
         raise ConfigError("add_bos_token needs a tokenizer with a BOS token, got one without")
     return [tokenizer.bos_token_id]
-
-
-def _check_continuations(pairs: Sequence[tuple[str, str]]) -> None:
-    for context, continuation in pairs:
-        if not continuation:
-            raise DataError(
-                f"a continuation must not be empty, got an empty one after {context[-60:]!r}"
-            )
-
-
-def _move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
-    kept = context.rstrip()
-    return kept, context[len(kept) :] + continuation
 
 
 def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:

@@ -48,7 +48,7 @@ from loraloom.serve.sequence import (
 )
 
 MAX_SCALE = 10.0
-"""Of what an adapter adds to the base model, either way."""
+"""Largest factor of what an adapter adds to the base model, positive or negative."""
 
 
 class ClientGoneError(LoraloomError):
@@ -222,7 +222,7 @@ class Answers:
         in_pieces: Tell each piece as it comes, instead of all when a completion has ended.
 
     Raises:
-        LoraloomError: If the engine takes one of them not.
+        LoraloomError: If the engine refuses one of them.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ def _is_last(event: Event) -> bool:
 
 
 class _Countdown:
-    """Calls something when so many requests have gone; any thread may count."""
+    """Calls something once a number of requests have gone; any thread may count."""
 
     def __init__(self, number: int, on_end: Callable[[], object]):
         self._left = number

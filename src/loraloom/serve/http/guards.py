@@ -40,7 +40,7 @@ class HostCheck:
 
 
 class BodyLimit:
-    """Refuses requests of more than so many bytes, whatever they say of their size."""
+    """Refuses requests of more than `max_bytes`, whatever size they claim."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self._app = app

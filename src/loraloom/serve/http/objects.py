@@ -32,7 +32,7 @@ class SamplingBody(StrictModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
-    """Draw from the so many most likely tokens; 0 for all."""
+    """Draw from this many of the most likely tokens; 0 for all."""
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     """The same seed gives the same text."""
@@ -239,7 +239,7 @@ class CompletionBody(SamplingBody):
     max_tokens: int | None = Field(16, ge=0)
     """Most tokens of each completion; 0 only together with echo."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    """Log-probabilities of tokens, and of so many most likely ones."""
+    """Log-probabilities of tokens, and of this many of the most likely ones."""
     echo: bool = False
     """Put the prompt in front of the completion, with its log-probabilities if they are wanted."""
     suffix: None = None

@@ -33,7 +33,7 @@ from loraloom.models.families import base_info, base_layers
 from loraloom.models.structure import family_of
 
 PIECES = 3
-"""A float32 is the sum of so many bfloat16."""
+"""A float32 is the sum of this many bfloat16."""
 
 
 @dataclass(frozen=True)

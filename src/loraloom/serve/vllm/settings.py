@@ -9,7 +9,7 @@ from loraloom.errors import AdapterError, ConfigError, shown
 ADAPTER_DIR = "LORALOOM_ADAPTER_DIR"
 """A directory of adapters that are found by their names."""
 MAX_TOP_K = "LORALOOM_MAX_TOP_K"
-"""The largest top_k of a mixture; FFN blocks compute so many experts of each token."""
+"""The largest top_k of a mixture; FFN blocks compute this many experts of each token."""
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Those that vLLM takes for --max-lora-rank."""

@@ -220,11 +220,7 @@ class Cluster:
                 self._staff.send(worker, "advance", orders, SLICE_S)
 
     def _hear(self) -> None:
-        """Wait for news and take them in.
-
-        Raises:
-            TrainingError: If there are no workers any more.
-        """
+        """Wait for news and take it in."""
         for answer in self._staff.answers(WAIT_S):
             self._receive(answer)
         if self._board.rooms:
@@ -368,11 +364,7 @@ class Cluster:
         )
 
     def _free_worker(self) -> int:
-        """Find a worker that is at nothing; if there is none, wait for one.
-
-        Raises:
-            TrainingError: If there are no workers any more.
-        """
+        """Find a worker that is at nothing; if there is none, wait for one."""
         while True:
             free = [worker for worker in self._board.rooms if not self._staff.is_busy(worker)]
             if free:

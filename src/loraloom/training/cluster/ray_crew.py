@@ -164,11 +164,7 @@ def _import_ray() -> ModuleType:
 
 
 def _connect(ray: ModuleType, address: str) -> None:
-    """Connect this process to a cluster, or start one.
-
-    Raises:
-        ConfigError: If there is no such cluster.
-    """
+    """Connect this process to a cluster, or start one."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     if named:
@@ -216,11 +212,7 @@ def _on_this_machine_alone() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Check that somebody listens there: Ray would end the process after a minute.
-
-    Raises:
-        ConfigError: If nobody does.
-    """
+    """Check that somebody listens there: Ray would end the process after a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535 or "/" in host:
         raise ConfigError(f"--ray must be auto or HOST:PORT of a cluster, got {shown(address)}")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from loraloom.config.job import JobConfig
 from loraloom.training.cluster.worker import Measured
-from loraloom.training.run.job import Position
+from loraloom.training.run.job import JobView, Position
 from loraloom.training.run.results import JobResult, Status
 from loraloom.training.step.micro_batch import padding_share
 
 
 @dataclass(eq=False)
-class RemoteJob:
+class RemoteJob(JobView):
     """A job that a worker trains, or that waits for one.
 
     Args:
@@ -32,19 +32,9 @@ class RemoteJob:
     is_shown: bool = False
 
     @property
-    def name(self) -> str:
-        """Name of the job and of its adapter."""
-        return self.config.name
-
-    @property
     def total_steps(self) -> int:
         """Steps of the job, unless it is stopped early."""
         return self.measured.total_steps
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether no step is half done."""
-        return self.position.micro_step == 0
 
     @property
     def held_out(self) -> str:
@@ -59,10 +49,6 @@ class RemoteJob:
     def round_at(self, position: Position) -> int:
         """The round of a sweep in which it is at a position."""
         return self.first_round + position.micro_batches
-
-    def end(self, result: JobResult) -> None:
-        """Take over how far it came in the end."""
-        self.position = replace(self.position, step=result.steps, micro_step=0)
 
     def result(
         self, status: Status, *, base_model: str, directory: str, seconds: float, reason: str

@@ -80,11 +80,7 @@ class Staff:
             LoraloomError, WorkerLostError: As the method does.
         """
         self.send(worker, method, *args)
-        answer = self.finish(worker)
-        assert answer is not None
-        if isinstance(answer.value, LoraloomError | WorkerLostError):
-            raise answer.value
-        return answer.value
+        return self._value(worker)
 
     def all_answered(self, timeout_s: float) -> bool:
         """Wait until every call on the way is answered, and tell whether that was in time."""
@@ -102,15 +98,19 @@ class Staff:
             LoraloomError: If the method has raised one.
             TrainingError: If the worker is lost.
         """
-        answer = self.finish(worker)
-        assert answer is not None
-        if isinstance(answer.value, WorkerLostError):
-            raise TrainingError(f"worker {worker} was lost: {answer.value}") from answer.value
-        if isinstance(answer.value, LoraloomError):
-            raise answer.value
-        return answer.value
+        try:
+            return self._value(worker)
+        except WorkerLostError as lost:
+            raise TrainingError(f"worker {worker} was lost: {lost}") from lost
 
     def dismiss(self, worker: int) -> None:
         """End a worker; what is on the way to it is forgotten."""
         self._calls.pop(worker, None)
         self._crew.dismiss(self._workers.pop(worker))
+
+    def _value(self, worker: int) -> Any:
+        answer = self.finish(worker)
+        assert answer is not None
+        if isinstance(answer.value, LoraloomError | WorkerLostError):
+            raise answer.value
+        return answer.value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +68,7 @@ def train_with(
         cluster = Cluster(run, crew, directory, progress)
         cluster.assemble(num_workers)
         goes_on = resume and directory.job_snapshots.exists()
-        earlier = _Earlier()
+        earlier: dict[str, Snapshot] = {}
         if goes_on:
             stack.enter_context(directory.lock())
             earlier = _read_earlier(directory, run, cluster, progress)
@@ -78,7 +76,11 @@ def train_with(
         for job in jobs:
             for line in job.measured.report:
                 progress.message(f"{job.name}: {line}")
-        sweep = _make_sweep(run, directory, progress, cluster, jobs)
+        sweep = None
+        if run.sweep is not None:
+            from loraloom.training.run.sweep import Sweep  # it needs Optuna
+
+            sweep = Sweep(run, directory, progress, cluster.build, jobs)
         if not goes_on:
             stack.enter_context(directory.lock())
             directory.check(resume=resume, overwrite=overwrite)  # another run may have ended now
@@ -93,27 +95,10 @@ def train_with(
         return results
 
 
-@dataclass(frozen=True)
-class _Earlier:
-    """What an earlier part of a run has left.
-
-    Args:
-        snapshots: The newest of each job.
-        results: What became of the jobs that are done.
-    """
-
-    snapshots: dict[str, Snapshot] = field(default_factory=dict)
-    results: dict[str, JobResult] = field(default_factory=dict)
-
-
 def _read_earlier(
     directory: RunDirectory, run: RunConfig, cluster: Cluster, progress: Progress
-) -> _Earlier:
-    """Read what a run goes on from.
-
-    Raises:
-        ConfigError: If nothing is whole, or it is of a run with other settings.
-    """
+) -> dict[str, Snapshot]:
+    """Read what a run goes on from: the newest snapshot of each job."""
     snapshots, faults = directory.job_snapshots.newest()
     if not snapshots:
         raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
@@ -129,34 +114,16 @@ def _read_earlier(
     }
     cluster.go_on(results, max(snapshot.seconds for snapshot in snapshots.values()))
     progress.message(f"going on with {len(results)} of {len(snapshots)} jobs done")
-    return _Earlier(snapshots, results)
+    return snapshots
 
 
-def _build_jobs(cluster: Cluster, run: RunConfig, earlier: _Earlier) -> list[RemoteJob]:
-    """Let workers build the jobs that are not done yet.
-
-    Raises:
-        LoraloomError: If one can't be built, or goes on with other data than it began with.
-    """
-    configs = [config for config in run.first_jobs if config.name not in earlier.results]
+def _build_jobs(cluster: Cluster, run: RunConfig, earlier: dict[str, Snapshot]) -> list[RemoteJob]:
+    """Let workers build the jobs that are not done yet."""
+    configs = [config for config in run.first_jobs if config.name not in cluster.results]
     jobs = cluster.build_all(configs)
-    saved = {name: one.jobs[name].inputs for name, one in earlier.snapshots.items()}
+    saved = {name: one.jobs[name].inputs for name, one in earlier.items()}
     check_inputs(saved, {job.name: job.measured.inputs for job in jobs})
     return jobs
-
-
-def _make_sweep(
-    run: RunConfig,
-    directory: RunDirectory,
-    progress: Progress,
-    cluster: Cluster,
-    jobs: Sequence[RemoteJob],
-) -> Sweep[RemoteJob] | None:
-    if run.sweep is None:
-        return None
-    from loraloom.training.run.sweep import Sweep  # it needs Optuna
-
-    return Sweep(run, directory, progress, cluster.build, jobs)
 
 
 def _open_sweep(sweep: Sweep[RemoteJob], cluster: Cluster, directory: RunDirectory) -> None:

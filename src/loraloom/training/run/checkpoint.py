@@ -155,7 +155,8 @@ class SnapshotStore:
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
         try:
-            write_directory(self.directory / f"snapshot-{self._next_number():06}", fill)
+            number = max(self._numbered(), default=0) + 1
+            write_directory(self.directory / f"snapshot-{number:06}", fill)
         except (OSError, RuntimeError) as error:  # torch.save on a full disk: RuntimeError
             raise TrainingError(
                 f"a checkpoint can't be written to {self.directory}: {error}"
@@ -191,9 +192,6 @@ class SnapshotStore:
         """
         for directory in self._directories():
             remove(directory)
-
-    def _next_number(self) -> int:
-        return max(self._numbered(), default=0) + 1
 
     def _directories(self) -> list[Path]:
         """Find the snapshots, the newest first."""
@@ -236,15 +234,10 @@ class JobSnapshots:
         """
         for name in [name for name in records if name not in self._done]:
             is_done = records[name].result is not None
-            self.of(name).write(
-                round_number,
-                seconds,
-                base,
-                {name: records[name]},
-                {name: states[name]} if name in states else {},
-                keep=1 if is_done else keep,
-                sweep_bytes=sweep_bytes,
-            )
+            own = {name: states[name]} if name in states else {}
+            kept = 1 if is_done else keep
+            record = {name: records[name]}
+            self.of(name).write(round_number, seconds, base, record, own, kept, sweep_bytes)
             if is_done:
                 self._done.add(name)
 

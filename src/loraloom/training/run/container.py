@@ -8,21 +8,13 @@ nobody has used lately are given up before a process is killed, and don't count.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+_Names = tuple[str, str, str]
+"""What a version calls a group's limit and usage, and in its statistics the inactive files."""
 
-@dataclass(frozen=True)
-class _Names:
-    """What a version of control groups calls things."""
-
-    limit: str
-    usage: str
-    inactive: str
-
-
-_V2 = _Names("memory.max", "memory.current", "inactive_file")
-_V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2: _Names = ("memory.max", "memory.current", "inactive_file")
+_V1: _Names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def container_bytes_left(
@@ -54,11 +46,11 @@ def _own_groups(groups: Path, own: Path) -> Iterator[tuple[Path, _Names]]:
 
 
 def _bytes_left(group: Path, names: _Names) -> int | None:
-    limit, usage = _read(group / names.limit).strip(), _read(group / names.usage).strip()
+    limit, usage = (_read(group / name).strip() for name in names[:2])
     if not (limit.isdecimal() and usage.isdecimal()):  # `max`, or no such file
         return None
     lines = (line.split() for line in _read(group / "memory.stat").splitlines())
-    inactive = next((int(line[1]) for line in lines if line[0] == names.inactive), 0)
+    inactive = next((int(line[1]) for line in lines if line[0] == names[2]), 0)
     return max(0, int(limit) - int(usage) + inactive)
 
 

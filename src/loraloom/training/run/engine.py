@@ -206,7 +206,7 @@ class Engine:
             self._directory.tidy(job.name)
             with _refusing_other_states(job.name, snapshot):
                 self._go_on(job, snapshot)
-            self._reporter.forget_after(job.name, record.metrics_bytes)
+            self._directory.cut_metrics(job.name, record.metrics_bytes)
 
     @contextmanager
     def _joining(self, job: Job) -> Iterator[None]:
@@ -415,7 +415,7 @@ class Engine:
         self._schedule.restore(passes)
         for name in self.jobs:
             record = snapshot.jobs.get(name)
-            self._reporter.forget_after(name, 0 if record is None else record.metrics_bytes)
+            self._directory.cut_metrics(name, 0 if record is None else record.metrics_bytes)
         self._is_snapshot_due = False
 
     def _load_job(self, name: str, record: JobRecord, snapshot: Snapshot) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.data.examples import ChoiceQuestion, Example
-from loraloom.data.questions import load_questions
+from loraloom.data.questions import load_question_set
 from loraloom.eval.protocol import score_accuracy
 from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
@@ -40,9 +40,9 @@ class Evaluation:
             DataError: If they are missing or can't be used.
         """
         for config in job.eval:
-            self.questions[config] = load_questions(
+            self.questions[config] = load_question_set(
                 config.task, config.scoring, config.split, config.path, config.limit
-            )
+            ).questions
 
     def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
         """Measure jobs together: `eval/loss`, and `eval/<task>/accuracy` for each task.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from loraloom.config.train import SCHEDULERS_ON_METRIC
 from loraloom.data.streaming import StreamedSet
 from loraloom.data.training_set import TrainingSet, examples_digest
 from loraloom.errors import TrainingError
-from loraloom.models.samples import sample_key
+from loraloom.ops.dropout import sample_key
 from loraloom.training.run.collapse import CollapseWatch
 from loraloom.training.run.selection import Selection, metric_mode
 from loraloom.training.step.loss_scale import LossScale
@@ -62,8 +63,7 @@ class Position:
     last_loss: float | None = None
 
 
-@runtime_checkable
-class JobView(Protocol):
+class JobView(ABC):
     """What a display and a sweep see of a job, wherever it trains.
 
     Attributes:
@@ -79,25 +79,25 @@ class JobView(Protocol):
     @property
     def name(self) -> str:
         """Name of the job and of its adapter."""
-        ...
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the job, unless it is stopped early."""
-        ...
+        return self.config.name
 
     @property
     def at_boundary(self) -> bool:
         """Whether no step is half done."""
-        ...
+        return self.position.micro_step == 0
 
     @property
+    @abstractmethod
+    def total_steps(self) -> int:
+        """Steps of the job, unless it is stopped early."""
+
+    @property
+    @abstractmethod
     def held_out(self) -> str:
         """Hash of the examples that it is measured on."""
-        ...
 
 
-class Job:
+class Job(JobView):
     """An adapter that learns.
 
     Attributes:
@@ -141,11 +141,6 @@ class Job:
         self._proven: list[Tensor] | None = None
 
     @property
-    def name(self) -> str:
-        """Name of the job and of its adapter."""
-        return self.config.name
-
-    @property
     def total_steps(self) -> int:
         """Steps of the job, unless it is stopped early."""
         return self.order.total_steps
@@ -157,11 +152,6 @@ class Job:
         if self._window is None or self._window[0] != step:
             self._window = (step, self.order.window(step))
         return self._window[1]
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether no step is half done."""
-        return self.position.micro_step == 0
 
     @property
     def held_out(self) -> str:

@@ -104,10 +104,6 @@ class Reporter:
             sync(metrics)
         return metrics.stat().st_size
 
-    def forget_after(self, job_name: str, num_bytes: int) -> None:
-        """Cut a job's metrics.jsonl: what followed will be logged again."""
-        self._directory.cut_metrics(job_name, num_bytes)
-
     @contextmanager
     def _noting_faults(self, tracker_name: str, job_name: str) -> Iterator[None]:
         """Tell of a tracker's fault (a full disk, for example) once; it ends no training."""

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.config.json_text import read_json
 from loraloom.durable import write_json
-from loraloom.errors import ConfigError
 from loraloom.formats.card import model_card
 from loraloom.training.run.job import Job
 from loraloom.training.step.micro_batch import padding_share
@@ -37,7 +35,7 @@ class JobResult:
         status: finished; stopped early (the metric no longer got better); stopped from outside;
             or failed.
         error: Why it failed.
-        method: LoRA, DoRA, MixLoRA or MixDoRA.
+        method: Title of its method: LoRA, MixLoRA, ...
         base_model: Name of the base model.
         num_parameters: Weights that were trained.
         steps: Steps done.
@@ -86,19 +84,6 @@ class JobResult:
     def write(self, directory: Path) -> None:
         """Write result.json."""
         write_json(directory / RESULT_FILE, asdict(self))
-
-
-def read_result(directory: Path) -> JobResult:
-    """Read what `JobResult.write` wrote.
-
-    Raises:
-        ConfigError: If it can't be read, or is something else.
-    """
-    path = directory / RESULT_FILE
-    try:
-        return parse_result(read_json(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path} must be a job's result: {error}") from None
 
 
 _RESULT = TypeAdapter(JobResult)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
@@ -34,9 +34,6 @@ from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import JobResult, describe_environment
 from loraloom.training.run.tracking import check_trackers
 from loraloom.training.step.optimizers import check_optimizer_device, rehearse
-
-if TYPE_CHECKING:
-    from loraloom.training.run.sweep import Sweep
 
 BetweenSteps = Callable[[Engine, JobBuilder], None]
 """Called between two rounds: may build jobs, and call the engine's `add` and `stop`."""
@@ -144,7 +141,11 @@ def train(
             progress.message(f"memory: {prediction.describe()}")
         _check_alike(ranks, run, jobs, snapshot)
         lead = Lead(engine, builder)
-        sweep = _sweep(run, directory, progress, lead, jobs)
+        sweep = None
+        if run.sweep is not None:
+            from loraloom.training.run.sweep import Sweep  # it needs Optuna
+
+            sweep = Sweep(run, directory, progress, lead.build, jobs)
         data = [
             f"{job.name}: {line}"
             for job in jobs
@@ -201,11 +202,7 @@ def _shared_by(ranks: Ranks, host: Host) -> Iterator[None]:
 
 
 def _check_goes_with(launch: Launch, run: RunConfig, base: Any) -> None:
-    """Refuse what several processes can't do together.
-
-    Raises:
-        ConfigError: If the run has any of it.
-    """
+    """Refuse what several processes can't do together."""
     if launch.size > 1 and run.parallel.base == "fsdp" and base is not None:
         raise ConfigError(
             "parallel.base: fsdp takes a base model apart as it is loaded, got one that is loaded; "
@@ -221,11 +218,7 @@ def _check_goes_with(launch: Launch, run: RunConfig, base: Any) -> None:
 
 
 def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: Any) -> None:
-    """Refuse what workers of a cluster can't do.
-
-    Raises:
-        ConfigError: If there is any of it.
-    """
+    """Refuse what workers of a cluster can't do."""
     if launch.size > 1:
         raise ConfigError(
             f"--ray starts workers itself, got {launch.size} ranks; start it without torchrun"
@@ -240,11 +233,7 @@ def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: A
 def _check_alike(
     ranks: Ranks, run: RunConfig, jobs: Sequence[Job], snapshot: Snapshot | None
 ) -> None:
-    """Check that all ranks are about to do the same.
-
-    Raises:
-        ConfigError: If they are not; names what differs.
-    """
+    """Check that all ranks are about to do the same."""
     facts = {f"the data of job {job.name}": job.training_set.digest for job in jobs}
     facts["the run file"] = run.model_dump_json(exclude={"output_dir"})
     facts["the newest checkpoint"] = "" if snapshot is None else snapshot.directory.name
@@ -276,9 +265,6 @@ def _read_snapshot(
 
     Returns:
         The newest whole snapshot, None where nothing was saved, and what is wrong with newer ones.
-
-    Raises:
-        ConfigError: If none is whole, or it is of a run with other settings.
     """
     snapshot, faults = directory.snapshots.newest()
     if snapshot is not None:
@@ -315,17 +301,3 @@ def _build_jobs(
                 continue
         kept[name] = record
     return jobs, replace(snapshot, jobs=kept), faults
-
-
-def _sweep(
-    run: RunConfig,
-    directory: RunDirectory,
-    progress: Progress,
-    lead: Lead,
-    jobs: Sequence[Job],
-) -> Sweep | None:
-    if run.sweep is None:
-        return None
-    from loraloom.training.run.sweep import Sweep  # it needs Optuna
-
-    return Sweep(run, directory, progress, lead.build, jobs)

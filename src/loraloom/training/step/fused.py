@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.adapter import SampleTokens
+from loraloom.data.examples import count_labels
 from loraloom.infer.rows import collate, example_row, owners
 from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
@@ -29,7 +30,6 @@ from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import ObjectiveTerms, ScoredSamples
 from loraloom.training.step.reference import ask_references
 from loraloom.training.step.rows import RowLayout, lay_out
-from loraloom.training.step.window import count_labels
 
 
 def forward_backward(
@@ -76,13 +76,13 @@ def forward_backward(
     ]
     values = _fetch(terms, [forward.routing for forward in forwards], ranks)
     with ranks.together(), recovering(host.model), summing:
-        _backward(
-            [
-                _scaled(term["loss"] + term["aux_loss"], micro_batch.loss_scale)
-                for term, fetched, micro_batch in zip(terms, values, micro_batches, strict=True)
-                if math.isfinite(fetched.terms["loss"] + fetched.terms["aux_loss"])
-            ]
-        )
+        finite = [
+            _scaled(term["loss"] + term["aux_loss"], micro_batch.loss_scale)
+            for term, fetched, micro_batch in zip(terms, values, micro_batches, strict=True)
+            if math.isfinite(fetched.terms["loss"] + fetched.terms["aux_loss"])
+        ]
+        if finite:
+            torch.stack(finite).sum().backward()
     return [_report(*pair) for pair in zip(micro_batches, values, strict=True)]
 
 
@@ -186,11 +186,6 @@ def _fetch(
 
 def _scaled(loss: Tensor, scale: float) -> Tensor:
     return loss if scale == 1 else loss * scale
-
-
-def _backward(losses: Sequence[Tensor]) -> None:
-    if losses:
-        torch.stack(list(losses)).sum().backward()
 
 
 def _report(micro_batch: MicroBatch, fetched: _Fetched) -> MicroBatchLoss:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.adapter import SampleTokens
-from loraloom.data.examples import Example
+from loraloom.data.examples import Example, count_labels
 from loraloom.data.packing import first_fit, join_samples
 from loraloom.training.step.micro_batch import MicroBatch
-from loraloom.training.step.window import count_labels
 
 _LENGTHS = 16
 _LITTLE_PADDING = 0.015

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any, final
 
 from loraloom.config.train import TrainConfig
-from loraloom.data.examples import NO_LOSS, Example, TrainingExample
+from loraloom.data.examples import Example, TrainingExample, count_labels
 from loraloom.data.grouping import group_by_length
 from loraloom.data.streaming import StreamedSet, StreamPosition
 from loraloom.data.training_set import TrainingSet
@@ -76,11 +76,6 @@ def count_totals(examples: Sequence[TrainingExample]) -> StepTotals:
         num_labels=sum(count_labels(row) for example in examples for row in example.rows),
         num_chosen_labels=sum(count_labels(example.rows[0]) for example in examples),
     )
-
-
-def count_labels(example: Example) -> int:
-    """Count the tokens that are predicted: the first one has nothing before it."""
-    return sum(label != NO_LOSS for label in example.labels[1:])
 
 
 def longest_row(example: TrainingExample) -> int:
