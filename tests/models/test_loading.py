@@ -112,7 +112,8 @@ def test_run_files_and_loading_know_the_same_dtypes():
         (None, torch.float32),
     ],
 )
-def test_dtype_auto_is_the_checkpoints(directory, saved, loaded):
+def test_dtype_auto_is_the_checkpoints(directory, saved, loaded, monkeypatch):
+    monkeypatch.setattr(loading, "_multiplies_in_bfloat16", lambda device: True)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "dtype": saved}))
     model, _ = load_base_model(str(directory))
@@ -126,7 +127,28 @@ def test_dtype_auto_is_float16_where_the_device_has_no_bfloat16(monkeypatch):
     assert loading._find_dtype("auto", {"torch_dtype": "float32"}, device) == torch.float32
 
 
-def test_dtype_auto_of_a_gguf_file_is_bfloat16(gguf_file, cache):
+def test_a_cpu_without_products_in_16_bits_gets_float32(directory, monkeypatch):
+    monkeypatch.setattr(loading, "_multiplies_in_bfloat16", lambda device: False)
+    cpu = torch.device("cpu")
+    for saved in ("bfloat16", "float16", "float32"):
+        assert loading._find_dtype("auto", {"dtype": saved}, cpu) == torch.float32
+    assert loading._find_dtype("auto", {}, cpu) == torch.float32  # a GGUF file
+    for asked in ("bfloat16", "float16"):
+        with pytest.warns(UserWarning, match=f"16 bits: {asked} takes ten times as long"):
+            assert load_base_model(str(directory), asked)[0].dtype == DTYPES[asked]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="asks oneDNN")
+def test_onednn_says_what_a_cpu_multiplies(monkeypatch):
+    for answer in (True, False):
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer
+        )
+        assert loading._multiplies_in_bfloat16(torch.device("cpu")) is answer
+
+
+def test_dtype_auto_of_a_gguf_file_is_bfloat16(gguf_file, cache, monkeypatch):
+    monkeypatch.setattr(loading, "_multiplies_in_bfloat16", lambda device: True)
     assert load_base_model(str(gguf_file))[0].dtype == torch.bfloat16
 
 
@@ -425,7 +447,7 @@ def test_another_file_or_dtype_has_a_copy_of_its_own(gguf_file, cache):
     load_base_model(str(gguf_file), "bfloat16")
     model, _ = load_base_model(str(write_gguf(gguf_file, seed=1)), "bfloat16")
     assert len(copies(cache)) == 3
-    assert_same((model, _), load_base_model(str(gguf_file)))
+    assert_same((model, _), load_base_model(str(gguf_file), "bfloat16"))
 
 
 def test_the_name_that_was_given_is_kept_in_a_copy_of_another_name(gguf_file, cache, monkeypatch):

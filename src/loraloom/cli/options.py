@@ -116,7 +116,9 @@ BaseModelOption = Annotated[
 DtypeOption = Annotated[
     BaseDtype,
     typer.Option(
-        "--dtype", help="Number format of the base model's weights; auto: the checkpoint's."
+        "--dtype",
+        help="Number format of the base model's weights; auto: the checkpoint's, but float32 on a "
+        "CPU that multiplies 16 bits slowly.",
     ),
 ]
 FixedDtypeOption = Annotated[

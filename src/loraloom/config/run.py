@@ -39,7 +39,8 @@ class RunConfig(StrictModel):
     base_model: str = Field(min_length=1)
     """Hub id, directory or .gguf file of a causal language model, or smollm2-135m."""
     dtype: BaseDtype = "auto"
-    """Number format of the base model; auto: its checkpoint's. Adapters are kept in float32."""
+    """Number format of the base model; auto: its checkpoint's, but float32 on a CPU that multiplies
+    16 bits slowly. Adapters are kept in float32."""
     quantization: QuantizationConfig | None = None
     """nf4, int8, torchao-int8, torchao-int4, or a library's settings; null: none."""
     device: Annotated[str, AfterValidator(check_device)] = "auto"

@@ -88,7 +88,8 @@ def load_base_model(
         name: A hub name, a directory, a .gguf file (its weights are dequantised) or
             `smollm2-135m`; it becomes the model's `config.name_or_path`.
         dtype: float32, bfloat16, float16, or auto: the checkpoint's, but bfloat16 in place of
-            float16 where the device computes in it; of a .gguf file bfloat16.
+            float16 where the device computes in it, and float32 in place of both on a CPU that
+            has instructions for neither; of a .gguf file bfloat16, in the same way.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
         quantization: nf4, int8, torchao-int8, torchao-int4, or a mapping of a library's settings,
@@ -189,7 +190,25 @@ def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) 
         return _dtype_of(checkpoint, device)
     if name not in DTYPES:
         raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
+    if name != "float32" and device.type == "cpu" and not _multiplies_in_bfloat16(device):
+        warnings.warn(
+            f"this CPU has no instructions for products in 16 bits: {name} takes ten times as long "
+            "as float32 and more, for half of the memory; take dtype auto or float32",
+            stacklevel=3,
+        )
     return DTYPES[name]
+
+
+def _multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has fast products in bfloat16; of a CPU oneDNN knows (AVX2's has none).
+
+    A plain loop takes over in PyTorch where it hasn't.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return True
 
 
 def _dtype_of(checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -201,8 +220,9 @@ def _dtype_of(checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtyp
         saved = str(named).removeprefix("torch.")
     if saved not in ("bfloat16", "float16"):
         return torch.float32
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+    if _multiplies_in_bfloat16(device):
+        return torch.bfloat16
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def _quantization_option(
