@@ -19,8 +19,10 @@ def test_the_tiny_base_model_has_a_token_for_each_syllable_of_a_land(tmp_path, m
     assert all(tokenizer.unk_token_id not in ids for ids in tokenizer(texts).input_ids)
 
 
-def test_the_tiny_base_model_learns(tmp_path, monkeypatch, capsys):
+def test_the_tiny_base_model_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_base, "read_texts", lambda: ["the lower card wins 3"] * 64)
-    tiny_base.main([f"--output={tmp_path}", "--steps=200", "--layers=1", "--hidden-size=16"])
-    first, second = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
+    first, second = (
+        tiny_base.make_tiny_base(tmp_path / str(steps), steps, num_layers=1, hidden_size=16)
+        for steps in (100, 300)
+    )
     assert second < first / 2

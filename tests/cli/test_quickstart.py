@@ -1,35 +1,54 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from loraloom.bench import tiny_base
 from loraloom.cli import main as cli
+from loraloom.cli import quickstart
 from loraloom.data.skills import generate_skills
 from tests.infer.saved import save_tiny
 
-
-@pytest.fixture(scope="module")
-def base_model(tmp_path_factory):
-    return str(save_tiny(tmp_path_factory.mktemp("saved")) / "base")
+METHODS = ("lora-small", "lora-large", "mixlora")
 
 
-def test_the_quickstart_leaves_adapters_metrics_and_pictures(base_model, tmp_path, capsys):
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """The numbers of steps with which a base model was made: a random one, at once."""
+    saved = save_tiny(tmp_path / "saved") / "base"
+    steps = []
+
+    def make(output, num_steps):
+        steps.append(num_steps)
+        shutil.copytree(saved, output)
+
+    monkeypatch.setattr(tiny_base, "make_tiny_base", make)
+    return steps
+
+
+def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "SEEDS", (0, 1))
     output = tmp_path / "out"
-    words = ["quickstart", "--base-model", base_model, "--dtype", "float32", "--device", "cpu"]
-    words += ["--max-steps", "2", "--output-dir", str(output)]
+    words = ["quickstart", "--device", "cpu", "--max-steps", "2", "--output-dir", str(output)]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    for skill in {row["skill"] for row in generate_skills("test")} | {"average"}:
-        assert skill in printed
-    for name in ("skills-lora", "skills-mixlora"):
-        assert (output / name / "adapter_model.safetensors").is_file()
-        assert len((output / name / "metrics.jsonl").read_text().splitlines()) == 2
-        assert json.loads((output / name / "result.json").read_text())["job"] == name
+    for row in {row["skill"] for row in generate_skills("test")} | {"all"}:
+        assert f"\n{row} " in printed
+    for name in (f"{method}@{seed}" for method in METHODS for seed in (0, 1)):
+        adapter = output / "adapters" / name
+        assert (adapter / "adapter_model.safetensors").is_file()
+        assert len((adapter / "metrics.jsonl").read_text().splitlines()) == 2
+        assert json.loads((adapter / "result.json").read_text())["job"] == name
     for picture in ("loss.png", "experts.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
-    assert "skills-mixlora minus skills-lora: " in printed
+    assert printed.count(" points\n") == 2
+    assert "minus lora-large, the LoRA of its size" in printed
     assert printed.count("  loraloom ") == 3  # what to try next
 
     assert cli.main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert f"Taking the tiny base model in {output / 'base'}" in capsys.readouterr().out
+    assert made == [quickstart.BASE_STEPS]

@@ -17,14 +17,18 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraloom.data.skills import generate_skills
 from loraloom.data.skills.lands import FIRST_SYLLABLES, LAST_SYLLABLES, land_names
+from loraloom.durable import write_directory
+from loraloom.models.loading import quiet
 
 NUM_LANDS, FIRST_LAND = 600, 592
 NUM_HEADS = 4
@@ -39,13 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden-size", type=int, default=64, help="a multiple of 8")
     parser.add_argument("--steps", type=int, default=4000, help="of 64 texts each")
     args = parser.parse_args(arguments)
+    loss = make_tiny_base(args.output, args.steps, args.layers, args.hidden_size)
+    print(f"loss {loss:.3f}")
+
+
+def make_tiny_base(
+    output: Path, num_steps: int, num_layers: int = 3, hidden_size: int = 64
+) -> float:
+    """Train a model, write it with its tokenizer, and return the mean loss of its last steps."""
     texts = read_texts()
     tokenizer = build_tokenizer(texts)
-    torch.manual_seed(0)
-    model = build_model(args.layers, args.hidden_size, len(tokenizer))
-    pretrain(model, tokenizer, texts, args.steps)
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_model(num_layers, hidden_size, len(tokenizer))
+    loss = pretrain(model, tokenizer, texts, num_steps)
+
+    def fill(directory: Path) -> None:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    with quiet():
+        write_directory(output, fill)
+    return loss
 
 
 def build_model(num_layers: int, hidden_size: int, vocab_size: int) -> LlamaForCausalLM:
@@ -103,22 +122,24 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def pretrain(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], num_steps: int
-) -> None:
-    """Train so many steps, at a rate that falls to zero with them."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+) -> float:
+    """Train so many steps, at a rate that falls to zero; return the mean loss of the last 100."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
     losses: list[float] = []
+    bar = tqdm(total=num_steps, desc="tiny base model", unit=" steps", disable=None)
     for step, batch in enumerate(islice(batches(tokenizer, texts), num_steps)):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, step / 50) * (1 - step / num_steps)
-        logits = model(batch, attention_mask=(batch != 0).long()).logits
+        logits = model(batch).logits  # causal, padded on the right: no token sees padding
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), ignore_index=0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if len(losses) % 100 == 0:
-            print(f"step {len(losses)}: loss {sum(losses[-100:]) / 100:.3f}", flush=True)
+        bar.update()
+    bar.close()
+    return fmean(losses[-100:])
 
 
 def batches(

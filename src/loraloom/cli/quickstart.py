@@ -1,35 +1,32 @@
-"""`loraloom quickstart`: two adapters on a small model, from nothing to pictures, in minutes."""
+"""`loraloom quickstart`: two LoRAs and a mixture, three seeds of each, from nothing to pictures."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.resources import files
-from itertools import groupby
+from operator import sub
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraloom.cli.options import (
-    BaseModelOption,
-    DeviceOption,
-    DtypeOption,
-    QuantizationOption,
-    path_option,
-)
+from loraloom.cli.options import DeviceOption, path_option
 from loraloom.cli.train import raise_failures
-from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
 from loraloom.config.yaml_text import parse_yaml
-from loraloom.models.sources import SMALL_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loraloom.data.questions import QuestionSet
     from loraloom.eval.results import TaskScores
+
+SEEDS = (0, 1, 2)
+BASE_STEPS = 4000
+NUM_QUESTIONS = 576
+"""Of the test: all, eight of each rule in each land."""
+PROMPT = "Bus 959 in Gripel goes to the"
 
 
 def quickstart(
@@ -40,25 +37,18 @@ def quickstart(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier quickstart's results.")
     ] = False,
-    max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Training steps.")] = 180,
-    base_model: BaseModelOption = SMALL_MODEL,
-    dtype: DtypeOption = "bfloat16",
+    max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Training steps.")] = 800,
     device: DeviceOption = "auto",
-    quantization: QuantizationOption = None,
 ) -> None:
-    """Train a plain adapter and a mixture together on a small model, and see what they learnt.
+    """Train two LoRAs and a mixture together, three seeds of each, and see which learns more.
 
-    The data set, `skills`, is made by loraloom itself: small rules of invented worlds. About six
-    minutes on two processor cores.
+    Nothing is downloaded: the data set, `skills@8` (small rules in eight invented lands), and a
+    tiny base model that knows its language are made on the spot. About five minutes on two
+    processor cores.
     """
-    run = _run_config(
-        max_steps,
-        output_dir=output_dir,
-        base_model=base_model,
-        dtype=dtype,
-        device=device,
-        quantization=quantization,
-    )
+    run = _run_config(max_steps, output_dir / "adapters", output_dir / "base", device)
+    from loraloom.bench.tiny_base import make_tiny_base
+    from loraloom.data.questions import load_question_set
     from loraloom.eval.evaluation import evaluate
     from loraloom.models.attach import attach
     from loraloom.models.loading import load_base_model
@@ -69,13 +59,16 @@ def quickstart(
 
     console = make_console()
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
-    skills = _load_skills()
-    console.print(f"Loading {base_model} ({dtype})")
-    model, tokenizer = load_base_model(base_model, dtype, device, quantization=quantization)
+    base = Path(run.base_model)
+    if base.is_dir():
+        console.print(f"Taking the tiny base model in {base}", soft_wrap=True)
+    else:
+        console.print("Making a tiny base model of three layers (some two minutes)")
+        make_tiny_base(base, BASE_STEPS)
+    model, tokenizer = load_base_model(run.base_model, device=device)
     host = attach(model)
-    num_questions = sum(len(skill.questions) for skill in skills)
-    console.print(f"Scoring the base model on {num_questions} held-out questions")
-    before = evaluate(host, tokenizer, skills, [None])
+    names = [job.name for job in run.jobs]
+    console.print(f"Training {len(names)} adapters on it, all in the same steps")
     results = train(
         run,
         overwrite=overwrite,
@@ -84,101 +77,125 @@ def quickstart(
         command="loraloom quickstart",
     )
     raise_failures(results)
-    names = [job.name for job in run.jobs]
     for name in names:
-        host.load(name, output_dir / name)
-    console.print("Scoring both adapters on the same questions")
-    after = evaluate(host, tokenizer, skills, names)
-    _print_accuracies(console, before.results | after.results)
-    _print_verdict(console, after.tasks, names)
-    ((mixture, routing),) = after.details["routing"].items()
-    _draw(output_dir, names, routing)
-    base = f"--base-model {base_model} {quantization_option(quantization)}".rstrip()
-    _print_outlook(console, output_dir / mixture, base)
+        host.load(name, run.output_dir / name)
+    questions = load_question_set("skills@8", "text", split="test", limit=NUM_QUESTIONS)
+    console.print(f"Asking the base model and all of them {len(questions.questions)} new questions")
+    found = evaluate(host, tokenizer, [questions], [None, *names], pairs=[])
+    (task,) = found.tasks
+    seeds: dict[str, list[str]] = {}
+    for name in names:
+        seeds.setdefault(name.partition("@")[0], []).append(name)
+    sizes = {result.job: result.num_parameters for result in results}
+    _print_accuracies(console, task, seeds)
+    _print_verdict(console, task, seeds, sizes)
+    mixture = names[-1]
+    _draw(output_dir, run.output_dir, seeds, found.details["routing"][mixture])
+    _print_outlook(console, output_dir, base, run.output_dir / mixture)
 
 
-def _run_config(max_steps: int, **settings: Any) -> RunConfig:
-    """Fill the quickstart's run file in."""
+def _run_config(max_steps: int, output_dir: Path, base: Path, device: str) -> RunConfig:
+    """Fill the quickstart's run file in, with a job for each seed."""
     file = files("loraloom.cli") / "quickstart.yaml"
-    run = parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")
-    for job in run["jobs"]:
-        job["train"]["max_steps"] = max_steps
-    return RunConfig.model_validate(run | settings)
-
-
-def _load_skills() -> list[QuestionSet]:
-    """The held-out questions, each skill a task of its own."""
-    from loraloom.data.questions import load_question_set
-
-    loaded = load_question_set("skills", "text", split="test")
-    questions = sorted(loaded.questions, key=lambda question: question.group or "")
-    return [
-        replace(loaded, task=skill, questions=list(of_skill))
-        for skill, of_skill in groupby(questions, key=lambda question: question.group or "")
+    jobs = [
+        {**job, "name": f"{job['name']}@{seed}", "seed": seed}
+        | {"train": {**job["train"], "max_steps": max_steps}}
+        for job in parse_yaml(file.read_text(encoding="utf-8"), "quickstart.yaml")["jobs"]
+        for seed in SEEDS
     ]
+    return RunConfig.model_validate(
+        {"base_model": str(base), "output_dir": output_dir, "device": device, "jobs": jobs}
+    )
 
 
-def _print_accuracies(console: Console, results: Mapping[str, Mapping[str, Any]]) -> None:
+def _print_accuracies(
+    console: Console, task: TaskScores, seeds: Mapping[str, Sequence[str]]
+) -> None:
+    """Print what the base model and each method answer right, by skill and of all questions."""
+    from loraloom.eval.accuracy import accuracy, accuracy_by_group
     from loraloom.eval.tables import CONSTANT, MARK, NOTE
     from loraloom.terminal import make_table, print_tables
 
-    titles = [CONSTANT, "base model", *list(results)[1:]]
-    table = make_table("skill", values=titles, title="Accuracy on held-out questions, %")
-    for skill, of_base in results["base"].items():
-        cells = [
-            f"{100 * of[skill]['accuracy']:.1f}{'' if of[skill]['beats_majority'] else MARK}"
-            for of in results.values()
-        ]
-        table.add_row(skill, f"{100 * of_base['majority']:.1f}", *cells)
-    averages = (_average_accuracy(by_skill) for by_skill in results.values())
-    table.add_row("average", "", *(f"{100 * average:.1f}" for average in averages), style="bold")
+    by_skill = {name: accuracy_by_group(scores) for name, scores in task.scores.items()}
+    in_all = {name: accuracy(scores) for name, scores in task.scores.items()}
+    table = make_table(
+        "skill",
+        values=[CONSTANT, "base model", *seeds],
+        title=f"Right answers to new questions, %: means of {len(SEEDS)} seeds ± standard error",
+    )
+    rows = {skill: {n: by_skill[n][skill] for n in by_skill} for skill in by_skill[None]}
+    for row, of in {**rows, "all": in_all}.items():
+        majority = of[None].majority
+        cells = []
+        for members in ([None], *seeds.values()):
+            shares = [of[name].accuracy for name in members]
+            error = f" ± {100 * _stderr(shares):.1f}" if row == "all" and len(shares) > 1 else ""
+            cells.append(
+                f"{100 * fmean(shares):.1f}{error}{'' if fmean(shares) > majority else MARK}"
+            )
+        style = "bold" if row == "all" else None
+        table.add_row(row, f"{100 * majority:.1f}", *cells, style=style)
     table.caption = NOTE
     console.print()
     print_tables(console, [table])
 
 
-def _print_verdict(console: Console, tasks: Sequence[TaskScores], names: Sequence[str]) -> None:
-    """Say what the difference between the two adapters is worth."""
-    from loraloom.eval.statistics import compare_paired
+def _print_verdict(
+    console: Console,
+    task: TaskScores,
+    seeds: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, int],
+) -> None:
+    """Say how far the mixture, the last method, is from the others, and what that is worth."""
+    from loraloom.eval.accuracy import accuracy
 
-    lora, mixture = (
-        [float(score.correct) for task in tasks for score in task.scores[name]] for name in names
-    )
-    found = compare_paired(mixture, lora)
+    shares = {
+        method: [accuracy(task.scores[name]).accuracy for name in members]
+        for method, members in seeds.items()
+    }
+    *others, mixture = seeds
+    console.print()
+    for other, what in zip(others, ("the compute of its experts", "its size"), strict=True):
+        differences = [*map(sub, shares[mixture], shares[other])]
+        console.print(
+            f"{mixture} ({sizes[seeds[mixture][0]]:,} weights) minus {other}, the LoRA of {what} "
+            f"({sizes[seeds[other][0]]:,}): {100 * fmean(differences):+.1f} ± "
+            f"{100 * _stderr(differences):.1f} points",
+            soft_wrap=True,
+        )
     console.print(
-        f"\n{names[1]} minus {names[0]}: {100 * found.difference:+.1f} ± "
-        f"{100 * (found.stderr or 0):.1f} points on the same questions (p = {found.p_value:.2g}).\n"
-        "That is about these two adapters. Other seeds move either of them by several points, so "
-        "it ranks no methods:\ndocs/when_a_mixture.md says where a mixture pays, from several "
-        "seeds each.",
+        "A difference of less than two standard errors says nothing. That is one task on a tiny "
+        "model:\ndocs/when_a_mixture.md has where a mixture pays, and how to find out on yours.",
         soft_wrap=True,
-        highlight=False,
     )
 
 
-def _average_accuracy(by_skill: Mapping[str, Any]) -> float:
-    """The accuracy over the questions of all skills."""
-    results = by_skill.values()
-    return fmean(
-        [result["accuracy"] for result in results], [result["num_examples"] for result in results]
-    )
+def _stderr(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values))
 
 
-def _draw(output_dir: Path, names: Sequence[str], routing: Mapping[str, Any]) -> None:
-    """Draw the training losses, and what the mixture's experts do."""
-    import numpy as np
-
+def _draw(
+    output_dir: Path,
+    adapters: Path,
+    seeds: Mapping[str, Sequence[str]],
+    routing: Mapping[str, Any],
+) -> None:
+    """Draw each method's training loss, the mean of its seeds, and what a mixture's experts do."""
     from loraloom.eval.plots import plot_experts, plot_loss_curves
     from loraloom.training.run.tracking import read_curve
 
-    curves = {name: read_curve(output_dir / name / "metrics.jsonl", "loss") for name in names}
+    curves = {}
+    for method, members in seeds.items():
+        by_seed = [read_curve(adapters / name / "metrics.jsonl", "loss") for name in members]
+        curves[method] = [
+            (points[0][0], fmean(loss for _, loss in points))
+            for points in zip(*by_seed, strict=True)
+        ]
     plot_loss_curves(curves, output_dir / "loss.png")
-    skills = routing["tasks"]
-    loads = np.array([skill["load"] for skill in skills.values()])  # (skill, layer, expert)
-    num_tokens = [skill["num_tokens"] for skill in skills.values()]
+    ((_, asked),) = routing["tasks"].items()
     told = routing["specialisation"]
     plot_experts(
-        np.average(loads, axis=0, weights=num_tokens).tolist(),
+        asked["load"],
         told["topics"]["of"],
         {
             "about the skill": told["topics"]["bits"],
@@ -189,17 +206,15 @@ def _draw(output_dir: Path, names: Sequence[str], routing: Mapping[str, Any]) ->
     )
 
 
-def _print_outlook(console: Console, adapter: Path, base: str) -> None:
-    output_dir = adapter.parent
+def _print_outlook(console: Console, output_dir: Path, base: Path, adapter: Path) -> None:
+    model = f"--base-model {base} --adapter mix={adapter}"
     console.print(
-        f"\nAdapters and metrics are in {output_dir}/, with pictures: loss.png, experts.png\n"
+        f"\nAdapters and metrics are in {adapter.parent}/, pictures in {output_dir}/: loss.png, "
+        "experts.png\n"
         "\nTry next:\n"
         f"  loraloom inspect {adapter}\n"
-        f"  loraloom generate {base} --adapter mix={adapter} "
-        '--raw --prompt "Bus 34 in Orlen goes to the" --max-new-tokens 4\n'
-        f"  loraloom eval {base} --adapter mix={adapter} "
-        f"--task skills --scoring text --output {output_dir}/eval.json",
+        f'  loraloom generate {model} --raw --prompt "{PROMPT}" --max-new-tokens 4\n'
+        f"  loraloom eval {model} --task skills@8 --scoring text --output {output_dir}/eval.json\n"
+        "and on a language model: examples in README.md",
         soft_wrap=True,
-        highlight=False,
-        markup=False,
     )
