@@ -43,7 +43,7 @@ def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys
         assert json.loads((adapter / "result.json").read_text())["job"] == name
     for picture in ("loss.png", "experts.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
-    assert printed.count(" points\n") == 2
+    assert printed.count(" over seeds, ") == printed.count(" over questions\n") == 2
     assert "minus lora-large, the LoRA of its size" in printed
     assert printed.count("  loraloom ") == 3  # what to try next
 

@@ -20,6 +20,7 @@ from loraloom.config.yaml_text import parse_yaml
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from loraloom.eval.evaluation import Evaluation
     from loraloom.eval.results import TaskScores
 
 SEEDS = (0, 1, 2)
@@ -81,17 +82,17 @@ def quickstart(
         host.load(name, run.output_dir / name)
     questions = load_question_set("skills@8", "text", split="test", limit=NUM_QUESTIONS)
     console.print(f"Asking the base model and all of them {len(questions.questions)} new questions")
-    found = evaluate(host, tokenizer, [questions], [None, *names], pairs=[])
-    (task,) = found.tasks
     seeds: dict[str, list[str]] = {}
     for name in names:
         seeds.setdefault(name.partition("@")[0], []).append(name)
+    *others, mixture = seeds
+    pairs = [(mixture, other) for other in others]
+    found = evaluate(host, tokenizer, [questions], [None, *names], pairs=pairs)
+    _print_accuracies(console, found.tasks[0], seeds)
     sizes = {result.job: result.num_parameters for result in results}
-    _print_accuracies(console, task, seeds)
-    _print_verdict(console, task, seeds, sizes)
-    mixture = names[-1]
-    _draw(output_dir, run.output_dir, seeds, found.details["routing"][mixture])
-    _print_outlook(console, output_dir, base, run.output_dir / mixture)
+    _print_verdict(console, found, seeds, sizes)
+    _draw(output_dir, run.output_dir, seeds, found.details["routing"][names[-1]])
+    _print_outlook(console, output_dir, base, run.output_dir / names[-1])
 
 
 def _run_config(max_steps: int, output_dir: Path, base: Path, device: str) -> RunConfig:
@@ -142,29 +143,30 @@ def _print_accuracies(
 
 def _print_verdict(
     console: Console,
-    task: TaskScores,
+    found: Evaluation,
     seeds: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int],
 ) -> None:
     """Say how far the mixture, the last method, is from the others, and what that is worth."""
     from loraloom.eval.accuracy import accuracy
 
-    shares = {
-        method: [accuracy(task.scores[name]).accuracy for name in members]
-        for method, members in seeds.items()
-    }
-    *others, mixture = seeds
+    (task,) = found.tasks
     console.print()
-    for other, what in zip(others, ("the compute of its experts", "its size"), strict=True):
-        differences = [*map(sub, shares[mixture], shares[other])]
+    for one, what in zip(found.comparisons, ("its experts' compute", "its size"), strict=True):
+        shares = (
+            [accuracy(task.scores[name]).accuracy for name in seeds[method]]
+            for method in (one.first, one.second)
+        )
+        over_seeds = _stderr([*map(sub, *shares)])
+        first, second = (f"{sizes[seeds[method][0]]:,}" for method in (one.first, one.second))
         console.print(
-            f"{mixture} ({sizes[seeds[mixture][0]]:,} weights) minus {other}, the LoRA of {what} "
-            f"({sizes[seeds[other][0]]:,}): {100 * fmean(differences):+.1f} ± "
-            f"{100 * _stderr(differences):.1f} points",
+            f"{one.first} ({first} weights) minus {one.second}, the LoRA of {what} ({second}): "
+            f"{100 * one.result.difference:+.1f} points, ± {100 * over_seeds:.1f} over seeds, "
+            f"± {100 * (one.result.stderr or 0):.1f} over questions",
             soft_wrap=True,
         )
     console.print(
-        "A difference of less than two standard errors says nothing. That is one task on a tiny "
+        "A difference that isn't well beyond both says nothing. And this is one task on a tiny "
         "model:\ndocs/when_a_mixture.md has where a mixture pays, and how to find out on yours.",
         soft_wrap=True,
     )
