@@ -25,8 +25,13 @@ def test_a_loss_curve_is_drawn_raw_and_smoothed(tmp_path):
     assert raw_a.get_color() == smooth_a.get_color() != raw_b.get_color()
     assert raw_a.get_alpha() < 1
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss per token (nats)")
-    assert axes.get_ylim()[0] == 0
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_the_frame_fits_what_comes_after_the_first_tenth(tmp_path):
+    curves = {"a": [(step, 8.0 if step < 2 else 1.0 + step / 100) for step in range(20)]}
+    (axes,) = plot_loss_curves(curves, tmp_path / "loss.png", smoothing=0.0).axes
+    assert axes.get_ylim() == pytest.approx((1.02 - 0.017, 1.19 + 0.017))
 
 
 def test_a_loss_that_is_not_finite_leaves_the_smoothed_curve_whole(tmp_path):

@@ -198,7 +198,7 @@ def _draw(
     told = routing["specialisation"]
     plot_experts(
         asked["load"],
-        told["topics"]["of"],
+        {topic.rpartition("/")[2]: bits for topic, bits in told["topics"]["of"].items()},
         {
             "about the skill": told["topics"]["bits"],
             "about the kind of token": told["token_classes"]["bits"],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from loraloom.durable import write_file
 
@@ -20,6 +21,8 @@ Curve = Sequence[Point]
 def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float = 0.8) -> Figure:
     """Draw each job's training loss over its steps, smoothed, with the raw values behind.
 
+    The frame fits what comes after the first tenth, in which losses fall from far above.
+
     Args:
         curves: (step, loss) of each job.
         path: Picture to write; the suffix chooses the format.
@@ -30,12 +33,16 @@ def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float =
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    late: list[float] = []
     for index, (name, curve) in enumerate(curves.items()):
         axes.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=1)
         means = smoothed(curve, smoothing)
         axes.plot([x for x, _ in means], [y for _, y in means], color=f"C{index}", label=name)
+        late += [y for _, y in means[len(means) // 10 :]]
     axes.set(xlabel="step", ylabel="loss per token (nats)")
-    axes.set_ylim(bottom=0)
+    if late:
+        room = 0.1 * (max(late) - min(late)) or 1.0
+        axes.set_ylim(min(late) - room, max(late) + room)
     axes.legend()
     return save_figure(figure, path)
 
@@ -65,6 +72,7 @@ def plot_experts(
     options: dict[str, Any] = {"aspect": "auto", "cmap": "viridis", "vmin": 0}
     image = left.imshow(load, **options)
     left.set(title="where tokens go", xlabel="expert", ylabel="layer")
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))  # the others share it
     figure.colorbar(image, ax=left, label="share of tokens")
     image = middle.imshow(list(zip(*by_topic.values(), strict=True)), **options)
     middle.set(title="what sets a skill apart")
