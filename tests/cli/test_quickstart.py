@@ -47,6 +47,8 @@ def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys
     assert "minus lora-large, the LoRA of its size" in printed
     assert printed.count("  loraloom ") == 3  # what to try next
 
+    assert cli.main([*words[:2], "cuda:99", *words[3:]]) == 2
+    assert "device must be one that this machine has" in capsys.readouterr().err
     assert cli.main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*words, "--overwrite"]) == 0

@@ -160,6 +160,7 @@ def routing_margin(routing: dict[str, list[LayerRouting]]) -> float:
 @every_family
 def test_padding_does_not_change_a_row(family):
     host, ids, names = tiny_host(family), tiny_ids(4, 5), [*METHODS]
+    atol = 1e-5 if family == "gemma2" else 1e-10  # its softmax is float32's, which some CPUs round
     with torch.no_grad():
         bare = host(ids, adapters=names).logits
         for side in sides(family):
@@ -169,7 +170,7 @@ def test_padding_does_not_change_a_row(family):
             # what `generate` passes; otherwise transformers counts padding as positions
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             padded = host(torch.cat(parts, 1), mask, names, position_ids=positions).logits
-            torch.testing.assert_close(padded[mask.bool()].view_as(bare), bare, rtol=0, atol=1e-10)
+            torch.testing.assert_close(padded[mask.bool()].view_as(bare), bare, rtol=0, atol=atol)
 
 
 @every_family

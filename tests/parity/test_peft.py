@@ -44,7 +44,9 @@ def loss_of(logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["32", "64"]
+    ("dtype", "tolerance"),
+    [(torch.float32, 5e-5), (torch.float64, 1e-10)],  # processors round float32 in their own ways
+    ids=["32", "64"],
 )
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("family", FAMILIES)

@@ -52,13 +52,14 @@ def quickstart(
     from loraloom.data.questions import load_question_set
     from loraloom.eval.evaluation import evaluate
     from loraloom.models.attach import attach
-    from loraloom.models.loading import load_base_model
+    from loraloom.models.loading import find_device, load_base_model
     from loraloom.terminal import make_console
     from loraloom.training.run.outputs import RunDirectory
     from loraloom.training.run.progress import Progress
     from loraloom.training.run.run import train
 
     console = make_console()
+    find_device(device)  # one that isn't there is an error now, not minutes later
     RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
     base = Path(run.base_model)
     if base.is_dir():
