@@ -126,8 +126,9 @@ def pretrain(
     """Train so many steps, at a rate that falls to zero; return the mean loss of the last 100."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
     losses: list[float] = []
-    bar = tqdm(total=num_steps, desc="tiny base model", unit=" steps", disable=None)
-    for step, batch in enumerate(islice(batches(tokenizer, texts), num_steps)):
+    drawn = islice(batches(tokenizer, texts), num_steps)
+    bar = tqdm(drawn, "tiny base model", num_steps, unit=" steps", disable=None)
+    for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, step / 50) * (1 - step / num_steps)
         logits = model(batch).logits  # causal, padded on the right: no token sees padding
@@ -137,8 +138,6 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        bar.update()
-    bar.close()
     return fmean(losses[-100:])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from operator import sub
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 BASE_STEPS = 4000
-NUM_QUESTIONS = 576
-"""Of the test: all, eight of each rule in each land."""
 PROMPT = "Bus 959 in Gripel goes to the"
 
 
@@ -81,7 +80,7 @@ def quickstart(
     raise_failures(results)
     for name in names:
         host.load(name, run.output_dir / name)
-    questions = load_question_set("skills@8", "text", split="test", limit=NUM_QUESTIONS)
+    questions = load_question_set("skills@8", "text", split="test")
     console.print(f"Asking the base model and all of them {len(questions.questions)} new questions")
     seeds: dict[str, list[str]] = {}
     for name in names:
@@ -210,14 +209,16 @@ def _draw(
 
 
 def _print_outlook(console: Console, output_dir: Path, base: Path, adapter: Path) -> None:
-    model = f"--base-model {base} --adapter mix={adapter}"
+    result = shlex.quote(f"{output_dir}/eval.json")
+    mix = shlex.quote(f"mix={adapter}")
+    model = f"--base-model {shlex.quote(str(base))} --adapter {mix}"
     console.print(
         f"\nAdapters and metrics are in {adapter.parent}/, pictures in {output_dir}/: loss.png, "
         "experts.png\n"
         "\nTry next:\n"
-        f"  loraloom inspect {adapter}\n"
+        f"  loraloom inspect {shlex.quote(str(adapter))}\n"
         f'  loraloom generate {model} --raw --prompt "{PROMPT}" --max-new-tokens 4\n'
-        f"  loraloom eval {model} --task skills@8 --scoring text --output {output_dir}/eval.json\n"
+        f"  loraloom eval {model} --task skills@8 --scoring text --output {result}\n"
         "and on a language model: examples in README.md",
         soft_wrap=True,
     )
