@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -83,3 +84,9 @@ def browser():
             yield browser
     except browsers.NoChromium as missing:
         pytest.skip(str(missing))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector the million objects of the imported libraries: it runs often here."""
+    gc.collect()
+    gc.freeze()

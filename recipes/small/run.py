@@ -119,7 +119,7 @@ def evaluate(args: argparse.Namespace, seeds: list[str], output: Path, *more: st
     pairs += [f"--compare={method}:base" for method in args.methods]
     outputs.append(f"--per-question={output}.jsonl")
     what = [f"--base-model={args.base_model}", f"--task={TASKS}", f"--data={args.data}"]
-    run("eval", *what, "--scoring=text", "--dtype=bfloat16", *adapters, *pairs, *outputs, *more)
+    run("eval", *what, "--scoring=text", *adapters, *pairs, *outputs, *more)
 
 
 def read_result(directory: Path, method: str) -> dict:

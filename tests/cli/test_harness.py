@@ -8,10 +8,12 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 import datasets
+from lm_eval.tasks import TaskManager
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
 from loraloom.eval.answers import read_answers
+from loraloom.eval.harness import tasks
 from loraloom.eval.statistics import wilson_interval
 from loraloom.report.files import read_evaluation
 from tests.eval.harness.toy import write_tasks
@@ -111,7 +113,10 @@ def test_a_missing_lm_eval_is_one_error(run, monkeypatch, capsys):
     assert "pip install 'loraloom[eval]'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_an_unknown_task_is_one_error(run, capsys):
+def test_an_unknown_task_is_one_error(run, capsys, monkeypatch):
+    def without_defaults(include_path, **_):
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", without_defaults)  # lm-eval's own take seconds
     assert run("--harness", "toy_choise") == 2
     assert "did you mean 'toy_choice'?" in capsys.readouterr().err

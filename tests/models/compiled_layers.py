@@ -1,8 +1,6 @@
-"""Compiled decoder layers against plain ones: `python -m tests.models.compiled_layers attach`."""
+"""Compiled decoder layers against plain ones: `python -m tests.models.compiled_layers`."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 
@@ -10,7 +8,7 @@ import loraloom
 from tests.tiny import METHODS, tiny_host, tiny_ids, tiny_model
 
 
-def main(first: str) -> None:
+def compare(first: str) -> None:
     """Compile before or after attaching, and compare outputs, routing and gradients."""
     model, ids, names = tiny_model(), tiny_ids(4), [*METHODS]
     plain = tiny_host()
@@ -47,4 +45,5 @@ def compile_layers(model) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for first in ("attach", "compile"):
+        compare(first)

@@ -343,6 +343,7 @@ def _load_model(
     loaded = model_class.from_pretrained(
         source.location,
         **common,
+        adapter_kwargs={"local_files_only": source.cached},  # else it waits for the hub, in vain
         ignore_mismatched_sizes=True,  # the report has them, and _check_complete refuses them
         output_loading_info=True,
         **options,

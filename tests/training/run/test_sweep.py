@@ -372,7 +372,7 @@ def test_a_rung_that_no_job_reaches_is_an_error_before_anything_is_written(input
     run = sweep_run(inputs, tmp_path / "out", early_stopping={"asha": {"rungs": [2, 8]}})
     jobs = run.sweep.model_dump()
     jobs["job"]["train"] |= {"max_steps": None, "num_epochs": 2}
-    with pytest.raises(ConfigError, match=r"before the last of the jobs' 6 steps, got .*\(2, 8\)"):
+    with pytest.raises(ConfigError, match=r"^sweep.early_stopping .* 6 steps, got .*\(2, 8\)"):
         train(RunConfig.model_validate({**run.model_dump(), "sweep": jobs}))
     assert not (tmp_path / "out").exists()
 

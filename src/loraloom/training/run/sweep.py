@@ -172,7 +172,10 @@ class Sweep(Generic[AnyJob]):
         if self._stopping is not None and len(own) == min(
             run.sweep.num_concurrent, len(self._planned)
         ):  # else it goes on
-            self._stopping.check_reached(self._longest)
+            try:
+                self._stopping.check_reached(self._longest)
+            except ConfigError as error:
+                raise ConfigError(f"sweep.{error}") from None
         for job in own:
             self.set_rungs(job)
 
