@@ -238,8 +238,6 @@ def test_states_of_clients(data: st.DataObject, client: Any, client_state: Path)
     assert snapshot is not None
     state = changed(data, load_state(snapshot.directory / "client.pt"))
     with tempfile.TemporaryDirectory() as name:
-        SnapshotStore(Path(name)).write(
-            1, 0.0, snapshot.base, snapshot.jobs, {"client": state}, keep=1
-        )
+        SnapshotStore(Path(name)).write(snapshot, {"client": state}, keep=1)
         survives(lambda: client.load_state(name))
         client.load_state(client_state)

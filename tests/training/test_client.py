@@ -15,7 +15,6 @@ from loraloom.infer.sampling import SamplingConfig
 from loraloom.models.host import Host
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
 from loraloom.training.run.checkpoint import SnapshotStore
-from loraloom.training.run.engine import describe_base
 from loraloom.training.run.job import Job
 from loraloom.training.step.requests import run_requests
 from tests.tiny import METHODS, randomise, relative_error
@@ -408,9 +407,9 @@ def test_a_state_of_something_else_is_an_error(tmp_path):
     client = new_client()
     client.save_state(tmp_path)
     store = SnapshotStore(tmp_path)
-    records = store.newest()[0].jobs
+    moment = store.newest()[0]
     numbers = {"weights": dict.fromkeys(client.parameters, 10**300), "gradients": {}}
     for state in ({}, {"weights": {}}, {"weights": 3}, numbers):
-        store.write(1, 0.0, describe_base(client.host), records, {"client": state})
+        store.write(moment, {"client": state})
         with pytest.raises(ConfigError, match="must hold a client's saved state, it holds"):
             client.load_state(tmp_path)

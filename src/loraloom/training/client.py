@@ -33,6 +33,7 @@ from loraloom.ops.dropout import sample_key
 from loraloom.training.run.checkpoint import (
     STATE_ERRORS,
     JobRecord,
+    Moment,
     SnapshotStore,
     describe_changes,
 )
@@ -319,8 +320,8 @@ class TrainingClient:
             "loss_scale": None if self._loss_scale is None else asdict(self._loss_scale),
         }
         records = {_STATE: JobRecord(self._settings())}
-        store = SnapshotStore(Path(directory))
-        store.write(self.step, 0.0, describe_base(self.host), records, {_STATE: state}, keep=1)
+        moment = Moment(self.step, 0.0, describe_base(self.host), records)
+        SnapshotStore(Path(directory)).write(moment, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
         """Go on from a saved state, of this client or of one with equal settings.

@@ -9,7 +9,7 @@ import torch
 
 import loraloom.training.run.checkpoint as checkpoint
 from loraloom.errors import TrainingError
-from loraloom.training.run.checkpoint import JobRecord, SnapshotStore
+from loraloom.training.run.checkpoint import JobRecord, Moment, SnapshotStore
 
 BASE = {"name": "tiny", "dtype": "float32"}
 
@@ -17,7 +17,7 @@ BASE = {"name": "tiny", "dtype": "float32"}
 def write(store: SnapshotStore, round_number: int, **options) -> None:
     records = {"a": JobRecord({"seed": 0}, 12), "b": JobRecord({}, result={})}
     states = {"a": {"weights": torch.full((3,), float(round_number)), "step": round_number}}
-    store.write(round_number, 1.5, BASE, records, states, **options)
+    store.write(Moment(round_number, 1.5, BASE, records), states, **options)
 
 
 def newest_directory(store: SnapshotStore):

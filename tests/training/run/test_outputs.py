@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import ConfigError
-from loraloom.training.run.checkpoint import JobRecord
+from loraloom.training.run.checkpoint import JobRecord, Moment
 from loraloom.training.run.outputs import RunDirectory
 
 
@@ -26,13 +26,13 @@ def test_resume_needs_checkpoints_where_there_are_results(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(ConfigError, match="--resume needs checkpoints"):
         directory.check(resume=True, overwrite=False)
-    directory.snapshots.write(0, 0.0, {}, {"a": JobRecord({})}, {})
+    directory.snapshots.write(Moment(0, 0.0, {}, {"a": JobRecord({})}), {})
     directory.check(resume=True, overwrite=False)
 
 
 def test_checkpoints_alone_are_results_too(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.snapshots.write(0, 0.0, {}, {}, {})
+    directory.snapshots.write(Moment(0, 0.0, {}), {})
     with pytest.raises(ConfigError, match="must be new or empty"):
         directory.check(resume=False, overwrite=False)
 

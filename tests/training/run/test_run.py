@@ -441,13 +441,13 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
     run = settings(inputs, tmp_path / "out", learning_rate=1e-4)
     writes, write = [], SnapshotStore.write
 
-    def dying(store, round_number, *args, **options):
-        writes.append(round_number)
+    def dying(store, moment, *args, **options):
+        writes.append(moment.round)
         if len(writes) == 4:
             raise KeyboardInterrupt
-        if round_number == 2:
+        if moment.round == 2:
             first.append(best_weights(tmp_path / "out/plain"))
-        write(store, round_number, *args, **options)
+        write(store, moment, *args, **options)
 
     first = []
     with monkeypatch.context() as patch:
@@ -499,7 +499,7 @@ def test_a_snapshot_with_another_jobs_state_is_an_error(inputs, tmp_path, monkey
     store = RunDirectory(run.output_dir).snapshots
     snapshot, _ = store.newest()
     states = {name: {"weights": {}} for name in snapshot.jobs}
-    store.write(3, 1.0, snapshot.base, snapshot.jobs, states)
+    store.write(snapshot, states)
     with pytest.raises(ConfigError, match="can't be used, the state of job plain is of something"):
         train(run, resume=True)
 

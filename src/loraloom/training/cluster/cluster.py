@@ -23,7 +23,7 @@ from loraloom.training.cluster.remote_job import RemoteJob
 from loraloom.training.cluster.rounds import Event, Rounds
 from loraloom.training.cluster.staff import Answer, Staff
 from loraloom.training.cluster.worker import News, Release, Start
-from loraloom.training.run.checkpoint import JobRecord
+from loraloom.training.run.checkpoint import JobRecord, Moment
 from loraloom.training.run.interruption import Interruption
 from loraloom.training.run.job import Position
 from loraloom.training.run.outputs import RunDirectory
@@ -143,7 +143,7 @@ class Cluster:
             self._directory.prepare_job(job.name, overwrite=overwrite)
             settings, inputs = job.config.model_dump(mode="json"), job.measured.inputs
             record = JobRecord(settings, joined_later=True, inputs=inputs)
-            store.write(0, self.seconds, dict(self.base), {job.name: record}, {})
+            store.write(Moment(0, self.seconds, dict(self.base), {job.name: record}), {})
         job.first_round = self.round
         self.jobs[job.name] = job
         self._order.append(job.name)

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -74,11 +74,10 @@ class JobRecord:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A whole run at one moment.
+class Moment:
+    """A whole run at one moment, without the jobs' states.
 
     Args:
-        directory: Where it is.
         round: Fused steps until then.
         seconds: Wall time of the training until then.
         base: The base model and how it computed.
@@ -86,7 +85,6 @@ class Snapshot:
         sweep_bytes: Length of a sweep's journal at that moment.
     """
 
-    directory: Path
     round: int
     seconds: float
     base: dict[str, Any]
@@ -94,6 +92,17 @@ class Snapshot:
     sweep_bytes: int = 0
 
     __pydantic_config__ = _CHECKED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot(Moment):
+    """A moment that was written.
+
+    Args:
+        directory: Where it is.
+    """
+
+    directory: Path
 
     @property
     def done(self) -> set[str]:
@@ -113,26 +122,13 @@ class SnapshotStore:
     def __init__(self, directory: Path):
         self.directory = directory
 
-    def write(
-        self,
-        round_number: int,
-        seconds: float,
-        base: dict[str, Any],
-        records: Mapping[str, JobRecord],
-        states: Mapping[str, dict[str, Any]],
-        keep: int = 2,
-        sweep_bytes: int = 0,
-    ) -> None:
+    def write(self, moment: Moment, states: Mapping[str, dict[str, Any]], *, keep: int = 2) -> None:
         """Write a snapshot, then delete old ones.
 
         Args:
-            round_number: Fused steps so far.
-            seconds: Wall time of the training so far.
-            base: The base model and how it computes.
-            records: Every job's; checksums are filled in.
+            moment: What it is of; checksums are filled in.
             states: Of the jobs that have one.
             keep: How many snapshots to leave.
-            sweep_bytes: Length of a sweep's journal.
 
         Raises:
             TrainingError: If the system can't write there.
@@ -141,16 +137,10 @@ class SnapshotStore:
         def fill(aside: Path) -> None:
             for name, state in states.items():
                 torch.save(state, _state_file(aside, name))
-            jobs = {name: asdict(record) for name, record in records.items()}
+            body = {part.name: getattr(moment, part.name) for part in fields(Moment)}
+            body["jobs"] = {name: asdict(record) for name, record in moment.jobs.items()}
             for name in states:
-                jobs[name]["sha256"] = _file_hash(_state_file(aside, name))
-            body = {
-                "round": round_number,
-                "seconds": seconds,
-                "base": base,
-                "jobs": jobs,
-                "sweep_bytes": sweep_bytes,
-            }
+                body["jobs"][name]["sha256"] = _file_hash(_state_file(aside, name))
             manifest = {"checksum": _json_hash(body), **body}
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
@@ -217,27 +207,17 @@ class JobSnapshots:
         """The snapshots of a job."""
         return SnapshotStore(self.directory / job)
 
-    def write(
-        self,
-        round_number: int,
-        seconds: float,
-        base: dict[str, Any],
-        records: Mapping[str, JobRecord],
-        states: Mapping[str, dict[str, Any]],
-        keep: int = 2,
-        sweep_bytes: int = 0,
-    ) -> None:
+    def write(self, moment: Moment, states: Mapping[str, dict[str, Any]], *, keep: int = 2) -> None:
         """Write a snapshot of each job, but none of one that was done before; see `SnapshotStore`.
 
         Raises:
             TrainingError: If the system can't write there.
         """
-        for name in [name for name in records if name not in self._done]:
-            is_done = records[name].result is not None
+        for name in [name for name in moment.jobs if name not in self._done]:
+            is_done = moment.jobs[name].result is not None
             own = {name: states[name]} if name in states else {}
-            kept = 1 if is_done else keep
-            record = {name: records[name]}
-            self.of(name).write(round_number, seconds, base, record, own, kept, sweep_bytes)
+            alone = replace(moment, jobs={name: moment.jobs[name]})
+            self.of(name).write(alone, own, keep=1 if is_done else keep)
             if is_done:
                 self._done.add(name)
 

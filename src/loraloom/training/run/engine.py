@@ -12,7 +12,7 @@ from typing import Any
 
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
-from loraloom.training.run.checkpoint import STATE_ERRORS, JobRecord, Snapshot
+from loraloom.training.run.checkpoint import STATE_ERRORS, JobRecord, Moment, Snapshot
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.inputs import check_inputs, input_digests
@@ -361,15 +361,15 @@ class Engine:
             if job.has_begun  # before, the seed says it all
         }
         states, journal = self._unwritten | running, self._directory.sweep_journal
-        self._directory.write_snapshot(
+        moment = Moment(
             self.round,
             self.seconds,
             describe_base(self.host),
             {name: self._record(name) for name in self._settings},
-            states,
-            keep=self._keep_snapshots if states else 1,
             sweep_bytes=journal.stat().st_size if journal.exists() else 0,
         )
+        keep = self._keep_snapshots if states else 1
+        self._directory.write_snapshot(moment, states, keep=keep)
 
     def save_if_due(self, *, may_wait: bool) -> None:
         """Write a snapshot where one is due. If that fails, the next try comes a minute later.

@@ -13,7 +13,7 @@ No job can be called .checkpoints: names begin with a letter or digit.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -26,7 +26,7 @@ from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.host import Host
-from loraloom.training.run.checkpoint import JobSnapshots, SnapshotStore
+from loraloom.training.run.checkpoint import JobSnapshots, Moment, SnapshotStore
 from loraloom.training.run.job import Job
 from loraloom.training.run.results import RESULT_FILE, JobResult, result_card
 from loraloom.training.run.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY
@@ -269,10 +269,12 @@ class RunDirectory:
         cut_torn_line(self.metrics(name), num_bytes)
 
     @_for_its_owner
-    def write_snapshot(self, *args: Any, **options: Any) -> None:
+    def write_snapshot(
+        self, moment: Moment, states: Mapping[str, dict[str, Any]], *, keep: int
+    ) -> None:
         """Write a snapshot, or one of each job; see `SnapshotStore.write`."""
         store = self.job_snapshots if self.by_job else self.snapshots
-        store.write(*args, **options)
+        store.write(moment, states, keep=keep)
 
     def _clear(self, name: str) -> None:
         for entry in (*_JOB_FILES, *_JOB_DIRECTORIES):
