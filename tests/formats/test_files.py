@@ -198,14 +198,14 @@ def test_of_a_hub_repository_only_the_adapters_files_are_downloaded(monkeypatch,
     asked = {}
 
     def download(repo_id, allow_patterns):
-        asked.update(repo_id=repo_id, files=allow_patterns)
+        asked.update(repo_id=repo_id, files={*allow_patterns})
         return str(saved)
 
     files = [*ADAPTER_FILES, "optimizer.pt", "merged/model.safetensors"]
     monkeypatch.setattr(hub, "snapshot_download", download)
     monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda api, repo_id: files)
     read_adapter("owner/adapter", base)
-    assert asked == {"repo_id": "owner/adapter", "files": ADAPTER_FILES}
+    assert asked == {"repo_id": "owner/adapter", "files": {*ADAPTER_FILES}}
     files.append("experts.safetensors")
     with pytest.raises(FormatError, match=r"owner/adapter has weights .*\(experts.safetensors\)"):
         read_adapter("owner/adapter", base)

@@ -16,7 +16,7 @@ from torch import Tensor
 import loraloom
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.questions import QuestionSet, questions_digest, sha256
-from loraloom.formats.contents import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from loraloom.formats.contents import ADAPTER_FILES
 from loraloom.formats.hub import find_adapter
 from loraloom.models.host import Host
 from loraloom.models.quantised import stored_weights
@@ -80,9 +80,8 @@ def versions() -> dict[str, str]:
 
 def _describe_adapter(path: str) -> dict[str, Any]:
     directory = find_adapter(path)
-    weights = WEIGHTS_FILE if (directory / WEIGHTS_FILE).is_file() else PICKLE_FILE
-    hashes = {name: sha256(directory / name) for name in (CONFIG_FILE, weights)}
-    return {"path": path, "sha256": hashes}
+    names = [name for name in ADAPTER_FILES if (directory / name).is_file()]
+    return {"path": path, "sha256": {name: sha256(directory / name) for name in names}}
 
 
 def _describe_device(device: torch.device) -> str:

@@ -29,6 +29,13 @@ PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 SIDECARS = tuple(method.sidecar for method in CONFIGS if method.sidecar is not None)
 """Other programs' files that are read beside these."""
+ADAPTER_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    PICKLE_FILE,
+    *(name for sidecar in SIDECARS for name in (sidecar.weights, *sidecar.settings)),
+)
+"""All that an adapter may be read from."""
 
 RECORD_VERSION = 1
 """Version of what loraloom adds to the two layouts; files with a higher one are refused."""

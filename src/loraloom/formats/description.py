@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.config import AdapterConfig
-from loraloom.adapters.files import CONFIG_FILE
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.own import MODULES, TOKENS
-from loraloom.formats.contents import PICKLE_FILE, SIDECARS, WEIGHTS_FILE, StoredAdapter
+from loraloom.formats.contents import ADAPTER_FILES, StoredAdapter
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 
@@ -153,6 +152,5 @@ def _norms(tensors: dict[str, tuple[TensorKey, Tensor]]) -> tuple[NormDescriptio
 
 
 def _file_bytes(directory: Path) -> dict[str, int]:
-    names = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, *(sidecar.weights for sidecar in SIDECARS))
-    paths = [directory / name for name in names]
+    paths = [directory / name for name in ADAPTER_FILES]
     return {path.name: path.stat().st_size for path in paths if path.exists()}

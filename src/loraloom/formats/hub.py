@@ -8,10 +8,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.paths import local_path
 from loraloom.errors import FormatError
-from loraloom.formats.contents import CARD_FILE, PICKLE_FILE, SIDECARS, WEIGHTS_FILE
+from loraloom.formats.contents import ADAPTER_FILES, CARD_FILE
 from loraloom.formats.disk import check_all_read
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -34,11 +33,9 @@ def find_adapter(path_or_hub_id: str | Path) -> Path:
 
 
 def _download(hub_id: str) -> Path:
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE]
-    wanted += [name for sidecar in SIDECARS for name in (sidecar.weights, *sidecar.settings)]
     check_all_read(hub_id, _listed(hub_id))
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+        return Path(snapshot_download(hub_id, allow_patterns=[*ADAPTER_FILES, CARD_FILE]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FormatError(

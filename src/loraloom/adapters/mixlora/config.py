@@ -249,6 +249,8 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         """See AdapterConfig."""
         if self.expert_config.weight_decomposition:
             return "MoE-PEFT's files have no place for the magnitudes of a MixDoRA"
+        if self.shared_expert is not None or self.router_bias:
+            return "MoE-PEFT has neither a shared_expert nor a router_bias"
         if self.routing == "top_p" and self.temperature != 1 and self.compat is None:
             return "MoE-PEFT's temperature divides probabilities, not logits"
         return lora_fault(self, base) or alpha_fault(self.expert_config.alpha)
