@@ -65,7 +65,7 @@ def test_the_scaling_benchmark_varies_one_size(over, capsys):
     [
         (["--over", "layers", "--values", "2"], "--over must be one of num-experts"),
         (["--over", "rank", "--values", "2,x"], "--values must be positive numbers"),
-        (["--over", "rank", "--values", "2", "--case", "qlora"], "--case must be some of lora"),
+        (["--over", "rank", "--values", "2", "--case", "lora,dora"], "--case must be one of lora"),
         (["--over", "adapters", "--values", "3", "--tokens", "16"], "a multiple of adapters"),
     ],
 )

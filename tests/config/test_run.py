@@ -69,6 +69,9 @@ def test_a_test_split_never_selects_the_weights():
     on_test = [{"task": "arc_easy", "split": "test"}]
     assert selection_metric(eval=on_test) is None
     assert selection_metric(eval=[*on_test, {"task": "piqa"}]) == "eval/piqa/accuracy"
+    assert selection_metric(eval=[{"task": "arc_easy", "split": "validation+test[:9]"}]) is None
+    held_out = {"task": "arc_easy", "validation": {"task": "arc_easy", "split": "test"}}
+    assert selection_metric(data=held_out, train={"num_epochs": 1, "eval_steps": 5}) is None
 
 
 def test_the_loss_on_held_out_rows_selects_before_a_task_does():

@@ -16,6 +16,7 @@ from tests.parity.peft_models import PARTS, wrapped_by_peft
 from tests.tiny import (
     ALL_METHODS,
     METHODS,
+    changed,
     randomise,
     relative_error,
     tiny_host,
@@ -174,3 +175,12 @@ def test_what_cannot_be_combined_is_refused(names, options, error, message):
     with pytest.raises(error, match=message):
         host.combine(names, weights, name="c", **options)
     assert "c" not in host.adapters
+
+
+def test_experts_with_and_without_magnitudes_are_not_combined():
+    plain = MixLoraConfig(rank=2, num_experts=2)
+    decomposed = changed(plain, experts={"weight_decomposition": True})
+    for configs in ({"a": plain, "b": decomposed}, {"a": decomposed, "b": plain}):
+        host = tiny_host(configs=configs)
+        with pytest.raises(AdapterError, match="must agree in weight_decomposition"):
+            host.combine(["a", "b"], [1.0, 1.0], name="c")

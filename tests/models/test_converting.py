@@ -64,7 +64,7 @@ def test_so_it_is_on_families_with_other_names(family, tmp_path):
 FOR_THE_REFERENCE = {
     "lora": METHODS["lora"],
     "rslora": LoraConfig(rank=4, alpha=6, rank_stabilized=True, target_modules="attention"),
-    "mixlora": changed(METHODS["mixlora"], experts={"rank": 3, "alpha": 5}),
+    "mixlora": changed(METHODS["mixlora"], experts={"rank": 3, "alpha": 5, "dropout": 0.0}),
     "dynamic": changed(METHODS["mixlora"], routing="top_p", top_p=0.6),
     "switch": changed(METHODS["mixlora"], routing="switch"),
     "dense": changed(METHODS["mixlora"], routing="dense"),
@@ -84,6 +84,7 @@ def test_the_reference_gets_a_pickle_and_the_fields_that_it_reads(case, tmp_path
     fields = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
     assert isinstance(fields["lora_alpha"], int)
     assert fields["lora_dropout"] > 0
+    assert (fields.get("expert_lora") or {}).get("lora_dropout", 1) > 0
     host.load("b", tmp_path / "theirs")
     assert relative_error(logits(host, "b"), logits(host, "a")) < 1e-6
 

@@ -121,3 +121,17 @@ def test_detaching_gives_the_untouched_model_back():
     before = weights(host)
     host.merge("law")
     assert_same_bits(host.detach().state_dict(), before)
+
+
+def test_what_depends_on_the_bases_weights_is_not_loaded_beside_a_merged_adapter(tmp_path):
+    configs = {"law": METHODS["lora"], "pissa": LoraConfig(rank=3, init="pissa")}
+    host = tiny_host(configs=configs)
+    for name in configs:
+        host.save(name, tmp_path / name)
+    host.remove("pissa")
+    host.merge("law")
+    with pytest.raises(AdapterError, match="to load what depends on its weights, it has 'law'"):
+        host.load("pissa", tmp_path / "pissa")
+    host.load("other", tmp_path / "law")
+    host.unmerge("law")
+    host.load("pissa", tmp_path / "pissa")

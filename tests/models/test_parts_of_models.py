@@ -51,7 +51,19 @@ def test_a_model_of_images_and_text_is_loaded_exported_and_told_by_its_text_part
     assert not [name for name in adapter.tensors() if "vision" in name]
 
 
-@pytest.mark.parametrize("config", [METHODS["dora"], VeraConfig(rank=3)], ids=["dora", "vera"])
+CHOSEN = {
+    "dora": METHODS["dora"],
+    "vera": VeraConfig(rank=3),
+    "a layer": LoraConfig(rank=3, layers=(1,)),
+    "places": LoraConfig(
+        rank=3,
+        target_modules=("layers.1.self_attn.q_proj",),
+        rank_pattern={r"layers\.1\.self_attn\.q_proj": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CHOSEN.values(), ids=CHOSEN.keys())
 @pytest.mark.parametrize("family", ["gemma3", "lfm2"])
 def test_peft_adapts_what_the_adapter_does_and_nothing_else(family, config, tmp_path):
     model = tiny_model(family)

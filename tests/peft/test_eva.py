@@ -10,6 +10,7 @@ from peft.tuners.lora.eva import initialize_lora_eva_weights
 
 import loraloom
 from loraloom import AdapterError, ConfigError, EvaConfig, LoraConfig
+from loraloom.adapters.lora import eva
 from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS
 from loraloom.training.run.builder import JobBuilder
@@ -158,3 +159,14 @@ def test_without_data_it_says_what_to_do():
     host = loraloom.attach(tiny_model())
     with pytest.raises(AdapterError, match="starts from training data, got none; give batches"):
         host.add("a", CHOICES["defaults"])
+
+
+def test_a_start_that_fails_leaves_the_base_model_as_it_was(monkeypatch):
+    host = loraloom.attach(tiny_model(dtype=torch.float32))
+    before = {module: [*module._forward_hooks] for module in host.model.modules()}
+    monkeypatch.setattr(eva, "_MOST_FORWARDS", -2)
+    with pytest.raises(ConfigError, match="settle"):
+        host.add("a", CHOICES["defaults"], batches=batch_list())
+    assert {module: [*module._forward_hooks] for module in host.model.modules()} == before
+    monkeypatch.undo()
+    host.add("a", CHOICES["defaults"], batches=batch_list())

@@ -57,3 +57,12 @@ def test_what_may_begin_a_stop_text_is_held_back(tiny_tokenizer):
 def test_special_tokens_are_no_text(tiny_tokenizer):
     ids = [*tiny_tokenizer("one")["input_ids"], tiny_tokenizer.bos_token_id]
     assert "".join(streamed(tiny_tokenizer, ids)) == "one"
+
+
+@pytest.mark.parametrize("stop", ["<bos>", "one<bos>", "bos"])
+def test_a_special_token_ends_a_text_in_which_it_is_not_seen(tiny_tokenizer, stop):
+    one, two = (tiny_tokenizer(word)["input_ids"] for word in ("one", "two"))
+    stream = TextStream(tiny_tokenizer, (stop,))
+    pushed = "".join(stream.push(token) for token in [*one, tiny_tokenizer.bos_token_id])
+    assert (pushed, stream.stopped, stream.finish()) == ("one", True, "")
+    assert "".join(streamed(tiny_tokenizer, [*one, *two], (stop,))) == "onetwo"

@@ -42,6 +42,10 @@ class AdapterConfig(StrictModel, ABC):
 
     adds_up_over_ranks: ClassVar[bool] = True
     """Whether its auxiliary loss is known to a rank that has only a part of the tokens."""
+    experts_have_tensors: ClassVar[bool] = True
+    """Whether each expert has tensors of its own."""
+    trains_B: ClassVar[bool] = True
+    """Whether it has up-projections `lora_B` that are trained."""
     peft_type: ClassVar[str]
     """What adapter_config.json calls the method."""
     layout: ClassVar[Literal["peft", "reference", "native"]] = "native"

@@ -103,7 +103,8 @@ def scaling(
     picture: PictureOption = None,
 ) -> None:
     """One FFN layer in bfloat16 over a range of sizes: forward and backward, and AdamW apart."""
-    names = _names(case or mixture_case(), adapter_cases(), "--case")
+    name = case or mixture_case()
+    _check_choice("--case", name, adapter_cases())
     numbers = _numbers(values)
     _check_choice("--over", over, SCALED)
     from loraloom.bench.layer import LayerSetting, make_layer
@@ -112,7 +113,7 @@ def scaling(
     fixed = LayerSetting(hidden_size, ffn_size, num_tokens, rank, num_experts, top_k, num_adapters)
     field = {"tokens": "num_tokens", "adapters": "num_adapters"}.get(over, over.replace("-", "_"))
     layers = {
-        f"{over} {number}": make_layer(names[0], replace(fixed, **{field: number}))
+        f"{over} {number}": make_layer(name, replace(fixed, **{field: number}))
         for number in numbers
     }
     figures = _measure_layers(layers, rounds)
@@ -193,7 +194,8 @@ def jobs(
     picture: PictureOption = None,
 ) -> None:
     """Training steps of many jobs: fused, against the same jobs one after another."""
-    (name,) = _names(case or mixture_case(), adapter_cases(), "--case")
+    name = case or mixture_case()
+    _check_choice("--case", name, adapter_cases())
     from loraloom.bench.memory import describe_jobs_memory
     from loraloom.bench.step import make_job_steps
     from loraloom.bench.timing import alternate
@@ -315,7 +317,7 @@ def _numbers(values: str) -> list[int]:
     return [int(part) for part in dict.fromkeys(parts)]
 
 
-def _names(cases: str | None, known: tuple[str, ...], option: str = "--cases") -> list[str]:
+def _names(cases: str | None, known: tuple[str, ...]) -> list[str]:
     """Split `--cases`; None is all that are known."""
     if cases is None:
         return list(known)
@@ -323,7 +325,7 @@ def _names(cases: str | None, known: tuple[str, ...], option: str = "--cases") -
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ConfigError(
-            f"{option} must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
+            f"--cases must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
         )
     return names
 

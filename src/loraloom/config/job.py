@@ -105,11 +105,15 @@ class JobConfig(StrictModel):
 
     @field_validator("train")
     @classmethod
-    def _check_routers(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
+    def _check_ratios(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
         adapter = info.data.get("adapter")
         if train.router_lr_ratio and adapter and not adapter.experts_per_router:
             raise ValueError(
                 f"router_lr_ratio has no effect on {adapter.title}, which has no routers; remove it"
+            )
+        if train.loraplus_lr_ratio and adapter and not adapter.trains_B:
+            raise ValueError(
+                f"loraplus_lr_ratio has no effect on {adapter.title}, which trains no B; remove it"
             )
         return train
 
@@ -166,10 +170,17 @@ def _selecting_metrics(
     train: TrainConfig, data: DataConfig, evaluations: Sequence[EvaluationConfig]
 ) -> list[str]:
     """Metrics that may choose weights: a test split must not."""
-    held_out = ["eval/loss"] if data.has_validation else []
-    if data.has_validation and train.learns_from_pairs:
-        held_out += ["eval/rewards/accuracies", "eval/rewards/margins"]
-    return held_out + [item.metric for item in evaluations if item.split != "test"]
+    held_out: list[str] = []
+    if data.has_validation and not (data.validation and _is_test(data.validation.split)):
+        held_out = ["eval/loss"]
+        if train.learns_from_pairs:
+            held_out += ["eval/rewards/accuracies", "eval/rewards/margins"]
+    return held_out + [item.metric for item in evaluations if not _is_test(item.split)]
+
+
+def _is_test(split: str | None) -> bool:
+    """Whether a split has rows of a test split, `train+test[:100]` for instance."""
+    return any(part.partition("[")[0].strip() == "test" for part in (split or "").split("+"))
 
 
 def _check_metrics(
@@ -178,9 +189,10 @@ def _check_metrics(
     """Check that what waits for an evaluation gets one."""
     give = "give data.validation_fraction, data.validation or eval"
     selecting = _selecting_metrics(train, data, evaluations)
-    if train.eval_steps is not None and not (selecting or evaluations):
+    is_measured = data.has_validation or bool(evaluations)
+    if train.eval_steps is not None and not is_measured:
         raise ValueError(f"train.eval_steps has nothing to evaluate; {give}")
-    if train.eval_on_start and not (selecting or evaluations):
+    if train.eval_on_start and not is_measured:
         raise ValueError(f"train.eval_on_start has nothing to evaluate; {give}")
     if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
         raise ValueError(

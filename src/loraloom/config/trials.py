@@ -81,9 +81,13 @@ def check_trials(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> None:
                 f"({', '.join(job.selecting_metrics) or 'none'}), got {sweep.metric!r}; give "
                 "data.validation_fraction, data.validation or eval"
             )
+    stopping = sweep.early_stopping
+    is_judged = all(job.train.eval_steps for job in tried)
+    if stopping is not None and stopping.median is not None and not is_judged:
+        raise ValueError("early_stopping.median judges evaluations; give train.eval_steps")
     lengths = [job.train.max_steps for job in tried]
-    if sweep.early_stopping is not None and None not in lengths:
-        sweep.early_stopping.check_reached(max(length or 0 for length in lengths))
+    if stopping is not None and None not in lengths:
+        stopping.check_reached(max(length or 0 for length in lengths))
 
 
 def _template(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> Mapping[str, Any]:

@@ -69,7 +69,7 @@ def questions_digest(questions: list[ChoiceQuestion]) -> str:
 
 def sha256(path: Path) -> str:
     """Hash a file, as `sha256sum` does."""
-    with path.open("rb") as file:
+    with path.expanduser().open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -125,7 +125,7 @@ def _with_known_targets(stored: StoredAdapter, base: BaseInfo) -> AdapterConfig:
 def _check_experts(stored: StoredAdapter) -> None:
     """Raise a FormatError for more experts than tensors, before a name is made for each."""
     experts = stored.config.experts_per_router
-    if experts > len(stored.tensors):
+    if experts > len(stored.tensors) and stored.config.experts_have_tensors:
         raise FormatError(
             f"{stored.source}: `num_experts` must be the number of experts that have tensors, got "
             f"{experts} with {len(stored.tensors)} tensors"

@@ -118,11 +118,14 @@ def _check(
 def _disagreements(first: AdapterConfig, other: AdapterConfig) -> list[str]:
     if first.method != other.method:
         return ["method"]
-    return [
+    odd = [
         name
         for name, value in first.model_dump().items()
         if name not in _FREE and not name.startswith("router_") and getattr(other, name) != value
     ]
+    if not odd and first.title != other.title:  # of experts with settings of their own
+        odd.append("weight_decomposition")
+    return odd
 
 
 def _places(adapter: Adapter) -> dict[TensorKey, dict[str, Tensor]]:

@@ -103,5 +103,9 @@ def _for_reference(
     if fault is not None:
         raise AdapterError(f"the adapter must be one that MoE-PEFT 2.0.2 reads: {fault}")
     files = render_files(config, tensors, base)
-    dropout = max(config.dropout, _LEAST_DROPOUT)
-    return replace(files, config={**files.config, "lora_dropout": dropout}, metadata={})
+    fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}
+    expert = fields.get("expert_lora")
+    if expert and "lora_dropout" in expert:
+        dropout = max(expert["lora_dropout"], _LEAST_DROPOUT)
+        fields["expert_lora"] = {**expert, "lora_dropout": dropout}
+    return replace(files, config=fields, metadata={})

@@ -187,7 +187,8 @@ class HeadOutputs(HostedAdapters):
     ) -> dict[ScaledAdapter | None, list[int]]:
         """Group states by the adapter whose own head they have; None: the base model's."""
         groups: dict[ScaledAdapter | None, list[int]] = {}
-        if all(adapter.own_at(self.base.head) is None for adapter in self.adapters.values()):
+        hosted = tuple(self.adapters.values())  # other threads may load and remove some
+        if all(adapter.own_at(self.base.head) is None for adapter in hosted):
             return groups
         for place, name in enumerate(self._row_adapters(adapters, num_states)):
             row = None if name is None else self._scaled(name)

@@ -114,9 +114,12 @@ class HostedAdapters:
 
         Raises:
             FormatError: If the files can't be read.
-            AdapterError: If they don't fit the base model, or the name is taken.
+            AdapterError: If they don't fit the base model, the name is taken, or the adapter
+                depends on weights in which another one is merged.
         """
         config, tensors = read_adapter(path_or_hub_id, self.base, settings)
+        if config.takes_start_off or config.tensor_shapes(self.base).keys() - tensors.keys():
+            self._check_unmerged("load what depends on its weights")
         adapter = self._build(name, config, seed=0)
         adapter.load_stored(tensors)
         return self._register(adapter)

@@ -34,6 +34,7 @@ from loraloom.models.layout import RowAdapter, rows_in_record
 from loraloom.routing.record import choices_by_token, join_routing
 from loraloom.serve.cache import PrefixCache, Salts
 from loraloom.serve.counts import EngineCounts, Outcome
+from loraloom.serve.failures import log_failure
 from loraloom.serve.limits import (
     EngineLimits,
     NoRoutersError,
@@ -325,7 +326,7 @@ class Engine:
             try:
                 budget -= self._read_piece(reading, budget)
             except Exception as error:
-                _log.warning("a prompt could not be read", exc_info=True)
+                log_failure("a prompt could not be read", error)
                 self._reading.pop(0)
                 self._fail(reading.row, error)
                 continue
@@ -395,7 +396,7 @@ class Engine:
         try:
             reason = row.take(row.choose(logits, most_likely), logits)
         except Exception as error:
-            _log.warning("a token could not be chosen", exc_info=True)
+            log_failure("a token could not be chosen", error)
             self._fail(row, error)
             return True
         self.counts.generated_tokens[row.owner] += 1
@@ -431,7 +432,7 @@ class Engine:
         try:
             self.host.decode(self._session, tokens, record)
         except Exception as error:
-            _log.warning("rows could not be decoded", exc_info=True)
+            log_failure("rows could not be decoded", error)
             self._recover(error)
             return
         self._scheduler.clear(self._rows)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 
 from loraloom.data.tokenising import TokenPair
 from loraloom.infer.rows import make_rows
 from loraloom.infer.scoring import score_rows
 from loraloom.models.host import Host
+from loraloom.serve.failures import log_failure
 from loraloom.serve.sequence import Failure, Score
-
-_log = logging.getLogger(__name__)
 
 
 def score_texts(host: Host, batch: Iterable[Score]) -> None:
@@ -34,7 +32,7 @@ def _score_part(host: Host, part: Sequence[Score]) -> None:
         for score, scores in zip(part, score_rows(host, requests, num_top=num_top), strict=True):
             score.tell(scores)
     except Exception as error:
-        _log.warning("texts could not be scored", exc_info=True)
+        log_failure("texts could not be scored", error)
         if len(part) == 1:
             part[0].sink(Failure(error))
             return

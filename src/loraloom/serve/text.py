@@ -24,6 +24,8 @@ class TextStream:
         """Whether a stop text came."""
         self._tokenizer = tokenizer
         self._stop = stop
+        self._hidden = _with_special_tokens(tokenizer, stop)
+        self._hidden_window = max((len(text.encode()) for text in self._hidden), default=0)
         self._ids: list[int] = []
         self._pending = ""
         # Tokens before `_known` are in the text. Some in front of them are decoded again with what
@@ -35,6 +37,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add a token, and return the text that is settled by it."""
         self._ids.append(token)
+        if self._hidden and self._ends_hidden():
+            settled, self.stopped = self.finish(), True
+            return settled
         decoded = self._decode()
         if decoded.endswith(_INCOMPLETE) or len(decoded) <= len(self._known_text):
             return ""
@@ -49,6 +54,12 @@ class TextStream:
 
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True))
+
+    def _ends_hidden(self) -> bool:
+        """Whether a stop text came that has special tokens, which the text leaves out."""
+        # a token has a byte at least
+        tail = str(self._tokenizer.decode(self._ids[-self._hidden_window :]))
+        return any(text in tail for text in self._hidden)
 
     def _settle(self, fresh: str, *, is_last: bool) -> str:
         if self.stopped:
@@ -74,3 +85,11 @@ class TextStream:
             ),
             0,
         )
+
+
+def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> list[str]:
+    """Choose the stop texts that have a special token in them, or are a part of one."""
+    if not stop:
+        return []
+    special = [str(one) for one in tokenizer.added_tokens_decoder.values() if one.special]
+    return [text for text in stop if any(text in one or one in text for one in special)]

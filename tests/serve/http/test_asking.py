@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from types import SimpleNamespace
 
 import pytest
 
-from loraloom.serve.http.asking import Waker
+from loraloom.errors import ConfigError
+from loraloom.serve.http.asking import Backend, Waker, as_events
+from loraloom.serve.http.errors import ApiError
 from tests.serve.http.test_openai import chat
 
 
@@ -38,3 +42,25 @@ def test_an_answer_that_is_not_streamed_is_told_when_it_has_ended(client, monkey
     monkeypatch.setattr(Waker, "wake", lambda *args: (woken.append(args), wake(*args)))
     chat(client, n=num_answers)
     assert len(woken) == num_answers
+
+
+def test_a_scale_that_is_none_holds_no_adapter():
+    shelf = SimpleNamespace(base_name="base", acquire=pytest.fail)
+    with pytest.raises(ApiError):
+        asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "lora:x"))
+
+
+@pytest.mark.parametrize(("error", "level"), [(OSError, "ERROR"), (ConfigError, "INFO")])
+def test_what_fails_in_a_stream_is_in_the_log(error, level, caplog):
+    async def objects():
+        yield {"text": "so far"}
+        raise error("of the disk")
+
+    async def events():
+        return [event async for event in as_events(objects())]
+
+    with caplog.at_level(logging.INFO, logger="loraloom"):
+        assert len(asyncio.run(events())) == 3
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert isinstance(record.exc_info[1], error)

@@ -317,6 +317,14 @@ def test_a_scale_behind_the_name_scales_the_adapter(client, host, tokenizer):
             chat(client, model)
 
 
+def test_null_is_as_if_a_field_were_not_there(client):
+    unset = dict.fromkeys(("temperature", "top_p", "n", "presence_penalty", "logprobs", "stream"))
+    left_out, given = chat(client, seed=1, extra_body=unset), chat(client, seed=1, temperature=1)
+    assert left_out.choices[0].message.content == given.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="did you mean 'temperature'"):
+        chat(client, extra_body={"temprature": None})
+
+
 @pytest.mark.parametrize("model", ["nobody", "../lora", "lora/../lora", "LORA", "a" * 300])
 def test_an_unknown_model_is_not_found(client, model):
     with pytest.raises(openai.NotFoundError) as caught:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.serve.http.tool_calls import CallStream, parse_calls
+from loraloom.serve.http.objects import Tool
+from loraloom.serve.http.tool_calls import CallStream, call_schema, parse_calls
 
 NAMES = ["paint", "wait"]
 CALL = '{"name": "paint", "arguments": {"color": "blé"}}'
@@ -65,3 +66,20 @@ def test_text_is_told_as_it_comes():
         "<b> ",
         "",
     ]
+
+
+def as_tool(function):
+    return Tool.model_validate({"type": "function", "function": function})
+
+
+def test_references_within_a_tools_schema_lead_to_where_it_is_put():
+    color = {"type": "object", "properties": {"next": {"$ref": "#"}, "of": {"$ref": "#/$defs/C"}}}
+    schema = {**color, "$defs": {"C": {"enum": ["$ref", "blue"]}}}
+    tool = as_tool({"name": "paint", "parameters": schema})
+    other = as_tool({"name": "wait"})
+    alone = call_schema([tool])["properties"]["arguments"]
+    assert alone["properties"]["next"] == {"$ref": "#/properties/arguments"}
+    assert alone["properties"]["of"] == {"$ref": "#/properties/arguments/$defs/C"}
+    assert alone["$defs"] == schema["$defs"]
+    second = call_schema([other, tool])["anyOf"][1]["properties"]["arguments"]
+    assert second["properties"]["next"] == {"$ref": "#/anyOf/1/properties/arguments"}

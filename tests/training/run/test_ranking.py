@@ -41,6 +41,13 @@ def test_those_that_passed_most_rungs_are_ahead():
     assert Ranking("eval/loss", (), (standing("new"),), num_jobs=1).best is None
 
 
+def test_those_at_their_own_end_go_by_the_metric_alone():
+    short = standing("short", status="stopped early", steps=2, value=1.2)
+    long = standing("long", status="finished", rung_values={3: 1.1, 6: 1.4}, value=1.4)
+    ranking = Ranking("eval/loss", (3, 6), (*RANKING.standings, long, short), num_jobs=7)
+    assert [one.name for one in ranking.ranked][:3] == ["short", "long", "best"]
+
+
 def test_the_csv_has_a_line_for_each_job_in_the_order_of_the_sweep():
     assert ranking_csv(RANKING).splitlines() == [
         "name,rank,status,steps,train.learning_rate,adapter.method,eval/loss@3,eval/loss@6,"

@@ -132,3 +132,13 @@ def test_a_task_is_not_streamed():
                 "train": {"max_steps": 1},
             }
         )
+
+
+def test_a_bad_row_ends_its_own_job_where_a_snapshot_comes_before_it(inputs, tmp_path):
+    rows = (inputs / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "bad.jsonl").write_text("\n".join([*rows[:8], "{}", *rows[8:]]))
+    run = settings(inputs, tmp_path / "out")
+    run["jobs"][0]["data"] |= {"dataset": str(tmp_path / "bad.jsonl"), "shuffle_buffer": 4}
+    bad, good = loraloom.train(run)  # a step has four rows, and each is followed by a snapshot
+    assert (bad.status, bad.steps, good.status) == ("failed", 2, "finished")
+    assert "bad.jsonl, line 9: " in bad.error

@@ -33,11 +33,11 @@ def inputs(tmp_path_factory):
     return save_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def sweep_run(inputs, output_dir, jobs=(), **settings) -> RunConfig:
+def sweep_run(inputs, output_dir, jobs=(), eval_steps=None, **settings) -> RunConfig:
     """A sweep over the learning rate of the `plain` job, in batches that are cut in two."""
     run = run_settings(inputs, output_dir)
     plain = run["jobs"][0]
-    plain["train"] |= {"max_steps": 9, "micro_batch_size": 2, "eval_steps": None}
+    plain["train"] |= {"max_steps": 9, "micro_batch_size": 2, "eval_steps": eval_steps}
     sweep = {
         "job": plain,
         "parameters": {"train.learning_rate": RATES},
@@ -356,8 +356,7 @@ def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
     ids=["hyperband", "median"],
 )
 def test_other_pruners_stop_jobs_and_the_best_is_trained_to_its_end(inputs, tmp_path, stopping):
-    run = sweep_run(inputs, tmp_path, early_stopping=stopping, max_concurrent=2)
-    run.sweep.job["train"]["eval_steps"] = 2
+    run = sweep_run(inputs, tmp_path, eval_steps=2, early_stopping=stopping, max_concurrent=2)
     results = {result.job: result for result in train(run)}
     statuses = {result.status for result in results.values()}
     assert statuses == {"finished", "stopped"}
@@ -467,3 +466,22 @@ def test_an_entry_that_could_not_be_synced_is_written_again_and_not_twice(
     train(run, between_steps=lambda *_: monkeypatch.setattr(os, "fsync", failing))
     assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
     assert len(calls) > 14
+
+
+@pytest.mark.parametrize("lengths", [[2, 9], [9, 2]])
+def test_one_job_at_a_time_may_be_too_short_for_the_rungs(inputs, tmp_path, monkeypatch, lengths):
+    """It is the first one, or the one that is left after an interruption."""
+    parameters = {"train.max_steps": lengths, "train.micro_batch_size": [2]}
+    stopping = {"asha": {"min_steps": 2}}
+    run = sweep_run(
+        inputs, tmp_path, parameters=parameters, early_stopping=stopping, max_concurrent=1
+    )
+
+    def interrupt(engine, _):
+        if engine.round == lengths[0] + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, between_steps=interrupt)
+    results = train(run, resume=True)
+    assert [result.status for result in results] == ["finished", "finished"]

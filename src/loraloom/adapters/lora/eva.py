@@ -11,7 +11,8 @@ Source: Paischer et al. 2024, EVA, arXiv:2410.07170; peft 0.21.2, `peft/tuners/l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,7 @@ def eva_start(
     names = {f"{base.layers_path}{key.removeprefix('layers')}": key for key in keys}
     theirs = _peft_config(config, names)
     _check_enough(config, batches, keys, theirs.eva_config.label_mask_value)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_hooks_left(model):
         found = get_eva_state_dict(
             model,
             list(batches),  # pyright: ignore[reportArgumentType]
@@ -56,6 +57,18 @@ def eva_start(
     directions = {names[name]: lora_A for name, lora_A in found.items() if len(lora_A)}
     started = _with_ranks(config, {key: len(lora_A) for key, lora_A in directions.items()}, keys)
     return started, {f"{key}.lora_A": lora_A for key, lora_A in directions.items()}
+
+
+@contextmanager
+def _without_hooks_left(model: Any) -> Iterator[None]:
+    """Take off at an error what PEFT would leave on the base model."""
+    hooks = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, before in hooks.items():
+            for key in module._forward_hooks.keys() - before:
+                del module._forward_hooks[key]
 
 
 def _peft_config(config: LoraConfig, names: Mapping[str, str]) -> Any:

@@ -6,7 +6,7 @@ Source: peft 0.21.2, `peft/tuners/lora/config.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
@@ -148,6 +148,8 @@ def peft_fields(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
     none of them warns; PEFT fills in its defaults for the rest.
     """
     names = _module_names(config, base)
+    targets = _targets(config, base, names)
+    by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
     alphas = {key: whole(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
         "alpha_pattern": carried_over(alphas, config.alpha, names),
@@ -156,24 +158,25 @@ def peft_fields(config: LoraConfig, base: BaseInfo) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": config.init if config.init in _NAMED_STARTS else True,
         "layers_pattern": None,
-        "layers_to_transform": None if config.layers is None else list(config.layers),
+        "layers_to_transform": list(config.layers or ()) if by_layer else None,
         "lora_alpha": whole(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": None,
         "r": config.rank,
         "rank_pattern": carried_over(config.rank_pattern, config.rank, names),
-        "target_modules": _targets(config, base),
+        "target_modules": targets,
         "use_dora": config.weight_decomposition,
         "use_rslora": config.rank_stabilized,
     }
 
 
-def _targets(config: LoraConfig, base: BaseInfo) -> list[str] | str:
+def _targets(config: LoraConfig, base: BaseInfo, names: Mapping[str, str]) -> list[str] | str:
     """Name the targets; by a pattern where names alone would mean other modules too."""
     known = config.known_targets(base)
-    names_places = any("." in name for name in known)
-    if base.has_own_names or names_places:
+    if base.has_own_names:
         return list(known)
+    if config.layers is not None or any("." in name for name in known):
+        return "|".join(map(re.escape, names.values()))
     return target_pattern(config.target_modules, base)
 
 

@@ -31,6 +31,7 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     peft_type = "SMORA"
     title = "SMoRA"
     formula = "y = Wx + s·B(g ∘ Ax), g = softmax(Rx) over the top_k ranks"
+    experts_have_tensors = False
 
     method: Literal["smora"] = "smora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """A LoRA whose ranks are experts."""

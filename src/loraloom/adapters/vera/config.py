@@ -30,6 +30,7 @@ class VeraConfig(AdapterConfig):
     peft_type = "VERA"
     layout = "peft"
     title = "VeRA"
+    trains_B = False
     formula = "y = Wx + b ∘ B(d ∘ Ax), A and B frozen"
     file_parts: ClassVar = {
         "lambda_b": "vera_lambda_b",

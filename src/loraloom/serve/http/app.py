@@ -201,7 +201,7 @@ def _middleware(options: ApiOptions) -> list[Middleware]:
                 CORSMiddleware,
                 allow_origins=list(options.cors_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["*"],  # OpenAI's client sends some of its own
             )
         )
     if options.api_keys:

@@ -29,6 +29,7 @@ from loraloom.routing.record import describe_router
 from loraloom.serve.adapters import AdapterShelf, ServedAdapter
 from loraloom.serve.constraints import JsonConstraints
 from loraloom.serve.engine import Engine
+from loraloom.serve.failures import log_failure
 from loraloom.serve.http.errors import ApiError, api_error
 from loraloom.serve.http.objects import RouterChoices, SamplingBody, TokenChoices, Usage
 from loraloom.serve.sequence import (
@@ -104,9 +105,10 @@ class Backend:
         """
         if model == self.shelf.base_name:
             return ServedModel(model, None, None)
-        name, colon, scale = model.partition(":")
+        name, colon, text = model.partition(":")
+        scale = _scale(text) if colon else None
         adapter = await run_in_threadpool(self.shelf.acquire, name)
-        row_adapter = (adapter.host_name, _scale(scale)) if colon else adapter.host_name
+        row_adapter = adapter.host_name if scale is None else (adapter.host_name, scale)
         return ServedModel(name, row_adapter, adapter)
 
     def release(self, model: ServedModel) -> None:
@@ -404,6 +406,7 @@ async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str
     except ClientGoneError:
         return
     except Exception as error:
+        log_failure("a stream failed", error)
         yield f"data: {json.dumps(api_error(error).body.model_dump())}\n\n"
     yield "data: [DONE]\n\n"
 

@@ -56,6 +56,17 @@ class SamplingBody(StrictModel):
     store: bool | None = None
     """Not read: nothing is stored."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_null(cls, body: Any) -> Any:
+        """A field that is null is as if it were not there, as clients send what isn't set."""
+        if not isinstance(body, dict):
+            return body
+        known = cls.model_fields.keys() - {"max_tokens"}  # whose null means all there is room for
+        return {
+            name: value for name, value in body.items() if value is not None or name not in known
+        }
+
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """The texts that end a completion."""

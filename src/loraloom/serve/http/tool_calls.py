@@ -88,19 +88,33 @@ class CallStream:
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     """The JSON schema of one call of any of some tools."""
+    places = ["#"] if len(tools) == 1 else [f"#/anyOf/{number}" for number in range(len(tools))]
     calls = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "arguments": arguments_schema(tool),
+                "arguments": _moved(arguments_schema(tool), f"{place}/properties/arguments"),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for tool, place in zip(tools, places, strict=True)
     ]
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Let the references within a schema lead to where it is inside of another one."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(part, place) for key, part in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        moved["$ref"] = place + reference[1:]
+    return moved
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def train_with(
         if run.sweep is not None:
             from loraloom.training.run.sweep import Sweep  # it needs Optuna
 
-            sweep = Sweep(run, directory, progress, cluster.build, jobs)
+            sweep = Sweep(run, directory, progress, cluster.build, jobs, is_new=not goes_on)
         if not goes_on:
             stack.enter_context(directory.lock())
             directory.check(resume=resume, overwrite=overwrite)  # another run may have ended now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,12 +88,14 @@ class Ranking:
 
     @property
     def ranked(self) -> list[Standing]:
-        """Those that passed most rungs first, then by the metric; those without one last."""
+        """Those at their own end, then those that passed most rungs; by the metric among them."""
         sign = 1 if metric_mode(self.metric) == "min" else -1
 
-        def key(one: Standing) -> tuple[bool, bool, int, float]:
+        def key(one: Standing) -> tuple[bool, bool, float, float]:
             value = 0.0 if one.value is None else one.value
-            return one.status == "failed", one.value is None, -one.passed_rungs, sign * value
+            has_ended = one.status in ("finished", "stopped early")  # no rung was left to it
+            rungs = math.inf if has_ended else one.passed_rungs
+            return one.status == "failed", one.value is None, -rungs, sign * value
 
         return sorted(self.standings, key=key)
 

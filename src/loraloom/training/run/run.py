@@ -145,7 +145,7 @@ def train(
         if run.sweep is not None:
             from loraloom.training.run.sweep import Sweep  # it needs Optuna
 
-            sweep = Sweep(run, directory, progress, lead.build, jobs)
+            sweep = Sweep(run, directory, progress, lead.build, jobs, is_new=snapshot is None)
         data = [
             f"{job.name}: {line}"
             for job in jobs

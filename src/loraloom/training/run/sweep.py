@@ -140,6 +140,7 @@ class Sweep(Generic[AnyJob]):
         progress: Shows the ranking.
         build: Makes the jobs that join later.
         jobs: Those that are not done; others than the sweep's are left alone.
+        is_new: It begins, so that its first jobs' lengths say whether any can be stopped.
 
     Raises:
         ConfigError: If no job is long enough to be stopped.
@@ -152,6 +153,8 @@ class Sweep(Generic[AnyJob]):
         progress: Progress,
         build: Callable[[JobConfig], AnyJob],
         jobs: Iterable[AnyJob],
+        *,
+        is_new: bool = True,
     ):
         assert run.sweep is not None
         self._run = run
@@ -166,12 +169,11 @@ class Sweep(Generic[AnyJob]):
         self._written: list[tuple[Any, ...]] = []
         self._fault = ""
         own = [job for job in jobs if run.sweep.owns(job.name)]
-        self._longest = max((job.total_steps for job in own), default=0)
+        known = (trial.job.train.max_steps or 0 for trial in run.trials)  # of later jobs too
+        self._longest = max([*(job.total_steps for job in own), *known], default=0)
         for difference in _differences(own, self._metric):
             progress.message(f"warning: sweep: {self._metric} compares jobs roughly: {difference}")
-        if self._stopping is not None and len(own) == min(
-            run.sweep.num_concurrent, len(self._planned)
-        ):  # else it goes on
+        if self._stopping is not None and is_new:
             try:
                 self._stopping.check_reached(self._longest)
             except ConfigError as error:

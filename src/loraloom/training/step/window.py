@@ -236,7 +236,7 @@ class StreamOrder(Order):
     def state_dict(self, step: int) -> dict[str, Any]:
         """See Order."""
         position = self._positions[step]
-        return {"position": asdict(position), "block": self.training_set.block_digest(position)}
+        return {"position": asdict(position), "block": self._begun_block(position)}
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned.
@@ -245,12 +245,16 @@ class StreamOrder(Order):
             ConfigError: If the data there is no longer what it was.
         """
         position = StreamPosition.of(state["position"])
-        if self.training_set.block_digest(position) != state["block"]:
+        if state["block"] is not None and state["block"] != self._begun_block(position):
             raise ConfigError(
                 "--resume needs the data that the run began with, the stream has changed since "
                 "where it was read last; put it back, or give --overwrite to begin again"
             )
         self._positions = {step: position}
+
+    def _begun_block(self, position: StreamPosition) -> str | None:
+        """Hash of the block that is being learnt; None at its beginning, where it may be unread."""
+        return self.training_set.block_digest(position) if position.taken else None
 
 
 def _make_window(epoch: int, examples: list[TrainingExample], config: TrainConfig) -> Window:

@@ -1,0 +1,15 @@
+"""What the server's log keeps of requests that failed."""
+
+from __future__ import annotations
+
+import logging
+
+from loraloom.errors import LoraloomError
+
+_log = logging.getLogger(__name__)
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """Keep the traceback of an error, unless it is an answer to what the client asked for."""
+    level = logging.INFO if isinstance(error, LoraloomError) else logging.ERROR
+    _log.log(level, what, exc_info=error)
