@@ -242,6 +242,15 @@ def test_an_answer_may_have_to_be_a_call_of_some_tool(client):
     assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
 
 
+def test_a_tool_whose_schema_is_nested_too_deeply_is_refused(client):
+    schema = {}
+    for _ in range(400):
+        schema = {"properties": {"a": schema}}
+    tool = {"type": "function", "function": {"name": "paint", "parameters": schema}}
+    with pytest.raises(openai.BadRequestError, match="schema"):
+        chat(client, tools=[tool], tool_choice="required")
+
+
 def test_a_conversation_may_hold_calls_of_tools(client):
     call = {"id": "1", "type": "function", "function": {"name": "paint", "arguments": "{}"}}
     messages = [

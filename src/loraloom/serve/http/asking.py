@@ -406,7 +406,8 @@ async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str
     except ClientGoneError:
         return
     except Exception as error:
-        log_failure("a stream failed", error)
+        if not isinstance(error, ApiError):
+            log_failure("a stream failed", error)
         yield f"data: {json.dumps(api_error(error).body.model_dump())}\n\n"
     yield "data: [DONE]\n\n"
 

@@ -124,7 +124,10 @@ def _schema(body: ChatBody) -> dict[str, Any] | None:
         tools = body.tools or ()
         return arguments_schema(next(tool for tool in tools if tool.function.name == name))
     if body.tool_choice == "required":
-        return call_schema(body.tools or ())
+        try:
+            return call_schema(body.tools or ())
+        except RecursionError:
+            raise DataError("a tool's schema must not be nested so deeply") from None
     match body.response_format:
         case JsonSchemaFormat(json_schema=described):
             return described.schema_
