@@ -229,3 +229,9 @@ def test_what_is_asked_has_a_hash(write):
     asked = load_question_set(write()).questions
     assert questions_digest(asked) == questions_digest(load_question_set(write()).questions)
     assert questions_digest(asked) != questions_digest([replace(asked[0], gold=0)])
+
+
+def test_a_file_is_hashed_where_the_users_home_leads(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "quiz.yaml").write_text("name: quiz")
+    assert sha256(Path("~/quiz.yaml")) == sha256(tmp_path / "quiz.yaml")
