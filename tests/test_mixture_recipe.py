@@ -75,6 +75,48 @@ def test_a_study_may_ask_test_questions_alone(words, tmp_path):
     assert len({row.count("|") for row in rows}) == 1
 
 
+def test_a_study_of_a_data_set_is_by_loss(words, tmp_path):
+    recipe, table = (runpy.run_path(str(RECIPE / name)) for name in ("run.py", "table.py"))
+    make = runpy.run_path(str(RECIPE / "instructions.py"))["main"]
+    data, run_file = tmp_path / "data", tmp_path / "run.yaml"
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(600)]
+    rows += [
+        {"instruction": "Say 1.", "output": "2"},
+        {"instruction": "Why?", "output": "so" * 300},
+    ]
+    alpaca, dolly = tmp_path / "alpaca.jsonl", tmp_path / "dolly.jsonl"
+    alpaca.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dolly.write_text('{"instruction": "Say it.", "context": "sun", "response": "sun"}\n')
+    make([str(alpaca), str(dolly), f"--output={data}"])
+    made = [
+        json.loads(line) for path in data.glob("*.jsonl") for line in path.read_text().splitlines()
+    ]
+    assert len(made) == 601
+    assert {"instruction": "Say it.", "input": "sun", "output": "sun"} in made
+    assert rows[1] in made
+
+    settings = (RECIPE / "instructions.yaml").read_text()
+    run_file.write_text(settings.replace("runs/mixture/instructions", str(data)))
+    changes = ["train.max_steps=2", "train.batch_size=4", "train.micro_batch_size=4"]
+    small = [f"--each={change}" for change in changes]
+    options = [*words[1:2], *small, *words[-4:], f"--output={tmp_path / 'study'}"]
+    recipe["main"]([str(run_file), *options, "--limit=9"])
+    (study,) = table["read_studies"]([tmp_path / "study"])
+    for method in study["methods"].values():
+        assert set(method["searched"]) == {"0.001", "0.01"}
+        assert "accuracy" not in method
+        assert len(method["loss"]["values"]) == len(method["train_loss"]["values"]) == 2
+    (compared,) = study["comparisons"]
+    assert compared["over_questions"]["metric"] == "loss"
+    means = [method["loss"]["mean"] for method in study["methods"].values()]
+    assert compared["over_seeds"]["loss"]["mean"] == pytest.approx(means[0] - means[1])
+    table_rows = list(table["table"]([study]))
+    assert len({row.count("|") for row in table_rows}) == 1
+
+    with pytest.raises(SystemExit, match="without eval"):
+        recipe["main"]([str(run_file), *options, "--each=data.validation=null"])
+
+
 def test_a_study_takes_jobs_that_there_are(words, tmp_path):
     recipe = runpy.run_path(str(RECIPE / "run.py"))
     with pytest.raises(SystemExit, match=r"--only must name jobs of .*, got lora"):

@@ -2,8 +2,8 @@
 
     python recipes/mixture/run.py recipes/mixture/skills.yaml --output runs/mixture/skills
 
-The jobs of the run file are the methods; all learn the same task. What is done is not done again,
-what was interrupted goes on: run it again after Ctrl-C or a kill.
+The jobs of the run file are the methods; all learn the same task or data set. What is done is not
+done again, what was interrupted goes on: run it again after Ctrl-C or a kill.
 
 1. Each method trains to the end with each of the rates and each of the search's seeds. The mean
    accuracy on validation questions (`eval` in the run file), or another `--metric`, chooses its
@@ -12,6 +12,9 @@ what was interrupted goes on: run it again after Ctrl-C or a kill.
 3. Test questions are asked once, of all of them, and questions that were learnt (unless
    `--test-only`). `result.json` in the output has the accuracies and the pairs that were
    compared on the same questions and over the same seeds.
+
+Without `eval` in the run file all of this is by loss, on the rows of a data set that has the splits
+validation and test.
 
 `table.py` makes a table of several outputs.
 """
@@ -98,11 +101,19 @@ def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
     unknown = set(args.only or names) - set(names)
     if unknown:
         raise SystemExit(f"--only must name jobs of {args.run_file}, got {', '.join(unknown)}")
-    if not all(job.eval and job.data.task for job in run.jobs):
-        raise SystemExit(f"every job of {args.run_file} must learn a task and have it in eval")
+    if not all((job.eval and job.data.task) or by_loss(job) for job in run.jobs):
+        raise SystemExit(
+            f"every job of {args.run_file} must learn a task and have it in eval, or learn a "
+            "dataset and have its validation split in validation, without eval"
+        )
     return run.model_copy(
         update={"jobs": tuple(job for job in run.jobs if job.name in (args.only or names))}
     )
+
+
+def by_loss(job: loraloom.JobConfig) -> bool:
+    """Whether a job learns a data set, whose loss is all there is to measure."""
+    return not job.eval and job.data.dataset is not None and job.data.validation is not None
 
 
 def change_setting(settings: Any, change: str) -> None:
@@ -165,7 +176,7 @@ def study(run: loraloom.RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "study": args.output.name,
         "base_model": run.base_model,
-        "task": first.data.task,
+        "task": first.data.task or first.data.dataset,
         "steps": first.train.max_steps,
         "seeds": len(args.seeds),
         "seconds_of_last_start": round(time.monotonic() - began),
@@ -198,7 +209,7 @@ def search(
     """Give a method's mean of the metric by rate, the best rate first; runs that fail are worst."""
     if len(args.rates) == 1:
         return {f"{args.rates[0]:g}": 0.0}
-    metric = args.metric or job.eval[0].metric
+    metric = args.metric or ("eval/loss" if by_loss(job) else job.eval[0].metric)
     sign = -1 if metric.endswith("loss") else 1
     directory = args.output / f"search-{job.name}"
     questions = {"eval": []} if metric == "eval/loss" else {}
@@ -258,20 +269,22 @@ def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict
     for name in names:
         host.load(name, args.output / "seeds" / name)
     compared = args.compare or [f"{methods[0]}:{other}" for other in methods[1:]]
-    pairs = [(first, second) for first, _, second in (text.partition(":") for text in compared)]
-    asked = run.jobs[0].eval[0]
-    ask = partial(loraloom.evaluate, host, tokenizer, asked.task, limit=args.limit)
-    ask = partial(ask, scoring=asked.scoring, data=asked.path)
-    test = ask([None, *names], split="test", pairs=[_as_asked(pair, args.seeds) for pair in pairs])
-    test.write(args.output / "test.json")
-    measured = {
-        "accuracy": _of_task(test.results, "accuracy"),
-        "loss": losses(base, asked, "test", names, args.limit),
-    }
+    named = [(first, second) for first, _, second in (text.partition(":") for text in compared)]
+    pairs = [_as_asked(pair, args.seeds) for pair in named]
+    of_loss = losses(base, run.jobs[0], "test", [None, *names], args.limit, pairs)
+    measured, test = {"loss": _of_task(of_loss.results, "loss")}, of_loss
     if not args.test_only:
-        learnt = ask(names, split="train", pairs=[])
-        measured["train_accuracy"] = _of_task(learnt.results, "accuracy")
-        measured["train_loss"] = losses(base, asked, "train", names, args.limit)
+        learnt = losses(base, run.jobs[0], "train", names, args.limit, [])
+        measured["train_loss"] = _of_task(learnt.results, "loss")
+    for asked in run.jobs[0].eval[:1]:
+        ask = partial(loraloom.evaluate, host, tokenizer, asked.task, limit=args.limit)
+        ask = partial(ask, scoring=asked.scoring, data=asked.path)
+        test = ask([None, *names], split="test", pairs=pairs)
+        measured["accuracy"] = _of_task(test.results, "accuracy")
+        if not args.test_only:
+            learnt = ask(names, split="train", pairs=[])
+            measured["train_accuracy"] = _of_task(learnt.results, "accuracy")
+    test.write(args.output / "test.json")
     values = {
         metric: {method: [one[seed] for seed in seeds] for method, seeds in seeds_of.items()}
         for metric, one in measured.items()
@@ -279,8 +292,8 @@ def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict
     (of_base,) = test.results["base"].values()
     return {
         "questions": of_base["num_examples"],
-        "base": of_base["accuracy"],
-        "majority": of_base["majority"],
+        "base": {metric: one["base"] for metric, one in measured.items() if "base" in one},
+        "majority": of_base.get("majority"),
         "methods": {
             method: {
                 **{metric: mean_and_stderr(one[method]) for metric, one in values.items()},
@@ -298,7 +311,7 @@ def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict
                     for metric, one in values.items()
                 },
             }
-            for (first, second), comparison in zip(pairs, test.comparisons, strict=True)
+            for (first, second), comparison in zip(named, test.comparisons, strict=True)
         ],
     }
 
@@ -313,11 +326,18 @@ def _of_task(results: dict[str, Any], metric: str) -> dict[str, float]:
     return {name: next(iter(tasks.values()))[metric] for name, tasks in results.items()}
 
 
-def losses(base: Base, asked: Any, split: str, names: list[str], limit: int) -> dict[str, float]:
-    """Give each adapter's loss on the answers of a split, in nats a token."""
-    source = {"task": asked.task, "path": asked.path, "scoring": asked.scoring, "split": split}
-    found = loraloom.evaluate_loss(*base, source, names, limit=limit, pairs=[])
-    return _of_task(found.results, "loss")
+def losses(
+    base: Base,
+    job: loraloom.JobConfig,
+    split: str,
+    names: Sequence[str | None],
+    limit: int,
+    pairs: Sequence[tuple[str, ...]],
+) -> Any:
+    """Measure each adapter's loss on the answers of a split, in nats a token."""
+    of_job = job.eval[0] if job.eval else job.data.validation
+    source = of_job.model_dump(exclude_unset=True, exclude={"limit"}) | {"split": split}
+    return loraloom.evaluate_loss(*base, source, names, limit=limit, pairs=pairs)
 
 
 def effective_experts(routing: dict[str, Any], names: Sequence[str]) -> list[float] | None:

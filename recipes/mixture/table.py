@@ -60,8 +60,10 @@ def table(studies: Sequence[dict[str, Any]]) -> Iterator[str]:
             cells = [study["study"], name, f"{method['parameters']:,}", _rate(method)]
             cells += [_number(metric, method.get(metric)) for metric in METRICS]
             yield f"| {' | '.join([*cells, *_differences(compared.get(name))])} |"
-        known = f"{100 * study['base']:.1f}"
-        yield f"| {study['study']} | base model | | | {known} | | | | | | |"
+        cells = [study["study"], "base model", "", ""]
+        known = {metric: {"mean": mean, "stderr": None} for metric, mean in study["base"].items()}
+        cells += [_number(metric, known.get(metric)) for metric in METRICS]
+        yield f"| {' | '.join([*cells, *_differences(None)])} |"
 
 
 def _rate(method: dict[str, Any]) -> str:
@@ -82,7 +84,7 @@ def _differences(compared: dict[str, Any] | None) -> list[str]:
         return ["", "", ""]
     over_seeds, p_value = compared["over_seeds"], compared["over_questions"]["adjusted_p_value"]
     return [
-        _number("accuracy", over_seeds["accuracy"], "+"),
+        _number("accuracy", over_seeds.get("accuracy"), "+"),
         _number("loss", over_seeds["loss"], "+"),
         "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
     ]
