@@ -44,6 +44,13 @@ def test_faults_inside_a_list_keep_their_place():
         DataConfig(mix=[{"task": "boolq"}, {"tsk": "piqa"}])
 
 
+@pytest.mark.parametrize("name", ["eval_steps", "batch_size", "learning_rate", "num_epochs"])
+def test_true_is_no_number(name):
+    with pytest.raises(ValidationError, match=f"{name} must be a number, got true"):
+        TrainConfig(**{"max_steps": 1, name: True})
+    assert TrainConfig(max_steps=1, packing=True).packing
+
+
 @pytest.mark.parametrize("name", ["a", "arc-mixlora", "0.1_b", "mix@0", "x" * 100])
 def test_a_safe_name_is_returned(name):
     assert check_name(name) == name

@@ -29,6 +29,15 @@ def test_a_path_that_can_not_exist_is_one_clear_error(text, fault):
         local_path(text, "--output")
 
 
+def test_a_directory_that_may_not_be_looked_into_is_one_clear_error(monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ConfigError, match="no permission to look into its directory"):
+        local_path("/root/x.jsonl", "dataset")
+
+
 def test_the_error_is_the_callers():
     with pytest.raises(FormatError, match="an adapter must be a path"):
         local_path("\0", "an adapter", FormatError)

@@ -129,6 +129,12 @@ def test_an_objective_for_pairs_may_select_by_its_accuracy():
     assert selection_metric(data=data, train=DPO) == "eval/loss"
 
 
+def test_a_file_of_test_questions_selects_nothing():
+    for name, metric in (("data/test.jsonl", None), ("data/tests.jsonl", "eval/loss")):
+        rows = {"dataset": name, "format": "text"}
+        assert selection_metric(data={**rows, "validation": rows}) == metric
+
+
 WATCHED = {"num_epochs": 1, "eval_steps": 5}
 JOB_FAULTS = [
     ({"name": "a/b"}, "name must be a safe file name"),

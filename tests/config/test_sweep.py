@@ -1,4 +1,5 @@
 import sys
+from datetime import date
 
 import pytest
 import yaml
@@ -235,6 +236,10 @@ SWEEP_FAULTS = [
     (
         {"parameters": {"seed": {"int_uniform": [1, 2]}}, "search": {"random": 3}},
         TOO_FEW,
+    ),
+    (
+        {"parameters": {"seed": [date(2024, 1, 1), "b"]}},
+        "parameters.seed must be values of JSON; put dates in quotes",
     ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
     ({"early_stopping": {"asha": {}}}, "early_stopping.asha.rungs or min_steps must be given"),

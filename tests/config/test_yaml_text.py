@@ -38,7 +38,10 @@ def test_a_syntax_error_is_named_with_its_line():
         parse_yaml("a: [1, 2\nb: 3\n", "run.yaml")
 
 
-@pytest.mark.parametrize("text", ["!!python/object/apply:os.getcwd []", "a: \0", "a: 2024-13-45"])
+UNKNOWN = ["!!python/object/apply:os.getcwd []", "a: \0", "a: 2024-13-45", "!!bool maybe"]
+
+
+@pytest.mark.parametrize("text", [*UNKNOWN, "!!timestamp foo", "!!int ''"])
 def test_what_safe_yaml_does_not_know_is_refused(text):
     with pytest.raises(ConfigError, match=r"run\.yaml must be valid YAML"):
         parse_yaml(text, "run.yaml")

@@ -8,7 +8,7 @@ from loraloom.data.chat import encode_conversations
 from loraloom.data.chat_template import load_chat_template
 from loraloom.data.encoding import DROPPED
 from loraloom.data.examples import NO_LOSS
-from loraloom.data.messages import read_conversation, read_messages
+from loraloom.data.messages import Conversation, read_conversation, read_messages
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 
@@ -187,6 +187,43 @@ def test_turns_of_sharegpt_become_messages():
         {"role": "assistant", "content": "blue"},
     ]
     assert read.tools == [{"name": "f"}]
+
+
+def test_a_system_prompt_stands_in_one_place():
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    read = read_conversation(Row({"messages": turns, "system": "Be brief."}, "row"))
+    assert read.messages == turns
+    with pytest.raises(DataError, match="a system message must stand in field 'system' or in"):
+        read_conversation(Row({"messages": turns, "system": "Be long."}, "row"))
+    with pytest.raises(DataError, match="field 'system' must be a string"):
+        read_conversation(Row({"messages": turns, "system": ["Be brief."]}, "row"))
+
+
+def test_an_empty_reasoning_hides_none():
+    turn = {"role": "assistant", "content": "x", "reasoning_content": "", "reasoning": "hm"}
+    (message,) = read_messages(Row({"messages": [turn]}, "row"), "messages")
+    assert message["reasoning_content"] == "hm"
+
+
+CALLS_ALONE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_what_a_template_leaves_out_beside_a_call_is_refused(tiny_tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [{"role": "user", "content": "color?"}, call]
+    assert encode(tiny_tokenizer, CALLS_ALONE, Row({"messages": turns}, "row"))
+    call["content"] = "Let me look."
+    with pytest.raises(DataError, match="leaves out the content of message 2, beside its tool_c"):
+        encode(tiny_tokenizer, CALLS_ALONE, Row({"messages": turns}, "row"))
+
+
+def test_the_day_of_a_template_does_not_change(tiny_tokenizer):
+    template = load_chat_template(tiny_tokenizer, "{{ strftime_now('%d %b %Y') }}{{ messages }}")
+    assert template.render(Conversation([])).startswith("26 Jul 2024")
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

@@ -187,12 +187,6 @@ def test_a_bad_row_leaves_no_entry(tokenizer, tmp_path, cache):
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
-def test_a_template_with_the_day_in_it_is_rendered_each_time(tokenizer, tmp_path, cache):
-    file = write(tmp_path / "rows.jsonl", DATA["chat"])
-    load(tokenizer, file, "chat", chat_template="{# strftime_now #}" + TEMPLATE)
-    assert not cache.exists()
-
-
 def test_a_terminal_sees_a_bar(tokenizer, tmp_path, cache, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # pyright: ignore

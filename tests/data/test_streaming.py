@@ -133,6 +133,28 @@ def test_an_empty_stream_and_a_bad_row_are_errors(tiny_tokenizer, tmp_path):
     made = stream(tiny_tokenizer, dataset=str(path))
     with pytest.raises(DataError, match=r"rows.jsonl, line 11: the row has no field 'text'"):
         made.take(made.start, 10)
+    with pytest.raises(DataError, match=r"rows.jsonl, line 11: the row has no field 'text'"):
+        made.take(made.start, 10)  # as another job with the same data would
+
+
+def test_a_stream_that_broke_does_not_begin_again_for_others(tiny_tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n' * 10 + "{torn\n")
+    made = stream(tiny_tokenizer, dataset=str(path))
+    _, position = made.take(made.start, 8)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"rows.jsonl must be JSON, line 11"):
+            made.take(position, 8)
+
+
+def test_a_file_that_was_emptied_is_an_error(tiny_tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n' * 10)
+    made = stream(tiny_tokenizer, dataset=str(path))
+    _, position = made.take(made.start, 8)
+    path.write_text("")
+    with pytest.raises(DataError, match="there are no rows any more"):
+        made.take(position, 80)
 
 
 def test_the_digest_tells_of_another_size_and_another_beginning(tiny_tokenizer, tmp_path):

@@ -33,6 +33,8 @@ HOSTILE = {
     "{{ [1, 2]|batch(10**9, 0)|list }}": TOO_LONG,
     "{{ ('a' * 10**5).replace('a', 'b' * 10**5) }}": TOO_LONG,
     "{{ '%1000000000d' % 1 }}": TOO_WIDE,
+    "{{ '%*d' % (10**9, 1) }}": TOO_WIDE,
+    "{{ '%(n)10000d' | format(n=1) }}": TOO_WIDE,
     "{{ '{:1000000000d}'.format(1) }}": TOO_WIDE,
     "{{ '{:{w}d}'.format(1, w=10**9) }}": TOO_WIDE,
     "{{ lipsum(10**9) }}": "'lipsum' is undefined",
@@ -52,6 +54,20 @@ HOSTILE = {
     "{{ '\\ud800' }}": "it makes no text of Unicode",
     "{{" + "(" * 9999: "maximum recursion depth",
 }
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ '**%s**' % 'x' }}", "**x**"),
+        ("{{ '* %s' | format('x') }}", "* x"),
+        ('{{ \'{"a": {"b": "%s"}}\' % \'x\' }}', '{"a": {"b": "x"}}'),
+        ("{{ 'PO 12345: %s' % 'x' }}", "PO 12345: x"),
+        ("{{ '12345 * {:>3}'.format('x') }}", "12345 *   x"),
+    ],
+)
+def test_formats_without_a_wide_field_are_taken(source, text):
+    assert templates.render(compile_template(source, "template"), {}) == text
 
 
 @pytest.mark.parametrize(("source", "message"), HOSTILE.items())

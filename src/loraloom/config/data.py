@@ -69,6 +69,12 @@ def is_skills(task: str) -> bool:
     return re.fullmatch(_SKILLS, task) is not None
 
 
+def is_file_of_test(dataset: str | None) -> bool:
+    """Whether a data set is a single file that is called `test`, as in a directory of splits."""
+    is_file = dataset is not None and _DATA_FILE.fullmatch(dataset) is not None
+    return is_file and PurePath(str(dataset)).name.split(".")[0] == "test"
+
+
 def num_lands(task: str) -> int | None:
     """N of `skills@N`; None for `skills`.
 
@@ -106,7 +112,7 @@ TaskReference = Annotated[
             "anyOf": [
                 {"type": "string", "enum": list(get_args(TaskName))},
                 {"type": "string", "pattern": f"^{_SKILLS}$"},
-                {"type": "string", "pattern": _TASK_FILE},
+                {"type": "string", "pattern": r"\.[yY][aA]?[mM][lL]$"},
             ]
         }
     ),

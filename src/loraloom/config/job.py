@@ -11,9 +11,11 @@ from loraloom.adapters import AnyAdapterConfig
 from loraloom.config.data import (
     DataConfig,
     Scoring,
+    SourceConfig,
     TaskReference,
     check_effect,
     default_scoring,
+    is_file_of_test,
     task_name,
 )
 from loraloom.config.fields import CheckInfo, StrictModel, check_name
@@ -171,11 +173,16 @@ def _selecting_metrics(
 ) -> list[str]:
     """Metrics that may choose weights: a test split must not."""
     held_out: list[str] = []
-    if data.has_validation and not (data.validation and _is_test(data.validation.split)):
+    if data.has_validation and not (data.validation and _is_of_test(data.validation)):
         held_out = ["eval/loss"]
         if train.learns_from_pairs:
             held_out += ["eval/rewards/accuracies", "eval/rewards/margins"]
     return held_out + [item.metric for item in evaluations if not _is_test(item.split)]
+
+
+def _is_of_test(source: SourceConfig) -> bool:
+    """Whether a source is a test split, or a file that is called so."""
+    return _is_test(source.split) or is_file_of_test(source.dataset)
 
 
 def _is_test(split: str | None) -> bool:

@@ -20,7 +20,7 @@ MAX_FILE_BYTES = 2**28
 
 _FAULT = re.compile(r"(?P<problem>.*?)(?: at line (?P<line>\d+) column (?P<column>\d+))?", re.S)
 _TEXT_OR_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|(?P<number>-?\d[\d.eE+-]*)')
-_MAY_BE_TOO_LARGE = re.compile(r"\d{300}|[eE]\+?\d{3}")
+_MAY_BE_TOO_LARGE = re.compile(r"\d{200}|[eE]\+?\d{3}")
 
 
 def parse_json(

@@ -20,8 +20,8 @@ def local_path(text: str | Path, name: str, error: type[LoraloomError] = ConfigE
         error: Raised if it could not be a path.
 
     Raises:
-        LoraloomError: `error`, if it has a null character, is too long, or begins with the home of
-            a user that is not known here.
+        LoraloomError: `error`, if it has a null character, is too long, begins with the home of a
+            user that is not known here, or lies where one may not look.
     """
     if "\0" in str(text):
         raise error(f"{name} must be a path, got {shown(str(text))} with a null character")
@@ -38,4 +38,8 @@ def local_path(text: str | Path, name: str, error: type[LoraloomError] = ConfigE
             f"{name} must be a path of names of at most {_MAX_NAME_BYTES} bytes, together "
             f"{_MAX_PATH_BYTES}, got {longest} and {size} in {shown(str(text))}"
         )
+    try:
+        path.exists()
+    except PermissionError:
+        raise error(f"{name} {path}: no permission to look into its directory") from None
     return path

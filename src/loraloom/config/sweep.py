@@ -184,7 +184,7 @@ class SweepConfig(StrictModel):
             raise ValueError(f"job must be settings of a job or the name of one, got {job!r}")
         if isinstance(job, dict):
             try:
-                check_name(f"{job.get('name', TEMPLATE_NAME)}-000")
+                check_name(f"{job.get('name') or TEMPLATE_NAME}-000")
             except ConfigError as error:
                 raise ValueError(f"job.{error}") from None
         return job
@@ -238,7 +238,7 @@ class SweepConfig(StrictModel):
         return any(name.casefold() == one or name.casefold().startswith(f"{one}-") for one in own)
 
     def _numbered(self, number: int) -> str:
-        template = self.job if isinstance(self.job, str) else self.job.get("name", TEMPLATE_NAME)
+        template = self.job if isinstance(self.job, str) else self.job.get("name") or TEMPLATE_NAME
         return f"{template}-{number:03}"
 
     @property
@@ -327,6 +327,8 @@ def _checked_values(values: Any) -> Any:
     """Check one parameter's values."""
     match values:
         case [*choices] if choices:
+            if not _is_json(choices):
+                raise ValueError(f"must be values of JSON; put dates in quotes, got {values!r}")
             if all(one not in choices[:place] for place, one in enumerate(choices)):
                 return tuple(choices)
         case {**ranges} if len(ranges) == 1:
@@ -338,6 +340,14 @@ def _checked_values(values: Any) -> Any:
         "{uniform: [low, high]}, {log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of "
         f"whole numbers, got {values!r}"
     )
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _are_bounds(kind: str, bounds: Any) -> bool:

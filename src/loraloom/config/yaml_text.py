@@ -105,7 +105,8 @@ def parse_yaml(text: str, origin: str) -> Any:
         mark = error.problem_mark
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         raise ConfigError(f"{origin} must be valid YAML{place}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a 13th month, say
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        # a date with a 13th month, say, or `!!bool maybe`
         raise ConfigError(f"{origin} must be valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{origin} must be YAML of a few levels, its are too deep") from None

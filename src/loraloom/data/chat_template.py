@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,10 @@ from loraloom.data.templates import (
 from loraloom.errors import DataError
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+DAY = date(2024, 7, 26)
+"""What templates take for today, as Llama 3.2's does by default: the same rows are the same tokens
+tomorrow, and so are those that are held out."""
 
 TRL = "trl"
 """In place of a template: the one that trl has for training with the tokenizer's."""
@@ -129,8 +134,13 @@ def replace_chat_template(tokenizer: PreTrainedTokenizerBase, given: str | None)
 def given_source(tokenizer: PreTrainedTokenizerBase, given: str) -> str:
     """The text of a template that is given in place of the tokenizer's."""
     if given != TRL:
-        return read_template(given, "chat_template", (TRL,))
+        return template_text(given)
     return _training_source(tokenizer) or _own_sources(tokenizer)[0]
+
+
+def template_text(given: str) -> str:
+    """The text of a template that is given as such or as a file; `trl` as it is."""
+    return given if given == TRL else read_template(given, "chat_template", (TRL,))
 
 
 @lru_cache(64)
@@ -152,9 +162,10 @@ def _chat_environment() -> BoundedEnvironment:
     environment.filters["tojson"] = counted("tojson", theirs.filters["tojson"])
     environment.globals |= {
         name: theirs.globals[name]
-        for name in ("raise_exception", "strftime_now", "dict", "namespace")
+        for name in ("raise_exception", "dict", "namespace")
         if name in theirs.globals
     }
+    environment.globals["strftime_now"] = DAY.strftime
     return environment
 
 

@@ -97,12 +97,15 @@ def _neighbours(path: Path) -> str:
     return f"{suggestion(path.name, names)}{path.parent} has {shown}"
 
 
+def _opener(path: Path) -> Any:
+    return gzip.open if path.name.lower().endswith(".gz") else open
+
+
 @contextmanager
 def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """Open a file to read; what goes wrong with it while it is open is a DataError."""
-    open_file: Any = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        with open_file(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+        with _opener(path)(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the file can't be read: {error}") from error
@@ -157,11 +160,13 @@ def _read_csv(path: Path) -> Iterator[UnparsedRow]:
     with _open_text(path, newline="") as file:
         reader = csv.reader(file, strict=True)
         columns: list[str] | None = None
+        line = 1
         while (values := _next_line(reader, path)) is not None:
+            begins, line = line, reader.line_num + 1
             if columns is None:
                 columns = _check_columns(path, values)
             elif values:
-                yield partial(_csv_row, columns, values, f"{path}, line {reader.line_num}")
+                yield partial(_csv_row, columns, values, f"{path}, line {begins}")
 
 
 def _next_line(reader: Any, path: Path) -> list[str] | None:
@@ -213,12 +218,19 @@ def _read_parquet(path: Path) -> Iterator[UnparsedRow]:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with _opener(path)(path, "rb") as opened, parquet.ParquetFile(opened) as file:
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for record in batch.to_pylist():
                     number += 1
                     yield partial(_parquet_row, record, f"{path}, row {number}")
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        ArithmeticError,
+        pyarrow.ArrowException,
+    ) as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
 
 

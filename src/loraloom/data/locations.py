@@ -65,7 +65,7 @@ def read_rows(location: str, split: str, config: str | None = None) -> list[Row]
     Raises:
         DataError: If there is no such data set or split, or it is empty or damaged.
     """
-    found = _find(location, split, config)
+    found = find_location(location, split, config)
     return read_file(found) if isinstance(found, Path) else read_hub(found, split)
 
 
@@ -75,13 +75,18 @@ def stream_rows(location: str, split: str, config: str | None = None) -> RowStre
     Raises:
         DataError: If there is no such data set or split. What is damaged shows when it is read.
     """
-    found = _find(location, split, config)
+    found = find_location(location, split, config)
     return FileStream(found) if isinstance(found, Path) else HubStream(found, split)
 
 
-def _find(location: str, split: str, config: str | None) -> Path | HubSource:
+def find_location(location: str, split: str, config: str | None) -> Path | HubSource:
+    """Find the file that a split is in, or the data set on the hub; arguments as in `read_rows`."""
     path = local_path(location, "dataset", DataError)
     if path.is_dir():
+        if config is not None:
+            raise DataError(
+                f"{path}: config must be of a data set on the hub, and this is a directory"
+            )
         return _find_split(path, split)
     if path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location):
         return path

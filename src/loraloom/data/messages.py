@@ -65,9 +65,13 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
     names = columns or {}
     usual = next((name for name in _COLUMNS if row.get(name) is not None), _COLUMNS[0])
     messages = read_messages(row, names.get("messages", usual))
-    instructions = row.get(names.get("system", "system"))
-    if isinstance(instructions, str) and instructions and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": instructions})
+    instructions = names.get("system", "system")
+    if row.get(instructions):
+        text = row.text(instructions)
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": text})
+        elif messages[0]["content"] != text:
+            row.reject(f"a system message must stand in field {instructions!r} or in the messages")
     return Conversation(messages, read_tools(row, names.get("tools", "tools")))
 
 
@@ -127,7 +131,7 @@ def _read_message(message: Row) -> Message:
     read: Message = {
         key: message.text(key) for key in ("role", "name", "tool_call_id") if key in message
     }
-    reasoning = next((message.text(key) for key in _REASONING if key in message), "")
+    reasoning = next((message.text(key) for key in _REASONING if message.get(key)), "")
     if message.get("tool_calls"):
         read["tool_calls"] = _read_calls(message)
     if reasoning:

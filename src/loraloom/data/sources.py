@@ -119,10 +119,10 @@ def _encode_data_set(
     def encode(some: Sequence[Row]) -> list[EncodedRow]:
         return encode_rows(config, some, rows[0], tokenizer, max_length)
 
-    template = _template_text(config, tokenizer)
-    if "strftime_now" in template:  # it writes the day
-        return encode(rows)
-    settings = [config.format, config.fields, template, max_length]
+    for role, column in (config.fields or {}).items():
+        if not any(column in row for row in rows):
+            raise DataError(f"{name}: no row has the field {column!r} that fields has for {role}")
+    settings = [config.format, config.fields, _template_text(config, tokenizer), max_length]
     return encode_once(name, rows, encode, tokenizer, settings)
 
 

@@ -222,7 +222,7 @@ class _Source:
         self._stream = stream_rows(config.dataset, config.split or "train", config.config)
         self.sizes = self._stream.sizes
         self._rows = self._stream.rows()
-        self._place = SourcePlace()
+        self._place: SourcePlace | None = SourcePlace()
         first = next(self._rows, None)
         if first is None:
             raise DataError(f"{self.name}: there are no rows")
@@ -233,14 +233,16 @@ class _Source:
         """Read the rows of a block from a place on, and tell the place after them."""
         if place != self._place:
             self._rewind(place)
-        rows = list(islice(self._rows, self.rows_per_block))
-        passes = place.passes
+        rows, passes = self._read_on(self.rows_per_block), place.passes
         while len(rows) < self.rows_per_block:
             passes += 1
             self._rewind(SourcePlace(passes))
-            rows += islice(self._rows, self.rows_per_block - len(rows))
-        self._place = SourcePlace(passes, self._stream.state_dict())
-        return rows, self._place
+            more = self._read_on(self.rows_per_block - len(rows))
+            if not more:
+                raise DataError(f"{self.name}: there are no rows any more")
+            rows += more
+        self._place = after = SourcePlace(passes, self._stream.state_dict())
+        return rows, after
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -249,6 +251,13 @@ class _Source:
         if not rows:
             return []
         return encode_rows(self.config, rows, self._first, tokenizer, max_length)
+
+    def _read_on(self, number: int) -> list[Row]:
+        """Read so many rows, or those that are left; after an error the place is nowhere."""
+        place, self._place = self._place, None
+        rows = list(islice(self._rows, number))
+        self._place = place
+        return rows
 
     def _rewind(self, place: SourcePlace) -> None:
         self._rows = self._stream.rows(place.state)

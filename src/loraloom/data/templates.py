@@ -38,8 +38,11 @@ _GROWING = frozenset(
 )
 """Filters and methods whose result may be as long as the product of what they take."""
 
-_WIDE_FIELD = re.compile(r"\*|\d{5}|\{[^{}]*\{")
-"""A width that is given elsewhere or has five digits, in a text to format."""
+_WIDE_FIELDS = {
+    "%": re.compile(r"%(\([^)]*\))?[-+ #\d.]*(\*|\d{5})"),
+    "format": re.compile(r"\{[^{}]*(\{|:[^{}]*\d{5})"),
+}
+"""Widths that are given elsewhere or have five digits, in a text to format, by who formats it."""
 
 
 class _Budget:
@@ -104,7 +107,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             TemplateRuntimeError: If it is not.
         """
         if operator == "%" and isinstance(left, str):
-            _check_format(left)
+            _check_format("%", left)
         elif operator != "+":
             _check_product(operator, left, right)
         return _measured(_copied(super().call_binop(context, operator, left, right)))
@@ -175,7 +178,7 @@ def counted(name: str, taken: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(taken)
     def within_budget(*args: Any, **kwargs: Any) -> Any:
-        _check_call(name, (*args, *kwargs.values()))
+        _check_call("%" if name == "format" else name, (*args, *kwargs.values()))
         result = taken(*args, **kwargs)
         _spend(_written_size(result))
         return result
@@ -216,12 +219,12 @@ def _check_call(name: str, values: tuple[Any, ...]) -> None:
     _spend(0)
     if name in _GROWING:
         _check_product("*", *values)
-    elif name in ("format", "format_map"):
-        _check_format(str(values[0]))
+    elif name in ("%", "format", "format_map"):
+        _check_format(name.removesuffix("_map"), str(values[0]))
 
 
-def _check_format(text: str) -> None:
-    if _WIDE_FIELD.search(text):
+def _check_format(how: str, text: str) -> None:
+    if _WIDE_FIELDS[how].search(text):
         raise TemplateRuntimeError("a width to format must be a number of up to four digits")
 
 

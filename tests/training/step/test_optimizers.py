@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from loraloom.adapters import VeraConfig
 from loraloom.config.optimizer import OptimizerName
 from loraloom.config.train import SCHEDULERS_ON_METRIC, LrScheduler
 from loraloom.errors import ConfigError
@@ -66,6 +67,11 @@ def test_routers_learn_at_a_rate_of_their_own():
 def test_a_rate_of_routers_is_refused_where_there_are_none():
     with pytest.raises(ValidationError, match="router_lr_ratio has no effect on LoRA, which has"):
         toy_config("a", ADAPTERS["lora"], router_lr_ratio=2)
+
+
+def test_a_rate_of_b_is_refused_where_none_is_trained():
+    with pytest.raises(ValidationError, match="loraplus_lr_ratio has no effect on VeRA, which"):
+        toy_config("a", VeraConfig(), loraplus_lr_ratio=2)
 
 
 def test_everything_decays_but_magnitudes():

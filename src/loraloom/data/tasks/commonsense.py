@@ -215,7 +215,7 @@ HELLASWAG = ChoiceTask(
 
 def _read_options(row: Row) -> tuple[list[str], int]:
     answer = row.text("answer").strip()
-    gold = published(row, "answer", int(answer) - 1 if answer.isdigit() else -1, 2)
+    gold = published(row, "answer", int(answer) - 1 if answer.isdecimal() else -1, 2)
     return [row.text("option1"), row.text("option2")], gold
 
 

@@ -12,13 +12,14 @@ from jinja2 import Template, TemplateError
 from loraloom.config.data import Scoring, task_name
 from loraloom.config.fields import check_name
 from loraloom.config.loading import load_task_config
+from loraloom.config.paths import local_path
 from loraloom.config.task import TaskConfig, TaskDataConfig
 from loraloom.data.locations import HubSource, SplitFiles
 from loraloom.data.prompts import compile_template
 from loraloom.data.rows import Row
 from loraloom.data.tasks.choice_task import ChoiceForm, ChoiceTask, letters
 from loraloom.data.templates import render
-from loraloom.errors import ConfigError, shown
+from loraloom.errors import ConfigError, DataError, shown
 
 _MAX_LETTERS = 26
 
@@ -57,7 +58,10 @@ def _source(data: TaskDataConfig | None, path: Path) -> HubSource | SplitFiles |
     files = data.files or {}
     return SplitFiles(
         str(path),
-        {split: path.parent / Path(file).expanduser() for split, file in files.items()},
+        {
+            split: path.parent / local_path(file, "data.files", DataError)
+            for split, file in files.items()
+        },
     )
 
 

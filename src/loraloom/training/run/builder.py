@@ -14,10 +14,12 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.own import own_parts
-from loraloom.config.data import DataConfig
+from loraloom.config.data import DataConfig, is_task_file
 from loraloom.config.job import JobConfig
 from loraloom.config.paths import local_path
+from loraloom.data.locations import SplitFiles
 from loraloom.data.streaming import StreamedSet
+from loraloom.data.tasks import find_task
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.formats.files import read_adapter
@@ -109,7 +111,10 @@ class JobBuilder:
 def _file_versions(data: DataConfig) -> Iterator[tuple[str, int, int]]:
     """Tell the local files that data comes from, with time and size: they may change meanwhile."""
     for source in (*data.sources, *([data.validation] if data.validation else [])):
-        names = (source.task, source.dataset, source.path, source.template, source.chat_template)
+        names = [source.task, source.dataset, source.path, source.template, source.chat_template]
+        if source.task is not None and is_task_file(source.task) and source.path is None:
+            origin = find_task(source.task).source
+            names += map(str, origin.files.values()) if isinstance(origin, SplitFiles) else ()
         for name in names:
             for file in _files_of(name):
                 status = file.stat()
