@@ -200,8 +200,15 @@ def write_output(path: Path, text: str) -> None:
 
 
 def cache_directory() -> Path:
-    """Give `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloom"
+    """Give `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set.
+
+    Raises:
+        ConfigError: If there is no home directory either.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloom"
+    except RuntimeError as error:
+        raise ConfigError(f"there is no cache directory: {error}; set XDG_CACHE_HOME") from None
 
 
 @contextmanager

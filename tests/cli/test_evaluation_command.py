@@ -40,12 +40,22 @@ def words(run, *results):
             "--task arc_easy --scoring text --data data",
         ),
         ({"task": "tasks/quiz.yaml"}, {}, "--task tasks/quiz.yaml"),
+        (
+            ROWS,
+            {"eval": [{"task": "tasks/quiz.yaml", "scoring": "text"}]},
+            "--task tasks/quiz.yaml --scoring text",
+        ),
         (ROWS, {"eval": [{"task": "skills"}]}, "--task skills --scoring label"),
         (ROWS, {}, "--dataset HELD_OUT.jsonl --format chat"),
         (
             {**ROWS, "validation": {**ROWS, "dataset": "a b.jsonl"}},
             {},
             "--dataset 'a b.jsonl' --format chat",
+        ),
+        (
+            {**ROWS, "validation": {**ROWS, "dataset": "owner/chats", "split": "held_out"}},
+            {"train": {**TRAIN, "max_length": 1024}},
+            "--dataset owner/chats --split held_out --format chat --max-length 1024",
         ),
         (
             {**ROWS, "chat_template": "{{ messages }}"},
@@ -79,6 +89,8 @@ def test_of_a_sweep_the_best_come_first_and_the_stopped_are_left_out():
 
 def test_there_is_no_command_where_there_is_nothing_to_evaluate():
     assert evaluation_command(run_of(ROWS), [result(error=str(LoraloomError("x")))]) is None
+    of_config = {"dataset": "owner/chats", "config": "main", "format": "chat"}
+    assert evaluation_command(run_of({**ROWS, "validation": of_config}), [result()]) is None
     pairs = {"dataset": "pairs.jsonl", "format": "preference"}
     run = run_of(pairs, train={**TRAIN, "objective": {"name": "dpo"}})
     assert evaluation_command(run, [result()]) is None

@@ -147,6 +147,8 @@ def test_a_bad_row_is_named(run, saved, tmp_path, capsys, row, message):
         ("--prompt x --temperature -1 --max-new-tokens 0", "max_new_tokens must be at least 1"),
         ("--prompt x --output .", "--output must be a file"),
         ("--prompt x --overwrite --output .", "--output must be a file"),
+        ("--prompt x --overwrite", "--overwrite has no effect without --output"),
+        ("--prompt x --raw --chat-template trl", "--chat-template has no effect with --raw"),
         ("--prompt x --no-base", "--no-base has an effect on --prompt with --adapter only"),
         ("--prompt x --temperature 1e-45", "temperature must be 0, for the most likely token, or"),
         ("--prompt x --num-beams 100000", "num_beams must be at most 256"),
@@ -263,6 +265,19 @@ def test_other_settings_do_not_go_on(job, saved, capsys, more, message):
     assert generate(*(word.format(saved=saved) for word in more)) == 2
     assert message in capsys.readouterr().err
     assert output.read_text() == before
+
+
+def test_settings_that_are_gone_or_changed_do_not_go_on(run, tmp_path, capsys):
+    path, output = write_rows(tmp_path / "in.jsonl", *MANY[:2]), tmp_path / "out.jsonl"
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    words = ["--input", path, "--output", str(output), "--max-new-tokens", "2"]
+    with_template = [*words, "--chat-template", str(template)]
+    assert run(*with_template) == 0
+    template.write_text("{{ messages[0].content }}!")
+    for other in (words, with_template):
+        assert run(*other) == 2
+        assert "generated with another chat_template" in capsys.readouterr().err
 
 
 def test_other_rows_do_not_go_on(job, tmp_path, capsys):

@@ -107,6 +107,8 @@ def test_seeds_have_a_mean_and_a_sample_deviation_in_each_task():
 def test_a_group_must_not_be_called_as_the_base_model():
     with pytest.raises(ConfigError, match="got 'base' and its seeds base@0, base@1; call one"):
         choose_pairs(["base@0", "base@1", "x"])
+    with pytest.raises(ConfigError, match="got 'mix' and its seeds mix@0, mix@1; call one"):
+        choose_pairs(["mix", "mix@0", "mix@1"], ["mix:mix@0"])
 
 
 @pytest.mark.parametrize("again", ["lora:base", "base:lora"])

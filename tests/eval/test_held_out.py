@@ -9,7 +9,7 @@ import torch
 from loraloom.data.sources import load_source
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.eval.cache import ScoreCache
-from loraloom.eval.held_out import load_held_out, parse_source
+from loraloom.eval.held_out import data_set_name, load_held_out, parse_source
 from loraloom.eval.loss import evaluate_loss, perplexity
 from tests.eval.scoring import limit_rows, scoring_host
 from tests.tiny import METHODS
@@ -146,6 +146,19 @@ def test_a_diverged_adapter_is_an_error(tiny_tokenizer, instructions):
         parameter.data.fill_(float("nan"))
     with pytest.raises(AdapterError, match="got nan from adapter 'lora' in row 1 of"):
         evaluate_loss(host, tiny_tokenizer, instructions)
+
+
+def test_data_sets_have_the_names_of_their_files():
+    names = ["a/eval.math.jsonl", "rows.csv.gz", "teknium/OpenHermes-2.5", "data/dolly/"]
+    assert [*map(data_set_name, names)] == ["eval.math", "rows", "OpenHermes-2.5", "dolly"]
+
+
+def test_the_split_of_a_directory_that_was_read_is_noted(host, tiny_tokenizer, tmp_path):
+    path = write(tmp_path / "validation.jsonl", INSTRUCTIONS)
+    data = {"dataset": str(tmp_path), "format": "instruction"}
+    details = load_held_out(host, tiny_tokenizer, data).details
+    assert details["split"] == "validation"
+    assert details["source"]["file"] == str(path)
 
 
 def test_a_perplexity_that_is_no_number_is_left_out():

@@ -155,21 +155,24 @@ def test_groups_of_questions_are_topics(tiny_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "text", "expected"),
     [
-        ("Ġthe", "start of a word"),
-        ("▁Der", "start of a word"),
-        ("ing", "rest of a word"),
-        ("##ing", "rest of a word"),
-        ("Ġ42", "number"),
-        (".", "sign"),
-        ("Ġ(", "sign"),
-        ("ĊĊ", "space"),
-        ("▁", "space"),
+        ("Ġthe", " the", "start of a word"),
+        ("▁Der", "Der", "start of a word"),
+        ("ing", "ing", "rest of a word"),
+        ("##ing", "##ing", "rest of a word"),
+        ("Ã©", "é", "rest of a word"),
+        ("Ġ42", " 42", "number"),
+        (".", ".", "sign"),
+        ("Ġ(", " (", "sign"),
+        ("âĢĶ", "—", "sign"),
+        ("Ã", "\ufffd", "sign"),
+        ("ĊĊ", "\n\n", "space"),
+        ("▁", "", "space"),
     ],
 )
-def test_tokens_have_classes_by_what_they_are_in_a_text(name, expected):
-    assert class_of(name) == expected
+def test_tokens_have_classes_by_what_they_are_in_a_text(name, text, expected):
+    assert class_of(name, text) == expected
 
 
 def test_words_are_counted_where_they_went(tiny_tokenizer):

@@ -119,3 +119,5 @@ def test_csv_has_a_line_for_each_group():
     ]
     assert rows[2]["stderr"] == ""
     assert rows[0]["split"] == "test"
+    unnamed = csv_page([toy(group="")]).splitlines()
+    assert len(unnamed) == len(rows) + 1

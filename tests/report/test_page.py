@@ -179,6 +179,16 @@ def test_results_of_the_harness_may_lack_an_accuracy(run, tmp_path):
     Checked(page)
 
 
+def test_members_of_a_group_do_not_count_again_in_the_mean(run, tmp_path):
+    shares = {"g": 0.5, "g_a": 0.4, "g_b": 0.6, "other": 0.7, "h_a": 0.9}
+    results = {task: {"accuracy": share} for task, share in shares.items()}
+    results["g"]["subtasks"] = ["g_a", "g_b"]
+    results["h"] = {"subtasks": ["h_a"]}  # without an accuracy of its own
+    content = {"schema_version": 1, "results": {"base": results}}
+    page = make_page([run], [write_evaluation(tmp_path / "r.json", content)])
+    assert '<td class="n">70.0</td>' in page.replace("\n", "")
+
+
 def test_a_running_job_is_shown_as_it_is(run):
     (run / "mix/result.json").unlink()
     text = " ".join(" ".join(Checked(make_page([run])).text).split())
@@ -200,6 +210,9 @@ def test_seeds_share_a_color_and_differ_in_dashes(tmp_path):
     styles = list(job_styles(jobs).values())
     assert [style.color for style in styles] == [0, 1] * 3
     assert len(set(styles)) == 6
+    many = [f"job{number}" for number in range(7)]
+    jobs = read_runs([write_run(tmp_path / f"many{seed}", many) for seed in range(2)])
+    assert len(set(job_styles(jobs).values())) == 14
 
 
 def test_the_same_run_twice_is_an_error(run):

@@ -148,8 +148,8 @@ class OutputFile:
         except ConfigError:
             raise self._other(f"{self.settings_path.name} beside it can't be read") from None
         known = known if isinstance(known, dict) else {}
-        for name, value in self._settings.items():
-            if known.get(name) != value:
+        for name in {**known, **self._settings}:
+            if known.get(name) != self._settings.get(name):
                 raise self._other(f"its texts were generated with another {name}")
 
     def _other(self, reason: str) -> ConfigError:

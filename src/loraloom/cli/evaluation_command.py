@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loraloom.config.data import SourceConfig, is_task_file
+from loraloom.config.data import SourceConfig
 from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
+from loraloom.config.train import TrainConfig
 from loraloom.training.run.selection import metric_mode
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def _asked(job: JobConfig) -> Iterator[str]:
     tasks = [one for one in (*job.eval, *sources) if one.task is not None]
     if tasks:
         yield from _task_options(tasks)
-    elif sources[0].format != "preference":
+    elif sources[0].format != "preference" and sources[0].config is None:  # eval can't be told it
         yield from _data_options(sources[0], has_rows=job.data.validation is not None)
+        if job.train.max_length != TrainConfig.model_fields["max_length"].default:
+            yield f"--max-length {job.train.max_length}"
 
 
 def _task_options(tasks: Sequence[EvaluationConfig | SourceConfig]) -> Iterator[str]:
@@ -68,7 +71,7 @@ def _task_options(tasks: Sequence[EvaluationConfig | SourceConfig]) -> Iterator[
     first = tasks[0]
     alike = [one for one in tasks if (one.scoring, one.path) == (first.scoring, first.path)]
     yield f"--task {shlex.quote(','.join(dict.fromkeys(str(one.task) for one in alike)))}"
-    if first.scoring is not None and not is_task_file(str(first.task)):
+    if first.scoring is not None:  # else a task file's own
         yield f"--scoring {first.scoring}"
     if first.path is not None:
         yield f"--data {shlex.quote(first.path)}"
@@ -76,6 +79,8 @@ def _task_options(tasks: Sequence[EvaluationConfig | SourceConfig]) -> Iterator[
 
 def _data_options(source: SourceConfig, *, has_rows: bool) -> Iterator[str]:
     yield f"--dataset {shlex.quote(str(source.dataset)) if has_rows else HELD_OUT}"
+    if has_rows and source.split is not None:
+        yield f"--split {shlex.quote(source.split)}"
     yield f"--format {source.format}"
     if source.template is not None:
         yield f"--template {shlex.quote(source.template)}"

@@ -99,8 +99,12 @@ def generate(
     After Ctrl-C the same command goes on behind the rows that --output has.
     """
     adapters = parse_adapters(adapter)
+    if raw and chat_template is not None:
+        raise ConfigError("--chat-template has no effect with --raw; leave one of them out")
+    if overwrite and output is None:
+        raise ConfigError("--overwrite has no effect without --output; leave it out")
     from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
-    from loraloom.data.chat_template import replace_chat_template
+    from loraloom.data.chat_template import replace_chat_template, template_text
     from loraloom.eval.provenance import describe_adapters
     from loraloom.infer.generate import complete_in_order
     from loraloom.infer.loading import check_sources, load_host
@@ -124,7 +128,7 @@ def generate(
             raise ConfigError(f"--output must be another file than --input, got {output} twice")
         settings = {"base_model": base_model, "dtype": dtype, "sampling": sampling.model_dump()}
         settings |= {"raw": raw, "batch_size": batch_size, "adapters": describe_adapters(adapters)}
-        settings |= {"chat_template": chat_template} if chat_template else {}
+        settings |= {"chat_template": template_text(chat_template)} if chat_template else {}
         settings |= {"quantization": quantization.model_dump()} if quantization else {}
         file = OutputFile(output, [*labelled(rows, prompts)], settings)
         num_done = file.count_done(batch_size, overwrite=overwrite)

@@ -42,12 +42,13 @@ def score_held_out(
     from loraloom.data.locations import read_rows
     from loraloom.durable import write_output
     from loraloom.eval.comparison import choose_pairs
-    from loraloom.eval.held_out import parse_source
+    from loraloom.eval.held_out import data_set_name, parse_source
     from loraloom.eval.joining import join_losses
     from loraloom.terminal import make_console
 
     given = {name: value for name, value in settings.items() if value}
     sources = [parse_source({"dataset": dataset, **given}) for dataset in datasets]
+    _check_names([data_set_name(dataset) for dataset in datasets])
     pairs = choose_pairs(run.names, compare)
     run.check()
     for source in sources:  # so that what is missing or broken is told before the model is loaded
@@ -77,7 +78,6 @@ def _score(
 
     host, tokenizer = run.load()
     sets = [load_held_out(host, tokenizer, one, max_length, run.limit) for one in sources]
-    _check_names([one.name for one in sets])
     for one in sets:
         messages.print(one.describe())
     kept = open_cache(run, host, messages)

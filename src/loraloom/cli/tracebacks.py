@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraloom.durable import cache_directory
+from loraloom.errors import ConfigError
 
 
 class TracebackFile(logging.Handler):
@@ -49,7 +50,7 @@ def _new_file() -> Path:
         directory = cache_directory() / "tracebacks"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return _private_file(directory)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+    except (OSError, ConfigError):  # ConfigError: there is no home directory
         return _private_file(Path(tempfile.gettempdir()))
 
 

@@ -106,6 +106,7 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
         ConfigError: If a pair has another form or an unknown name, or is given twice.
     """
     names = [name or BASE for name in adapters]
+    seed_groups(names)  # are they clear?
     if wanted:
         pairs = [_parse_pair(text, names) for text in wanted]
         if len({frozenset(pair) for pair in pairs}) < len(pairs):

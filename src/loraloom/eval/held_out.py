@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,14 @@ from loraloom.config.data import SourceConfig
 from loraloom.config.faults import describe_faults
 from loraloom.config.train import TrainConfig
 from loraloom.data.examples import Example, count_labels
+from loraloom.data.files import is_data_file
+from loraloom.data.locations import find_location
 from loraloom.data.questions import sha256
 from loraloom.data.sources import load_source
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.host import Host
+
+_SUFFIXES = re.compile(r"(\.(json|jsonl|csv|txt|parquet))?(\.gz)?$", re.IGNORECASE)
 
 MAX_LENGTH = TrainConfig.model_fields["max_length"].default
 """Longest row in tokens, as in training by default."""
@@ -68,7 +73,8 @@ def load_held_out(
     longest = min(MAX_LENGTH, positions) if max_length is None else max_length
     if longest > positions:
         raise ConfigError(f"max_length must be at most the model's {positions}, got {longest}")
-    loaded = load_source(source, tokenizer, longest, source.split or "validation")
+    split = source.split or "validation"
+    loaded = load_source(source, tokenizer, longest, split)
     encoded = loaded.rows[:limit]
     examples_of = ([Example(p.input_ids, p.labels, 0) for p in row.pieces] for row in encoded)
     rows = [list(filter(count_labels, examples)) for examples in examples_of]
@@ -76,18 +82,18 @@ def load_held_out(
     if not kept:
         raise DataError(f"{loaded.name}: none of the {len(encoded)} rows has an answer that fits")
     return HeldOutSet(
-        name=_name_of(source.dataset or loaded.name),
+        name=data_set_name(source.dataset or loaded.name),
         rows=kept,
         details={
             "format": source.format or source.scoring,
-            "split": source.split,
+            "split": None if is_data_file(Path(source.dataset or "")) else split,
             "num_examples": len(kept),
             "num_tokens": sum(count_labels(one) for examples in kept for one in examples),
             "num_cut": sum(row.is_cut for row in encoded),
             "num_dropped": len(rows) - len(kept),
             "max_length": longest,
             "examples_sha256": _digest(kept),
-            "source": _describe_source(loaded.name),
+            "source": _describe_source(source, split, loaded.name),
         },
     )
 
@@ -110,9 +116,10 @@ def parse_source(settings: Mapping[str, Any]) -> SourceConfig:
     return source
 
 
-def _name_of(dataset: str) -> str:
-    """A file's or directory's name without its suffixes, or the last part of a hub id."""
-    return Path(dataset).name.split(".")[0] or dataset
+def data_set_name(dataset: str) -> str:
+    """Give a file's name without the suffixes of its type, or the last part of another path."""
+    name = Path(dataset).name
+    return _SUFFIXES.sub("", name) or name or dataset
 
 
 def _digest(rows: Sequence[Sequence[Example]]) -> str:
@@ -120,6 +127,11 @@ def _digest(rows: Sequence[Sequence[Example]]) -> str:
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
-def _describe_source(dataset: str) -> dict[str, Any]:
-    path = Path(dataset).expanduser()
-    return {"file": dataset, "sha256": sha256(path)} if path.is_file() else {"dataset": dataset}
+def _describe_source(source: SourceConfig, split: str, name: str) -> dict[str, Any]:
+    """The file that was read, with its hash, or what the data set is called."""
+    if source.dataset is None:
+        return {"dataset": name}
+    found = find_location(source.dataset, split, source.config)
+    if isinstance(found, Path):
+        return {"file": str(found), "sha256": sha256(found)}
+    return {"dataset": source.dataset}

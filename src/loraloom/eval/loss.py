@@ -45,8 +45,8 @@ from loraloom.eval.writing import as_document, write_evaluation
 from loraloom.infer.rows import example_row
 from loraloom.models.host import Host
 
-MAX_EXPONENT = 700
-"""A float holds exp of this."""
+MAX_EXPONENT = 89
+"""Loss from which on a perplexity, 4e38, says nothing."""
 
 
 @dataclass(frozen=True)

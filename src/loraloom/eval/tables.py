@@ -187,7 +187,7 @@ def csv_page(tasks: Sequence[TaskScores]) -> str:
     writer.writerow(["adapter", "task", "split", "group", *figures])
     for adapter, by_task in summarise(tasks).items():
         for task, summary in by_task.items():
-            for group, result in {"": summary, **summary.get("groups", {})}.items():
+            for group, result in [("", summary), *summary.get("groups", {}).items()]:
                 row = [adapter, task, summary["split"], group]
                 row += [result["accuracy"], result["stderr"], *result["interval"]]
                 writer.writerow([*row, result["num_examples"], result["majority"]])

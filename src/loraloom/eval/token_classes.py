@@ -22,17 +22,26 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor
         tokenizer: Names the tokens.
         vocab_size: V of the model, which may be more than the tokenizer has.
     """
-    names = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
+    ids = list(range(min(vocab_size, len(tokenizer))))
+    names = map(str, tokenizer.convert_ids_to_tokens(ids))
+    texts = tokenizer.batch_decode([[token_id] for token_id in ids])
+    found = [TOKEN_CLASSES.index(class_of(*pair)) for pair in zip(names, texts, strict=True)]
     classes = torch.full((vocab_size,), TOKEN_CLASSES.index("sign"))
-    classes[: len(names)] = torch.tensor([TOKEN_CLASSES.index(class_of(str(n))) for n in names])
+    classes[: len(ids)] = torch.tensor(found)
     return classes
 
 
-def class_of(name: str) -> str:
-    """Give the class of a token by its name in the vocabulary: `Ġthe`, `▁the` or `##ing`."""
+def class_of(name: str, text: str) -> str:
+    """Give the class of a token.
+
+    Args:
+        name: In the vocabulary: `Ġthe`, `▁the` or `##ing`. It tells where a word starts.
+        text: Decoded, which tells letters from signs: `—` is named `âĢĶ`. A part of a character
+            counts as a sign.
+    """
     if not name.strip(_BLANKS + " \n\t\r"):
         return "space"
-    text = name.lstrip(_SPACES).removeprefix(_CONTINUES)
+    text = text.strip().removeprefix(_CONTINUES)
     if text.isdigit():
         return "number"
     if not text.isalpha():

@@ -35,7 +35,7 @@ def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
     styles = {}
     for job in jobs:
         place = names.index(job.name)
-        dash = runs.index(job.run) + place // NUM_COLORS
+        dash = runs.index(job.run) + len(runs) * (place // NUM_COLORS)
         styles[job.label] = Style(place % NUM_COLORS, DASHES[dash % len(DASHES)])
     return styles
 

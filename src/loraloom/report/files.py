@@ -91,6 +91,7 @@ class TaskResult(_Record):
     num_examples: Count | None = None
     split: str | None = None
     majority: Share | None = None
+    subtasks: tuple[str, ...] = ()
     loss: Number | None = None
     perplexity: Positive | None = None
     num_tokens: Count | None = None

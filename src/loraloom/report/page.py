@@ -181,18 +181,34 @@ def _lay_out(name: str, content: EvalFile) -> Results:
     losses = list(dict.fromkeys(task for task, result in found if result.loss is not None))
     tasks = list(dict.fromkeys(task for task, _ in found if task not in losses))
     charts = [_interval_chart(task, content.results) for task in tasks]
+    counted = _counted(tasks, dict(found))
     return Results(
         name=name,
         content=content,
         tasks=tasks,
         losses=losses,
         charts=[chart for chart in charts if chart is not None],
-        means={name: _mean(by_task, tasks) for name, by_task in content.results.items()}
-        if len(tasks) > 1
+        means={name: _mean(by_task, counted) for name, by_task in content.results.items()}
+        if len(counted) > 1
         else {},
         constants={task: result.majority for task, result in found if result.majority is not None},
         mixtures=[lay_out(name, routing) for name, routing in content.routing.items()],
     )
+
+
+def _counted(tasks: Sequence[str], results: Mapping[str, TaskResult]) -> list[str]:
+    """Tasks of a mean: of a group with an accuracy the group alone, of another one its members."""
+    members = {
+        member
+        for result in results.values()
+        if result.accuracy is not None
+        for member in result.subtasks
+    }
+    return [
+        task
+        for task in tasks
+        if task not in members and not (results[task].subtasks and results[task].accuracy is None)
+    ]
 
 
 def _interval_chart(task: str, results: Mapping[str, Mapping[str, TaskResult]]) -> Chart | None:

@@ -6,6 +6,8 @@ import pytest
 
 from loraloom.eval.harness import evaluate_adapters, load_tasks
 from loraloom.eval.harness.results import (
+    _majority,
+    _question,
     plain_results,
     question_lines,
     results_table,
@@ -91,6 +93,22 @@ def test_results_are_in_our_form(results):
     assert summary["base"]["toy_generate"]["metric"] == "exact_match,none"
     assert "accuracy" not in summary["base"]["toy_rolling"]
     assert summary["base"]["toy_rolling"]["metrics"]["word_perplexity,none"]["value"] > 1
+
+
+def test_targets_that_are_no_answers_have_no_majority():
+    rows = [{"doc_id": n, "target": n % 2, "arguments": [("q", " a"), ("q", " b")]} for n in (0, 1)]
+    assert _majority({"doc_to_target": "label"}, rows) == 0.5
+    assert _majority({"doc_to_target": 3}, rows) is None
+    of_contexts = [{**row, "arguments": [("x", " a"), ("y", " a")]} for row in rows]
+    assert _majority({}, of_contexts) is None
+    assert _majority({}, ()) is None
+
+
+def test_of_mutual_information_the_answers_with_the_question_are_the_choices():
+    responses = [(-2.0, False), (-1.0, True), (-9.0, False), (-0.5, True)]
+    metrics = {"acc": 1.0, "acc_mutual_info": 0.0}
+    sample = {"filtered_resps": responses, "metrics": [*metrics], "filter": "none", "target": 1}
+    assert _question(sample | metrics)["chosen"] == 1
 
 
 def test_lm_evals_own_results_are_json(results):

@@ -73,6 +73,15 @@ def test_tasks_can_be_groups_tags_patterns_and_files(tmp_path, toy_tasks, monkey
     assert sorted(task.task_name for task in group.get_all_tasks()) == both
     (task,) = load_tasks([str(toy_tasks / "toy_blank.yaml")], tmp_path)
     assert task.task_name == "toy_blank"
+    with pytest.raises(ConfigError, match="must ask each task once; Duplicate task 'toy_choice'"):
+        load_tasks(["toy_group", "toy_choice"], tmp_path)
+
+
+@pytest.mark.parametrize("mark", ["UNSAFE_CODE", "MULTIMODAL"])
+def test_tasks_that_lm_eval_would_not_ask_are_refused(toy_tasks, monkeypatch, mark):
+    monkeypatch.setattr("lm_eval.api.task.Task." + mark, True, raising=False)
+    with pytest.raises(ConfigError, match=r"must leave out tasks that .*: toy_choice"):
+        load_tasks(["toy_choice"], toy_tasks)
 
 
 @pytest.mark.usefixtures("own_manager")

@@ -29,7 +29,8 @@ def summarise(results: Mapping[str | None, Results]) -> dict[str, dict[str, Any]
     """Give figures by adapter and task: `accuracy`, where the task has one, and all `metrics`.
 
     `metrics` are by lm-eval's names, a metric and a filter; `metric` is the one that `accuracy` is.
-    `majority` is the accuracy of the best constant answer, where the samples are there.
+    `majority` is the accuracy of the best constant answer, where the samples tell it; `subtasks`
+    are what a group consists of.
     """
     return {
         name or BASE: {task: _summary(of_adapter, task) for task in of_adapter["results"]}
@@ -42,17 +43,19 @@ def _summary(results: Results, task: str) -> dict[str, Any]:
     main = _main_metric(metrics)
     count = results["results"][task].get("sample_len")
     accuracy = {} if main is None else _accuracy(metrics[main]["value"], count)
-    majority = _majority(results.get("samples", {}).get(task, ()))
+    config = results["configs"].get(task, {})
+    majority = _majority(config, results.get("samples", {}).get(task, ()))
     if majority is not None and accuracy.get("accuracy") is not None:
         accuracy |= {"majority": majority, "beats_majority": accuracy["accuracy"] > majority}
-    config = results["configs"].get(task, {})
     split = config.get("test_split") or config.get("validation_split")
+    subtasks = results.get("group_subtasks", {}).get(task)
     return {
         **accuracy,
         **({} if main is None else {"stderr": metrics[main]["stderr"], "metric": main}),
         "num_examples": count,
         **({} if split is None else {"split": split}),
         "num_fewshot": results["n-shot"].get(task),
+        **({"subtasks": list(subtasks)} if subtasks else {}),
         "metrics": metrics,
     }
 
@@ -64,10 +67,24 @@ def _accuracy(value: float | None, count: int | None) -> dict[str, Any]:
     return {"accuracy": value, "interval": list(wilson_interval(value, count))}
 
 
-def _majority(samples: Sequence[Mapping[str, Any]]) -> float | None:
-    """The share of questions whose target is the most frequent one; None without samples."""
+def _majority(config: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of questions whose target is the most frequent one.
+
+    None without samples, and where targets are no answers: the right choice has the same place in
+    every question (sciq), or choices differ in their contexts (winogrande).
+    """
+    if isinstance(config.get("doc_to_target"), int) or any(map(_has_contexts, samples)):
+        return None
     targets = {sample["doc_id"]: str(sample["target"]) for sample in samples}
     return max(Counter(targets.values()).values()) / len(targets) if targets else None
+
+
+def _has_contexts(sample: Mapping[str, Any]) -> bool:
+    """Whether the choices of a question have one continuation, each after a context of its own."""
+    asked = sample.get("arguments", ())
+    if not all(len(one) == 2 and isinstance(one[1], str) for one in asked):  # no log-likelihoods
+        return False
+    return len({text for _, text in asked}) == 1 < len({context for context, _ in asked})
 
 
 def _metrics(figures: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -133,6 +150,8 @@ def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
     if all(map(_is_log_likelihood, responses)):
         scores = [response[0] for response in responses]
+        if "acc_mutual_info" in metrics:  # as many again are without the question
+            scores = scores[: len(scores) // 2]
         return {**fields, "chosen": scores.index(max(scores)), "scores": scores}
     return {**fields, "responses": responses}
 

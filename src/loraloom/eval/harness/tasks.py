@@ -54,7 +54,24 @@ def load_tasks(
             files = {} if data is None else find_splits(data, name, alone=len(tasks) == 1)
             spec = _redirect(manager, name, files, Path(scratch)) or name
             loaded += _load(manager, name, spec)
+    _check_together(manager, loaded)
     return loaded
+
+
+def _check_together(manager: TaskManager, loaded: list[Task | Group]) -> None:
+    """Refuse what lm-eval would refuse once the model is there."""
+    try:
+        tasks = manager.load(loaded)["tasks"]
+    except ValueError as error:
+        raise ConfigError(f"--harness must ask each task once; {error}") from None
+    refused = {
+        "UNSAFE_CODE": "run code of the model's",
+        "MULTIMODAL": "are not of text alone",
+    }
+    for mark, reason in refused.items():
+        found = [name for name, task in tasks.items() if getattr(task, mark, False)]
+        if found:
+            raise ConfigError(f"--harness must leave out tasks that {reason}: {', '.join(found)}")
 
 
 def _find_manager(names: Sequence[str], include: Path | None) -> TaskManager:
