@@ -192,7 +192,9 @@ def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
     options = ApiOptions(cors_origins=("http://here",), api_keys=("k",))
     with serving(host, tokenizer, options=options) as (url, _):
         asked = {"Origin": "http://here", "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization, x-stainless-lang"
         allowed = httpx2.options(f"{url}/v1/models", headers=asked)
+        assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "http://here"
 
 
@@ -204,6 +206,16 @@ def test_a_full_queue_answers_when_to_come_back(http, served, monkeypatch):
     response = post(http, CHAT)
     assert error_of(response, 429)["type"] == "rate_limit_error"
     assert response.headers["retry-after"] == "7"
+
+
+def test_more_completions_than_may_ever_wait_are_refused_for_good(host, tokenizer):
+    body = {"model": "lora", "prompt": ["a", "b", "a"], "max_tokens": 1}
+    with serving(host, tokenizer, max_waiting=2) as (url, engine):
+        refused = httpx2.post(f"{url}/v1/completions", json=body)
+        assert "at most 2 completions, got 3" in error_of(refused, 400)["message"]
+        assert engine.is_idle
+        body["prompt"].pop()
+        assert httpx2.post(f"{url}/v1/completions", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -362,11 +362,21 @@ async def ask(
     served = await backend.acquire(model)
     try:
         requests = make_requests(served)
+        _check_number(len(requests), backend.engine.limits.max_waiting)
     except BaseException:
         backend.release(served)
         raise
     on_gone = partial(backend.release, served)
     return Answers(backend, requests, http, on_gone, in_pieces=in_pieces)
+
+
+def _check_number(completions: int, most: int) -> None:
+    """Refuse for good what could be told to come back for ever."""
+    if completions > most:
+        raise ApiError(
+            400,
+            f"a request must ask for at most {most} completions, got {completions}; send several",
+        )
 
 
 async def collect(answers: Answers) -> list[Answer]:
