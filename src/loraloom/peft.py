@@ -23,7 +23,7 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFields, AdapterFiles, checked_fields
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.formats.files import parse_files, render_files
+from loraloom.formats.files import parse_files, read_stored, render_files
 from loraloom.formats.fit import fit_to_base
 from loraloom.models.auxiliary import with_auxiliary_loss
 from loraloom.models.door import Rows
@@ -68,6 +68,7 @@ class LoraloomConfig(PeftConfig):
 
     def __init__(self, adapter: Any = None, seed: int | None = None, **fields: Any):
         self.file_fields: dict[str, Any] = {}
+        self.is_from_file = adapter is None
         if adapter is None:
             self.adapter = parse_files(_files(fields, {}, CONFIG_FILE)).config
             self.file_fields = fields
@@ -80,6 +81,26 @@ class LoraloomConfig(PeftConfig):
         if self.task_type not in (_TASK, None):
             raise ConfigError(f"task_type must be {_TASK}, got {self.task_type!r}")
         self.peft_type = getattr(PeftType, _TYPE)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> LoraloomConfig:
+        """Read an adapter's configuration; of a directory with what its tensors say of patterns.
+
+        Raises:
+            FormatError: If loraloom can't represent it.
+        """
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        if not directory.is_dir():
+            name: Any = str(pretrained_model_name_or_path)
+            of_hub: Any = super().from_pretrained(name, subfolder, **kwargs)
+            return of_hub
+        fields = cls.from_json_file(str(directory / CONFIG_FILE))
+        shared = {name: fields[name] for name in _FIELDS if name in fields}
+        config = cls(read_stored(directory).config, **shared)
+        config.file_fields, config.is_from_file = fields, True
+        return config
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> LoraloomConfig:
@@ -188,7 +209,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
         adapter = self.host.add(name, config.adapter, seed)
         self.loraloom.adapters[name] = adapter
-        if not config.file_fields:
+        if not config.is_from_file:
             config.file_fields = render_files(
                 adapter.config, adapter.tensors(), self.host.base
             ).config
@@ -268,7 +289,8 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         del self.loraloom.adapters[adapter_name]
         del self.peft_config[adapter_name]
         if adapter_name in self.active_adapters:
-            self._activate(list(self.host.adapters)[:1])
+            left = list(self.host.adapters)[:1]
+            self.set_adapter(left) if left else self._activate([])
 
     def unload(self) -> nn.Module:
         """Return the base model as it was before."""
@@ -308,7 +330,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
-        tensors = torch.func.functional_call(_Tensors(adapter), values)
+        tensors = torch.func.functional_call(_Tensors(adapter), values, tie_weights=False)
         return render_files(adapter.config, tensors, self.host.base).tensors
 
     def _load(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -170,6 +170,16 @@ def test_what_is_written_for_axolotl_is_what_axolotl_wrote(base, tmp_path):
     assert read_adapter(tmp_path / "ours", base)[0] == CONFIG
 
 
+def test_a_lora_on_some_of_attention_stays_on_it(base, tmp_path):
+    config = MixLoraConfig(
+        rank=2,
+        num_experts=2,
+        target_modules=("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
+    )
+    attention, _ = config.split_for_sidecar(make_tensors(config, base), base)
+    assert attention.target_modules == ("q_proj", "v_proj")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

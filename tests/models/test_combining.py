@@ -87,6 +87,32 @@ def test_svd_joins_adapters_of_different_ranks():
         host.combine(["x", "y"], WEIGHTS, "linear", name="d")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("combination", ["svd", "linear"])
+def test_a_projection_that_the_smaller_rank_has_alone_is_filled_up(combination):
+    configs = {
+        "x": LoraConfig(rank=2, target_modules=("q_proj",)),
+        "y": LoraConfig(rank=5, target_modules=("v_proj",)),
+    }
+    host = tiny_host(configs=configs)
+    config = host.combine(["x", "y"], WEIGHTS, combination, name="z").config
+    assert config.rank == 5
+    host.combine(["x"], WEIGHTS[:1], combination, name="alone")
+    place = "layers.0.self_attn.q_proj"
+    ours, alone = (
+        adapter.config.scaling * tensors[f"{place}.lora_B"] @ tensors[f"{place}.lora_A"]
+        for adapter in (host.adapters["z"], host.adapters["alone"])
+        for tensors in [adapter.tensors()]
+    )
+    torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_above_a_projections_sizes_is_combined():
+    config = LoraConfig(rank=40, target_modules=("q_proj",))
+    host = tiny_host(configs={"x": config, "y": config})
+    assert host.combine(["x", "y"], WEIGHTS, "svd", name="z").config.rank == 40
+
+
 def test_dare_ties_is_drawn_by_its_seed_and_leaves_torchs_numbers_alone():
     host, _ = in_both()
     state = torch.random.get_rng_state()

@@ -145,18 +145,6 @@ def test_rows_that_come_are_those_of_their_own_session(family, steps):
     assert torch.equal(actual[3:], expected[3:, :4])
 
 
-def test_a_session_keeps_the_weights_that_it_began_with():
-    host, ids = tiny_host(configs={"a": METHODS["mixdora"]}), tiny_ids(2)
-    kept, fresh = (host.prefill(ids, None, ["a", "a"]) for _ in range(2))
-    expected = greedy(host, kept, 3)
-    host.decode(fresh, expected[:, 0])
-    with torch.no_grad():
-        for parameter in host.adapters["a"].parameters():
-            parameter.mul_(3)
-    host.decode(fresh, expected[:, 1])
-    assert torch.equal(fresh.logits, kept.logits)
-
-
 @pytest.mark.parametrize("mask", [[1, 1, 0], [1, 0, 1], [0, 0, 0]])
 def test_prompts_that_are_not_padded_on_the_left_are_refused(mask):
     with pytest.raises(DataError, match=r"padded on the left.*got an attention_mask"):

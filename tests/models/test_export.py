@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import loraloom
@@ -76,6 +77,40 @@ def test_a_merged_model_computes_what_the_adapter_does(tmp_path, family, method)
     assert relative_error(loaded(IDS).logits, logits) < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_a_merged_mixture_of_experts_has_its_checkpoints_names(tmp_path, family):
+    host = host_of(family, {"a": LoraConfig(rank=2, target_modules="attention")})
+    done = exported(host, "a", tmp_path / "out")
+    host.model.save_pretrained(tmp_path / "theirs")
+    index = json.loads((done.path / "model.safetensors.index.json").read_text())
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert index["weight_map"].keys() == theirs.keys()
+    logits = host(IDS, adapters=["a", "a"]).logits
+    assert relative_error(load(done.path)(IDS).logits, logits) < 1e-4
+
+
+@torch.no_grad()
+def test_a_phi3_with_a_long_rope_becomes_a_mixtral(tmp_path):
+    factors = [1.0] * 4
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": factors, "long_factor": [2.0] * 4}
+    host = host_of("phi3", rope_parameters=rope)
+    done = exported(host, "mixlora", tmp_path / "out")
+    logits = host(IDS, adapters=["mixlora"] * 2).logits
+    assert relative_error(load(done.path)(IDS).logits, logits) < 1e-4
+
+
+def test_settings_without_effect_are_exported_as_they_were_published(tmp_path):
+    host = host_of("llama")
+    host.model.generation_config.temperature = 0.7
+    host.model.config.auto_map = {"AutoConfig": "configuration_x.Config"}
+    done = exported(host, "mixlora", tmp_path / "out")
+    written = json.loads((done.path / "generation_config.json").read_text())
+    assert written["temperature"] == 0.7
+    assert "auto_map" not in json.loads((done.path / "config.json").read_text())
+
+
 def test_a_checkpoint_has_what_from_pretrained_and_servers_read(tmp_path):
     host = host_of("llama", tie_word_embeddings=True)
     done = exported(host, "mixlora", tmp_path / "out", dtype="bfloat16")
@@ -113,6 +148,13 @@ def test_sixteen_bits_cost_what_the_export_says(tmp_path):
         ("llama", "mixlora", "merged", {}, "must be without routers to be merged"),
         ("llama", "mixlora", None, {"attention_bias": True}, "can't be a Mixtral.*q_proj.bias"),
         ("llama", "mixlora", None, {"mlp_bias": True}, "can't be a Mixtral.*down_proj.bias"),
+        (
+            "phi3",
+            "mixlora",
+            None,
+            {"partial_rotary_factor": 0.5},
+            "can't be a Mixtral.*heads that are rotated in part",
+        ),
     ],
 )
 def test_what_no_class_computes_is_refused_with_the_reason(

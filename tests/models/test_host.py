@@ -280,6 +280,32 @@ def test_one_text_for_all_rows_is_refused():
         host(tiny_ids(1), adapters="a")
 
 
+def test_a_view_lets_a_removed_adapter_go():
+    host = tiny_host("llama", {"a": METHODS["lora"]})
+    known, view = weakref.ref(host.adapters["a"]), host.as_model("a")
+    view(input_ids=tiny_ids(1))
+    host.remove("a")
+    del view
+    gc.collect()
+    assert known() is None
+    host.detach()
+
+
+def test_after_an_interrupt_inside_a_view_the_base_model_is_itself_again(monkeypatch):
+    host, ids = tiny_host("llama", {"a": METHODS["lora"]}), tiny_ids(1)
+    expected = host(ids).logits
+    view = host.as_model("a")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host.model.lm_head, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            view(input_ids=ids)
+    assert torch.equal(host.model(ids).logits, expected)
+
+
 def test_other_programs_do_not_train_on_a_float16_base():
     host = loraloom.attach(tiny_model("llama", torch.float16))
     host.add("a", METHODS["lora"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraloom.adapters import MixLoraConfig
 from loraloom.models.host import Host
 from tests.tiny import METHODS, padded_mask, parameter_grads, tiny_host, tiny_ids
 
@@ -32,6 +33,21 @@ def test_logits_of_other_rows_are_bit_equal(family, diverged, value, names):
         after = host(ids, mask, names).logits
     assert not after[[row for row in range(7) if row not in others]].isfinite().all()
     assert torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("routing", ["top_p", "switch", "dense"])
+def test_a_diverged_router_of_any_kind_leaves_other_rows_as_they_are(routing):
+    config = MixLoraConfig(rank=2, num_experts=4, routing=routing)
+    host = tiny_host(configs={"mix": config, "lora": METHODS["lora"]})
+    ids, names = tiny_ids(2), ["mix", "lora"]
+    with torch.no_grad():
+        before = host(ids, padded_mask([7, 5]), names).logits
+        diverge(host, "mix", torch.nan)
+        after = host(ids, padded_mask([7, 5]), names).logits
+        alone = host(ids[:1], None, ["mix"]).logits
+    assert after[0].isnan().any()
+    assert alone.isnan().all()
+    assert torch.equal(after[1], before[1])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

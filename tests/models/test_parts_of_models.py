@@ -104,6 +104,12 @@ def test_choices_do_not_share_a_question_in_running_states(two_kinds):
     assert [len(rows) for rows in group_rows(tiny_host(), [pairs])] == [1]
 
 
+def test_choices_do_not_share_a_question_where_positions_are_columns():
+    host, pairs = tiny_host(), [TokenPair([5, 6, 7], [last]) for last in (8, 9)]
+    host.model.config.alibi = True  # Falcon's
+    assert [len(rows) for rows in group_rows(host, [pairs])] == [2]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

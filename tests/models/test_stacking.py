@@ -37,6 +37,21 @@ def host_with_pairs(family: str) -> Host:
     return host
 
 
+def test_the_record_follows_the_rows_when_scales_come_and_go():
+    host, ids = tiny_host(configs={"mix": METHODS["mixlora"]}), tiny_ids(2, 3)
+    whole, half = "mix", ("mix", 0.5)
+    with torch.no_grad(), host.prepared():
+        host(ids, adapters=[whole, half])
+        swapped = host(ids, adapters=[half, whole]).routing["mix"]
+    with torch.no_grad():
+        alone = [
+            host(ids[[r]], adapters=[one]).routing["mix"] for r, one in enumerate((half, whole))
+        ]
+    for layer, record in enumerate(swapped):
+        expected = torch.cat([one[layer].router_logits for one in alone])
+        torch.testing.assert_close(record.router_logits, expected, rtol=0, atol=1e-10)
+
+
 def stacked(host: Host, ids: torch.Tensor, rows) -> HostOutput:
     """Run a small forward on prepared weights."""
     with torch.no_grad(), host.prepared():

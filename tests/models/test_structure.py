@@ -56,6 +56,19 @@ def test_a_model_of_an_unknown_type_is_taken_and_trains_every_weight():
     assert all(weight.grad is not None for weight in adapter.parameters())
 
 
+def test_an_interrupted_trial_leaves_the_model_as_it_was(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = unknown().train()
+    with monkeypatch.context() as patched:
+        patched.setattr("loraloom.models.host.try_adapters", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loraloom.attach(model)
+    assert model.training
+    loraloom.attach(model)
+
+
 def swap_gate_and_up(model: nn.Module) -> None:
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x))

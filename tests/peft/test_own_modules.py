@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -190,6 +190,25 @@ def test_rows_of_a_batch_have_their_own_modules_alone_and_together(choice):
             assert relative_error(decoded, together[:, column]) < 1e-9
         nothing = host(ids, adapters=[("lora", 0.0)] * len(ids)).logits
         assert relative_error(nothing, base) < 1e-9
+
+
+@pytest.mark.parametrize("choice", ["tied", "tokens"])
+def test_modules_that_are_tied_are_saved_by_peft_and_by_a_view(choice, tmp_path):
+    changes, settings = OURS[choice]
+    config = LoraloomConfig(adapter=changed(METHODS["mixlora"], **settings), seed=1)
+    wrapped = move(get_peft_model(model_of(changes), config)).eval()
+    wrapped.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model_of(changes), tmp_path).eval()
+    assert torch.equal(logits(again), logits(wrapped))
+
+    host = loraloom.attach(model_of(changes))
+    host.load("a", tmp_path)
+    view = host.as_model("a")
+    save_file(view.state_dict(), tmp_path / "view.safetensors")
+    kept = {name: tensor.clone() for name, tensor in view.state_dict().items()}
+    move(view.adapter, 3)
+    view.load_state_dict(load_file(tmp_path / "view.safetensors"))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in view.state_dict().items())
 
 
 @pytest.mark.parametrize("choice", OURS)

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from transformers import DynamicCache
 
 import loraloom
 from loraloom import AdapterError, ConfigError, FormatError, MixLoraConfig, ModelError
@@ -172,6 +173,35 @@ def test_a_deleted_adapter_leaves_the_others():
     assert not any(".second." in name for name in wrapped.state_dict())
 
 
+def test_the_adapter_that_becomes_active_by_a_deletion_trains():
+    wrapped = peft_model()
+    wrapped.add_adapter("second", LoraloomConfig(adapter=MIX, seed=1))
+    wrapped.delete_adapter("default")
+    assert wrapped.active_adapters == ["second"]
+    assert any(parameter.requires_grad for parameter in wrapped.parameters())
+
+
+def test_a_configuration_serves_two_base_models(tmp_path):
+    config = LoraloomConfig(adapter=MIX, seed=1)
+    for family in ("llama", "phi"):
+        wrapped = get_peft_model(tiny_model(family, torch.float32), config)
+        wrapped.save_pretrained(tmp_path / family)
+        again = PeftModel.from_pretrained(tiny_model(family, torch.float32), tmp_path / family)
+        assert torch.equal(logits(again.eval()), logits(wrapped.eval()))
+
+
+def test_a_configuration_is_read_with_what_the_tensors_say_of_patterns(tmp_path):
+    theirs = peft.LoraConfig(
+        target_modules=r".*\.(q|v)_proj", r=2, rank_pattern={"model.layers.0.self_attn.q_proj": 3}
+    )
+    model = get_peft_model(tiny_model(dtype=torch.float32), theirs)
+    randomise(model, 3)
+    model.save_pretrained(tmp_path)
+    config = LoraloomConfig.from_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), tmp_path, config=config)
+    assert relative_error(logits(again.eval()), logits(model.eval())) < 1e-5
+
+
 def test_several_adapters_are_saved_and_loaded_each_under_its_name(tmp_path):
     wrapped = peft_model()
     wrapped.add_adapter("second", LoraloomConfig(adapter=ALL_METHODS["mola"], seed=1))
@@ -209,6 +239,25 @@ def test_in_training_the_loss_has_the_auxiliary_loss(checkpointing):
     theirs = parameter_grads(host.adapter("default"))
     ours = parameter_grads(wrapped.base_model.host.adapter("default"))
     assert all(relative_error(ours[name], theirs[name]) < 1e-6 for name in theirs)
+
+
+def test_recomputed_layers_fill_no_cache():
+    wrapped = peft_model()
+    wrapped.activation_checkpointing_enable()
+    mask = torch.ones_like(IDS)
+    mask[0, -2:] = 0
+    labels = IDS.masked_fill(mask == 0, -100)
+    out = wrapped.train()(input_ids=IDS, attention_mask=mask, labels=labels)
+    assert out.past_key_values is None
+    out.loss.backward()
+    kept = peft_model()
+    kept.train()(input_ids=IDS, attention_mask=mask, labels=labels).loss.backward()
+    ours, theirs = (
+        parameter_grads(one.base_model.host.adapter("default")) for one in (wrapped, kept)
+    )
+    assert all(relative_error(ours[name], theirs[name]) < 1e-6 for name in theirs)
+    with pytest.raises(ModelError, match="with gradient checkpointing fills no cache"):
+        wrapped(input_ids=IDS, labels=IDS, past_key_values=DynamicCache())
 
 
 def test_a_micro_batchs_auxiliary_loss_has_its_share_of_the_steps_labels():

@@ -110,6 +110,13 @@ def test_the_entropy_is_1_for_uniform_and_0_for_certain_probabilities(index):
     assert float(near) == pytest.approx(float(values[2]), rel=1e-4)
 
 
+@pytest.mark.parametrize("index", [0.5, 1.0, 1.4])
+def test_the_entropy_of_a_probability_that_underflows_has_a_gradient(index):
+    logits = torch.tensor([[0.0, 200.0, 0.0, 0.0]], requires_grad=True)
+    tsallis_entropy(logits.softmax(-1), index).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_one_expert_has_the_greatest_entropy():
     assert tsallis_entropy(torch.ones(3, 1), 1.1).tolist() == [1, 1, 1]
 

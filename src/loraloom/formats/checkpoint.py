@@ -40,6 +40,13 @@ class LazyTensor:
         """Stand for a tensor that is there."""
         return LazyTensor(tuple(tensor.shape), lambda: tensor)
 
+    def part(self, place: tuple[int | slice, ...]) -> LazyTensor:
+        """Stand for what is at a place of it."""
+        if not place:
+            return self
+        shape = torch.empty(self.shape, device="meta")[place].shape
+        return LazyTensor(tuple(shape), lambda: self.make()[place])
+
 
 def write_shards(
     directory: Path, shards: Iterable[Mapping[str, LazyTensor]], num_shards: int, dtype: torch.dtype

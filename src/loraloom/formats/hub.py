@@ -36,7 +36,7 @@ def _download(hub_id: str) -> Path:
     check_all_read(hub_id, _listed(hub_id))
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[*ADAPTER_FILES, CARD_FILE]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (_HTTP_ERROR, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FormatError(
             f"`{hub_id}` is no directory here, and it can't be got from the Hugging Face Hub "

@@ -22,7 +22,13 @@ from loraloom.formats.checkpoint import LazyTensor
 
 SILENT_SIZE = 16
 """Width of a shared expert that adds nothing; vLLM wants some."""
-_OWN_FIELDS = ("architectures", "model_type", "transformers_version", "quantization_config")
+_OWN_FIELDS = (
+    "architectures",
+    "auto_map",
+    "model_type",
+    "transformers_version",
+    "quantization_config",
+)
 """Fields of a configuration that are not the twin's."""
 
 
@@ -148,6 +154,8 @@ class Twin:
         own = dict(zip(self.fields, (ffn.num_experts, ffn.top_k), strict=True))
         if self.size_field is not None:
             own[self.size_field] = config["intermediate_size"]
+        if self.splits_qkv and not config.get("head_dim"):  # a long rope asks for it
+            own["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         return {**fields, **self.settings, **own}
 
 
@@ -252,6 +260,15 @@ TWINS: dict[str, Twin] = {
     ),
 }
 """From a dense family's `model_type` to the class that computes its mixtures."""
+
+
+STORED: dict[str, Twin] = {
+    "mixtral": _MIXTRAL,
+    "qwen2_moe": TWINS["qwen2"],
+    "qwen3_moe": TWINS["qwen3"],
+    "olmoe": TWINS["qwen3"],
+}
+"""From a mixture-of-experts class's `model_type` to what tells its checkpoint's names."""
 
 
 def twin_of(model_type: str) -> Twin:

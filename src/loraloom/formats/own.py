@@ -77,7 +77,8 @@ def own_fields(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
 
 def _name(path: str, base: BaseInfo) -> str:
     last = path.rpartition(".")[2]
-    return path if sum(other.endswith(last) for other in base.modules) > 1 else last
+    alike = [other for other in base.modules if other.endswith(last)]
+    return last if path in (base.embedding, base.head) and len(alike) == 1 else path
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -47,6 +47,7 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
         num_parameters=stored.base.num_parameters or 0,
         fingerprint=stored.base.fingerprint or "",
         quantization=stored.base.quantization,
+        has_own_names=".language_model" not in (stored.layers_path or ""),
         **_own_modules(stored),
     )
 

@@ -216,13 +216,14 @@ def group_rows(host: Host, groups: Sequence[Sequence[TokenPair]]) -> list[list[T
     """Make each group's rows; continuations share one where attention takes a mask of our own.
 
     transformers leaves such a mask as it is: FlashAttention takes none, a sliding window would be
-    missing from it, and running states take no notice of it.
+    missing from it, and running states and ALiBi take no notice of it.
     """
     rows = [make_rows(pairs, shared=True) for pairs in groups]
     longest = max((len(row.input_ids) for group in rows for row in group), default=0)
     window = host.config.to_dict().get("sliding_window")
     takes_mask = host.config._attn_implementation in ("sdpa", "eager")
     takes_mask = takes_mask and not keeps_running_states(host.config)
+    takes_mask = takes_mask and not getattr(host.config, "alibi", False)  # of columns' distances
     if takes_mask and (window is None or longest <= window):
         return rows
     return [make_rows(pairs, shared=False) for pairs in groups]

@@ -84,7 +84,10 @@ def _read(
     if host is not None:
         adapter = host.load("converted", source, settings)
         host.remove("converted")
-        return adapter.config, adapter.tensors(), host.base
+        config = adapter.config
+        if getattr(config, "layers", None) == tuple(range(host.base.num_layers)):  # a pattern's
+            config = config.model_copy(update={"layers": None})
+        return config, adapter.tensors(), host.base
     stored = read_stored(find_adapter(source), settings)
     base = seen_base(stored)
     config, tensors = fit_to_base(stored, base)

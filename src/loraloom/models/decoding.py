@@ -148,7 +148,7 @@ class Decoding:
         attention_mask: 1 at real tokens, [B, L]; on the CPU.
         logits: Of the token after each row's last one, [B, V].
         cache: Of `make_cache`: keys and values, [B, heads, L, head_dim], in each attention layer.
-        prepared: The adapters' weights, as they were when the session began.
+        prepared: The adapters' weights in compute form; they must not change meanwhile.
     """
 
     adapters: list[RowAdapter]

@@ -40,10 +40,12 @@ class Visit:
     Args:
         context: What it runs in.
         auxiliary_loss: Computes what its adapters add to the objective; None for nothing.
+        prepare: Gives the forward's arguments by name as they are to be.
     """
 
     context: AbstractContextManager[None]
     auxiliary_loss: Callable[[], Tensor | None]
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 Open = Callable[[Tensor, Tensor | None, Rows], Visit | None]
@@ -85,6 +87,12 @@ class Door:
             module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         )
 
+    def close(self) -> None:
+        """End a forward through this door that is interrupted: torch calls no hooks then."""
+        inside = _inside.get()
+        if inside is not None and inside.door is self:
+            _close(inside)
+
     def undo(self) -> None:
         """Take the hooks off."""
         for hook in self._hooks:
@@ -111,9 +119,11 @@ class Door:
         visit = None if rows is None else self._open(*_tokens_and_mask(args, kwargs), rows)
         if visit is None:
             return None
+        theirs = {name: value for name, value in kwargs.items() if name != ASKED_FOR}
+        inputs = visit.prepare(theirs)
         visit.context.__enter__()
         _inside.set(_Inside(self, visit, bool(kwargs.get(ASKED_FOR))))
-        return args, {name: value for name, value in kwargs.items() if name != ASKED_FOR}
+        return args, inputs
 
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

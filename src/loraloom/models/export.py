@@ -132,7 +132,8 @@ def _write(
     """Write a whole model, and return its tensors' bytes and the error of its logits."""
     model.config.dtype = dtype
     model.config.save_pretrained(directory)
-    model.host.model.generation_config.save_pretrained(directory)
+    # `save_pretrained` refuses settings without effect that base models are published with
+    model.host.model.generation_config.to_json_file(directory / "generation_config.json")
     tokenizer.save_pretrained(directory)
     num_bytes = write_shards(directory, model.shards(), model.num_shards, dtype)
     error = _logit_error(model, directory)

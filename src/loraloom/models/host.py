@@ -5,6 +5,7 @@ Axes: B batch, L sequence, N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -240,8 +241,8 @@ class Host(HeadOutputs):
             record: Takes what routers do, by adapter name.
 
         Returns:
-            A session with the logits of each row's next token. It keeps the weights as they are
-            now; its rows may go (`keep`), and those of another session join it (`join`).
+            A session with the logits of each row's next token. Its rows may go (`keep`), and those
+            of another session join it (`join`). Weights must not change while it goes on.
 
         Raises:
             AdapterError: As in calling the host.
@@ -356,7 +357,8 @@ class Host(HeadOutputs):
             rows: Says whose the rows are; None: the base model's.
         """
         door = Door(module, self._visit, rows)
-        self._wiring.on_undo(door.undo)
+        known = weakref.ref(door)  # the module's hooks keep it, and it keeps the adapter
+        self._wiring.on_undo(lambda: (door := known()) and door.undo())
         return door
 
     def as_model(self, name: str | None) -> AdapterModel:
@@ -371,7 +373,7 @@ class Host(HeadOutputs):
         """Leave a model as it was that adapters can't be added to."""
         try:
             try_adapters(self)
-        except ModelError:
+        except BaseException:
             self.detach()
             raise
         self._forwards = 0
@@ -454,7 +456,11 @@ class Host(HeadOutputs):
             training=rows.training,
             record=record if rows.training else None,
         )
-        return Visit(self._run(forward), lambda: self._auxiliary_loss(record, forward.layout))
+        return Visit(
+            self._run(forward),
+            lambda: self._auxiliary_loss(record, forward.layout),
+            self._without_cache if forward.checkpointing else dict,
+        )
 
     def _auxiliary_loss(self, record: Record, layout: Layout) -> Tensor | None:
         """Add up what adapters add to the objective; None for nothing."""
@@ -474,9 +480,16 @@ class Host(HeadOutputs):
                 "dtype, or train with loraloom, which scales losses"
             )
 
+    def _without_cache(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Let a forward that others make keep no cache, as transformers does it."""
+        inputs = {**model_inputs, "use_cache": False}
+        self._check_fills_no_cache(inputs)
+        return inputs
+
     def _check_fills_no_cache(self, model_inputs: Mapping[str, Any]) -> None:
         """Refuse a cache that a recomputed layer would fill a second time."""
-        if model_inputs["use_cache"] or model_inputs.get(self._cache_argument) is not None:
+        caches = (model_inputs.get(name) for name in ("cache", "past_key_values"))
+        if model_inputs["use_cache"] or any(cache is not None for cache in caches):
             raise ModelError(
                 f"a forward with gradient checkpointing fills no cache: leave use_cache and "
                 f"{self._cache_argument} out, or call enable_gradient_checkpointing(False)"

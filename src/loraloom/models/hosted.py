@@ -213,7 +213,10 @@ class HostedAdapters:
         sources = [self.adapter(source) for source in adapters]
         config, tensors = combine(sources, weights, combination, density, seed)
         adapter = self._build(name, config, seed=0)
-        adapter.load_tensors(tensors)
+        shapes = {key: tensor.shape for key, tensor in adapter.tensors().items()}
+        adapter.load_tensors(
+            {key: _padded(tensor, shapes.get(key)) for key, tensor in tensors.items()}
+        )
         return self._register(adapter)
 
     @property
@@ -351,3 +354,14 @@ def _scaled_name(adapter: Any) -> tuple[str, float]:
         "a row's adapter must be a name, (name, scale) with a finite scale, or None, "
         f"got {adapter!r}"
     )
+
+
+def _padded(tensor: Tensor, shape: torch.Size | None) -> Tensor:
+    """Fill a pair of a smaller rank up with zeros, which changes no product."""
+    if shape is None or len(shape) != tensor.dim() or tensor.shape == shape:
+        return tensor
+    if any(size > most for size, most in zip(tensor.shape, shape, strict=True)):
+        return tensor
+    whole = tensor.new_zeros(shape)
+    whole[tuple(map(slice, tensor.shape))] = tensor
+    return whole

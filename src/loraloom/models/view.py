@@ -105,7 +105,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         self.warnings_issued: dict[str, bool] = {}
         self.register_state_dict_post_hook(_leave_base_out)
         self.register_load_state_dict_post_hook(_expect_no_base)
-        host.door(self, self._rows)
+        self._door = host.door(self, self._rows)
         self.eval()
 
     def forward(
@@ -131,14 +131,18 @@ class AdapterModel(TakesCheckpointing, nn.Module):
             The base model's output; in training, `loss` has the auxiliary loss in it, and
             `aux_loss` is that alone.
         """
-        return self.base(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            **model_inputs,
-        )
+        try:
+            return self.base(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                **model_inputs,
+            )
+        except KeyboardInterrupt:
+            self._door.close()
+            raise
 
     def _rows(self) -> Rows:
         return Rows([self.name], training=self.training and torch.is_grad_enabled())
@@ -207,6 +211,11 @@ class AdapterModel(TakesCheckpointing, nn.Module):
 def _leave_base_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}{_BASE}.")]:
         del state[name]
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if tensor.data_ptr() in seen:  # tied, a head and its embedding, which safetensors refuses
+            state[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
 
 
 def _expect_no_base(module: nn.Module, incompatible_keys: Any) -> None:

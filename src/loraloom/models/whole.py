@@ -19,7 +19,7 @@ from loraloom.adapters.low_rank import Projection
 from loraloom.adapters.own import own_parts
 from loraloom.errors import AdapterError
 from loraloom.formats.checkpoint import LazyTensor
-from loraloom.formats.moe import Place, twin_of
+from loraloom.formats.moe import STORED, Place, twin_of
 from loraloom.models.host import Host
 from loraloom.models.merging import check_merges
 from loraloom.models.quantised import quantised_linears
@@ -139,8 +139,10 @@ class MergedModel(WholeModel):
         check_merges(adapter)
         self.config = copy.deepcopy(host.model.config)
         self.config.architectures = [type(host.model).__name__]
-        if hasattr(self.config, "quantization_config"):
-            del self.config.quantization_config
+        for name in ("quantization_config", "auto_map"):
+            if hasattr(self.config, name):
+                delattr(self.config, name)
+        self._stored = STORED.get(host.base.model_type)
         if self.unties_head:
             self.config.tie_word_embeddings = False
 
@@ -152,7 +154,13 @@ class MergedModel(WholeModel):
         """See WholeModel."""
         projections = self.attention(index) | self.ffn(index)
         for name, tensor in whole_tensors(layer).items():
-            yield name, self.merged(projections, name, tensor)
+            whole = self.merged(projections, name, tensor)
+            for stored, place in self.layer_parts(name, torch.Size(whole.shape)).items():
+                yield stored, whole.part(place)
+
+    def layer_parts(self, name: str, shape: torch.Size) -> dict[str, Place]:
+        """See WholeModel."""
+        return {name: ()} if self._stored is None else self._stored.stored_parts(name, shape)
 
 
 class MoeModel(WholeModel):
@@ -213,6 +221,9 @@ class MoeModel(WholeModel):
         }
         odd = sorted([*biased, *(names ^ theirs)])
         kinds = set(getattr(self.host.config, "layer_types", None) or [])
+        rope = getattr(self.host.config, "rope_parameters", None) or {}
+        if self.twin.splits_qkv and rope.get("partial_rotary_factor", 1.0) != 1.0:
+            odd.append("heads that are rotated in part")
         if not self.twin.keeps_layer_types and "sliding_attention" in kinds:
             odd.append("layers with sliding attention")
         if odd:

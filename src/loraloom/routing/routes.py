@@ -158,10 +158,11 @@ def tsallis_entropy(probabilities: Float[Tensor, "T E"], index: float) -> Float[
     num_experts = probabilities.shape[-1]
     if num_experts == 1:
         return torch.ones_like(probabilities[:, 0])
+    # neither p log p nor p^q for q < 1 has a finite slope at 0
+    probabilities = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)
     if index == 1:
-        return -torch.special.xlogy(probabilities, probabilities).sum(-1) / math.log(num_experts)
-    # p^q has no finite slope at 0 for q < 1
-    powers = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).pow(index)
+        return -(probabilities * probabilities.log()).sum(-1) / math.log(num_experts)
+    powers = probabilities.pow(index)
     return (1 - powers.sum(-1)) / (1 - num_experts ** (1 - index))
 
 

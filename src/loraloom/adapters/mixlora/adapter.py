@@ -196,7 +196,7 @@ def _used_slots(selected: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Leave out slots that no token uses, where the device need not be waited for."""
     if weights.device.type != "cpu" or not len(weights):
         return selected, weights
-    used = int((weights.detach() > 0).sum(1).max())
+    used = int((weights.detach() != 0).sum(1).max())  # NaN counts
     return selected[:, :used], weights[:, :used]
 
 

@@ -184,7 +184,9 @@ def split(
     if fault is not None:
         raise AdapterError(f"axolotl's mixtures {fault}")
     shared = {name: getattr(config, name) for name in (*LORA_FIELDS, "init")}
-    attention = LoraConfig(target_modules=base.attention_projections, **shared)
+    paths = target_projections(config.target_modules, base)
+    names = [path.rpartition(".")[2] for path in paths if path.startswith(f"{base.attention}.")]
+    attention = LoraConfig(target_modules=tuple(dict.fromkeys(names)), **shared)
     named = {_sidecar_name(TensorKey.parse(name)): tensor for name, tensor in tensors.items()}
     own = {name: tensor for name, tensor in named.items() if name is not None}
     return attention, SidecarFiles(own, _run_settings(config, attention))
