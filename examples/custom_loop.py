@@ -1,6 +1,6 @@
-"""A training loop of one's own: supervised steps, then policy gradients on sampled answers.
+"""A training loop of one's own: supervised steps, preferences, policy gradients on sampled answers.
 
-Two adapters share one base model, a tiny one with random weights, so this takes seconds and no
+Three adapters share one base model, a tiny one with random weights, so this takes seconds and no
 download. With a model of your own: `host = loraloom.attach(model)` and its tokenizer.
 
     python examples/custom_loop.py

@@ -104,7 +104,7 @@ def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
     if not all((job.eval and job.data.task) or by_loss(job) for job in run.jobs):
         raise SystemExit(
             f"every job of {args.run_file} must learn a task and have it in eval, or learn a "
-            "dataset and have its validation split in validation, without eval"
+            "dataset with splits and have its validation split in validation, without eval"
         )
     return run.model_copy(
         update={"jobs": tuple(job for job in run.jobs if job.name in (args.only or names))}
@@ -112,8 +112,10 @@ def read_run(args: argparse.Namespace) -> loraloom.RunConfig:
 
 
 def by_loss(job: loraloom.JobConfig) -> bool:
-    """Whether a job learns a data set, whose loss is all there is to measure."""
-    return not job.eval and job.data.dataset is not None and job.data.validation is not None
+    """Whether a job learns a data set with splits, whose loss is all there is to measure."""
+    held_out = job.data.validation
+    has_splits = held_out is not None and not Path(held_out.dataset or "").is_file()
+    return not job.eval and job.data.dataset is not None and has_splits
 
 
 def change_setting(settings: Any, change: str) -> None:
@@ -337,7 +339,8 @@ def losses(
     """Measure each adapter's loss on the answers of a split, in nats a token."""
     of_job = job.eval[0] if job.eval else job.data.validation
     source = of_job.model_dump(exclude_unset=True, exclude={"limit"}) | {"split": split}
-    return loraloom.evaluate_loss(*base, source, names, limit=limit, pairs=pairs)
+    length = None if job.eval else job.train.max_length
+    return loraloom.evaluate_loss(*base, source, names, max_length=length, limit=limit, pairs=pairs)
 
 
 def effective_experts(routing: dict[str, Any], names: Sequence[str]) -> list[float] | None:

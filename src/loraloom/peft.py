@@ -23,6 +23,7 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFields, AdapterFiles, checked_fields
 from loraloom.errors import AdapterError, ConfigError
+from loraloom.formats.contents import PICKLE_FILE, WEIGHTS_FILE
 from loraloom.formats.files import parse_files, read_stored, render_files
 from loraloom.formats.fit import fit_to_base
 from loraloom.models.auxiliary import with_auxiliary_loss
@@ -92,13 +93,14 @@ class LoraloomConfig(PeftConfig):
             FormatError: If loraloom can't represent it.
         """
         directory = Path(pretrained_model_name_or_path, subfolder or "")
-        if not directory.is_dir():
+        files = {path.name for path in directory.glob("adapter_*")}
+        if CONFIG_FILE not in files or not files & {WEIGHTS_FILE, PICKLE_FILE}:
             name: Any = str(pretrained_model_name_or_path)
             of_hub: Any = super().from_pretrained(name, subfolder, **kwargs)
             return of_hub
         fields = cls.from_json_file(str(directory / CONFIG_FILE))
         shared = {name: fields[name] for name in _FIELDS if name in fields}
-        config = cls(read_stored(directory).config, **shared)
+        config = cls(read_stored(directory).config, kwargs.get("seed"), **shared)
         config.file_fields, config.is_from_file = fields, True
         return config
 

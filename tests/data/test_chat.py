@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from loraloom.data.chat import encode_conversations
-from loraloom.data.chat_template import load_chat_template
+from loraloom.data.chat_template import TRAINING_DAY, load_chat_template
 from loraloom.data.encoding import DROPPED
 from loraloom.data.examples import NO_LOSS
 from loraloom.data.messages import Conversation, read_conversation, read_messages
@@ -216,14 +216,30 @@ def test_what_a_template_leaves_out_beside_a_call_is_refused(tiny_tokenizer):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     turns = [{"role": "user", "content": "color?"}, call]
     assert encode(tiny_tokenizer, CALLS_ALONE, Row({"messages": turns}, "row"))
+    call["content"] = "\n"
+    assert encode(tiny_tokenizer, CALLS_ALONE, Row({"messages": turns}, "row"))
     call["content"] = "Let me look."
     with pytest.raises(DataError, match="leaves out the content of message 2, beside its tool_c"):
         encode(tiny_tokenizer, CALLS_ALONE, Row({"messages": turns}, "row"))
 
 
 def test_the_day_of_a_template_does_not_change(tiny_tokenizer):
-    template = load_chat_template(tiny_tokenizer, "{{ strftime_now('%d %b %Y') }}{{ messages }}")
-    assert template.render(Conversation([])).startswith("26 Jul 2024")
+    source = "{{ strftime_now('%d %b %Y') }}"
+    today = load_chat_template(tiny_tokenizer, source).render(Conversation([]))
+    assert load_chat_template(tiny_tokenizer, source, TRAINING_DAY).render(Conversation([])) == (
+        "26 Jul 2024"
+    )
+    assert today != "26 Jul 2024"
+
+
+def test_a_template_may_leave_out_what_is_said_beside_an_earlier_call(tiny_tokenizer):
+    template = CALLS_ALONE.replace(
+        "{% if m.tool_calls %}", "{% if m.tool_calls %}{% if loop.last %}{{ m.content }}{% endif %}"
+    )
+    call = {"role": "assistant", "content": "Look.", "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [{"role": "user", "content": "color?"}, call, {"role": "tool", "content": "blue"}]
+    turns += [{"role": "assistant", "content": "blue"}]
+    assert encode(tiny_tokenizer, template, Row({"messages": turns}, "row"))
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

@@ -35,6 +35,8 @@ HOSTILE = {
     "{{ '%1000000000d' % 1 }}": TOO_WIDE,
     "{{ '%*d' % (10**9, 1) }}": TOO_WIDE,
     "{{ '%(n)10000d' | format(n=1) }}": TOO_WIDE,
+    "{{ '%(a(b))200000d' % {'a(b)': 1} }}": TOO_WIDE,
+    "{{ '{a[}]:200000}'.format(a={'}': 1}) }}": TOO_WIDE,
     "{{ '{:1000000000d}'.format(1) }}": TOO_WIDE,
     "{{ '{:{w}d}'.format(1, w=10**9) }}": TOO_WIDE,
     "{{ lipsum(10**9) }}": "'lipsum' is undefined",

@@ -60,8 +60,11 @@ def _asked(job: JobConfig) -> Iterator[str]:
     tasks = [one for one in (*job.eval, *sources) if one.task is not None]
     if tasks:
         yield from _task_options(tasks)
-    elif sources[0].format != "preference" and sources[0].config is None:  # eval can't be told it
-        yield from _data_options(sources[0], has_rows=job.data.validation is not None)
+    elif sources[0].format != "preference":
+        has_rows = job.data.validation is not None
+        if has_rows and sources[0].config is not None:  # eval can't be told it
+            return
+        yield from _data_options(sources[0], has_rows=has_rows)
         if job.train.max_length != TrainConfig.model_fields["max_length"].default:
             yield f"--max-length {job.train.max_length}"
 

@@ -43,12 +43,14 @@ def score_harness(
         results_table,
         summarise,
     )
+    from loraloom.eval.harness.tasks import check_asks_text
     from loraloom.eval.provenance import describe_evaluation
     from loraloom.eval.results import SCHEMA_VERSION
     from loraloom.terminal import make_console, print_tables
 
     with _errors_only():
         loaded = load_tasks(tasks, include, run.data)
+        check_asks_text(loaded)
         host, tokenizer = run.load()
         results = evaluate_adapters(
             host,

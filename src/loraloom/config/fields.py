@@ -59,7 +59,7 @@ def _is_number(annotation: Any) -> bool:
     """Whether a field takes numbers alone, or null."""
     is_union = get_origin(annotation) in (Union, UnionType)
     kinds = {*(get_args(annotation) if is_union else (annotation,))} - {NoneType}
-    return kinds <= {int, float}
+    return bool(kinds) and kinds <= {int, float}
 
 
 def check_device(device: str) -> str:

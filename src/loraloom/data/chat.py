@@ -217,9 +217,10 @@ def _omissions(
         if "tool_calls" in message:
             without = _changed(conversation, place, tool_calls=[])
             yield f"the tool_calls {name}", conversation, without
-            if message["content"]:
-                without = _changed(conversation, place, content=f"{message['content']}?")
-                yield f"the content {name}, beside its tool_calls", conversation, without
+            if message["content"].strip():
+                answer = _until(conversation, place + 1)
+                without = _changed(answer, place, content=f"{message['content']}?")
+                yield f"the content {name}, beside its tool_calls", answer, without
         elif message["role"] not in ("user", "assistant"):
             without = _changed(conversation, place, content=f"{message['content']}?")
             yield f"the content {name}, of role {message['role']!r}", conversation, without

@@ -30,9 +30,9 @@ from loraloom.errors import DataError
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-DAY = date(2024, 7, 26)
-"""What templates take for today, as Llama 3.2's does by default: the same rows are the same tokens
-tomorrow, and so are those that are held out."""
+TRAINING_DAY = date(2024, 7, 26)
+"""What templates take for today in training, as Llama 3.2's does by default: the same rows are the
+same tokens tomorrow, and the same ones are held out."""
 
 TRL = "trl"
 """In place of a template: the one that trl has for training with the tokenizer's."""
@@ -48,12 +48,20 @@ class ChatTemplate:
         source: The template.
         tool_source: What is used in its place for conversations with tools.
         special_tokens: Special tokens by name, `bos_token` and so on.
+        day: What it takes for today; None: what is today.
 
     Raises:
         DataError: If a template is not valid Jinja.
     """
 
-    def __init__(self, source: str, tool_source: str, special_tokens: Mapping[str, Any]):
+    def __init__(
+        self,
+        source: str,
+        tool_source: str,
+        special_tokens: Mapping[str, Any],
+        day: date | None = None,
+    ):
+        self._day = {} if day is None else {"strftime_now": day.strftime}
         self._templates = {False: _compile(source), True: _compile(tool_source)}
         self._special_tokens = special_tokens
         self._sources = {False: source, True: tool_source}
@@ -95,6 +103,7 @@ class ChatTemplate:
     def _fields(self, conversation: Conversation, for_answer: bool) -> dict[str, Any]:
         return {
             **self._special_tokens,
+            **self._day,
             "messages": [_with_thinking(message) for message in conversation.messages],
             "tools": conversation.tools,
             "documents": None,
@@ -103,20 +112,21 @@ class ChatTemplate:
 
 
 def load_chat_template(
-    tokenizer: PreTrainedTokenizerBase, given: str | None = None
+    tokenizer: PreTrainedTokenizerBase, given: str | None = None, day: date | None = None
 ) -> ChatTemplate:
     """The chat template of a tokenizer, or one in its place.
 
     Args:
         tokenizer: Its special tokens are the template's.
         given: A Jinja text, a file with one, or `trl`; None takes the tokenizer's own.
+        day: What it takes for today; None: what is today.
 
     Raises:
         DataError: If there is no template or it can't be used.
     """
     own = given is None
     sources = _own_sources(tokenizer) if own else (given_source(tokenizer, given),) * 2
-    return ChatTemplate(*sources, special_tokens=tokenizer.special_tokens_map)
+    return ChatTemplate(*sources, special_tokens=tokenizer.special_tokens_map, day=day)
 
 
 def replace_chat_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None:
@@ -162,10 +172,9 @@ def _chat_environment() -> BoundedEnvironment:
     environment.filters["tojson"] = counted("tojson", theirs.filters["tojson"])
     environment.globals |= {
         name: theirs.globals[name]
-        for name in ("raise_exception", "dict", "namespace")
+        for name in ("raise_exception", "strftime_now", "dict", "namespace")
         if name in theirs.globals
     }
-    environment.globals["strftime_now"] = DAY.strftime
     return environment
 
 

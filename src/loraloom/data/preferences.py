@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.chat import learn_answers
-from loraloom.data.chat_template import ChatTemplate, load_chat_template
+from loraloom.data.chat_template import TRAINING_DAY, ChatTemplate, load_chat_template
 from loraloom.data.encoding import EncodedRow, LearntTokens, fit_pair, learn_completions
 from loraloom.data.messages import Conversation, read_messages, read_tools
 from loraloom.data.rows import Row
@@ -46,7 +46,8 @@ def encode_preferences(
     names = {role: columns.get(role, role) for role in ("prompt", "chosen", "rejected")}
     if isinstance(first[names["chosen"]], str):
         return encode_text_pairs(tokenizer, [_read_texts(row, names) for row in rows], max_length)
-    start, template = leading_tokens(tokenizer), load_chat_template(tokenizer, chat_template)
+    template = load_chat_template(tokenizer, chat_template, TRAINING_DAY)
+    start = leading_tokens(tokenizer)
     return [
         fit_pair(*_learn_conversations(tokenizer, template, row, names), start, max_length)
         for row in rows

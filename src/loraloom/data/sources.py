@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SourceConfig
 from loraloom.data.chat import encode_conversations
-from loraloom.data.chat_template import given_source, load_chat_template
+from loraloom.data.chat_template import TRAINING_DAY, given_source, load_chat_template
 from loraloom.data.encode_once import encode_once
 from loraloom.data.encoding import EncodedRow, encode_completions, encode_documents
 from loraloom.data.locations import read_rows, stream_rows
@@ -119,9 +119,6 @@ def _encode_data_set(
     def encode(some: Sequence[Row]) -> list[EncodedRow]:
         return encode_rows(config, some, rows[0], tokenizer, max_length)
 
-    for role, column in (config.fields or {}).items():
-        if not any(column in row for row in rows):
-            raise DataError(f"{name}: no row has the field {column!r} that fields has for {role}")
     settings = [config.format, config.fields, _template_text(config, tokenizer), max_length]
     return encode_once(name, rows, encode, tokenizer, settings)
 
@@ -161,7 +158,7 @@ def encode_rows(
     columns = config.fields or {}
     match config.format:
         case "chat":
-            chats = load_chat_template(tokenizer, config.chat_template)
+            chats = load_chat_template(tokenizer, config.chat_template, TRAINING_DAY)
             return encode_conversations(tokenizer, chats, rows, columns, max_length)
         case "text":
             field = columns.get("text", "text")

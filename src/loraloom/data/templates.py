@@ -39,10 +39,11 @@ _GROWING = frozenset(
 """Filters and methods whose result may be as long as the product of what they take."""
 
 _WIDE_FIELDS = {
-    "%": re.compile(r"%(\([^)]*\))?[-+ #\d.]*(\*|\d{5})"),
-    "format": re.compile(r"\{[^{}]*(\{|:[^{}]*\d{5})"),
+    "%": re.compile(r"%(\([^()]*\(|(\([^()]*\))?[-+ #\d.]*(\*|\d{5}))"),
+    "format": re.compile(r"\{[^{}]*(\{|\[[^\]]*[{}]|:[^{}]*\d{5})"),
 }
-"""Widths that are given elsewhere or have five digits, in a text to format, by who formats it."""
+"""Widths that are given elsewhere or have five digits, in a text to format, by who formats it; and
+keys with parentheses or braces, behind which one could hide."""
 
 
 class _Budget:

@@ -134,8 +134,10 @@ class Stacks:
         places = [stack.adapters.index(adapter) for adapter in adapters]
         pairs = zip(adapters, adapters[1:], places, places[1:], strict=False)
         if any(one[0] is next_one[0] and at > then for one, next_one, at, then in pairs):
+            # a record has an adapter's scales in the order of the rows
+            others = [n for n in range(len(stack.adapters)) if n not in places]
             self._on_change()
-            stack.keep(places)  # a record has an adapter's scales in the order of the rows
+            stack.keep([*places, *others])
         entries = _span(stack, adapters)
         if entries.stop - entries.start > 2 * len(adapters):
             self._on_change()

@@ -10,6 +10,7 @@ from lm_eval.tasks import TaskManager
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.harness import load_tasks
 from loraloom.eval.harness import tasks as module
+from loraloom.eval.harness.tasks import check_asks_text
 from tests.eval.harness.toy import ROWS, TASKS
 
 ARC = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
@@ -81,7 +82,7 @@ def test_tasks_can_be_groups_tags_patterns_and_files(tmp_path, toy_tasks, monkey
 def test_tasks_that_lm_eval_would_not_ask_are_refused(toy_tasks, monkeypatch, mark):
     monkeypatch.setattr("lm_eval.api.task.Task." + mark, True, raising=False)
     with pytest.raises(ConfigError, match=r"must leave out tasks that .*: toy_choice"):
-        load_tasks(["toy_choice"], toy_tasks)
+        check_asks_text(load_tasks(["toy_choice"], toy_tasks))
 
 
 @pytest.mark.usefixtures("own_manager")

@@ -64,7 +64,7 @@ def test_a_worker_of_rays_is_killed_and_the_weights_are_those_of_one_process(
         (["--ray", "nowhere"], "--ray must be auto or HOST:PORT of a cluster, got 'nowhere'"),
         (["--ray", "127.0.0.1:{port}"], "--ray must name a Ray cluster that can be reached"),
         (["--ray-workers", "2"], "--ray-workers has no effect without --ray"),
-        (["--ray", "auto", "--watch", "in"], "--watch needs a single process, got --ray too"),
+        (["--ray", "auto", "--watch", "in"], "--watch does not go with --ray, whose workers train"),
         (["--ray", "auto", "--device", "cuda:1"], "device must be one of auto, cpu, cuda, xpu"),
         (["--ray", "auto", "--set", "parallel.base=fsdp"], "parallel.base: fsdp needs torchrun"),
     ],

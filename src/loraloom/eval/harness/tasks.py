@@ -54,16 +54,24 @@ def load_tasks(
             files = {} if data is None else find_splits(data, name, alone=len(tasks) == 1)
             spec = _redirect(manager, name, files, Path(scratch)) or name
             loaded += _load(manager, name, spec)
-    _check_together(manager, loaded)
+    try:
+        manager.load(loaded)
+    except ValueError as error:
+        raise ConfigError(f"--harness must ask each task once; {error}") from None
     return loaded
 
 
-def _check_together(manager: TaskManager, loaded: list[Task | Group]) -> None:
-    """Refuse what lm-eval would refuse once the model is there."""
-    try:
-        tasks = manager.load(loaded)["tasks"]
-    except ValueError as error:
-        raise ConfigError(f"--harness must ask each task once; {error}") from None
+def check_asks_text(loaded: Sequence[Task | Group]) -> None:
+    """Refuse tasks that lm-eval wouldn't ask, before the model is there.
+
+    Raises:
+        ConfigError: If one runs code that the model writes, or is not of text alone.
+    """
+    tasks = {
+        task.task_name: task
+        for one in loaded
+        for task in (one.get_all_tasks() if isinstance(one, Group) else [one])
+    }
     refused = {
         "UNSAFE_CODE": "run code of the model's",
         "MULTIMODAL": "are not of text alone",

@@ -226,7 +226,7 @@ def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: A
     for name, value in {"--watch": watch, "base": base, "between_steps": between_steps}.items():
         if value is not None:
             raise ConfigError(
-                f"{name} needs a single process, got --ray too; leave one of them out"
+                f"{name} does not go with --ray, whose workers train; leave one of them out"
             )
 
 
