@@ -82,6 +82,20 @@ def test_an_adapter_that_is_loaded_again_is_another_one(host, saved):
     assert len(host.adapters) == 2
 
 
+def test_a_name_on_the_host_that_is_anothers_is_passed_over(host, saved):
+    shelf = AdapterShelf(host, "base")
+    for name in ("mix", "mix.2"):
+        shelf.load(name, str(saved / "lora"))
+    shelf.load("mix", str(saved / "mixlora"), replace=True)
+    assert set(host.adapters) == {"own", "mix.2", "mix.3"}
+
+
+def test_a_name_that_does_not_exist_waits_for_no_load(host, saved):
+    shelf = AdapterShelf(host, "base", saved)
+    with shelf._loading, pytest.raises(UnknownModelError):
+        shelf.acquire("nobody")
+
+
 @pytest.mark.parametrize("name", ["../lora", "lora/../lora", "notes", "", ".", "nobody"])
 def test_names_that_lead_elsewhere_do_not_exist(host, saved, name):
     with pytest.raises(UnknownModelError, match="does not exist"):

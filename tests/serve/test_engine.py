@@ -12,7 +12,8 @@ from loraloom.errors import AdapterError, DataError
 from loraloom.models.decoding import Decoding
 from loraloom.serve.engine import Engine
 from loraloom.serve.limits import EngineLimits, OutOfTimeError, QueueFullError, StoppingError
-from tests.serve.asking import TEXTS, alone, answers, finish, request, submit
+from loraloom.serve.sequence import ScoreRequest, Scores
+from tests.serve.asking import TEXTS, Asked, alone, answers, finish, request, submit
 from tests.serve.conftest import NAMES, SIZES
 from tests.tiny import METHODS, tiny_host
 
@@ -193,6 +194,44 @@ def test_an_adapter_that_raises_fails_alone(make_engine, host, tiny_tokenizer, m
             assert str(one.error) == "a fault of this adapter"
         else:
             assert (one.error, one.text) == (None, text)
+
+
+def test_a_row_that_can_not_join_fails_alone_and_lets_its_adapter_go(
+    make_engine, tiny_tokenizer, monkeypatch
+):
+    engine = make_engine()
+    first, second = request(tiny_tokenizer, TEXTS[0], "lora"), request(tiny_tokenizer, TEXTS[1])
+    expected = alone(engine, tiny_tokenizer, [first])
+    real, gone = Decoding.join, []
+
+    def broken(*_):
+        monkeypatch.setattr(Decoding, "join", real)
+        raise RuntimeError("no memory")
+
+    (one,) = submit(engine, first)
+    engine.step()
+    monkeypatch.setattr(Decoding, "join", broken)
+    other = Asked(second)
+    engine.submit(second, other.events.append, lambda: gone.append(1))
+    finish(engine)
+    assert str(other.error) == "no memory"
+    assert gone == [1]
+    assert (one.error, one.text) == (None, expected[0])
+
+
+def test_texts_to_be_scored_end_in_time_and_are_charged(make_engine, tiny_tokenizer):
+    engine = make_engine(max_request_s=0.0)
+    asked = ScoreRequest(tiny_tokenizer("the sky")["input_ids"], "lora", "lora")
+    events, gone = [], []
+    engine.score(asked, events.append, lambda: gone.append(1))
+    finish(engine)
+    assert isinstance(events[0].error, OutOfTimeError)
+    assert gone == [1]
+    engine = make_engine()
+    engine.score(asked, events.append)
+    finish(engine)
+    assert isinstance(events[1], Scores)
+    assert engine._scheduler._used == {"lora": len(asked.tokens)}
 
 
 def test_what_does_not_fit_is_refused(make_engine, tiny_tokenizer):

@@ -3,9 +3,13 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
+from loraloom.data.tokenising import text_of_token
 from loraloom.infer.sampling import before_stop
-from loraloom.serve.text import TextStream
+from loraloom.serve.text import NUM_BEFORE, TextStream
 
 
 def streamed(tokenizer, ids, stop=()):
@@ -52,6 +56,34 @@ def test_what_may_begin_a_stop_text_is_held_back(tiny_tokenizer):
         for text in ("so E", "N!")
     ]
     assert settled == ["so ", "EN!"]
+
+
+def test_a_text_that_goes_on_begins_with_its_space():
+    words = {"<s>": 0, "\u2581Once": 1, "\u2581upon": 2, "\u2581a": 3, "\u2581time": 4, "s": 5}
+    backend = Tokenizer(WordLevel(words, unk_token="<s>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    for before, text in (((), "times"), ([0, 1, 2, 3], " times"), ([0], "times")):
+        stream = TextStream(tokenizer, (), before)
+        assert "".join([*map(stream.push, [4, 5]), stream.finish()]) == text
+    stream = TextStream(tokenizer, (" t",), [1])
+    assert (stream.push(4), stream.stopped) == ("", True)
+    assert text_of_token(tokenizer, 4) == " time"
+
+
+def test_what_stands_before_is_no_part_of_the_text(tiny_tokenizer):
+    draw = random.Random(2)
+    for _ in range(200):
+        ids = tiny_tokenizer("".join(draw.choice("ab é日🦊\n") for _ in range(20)))["input_ids"]
+        cut = draw.randrange(len(ids))
+        before = tiny_tokenizer.decode(ids[:cut])
+        if before.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue
+        stream = TextStream(tiny_tokenizer, (), ids[:cut][-NUM_BEFORE:])
+        text = "".join([*map(stream.push, ids[cut:]), stream.finish()])
+        assert before + text == tiny_tokenizer.decode(ids)
 
 
 def test_special_tokens_are_no_text(tiny_tokenizer):

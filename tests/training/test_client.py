@@ -16,6 +16,8 @@ from loraloom.models.host import Host
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
 from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.job import Job
+from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.loss_scale import LossScale
 from loraloom.training.step.requests import run_requests
 from tests.tiny import METHODS, randomise, relative_error
 from tests.training.step.test_fused import run_window
@@ -105,6 +107,46 @@ def test_calls_between_steps_add_up_and_micro_batches_change_nothing():
     before = grads_of(client)
     client.forward_backward(data)
     assert any(not torch.equal(grad, before[name]) for name, grad in grads_of(client).items())
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_call_that_fails_half_way_leaves_the_gradients_as_they_were(monkeypatch, earlier):
+    client, data = new_client(), toy_examples(4)
+    if earlier:
+        client.forward_backward(data)
+    before, calls = grads_of(client), []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        return forward_backward(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loraloom.training.step.requests.forward_backward", failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            client.forward_backward(data, micro_batch_size=2)
+    assert_same(grads_of(client), before, 1e-12)
+
+
+def test_a_request_takes_the_loss_scale_of_when_it_is_done():
+    client, data = new_client(method="mixlora"), toy_examples(2)
+    client._loss_scale = LossScale()
+    request = client.request(data)
+    grads = []
+    for scale in (2.0, 8.0):
+        client._loss_scale.scale = scale
+        run_requests(client.host, [request], PAD_ID)
+        grads.append(grads_of(client))
+        client.zero_grad()
+    assert_same({name: grad / 4 for name, grad in grads[1].items()}, grads[0])
+
+
+def test_an_optimizer_that_is_refused_leaves_no_adapter():
+    host, wrong = toy_host(), OptimizerConfig(optimizer_args={"foo": 1})
+    with pytest.raises(ConfigError):
+        new_client(host, optimizer=wrong)
+    assert new_client(host).name == "a"
 
 
 def test_a_loss_of_ones_own_gets_its_gradient():

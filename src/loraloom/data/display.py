@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from rich.cells import cell_len, chop_cells
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.data.tokenising import text_of_token
 from loraloom.errors import plain
-
-_WORD_START = "\u2581"
-"""What SentencePiece writes for a space."""
 
 
 def token_lines(
@@ -41,10 +39,7 @@ def token_lines(
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """What stands for a token in a text, with escapes in place of what can't be seen."""
-    text, raw = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
-    if raw.startswith(_WORD_START) and not text.startswith(" "):
-        text = f" {text}"
-    return plain(text.replace("\n", "\\n"))
+    return plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
 
 
 def _lines(text: str, marks: str) -> Iterator[str]:

@@ -27,6 +27,9 @@ from loraloom.data.training_set import examples_digest, number_row
 from loraloom.errors import DataError
 from loraloom.ranks import Ranks
 
+MAX_BLOCKS = 4
+"""That are kept: jobs with the same data may stand in several."""
+
 
 @dataclass(frozen=True)
 class SourcePlace:
@@ -138,11 +141,11 @@ class StreamedSet:
         return examples_digest(self.block(position).examples)
 
     def block(self, position: StreamPosition) -> Block:
-        """Read the block of a position; the last two are kept."""
-        if position.block not in self._blocks:
-            block = self._read_block(position)
-            self._blocks = {**dict(list(self._blocks.items())[-1:]), position.block: block}
-        return self._blocks[position.block]
+        """Read the block of a position; those that were used last are kept."""
+        block = self._blocks.pop(position.block, None) or self._read_block(position)
+        latest = list(self._blocks.items())[1 - MAX_BLOCKS :]
+        self._blocks = {**dict(latest), position.block: block}
+        return block
 
     def take(
         self, position: StreamPosition, number: int

@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.errors import DataError
 
+_WORD_START = "\u2581"
+"""What SentencePiece writes in front of a token that begins a word."""
+
 
 class TokenPair(NamedTuple):
     """The tokens of a context and of what follows it."""
@@ -106,6 +109,12 @@ def start_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     bos = tokenizer.bos_token_id
     return bos if isinstance(bos, int) else eos_token(tokenizer)
+
+
+def text_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token alone, with the space that SentencePiece's decoders leave out."""
+    text, name = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
+    return f" {text}" if name.startswith(_WORD_START) and not text.startswith(" ") else text
 
 
 def move_trailing_space(context: str, continuation: str) -> tuple[str, str]:

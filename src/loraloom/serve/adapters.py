@@ -98,18 +98,18 @@ class AdapterShelf:
             AllInUseError: If no other one can go for it.
             FormatError, AdapterError: If its files can't be used.
         """
-        adapter = self._take(name)
+        adapter = self.take(name)
         if adapter is not None:
             return adapter
+        if name not in self._in_directory():  # before waiting for others to be loaded
+            raise UnknownModelError(f"the model {shown(name)} does not exist")
         with self._loading:
-            adapter = self._take(name)  # somebody else loaded it meanwhile
+            adapter = self.take(name)  # somebody else loaded it meanwhile
             if adapter is None:
-                if name not in self._in_directory():
-                    raise UnknownModelError(f"the model {shown(name)} does not exist")
                 self._make_place()
                 assert self._directory is not None
                 self._load(name, str(self._directory / name), is_lazy=True)
-                adapter = self._take(name)
+                adapter = self.take(name)
         assert adapter is not None
         return adapter
 
@@ -155,7 +155,8 @@ class AdapterShelf:
             raise UnknownModelError(f"no adapter {shown(name)} is loaded")
         self._let_go(adapter)
 
-    def _take(self, name: str) -> ServedAdapter | None:
+    def take(self, name: str) -> ServedAdapter | None:
+        """Begin to use an adapter that is loaded; None if it isn't."""
         with self._lock:
             adapter = self._served.pop(name, None)
             if adapter is not None:
@@ -167,8 +168,9 @@ class AdapterShelf:
         files = _files_of(source)
         adapter = self._take_back(source, files)
         if adapter is None:
-            taken = name in self._host.adapters
-            host_name = f"{name[:90]}.{next(self._versions)}" if taken else name
+            host_name = name
+            while host_name in self._host.adapters:
+                host_name = f"{name[:90]}.{next(self._versions)}"
             run_apart(partial(self._host.load, host_name, source))
             adapter = ServedAdapter(name, host_name, source, files)
         with self._lock:

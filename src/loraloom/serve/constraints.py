@@ -59,6 +59,10 @@ class JsonConstraint:
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
+    def copy(self) -> JsonConstraint:
+        """Return one that is where this one is, without compiling the schema again."""
+        return JsonConstraint(self._matcher.deep_copy())
+
     def allowed(self, num_tokens: int) -> Tensor:
         """Return which tokens may come next, [V] of booleans on the CPU."""
         biases = bytearray(self._matcher.compute_logit_bias())

@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -282,23 +282,37 @@ class Engine:
         if row.is_cancelled:
             self._end(row, "cancelled")
             return True
-        if time.monotonic() - row.arrived_s <= self.limits.max_request_s:
-            return False
-        self._fail(
-            row, OutOfTimeError(f"a request must end in {self.limits.max_request_s:g} seconds")
-        )
-        return True
+        if self._is_late(row):
+            self._fail(row, self._too_late())
+            return True
+        return False
 
     def _score(self) -> None:
         """Score some of the texts that wait, as many as fit into a forward."""
         room, batch = tokens_per_batch(self.host), []
+        if self._served:  # whose next tokens wait meanwhile
+            room = min(room, self.limits.prefill_tokens)
         with self._lock:
+            over = [score for score in self._scores if score.is_cancelled or self._is_late(score)]
+            for score in over:
+                self._scores.remove(score)
             while self._scores and (not batch or len(self._scores[0].request.tokens) <= room):
                 batch.append(self._scores.popleft())
                 room -= len(batch[-1].request.tokens)
-        score_texts(self.host, [score for score in batch if not score.is_cancelled])
-        for score in batch:
+            for score in batch:
+                self._scheduler.charge(score.request.owner, len(score.request.tokens))
+        for score in over:
+            if not score.is_cancelled:
+                score.sink(Failure(self._too_late()))
+        score_texts(self.host, batch)
+        for score in (*over, *batch):
             score.on_gone()
+
+    def _is_late(self, row: Row | Score) -> bool:
+        return time.monotonic() - row.arrived_s > self.limits.max_request_s
+
+    def _too_late(self) -> OutOfTimeError:
+        return OutOfTimeError(f"a request must end in {self.limits.max_request_s:g} seconds")
 
     def _admit(self) -> None:
         with self._lock:
@@ -312,11 +326,7 @@ class Engine:
         served = {row.request.adapter for row in self._served}
         self._prepared_for |= served
         if len(self._prepared_for) > max(MAX_PREPARED, len(served)):
-            self._prepared_for = served
-            self._prepared = PreparedWeights()
-            for session in (self._session, *(reading.session for reading in self._reading)):
-                if session is not None:
-                    session.prepared = self._prepared
+            self._prepare_anew(served)
 
     def _read(self) -> None:
         """Read pieces of prompts, the oldest first; rows that are read join the others."""
@@ -332,7 +342,12 @@ class Engine:
                 continue
             if reading.num_read == reading.row.length:
                 self._reading.pop(0)
-                self._join(reading)
+                try:
+                    self._join(reading)
+                except Exception as error:  # sessions may be joined in some layers alone
+                    log_failure("a row could not join the others", error)
+                    self._fail(reading.row, error)
+                    self._put_back(self._take_apart())
 
     def _read_piece(self, reading: _Reading, max_tokens: int) -> int:
         """Read some tokens of a row; return how many."""
@@ -461,16 +476,32 @@ class Engine:
 
         Rows of one adapter that failed without others have failed for good.
         """
-        rows, self._rows, self._session = self._rows, [], None
-        self._prepared = PreparedWeights()
+        rows = self._take_apart()
         if len({row.request.adapter_name for row in rows}) == 1:
             for row in rows:
                 self._fail(row, error)
             return
         with self._lock:
             self._scheduler.suspect(rows)
+        self._put_back(rows)
+
+    def _take_apart(self) -> list[Row]:
+        """End the session of the rows that are continued, with the weights that were prepared."""
+        rows, self._rows, self._session = self._rows, [], None
+        self._prepare_anew(set())
+        return rows
+
+    def _put_back(self, rows: Sequence[Row]) -> None:
+        with self._lock:
             for row in sorted(rows, key=lambda row: -row.arrival):
                 self._scheduler.put_back(row)
+
+    def _prepare_anew(self, served: set[RowAdapter]) -> None:
+        self._prepared_for = served
+        self._prepared = PreparedWeights()
+        for session in (self._session, *(reading.session for reading in self._reading)):
+            if session is not None:
+                session.prepared = self._prepared
 
     def _keep(self, places: list[int]) -> None:
         """Let all rows but these go; the last ones take the places that become free."""
@@ -505,8 +536,12 @@ class Engine:
         """Keep the states of a row's whole blocks for prompts that begin alike."""
         if keeps_running_states(self.host.config):  # of which no token has a part
             return
-        if self._salts.of(row.request.adapter) == row.salt:  # else weights have changed
+        if self._salts.of(row.request.adapter) != row.salt:  # weights have changed
+            return
+        try:
             self._prefixes.remember(session, place, row.salt, tokens)
+        except Exception as error:  # of memory, say; the row does without it
+            log_failure("a prompt could not be kept", error)
 
     def _fit_prefixes(self) -> None:
         """Let remembered prompts go where rows need their memory."""

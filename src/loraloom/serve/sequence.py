@@ -19,7 +19,7 @@ from loraloom.infer.sampling import SamplingConfig, TokenChooser
 from loraloom.infer.scoring import TokenScores
 from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
-from loraloom.serve.text import TextStream
+from loraloom.serve.text import NUM_BEFORE, TextStream
 
 FinishReason = Literal["stop", "length"]
 """An end token or a stop text came, or there is no room for more tokens."""
@@ -56,6 +56,7 @@ class GenerationRequest:
         ignore_end: End tokens end nothing.
         constraint: What tokens may follow; it belongs to this request alone.
         tells_routing: Tell which experts read each token.
+        continues: The text goes on where the prompt's ends, with the space between them.
     """
 
     prompt_ids: Sequence[int]
@@ -70,6 +71,7 @@ class GenerationRequest:
     ignore_end: bool = False
     constraint: Constraint | None = None
     tells_routing: bool = False
+    continues: bool = False
 
     @property
     def adapter_name(self) -> str | None:
@@ -175,6 +177,7 @@ class Score:
         self.request = request
         self.sink = sink
         self.on_gone = on_gone
+        self.arrived_s = time.monotonic()
         self.is_cancelled = False
 
     def tell(self, scores: TokenScores) -> None:
@@ -230,7 +233,8 @@ class Row:
         """What told the adapter's weights from others when its prompt was read."""
         self.num_cached = 0
         """Tokens of the prompt that needed no computation."""
-        self._text = TextStream(tokenizer, request.sampling.stop)
+        before = request.prompt_ids[-NUM_BEFORE:] if request.continues else ()
+        self._text = TextStream(tokenizer, request.sampling.stop, before)
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
         self._chooser = TokenChooser(request.sampling, [request.place], device)
         self._counts: Counter[int] = Counter()

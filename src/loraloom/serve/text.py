@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
+NUM_BEFORE = 4
+"""Tokens of a prompt that tell how its completion's text begins."""
+
 
 class TextStream:
     """The text of one completion.
@@ -17,22 +20,29 @@ class TextStream:
     Args:
         tokenizer: The base model's.
         stop: Texts at whose first appearance the text ends; none is empty.
+        before: Tokens in front, which are not in the text. Without them SentencePiece's decoders
+            leave out a space that it begins with.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        before: Sequence[int] = (),
+    ):
         self.stopped = False
         """Whether a stop text came."""
         self._tokenizer = tokenizer
         self._stop = stop
         self._hidden = _with_special_tokens(tokenizer, stop)
         self._hidden_window = max((len(text.encode()) for text in self._hidden), default=0)
-        self._ids: list[int] = []
+        self._ids, self._num_before = [*before], len(before)
         self._pending = ""
         # Tokens before `_known` are in the text. Some in front of them are decoded again with what
         # follows, as spaces and characters of several bytes depend on their neighbours.
         self._start = 0
-        self._known = 0
-        self._known_text = ""
+        self._known = len(before)
+        self._known_text = self._decode().rstrip(_INCOMPLETE) if before else ""
 
     def push(self, token: int) -> str:
         """Add a token, and return the text that is settled by it."""
@@ -58,7 +68,8 @@ class TextStream:
     def _ends_hidden(self) -> bool:
         """Whether a stop text came that has special tokens, which the text leaves out."""
         # a token has a byte at least
-        tail = str(self._tokenizer.decode(self._ids[-self._hidden_window :]))
+        own = self._ids[self._num_before :]
+        tail = str(self._tokenizer.decode(own[-self._hidden_window :]))
         return any(text in tail for text in self._hidden)
 
     def _settle(self, fresh: str, *, is_last: bool) -> str:

@@ -121,7 +121,11 @@ class TrainingClient:
         self.adapter = host.add(name, adapter, seed)
         self.parameters = dict(self.adapter.named_parameters())
         self._optimizer_config = optimizer or OptimizerConfig()
-        self._optimizer = build_optimizer(self._optimizer_config, self.adapter)
+        try:
+            self._optimizer = build_optimizer(self._optimizer_config, self.adapter)
+        except BaseException:
+            host.remove(name)
+            raise
         self._loss_scale = make_loss_scale(host)
         self.references: dict[str | None, Reference] = {}
         self._forwards = 0
@@ -360,7 +364,6 @@ class TrainingClient:
             drop_reference(self.host, reference, others)
         self.references.clear()
 
-    @property
     def _loss_factor(self) -> float:
         return 1.0 if self._loss_scale is None else self._loss_scale.scale
 

@@ -326,6 +326,17 @@ def test_a_scale_behind_the_name_scales_the_adapter(client, host, tokenizer):
             chat(client, model)
 
 
+def test_what_the_client_adds_to_an_answer_may_be_sent_back(client):
+    called = {"name": "paint", "arguments": "{}", "parsed_arguments": {"a": 1}}
+    call = {"id": "1", "type": "function", "index": 0, "function": called}
+    answer = {"role": "assistant", "content": "one", "parsed": {"b": 2}, "tool_calls": [call]}
+    messages = [MESSAGES[0], answer, {"role": "tool", "tool_call_id": "1", "content": "x"}]
+    texts = [chat(client, messages=messages).choices[0].message.content]
+    del answer["parsed"], call["index"], called["parsed_arguments"]
+    texts.append(chat(client, messages=messages).choices[0].message.content)
+    assert texts[0] == texts[1]
+
+
 def test_null_is_as_if_a_field_were_not_there(client):
     unset = dict.fromkeys(("temperature", "top_p", "n", "presence_penalty", "logprobs", "stream"))
     left_out, given = chat(client, seed=1, extra_body=unset), chat(client, seed=1, temperature=1)

@@ -47,6 +47,13 @@ def test_what_is_no_call_stays_text(text):
     assert parse_calls(text, NAMES) == (text, [])
 
 
+def test_half_a_character_in_arguments_is_escaped():
+    (call,) = parse_calls(CALL.replace("blé", "\\ud83d"), NAMES).calls
+    assert call.arguments == '{"color": "\\ud83d"}'
+    text = '{"name": "paint", "arguments": "\\ud83d"}'
+    assert parse_calls(text, NAMES) == (text, [])
+
+
 @pytest.mark.parametrize("size", [1, 3, 50])
 @pytest.mark.parametrize("text", [*WRITTEN, *TEXTS], ids=lambda text: text[:20])
 def test_streams_say_what_whole_answers_do(text, size):

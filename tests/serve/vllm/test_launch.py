@@ -49,6 +49,13 @@ def test_options_are_said_in_vllms_words():
     assert settings == {"LORALOOM_MAX_TOP_K": "3", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
+def test_the_environments_top_k_stands_if_it_is_larger(monkeypatch):
+    monkeypatch.setenv("LORALOOM_MAX_TOP_K", "4")
+    words, settings = vllm_command(options(), [FoldedAdapter({}, 8, 2)])
+    assert settings["LORALOOM_MAX_TOP_K"] == "4"
+    assert words[words.index("--max-lora-rank") + 1] == "16"
+
+
 def test_a_directory_of_adapters_goes_by_the_environment(tmp_path):
     changes = {"adapters": {}, "adapter_dir": tmp_path, "allow_loading": True}
     words, settings = vllm_command(options(**changes), [])
@@ -64,6 +71,7 @@ def test_a_directory_of_adapters_goes_by_the_environment(tmp_path):
         ("0.31.0", {}, "knows vLLM 0.32, got 0.31.0"),
         ("0.32.0", {"port": 0}, "--port must be a number of at least 1"),
         ("0.32.0", {"adapter_dir": Path()}, "--adapter-dir needs --allow-loading"),
+        ("0.32.0", {"api_keys": ("-x",)}, "a key must not begin with '-'"),
     ],
 )
 def test_what_can_not_be_done_is_refused(monkeypatch, found, changes, message):

@@ -71,6 +71,14 @@ def test_a_job_may_be_measured_before_its_first_step(tmp_path, eval_on_start):
     assert measured_steps(tmp_path / "a") == ([0, 2] if eval_on_start else [2])
 
 
+def test_a_job_that_joins_is_measured_before_its_first_step_too(tmp_path):
+    config = with_validation("b", max_steps=2, eval_on_start=True)
+    engine = toy_engine(tmp_path, [toy_config("a", max_steps=3)])
+    joining = [add_job(engine.host, config, held_out_set())]
+    engine.run(lambda engine: joining and engine.add(joining.pop()))
+    assert measured_steps(tmp_path / "b") == [0, 2]
+
+
 def test_a_run_that_goes_on_is_not_measured_at_its_start_again(tmp_path):
     config, sets = with_validation(max_steps=2, eval_on_start=True), {"a": held_out_set()}
     engine = toy_engine(tmp_path, [config], sets)

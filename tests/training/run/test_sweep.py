@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from loraloom.config.run import RunConfig
 from loraloom.config.sweep import SweepStoppingConfig
 from loraloom.errors import ConfigError
+from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.run import train
@@ -214,6 +215,37 @@ def test_a_sweep_goes_on_without_its_journal(inputs, halved, tmp_path):
     assert not [text for text in shown.messages if text.startswith(("error", "warning"))]
     (final,) = shown.concluded
     assert sorted(one.steps for one in final.standings) == [2, 2, 2, 4, 4, 9]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameters": {"train.learning_rate": RATES[:-1]}}, "sweep.parameters"),
+        ({"metric": "eval/loss_of_another"}, "sweep.metric was 'eval/loss'"),
+    ],
+)
+def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path, monkeypatch, change, message):
+    directory = shutil.copytree(halved, tmp_path / "copy")
+    run = sweep_run(inputs, directory)
+    changed = run.model_copy(update={"sweep": run.sweep.model_copy(update=change)})
+    with pytest.raises(ConfigError, match=message):
+        train(changed, resume=True)
+
+
+def test_a_job_that_can_not_be_built_is_a_trial_that_failed(inputs, tmp_path, monkeypatch):
+    built, real = [], JobBuilder.build
+
+    def failing(self, config, *rest, **more):
+        built.append(config.name)
+        if len(built) == 3:
+            raise torch.linalg.LinAlgError("no singular values")
+        return real(self, config, *rest, **more)
+
+    monkeypatch.setattr(JobBuilder, "build", failing)
+    shown = Shown()
+    results = train(sweep_run(inputs, tmp_path, max_concurrent=2), progress=shown)
+    assert len(results) == len(RATES) - 1
+    assert [text for text in shown.messages if "no singular values" in text]
 
 
 def test_a_finished_sweep_is_resumed_to_the_same_table(inputs, halved):

@@ -161,12 +161,12 @@ def _add_models(app: FastAPI, backend: Backend) -> None:
 
 def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     @app.get("/health", response_class=PlainTextResponse)
-    def health() -> str:
+    async def health() -> str:  # needs no thread: those may all be busy
         """Say that the process lives."""
         return "ok"
 
     @app.get("/ready", response_class=PlainTextResponse)
-    def ready() -> str:
+    async def ready() -> str:
         """Say whether requests are taken."""
         if engine.is_stopping:
             raise ApiError(503, "the server is stopping", code="stopping")

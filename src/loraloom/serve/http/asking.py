@@ -21,6 +21,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.data.tokenising import text_of_token
 from loraloom.errors import DataError, LoraloomError, shown
 from loraloom.infer.generate import end_tokens
 from loraloom.infer.sampling import parse_sampling
@@ -107,7 +108,8 @@ class Backend:
             return ServedModel(model, None, None)
         name, colon, text = model.partition(":")
         scale = _scale(text) if colon else None
-        adapter = await run_in_threadpool(self.shelf.acquire, name)
+        # one that is loaded waits for no thread: those may all wait for a slow load
+        adapter = self.shelf.take(name) or await run_in_threadpool(self.shelf.acquire, name)
         row_adapter = adapter.host_name if scale is None else (adapter.host_name, scale)
         return ServedModel(name, row_adapter, adapter)
 
@@ -136,6 +138,8 @@ class Backend:
         max_new_tokens: int | None,
         num_logprobs: int | None,
         make_constraint: Callable[[], Constraint] | None = None,
+        *,
+        continues: bool = False,
     ) -> list[GenerationRequest]:
         """Make the engine's requests for the completions of a prompt."""
         room = self.room(prompt_ids)
@@ -162,13 +166,20 @@ class Backend:
                 body.ignore_eos,
                 None if make_constraint is None else make_constraint(),
                 body.routing,
+                continues,
             )
             for place in range(body.n)
         ]
 
     def token_text(self, token: int) -> str:
         """The text of a token alone."""
-        return str(self.tokenizer.decode([token]))
+        if token not in self._token_texts:
+            self._token_texts[token] = text_of_token(self.tokenizer, token)
+        return self._token_texts[token]
+
+    @cached_property
+    def _token_texts(self) -> dict[int, str]:
+        return {}
 
     def _logit_bias(self, body: SamplingBody) -> dict[int, float]:
         largest = self.engine.host.config.vocab_size - 1

@@ -113,9 +113,7 @@ def _constraint(backend: Backend, body: ChatBody) -> Callable[[], Constraint] | 
     schema = _schema(body)
     if schema is None:
         return None
-    constraints = backend.constraints
-    constraints.of_schema(schema)
-    return lambda: constraints.of_schema(schema)
+    return backend.constraints.of_schema(schema).copy
 
 
 def _schema(body: ChatBody) -> dict[str, Any] | None:

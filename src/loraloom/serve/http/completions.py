@@ -56,7 +56,7 @@ async def complete_texts(backend: Backend, body: CompletionBody, http: Request) 
         id=new_id("cmpl"),
         created=now(),
         model=body.model,
-        choices=_choices(backend, body, prompts, whole),
+        choices=await run_in_threadpool(_choices, backend, body, prompts, whole),
         usage=usage(num_prompt, sum(answer.num_tokens for answer in whole)),
     )
     return Response(completion.model_dump_json(), media_type="application/json")
@@ -85,7 +85,9 @@ def _requests(
     """The completions of a prompt and, behind them, its own log-probabilities if wanted."""
     requests: list[GenerationRequest | ScoreRequest] = []
     if body.max_tokens != 0:
-        requests += backend.requests(body, model, prompt_ids, body.max_tokens, body.logprobs)
+        requests += backend.requests(
+            body, model, prompt_ids, body.max_tokens, body.logprobs, continues=True
+        )
     if body.echo and body.logprobs is not None:
         requests.append(ScoreRequest(prompt_ids, model.adapter, model.owner, body.logprobs))
     return requests

@@ -85,6 +85,8 @@ class FunctionCall(StrictModel):
 
     name: _Name
     arguments: str = ""
+    parsed_arguments: Any = Field(default=None, exclude=True)
+    """What OpenAI's client adds to a call that it has read."""
 
 
 class ToolCall(StrictModel):
@@ -93,6 +95,8 @@ class ToolCall(StrictModel):
     id: str = ""
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = Field(default=None, exclude=True)
+    """What OpenAI's client keeps of a stream."""
 
 
 class TextPart(StrictModel):
@@ -115,6 +119,8 @@ class ChatMessage(StrictModel):
     annotations: list[Any] | None = Field(None, max_length=0)
     audio: None = None
     function_call: None = None
+    parsed: Any = Field(default=None, exclude=True)
+    """What OpenAI's client adds to an answer that it has read."""
 
     def as_turn(self) -> dict[str, Any]:
         """The turn as chat templates read it."""

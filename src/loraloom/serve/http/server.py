@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import socket
 from types import FrameType
 
@@ -21,15 +23,35 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, engine: Engine):
         super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, ws="none", lifespan="on")
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                ws="none",
+                lifespan="on",
+                # a client that reads no more must not keep the process
+                timeout_graceful_shutdown=math.ceil(engine.limits.max_request_s),
+            )
         )
         self._engine = engine
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop."""
         if self._engine.is_stopping:
             self.should_exit = self.force_exit = True
+            if self._loop is not None:  # from Python 3.12 on uvicorn waits for connections
+                self._loop.call_soon_threadsafe(self._abort)
         self._engine.stop()
+
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # pyright: ignore[reportOptionalMemberAccess]
 
     async def on_tick(self, counter: int) -> bool:
         """Say whether it is time to end."""

@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+from loraloom.infer.prompts import is_unicode
 from loraloom.serve.http.objects import FunctionCall, Tool
 
 _OPENING = "<tool_call>"
@@ -143,7 +144,10 @@ def _call(value: Any, names: Collection[str]) -> FunctionCall | None:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # JSON within JSON
-        return FunctionCall(name=value["name"], arguments=arguments)
+        has_text = is_unicode(arguments)
+        return FunctionCall(name=value["name"], arguments=arguments) if has_text else None
     if not isinstance(arguments, dict):
         return None
-    return FunctionCall(name=value["name"], arguments=json.dumps(arguments, ensure_ascii=False))
+    text = json.dumps(arguments, ensure_ascii=False)
+    text = text if is_unicode(text) else json.dumps(arguments)  # half a surrogate pair
+    return FunctionCall(name=value["name"], arguments=text)

@@ -16,8 +16,8 @@ from transformers import AutoConfig
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.errors import ConfigError, LoraloomError, ModelError
 from loraloom.serve.vllm import KNOWN_VERSIONS, is_known, vllm_version
-from loraloom.serve.vllm.folding import FoldedAdapter, Folder
-from loraloom.serve.vllm.settings import ADAPTER_DIR, MAX_TOP_K, fitting_rank
+from loraloom.serve.vllm.folding import PIECES, FoldedAdapter, Folder
+from loraloom.serve.vllm.settings import ADAPTER_DIR, MAX_TOP_K, fitting_rank, max_top_k
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def vllm_command(
         options: Of `loraloom serve`.
         folded: All adapters that are known now.
     """
-    rank = fitting_rank(max((adapter.rank for adapter in folded), default=1))
+    top_k = max([max_top_k(), *(one.top_k for one in folded if one.top_k is not None)])
+    rank = fitting_rank(max([PIECES * top_k, *(adapter.rank for adapter in folded)]))
     slots = len(options.adapters) + options.max_adapters * (options.adapter_dir is not None)
     # one more: on a CPU, vLLM 0.32 lets the base model's rows beside others read the last slot
     slots = max(2, slots + 1)
@@ -87,7 +88,7 @@ def vllm_command(
         words += ["--api-key", *options.api_keys]
     if options.cors_origins:
         words += ["--allowed-origins", json.dumps(list(options.cors_origins))]
-    settings = {MAX_TOP_K: str(max([2, *(one.top_k for one in folded if one.top_k is not None)]))}
+    settings = {MAX_TOP_K: str(top_k)}
     if options.allow_loading:
         settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if options.adapter_dir is not None:
@@ -108,6 +109,8 @@ def _check_version() -> None:
 
 
 def _check_options(options: VllmOptions) -> None:
+    if any(key.startswith("-") for key in options.api_keys):
+        raise ConfigError("a key must not begin with '-' with --engine vllm; make another one")
     if options.port == 0:
         raise ConfigError("--port must be a number of at least 1 with --engine vllm, got 0")
     if options.adapter_dir is not None and not options.allow_loading:

@@ -146,6 +146,7 @@ class Engine:
                 has_jobs = self.settle(*between_steps)
                 if (is_ending := self._must_end()) or not has_jobs:
                     break
+                self._evaluate_due()  # of jobs that have just joined
                 self.step()
             if is_ending:
                 self._save_for_later()

@@ -40,6 +40,8 @@ class Evaluation:
             DataError: If they are missing or can't be used.
         """
         for config in job.eval:
+            if config in self.questions:  # those of a run stay, whatever becomes of the files
+                continue
             self.questions[config] = load_question_set(
                 config.task, config.scoring, config.split, config.path, config.limit
             ).questions

@@ -7,17 +7,19 @@ out has its micro-batch halved, example by whole example, down to one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch.nn import Parameter
 
 from loraloom.errors import TrainingError
 from loraloom.infer.halving import free_memory
 from loraloom.models.host import Host
 from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.gradient_sum import completed_weights, sum_gradients
+from loraloom.training.step.gradient_sum import (
+    completed_weights,
+    gradients_set_aside,
+    sum_gradients,
+)
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.rows import lay_out
 
@@ -70,7 +72,8 @@ class RoundRunner:
             fault: Exception | None = None
             try:
                 batches = [micro_batch for _, micro_batch in group]
-                with _gradients_set_aside(batches, completed_weights(ranks, batches)):
+                adapters = [batch.adapter for batch in batches]
+                with gradients_set_aside(adapters, completed_weights(ranks, batches)):
                     outcome = forward_backward(self._host, batches, self._pad_id)
             except torch.OutOfMemoryError:
                 outcome = None
@@ -110,35 +113,6 @@ class RoundRunner:
 
     def _is_too_large(self, group: Group) -> bool:
         return self.max_tokens is not None and _count_tokens(group) > self.max_tokens
-
-
-@contextmanager
-def _gradients_set_aside(
-    micro_batches: Sequence[MicroBatch], completed: Sequence[Sequence[Parameter]]
-) -> Iterator[None]:
-    """Add what a backward pass gives to the gradients that are there, but only if it ends.
-
-    It may fail half-way, so it gets empty gradients; the others come back in any case.
-
-    Args:
-        micro_batches: Of the pass.
-        completed: Weights whose gradients it adds up over ranks, earlier ones too, in new tensors.
-    """
-    weights = [weight for batch in micro_batches for weight in batch.adapter.parameters()]
-    before = {weight: weight.grad for weight in weights}
-    apart = before.keys() - {weight for own in completed for weight in own}
-    for weight in apart:
-        weight.grad = None
-    try:
-        yield
-    except BaseException:
-        for weight, gradient in before.items():
-            weight.grad = gradient
-        raise
-    for weight in apart:
-        gradient = before[weight]
-        if gradient is not None:
-            weight.grad = gradient if weight.grad is None else gradient.add_(weight.grad)
 
 
 def _halves(group: Group) -> list[Group]:

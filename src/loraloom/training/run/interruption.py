@@ -49,12 +49,19 @@ class Interruption:
         raise SystemExit(128 + self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and _comes_twice(number):
+            return
         self._number = number
         if self.requested:
             self.end()
         self.requested = True
         with suppress(RuntimeError):  # the signal came in the midst of a write to the terminal
             self._on_request()
+
+
+def _comes_twice(number: int) -> bool:
+    """Whether a closed terminal may send it a second time, from the kernel and from the shell."""
+    return number == getattr(signal, "SIGHUP", None)
 
 
 def _is_ignored_hangup(number: signal.Signals) -> bool:

@@ -292,6 +292,11 @@ def _build_jobs(
     kept, faults = {}, []
     for name, record in snapshot.jobs.items():
         if name not in in_file and not record.joined_later:
+            if record.result is None:
+                faults.append(
+                    f"warning: job {name} is no longer in the run file and is left out; put it "
+                    "back to go on with it, before its snapshots are replaced"
+                )
             continue
         if name not in first and record.result is None:
             try:

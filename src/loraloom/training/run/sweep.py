@@ -6,6 +6,7 @@ A run that goes on from a snapshot forgets what the journal got after it, and de
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,12 +28,15 @@ from loraloom.config.sweep import SweepStoppingConfig, TpeSearch, parameter_valu
 from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.eval.sweep_plot import plot_sweep
+from loraloom.training.run.checkpoint import describe_changes
 from loraloom.training.run.job import JobView
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.ranking import RUNNING, Ranking, Standing, ranking_csv
 from loraloom.training.run.results import JobResult
 from loraloom.training.run.selection import metric_mode
+
+_log = logging.getLogger(__name__)
 
 _ROUND = "round"
 _TPE_TRIES = 20
@@ -194,11 +198,20 @@ class Sweep(Generic[AnyJob]):
             )
             self._longest = self._study.user_attrs.get("longest_job", self._longest)
             self._study.set_user_attr("longest_job", self._longest)
+            now = self._sweep.model_dump(mode="json", include={"metric", "parameters"})
+            begun = self._study.user_attrs.get("sweep", now)
+            self._study.set_user_attr("sweep", begun)
         except Exception as error:  # Optuna raises whatever comes of an entry that was edited
             raise ConfigError(
                 f"{journal} can't be used: {type(error).__name__}: {error}; if it is damaged, "
                 "delete it: what it decided is decided again"
             ) from error
+        changes = describe_changes(begun, now, "sweep")
+        if changes:
+            raise ConfigError(
+                f"--resume needs the sweep that the run began with, these differ: "
+                f"{'; '.join(changes)}; set them back, or give --overwrite to begin again"
+            )
         self._study.pruner = _pruner(self._stopping, self._longest)
 
     def between_steps(self, engine: Trainer[AnyJob]) -> None:
@@ -358,7 +371,9 @@ class Sweep(Generic[AnyJob]):
             job = self._build(self._run.trial(trial.number, trial.params).job)
             self.set_rungs(job)
             engine.add(job, overwrite=True)
-        except (LoraloomError, OSError) as error:
+        except Exception as error:  # of memory, or of a library that makes initial weights
+            if not isinstance(error, LoraloomError | OSError):
+                _log.error("%s can't be built", name, exc_info=error)
             self._study.tell(trial.number, state=TrialState.FAIL)
             self._progress.message(f"error: sweep: {name} can't train: {error}")
             return False

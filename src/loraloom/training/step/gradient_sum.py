@@ -8,8 +8,8 @@ ranks send the same buckets in the same order, also one whose backward pass fail
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from operator import itemgetter
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from loraloom.adapters.adapter import Adapter
 from loraloom.ranks import Ranks
 from loraloom.training.step.micro_batch import MicroBatch
 
@@ -118,3 +119,31 @@ def _last_layers_first(weights: Sequence[Sequence[Parameter]]) -> list[Parameter
     """Join the weights of adapters, each in reverse order, so that like layers are together."""
     places = [(place / len(own), weight) for own in weights for place, weight in enumerate(own)]
     return [weight for _, weight in sorted(places, key=itemgetter(0), reverse=True)]
+
+
+@contextmanager
+def gradients_set_aside(
+    adapters: Sequence[Adapter], completed: Sequence[Sequence[Parameter]] = ()
+) -> Iterator[None]:
+    """Add what backward passes give to the gradients that are there, but only if they end.
+
+    They may fail half-way, so they get empty gradients; the others come back in any case.
+
+    Args:
+        adapters: Of the passes.
+        completed: Weights whose gradients they add up over ranks, earlier ones too, in new tensors.
+    """
+    before = {weight: weight.grad for adapter in adapters for weight in adapter.parameters()}
+    apart = before.keys() - {weight for own in completed for weight in own}
+    for weight in apart:
+        weight.grad = None
+    try:
+        yield
+    except BaseException:
+        for weight, gradient in before.items():
+            weight.grad = gradient
+        raise
+    for weight in apart:
+        gradient = before[weight]
+        if gradient is not None:
+            weight.grad = gradient if weight.grad is None else gradient.add_(weight.grad)

@@ -19,6 +19,7 @@ from loraloom.data.examples import Example, TrainingExample
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.host import Host
 from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.gradient_sum import gradients_set_aside
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import Objective, ObjectiveTerms, ScoredSamples
 from loraloom.training.step.reference import Reference
@@ -58,7 +59,7 @@ class Request:
         sample_key: Makes the key of a row's dropout from its place.
         reference: What the objective compares with, if it does.
         micro_batch_size: Examples that go through the model at once; None for all.
-        loss_scale: Factor of the gradients.
+        loss_scale: Tells the factor of the gradients when they are computed.
     """
 
     adapter: Adapter
@@ -67,7 +68,7 @@ class Request:
     sample_key: Callable[[int], int]
     reference: Reference | None = None
     micro_batch_size: int | None = None
-    loss_scale: float = 1.0
+    loss_scale: Callable[[], float] = lambda: 1.0
 
 
 @final
@@ -120,6 +121,7 @@ def run_requests(
 
     Raises:
         ConfigError: If data is empty, or two requests are of one adapter.
+        Exception: Whatever a forward or backward raises: gradients are as they were before.
         TrainingError: If losses are not finite: the gradients of the adapters that it names are
             dropped, and those of the others are there.
     """
@@ -132,11 +134,12 @@ def run_requests(
     recorders = [_Recorder(request.objective) for request in requests]
     queues = [_micro_batches(*pair) for pair in zip(requests, recorders, strict=True)]
     totals = [MicroBatchLoss(0.0) for _ in requests]
-    for one_round in zip_longest(*queues):
-        places = [place for place, batch in enumerate(one_round) if batch is not None]
-        losses = forward_backward(host, [one_round[place] for place in places], pad_id)
-        for place, loss in zip(places, losses, strict=True):
-            totals[place] += loss
+    with gradients_set_aside([request.adapter for request in requests]):
+        for one_round in zip_longest(*queues):
+            places = [place for place, batch in enumerate(one_round) if batch is not None]
+            losses = forward_backward(host, [one_round[place] for place in places], pad_id)
+            for place, loss in zip(places, losses, strict=True):
+                totals[place] += loss
     _check_finite(requests, totals)
     return [
         ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, recorder.log_probs)
@@ -168,7 +171,7 @@ def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
                 window,
                 recorder,
                 request.reference,
-                loss_scale=request.loss_scale,
+                loss_scale=request.loss_scale(),
             )
         )
     return micro_batches
