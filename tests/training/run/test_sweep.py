@@ -220,7 +220,7 @@ def test_a_sweep_goes_on_without_its_journal(inputs, halved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parameters": {"train.learning_rate": RATES[:-1]}}, "sweep.parameters"),
+        ({"parameters": {"train.learning_rate": tuple(RATES[:-1])}}, "sweep.parameters"),
         ({"metric": "eval/loss_of_another"}, "sweep.metric was 'eval/loss'"),
     ],
 )
