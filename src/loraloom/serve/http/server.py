@@ -22,6 +22,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, engine: Engine):
+        longest = engine.limits.max_request_s
         super().__init__(
             uvicorn.Config(
                 app,
@@ -30,7 +31,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 # a client that reads no more must not keep the process
-                timeout_graceful_shutdown=math.ceil(engine.limits.max_request_s),
+                timeout_graceful_shutdown=math.ceil(longest) if math.isfinite(longest) else None,
             )
         )
         self._engine = engine
