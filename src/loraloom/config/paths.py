@@ -42,4 +42,6 @@ def local_path(text: str | Path, name: str, error: type[LoraloomError] = ConfigE
         path.exists()
     except PermissionError:
         raise error(f"{name} {path}: no permission to look into its directory") from None
+    except OSError:  # of the device: who reads it says so, or tries again
+        pass
     return path
