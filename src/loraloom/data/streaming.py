@@ -256,11 +256,9 @@ class _Source:
         return encode_rows(self.config, rows, self._first, tokenizer, max_length)
 
     def _read_on(self, number: int) -> list[Row]:
-        """Read so many rows, or those that are left; after an error the place is nowhere."""
-        place, self._place = self._place, None
-        rows = list(islice(self._rows, number))
-        self._place = place
-        return rows
+        """Read so many rows, or those that are left; where it ends or fails is no known place."""
+        self._place = None
+        return list(islice(self._rows, number))
 
     def _rewind(self, place: SourcePlace) -> None:
         self._rows = self._stream.rows(place.state)
