@@ -44,6 +44,8 @@ class FfnCase:
     num_experts: int
     norms: dict[str, Tensor]
     rounds_rows: bool = False
+    is_switch: bool = False
+    """A token's only slot has a weight below one."""
 
     @property
     def adapted(self) -> list[str]:
@@ -55,8 +57,9 @@ class FfnCase:
 
     @property
     def routing_weights(self) -> Tensor:
-        """g: positive, summing to one over slots; at padding all of it on the first slot."""
-        weights = self.leaves["slot_logits"].softmax(-1)
+        """g: positive, summing to one over slots, or below; at padding all on the first slot."""
+        logits = self.leaves["slot_logits"]
+        weights = logits.sigmoid() if self.is_switch else logits.softmax(-1)
         first = torch.zeros_like(weights)
         first[:, 0] = 1
         return torch.where(self.selected[:, :1] >= 0, weights, first)
@@ -77,6 +80,7 @@ def make_case(
     padding: Sequence[int] = (),
     decomposed: bool = False,
     rounds_rows: bool = False,
+    is_switch: bool = False,
     features: int = F,
     rank: int = R,
 ) -> FfnCase:
@@ -109,6 +113,7 @@ def make_case(
         num_experts=num_experts,
         norms={name: values.detach() for name, values in norms.items()},
         rounds_rows=rounds_rows,
+        is_switch=is_switch,
     )
 
 

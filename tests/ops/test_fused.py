@@ -65,6 +65,14 @@ def test_output_and_gradients_are_those_of_a_dense_loop(shape, decomposed, dropo
     )
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_single_slot_may_have_a_weight_below_one(shape, decomposed):
+    case = make_case(shape, top_k=1, is_switch=True, decomposed=decomposed)
+    case.bias["down"].zero_()  # the FFN block sees to it that the output has it once
+    assert_same(case)
+
+
 @pytest.mark.parametrize("targets", [["gate"], ["up"], ["down"], ["up", "down"]])
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_projections_without_experts_keep_their_base_output(targets, decomposed):

@@ -107,8 +107,8 @@ class _FusedHidden(torch.autograd.Function):
             gate, up, low_rank, experts, routing_weights,
             gate_B, gate_c, gate_bias, up_B, up_c, up_bias, keep,
         )  # fmt: skip
-        adds_up = experts is not None and len(experts) > 1 and not block.apart
-        with_slots = down_A is not None and (adds_up or keep is not None)
+        # A weighted sum can't be taken apart again, not even that of one slot.
+        with_slots = down_A is not None and (routing_weights is not None or keep is not None)
         hidden, slots = expert_hidden(*tensors, *block.settings, with_slots)
         own, down_rank = None, gate.new_empty(0)
         if down_A is not None:
