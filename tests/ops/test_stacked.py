@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from loraloom.ops.stacked import StackedFfn, StackedStep, stack_expert_ffn, stack_low_rank_ffn
+from loraloom.ops.stacked import StackedFfn, stack_expert_ffn, stack_low_rank_ffn
 from loraloom.routing.routes import TopK
 from tests.ops.ffn_case import SHAPES, FfnCase, bend, compute_form, dense_loop, make_case
 from tests.ops.test_expert_ffn import PARTS
@@ -43,7 +43,8 @@ class Recorder:
         self.selected = selected
 
 
-def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], StackedStep, list[Recorder]]:
+def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], Tensor, list[Recorder]]:
+    """Outputs, the rows that the base's output projection sees, and what routers chose."""
     base, bias = cases[0].base, cases[0].bias
     x = torch.stack([case.leaves["x"] for case in cases])
     project = lambda name: x @ base[name].T + bias[name]  # noqa: E731
@@ -52,10 +53,11 @@ def run(cases: list[FfnCase], *, routed: bool) -> tuple[list[Tensor], StackedSte
     else:
         gate, up = project("gate"), project("up") if cases[0].shape == "gated" else None
     recorders = [Recorder() for _ in cases]
-    step = stack(cases, routed=routed).step(x, gate, up, silu, recorders.__getitem__)
-    hidden = bend(step.hidden) if cases[0].rounds_rows else step.hidden
-    output = step.finish(hidden @ base["down"].T + bias["down"])
-    return list(output.view(*x.shape[:2], output.shape[-1])), step, recorders
+    weights = stack(cases, routed=routed)
+    rows, finish = weights.step(x, gate, up, silu, recorders.__getitem__)
+    hidden = bend(rows) if cases[0].rounds_rows else rows
+    output = finish(hidden @ base["down"].T + bias["down"])
+    return list(output.view(*x.shape[:2], output.shape[-1])), rows, recorders
 
 
 def follow_router(cases: list[FfnCase]) -> list[FfnCase]:
@@ -109,8 +111,8 @@ def test_plain_adapters_are_one_expert_of_weight_one(shape, decomposed):
 def test_a_base_that_rounds_rows_sees_slots_apart(shape, targets, decomposed):
     options = {"targets": targets, "decomposed": decomposed, "rounds_rows": True}
     cases = follow_router(cases_of_two_adapters(shape, **options))
-    outputs, step, _ = run(cases, routed=True)
-    assert len(step.hidden) == 2 * 2 * 5
+    outputs, rows, _ = run(cases, routed=True)
+    assert len(rows) == 2 * 2 * 5
     for output, case in zip(outputs, cases, strict=True):
         torch.testing.assert_close(output, dense_loop(case), rtol=1e-10, atol=1e-10)
 
@@ -126,8 +128,8 @@ def test_one_adapter_alone_and_no_tokens():
 def test_the_base_sees_each_token_once_whatever_top_k_is():
     with torch.no_grad():
         for top_k in (1, 3):
-            _, step, _ = run(cases_of_two_adapters("gated", top_k=top_k), routed=True)
-            assert len(step.hidden) == 2 * 5
+            _, rows, _ = run(cases_of_two_adapters("gated", top_k=top_k), routed=True)
+            assert len(rows) == 2 * 5
 
 
 def _router(case: FfnCase) -> Tensor:

@@ -102,14 +102,14 @@ class StackedForward:
                 )
                 for cohort, *inputs in zip(cohorts, *parts, strict=False)
             ]
-        hidden = [step.hidden for step in steps]
+        hidden = [rows for rows, _ in steps]
         if len(sizes) > len(cohorts):
             _, gate, up = (own[-1] for own in parts)
             hidden.append(act(gate) if up is None else act(gate) * up)
         output = down(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
         base_outputs = _split(output, [len(part) for part in hidden])
         with outside_autocast(gate):
-            outputs = [step.finish(part) for step, part in zip(steps, base_outputs, strict=False)]
+            outputs = [finish(part) for (_, finish), part in zip(steps, base_outputs, strict=False)]
         outputs += base_outputs[len(steps) :]
         is_in_place = all(map(operator.is_, outputs, base_outputs))
         rows = output if is_in_place else torch.cat(outputs)
@@ -153,7 +153,7 @@ def _updated(
     row_scale = stack.row_scales.get(name)
     if row_scale is None:
         return output.add_(update)
-    factors = row_scale.unsqueeze(1).expand(-1, cohort.width, -1)
+    factors = row_scale.expand(-1, cohort.width, -1)
     factors = cohort.scatter(factors, blank=1.0)
     bias: Any = linear.bias
     return decompose(output, update, factors, None if bias is None else bias.to(output.dtype))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,12 @@ _Change = Callable[..., Any]
 """From what lies entry by entry in stacks, [N, ...] or tuples, to the same of a new stack."""
 
 
+@dataclass(frozen=True)
 class Entries(ABC):
     """Weights that lie adapter by adapter, of which some can be taken and others put behind."""
+
+    by_entry: ClassVar[tuple[str, ...]]
+    """Fields with something of each adapter; the others are the same for all."""
 
     def take(self, entries: slice | Sequence[int]) -> Any:
         """Return the stack of some adapters; of those in a slice it is a view."""
@@ -48,9 +52,22 @@ class Entries(ABC):
             other,
         )
 
-    @abstractmethod
     def _changed(self, change: _Change, *others: Any) -> Any:
         """Change what lies entry by entry, together with the same of other stacks."""
+        parts = {name: [vars(one)[name] for one in (self, *others)] for name in self.by_entry}
+        return replace(self, **{name: _changed(change, values) for name, values in parts.items()})
+
+
+def _changed(change: _Change, values: Sequence[Any]) -> Any:
+    """Change a field of stacks of like adapters: all have it, or none has."""
+    first, *others = values
+    if first is None:
+        return None
+    if isinstance(first, Entries):
+        return first._changed(change, *others)
+    if isinstance(first, Mapping):
+        return {name: change(*(value[name] for value in values)) for name in first}
+    return change(*values)
 
 
 def _taken(values: Any, entries: slice | Sequence[int]) -> Any:
@@ -67,7 +84,7 @@ class StackedInput(Entries):
         A: Down-projections side by side, [N, I, P].
         B: Scaled up-projections, block-diagonal over the projections, [N, P, O].
         columns: Each projection's columns of the update, by name.
-        row_scales: DoRA's factors c by name, [N, o] float32; empty without DoRA.
+        row_scales: DoRA's factors c by name, [N, 1, o] float32; empty without DoRA.
         sources: The adapters' own weights, where something lies between A and B. That runs entry by
             entry.
     """
@@ -78,18 +95,7 @@ class StackedInput(Entries):
     row_scales: Mapping[str, Tensor]
     sources: Sequence[InputGroup] = ()
 
-    def _changed(self, change: _Change, *others: StackedInput) -> StackedInput:
-        stacks = (self, *others)
-        return replace(
-            self,
-            A=change(*(stack.A for stack in stacks)),
-            B=change(*(stack.B for stack in stacks)),
-            row_scales={
-                name: change(*(stack.row_scales[name] for stack in stacks))
-                for name in self.row_scales
-            },
-            sources=change(*(stack.sources for stack in stacks)),
-        )
+    by_entry = ("A", "B", "row_scales", "sources")
 
     def update(self, hidden_states: Tensor, tokens: TokensOf) -> Tensor:
         """Compute every projection's update side by side, [N, n, ΣO].
@@ -114,7 +120,7 @@ class StackedSide(Entries):
     Args:
         columns: Its columns of the input product.
         B: Scaled up-projections, [N, S, F].
-        row_scale: DoRA's factors, [N·E, F] float32; None without DoRA.
+        row_scale: DoRA's factors, [N, E, F] float32; None without DoRA.
         bias: The base's bias, which DoRA leaves unscaled.
         between: What each adapter does between A and B; empty where none does anything.
     """
@@ -125,37 +131,13 @@ class StackedSide(Entries):
     bias: Tensor | None
     between: Sequence[Between] = ()
 
-    def _changed(self, change: _Change, *others: StackedSide) -> StackedSide:
-        stacks = (self, *others)
-        row_scale = None
-        if self.row_scale is not None:
-            row_scale = change(*(stack._row_scale_by_entry for stack in stacks)).flatten(0, 1)
-        return replace(
-            self,
-            B=change(*(stack.B for stack in stacks)),
-            row_scale=row_scale,
-            between=change(*(stack.between for stack in stacks)),
-        )
-
-    @property
-    def _row_scale_by_entry(self) -> Tensor:
-        """[N, E, F]."""
-        assert self.row_scale is not None
-        return self.row_scale.unflatten(0, (len(self.B), -1))
+    by_entry = ("B", "row_scale", "between")
 
 
-class StackedStep(ABC):
-    """One pass of an FFN block, to both sides of the base's output projection."""
+Finish = Callable[[Tensor], Tensor]
+"""From the base's output projection of a block's hidden states to the block's output, [N·n, D].
 
-    hidden: Tensor
-    """Rows for the base's output projection: [N·n, F], or [N·n·K, F] where slots stay apart."""
-
-    @abstractmethod
-    def finish(self, output: Tensor) -> Tensor:
-        """Go from the base's output projection of `hidden` to the block's output, [N·n, D].
-
-        Where nothing else is asked of it, the output is changed in place and returned.
-        """
+Where nothing else is asked of it, the output is changed in place and returned."""
 
 
 @dataclass(frozen=True)
@@ -176,16 +158,7 @@ class StackedFfn(Entries):
     down_A: Tensor | None
     down: StackedSide | None
 
-    def _changed(self, change: _Change, *others: Any) -> Any:
-        stacks = (self, *others)
-        return replace(
-            self,
-            input_A=_changed_matrix(change, [stack.input_A for stack in stacks]),
-            gate=_changed_side(change, [stack.gate for stack in stacks]),
-            up=_changed_side(change, [stack.up for stack in stacks]),
-            down_A=_changed_matrix(change, [stack.down_A for stack in stacks]),
-            down=_changed_side(change, [stack.down for stack in stacks]),
-        )
+    by_entry = ("input_A", "gate", "up", "down_A", "down")
 
     @abstractmethod
     def step(
@@ -195,7 +168,7 @@ class StackedFfn(Entries):
         up: Tensor | None,
         act: Activation,
         tokens: TokensOf,
-    ) -> StackedStep:
+    ) -> tuple[Tensor, Finish]:
         """Begin a pass.
 
         Args:
@@ -204,6 +177,10 @@ class StackedFfn(Entries):
             up: Base output of up, [N, n, F], or None.
             act: The base's activation.
             tokens: Describes an adapter's rows, and takes the record of its routers.
+
+        Returns:
+            Rows for the base's output projection, [N·n, F], or [N·n·K, F] where slots stay apart;
+            and what is to be done with its output.
         """
 
 
@@ -217,39 +194,31 @@ class StackedLowRankFfn(StackedFfn):
         up: Tensor | None,
         act: Activation,
         tokens: TokensOf,
-    ) -> StackedStep:
+    ) -> tuple[Tensor, Finish]:
         """See StackedFfn."""
-        return _LowRankStep(self, hidden_states.to(gate.dtype), gate, up, act, tokens)
-
-
-class _LowRankStep(StackedStep):
-    def __init__(self, weights, hidden_states, gate, up, act, tokens: TokensOf):
-        self._down: StackedSide | None = weights.down
-        low_rank = None
-        if weights.input_A is not None:
-            low_rank = torch.bmm(hidden_states, weights.input_A)
-        gate_rank = _rank_input(weights.gate, low_rank, hidden_states, tokens)
-        states = act(_adapted(gate, gate_rank, weights.gate))
+        hidden_states = hidden_states.to(gate.dtype)
+        low_rank = None if self.input_A is None else torch.bmm(hidden_states, self.input_A)
+        gate_rank = _rank_input(self.gate, low_rank, hidden_states, tokens)
+        states = act(_adapted(gate, gate_rank, self.gate))
         if up is not None:
             up_rank = gate_rank
-            if not are_halves(weights.gate, weights.up):
-                up_rank = _rank_input(weights.up, low_rank, hidden_states, tokens)
-            states = states * _adapted(up, up_rank, weights.up)
-        self.hidden = states.flatten(0, 1)
-        self._rank_input: Tensor | None = None
-        if self._down is not None:
-            down_rank = torch.bmm(states, weights.down_A)
-            self._rank_input = _rank_input(self._down, down_rank, states, tokens)
+            if not are_halves(self.gate, self.up):
+                up_rank = _rank_input(self.up, low_rank, hidden_states, tokens)
+            states = states * _adapted(up, up_rank, self.up)
+        down = self.down
+        down_rank = None if self.down_A is None else torch.bmm(states, self.down_A)
+        rank_input = _rank_input(down, down_rank, states, tokens)
 
-    def finish(self, output: Tensor) -> Tensor:
-        down, rank_input = self._down, self._rank_input
-        if down is None or rank_input is None:
-            return output
-        if down.row_scale is None:
-            return _add_update_(output, rank_input, down.B)
-        update = torch.bmm(rank_input, down.B)
-        rows = output.view_as(update)
-        return decompose(rows, update, down.row_scale.unsqueeze(1), down.bias).flatten(0, 1)
+        def finish(output: Tensor) -> Tensor:
+            if down is None or rank_input is None:
+                return output
+            if down.row_scale is None:
+                return _add_update_(output, rank_input, down.B)
+            update = torch.bmm(rank_input, down.B)
+            rows = output.view_as(update)
+            return decompose(rows, update, down.row_scale, down.bias).flatten(0, 1)
+
+        return states.flatten(0, 1), finish
 
 
 def _rank_input(
@@ -279,12 +248,12 @@ def _adapted(output: Tensor, rank_input: Tensor | None, side: StackedSide | None
     update = torch.bmm(rank_input, side.B)
     if side.row_scale is None:
         return update.add_(output)
-    return decompose(output, update, side.row_scale.unsqueeze(1), side.bias)
+    return decompose(output, update, side.row_scale, side.bias)
 
 
 @dataclass(frozen=True)
 class StackedExpertFfn(StackedFfn):
-    """Weights of mixtures whose router chooses experts of a whole block; factors are [N·E, O].
+    """Weights of mixtures whose router chooses experts of a whole block.
 
     Args:
         router: [N, D, E] float32.
@@ -301,15 +270,12 @@ class StackedExpertFfn(StackedFfn):
     apart: bool
     unweighted_bias: Tensor | None = None
 
+    by_entry = (*StackedFfn.by_entry, "router")
+
     @property
     def num_experts(self) -> int:
         """E."""
         return len(self.expert_columns)
-
-    def _changed(self, change: _Change, *others: StackedExpertFfn) -> StackedExpertFfn:
-        stacks = (self, *others)
-        changed = super()._changed(change, *others)
-        return replace(changed, router=change(*(stack.router for stack in stacks)))
 
     def step(
         self,
@@ -318,12 +284,13 @@ class StackedExpertFfn(StackedFfn):
         up: Tensor | None,
         act: Activation,
         tokens: TokensOf,
-    ) -> StackedStep:
+    ) -> tuple[Tensor, Finish]:
         """See StackedFfn."""
-        return _ExpertStep(self, hidden_states, gate, up, act, tokens)
+        step = _ExpertStep(self, hidden_states, gate, up, act, tokens)
+        return step.hidden, step.finish
 
 
-class _ExpertStep(StackedStep):
+class _ExpertStep:
     def __init__(self, weights: StackedExpertFfn, hidden_states, gate, up, act, tokens: TokensOf):
         self.weights = weights
         selected, slot_weights = self._route(hidden_states, tokens)
@@ -388,9 +355,9 @@ class _ExpertStep(StackedStep):
 
     def _factors(self, row_scale: Tensor, rows: Tensor) -> Tensor:
         """DoRA's factors of every row's adapter and expert."""
-        if len(row_scale) == 1:
+        if row_scale.shape[:2].numel() == 1:
             return row_scale.expand_as(rows)
-        return embedding(self._factors_of, row_scale)
+        return embedding(self._factors_of, row_scale.flatten(0, 1))
 
     @cached_property
     def _factors_of(self) -> Tensor:
@@ -481,16 +448,6 @@ def _stack_sides(parts: Sequence[FfnWeights]) -> dict[str, Any]:
     }
 
 
-def _changed_matrix(change: _Change, matrices: Sequence[Tensor | None]) -> Tensor | None:
-    present = _present(matrices)
-    return change(*present) if present else None
-
-
-def _changed_side(change: _Change, sides: Sequence[StackedSide | None]) -> StackedSide | None:
-    present = _present(sides)
-    return present[0]._changed(change, *present[1:]) if present else None
-
-
 def _present(values: Iterable[_Value | None]) -> list[_Value]:
     """Leave out None; like adapters have a part all of them, or none has it."""
     return [value for value in values if value is not None]
@@ -502,9 +459,9 @@ def _stack_transposed(matrices: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _stack_scales(scales: Iterable[Tensor | None]) -> Tensor | None:
-    """Put DoRA's factors of all adapters' experts one below the other, [N·E, O]."""
+    """Put DoRA's factors of all adapters' experts one below the other, [N, E, O]."""
     present = _present(scales)
-    return torch.cat(present) if present else None
+    return torch.stack(present) if present else None
 
 
 def _stack_up(parts: Sequence[UpProjection | None]) -> StackedSide | None:
