@@ -2,6 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
 from loraloom.adapters import CONFIGS, MixLoraConfig
 from loraloom.config.loading import load_job_config, load_run_config, schema
@@ -24,6 +26,8 @@ jobs:
     data: {mix: [{task: arc_easy, weight: 2}, {dataset: alpaca.jsonl, format: instruction}]}
     train: {max_steps: 100, optimizer_args: {eps: 1e-6}}
 """
+
+SCHEMA = Draft202012Validator(schema())
 
 METHODS = ", ".join(config.model_fields["method"].default for config in CONFIGS)
 
@@ -290,3 +294,33 @@ def test_results_go_where_files_can_be(tmp_path, path):
 
 def test_the_users_home_is_filled_in(tmp_path):
     assert load(tmp_path, RUN, "output_dir=~/runs").output_dir == Path.home() / "runs"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "quantization={load_in_4bit: true, bnb_4bit_quant_type: fp4}",
+        "quantization={load_in_8bit: true}",
+        "quantization=nf4",
+        "jobs.0.train.optimizer=AdamW",
+        "jobs.0.train.optimizer=paged_AdamW_8bit",
+    ],
+)
+def test_the_schema_takes_what_a_run_file_may_say(tmp_path, override):
+    load(tmp_path, RUN, override)
+    path, _, value = override.partition("=")
+    run = yaml.safe_load(RUN.replace("2e-4", "0.0002"))  # YAML 1.2, which editors know, reads both
+    *outer, last = path.split(".")
+    section = run["jobs"][0]["train"] if outer else run
+    section[last] = yaml.safe_load(value)
+    SCHEMA.validate(run)
+
+
+@pytest.mark.parametrize("optimizer", ["adamx", "sgd "])
+def test_the_schema_refuses_what_the_reader_refuses(tmp_path, optimizer):
+    with pytest.raises(ConfigError):
+        load(tmp_path, RUN, f"jobs.0.train.optimizer='{optimizer}'")
+    run = yaml.safe_load(RUN.replace("2e-4", "0.0002"))
+    assert SCHEMA.is_valid(run)
+    run["jobs"][0]["train"]["optimizer"] = optimizer
+    assert not SCHEMA.is_valid(run)

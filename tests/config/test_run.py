@@ -169,3 +169,13 @@ JOB_FAULTS = [
 def test_a_faulty_job_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         JobConfig.model_validate(job(**settings))
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"method": "mixlora"}, {"method": "loramoe", "balance_coef": 0}]
+)
+def test_groups_of_experts_need_a_method_that_has_them(adapter):
+    mix = [{"task": "piqa"}, {"task": "boolq", "expert_group": 1}]
+    JobConfig.model_validate(job(adapter={"method": "loramoe"}, data={"mix": mix}))
+    with pytest.raises(ValidationError, match="mix has sources with an expert_group, which has no"):
+        JobConfig.model_validate(job(adapter=adapter, data={"mix": mix}))

@@ -8,6 +8,7 @@ import random
 import re
 from decimal import Decimal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -168,6 +169,7 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
         ("a.jsonl", '{"label": 1e400}', "a.jsonl, line 1, label must be a number that is finite"),
         ("a.jsonl", "\n", "a.jsonl: the file has no rows"),
         ("a.json", "[]", "a.json: the file has no rows"),
+        ("a.json", '{\n "data": [{}]\n}', "a.json: a .json file must be a list of rows, or have"),
         ("a.csv", "text,label\n", "a.csv: the file has no rows"),
         ("a.csv", 'text\n"never closed\n', "a.csv, line 2: not valid CSV: unexpected end of data"),
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv, line 1: columns must have different names, got 'a' t"),
@@ -179,6 +181,12 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
 def test_a_bad_file_is_one_clear_error(tmp_path, name, text, message):
     with pytest.raises(DataError, match=re.escape(message)):
         read_file(write(tmp_path / name, text))
+
+
+def test_a_directory_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "iterdir", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(DataError, match=f"{tmp_path} can't be listed: Permission denied"):
+        read_file(tmp_path / "absent.jsonl")
 
 
 ARRAY = json.dumps([{"text": "a, ]\n", "n": [1, {"m": None}]}, {}, {"text": "é"}], indent=1)

@@ -40,6 +40,8 @@ def test_a_single_file_is_read_whatever_its_name(collection):
 def test_a_file_named_after_another_split_is_refused(collection):
     with pytest.raises(DataError, match="split must be train as the file's name says, got 'test'"):
         find_named(collection / "quiz" / "train.jsonl", "quiz", "test")
+    with pytest.raises(DataError, match="split must be train as the file's name says, got 'dev'"):
+        find_named(collection / "quiz" / "train.jsonl", "quiz", "dev")
 
 
 def test_an_absent_data_set_offers_the_nearest_name(collection):

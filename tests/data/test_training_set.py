@@ -276,6 +276,20 @@ def test_a_chat_template_of_ones_own_is_taken(tiny_tokenizer, tmp_path):
     assert tiny_tokenizer.decode(loaded.examples[0].rejected.input_ids) == "sky?;green;"
 
 
+def test_a_column_of_fields_must_be_there_though_what_it_holds_may_be_absent(
+    tiny_tokenizer, tmp_path
+):
+    turns = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]
+    chats = write_rows(tmp_path / "chat.jsonl", [{"messages": turns, "functions": None}])
+    settings = {
+        "format": "chat",
+        "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    load(tiny_tokenizer, dataset=chats, fields={"tools": "functions"}, **settings)
+    with pytest.raises(DataError, match="the row has no field 'function'"):
+        load(tiny_tokenizer, dataset=chats, fields={"tools": "function"}, **settings)
+
+
 def test_answers_of_a_pair_that_are_one_another_are_refused(tiny_tokenizer, tmp_path):
     turns = [{"role": "user", "content": "sky?"}, BAD]
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"chosen": turns, "rejected": turns}])

@@ -97,16 +97,17 @@ def value_fault(loc: tuple[int | str, ...], reason: str) -> InitErrorDetails:
     }
 
 
-def advise_on_unknown_keys(error: ValidationError, model: type[BaseModel]) -> ValidationError:
-    """The error with the nearest known key for each that the model itself doesn't know."""
+def advise_on_unknown_keys(
+    error: ValidationError, model: type[BaseModel]
+) -> list[InitErrorDetails]:
+    """An error's faults, with the nearest known key for each that the model itself doesn't know."""
     known = _known_keys((model,))
-    faults = [
+    return [
         _unknown_key(details, known)
         if details["type"] == "extra_forbidden" and len(details["loc"]) == 1
         else as_fault(details)
         for details in error.errors()
     ]
-    return ValidationError.from_exception_data(error.title, faults)
 
 
 def _unknown_key(details: ErrorDetails, known: list[str]) -> InitErrorDetails:
@@ -233,7 +234,7 @@ def _in_place(details: ErrorDetails, path: list[int | str], models: list[Models]
 
 
 def _advice(key: str, known: list[str]) -> str:
-    if key in ("weight", "expert_group"):
+    if key in ("weight", "expert_group") and "mix" in known:
         return f"{key} belongs to a source inside mix"
     if _RENAMED.get(key) in known:
         return f"did you mean {_RENAMED[key]!r}?"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, model_validator
 
 from loraloom.config.faults import advise_on_unknown_keys, value_fault
 from loraloom.errors import ConfigError, shown
@@ -41,25 +41,26 @@ class StrictModel(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _name_the_nearest_key(cls, settings: Any, validate: Callable[[Any], Any]) -> Any:
-        truths = [  # for Python, and so for pydantic, `true` is the number 1
+        faults = [  # for Python, and so for pydantic, `true` is the number 1
             value_fault((name,), f"{name} must be a number, got {str(value).lower()}")
             for name, value in (settings.items() if isinstance(settings, dict) else ())
             if isinstance(value, bool) and name in cls.model_fields
             if _is_number(cls.model_fields[name].annotation)
         ]
-        if truths:
-            raise ValidationError.from_exception_data(cls.__name__, truths)
         try:
-            return validate(settings)
+            checked = validate(settings)
+            if not faults:
+                return checked
         except ValidationError as error:
-            raise advise_on_unknown_keys(error, cls) from None
+            faults += advise_on_unknown_keys(error, cls)
+        raise ValidationError.from_exception_data(cls.__name__, faults) from None
 
 
 def _is_number(annotation: Any) -> bool:
     """Whether a field takes numbers alone, or null."""
     is_union = get_origin(annotation) in (Union, UnionType)
     kinds = {*(get_args(annotation) if is_union else (annotation,))} - {NoneType}
-    return bool(kinds) and kinds <= {int, float}
+    return bool(kinds) and kinds <= {int, float, ByteSize}
 
 
 def check_device(device: str) -> str:

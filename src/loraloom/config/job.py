@@ -72,43 +72,38 @@ class JobConfig(StrictModel):
     eval: tuple[EvaluationConfig, ...] = Field(default=(), validate_default=True)
     """Choice tasks to score every train.eval_steps, and at the end."""
 
+    @field_validator("data")
+    @classmethod
+    def _check_groups(cls, data: DataConfig, info: CheckInfo) -> DataConfig:
+        adapter = info.data.get("adapter")
+        in_groups = any(source.expert_group for source in data.mix or ())
+        if in_groups and adapter and not adapter.has_expert_groups:
+            raise ValueError(
+                f"mix has sources with an expert_group, which has no effect on {adapter.title} "
+                "with these settings; remove it"
+            )
+        return data
+
     @field_validator("eval")
     @classmethod
-    def _check_tasks_differ(
-        cls, evaluations: tuple[EvaluationConfig, ...]
+    def _check_evaluations(
+        cls, evaluations: tuple[EvaluationConfig, ...], info: CheckInfo
     ) -> tuple[EvaluationConfig, ...]:
         tasks = [task_name(evaluation.task) for evaluation in evaluations]
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"eval must name each task once, got {', '.join(tasks)}")
-        return evaluations
-
-    @field_validator("eval")
-    @classmethod
-    def _check_evaluated(
-        cls, evaluations: tuple[EvaluationConfig, ...], info: CheckInfo
-    ) -> tuple[EvaluationConfig, ...]:
         if "train" in info.data and "data" in info.data:
             _check_metrics(info.data["train"], info.data["data"], evaluations)
         return evaluations
 
     @field_validator("train")
     @classmethod
-    def _check_objective(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
-        if "data" in info.data:
-            _check_fits_objective(info.data["data"], train)
-        return train
-
-    @field_validator("train")
-    @classmethod
-    def _check_streamed(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
-        if "data" in info.data and info.data["data"].streaming:
-            _check_needs_no_size(train)
-        return train
-
-    @field_validator("train")
-    @classmethod
-    def _check_ratios(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
-        adapter = info.data.get("adapter")
+    def _check_train(cls, train: TrainConfig, info: CheckInfo) -> TrainConfig:
+        data, adapter = info.data.get("data"), info.data.get("adapter")
+        if data is not None:
+            _check_fits_objective(data, train)
+            if data.streaming:
+                _check_needs_no_size(train)
         if train.router_lr_ratio and adapter and not adapter.experts_per_router:
             raise ValueError(
                 f"router_lr_ratio has no effect on {adapter.title}, which has no routers; remove it"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 
 from loraloom.config.fields import CheckInfo, StrictModel
 
@@ -35,13 +36,24 @@ Three can't be used: lbfgs evaluates the loss several times a step, muon takes m
 mixture's experts are stacked), sparseadam takes sparse gradients only.
 """
 
+_IN_ANY_CASE = "|".join(
+    re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", name)
+    for name in get_args(OptimizerName)
+)
+_SCHEMA = {
+    "anyOf": [
+        {"enum": list(get_args(OptimizerName))},  # what editors complete
+        {"type": "string", "pattern": f"^({_IN_ANY_CASE})$"},
+    ]
+}
+
 
 class OptimizerConfig(StrictModel):
     """How an adapter's weights follow their gradients."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate of the schedule."""
-    optimizer: OptimizerName = "adamw"
+    optimizer: Annotated[OptimizerName, WithJsonSchema(_SCHEMA)] = "adamw"
     """An optimizer of torch.optim, or of bitsandbytes in 8 bits or paged, by name in any case."""
     optimizer_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, for example `{betas: [0.9, 0.95]}`."""

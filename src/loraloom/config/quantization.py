@@ -70,6 +70,21 @@ NAMED: Mapping[str, dict[str, Any]] = {
 }
 """What the names stand for."""
 
+
+class LoadIn4bit(BitsAndBytes4bit):
+    """bitsandbytes in 4 bits, asked for as in transformers."""
+
+    load_in_4bit: Literal[True]
+    """Transformers' name for quant_method: bitsandbytes_4bit."""
+
+
+class LoadIn8bit(BitsAndBytes8bit):
+    """bitsandbytes in 8 bits, asked for as in transformers."""
+
+    load_in_8bit: Literal[True]
+    """Transformers' name for quant_method: bitsandbytes_8bit."""
+
+
 AnyQuantization = BitsAndBytes4bit | BitsAndBytes8bit | TorchAo
 _Settings = Annotated[AnyQuantization, Field(discriminator="quant_method")]
 
@@ -86,13 +101,23 @@ def _spelled_out(value: Any) -> Any:
     if isinstance(value, dict):
         for bits in ("4bit", "8bit"):
             if value.get(f"load_in_{bits}") is True:
+                method, given = f"bitsandbytes_{bits}", value.get("quant_method")
+                if given not in (None, "bitsandbytes", method):  # the second is transformers' own
+                    raise ValueError(
+                        f"quant_method must be {method} with load_in_{bits}: true, got "
+                        f"{shown(given)}; leave one of them out"
+                    )
                 rest = {name: own for name, own in value.items() if name != f"load_in_{bits}"}
-                return {**rest, "quant_method": f"bitsandbytes_{bits}"}
+                return {**rest, "quant_method": method}
     return value
 
 
 QuantizationConfig = Annotated[
-    _Settings, BeforeValidator(_spelled_out, json_schema_input_type=QuantizationName | _Settings)
+    _Settings,
+    BeforeValidator(
+        _spelled_out,
+        json_schema_input_type=QuantizationName | _Settings | LoadIn4bit | LoadIn8bit,
+    ),
 ]
 """A name, or a library's settings."""
 

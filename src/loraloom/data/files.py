@@ -90,11 +90,23 @@ def _neighbours(path: Path) -> str:
     """What there is in the place of a missing file."""
     if not path.parent.is_dir():
         return f"the directory {path.parent} does not exist either"
-    names = sorted(
-        entry.name for entry in path.parent.iterdir() if entry.is_dir() or is_data_file(entry)
-    )
+    names = [
+        entry.name for entry in entries_of(path.parent) if entry.is_dir() or is_data_file(entry)
+    ]
     shown = ", ".join(names[:10]) or "nothing to read"
     return f"{suggestion(path.name, names)}{path.parent} has {shown}"
+
+
+def entries_of(directory: Path) -> list[Path]:
+    """Return what is in a directory, sorted.
+
+    Raises:
+        DataError: If it may not be listed.
+    """
+    try:
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise DataError(f"{directory} can't be listed: {error.strerror}") from error
 
 
 def _opener(path: Path) -> Any:
@@ -133,6 +145,11 @@ def _read_json_lines(path: Path) -> Iterator[UnparsedRow]:
 def _read_json(path: Path) -> Iterator[UnparsedRow]:
     with _open_text(path, newline="\n") as file:
         first = next((line for line in file if line.strip()), "")
+        if first.strip() == "{":  # no row of JSON lines
+            raise DataError(
+                f"{path}: a .json file must be a list of rows, or have a row a line, got one "
+                "object over several lines; write its list of rows alone"
+            )
         is_list = first.lstrip().startswith("[")
         file.seek(0)
         text = file.read() if is_list else ""

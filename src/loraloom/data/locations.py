@@ -16,7 +16,7 @@ from typing import Any, NoReturn, final
 
 from loraloom.config.faults import suggestion
 from loraloom.config.paths import local_path
-from loraloom.data.files import SUFFIXES, is_data_file, read_file, rows_of_file
+from loraloom.data.files import SUFFIXES, entries_of, is_data_file, read_file, rows_of_file
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 
@@ -191,7 +191,7 @@ def find_named(path: Path, name: str, split: str) -> Path:
     if (path / name).is_dir():
         return _find_split(path / name, split)
     if not _split_files(path):
-        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        names = [entry.name for entry in entries_of(path) if entry.is_dir()]
         raise DataError(
             f"{path}: no data set {name!r} there; {suggestion(name, names)}"
             f"the data sets are: {', '.join(names[:20]) or 'none'}"
@@ -256,7 +256,7 @@ def _hub_row(source: HubSource, split: str, number: int, record: dict[str, Any])
 
 def _check_single_file(path: Path, split: str) -> Path:
     named = path.name.split(".")[0]
-    if named in _SPLITS and split in _SPLITS and named != split:
+    if named in _SPLITS and named != split:
         raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
     return path
 

@@ -156,6 +156,8 @@ def encode_rows(
         DataError: If a row can't be used.
     """
     columns = config.fields or {}
+    for column in columns.values():  # a wrong name of an optional one would go unnoticed
+        _ = first[column]
     match config.format:
         case "chat":
             chats = load_chat_template(tokenizer, config.chat_template, TRAINING_DAY)
