@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.errors import AdapterError
 from tests.tiny import METHODS, changed, tiny_host, tiny_ids
 
 
@@ -158,3 +160,21 @@ def test_a_new_adapter_changes_no_logits(method):
         base = host(tiny_ids(2)).logits
         adapted = host(tiny_ids(2), adapters=["a", "a"]).logits
     torch.testing.assert_close(adapted, base, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_has_no_more_directions_than_its_projection(init):
+    smallest = min(min(size) for size in tiny_host("llama", {}).base.shapes.values())
+    with pytest.raises(AdapterError, match=f"has {smallest} directions on .*, got rank"):
+        fresh(LoraConfig(rank=smallest + 1, init=init), dtype=torch.float32)
+
+
+def test_settings_of_eva_need_eva():
+    with pytest.raises(ValidationError, match="eva is a setting of init: eva, got init: kaiming"):
+        LoraConfig(eva={"rho": 3})
+
+
+def test_layers_without_any_of_the_targets_are_refused():
+    config = LoraConfig(target_modules="attention", layers=(0,))
+    with pytest.raises(AdapterError, match="layers must have some of target_modules"):
+        fresh(config, family="lfm2")

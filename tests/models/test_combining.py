@@ -210,3 +210,21 @@ def test_experts_with_and_without_magnitudes_are_not_combined():
         host = tiny_host(configs=configs)
         with pytest.raises(AdapterError, match="must agree in weight_decomposition"):
             host.combine(["a", "b"], [1.0, 1.0], name="c")
+
+
+def test_settings_of_training_alone_may_differ():
+    first = ALL_METHODS["loramoe"]
+    host = tiny_host(configs={"a": first, "b": changed(first, balance_coef=0.5)})
+    host.combine(["a", "b"], [1.0, 1.0], name="c")
+    orthogonal = LoraConfig(rank=4, init="orthogonal")
+    host = tiny_host(configs={"a": orthogonal, "b": LoraConfig(rank=5)}, dtype=torch.float32)
+    host.combine(["a", "b"], [1.0, 1.0], "svd", name="c")
+    assert host.adapter("c").config.rank == 5
+
+
+def test_experts_keep_their_own_dropout():
+    config = MixLoraConfig(rank=2, num_experts=2, dropout=0.1, experts={"dropout": 0.0})
+    host = tiny_host(configs={"a": config, "b": config})
+    host.combine(["a", "b"], [1.0, 1.0], name="c")
+    combined = host.adapter("c").config
+    assert (combined.dropout, combined.expert_config.dropout) == (0.1, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickletools
 import zipfile
@@ -18,7 +19,7 @@ from loraloom.adapters import (
     MolaConfig,
 )
 from loraloom.cli.main import main
-from loraloom.errors import AdapterError, FormatError
+from loraloom.errors import AdapterError, ConfigError, FormatError
 from loraloom.models.converting import convert
 from tests.tiny import ALL_METHODS, METHODS, changed, relative_error, tiny_host, tiny_ids
 
@@ -111,6 +112,31 @@ def test_the_reference_is_not_given_what_it_lacks(config, message, tmp_path):
     with pytest.raises((AdapterError, FormatError), match=message):
         convert(source, tmp_path / "theirs", "reference")
     assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_layers_of_two_kinds_are_seen_in_the_files(family, method, tmp_path):
+    host, source = saved(tmp_path, ALL_METHODS[method], family)
+    convert(source, tmp_path / "native", "native")
+    host.load("b", tmp_path / "native")
+    assert torch.equal(logits(host, "b"), logits(host, "a"))
+
+
+def test_an_unknown_program_is_refused(tmp_path):
+    """Without the tests' own checks of types."""
+    unchecked = inspect.unwrap(convert)
+    _, source = saved(tmp_path, METHODS["lora"])
+    with pytest.raises(ConfigError, match=r"one of native, peft, reference, axolotl, got 'vllm'"):
+        unchecked(source, tmp_path / "theirs", "vllm")
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_a_host_may_have_an_adapter_of_any_name(tmp_path):
+    host, source = saved(tmp_path, METHODS["lora"])
+    host.add("converted", METHODS["dora"])
+    convert(source, tmp_path / "native", "native", host=host)
+    assert list(host.adapters) == ["a", "converted"]
 
 
 def test_peft_is_not_given_a_mixture(tmp_path):

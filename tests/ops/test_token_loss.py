@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from loraloom.ops import token_loss
-from loraloom.ops.token_loss import token_losses, token_scores, top_tokens
+from loraloom.ops.token_loss import token_losses, token_scores
 
 D, V = 6, 11
 
@@ -128,20 +128,21 @@ def test_scores_are_log_softmax_and_argmax(head, chunk_bytes, weight, monkeypatc
     log_softmax = function(states).log_softmax(-1)
     labels = log_softmax.argmax(-1)
     labels[::2] = (labels[::2] + 1) % V
-    log_probs, is_top = token_scores(states, labels, function, V)
+    log_probs, is_top, *_ = token_scores(states, labels, function, V)
     torch.testing.assert_close(log_probs, log_softmax[torch.arange(7), labels])
     assert is_top.tolist() == [False, True] * 3 + [False]
     for num_top in (0, 1, 3, V):
-        values, ids = top_tokens(states, function, V, num_top)
+        _, _, values, ids = token_scores(states, labels, function, V, num_top)
         expected = log_softmax.topk(num_top)
         torch.testing.assert_close(values, expected.values)
         assert torch.equal(ids, expected.indices)
+    assert torch.equal(values.gather(1, ids.argsort(1))[torch.arange(7), labels], log_probs)
 
 
 def test_scores_of_bfloat16_are_computed_in_float32(weight):
     states = torch.randn(3, D, dtype=torch.bfloat16)
     function = heads(weight.bfloat16())["linear"]
-    log_probs, _ = token_scores(states, torch.tensor([1, 2, 3]), function, V)
+    log_probs, *_ = token_scores(states, torch.tensor([1, 2, 3]), function, V)
     expected = function(states).float().log_softmax(-1)[torch.arange(3), [1, 2, 3]]
     torch.testing.assert_close(log_probs, expected)
 
@@ -152,4 +153,4 @@ def test_no_labels_have_no_losses_and_no_scores(weight):
     losses = token_losses(states, labels, head, V)
     losses.sum().backward()
     assert losses.shape == (0,)
-    assert [len(values) for values in token_scores(states, labels, head, V)] == [0, 0]
+    assert [len(values) for values in token_scores(states, labels, head, V)] == [0] * 4

@@ -236,9 +236,8 @@ def test_losses_are_those_of_each_rows_head_with_its_gradient(choice):
         for key, grad in own.items():
             torch.testing.assert_close(have[name][key], grad, msg=f"{name} {key}")
     with torch.no_grad():
-        scores, is_top = host.token_scores(states, labels, owners)
+        scores, is_top, _, ids_of_top = host.token_scores(states, labels, owners, 2)
         torch.testing.assert_close(scores, -expected)
-        _, ids_of_top = host.top_tokens(states, 2, owners)
     assert torch.equal(is_top, ids_of_top[:, 0] == labels)
     assert torch.equal(ids_of_top, logits.topk(2).indices)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
-from loraloom.ranks import whole
+from loraloom.ranks import own_part, whole
 
 _BLOCK_NUMBERS = 1 << 22
 """About how many numbers of a quantised weight are dequantised at a time."""
@@ -106,12 +106,18 @@ class BaseProjection:
         return whole(self.linear.weight)  # pyright: ignore[reportArgumentType]
 
     def check_can_be_changed(self) -> None:
-        """Raise an AdapterError if the base stores the weight quantised."""
+        """Raise an AdapterError if the base stores the weight quantised, or only a part of it."""
         if self.quantised is not None:
             raise AdapterError(
                 f"merging changes the base's weights, which must be floating-point numbers, got "
                 f"{self.key} in {self.quantised.kind}; load the base model without quantization, "
                 "or let `loraloom export` write the merged model"
+            )
+        stored: Any = self.linear.weight
+        if own_part(stored) is not stored:
+            raise AdapterError(
+                f"merging changes the base's weights, of which each process must have all, got a "
+                f"part of {self.key}; load the base model without sharding"
             )
 
     @torch.no_grad()

@@ -208,6 +208,11 @@ class AdapterConfig(StrictModel, ABC):
         return 0
 
     @property
+    def has_expert_groups(self) -> bool:
+        """Whether its loss tells samples of two groups apart, the `expert_group` of their data."""
+        return False
+
+    @property
     def routes_outside_training(self) -> bool:
         """Whether routers choose experts for tokens that nothing is learnt of."""
         return self.experts_per_router > 0
@@ -346,6 +351,36 @@ class LowRankConfig(AdapterConfig):
         }
 
 
+class MixtureConfig(LowRankConfig):
+    """What methods share whose routers weigh a number of experts."""
+
+    num_experts: Any = 8
+
+    @property
+    def experts_per_router(self) -> int:
+        """See AdapterConfig."""
+        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+    @property
+    def routing_label(self) -> str:
+        """Which experts a token uses, for people."""
+        return "dense"
+
+    def summary(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        return super().summary() | {"num_experts": self.num_experts}
+
+    def description(self) -> dict[str, Any]:
+        """See AdapterConfig."""
+        return super().description() | {"experts": self.experts_described()}
+
+    def experts_described(self) -> dict[str, Any]:
+        """How many experts there are, who uses them and what each is, for `inspect`."""
+        top_k = self.experts_per_token or self.experts_per_router
+        taken = {"num_experts": self.num_experts, "top_k": top_k, "routing": self.routing_label}
+        return taken | self.model_dump(include={"rank", "alpha", "dropout"})
+
+
 class RouterLossConfig(StrictModel):
     """Losses on routers that choose a few experts for each token."""
 
@@ -376,10 +411,9 @@ _ROUTING_OF = {
 """The routing that each setting belongs to."""
 
 
-class RoutingConfig(RouterLossConfig):
+class RoutingConfig(RouterLossConfig, MixtureConfig):
     """How routers choose among experts, by p, the softmax of their logits."""
 
-    num_experts: Any = 8
     routing: Literal["top_k", "top_p", "switch", "dense"] = "top_k"
     """Which experts a token uses: the top_k of largest p, with p renormalised to sum to 1; the
     fewest whose p sum to more than top_p, with p; that of largest p, with p (switch); or all."""
@@ -423,20 +457,10 @@ class RoutingConfig(RouterLossConfig):
         numbers = {"top_k": f"top-{self.top_k}", "top_p": f"top-p {self.top_p:g}"}
         return numbers.get(self.routing, self.routing)
 
-    def experts_described(self) -> dict[str, Any]:
-        """How many experts there are and who uses them, for `inspect`."""
-        top_k = self.experts_per_token or self.experts_per_router
-        return {"num_experts": self.num_experts, "top_k": top_k, "routing": self.routing_label}
-
     @property
     def experts_per_token(self) -> int | None:
         """See AdapterConfig; where it differs by token, or all are used, none."""
         return {"top_k": self.top_k, "switch": 1}.get(self.routing)
-
-    @property
-    def experts_per_router(self) -> int:
-        """See AdapterConfig."""
-        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
 
 
 def _check_top_k(top_k: int, num_experts: Any) -> None:

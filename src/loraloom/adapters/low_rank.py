@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -286,3 +287,13 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     """Make a CPU generator that depends on the seed and the name alone."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Let libraries draw from the global generators with a seed, and leave these as they were."""
+    accelerators = [] if device.type == "cpu" else [device]
+    kind = device.type if accelerators else "cuda"
+    with torch.random.fork_rng(accelerators, device_type=kind):
+        torch.manual_seed(seed)
+        yield

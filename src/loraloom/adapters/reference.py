@@ -95,6 +95,8 @@ def lora_fault(config: DecomposedConfig, base: BaseInfo) -> str | None:
     unknown = [name for name in names if name not in _KNOWN_NAMES]
     if unknown:
         return f"MoE-PEFT has no model with {', '.join(unknown)}"
+    if base.layers_path != "model.layers" or not base.has_own_names:
+        return f"MoE-PEFT has no {base.model_type or 'such base model'}"
     if config.weight_decomposition:
         return "MoE-PEFT's files have no place for the magnitudes of a DoRA"
     return alpha_fault(config.alpha)

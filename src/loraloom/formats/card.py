@@ -31,12 +31,12 @@ def model_card(
         data: Markdown on the training data.
         results: Markdown on evaluations, a table for instance.
     """
+    architecture = f" (architecture: {base.model_type})" if base.model_type else ""
     front_matter = yaml.safe_dump(_front_matter(config, base), sort_keys=False)
     sections = [
         f"---\n{front_matter}---",
         f"# {name or config.title}",
-        f"An adapter for {_base_name(base)} (architecture: {base.model_type}), "
-        "trained with loraloom.",
+        f"An adapter for {_base_name(base)}{architecture}, written by loraloom.",
         f"## Method\n\n{_method(config)}",
     ]
     if data:

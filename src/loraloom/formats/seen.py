@@ -31,6 +31,8 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
     attention = next((key.block for key in keys if key.block != ffn), _ATTENTION)
     routers = (t.shape[-1] for key, t in keys.items() if key.projection is None)
     named = [name.rpartition(".")[2] for name in stored.config.target_modules]
+    attended = tuple(sorted({key.layer for key in keys if key.block == attention}))
+    num_layers = 1 + max((key.layer for key in keys), default=-1)
     order = [path for name in named for path in shapes if path.endswith(f".{name}")]
     return BaseInfo(
         name_or_path=stored.base.name_or_path or "",
@@ -41,7 +43,8 @@ def seen_base(stored: StoredAdapter) -> BaseInfo:
         attention_projections=_names(order, attention),
         ffn_projections=_names(order, ffn),
         activation=stored.activation or "",
-        num_layers=1 + max((key.layer for key in keys), default=-1),
+        num_layers=num_layers,
+        attention_layers=attended if 0 < len(attended) < num_layers else None,
         hidden_size=next(routers, 0),
         shapes=shapes,
         num_parameters=stored.base.num_parameters or 0,
@@ -90,8 +93,10 @@ def _own_modules(stored: StoredAdapter) -> dict[str, Any]:
 
 
 def _ffn_block(keys: Iterable[TensorKey]) -> str:
-    """Tell the FFN block: the one with a router of its own, or else by its usual name."""
-    return next((key.block for key in keys if key.projection is None), _FFN)
+    """Tell the FFN block: the one with a router of its own, or else one not called attention."""
+    keys = list(keys)
+    others = (key.block for key in keys if "att" not in key.block)
+    return next((key.block for key in keys if key.projection is None), next(others, _FFN))
 
 
 def _names(paths: Iterable[str], block: str) -> tuple[str, ...]:

@@ -183,10 +183,9 @@ def _forward(
     )
     states = batch.predicting_states(output.last_hidden_state)
     heads = owners(rows, adapters)
-    log_probs, is_top = host.token_scores(states, batch.targets, heads)
-    top_log_probs, top_ids = host.top_tokens(states, num_top, heads)
+    log_probs, is_top, *tops = host.token_scores(states, batch.targets, heads, num_top)
     counts = [len(row.targets) for row in rows]
-    columns = (log_probs[:, None], is_top[:, None], top_log_probs, top_ids)
+    columns = (log_probs[:, None], is_top[:, None], *tops)
     read = torch.cat([column.double() for column in columns], dim=1).cpu()  # at once
     scores = [_scores_of(rows, num_top) for rows in read.split(counts)]
     if on_routing is not None:  # at the end, when nothing can fail any more

@@ -24,6 +24,7 @@ from torch import Tensor
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.low_rank import seeded
 from loraloom.errors import AdapterError, ConfigError
 
 Combination = Literal["linear", "ties", "dare_ties", "svd"]
@@ -42,6 +43,9 @@ _FREE = {
     "rank_pattern",
     "alpha_pattern",
     "eva",
+    "balance_coef",
+    "balance_delta",
+    "expert_capacity",
 }
 """Settings in which adapters that are combined may differ; those of routers' training too."""
 
@@ -76,8 +80,8 @@ def combine(
     config = first.combined(others, _targets(weighted))
     pair = _pair_function(combination, density)
     tensors: dict[str, Tensor] = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    device = next(adapters[0].parameters()).device
+    with torch.no_grad(), seeded(device, seed):
         for place in dict.fromkeys(place for one in weighted for place in one.places):
             holders = [one for one in weighted if place in one.places]
             tensors |= {

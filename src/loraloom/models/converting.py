@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.own import refuse_own_parts
-from loraloom.errors import AdapterError
+from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.card import model_card
 from loraloom.formats.contents import SIDECARS
 from loraloom.formats.disk import write_new
@@ -52,10 +53,15 @@ def convert(
         The adapter's configuration.
 
     Raises:
+        ConfigError: If there is no such program.
         FormatError: If the files can't be read.
         AdapterError: If the other program can't hold such an adapter, or it doesn't fit the base
             model, or the destination is there already.
     """
+    if to not in get_args(Program):
+        raise ConfigError(
+            f"an adapter is converted to one of {', '.join(get_args(Program))}, got {shown(to)}"
+        )
     config, tensors, base = _read(source, settings, host)
     if to in ("reference", "axolotl"):
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT or axolotl")
@@ -82,8 +88,9 @@ def _read(
     source: str | Path, settings: Mapping[str, Any] | None, host: Host | None
 ) -> tuple[AdapterConfig, dict[str, Tensor], BaseInfo]:
     if host is not None:
-        adapter = host.load("converted", source, settings)
-        host.remove("converted")
+        name = f"converted-{secrets.token_hex(4)}"  # which none of the host's has
+        adapter = host.load(name, source, settings)
+        host.remove(name)
         config = adapter.config
         if getattr(config, "layers", None) == tuple(range(host.base.num_layers)):  # a pattern's
             config = config.model_copy(update={"layers": None})

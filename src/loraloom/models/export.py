@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.durable import write_directory, write_file
-from loraloom.errors import AdapterError, ConfigError
+from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.checkpoint import write_shards
 from loraloom.formats.gguf import architecture_of, write_gguf_adapter
 from loraloom.models.host import Host
@@ -77,7 +77,7 @@ def export(
 
     Raises:
         AdapterError: If there is no such adapter, or it has no such form; nothing is written then.
-        ConfigError: If the path or the dtype can't be used.
+        ConfigError: If the path, the form or the dtype can't be used.
     """
     path, adapter = Path(path), host.adapter(name)
     if host.merged is not None:
@@ -85,6 +85,8 @@ def export(
             f"no adapter may be merged to export one, {host.merged!r} is; unmerge it"
         )
     form = to or ("moe" if adapter.config.experts_per_router else "merged")
+    if form not in get_args(ExportForm):
+        raise ConfigError(f"to must be one of {', '.join(get_args(ExportForm))}, got {shown(form)}")
     check_target(path, form)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -293,12 +294,18 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
 def _other_modules(model: nn.Module, family: Family) -> dict[str, dict[str, tuple[int, ...]]]:
     """Find embeddings, norms of the text model and the head, with their parameters' shapes."""
     text_model = family.layers.rpartition(".")[0]
+    activation = f".{family.ffn}.{family.activation}"
     tables = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore
     found = {}
     for path, module in model.named_modules():
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
         is_leaf = path.startswith(f"{text_model}.") and not any(module.children())
-        is_norm = is_leaf and all(len(shape) == 1 for shape in shapes.values())
+        is_norm = (
+            is_leaf
+            and all(len(shape) == 1 for shape in shapes.values())
+            and len(signature(type(module).forward).parameters) == 2  # a gated one takes its gate
+            and not path.endswith(activation)
+        )
         if shapes and (module in tables or is_norm):
             found[path] = shapes
     return found

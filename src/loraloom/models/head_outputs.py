@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,28 +19,15 @@ from loraloom.models.forward import PreparedWeights, forms_of
 from loraloom.models.hosted import HostedAdapters
 from loraloom.models.layout import RowAdapter
 from loraloom.models.own import own_outputs
-from loraloom.ops.token_loss import token_losses, token_scores, top_tokens, trained_token_losses
+from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
     "loraloom_prepared", default=None
 )
 
 
-@dataclass(frozen=True)
-class Head:
-    """From states after the final norm to logits, scaled and soft-capped.
-
-    Args:
-        compute: Does so.
-        is_own: It is an adapter's.
-    """
-
-    compute: Callable[[Tensor], Tensor]
-    is_own: bool = False
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """Return logits, [N, V]."""
-        return self.compute(states)
+Head = Callable[[Tensor], Tensor]
+"""From states after the final norm to logits, [N, V], scaled and soft-capped."""
 
 
 class HeadOutputs(HostedAdapters):
@@ -96,7 +82,7 @@ class HeadOutputs(HostedAdapters):
         """
 
         def compute(head: Head, states: Tensor, targets: Tensor) -> list[Tensor]:
-            is_trained = head.is_own and torch.is_grad_enabled()
+            is_trained = head is not self._head and torch.is_grad_enabled()  # an adapter's own
             losses = trained_token_losses if is_trained else token_losses
             return [losses(states, targets, head, self.config.vocab_size)]
 
@@ -107,41 +93,27 @@ class HeadOutputs(HostedAdapters):
         hidden_states: Tensor,
         labels: Tensor,
         adapters: Sequence[RowAdapter] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        num_top: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute log p of each label, [N], and whether it is the most likely token, [N].
+
+        With them come log p of the most likely tokens in its place, [N, K], and their ids, [N, K].
 
         Args:
             hidden_states: After the final norm, [N, D].
             labels: Token ids, [N].
             adapters: Of each state, as in `logits`.
-        """
-
-        def compute(head: Head, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            return token_scores(states, targets, head, self.config.vocab_size)
-
-        log_probs, is_top = self._by_head(compute, [hidden_states, labels], adapters)
-        return log_probs, is_top
-
-    def top_tokens(
-        self,
-        hidden_states: Tensor,
-        num_top: int,
-        adapters: Sequence[RowAdapter] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute log p of the most likely next tokens, [N, K], and their ids, [N, K].
-
-        Args:
-            hidden_states: After the final norm, [N, D].
-            num_top: K.
-            adapters: Of each state, as in `logits`.
+            num_top: K; V where that is less.
         """
         vocab_size = self.config.vocab_size
 
-        def compute(head: Head, states: Tensor) -> tuple[Tensor, Tensor]:
-            return top_tokens(states, head, vocab_size, min(num_top, vocab_size))
+        def compute(head: Head, states: Tensor, targets: Tensor) -> Sequence[Tensor]:
+            return token_scores(states, targets, head, vocab_size, min(num_top, vocab_size))
 
-        log_probs, ids = self._by_head(compute, [hidden_states], adapters)
-        return log_probs, ids
+        log_probs, is_top, top_log_probs, top_ids = self._by_head(
+            compute, [hidden_states, labels], adapters
+        )
+        return log_probs, is_top, top_log_probs, top_ids
 
     def _logits(
         self,
@@ -172,7 +144,7 @@ class HeadOutputs(HostedAdapters):
         prepared = prepared or self._prepared_here()
         groups = {} if adapters is None else self._places_by_head(adapters, len(tensors[0]))
         if not groups.keys() - {None}:
-            return compute(Head(self._head), *tensors)
+            return compute(self._head, *tensors)
         results = [
             compute(self._head_of(row, prepared), *(values[places] for values in tensors))
             for row, places in groups.items()
@@ -198,7 +170,7 @@ class HeadOutputs(HostedAdapters):
 
     def _head_of(self, row: ScaledAdapter | None, prepared: PreparedWeights | None) -> Head:
         if row is None:
-            return Head(self._head)
+            return self._head
         adapter, scale = row
         own: Any = adapter.own_at(self.base.head)
         base = self.model.get_output_embeddings()
@@ -209,7 +181,7 @@ class HeadOutputs(HostedAdapters):
             weights = forms_of(prepared).own(own, states.dtype)
             return own_outputs(own, weights, base, states, base, scale)
 
-        return Head(lambda states: self._head(states, linear), is_own=True)
+        return lambda states: self._head(states, linear)
 
     def _prepared_here(self) -> PreparedWeights | None:
         """Return what a `with host.prepared():` of this thread keeps."""

@@ -132,7 +132,7 @@ class HostedAdapters:
         *,
         overwrite: bool = False,
     ) -> None:
-        """Write an adapter's files: plain LoRA and DoRA in PEFT's layout, mixtures in MoE-PEFT's.
+        """Write an adapter's files, in the layout of its method (docs/peft.md has a table).
 
         Args:
             name: Of the adapter.

@@ -111,7 +111,7 @@ def load_base_model(
         source = ask_hub(source)
     checkpoint = _read_config(source)
     check_checkpoint(name, checkpoint, quantised)
-    if sharded and checkpoint.get("quantization_config") is not None:
+    if sharded and (quantised is not None or checkpoint.get("quantization_config") is not None):
         raise ModelError(
             f"parallel.base: fsdp needs weights in floating point, those of {name} are quantised; "
             "take base: replicated"

@@ -148,54 +148,30 @@ def token_scores(
     labels: Int[Tensor, " N"],
     head: Callable[[Tensor], Tensor],
     vocab_size: int,
-) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """Compute log p of each label, and whether the label is the most likely token, in chunks.
+    num_top: int = 0,
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N K"], Int[Tensor, "N K"]]:
+    """Compute log p of each label and of the most likely tokens in its place, in chunks.
 
     Args:
         hidden_states: States that predict the labels, after the final norm.
         labels: Token ids.
         head: The frozen output layer, with its scaling and soft-capping.
         vocab_size: V, from which the chunk is chosen, as in `token_losses`.
-
-    Returns:
-        Log-probabilities in float32 (float64 for float64 states), and whether argmax gives the
-        label; of equally likely tokens it gives the first.
-    """
-    log_probs, is_top = [], []
-    for rows, wide in _wide_logits(hidden_states, head, vocab_size):
-        targets = labels[rows]
-        picked = wide.gather(1, targets[:, None]).squeeze(1)
-        log_probs.append(picked - wide.logsumexp(-1))
-        is_top.append(wide.argmax(-1) == targets)
-    return torch.cat(log_probs), torch.cat(is_top)
-
-
-@torch.no_grad()
-def top_tokens(
-    hidden_states: Float[Tensor, "N D"],
-    head: Callable[[Tensor], Tensor],
-    vocab_size: int,
-    num_top: int,
-) -> tuple[Float[Tensor, "N K"], Int[Tensor, "N K"]]:
-    """Compute log p of the most likely tokens after each state, and which they are, in chunks.
-
-    Args:
-        hidden_states: States that predict tokens, after the final norm.
-        head: The frozen output layer, with its scaling and soft-capping.
-        vocab_size: V, from which the chunk is chosen, as in `token_losses`.
         num_top: K, from 0 to V.
 
     Returns:
-        Log-probabilities in float32 (float64 for float64 states), the highest first, and token ids.
+        Log-probabilities in float32 (float64 for float64 states); whether argmax gives the label,
+        of equally likely tokens the first; log-probabilities of the K most likely tokens, the
+        highest first, to the bit those of labels that are among them; and their ids.
     """
-    if num_top == 0:
-        empty = hidden_states.new_empty(len(hidden_states), 0, dtype=_wide_dtype(hidden_states))
-        return empty, empty.long()
-    tops = [
-        wide.log_softmax(-1).topk(num_top)
-        for _, wide in _wide_logits(hidden_states, head, vocab_size)
-    ]
-    return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
+    columns = []
+    for rows, wide in _wide_logits(hidden_states, head, vocab_size):
+        targets, total = labels[rows, None], wide.logsumexp(-1, keepdim=True)
+        tops = wide.topk(num_top) if num_top else (wide[:, :0], targets[:, :0])
+        log_probs = (wide.gather(1, targets) - total).squeeze(1)
+        columns.append((log_probs, wide.argmax(-1) == labels[rows], tops[0] - total, tops[1]))
+    log_probs, is_top, top_log_probs, top_ids = map(torch.cat, zip(*columns, strict=True))
+    return log_probs, is_top, top_log_probs, top_ids
 
 
 def _wide_logits(

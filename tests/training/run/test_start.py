@@ -3,10 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import ConfigError, FormatError
 from loraloom.training.run.builder import load_start
 from tests.tiny import METHODS, changed, randomise
 from tests.training.toy import toy_host
+
+TOP_P = MixLoraConfig(rank=2, num_experts=4, routing="top_p")
 
 
 @pytest.fixture(params=METHODS)
@@ -45,6 +48,24 @@ def test_weights_of_another_rank_are_refused(tmp_path):
     new = host.add("new", changed(config, rank=6, alpha=2 * config.alpha))
     with pytest.raises(ConfigError, match=f"rank is 6 and that adapter's {config.rank}"):
         load_start(host, new, str(tmp_path / "old"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "setting"),
+    [
+        (LoraConfig(rank=2, init="pissa"), LoraConfig(rank=2), "init"),
+        (LoraConfig(rank=2), LoraConfig(rank=2, init="olora"), "init"),
+        (LoraConfig(rank=2, alpha_pattern={"q_proj": 7.0}), LoraConfig(rank=2), "alphas"),
+        (TOP_P, changed(TOP_P, temperature=2.0), "temperature"),
+        (TOP_P, changed(TOP_P, compat="moe-peft"), "compat"),
+    ],
+)
+def test_settings_that_leave_no_trace_in_shapes_must_agree_too(tmp_path, old, new, setting):
+    host = toy_host()
+    host.add("old", old)
+    host.save("old", tmp_path / "old")
+    with pytest.raises(ConfigError, match=f"{setting} is "):
+        load_start(host, host.add("new", new), str(tmp_path / "old"))
 
 
 def test_an_adapter_that_is_not_there_is_an_error(tmp_path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from loraloom.adapters.config import MAX_NUMBER, ExpertCount, LowRankConfig
+from loraloom.adapters.config import MAX_NUMBER, ExpertCount, MixtureConfig
 from loraloom.adapters.keys import Shape, TensorKey, routed_shapes
 from loraloom.adapters.lora.files import lora_settings
 from loraloom.adapters.reference import shared_fields
@@ -27,7 +27,7 @@ _OWN_SETTINGS = {"init", "router_entropy_loss_coef", "router_aux_loss_coef"}
 """Those that it has no field for, under `"loraloom": {"adapter": …}`."""
 
 
-class DynMoleConfig(LowRankConfig):
+class DynMoleConfig(MixtureConfig):
     """A router and LoRA experts on each projection; all are used where the router is undecided.
 
     Source: Li et al. 2025, DynMoLE, arXiv:2504.00661; settings, defaults and names in files as in
@@ -42,7 +42,7 @@ class DynMoleConfig(LowRankConfig):
 
     method: Literal["dynmole"] = "dynmole"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Mixture of LoRA experts whose number depends on the router's entropy."""
-    num_experts: ExpertCount = 8
+    num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts of each projection."""
     keep_top_k: int = Field(default=2, ge=1, validate_default=True)
     """Experts that each token uses at least."""
@@ -65,11 +65,6 @@ class DynMoleConfig(LowRankConfig):
         if keep > num_experts:
             raise ValueError(f"keep_top_k must be in [1, num_experts={num_experts}], got {keep}")
         return keep
-
-    @property
-    def experts_per_router(self) -> int:
-        """See AdapterConfig."""
-        return self.num_experts
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -96,9 +91,14 @@ class DynMoleConfig(LowRankConfig):
         """See AdapterConfig."""
         return "raise router_aux_loss_coef, or lower learning_rate"
 
+    @property
+    def routing_label(self) -> str:
+        """See MixtureConfig."""
+        return f"top-p {self.top_p:g} or all"
+
     def summary(self) -> dict[str, Any]:
         """See AdapterConfig."""
-        return super().summary() | self.model_dump(include={"num_experts", *_ROUTING_FIELDS})
+        return super().summary() | self.model_dump(include=set(_ROUTING_FIELDS))
 
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""
@@ -108,12 +108,6 @@ class DynMoleConfig(LowRankConfig):
             f"(q = {self.entropy_index:g}) above {self.entropy_threshold:g}, else top-p "
             f"{self.top_p:g}, {self.keep_top_k} at least",
         ]
-
-    def description(self) -> dict[str, Any]:
-        """See AdapterConfig."""
-        sizes = self.model_dump(include={"num_experts", "rank", "alpha", "dropout"})
-        taken = {"top_k": self.num_experts, "routing": f"top-p {self.top_p:g} or all"}
-        return super().description() | {"experts": sizes | taken}
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""

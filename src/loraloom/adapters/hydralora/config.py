@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from loraloom.adapters.config import ExpertCount, LowRankConfig
+from loraloom.adapters.config import ExpertCount, MixtureConfig
 from loraloom.adapters.keys import Shape, TensorKey
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loraloom.adapters.base import BaseLayer
 
 
-class HydraLoraConfig(LowRankConfig):
+class HydraLoraConfig(MixtureConfig):
     """One A, several B, all mixed by a router: y = Wx + s·Σ_e softmax(router(x))_e B_e(A(x)).
 
     Source: Tian et al. 2024, HydraLoRA, arXiv:2404.19245, eq. 4-5.
@@ -28,13 +28,8 @@ class HydraLoraConfig(LowRankConfig):
 
     method: Literal["hydralora"] = "hydralora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """A shared A and a mixture of B on each linear layer."""
-    num_experts: ExpertCount = 3
+    num_experts: ExpertCount = 3  # pyright: ignore[reportIncompatibleVariableOverride]
     """Matrices B of each projection."""
-
-    @property
-    def experts_per_router(self) -> int:
-        """See AdapterConfig."""
-        return self.num_experts
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -55,16 +50,6 @@ class HydraLoraConfig(LowRankConfig):
         for expert in range(self.num_experts):
             yield replace(place, part="lora_B", expert=expert), (out_features, self.rank)
         yield replace(place, part="router"), (self.num_experts, in_features)
-
-    def summary(self) -> dict[str, Any]:
-        """See AdapterConfig."""
-        return super().summary() | {"num_experts": self.num_experts}
-
-    def description(self) -> dict[str, Any]:
-        """See AdapterConfig; each token uses all experts."""
-        sizes = self.model_dump(include={"num_experts", "rank", "alpha", "dropout"})
-        taken = {"top_k": self.num_experts, "routing": "dense"}
-        return super().description() | {"experts": sizes | taken}
 
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""

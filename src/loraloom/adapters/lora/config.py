@@ -122,6 +122,8 @@ class LoraConfig(DecomposedConfig):
         odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
         if self.init == "orthogonal" and odd:
             raise ValueError(f"rank must be even for init: orthogonal, got {odd[0]}")
+        if self.init != "eva" and self.eva != EvaConfig():
+            raise ValueError(f"eva is a setting of init: eva, got init: {self.init}")
         return self
 
     @property
@@ -175,10 +177,8 @@ class LoraConfig(DecomposedConfig):
                     "as they are, got a rank_pattern or init: pissa or olora; give their rows "
                     "scales instead"
                 )
-        plain = {"layers": None, "alpha_pattern": {}, "init": "kaiming"}
-        return type(self).model_validate(
-            {**super().combined(others, targets).model_dump(), **plain}
-        )
+        plain = {"layers": None, "alpha_pattern": {}, "init": "kaiming", "eva": EvaConfig()}
+        return super(LoraConfig, self.model_copy(update=plain)).combined(others, targets)
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:
         """See AdapterConfig."""
@@ -242,9 +242,10 @@ class LoraConfig(DecomposedConfig):
 
     def summary(self) -> dict[str, Any]:
         """See AdapterConfig."""
-        own = {"layers": self.layers, "ranks": self.rank_pattern, "alphas": self.alpha_pattern}
-        own["init"] = self.init if self.takes_start_off else None
-        return super().summary() | {name: value for name, value in own.items() if value}
+        chosen = {"layers": self.layers, "ranks": self.rank_pattern}
+        own = {name: value for name, value in chosen.items() if value}
+        start = self.init if self.takes_start_off else None
+        return super().summary() | own | {"alphas": self.alpha_pattern, "init": start}
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""

@@ -90,6 +90,7 @@ def _with_ranks(config: LoraConfig, ranks: Mapping[str, int], keys: Sequence[str
     if config.eva.adjust_scaling_factors:
         alphas = {key: a * ranks[key] / config.at(key).rank for key, a in alphas.items()}
     changes: dict[str, Any] = {
+        "eva": {},
         "init": "kaiming",  # what is saved and loaded again knows nothing of its start
         "rank_pattern": {re.escape(k): rank for k, rank in ranks.items() if rank != config.rank},
         "alpha_pattern": {re.escape(k): a for k, a in alphas.items() if a != config.alpha},

@@ -55,7 +55,7 @@ _READ_STARTS = ("gaussian", "pissa", "olora")
 """Initialisations that stay an adapter's: PEFT's files mean the base without the last two."""
 _NAMED_STARTS = (*_READ_STARTS, "orthogonal")
 """Those that files name; of an orthogonal one trained weights know nothing, which is computed."""
-_KNOWN_STARTS = (True, False, "eva", *_NAMED_STARTS)
+_KNOWN_STARTS = (True, False, "eva", "mica", *_NAMED_STARTS)
 _MODULE = re.compile(
     r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>\w+\.\w+))"
     r"\.lora_A(?:\.weight)?$"

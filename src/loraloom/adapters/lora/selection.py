@@ -88,10 +88,12 @@ def check_selection(config: LoraConfig, base_layers: Sequence[BaseLayer]) -> Non
         for key in projection_keys(layer)
         if key.rpartition(".")[2] in config.targets_in(layer)
     ]
+    if not adapted:
+        raise AdapterError("layers must have some of target_modules, got layers that have none")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
         _refuse(
-            f"{name} must match adapted projections, such as {adapted[0] if adapted else 'none'}",
+            f"{name} must match adapted projections, such as {adapted[0]}",
             [key for key in patterns if not any(matches(key, place) for place in adapted)],
         )
 

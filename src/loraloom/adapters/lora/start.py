@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseProjection
 from loraloom.adapters.lora.config import LoraConfig
-from loraloom.adapters.low_rank import generator_for
-from loraloom.errors import ConfigError
+from loraloom.adapters.low_rank import generator_for, seeded
+from loraloom.errors import AdapterError, ConfigError
 
 
 def start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tenso
         seed: Of the job; what is random depends on it and the projection's name.
 
     Raises:
-        AdapterError: If the base stores its weights quantised.
+        AdapterError: If the rank is above the directions that the projection has.
         ConfigError: If PEFT is not installed.
     """
     import_peft(config.init)
@@ -37,10 +37,14 @@ def start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tenso
 
     settings: Any = {"use_rslora": config.rank_stabilized, "init_lora_weights": config.init}
     sizes: Any = {"r": config.rank, "lora_alpha": config.alpha}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_for(seed, base.key).initial_seed())
+    with seeded(base.device, generator_for(seed, base.key).initial_seed()):
         layer = Linear(_copy(base), "start", config=PeftConfig(**settings), **sizes)
     lora_A, lora_B = (layer.get_parameter(f"{part}.start.weight") for part in ("lora_A", "lora_B"))
+    if len(lora_A) < config.rank:
+        raise AdapterError(
+            f"init: {config.init} has {len(lora_A)} directions on {base.key}, got rank "
+            f"{config.rank}; lower rank, or give that projection less by rank_pattern"
+        )
     return lora_A.detach(), lora_B.detach()
 
 

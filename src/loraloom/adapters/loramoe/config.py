@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from loraloom.adapters.config import MAX_NUMBER, ExpertCount
+from loraloom.adapters.config import MAX_NUMBER, ExpertCount, MixtureConfig
 from loraloom.adapters.keys import Shape, TensorKey, routed_shapes
 from loraloom.adapters.lora.config import DecomposedConfig
 from loraloom.adapters.lora.files import lora_settings
@@ -25,7 +25,7 @@ _OWN_SETTINGS = {"init", "balance_coef", "balance_delta"}
 """What the reference has no field for, under `"loraloom": {"adapter": …}`."""
 
 
-class LoraMoeConfig(DecomposedConfig):
+class LoraMoeConfig(MixtureConfig, DecomposedConfig):
     """LoRA experts on each FFN projection, all mixed by a router; plain LoRA on attention.
 
     With weight decomposition the LoRA on attention is a DoRA; experts have none.
@@ -41,7 +41,7 @@ class LoraMoeConfig(DecomposedConfig):
 
     method: Literal["loramoe"] = "loramoe"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Mixture of LoRA experts on each FFN projection, all used by every token."""
-    num_experts: ExpertCount = 6
+    num_experts: ExpertCount = 6  # pyright: ignore[reportIncompatibleVariableOverride]
     """Experts of each FFN projection."""
     balance_coef: float = Field(default=0.1, ge=0, le=MAX_NUMBER)
     """Weight of the localized balancing constraint, σ²(Z) / μ(Z): Z are the sums of the experts'
@@ -52,9 +52,9 @@ class LoraMoeConfig(DecomposedConfig):
     their data, and the second half of the experts is group 1."""
 
     @property
-    def experts_per_router(self) -> int:
+    def has_expert_groups(self) -> bool:
         """See AdapterConfig."""
-        return self.num_experts
+        return self.balance_coef > 0 and self.balance_delta > 0
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
@@ -76,19 +76,9 @@ class LoraMoeConfig(DecomposedConfig):
                 sizes = base.shapes[key.path]
                 yield from routed_shapes(replace(key, part=""), *sizes, self.num_experts, self.rank)
 
-    def summary(self) -> dict[str, Any]:
-        """See AdapterConfig."""
-        return super().summary() | {"num_experts": self.num_experts}
-
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""
         return [*super().card_lines(), f"{self.num_experts} experts on each FFN projection"]
-
-    def description(self) -> dict[str, Any]:
-        """See AdapterConfig; each token uses all experts."""
-        sizes = self.model_dump(include={"num_experts", "rank", "alpha", "dropout"})
-        taken = {"top_k": self.num_experts, "routing": "dense"}
-        return super().description() | {"experts": sizes | taken}
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""

@@ -197,7 +197,9 @@ def _fault(config: MixLoraConfig, base: BaseInfo) -> str | None:
     expert = config.expert_config
     paths = target_projections(config.target_modules, base)
     ffn = {path.rpartition(".")[2] for path in paths if path.startswith(f"{base.ffn}.")}
-    if base.layers_path != "model.layers" or ffn != set(_FFN):
+    if base.layers_path != "model.layers":
+        return f"have their layers at model.layers, got {base.layers_path}"
+    if ffn != set(_FFN):
         return f"have experts on all of {', '.join(_FFN)}, got {', '.join(sorted(ffn))}"
     if len(ffn) == len(paths):
         return "have a LoRA on attention, got none"

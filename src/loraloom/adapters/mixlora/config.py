@@ -148,7 +148,7 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         return LoraConfig(**{**self.expert_config.model_dump(), **own})
 
     @property
-    def title(self) -> str:
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """MixLoRA, or MixDoRA where the experts are decomposed."""
         return f"Mix{self.expert_config.title}"
 
@@ -206,8 +206,8 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
                 "their rows scales instead"
             )
         rank = max(config.expert_config.rank for config in mixtures)
-        decomposed = self.expert_config.weight_decomposition
-        experts = {"rank": rank, "alpha": float(rank), "weight_decomposition": decomposed}
+        kept = self.expert_config.model_dump(include={"dropout", "weight_decomposition"})
+        experts = {**kept, "rank": rank, "alpha": float(rank)}
         settings = super().combined(others, targets).model_dump()
         return type(self).model_validate({**settings, "experts": experts})
 
@@ -227,8 +227,9 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
         """See AdapterConfig."""
         expert, shared = self.expert_config, self.shared_config
         summary = super().summary() | {
-            "num_experts": self.num_experts,
             "routing": self.routing_label,
+            "temperature": self.temperature,
+            "compat": self.compat,
             "experts' rank": expert.rank,
             "experts' scaling": expert.scaling,
         }
@@ -236,10 +237,10 @@ class MixLoraConfig(RoutingConfig, DecomposedConfig):
             summary |= {"shared rank": shared.rank, "shared scaling": shared.scaling}
         return summary
 
-    def description(self) -> dict[str, Any]:
-        """See AdapterConfig."""
+    def experts_described(self) -> dict[str, Any]:
+        """See MixtureConfig; they may have a rank of their own."""
         own = self.expert_config.model_dump(include={"rank", "alpha", "dropout"})
-        return super().description() | {"experts": self.experts_described() | own}
+        return super().experts_described() | own
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from loraloom.adapters.config import ExpertCount, LowRankConfig, RoutingConfig
+from loraloom.adapters.config import ExpertCount, RoutingConfig
 from loraloom.adapters.keys import Shape, TensorKey, routed_shapes
 from loraloom.adapters.lora.config import LoraConfig
 from loraloom.adapters.lora.files import lora_settings
@@ -35,7 +35,7 @@ _OWN_SETTINGS = {
 """What the reference has no field for, under `"loraloom": {"adapter": …}`."""
 
 
-class MolaConfig(RoutingConfig, LowRankConfig):
+class MolaConfig(RoutingConfig):
     """A router and several LoRA experts on each linear layer: y = Wx + s·Σ_j g_j B_e(j)(A_e(j)(x)).
 
     Source: Gao et al. 2024, MoLA, arXiv:2402.08562, eq. 2-4; files as in moe-peft 2.0.2.
@@ -107,7 +107,7 @@ class MolaConfig(RoutingConfig, LowRankConfig):
 
     def summary(self) -> dict[str, Any]:
         """See AdapterConfig."""
-        own = {"num_experts": self.num_experts, "routing": self.routing_label}
+        own = {"routing": self.routing_label, "temperature": self.temperature}
         return super().summary() | own
 
     def card_lines(self) -> list[str]:
@@ -118,11 +118,6 @@ class MolaConfig(RoutingConfig, LowRankConfig):
             *super().card_lines(),
             f"{text} experts on each projection, routing {self.routing_label}",
         ]
-
-    def description(self) -> dict[str, Any]:
-        """See AdapterConfig."""
-        own = self.model_dump(include={"rank", "alpha", "dropout"})
-        return super().description() | {"experts": self.experts_described() | own}
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
         """See AdapterConfig; a list of experts by layer stands in the field of the number."""
