@@ -13,10 +13,11 @@ import loraloom
 from benchmarks.parallel import difference
 from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, ModelError, TrainingError
-from loraloom.training.cluster.board import MAX_LOSSES
+from loraloom.training.cluster.board import MAX_LOSSES, Board
 from loraloom.training.cluster.hiring import MAX_FAILED_STARTS
 from loraloom.training.run import evaluation
-from tests.training.cluster.crews import train_locally
+from loraloom.training.run.builder import JobBuilder
+from tests.training.cluster.crews import LocalCrew, train_locally
 from tests.training.running import read_metrics
 from tests.training.saved import run_settings, save_inputs
 
@@ -115,7 +116,7 @@ def test_a_cluster_whose_workers_never_get_ready_ends_the_run(inputs, tmp_path):
 
     with pytest.raises(TrainingError, match="no worker is left, the last one was lost: killed"):
         train_locally(settings(inputs, tmp_path), 2, dies)
-    assert max(hired) == 1 + MAX_FAILED_STARTS
+    assert max(hired) == 2 + MAX_FAILED_STARTS
 
 
 def test_ctrl_c_saves_and_resume_goes_on(inputs, alone, tmp_path, monkeypatch):
@@ -233,3 +234,99 @@ def test_a_sweep_goes_on_after_ctrl_c_to_the_same_trials(inputs, tmp_path, monke
         train_locally(run, dies=interrupts)
     train_locally(run, resume=True)
     assert_same_trials(tmp_path / "many", tmp_path / "one")
+
+
+def test_results_after_a_resume_are_in_the_order_of_the_run_file(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("loraloom.training.cluster.cluster.SLICE_S", 0.0)
+    run = run_settings(inputs, tmp_path)
+    run["jobs"][0]["train"]["max_steps"] = 8  # `mixture`, the second one, ends before it
+    calls = []
+
+    def interrupts(worker, method, _):
+        calls.append((worker, method))
+        if calls.count((0, "advance")) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        train_locally(RunConfig.model_validate(run), dies=interrupts)
+    results, spoken = train_locally(RunConfig.model_validate(run), resume=True)
+    assert any(text.startswith("going on with 1 of 2 jobs done") for text in spoken.messages)
+    assert [one.job for one in results] == list(NAMES)
+    seconds = [line["seconds"] for line in read_metrics(tmp_path / "plain")]
+    assert seconds == sorted(seconds)
+
+
+def test_workers_that_were_at_work_are_all_replaced(inputs, tmp_path):
+    hired = []
+
+    def dies(worker, method, _):
+        hired.append(worker)
+        return worker < 4 and method == "advance"
+
+    run = sweep_run(inputs, tmp_path)
+    results, spoken = train_locally(run, 4, dies)
+    assert max(hired) == 7
+    assert not any("none is replaced" in text for text in spoken.messages)
+    assert {one.status for one in results} == {"finished"}
+
+
+def test_a_sweep_that_loses_its_last_worker_goes_on_with_the_same_trials(inputs, tmp_path):
+    calls = []
+
+    def dies(worker, method, _):
+        calls.append(method)
+        return worker > 0 or calls.count("measure") == 2
+
+    run = sweep_run(inputs, tmp_path, max_concurrent=1)
+    with pytest.raises(TrainingError, match="no worker is left"):
+        train_locally(run, 1, dies)
+    results, _ = train_locally(run, 1, resume=True)
+    assert [one.status for one in results] == ["finished"] * len(RATES)
+
+
+class StuckCrew(LocalCrew):
+    """Only its first two workers ever answer."""
+
+    def ask(self, worker, method, *args):
+        return ["never"] if worker > 1 else super().ask(worker, method, *args)
+
+    def wait(self, calls, timeout_s):
+        return [call for call in calls if call != ["never"]]
+
+
+def test_a_sweep_does_not_wait_for_ever_for_a_worker_that_never_comes(
+    inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("loraloom.training.cluster.cluster.SLICE_S", 0.0)
+    monkeypatch.setattr(Board, "_fits", lambda board, _, worker: not board.jobs_on(worker))
+    calls = []
+
+    def dies(worker, method, _):
+        calls.append((worker, method))
+        if calls.count((1, "advance")) == 2:
+            monkeypatch.setattr("loraloom.training.cluster.hiring.START_S", 0.0)
+        return worker == 1 and calls.count((1, "advance")) == 2
+
+    run = sweep_run(
+        inputs, tmp_path, parameters={"train.learning_rate": RATES[:2]}, **SWEEPS["asha"]
+    )
+    monkeypatch.setattr("tests.training.cluster.crews.LocalCrew", StuckCrew)
+    results, _ = train_locally(run, 2, dies)
+    assert len(results) == 2
+
+
+def test_a_job_that_can_not_be_built_costs_no_worker(inputs, tmp_path, monkeypatch):
+    built = []
+    build = JobBuilder.build
+
+    def fails(builder, config):
+        built.append(config.name)
+        if len(built) == 3:
+            raise ArithmeticError("did not converge")
+        return build(builder, config)
+
+    monkeypatch.setattr(JobBuilder, "build", fails)
+    results, spoken = train_locally(sweep_run(inputs, tmp_path, max_concurrent=1), 1)
+    assert not any("was lost" in text for text in spoken.messages)
+    assert len(results) < len(RATES)

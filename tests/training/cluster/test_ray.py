@@ -104,6 +104,7 @@ def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict:
     [
         ([node(8), node(8)], "auto", None, 2, {"num_cpus": 8, "num_gpus": 0}),
         ([node(8), node(8)], "cpu", 3, 3, {"num_cpus": 4, "num_gpus": 0}),
+        ([node(0), node(8), node(8)], "auto", None, 2, {"num_cpus": 8, "num_gpus": 0}),
         ([node(8, 4), node(8, 2)], "auto", None, 6, {"num_cpus": 0, "num_gpus": 1}),
         ([node(8, 4), node(8, 4, alive=False)], "cuda", 3, 3, {"num_cpus": 0, "num_gpus": 1}),
         ([node(8, 4)], "cpu", None, 1, {"num_cpus": 8, "num_gpus": 0}),

@@ -10,19 +10,20 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from loraloom.config.job import JobConfig
 from loraloom.config.run import RunConfig
 from loraloom.errors import LoraloomError, TrainingError
-from loraloom.training.cluster.board import MAX_LOSSES, Board
-from loraloom.training.cluster.crew import Crew, WorkerLostError
-from loraloom.training.cluster.hiring import START_S, Hiring
+from loraloom.training.cluster.board import MAX_LOSSES, Board, Size
+from loraloom.training.cluster.crew import Crew, CrewLost, WorkerLostError
+from loraloom.training.cluster.hiring import Hiring
 from loraloom.training.cluster.remote_job import RemoteJob
 from loraloom.training.cluster.rounds import Event, Rounds
 from loraloom.training.cluster.staff import Answer, Staff
-from loraloom.training.cluster.worker import News, Release, Start
+from loraloom.training.cluster.worker import Measured, News, Release, Start
 from loraloom.training.run.checkpoint import JobRecord, Moment
 from loraloom.training.run.interruption import Interruption
 from loraloom.training.run.job import Position
@@ -56,7 +57,7 @@ class Cluster:
     def __init__(self, run: RunConfig, crew: Crew, directory: RunDirectory, progress: Progress):
         self.jobs: dict[str, RemoteJob] = {}
         self.results: dict[str, JobResult] = {}
-        self._base_model = run.base_model
+        self._run = run
         self._directory = directory
         self._progress = progress
         self._board = Board(run.max_tokens_per_step)
@@ -65,8 +66,7 @@ class Cluster:
         self._rounds = Rounds()
         self._sweep: Sweep[RemoteJob] | None = None
         self._orders: dict[int, list[Start | Release]] = defaultdict(list)
-        self._order: list[str] = []
-        self._started_at = self._had_workers_at = time.monotonic()
+        self._started_at = time.monotonic()
         self._last_loss = ""
 
     @property
@@ -84,9 +84,14 @@ class Cluster:
         """Wall time of the training, earlier parts of a resumed one included."""
         return time.monotonic() - self._started_at
 
-    def assemble(self, num_workers: int) -> None:
+    def assemble(self, num_workers: int, seconds: float) -> None:
         """Start the workers; see `Hiring.assemble`."""
-        self._hiring.assemble(num_workers)
+        self._hiring.assemble(num_workers, seconds)
+
+    def disband(self) -> None:
+        """End all workers."""
+        for worker in self._staff.numbers:
+            self._staff.dismiss(worker)
 
     def go_on(self, results: dict[str, JobResult], seconds: float) -> None:
         """Take over what an earlier part of the run came to.
@@ -96,8 +101,22 @@ class Cluster:
             seconds: Wall time of the training until then.
         """
         self.results = dict(results)
-        self._order = list(results)
         self._started_at = time.monotonic() - seconds
+
+    def hold_back(self, config: JobConfig, first_round: int, micro_batches: int) -> None:
+        """Let a result that the sweep has not heard of wait until the others have come as far.
+
+        Args:
+            config: Of the job, which had ended ahead of them when the run was interrupted.
+            first_round: In which it began.
+            micro_batches: That it has done.
+        """
+        result = self.results.pop(config.name)
+        measured = Measured(Size(0, 0, 0), result.steps, "", result.num_parameters, {}, result.data)
+        job = RemoteJob(config, measured, first_round=first_round)
+        self.jobs[config.name] = job
+        position = Position(result.steps, micro_batches=micro_batches)
+        self._rounds.note(config.name, Event(job.round_at(position), position, result))
 
     def build_all(self, configs: Sequence[JobConfig]) -> list[RemoteJob]:
         """Let workers build jobs and take them off again, to see that they can be.
@@ -146,7 +165,6 @@ class Cluster:
             store.write(Moment(0, self.seconds, dict(self.base), {job.name: record}), {})
         job.first_round = self.round
         self.jobs[job.name] = job
-        self._order.append(job.name)
         self._board.enter(job.name, job.measured.size, job.config.priority)
 
     def stop(self, name: str, reason: str) -> JobResult:
@@ -175,12 +193,12 @@ class Cluster:
             sweep: Stops some and lets others join.
 
         Returns:
-            What became of each job, in their order.
+            What became of each job, in the order of the run file.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C, when everything is saved; at once after another.
             SystemExit: After SIGTERM, likewise.
-            TrainingError: If no worker is left.
+            CrewLost: If no worker is left.
         """
         self._sweep = sweep
         self._progress.start()
@@ -197,7 +215,9 @@ class Cluster:
                     interruption.end()
         finally:
             self._progress.stop()
-        return [self.results[name] for name in dict.fromkeys(self._order)]
+        places = {job.name: place for place, job in enumerate(self._run.all_jobs)}
+        in_order = sorted(self.results, key=lambda name: (places.get(name, len(places)), name))
+        return [self.results[name] for name in in_order]
 
     @property
     def _waits_for_others(self) -> bool:
@@ -223,10 +243,8 @@ class Cluster:
         """Wait for news and take it in."""
         for answer in self._staff.answers(WAIT_S):
             self._receive(answer)
-        if self._board.rooms:
-            self._had_workers_at = time.monotonic()
-        elif not self._hiring.is_going_on or time.monotonic() - self._had_workers_at > START_S:
-            raise TrainingError(
+        if not self._board.rooms and not self._hiring.is_going_on:
+            raise CrewLost(
                 f"no worker is left, the last one was lost: {self._last_loss}; "
                 "--resume goes on from the newest checkpoints"
             )
@@ -263,6 +281,9 @@ class Cluster:
     def _begin(self, job: RemoteJob, worker: int, position: Position) -> None:
         self._board.began(job.name, position.step)
         self._rounds.forget(job.name)
+        if self._is_in_step(job.name):  # what it measured there is seen in its turn, as an event
+            seen = job.position
+            position = replace(position, evaluated_step=seen.evaluated_step, metrics=seen.metrics)
         job.position = position
         if not job.is_shown:
             self._progress.add(job)
@@ -330,14 +351,15 @@ class Cluster:
         self._staff.dismiss(worker)
         self._orders.pop(worker, None)
         names = self._board.jobs_on(worker)
-        given_up = self._board.lose(worker) if worker in self._board.rooms else []
+        was_ready = worker in self._board.rooms
+        given_up = self._board.lose(worker) if was_ready else []
         for name in names:
             self._rounds.forget(name)
         jobs = f"; its jobs go on elsewhere: {', '.join(names)}" if names else ""
         self._progress.message(f"warning: worker {worker} was lost: {reason}{jobs}")
         for name in given_up:
             self._give_up(name, f"{MAX_LOSSES} workers were lost that trained it: {reason}")
-        if not self._hiring.replace():
+        if not self._hiring.replace(was_ready=was_ready):
             self._progress.message("warning: workers die before they are ready; none is replaced")
 
     def _give_up(self, name: str, reason: str) -> None:
@@ -357,7 +379,7 @@ class Cluster:
     def _made_up(self, job: RemoteJob, status: Status, reason: str) -> JobResult:
         return job.result(
             status,
-            base_model=self._base_model,
+            base_model=self._run.base_model,
             directory=str(self._directory.job(job.name)),
             seconds=self.seconds,
             reason=reason,

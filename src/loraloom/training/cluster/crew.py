@@ -11,6 +11,13 @@ class WorkerLostError(Exception):
     """A worker can't be reached any more, or its base model no longer works."""
 
 
+class CrewLost(BaseException):
+    """No worker is left.
+
+    It is no `Exception`, as a sweep takes those for faults of the job that it builds.
+    """
+
+
 class Crew(ABC):
     """Starts workers, calls their methods and waits for what comes of it.
 

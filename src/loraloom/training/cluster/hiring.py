@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,14 @@ class Hiring:
         self._output_dir = output_dir
         self._shares: dict[str, int | None] = {}
         self._failed_starts = 0
+        self._hired_at = -math.inf
 
-    def assemble(self, num_workers: int) -> None:
+    def assemble(self, num_workers: int, seconds: float) -> None:
         """Start the workers of a run, and bring all of them to the board.
+
+        Args:
+            num_workers: How many.
+            seconds: Wall time of the training in an earlier part of the run.
 
         Raises:
             ConfigError: If one doesn't see the files, they have other base models, or the cluster
@@ -62,20 +69,22 @@ class Hiring:
         self._check_alike(loaded)
         self._share_memory(loaded)
         for worker, one in loaded.items():
-            self._open(worker, one, 0.0)
+            self._open(worker, one, seconds)
         for worker in loaded:
             self._board.open(worker, self._staff.result(worker))
 
     @property
     def is_going_on(self) -> bool:
-        """Whether a worker is on its way."""
-        return any(worker not in self._board.rooms for worker in self._staff.numbers)
+        """Whether a worker is on its way, and was started so lately that it may still come."""
+        is_late = time.monotonic() - self._hired_at > START_S
+        return not is_late and any(one not in self._board.rooms for one in self._staff.numbers)
 
-    def replace(self) -> bool:
+    def replace(self, *, was_ready: bool) -> bool:
         """Start a worker in place of a lost one, and tell whether that makes sense."""
+        self._failed_starts += not was_ready
         if self._failed_starts >= MAX_FAILED_STARTS:
             return False
-        self._failed_starts += 1  # until it is ready
+        self._hired_at = time.monotonic()
         self._staff.send(self._staff.hire(), "see", self._output_dir.absolute())
         return True
 
@@ -128,10 +137,12 @@ class Hiring:
 
     def _share_memory(self, loaded: dict[int, Loaded]) -> None:
         """Divide the memory of each machine among its workers; accelerators have their own."""
-        workers = Counter(one.machine for one in loaded.values())
+        on_machine = defaultdict(list)
         for one in loaded.values():
             if one.is_on_cpu and one.free_bytes is not None:
-                self._shares[one.machine] = one.free_bytes // workers[one.machine]
+                on_machine[one.machine].append(one.free_bytes)
+        for machine, free in on_machine.items():  # the last to load has seen what all of them hold
+            self._shares[machine] = min(free) // len(free)
 
     def _open(self, worker: int, loaded: Loaded, seconds: float) -> None:
         """Let a worker get ready; one that takes another's place on a machine gets its share."""

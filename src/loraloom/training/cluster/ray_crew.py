@@ -117,6 +117,9 @@ class _RayCrew(Crew):
         """Wait for what a call returns."""
         try:
             value = self._ray.get(call)
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise WorkerLostError(f"{type(cause).__name__}: {_first_line(cause)}") from None
         except self._ray.exceptions.RayError as error:
             raise WorkerLostError(_first_line(error)) from None
         if isinstance(value, LoraloomError):
@@ -162,7 +165,9 @@ def _import_ray() -> ModuleType:
 def _connect(ray: ModuleType, address: str) -> None:
     """Connect this process to a cluster, or start one."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    named = "" if address == "auto" else address
     if named:
         _check_reachable(named)
     elif _runs_here(ray):
@@ -258,7 +263,7 @@ def choose_workers(
         size, most, kind = num_workers or sum(gpus), sum(gpus), "accelerators"
         resources: dict[str, int] = {"num_cpus": 0, "num_gpus": 1}
     else:
-        size, most, kind = num_workers or len(alive), sum(cpus), "cores"
+        size, most, kind = num_workers or sum(own > 0 for own in cpus), sum(cpus), "cores"
         resources = {"num_cpus": _cores_each(cpus, size), "num_gpus": 0}
     if size > most or not size:
         raise ConfigError(

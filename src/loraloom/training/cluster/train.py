@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraloom.config.run import RunConfig
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, TrainingError
 from loraloom.training.cluster.cluster import Cluster
-from loraloom.training.cluster.crew import Crew
+from loraloom.training.cluster.crew import Crew, CrewLost
 from loraloom.training.cluster.ray_crew import check_worker_device, ray_crew
 from loraloom.training.cluster.remote_job import RemoteJob
 from loraloom.training.run.checkpoint import Snapshot
@@ -43,7 +44,7 @@ def train_with_ray(
         )
     directory = RunDirectory(run.output_dir, by_job=True)
     directory.check(resume=resume, overwrite=overwrite)
-    check_sources(run, directory)
+    check_sources(run.all_jobs, directory)
     check_trackers(run.trackers)
     for job in run.all_jobs:
         rehearse(job.train, job.name)
@@ -65,13 +66,19 @@ def train_with(
 ) -> list[JobResult]:
     """Train a run's jobs on so many workers of a crew; see `train`."""
     with ExitStack() as stack:
+        stack.enter_context(_told_as_error())
         cluster = Cluster(run, crew, directory, progress)
-        cluster.assemble(num_workers)
+        stack.callback(cluster.disband)
         goes_on = resume and directory.job_snapshots.exists()
         earlier: dict[str, Snapshot] = {}
+        faults: list[str] = []
         if goes_on:
             stack.enter_context(directory.lock())
-            earlier = _read_earlier(directory, run, cluster, progress)
+            earlier, faults = directory.job_snapshots.newest()
+        seconds = max((snapshot.seconds for snapshot in earlier.values()), default=0.0)
+        cluster.assemble(num_workers, seconds)
+        if goes_on:
+            _go_on(cluster, earlier, faults, seconds, run, progress)
         jobs = _build_jobs(cluster, run, earlier)
         for job in jobs:
             for line in job.measured.report:
@@ -88,18 +95,30 @@ def train_with(
         for job in jobs:
             cluster.add(job, overwrite=overwrite or not goes_on)
         if sweep is not None:
-            _open_sweep(sweep, cluster, directory)
+            _open_sweep(sweep, cluster, directory, earlier)
         results = cluster.run(sweep)
         if sweep is not None:
             sweep.finish(cluster)
         return results
 
 
-def _read_earlier(
-    directory: RunDirectory, run: RunConfig, cluster: Cluster, progress: Progress
-) -> dict[str, Snapshot]:
-    """Read what a run goes on from: the newest snapshot of each job."""
-    snapshots, faults = directory.job_snapshots.newest()
+@contextmanager
+def _told_as_error() -> Iterator[None]:
+    try:
+        yield
+    except CrewLost as lost:
+        raise TrainingError(str(lost)) from lost
+
+
+def _go_on(
+    cluster: Cluster,
+    snapshots: dict[str, Snapshot],
+    faults: Sequence[str],
+    seconds: float,
+    run: RunConfig,
+    progress: Progress,
+) -> None:
+    """Go on from the newest snapshot of each job."""
     if not snapshots:
         raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
     for fault in faults:
@@ -112,9 +131,8 @@ def _read_earlier(
         for name, record in records.items()
         if record.result is not None
     }
-    cluster.go_on(results, max(snapshot.seconds for snapshot in snapshots.values()))
+    cluster.go_on(results, seconds)
     progress.message(f"going on with {len(results)} of {len(snapshots)} jobs done")
-    return snapshots
 
 
 def _build_jobs(cluster: Cluster, run: RunConfig, earlier: dict[str, Snapshot]) -> list[RemoteJob]:
@@ -126,7 +144,12 @@ def _build_jobs(cluster: Cluster, run: RunConfig, earlier: dict[str, Snapshot]) 
     return jobs
 
 
-def _open_sweep(sweep: Sweep[RemoteJob], cluster: Cluster, directory: RunDirectory) -> None:
+def _open_sweep(
+    sweep: Sweep[RemoteJob],
+    cluster: Cluster,
+    directory: RunDirectory,
+    earlier: dict[str, Snapshot],
+) -> None:
     """Go on with a sweep's study as it is, and let the jobs wait that have begun in it.
 
     The journal may be ahead of a job's snapshot: what it has decided stands, and the job comes to
@@ -134,8 +157,11 @@ def _open_sweep(sweep: Sweep[RemoteJob], cluster: Cluster, directory: RunDirecto
     """
     journal: Path = directory.sweep_journal
     sweep.open(journal.stat().st_size if journal.exists() else 0)
-    for config, first_round in sweep.begun():
-        if config.name not in cluster.jobs and config.name not in cluster.results:
+    for config, first_round, is_told in sweep.begun():
+        if config.name in cluster.results and not is_told and sweep.decides:
+            micro_batches = earlier[config.name].jobs[config.name].micro_batches
+            cluster.hold_back(config, first_round, micro_batches)
+        elif config.name not in cluster.jobs and config.name not in cluster.results:
             job = cluster.build(config)
             sweep.set_rungs(job)
             cluster.add(job, overwrite=True)

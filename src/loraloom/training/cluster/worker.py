@@ -13,13 +13,14 @@ from typing import Any
 
 from loraloom.config.job import JobConfig
 from loraloom.config.run import RunConfig
-from loraloom.errors import LoraloomError, shown
+from loraloom.errors import LoraloomError, TrainingError, shown
 from loraloom.models.attach import attach
 from loraloom.models.loading import load_base_model
 from loraloom.training.cluster.board import Size
 from loraloom.training.run.builder import JobBuilder
 from loraloom.training.run.engine import Engine, describe_base
 from loraloom.training.run.evaluation import Evaluation
+from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.inputs import input_digests
 from loraloom.training.run.job import Job, JobView, Position
 from loraloom.training.run.memory import (
@@ -238,14 +239,22 @@ class Worker:
 
         Raises:
             LoraloomError: If it can't be built, or does not fit into memory even alone.
+            Exception: If the device no longer works.
         """
         check_optimizer_device(config.train, self._host.device, config.name)
         before = adapter_bytes(self._host)
-        job = self._builder.build(config)
         try:
-            return self._measure(job, before)
-        finally:
-            self._engine.discard(job)
+            job = self._builder.build(config)
+            try:
+                return self._measure(job, before)
+            finally:
+                self._engine.discard(job)
+        except LoraloomError:
+            raise
+        except Exception as error:  # of memory, or of a library that makes initial weights
+            RoundRunner(self._host, self._evaluation.pad_id).raise_if_general(error)
+            reason = f"{type(error).__name__}: {shown(str(error))}"
+            raise TrainingError(f"job {config.name}: {reason}") from error
 
     def advance(self, orders: Sequence[Start | Release], seconds: float) -> News:
         """Obey orders, and train for about so long, or until no job may go on."""

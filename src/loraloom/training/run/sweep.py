@@ -258,11 +258,18 @@ class Sweep(Generic[AnyJob]):
         """Whether a job of that name is one of the sweep's."""
         return self._sweep.owns(name)
 
-    def begun(self) -> list[tuple[JobConfig, int]]:
-        """The jobs that have begun and did not fail, with the round in which each began."""
+    def begun(self) -> list[tuple[JobConfig, int, bool]]:
+        """The jobs that have begun and did not fail.
+
+        With them come the round in which each began, and whether the study knows its end.
+        """
         trials = self._study.get_trials(deepcopy=False)
         return [
-            (self._run.trial(one.number, one.params).job, one.user_attrs.get(_ROUND, 0))
+            (
+                self._run.trial(one.number, one.params).job,
+                one.user_attrs.get(_ROUND, 0),
+                one.state.is_finished(),
+            )
             for one in trials
             if one.state != TrialState.FAIL
         ]
