@@ -168,6 +168,20 @@ def test_a_loss_of_ones_own_gets_its_gradient():
     assert_same(grads_of(other), grads_of(client))
 
 
+@pytest.mark.parametrize("name", ["loss", "aux_loss", "computed_tokens"])
+def test_a_metric_of_any_name_changes_no_gradient(name):
+    host = toy_host()
+    client, other = new_client(host, "a", "mixlora"), new_client(host, "b", "mixlora")
+    data = toy_examples(5)
+    losses = [
+        one.forward_backward_custom(data, lambda _, log_probs, m=metrics: (-log_probs[0].mean(), m))
+        for one, metrics in ((client, {}), (other, {name: 7.0}))
+    ]
+    assert losses[1].metrics == {name: 7.0}
+    assert losses[1].loss == pytest.approx(losses[0].loss)
+    assert_same(grads_of(other), grads_of(client))
+
+
 @pytest.mark.parametrize(
     "loss_fn",
     [
@@ -241,6 +255,25 @@ def test_a_learning_rate_holds_from_its_step_on_and_loraplus_keeps_its_ratio():
 def test_a_learning_rate_that_is_none_is_refused(rate):
     with pytest.raises(ConfigError, match="learning_rate must be 0 or more"):
         new_client().optim_step(learning_rate=rate)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
+def test_a_norm_that_clips_all_is_refused(norm):
+    client = new_client()
+    client.forward_backward(toy_examples(2))
+    with pytest.raises(ConfigError, match="max_grad_norm must be above 0, or None for no clipping"):
+        client.optim_step(max_grad_norm=norm)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_micro_batches_have_an_example_or_more(size):
+    with pytest.raises(ConfigError, match="adapter a: micro_batch_size must be 1 or more, got"):
+        new_client().forward_backward(toy_examples(2), micro_batch_size=size)
+
+
+def test_of_each_prompt_a_sample_or_more_is_drawn():
+    with pytest.raises(ConfigError, match="num_samples must be 1 or more, got 0"):
+        new_client().sample(["one"], num_samples=0)
 
 
 def test_a_step_needs_a_gradient():

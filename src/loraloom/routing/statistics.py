@@ -56,7 +56,7 @@ def read_statistics(routing: Sequence[LayerRouting], measured: Sequence[float]) 
     ]
     return RouterStatistics(
         {
-            record.router: [round(count) for count in load]
+            record.router: [round(count) if math.isfinite(count) else 0 for count in load]
             for record, load in zip(routing, loads, strict=True)
         },
         entropy / num_tokens if num_tokens else 1.0,

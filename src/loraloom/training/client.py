@@ -242,13 +242,17 @@ class TrainingClient:
             max_grad_norm: Clip the adapter's whole gradient to this norm; None for no clipping.
 
         Raises:
-            ConfigError: If the learning rate is negative or not finite.
+            ConfigError: If the learning rate is negative or not finite, or the norm not above 0.
             TrainingError: If there is no gradient, or it is not finite: weights are left alone.
         """
         if learning_rate is not None:
             if not (math.isfinite(learning_rate) and learning_rate >= 0):
                 raise ConfigError(f"learning_rate must be 0 or more, got {learning_rate}")
             set_learning_rate(self._optimizer, learning_rate)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(
+                f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm}"
+            )
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise self._error("optim_step needs a gradient, there is none; call forward_backward")
         if self._loss_scale is not None:
@@ -295,6 +299,8 @@ class TrainingClient:
         self._draws += 1
         seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
         drawn = sampling.model_copy(update={"seed": seed})
+        if num_samples < 1:
+            raise ConfigError(f"num_samples must be 1 or more, got {num_samples}")
         copies = [Prompt(prompt, self.name) for prompt in prompts for _ in range(num_samples)]
         completions = generate_tokens(self.host, self.tokenizer, copies, drawn, raw=raw)
         starts = range(0, len(completions), num_samples)

@@ -43,6 +43,18 @@ def test_the_newest_two_are_kept(tmp_path):
     assert store.newest()[0].round == 9
 
 
+def test_a_damaged_snapshot_is_none_of_those_that_are_kept(tmp_path):
+    store = SnapshotStore(tmp_path)
+    write(store, 1)
+    write(store, 2)
+    damaged = newest_directory(store)
+    (damaged / "a.pt").unlink()
+    store.newest()
+    write(store, 3)
+    assert not damaged.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_none_is_newest_where_there_is_none(tmp_path):
     store = SnapshotStore(tmp_path / "snapshots")
     assert store.newest() == (None, [])

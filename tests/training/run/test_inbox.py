@@ -18,7 +18,6 @@ from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.inbox import (
     Inbox,
     WatchOptions,
-    prepare_inbox,
     sole_trainer,
 )
 from loraloom.training.run.lead import Lead
@@ -386,10 +385,40 @@ def test_jobs_are_waited_for_until_the_run_is_interrupted(tmp_path, inbox, monke
     assert snapshot.done == {"late"}
 
 
+def test_a_file_that_is_renamed_and_written_again_stops_no_job(tmp_path, inbox, monkeypatch):
+    """As some editors save it."""
+    path = drop(inbox, "a")
+    text = path.read_text()
+
+    def rename(engine):
+        if engine.round == 1:
+            path.rename(inbox / "a.yaml~")
+
+    def write_anew(_):
+        if not path.exists():
+            path.write_text(text)
+
+    monkeypatch.setattr(inbox_module.time, "sleep", write_anew)
+    (result,) = Watched(tmp_path, inbox, after_step=rename).run()
+    assert (result.status, result.steps) == ("finished", 3)
+
+
+def test_a_job_may_not_start_from_what_it_would_replace(tmp_path, inbox):
+    drop(inbox, "a")
+    Watched(tmp_path, inbox).run()
+    path = drop(inbox, "a", start_from=str(tmp_path / "out" / "a"))
+    Watched(tmp_path, inbox, overwrite=True).run()
+    assert "start_from must not be in what the run writes" in state_of(path)["reason"]
+    assert (tmp_path / "out" / "a" / "adapter_model.safetensors").exists()
+
+
 def test_a_directory_that_can_not_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--watch must name a directory"):
-        prepare_inbox(tmp_path / "file")
+    with (
+        pytest.raises(ConfigError, match="--watch must name a directory"),
+        sole_trainer(tmp_path / "file"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("call", ["stat", "read_bytes"])

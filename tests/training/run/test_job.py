@@ -89,6 +89,24 @@ def test_weights_are_proven_by_a_finite_loss():
     assert all(torch.equal(p, second[name]) for name, p in job.parameters.items())
 
 
+def test_a_step_that_fails_half_way_leaves_the_weights_before_it(monkeypatch):
+    job = with_gradient(new_job(), 1.0)
+    before = weights_of(job)
+
+    def fails_half_way():
+        with torch.no_grad():
+            next(iter(job.parameters.values())).add_(1)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(job.optimizer, "step", fails_half_way)
+    job.position.evaluated_step = job.position.step
+    with pytest.raises(torch.OutOfMemoryError):
+        job.accept(job.micro_batch(), MicroBatchLoss(1.0))
+    job.restore_proven_weights()
+    assert all(torch.equal(p, before[name]) for name, p in job.parameters.items())
+    assert job.position.evaluated_step == -1  # what was measured is of no weights that are kept
+
+
 def test_state_holds_tensors_and_plain_values_only(tmp_path):
     job = with_gradient(new_job(batch_size=4, micro_batch_size=2, lr_scheduler="cosine"), 1.0)
     for _ in range(3):

@@ -146,9 +146,10 @@ def _check_positions(
     held_out = (len(row.input_ids) for one in training_set.validation for row in one.rows)
     longest = max([*training_set.longest(1)[0], *held_out])
     if longest > positions:
+        has = "one may have" if isinstance(training_set, StreamedSet) else "the longest has"
         raise DataError(
-            f"examples must fit the model's {positions} positions, the longest has {longest} "
-            f"tokens; set train.max_length, {config.train.max_length}, to {positions} or less"
+            f"examples must fit the model's {positions} positions, {has} {longest} tokens; set "
+            f"train.max_length, {config.train.max_length}, to {positions} or less"
         )
 
 

@@ -121,6 +121,7 @@ class SnapshotStore:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self._damaged: set[Path] = set()
 
     def write(self, moment: Moment, states: Mapping[str, dict[str, Any]], *, keep: int = 2) -> None:
         """Write a snapshot, then delete old ones.
@@ -152,8 +153,10 @@ class SnapshotStore:
                 f"a checkpoint can't be written to {self.directory}: {error}"
             ) from error
         with suppress(OSError):
-            for old in self._directories()[keep:]:
+            whole = [path for path in self._directories() if path not in self._damaged]
+            for old in (*whole[keep:], *self._damaged):
                 remove(old)
+            self._damaged.clear()
 
     def newest(self) -> tuple[Snapshot | None, list[str]]:
         """Find the newest snapshot that is whole.
@@ -167,6 +170,7 @@ class SnapshotStore:
                 return _read(directory), faults
             except (OSError, ValueError) as error:
                 reason = plain(str(error).partition("\n")[0])
+                self._damaged.add(directory)
                 faults.append(f"checkpoint {directory} is damaged ({reason}); passing it over")
         return None, faults
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from loraloom.config.job import JobConfig
@@ -26,14 +27,14 @@ def check_adds_up(job: JobConfig, num_ranks: int) -> None:
         )
 
 
-def check_sources(run: RunConfig, directory: RunDirectory) -> None:
-    """Check that no adapter that a job reads is one that the run will replace.
+def check_sources(jobs: Sequence[JobConfig], directory: RunDirectory) -> None:
+    """Check that no adapter that a job reads is one that the jobs will replace.
 
     Raises:
         ConfigError: If one is.
     """
-    jobs_by_path = {directory.job(job.name).resolve(): job.name for job in run.all_jobs}
-    for job in run.all_jobs:
+    jobs_by_path = {directory.job(job.name).resolve(): job.name for job in jobs}
+    for job in jobs:
         for setting, source in _sources(job).items():
             path = local_path(source, f"job {job.name}: {setting}").resolve()
             for replaced in (path, *path.parents):

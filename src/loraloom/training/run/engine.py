@@ -13,6 +13,7 @@ from typing import Any
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
 from loraloom.training.run.checkpoint import STATE_ERRORS, JobRecord, Moment, Snapshot
+from loraloom.training.run.checks import check_sources
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.inputs import check_inputs, input_digests
@@ -25,7 +26,7 @@ from loraloom.training.run.results import JobResult, job_result, parse_result
 from loraloom.training.run.schedule import Schedule
 from loraloom.training.step.gradient_sum import sum_gradients
 from loraloom.training.step.micro_batch import MicroBatch
-from loraloom.training.step.reference import drop_reference
+from loraloom.training.step.reference import drop_reference, load_reference
 
 SNAPSHOT_RETRY_S = 60.0
 
@@ -188,6 +189,7 @@ class Engine:
                 round or into memory. The job is off the host then.
         """
         with self._joining(job):
+            check_sources([job.config], self._directory)
             self._directory.prepare_job(job.name, overwrite=overwrite)
 
     def resume(self, job: Job, snapshot: Snapshot) -> None:
@@ -222,6 +224,7 @@ class Engine:
                     raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
                 self._schedule.check_fits(job)
                 self._check_memory(job)
+                load_reference(self.host, job.config.train.objective)  # another job's may have gone
                 yield
         except Exception:
             self.discard(job)
@@ -281,7 +284,8 @@ class Engine:
         self._schedule.charge(micro_batches)
         for job, micro_batch, outcome in zip(jobs, micro_batches, outcomes, strict=True):
             try:
-                report = job.accept(micro_batch, outcome)
+                with self.host.ranks.together():
+                    report = job.accept(micro_batch, outcome)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -304,7 +308,8 @@ class Engine:
             self._runner.raise_if_general(faults[0])
         for job, outcome in zip(sound, outcomes, strict=True):
             try:
-                metrics = self._take_evaluation(job, outcome)
+                with self.host.ranks.together():
+                    metrics = self._take_evaluation(job, outcome)
             except Exception as error:
                 self._fail(job, error)
                 continue

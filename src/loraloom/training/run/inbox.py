@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -140,7 +139,7 @@ class Inbox:
 
     def between_steps(self, engine: Lead) -> None:
         """Look for files if it is time, and wait for some when no job trains."""
-        if time.monotonic() >= self._next_look or not engine.jobs:
+        if time.monotonic() >= self._next_look:
             self.look()
         while not (engine.jobs or engine.is_interrupted or self._is_over):
             engine.save_if_due(may_wait=True)
@@ -153,6 +152,9 @@ class Inbox:
         self._next_look = now + LOOK_S
         try:
             versions = _job_files(self._options.path, self._versions)
+            if self._states.keys() - versions.keys():  # editors rename a file and write it anew
+                time.sleep(LOOK_S / 2)
+                versions = _job_files(self._options.path, self._versions)
         except OSError as error:  # none was deleted then
             self._warn_once(f"{self._options.path} can't be read, jobs go on: {error}")
             return
@@ -261,31 +263,19 @@ class Inbox:
         self._warnings.add(warning)
 
 
-def prepare_inbox(path: Path) -> None:
-    """Make a directory to watch, if it isn't there.
-
-    Raises:
-        ConfigError: If it can't be made, or not be read and written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--watch must name a directory, got {path}: {error}") from error
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"--watch must name a directory that can be read and written to, got {path}"
-        )
-
-
 @contextmanager
 def sole_trainer(path: Path) -> Iterator[None]:
-    """Keep other trainers away from a directory of job files, until the end or our death.
+    """Make a directory to watch if it isn't there, and keep other trainers away from it.
+
+    They are kept away until the end or our death.
 
     Raises:
-        ConfigError: If another one watches it, or the system can't write there.
+        ConfigError: If it can't be made, read or written to, or another one watches it.
     """
     lock = FileLock(path / _LOCK_FILE, timeout=0)
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        next(path.iterdir(), None)  # raises where it can't be read
         lock.acquire()
     except Timeout:
         raise ConfigError(
@@ -293,7 +283,9 @@ def sole_trainer(path: Path) -> Iterator[None]:
             "another; wait for its end, stop it, or name another directory"
         ) from None
     except OSError as error:
-        raise ConfigError(f"--watch needs a lock file in {path}: {error}") from error
+        raise ConfigError(
+            f"--watch must name a directory that can be read and written to, got {path}: {error}"
+        ) from error
     try:
         yield
     finally:

@@ -269,6 +269,7 @@ class Job(JobView):
         """
         if self._proven is not None:
             copy_all(self.parameters.values(), self._proven)
+            self.position.evaluated_step = -1  # what was measured is of the weights that are gone
         self.release()
 
     def release(self) -> None:
@@ -347,9 +348,8 @@ class Job(JobView):
     def _learn(self) -> None:
         """Let the weights follow their gradients."""
         # Until a finite loss proves the new weights, the old ones take the place of the gradients.
-        proven = [parameter.detach().clone() for parameter in self.parameters.values()]
+        self._proven = [parameter.detach().clone() for parameter in self.parameters.values()]
         self.optimizer.step()
-        self._proven = proven
         if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
             self.scheduler.step()  # pyright: ignore[reportCallIssue]
 

@@ -201,5 +201,6 @@ def peak_memory_bytes() -> dict[str, int]:
         unit = 1 if sys.platform == "darwin" else 1024
         peak["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.cuda.is_available():
-        peak["cuda"] = torch.cuda.max_memory_allocated()
+        devices = range(torch.cuda.device_count())
+        peak["cuda"] = sum(map(torch.cuda.max_memory_allocated, devices))
     return peak

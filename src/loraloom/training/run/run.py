@@ -24,7 +24,7 @@ from loraloom.training.run.checkpoint import Snapshot
 from loraloom.training.run.checks import check_adds_up, check_same_run, check_sources
 from loraloom.training.run.engine import Engine, describe_base
 from loraloom.training.run.evaluation import Evaluation
-from loraloom.training.run.inbox import Inbox, WatchOptions, prepare_inbox, sole_trainer
+from loraloom.training.run.inbox import Inbox, WatchOptions, sole_trainer
 from loraloom.training.run.job import Job
 from loraloom.training.run.launch import Launch, joined_ranks, rank_device, read_launch
 from loraloom.training.run.lead import Lead
@@ -103,7 +103,7 @@ def train(
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
     directory.check(resume=resume, overwrite=overwrite)
-    check_sources(run, directory)
+    check_sources(run.all_jobs, directory)
     check_trackers(run.trackers)
     for job in run.all_jobs:
         check_optimizer_device(job.train, find_device(device), job.name)
@@ -112,7 +112,6 @@ def train(
         is_sharded = run.parallel.base == "fsdp" and launch.size > 1
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None and ranks.is_first:
-            prepare_inbox(watch.path)
             stack.enter_context(sole_trainer(watch.path))
         host, tokenizer = base or _load_base(run, device, is_sharded=is_sharded)
         stack.enter_context(_taken_off_at_an_error(host))

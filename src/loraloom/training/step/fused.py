@@ -86,6 +86,10 @@ def forward_backward(
     return [_report(*pair) for pair in zip(micro_batches, values, strict=True)]
 
 
+_METRIC = "metrics/"
+"""Before the names of an objective's own numbers, which anybody may give."""
+
+
 @dataclass(frozen=True)
 class _Forward:
     """What a rank's share of a micro-batch gave.
@@ -116,12 +120,8 @@ class _Forward:
         if added is not None:
             aux_loss = (added * _token_share(micro_batch)).to(loss.dtype)
         tokens = loss.new_full((), self.computed_tokens)
-        return {
-            "loss": loss,
-            "aux_loss": aux_loss,
-            "computed_tokens": tokens,
-            **self.terms.metrics,
-        }
+        metrics = {f"{_METRIC}{name}": value for name, value in self.terms.metrics.items()}
+        return {"loss": loss, "aux_loss": aux_loss, "computed_tokens": tokens, **metrics}
 
     def uncounted(self) -> _Forward:
         """Keep the graph, but let nothing come of it."""
@@ -189,9 +189,10 @@ def _scaled(loss: Tensor, scale: float) -> Tensor:
 
 
 def _report(micro_batch: MicroBatch, fetched: _Fetched) -> MicroBatchLoss:
-    metrics = dict(fetched.terms)
-    loss, aux_loss = metrics.pop("loss"), metrics.pop("aux_loss")
-    computed_tokens = round(metrics.pop("computed_tokens"))
+    terms = dict(fetched.terms)
+    loss, aux_loss = terms.pop("loss"), terms.pop("aux_loss")
+    computed_tokens = round(terms.pop("computed_tokens"))
+    metrics = {name.removeprefix(_METRIC): value for name, value in terms.items()}
     summed = MicroBatchLoss(loss, aux_loss, metrics=metrics, computed_tokens=computed_tokens)
     if fetched.routers is None:
         return summed

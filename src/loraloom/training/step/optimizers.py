@@ -52,7 +52,7 @@ BITSANDBYTES: Mapping[str, str] = {
 BIAS_LR_RATIO = 10.0
 """Of the routers' rate: a bias has to move as far as logits differ, which is about 1, in time."""
 
-_UNDECAYED = ("lora_magnitude_vector", "router.bias")
+_UNDECAYED = ("lora_magnitude_vector", "bias")
 
 Scheduler = LRScheduler | GreedyLR
 

@@ -62,7 +62,8 @@ def drop_reference(
 ) -> None:
     """Take a reference's adapter off the host, unless another job is held at it."""
     name = None if reference is None else reference.adapter_name
-    if name is not None and all(other is None or other.adapter_name != name for other in others):
+    needed = {other.adapter_name for other in others if other is not None}
+    if name in host.adapters and name not in needed:
         host.remove(name)
 
 

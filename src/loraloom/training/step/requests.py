@@ -157,7 +157,12 @@ def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
     """Cut a request's data into micro-batches."""
     if not request.data:
         raise ConfigError(f"adapter {request.adapter.name}: data must have an example, got none")
-    window = Window(0, tuple(request.data), request.micro_batch_size or len(request.data))
+    size = len(request.data) if request.micro_batch_size is None else request.micro_batch_size
+    if size < 1:
+        raise ConfigError(
+            f"adapter {request.adapter.name}: micro_batch_size must be 1 or more, got {size}"
+        )
+    window = Window(0, tuple(request.data), size)
     rows = iter(number_rows(request.data))
     micro_batches = []
     for index in range(window.num_micro_batches):
