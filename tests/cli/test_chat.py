@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -79,3 +82,26 @@ def test_what_a_model_says_can_not_steer_the_terminal(saved, monkeypatch, capsys
     monkeypatch.setattr("loraloom.serve.text.TextStream.push", lambda self, token: "\x1b[2J")
     chat(saved, monkeypatch, "one")
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_spaces_and_joiners_of_an_answer_are_printed_as_they_are(saved, monkeypatch, capsys):
+    text = "\ta\u3000b\xa0c\u200d\x1b"
+    monkeypatch.setattr("loraloom.serve.text.TextStream.push", lambda self, token: text)
+    chat(saved, monkeypatch, "one")
+    assert "\ta\u3000b\xa0c\u200d\\x1b" in capsys.readouterr().out
+
+
+def test_a_slow_answer_is_waited_for(saved, monkeypatch, capsys):
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600)
+    monkeypatch.setattr("loraloom.serve.engine.time", later)
+    assert chat(saved, monkeypatch, "one") == 0
+    assert "error" not in capsys.readouterr().out
+
+
+def test_a_system_prompt_needs_a_chat_template(saved, monkeypatch, capsys):
+    template = saved / "base" / "chat_template.jinja"
+    text = template.read_text()
+    template.unlink()
+    assert chat(saved, monkeypatch, options=["--system", "Be brief."]) == 2
+    template.write_text(text)
+    assert "--system needs a chat template" in capsys.readouterr().err

@@ -172,6 +172,12 @@ def test_messages_without_a_template_are_an_error(run, tmp_path, capsys):
     assert "in.jsonl, line 1: the tokenizer must have a chat template" in capsys.readouterr().err
 
 
+def test_raw_conversations_are_an_error(run, tmp_path, capsys):
+    turns = {"messages": [{"role": "user", "content": "one"}]}
+    assert run("--input", write_rows(tmp_path / "in.jsonl", turns), "--raw") == 2
+    assert "--raw has no effect on 'messages'" in capsys.readouterr().err
+
+
 def test_the_verb_imports_nothing_heavy():
     code = (
         "import sys, loraloom.cli.generate;"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from loraloom.errors import AdapterError, DataError
+from loraloom.infer.generate import check_token_ids
 from loraloom.models.decoding import Decoding
 from loraloom.serve.engine import Engine
 from loraloom.serve.limits import EngineLimits, OutOfTimeError, QueueFullError, StoppingError
-from loraloom.serve.sequence import ScoreRequest, Scores
+from loraloom.serve.sequence import Piece, ScoreRequest
 from tests.serve.asking import TEXTS, Asked, alone, answers, finish, request, submit
 from tests.serve.conftest import NAMES, SIZES
 from tests.tiny import METHODS, tiny_host
@@ -219,6 +221,29 @@ def test_a_row_that_can_not_join_fails_alone_and_lets_its_adapter_go(
     assert (one.error, one.text) == (None, expected[0])
 
 
+def test_a_token_that_is_read_again_tells_its_routing_once(
+    make_engine, tiny_tokenizer, monkeypatch
+):
+    asked = request(tiny_tokenizer, TEXTS[0], "mixlora", tells_routing=True)
+    engine = make_engine()
+    (unbroken,) = submit(engine, asked)
+    finish(engine)
+    (one,) = submit(engine, asked)
+    for _ in range(3):
+        engine.step()
+    real = Decoding.join
+
+    def broken(*_):
+        monkeypatch.setattr(Decoding, "join", real)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Decoding, "join", broken)
+    submit(engine, request(tiny_tokenizer, TEXTS[1]))
+    finish(engine)
+    told = [[entry for event in of.events for entry in event.routing] for of in (one, unbroken)]
+    assert [entry.text for entry in told[0]] == [entry.text for entry in told[1]]
+
+
 def test_texts_to_be_scored_end_in_time_and_are_charged(make_engine, tiny_tokenizer):
     engine = make_engine(max_request_s=0.0)
     asked = ScoreRequest(tiny_tokenizer("the sky")["input_ids"], "lora", "lora")
@@ -230,8 +255,20 @@ def test_texts_to_be_scored_end_in_time_and_are_charged(make_engine, tiny_tokeni
     engine = make_engine()
     engine.score(asked, events.append)
     finish(engine)
-    assert isinstance(events[1], Scores)
+    assert isinstance(events[1], Piece)
     assert engine._scheduler._used == {"lora": len(asked.tokens)}
+
+
+def test_tokens_beyond_the_embedding_are_refused(make_engine, host, tiny_tokenizer):
+    """Some checkpoints have special tokens of images there."""
+    engine, beyond = make_engine(), SIZES["vocab_size"]
+    message = f"whose ids are below {beyond}, got {beyond}; leave the special token"
+    with pytest.raises(DataError, match=message):
+        submit(engine, replace(request(tiny_tokenizer, "one"), prompt_ids=[1, beyond]))
+    with pytest.raises(DataError, match=message):
+        engine.score(ScoreRequest([1, beyond], None, "base"), pytest.fail)
+    with pytest.raises(DataError, match="below 200, got 300"):
+        check_token_ids([1, 300], 200, "prompt")
 
 
 def test_what_does_not_fit_is_refused(make_engine, tiny_tokenizer):

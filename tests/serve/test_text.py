@@ -3,13 +3,14 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from loraloom.data.tokenising import text_of_token
-from loraloom.infer.sampling import before_stop
-from loraloom.serve.text import NUM_BEFORE, TextStream
+from loraloom.data.tokenising import NUM_BEFORE, text_after, text_of_token
+from loraloom.infer.sampling import StopTexts, before_stop
+from loraloom.serve.text import TextStream
 
 
 def streamed(tokenizer, ids, stop=()):
@@ -71,6 +72,9 @@ def test_a_text_that_goes_on_begins_with_its_space():
     stream = TextStream(tokenizer, (" t",), [1])
     assert (stream.push(4), stream.stopped) == ("", True)
     assert text_of_token(tokenizer, 4) == " time"
+    assert text_after(tokenizer, [0, 1, 2, 3], [4, 5]) == " times"
+    assert text_after(tokenizer, [], [4, 5]) == "times"
+    assert StopTexts(tokenizer, (" ",), 0)(torch.tensor([[1, 4]]), None).tolist() == [True]
 
 
 def test_what_stands_before_is_no_part_of_the_text(tiny_tokenizer):

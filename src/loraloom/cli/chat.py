@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,8 +81,13 @@ def chat(
     host, tokenizer = load_host(
         base_model, adapters, dtype, device, attn_implementation, quantization
     )
+    if system and not tokenizer.chat_template:
+        raise ConfigError(
+            "--system needs a chat template, the base model's tokenizer has none; leave it out"
+        )
     max_rows = len(adapters) + 1
-    limits = EngineLimits(max_rows, cache_tokens or default_cache_tokens(host, max_rows))
+    cache_tokens = cache_tokens or default_cache_tokens(host, max_rows)
+    limits = EngineLimits(max_rows, cache_tokens, max_request_s=math.inf)
     engine = Engine(host, tokenizer, limits)
     conversation = Conversation(engine, tokenizer, BASE, system)
     Terminal(conversation, [BASE, *adapters], sampling).run()
@@ -149,12 +156,18 @@ class Terminal:
                 if model != answering and len(self._models) > 1:
                     typer.echo(f"{'' if answering is None else chr(10)}[{model}]")
                 answering = model
-                typer.echo(plain(piece), nl=False)
+                typer.echo(_printed(piece), nl=False)
         except KeyboardInterrupt:
             pass
         finally:
             answers.close()  # pyright: ignore[reportAttributeAccessIssue]
             typer.echo()
+
+
+def _printed(text: str) -> str:
+    """An answer with its spaces and joiners, but without what would steer the terminal."""
+    joiners = "\t\u200c\u200d"
+    return "".join(c if c in joiners or unicodedata.category(c) == "Zs" else plain(c) for c in text)
 
 
 def _read_line(prompt: str) -> str | None:

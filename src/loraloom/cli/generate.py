@@ -120,7 +120,7 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    rows, prompts = _read(prompt, input_file, adapters, no_base=no_base)
+    rows, prompts = _read(prompt, input_file, adapters, no_base=no_base, raw=raw)
     check_sources(base_model, adapters, device, dtype, quantization)
     num_done, file = 0, None
     if output is not None:
@@ -163,6 +163,7 @@ def _read(
     adapters: Mapping[str, str],
     *,
     no_base: bool,
+    raw: bool,
 ) -> tuple[list[dict[str, Any]], list[Prompt]]:
     """Rows to write again, and their prompts."""
     if (prompt is None) == (input_file is None):
@@ -180,18 +181,20 @@ def _read(
     asked = [
         (dict(row), prompt)
         for row in read_file(input_file)
-        for prompt in _prompts_of(row, adapters)
+        for prompt in _prompts_of(row, adapters, raw=raw)
     ]
     return [row for row, _ in asked], [prompt for _, prompt in asked]
 
 
-def _prompts_of(row: Row, adapters: Mapping[str, str]) -> list[Prompt]:
+def _prompts_of(row: Row, adapters: Mapping[str, str], *, raw: bool) -> list[Prompt]:
     """What a row asks: one adapter, or all of them where it names none."""
     from loraloom.data.messages import read_messages, read_tools
     from loraloom.infer.prompts import Prompt
 
     if ("prompt" in row) == ("messages" in row):
         row.reject("a row must have either 'prompt' or 'messages'")
+    if raw and "messages" in row:
+        row.reject("--raw has no effect on 'messages', which need a chat template; give 'prompt'")
     tools = None
     if "prompt" in row:
         content = row.text("prompt")

@@ -86,6 +86,23 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
+NUM_BEFORE = 4
+"""Tokens of a prompt that tell how its completion's text begins."""
+
+
+def text_after(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]
+) -> str:
+    """The text of tokens, without special ones, that go on from others.
+
+    A decoder of SentencePiece leaves out the space that a text begins with, but not where something
+    stands before it.
+    """
+    known = str(tokenizer.decode([*before], skip_special_tokens=True))
+    whole = str(tokenizer.decode([*before, *ids], skip_special_tokens=True))
+    return whole[len(known.rstrip("\N{REPLACEMENT CHARACTER}")) :]
+
+
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that ends a text.
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from loraloom.data.tokenising import NUM_BEFORE, text_after
 from loraloom.errors import DataError, not_finite
 from loraloom.infer.halving import in_halves
-from loraloom.infer.prompts import Prompt, encode_prompt
+from loraloom.infer.prompts import Prompt, encode_prompt, stands_alone
 from loraloom.infer.sampling import SamplingConfig, StopTexts, TokenChooser, before_stop
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
@@ -82,7 +83,10 @@ def generate_tokens(
     """Complete prompts as `generate` does, and return tokens too."""
     encoded = _encode(host, tokenizer, prompts, sampling, raw=raw)
     names = [prompt.adapter for prompt in prompts]
-    return complete(host, tokenizer, encoded, names, sampling, batch_size=batch_size)
+    continues = [stands_alone(tokenizer, prompt, raw=raw) for prompt in prompts]
+    return complete(
+        host, tokenizer, encoded, names, sampling, continues=continues, batch_size=batch_size
+    )
 
 
 def complete_in_order(
@@ -118,6 +122,10 @@ def complete_in_order(
             encoded[start : start + batch_size],
             [prompt.adapter for prompt in prompts[start : start + batch_size]],
             sampling,
+            continues=[
+                stands_alone(tokenizer, prompt, raw=raw)
+                for prompt in prompts[start : start + batch_size]
+            ],
             keys=range(len(prompts))[start : start + batch_size],
             batch_size=batch_size,
         )
@@ -132,6 +140,7 @@ def complete(
     adapters: Sequence[RowAdapter],
     sampling: SamplingConfig,
     *,
+    continues: Sequence[bool] | None = None,
     keys: Sequence[int] | None = None,
     batch_size: int = 16,
     on_progress: Callable[[int], object] | None = None,
@@ -144,6 +153,8 @@ def complete(
         encoded: Prompts, none empty.
         adapters: Of each, as in calling the host.
         sampling: How tokens are chosen.
+        continues: Of each prompt, whether its completion goes on with the same text; by default
+            none does.
         keys: A number for each prompt; the draws follow from it and the seed. By default its place.
         batch_size: Most prompts at once.
         on_progress: Told after each batch how many prompts are done.
@@ -165,7 +176,8 @@ def complete(
             lambda place: f"a prompt of {len(encoded[place])} tokens",
         )
         for place, ids in zip(places, new_ids, strict=True):
-            text = str(tokenizer.decode(_until(ids, ends), skip_special_tokens=True))
+            before = encoded[place][-NUM_BEFORE:] if continues and continues[place] else []
+            text = text_after(tokenizer, before, _until(ids, ends))
             completions[place] = Completion(
                 list(encoded[place]), ids, before_stop(text, sampling.stop)
             )
@@ -200,6 +212,21 @@ def _check_lengths(
                 f"{host.config.max_position_embeddings}, got {len(ids)}; "
                 "shorten it or lower max_new_tokens"
             )
+        check_token_ids(ids, host.config.vocab_size, prompt.origin)
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:
+    """Refuse what the embedding has no row for, which a GPU would not get over.
+
+    Raises:
+        DataError: If there is some, a special token of images for example.
+    """
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise DataError(
+            f"{origin}: the text must have tokens of the model, whose ids are below {vocab_size}, "
+            f"got {largest}; leave the special token of this id out"
+        )
 
 
 def _batches(

@@ -49,14 +49,19 @@ def encode_prompt(
         DataError: If the prompt is empty or no Unicode, or a conversation has no template that it
             fits.
     """
-    if isinstance(prompt.content, str) and (raw or not tokenizer.chat_template):
-        ids = encode_texts(tokenizer, [_checked(prompt.content, prompt)])[0]
+    if stands_alone(tokenizer, prompt, raw=raw):
+        ids = encode_texts(tokenizer, [_checked(str(prompt.content), prompt)])[0]
     else:
         text = _render(tokenizer, prompt)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
     return ids
+
+
+def stands_alone(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, raw: bool) -> bool:
+    """Whether a prompt is a text that is read as it stands, without a chat template."""
+    return isinstance(prompt.content, str) and (raw or not tokenizer.chat_template)
 
 
 def is_unicode(text: str) -> bool:

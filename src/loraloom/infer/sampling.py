@@ -188,8 +188,9 @@ class StopTexts(StoppingCriteria):
         self.tokenizer = tokenizer
         self.texts = texts
         self.prompt_length = prompt_length
-        # a token has a byte at least, so a text that ends now began within so many tokens
-        self.window = max(len(text.encode()) for text in texts)
+        # a token has a byte at least, so a text that ends now began within so many tokens; and one
+        # stands in front, as decoders leave out a first space
+        self.window = 1 + max(len(text.encode()) for text in texts)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, scores: tuple[Tensor, ...] | None, **kwargs: Any

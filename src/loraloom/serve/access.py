@@ -23,7 +23,7 @@ def read_keys(path: Path) -> list[str]:
         ConfigError: If the file can't be read, or has no key.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"the file of API keys can't be read: {error}") from error
     keys = [line for line in lines if line and not line.startswith("#")]

@@ -32,7 +32,7 @@ class JsonConstraints:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int]):
         self._tokenizer: Any = from_tokenizer(
             tokenizer,  # pyright: ignore[reportArgumentType]
-            n_vocab=vocab_size,
+            n_vocab=max(vocab_size, len(tokenizer)),  # ids beyond the embedding are cut off
             eos_token=end_tokens,
         )
 

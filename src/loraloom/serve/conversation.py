@@ -12,7 +12,7 @@ from loraloom.data.messages import Message
 from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.serve.engine import Engine
-from loraloom.serve.sequence import Event, Failure, GenerationRequest, Piece
+from loraloom.serve.sequence import Event, Failure, GenerationRequest
 
 
 @dataclass
@@ -99,7 +99,6 @@ class Conversation:
             event = events.popleft()
             if isinstance(event, Failure):
                 raise event.error
-            assert isinstance(event, Piece)
             yield event.text
             if event.finish_reason is not None:
                 return
@@ -114,6 +113,7 @@ class Conversation:
             None if model == self._base_name else model,
             model,
             sampling.model_copy(update={"max_new_tokens": shortened}),
+            continues=not self._tokenizer.chat_template,
         )
 
     def _encode(self, model: str, turn: Turn) -> list[int]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.errors import AdapterError, DataError
-from loraloom.infer.generate import end_tokens
+from loraloom.infer.generate import check_token_ids, end_tokens
 from loraloom.infer.scoring import tokens_per_batch
 from loraloom.models.decoding import Decoding
 from loraloom.models.families import keeps_running_states
@@ -168,6 +168,7 @@ class Engine:
             raise DataError(
                 f"a text to be scored must have 1 to {room} tokens, got {len(request.tokens)}"
             )
+        check_token_ids(request.tokens, self.host.config.vocab_size, "prompt")
         score = Score(request, sink, on_gone)
         with self._wake:
             self._check_open()
@@ -255,6 +256,7 @@ class Engine:
         num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
         if num_prompt == 0:
             raise DataError("the prompt must not be empty")
+        check_token_ids(request.prompt_ids, self.host.config.vocab_size, "prompt")
         if num_prompt + num_new > self.max_length:
             raise DataError(
                 f"the prompt and max_tokens must have at most {self.max_length} tokens together, "

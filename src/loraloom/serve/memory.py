@@ -34,6 +34,6 @@ def default_cache_tokens(host: Host, max_rows: int) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).mem_get_info(device)[0]
     return psutil.virtual_memory().available

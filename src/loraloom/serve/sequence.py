@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.data.tokenising import NUM_BEFORE
 from loraloom.infer.sampling import SamplingConfig, TokenChooser
 from loraloom.infer.scoring import TokenScores
 from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
-from loraloom.serve.text import NUM_BEFORE, TextStream
+from loraloom.serve.text import TextStream
 
 FinishReason = Literal["stop", "length"]
 """An end token or a stop text came, or there is no room for more tokens."""
@@ -129,7 +130,7 @@ class TokenRouting(NamedTuple):
     choices: list[RouterChoice]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Piece:
     """What a step added to a completion.
 
@@ -148,12 +149,13 @@ class Piece:
     finish_reason: FinishReason | None = None
     routing: list[TokenRouting] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities of given tokens, without the first one's."""
-
-    log_probs: list[TokenLogProb]
+    def add(self, later: Piece) -> None:
+        """Take in what came after it."""
+        self.text += later.text
+        self.num_tokens += later.num_tokens
+        self.log_probs += later.log_probs
+        self.finish_reason = later.finish_reason
+        self.routing += later.routing
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Failure:
     error: Exception
 
 
-Event = Piece | Scores | Failure
+Event = Piece | Failure
 Sink = Callable[[Event], None]
 """Takes events, in the engine's thread; it must not block."""
 OnGone = Callable[[], object]
@@ -189,12 +191,11 @@ class Score:
             scores.top_log_probs.tolist(),
             strict=True,
         )
-        entries = []
-        for token, log_prob, ids, values in columns:
-            top = list(zip(ids, values, strict=False))
-            log_prob = dict(top).get(token, log_prob)  # the same number, to the last bit
-            entries.append(TokenLogProb(token, log_prob, top))
-        self.sink(Scores(entries))
+        entries = [
+            TokenLogProb(token, log_prob, list(zip(ids, values, strict=False)))
+            for token, log_prob, ids, values in columns
+        ]
+        self.sink(Piece("", 0, entries, "length"))
 
 
 class Row:
@@ -241,6 +242,7 @@ class Row:
         self._unsaid: list[TokenLogProb] = []
         self._num_unsaid = 0
         self._last_text = ""
+        self._num_routed = 0
         self._untold_routing: list[TokenRouting] = []
 
     @property
@@ -298,7 +300,10 @@ class Row:
         return reason
 
     def was_read(self, choices: list[RouterChoice]) -> None:
-        """Note what routers did when they read the token that was chosen last."""
+        """Note what routers did when they read the token that was chosen last, the first time."""
+        if self._num_routed == len(self.new_ids):
+            return
+        self._num_routed = len(self.new_ids)
         self._untold_routing.append(TokenRouting(self._last_text, choices))
 
     def _finish_reason(self, token: int) -> FinishReason | None:

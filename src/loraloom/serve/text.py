@@ -8,9 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
-NUM_BEFORE = 4
-"""Tokens of a prompt that tell how its completion's text begins."""
-
 
 class TextStream:
     """The text of one completion.

@@ -50,6 +50,12 @@ def test_a_scale_that_is_none_holds_no_adapter():
         asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "lora:x"))
 
 
+def test_the_base_model_has_no_scale():
+    shelf = SimpleNamespace(base_name="base", acquire=pytest.fail)
+    with pytest.raises(ApiError, match="the base model has no scale"):
+        asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "base:0.5"))
+
+
 @pytest.mark.parametrize(("error", "level"), [(OSError, "ERROR"), (ConfigError, "INFO")])
 def test_what_fails_in_a_stream_is_in_the_log(error, level, caplog):
     async def objects():

@@ -15,6 +15,7 @@ import pytest
 from loraloom.errors import ConfigError, DataError
 from loraloom.serve.access import is_loopback, read_keys
 from loraloom.serve.http.app import ApiOptions
+from loraloom.serve.http.asking import Backend
 from loraloom.serve.http.chat import encode_chat
 from loraloom.serve.http.objects import ChatBody
 from loraloom.serve.http.server import listen
@@ -65,7 +66,7 @@ def error_of(response, status):
         (b"[" * 100_000, "body"),
         (
             b'{"model": "lora", "messages": [{"role": "user", "content": "\\ud800"}]}',
-            "it makes no text of Unicode",
+            "messages: the prompt must be a text of Unicode",
         ),
         (json.dumps(CHAT | {"temperature": float("nan")}).encode(), "temperature"),
         (json.dumps(CHAT | {"seed": 10**30}).encode(), "seed"),
@@ -157,7 +158,7 @@ def test_a_local_server_answers_to_no_foreign_name(http, name):
     assert "must be called localhost" in error["message"]
 
 
-@pytest.mark.parametrize("name", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000"])
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000"])
 def test_a_local_server_answers_to_its_own_names(http, name):
     assert http.get("/v1/models", headers={"Host": name}).status_code == 200
 
@@ -212,10 +213,27 @@ def test_more_completions_than_may_ever_wait_are_refused_for_good(host, tokenize
     body = {"model": "lora", "prompt": ["a", "b", "a"], "max_tokens": 1}
     with serving(host, tokenizer, max_waiting=2) as (url, engine):
         refused = httpx2.post(f"{url}/v1/completions", json=body)
-        assert "at most 2 completions, got 3" in error_of(refused, 400)["message"]
+        assert (
+            "at most 2 completions, prompts to be scored included, got 3"
+            in error_of(refused, 400)["message"]
+        )
         assert engine.is_idle
         body["prompt"].pop()
         assert httpx2.post(f"{url}/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [[1]] * 100_000},
+        {"prompt": ["a"] * 200, "echo": True, "logprobs": 1, "max_tokens": 1},
+    ],
+)
+def test_too_many_completions_are_refused_before_anything_is_read(http, monkeypatch, body):
+    monkeypatch.setattr(Backend, "requests", lambda *_: pytest.fail("made requests"))
+    monkeypatch.setattr("loraloom.serve.http.completions._encode", lambda *_: pytest.fail("read"))
+    response = http.post("/v1/completions", json={"model": "lora", **body})
+    assert "prompts to be scored included" in error_of(response, 400)["message"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -272,6 +290,8 @@ def test_keys_are_read_from_a_file(tmp_path):
     path = tmp_path / "keys"
     path.write_text("# ours\n\nfirst\n second \n")
     assert read_keys(path) == ["first", "second"]
+    path.write_text("\ufefffirst\n", encoding="utf-8")  # as some editors begin a file
+    assert read_keys(path) == ["first"]
     path.write_text("# none\n")
     with pytest.raises(ConfigError, match="must have an API key a line"):
         read_keys(path)

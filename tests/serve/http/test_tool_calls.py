@@ -47,6 +47,11 @@ def test_what_is_no_call_stays_text(text):
     assert parse_calls(text, NAMES) == (text, [])
 
 
+def test_spaces_in_an_open_call_cost_no_more_than_letters():
+    text = "<tool_call>x" + 200_000 * " " + "x"  # minutes, if spaces are tried in every way
+    assert parse_calls(text, NAMES) == (text, [])
+
+
 def test_half_a_character_in_arguments_is_escaped():
     (call,) = parse_calls(CALL.replace("blé", "\\ud83d"), NAMES).calls
     assert call.arguments == '{"color": "\\ud83d"}'

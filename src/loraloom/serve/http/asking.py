@@ -11,18 +11,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import anyio
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import text_of_token
-from loraloom.errors import DataError, LoraloomError, shown
+from loraloom.errors import LoraloomError, shown
 from loraloom.infer.generate import end_tokens
 from loraloom.infer.sampling import parse_sampling
 from loraloom.models.layout import RowAdapter
@@ -37,15 +37,12 @@ from loraloom.serve.sequence import (
     Constraint,
     Event,
     Failure,
-    FinishReason,
     GenerationRequest,
     Piece,
     Row,
     Score,
     ScoreRequest,
-    Scores,
     Sink,
-    TokenLogProb,
     TokenRouting,
 )
 
@@ -97,6 +94,11 @@ class Backend:
         ends = end_tokens(host, self.tokenizer)
         return JsonConstraints(self.tokenizer, host.config.vocab_size, ends)
 
+    @cached_property
+    def _loading_threads(self) -> anyio.CapacityLimiter:
+        """Threads that may wait for a slow load, apart from those that read prompts."""
+        return anyio.CapacityLimiter(256)
+
     async def acquire(self, model: str) -> ServedModel:
         """Begin to use the adapter that a model's name says.
 
@@ -107,9 +109,17 @@ class Backend:
         if model == self.shelf.base_name:
             return ServedModel(model, None, None)
         name, colon, text = model.partition(":")
+        if name == self.shelf.base_name:
+            raise ApiError(
+                400,
+                "the base model has no scale, which is of what an adapter adds; ask for its name "
+                "alone",
+                param="model",
+            )
         scale = _scale(text) if colon else None
-        # one that is loaded waits for no thread: those may all wait for a slow load
-        adapter = self.shelf.take(name) or await run_in_threadpool(self.shelf.acquire, name)
+        adapter = self.shelf.take(name) or await anyio.to_thread.run_sync(
+            self.shelf.acquire, name, limiter=self._loading_threads
+        )
         row_adapter = adapter.host_name if scale is None else (adapter.host_name, scale)
         return ServedModel(name, row_adapter, adapter)
 
@@ -265,7 +275,7 @@ class Answers:
             raise
         self._watcher = asyncio.create_task(self._watch(http))
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece | Scores]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Give each piece with the place of its request, until all have ended.
 
         Raises:
@@ -312,7 +322,7 @@ class Answers:
 
 def _is_last(event: Event) -> bool:
     """Whether nothing follows of this completion."""
-    return not isinstance(event, Piece) or event.finish_reason is not None
+    return isinstance(event, Failure) or event.finish_reason is not None
 
 
 class _Countdown:
@@ -331,26 +341,6 @@ class _Countdown:
             is_end, self._left = self._left == 0, self._left or -1
         if is_end:
             self._on_end()
-
-
-@dataclass
-class Answer:
-    """A completion, or scores, as far as they have come."""
-
-    text: str = ""
-    num_tokens: int = 0
-    log_probs: list[TokenLogProb] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    routing: list[TokenRouting] = field(default_factory=list)
-
-    def add(self, piece: Piece | Scores) -> None:
-        """Add a piece."""
-        self.log_probs += piece.log_probs
-        if isinstance(piece, Piece):
-            self.text += piece.text
-            self.num_tokens += piece.num_tokens
-            self.finish_reason = piece.finish_reason
-            self.routing += piece.routing
 
 
 async def ask(
@@ -373,7 +363,6 @@ async def ask(
     served = await backend.acquire(model)
     try:
         requests = make_requests(served)
-        _check_number(len(requests), backend.engine.limits.max_waiting)
     except BaseException:
         backend.release(served)
         raise
@@ -381,18 +370,20 @@ async def ask(
     return Answers(backend, requests, http, on_gone, in_pieces=in_pieces)
 
 
-def _check_number(completions: int, most: int) -> None:
-    """Refuse for good what could be told to come back for ever."""
-    if completions > most:
+def check_number(backend: Backend, number: int) -> None:
+    """Refuse for good what could be told to come back for ever, before anything is made of it."""
+    most = backend.engine.limits.max_waiting
+    if number > most:
         raise ApiError(
             400,
-            f"a request must ask for at most {most} completions, got {completions}; send several",
+            f"a request must ask for at most {most} completions, prompts to be scored included, "
+            f"got {number}; send several",
         )
 
 
-async def collect(answers: Answers) -> list[Answer]:
-    """Wait for all completions."""
-    whole = [Answer() for _ in range(answers.count)]
+async def collect(answers: Answers) -> list[Piece]:
+    """Wait for all completions, and prompts that are scored."""
+    whole = [Piece("", 0) for _ in range(answers.count)]
     try:
         async for index, piece in answers.pieces():
             whole[index].add(piece)
@@ -474,18 +465,6 @@ def new_id(kind: str) -> str:
 def now() -> int:
     """Seconds since 1970."""
     return int(time.time())
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that has all its special tokens.
-
-    Raises:
-        DataError: If it is no text that can be written as UTF-8.
-    """
-    try:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the text can't be read: {error}") from None
 
 
 def _scale(text: str) -> float:

@@ -7,23 +7,20 @@ from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from jinja2 import TemplateError
 from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.chat_template import load_chat_template
-from loraloom.data.messages import Conversation
 from loraloom.errors import DataError
+from loraloom.infer.prompts import Prompt, encode_prompt
 from loraloom.serve.http.asking import (
-    Answer,
     Answers,
     Backend,
     EventStream,
     ServedModel,
     as_choices,
     ask,
+    check_number,
     collect,
-    encode_text,
     finite,
     new_id,
     now,
@@ -61,6 +58,7 @@ from loraloom.serve.sequence import (
 
 async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Response:
     """Answer a conversation, at once or in pieces."""
+    check_number(backend, body.n)
     prompt_ids = await run_in_threadpool(encode_chat, backend.tokenizer, body)
     make_constraint = await run_in_threadpool(_constraint, backend, body)
 
@@ -94,18 +92,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> list[int]
             "the base model's tokenizer has no chat template; use /v1/completions instead"
         )
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    conversation = Conversation(
-        [message.as_turn() for message in body.messages],
-        None if body.tool_choice == "none" else tools or None,
-    )
-    try:
-        text = load_chat_template(tokenizer).render(conversation, for_answer=True)
-    except TemplateError as error:
-        raise DataError(f"the messages do not fit the chat template: {error}") from error
-    ids = encode_text(tokenizer, text)
-    if not ids:
-        raise DataError("the messages give no tokens in the chat template")
-    return ids
+    offered = None if body.tool_choice == "none" else tools or None
+    messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
+    return encode_prompt(tokenizer, Prompt(messages, origin="messages", tools=offered))
 
 
 def _constraint(backend: Backend, body: ChatBody) -> Callable[[], Constraint] | None:
@@ -134,7 +123,7 @@ def _schema(body: ChatBody) -> dict[str, Any] | None:
     return None
 
 
-def _choice(backend: Backend, body: ChatBody, index: int, answer: Answer) -> ChatChoice:
+def _choice(backend: Backend, body: ChatBody, index: int, answer: Piece) -> ChatChoice:
     content, calls = _said_by(body, answer.text)
     return ChatChoice(
         index=index,
@@ -182,7 +171,6 @@ async def _chunks(
         delta = {"role": "assistant", "content": "", **_first_call(body)}
         yield {**frame, "choices": [_delta(index, delta)]}
     async for index, piece in answers.pieces():
-        assert isinstance(piece, Piece)
         num_new += piece.num_tokens
         text, calls = piece.text, []
         if streams:

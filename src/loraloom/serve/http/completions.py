@@ -13,13 +13,13 @@ from starlette.responses import Response
 from loraloom.data.tokenising import encode_texts
 from loraloom.errors import DataError
 from loraloom.serve.http.asking import (
-    Answer,
     Answers,
     Backend,
     EventStream,
     ServedModel,
     as_choices,
     ask,
+    check_number,
     collect,
     finite,
     new_id,
@@ -38,6 +38,7 @@ from loraloom.serve.sequence import GenerationRequest, Piece, ScoreRequest, Toke
 
 async def complete_texts(backend: Backend, body: CompletionBody, http: Request) -> Response:
     """Continue texts, at once or in pieces."""
+    check_number(backend, body.num_requests)
     prompts = await run_in_threadpool(_encode, backend, body)
 
     def make_requests(model: ServedModel) -> list[GenerationRequest | ScoreRequest]:
@@ -94,26 +95,28 @@ def _requests(
 
 
 def _choices(
-    backend: Backend, body: CompletionBody, prompts: list[list[int]], answers: list[Answer]
+    backend: Backend, body: CompletionBody, prompts: list[list[int]], answers: list[Piece]
 ) -> list[CompletionChoice]:
     """The completions of each prompt in turn."""
     rest = iter(answers)
     choices: list[CompletionChoice] = []
     for prompt, prompt_ids in zip(body.prompts, prompts, strict=True):
-        completions = [Answer(finish_reason="length") for _ in range(body.n)]
+        completions = [Piece("", 0, finish_reason="length") for _ in range(body.n)]
         if body.max_tokens != 0:
             completions = [next(rest) for _ in range(body.n)]
-        echoed, scored = "", None
+        echoed, hidden, scored = "", 0, None
         if body.echo:
-            whole = isinstance(prompt, str)
-            echoed = prompt if whole else str(backend.tokenizer.decode(prompt_ids))
+            decoded = str(backend.tokenizer.decode(prompt_ids))
+            echoed = prompt if isinstance(prompt, str) else decoded
+            # a BOS, and SentencePiece's space behind it, are no part of a text that is echoed
+            hidden = len(decoded) - len(echoed) if decoded.endswith(echoed) else 0
             scored = next(rest).log_probs if body.logprobs is not None else None
         for answer in completions:
             log_probs = None
             if body.logprobs is not None:
                 entries: list[TokenLogProb] = [*(scored or []), *answer.log_probs]
                 log_probs = _log_probs(
-                    backend, entries, 0, first=prompt_ids[0] if body.echo else None
+                    backend, entries, -hidden, first=prompt_ids[0] if body.echo else None
                 )
             choices.append(
                 CompletionChoice(
@@ -141,7 +144,6 @@ async def _chunks(
     num_new = 0
     offsets: dict[int, int] = {}
     async for index, piece in answers.pieces():
-        assert isinstance(piece, Piece)
         num_new += piece.num_tokens
         log_probs = None
         if body.logprobs is not None:
@@ -175,6 +177,7 @@ def _log_probs(
     ids = [entry.token for entry in entries]
     texts = [backend.token_text(token) for token in ([] if first is None else [first]) + ids]
     unknown = [None] * (first is not None)
+    places = accumulate(map(len, texts), initial=offset)
     return CompletionLogProbs(
         tokens=texts,
         token_logprobs=[*unknown, *(finite(entry.log_prob) for entry in entries)],
@@ -185,5 +188,5 @@ def _log_probs(
                 for entry in entries
             ),
         ],
-        text_offset=list(accumulate(map(len, texts), initial=offset))[:-1],
+        text_offset=[max(0, place) for place in places][:-1],
     )

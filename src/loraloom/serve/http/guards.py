@@ -32,7 +32,7 @@ class HostCheck:
         if scope["type"] == "http":
             host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
             name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-            if not is_loopback(name.strip("[]")):
+            if not is_loopback(name.strip("[]").lower()):
                 error = ApiError(400, f"this server must be called localhost, got {shown(host)}")
                 await error.response()(scope, receive, send)
                 return

@@ -224,7 +224,7 @@ class ChatBody(SamplingBody):
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool):
             self._check_named(self.tool_choice.function.name)
-        if self.must_call and self.response_format is not None:
+        if self.must_call and not isinstance(self.response_format, TextFormat | None):
             raise ValueError(
                 "response_format and a tool_choice that must be called exclude each other"
             )
@@ -275,6 +275,12 @@ class CompletionBody(SamplingBody):
         if not self.prompt or any(prompt in ("", []) for prompt in self.prompts):
             raise ValueError("prompt must not be empty")
         return self
+
+    @property
+    def num_requests(self) -> int:
+        """Completions, and prompts whose own tokens are scored."""
+        is_scored = self.echo and self.logprobs is not None
+        return len(self.prompts) * max(1, self.n * (self.max_tokens != 0) + is_scored)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -18,7 +18,7 @@ from loraloom.infer.prompts import is_unicode
 from loraloom.serve.http.objects import FunctionCall, Tool
 
 _OPENING = "<tool_call>"
-_BLOCK = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _BARE_STARTS = ("{", "[", "<|python_tag|>")
 _MARKERS = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
 
@@ -131,7 +131,7 @@ def _begins(text: str, starts: Sequence[str]) -> bool:
 def _calls_in(text: str, names: Collection[str]) -> list[FunctionCall] | None:
     """Read JSON of a call, or of a list of them; None if it is something else."""
     try:
-        value = json.loads(text)
+        value = json.loads(text.strip())
     except (ValueError, RecursionError):
         return None
     values = value if isinstance(value, list) else [value]
