@@ -94,3 +94,8 @@ def test_there_is_no_command_where_there_is_nothing_to_evaluate():
     pairs = {"dataset": "pairs.jsonl", "format": "preference"}
     run = run_of(pairs, train={**TRAIN, "objective": {"name": "dpo"}})
     assert evaluation_command(run, [result()]) is None
+
+
+def test_a_job_called_as_the_base_model_goes_by_another_name():
+    run = run_of({"task": "boolq"}, name="base")
+    assert "base-adapter=out/base" in words(run, result("base"))

@@ -48,6 +48,23 @@ def test_tasks_have_names(host, tiny_tokenizer, data, tasks):
     assert evaluation.details["tasks"]["arc_easy"]["scoring"] == "text"
 
 
+@pytest.mark.parametrize(
+    ("tasks", "adapters", "pairs", "error", "message"),
+    [
+        ([TOY], [], None, AdapterError, "adapters must name at least one"),
+        ([TOY], [None, "base"], None, AdapterError, "no adapter may be called base"),
+        ([], ["lora"], None, ConfigError, "tasks must name at least one"),
+        ([TOY], ["lora"], [("lora", "lroa")], ConfigError, "not 'lroa': got lora"),
+    ],
+)
+def test_what_results_could_not_tell_is_found_before_anything_is_scored(
+    host, tiny_tokenizer, monkeypatch, tasks, adapters, pairs, error, message
+):
+    monkeypatch.setattr(host, "hidden", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(error, match=message):
+        evaluate(host, tiny_tokenizer, tasks, adapters, pairs=pairs)
+
+
 def test_results_are_written_by_the_suffix(host, tiny_tokenizer, tmp_path):
     evaluation = evaluate(host, tiny_tokenizer, [TOY], ["lora", "dora"], pairs=[("lora", "dora")])
     evaluation.write(tmp_path / "result.json")

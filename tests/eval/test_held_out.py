@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from loraloom.config.data import SourceConfig
 from loraloom.data.sources import load_source
-from loraloom.errors import AdapterError, ConfigError
+from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.held_out import data_set_name, load_held_out, parse_source
 from loraloom.eval.loss import evaluate_loss, perplexity
@@ -125,6 +126,27 @@ def test_rows_that_do_not_fit_are_told(host, tiny_tokenizer, tmp_path):
     assert held_out.details["num_dropped"] == 1
     assert "4 rows" in held_out.describe()
     assert "1 dropped" in held_out.describe()
+
+
+def test_rows_have_their_places_in_the_data_set(host, tiny_tokenizer, tmp_path):
+    rows = [{"instruction": "Say", "input": "", "output": "blue " * 60}, *INSTRUCTIONS, {"x": 1}]
+    data = {"dataset": write(tmp_path / "rows.jsonl", rows), "format": "instruction"}
+    options = {"max_length": 60, "limit": 1 + len(INSTRUCTIONS)}  # what comes later isn't read
+    evaluation = evaluate_loss(host, tiny_tokenizer, data, ["lora"], **options)
+    places = [line["index"] for line in evaluation.lines()]
+    assert places == [place + 1 for place in range(len(INSTRUCTIONS))]
+
+
+@pytest.mark.parametrize(("data", "adapters"), [([], ["lora"]), ({"dataset": "x.jsonl"}, [])])
+def test_nothing_to_measure_is_an_error(host, tiny_tokenizer, data, adapters):
+    with pytest.raises(LoraloomError, match="at least"):
+        evaluate_loss(host, tiny_tokenizer, data, adapters)
+
+
+def test_pairs_are_data_for_another_loss(host, tiny_tokenizer, instructions):
+    source = SourceConfig.model_validate(instructions | {"format": "preference"})
+    with pytest.raises(ConfigError, match="got preference"):
+        evaluate_loss(host, tiny_tokenizer, source)
 
 
 @pytest.mark.parametrize(

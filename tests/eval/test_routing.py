@@ -61,6 +61,7 @@ def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
             assert sum(row) == pytest.approx(1, abs=1e-5)
         assert [*task["example"]["experts"]] == [words["layer"] for words in routing["words"]]
         assert all(0 < w["share"] <= 1 for e in routing["words"][0]["experts"] for w in e)
+    assert summary["mola"]["experts_by_layer"] == [3] * 7 + [4] * 7
     hydra = summary["hydralora"]
     assert hydra["top_k"] == 3
     assert hydra["warnings"] == []
@@ -68,6 +69,15 @@ def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
     for routing in summary.values():  # the report reads what is written
         AdapterRouting.model_validate_json(json.dumps(routing, allow_nan=False))
     json.dumps(summary, allow_nan=False)
+
+
+def test_layers_with_fewer_experts_have_not_collapsed(tiny_tokenizer):
+    host = scoring_host()
+    config = ALL_METHODS["mola"].model_copy(update={"num_experts": (2, 40), "top_k": 2})
+    randomise(host.add("mola", config))
+    routing = tallied(host, tiny_tokenizer, ["mola"])["mola"]
+    assert routing["experts_by_layer"] == [2] * 7 + [40] * 7
+    assert not any("layer 0" in warning for warning in routing["warnings"]), routing["warnings"]
 
 
 def test_all_questions_are_covered_and_loads_sum_to_one(summary):
@@ -169,6 +179,8 @@ def test_groups_of_questions_are_topics(tiny_tokenizer):
         ("Ã", "\ufffd", "sign"),
         ("ĊĊ", "\n\n", "space"),
         ("▁", "", "space"),
+        ("č", "č", "rest of a word"),
+        ("▁č", "č", "start of a word"),
     ],
 )
 def test_tokens_have_classes_by_what_they_are_in_a_text(name, text, expected):

@@ -105,6 +105,10 @@ def changed(change):
         (lambda c: c["routing"]["mix"].update(num_experts=0), "num_experts: Input should be great"),
         (lambda c: c["routing"]["mix"].update(num_experts=10**7), "num_experts: Input should be l"),
         (lambda c: c["routing"]["mix"].update(num_experts=7), "'arc_easy' must have 7 experts in"),
+        (
+            lambda c: c["routing"]["mix"].update(experts_by_layer=[8]),
+            "experts_by_layer must have a",
+        ),
         (lambda c: c["routing"]["mix"]["layers"].pop(), "'arc_easy' must have a row for each of 5"),
         (lambda c: c["routing"]["mix"]["tasks"]["piqa"].update(num_tokens=0), "num_tokens of 'piq"),
         (lambda c: c["routing"]["mix"]["tasks"]["piqa"]["load"][0].pop(), "load of 'piqa' must ha"),

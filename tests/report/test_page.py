@@ -9,9 +9,9 @@ import torch
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, DataError
 from loraloom.report.curves import job_styles, learning_curves
-from loraloom.report.files import read_runs
+from loraloom.report.files import AdapterRouting, read_runs
 from loraloom.report.page import make_page
-from loraloom.report.routing import effective_number, level
+from loraloom.report.routing import effective_number, lay_out, level
 from loraloom.routing import totals
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
@@ -239,6 +239,18 @@ def test_the_effective_number_is_routings():
     load = [0.5, 0.25, 0.25, 0.0]
     expected = float(totals.effective_number(torch.tensor(load, dtype=torch.float64)))
     assert effective_number(load) == pytest.approx(expected)
+
+
+def test_the_entropy_over_all_tasks_is_that_of_their_mean_probabilities():
+    content = evaluation()["routing"]["mix"]
+    count = len(content["layers"])
+    one, other = ([[float(e == expert) for e in range(8)]] * count for expert in (0, 1))
+    for task, rows in zip(content["tasks"].values(), (one, other), strict=True):
+        task |= {"mean_probabilities": rows, "mean_entropy_bits": [0.0] * count}
+    content["experts_by_layer"] = [8] * (count - 1) + [2]
+    rows = lay_out("mix", AdapterRouting.model_validate(content)).layers
+    assert [row.figures[1] for row in rows] == pytest.approx([1.0] * count)
+    assert [len(row.load) for row in rows] == content["experts_by_layer"]
 
 
 def test_a_field_that_is_missing_is_named(run, tmp_path):

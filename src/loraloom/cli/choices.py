@@ -50,9 +50,9 @@ def score_choices(
     messages = make_console(stderr=True, soft_wrap=True)
     parts = score_parts(run, partial(_score, asked, compat), messages)
     evaluation = join_evaluations(parts, run.names, pairs)
+    present(run, evaluation, messages)
     if run.per_question is not None:
         write_questions(run.per_question, evaluation.tasks)
-    present(run, evaluation, messages)
 
 
 def _score(

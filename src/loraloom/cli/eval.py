@@ -250,7 +250,7 @@ def evaluate(
 ) -> None:
     """Score choice questions, or held-out rows, with the base model and adapters, all in one pass.
 
-    Scores are kept: after Ctrl-C the same command goes on where it was.
+    Scores of --task and --dataset are kept: after Ctrl-C the same command goes on where it was.
     """
     adapters, outputs = parse_adapters(adapter), output or []
     names = [*([] if no_base else [None]), *adapters]

@@ -11,6 +11,7 @@ from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
 from loraloom.config.train import TrainConfig
+from loraloom.eval.results import BASE
 from loraloom.training.run.selection import metric_mode
 
 if TYPE_CHECKING:
@@ -42,11 +43,19 @@ def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | No
     base = f"--base-model {shlex.quote(run.base_model)} {quantization_option(run.quantization)}"
     lines = [
         f"loraloom eval {base}".rstrip(),
-        *(f"--adapter {shlex.quote(f'{one.job}={one.directory}')}" for one in good[:MAX_ADAPTERS]),
+        *(
+            f"--adapter {shlex.quote(f'{_adapter_name(one.job)}={one.directory}')}"
+            for one in good[:MAX_ADAPTERS]
+        ),
         " ".join(asked),
         f"--output {shlex.quote(str(run.output_dir / 'eval.json'))}",
     ]
     return " \\\n    ".join(lines)
+
+
+def _adapter_name(job: str) -> str:
+    """A job may be called as evaluations call the base model."""
+    return f"{job}-adapter" if job == BASE else job
 
 
 def _find_job(run: RunConfig, name: str) -> JobConfig | None:

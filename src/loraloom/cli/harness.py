@@ -62,6 +62,7 @@ def score_harness(
             num_fewshot=num_fewshot,
             apply_chat_template=apply_chat_template,
         )
+    print_tables(make_console(), [results_table(results)])
     if run.per_question is not None:
         write_output(run.per_question, "".join(f"{line}\n" for line in question_lines(results)))
     value = {
@@ -72,7 +73,6 @@ def score_harness(
     }
     for path in run.outputs:
         write_output(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    print_tables(make_console(), [results_table(results)])
 
 
 @contextmanager

@@ -60,10 +60,10 @@ def score_held_out(
     if run.ray is not None:  # whose workers are silent
         for one in evaluation.losses:
             messages.print(one.data.describe())
+    present(run, evaluation, messages)
     if run.per_question is not None:
         lines = (json.dumps(line, ensure_ascii=False) for line in evaluation.lines())
         write_output(run.per_question, "".join(f"{line}\n" for line in lines))
-    present(run, evaluation, messages)
 
 
 def _score(

@@ -46,7 +46,7 @@ def _score_in_worker(
 
 
 def present(run: EvalRun, evaluation: Evaluation | LossEvaluation, messages: Console) -> None:
-    """Tell what collapsed, write the files that were asked for, and print the tables.
+    """Tell what collapsed, print the tables, and write the files that were asked for.
 
     Raises:
         ConfigError: If a file can't be written.
@@ -56,9 +56,9 @@ def present(run: EvalRun, evaluation: Evaluation | LossEvaluation, messages: Con
     for name, routing in evaluation.details["routing"].items():
         for warning in routing["warnings"]:
             messages.print(f"warning: adapter {name}: {warning}")
+    print_tables(make_console(), evaluation.tables())
     for path in run.outputs:
         evaluation.write(path)
-    print_tables(make_console(), evaluation.tables())
 
 
 def open_cache(run: EvalRun, host: Host, messages: Console) -> ScoreCache | None:

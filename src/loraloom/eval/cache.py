@@ -109,7 +109,7 @@ class ScoreCache:
         except ConfigError as error:
             self.fault = str(error)
         else:
-            self.num_added += len(scores)
+            self.num_added += len(finite)
 
 
 def _read_scores(

@@ -12,7 +12,7 @@ from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from loraloom.errors import ConfigError
+from loraloom.errors import AdapterError, ConfigError
 from loraloom.eval.answers import TaskAnswers
 from loraloom.eval.results import BASE
 from loraloom.eval.statistics import PairedComparison, compare_paired, holm
@@ -118,6 +118,26 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
     if len(others) <= MAX_FOR_ALL_PAIRS:
         pairs += combinations(others, 2)
     return pairs
+
+
+def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
+    """Find what results could not tell, before anything is scored.
+
+    Raises:
+        AdapterError: If no adapter is named, or one is called as the base model.
+        ConfigError: If a pair has an unknown name, or a group has an adapter's.
+    """
+    if not adapters:
+        raise AdapterError("adapters must name at least one, or None for the base model, got none")
+    if BASE in adapters:
+        raise AdapterError(f"no adapter may be called {BASE}, which results call the base model")
+    names = [name or BASE for name in adapters]
+    seed_groups(names)  # are they clear?
+    for name in (name for pair in pairs for name in pair):
+        try:
+            members_of(name, names)
+        except ConfigError as error:
+            raise ConfigError(f"pairs must be of what is scored, not {name!r}: {error}") from None
 
 
 def _parse_pair(text: str, names: Sequence[str]) -> Pair:

@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring
+from loraloom.config.paths import local_path
 from loraloom.data.questions import QuestionSet, load_question_set
 from loraloom.data.tasks import find_task
 from loraloom.errors import ConfigError
@@ -24,6 +25,7 @@ from loraloom.eval.cache import ScoreCache
 from loraloom.eval.comparison import (
     Comparison,
     Pair,
+    check_scored,
     choose_pairs,
     compare_all,
     summarise_seeds,
@@ -125,9 +127,12 @@ def evaluate(
     """
     names = [None, *host.adapters] if adapters is None else list(adapters)
     pairs = choose_pairs(names) if pairs is None else pairs
+    check_scored(names, pairs)
     named = [tasks] if isinstance(tasks, str) else [task for task in tasks if isinstance(task, str)]
     question_sets = [task for task in tasks if isinstance(task, QuestionSet)]
     question_sets += load_question_sets(named, scoring, split, data, limit, compat)
+    if not question_sets:
+        raise ConfigError("tasks must name at least one, got none")
     tally = RoutingTally(host, names, tokenizer)
     scored: list[TaskScores] = []
     for task in question_sets:
@@ -186,7 +191,7 @@ def load_question_sets(
             raise ConfigError(f"compat {compat} scores labels; leave out scoring {scoring}")
         check_tasks(tasks)
     if data is not None and len(tasks) > 1:
-        _check_directories(Path(data), names)
+        _check_directories(local_path(data, "data"), names)
     loaded = [load_question_set(task, scoring, split, data, limit) for task in tasks]
     if compat is None:
         return loaded

@@ -36,12 +36,14 @@ class HeldOutSet:
 
     Args:
         name: What results call it.
-        rows: The examples of each row, of which a long text has several.
+        rows: The examples of each row that has any, of which a long text has several.
+        places: Of those rows in the data set, from 0.
         details: What is noted of it: format, numbers of rows and tokens, hashes.
     """
 
     name: str
     rows: list[list[Example]]
+    places: list[int]
     details: dict[str, Any]
 
     @property
@@ -68,22 +70,24 @@ def load_held_out(
     limit: int | None = None,
 ) -> HeldOutSet:
     """Read and encode a data set as training would; arguments and errors as in `evaluate_loss`."""
-    source = data if isinstance(data, SourceConfig) else parse_source(data)
+    source = parse_source(data)
     positions = host.config.max_position_embeddings
     longest = min(MAX_LENGTH, positions) if max_length is None else max_length
     if longest > positions:
         raise ConfigError(f"max_length must be at most the model's {positions}, got {longest}")
     split = source.split or "validation"
-    loaded = load_source(source, tokenizer, longest, split)
-    encoded = loaded.rows[:limit]
+    loaded = load_source(source, tokenizer, longest, split, limit=limit)
+    encoded = loaded.rows
     examples_of = ([Example(p.input_ids, p.labels, 0) for p in row.pieces] for row in encoded)
     rows = [list(filter(count_labels, examples)) for examples in examples_of]
-    kept = [examples for examples in rows if examples]
+    places = [place for place, examples in enumerate(rows) if examples]
+    kept = [rows[place] for place in places]
     if not kept:
         raise DataError(f"{loaded.name}: none of the {len(encoded)} rows has an answer that fits")
     return HeldOutSet(
         name=data_set_name(source.dataset or loaded.name),
         rows=kept,
+        places=places,
         details={
             "format": source.format or source.scoring,
             "split": None if is_data_file(Path(source.dataset or "")) else split,
@@ -98,7 +102,7 @@ def load_held_out(
     )
 
 
-def parse_source(settings: Mapping[str, Any]) -> SourceConfig:
+def parse_source(settings: SourceConfig | Mapping[str, Any]) -> SourceConfig:
     """Check the settings of a data set.
 
     Raises:

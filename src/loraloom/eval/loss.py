@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import SourceConfig
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.tokenising import TokenPair
-from loraloom.errors import not_finite
+from loraloom.errors import ConfigError, not_finite
 from loraloom.eval.cache import ScoreCache, Tokens
 from loraloom.eval.comparison import (
     Comparison,
     Pair,
     adjusted,
+    check_scored,
     choose_pairs,
     members_of,
     seed_groups,
@@ -105,9 +106,8 @@ class LossEvaluation:
         """Yield a line for each data set, adapter and row: its loss, summed over its tokens."""
         for one in self.losses:
             for name, losses in one.losses.items():
-                for place, (loss, count) in enumerate(
-                    zip(losses, one.data.num_tokens, strict=True)
-                ):
+                rows = zip(one.data.places, losses, one.data.num_tokens, strict=True)
+                for place, loss, count in rows:
                     row = {"dataset": one.data.name, "adapter": name, "index": place}
                     yield {**row, "loss": loss, "num_tokens": count}
 
@@ -147,7 +147,7 @@ def evaluate_loss(
         host: With the adapters.
         tokenizer: The base model's.
         data: As under `data:` in a run file, `{"dataset": ..., "format": ...}` or `{"task": ...}`;
-            or what `load_held_out` gives.
+            or a list of what `load_held_out` gives.
         adapters: Names; None is the base model. By default the base model and all on the host.
         max_length: Longest row in tokens; None for the default of training, or what the model
             takes if that is less.
@@ -166,11 +166,14 @@ def evaluate_loss(
     """
     names = [None, *host.adapters] if adapters is None else list(adapters)
     pairs = choose_pairs(names) if pairs is None else pairs
+    check_scored(names, pairs)
     sets = (
         [load_held_out(host, tokenizer, data, max_length, limit)]
         if isinstance(data, SourceConfig | Mapping)
         else list(data)
     )
+    if not sets:
+        raise ConfigError("data must have a data set at least, got none")
     tally = RoutingTally(host, names, tokenizer)
     losses = [
         _score(host, one, names, max_tokens_per_batch, progress, cache, tally) for one in sets
@@ -208,7 +211,7 @@ def _score(
         name or BASE: [-scores[name, place][0] for place in range(len(data.rows))] for name in names
     }
     for name in names:
-        _check_finite(name, losses[name or BASE], data.name)
+        _check_finite(name, losses[name or BASE], data)
     return HeldOutLosses(data, losses)
 
 
@@ -217,10 +220,10 @@ def _known_by(examples: Sequence[Example]) -> Tokens:
     return [TokenPair([NO_LOSS, *one.input_ids], list(one.labels)) for one in examples]
 
 
-def _check_finite(name: str | None, losses: Sequence[float], data: str) -> None:
-    for place, loss in enumerate(losses, start=1):
+def _check_finite(name: str | None, losses: Sequence[float], data: HeldOutSet) -> None:
+    for place, loss in zip(data.places, losses, strict=True):
         if not math.isfinite(loss):
-            raise not_finite("losses", loss, [name], f"in row {place} of {data}")
+            raise not_finite("losses", loss, [name], f"in row {place + 1} of {data.name}")
 
 
 def _summarise(one: HeldOutLosses) -> dict[str, dict[str, Any]]:

@@ -223,6 +223,7 @@ def _summarise_adapter(
         "num_experts": adapter.config.experts_per_router,
         "top_k": adapter.config.experts_per_token or adapter.config.experts_per_router,
         "layers": layers,
+        "experts_by_layer": [] if some is None else list(some.num_experts),
         "tasks": {
             task: _summarise_task(one, tokenizer, num_questions[task])
             for task, one in adapter.tasks.items()
@@ -241,7 +242,11 @@ def _find_warnings(totals: Sequence[RoutingTotals], config: AdapterConfig) -> li
     if not totals or config.experts_per_token is None:
         return []
     together = reduce(operator.add, totals)
-    counts = dict(zip(together.routers, together.tokens_per_expert.long().tolist(), strict=True))
+    rows = together.tokens_per_expert.long().tolist()
+    counts = {
+        router: row[:size]
+        for router, size, row in zip(together.routers, together.num_experts, rows, strict=True)
+    }
     found = find_collapse(counts, config.experts_per_token)
     return [f"{text}; train again: {config.collapse_advice}" for text in found.values()]
 
@@ -259,6 +264,7 @@ def _summarise_task(
         summary |= {
             "load": _rounded(totals.load),
             "effective_experts": _rounded(totals.effective_experts),
+            "mean_probabilities": _rounded(load_shares(totals.probabilities)),
             "mean_entropy_bits": _rounded(totals.mean_entropy_bits),
             "token_entropy_bits": _rounded(totals.token_entropy_bits),
         }

@@ -39,7 +39,7 @@ def class_of(name: str, text: str) -> str:
         text: Decoded, which tells letters from signs: `—` is named `âĢĶ`. A part of a character
             counts as a sign.
     """
-    if not name.strip(_BLANKS + " \n\t\r"):
+    if not text.strip() and not name.strip(_BLANKS + " \n\t\r"):
         return "space"
     text = text.strip().removeprefix(_CONTINUES)
     if text.isdigit():

@@ -154,6 +154,7 @@ class TaskRouting(_Record):
     num_questions_covered: Count
     num_tokens: Count
     load: tuple[tuple[Share, ...], ...] = ()
+    mean_probabilities: tuple[tuple[Share, ...], ...] = ()
     mean_entropy_bits: tuple[Positive, ...] = ()
     token_entropy_bits: tuple[Positive, ...] = ()
     example: Example | None = None
@@ -195,6 +196,7 @@ class AdapterRouting(_Record):
     num_experts: int = Field(ge=1, le=1024)
     top_k: Count
     layers: tuple[Count | str, ...]
+    experts_by_layer: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
     tasks: dict[str, TaskRouting]
     similarity: tuple[Similarity, ...] = ()
     specialisation: dict[Literal["topics", "token_classes"], Specialisation] = {}
@@ -203,6 +205,8 @@ class AdapterRouting(_Record):
 
     @model_validator(mode="after")
     def _check_tables(self) -> AdapterRouting:
+        if self.experts_by_layer and len(self.experts_by_layer) != len(self.layers):
+            raise ValueError("experts_by_layer must have a number for each layer")
         for task, routing in self.tasks.items():
             if routing.load:
                 self._check_table(shown(task), routing)
@@ -215,8 +219,10 @@ class AdapterRouting(_Record):
         rows = {len(routing.load), len(routing.mean_entropy_bits), len(routing.token_entropy_bits)}
         if rows != {len(self.layers)}:
             raise ValueError(f"{task} must have a row for each of {len(self.layers)} layers")
-        if {len(row) for row in routing.load} - {self.num_experts}:
+        if {*map(len, (*routing.load, *routing.mean_probabilities))} - {self.num_experts}:
             raise ValueError(f"load of {task} must have {self.num_experts} experts in each row")
+        if len(routing.mean_probabilities) not in (0, len(self.layers)):
+            raise ValueError(f"mean_probabilities of {task} must have a row for each layer")
         if not routing.num_tokens:
             raise ValueError(f"num_tokens of {task} must be at least 1, got 0")
 

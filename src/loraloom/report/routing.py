@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -85,7 +85,7 @@ def lay_out(name: str, routing: AdapterRouting) -> Mixture:
         name=name,
         routing=routing,
         coverage=_coverage(routing.tasks),
-        layers=_layer_rows(routing.layers, list(covered.values())),
+        layers=_layer_rows(routing, list(covered.values())),
         told=[
             _told(what, routing.specialisation[kind], routing.layers)
             for kind, what in _CLASSES.items()
@@ -118,7 +118,7 @@ def _coverage(tasks: Mapping[str, TaskRouting]) -> str:
     return text
 
 
-def _layer_rows(layers: Sequence[int | str], tasks: Sequence[TaskRouting]) -> list[Row]:
+def _layer_rows(routing: AdapterRouting, tasks: Sequence[TaskRouting]) -> list[Row]:
     """Rows over all tasks, none without a task; each weighs by its tokens."""
     if not tasks:
         return []
@@ -127,14 +127,24 @@ def _layer_rows(layers: Sequence[int | str], tasks: Sequence[TaskRouting]) -> li
     def mean(values: Sequence[float]) -> float:
         return math.fsum(map(operator.mul, weights, values)) / sum(weights)
 
+    def means(rows: Iterable[Sequence[float]]) -> list[float]:
+        return [mean(values) for values in zip(*rows, strict=True)]
+
+    def entropy(place: int) -> float:
+        if not all(task.mean_probabilities for task in tasks):  # in files of earlier versions
+            return mean([task.mean_entropy_bits[place] for task in tasks])
+        together = means(task.mean_probabilities[place] for task in tasks)
+        return math.log2(effective_number(together))
+
+    sizes = routing.experts_by_layer or [routing.num_experts] * len(routing.layers)
     return [
         _row(
             str(layer),
-            [mean(shares) for shares in zip(*(task.load[place] for task in tasks), strict=True)],
-            mean([task.mean_entropy_bits[place] for task in tasks]),
+            means(task.load[place] for task in tasks)[:size],
+            entropy(place),
             mean([task.token_entropy_bits[place] for task in tasks]),
         )
-        for place, layer in enumerate(layers)
+        for place, (layer, size) in enumerate(zip(routing.layers, sizes, strict=True))
     ]
 
 

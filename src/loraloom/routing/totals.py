@@ -22,6 +22,7 @@ class RoutingTotals:
 
     Args:
         routers: Each router's layer and projection.
+        num_experts: Of each router.
         num_tokens: T; each chooses its experts in every layer.
         tokens_per_expert: How often each expert was chosen, [N, E] float64; see `expert_loads`.
         probabilities: The router's probabilities, summed over tokens, [N, E] float64.
@@ -29,6 +30,7 @@ class RoutingTotals:
     """
 
     routers: tuple[RouterName, ...]
+    num_experts: tuple[int, ...]
     num_tokens: int
     tokens_per_expert: Tensor
     probabilities: Tensor
@@ -37,6 +39,7 @@ class RoutingTotals:
     def __add__(self, other: RoutingTotals) -> RoutingTotals:
         return RoutingTotals(
             self.routers,
+            self.num_experts,
             self.num_tokens + other.num_tokens,
             self.tokens_per_expert + other.tokens_per_expert,
             self.probabilities + other.probabilities,
@@ -80,6 +83,7 @@ def routing_totals(routing: Sequence[LayerRouting]) -> RoutingTotals:
         entropies[index] = -(probabilities * log_probabilities).sum() / math.log(2)
     return RoutingTotals(
         routers=tuple(record.router for record in routing),
+        num_experts=tuple(record.num_experts for record in routing),
         num_tokens=len(routing[0].router_logits),
         tokens_per_expert=loads,
         probabilities=sums,
