@@ -4,7 +4,7 @@ Both get the same base model and requests in one process and take turns, each at
 size. Agreement is counted by question: another choice is a near tie where the two scores that
 compete are closer than 1e-4.
 
-    .venv/bin/python benchmarks/harness.py --data ../shared/data --limit 100 --output harness.json
+    .venv/bin/python benchmarks/harness.py --data data --limit 100 --output harness.json
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -32,10 +31,9 @@ OURS, THEIRS = "loraloom", "lm-eval"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    shared = os.environ.get("LORALOOM_SHARED", "../shared")
     parser.add_argument("--base-model", default="smollm2-135m")
     parser.add_argument("--tasks", default="arc_easy,piqa", help="multiple choice tasks")
-    parser.add_argument("--data", type=Path, default=Path(shared) / "data")
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--limit", type=int, help="questions of a task; all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trial", type=int, default=20, help="questions to find a batch size with")

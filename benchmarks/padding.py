@@ -1,9 +1,9 @@
 """How much of what a step computes is padding, by how examples are put into rows.
 
-Alpaca and BoolQ mixed, one epoch of steps; several jobs differ in their seeds and share each step.
-Rows are laid out, nothing is computed.
+Instructions (Alpaca's first 5,000 rows, say) and BoolQ mixed, one epoch of steps; several jobs
+differ in their seeds and share each step. Rows are laid out, nothing is computed.
 
-    .venv/bin/python benchmarks/padding.py --base-model smollm2-135m --data data
+    .venv/bin/python benchmarks/padding.py --data data --instructions alpaca.jsonl
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base-model", default="smollm2-135m", help="whose tokenizer is used")
     parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--instructions", required=True, help="rows as JSON lines, or a hub id")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4], help="jobs in a step")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=512)
@@ -36,9 +37,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     _, tokenizer = load_base_model(arguments.base_model)
-    alpaca = str(arguments.data / "alpaca_cleaned_5k" / "train.jsonl.gz")
     boolq = {"task": "boolq", "scoring": "text", "path": str(arguments.data)}
-    data = {"mix": [{"dataset": alpaca, "format": "instruction"}, boolq]}
+    data = {"mix": [{"dataset": arguments.instructions, "format": "instruction"}, boolq]}
     sets = load_sets(data, tokenizer, arguments.max_length, max(arguments.jobs))
     sizes = {"batch_size": arguments.batch_size, "max_length": arguments.max_length}
     print("jobs  case               real tokens  computed tokens  padding  mean row")

@@ -5,7 +5,7 @@ given again. Then the best job of each is measured on the validation split that 
 ranking has seen, row by row, so that their difference has a paired standard error. This is done in
 float32: in bfloat16 a loss moves in the third digit with the batch that it is computed in.
 
-    .venv/bin/python benchmarks/sweep.py --data ../shared/data --output sweep.json
+    .venv/bin/python benchmarks/sweep.py --data data --output sweep.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,9 @@ GRID, ASHA = "grid", "asha"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    shared = os.environ.get("LORALOOM_SHARED", "../shared")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/sweep.yaml"))
     parser.add_argument("--base-model", default="smollm2-135m")
-    parser.add_argument("--data", type=Path, default=Path(shared) / "data")
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--directory", type=Path, default=Path("runs/sweep_benchmark"))
     parser.add_argument("--output", type=Path)
     return parser.parse_args()

@@ -1,7 +1,8 @@
 """MoE-PEFT 2.0.2 reads adapters that loraloom has written: do its logits stay what they were?
 
-Checkpoints of MoE-PEFT with its own outputs (`CASE/adapter`, `CASE/expected.safetensors`, and
-`FAMILY/base` beside them) go through loraloom first:
+FIXTURES holds checkpoints that MoE-PEFT wrote (`CASE/adapter`), the logits it gave with them
+(`CASE/expected.safetensors`: `input_ids`, `logits`) and their bases (`FAMILY/base`). They go
+through loraloom first:
 
     for case in llama-mixlora llama-mola llama-loramoe llama-lora qwen2-mixlora phi-mixlora; do
         loraloom convert FIXTURES/$case/adapter OUT/$case --to reference

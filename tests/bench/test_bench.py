@@ -163,3 +163,12 @@ def test_what_cannot_be_measured_or_drawn_is_an_error_at_once(words, message, ca
 def test_an_unknown_case_is_an_error(capsys):
     assert cli.main(["bench", "layer", "--cases", "qlora"]) == 2
     assert "--cases must be some of peft-lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["layer", "step", "count"])
+def test_pefts_cases_need_peft(command, capsys, monkeypatch):
+    monkeypatch.setattr("loraloom.cli.bench.find_spec", lambda name: None)
+    assert cli.main(["bench", command]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'loraloom[peft]', or leave them out: --cases" in error
+    assert "peft-lora" not in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -319,15 +320,24 @@ def _numbers(values: str) -> list[int]:
 
 def _names(cases: str | None, known: tuple[str, ...]) -> list[str]:
     """Split `--cases`; None is all that are known."""
-    if cases is None:
-        return list(known)
-    names = list(dict.fromkeys(name.strip() for name in cases.split(",") if name.strip()))
+    asked = known if cases is None else [name.strip() for name in cases.split(",")]
+    names = [name for name in dict.fromkeys(asked) if name]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ConfigError(
             f"--cases must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
         )
+    if any(map(_is_pefts, names)) and find_spec("peft") is None:
+        others = ",".join(name for name in known if not _is_pefts(name))
+        raise ConfigError(
+            "the cases peft-… measure PEFT's LoRA, which is not installed; run: pip install "
+            f"'loraloom[peft]', or leave them out: --cases {others}"
+        )
     return names
+
+
+def _is_pefts(case: str) -> bool:
+    return case.startswith("peft-")
 
 
 def _show(figures: Figures, column: str, picture: Path | None) -> None:

@@ -38,7 +38,7 @@ def convert(
             "--base-model",
             metavar="MODEL",
             help="The base model, to check that the adapter fits. Needed for a DoRA whose files "
-            "have no magnitudes.",
+            "have no magnitudes, and for VeRA.",
         ),
     ] = None,
 ) -> None:

@@ -43,8 +43,8 @@ def quickstart(
     """Train two LoRAs and a mixture together, three seeds of each, and see which learns more.
 
     Nothing is downloaded: the data set, `skills@8` (small rules in eight invented lands), and a
-    tiny base model that knows its language are made on the spot. About six minutes on two
-    slow processor cores.
+    tiny base model that knows its language are made on the spot. Four to seven minutes on
+    two slow processor cores.
     """
     run = _run_config(max_steps, output_dir / "adapters", output_dir / "base", device)
     from loraloom.bench.tiny_base import make_tiny_base
