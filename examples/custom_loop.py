@@ -103,7 +103,8 @@ def main() -> None:
     )
     loss, margin = learn_to_answer(writer, judge)
     print(f"writer: loss {loss:.3f}; judge: margin {margin:.3f}")
-    print("writer, asked for b:", writer.sample(["b"], SamplingConfig(max_new_tokens=6))[0][0].text)
+    (answer,) = writer.sample(["b"], SamplingConfig(max_new_tokens=6))[0]
+    print(f"writer, asked for b:{answer.text}")
 
     player = TrainingClient(host, tokenizer, "player", LoraConfig(rank=4), adam)
     shares = learn_from_rewards(player, wanted="7")

@@ -94,7 +94,7 @@ def test_settings_in_words(parts, words):
     """The command line either refuses its words with exit code 2, or they are settings."""
     seen: list[SamplingConfig] = []
 
-    def stand_in(prompt, input_file, adapters, *, no_base):
+    def stand_in(prompt, input_file, adapters, *, no_base, raw):
         raise LoraloomError("the settings were read")
 
     def parse(**settings):
