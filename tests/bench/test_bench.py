@@ -81,6 +81,7 @@ def test_the_step_benchmark_runs_all_cases(base_model, capsys):
     assert "mixdora" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_jobs_benchmark_compares_fused_steps_with_turns_and_measures_memory(base_model, capsys):
     words = ["--base-model", base_model, "--jobs", "3", "--length", "8", "--rounds", "1"]
     assert cli.main(["bench", "jobs", *words, "--memory"]) == 0

@@ -109,6 +109,7 @@ def test_an_evaluation_goes_on_after_ctrl_c(run, forwards, tmp_path, capsys):
     assert "of 36 scores were kept in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_after_a_kill(run, words, saved, forwards):
     code = (
         "import os, signal, sys; from loraloom.models.host import Host\n"

@@ -113,6 +113,7 @@ def test_a_missing_lm_eval_is_one_error(run, monkeypatch, capsys):
     assert "pip install 'loraloom[eval]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_one_error(run, capsys, monkeypatch):
     def without_defaults(include_path, **_):
         return TaskManager(include_path=include_path, include_defaults=False)

@@ -28,6 +28,7 @@ def made(monkeypatch, tmp_path):
     return steps
 
 
+@pytest.mark.slow
 def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "SEEDS", (0, 1))
     output = tmp_path / "out"

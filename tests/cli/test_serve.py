@@ -24,6 +24,7 @@ def ask(address, path, body=None):
         return json.loads(response.read())
 
 
+@pytest.mark.slow
 def test_a_server_tells_what_it_serves_and_ends_well_after_sigterm(saved):
     code = "import sys; from loraloom.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "serve", "--port", "0"]

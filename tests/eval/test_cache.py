@@ -104,6 +104,7 @@ def test_a_file_that_is_damaged_meanwhile_ends_no_evaluation(tmp_path, reopen):
     assert "file is not a database; delete scores.sqlite3 there" in cache.fault
 
 
+@pytest.mark.slow
 def test_processes_can_share_a_file(tmp_path, reopen, base):
     code = (
         "import sys; from pathlib import Path; from loraloom.eval import cache\n"

@@ -152,6 +152,7 @@ def test_training_is_said_for_one_forward():
     assert torch.equal(host(ids, adapters=names, training=False).logits, plain)
 
 
+@pytest.mark.slow
 def test_compiled_decoder_layers_compute_the_same():
     """Apart, as torch.compile can't trace what checks the types of the tests' calls."""
     root = Path(__file__).parents[2]

@@ -282,6 +282,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_error_after_one_question(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_model_in_the_cache_is_loaded_without_the_hub(ask, directory, monkeypatch, tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "hub/models--owner--model/snapshots" / commit

@@ -29,6 +29,8 @@ from tests.training.saved import save_inputs, write_run_file
 from tests.training.toy import PAD_ID, add_job, read_result, toy_config, toy_host, toy_tokenizer
 from tests.training.world import hold_base, run_ranks
 
+pytestmark = pytest.mark.slow
+
 MODES = ("pairs", "plain", "accumulation", "packing")
 """Of a LoRA, a DoRA, a MixLoRA and a MixDoRA."""
 
@@ -308,13 +310,11 @@ def test_job_files_are_trained_by_all_ranks(world):
         assert difference(world / "watched" / job, world / "one" / job).is_rounding
 
 
-@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_any_number(tmp_path):
     for differences in resume_elsewhere(save_inputs(tmp_path), [1, 3]).values():
         assert all(one.is_rounding for one in differences)
 
 
-@pytest.mark.slow
 def test_ranks_that_see_other_files_are_told_so(tmp_path):
     save_inputs(tmp_path)
     files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
