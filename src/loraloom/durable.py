@@ -29,9 +29,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a file aside, sync it and put it in its place.
 
     A link at the place is replaced, and what it points to stays.
-
-    Raises:
-        OSError: If the system can't write there; nothing is left behind.
     """
     write_file(path, lambda aside: _create(aside, text))
 
@@ -51,11 +48,7 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a file, which is made when missing, and flush it to the disk.
-
-    Raises:
-        OSError: If the system can't write there; the file may have got a part of the text.
-    """
+    """Append to a file, which is made when missing, and flush it to the disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
     sync(path)
@@ -82,11 +75,7 @@ def staging(directory: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, which is made when missing: all of the line, or nothing.
-
-    Raises:
-        OSError: If the system can't write there.
-    """
+    """Append a line to a file, which is made when missing: all of the line, or nothing."""
     cut_torn_line(path)
     content = f"{line}\n".encode()
     with path.open("ab", buffering=0) as file:
@@ -100,15 +89,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def cut_torn_line(path: Path, max_bytes: int | None = None) -> None:
-    """Cut a file of lines after the last that is whole, if there is a file.
-
-    Args:
-        path: The file.
-        max_bytes: Cut it after the last line within so many bytes.
-
-    Raises:
-        OSError: If the system can't read or write it.
-    """
+    """Cut a file of lines after the last that is whole, if there is a file."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -129,11 +110,7 @@ def _line_end(file: BinaryIO, stop: int) -> int:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a directory with all that is in it, if it is there.
-
-    Raises:
-        OSError: If something stays.
-    """
+    """Delete a file, a link or a directory with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -141,12 +118,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path, older_than_s: float = 0.0) -> None:
-    """Delete what killed writers left in a directory.
-
-    Args:
-        directory: Where nobody is writing, unless an age is given.
-        older_than_s: Leave what is newer: another process may be writing it.
-    """
+    """Delete what killed writers left in a directory."""
     newest = time.time() - older_than_s
     for path in directory.glob(f".{_NUM_CHARACTERS * '?'}{_SUFFIX}"):
         with suppress(FileNotFoundError):
@@ -166,15 +138,7 @@ def sync(path: Path) -> None:
 
 
 def prepare_output(path: Path | None, option: str) -> None:
-    """Make the directory of a file that will be written, before the work that fills it.
-
-    Args:
-        path: The file; None when none is wanted.
-        option: What the user calls it, for messages.
-
-    Raises:
-        ConfigError: If no file can be written there.
-    """
+    """Make the directory of a file that will be written, before the work that fills it."""
     if path is None:
         return
     if path.is_dir():
@@ -188,11 +152,7 @@ def prepare_output(path: Path | None, option: str) -> None:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write a result that the user asked for; see `write_text`.
-
-    Raises:
-        ConfigError: If the system can't write there.
-    """
+    """Write a result that the user asked for; see `write_text`."""
     try:
         write_text(path, text)
     except OSError as error:
@@ -200,11 +160,7 @@ def write_output(path: Path, text: str) -> None:
 
 
 def cache_directory() -> Path:
-    """Give `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set.
-
-    Raises:
-        ConfigError: If there is no home directory either.
-    """
+    """Give `$XDG_CACHE_HOME/loraloom`, which is in `~/.cache` where that is not set."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloom"
     except RuntimeError as error:

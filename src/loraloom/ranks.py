@@ -74,11 +74,7 @@ class Ranks(ABC):
         """Tell all ranks a value of tensors, texts and numbers, and return what each one told."""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add a tensor up over all ranks, to bit-equal sums on all of them.
-
-        Args:
-            tensor: Without a gradient; it becomes the sum.
-        """
+        """Add a tensor up over all ranks, to bit-equal sums on all of them."""
         self.start_sum(tensor)()
         return tensor
 
@@ -97,12 +93,7 @@ class Ranks(ABC):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let what fails on one rank fail on all, so that all go on in the same way.
-
-        Raises:
-            torch.OutOfMemoryError: If memory ran out on some rank, and nothing else went wrong.
-            RuntimeError: If something else failed on another rank only.
-        """
+        """Let what fails on one rank fail on all, so that all go on in the same way."""
         try:
             yield
         except Exception as error:
@@ -120,11 +111,6 @@ class Ranks(ABC):
         """Compute items, each on one rank, and give all results in the order of the items.
 
         Within `compute` a rank is alone.
-
-        Args:
-            items: The same on all ranks.
-            compute: Makes a result of tensors, texts and numbers.
-            makes_forwards: Of the base model: in lockstep every rank computes all items then.
         """
         if self.size == 1 or self._is_apart:
             yield from map(compute, items)
@@ -186,14 +172,7 @@ class Alone(Ranks):
 
 @final
 class ProcessRanks(Ranks):
-    """The processes of torch.distributed's default group.
-
-    Args:
-        backend: Of the group's own connections, `gloo` or `cpu:gloo,cuda:nccl` for instance: texts
-            and counts travel by the CPU.
-        local_size: How many processes are on this machine.
-        in_lockstep: A forward takes all ranks.
-    """
+    """The processes of torch.distributed's default group."""
 
     def __init__(self, backend: str, local_size: int, *, in_lockstep: bool = False):
         super().__init__()

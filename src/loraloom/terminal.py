@@ -21,23 +21,12 @@ _PADDING = 2
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:
-    """Make a console that prints texts as they are.
-
-    Args:
-        stderr: Print to stderr in place of stdout.
-        options: Further ones of rich's console.
-    """
+    """Make a console that prints texts as they are."""
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, **options)
 
 
 def make_table(*keys: str, values: Sequence[str | Text] = (), title: str | None = None) -> Table:
-    """Make a table without rules.
-
-    Args:
-        keys: Titles of the columns on the left, which say what a row is.
-        values: Titles of the columns of numbers; a line break in one is kept.
-        title: Printed above it.
-    """
+    """Make a table without rules."""
     table = Table(*keys, title=title, box=None, padding=(0, _PADDING, 0, 0))
     for value in values:
         table.add_column(value, justify="right")
@@ -62,10 +51,6 @@ def fitted(table: Table, width: int) -> Iterator[Table]:
 
     The keys are the columns on the left up to the first of numbers; all, if none has numbers. They
     stand in every part, and are folded where nothing else helps.
-
-    Args:
-        table: To divide; title and caption are left out.
-        width: Characters of a line.
     """
     num_keys = _count_keys(table.columns)
     keys, values = table.columns[:num_keys], table.columns[num_keys:]

@@ -46,9 +46,5 @@ else:
 
 
 def parse_adapter_config(settings: Mapping[str, Any]) -> AdapterConfig:
-    """Check the settings of an adapter, as in the `adapter:` section of a run file.
-
-    Raises:
-        pydantic.ValidationError: With everything that is wrong.
-    """
+    """Check the settings of an adapter, as in the `adapter:` section of a run file."""
     return TypeAdapter(AnyAdapterConfig).validate_python(dict(settings))

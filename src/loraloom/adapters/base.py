@@ -23,14 +23,7 @@ _BLOCK_NUMBERS = 1 << 22
 
 
 class QuantisedWeight(ABC):
-    """A linear layer's W as a library keeps it, in fewer bits.
-
-    Args:
-        linear: The layer.
-        kind: The library and its format, `bitsandbytes nf4` for instance.
-        row_step: `rows` begins at a multiple of it.
-        is_linear_over_rows: Whether W(x + y) = Wx + Wy.
-    """
+    """A linear layer's W as a library keeps it, in fewer bits."""
 
     def __init__(
         self,
@@ -73,15 +66,7 @@ class QuantisedWeight(ABC):
 
 
 class BaseProjection:
-    """A frozen linear layer of the base model, with what DoRA needs to know of it.
-
-    Args:
-        linear: The layer.
-        key: Its name, `layers.0.mlp.up_proj`.
-        in_features: I.
-        out_features: O.
-        quantised: Its weight, where that is not a tensor of floating-point numbers.
-    """
+    """A frozen linear layer of the base model, with what DoRA needs to know of it."""
 
     def __init__(
         self,

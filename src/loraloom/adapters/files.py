@@ -155,16 +155,7 @@ _Kind = TypeVar("_Kind", bound=_Fields)
 
 
 def checked_fields(kind: type[_Kind], values: Mapping[str, Any], origin: str) -> _Kind:
-    """Read fields of a kind; null is as good as no field.
-
-    Args:
-        kind: The model that says what they are.
-        values: As JSON has them.
-        origin: The file, for messages.
-
-    Raises:
-        FormatError: If a field is of another kind.
-    """
+    """Read fields of a kind; null is as good as no field."""
     given = {
         name: value
         for name, value in values.items()

@@ -89,13 +89,7 @@ def is_meant(target: str, key: str) -> bool:
 def target_projections(
     targets: str | tuple[str, ...], base: BaseInfo, layer: int | None = None
 ) -> list[str]:
-    """Name the projections that `target_modules` means, as `block.projection`, attention first.
-
-    Args:
-        targets: A group, or names.
-        base: The base model.
-        layer: In which layer; None: whatever the layer.
-    """
+    """Name the projections that `target_modules` means, as `block.projection`, attention first."""
     groups = {
         "attention": [f"{base.attention}.{name}" for name in base.attention_projections],
         "ffn": [f"{base.ffn}.{name}" for name in base.ffn_projections],

@@ -46,13 +46,7 @@ class OwnParts:
 
 
 def refuse_own_parts(config: AdapterConfig, adapter: str, purpose: str) -> None:
-    """Raise an AdapterError if an adapter has modules, or tokens' rows, of its own.
-
-    Args:
-        config: The adapter's.
-        adapter: What the message calls it.
-        purpose: What can't be done with it then.
-    """
+    """Raise an AdapterError if an adapter has modules, or tokens' rows, of its own."""
     lines = list(own_lines(config))
     if lines:
         raise AdapterError(
@@ -62,12 +56,7 @@ def refuse_own_parts(config: AdapterConfig, adapter: str, purpose: str) -> None:
 
 
 def own_parts(config: AdapterConfig, base: BaseInfo) -> OwnParts:
-    """Find what a configuration means in a base model.
-
-    Raises:
-        AdapterError: If a name means no module that can be an adapter's own, a token has no row, or
-            a module is meant twice.
-    """
+    """Find what a configuration means in a base model."""
     if not (config.modules_to_save or config.trainable_token_indices):
         return OwnParts()
     modules = _modules(config, base)

@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 
 
 def shared_fields(config: LowRankConfig, base: BaseInfo, *, decomposed: bool) -> dict[str, Any]:
-    """Write what mixtures have of a LoRA.
-
-    Args:
-        config: The mixture's.
-        base: The base model.
-        decomposed: Whether the adapter's own LoRA is a DoRA.
-    """
+    """Write what mixtures have of a LoRA."""
     targets = target_projections(config.target_modules, base)
     fields = {
         "bias": "none",
@@ -63,10 +57,6 @@ def without_experts(files: AdapterFiles, method: type[LowRankConfig]) -> Adapter
     """See a mixture that targets attention alone as the LoRA that it is.
 
     Its routers weigh the base model's own FFN block by numbers that sum to 1.
-
-    Args:
-        files: Any.
-        method: The mixture's.
     """
     prefix = f"{method.peft_type.lower()}.layers."
     is_mixture = files.config.get("peft_type") == method.peft_type

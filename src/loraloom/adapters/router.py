@@ -15,17 +15,7 @@ from loraloom.adapters.low_rank import generator_for, kaiming_uniform
 
 
 class Router(Weights):
-    """A gate's weight, [E, I].
-
-    Args:
-        key: Its name in files.
-        shape: [E, I].
-        seed: Of the job.
-        dtype: At least float32.
-        device: Where the base's projection computes.
-        std: Deviation of the initial values; None: Kaiming uniform, as linear layers begin.
-        has_bias: Whether a bias balances the load, [E], which starts at 0; see `balance_by_bias`.
-    """
+    """A gate's weight, [E, I]."""
 
     def __init__(
         self,

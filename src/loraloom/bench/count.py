@@ -146,24 +146,12 @@ def _slot_flops(rows: Any, experts: Any, *weights: Any) -> int:
 
 
 def count_step(case: str, shape: Shape, setting: StepSetting, lora_rank: int) -> Count:
-    """Count a step of a whole model.
-
-    Args:
-        case: One of `COUNTED`.
-        shape: The model's sizes.
-        setting: Rows, length, and the rank of an expert; the base model and dtype are not used.
-        lora_rank: Of methods without experts.
-    """
+    """Count a step of a whole model."""
     return count_model(lambda model: _make_step(case, model, setting, lora_rank), shape)
 
 
 def count_model(make_step: Callable[[nn.Module], Callable[[], object]], shape: Shape) -> Count:
-    """Count a step of a whole model.
-
-    Args:
-        make_step: From a model on the meta device, of this shape but with fewer layers.
-        shape: The whole model's sizes.
-    """
+    """Count a step of a whole model."""
     two, three = (
         _count(make_step(make_model(replace(shape, num_layers=layers)))) for layers in (2, 3)
     )

@@ -35,12 +35,7 @@ class DecodeSetting:
 
 
 def make_decode(case: str, setting: DecodeSetting) -> Callable[[], object]:
-    """Load a base model and return a function that decodes once.
-
-    Args:
-        case: `base`, `mixed` or an adapter of cases.yaml.
-        setting: Model and sizes.
-    """
+    """Load a base model and return a function that decodes once."""
     model = load_setting(setting.adapter)
     generator = torch.Generator().manual_seed(0)
     shape = (setting.rows, _PROMPT_LENGTH)

@@ -61,15 +61,7 @@ class LayerCase:
 
 
 def make_layer(case: str, setting: LayerSetting) -> LayerCase:
-    """Build a layer of a case with random weights.
-
-    Args:
-        case: `frozen`, or as in `make_step`.
-        setting: Sizes.
-
-    Raises:
-        ConfigError: If tokens can't be dealt out to the adapters.
-    """
+    """Build a layer of a case with random weights."""
     if setting.num_tokens % setting.num_adapters:
         raise ConfigError(
             f"tokens must be a multiple of adapters, got {setting.num_tokens} tokens and "

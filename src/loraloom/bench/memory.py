@@ -26,16 +26,7 @@ def step_peak_rss_bytes(case: str, setting: StepSetting) -> int:
 
 
 def describe_jobs_memory(case: str, setting: StepSetting, adapter: Adapter) -> str:
-    """Measure the peaks of one job's steps and of `num_jobs`' fused ones, a process each.
-
-    Args:
-        case: Its name.
-        setting: With the number of jobs.
-        adapter: One of them, whose weights are counted.
-
-    Returns:
-        The figures in words.
-    """
+    """Measure the peaks of one job's steps and of `num_jobs`' fused ones, a process each."""
     weight_bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
     return describe_peaks(
         setting.num_jobs,

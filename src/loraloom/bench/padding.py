@@ -48,13 +48,7 @@ def load_sets(
 def count_padding(
     sets: Sequence[TrainingSet], train: Mapping[str, Any], num_steps: int | None = None
 ) -> PaddingFigures:
-    """Lay out the steps of jobs, one for each training set.
-
-    Args:
-        sets: What each job learns from.
-        train: As under `train:` in a run file.
-        num_steps: None for an epoch.
-    """
+    """Lay out the steps of jobs, one for each training set."""
     config = TrainConfig.model_validate({**train, "num_epochs": 1})
     orders = [StepOrder(training_set, config) for training_set in sets]
     steps = min(num_steps or orders[0].steps_per_epoch, orders[0].steps_per_epoch)

@@ -31,18 +31,7 @@ _PROBE_LENGTH = 256
 
 
 def measure_kind(base_model: str, kind: str, setting: JobsSetting) -> dict[str, float]:
-    """Load a base model quantised in a process of its own, and run training and decoding steps.
-
-    Args:
-        base_model: As `load_base_model` takes it.
-        kind: A name of a quantisation, or none.
-        setting: Of the training steps.
-
-    Returns:
-        `linear_mb` and `weights_mb` of the linear layers and of all weights, `step_mb` the peak of
-        training steps on top of what was there, `step_s` and `decode_s` a step's time, and
-        `logit_error` against the unquantised model (relative, on random tokens).
-    """
+    """Load a base model quantised in a process of its own, and run training and decoding steps."""
     host = load_host(base_model, kind, setting)
     jobs = build_jobs(host, setting)
     runner = RoundRunner(host, pad_id=0)
@@ -71,16 +60,7 @@ def measure_kind(base_model: str, kind: str, setting: JobsSetting) -> dict[str, 
 
 
 def measure_peak(base_model: str, kind: str, setting: JobsSetting) -> dict[str, float]:
-    """Run training steps in a process of its own, and measure the most that they take.
-
-    Args:
-        base_model: As `load_base_model` takes it.
-        kind: A name of a quantisation, or none.
-        setting: Of the training steps.
-
-    Returns:
-        `peak_mb`, the base model's weights and what an adapter and its steps add to them.
-    """
+    """Run training steps in a process of its own, and measure the most that they take."""
     host = load_host(base_model, kind, setting)
     weights = sum(tensor.nbytes for _, tensor in stored_weights(host.model))
     _train(host, setting)  # what is kept for good, compiled products for example, isn't a step's
@@ -92,15 +72,7 @@ def measure_peak(base_model: str, kind: str, setting: JobsSetting) -> dict[str, 
 
 
 def predict_at(shape: str, setting: JobsSetting) -> dict[str, MemoryPrediction]:
-    """Predict the memory of a job's training steps on a Llama 2 in bfloat16, without loading one.
-
-    Args:
-        shape: 7b, 13b or 70b.
-        setting: The job.
-
-    Returns:
-        The prediction for each kind of base.
-    """
+    """Predict the memory of a job's training steps on a Llama 2 in bfloat16, loading none."""
     host = Host(make_model(SHAPES[shape]))
     info, jobs = host.base, build_jobs(host, setting)
     plain = linear_bytes(info.shapes, "none")
@@ -139,13 +111,7 @@ def linear_bytes(shapes: dict[str, tuple[int, int]], kind: str) -> float:
 
 
 def load_host(base_model: str, kind: str, setting: JobsSetting) -> Host:
-    """Load a base model whose weights are all in memory, none mapped from a file.
-
-    Args:
-        base_model: As `load_base_model` takes it.
-        kind: A name of a quantisation, or none.
-        setting: With the base model's dtype.
-    """
+    """Load a base model whose weights are all in memory, none mapped from a file."""
     quantization = None if kind == "none" else kind
     model, _ = load_base_model(base_model, setting.dtype, quantization=quantization)
     for weight in model.parameters():

@@ -25,24 +25,14 @@ Step = Callable[[], object]
 
 
 def make_step(case: str, setting: StepSetting) -> Step:
-    """Load a base model and return a function that runs one step of a case.
-
-    Args:
-        case: `peft-lora`, `peft-lora-tuned` or an adapter of cases.yaml.
-        setting: Model and sizes.
-    """
+    """Load a base model and return a function that runs one step of a case."""
     if case.startswith("peft-lora"):
         return _peft_step(setting, tuned=case.endswith("tuned"))
     return make_job_steps(case, setting).fused
 
 
 class JobSteps:
-    """Adapters on one host, each with an AdamW and with rows of its own.
-
-    Args:
-        host: With the adapters.
-        tokens: (rows of all adapters, length), by adapter.
-    """
+    """Adapters on one host, each with an AdamW and with rows of its own."""
 
     def __init__(self, host: Host, tokens: Tensor):
         self._host = host

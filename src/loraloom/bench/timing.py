@@ -13,13 +13,7 @@ import torch
 def alternate(
     cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
 ) -> dict[str, float]:
-    """Run every case in turn, `rounds` times over, and give each one's median in seconds.
-
-    Args:
-        cases: What to time, by name.
-        rounds: Timed turns of each.
-        warmup: Turns before them that don't count.
-    """
+    """Run every case in turn, `rounds` times over, and give each one's median in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + rounds):
         for name, run in cases.items():

@@ -94,13 +94,7 @@ def chat(
 
 
 class Terminal:
-    """Reads lines, and does what they say.
-
-    Args:
-        conversation: With the models.
-        models: Their names; the last one answers first.
-        sampling: How tokens are chosen.
-    """
+    """Reads lines, and does what they say."""
 
     def __init__(self, conversation: Conversation, models: Sequence[str], sampling: SamplingConfig):
         self._conversation = conversation

@@ -27,13 +27,7 @@ def score_choices(
     compat: Compat | None,
     compare: Sequence[str],
 ) -> None:
-    """Score choice tasks, write the results and print them; options are those of the verb.
-
-    Raises:
-        ConfigError: If there is no task, scores can't be kept, or a file can't be written.
-        DataError, AdapterError: As in `loraloom.eval.evaluation.evaluate`.
-        KeyboardInterrupt: After Ctrl-C, when the user has been told what is kept.
-    """
+    """Score choice tasks, write the results and print them; options are those of the verb."""
     from loraloom.eval.comparison import choose_pairs
     from loraloom.eval.evaluation import load_question_sets
     from loraloom.eval.joining import join_evaluations

@@ -50,13 +50,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], texts: Texts) -> None:
 
 
 class OutputFile:
-    """A file of rows with their completions.
-
-    Args:
-        path: Of the file.
-        rows: All that it will have, without the completions.
-        settings: What the completions depend on, as JSON values.
-    """
+    """A file of rows with their completions."""
 
     def __init__(self, path: Path, rows: Sequence[dict[str, Any]], settings: Mapping[str, Any]):
         self.path = path
@@ -73,16 +67,6 @@ class OutputFile:
 
         A batch that was not finished counts as not begun, so that the file ends as one that was
         never interrupted.
-
-        Args:
-            batch_size: Rows that are computed together.
-            overwrite: Begin anew, whatever is there.
-
-        Returns:
-            How many rows need not be computed.
-
-        Raises:
-            ConfigError: If the file holds something else, or none can be written there.
         """
         prepare_output(self.path, "--output")
         if overwrite or not self.path.exists():
@@ -98,16 +82,7 @@ class OutputFile:
         return len(lines) if is_complete else len(lines) // batch_size * batch_size
 
     def write(self, texts: Texts, num_done: int = 0) -> None:
-        """Append rows as they are done, and show how it gets on.
-
-        Args:
-            texts: Their completions.
-            num_done: Rows that stay; what comes after them goes.
-
-        Raises:
-            ConfigError: If they can't be written.
-            KeyboardInterrupt: After Ctrl-C, when the user has been told what is kept.
-        """
+        """Append rows as they are done, and show how it gets on."""
         messages = make_console(stderr=True, soft_wrap=True)
         total = len(self._rows)
         try:

@@ -64,11 +64,7 @@ class EvalRun:
     ray_workers: int | None
 
     def check(self) -> None:
-        """Find what can be found wrong before anything is loaded, and make room for the outputs.
-
-        Raises:
-            LoraloomError: If a model, adapter or directory is missing.
-        """
+        """Find what can be found wrong before anything is loaded, and make room for the outputs."""
         from loraloom.durable import prepare_output
         from loraloom.infer.loading import check_sources
 

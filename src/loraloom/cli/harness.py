@@ -23,12 +23,7 @@ def score_harness(
     num_fewshot: int | None,
     apply_chat_template: bool,
 ) -> None:
-    """Score tasks of lm-eval, print a table and write files; options are those of the verb.
-
-    Raises:
-        ConfigError: If there is no such task, lm-eval is not installed, or a file can't be written.
-        DataError, AdapterError: As in `evaluate_adapters`.
-    """
+    """Score tasks of lm-eval, print a table and write files; options are those of the verb."""
     if not tasks:
         raise ConfigError("--harness must name at least one task, got none")
     for path in run.outputs:

@@ -66,16 +66,7 @@ GROUPS: dict[str, tuple[str, Mapping[str, Command]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
-
-    Args:
-        argv: The words after `loraloom`; None takes the process's own.
-
-    Returns:
-        The exit code: 0, 2 after a user's fault (one message on stderr), 1 after any other (one
-        line, which names the file that has the traceback) and where nobody reads the output any
-        more, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP in training.
-    """
+    """Run a command line."""
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     with kept_tracebacks() as tracebacks:

@@ -47,14 +47,7 @@ def check_ray_workers(ray: str | None, ray_workers: int | None) -> None:
 
 
 def parse_adapter(text: str) -> tuple[str, str]:
-    """Split `name=path`.
-
-    Returns:
-        The adapter's name, and the directory or hub id to load it from.
-
-    Raises:
-        ConfigError: If a part is missing or the name is no safe file name, or is `base`.
-    """
+    """Split `name=path`."""
     name, _, path = text.partition("=")
     if not name or not path:
         raise ConfigError(f"--adapter must be name=path, got {text!r}")
@@ -69,11 +62,7 @@ def parse_adapter(text: str) -> tuple[str, str]:
 
 
 def parse_adapters(texts: Sequence[str] | None) -> dict[str, str]:
-    """The `--adapter` options of a command as names and where to load them from, in their order.
-
-    Raises:
-        ConfigError: If one can't be split, or a name is given twice.
-    """
+    """The `--adapter` options of a command as names and where to load them from, in their order."""
     adapters: dict[str, str] = {}
     for text in texts or ():
         name, path = parse_adapter(text)
@@ -84,12 +73,7 @@ def parse_adapters(texts: Sequence[str] | None) -> dict[str, str]:
 
 
 def path_option(name: str, **settings: Any) -> Any:
-    """An option whose value is a path that the system can be asked about.
-
-    Args:
-        name: As the user writes it.
-        settings: Further ones of `typer.Option`.
-    """
+    """An option whose value is a path that the system can be asked about."""
     return typer.Option(name, parser=_path_parser(name), **settings)
 
 

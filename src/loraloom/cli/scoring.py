@@ -46,11 +46,7 @@ def _score_in_worker(
 
 
 def present(run: EvalRun, evaluation: Evaluation | LossEvaluation, messages: Console) -> None:
-    """Tell what collapsed, print the tables, and write the files that were asked for.
-
-    Raises:
-        ConfigError: If a file can't be written.
-    """
+    """Tell what collapsed, print the tables, and write the files that were asked for."""
     from loraloom.terminal import make_console, print_tables
 
     for name, routing in evaluation.details["routing"].items():

@@ -76,11 +76,7 @@ def is_file_of_test(dataset: str | None) -> bool:
 
 
 def num_lands(task: str) -> int | None:
-    """N of `skills@N`; None for `skills`.
-
-    Raises:
-        ValueError: If it is too large.
-    """
+    """N of `skills@N`; None for `skills`."""
     number = int(task.partition("@")[2] or 0) or None
     if number is not None and number > MAX_LANDS:
         raise ValueError(f"task must be skills@1 to skills@{MAX_LANDS}, got {task!r}")
@@ -126,11 +122,7 @@ def default_scoring(task: str | None) -> Scoring | None:
 
 
 def check_effect(value: Any, info: CheckInfo) -> Any:
-    """Return a setting of a source as it came.
-
-    Raises:
-        ValueError: If it has no effect beside the settings before it.
-    """
+    """Return a setting of a source as it came."""
     reason = None if value is None else _why_without_effect(info)
     if reason is not None:
         raise ValueError(f"{info.field_name} has no effect on {reason}; remove it")

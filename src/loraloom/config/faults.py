@@ -75,12 +75,7 @@ _TAGS = ("method", "name", "quant_method")
 
 
 def describe_faults(error: ValidationError, models: Models) -> list[str]:
-    """A line for each fault: `<path> must be ..., got ...`.
-
-    Args:
-        error: What pydantic found.
-        models: The model that was validated, or the members of the union.
-    """
+    """A line for each fault: `<path> must be ..., got ...`."""
     details = [details for details in error.errors() if not _follows(details)]
     faults = [_describe(one, models) for one in details[:MAX_FAULTS]]
     more = len(details) - len(faults)
@@ -131,12 +126,7 @@ def as_fault(details: ErrorDetails) -> InitErrorDetails:
 
 
 def describe_unknown_setting(path: str, models: Models) -> str | None:
-    """What is wrong with a path that `--set` would take; None if a setting may be there.
-
-    Args:
-        path: Keys and list indices joined with dots.
-        models: Where it begins.
-    """
+    """What is wrong with a path that `--set` would take; None if a setting may be there."""
     section: list[int | str] = []
     for key in path.split("."):
         if not models:  # a plain value, or a mapping of anything

@@ -64,11 +64,7 @@ def _is_number(annotation: Any) -> bool:
 
 
 def check_device(device: str) -> str:
-    """Return a device's name as it came.
-
-    Raises:
-        ConfigError: If it is not one that torch could know.
-    """
+    """Return a device's name as it came."""
     if not _DEVICE.fullmatch(device):
         raise ConfigError(
             f"device must be auto, cpu, cuda, cuda:<index>, xpu, xpu:<index> or mps, got {device!r}"
@@ -77,11 +73,7 @@ def check_device(device: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return the name of a job or an adapter as it came. It becomes that of a directory.
-
-    Raises:
-        ConfigError: If it could not be the name of a file everywhere.
-    """
+    """Return the name of a job or an adapter as it came. It becomes that of a directory."""
     if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
         raise ConfigError(
             "name must be a safe file name (1 to 100 letters, digits, '.', '_', '-' or '@', the "

@@ -26,18 +26,7 @@ _MAY_BE_TOO_LARGE = re.compile(r"\d{200}|[eE]\+?\d{3}")
 def parse_json(
     text: str, origin: str, error: type[LoraloomError] = ConfigError, line: int = 1
 ) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        text: The whole of it.
-        origin: What an error calls it, a file's name say.
-        error: Raised if it can't be read.
-        line: Line of the file at which the text begins.
-
-    Raises:
-        LoraloomError: `error`, with the line and column, if it is not valid JSON, is nested too
-            deeply, or has a number that is not finite.
-    """
+    """The value of a JSON text."""
     try:
         value = from_json(text, allow_inf_nan=False)
     except ValueError as fault:
@@ -55,26 +44,12 @@ def parse_json(
 def read_json(
     path: Path, error: type[LoraloomError] = ConfigError, max_bytes: int = MAX_FILE_BYTES
 ) -> Any:
-    """The value of a JSON file.
-
-    Args:
-        path: A file in UTF-8.
-        error: Raised if it can't be read.
-        max_bytes: The most that it may have.
-
-    Raises:
-        LoraloomError: `error`, if the file is missing, not a plain file, larger, not text, or as in
-            `parse_json`.
-    """
+    """The value of a JSON file."""
     return parse_json(read_text(path, error, max_bytes), str(path), error)
 
 
 def read_text(path: Path, error: type[LoraloomError], max_bytes: int = MAX_FILE_BYTES) -> str:
-    """The text of a plain file in UTF-8, with or without a byte order mark.
-
-    Raises:
-        LoraloomError: `error`, as in `read_json`.
-    """
+    """The text of a plain file in UTF-8, with or without a byte order mark."""
     try:
         if path.exists() and not path.is_file():  # to open a pipe would wait
             raise error(f"{path} must be a file, it is something else")

@@ -30,17 +30,7 @@ def load_run_config(
     *,
     needs_jobs: bool = True,
 ) -> RunConfig:
-    """What a run file says, checked.
-
-    Args:
-        source: The YAML file, or its settings.
-        overrides: Changes to it, each as `path=value`; later ones win.
-        needs_jobs: Whether there must be a job; else they may come later.
-
-    Raises:
-        ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
-            which are then all in the message.
-    """
+    """What a run file says, checked."""
     if isinstance(source, Mapping):
         settings, place = dict(source), "the run"
     else:
@@ -50,27 +40,13 @@ def load_run_config(
 
 
 def load_job_config(path: str | Path) -> JobConfig:
-    """What a job file says, checked: the settings of one job, as in `jobs:` of a run file.
-
-    Args:
-        path: The YAML file; the job has its name unless it names another.
-
-    Raises:
-        ConfigError: As in `load_run_config`.
-    """
+    """What a job file says, checked: the settings of one job, as in `jobs:` of a run file."""
     settings = {"name": Path(path).stem} | _read_settings(path, "a job file")
     return _checked(path, JobConfig, settings)
 
 
 def load_task_config(path: str | Path) -> TaskConfig:
-    """What the file of a choice task says, checked.
-
-    Args:
-        path: The YAML file.
-
-    Raises:
-        ConfigError: As in `load_run_config`.
-    """
+    """What the file of a choice task says, checked."""
     return _checked(path, TaskConfig, _read_settings(path, "a task's file"))
 
 

@@ -13,17 +13,7 @@ MAX_DEPTH = 50
 
 
 def apply_override(settings: Any, override: str) -> Any:
-    """A copy of nested settings with one of them changed.
-
-    Args:
-        settings: Mappings and lists, as YAML gives them. Left as they are, also where an alias
-            makes two jobs share a mapping.
-        override: `path=value`: keys and list indices joined with dots, and a YAML value.
-
-    Raises:
-        ConfigError: If it has no `=`, or the path leads into something that is neither a mapping
-            nor a list of that length.
-    """
+    """A copy of nested settings with one of them changed."""
     path, equals, value = override.partition("=")
     if not equals or not path.strip(". "):
         raise ConfigError(
@@ -34,18 +24,7 @@ def apply_override(settings: Any, override: str) -> Any:
 
 
 def set_setting(settings: Any, path: str, value: Any, origin: str) -> Any:
-    """A copy of nested settings with one of them changed.
-
-    Args:
-        settings: Mappings and lists. Left as they are.
-        path: Keys and list indices joined with dots.
-        value: The new value.
-        origin: What an error has in front of the path.
-
-    Raises:
-        ConfigError: If the path leads into something that is neither a mapping nor a list of that
-            length.
-    """
+    """A copy of nested settings with one of them changed."""
     keys = path.split(".")
     if len(keys) > MAX_DEPTH:
         raise ConfigError(f"{origin}{shown(path)} must have at most {MAX_DEPTH} keys")

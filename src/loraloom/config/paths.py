@@ -12,17 +12,7 @@ _MAX_PATH_BYTES, _MAX_NAME_BYTES = 4095, 255
 
 
 def local_path(text: str | Path, name: str, error: type[LoraloomError] = ConfigError) -> Path:
-    """A path with `~` filled in, that the system can be asked about without an exception.
-
-    Args:
-        text: As the user gave it.
-        name: What the user calls it, for messages.
-        error: Raised if it could not be a path.
-
-    Raises:
-        LoraloomError: `error`, if it has a null character, is too long, begins with the home of a
-            user that is not known here, or lies where one may not look.
-    """
+    """A path with `~` filled in, that the system can be asked about without an exception."""
     if "\0" in str(text):
         raise error(f"{name} must be a path, got {shown(str(text))} with a null character")
     try:

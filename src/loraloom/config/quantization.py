@@ -127,14 +127,7 @@ class _Section(StrictModel):
 
 
 def parse_quantization(value: Any) -> AnyQuantization | None:
-    """Check how a base model is to be quantised.
-
-    Args:
-        value: A name, a mapping, or a mapping as a text in YAML; None for not at all.
-
-    Raises:
-        ConfigError: If it is none of these.
-    """
+    """Check how a base model is to be quantised."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         value = parse_yaml(value, "quantization")
     try:
@@ -156,15 +149,7 @@ def quantization_option(quantization: AnyQuantization | None) -> str:
 
 
 def check_fits_dtype(quantization: AnyQuantization | None, dtype: str | None) -> None:
-    """Hold a quantisation against the base model's dtype.
-
-    Args:
-        quantization: None for none.
-        dtype: Its name; auto, and None for one that is wrong by itself, are not looked at.
-
-    Raises:
-        ConfigError: If it can't be had in that dtype.
-    """
+    """Hold a quantisation against the base model's dtype."""
     in_4_bits = isinstance(quantization, TorchAo) and quantization.quant_type == "int4_weight_only"
     if in_4_bits and dtype not in ("auto", "bfloat16", None):
         raise ConfigError(

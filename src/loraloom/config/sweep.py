@@ -146,11 +146,7 @@ class SweepStoppingConfig(StrictModel):
         return tuple(takewhile(lambda rung: rung < total_steps, given or powers))
 
     def check_reached(self, longest: int) -> None:
-        """Check that the longest job is long enough.
-
-        Raises:
-            ConfigError: If it ends before it could be stopped.
-        """
+        """Check that the longest job is long enough."""
         (rule,) = self.model_dump(exclude_none=True).values()
         if max(rule.get("rungs", [rule.get("min_steps")])) >= longest:
             raise ConfigError(
@@ -221,12 +217,7 @@ class SweepConfig(StrictModel):
         return search
 
     def job_name(self, number: int, combination: Mapping[str, Any]) -> str:
-        """Name of a job: the template's, its number, and its values as far as there is room.
-
-        Args:
-            number: The job's place in the sweep.
-            combination: Its parameters as Optuna has them.
-        """
+        """Name of a job: the template's, its number, and its values as far as there is room."""
         values = (format_value(parameter_value(drawn)) for drawn in combination.values())
         safe = (_UNSAFE.sub("_", value).strip("_")[:MAX_VALUE_NAME] for value in values)
         name = "-".join([self._numbered(number), *filter(None, safe)])
@@ -264,9 +255,6 @@ class SweepConfig(StrictModel):
         """The combinations that are known beforehand, as Optuna has them: all but TPE's later ones.
 
         In a grid the last parameter changes fastest.
-
-        Raises:
-            ConfigError: If there are fewer than were to be drawn.
         """
         if self.search == "grid":
             labels = [map(json.dumps, values) for values in self.parameters.values()]
@@ -290,11 +278,7 @@ class SweepConfig(StrictModel):
 
 
 def load_optuna() -> ModuleType:
-    """Import Optuna, which then says nothing but warnings.
-
-    Raises:
-        ConfigError: If it is not installed.
-    """
+    """Import Optuna, which then says nothing but warnings."""
     try:
         import optuna
     except ImportError as error:

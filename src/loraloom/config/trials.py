@@ -40,17 +40,7 @@ class Trial:
 def make_trial(
     sweep: SweepConfig, jobs: Sequence[JobConfig], number: int, combination: Mapping[str, Any]
 ) -> Trial:
-    """Make a job of a sweep.
-
-    Args:
-        sweep: What varies.
-        jobs: Those beside it, one of which may be its template.
-        number: The job's place in the sweep.
-        combination: Its parameters as Optuna has them.
-
-    Raises:
-        ValueError: If there is no such template, or the values don't go together.
-    """
+    """Make a job of a sweep."""
     settings: Any = _template(sweep, jobs)
     parameters = {path: parameter_value(drawn) for path, drawn in combination.items()}
     for path, value in parameters.items():

@@ -57,12 +57,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
-    """Count the values of a document with its aliases written out.
-
-    Args:
-        node: The root.
-        counts: Of the nodes that were counted, by identity; 0 for those that are being counted.
-    """
+    """Count the values of a document with its aliases written out."""
     if id(node) not in counts:
         counts[id(node)] = 0
         counts[id(node)] = 1 + sum(_count_values(child, counts) for child in _children(node))
@@ -89,16 +84,7 @@ _Loader.add_implicit_resolver(_FLOAT_TAG, _EXPONENT_FLOAT, list("-+.0123456789")
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML document; None if it is empty.
-
-    Args:
-        text: The document.
-        origin: What an error calls it, a file's name say.
-
-    Raises:
-        ConfigError: If it is not valid YAML, is nested too deeply or too large, or a key stands
-            twice in a mapping.
-    """
+    """The value of a YAML document; None if it is empty."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

@@ -37,17 +37,6 @@ def encode_conversations(
 
     Where the template marks these tokens with `{% generation %}`, its marks are taken. Else they
     are what would be generated after the turns before.
-
-    Args:
-        tokenizer: The base model's, a fast one.
-        template: Writes the conversations out.
-        rows: Each with a conversation.
-        columns: The rows' names for its parts, where they differ; see `read_conversation`.
-        max_length: Most tokens of a row; see `fit`.
-
-    Raises:
-        DataError: If a row has no answer, can't be put into the template or has something that the
-            template leaves out.
     """
     start = leading_tokens(tokenizer)
     encoded = []
@@ -67,14 +56,7 @@ def learn_answers(
     conversation: Conversation,
     first: int = 0,
 ) -> list[LearntTokens]:
-    """A conversation in full length: loss on the assistant's turns from message `first` on.
-
-    Returns:
-        One text, or several where the template writes an answer differently once others follow.
-
-    Raises:
-        DataError: As `encode_conversations`.
-    """
+    """A conversation in full length: loss on the assistant's turns from message `first` on."""
     places = [
         place
         for place, message in enumerate(conversation.messages)
@@ -121,12 +103,7 @@ class _Answer:
     answered: str
 
     def span_in(self, text: str, closing: str) -> Span | None:
-        """Where the turn stands in a text as it would be generated; None if it does not.
-
-        Args:
-            text: A longer conversation, or this one.
-            closing: What the template puts at the end of every conversation.
-        """
+        """Where the turn stands in a text as it would be generated; None if it does not."""
         for answered in (self.answered, self.answered.removesuffix(closing)):
             if text.startswith(answered):
                 return len(self.asked), len(answered)

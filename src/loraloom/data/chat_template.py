@@ -42,17 +42,7 @@ Span = tuple[int, int]
 
 
 class ChatTemplate:
-    """A chat template with the special tokens of a tokenizer.
-
-    Args:
-        source: The template.
-        tool_source: What is used in its place for conversations with tools.
-        special_tokens: Special tokens by name, `bos_token` and so on.
-        day: What it takes for today; None: what is today.
-
-    Raises:
-        DataError: If a template is not valid Jinja.
-    """
+    """A chat template with the special tokens of a tokenizer."""
 
     def __init__(
         self,
@@ -77,19 +67,11 @@ class ChatTemplate:
         return _GENERATION_TAG.search(source) is not None
 
     def render(self, conversation: Conversation, *, for_answer: bool = False) -> str:
-        """The text of a conversation.
-
-        Raises:
-            TemplateError: If it does not fit the template.
-        """
+        """The text of a conversation."""
         return render(self._template(conversation), self._fields(conversation, for_answer))
 
     def render_with_marks(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The text of a conversation, and where the template marks the assistant's parts in it.
-
-        Raises:
-            TemplateError: If it does not fit the template.
-        """
+        """The text of a conversation, and where the template marks the assistant's parts in it."""
         template, blocks, marks = self._template(conversation), [], []
         environment: Any = template.environment
         with bounded(), environment.activate_tracker(blocks, marks):
@@ -114,27 +96,14 @@ class ChatTemplate:
 def load_chat_template(
     tokenizer: PreTrainedTokenizerBase, given: str | None = None, day: date | None = None
 ) -> ChatTemplate:
-    """The chat template of a tokenizer, or one in its place.
-
-    Args:
-        tokenizer: Its special tokens are the template's.
-        given: A Jinja text, a file with one, or `trl`; None takes the tokenizer's own.
-        day: What it takes for today; None: what is today.
-
-    Raises:
-        DataError: If there is no template or it can't be used.
-    """
+    """The chat template of a tokenizer, or one in its place."""
     own = given is None
     sources = _own_sources(tokenizer) if own else (given_source(tokenizer, given),) * 2
     return ChatTemplate(*sources, special_tokens=tokenizer.special_tokens_map, day=day)
 
 
 def replace_chat_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None:
-    """Give a tokenizer another chat template, if there is one to give; see `load_chat_template`.
-
-    Raises:
-        DataError: If it can't be used.
-    """
+    """Give a tokenizer another chat template, if there is one to give; see `load_chat_template`."""
     if given is not None:
         source = given_source(tokenizer, given)
         _compile(source)

@@ -14,14 +14,7 @@ from loraloom.errors import plain
 def token_lines(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marked: Sequence[bool], width: int
 ) -> Iterator[str]:
-    """Lines of tokens, `|` between them; after each that has marked ones, a line of `^`.
-
-    Args:
-        tokenizer: Tells what stands for a token.
-        ids: The tokens.
-        marked: Whether each is marked.
-        width: Most cells of a line. A token with a line break also ends its line.
-    """
+    """Lines of tokens, `|` between them; after each that has marked ones, a line of `^`."""
     text, marks = "", ""
     for token, is_marked in zip(ids, marked, strict=True):
         shown = token_text(tokenizer, token)

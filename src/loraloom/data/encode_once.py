@@ -50,13 +50,6 @@ def encode_once(
 
     Few rows are encoded each time, and so are those of a tokenizer that can't be written as text,
     or where the cache has no such file and can't be written to.
-
-    Args:
-        name: The source's, for the progress bar.
-        items: Rows or texts; values in them that JSON doesn't have are told apart by their `repr`.
-        encode: Encodes some items, each without regard to the others.
-        tokenizer: What `encode` uses.
-        settings: What else decides the outcome, as JSON.
     """
     if len(items) < MIN_ROWS or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return encode(items)

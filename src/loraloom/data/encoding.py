@@ -54,16 +54,7 @@ class LearntTokens:
 def encode_completions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], max_length: int
 ) -> list[EncodedRow]:
-    """Prompts with completions: loss on the completion and on the EOS that is put after it.
-
-    Args:
-        tokenizer: Must have an EOS token.
-        texts: Prompts and completions.
-        max_length: Most tokens of a row; see `fit`.
-
-    Raises:
-        DataError: If the tokenizer has no EOS token.
-    """
+    """Prompts with completions: loss on the completion and on the EOS that is put after it."""
     start = leading_tokens(tokenizer)
     return [
         fit(answered.ids, answered.is_learnt, start, max_length)
@@ -74,11 +65,7 @@ def encode_completions(
 def learn_completions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
 ) -> list[LearntTokens]:
-    """Prompts with completions in full length: loss on the completion and on an EOS after it.
-
-    Raises:
-        DataError: If the tokenizer has no EOS token.
-    """
+    """Prompts with completions in full length: loss on the completion and on an EOS after it."""
     end = eos_token(tokenizer)
     return [
         LearntTokens(
@@ -114,9 +101,6 @@ def encode_documents(
 
     Longer texts are divided. A piece begins with the last token of the one before, so that every
     token is predicted once.
-
-    Raises:
-        DataError: If the tokenizer has no EOS token.
     """
     end = eos_token(tokenizer)
     return [_divide([*ids, end], max_length) for ids in encode_texts(tokenizer, texts)]
@@ -130,12 +114,6 @@ def fit(
     What comes after the last span is left out. If the row is still too long it loses its beginning;
     a span that the cut goes through is no longer learnt. A row without a span, or whose last span
     does not fit with a token before it, is dropped.
-
-    Args:
-        ids: Token ids.
-        is_learnt: Whether each token has a loss.
-        start: Tokens, such as BOS, that stay in front of a row that begins with them.
-        max_length: Most tokens of the row.
     """
     if not any(is_learnt):
         return DROPPED

@@ -34,14 +34,7 @@ UnparsedRow = Callable[[], Row]
 
 
 def read_file(path: Path) -> list[Row]:
-    """Every row of a file, each with the line that it came from.
-
-    Args:
-        path: A file whose suffix is one of SUFFIXES.
-
-    Raises:
-        DataError: If the file is missing, of an unknown kind, damaged or empty.
-    """
+    """Every row of a file, each with the line that it came from."""
     rows = list(rows_of_file(path))
     if not rows:
         raise DataError(f"{path}: the file has no rows")
@@ -49,16 +42,7 @@ def read_file(path: Path) -> list[Row]:
 
 
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
-    """Read a file's rows one after the other; it is looked at when this is called.
-
-    Args:
-        path: As in `read_file`.
-        start: Rows to pass over.
-
-    Raises:
-        DataError: As `read_file`, but for an empty file, where there is no row; what is damaged
-            shows when it is read.
-    """
+    """Read a file's rows one after the other; it is looked at when this is called."""
     path = local_path(path, "a data file", DataError)
     if not path.is_file():
         raise DataError(f"{path}: no such file or directory; {_neighbours(path)}")
@@ -98,11 +82,7 @@ def _neighbours(path: Path) -> str:
 
 
 def entries_of(directory: Path) -> list[Path]:
-    """Return what is in a directory, sorted.
-
-    Raises:
-        DataError: If it may not be listed.
-    """
+    """Return what is in a directory, sorted."""
     try:
         return sorted(directory.iterdir())
     except OSError as error:

@@ -14,11 +14,6 @@ def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: in
     A mega-batch is 50 batches, or a quarter of the epoch where that is less. The batch with the
     longest example of all comes first, so that memory runs out early if it does.
 
-    Args:
-        order: Shuffled indices.
-        lengths: Of each place of `order`.
-        batch_size: Examples of a step.
-
     Source:
         transformers 5.24, `trainer_pt_utils.get_length_grouped_indices`.
     """

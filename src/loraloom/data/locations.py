@@ -32,11 +32,7 @@ class SplitFiles:
     files: Mapping[str, Path]
 
     def find(self, split: str) -> Path:
-        """The file of a split.
-
-        Raises:
-            DataError: If there is no such split.
-        """
+        """The file of a split."""
         if split not in self.files:
             raise DataError(
                 f"{self.name}: no split {split!r} there; {suggestion(split, self.files)}"
@@ -55,26 +51,13 @@ class HubSource:
 
 
 def read_rows(location: str, split: str, config: str | None = None) -> list[Row]:
-    """The rows of one split of a file, a directory or a hub data set.
-
-    Args:
-        location: Path of a file or directory, else the hub id of a data set.
-        split: Split to read; a file is one split, whatever its name.
-        config: Configuration of a hub data set.
-
-    Raises:
-        DataError: If there is no such data set or split, or it is empty or damaged.
-    """
+    """The rows of one split of a file, a directory or a hub data set."""
     found = find_location(location, split, config)
     return read_file(found) if isinstance(found, Path) else read_hub(found, split)
 
 
 def stream_rows(location: str, split: str, config: str | None = None) -> RowStream:
-    """The same rows one after the other; those of the hub are not kept on the disk.
-
-    Raises:
-        DataError: If there is no such data set or split. What is damaged shows when it is read.
-    """
+    """The same rows one after the other; those of the hub are not kept on the disk."""
     found = find_location(location, split, config)
     return FileStream(found) if isinstance(found, Path) else HubStream(found, split)
 
@@ -108,11 +91,7 @@ class RowStream(ABC):
 
     @abstractmethod
     def rows(self, state: StreamState | None = None) -> Iterator[Row]:
-        """Read from there on, or from the beginning; what was begun before ends.
-
-        Raises:
-            DataError: If a row can't be read.
-        """
+        """Read from there on, or from the beginning; what was begun before ends."""
 
     @abstractmethod
     def state_dict(self) -> StreamState:
@@ -121,11 +100,7 @@ class RowStream(ABC):
 
 @final
 class FileStream(RowStream):
-    """The rows of a file; a place is a number of rows, which are passed over unparsed.
-
-    Raises:
-        DataError: If there is no such file, or it is of an unknown kind.
-    """
+    """The rows of a file; a place is a number of rows, which are passed over unparsed."""
 
     def __init__(self, path: Path):
         rows_of_file(path)
@@ -147,11 +122,7 @@ class FileStream(RowStream):
 
 @final
 class HubStream(RowStream):
-    """The rows of a data set on the hub, as datasets streams them.
-
-    Raises:
-        DataError: If the hub can't be reached or has no such data set or split.
-    """
+    """The rows of a data set on the hub, as datasets streams them."""
 
     def __init__(self, source: HubSource, split: str):
         self._source, self._split = source, split
@@ -175,16 +146,7 @@ class HubStream(RowStream):
 
 
 def find_named(path: Path, name: str, split: str) -> Path:
-    """The file of one split of the data set `name`; a single file may turn out to be missing.
-
-    Args:
-        path: The directory of the data set, a directory of data sets, or a single file.
-        name: Name that the data set's directory has among others.
-        split: Split to read.
-
-    Raises:
-        DataError: If there is no such data set or split.
-    """
+    """The file of one split of the data set `name`; a single file may turn out to be missing."""
     path = local_path(path, "the path of data", DataError)
     if not path.is_dir():
         return _check_single_file(path, split)
@@ -200,16 +162,7 @@ def find_named(path: Path, name: str, split: str) -> Path:
 
 
 def find_splits(path: Path, name: str, *, alone: bool) -> dict[str, Path]:
-    """The file of each split of the data set `name`; none where there is no such data set.
-
-    Args:
-        path: A directory of data sets, or the directory of the data set.
-        name: Name that the data set's directory has among others.
-        alone: Whether `path` may be that of the data set itself.
-
-    Raises:
-        DataError: If the path is no directory.
-    """
+    """The file of each split of the data set `name`; none where there is no such data set."""
     path = local_path(path, "the path of data", DataError)
     if not path.is_dir():
         raise DataError(f"{path}: there is no such directory of data sets")
@@ -219,11 +172,7 @@ def find_splits(path: Path, name: str, *, alone: bool) -> dict[str, Path]:
 
 
 def read_hub(source: HubSource, split: str) -> list[Row]:
-    """The rows of one split of a hub data set; they are downloaded once and cached.
-
-    Raises:
-        DataError: If the hub can't be reached or has no such data set or split.
-    """
+    """The rows of one split of a hub data set; they are downloaded once and cached."""
     table = _load_from_hub(source, split)
     rows = [_hub_row(source, split, *numbered) for numbered in enumerate(table, start=1)]
     if not rows:

@@ -53,15 +53,7 @@ class Conversation:
 
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
-    """A row's conversation, in whichever of the usual forms.
-
-    Args:
-        row: With `messages` (or `conversations`), and perhaps `tools` and `system`.
-        columns: The row's names for these, where they differ.
-
-    Raises:
-        DataError: If the row has no conversation or one of another form.
-    """
+    """A row's conversation, in whichever of the usual forms."""
     names = columns or {}
     usual = next((name for name in _COLUMNS if row.get(name) is not None), _COLUMNS[0])
     messages = read_messages(row, names.get("messages", usual))
@@ -76,11 +68,7 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
 
 
 def read_messages(row: Row, field: str) -> list[Message]:
-    """The turns of a conversation, each an object with `role` and `content`, or ShareGPT's.
-
-    Raises:
-        DataError: If the field is missing or of another form.
-    """
+    """The turns of a conversation, each an object with `role` and `content`, or ShareGPT's."""
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         row.reject(f"field {field!r} must be a list of messages, got {type(turns).__name__}")
@@ -88,11 +76,7 @@ def read_messages(row: Row, field: str) -> list[Message]:
 
 
 def read_tools(row: Row, field: str) -> list[dict[str, Any]] | None:
-    """The tools of a row, a list of JSON schemas or the text of one; None if there are none.
-
-    Raises:
-        DataError: If the field is of another form.
-    """
+    """The tools of a row, a list of JSON schemas or the text of one; None if there are none."""
     tools = _parse(row, f"field {field!r}", row.get(field))
     if not tools:
         return None

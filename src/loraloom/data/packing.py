@@ -9,15 +9,7 @@ from loraloom.data.examples import NO_LOSS, Example
 
 
 def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Put samples into rows: each, the longest first, into the first row that has room for it.
-
-    Args:
-        lengths: Tokens of each sample, at most max_length.
-        max_length: Most tokens of a row.
-
-    Returns:
-        The places of each row's samples.
-    """
+    """Put samples into rows: each, the longest first, into the first row that has room for it."""
     rows: list[list[int]] = []
     room: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
@@ -32,11 +24,7 @@ def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def join_samples(samples: Sequence[Example]) -> Example:
-    """Put samples side by side; what follows a sample's end is not predicted from it.
-
-    Args:
-        samples: At least one; the row takes the first one's id.
-    """
+    """Put samples side by side; what follows a sample's end is not predicted from it."""
     if len(samples) == 1:
         return samples[0]
     labels = chain.from_iterable((NO_LOSS, *sample.labels[1:]) for sample in samples)

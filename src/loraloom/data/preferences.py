@@ -30,18 +30,6 @@ def encode_preferences(
     Texts are read as they stand, with an EOS after each answer. Where `chosen` and `rejected` are
     messages they follow those of `prompt`; without such a prompt, both are whole conversations and
     what they begin with alike is the prompt.
-
-    Args:
-        tokenizer: With an EOS token for texts, a chat template for messages.
-        rows: All of one kind.
-        first: The data set's first row, which says of which kind.
-        columns: The rows' names for the three, where they differ.
-        max_length: Most tokens of either answer with its prompt; see `fit_pair`.
-        chat_template: For messages, in place of the tokenizer's; see `load_chat_template`.
-
-    Raises:
-        DataError: If a row lacks a field or has one of another kind, or the tokenizer lacks what
-            is needed.
     """
     names = {role: columns.get(role, role) for role in ("prompt", "chosen", "rejected")}
     if isinstance(first[names["chosen"]], str):
@@ -57,11 +45,7 @@ def encode_preferences(
 def encode_text_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[TextPair], max_length: int
 ) -> list[EncodedRow]:
-    """Chosen and rejected texts, each after its prompt, with a loss on the text and an EOS.
-
-    Raises:
-        DataError: If the tokenizer has no EOS token.
-    """
+    """Chosen and rejected texts, each after its prompt, with a loss on the text and an EOS."""
     start = leading_tokens(tokenizer)
     chosen = learn_completions(tokenizer, [pair[0] for pair in pairs])
     rejected = learn_completions(tokenizer, [pair[1] for pair in pairs])

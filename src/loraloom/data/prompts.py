@@ -42,24 +42,12 @@ INSTRUCTION_COLUMNS = (
 
 
 def load_template(template: str | None) -> Template:
-    """A template by name, by its text or from a file; None is `alpaca`.
-
-    Raises:
-        DataError: If it is none of these or not valid Jinja.
-    """
+    """A template by name, by its text or from a file; None is `alpaca`."""
     return compile_template(template_source(template), f"the prompt template {shown(template)}")
 
 
 def compile_template(source: str, origin: str) -> Template:
-    """A template from its text; an unknown name in it is an error when it is filled in.
-
-    Args:
-        source: Jinja.
-        origin: What an error calls it.
-
-    Raises:
-        DataError: If it is not valid Jinja.
-    """
+    """A template from its text; an unknown name in it is an error when it is filled in."""
     environment = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     try:
         return compile_within(environment, source)
@@ -68,16 +56,7 @@ def compile_template(source: str, origin: str) -> Template:
 
 
 def read_instruction(row: Row, columns: dict[str, str], template: Template) -> tuple[str, str]:
-    """Prompt and completion of an instruction row.
-
-    Args:
-        row: With the instruction, its output and perhaps an input.
-        columns: The row's name for each of `instruction`, `input` and `output`.
-        template: Renders the prompt.
-
-    Raises:
-        DataError: If a field is missing (`input` may be), or the template names an unknown one.
-    """
+    """Prompt and completion of an instruction row."""
     has_input = row.get(columns["input"]) is not None
     instruction, output = row.text(columns["instruction"]), row.text(columns["output"])
     given = row.text(columns["input"]) if has_input else ""
@@ -88,11 +67,7 @@ def read_instruction(row: Row, columns: dict[str, str], template: Template) -> t
 
 
 def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, str]:
-    """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's.
-
-    Raises:
-        DataError: If the row lacks a column that the mapping names.
-    """
+    """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's."""
     given = mapping or {}
     for column in given.values():
         row[column]

@@ -36,21 +36,7 @@ def load_question_set(
     path: str | Path | None = None,
     limit: int | None = None,
 ) -> QuestionSet:
-    """The questions of a task's split, in the order of its rows.
-
-    Args:
-        task: Name of the task, or the .yaml file that describes it.
-        scoring: `label` asks for the choice's label, `text` for its own text. None for the task's
-            default: label, or what its file says.
-        split: None for the split that is reported: test for ARC and OpenBookQA, else validation.
-        path: Local copy: the data set's directory, a directory of data sets, or a file; None for
-            the hub.
-        limit: Most questions to take from the beginning.
-
-    Raises:
-        ConfigError: If the task is unknown, or for faults of its file.
-        DataError: If its data is missing, empty, damaged or has no published answers.
-    """
+    """The questions of a task's split, in the order of its rows."""
     found = find_task(task)
     split, scoring = split or found.evaluation_split, scoring or found.scoring
     rows = found.load_rows(split, path)

@@ -24,41 +24,25 @@ class Row(dict[str, Any]):
         self.reject(f"the row has no field {name!r}; its fields are {fields}{more}")
 
     def reject(self, reason: str) -> NoReturn:
-        """Raise the DataError that this row can't be used.
-
-        Raises:
-            DataError: Always.
-        """
+        """Raise the DataError that this row can't be used."""
         raise DataError(f"{self.origin}: {reason}")
 
     def text(self, name: str) -> str:
-        """The field as a string.
-
-        Raises:
-            DataError: If the field is missing or not a string.
-        """
+        """The field as a string."""
         value = self[name]
         if not isinstance(value, str):
             self.reject(f"field {name!r} must be a string, got {shown(value)}")
         return value
 
     def texts(self, name: str) -> list[str]:
-        """The field as a list of strings.
-
-        Raises:
-            DataError: If the field is missing or not a list of strings.
-        """
+        """The field as a list of strings."""
         value = self[name]
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             self.reject(f"field {name!r} must be a list of strings, got {shown(value)}")
         return value
 
     def integer(self, name: str) -> int:
-        """The field as an integer; a string of digits will do.
-
-        Raises:
-            DataError: If the field is missing or not an integer.
-        """
+        """The field as an integer; a string of digits will do."""
         value = self[name]
         try:
             number = int(value)
@@ -69,11 +53,7 @@ class Row(dict[str, Any]):
         return number
 
     def part(self, name: str) -> Row:
-        """The field as a row of its own, for fields that hold fields.
-
-        Raises:
-            DataError: If the field is missing or not an object.
-        """
+        """The field as a row of its own, for fields that hold fields."""
         value = self[name]
         if not isinstance(value, Mapping):
             self.reject(f"field {name!r} must be an object, got {shown(value)}")

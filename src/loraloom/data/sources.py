@@ -45,21 +45,7 @@ def load_source(
     limit: int | None = None,
     streaming: bool = False,
 ) -> LoadedSource:
-    """Read and encode a source.
-
-    Args:
-        config: A task or a data set.
-        tokenizer: The base model's.
-        max_length: Most tokens of an example.
-        split: What is read where the config names no split.
-        as_pairs: Make each question of a task a preference: the right answer over a wrong one.
-        limit: Most rows to take from the beginning.
-        streaming: Read no more of a data set than that.
-
-    Raises:
-        DataError: If the data is missing, empty or has a row that can't be used, or no row fits
-            max_length.
-    """
+    """Read and encode a source."""
     if config.task is not None:
         rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
         source = _load_task(config, config.task, rows, tokenizer, max_length, as_pairs=as_pairs)
@@ -143,18 +129,7 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[EncodedRow]:
-    """Encode rows of a data set as its format says.
-
-    Args:
-        config: A data set's.
-        rows: At least one.
-        first: The data set's first row, which says how instructions and preferences are written.
-        tokenizer: The base model's.
-        max_length: Most tokens of an example.
-
-    Raises:
-        DataError: If a row can't be used.
-    """
+    """Encode rows of a data set as its format says."""
     columns = config.fields or {}
     for column in columns.values():  # a wrong name of an optional one would go unnoticed
         _ = first[column]

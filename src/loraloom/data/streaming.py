@@ -85,22 +85,10 @@ class StreamedSet:
     It keeps no place: jobs with the same data and seed share it. Where they are at the same place,
     they share what was read.
 
-    Args:
-        config: Data sets alone.
-        tokenizer: The base model's.
-        max_length: Most tokens of an example.
-        seed: Of the order.
-        as_pairs: Whether examples are pairs of answers.
-        ranks: They encode each block together.
-
     Attributes:
         validation: Examples that are measured.
         report: A line for each source.
         start: The first position.
-
-    Raises:
-        DataError: If a source is missing or empty, a row of the first block can't be used, or no
-            row of a whole pass fits max_length.
     """
 
     def __init__(
@@ -150,14 +138,7 @@ class StreamedSet:
     def take(
         self, position: StreamPosition, number: int
     ) -> tuple[list[TrainingExample], StreamPosition]:
-        """Read so many examples on from a position.
-
-        Returns:
-            The examples, and the position after them.
-
-        Raises:
-            DataError: If a row can't be read or used, or no row of a whole pass fits.
-        """
+        """Read so many examples on from a position."""
         examples: list[TrainingExample] = []
         last_passes = position.passes
         while len(examples) < number:

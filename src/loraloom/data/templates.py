@@ -70,11 +70,7 @@ def _spend(characters: int) -> None:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Give what runs inside a budget of its own; whatever fails there is a TemplateError.
-
-    Raises:
-        TemplateError: If a template is wrong, goes on for too long or makes too long a text.
-    """
+    """Give what runs inside a budget of its own; whatever fails there is a TemplateError."""
     token = _BUDGET.set(_Budget())
     try:
         yield
@@ -102,11 +98,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _BUDGETED.visit(super()._parse(source, name, filename))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute `left operator right` if the result is of a reasonable size.
-
-        Raises:
-            TemplateRuntimeError: If it is not.
-        """
+        """Compute `left operator right` if the result is of a reasonable size."""
         if operator == "%" and isinstance(left, str):
             _check_format("%", left)
         elif operator != "+":
@@ -244,12 +236,7 @@ def _check_product(operator: str, *values: Any) -> None:
 
 
 def _written_size(value: Any, known: dict[int, int] | None = None) -> int:
-    """Characters that a value is written with.
-
-    Args:
-        value: Anything.
-        known: Sizes of lists by identity, so that one that stands in many places is read once.
-    """
+    """Characters that a value is written with."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Cycler):  # its items can be had as a tuple
@@ -264,16 +251,7 @@ def _written_size(value: Any, known: dict[int, int] | None = None) -> int:
 
 
 def read_template(template: str, setting: str, names: Iterable[str]) -> str:
-    """The text of a template that is given as such or as a file.
-
-    Args:
-        template: Jinja, or a path.
-        setting: What an error calls it.
-        names: What could have been given besides, for the error.
-
-    Raises:
-        DataError: If it is a file that can't be read.
-    """
+    """The text of a template that is given as such or as a file."""
     if "{{" in template or "{%" in template:
         return template
     try:
@@ -286,21 +264,13 @@ def read_template(template: str, setting: str, names: Iterable[str]) -> str:
 
 
 def compile_within(environment: BoundedEnvironment, source: str) -> Template:
-    """A template from its text.
-
-    Raises:
-        TemplateError: If it is not valid Jinja.
-    """
+    """A template from its text."""
     with bounded():
         return environment.from_string(source)
 
 
 def render(template: Template, fields: Mapping[str, Any]) -> str:
-    """A template filled in.
-
-    Raises:
-        TemplateError: If it can't be, or not within bounds.
-    """
+    """A template filled in."""
     with bounded():
         return check_text("".join(_blocks(template, fields)))
 
@@ -312,11 +282,7 @@ def _blocks(template: Template, fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_text(text: str) -> str:
-    """A rendered text as it came, if a tokenizer can read it.
-
-    Raises:
-        TemplateError: If it has half of a surrogate pair.
-    """
+    """A rendered text as it came, if a tokenizer can read it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -34,13 +34,6 @@ def encode_pairs(
     both together are the tokens of the whole text. In place of an empty context stands the token
     that begins a text: BOS, or EOS where there is none.
 
-    Args:
-        tokenizer: BOS is added if it adds one itself.
-        pairs: Contexts and continuations; a continuation includes its leading delimiter.
-
-    Raises:
-        DataError: If a context is empty and the tokenizer has neither BOS nor EOS.
-
     Source:
         lm-eval 0.4.13 `lm_eval/api/model.py`, `_encode_pair`: the same cut, except where a token
         reaches over it.
@@ -61,11 +54,6 @@ def encode_texts(
     """Token ids of each text after the tokens that the tokenizer puts in front, but never an EOS.
 
     A text that begins with those tokens already gets them once.
-
-    Args:
-        tokenizer: The base model's.
-        texts: To encode.
-        start: Tokens to put in front in place of the tokenizer's own.
     """
     if not texts:
         return []
@@ -104,11 +92,7 @@ def text_after(
 
 
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends a text.
-
-    Raises:
-        DataError: If the tokenizer has none.
-    """
+    """The id of the token that ends a text."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise DataError(
@@ -119,11 +103,7 @@ def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that begins a text: BOS, or EOS where there is none.
-
-    Raises:
-        DataError: If the tokenizer has neither.
-    """
+    """The id of the token that begins a text: BOS, or EOS where there is none."""
     bos = tokenizer.bos_token_id
     return bos if isinstance(bos, int) else eos_token(tokenizer)
 

@@ -95,19 +95,7 @@ def load_training_set(
     *,
     as_pairs: bool = False,
 ) -> TrainingSet:
-    """Read and encode a job's data, and hold out what it is measured on.
-
-    Args:
-        config: One source or a mix, and what to hold out.
-        tokenizer: The base model's.
-        max_length: Most tokens of an example.
-        seed: Decides which rows are held out, and the order of each epoch.
-        as_pairs: Whether examples are pairs of answers; data sets are then preferences already.
-
-    Raises:
-        DataError: If a source is missing, empty or has a row that can't be used, if no row fits
-            max_length, or if there are too few to hold any out.
-    """
+    """Read and encode a job's data, and hold out what it is measured on."""
     sources = [
         load_source(source, tokenizer, max_length, "train", as_pairs=as_pairs)
         for source in config.sources
@@ -177,15 +165,6 @@ def choose_held_out(
     """Indices of the held-out rows: those with the lowest seeded hashes of their tokens.
 
     Rows that are equal have equal hashes and stay together, so that none is learnt and measured.
-
-    Args:
-        name: The source's, for the message.
-        rows: Dropped rows are passed over.
-        fraction: Share of the rows, at least one row unless it is 0.
-        seed: Chooses other rows.
-
-    Raises:
-        DataError: If nothing would be left to learn from.
     """
     if fraction == 0:
         return frozenset()

@@ -71,11 +71,7 @@ class Accuracy:
 
 
 def accuracy(scores: Sequence[QuestionScore]) -> Accuracy:
-    """Compute the accuracy over questions.
-
-    Raises:
-        DataError: If there are none.
-    """
+    """Compute the accuracy over questions."""
     count = len(scores)
     if count == 0:
         raise DataError("accuracy needs at least one question, got none")
@@ -88,9 +84,6 @@ def majority_share(questions: Sequence[ChoiceQuestion]) -> float:
     """Compute the share of questions that the best constant answer gets right.
 
     A constant answer is the same label, or the same text, to every question: the majority class.
-
-    Args:
-        questions: At least one.
     """
     labels = Counter(question.labels[question.gold] for question in questions)
     texts = Counter(

@@ -55,18 +55,10 @@ class ScoreCache:
 
     Weights must not change while it is used.
 
-    Args:
-        directory: Of the file; made when missing.
-        host: With the adapters.
-        adapters: Names.
-
     Attributes:
         num_found: Scores that were known.
         num_added: Scores that are kept in the file since then.
         fault: Why some are not, if so.
-
-    Raises:
-        ConfigError: If scores can't be kept there.
     """
 
     def __init__(self, directory: Path, host: Host, adapters: Sequence[str | None]):

@@ -49,11 +49,7 @@ class Comparison:
 
 
 def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
-    """Find adapters that are seeds of one thing; a single seed is no group.
-
-    Raises:
-        ConfigError: If an adapter, or the base model, has the name of a group.
-    """
+    """Find adapters that are seeds of one thing; a single seed is no group."""
     groups = {stem: seeds for stem, seeds in _seeds_by_stem(names).items() if len(seeds) > 1}
     for stem in groups:
         if stem in names or stem == BASE:
@@ -81,11 +77,7 @@ def contestants(names: Sequence[str]) -> list[str]:
 
 
 def members_of(name: str, names: Sequence[str]) -> list[str]:
-    """The adapters that a contestant stands for: itself, or its seeds.
-
-    Raises:
-        ConfigError: If there is no such contestant; says which there are.
-    """
+    """The adapters that a contestant stands for: itself, or its seeds."""
     stems = _seeds_by_stem(names)
     members = [name] if name in names else stems.get(name)
     if members is None:
@@ -94,17 +86,7 @@ def members_of(name: str, names: Sequence[str]) -> list[str]:
 
 
 def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> list[Pair]:
-    """Decide whom to compare.
-
-    Args:
-        adapters: Names; None is the base model.
-        wanted: Pairs `first:second` of adapters, groups and `base`; a group may have a single seed.
-            Without any: everybody against the base model, and all pairs of the others where they
-            are few.
-
-    Raises:
-        ConfigError: If a pair has another form or an unknown name, or is given twice.
-    """
+    """Decide whom to compare."""
     names = [name or BASE for name in adapters]
     seed_groups(names)  # are they clear?
     if wanted:
@@ -121,12 +103,7 @@ def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> 
 
 
 def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
-    """Find what results could not tell, before anything is scored.
-
-    Raises:
-        AdapterError: If no adapter is named, or one is called as the base model.
-        ConfigError: If a pair has an unknown name, or a group has an adapter's.
-    """
+    """Find what results could not tell, before anything is scored."""
     if not adapters:
         raise AdapterError("adapters must name at least one, or None for the base model, got none")
     if BASE in adapters:
@@ -183,11 +160,7 @@ def adjusted(
 
 
 def shares_right(answers: TaskAnswers, name: str) -> list[float]:
-    """For each question 1.0 if an adapter is right, 0.0 if not; of a group the share of its seeds.
-
-    Raises:
-        ConfigError: If the answers have no such name.
-    """
+    """Score each question: 1.0 if right, 0.0 if not; for a group, the share of its seeds."""
     try:
         members = members_of(name, list(answers.right))
     except ConfigError as error:

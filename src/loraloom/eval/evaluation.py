@@ -168,21 +168,7 @@ def load_question_sets(
     limit: int | None = None,
     compat: Compat | None = None,
 ) -> list[QuestionSet]:
-    """Load the questions of tasks.
-
-    Args:
-        tasks: Names of tasks, or .yaml files of your own.
-        scoring: `label` asks for the choice's label, `text` for its own text; None for each task's
-            default.
-        split: None for the split that is reported.
-        data: A directory of data sets, or of a single task the data set's own; None for the hub.
-        limit: Most questions to take from the beginning of each.
-        compat: `moe-peft` offers every label of its list.
-
-    Raises:
-        ConfigError: If a task is unknown, or options exclude each other.
-        DataError: If a task's data is missing or damaged.
-    """
+    """Load the questions of tasks."""
     names = [find_task(task).name for task in tasks]
     if len(set(names)) < len(names):
         raise ConfigError(f"tasks must have different names, got {', '.join(names)}")

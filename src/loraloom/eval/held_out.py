@@ -103,11 +103,7 @@ def load_held_out(
 
 
 def parse_source(settings: SourceConfig | Mapping[str, Any]) -> SourceConfig:
-    """Check the settings of a data set.
-
-    Raises:
-        ConfigError: If they are wrong, or of rows that have no loss of their own.
-    """
+    """Check the settings of a data set."""
     try:
         source = SourceConfig.model_validate(settings)
     except ValidationError as error:

@@ -18,13 +18,7 @@ Value = TypeVar("Value")
 def join_evaluations(
     parts: Sequence[Evaluation], names: Sequence[str | None], pairs: Sequence[Pair]
 ) -> Evaluation:
-    """Make one evaluation of several, as if all adapters had been scored together.
-
-    Args:
-        parts: Each of some adapters, on the same tasks.
-        names: All adapters in their order; None is the base model.
-        pairs: Whom to compare.
-    """
+    """Make one evaluation of several, as if all adapters had been scored together."""
     scored = [
         TaskScores(task.task, task.split, _joined((p.tasks[place].scores for p in parts), names))
         for place, task in enumerate(parts[0].tasks)

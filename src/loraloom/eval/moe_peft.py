@@ -44,11 +44,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def with_all_labels(question: ChoiceQuestion) -> ChoiceQuestion:
-    """Offer every label of the task's list, in its order.
-
-    Raises:
-        DataError: If the right choice's label is not in the list.
-    """
+    """Offer every label of the task's list, in its order."""
     labels, gold = LABELS[question.task], question.labels[question.gold]
     if gold not in labels:
         raise DataError(

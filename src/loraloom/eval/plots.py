@@ -22,14 +22,6 @@ def plot_loss_curves(curves: Mapping[str, Curve], path: Path, smoothing: float =
     """Draw each job's training loss over its steps, smoothed, with the raw values behind.
 
     The frame fits what comes after the first tenth, in which losses fall from far above.
-
-    Args:
-        curves: (step, loss) of each job.
-        path: Picture to write; the suffix chooses the format.
-        smoothing: Weight of the past in the running mean.
-
-    Returns:
-        What was drawn.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -54,19 +46,7 @@ def plot_experts(
     path: Path,
     title: str,
 ) -> Figure:
-    """Draw what the experts of each layer do, one layer above the other.
-
-    Args:
-        load: For each layer the share of each expert; a row sums to one.
-        by_topic: For each topic (a skill, say), by layer: how far its load is from that of all
-            tokens, in bits.
-        information: By layer, what an expert says about the topic or the class of a token, in bits.
-        path: Picture to write.
-        title: Heading.
-
-    Returns:
-        What was drawn.
-    """
+    """Draw what the experts of each layer do, one layer above the other."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 2])
     options: dict[str, Any] = {"aspect": "auto", "cmap": "viridis", "vmin": 0}
@@ -88,12 +68,7 @@ def plot_experts(
 
 
 def smoothed(curve: Curve, past: int | float) -> list[Point]:
-    """Take a running mean without the pull of its start; values that are not finite are left out.
-
-    Args:
-        curve: What was measured.
-        past: Weight of what was before.
-    """
+    """Take a running mean without the pull of its start over finite values."""
     total = weight = 0.0
     means = []
     for step, value in curve:

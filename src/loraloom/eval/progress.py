@@ -24,11 +24,6 @@ class EvaluationProgress:
 
     On a terminal each task has a bar, which disappears at the end. Items weigh by their size, as
     the largest come first.
-
-    Args:
-        console: Where it is shown.
-        interval_s: Least time between two lines, where there is no terminal.
-        clock: Tells the time in seconds.
     """
 
     def __init__(
@@ -61,13 +56,7 @@ class EvaluationProgress:
         self._bars.stop()
 
     def start(self, name: str, sizes: Sequence[int], unit: str = "questions") -> Advance:
-        """Begin to show a task.
-
-        Args:
-            name: Of the task.
-            sizes: Of its items, in tokens or characters.
-            unit: What the items are.
-        """
+        """Begin to show a task."""
         total = len(sizes)
         fields = {"num_done": 0, "num_items": total, "unit": unit}
         task_id = self._bars.add_task(name, total=sum(sizes), **fields)

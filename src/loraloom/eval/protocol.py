@@ -70,25 +70,6 @@ def score_questions(
 
     Batches are cut as if nothing were known, so that an interrupted evaluation goes on with the
     batches that it would have had, and to the same numbers.
-
-    Args:
-        host: With the adapters; dropout is off meanwhile.
-        tokenizer: The base model's.
-        questions: In any order, of any tasks.
-        adapters: Names; None is the base model.
-        max_tokens_per_batch: Tokens of a batch, padding and all adapters included; a question of
-            one adapter may have more. None: 1,024 on a CPU, 16,384 elsewhere.
-        on_progress: Told after each batch the places of its questions.
-        encode: What is scored of a choice; its whole continuation by default.
-        cache: Scores that are known, and where new ones are kept after each batch.
-        on_routing: Told after each forward where mixtures sent the tokens of which questions.
-
-    Returns:
-        For each adapter the scores in the order of the questions.
-
-    Raises:
-        DataError: If a choice has no tokens or doesn't fit the model, or a question not the memory.
-        AdapterError: If the host lacks an adapter.
     """
     if not adapters:
         return {}
@@ -118,21 +99,7 @@ def score_kept(
     cache: ScoreCache | None = None,
     on_routing: OnRouting | None = None,
 ) -> dict[tuple[str | None, int], LogLikelihoods]:
-    """Score groups of rows with each adapter, batch by batch, and keep what was computed.
-
-    Args:
-        host: With the adapters.
-        rows: Of each group.
-        tokens: Of each group, what its kept scores are known by.
-        adapters: Names; None is the base model.
-        max_tokens_per_batch: As in `score_questions`; so are the following ones.
-        on_progress: Told the places of groups.
-        cache: Scores that are known.
-        on_routing: Told the places of groups.
-
-    Returns:
-        By adapter and place the log-likelihoods of the group's continuations.
-    """
+    """Score groups of rows with each adapter, batch by batch, and keep what was computed."""
     budget = max_tokens_per_batch or tokens_per_batch(host)
     batches = list(token_batches(rows, budget // len(adapters)))
     scores: dict[tuple[str | None, int], LogLikelihoods] = {}

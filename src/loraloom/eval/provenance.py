@@ -31,14 +31,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def describe_evaluation(
     host: Host, adapters: Mapping[str, str], questions: Sequence[QuestionSet], command: str
 ) -> dict[str, Any]:
-    """Describe the base model, adapters, data, software and machine of an evaluation.
-
-    Args:
-        host: With the adapters.
-        adapters: Directory or hub id of each by name.
-        questions: What was asked.
-        command: What it was started with.
-    """
+    """Describe the base model, adapters, data, software and machine of an evaluation."""
     return {
         "base_model": host.base.name_or_path,
         "base_fingerprint": host.base.fingerprint,

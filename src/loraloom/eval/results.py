@@ -68,11 +68,7 @@ def _as_json(result: Accuracy) -> dict[str, Any]:
 
 
 def write_questions(path: Path, tasks: Sequence[TaskScores]) -> None:
-    """Write a JSON line for each task, adapter and question.
-
-    Raises:
-        ConfigError: If the file can't be written.
-    """
+    """Write a JSON line for each task, adapter and question."""
     lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in _lines(tasks))
     write_output(path, "".join(f"{line}\n" for line in lines))
 

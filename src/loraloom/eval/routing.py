@@ -115,13 +115,7 @@ class AdapterRouting:
 
 
 class RoutingTally:
-    """Adds up the routing of every mixture in an evaluation.
-
-    Args:
-        host: With the adapters.
-        adapters: Names; None is the base model. Those without routers are left out.
-        tokenizer: The base model's.
-    """
+    """Adds up the routing of every mixture in an evaluation."""
 
     def __init__(
         self, host: Host, adapters: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
@@ -137,12 +131,7 @@ class RoutingTally:
             self._classes = token_classes(tokenizer, self._vocab_size)
 
     def of(self, task: str, groups: Sequence[str | None] = ()) -> OnRouting | None:
-        """Give what takes in a task's batches; None if there is no mixture.
-
-        Args:
-            task: Its name.
-            groups: Of its questions, which are then topics of their own, as `task/group`.
-        """
+        """Give what takes in a task's batches; None if there is no mixture."""
         topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
         for adapter in self.adapters.values():
             adapter.tasks[task] = TaskRouting()
@@ -199,13 +188,7 @@ def _example(
 def summarise_routing(
     tally: RoutingTally, tokenizer: PreTrainedTokenizerBase, num_questions: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """Give the routing by adapter, as it stands in the JSON file under `routing`.
-
-    Args:
-        tally: After the last task.
-        tokenizer: The base model's, to name tokens.
-        num_questions: Of each task, whether their scores were kept from before or not.
-    """
+    """Give the routing by adapter, as it stands in the JSON file under `routing`."""
     return {
         name: _summarise_adapter(adapter, tokenizer, num_questions)
         for name, adapter in tally.adapters.items()
@@ -346,13 +329,6 @@ def words_by_expert(counts: Tensor, num_words: int = NUM_WORDS) -> list[list[int
 
     A token's share at an expert, after `WORD_PRIOR` choices like everybody's, is divided by the
     expert's load; the tokens with the largest quotients above 1 are taken.
-
-    Args:
-        counts: How often each token chose each expert, [V, E].
-        num_words: Most tokens of an expert.
-
-    Returns:
-        For each expert token ids, the most typical first.
     """
     seen = counts.sum(-1).nonzero().squeeze(1)
     choices = counts[seen].double()  # (T, E)

@@ -24,24 +24,7 @@ def spread(
     device: str,
     tell: Callable[[str], object],
 ) -> list[Part]:
-    """Let each worker score its share of the adapters.
-
-    Args:
-        score: Loads the base model and scores the adapters of these names, in a worker's process.
-        names: None is the base model alone.
-        address: See `connected`; so is the error.
-        num_workers: See `choose_workers`.
-        device: Of each worker; see `check_worker_device`.
-        tell: Told how it gets on.
-
-    Returns:
-        What each share gave.
-
-    Raises:
-        ConfigError: If there is no such cluster, or it has too few devices.
-        LoraloomError: What went wrong in a worker.
-        AdapterError: If workers are lost time and again.
-    """
+    """Let each worker score its share of the adapters."""
     check_worker_device(device)
     with connected(address) as ray:
         size, resources = choose_workers(ray.nodes(), device, num_workers)

@@ -50,10 +50,6 @@ class PairedComparison:
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Compute the score interval of a share of successes; it stays in [0, 1], also at 0 and 1.
 
-    Args:
-        share: Observed, in [0, 1].
-        count: Trials, at least 1.
-
     Source:
         Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
@@ -68,10 +64,6 @@ def mcnemar_p_value(num_first: int, num_second: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test, min(1, 2 P[X ≤ min(b, c)]).
 
     X is binomial with b + c trials of 1/2. Integers keep it exact for any number of questions.
-
-    Args:
-        num_first: Questions that the first alone got right, b.
-        num_second: Questions that the second alone got right, c.
 
     Source:
         McNemar 1947, Note on the sampling error of the difference between correlated proportions.
@@ -126,11 +118,6 @@ def compare_losses(
 
     The better one of a row is that with the lower loss. A loss is a ratio of sums over rows, so
     `stderr` is that of a ratio, and the bootstrap draws rows.
-
-    Args:
-        first: Loss of each row in nats, summed over its tokens.
-        second: The same of the other, in the same order.
-        num_tokens: Of each row.
     """
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     lengths = np.asarray(num_tokens, dtype=np.float64)
@@ -152,10 +139,6 @@ def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
 
     It is that of the ratio's linear part, sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i.
 
-    Args:
-        sums: Of each row, [n].
-        lengths: Of each row, [n].
-
     Source:
         Cochran 1977, Sampling Techniques, section 6.3.
     """
@@ -167,12 +150,7 @@ def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
 
 
 def ratio_intervals(sums: np.ndarray, lengths: np.ndarray) -> list[tuple[float, float]]:
-    """Compute percentile bootstrap intervals of Σ sums / Σ lengths, all from the same resamples.
-
-    Args:
-        sums: Of each row, a column for each ratio, [n, C].
-        lengths: Of each row, [n].
-    """
+    """Compute percentile bootstrap intervals of Σ sums / Σ lengths, all from the same resamples."""
     count, totals = len(lengths), np.column_stack([sums, lengths])
     generator = np.random.default_rng(0)
     means = np.empty((NUM_RESAMPLES, totals.shape[1]))

@@ -23,15 +23,6 @@ def plot_sweep(study: optuna.Study, names: Sequence[str], metric: str, path: Pat
     """Draw the metric by step for every job, and the importance of the parameters for it.
 
     Jobs that were stopped are grey and end in a cross. Nothing is drawn before an evaluation.
-
-    Args:
-        study: Optuna's record of the sweep.
-        names: Of the jobs, by number.
-        metric: What was measured.
-        path: Picture to write.
-
-    Returns:
-        What was drawn.
     """
     measured = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values]
     if not measured:

@@ -109,12 +109,7 @@ def _comparison_table(task: str, comparisons: Sequence[Comparison]) -> Table:
 
 
 def seeds_table(seeds: Mapping[str, Any], tasks: Sequence[str]) -> Table | None:
-    """Make a table of means over seeds with a row for each group; None where there are no groups.
-
-    Args:
-        seeds: What `summarise_seeds` gives.
-        tasks: Names of the columns.
-    """
+    """Make a table of means over seeds with a row for each group, if there are groups."""
     if not seeds:
         return None
     table = make_table(
@@ -145,12 +140,7 @@ def all_tables(
 
 
 def markdown_page(tables: Sequence[Table], details: Mapping[str, Any]) -> str:
-    """Write tables in Markdown, and below them how they were got.
-
-    Args:
-        tables: What an evaluation gives.
-        details: What `describe_evaluation` gives.
-    """
+    """Write tables in Markdown, and below them how they were got."""
     versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
     asked = "; ".join(f"{task} {_asked(how)}" for task, how in details["tasks"].items())
     below = (

@@ -16,12 +16,7 @@ _BLANKS = "ĊĉĠčĩ▁"
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-    """Give the class of each token of a vocabulary, as a place in TOKEN_CLASSES, [V].
-
-    Args:
-        tokenizer: Names the tokens.
-        vocab_size: V of the model, which may be more than the tokenizer has.
-    """
+    """Give the class of each token of a vocabulary, as a place in TOKEN_CLASSES, [V]."""
     ids = list(range(min(vocab_size, len(tokenizer))))
     names = map(str, tokenizer.convert_ids_to_tokens(ids))
     texts = tokenizer.batch_decode([[token_id] for token_id in ids])
@@ -32,13 +27,7 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor
 
 
 def class_of(name: str, text: str) -> str:
-    """Give the class of a token.
-
-    Args:
-        name: In the vocabulary: `Ġthe`, `▁the` or `##ing`. It tells where a word starts.
-        text: Decoded, which tells letters from signs: `—` is named `âĢĶ`. A part of a character
-            counts as a sign.
-    """
+    """Give the class of a token."""
     if not text.strip() and not name.strip(_BLANKS + " \n\t\r"):
         return "space"
     text = text.strip().removeprefix(_CONTINUES)

@@ -17,17 +17,7 @@ from loraloom.eval.tables import check_outputs, markdown_page
 def write_evaluation(
     path: Path, value: Mapping[str, Any], tables: Sequence[Table], make_csv: Callable[[], str]
 ) -> None:
-    """Write a .json, .csv or .md file.
-
-    Args:
-        path: Whose suffix decides.
-        value: Everything, as it stands in the JSON file.
-        tables: What is shown.
-        make_csv: Gives the text of a CSV file.
-
-    Raises:
-        ConfigError: If the suffix is another one, or the file can't be written.
-    """
+    """Write a .json, .csv or .md file."""
     check_outputs([path])
     match path.suffix.lower():
         case ".csv":
@@ -45,14 +35,7 @@ def as_document(
     comparisons: Sequence[Any],
     details: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Put an evaluation together as it stands in the JSON file.
-
-    Args:
-        results: By adapter and task.
-        seeds: Summaries over seeds.
-        comparisons: Of pairs; each has a `to_json`.
-        details: Further fields.
-    """
+    """Put an evaluation together as it stands in the JSON file."""
     return {
         "schema_version": SCHEMA_VERSION,
         "results": results,

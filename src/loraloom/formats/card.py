@@ -22,15 +22,7 @@ def model_card(
     data: str | None = None,
     results: str | None = None,
 ) -> str:
-    """Write a short model card: base, method, and what is known of data and results.
-
-    Args:
-        config: The adapter's configuration.
-        base: The base model.
-        name: Title; None for the method's name.
-        data: Markdown on the training data.
-        results: Markdown on evaluations, a table for instance.
-    """
+    """Write a short model card: base, method, and what is known of data and results."""
     architecture = f" (architecture: {base.model_type})" if base.model_type else ""
     front_matter = yaml.safe_dump(_front_matter(config, base), sort_keys=False)
     sections = [

@@ -51,17 +51,7 @@ class LazyTensor:
 def write_shards(
     directory: Path, shards: Iterable[Mapping[str, LazyTensor]], num_shards: int, dtype: torch.dtype
 ) -> int:
-    """Write a file for each shard and the index of their tensors.
-
-    Args:
-        directory: Where to.
-        shards: Tensors by name.
-        num_shards: How many they are.
-        dtype: Of the tensors in the files: float32, bfloat16 or float16.
-
-    Returns:
-        Bytes of all tensors.
-    """
+    """Write a file for each shard and the index of their tensors."""
     files: dict[str, str] = {}
     total_bytes = 0
     for number, shard in enumerate(shards, start=1):

@@ -55,11 +55,7 @@ class BaseRecord:
 
     @classmethod
     def from_files(cls, files: AdapterFiles, record: Mapping[str, Any]) -> BaseRecord:
-        """Read the record that loraloom added, {} where it added none.
-
-        Raises:
-            FormatError: If a newer loraloom wrote it, or a field is of another kind.
-        """
+        """Read the record that loraloom added, {} where it added none."""
         read = checked_fields(AdapterRecord, record, f"{files.source}: `loraloom`")
         if read.version != RECORD_VERSION:
             raise files.error(
@@ -108,19 +104,7 @@ def stored_adapter(
     record: Mapping[str, Any],
     **known: Any,
 ) -> StoredAdapter:
-    """Put an adapter together from what a layout has read.
-
-    Args:
-        files: What was found on disk.
-        method: Whose files they are.
-        layout: The layout's name for people.
-        tensors: By our keys.
-        record: What loraloom had added, {} for nothing.
-        known: More that the layout tells.
-
-    Raises:
-        FormatError: If a field of the configuration can't be used.
-    """
+    """Put an adapter together from what a layout has read."""
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
     projections = [key.projection for key in keys if key.projection is not None]
     settings = method.settings_of(files, projections) | own_settings(files)
@@ -132,15 +116,7 @@ def stored_adapter(
 
 
 def renamed(files: AdapterFiles, keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """Give tensors by our keys.
-
-    Args:
-        files: Which have them by their names on disk.
-        keys: Ours by those names.
-
-    Raises:
-        FormatError: If two names mean one tensor.
-    """
+    """Give tensors by our keys."""
     names = {key: name for name, key in keys.items()}
     for name, key in keys.items():
         if names[key] != name:

@@ -77,11 +77,7 @@ class AdapterDescription:
 
 
 def describe(path_or_hub_id: str | Path) -> AdapterDescription:
-    """Describe an adapter from its files alone.
-
-    Raises:
-        FormatError: If files are missing, broken, or say what loraloom can't represent.
-    """
+    """Describe an adapter from its files alone."""
     directory = find_adapter(path_or_hub_id)
     stored = read_stored(directory)
     keys = {name: key for name in stored.tensors if (key := TensorKey.parse(name)) is not None}

@@ -65,12 +65,7 @@ _PLAIN: dict[str, Callable[[Tensor], bool]] = {
 
 
 def read_files(directory: Path) -> AdapterFiles:
-    """Read adapter_config.json and the weights, from safetensors or else from a pickle.
-
-    Raises:
-        FormatError: If a file is missing or broken, a tensor is not plain numbers, or there are
-            weights that nothing reads.
-    """
+    """Read adapter_config.json and the weights, from safetensors or else from a pickle."""
     if not directory.is_dir():
         raise FormatError(f"an adapter must be a directory, got the file {directory}")
     config = _read_config(directory)
@@ -88,12 +83,7 @@ def read_files(directory: Path) -> AdapterFiles:
 
 
 def check_all_read(source: str, names: Iterable[str]) -> None:
-    """Raise a FormatError for files beside an adapter's that look like weights and aren't read.
-
-    Args:
-        source: Where they are, for the message.
-        names: Of all files there.
-    """
+    """Raise a FormatError for files beside an adapter's that look like weights and aren't read."""
     unread = [
         name
         for name in sorted(names)
@@ -218,9 +208,6 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
     They are written aside, synced to the disk and renamed, adapter_config.json last. If the
     process dies, the directory holds the old adapter, the new one, or no adapter_config.json
     (never the new weights under another old configuration).
-
-    Raises:
-        AdapterError: If the system can't write there.
     """
     is_new = not directory.exists()
     try:
@@ -245,18 +232,7 @@ def write_new(
     pickled: bool = False,
     sidecar: tuple[Sidecar, SidecarFiles] | None = None,
 ) -> None:
-    """Write an adapter to a directory that isn't there yet; it appears whole.
-
-    Args:
-        directory: Where to.
-        files: adapter_config.json and the weights.
-        card: Text of README.md.
-        pickled: Write the weights as torch.save does, as MoE-PEFT reads them.
-        sidecar: Files that another program reads beside these.
-
-    Raises:
-        AdapterError: If there is something, or the system can't write there.
-    """
+    """Write an adapter to a directory that isn't there yet; it appears whole."""
     if directory.exists():
         raise AdapterError(f"{directory} is there already; convert to a new directory")
 

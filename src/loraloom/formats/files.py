@@ -39,21 +39,7 @@ _LAYOUTS = {"peft": peft, "reference": reference, "native": native}
 def read_adapter(
     path_or_hub_id: str | Path, base: BaseInfo, settings: Mapping[str, Any] | None = None
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Read an adapter for a base model.
-
-    Args:
-        path_or_hub_id: A directory, or `owner/name` on the Hugging Face Hub.
-        base: The base model that it must fit. Other weights than those it was trained on
-            (another fingerprint) give a warning.
-        settings: Of the method: what the files lack, or in place of theirs.
-
-    Returns:
-        The method's configuration, and the tensors by our keys, on the CPU, at least in float32.
-
-    Raises:
-        FormatError: If files are missing, broken, or say what loraloom can't represent.
-        AdapterError: If the adapter is for another base model.
-    """
+    """Read an adapter for a base model."""
     return fit_to_base(read_stored(find_adapter(path_or_hub_id), settings), base)
 
 
@@ -100,18 +86,6 @@ def write_adapter(
     """Save an adapter: adapter_config.json, adapter_model.safetensors and README.md.
 
     Other files in the directory stay. The three are written aside and renamed (disk.py).
-
-    Args:
-        directory: Made if it isn't there.
-        config: Its method says which layout.
-        tensors: By our keys (keys.py), all of them.
-        base: The base model, whose name, size, fingerprint and quantization are stored.
-        card: Text of README.md, see `model_card`; None for a card with method and base alone.
-        overwrite: Replace an adapter that is there already.
-
-    Raises:
-        AdapterError: If the directory has an adapter already, can't be written, or the tensors
-            aren't the configuration's.
     """
     directory = Path(directory)
     if not overwrite:

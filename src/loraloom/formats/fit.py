@@ -24,17 +24,7 @@ _SAME_ACTIVATION = {
 
 
 def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Check an adapter against a base model and give it in its final form.
-
-    Returns:
-        The configuration with `target_modules` in the base model's order, and the tensors by our
-        keys, at least in float32. Magnitudes are left out where the files have none (MoE-PEFT
-        doesn't save them): those of a new adapter are meant, the norms of the base model's rows.
-
-    Raises:
-        FormatError: If tensors are missing, unexpected or not finite, or the activation is another.
-        AdapterError: If it was made for another base model: other modules, layers or shapes.
-    """
+    """Check an adapter against a base model and give it in its final form."""
     _check_modules(stored, base)
     _check_activation(stored, base)
     config = _with_known_targets(stored, base)

@@ -62,11 +62,7 @@ _FILE_TYPES = {
 
 
 def architecture_of(base: BaseInfo) -> str:
-    """Return llama.cpp's name of a base model's architecture.
-
-    Raises:
-        AdapterError: If loraloom doesn't know how llama.cpp has it.
-    """
+    """Return llama.cpp's name of a base model's architecture."""
     if base.model_type not in _ARCHITECTURES:
         raise AdapterError(
             f"a GGUF adapter's base model must be of the families {', '.join(_ARCHITECTURES)}, "
@@ -78,18 +74,7 @@ def architecture_of(base: BaseInfo) -> str:
 def write_gguf_adapter(
     path: Path, adapter: Adapter, base: BaseInfo, config: Any, dtype: str
 ) -> None:
-    """Write an adapter as a GGUF file.
-
-    Args:
-        path: The file.
-        adapter: Whose updates are products of two matrices.
-        base: Its base model.
-        config: The base model's configuration.
-        dtype: Of the tensors.
-
-    Raises:
-        AdapterError: If llama.cpp has no such adapters, or not on this base.
-    """
+    """Write an adapter as a GGUF file."""
     architecture = architecture_of(base)
     names = get_tensor_name_map(_ARCHITECTURES[base.model_type], base.num_layers)
     alpha = (adapter.config.description()["scaling"] or 1.0) * adapter.config.rank

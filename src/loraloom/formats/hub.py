@@ -19,11 +19,7 @@ _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def find_adapter(path_or_hub_id: str | Path) -> Path:
-    """Give the directory of an adapter, downloaded first if it is a Hub id (`owner/name`).
-
-    Raises:
-        FormatError: If there is no such directory and no such repository within reach.
-    """
+    """Give the directory of an adapter, downloaded first if it is a Hub id (`owner/name`)."""
     path = local_path(path_or_hub_id, "an adapter", FormatError)
     if path.exists():
         return path
@@ -57,19 +53,7 @@ def _listed(hub_id: str) -> list[str]:
 
 
 def upload_adapter(directory: Path, hub_id: str, *, private: bool) -> str:
-    """Upload an adapter's directory to a repository, which is made if it isn't there.
-
-    Args:
-        directory: With nothing but the adapter's files.
-        hub_id: `owner/name`.
-        private: Whether a new repository is.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        FormatError: If the name could not be one, or the Hub can't be reached or refuses.
-    """
+    """Upload an adapter's directory to a repository, which is made if it isn't there."""
     if not HUB_ID.fullmatch(hub_id):
         raise FormatError(f"a Hub id must be owner/name, got {hub_id!r}")
     api = HfApi()

@@ -39,11 +39,7 @@ def is_legacy(files: AdapterFiles) -> bool:
 
 
 def upgrade(files: AdapterFiles) -> AdapterFiles:
-    """Rename what has another name today.
-
-    Raises:
-        FormatError: If only some layers have experts (`sparse_step`).
-    """
+    """Rename what has another name today."""
     if files.config.get("sparse_step") is not None:
         got = shown(files.config["sparse_step"])
         raise files.error(

@@ -74,13 +74,7 @@ class Twin:
     def ffn_tensors(
         self, ffn: MoeFfn, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype
     ) -> Iterator[tuple[str, LazyTensor]]:
-        """Give an FFN block's tensors by their names in the block.
-
-        Args:
-            ffn: The block of the mixture.
-            shapes: Of the dense family's projections in it, by name.
-            dtype: Of the computation.
-        """
+        """Give an FFN block's tensors by their names in the block."""
         yield self.router, LazyTensor.of(ffn.router)
         experts = [_expert(ffn, expert, shapes, dtype) for expert in range(ffn.num_experts)]
         if self.stacked:
@@ -94,15 +88,7 @@ class Twin:
             yield name, LazyTensor.of(torch.zeros([sizes[axis] for axis in axes]))
 
     def stored_parts(self, name: str, shape: Sequence[int]) -> dict[str, Place]:
-        """Say of which tensors of the checkpoint a tensor of a loaded layer is made.
-
-        Args:
-            name: In the layer of the class.
-            shape: Its shape, [E, …] if it is all experts'.
-
-        Returns:
-            Names in the layer of the checkpoint, and each one's place in the tensor.
-        """
+        """Say of which tensors of the checkpoint a tensor of a loaded layer is made."""
         inner = name.removeprefix(f"{self.loaded_block}.")
         if inner == name:
             return {name: ()}
@@ -124,13 +110,7 @@ class Twin:
     def rename(
         self, name: str, tensor: LazyTensor, config: Any
     ) -> Iterator[tuple[str, LazyTensor]]:
-        """Give a tensor of a decoder layer, outside of its FFN block, by the class's names.
-
-        Args:
-            name: In the layer.
-            tensor: The dense family's.
-            config: The dense family's.
-        """
+        """Give a tensor of a decoder layer, outside of its FFN block, by the class's names."""
         if not self.splits_qkv or "qkv_proj" not in name:
             yield name, tensor
             return
@@ -144,12 +124,7 @@ class Twin:
             yield name.replace("qkv", letter), _rows(tensor, rows)
 
     def config_fields(self, config: Mapping[str, Any], ffn: MoeFfn) -> dict[str, Any]:
-        """Make the fields of the class's configuration from the dense family's.
-
-        Args:
-            config: The dense family's, as `to_dict()` gives it.
-            ffn: A block of the mixture.
-        """
+        """Make the fields of the class's configuration from the dense family's."""
         fields = {name: value for name, value in config.items() if name not in _OWN_FIELDS}
         own = dict(zip(self.fields, (ffn.num_experts, ffn.top_k), strict=True))
         if self.size_field is not None:
@@ -272,11 +247,7 @@ STORED: dict[str, Twin] = {
 
 
 def twin_of(model_type: str) -> Twin:
-    """Look a family's twin up.
-
-    Raises:
-        AdapterError: If no class computes mixtures on it.
-    """
+    """Look a family's twin up."""
     if model_type not in TWINS:
         raise AdapterError(
             f"a mixture's base model must be of a family that a mixture-of-experts class of "

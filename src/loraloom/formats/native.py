@@ -26,11 +26,7 @@ _PREFIX = "base_model.model."
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
-    """Understand the files of an adapter.
-
-    Raises:
-        FormatError: If a setting is out of range or a tensor has another kind of name.
-    """
+    """Understand the files of an adapter."""
     check_task(files)
     unknown = [name for name in files.tensors if not name.startswith(_PREFIX)]
     if unknown:

@@ -32,15 +32,7 @@ _WHOLE = re.compile(r"(?P<path>(?:\w+\.)*(?P<last>\w+))\.(?:weight|bias)", re.AS
 
 
 def set_apart(files: AdapterFiles, parts: Collection[str]) -> AdapterFiles:
-    """Take own modules' tensors out of an adapter's, and name them by our keys.
-
-    Args:
-        files: As they were found.
-        parts: What ends the names of methods' tensors, which are not meant.
-
-    Raises:
-        FormatError: If tokens' rows don't go with the configuration.
-    """
+    """Take own modules' tensors out of an adapter's, and name them by our keys."""
     files = _with_tables(files)
     own = {name: key for name in files.tensors if (key := _key(name, parts)) is not None}
     tensors = {name: tensor for name, tensor in files.tensors.items() if name not in own}

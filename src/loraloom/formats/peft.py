@@ -50,12 +50,7 @@ _SUFFIX_OF_PART = {
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
-    """Understand the files of an adapter.
-
-    Raises:
-        FormatError: If a field says what loraloom can't represent, a value is out of range, or a
-            tensor is none of the method's.
-    """
+    """Understand the files of an adapter."""
     layers_path, tensors = _our_tensors(files, method)
     return stored_adapter(files, method, "peft", tensors, _record(files), layers_path=layers_path)
 

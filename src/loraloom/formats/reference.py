@@ -53,12 +53,7 @@ _THEIR_PART = {ours: theirs for theirs, ours in _OUR_PART.items()}
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
-    """Understand the files of a mixture.
-
-    Raises:
-        FormatError: If a field is missing, out of range or of a variant that loraloom lacks, or a
-            tensor is none of the method's.
-    """
+    """Understand the files of a mixture."""
     check_task(files)
     tensors = _our_tensors(files, method)
     record = files.section("loraloom")

@@ -20,11 +20,7 @@ _FFN, _ATTENTION, _LAYERS = "mlp", "self_attn", "model.layers"
 
 
 def seen_base(stored: StoredAdapter) -> BaseInfo:
-    """Describe the base model by the names and shapes of an adapter's tensors.
-
-    Raises:
-        FormatError: If the adapter's tensors don't tell the shapes of its projections.
-    """
+    """Describe the base model by the names and shapes of an adapter's tensors."""
     keys = {key: stored.tensors[str(key)] for key in _keys(stored)}
     shapes = _shapes(stored)
     ffn = _ffn_block(keys)

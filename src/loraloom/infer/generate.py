@@ -103,15 +103,6 @@ def complete_in_order(
 
     All prompts are checked before the first batch. Batches that have been had before can be left
     out; the others are what they would have been.
-
-    Args:
-        host: As in `generate`; so are the following ones.
-        tokenizer: The base model's.
-        prompts: They share batches with their neighbours.
-        sampling: How tokens are chosen.
-        batch_size: Prompts of a batch.
-        raw: Leave the chat template out.
-        num_done: Prompts at the beginning that are left out, whole batches of them.
     """
     encoded = _encode(host, tokenizer, prompts, sampling, raw=raw)
     starts = range(num_done, len(prompts), batch_size)
@@ -145,20 +136,7 @@ def complete(
     batch_size: int = 16,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[Completion]:
-    """Complete prompts that are token ids and fit the model; see `generate`.
-
-    Args:
-        host: With the adapters.
-        tokenizer: The base model's.
-        encoded: Prompts, none empty.
-        adapters: Of each, as in calling the host.
-        sampling: How tokens are chosen.
-        continues: Of each prompt, whether its completion goes on with the same text; by default
-            none does.
-        keys: A number for each prompt; the draws follow from it and the seed. By default its place.
-        batch_size: Most prompts at once.
-        on_progress: Told after each batch how many prompts are done.
-    """
+    """Complete prompts that are token ids and fit the model; see `generate`."""
     keys = range(len(encoded)) if keys is None else keys
     ends = end_tokens(host, tokenizer)
     completions: dict[int, Completion] = {}
@@ -216,11 +194,7 @@ def _check_lengths(
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:
-    """Refuse what the embedding has no row for, which a GPU would not get over.
-
-    Raises:
-        DataError: If there is some, a special token of images for example.
-    """
+    """Refuse what the embedding has no row for, which a GPU would not get over."""
     largest = max(ids, default=0)
     if largest >= vocab_size:
         raise DataError(

@@ -26,16 +26,7 @@ def in_halves(
     items: Sequence[Item],
     describe: Callable[[Item], str],
 ) -> list[Result]:
-    """Compute items together, or in halves, and halves of these, where memory runs out.
-
-    Args:
-        compute: Gives a result for each of some items, in their order.
-        items: At least one.
-        describe: Says of an item what it is, for the error.
-
-    Raises:
-        DataError: If one item alone doesn't fit.
-    """
+    """Compute items together, or in halves, and halves of these, where memory runs out."""
     try:
         return compute(items)
     except torch.OutOfMemoryError:

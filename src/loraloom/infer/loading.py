@@ -23,20 +23,7 @@ def check_sources(
     dtype: str = "auto",
     quantization: AnyQuantization | None = None,
 ) -> None:
-    """Find what can be found wrong before the base model is loaded.
-
-    Args:
-        base_model: Hub name, directory, .gguf file or `smollm2-135m`.
-        adapters: Directory or hub id of each adapter by name.
-        device: Where the model is to run.
-        dtype: Of the base model's weights.
-        quantization: How they are to be quantised.
-
-    Raises:
-        ModelError: If there is no such model or device, or it can't compute so.
-        ConfigError: If the quantisation's library is not installed, or the dtype is none it takes.
-        FormatError: If an adapter's files are missing or can't be read.
-    """
+    """Find what can be found wrong before the base model is loaded."""
     find_source(base_model)
     check_quantization(quantization, dtype, find_device(device))
     for path in adapters.values():
@@ -51,21 +38,7 @@ def load_host(
     attn_implementation: str | None,
     quantization: AnyQuantization | None = None,
 ) -> tuple[Host, PreTrainedTokenizerBase]:
-    """Load a base model, its tokenizer, and adapters by name.
-
-    Args:
-        base_model: Hub name, directory, .gguf file or `smollm2-135m`.
-        adapters: Directory or hub id of each adapter by name.
-        dtype: Of the base model's weights.
-        device: Where the model runs.
-        attn_implementation: None leaves it to transformers.
-        quantization: How the base model's weights are quantised; None for not at all.
-
-    Raises:
-        ModelError: If the model can't be loaded or attached to.
-        FormatError: If an adapter's files can't be read.
-        AdapterError: If an adapter is for another base model.
-    """
+    """Load a base model, its tokenizer, and adapters by name."""
     model, tokenizer = load_base_model(base_model, dtype, device, attn_implementation, quantization)
     host = attach(model)
     for name, path in adapters.items():

@@ -39,15 +39,6 @@ def encode_prompt(
 
     A text is the user's turn in the tokenizer's chat template where there is one, and else is read
     as it stands.
-
-    Args:
-        tokenizer: BOS is added to a plain text if it adds one itself.
-        prompt: To encode.
-        raw: Read a text as it stands in any case.
-
-    Raises:
-        DataError: If the prompt is empty or no Unicode, or a conversation has no template that it
-            fits.
     """
     if stands_alone(tokenizer, prompt, raw=raw):
         ids = encode_texts(tokenizer, [_checked(str(prompt.content), prompt)])[0]

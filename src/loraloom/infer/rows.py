@@ -81,14 +81,6 @@ def fit_pair(pair: TokenPair, max_length: int, name: str = "a continuation") -> 
 
     The last token of a continuation is predicted, not read.
 
-    Args:
-        pair: A context and its continuation.
-        max_length: Most tokens that the model reads.
-        name: What the error calls the continuation.
-
-    Raises:
-        DataError: If the continuation has no tokens, or leaves no room for its context.
-
     Source:
         lm-eval 0.4.13 `lm_eval/models/huggingface.py`, `_loglikelihood_tokens`: the same cut.
     """
@@ -113,12 +105,7 @@ def example_row(example: Example) -> TokenRow:
 
 
 def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
-    """Put a question's choices into rows, one for each different context.
-
-    Args:
-        pairs: Context and continuation of each choice.
-        shared: Whether choices with the same context share a row; else each has its own.
-    """
+    """Put a question's choices into rows, one for each different context."""
     groups: dict[object, list[int]] = {}
     for choice, pair in enumerate(pairs):
         groups.setdefault(tuple(pair.context) if shared else choice, []).append(choice)
@@ -155,14 +142,7 @@ def _count_shared(continuations: Sequence[Sequence[int]]) -> int:
 def collate(
     rows: Sequence[TokenRow], dtype: torch.dtype, device: torch.device, pad_id: int = 0
 ) -> RowBatch:
-    """Pad rows to the longest.
-
-    Args:
-        rows: At least one.
-        dtype: Of the attention scores.
-        device: Of the model's inputs.
-        pad_id: Token to pad with; it is masked out.
-    """
+    """Pad rows to the longest."""
     length = max(len(row.input_ids) for row in rows)
     branches = _padded([row.branches for row in rows], length, _PADDING)
     token_mask = mask = (branches != _PADDING).long()

@@ -105,11 +105,7 @@ class SamplingConfig(StrictModel):
 
 
 def parse_sampling(**settings: Any) -> SamplingConfig:
-    """Check settings of `SamplingConfig`.
-
-    Raises:
-        ConfigError: With a line for each fault.
-    """
+    """Check settings of `SamplingConfig`."""
     try:
         return SamplingConfig.model_validate(settings)
     except ValidationError as error:
@@ -117,13 +113,7 @@ def parse_sampling(**settings: Any) -> SamplingConfig:
 
 
 class TokenChooser:
-    """Chooses each row's next token.
-
-    Args:
-        sampling: The settings.
-        rows: A number for each row that is its own among all prompts.
-        device: Of the logits.
-    """
+    """Chooses each row's next token."""
 
     def __init__(self, sampling: SamplingConfig, rows: Sequence[int], device: torch.device):
         self._processors = LogitsProcessorList()
@@ -141,12 +131,7 @@ class TokenChooser:
         self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
 
     def choose(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """Choose tokens, [B].
-
-        Args:
-            input_ids: What each row said so far, [B, L].
-            logits: Of its next token, [B, V].
-        """
+        """Choose tokens, [B]."""
         scores = self._processors(input_ids, logits.float())  # pyright: ignore[reportArgumentType]
         if self._generators is not None:
             scores = _add_noise(scores, self._generators)
@@ -175,11 +160,6 @@ class StopTexts(StoppingCriteria):
 
     Unlike transformers' `stop_strings` it reads no token of the prompt, so that a stop text doesn't
     end a completion by what it began in the prompt.
-
-    Args:
-        tokenizer: Of the model.
-        texts: Any of them ends a row; none is empty.
-        prompt_length: In tokens, padding included.
     """
 
     def __init__(

@@ -36,14 +36,7 @@ Group = Sequence[TokenRow]
 
 
 class TokenScores(NamedTuple):
-    """What a model makes of a row's scored tokens, on the CPU.
-
-    Args:
-        log_probs: log p of each, [N] float64.
-        is_top: Whether it is the most likely token, [N].
-        top_log_probs: log p of the K most likely tokens in its place, [N, K] float64.
-        top_ids: Which these are, [N, K].
-    """
+    """What a model makes of a row's scored tokens, on the CPU."""
 
     log_probs: Tensor
     is_top: Tensor
@@ -52,26 +45,14 @@ class TokenScores(NamedTuple):
 
 
 class PairScore(NamedTuple):
-    """What a model makes of a continuation.
-
-    Args:
-        log_likelihood: Summed over its tokens.
-        is_greedy: Every token of it is the most likely one.
-    """
+    """What a model makes of a continuation."""
 
     log_likelihood: float
     is_greedy: bool
 
 
 class RoutedRows(NamedTuple):
-    """Rows of a mixture that were scored in a forward.
-
-    Args:
-        adapter: The mixture.
-        places: Of each row's request, or of its group.
-        rows: What was read.
-        routing: By layer the record of the rows' tokens in turn.
-    """
+    """Rows of a mixture that were scored in a forward."""
 
     adapter: str
     places: Sequence[int]
@@ -88,12 +69,7 @@ def tokens_per_batch(host: Host) -> int:
 
 
 def token_batches(groups: Sequence[Group], max_tokens: int) -> Iterator[list[int]]:
-    """Cut groups into batches of like lengths, the longest first; each is a list of places.
-
-    Args:
-        groups: They are never divided; one alone may have more tokens.
-        max_tokens: Of a batch, padding included.
-    """
+    """Cut groups into batches of like lengths, the longest first; each is a list of places."""
     lengths = [max(len(row.input_ids) for row in rows) for rows in groups]
     batch: list[int] = []
     num_rows = 0
@@ -115,22 +91,7 @@ def score_rows(
     on_routing: OnRouting | None = None,
     num_top: int = 0,
 ) -> list[TokenScores]:
-    """Score rows, each with its adapter, without dropout and gradients.
-
-    Args:
-        host: With the adapters; weights must not change meanwhile.
-        requests: In any order.
-        max_tokens: Of a batch, padding included; None for `tokens_per_batch`.
-        on_routing: Told after each forward of this process where mixtures sent its tokens.
-        num_top: K, most likely tokens to tell in the place of each.
-
-    Returns:
-        The scores in the order of the requests.
-
-    Raises:
-        AdapterError: If the host lacks an adapter.
-        DataError: If a row alone doesn't fit into memory.
-    """
+    """Score rows, each with its adapter, without dropout and gradients."""
     nothing = TokenScores(
         torch.zeros(0, dtype=torch.float64),
         torch.zeros(0, dtype=torch.bool),
@@ -202,11 +163,7 @@ def _scores_of(read: Tensor, num_top: int) -> tuple[Tensor, ...]:
 
 
 def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) -> list[Tensor]:
-    """Compute log p of the labels of examples, each with its adapter; see `score_rows`.
-
-    Returns:
-        A tensor for each example in their order, [N], float64 on the CPU.
-    """
+    """Compute log p of the labels of examples, each with its adapter; see `score_rows`."""
     requests = [(name, example_row(example)) for name, example in examples]
     return [scores.log_probs for scores in score_rows(host, requests)]
 
@@ -235,18 +192,7 @@ def score_groups(
     max_tokens: int | None = None,
     on_routing: OnRouting | None = None,
 ) -> list[list[PairScore]]:
-    """Score every continuation of groups; other arguments and errors as in `score_rows`.
-
-    Args:
-        host: With the adapters.
-        groups: What `group_rows` gives.
-        wanted: Which adapter is to score which group.
-        max_tokens: Of a forward.
-        on_routing: Told the places of groups.
-
-    Returns:
-        The scores of the group's continuations for each that is wanted.
-    """
+    """Score every continuation of groups; other arguments and errors as in `score_rows`."""
     owned = [(name, row, place) for name, place in wanted for row in groups[place]]
 
     def tell(routed: RoutedRows) -> None:

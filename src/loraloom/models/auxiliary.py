@@ -18,14 +18,7 @@ _NO_LABEL = -100
 
 
 def hand_over(output: Any, loss: Tensor | None, kwargs: dict[str, Any], *, asked: bool) -> Any:
-    """Add an auxiliary loss to a model's output: to its `loss`, and as `aux_loss`.
-
-    Args:
-        output: A transformers model's, or a tuple that begins with the loss.
-        loss: Auxiliary loss of this micro-batch with its coefficient; None for nothing.
-        kwargs: The forward's arguments.
-        asked: Somebody wants `aux_loss` to add it himself, and takes 0 for none.
-    """
+    """Add an auxiliary loss to a model's output: to its `loss`, and as `aux_loss`."""
     if loss is None:
         if asked:
             output["aux_loss"] = torch.zeros((), device=_some_tensor(output).device)

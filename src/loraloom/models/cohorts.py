@@ -117,18 +117,7 @@ def plan_stacked(
     dtype: torch.dtype,
     device: torch.device,
 ) -> StackedPlan | None:
-    """Plan how to compute a small forward without gradients by cohorts.
-
-    Args:
-        take_stack: Puts like adapters' weights side by side.
-        rows: Each batch row's adapter.
-        length: L.
-        dtype: Of the base.
-        device: Of the hidden states.
-
-    Returns:
-        The plan; None if the forward is large, has no adapters, or has one that doesn't stack.
-    """
+    """Plan how to compute a small forward without gradients by cohorts."""
     present = dict.fromkeys(adapter for adapter in rows if adapter is not None)
     # By name, so that stacks don't depend on which row comes first; scales of one stay in order.
     adapters = sorted(present, key=lambda one: one[0].name)

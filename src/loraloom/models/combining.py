@@ -66,11 +66,7 @@ def combine(
     density: float | None,
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Combine adapters; see `Host.combine`.
-
-    Returns:
-        Configuration and tensors of the combination.
-    """
+    """Combine adapters; see `Host.combine`."""
     _check(adapters, weights, combination, density)
     weighted = [
         _Weighted(adapter.config, float(weight), _places(adapter))

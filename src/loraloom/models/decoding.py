@@ -123,9 +123,6 @@ def make_cache(config: Any) -> DynamicCache:
     """Make a cache that keeps all tokens of every attention layer; masks see to windows.
 
     Layers that keep running states in place of tokens are transformers' own.
-
-    Args:
-        config: The model's.
     """
     cache = DynamicCache()
     cache.layer_class_to_replicate = _RoomyLayer
@@ -162,11 +159,6 @@ class Decoding:
         """Make a session of one row from what `states` took out of another one.
 
         It has no logits yet: the first `Host.extend` gives them.
-
-        Args:
-            adapter: The one that computed the states.
-            states: Of the row's first tokens, [layers, 2, heads, L, head_dim].
-            prepared: Takes the weights in compute form.
         """
         mask = torch.ones(1, states.shape[3], dtype=torch.long)
         session = cls([adapter], mask, make_cache(None), prepared)
@@ -180,13 +172,7 @@ class Decoding:
         return self.attention_mask.sum(1)
 
     def states(self, row: int, start: int, stop: int) -> Tensor:
-        """Copy keys and values of a row's tokens, [attention layers, 2, heads, N, head_dim].
-
-        Args:
-            row: Its place.
-            start: The first token, counted from the row's own first one.
-            stop: The one after the last.
-        """
+        """Copy keys and values of a row's tokens, [attention layers, 2, heads, N, head_dim]."""
         padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())
         columns = slice(padding + start, padding + stop)
         return torch.stack(
@@ -201,9 +187,6 @@ class Decoding:
         """Let all other rows go; those that stay take this order.
 
         Rows that stay at their place are not touched.
-
-        Args:
-            rows: Places, at least one; one that is named twice is copied.
         """
         self.adapters = [self.adapters[row] for row in rows]
         index = torch.tensor(rows, device=self.logits.device)
@@ -218,11 +201,7 @@ class Decoding:
                 layer.keep(rows, unused)
 
     def join(self, other: Decoding) -> None:
-        """Take in the rows of another session, behind one's own; its weights are this one's.
-
-        Args:
-            other: Of the same host; it can't be used any more.
-        """
+        """Take in the rows of another session, behind one's own; its weights are this one's."""
         length = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
         for ours, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
             running = zip(_running_states(ours), _running_states(theirs), strict=True)

@@ -70,13 +70,7 @@ def nobody() -> None:
 
 
 class Door:
-    """Gives the forwards that others make of a module their context.
-
-    Args:
-        module: What they call.
-        open_visit: Opens a forward.
-        rows: Says whose the rows are where a thread has not said it by `of_rows`.
-    """
+    """Gives the forwards that others make of a module their context."""
 
     def __init__(self, module: nn.Module, open_visit: Open, rows: Callable[[], Rows | None]):
         self._module = module

@@ -154,11 +154,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def keeps_running_states(config: Any) -> bool:
-    """Whether some layers keep one state of all tokens before, in place of keys and values.
-
-    Args:
-        config: Of a model's text part; None: of one whose layers are all attention.
-    """
+    """Whether some layers keep one state of all tokens before, in place of keys and values."""
     kinds = getattr(config, "layer_types", None) or ()
     return any(
         issubclass(_CACHES.get(kind, object), LinearAttentionCacheLayerMixin) for kind in kinds
@@ -166,11 +162,7 @@ def keeps_running_states(config: Any) -> bool:
 
 
 def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:
-    """List each decoder layer's projections.
-
-    Raises:
-        ModelError: If layers have projections of different sizes.
-    """
+    """List each decoder layer's projections."""
     hidden_size = text_config(model).hidden_size
     layers = list(model.get_submodule(family.layers).children())
     with_attention = [family.has_attention(layer) for layer in layers]

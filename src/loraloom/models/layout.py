@@ -65,14 +65,7 @@ class Segment:
 
 
 def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
-    """Tell which rows an adapter's record speaks of, in the record's order.
-
-    Args:
-        adapters: Of each row.
-
-    Returns:
-        Places of rows by the adapter's name: those with its first scale before those with the next.
-    """
+    """Tell which rows an adapter's record speaks of, in the record's order."""
     scaled = [name_and_scale(adapter) for adapter in adapters]
     rows: dict[str, list[int]] = {}
     for row in sorted(range(len(scaled)), key=_first_place(scaled)):
@@ -143,17 +136,7 @@ def make_layout(
     device: torch.device,
     sample_lengths: SampleLengths | None = None,
 ) -> Layout:
-    """Group a batch's rows by adapter.
-
-    Args:
-        adapters: Of each row.
-        length: L, tokens of a row in this forward.
-        mask: 1 at real tokens, [B, L]; None when all are real. It is read here, and nothing later:
-            one that lies on the CPU keeps an accelerator from waiting.
-        sample_keys: A key for each sample's random numbers, row after row; None outside training.
-        device: Of the hidden states.
-        sample_lengths: Tokens of the samples in each row; None where a row is a sample.
-    """
+    """Group a batch's rows by adapter."""
     mask = None if mask is None else mask.cpu()
     if mask is not None and bool(mask.all()):
         mask = None

@@ -135,14 +135,7 @@ def load_base_model(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model alone.
-
-    Args:
-        name: As in `load_base_model`.
-
-    Raises:
-        ModelError: If there is no such model, or its tokenizer can't be loaded.
-    """
+    """Load the tokenizer of a base model alone."""
     source = find_source(name)
     with (
         quiet(hides_stderr=source.kind == "gguf"),
@@ -152,15 +145,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def find_device(name: str) -> torch.device:
-    """Return a device that this machine has.
-
-    Args:
-        name: As in `load_base_model`.
-
-    Raises:
-        ConfigError: If it could not be the name of a device.
-        ModelError: If this machine has no such device.
-    """
+    """Return a device that this machine has."""
     if check_device(name) == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = torch.device(name)

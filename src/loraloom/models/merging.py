@@ -31,15 +31,7 @@ class MergeError:
 
 
 class Merged:
-    """An adapter that is in the base model's weights.
-
-    Args:
-        adapter: Without routers.
-
-    Raises:
-        AdapterError: If the adapter has routers or the base's weights are quantised; nothing has
-            been changed then.
-    """
+    """An adapter that is in the base model's weights."""
 
     def __init__(self, adapter: Adapter):
         refuse_own_parts(adapter.config, f"adapter {adapter.name!r}", "be merged into a base model")

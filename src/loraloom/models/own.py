@@ -21,13 +21,7 @@ from loraloom.ranks import whole
 
 
 class WholeModule(OwnModule):
-    """A copy of a module, trained whole.
-
-    Args:
-        path: The module's.
-        weights: By the names that parameters have in the module; a tied head has the embedding's.
-        is_linear: Products are computed in the base's dtype, lookups and norms in the copy's.
-    """
+    """A copy of a module, trained whole."""
 
     def __init__(self, path: str, weights: Mapping[str, nn.Parameter], *, is_linear: bool):
         super().__init__(path)
@@ -68,15 +62,7 @@ class WholeModule(OwnModule):
 
 
 class OwnTokens(OwnModule):
-    """Rows of an embedding or a head for some tokens; other tokens have the base model's.
-
-    Args:
-        path: The module's.
-        tokens: N of them.
-        rows: Theirs, [N, D]; a tied head has the embedding's.
-        is_linear: It is a head, whose products are computed in the base's dtype.
-        is_tied: They are the embedding's, which names them in files.
-    """
+    """Rows of an embedding or a head for some tokens; other tokens have the base model's."""
 
     def __init__(
         self,
@@ -150,16 +136,7 @@ def own_outputs(
     base_forward: Callable[[Tensor], Tensor],
     scale: float,
 ) -> Tensor:
-    """Compute what rows of an adapter get from a module; arguments as in `OwnModule.outputs`.
-
-    Args:
-        own: What the adapter has in its place.
-        weights: In compute form.
-        module: The base model's.
-        inputs: Of the rows.
-        base_forward: The module's own forward.
-        scale: Factor of the difference that the adapter makes.
-    """
+    """Compute what rows of an adapter get from a module; arguments as in `OwnModule.outputs`."""
     outputs = own.outputs(module, weights, inputs, base_forward)
     if scale == 1:
         return outputs
@@ -168,16 +145,7 @@ def own_outputs(
 
 
 def build_own_modules(parts: OwnParts, model: nn.Module, dtype: torch.dtype) -> list[OwnModule]:
-    """Copy what an adapter has as its own off the base model.
-
-    Args:
-        parts: What that is.
-        model: The base model.
-        dtype: Of the copies, at least float32.
-
-    Raises:
-        AdapterError: If a module is quantised.
-    """
+    """Copy what an adapter has as its own off the base model."""
     own: dict[str, OwnModule] = {}
     for path in parts.modules:
         if path not in parts.tied:

@@ -25,11 +25,7 @@ SampleLengths = Sequence[Sequence[int]]
 
 
 def check_takes_packed_rows(config: Any) -> None:
-    """Check that a model can keep the samples of a row apart.
-
-    Raises:
-        ModelError: If its implementation takes no mask, or some layers keep running states.
-    """
+    """Check that a model can keep the samples of a row apart."""
     if keeps_running_states(config):
         raise ModelError(
             "packing needs attention in all layers, got layers that keep running states, which "

@@ -237,13 +237,6 @@ def check_computes(name: str, weight: QuantisedWeight) -> None:
     """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs.
 
     Its kernel there begins a block of 64 numbers with every row.
-
-    Args:
-        name: Of the layer.
-        weight: Its weight.
-
-    Raises:
-        ModelError: If rows of 4 bits are no multiple of a block.
     """
     width, linear = weight.linear.in_features, weight.linear
     if isinstance(weight, _Bits4) and linear.weight.is_cpu and width % weight.row_step:
@@ -259,9 +252,6 @@ def keep_layout(linear: Any) -> Callable[[], object]:
 
     On CPUs with AVX512-BF16 it does so before the first forward without gradients. The packed form
     has no backward pass, rounds scales to 16 bits, and takes multiples of 32 rows only.
-
-    Returns:
-        What undoes it.
     """
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not hasattr(linear, "support_avx512bf16_for_cpu"):

@@ -28,17 +28,7 @@ _INT4_CAPABILITY = (8, 0)
 def check_quantization(
     quantization: AnyQuantization | None, dtype: str, device: torch.device
 ) -> None:
-    """Find out whether a model can be quantised so here, before anything is loaded.
-
-    Args:
-        quantization: None for not at all.
-        dtype: Of the base model; auto is not looked at.
-        device: Where it will be.
-
-    Raises:
-        ConfigError: If its library is not installed, or the dtype is none that it takes.
-        ModelError: If the device can't compute with it.
-    """
+    """Find out whether a model can be quantised so here, before anything is loaded."""
     if quantization is None:
         return
     library = import_library(quantization.quant_method.partition("_")[0], "this quantization")
@@ -54,16 +44,7 @@ def check_quantization(
 def check_checkpoint(
     name: str, checkpoint: Mapping[str, Any], quantization: AnyQuantization | None
 ) -> None:
-    """Hold a checkpoint that may be quantised already against what is asked for.
-
-    Args:
-        name: Of the base model.
-        checkpoint: Its config.json.
-        quantization: What is asked for.
-
-    Raises:
-        ConfigError: If it would be quantised twice, or its library is not installed.
-    """
+    """Hold a checkpoint that may be quantised already against what is asked for."""
     own = checkpoint.get("quantization_config")
     if not isinstance(own, dict):
         return
@@ -80,12 +61,7 @@ def check_checkpoint(
 def transformers_config(
     quantization: AnyQuantization, dtype: torch.dtype
 ) -> QuantizationConfigMixin:
-    """Write a quantisation as transformers takes it.
-
-    Args:
-        quantization: Checked by `check_quantization`.
-        dtype: Of the base model.
-    """
+    """Write a quantisation as transformers takes it."""
     settings = quantization.model_dump(exclude={"quant_method"})
     match quantization:
         case BitsAndBytes4bit(bnb_4bit_compute_dtype=compute_dtype):
@@ -98,15 +74,7 @@ def transformers_config(
 
 
 def import_library(name: str, purpose: str) -> ModuleType:
-    """Import a quantisation library without its hints at faster kernels.
-
-    Args:
-        name: bitsandbytes or torchao.
-        purpose: What needs it, for the error.
-
-    Raises:
-        ConfigError: If it is not installed.
-    """
+    """Import a quantisation library without its hints at faster kernels."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -31,10 +31,6 @@ def sharded_class(model_class: type[Model], device: torch.device) -> type[Model]
 
     transformers' `from_pretrained` makes a model without data, and reads of each tensor only what
     this rank keeps.
-
-    Args:
-        model_class: Of transformers.
-        device: Of this rank.
     """
 
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -49,13 +45,6 @@ def shard(model: nn.Module, device: torch.device) -> None:
     """Leave a rank's part of each weight, on its device; all ranks of the default group call this.
 
     Layers are brought to the device one after the other, so that it never has the whole model.
-
-    Args:
-        model: A causal LM of transformers, on the CPU or the device.
-        device: Of this rank.
-
-    Raises:
-        ModelError: If the family is not supported, or weights are not in floating point.
     """
     family = family_of(model)
     for name, weight in model.named_parameters():

@@ -53,15 +53,7 @@ class ModelSource:
 
 
 def find_source(name: str) -> ModelSource:
-    """Tell what a base model's name means: local files take precedence over the hub.
-
-    Args:
-        name: A hub name, a directory, a .gguf file or `smollm2-135m`.
-
-    Raises:
-        ModelError: If a directory or file is not there or is not a model, the small model's
-            package is not installed, or the name could not be one of the hub.
-    """
+    """Tell what a base model's name means: local files take precedence over the hub."""
     if name == SMALL_MODEL:
         return _gguf(_find_small_model())
     path = local_path(name, "base model", ModelError)
@@ -79,16 +71,6 @@ def ask_hub(source: ModelSource) -> ModelSource:
     """Find out whether the hub has a model, by a single question.
 
     Left to itself, the hub's client asks six times for each of a model's files.
-
-    Args:
-        source: A name on the hub.
-
-    Returns:
-        The source, to be read from the cache alone where the hub is out of reach.
-
-    Raises:
-        ModelError: If the hub has no such model or lets nobody read it, or if it is out of reach
-            and the cache doesn't have it.
     """
     name = source.location
     try:
@@ -133,9 +115,6 @@ def dequantised_copy(source: ModelSource, dtype: object) -> Path:
 
     The name depends on the file's bytes, the dtype and the packages that dequantise, so that a copy
     never is stale.
-
-    Raises:
-        ModelError: If the file can't be read.
     """
     assert source.gguf_file is not None, "only GGUF files are dequantised"
     path = Path(source.location, source.gguf_file)

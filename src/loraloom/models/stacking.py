@@ -26,12 +26,7 @@ _Update = tuple[StackedInput | None, Tensor]
 
 
 class StackedForward:
-    """A forward whose adapters are computed by cohorts.
-
-    Args:
-        plan: The cohorts.
-        recorder: Says who takes an adapter's routing.
-    """
+    """A forward whose adapters are computed by cohorts."""
 
     def __init__(self, plan: StackedPlan, recorder: Recorder):
         self._plan = plan
@@ -47,16 +42,7 @@ class StackedForward:
         output: Tensor,
         linear: nn.Module,
     ) -> Tensor:
-        """Adapt an attention projection's output, [B, L, O], in place where that is possible.
-
-        Args:
-            layer: Index of the decoder layer.
-            group: Projections with the same input.
-            name: Of this one.
-            hidden_states: Its input, [B, L, I].
-            output: The base's output.
-            linear: The base's projection, for its bias.
-        """
+        """Adapt an attention projection's output, [B, L, O], in place where that is possible."""
         rows = output.view(-1, output.shape[-1])
         updates = self._updates(layer, group, hidden_states, output.dtype)
         for cohort, (stack, update) in zip(self._plan.cohorts, updates, strict=True):
@@ -76,13 +62,6 @@ class StackedForward:
         """Compute an FFN block; see FfnBlock.
 
         Rows are put in the cohorts' order in front of the base's projections, and back behind them.
-
-        Args:
-            layer: Index of the decoder layer.
-            hidden_states: The block's input, [B, L, D].
-            base_inputs: The base's gate and up (or only input projection, and None).
-            act: The base's activation.
-            down: The base's output projection.
         """
         plan = self._plan
         cohorts = plan.cohorts[: plan.num_in_ffn]

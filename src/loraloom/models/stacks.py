@@ -16,10 +16,6 @@ class Stack:
 
     Adapters come and go; what is there of the others stays.
 
-    Args:
-        dtype: Of the products.
-        forms: Of each adapter by itself.
-
     Attributes:
         adapters: In the order of their entries; all are alike.
     """
@@ -71,12 +67,7 @@ class Stack:
 
 
 class StackPart:
-    """Adapters that lie behind one another in a stack; views of its weights.
-
-    Args:
-        stack: Of these adapters and perhaps others; it must not change from now on.
-        entries: Where they are.
-    """
+    """Adapters that lie behind one another in a stack; views of its weights."""
 
     def __init__(self, stack: Stack, entries: slice):
         self.adapters = stack.adapters[entries]
@@ -106,12 +97,7 @@ class StackPart:
 
 
 class Stacks:
-    """A stack for each kind of adapters that were used together.
-
-    Args:
-        forms: Of each adapter by itself.
-        on_change: Told before a stack changes; its parts must not be used from then on.
-    """
+    """A stack for each kind of adapters that were used together."""
 
     def __init__(self, forms: ComputeForms, on_change: Callable[[], object]):
         self._forms = forms

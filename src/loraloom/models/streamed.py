@@ -25,12 +25,7 @@ _BLOCK_NUMBERS = 1 << 22
 
 
 def streamed_model(whole: WholeModel, directory: Path) -> PreTrainedModel:
-    """Make a model that reads each module's weights when it runs, and then lets them go.
-
-    Args:
-        whole: What was written.
-        directory: Its checkpoint.
-    """
+    """Make a model that reads each module's weights when it runs, and then lets them go."""
     files = {name: directory / file for name, file in read_index(directory).items()}
     with init_empty_weights(include_buffers=False):
         model = whole.empty().eval()

@@ -49,12 +49,7 @@ _LOGIT_FIELDS = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """Look a model's family up, or tell it by the model's structure.
-
-    Raises:
-        ModelError: If it is neither in the table nor known by its structure; lists the families and
-            the model's linear modules. Or if the model is compiled as a whole.
-    """
+    """Look a model's family up, or tell it by the model's structure."""
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise ModelError(
             "model must not be compiled as a whole, as its rows may have different adapters in "
@@ -71,12 +66,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def unsupported(model: nn.Module, reason: str) -> ModelError:
-    """Make the error that a model can't be a host.
-
-    Args:
-        model: The model.
-        reason: What is wrong with it, a clause.
-    """
+    """Make the error that a model can't be a host."""
     linears = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
     return ModelError(
         f"model family must be one of {', '.join(FAMILIES)}, or one that is built and computes "

@@ -37,11 +37,7 @@ _NAME = "trial"
 
 
 def try_adapters(host: Host) -> None:
-    """Try a base model with adapters; one without weights (on the meta device) is left alone.
-
-    Raises:
-        ModelError: If something differs from what it should be; it names what.
-    """
+    """Try a base model with adapters; one without weights (on the meta device) is left alone."""
     if host.device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)

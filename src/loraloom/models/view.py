@@ -44,11 +44,7 @@ class TakesCheckpointing:
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recompute decoder layers in the backward pass.
-
-        Raises:
-            ModelError: If it is to be done in another way than non-reentrantly, in every layer.
-        """
+        """Recompute decoder layers in the backward pass."""
         settings = activation_checkpointing_kwargs or {}
         other = {
             name: value
@@ -84,13 +80,6 @@ class AdapterModel(TakesCheckpointing, nn.Module):
     The base model is inside, frozen and in eval mode whatever the mode; other adapters on the host
     are neither trained nor saved. In training, dropout draws from torch's own generator, so that a
     trainer that restores its state goes on as if it had not stopped.
-
-    Args:
-        host: The base model and its adapters.
-        name: Of the adapter; None: the base model, as a reference for instance.
-
-    Raises:
-        AdapterError: If there is no such adapter.
     """
 
     def __init__(self, host: Host, name: str | None):
@@ -117,20 +106,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         labels: Tensor | None = None,
         **model_inputs: Any,
     ) -> Any:
-        """Run rows of the adapter.
-
-        Args:
-            input_ids: Tokens, [B, L].
-            attention_mask: 1 at real tokens, [B, L].
-            position_ids: Positions, [B, L].
-            inputs_embeds: Embedded tokens, [B, L, D], in place of tokens.
-            labels: Tokens to predict, [B, L], -100 where none is.
-            model_inputs: Passed to the base model.
-
-        Returns:
-            The base model's output; in training, `loss` has the auxiliary loss in it, and
-            `aux_loss` is that alone.
-        """
+        """Run rows of the adapter."""
         try:
             return self.base(
                 input_ids=input_ids,
@@ -161,11 +137,7 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         return self
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        """Write the adapter's files, as `Host.save` does, over those that are there.
-
-        Raises:
-            ModelError: If this is the base model.
-        """
+        """Write the adapter's files, as `Host.save` does, over those that are there."""
         if self.name is None:
             raise ModelError("save_pretrained writes an adapter; this view is of the base model")
         self.host.save(self.name, directory, overwrite=True)

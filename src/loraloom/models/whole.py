@@ -26,12 +26,7 @@ from loraloom.models.quantised import quantised_linears
 
 
 class WholeModel(ABC):
-    """What a checkpoint says: a configuration and tensors, quantised weights in floating point.
-
-    Args:
-        host: With the base model.
-        adapter: On it.
-    """
+    """What a checkpoint says: a configuration and tensors, quantised weights in floating point."""
 
     config: Any
     """In transformers' class."""
@@ -128,11 +123,7 @@ def whole_tensors(module: nn.Module) -> dict[str, LazyTensor]:
 
 
 class MergedModel(WholeModel):
-    """The base model with an adapter's updates in its weights.
-
-    Raises:
-        AdapterError: If the adapter has routers.
-    """
+    """The base model with an adapter's updates in its weights."""
 
     def __init__(self, host: Host, adapter: Adapter):
         super().__init__(host, adapter)
@@ -164,11 +155,7 @@ class MergedModel(WholeModel):
 
 
 class MoeModel(WholeModel):
-    """A mixture as a model of the mixture-of-experts class that computes the same.
-
-    Raises:
-        AdapterError: If no class does.
-    """
+    """A mixture as a model of the mixture-of-experts class that computes the same."""
 
     def __init__(self, host: Host, adapter: Adapter):
         super().__init__(host, adapter)

@@ -23,16 +23,7 @@ _SITES = (Site.ATTENTION_INPUT, Site.ATTENTION_OUTPUT)
 
 
 class Wiring:
-    """Freezes a base model and leads its attention projections and FFN blocks through adapters.
-
-    Args:
-        model: A transformers causal LM.
-        family: Where its parts are.
-
-    Raises:
-        ModelError: If the model is wired already, is on several devices, or has layers that are
-            quantised in a way that its library computes wrongly there.
-    """
+    """Freezes a base model and leads its attention projections and FFN blocks through adapters."""
 
     def __init__(self, model: nn.Module, family: Family):
         if any(isinstance(m.__dict__.get("forward"), DecoderLayer) for m in model.modules()):

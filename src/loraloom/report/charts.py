@@ -83,13 +83,7 @@ def _styled(svg: str) -> str:
 def line_chart(
     title: str, curves: Mapping[str, Curve], styles: Mapping[str, Style]
 ) -> Chart | None:
-    """Draw curves over steps; None where no value is finite.
-
-    Args:
-        title: Heading.
-        curves: By label.
-        styles: By label.
-    """
+    """Draw curves over steps; None where no value is finite."""
     finite = {
         label: thinned([p for p in curve if _is_finite(p)]) for label, curve in curves.items()
     }
@@ -110,12 +104,7 @@ def line_chart(
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, int | float, Point, str]]) -> Chart:
-    """Draw a value with its interval for each adapter, in percent on one axis.
-
-    Args:
-        title: Heading.
-        rows: At least one: name, value, interval, and all that in words.
-    """
+    """Draw a value with its interval for each adapter, in percent on one axis."""
     names = [_shortened(name) for name, *_ in rows]
     figure, axes = _axes(_ROW * len(rows) + _TOP + _BOTTOM, _LETTER * max(map(len, names)) + _RIGHT)
     axes.margins(x=0.06)

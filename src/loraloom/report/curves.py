@@ -25,11 +25,7 @@ _PASSED_OVER = ("step", "epoch", "tokens", "computed_tokens", "seconds")
 
 
 def job_styles(jobs: Sequence[Job]) -> dict[str, Style]:
-    """Give each job a color by its name, so that seeds look alike, and dashes by its run.
-
-    Returns:
-        Styles by label.
-    """
+    """Give each job a color by its name, so that seeds look alike, and dashes by its run."""
     names = list(dict.fromkeys(job.name for job in jobs))
     runs = list(dict.fromkeys(job.run for job in jobs))
     styles = {}

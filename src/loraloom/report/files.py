@@ -262,15 +262,7 @@ class Job:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Job]:
-    """Read the jobs of several runs, whose labels differ.
-
-    Args:
-        paths: See `read_run`.
-
-    Raises:
-        ConfigError: If a path is no run, or two jobs would have one label.
-        DataError: If a file can't be used.
-    """
+    """Read the jobs of several runs, whose labels differ."""
     jobs = [job for path in paths for job in read_run(path)]
     if len({job.run for job in jobs}) > 1:
         jobs = [replace(job, label=f"{job.run}/{job.name}") for job in jobs]
@@ -286,15 +278,7 @@ def read_runs(paths: Sequence[Path]) -> list[Job]:
 
 
 def read_run(path: Path) -> list[Job]:
-    """Read the jobs of a run, by name.
-
-    Args:
-        path: A run's `output_dir`, or the directory of one job in it.
-
-    Raises:
-        ConfigError: If it is no such directory.
-        DataError: If a file in it can't be used.
-    """
+    """Read the jobs of a run, by name."""
     if not path.is_dir():
         raise ConfigError(f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}")
     own = sorted(entry for entry in path.iterdir() if _is_job(entry))
@@ -351,12 +335,7 @@ def _metrics_of(line: str, file: Path, number: int) -> Fields:
 
 
 def read_evaluation(path: Path) -> EvalFile:
-    """Read an evaluation's JSON file.
-
-    Raises:
-        ConfigError: If there is none.
-        DataError: If it is something else, or of a later version.
-    """
+    """Read an evaluation's JSON file."""
     if not path.is_file():
         raise ConfigError(f"--eval must be a file of `loraloom eval --output`, got {path}")
     return _read(path, EvalFile, "what `loraloom eval --output` wrote")

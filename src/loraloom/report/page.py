@@ -53,20 +53,7 @@ class Results:
 def make_page(
     runs: Sequence[Path], evaluations: Sequence[Path] = (), now: datetime | None = None
 ) -> str:
-    """Make the report of one or several runs.
-
-    Args:
-        runs: Their directories; several may be seeds of one recipe.
-        evaluations: JSON files of `loraloom eval --output`.
-        now: What the page says it was made at.
-
-    Returns:
-        HTML that needs no other file.
-
-    Raises:
-        ConfigError: If a directory is no run, or a file is missing.
-        DataError: If a file can't be used.
-    """
+    """Make the report of one or several runs."""
     jobs = read_runs(runs)
     results = [_lay_out(path.name, read_evaluation(path)) for path in evaluations]
     page = _templates().get_template("page.html.j2")

@@ -41,15 +41,7 @@ def has_enough_choices(choices: Choices) -> bool:
 
 
 def find_collapse(choices: Choices, top_k: int) -> dict[str, str]:
-    """Describe what has collapsed, by kind: `unused experts`, `collapsed layers`.
-
-    Args:
-        choices: Of an adapter's routers.
-        top_k: Experts that a token chooses.
-
-    Returns:
-        A text for each kind that is there; nothing where a token takes all experts anyway.
-    """
+    """Describe what has collapsed, by kind: `unused experts`, `collapsed layers`."""
     choices = {router: counts for router, counts in choices.items() if len(counts) > top_k}
     if not choices or not has_enough_choices(choices):
         return {}

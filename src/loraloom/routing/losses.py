@@ -36,11 +36,6 @@ def balance_by_bias(
     for which the factor c does not matter, lowers the bias of an expert with more than an even
     share and raises that of one with less. c is small, for the norm by which gradients are clipped.
 
-    Args:
-        bias: Added to the router's logits where experts are chosen.
-        selected_experts: Chosen experts of the real tokens.
-        add_up: As in `router_loss`.
-
     Source:
         Wang et al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664, which moves the bias
         by a constant in the direction of the error's sign.
@@ -70,14 +65,6 @@ def router_loss(
 
     Where several have a part of the micro-batch each, this is one's summand of the loss: shares and
     numbers of tokens are everybody's, probabilities its own.
-
-    Args:
-        routing: The record of one forward, an entry for each router.
-        aux_loss_coef: Of the load-balance loss.
-        z_loss_coef: Of the z-loss.
-        scope: Pool the load over all routers, or average a loss for each. Routers with different
-            numbers of experts can't be pooled.
-        add_up: Adds counts up over everybody's parts; by default there is one.
 
     Source:
         Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, eq. 4-6, summed over slots as in

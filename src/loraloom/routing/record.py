@@ -84,11 +84,7 @@ class RouterChoice:
 
 
 def choices_by_token(routing: Sequence[LayerRouting]) -> list[list[RouterChoice]]:
-    """Turn the records of routers that saw the same tokens into what each token met.
-
-    Args:
-        routing: An entry for each router.
-    """
+    """Turn the records of routers that saw the same tokens into what each token met."""
     by_router = [
         [
             RouterChoice(record.router, record.num_experts, experts, weights)

@@ -36,14 +36,7 @@ class Route(ABC):
 
     @abstractmethod
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        """Choose experts.
-
-        Args:
-            logits: Router outputs, float32 or better.
-
-        Returns:
-            The experts, best first, and their weights.
-        """
+        """Choose experts."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +142,6 @@ def tsallis_entropy(probabilities: Float[Tensor, "T E"], index: float) -> Float[
 
     At q = 1 it is Shannon's entropy divided by ln E. With one expert it is 1.
 
-    Args:
-        probabilities: p, each row sums to 1.
-        index: q, above 0.
-
     Source: Tsallis 1988, doi:10.1007/BF01016429; DynMoLE, arXiv:2504.00661.
     """
     num_experts = probabilities.shape[-1]
@@ -170,14 +159,6 @@ def beyond_capacity(
     selected: Int[Tensor, " T"], samples: list[slice | Tensor], capacity: int
 ) -> Tensor:
     """Tell which tokens come after the first `capacity` of their sample that chose their expert.
-
-    Args:
-        selected: Each token's expert.
-        samples: Each sample's tokens.
-        capacity: Tokens of a sample that an expert takes.
-
-    Returns:
-        Boolean, [T].
 
     Source: Fedus et al. 2021, Switch Transformers, arXiv:2101.03961, section 2.2, by sample.
     """

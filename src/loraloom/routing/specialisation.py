@@ -22,14 +22,7 @@ from loraloom.routing.statistics import load_shares
 def loads_by_class(
     routing: Sequence[LayerRouting], classes: Int[Tensor, " T"], num_classes: int
 ) -> Float[Tensor, "C N E"]:
-    """Add up each expert's load at each router over the tokens of each class, on the CPU.
-
-    Args:
-        routing: At least one router; all have the same tokens. What a choice counts for is
-            `LayerRouting.shares`.
-        classes: Of each token, in [0, C).
-        num_classes: C.
-    """
+    """Add up each expert's load at each router over the tokens of each class, on the CPU."""
     num_experts = max(record.num_experts for record in routing)
     loads = torch.zeros(len(routing), num_classes * num_experts, dtype=torch.float64)
     for load, record in zip(loads, routing, strict=True):
@@ -42,9 +35,6 @@ def specialisation_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, "C N"]:
     """Compute KL(p(e | c) ‖ p(e)) in bits: how far a class's load is from that of all tokens.
 
     It is 0 for a class whose tokens go where all tokens go, and at most log2(1 / p(c)).
-
-    Args:
-        loads: As `loads_by_class` gives them.
     """
     of_class, of_all = load_shares(loads), load_shares(loads.sum(0))
     logs = torch.special.xlogy(of_class, of_class) - torch.special.xlogy(of_class, of_all)
@@ -56,8 +46,5 @@ def mutual_information_bits(loads: Float[Tensor, "C N E"]) -> Float[Tensor, " N"
 
     It is 0 where experts take tokens of all classes alike, and at most the entropy of the classes
     or of the experts, the smaller of the two.
-
-    Args:
-        loads: As `loads_by_class` gives them.
     """
     return (load_shares(loads.sum(-1).T).T * specialisation_bits(loads)).sum(0)

@@ -49,14 +49,6 @@ def top_k_routing(
 
     Softmax keeps the order of the logits, and its renormalised part is the softmax of that part.
 
-    Args:
-        logits: Router outputs, float32 or better.
-        top_k: K.
-        bias: What is added to the logits where experts are chosen, and not in their weights.
-
-    Returns:
-        The experts, best first, and their weights.
-
     Source:
         Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2. The bias: Wang et
         al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664.

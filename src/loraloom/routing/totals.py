@@ -68,11 +68,7 @@ class RoutingTotals:
 
 
 def routing_totals(routing: Sequence[LayerRouting]) -> RoutingTotals:
-    """Sum up one forward's record, on the CPU.
-
-    Args:
-        routing: At least one router; all have the same tokens.
-    """
+    """Sum up one forward's record, on the CPU."""
     loads = expert_loads(routing).cpu()
     sums = torch.zeros_like(loads)
     entropies = sums.new_zeros(len(routing))
@@ -99,9 +95,6 @@ def entropy_bits(shares: Tensor) -> Tensor:
 def effective_number(shares: Tensor) -> Tensor:
     """Compute `exp(-Σ_e p_e ln p_e)`: E when all have the same share, 1 when one has all.
 
-    Args:
-        shares: Non-negative, [..., E]; each row sums to 1, or is zero and gives 1.
-
     Source:
         Hill 1973, Diversity and evenness, Ecology 54 (the number of order 1).
     """
@@ -110,13 +103,6 @@ def effective_number(shares: Tensor) -> Tensor:
 
 def load_similarity(first: Tensor, second: Tensor) -> Tensor:
     """Compute `1 - sqrt(JSD(p, q))`, JSD in bits: 1 for the same load, 0 for no expert in common.
-
-    Args:
-        first: Loads, [..., E]; each row sums to 1.
-        second: Others.
-
-    Returns:
-        In [0, 1], [...].
 
     Source:
         Endres & Schindelin 2003, A new metric for probability distributions.

@@ -17,11 +17,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_keys(path: Path) -> list[str]:
-    """Read API keys, one a line; empty lines and those that begin with # are left out.
-
-    Raises:
-        ConfigError: If the file can't be read, or has no key.
-    """
+    """Read API keys, one a line; empty lines and those that begin with # are left out."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:

@@ -55,15 +55,7 @@ class ServedAdapter:
 
 
 class AdapterShelf:
-    """Adapters by name; several threads may use it.
-
-    Args:
-        host: Where they are. Adapters that it has already are known by their names.
-        base_name: What requests call the base model.
-        directory: A directory of adapters, each loaded when it is first asked for.
-        max_lazy: Most adapters of the directory on the host at once.
-        on_removed: Told when an adapter has gone from the host.
-    """
+    """Adapters by name; several threads may use it."""
 
     def __init__(
         self,
@@ -91,13 +83,7 @@ class AdapterShelf:
         return {**self._in_directory(), **sources}
 
     def acquire(self, name: str) -> ServedAdapter:
-        """Begin to use an adapter, loaded now if need be, until `release`.
-
-        Raises:
-            UnknownModelError: If there is none of that name.
-            AllInUseError: If no other one can go for it.
-            FormatError, AdapterError: If its files can't be used.
-        """
+        """Begin to use an adapter, loaded now if need be, until `release`."""
         adapter = self.take(name)
         if adapter is not None:
             return adapter
@@ -124,17 +110,7 @@ class AdapterShelf:
             self._remove(adapter)
 
     def load(self, name: str, source: str, *, replace: bool = False) -> None:
-        """Load an adapter from a directory or hub id.
-
-        Args:
-            name: Under which it can be asked for.
-            source: Where its files are.
-            replace: It may take the place of one of the same name.
-
-        Raises:
-            ConfigError: If the name can't be used, or is taken.
-            FormatError, AdapterError: If the files can't be used.
-        """
+        """Load an adapter from a directory or hub id."""
         check_name(name)
         with self._loading:
             if name == self.base_name or (name in self._served and not replace):
@@ -144,11 +120,7 @@ class AdapterShelf:
             self._load(name, source, is_lazy=False)
 
     def unload(self, name: str) -> None:
-        """Let an adapter take no more requests, and go when those that it has have ended.
-
-        Raises:
-            UnknownModelError: If none of that name is loaded.
-        """
+        """Let an adapter take no more requests, and go when those that it has have ended."""
         with self._lock:
             adapter = self._served.pop(name, None)
         if adapter is None:

@@ -38,9 +38,6 @@ def return_freed_memory(seconds: float = TRIM_SECONDS) -> bool:
     """Let a thread give freed memory back from time to time; return whether the C library can.
 
     It must be called before there are other threads.
-
-    Args:
-        seconds: Between two times.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

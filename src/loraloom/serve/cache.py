@@ -52,14 +52,7 @@ class PrefixCache:
     def remember(
         self, session: Decoding, place: int, salt: Hashable, tokens: Sequence[int]
     ) -> None:
-        """Hold the states of a row's whole blocks that are not held.
-
-        Args:
-            session: That computed them.
-            place: The row's.
-            salt: Of its adapter.
-            tokens: Of the row, all of which were read.
-        """
+        """Hold the states of a row's whole blocks that are not held."""
         starts = dict(_keys(salt, tokens))
         missing = [key for key in starts if key not in self._blocks]
         if not missing:
@@ -81,12 +74,7 @@ class PrefixCache:
 
 
 class Salts:
-    """Tells adapters' weights from all others, as they are now.
-
-    Args:
-        host: That holds the adapters.
-        on_change: Told of each one whose weights have changed since it was last asked about.
-    """
+    """Tells adapters' weights from all others, as they are now."""
 
     def __init__(self, host: Host, on_change: Callable[[Adapter], object]):
         self._host = host

@@ -21,13 +21,7 @@ _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_sepa
 
 
 class JsonConstraints:
-    """Makes constraints for a tokenizer.
-
-    Args:
-        tokenizer: The base model's, a fast one.
-        vocab_size: V, of the model.
-        end_tokens: Tokens that end a completion.
-    """
+    """Makes constraints for a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int]):
         self._tokenizer: Any = from_tokenizer(
@@ -37,11 +31,7 @@ class JsonConstraints:
         )
 
     def of_schema(self, schema: dict[str, Any]) -> JsonConstraint:
-        """Make the constraint of a JSON schema.
-
-        Raises:
-            ConfigError: If it is no schema, or has what can't be enforced.
-        """
+        """Make the constraint of a JSON schema."""
         try:
             text = json.dumps(schema)
             grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=_SPACING)

@@ -31,12 +31,6 @@ class Conversation:
     """Turns of a user and of models, one of which is the base model.
 
     A model that joins later reads the answers of those that were asked before.
-
-    Args:
-        engine: Makes the answers; nobody else does steps.
-        tokenizer: The base model's.
-        base_name: What the base model is called.
-        system: What the models are told first; empty for nothing.
     """
 
     def __init__(
@@ -59,18 +53,6 @@ class Conversation:
 
         They answer together; the pieces of the later ones are kept until it is their turn. An
         answer whose reader stops early is remembered as far as it was read.
-
-        Args:
-            text: What the user says.
-            models: At least one, none twice.
-            sampling: How tokens are chosen; answers are as long as there is room for, at most
-                `max_new_tokens`.
-
-        Yields:
-            A model, and the next piece of its answer.
-
-        Raises:
-            DataError: If the conversation has no room for an answer.
         """
         turn = Turn(text)
         prompts = {model: self._encode(model, turn) for model in models}

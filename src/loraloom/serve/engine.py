@@ -75,11 +75,6 @@ class Engine:
     """Continues rows of many adapters together.
 
     `submit` and `cancel` may be called by any thread; one thread calls `step`.
-
-    Args:
-        host: The base model and its adapters.
-        tokenizer: The base model's.
-        limits: What may be used.
     """
 
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits):
@@ -137,20 +132,7 @@ class Engine:
         return self._prefixes.num_tokens
 
     def submit(self, request: GenerationRequest, sink: Sink, on_gone: OnGone = lambda: None) -> Row:
-        """Ask for a completion.
-
-        Args:
-            request: Of which tokens by which adapter.
-            sink: Told each piece of it, or why there is none.
-            on_gone: Told when the adapter may go, as far as this request is concerned.
-
-        Raises:
-            StoppingError: If no more requests are taken.
-            QueueFullError: If too many wait.
-            DataError: If the prompt is empty, or it and the completion don't fit.
-            AdapterError: If the host lacks the adapter.
-            NoRoutersError: If its routing is asked for, and it has no routers.
-        """
+        """Ask for a completion."""
         self._check(request)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:

@@ -18,10 +18,6 @@ _ROOM = 16
 class Scheduler:
     """The requests that wait.
 
-    Args:
-        max_rows: Most rows at once.
-        max_tokens: Size of the cache.
-
     Source:
         Sheng et al. 2024, Fairness in Serving Large Language Models, arXiv:2401.00588: the virtual
         token counter.

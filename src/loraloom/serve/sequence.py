@@ -119,12 +119,7 @@ class TokenLogProb(NamedTuple):
 
 
 class TokenRouting(NamedTuple):
-    """A token of a completion, and what the adapter's routers did when they read it.
-
-    Args:
-        text: What the token added to the completion's text.
-        choices: Of each router.
-    """
+    """A token of a completion, and what the adapter's routers did when they read it."""
 
     text: str
     choices: list[RouterChoice]
@@ -199,16 +194,7 @@ class Score:
 
 
 class Row:
-    """A request under way.
-
-    Args:
-        request: What is asked for.
-        tokenizer: The engine's own copy.
-        end_tokens: Tokens that end a completion.
-        device: Of the logits.
-        sink: Told what comes.
-        on_gone: Told when it has left the engine.
-    """
+    """A request under way."""
 
     def __init__(
         self,
@@ -261,12 +247,7 @@ class Row:
         return [*self.request.prompt_ids, *self.new_ids]
 
     def choose(self, logits: Tensor, most_likely: int) -> int:
-        """Choose the next token.
-
-        Args:
-            logits: Of all tokens, [V].
-            most_likely: Their argmax.
-        """
+        """Choose the next token."""
         if self.request.is_plain:
             return most_likely
         logits = self._penalised(logits.float())
@@ -277,11 +258,7 @@ class Row:
         return int(self._chooser.choose(said, logits.unsqueeze(0)))
 
     def take(self, token: int, logits: Tensor) -> FinishReason | None:
-        """Add a token that was chosen, and tell what follows from it.
-
-        Returns:
-            Why the completion has ended, if it has.
-        """
+        """Add a token that was chosen, and tell what follows from it."""
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         self.new_ids.append(token)

@@ -13,12 +13,6 @@ class TextStream:
     """The text of one completion.
 
     What `push` returns is settled: no later token changes it, and no stop text begins in it.
-
-    Args:
-        tokenizer: The base model's.
-        stop: Texts at whose first appearance the text ends; none is empty.
-        before: Tokens in front, which are not in the text. Without them SentencePiece's decoders
-            leave out a space that it begins with.
     """
 
     def __init__(

@@ -195,11 +195,7 @@ class LoraConfig(DecomposedConfig):
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
-        """See AdapterConfig.
-
-        Raises:
-            AdapterError: Also if a layer or pattern has nothing to do with the base model.
-        """
+        """See AdapterConfig."""
         from loraloom.adapters.lora.start import start_of
         from loraloom.adapters.lora.weights import LoraProjection
         from loraloom.adapters.low_rank import LowRankAdapter

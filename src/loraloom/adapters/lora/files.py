@@ -65,11 +65,7 @@ _TASK_TYPES = (None, "CAUSAL_LM", "QUESTION_ANS")
 
 
 def settings_of(files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
-    """Read a LoRA's settings.
-
-    Raises:
-        FormatError: If a field says what loraloom can't represent.
-    """
+    """Read a LoRA's settings."""
     _check_fields(files)
     settings = lora_settings(files, projections)
     modules = _adapted_modules(files)

@@ -51,11 +51,6 @@ def carried_over(
     """Make patterns that say of modules under new names what others say under the old ones.
 
     They are the same ones if these will do, without those that match nothing; else names.
-
-    Args:
-        patterns: For the old names.
-        default: The value where none matches.
-        names: From old to new ones.
     """
     used = {key: value for key, value in patterns.items() if any(matches(key, n) for n in names)}
     meant = {new: pattern_value(used, old, default) for old, new in names.items()}
@@ -65,11 +60,7 @@ def carried_over(
 
 
 def check_selection(config: LoraConfig, base_layers: Sequence[BaseLayer]) -> None:
-    """Check that all that a configuration names is in the base model.
-
-    Raises:
-        AdapterError: If a target, a layer or a pattern has no effect.
-    """
+    """Check that all that a configuration names is in the base model."""
     keys = [key for layer in base_layers for key in projection_keys(layer)]
     if not isinstance(config.target_modules, str):
         _refuse(

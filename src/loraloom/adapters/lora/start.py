@@ -20,17 +20,7 @@ from loraloom.errors import AdapterError, ConfigError
 
 
 def start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Let PEFT initialise A, [R, I], and B, [O, R], on a copy of a projection.
-
-    Args:
-        base: The projection.
-        config: Rank, scaling, initialisation.
-        seed: Of the job; what is random depends on it and the projection's name.
-
-    Raises:
-        AdapterError: If the rank is above the directions that the projection has.
-        ConfigError: If PEFT is not installed.
-    """
+    """Let PEFT initialise A, [R, I], and B, [O, R], on a copy of a projection."""
     import_peft(config.init)
     from peft import LoraConfig as PeftConfig
     from peft.tuners.lora import Linear

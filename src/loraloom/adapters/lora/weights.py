@@ -42,16 +42,7 @@ class _ScaledTranspose(torch.autograd.Function):
 
 
 class LoraProjection(Projection):
-    """A, B and, with weight decomposition, the magnitudes of a projection's experts.
-
-    Args:
-        base: The projection that is adapted.
-        config: Rank, scaling, initialisation; a LoRA's may ask for weight decomposition.
-        num_experts: E, or None for a plain LoRA (which is stored as E = 1).
-        dtype: Of the trained weights, at least float32.
-        seed: Of the job; each tensor draws its initial values from it and its own name.
-        shared: A plain LoRA that every expert has beside its own; None for none.
-    """
+    """A, B and, with weight decomposition, the magnitudes of a projection's experts."""
 
     def __init__(
         self,
@@ -84,13 +75,7 @@ class LoraProjection(Projection):
         self.register_buffer("start_B", None, persistent=False)
 
     def start_from(self, start_A: Tensor, start_B: Tensor, *, off: bool) -> None:
-        """Begin with other weights.
-
-        Args:
-            start_A: [R, I].
-            start_B: [O, R].
-            off: Take s·B₀A₀ off the base's weights: A₀ and B₀ lie behind A and -B, frozen.
-        """
+        """Begin with other weights."""
         with torch.no_grad():
             self.lora_A.copy_(start_A)
             self.lora_B.copy_(start_B)

@@ -69,11 +69,6 @@ def balancing_constraint(
     the expert's group is the sample's, and 1 - δ elsewhere. The second half of the experts is
     group 1.
 
-    Args:
-        weights: Each token's, sample after sample.
-        samples: Tokens and group of each.
-        delta: δ, in [0, 1).
-
     Source:
         Dou et al. 2023, LoRAMoE, arXiv:2312.09979, eq. 5-7.
     """

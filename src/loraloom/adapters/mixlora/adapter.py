@@ -36,11 +36,7 @@ from loraloom.routing.top_k import router_logits, top_k_routing
 
 
 class MixLoraAdapter(Adapter):
-    """A mixture of LoRA experts; with weight decomposition a MixDoRA.
-
-    Raises:
-        AdapterError: If `target_modules` has no projection of the FFN block.
-    """
+    """A mixture of LoRA experts; with weight decomposition a MixDoRA."""
 
     config: MixLoraConfig
 

@@ -56,11 +56,7 @@ _CHOICES = ("rank_pattern", "alpha_pattern", "layers")
 
 
 def adopted(files: AdapterFiles) -> AdapterFiles:
-    """Bring such files into the reference's layout; others stay as they are.
-
-    Raises:
-        FormatError: If a setting is missing or can't be represented, or a tensor has another name.
-    """
+    """Bring such files into the reference's layout; others stay as they are."""
     sidecar = files.sidecars.get(SIDECAR.weights)
     if sidecar is None or files.config.get("peft_type") != LoraConfig.peft_type:
         return files
@@ -175,11 +171,7 @@ def _expert_tensors(files: AdapterFiles, sidecar: SidecarFiles) -> Iterator[tupl
 def split(
     config: MixLoraConfig, tensors: Mapping[str, Tensor], base: BaseInfo
 ) -> tuple[LoraConfig, SidecarFiles]:
-    """Part a mixture into the LoRA on attention, and the sidecar's tensors and settings.
-
-    Raises:
-        AdapterError: If axolotl's plug-in has no such mixture.
-    """
+    """Part a mixture into the LoRA on attention, and the sidecar's tensors and settings."""
     fault = _fault(config, base)
     if fault is not None:
         raise AdapterError(f"axolotl's mixtures {fault}")

@@ -54,9 +54,6 @@ def settings_of(files: AdapterFiles, projections: Sequence[str]) -> dict[str, An
     Settings of training that a file does not hold (MoE-PEFT saves none) are loraloom's defaults,
     not MoE-PEFT's: a load-balance coefficient of 0.01 where MoE-PEFT's code has 0.001, for
     instance. They change nothing until the adapter is trained on.
-
-    Raises:
-        FormatError: If the routing is none of the reference's, or a field is missing.
     """
     return {
         **lora_settings(files, projections),

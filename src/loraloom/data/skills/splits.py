@@ -28,15 +28,6 @@ def generate_skills(
 
     No fact is in two splits. The skills take turns, so that the first n rows have about as many of
     each, and the right answer stands in each place equally often.
-
-    Args:
-        split: train, validation or test.
-        seed: Another seed gives other splits.
-        num_lands: In how many lands every rule holds, with answers in another order in each; None:
-            each rule at its home alone.
-
-    Raises:
-        DataError: If there is no such split.
     """
     if split not in SPLITS:
         raise DataError(f"split of skills must be one of {', '.join(SPLITS)}, got {split!r}")

@@ -33,12 +33,7 @@ TASKS: dict[str, ChoiceTask] = {
 
 
 def find_task(name: str) -> ChoiceTask:
-    """The task of that name, or the one that a .yaml file describes.
-
-    Raises:
-        ConfigError: If there is none, or for the faults of the file.
-        DataError: If a template in the file is not valid Jinja.
-    """
+    """The task of that name, or the one that a .yaml file describes."""
     if is_task_file(name):
         return load_task(name)
     if is_skills(name):

@@ -59,12 +59,7 @@ class ChoiceTask:
     scoring: Scoring = "label"
 
     def load_rows(self, split: str, path: str | Path | None = None) -> list[Row]:
-        """The rows of a split, from a local copy where a path is given, else from the source.
-
-        Raises:
-            DataError: If there is no such data, it is empty or damaged, or a path is given for a
-                task that is generated.
-        """
+        """The rows of a split, from a local copy where a path is given, else from the source."""
         data = self.find_data(split, path)
         if isinstance(data, Path):
             return read_file(data)
@@ -76,11 +71,7 @@ class ChoiceTask:
         ]
 
     def find_data(self, split: str, path: str | Path | None = None) -> Path | HubSource | Generator:
-        """Where the rows of a split come from: a file, the hub, or a function.
-
-        Raises:
-            DataError: If there is no such data, or a path is given for a task that is generated.
-        """
+        """Where the rows of a split come from: a file, the hub, or a function."""
         source = self.source
         if path is not None and callable(source):
             raise DataError(f"{self.name} is generated and takes no path, got {path}; leave it out")
@@ -91,24 +82,11 @@ class ChoiceTask:
         return source.find(split) if isinstance(source, SplitFiles) else source
 
     def question(self, row: Row, index: int, scoring: Scoring) -> ChoiceQuestion:
-        """The row as a question.
-
-        Args:
-            row: One row of `load_rows`.
-            index: Its place in the split.
-            scoring: `label` or `text`.
-
-        Raises:
-            DataError: If the row lacks a field or has no usable answer.
-        """
+        """The row as a question."""
         return ChoiceQuestion(task=self.name, index=index, **vars(self._form(row, scoring)))
 
     def training_text(self, row: Row, scoring: Scoring) -> tuple[str, str]:
-        """The row as prompt and completion, those of the right answer.
-
-        Raises:
-            DataError: If the row lacks a field or has no usable answer.
-        """
+        """The row as prompt and completion, those of the right answer."""
         form = self._form(row, scoring)
         return form.contexts[form.gold], form.continuations[form.gold]
 
@@ -118,9 +96,6 @@ class ChoiceTask:
         """The row as two prompts and completions: those of the right answer and of a wrong one.
 
         Which of the wrong ones goes round with the row's place in the split.
-
-        Raises:
-            DataError: If the row lacks a field, or has no usable answer or only one choice.
         """
         form = self._form(row, scoring)
         wrong = [choice for choice in range(len(form.contexts)) if choice != form.gold]
@@ -190,11 +165,7 @@ def letters(count: int) -> tuple[str, ...]:
 
 
 def published(row: Row, field: str, gold: int, num_choices: int) -> int:
-    """The index of the right choice, as it came.
-
-    Raises:
-        DataError: If no choice has it: test splits without published labels carry -1 or nothing.
-    """
+    """The index of the right choice, as it came."""
     if not 0 <= gold < num_choices:
         row.reject(
             f"field {field!r} must name one of {num_choices} choices, got {shown(row[field])}; "

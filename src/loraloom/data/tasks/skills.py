@@ -47,11 +47,7 @@ SKILLS = ChoiceTask(
 
 
 def skills_task(name: str) -> ChoiceTask:
-    """`skills`, each rule at its home, or `skills@N`, all rules in N lands.
-
-    Raises:
-        ConfigError: If there are not so many lands.
-    """
+    """`skills`, each rule at its home, or `skills@N`, all rules in N lands."""
     try:
         lands = num_lands(name)
     except ValueError as error:

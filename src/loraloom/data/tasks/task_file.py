@@ -28,12 +28,7 @@ Reader = Callable[[Row], Any]
 
 
 def load_task(path: str | Path) -> ChoiceTask:
-    """The task that a YAML file describes; its name is the file's, without the suffix.
-
-    Raises:
-        ConfigError: If there is no such file, for any faults in it, or if its name is not safe.
-        DataError: If a template in it is not valid Jinja.
-    """
+    """The task that a YAML file describes; its name is the file's, without the suffix."""
     config = load_task_config(path)
     try:
         name = check_name(task_name(str(path)))
@@ -75,12 +70,7 @@ class _Choices:
 
 
 class _TaskForm:
-    """Puts the rows of a task into words.
-
-    Args:
-        path: Of the task's file, for messages.
-        config: What it says.
-    """
+    """Puts the rows of a task into words."""
 
     def __init__(self, path: Path, config: TaskConfig):
         self._path = path
@@ -94,12 +84,7 @@ class _TaskForm:
         self._answer = self._reader("answer", config.answer)
 
     def ask(self, row: Row, scoring: Scoring) -> ChoiceForm:
-        """Make the row's question.
-
-        Raises:
-            ConfigError: If the task has no template for this scoring.
-            DataError: If the row lacks a field or has no usable answer.
-        """
+        """Make the row's question."""
         if scoring not in self._templates:
             raise ConfigError(
                 f"{self._path}: template must have one for scoring {scoring}, it has "

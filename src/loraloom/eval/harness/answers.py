@@ -46,13 +46,7 @@ class ScoreRequest(NamedTuple):
 
 
 class CompletionRequest(NamedTuple):
-    """A prompt that is to be completed.
-
-    Args:
-        input_ids: The prompt.
-        sampling: How tokens are chosen.
-        draw: Tells apart prompts that are drawn more than once; 0 for all where nothing is drawn.
-    """
+    """A prompt that is to be completed."""
 
     input_ids: Tokens
     sampling: SamplingConfig
@@ -60,18 +54,7 @@ class CompletionRequest(NamedTuple):
 
 
 class Answers:
-    """Answers of several adapters on a host.
-
-    Args:
-        host: With the adapters.
-        tokenizer: The base model's.
-        adapters: Names; None is the base model.
-        max_tokens_per_batch: Tokens of a batch of log-likelihoods; see `tokens_per_batch`.
-        batch_size: Most rows of a batch that generates.
-
-    Raises:
-        AdapterError: If the host lacks an adapter, or none is named.
-    """
+    """Answers of several adapters on a host."""
 
     def __init__(
         self,
@@ -94,13 +77,7 @@ class Answers:
     def score(
         self, adapter: str | None, requests: Sequence[ScoreRequest], on_progress: OnProgress
     ) -> list[PairScore]:
-        """Score continuations with an adapter, each different one once.
-
-        Args:
-            adapter: One of `adapters`.
-            requests: Contexts and continuations that fit the model.
-            on_progress: Told after each batch.
-        """
+        """Score continuations with an adapter, each different one once."""
         return self._answer(adapter, requests, self._score, on_progress)
 
     def complete(

@@ -29,20 +29,7 @@ _KNOWN = (*_LOADING, *_LM_OPTIONS)
 def load_arguments(
     arguments: Mapping[str, Any], command_line: Mapping[str, Any]
 ) -> tuple[Host, PreTrainedTokenizerBase, str | None, dict[str, Any]]:
-    """Load a base model and an adapter on it.
-
-    Args:
-        arguments: base_model, adapter (a directory or hub id; none for the base model), dtype,
-            quantization, device, attn_implementation, and what HostLM takes.
-        command_line: batch_size and device, as lm-eval passes them.
-
-    Returns:
-        A host, its tokenizer, the adapter's name on it, and further arguments of HostLM.
-
-    Raises:
-        ConfigError: If an argument is unknown, or base_model is missing.
-        LoraloomError: If the base model or the adapter can't be loaded.
-    """
+    """Load a base model and an adapter on it."""
     device = command_line.get("device") or _LOADING["device"]
     chosen = {**_LOADING, "device": device, **arguments}
     _check(chosen)

@@ -29,24 +29,7 @@ def evaluate_adapters(
     lm_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str | None, Results]:
-    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches.
-
-    Args:
-        host: With the adapters.
-        tokenizer: The base model's.
-        tasks: From `load_tasks`.
-        adapters: Names; None is the base model.
-        lm_options: Arguments of `shared_lms`.
-        options: Arguments of `lm_eval.simple_evaluate`: `num_fewshot`, `limit`,
-            `apply_chat_template`, ...
-
-    Returns:
-        For each adapter what `simple_evaluate` returns.
-
-    Raises:
-        AdapterError: If the host lacks an adapter, or its log-likelihoods are not finite.
-        DataError: If a continuation is empty or doesn't fit the model.
-    """
+    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
     models = shared_lms(host, tokenizer, adapters, **(lm_options or {}))
     manager = TaskManager(include_defaults=False)  # the tasks are there, so none is looked up
     evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes

@@ -34,24 +34,6 @@ class HostLM(TemplateLM):
     Prompts are cut from the left and encoded as lm-eval's own class for transformers models does
     it; log-likelihoods are computed from float32 logits. Continuations of a context share its
     computation.
-
-    Args:
-        host: With the adapter.
-        tokenizer: The base model's.
-        adapter: Its name; None is the base model.
-        max_length: Most tokens that the model reads; by default as many as it can.
-        add_bos_token: Whether BOS stands in front of every text; None leaves it to the tokenizer.
-        prefix_token_id: Stands for an empty context; by default BOS, or EOS where there is none.
-        max_tokens_per_batch: Tokens of a batch of log-likelihoods, padding included. None: 1,024 on
-            a CPU, 16,384 elsewhere.
-        batch_size: Most rows of a batch that generates.
-        chat_template_args: More arguments for the tokenizer's chat template.
-        answers: Shared with the models of other adapters; see `shared_lms`.
-
-    Raises:
-        AdapterError: If the host lacks the adapter.
-        ConfigError: If `max_length` is more than the model reads, or BOS is asked for and the
-            tokenizer has none.
     """
 
     def __init__(
@@ -136,11 +118,7 @@ class HostLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Turn a conversation into a prompt, without a system turn where the template takes none.
-
-        Raises:
-            ConfigError: If the tokenizer has no chat template.
-        """
+        """Turn a conversation into a prompt; no system turn where the template takes none."""
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 "apply_chat_template needs a tokenizer with a chat template, got one without"
@@ -268,17 +246,6 @@ def shared_lms(
 
     The answers for the others are kept until they are asked the same, as long as their weights
     don't change.
-
-    Args:
-        host: With the adapters.
-        tokenizer: The base model's.
-        adapters: Names; None is the base model.
-        max_tokens_per_batch: As in `HostLM`.
-        batch_size: As in `HostLM`.
-        options: More arguments of `HostLM`.
-
-    Raises:
-        AdapterError: If the host lacks an adapter, or none is named.
     """
     answers = Answers(host, tokenizer, adapters, max_tokens_per_batch, batch_size)
     return {

@@ -23,17 +23,7 @@ _ALWAYS = ("repetition_penalty", "num_beams")
 
 
 class RequestEncoder:
-    """Encodes texts as lm-eval's own class for transformers models does.
-
-    Args:
-        tokenizer: The base model's.
-        add_bos_token: Whether BOS stands in front of every text; None leaves it to the tokenizer.
-            A text that begins with it, as chat templates make them, doesn't get it twice.
-        prefix_token_id: Stands for an empty context; BOS by default, or EOS where there is none.
-
-    Raises:
-        ConfigError: If BOS is asked for and the tokenizer has none.
-    """
+    """Encodes texts as lm-eval's own class for transformers models does."""
 
     def __init__(
         self,
@@ -56,9 +46,6 @@ class RequestEncoder:
 
         Whitespace at the end of a context goes to the continuation. What is scored are the tokens
         of the whole text after as many as the context has by itself, one at least.
-
-        Raises:
-            DataError: If a continuation is empty.
 
         Source:
             lm-eval 0.4.13 `lm_eval/api/model.py`, `TemplateLM._encode_pair` and `loglikelihood`.
@@ -105,17 +92,7 @@ def _start(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None) -> li
 
 
 def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
-    """Read a task's `generation_kwargs`.
-
-    Args:
-        settings: `until`, `max_gen_toks` or another of its names, `do_sample`, `temperature`,
-            `top_k`, `top_p`, `repetition_penalty`, `num_beams`. What only concerns drawing has no
-            effect where `do_sample` is false, as in lm-eval.
-        max_new_tokens: Where the settings don't say.
-
-    Raises:
-        ConfigError: If a setting is unknown or out of its range.
-    """
+    """Read a task's `generation_kwargs`."""
     normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
     stop = tuple(dict.fromkeys(text for text in normal.pop("until") if text))
     length, do_sample = normal.pop("max_gen_toks"), normal.pop("do_sample")

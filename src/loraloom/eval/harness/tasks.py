@@ -33,19 +33,7 @@ _LOCAL_FORMS: dict[str, dict[str, str]] = {
 def load_tasks(
     names: Sequence[str], include: Path | None = None, data: Path | None = None
 ) -> list[Task | Group]:
-    """Load tasks, groups of tasks and tags with their data.
-
-    Args:
-        names: Names, patterns such as `arc_*`, or paths of YAML files.
-        include: Directory of YAML files of tasks of your own; they go before lm-eval's.
-        data: Directory of data sets (`DIR/arc_easy/test.jsonl`). A task whose name is among them
-            reads that one, with the columns of the hub's copy; boolq also google/boolq's columns.
-            Of a single task it may be the data set's own.
-
-    Raises:
-        ConfigError: If a task is unknown, or `include` is no directory.
-        DataError: If a task's data can't be loaded.
-    """
+    """Load tasks, groups of tasks and tags with their data."""
     manager = _find_manager(names, include)
     tasks = dict.fromkeys(match for name in names for match in _match(manager, name))
     loaded: list[Task | Group] = []
@@ -62,11 +50,7 @@ def load_tasks(
 
 
 def check_asks_text(loaded: Sequence[Task | Group]) -> None:
-    """Refuse tasks that lm-eval wouldn't ask, before the model is there.
-
-    Raises:
-        ConfigError: If one runs code that the model writes, or is not of text alone.
-    """
+    """Refuse tasks that lm-eval wouldn't ask, before the model is there."""
     tasks = {
         task.task_name: task
         for one in loaded

@@ -80,14 +80,7 @@ def create_app(
     shelf: AdapterShelf,
     options: ApiOptions | None = None,
 ) -> FastAPI:
-    """Make the application; the engine runs in a thread of its own while it is up.
-
-    Args:
-        engine: Makes completions.
-        tokenizer: The base model's.
-        shelf: The adapters.
-        options: What is allowed.
-    """
+    """Make the application; the engine runs in a thread of its own while it is up."""
     options = options or ApiOptions()
     backend = Backend(engine, shelf, copy.deepcopy(tokenizer))
 

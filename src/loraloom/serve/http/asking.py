@@ -55,13 +55,7 @@ class ClientGoneError(LoraloomError):
 
 
 class ServedModel(NamedTuple):
-    """A model that a request uses.
-
-    Args:
-        owner: The adapter's name, or the base model's.
-        adapter: What rows say to the host.
-        served: To be released; None for the base model.
-    """
+    """A model that a request uses."""
 
     owner: str
     adapter: RowAdapter
@@ -100,12 +94,7 @@ class Backend:
         return anyio.CapacityLimiter(256)
 
     async def acquire(self, model: str) -> ServedModel:
-        """Begin to use the adapter that a model's name says.
-
-        Raises:
-            ApiError: If its scale can't be used.
-            UnknownModelError, AllInUseError: As `AdapterShelf.acquire`.
-        """
+        """Begin to use the adapter that a model's name says."""
         if model == self.shelf.base_name:
             return ServedModel(model, None, None)
         name, colon, text = model.partition(":")
@@ -207,9 +196,6 @@ class Waker:
     """Wakes tasks of an event loop from the engine's thread, those of a step together.
 
     Each call into the loop takes some 20 µs of a core from those that compute.
-
-    Args:
-        loop: Runs the tasks.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -236,16 +222,6 @@ class Answers:
     """The completions of one HTTP request while they are made.
 
     They end when the client goes away.
-
-    Args:
-        backend: Has the engine that makes them.
-        requests: One for each.
-        http: Whose client waits.
-        on_gone: Called when the engine has let all of them go.
-        in_pieces: Tell each piece as it comes, instead of all when a completion has ended.
-
-    Raises:
-        LoraloomError: If the engine refuses one of them.
     """
 
     def __init__(
@@ -276,12 +252,7 @@ class Answers:
         self._watcher = asyncio.create_task(self._watch(http))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Give each piece with the place of its request, until all have ended.
-
-        Raises:
-            ClientGoneError: If the client does not wait any more.
-            Exception: Whatever made a completion fail.
-        """
+        """Give each piece with the place of its request, until all have ended."""
         while self._num_open:
             await self._signal.wait()
             self._signal.clear()
@@ -351,15 +322,7 @@ async def ask(
     *,
     in_pieces: bool,
 ) -> Answers:
-    """Hand the engine what a model is asked for.
-
-    Args:
-        backend: What all routes use.
-        model: Its name in the request.
-        make_requests: Makes the engine's requests.
-        http: The request.
-        in_pieces: See Answers.
-    """
+    """Hand the engine what a model is asked for."""
     served = await backend.acquire(model)
     try:
         requests = make_requests(served)

@@ -82,11 +82,7 @@ async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Resp
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template, up to the answer.
-
-    Raises:
-        DataError: If there is no template, or the conversation does not fit it.
-    """
+    """Token ids of a conversation in the tokenizer's chat template, up to the answer."""
     if not tokenizer.chat_template:
         raise DataError(
             "the base model's tokenizer has no chat template; use /v1/completions instead"

@@ -166,14 +166,7 @@ async def _chunks(
 def _log_probs(
     backend: Backend, entries: Sequence[TokenLogProb], offset: int, first: int | None = None
 ) -> CompletionLogProbs:
-    """Log-probabilities in the older form.
-
-    Args:
-        backend: Knows the tokens' texts.
-        entries: What is known of each token.
-        offset: Where the first one's text begins; the others' texts follow.
-        first: A token in front of them that has no log-probability.
-    """
+    """Log-probabilities in the older form."""
     ids = [entry.token for entry in entries]
     texts = [backend.token_text(token) for token in ([] if first is None else [first]) + ids]
     unknown = [None] * (first is not None)

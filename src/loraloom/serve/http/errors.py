@@ -31,15 +31,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer that is an error.
-
-    Args:
-        status: HTTP's code.
-        message: What was expected, what came, what to do.
-        code: A word for programs.
-        param: The field of the request that is at fault.
-        headers: To send along.
-    """
+    """An answer that is an error."""
 
     def __init__(
         self,

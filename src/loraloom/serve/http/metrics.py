@@ -17,11 +17,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 
 
 
 class Metrics:
-    """The numbers of an engine.
-
-    Args:
-        engine: Counts; told to tell its requests' times from now on.
-    """
+    """The numbers of an engine."""
 
     def __init__(self, engine: Engine):
         self._registry = CollectorRegistry()

@@ -62,11 +62,7 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the socket; port 0 takes any free one.
-
-    Raises:
-        ConfigError: If the address can't be used.
-    """
+    """Open the socket; port 0 takes any free one."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)

@@ -31,12 +31,7 @@ class Said(NamedTuple):
 
 
 def parse_calls(text: str, names: Collection[str]) -> Said:
-    """Find the calls in a whole answer.
-
-    Args:
-        text: What the model wrote.
-        names: Of the tools that it may call.
-    """
+    """Find the calls in a whole answer."""
     if _OPENING in text:
         found = [_calls_in(block, names) for block in _BLOCK.findall(text)]
         content = _BLOCK.sub("", text).strip()
@@ -49,11 +44,7 @@ def parse_calls(text: str, names: Collection[str]) -> Said:
 
 
 class CallStream:
-    """Holds text back from where a call may begin; at the end, it is one or it isn't.
-
-    Args:
-        names: Of the tools that may be called.
-    """
+    """Holds text back from where a call may begin; at the end, it is one or it isn't."""
 
     def __init__(self, names: Collection[str]):
         self._names = names

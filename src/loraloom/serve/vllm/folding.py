@@ -52,14 +52,7 @@ class FoldedAdapter:
 
 
 class Folder:
-    """Reads adapters for a base model whose weights aren't at hand.
-
-    Args:
-        config: The base model's, of transformers.
-
-    Raises:
-        ModelError: If the family is not supported.
-    """
+    """Reads adapters for a base model whose weights aren't at hand."""
 
     def __init__(self, config: Any):
         with torch.device("meta"):
@@ -70,12 +63,7 @@ class Folder:
         self._layers = [_weightless(layer) for layer in layers]
 
     def fold(self, path_or_hub_id: str | Path) -> FoldedAdapter:
-        """Read an adapter and fold it.
-
-        Raises:
-            FormatError: If the files can't be read.
-            AdapterError: If they are for another base model, or the adapter does what a LoRA can't.
-        """
+        """Read an adapter and fold it."""
         stored = read_stored(find_adapter(path_or_hub_id))
         refuse_own_parts(stored.config, stored.source, "be served by vLLM")
         _check_needs_no_weights(stored)
@@ -89,16 +77,7 @@ class Folder:
 
 @torch.no_grad()
 def fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
-    """Fold an adapter that is in memory.
-
-    Args:
-        adapter: One without weight decomposition.
-        layers_path: Of the base's decoder layers, `model.layers` for instance.
-        source: Where it comes from, for errors.
-
-    Raises:
-        AdapterError: If it does what a LoRA, with a router of each FFN block, can't.
-    """
+    """Fold an adapter that is in memory."""
     tensors: dict[str, Tensor] = {}
     rank, top_k = 1, None
     for layer in adapter.base_layers:
@@ -123,10 +102,6 @@ def router_pair(moe: MoeFfn, num_columns: int) -> tuple[Tensor, Tensor]:
     A, [3E, D], has each expert's row in three pieces, so that float32 is kept where LoRAs are in 16
     bits: x Aᵀ, added up by three, are the logits. B, [2, S], has in its first row each column's
     expert, counted from 1 (0 is no expert's), and in its second row E and top_k.
-
-    Args:
-        moe: The block's router.
-        num_columns: S of the block's projections.
     """
     lora_A = split_in_pieces(moe.router.float()).flatten(0, 1)
     lora_B = torch.zeros(2, max(num_columns, 2))

@@ -38,14 +38,7 @@ class VllmOptions:
 
 
 def serve_with_vllm(options: VllmOptions) -> None:
-    """Serve until the process is told to stop.
-
-    Raises:
-        ConfigError: If vLLM is missing or of a version that the plug-in doesn't know, or it can't
-            do what the options say.
-        ModelError: If the base model can't be served.
-        FormatError, AdapterError: If an adapter can't.
-    """
+    """Serve until the process is told to stop."""
     _check_version()
     _check_options(options)
     arguments, settings = vllm_command(options, _fold_all(options))
@@ -61,12 +54,7 @@ def serve_with_vllm(options: VllmOptions) -> None:
 def vllm_command(
     options: VllmOptions, folded: Sequence[FoldedAdapter]
 ) -> tuple[list[str], dict[str, str]]:
-    """Say the options as vLLM's arguments and environment.
-
-    Args:
-        options: Of `loraloom serve`.
-        folded: All adapters that are known now.
-    """
+    """Say the options as vLLM's arguments and environment."""
     top_k = max([max_top_k(), *(one.top_k for one in folded if one.top_k is not None)])
     rank = fitting_rank(max([PIECES * top_k, *(adapter.rank for adapter in folded)]))
     slots = len(options.adapters) + options.max_adapters * (options.adapter_dir is not None)

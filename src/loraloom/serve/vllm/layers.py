@@ -95,11 +95,7 @@ def _shrink_slots(layer: Any, states: Tensor) -> Tensor:
 
 
 def _expand_slots(layer: Any, output: Tensor, low_rank: Tensor) -> Tensor:
-    """Add the products of slots' rank space, [K, P, T, S], with each token's B to an output.
-
-    Returns:
-        Of each slot, [K, T, O].
-    """
+    """Add the products of slots' rank space, [K, P, T, S], with each token's B to an output."""
     if not output.is_cpu:
         slots = output.repeat(len(low_rank), 1, 1)
         for slot, own in zip(slots, low_rank, strict=True):
@@ -121,11 +117,7 @@ def _own(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
 
 
 def define_operations(block_at: Callable[[str], MixtureFfn]) -> None:
-    """Make the operations known to torch; once in a process.
-
-    Args:
-        block_at: Gives the block of a place.
-    """
+    """Make the operations known to torch; once in a process."""
 
     def mix_experts(
         x: Tensor, gate_up: Tensor, hidden_size: int, rank: int, place: str

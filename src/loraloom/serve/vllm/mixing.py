@@ -21,12 +21,7 @@ from loraloom.serve.vllm.folding import PIECES
 
 
 class Choice(NamedTuple):
-    """The experts of tokens.
-
-    Args:
-        columns: Those of the rank that belong to each slot's expert, [K, T, S].
-        weights: Of each slot, [K, T, 1] float32; slots that a token doesn't have weigh 0.
-    """
+    """The experts of tokens."""
 
     columns: Bool[Tensor, "K T S"]
     weights: Float[Tensor, "K T 1"]
@@ -38,18 +33,7 @@ def choose(
     adapters: Int[Tensor, " T"],
     num_slots: int,
 ) -> Choice:
-    """Choose each token's experts, as its own adapter's router does.
-
-    Args:
-        scores: x Aᵀ of the router's A (folding.router_pair), float32.
-        described: The router's B of each adapter; zeros for those without a router.
-        adapters: Of each token; -1 is the base model.
-        num_slots: K, no less than any adapter's top_k.
-
-    Returns:
-        The softmax over the best top_k. A token without a router has one slot with all columns, one
-        of the base model has no columns.
-    """
+    """Choose each token's experts, as its own adapter's router does."""
     own = described.index_select(0, adapters.clamp_min(0)).float()  # (T, 2, S)
     num_experts, top_k = own[:, 1, 0, None], own[:, 1, 1, None]
     room = scores.shape[1] // PIECES
@@ -76,15 +60,6 @@ def mix(
     """Compute what the output projection and the B of its update multiply.
 
     Down-projection and mixing are linear, so slots are added up in front of both.
-
-    Args:
-        gate_up: Base output of the input projections, side by side.
-        low_rank: x Aᵀ of each of these (one that is fused has one A), float32.
-        choice: Who computes each token.
-        expand: From a base output, [T, N], and slots' rank space, [K, P, T, S], to the slots'
-            outputs, [K, T, N].
-        shrink: From slots' hidden states, [K, T, F], to their rank space, [K, T, S] float32.
-        act: From gate and up side by side to hidden states.
     """
     columns, weights = choice
     is_base = ~columns.any(-1).any(0).unsqueeze(-1)

@@ -167,11 +167,7 @@ def _with_folding(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _load_folded(manager: Any, request: Any) -> Any:
-    """Read one of our adapters as vLLM reads a LoRA.
-
-    Raises:
-        ValueError: If it can't be served, which vLLM tells the client.
-    """
+    """Read one of our adapters as vLLM reads a LoRA."""
     try:
         folded = Folder(manager.loraloom_base).fold(request.lora_path)
     except LoraloomError as error:

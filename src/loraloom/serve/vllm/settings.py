@@ -16,11 +16,7 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def max_top_k() -> int:
-    """The largest top_k of a mixture, 2 unless the environment says another.
-
-    Raises:
-        ConfigError: If that is no whole number of at least 1.
-    """
+    """The largest top_k of a mixture, 2 unless the environment says another."""
     said = os.environ.get(MAX_TOP_K, "2")
     if not said.isdecimal() or int(said) < 1:
         raise ConfigError(f"{MAX_TOP_K} must be a whole number of at least 1, got {shown(said)}")
@@ -28,11 +24,7 @@ def max_top_k() -> int:
 
 
 def fitting_rank(rank: int) -> int:
-    """The smallest --max-lora-rank in which a rank has room.
-
-    Raises:
-        AdapterError: If it has room in none.
-    """
+    """The smallest --max-lora-rank in which a rank has room."""
     for possible in _RANKS:
         if possible >= rank:
             return possible

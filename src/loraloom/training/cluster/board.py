@@ -67,10 +67,6 @@ class Ticket:
 class Board:
     """Jobs and workers by what is known of them.
 
-    Args:
-        max_tokens_per_step: Most tokens of a round's forward, padding included; None: all jobs of
-            a worker take part in each.
-
     Attributes:
         rooms: Bytes that each worker has for jobs, by its number; None where nobody can tell.
     """
@@ -95,11 +91,7 @@ class Board:
         del self._tickets[name]
 
     def refuse(self, name: str) -> bool:
-        """Let a job wait again that its worker couldn't take.
-
-        Returns:
-            Whether there is hope: it was not alone there.
-        """
+        """Let a job wait again that its worker couldn't take."""
         ticket = self._tickets[name]
         was_alone, ticket.worker, ticket.refused = ticket.is_alone, None, True
         return not was_alone
@@ -111,11 +103,7 @@ class Board:
             ticket.began_at, ticket.losses = step, min(ticket.losses, 1)
 
     def lose(self, worker: int) -> list[str]:
-        """Take a worker off, whose jobs wait again.
-
-        Returns:
-            Those of them that are to be given up, as they have lost too many.
-        """
+        """Take a worker off, whose jobs wait again."""
         del self.rooms[worker]
         lost = self._on(worker)
         for ticket in lost:
@@ -138,11 +126,7 @@ class Board:
         return [ticket.name for ticket in self._waiting()]
 
     def place(self) -> list[tuple[str, int]]:
-        """Give waiting jobs to workers.
-
-        Returns:
-            Each job that has one now, with the worker.
-        """
+        """Give waiting jobs to workers."""
         placed: list[tuple[str, int]] = []
         kept_free: set[int] = set()
         for ticket in self._waiting():

@@ -43,12 +43,6 @@ WAIT_S = 5.0
 class Cluster:
     """Jobs, and the workers that train them.
 
-    Args:
-        run: Of the jobs.
-        crew: Starts workers.
-        directory: Of the run's results.
-        progress: Shows the run.
-
     Attributes:
         jobs: Those that train or wait, by name.
         results: What became of the others.
@@ -94,23 +88,12 @@ class Cluster:
             self._staff.dismiss(worker)
 
     def go_on(self, results: dict[str, JobResult], seconds: float) -> None:
-        """Take over what an earlier part of the run came to.
-
-        Args:
-            results: What became of the jobs that are done.
-            seconds: Wall time of the training until then.
-        """
+        """Take over what an earlier part of the run came to."""
         self.results = dict(results)
         self._started_at = time.monotonic() - seconds
 
     def hold_back(self, config: JobConfig, first_round: int, micro_batches: int) -> None:
-        """Let a result that the sweep has not heard of wait until the others have come as far.
-
-        Args:
-            config: Of the job, which had ended ahead of them when the run was interrupted.
-            first_round: In which it began.
-            micro_batches: That it has done.
-        """
+        """Let a result that the sweep has not heard of wait until the others have come as far."""
         result = self.results.pop(config.name)
         measured = Measured(Size(0, 0, 0), result.steps, "", result.num_parameters, {}, result.data)
         job = RemoteJob(config, measured, first_round=first_round)
@@ -119,12 +102,7 @@ class Cluster:
         self._rounds.note(config.name, Event(job.round_at(position), position, result))
 
     def build_all(self, configs: Sequence[JobConfig]) -> list[RemoteJob]:
-        """Let workers build jobs and take them off again, to see that they can be.
-
-        Raises:
-            LoraloomError: If one can't be built, or does not fit into memory even alone.
-            TrainingError: If a worker is lost.
-        """
+        """Let workers build jobs and take them off again, to see that they can be."""
         built: list[RemoteJob] = []
         workers = list(self._board.rooms)
         for start in range(0, len(configs), len(workers)):
@@ -135,11 +113,7 @@ class Cluster:
         return built
 
     def build(self, config: JobConfig) -> RemoteJob:
-        """Let a worker build a job while others train.
-
-        Raises:
-            LoraloomError: If it can't be built, or does not fit into memory even alone.
-        """
+        """Let a worker build a job while others train."""
         for _ in range(MAX_LOSSES):
             worker = self._free_worker()
             try:
@@ -151,12 +125,7 @@ class Cluster:
         )
 
     def add(self, job: RemoteJob, *, overwrite: bool = False) -> None:
-        """Let a job wait for a worker. It goes on from its newest snapshot, if there is one.
-
-        Raises:
-            ConfigError: If results are in the way, or the system can't write there.
-            TrainingError: Likewise.
-        """
+        """Let a job wait for a worker. It goes on from its newest snapshot, if there is one."""
         store = self._directory.job_snapshots
         if not store.of(job.name).exists():
             self._directory.prepare_job(job.name, overwrite=overwrite)
@@ -187,19 +156,7 @@ class Cluster:
         return self.results.get(name) or self._made_up(job, "stopped", reason)
 
     def run(self, sweep: Sweep[RemoteJob] | None = None) -> list[JobResult]:
-        """Train until all jobs are done.
-
-        Args:
-            sweep: Stops some and lets others join.
-
-        Returns:
-            What became of each job, in the order of the run file.
-
-        Raises:
-            KeyboardInterrupt: After Ctrl-C, when everything is saved; at once after another.
-            SystemExit: After SIGTERM, likewise.
-            CrewLost: If no worker is left.
-        """
+        """Train until all jobs are done."""
         self._sweep = sweep
         self._progress.start()
         notice = "saving everything after this step; Ctrl-C again stops at once"

@@ -39,12 +39,7 @@ class Crew(ABC):
 
     @abstractmethod
     def answer(self, call: Any) -> Any:
-        """Wait for what a call returns.
-
-        Raises:
-            LoraloomError: If the method has raised one.
-            WorkerLostError: If the worker is lost, or the method has raised anything else.
-        """
+        """Wait for what a call returns."""
 
     @abstractmethod
     def dismiss(self, worker: Any) -> None:

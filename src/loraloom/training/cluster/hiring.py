@@ -25,11 +25,6 @@ MAX_FAILED_STARTS = 3
 class Hiring:
     """Workers on their way to the board.
 
-    Args:
-        staff: The workers.
-        board: Where they take jobs.
-        output_dir: Of the run, which all of them must see.
-
     Attributes:
         base: The base model, as snapshots say it.
     """
@@ -44,18 +39,7 @@ class Hiring:
         self._hired_at = -math.inf
 
     def assemble(self, num_workers: int, seconds: float) -> None:
-        """Start the workers of a run, and bring all of them to the board.
-
-        Args:
-            num_workers: How many.
-            seconds: Wall time of the training in an earlier part of the run.
-
-        Raises:
-            ConfigError: If one doesn't see the files, they have other base models, or the cluster
-                has no room for them.
-            LoraloomError: If the base model can't be had.
-            TrainingError: If one is lost.
-        """
+        """Start the workers of a run, and bring all of them to the board."""
         for _ in range(num_workers):
             self._staff.hire()
         with staging(nearest_existing(self._output_dir)) as mark:
@@ -89,15 +73,7 @@ class Hiring:
         return True
 
     def take(self, answer: Answer, seconds: float) -> str | None:
-        """Bring a worker that has answered one step further.
-
-        Args:
-            answer: Of a worker that is not on the board yet.
-            seconds: Wall time of the training so far.
-
-        Returns:
-            Why it is of no use, if it is.
-        """
+        """Bring a worker that has answered one step further."""
         match answer.method, answer.value:
             case _, Exception() as error:
                 return str(error)

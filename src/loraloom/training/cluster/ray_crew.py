@@ -35,17 +35,7 @@ _DEVICES = ("auto", "cpu", "cuda", "xpu")
 def ray_crew(
     run: RunConfig, address: str, num_workers: int | None, command: str
 ) -> Iterator[tuple[Crew, int]]:
-    """Connect to a cluster, and say how many workers to start there.
-
-    Args:
-        run: Of the workers.
-        address: See `connected`.
-        num_workers: None for one on each accelerator, or on each machine where there are none.
-        command: What result.json says the run was started with.
-
-    Raises:
-        ConfigError: If Ray is not installed, there is no such cluster, or it has too few devices.
-    """
+    """Connect to a cluster, and say how many workers to start there."""
     with connected(address) as ray:
         size, resources = choose_workers(ray.nodes(), run.device, num_workers)
         yield _RayCrew(ray, partial(Worker, run, Path.cwd(), command), resources), size
@@ -56,13 +46,6 @@ def connected(address: str) -> Iterator[ModuleType]:
     """Connect to a cluster, and give Ray's module.
 
     A connection that this process has is used, and left as it is.
-
-    Args:
-        address: `HOST:PORT` of a cluster; or `auto`: the one that runs on this machine, else one
-            for as long as this lasts, on this machine alone.
-
-    Raises:
-        ConfigError: If Ray is not installed, or there is no such cluster.
     """
     ray = _import_ray()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -82,13 +65,7 @@ def connected(address: str) -> Iterator[ModuleType]:
 
 @final
 class _RayCrew(Crew):
-    """Actors of a Ray cluster.
-
-    Args:
-        ray: The module.
-        make: Makes a worker, in its process.
-        resources: What each worker takes: options of an actor.
-    """
+    """Actors of a Ray cluster."""
 
     def __init__(self, ray: ModuleType, make: Any, resources: dict[str, int]):
         self._ray = ray
@@ -247,16 +224,7 @@ def check_worker_device(device: str) -> None:
 def choose_workers(
     nodes: Sequence[dict[str, Any]], device: str, num_workers: int | None
 ) -> tuple[int, dict[str, int]]:
-    """Choose how many workers to start, and what each takes.
-
-    Args:
-        nodes: The cluster's machines as Ray describes them.
-        device: As in a run file.
-        num_workers: As many as are wanted, if that was said.
-
-    Raises:
-        ConfigError: If the cluster has too few devices.
-    """
+    """Choose how many workers to start, and what each takes."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     gpus, cpus = ([int(one.get(kind, 0)) for one in alive] for kind in ("GPU", "CPU"))
     if device in ("cuda", "xpu") or (device == "auto" and sum(gpus)):

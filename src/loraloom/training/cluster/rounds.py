@@ -55,11 +55,7 @@ class Rounds:
         self._judged.pop(job, None)
 
     def take(self, others: Mapping[str, int]) -> dict[str, Event]:
-        """Take the events of the next round out, if all jobs have come as far.
-
-        Args:
-            others: The rounds that jobs without an event have come to.
-        """
+        """Take the events of the next round out, if all jobs have come as far."""
         first = min((event.round for event in self.events.values()), default=None)
         if first is None or any(round_ < first for round_ in others.values()):
             return {}

@@ -74,11 +74,7 @@ class Staff:
             return Answer(worker, method, error)
 
     def ask(self, worker: int, method: str, *args: Any) -> Any:
-        """Call a method and wait for what it returns; nothing else may be on the way.
-
-        Raises:
-            LoraloomError, WorkerLostError: As the method does.
-        """
+        """Call a method and wait for what it returns; nothing else may be on the way."""
         self.send(worker, method, *args)
         return self._value(worker)
 
@@ -92,12 +88,7 @@ class Staff:
         return not waiting
 
     def result(self, worker: int) -> Any:
-        """Wait for what the call on the way to a worker returns; which is there or comes.
-
-        Raises:
-            LoraloomError: If the method has raised one.
-            TrainingError: If the worker is lost.
-        """
+        """Wait for what the call on the way to a worker returns; which is there or comes."""
         try:
             return self._value(worker)
         except WorkerLostError as lost:

@@ -155,11 +155,6 @@ class Worker:
     """Trains jobs on one device.
 
     Call `see`, `load`, `open`; then the others.
-
-    Args:
-        run: Of the jobs.
-        place: Directory that the run's relative paths begin at.
-        command: What result.json says the run was started with.
     """
 
     def __init__(self, run: RunConfig, place: Path, command: str):
@@ -184,11 +179,7 @@ class Worker:
             return socket.gethostname()
 
     def load(self) -> Loaded:
-        """Load the base model.
-
-        Raises:
-            ModelError: If it can't be had.
-        """
+        """Load the base model."""
         run = self._run
         model, tokenizer = load_base_model(
             run.base_model, run.dtype, run.device, run.attn_implementation, run.quantization
@@ -204,15 +195,7 @@ class Worker:
         )
 
     def open(self, free_bytes: int | None, seconds: float) -> int | None:
-        """Be ready for jobs.
-
-        Args:
-            free_bytes: What they may take; memory_limit counts where it is given.
-            seconds: Wall time of the training before.
-
-        Returns:
-            What jobs may take; None where nobody can tell.
-        """
+        """Be ready for jobs."""
         run, host = self._run, self._host
         held = base_bytes(host)
         self._limit = run.memory_limit
@@ -235,12 +218,7 @@ class Worker:
         return None if self._limit is None else self._limit - held
 
     def measure(self, config: JobConfig) -> Measured:
-        """Build a job, to see that it can be, and take it off again.
-
-        Raises:
-            LoraloomError: If it can't be built, or does not fit into memory even alone.
-            Exception: If the device no longer works.
-        """
+        """Build a job, to see that it can be, and take it off again."""
         check_optimizer_device(config.train, self._host.device, config.name)
         before = adapter_bytes(self._host)
         try:
@@ -275,11 +253,7 @@ class Worker:
         return self._news()
 
     def save(self) -> None:
-        """Write snapshots of all jobs.
-
-        Raises:
-            TrainingError: If they can't be written.
-        """
+        """Write snapshots of all jobs."""
         self._engine.save_state()
         self._open.close()
 

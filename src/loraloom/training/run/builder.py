@@ -44,13 +44,7 @@ class JobBuilder:
         self._load = lru_cache(KEPT_TRAINING_SETS)(self._load_training_set)
 
     def build(self, config: JobConfig) -> Job:
-        """Put a job's adapter on the host, and read its data and what it is measured on.
-
-        Raises:
-            LoraloomError: Of the kind that fits, its message with the job's name: if the adapter
-                does not fit the base model, or data or settings can't be used. What the job put
-                on the host is off it again.
-        """
+        """Put a job's adapter on the host, and read its data and what it is measured on."""
         before = set(self._host.adapters)
         try:
             return self._build(config)
@@ -154,13 +148,7 @@ def _check_positions(
 
 
 def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
-    """Give a new adapter the weights of another one of the same kind and size.
-
-    Raises:
-        FormatError: If the files can't be read.
-        ConfigError: If the other adapter computes something else with its weights.
-        AdapterError: If names or shapes of weights differ.
-    """
+    """Give a new adapter the weights of another one of the same kind and size."""
     config, tensors = read_adapter(path_or_hub_id, host.base)
     wanted, stored = (_formula(one, host.base) for one in (adapter.config, config))
     changed = [

@@ -124,16 +124,7 @@ class SnapshotStore:
         self._damaged: set[Path] = set()
 
     def write(self, moment: Moment, states: Mapping[str, dict[str, Any]], *, keep: int = 2) -> None:
-        """Write a snapshot, then delete old ones.
-
-        Args:
-            moment: What it is of; checksums are filled in.
-            states: Of the jobs that have one.
-            keep: How many snapshots to leave.
-
-        Raises:
-            TrainingError: If the system can't write there.
-        """
+        """Write a snapshot, then delete old ones."""
 
         def fill(aside: Path) -> None:
             for name, state in states.items():
@@ -159,11 +150,7 @@ class SnapshotStore:
             self._damaged.clear()
 
     def newest(self) -> tuple[Snapshot | None, list[str]]:
-        """Find the newest snapshot that is whole.
-
-        Returns:
-            The snapshot or None, and what was wrong with newer ones.
-        """
+        """Find the newest snapshot that is whole."""
         faults: list[str] = []
         for directory in self._directories():
             try:
@@ -179,11 +166,7 @@ class SnapshotStore:
         return bool(self._directories())
 
     def clear(self) -> None:
-        """Delete all snapshots.
-
-        Raises:
-            OSError: If one stays.
-        """
+        """Delete all snapshots."""
         for directory in self._directories():
             remove(directory)
 
@@ -212,11 +195,7 @@ class JobSnapshots:
         return SnapshotStore(self.directory / job)
 
     def write(self, moment: Moment, states: Mapping[str, dict[str, Any]], *, keep: int = 2) -> None:
-        """Write a snapshot of each job, but none of one that was done before; see `SnapshotStore`.
-
-        Raises:
-            TrainingError: If the system can't write there.
-        """
+        """Write a snapshot of each job, but none of one that was done before."""
         for name in [name for name in moment.jobs if name not in self._done]:
             is_done = moment.jobs[name].result is not None
             own = {name: states[name]} if name in states else {}
@@ -226,11 +205,7 @@ class JobSnapshots:
                 self._done.add(name)
 
     def newest(self) -> tuple[dict[str, Snapshot], list[str]]:
-        """Find the newest whole snapshot of each job.
-
-        Returns:
-            The snapshots by job, and what was wrong with newer ones.
-        """
+        """Find the newest whole snapshot of each job."""
         found: dict[str, Snapshot] = {}
         faults: list[str] = []
         for directory in sorted(self.directory.glob("*/")):
@@ -245,11 +220,7 @@ class JobSnapshots:
         return any(self.directory.glob("*/"))
 
     def clear(self) -> None:
-        """Delete all snapshots.
-
-        Raises:
-            OSError: If one stays.
-        """
+        """Delete all snapshots."""
         remove(self.directory)
 
 

@@ -15,11 +15,7 @@ from loraloom.training.run.outputs import RunDirectory
 
 
 def check_adds_up(job: JobConfig, num_ranks: int) -> None:
-    """Check that a job can share its rows among so many ranks.
-
-    Raises:
-        ConfigError: If it can't.
-    """
+    """Check that a job can share its rows among so many ranks."""
     if num_ranks > 1 and not job.adapter.adds_up_over_ranks:
         raise ConfigError(
             f"job {job.name}: method {job.adapter.method} needs a single process, as its "
@@ -28,11 +24,7 @@ def check_adds_up(job: JobConfig, num_ranks: int) -> None:
 
 
 def check_sources(jobs: Sequence[JobConfig], directory: RunDirectory) -> None:
-    """Check that no adapter that a job reads is one that the jobs will replace.
-
-    Raises:
-        ConfigError: If one is.
-    """
+    """Check that no adapter that a job reads is one that the jobs will replace."""
     jobs_by_path = {directory.job(job.name).resolve(): job.name for job in jobs}
     for job in jobs:
         for setting, source in _sources(job).items():
@@ -57,11 +49,7 @@ def _sources(job: JobConfig) -> dict[str, str]:
 
 
 def check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) -> None:
-    """Check that what goes on is what was saved.
-
-    Raises:
-        ConfigError: If the base model or a setting of a job is another one.
-    """
+    """Check that what goes on is what was saved."""
     changed = [f"base {name}" for name, value in base.items() if snapshot.base.get(name) != value]
     for job in run.all_jobs:
         record = snapshot.jobs.get(job.name)

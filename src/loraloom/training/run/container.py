@@ -20,12 +20,7 @@ _V1: _Names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive
 def container_bytes_left(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> int | None:
-    """Return the bytes that this process's control groups let it take; None without a limit.
-
-    Args:
-        groups: Where the groups are mounted.
-        own: The file that names this process's groups.
-    """
+    """Return the bytes that this process's control groups let it take; None without a limit."""
     left = [_bytes_left(group, names) for group, names in _own_groups(groups, own)]
     return min((count for count in left if count is not None), default=None)
 

@@ -8,11 +8,7 @@ from typing import Any
 
 
 class EnduringOutput(io.TextIOBase):
-    """A stream that loses what it can't write, to a closed pipe or a full disk, and raises nothing.
-
-    Args:
-        stream: Where everything goes, with characters that it has no bytes for escaped.
-    """
+    """A stream that drops what a closed pipe or a full disk does not take."""
 
     def __init__(self, stream: Any):
         self.stream = stream

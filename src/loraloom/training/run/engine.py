@@ -47,27 +47,11 @@ class Engine:
     Where the host has several ranks, each has an engine with the same jobs, and calls of one are
     made on all. The directory is the first one's to write.
 
-    Args:
-        host: The base model with the jobs' adapters.
-        jobs: Each with an adapter on the host.
-        evaluation: What jobs are measured on.
-        directory: Of the run's results.
-        progress: Shows the run.
-        trackers: Names of trackers, as in a run file.
-        environment: Goes into each result.json.
-        max_tokens_per_step: Most tokens of a round's forward, padding included; None for no bound.
-        memory_limit: Most bytes that a round may be predicted to take with a job that joins.
-        keep_snapshots: How many are left when a new one is written.
-        seconds: Wall time of the training before.
-
     Attributes:
         jobs: Those that train, by name.
         joined: Names of the jobs that joined a run that had begun.
         held: Names of jobs that take part in no round for the time being.
         round: Rounds done.
-
-    Raises:
-        ConfigError: If a job does not fit into a round.
     """
 
     def __init__(
@@ -127,19 +111,7 @@ class Engine:
         return self._interruption is not None and self._interruption.requested
 
     def run(self, *between_steps: Callable[[Engine], None]) -> list[JobResult]:
-        """Train until all jobs are done.
-
-        Args:
-            between_steps: Called in turn before each round and when no job is left. They may add
-                jobs and stop some. The run ends when there are none after them.
-
-        Returns:
-            What became of each job, in their order.
-
-        Raises:
-            KeyboardInterrupt: After Ctrl-C, when everything is saved; at once after another.
-            SystemExit: After SIGTERM, likewise.
-        """
+        """Train until all jobs are done."""
         notice = "saving everything after this step; Ctrl-C again stops at once"
         interruption = Interruption(partial(self._reporter.message, notice))
         with self.reporting(), interruption as self._interruption:
@@ -165,11 +137,7 @@ class Engine:
             self._reporter.stop()
 
     def settle(self, *between_steps: Callable[[Engine], None]) -> bool:
-        """Do what is due between two rounds: evaluations, endings, callbacks, a snapshot.
-
-        Returns:
-            Whether any job is left.
-        """
+        """Do what is due between two rounds: evaluations, endings, callbacks, a snapshot."""
         self._evaluate_due()
         self._close_complete()
         for callback in between_steps:
@@ -178,30 +146,13 @@ class Engine:
         return bool(self.jobs)
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
-        """Let a job join. It takes part from the next round on, and snapshots have it.
-
-        Args:
-            job: With its adapter on the host; see `JobBuilder`.
-            overwrite: Replace the results of an earlier run's job of that name.
-
-        Raises:
-            ConfigError: If its name is taken, results are in the way, or it does not fit into a
-                round or into memory. The job is off the host then.
-        """
+        """Let a job join. It takes part from the next round on, and snapshots have it."""
         with self._joining(job):
             check_sources([job.config], self._directory)
             self._directory.prepare_job(job.name, overwrite=overwrite)
 
     def resume(self, job: Job, snapshot: Snapshot) -> None:
-        """Let a job join that goes on from a snapshot, whichever engine has made that.
-
-        Args:
-            job: With its adapter on the host.
-            snapshot: In which it is not done.
-
-        Raises:
-            ConfigError: As in `add` and `load_state`. The job is off the host then.
-        """
+        """Let a job join that goes on from a snapshot, whichever engine has made that."""
         record = snapshot.jobs[job.name]
         with self._joining(job):
             inputs = input_digests(self.host, job, self._evaluation)
@@ -243,13 +194,6 @@ class Engine:
 
         The micro-batches of a half-done step are of no use then. Weights that are not finite make
         it a failed job.
-
-        Args:
-            name: Of a job that is not done.
-            reason: For people.
-
-        Raises:
-            ConfigError: If there is no such job.
         """
         if name not in self.jobs:
             running = ", ".join(self.jobs) or "none"
@@ -296,11 +240,7 @@ class Engine:
                     self._is_snapshot_due = True
 
     def evaluate(self, jobs: Sequence[Job]) -> None:
-        """Measure jobs between two of their steps, and keep their weights if they are the best.
-
-        Raises:
-            Exception: If all evaluations raise, and so does the base model alone.
-        """
+        """Measure jobs between two of their steps, and keep their weights if they are the best."""
         sound = [job for job in jobs if self._has_sound_weights(job)]
         outcomes = self._evaluation.measure_apart(sound)
         faults = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
@@ -323,11 +263,6 @@ class Engine:
 
         A job whose files can't be written has failed. If it was complete, snapshots keep what a
         later process needs to write them.
-
-        Args:
-            job: That trains.
-            error: Why it failed.
-            stop_reason: Why it was stopped.
         """
         result = self._result(job, error, stop_reason)
         try:
@@ -344,11 +279,7 @@ class Engine:
         return result
 
     def save_state(self) -> None:
-        """Write a snapshot of all jobs.
-
-        Raises:
-            TrainingError: If it can't be written.
-        """
+        """Write a snapshot of all jobs."""
         try:
             self._write_snapshot()
         except OSError as error:
@@ -378,11 +309,7 @@ class Engine:
         self._directory.write_snapshot(moment, states, keep=keep)
 
     def save_if_due(self, *, may_wait: bool) -> None:
-        """Write a snapshot where one is due. If that fails, the next try comes a minute later.
-
-        Args:
-            may_wait: Whether the run goes on, so that there will be a later try.
-        """
+        """Write a snapshot where one is due. If that fails, the next try comes a minute later."""
         is_too_early = may_wait and time.monotonic() < self._no_snapshot_before
         if not self.host.ranks.first(self._is_snapshot_due and not is_too_early):
             return
@@ -400,10 +327,6 @@ class Engine:
 
         Jobs that it calls done must not be on the host. Settings may differ in what changes no
         result. Files of jobs that go on are brought back to where the snapshot is.
-
-        Raises:
-            ConfigError: If the data of a job is no longer what it was, a state is not that of its
-                job, or a job that begins would replace an adapter.
         """
         check_inputs({name: record.inputs for name, record in snapshot.jobs.items()}, self._inputs)
         self.round = snapshot.round

@@ -34,11 +34,7 @@ class Evaluation:
         return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
 
     def read(self, job: JobConfig) -> None:
-        """Read the questions that a job is measured on.
-
-        Raises:
-            DataError: If they are missing or can't be used.
-        """
+        """Read the questions that a job is measured on."""
         for config in job.eval:
             if config in self.questions:  # those of a run stay, whatever becomes of the files
                 continue
@@ -63,11 +59,7 @@ class Evaluation:
         return metrics
 
     def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
-        """Measure jobs together; if that fails, each alone, to find whose fault it is.
-
-        Returns:
-            What was measured of each, or what its evaluation raised.
-        """
+        """Measure jobs together; if that fails, each alone, to find whose fault it is."""
         try:
             measured = self.measure(jobs)
         except Exception as error:

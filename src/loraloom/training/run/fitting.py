@@ -42,18 +42,7 @@ class RoundRunner:
         self._pad_id = pad_id
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss | TrainingError]:
-        """Add each micro-batch's gradient to its adapter's, in one forward or in several.
-
-        Args:
-            micro_batches: One of each job.
-
-        Returns:
-            The losses in their order; an error for each job of which one example doesn't fit, or
-            that raises when it is alone.
-
-        Raises:
-            Exception: If all jobs raise, and the base model does without any.
-        """
+        """Add each micro-batch's gradient to its adapter's, in one forward or in several."""
         ranks = self._host.ranks
         faults: list[Exception] = []
         losses = [MicroBatchLoss(0.0)] * len(micro_batches)

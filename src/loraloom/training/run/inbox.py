@@ -103,11 +103,6 @@ class Inbox:
     """Brings job files to an engine, and its news back beside them.
 
     As a context it says of jobs that were interrupted that they wait.
-
-    Args:
-        options: Which directory, and how.
-        engine: That the jobs join; those that it has already are found by their state files.
-        say: Tells the user.
     """
 
     def __init__(
@@ -268,9 +263,6 @@ def sole_trainer(path: Path) -> Iterator[None]:
     """Make a directory to watch if it isn't there, and keep other trainers away from it.
 
     They are kept away until the end or our death.
-
-    Raises:
-        ConfigError: If it can't be made, read or written to, or another one watches it.
     """
     lock = FileLock(path / _LOCK_FILE, timeout=0)
     try:
@@ -307,11 +299,7 @@ def _ended(result: JobResult, state: FileState) -> FileState:
 
 
 def _job_files(directory: Path, known: Mapping[Path, Version]) -> dict[Path, Version]:
-    """The job files with their versions; one that can't be looked at now is as it was before.
-
-    Raises:
-        OSError: If the directory can't be read.
-    """
+    """The job files with their versions; one that can't be looked at now is as it was before."""
     files = {}
     for path in sorted(directory.iterdir()):  # glob is silent about what it can't read
         if path.suffix != ".yaml" or path.name.startswith("."):

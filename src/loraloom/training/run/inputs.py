@@ -26,15 +26,7 @@ def input_digests(host: Host, job: Job, evaluation: Evaluation) -> dict[str, str
 def check_inputs(
     saved: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Check that jobs go on with what they began with; snapshots of older versions have no hashes.
-
-    Args:
-        saved: Hashes of a snapshot, by job.
-        now: Those of now; jobs that were not saved are left out.
-
-    Raises:
-        ConfigError: If some differ.
-    """
+    """Check that jobs keep what they began with (older snapshots have no hashes)."""
     changed = [
         f"job {name}: {what}"
         for name, inputs in now.items()

@@ -38,12 +38,7 @@ class Interruption:
         self._before = {}
 
     def end(self) -> NoReturn:
-        """End as the signal would have ended it.
-
-        Raises:
-            KeyboardInterrupt: After Ctrl-C.
-            SystemExit: After SIGTERM, with the exit code 143; after SIGHUP, with 129.
-        """
+        """End as the signal would have ended it."""
         if self._number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self._number)

@@ -103,9 +103,6 @@ class Job(JobView):
     Attributes:
         milestones: Steps after which it is evaluated, beside every eval_steps and its end.
         best: The weights of the best evaluation so far, on the CPU; None before there is one.
-
-    Raises:
-        ConfigError: If optimizer or scheduler don't take their arguments.
     """
 
     def __init__(
@@ -208,15 +205,7 @@ class Job(JobView):
     def accept(
         self, micro_batch: MicroBatch, loss: MicroBatchLoss | TrainingError
     ) -> StepReport | None:
-        """Count a micro-batch whose gradient is there; after the last one of a step, make it.
-
-        Returns:
-            What the step did, if this was its last micro-batch.
-
-        Raises:
-            TrainingError: If the loss or the gradient is not finite, or this error stands in place
-                of a gradient. The weights are left alone.
-        """
+        """Count a micro-batch whose gradient is there; after the last one of a step, make it."""
         if isinstance(loss, TrainingError):
             raise loss
         self._check_finite("loss", loss.loss + loss.aux_loss, self.position.step + 1)
@@ -233,14 +222,7 @@ class Job(JobView):
         return self._make_step(total)
 
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Take the results of an evaluation after the last step.
-
-        Returns:
-            Whether the weights are the best so far.
-
-        Raises:
-            TrainingError: If a loss is not finite.
-        """
+        """Take the results of an evaluation after the last step."""
         for name, value in metrics.items():
             self._check_finite(name, value, self.position.step)
         position, stopping = self.position, self.config.train.early_stopping

@@ -40,12 +40,6 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read what torchrun, accelerate or another launcher says of this process.
 
     A process group that is there already says more than the variables.
-
-    Args:
-        environment: Variables by name.
-
-    Raises:
-        ConfigError: If only some of the variables are there, or they contradict each other.
     """
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -71,16 +65,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def rank_device(name: str, launch: Launch) -> str:
-    """Choose a rank's device.
-
-    Args:
-        name: As in a run file.
-        launch: Of this process.
-
-    Raises:
-        ConfigError: If ranks would share an accelerator, or can't be connected on it.
-        ModelError: If this machine has no such device.
-    """
+    """Choose a rank's device."""
     if launch.size == 1:
         return name
     device = find_device(name)
@@ -111,15 +96,6 @@ def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> I
     """Be one of the ranks for a while; a process that was started alone is alone.
 
     A process group that is there is used, and left as it is.
-
-    Args:
-        device: Of this rank; see `rank_device`.
-        launch: Of this process.
-        in_lockstep: A forward takes all ranks.
-
-    Raises:
-        ConfigError: If the ranks don't find each other.
-        TrainingError: If other ranks can't be reached any more.
     """
     if launch.size == 1:
         yield Alone()

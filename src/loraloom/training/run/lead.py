@@ -20,12 +20,7 @@ from loraloom.training.run.results import JobResult
 
 
 class Lead:
-    """An engine as the first rank's decisions see it; a single process is the first one.
-
-    Args:
-        engine: Of this rank.
-        builder: Of the jobs that join.
-    """
+    """An engine as the first rank's decisions see it; a single process is the first one."""
 
     def __init__(self, engine: Engine, builder: JobBuilder):
         self._engine = engine
@@ -77,12 +72,7 @@ class Lead:
         return callback
 
     def build(self, config: JobConfig) -> Job:
-        """Build a job on all ranks.
-
-        Raises:
-            ConfigError: If its method needs a single process, or data differs between ranks.
-            LoraloomError, OSError: As from `JobBuilder.build`. No rank has the job then.
-        """
+        """Build a job on all ranks."""
         check_adds_up(config, self._ranks.size)
         self._tell("build", config.model_dump_json())
         return self._build(config)

@@ -93,13 +93,7 @@ class MemoryPrediction:
 def predict_memory(
     host: Host, jobs: Sequence[Job], max_tokens_per_step: int | None = None
 ) -> MemoryPrediction:
-    """Predict the memory of the largest round that jobs may take together, on one of its ranks.
-
-    Args:
-        host: With the jobs' adapters; left without gradient checkpointing.
-        jobs: At least one.
-        max_tokens_per_step: Bound of a round's tokens, with padding.
-    """
+    """Predict the memory of the largest round that jobs may take together, on one of its ranks."""
     num_ranks = host.ranks.size
     counts, lengths = zip(*(step_rows(job, num_ranks) for job in jobs), strict=True)
     bound = None if max_tokens_per_step is None else -(-max_tokens_per_step // num_ranks)
@@ -136,17 +130,7 @@ def predict_memory(
 def check_memory(
     prediction: MemoryPrediction, limit: int | None, device: torch.device, local_size: int = 1
 ) -> None:
-    """Refuse a run whose largest round does not fit.
-
-    Args:
-        prediction: Of that round.
-        limit: Most bytes of the whole; None for what the device has.
-        device: Where it runs.
-        local_size: Ranks on this machine: they share its memory, but not an accelerator's.
-
-    Raises:
-        ConfigError: If more is needed than there is; with the numbers.
-    """
+    """Refuse a run whose largest round does not fit."""
     name = "memory_limit"
     if limit is None:
         available = available_bytes(device)
@@ -273,12 +257,7 @@ def _largest_round(
 
 
 def _learning_copies(job: Job, *, at_once: bool) -> float:
-    """Count copies of the weights beside them, at the beginning of a backward pass.
-
-    Args:
-        job: That learns.
-        at_once: Whether there is room for all gradients before activations go.
-    """
+    """Count copies of the weights beside them, at the beginning of a backward pass."""
     train = job.config.train
     earlier_gradients = int(train.micro_batch_size < train.batch_size)
     states = float(_OPTIMIZER_STATES.get(train.optimizer.removeprefix("paged_"), 2))

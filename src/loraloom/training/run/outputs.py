@@ -50,13 +50,7 @@ def _for_its_owner(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class RunDirectory:
-    """Where a run's results go.
-
-    Args:
-        path: The directory.
-        is_read_only: Nothing is checked, written or deleted here, as somebody else does it.
-        by_job: Each job has snapshots of its own, as several workers train.
-    """
+    """Where a run's results go."""
 
     def __init__(self, path: Path, *, is_read_only: bool = False, by_job: bool = False):
         self.path = path
@@ -86,12 +80,7 @@ class RunDirectory:
 
     @_for_its_owner
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Check that the run may write here. Nothing is written.
-
-        Raises:
-            ConfigError: If there are results that were not to be resumed or overwritten, there is
-                nothing to resume, or the directory can't be one.
-        """
+        """Check that the run may write here. Nothing is written."""
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite exclude each other; give one")
         with self._writing():
@@ -124,11 +113,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of the directory, until the end or the process's death.
-
-        Raises:
-            ConfigError: If another run is there, or the system can't write there.
-        """
+        """Keep other runs out of the directory, until the end or the process's death."""
         if self.is_read_only:
             yield
             return
@@ -151,11 +136,7 @@ class RunDirectory:
 
     @_for_its_owner
     def prepare(self, jobs: Sequence[str]) -> None:
-        """Delete earlier results of these jobs, and all checkpoints of the run.
-
-        Raises:
-            ConfigError: If the system can't write there.
-        """
+        """Delete earlier results of these jobs, and all checkpoints of the run."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.snapshots.clear()
@@ -167,12 +148,7 @@ class RunDirectory:
 
     @_for_its_owner
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
-        """Make room for a job that joins; what a run that died left of it is deleted.
-
-        Raises:
-            ConfigError: If there is a result of that name that was not to be overwritten, or the
-                system can't write there.
-        """
+        """Make room for a job that joins; what a run that died left of it is deleted."""
         if not overwrite:
             self.check_new(name)
         with self._writing():
@@ -180,11 +156,7 @@ class RunDirectory:
 
     @_for_its_owner
     def check_new(self, name: str) -> None:
-        """Check that a job that begins replaces nothing.
-
-        Raises:
-            ConfigError: If there is a result or an adapter where its own will go.
-        """
+        """Check that a job that begins replaces nothing."""
         for file in (RESULT_FILE, *ADAPTER_FILES):
             if (self.job(name) / file).exists():
                 raise ConfigError(
@@ -197,12 +169,6 @@ class RunDirectory:
         """Bring the files of a job that goes on back to where its snapshot is.
 
         A process that was killed may have got further: with better weights, or to the job's end.
-
-        Raises:
-            ConfigError: If the system can't write there.
-            AdapterError: Likewise.
-            FormatError: If a snapshot of an older version doesn't have the best weights and the
-                files of them can't be read.
         """
         name = job.name
         with self._writing():
@@ -216,22 +182,14 @@ class RunDirectory:
 
     @_for_its_owner
     def tidy(self, name: str) -> None:
-        """Delete what killed writers left in a job's directory.
-
-        Raises:
-            ConfigError: If the system can't.
-        """
+        """Delete what killed writers left in a job's directory."""
         with self._writing():
             for directory in (self.job(name), self.best(name), self.last(name)):
                 remove_leftovers(directory)
 
     @_for_its_owner
     def write_best(self, host: Host, job: Job) -> None:
-        """Write the best weights that a job has kept.
-
-        Raises:
-            AdapterError: If the system can't write there.
-        """
+        """Write the best weights that a job has kept."""
         assert job.best is not None, "an evaluation has chosen some"
         directory = self.best(job.name)
         write_adapter(directory, job.adapter.config, job.best, host.base, overwrite=True)
@@ -241,9 +199,6 @@ class RunDirectory:
         """Write a job's last weights, the adapter's files and result.json.
 
         The adapter's files are its best weights where an evaluation has chosen any, else the last.
-
-        Raises:
-            LoraloomError, OSError: If something can't be written.
         """
         name, base, tensors = job.name, host.base, job.adapter.tensors()
         if job.best is not None:
@@ -256,11 +211,7 @@ class RunDirectory:
 
     @_for_its_owner
     def write_result(self, name: str, result: JobResult) -> None:
-        """Write a job's result.json alone.
-
-        Raises:
-            OSError: If it can't be written.
-        """
+        """Write a job's result.json alone."""
         result.write(self.job(name))
 
     @_for_its_owner

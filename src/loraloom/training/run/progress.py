@@ -34,14 +34,7 @@ class _Bars(RichProgress):
 
 
 class Progress:
-    """Shows a run to its user.
-
-    Args:
-        console: A terminal gets live lines, anything else a line of text for each job every few
-            seconds and at its last step; None shows nothing. Output that fails (a closed pipe, a
-            full disk) is lost from now on, and ends no run.
-        interval_s: Least time between two lines of text.
-    """
+    """Shows a run to its user."""
 
     def __init__(self, console: Console | None = None, interval_s: float = PLAIN_INTERVAL_S):
         self._console = console or make_console(quiet=True)

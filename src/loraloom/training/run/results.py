@@ -90,11 +90,7 @@ _RESULT = TypeAdapter(JobResult)
 
 
 def parse_result(values: Any) -> JobResult:
-    """Make a result of what JSON has of it.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Make a result of what JSON has of it."""
     return _RESULT.validate_python(values)
 
 
@@ -108,17 +104,7 @@ def job_result(
     seconds: float,
     environment: Mapping[str, Any],
 ) -> JobResult:
-    """Sum a job up.
-
-    Args:
-        job: At its end.
-        base: The base model.
-        directory: Where its files go.
-        error: Why it failed, if it did.
-        stop_reason: Why it was stopped, if it was.
-        seconds: Wall time so far.
-        environment: See `describe_environment`.
-    """
+    """Sum a job up."""
     position, selection = job.position, job.selection
     has_best, best = selection.step is not None, None
     if has_best:

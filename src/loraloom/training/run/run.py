@@ -260,11 +260,7 @@ def _load_base(
 def _read_snapshot(
     directory: RunDirectory, run: RunConfig, host: Host
 ) -> tuple[Snapshot | None, list[str]]:
-    """Read what a run goes on from.
-
-    Returns:
-        The newest whole snapshot, None where nothing was saved, and what is wrong with newer ones.
-    """
+    """Read what a run goes on from."""
     snapshot, faults = directory.snapshots.newest()
     if snapshot is not None:
         check_same_run(snapshot, run, describe_base(host))
@@ -276,12 +272,7 @@ def _read_snapshot(
 def _build_jobs(
     builder: JobBuilder, run: RunConfig, snapshot: Snapshot | None
 ) -> tuple[list[Job], Snapshot | None, list[str]]:
-    """Build the jobs that are not done yet, those that had joined the run among them.
-
-    Returns:
-        The jobs, the snapshot without those that the run file no longer has or that can't be built
-        any more, and what is wrong with the latter.
-    """
+    """Build the jobs that are not done yet, those that had joined the run among them."""
     done = set() if snapshot is None else snapshot.done
     jobs = [builder.build(config) for config in run.first_jobs if config.name not in done]
     if snapshot is None:

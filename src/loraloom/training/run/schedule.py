@@ -20,12 +20,7 @@ from loraloom.training.step.rows import lay_out
 
 
 class Schedule:
-    """Packs micro-batches of several jobs into rounds of bounded size.
-
-    Args:
-        max_tokens_per_step: Most tokens of a fused forward, padding included; None: no bound, all
-            jobs take part in each round.
-    """
+    """Packs micro-batches of several jobs into rounds of bounded size."""
 
     def __init__(self, max_tokens_per_step: int | None = None):
         self.max_tokens_per_step = max_tokens_per_step
@@ -33,11 +28,7 @@ class Schedule:
         self._priorities: dict[str, float] = {}
 
     def check_fits(self, job: Job) -> None:
-        """Check that a job can take part in a round.
-
-        Raises:
-            ConfigError: If its longest micro-batch is more than a round may have.
-        """
+        """Check that a job can take part in a round."""
         limit, needed = self.max_tokens_per_step, job.order.max_micro_batch_tokens
         if limit is not None and needed > limit:
             raise ConfigError(
@@ -61,15 +52,7 @@ class Schedule:
         self.passes = {name: passes.get(name, least) for name in self.passes}
 
     def choose(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Choose what goes into the next round.
-
-        Args:
-            micro_batches: One of each job that could take part.
-
-        Returns:
-            Some of them, in the order in which they came. One that is more than a round may have,
-            as packed ones can be, is alone.
-        """
+        """Choose what goes into the next round."""
         if self.max_tokens_per_step is None:
             return list(micro_batches)
         chosen: list[MicroBatch] = []

@@ -30,11 +30,7 @@ class Selection:
     evaluations_since: int = 0
 
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Take an evaluation in.
-
-        Returns:
-            Whether it is the best so far; of equal ones the first is.
-        """
+        """Take an evaluation in."""
         if self.metric is None:
             return False
         value = metrics[self.metric]

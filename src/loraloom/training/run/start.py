@@ -20,18 +20,7 @@ _MOST_BATCHES = 64
 def start_batches(
     training_set: TrainingSet, num_tokens: int, pad_id: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """Give the first rows of an epoch in batches.
-
-    Args:
-        training_set: The job's.
-        num_tokens: Learnt tokens that each batch has at least; what is left over makes none, unless
-            it is all there is.
-        pad_id: Token to pad with, on the right.
-        device: Of the model's inputs.
-
-    Returns:
-        `input_ids`, `attention_mask` and `labels` of each batch, [B, L].
-    """
+    """Give the first rows of an epoch in batches."""
     batches: list[list[TokenRow]] = [[]]
     for row in _rows(training_set):
         if sum(len(row.targets) for row in batches[-1]) >= num_tokens:

@@ -136,19 +136,7 @@ class _NoLock(JournalFileOpenLock):
 
 
 class Sweep(Generic[AnyJob]):
-    """The jobs of a sweep.
-
-    Args:
-        run: With a sweep.
-        directory: Of the run's results.
-        progress: Shows the ranking.
-        build: Makes the jobs that join later.
-        jobs: Those that are not done; others than the sweep's are left alone.
-        is_new: It begins, so that its first jobs' lengths say whether any can be stopped.
-
-    Raises:
-        ConfigError: If no job is long enough to be stopped.
-    """
+    """The jobs of a sweep."""
 
     def __init__(
         self,

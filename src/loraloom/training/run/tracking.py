@@ -114,14 +114,7 @@ class Tracker:
 def open_tracker(
     name: str, directory: Path, first_step: int, config: Mapping[str, Any]
 ) -> MetricsFile | Tracker:
-    """Open a tracker for a job.
-
-    Args:
-        name: As in a run file.
-        directory: Of the job's results.
-        first_step: The first step that will be logged; TensorBoard drops what it has of later ones.
-        config: The job's section of the run file.
-    """
+    """Open a tracker for a job."""
     project = os.environ.get(f"{name.upper()}_PROJECT", DEFAULT_PROJECT)
     run = {
         "name": directory.name,
@@ -142,11 +135,7 @@ def open_tracker(
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Check that what trackers need is installed.
-
-    Raises:
-        ConfigError: If it isn't; says what to install.
-    """
+    """Check that what trackers need is installed."""
     for name in names:
         if name != "jsonl" and find_spec(name) is None:
             raise ConfigError(

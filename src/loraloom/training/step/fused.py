@@ -43,14 +43,6 @@ def forward_backward(
 
     Where the host has several ranks, each computes its share of the rows and gets its summand of
     the gradient; after a step's last micro-batch, all get the sum. Losses are those of all.
-
-    Args:
-        host: With the micro-batches' adapters.
-        micro_batches: One of each job, the same on all ranks.
-        pad_id: Token to pad with, on the right.
-
-    Returns:
-        The losses, in the order of the micro-batches.
     """
     ranks = host.ranks
     ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
@@ -107,12 +99,7 @@ class _Forward:
     computed_tokens: int
 
     def with_auxiliary_loss(self, micro_batch: MicroBatch, ranks: Ranks) -> dict[str, Tensor]:
-        """Name all summands; that of the router losses takes everybody's counts.
-
-        Args:
-            micro_batch: The whole one.
-            ranks: Those that have a share of it.
-        """
+        """Name all summands; that of the router losses takes everybody's counts."""
         loss = self.terms.loss
         aux_loss, added = torch.zeros_like(loss), None
         if self.routing is not None:

@@ -52,10 +52,6 @@ def summing_gradients(
 
     Earlier micro-batches' gradients are added too; their tensors stay as they are. A weight that no
     rank has a gradient of gets none. All memory is taken now.
-
-    Args:
-        ranks: Several, unless there are no weights.
-        weights: Of each adapter, first layers first; the same on all ranks, of one dtype.
     """
     return _GradientSum(ranks, weights) if weights else nullcontext()
 
@@ -128,10 +124,6 @@ def gradients_set_aside(
     """Add what backward passes give to the gradients that are there, but only if they end.
 
     They may fail half-way, so they get empty gradients; the others come back in any case.
-
-    Args:
-        adapters: Of the passes.
-        completed: Weights whose gradients they add up over ranks, earlier ones too, in new tensors.
     """
     before = {weight: weight.grad for adapter in adapters for weight in adapter.parameters()}
     apart = before.keys() - {weight for own in completed for weight in own}

@@ -75,12 +75,7 @@ class Objective(ABC):
 
     @abstractmethod
     def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        """Compute the samples' share of the loss and the metrics of their whole step.
-
-        Args:
-            scored: Samples of one micro-batch.
-            totals: What the step has in all its micro-batches.
-        """
+        """Compute the samples' share of the loss and the metrics of their whole step."""
 
 
 @final
@@ -177,25 +172,14 @@ def _split_pairs(
 
 
 def _sigmoid_losses(margins: Float[Tensor, " P"], label_smoothing: float) -> Float[Tensor, " P"]:
-    """Compute `-(1 - ε) log σ(margin) - ε log σ(-margin)`.
-
-    Args:
-        margins: Reward of the chosen less that of the rejected.
-        label_smoothing: ε, the share of pairs that are taken to be the wrong way round.
-    """
+    """Compute `-(1 - ε) log σ(margin) - ε log σ(-margin)`."""
     return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
 
 
 def _pair_metrics(
     rewards: Float[Tensor, " S"], scored: ScoredSamples, num_pairs: int
 ) -> dict[str, Tensor]:
-    """Compute shares of the means that trl reports under these names.
-
-    Args:
-        rewards: β × log p, or β × its difference to the reference's.
-        scored: The samples.
-        num_pairs: Of the whole step.
-    """
+    """Compute shares of the means that trl reports under these names."""
     chosen, rejected = _split_pairs(rewards.detach())
     chosen_log_probs, rejected_log_probs = _split_pairs(scored.sums.detach())
     values = {

@@ -60,23 +60,14 @@ _REHEARSED_STEPS = 3
 
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
-    """Make the optimizer of an adapter.
-
-    Raises:
-        ConfigError: If the optimizer does not take `optimizer_args`, as a rehearsal shows, its
-            library is not installed, or it can't be had on the adapter's device.
-    """
+    """Make the optimizer of an adapter."""
     check_optimizer_device(config, next(adapter.parameters()).device, adapter.name)
     rehearse_optimizer(config, adapter.name)
     return _make_optimizer(config, parameter_groups(config, adapter))
 
 
 def rehearse(config: TrainConfig, name: str) -> None:
-    """Let a job's optimizer and schedule make a few steps of their own, before anything is loaded.
-
-    Raises:
-        ConfigError: If they don't take their arguments.
-    """
+    """Let a job's optimizer and schedule make a few steps before anything is loaded."""
     rehearse_optimizer(config, name)
     optimizer = _make_rehearsed(config, _four_weights())
     total_steps = config.max_steps or _REHEARSED_STEPS
@@ -92,12 +83,7 @@ def rehearse(config: TrainConfig, name: str) -> None:
 
 
 def rehearse_optimizer(config: OptimizerConfig, name: str) -> None:
-    """Let an optimizer make a few steps with four weights: torch refuses some arguments only then.
-
-    Raises:
-        ConfigError: If its library is not installed, it does not take its arguments, or they make
-            weights that are not finite even at a small learning rate.
-    """
+    """Step an optimizer of four weights a few times: torch refuses some arguments only then."""
     groups = _four_weights()
     _optimizer_class(config.optimizer)
     with _told_as_config_error(config, "optimizer", name):
@@ -135,16 +121,7 @@ def _optimizer_class(name: OptimizerName) -> type[Optimizer]:
 
 
 def check_optimizer_device(config: OptimizerConfig, device: torch.device, name: str) -> None:
-    """Refuse a paged optimizer where no memory can be paged.
-
-    Args:
-        config: Of the job.
-        device: Where its adapter is.
-        name: Of the job, for errors.
-
-    Raises:
-        ConfigError: If the device is none of CUDA or XPU.
-    """
+    """Refuse a paged optimizer where no memory can be paged."""
     if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
         raise ConfigError(
             f"job {name}: optimizer {config.optimizer} needs a CUDA or XPU device, whose memory it "
@@ -179,9 +156,6 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
     `router_lr_ratio` times, and their biases at `BIAS_LR_RATIO` times that. lora_A, lora_B and
     routers decay. Biases don't, and magnitudes neither: they start at the norms of the base model's
     rows, and a decay would shrink the base model.
-
-    Returns:
-        Groups for torch.optim, the first with the job's own learning rate.
 
     Source:
         Hayou et al. 2024, LoRA+, arXiv:2402.12354.
@@ -220,11 +194,7 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None) -> float:
-    """Scale gradients down to a norm; None leaves them.
-
-    Returns:
-        Their norm before.
-    """
+    """Scale gradients down to a norm; None leaves them."""
     bound = math.inf if max_grad_norm is None else max_grad_norm
     return float(clip_grad_norm_(list(parameters), bound))
 
@@ -260,18 +230,7 @@ def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 def build_scheduler(
     config: TrainConfig, optimizer: Optimizer, total_steps: int, metric_mode: str, name: str
 ) -> Scheduler:
-    """Make the schedule of a job's learning rate.
-
-    Args:
-        config: Name of the scheduler, its arguments, warm-up.
-        optimizer: Whose learning rates it sets.
-        total_steps: Steps of the whole job.
-        metric_mode: `min` or `max`: which way the metric that selects weights gets better.
-        name: Of the job, for errors.
-
-    Raises:
-        ConfigError: If the scheduler does not take `lr_scheduler_args`.
-    """
+    """Make the schedule of a job's learning rate."""
     arguments = dict(config.lr_scheduler_args)
     if config.lr_scheduler in SCHEDULERS_ON_METRIC:
         arguments["mode"] = metric_mode

@@ -39,14 +39,7 @@ class Reference:
 
 
 def load_reference(host: Host, config: SftConfig | DpoConfig | CpoConfig) -> Reference | None:
-    """Make the reference of an objective; an adapter is loaded once, however many jobs name it.
-
-    Returns:
-        The reference, None for objectives without one.
-
-    Raises:
-        FormatError, AdapterError: If the adapter can't be read or doesn't fit the base model.
-    """
+    """Make the reference of an objective; an adapter is loaded once, however many jobs name it."""
     if not isinstance(config, DpoConfig):
         return None
     if config.reference == BASE_REFERENCE:
@@ -70,12 +63,7 @@ def drop_reference(
 def ask_references(
     host: Host, wanted: Iterable[tuple[Reference | None, Sequence[Example]]]
 ) -> None:
-    """Let references score the samples that they haven't seen, all in the same forwards.
-
-    Args:
-        host: With the references' adapters.
-        wanted: References with the samples that they will be asked `of`.
-    """
+    """Let references score the samples that they haven't seen, all in the same forwards."""
     missing = [
         (reference, example)
         for reference, examples in wanted

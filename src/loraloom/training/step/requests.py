@@ -80,11 +80,7 @@ class CustomObjective(Objective):
         self._loss_fn = loss_fn
 
     def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        """Call the loss function.
-
-        Raises:
-            TrainingError: If it returns no scalar that depends on the log-probabilities.
-        """
+        """Call the loss function."""
         loss, metrics = self._loss_fn(self._data, scored.by_sample)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise TrainingError(

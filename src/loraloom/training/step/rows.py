@@ -79,14 +79,7 @@ class RowLayout:
         return [join_samples(samples) for samples in self._samples()]
 
     def split_losses(self, losses: Tensor) -> list[Tensor]:
-        """Cut the losses of all labels, row after row, into those of each micro-batch's examples.
-
-        Args:
-            losses: [N].
-
-        Returns:
-            A tensor for each micro-batch, example after example.
-        """
+        """Cut the losses of all labels, in row order, into those of each micro-batch's examples."""
         counts = [count_labels(sample) for samples in self._samples() for sample in samples]
         pieces = iter(losses.split(counts))
         split = []
@@ -115,11 +108,7 @@ class RowLayout:
 
 
 def lay_out(micro_batches: Sequence[MicroBatch]) -> RowLayout:
-    """Put micro-batches into rows, packing those that allow it.
-
-    Args:
-        micro_batches: At least one, with at least one example each.
-    """
+    """Put micro-batches into rows, packing those that allow it."""
     layouts = [
         RowLayout(micro_batches, [_rows_of(batch, length) for batch in micro_batches])
         for length in _candidates(micro_batches)

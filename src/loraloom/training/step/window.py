@@ -114,12 +114,7 @@ class Order(ABC):
 
 
 def make_order(training_set: TrainingSet | StreamedSet, config: TrainConfig) -> Order:
-    """Make the windows of a job.
-
-    Args:
-        training_set: The job's data.
-        config: Sizes of batches and micro-batches, and how long the job is.
-    """
+    """Make the windows of a job."""
     if isinstance(training_set, StreamedSet):
         return StreamOrder(training_set, config)
     return StepOrder(training_set, config)
@@ -130,10 +125,6 @@ class StepOrder(Order):
     """Windows that are a function of the step alone, so that a job can begin anywhere.
 
     Each epoch has its own order. An epoch's last window takes what is left.
-
-    Args:
-        training_set: The job's data.
-        config: Sizes of batches and micro-batches, and how long the job is.
     """
 
     def __init__(self, training_set: TrainingSet, config: TrainConfig):
@@ -197,12 +188,7 @@ class StepOrder(Order):
 
 @final
 class StreamOrder(Order):
-    """Windows of streams, one after the other; each has batch_size examples.
-
-    Args:
-        training_set: The job's streams.
-        config: As for `make_order`; with max_steps.
-    """
+    """Windows of streams, one after the other; each has batch_size examples."""
 
     def __init__(self, training_set: StreamedSet, config: TrainConfig):
         self.training_set = training_set
@@ -239,11 +225,7 @@ class StreamOrder(Order):
         return {"position": asdict(position), "block": self._begun_block(position)}
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
-
-        Raises:
-            ConfigError: If the data there is no longer what it was.
-        """
+        """Go on from what `state_dict` returned."""
         position = StreamPosition.of(state["position"])
         if state["block"] is not None and state["block"] != self._begun_block(position):
             raise ConfigError(
