@@ -22,6 +22,7 @@ CONFIG = DynMoleConfig(
     top_p=0.6,
     entropy_threshold=0.9,
     entropy_index=1.3,
+    entropy_eps=1e-3,
     router_entropy_loss_coef=3.0,
     router_aux_loss_coef=2.0,
 )
@@ -49,7 +50,7 @@ class Paper:
 
     def _kept(self, p: list[float]) -> list[bool]:
         config, q, num_experts = self.config, self.config.entropy_index, len(p)
-        entropy = (1 - sum(value**q for value in p)) / (q - 1)
+        entropy = (1 - sum((value + config.entropy_eps) ** q for value in p)) / (q - 1)
         if entropy / ((1 - num_experts ** (1 - q)) / (q - 1)) > config.entropy_threshold:
             return [True] * num_experts
         order = sorted(range(num_experts), key=lambda e: -p[e])
@@ -61,7 +62,7 @@ class Paper:
         config, q = self.config, self.config.entropy_index
         p, weights = torch.cat(self.probabilities), torch.cat(self.weights)
         most = (1 - config.num_experts ** (1 - q)) / (q - 1)
-        entropy = ((1 - p.pow(q).sum(-1)) / (q - 1) / most).mean()
+        entropy = ((1 - (p + config.entropy_eps).pow(q).sum(-1)) / (q - 1) / most).mean()
         balance = config.num_experts * (weights.mean(0) * p.mean(0)).sum()
         return config.router_entropy_loss_coef * entropy + config.router_aux_loss_coef * balance
 
@@ -89,6 +90,7 @@ def test_files_are_its_authors_and_are_read_back(tmp_path):
     fields = json.loads(path.read_text())
     assert (fields["peft_type"], fields["routing_strategy"]) == ("DYNMOLE", "dynmole")
     assert (fields["keep_top_k"], fields["entropy_type"]) == (1, "tsallis")
+    assert fields["entropy_eps"] == 1e-3
     targets = (*host.base.attention_projections, *host.base.ffn_projections)
     assert host.load("b", tmp_path).config == changed(CONFIG, target_modules=targets)
     path.write_text(json.dumps(fields | {"entropy_type": "renyi"}))

@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 
 from loraloom.adapters import MolaConfig
 from loraloom.errors import AdapterError
+from loraloom.routing.record import LayerRouting
 from tests.adapters.plain import MASK, check_ffn_gradients, compare
 from tests.tiny import changed, tiny_host, tiny_ids
 
@@ -99,11 +100,17 @@ def test_settings_that_fit_no_model_are_refused(settings, message):
         MolaConfig(**settings)
 
 
-@pytest.mark.parametrize(
-    ("counts", "scope"), [([3, 4], "per_layer"), ((3, 4), "per_layer"), ((4, 4), "pooled")]
-)
-def test_losses_are_pooled_by_default_where_they_can_be(counts, scope):
-    assert MolaConfig(num_experts=counts).router_loss_scope == scope
+@pytest.mark.parametrize(("scope", "times_the_least"), [(None, 4), ("pooled", 1)])
+def test_routers_that_collapse_to_different_experts_cost_unless_pooled(scope, times_the_least):
+    settings = {} if scope is None else {"router_loss_scope": scope}
+    config = MolaConfig(num_experts=4, top_k=1, router_aux_loss_coef=1.0, **settings)
+    adapter = tiny_host(configs={"a": config}).adapter("a")
+    logits = 100 * torch.eye(4).repeat_interleave(5, 0).view(4, 5, 4)
+    routing = [
+        LayerRouting(layer, own, *config.route(own), "self_attn.q_proj")
+        for layer, own in enumerate(logits)
+    ]
+    assert float(adapter.auxiliary_loss(routing)) == pytest.approx(times_the_least)
 
 
 @pytest.mark.parametrize("counts", [(4,), (4, 4, 4)])

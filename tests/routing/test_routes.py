@@ -38,7 +38,7 @@ def top_p(p: list[float], limit: float) -> dict[int, float]:
 
 
 def hybrid(p: list[float]) -> dict[int, float]:
-    entropy = (1 - sum(value**1.2 for value in p)) / 0.2
+    entropy = (1 - sum((value + 0.05) ** 1.2 for value in p)) / 0.2
     if entropy / ((1 - 5 ** (1 - 1.2)) / 0.2) > 0.6:
         return dict(enumerate(p))
     order = sorted(range(5), key=lambda e: -p[e])
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Route, object]] = {
     ),
     "switch": (Switch(), lambda z: dict([max(enumerate(probabilities(z)), key=lambda x: x[1])])),
     "dense": (Dense(), lambda z: dict(enumerate(probabilities(z)))),
-    "hybrid": (Hybrid(0.8, 2, 1.2, 0.6), lambda z: hybrid(probabilities(z))),
+    "hybrid": (Hybrid(0.8, 2, 1.2, 0.6, 0.05), lambda z: hybrid(probabilities(z))),
 }
 
 
@@ -115,6 +115,13 @@ def test_the_entropy_of_a_probability_that_underflows_has_a_gradient(index):
     logits = torch.tensor([[0.0, 200.0, 0.0, 0.0]], requires_grad=True)
     tsallis_entropy(logits.softmax(-1), index).sum().backward()
     assert logits.grad.isfinite().all()
+
+
+def test_a_threshold_of_1_never_keeps_all_experts():
+    logits = torch.zeros(1, 4)
+    entropy = tsallis_entropy(logits.softmax(-1), 0.5, 0.01)
+    assert entropy > 1
+    assert (Hybrid(0.5, 1, 0.5, 1.0, 0.01)(logits)[1] > 0).sum() == 2
 
 
 def test_one_expert_has_the_greatest_entropy():

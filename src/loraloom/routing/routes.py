@@ -115,7 +115,8 @@ class Hybrid(Route):
         top_p: The most probable experts are kept while they sum to at most this.
         keep_top_k: This many are kept whatever they sum to.
         entropy_index: q of the Tsallis entropy.
-        entropy_threshold: Entropy, as a share of its maximum, above which all are kept.
+        entropy_threshold: Entropy, as a share of its maximum, above which all are kept; 1: never.
+        entropy_eps: What is added to each probability in the entropy.
 
     Source:
         Li et al. 2025, DynMoLE, arXiv:2504.00661, and its code, github.com/mikecovlee/DynMoLE.
@@ -125,22 +126,27 @@ class Hybrid(Route):
     keep_top_k: int
     entropy_index: float
     entropy_threshold: float
+    entropy_eps: float = 0.0
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
         """See Route."""
         probabilities = logits.softmax(-1)
         weights, selected = probabilities.sort(-1, descending=True)
-        sums = weights.detach().cumsum(-1)
-        undecided = tsallis_entropy(probabilities.detach(), self.entropy_index)
-        kept = (sums <= self.top_p) | (undecided > self.entropy_threshold).unsqueeze(-1)
+        kept = weights.detach().cumsum(-1) <= self.top_p
+        if self.entropy_threshold < 1:  # with entropy_eps the entropy may be above 1
+            entropy = tsallis_entropy(probabilities.detach(), self.entropy_index, self.entropy_eps)
+            kept |= (entropy > self.entropy_threshold).unsqueeze(-1)
         kept[..., : self.keep_top_k] = True
         return selected, weights.masked_fill(~kept, 0)
 
 
-def tsallis_entropy(probabilities: Float[Tensor, "T E"], index: float) -> Float[Tensor, " T"]:
+def tsallis_entropy(
+    probabilities: Float[Tensor, "T E"], index: float, eps: float = 0.0
+) -> Float[Tensor, " T"]:
     """Compute `(1 - Σ p^q) / (q - 1)` of each token, divided by its value for uniform p.
 
-    At q = 1 it is Shannon's entropy divided by ln E. With one expert it is 1.
+    At q = 1 it is Shannon's entropy divided by ln E; with one expert it is 1. `eps` is added to
+    each p first, as DynMoLE's authors do.
 
     Source: Tsallis 1988, doi:10.1007/BF01016429; DynMoLE, arXiv:2504.00661.
     """
@@ -148,7 +154,7 @@ def tsallis_entropy(probabilities: Float[Tensor, "T E"], index: float) -> Float[
     if num_experts == 1:
         return torch.ones_like(probabilities[:, 0])
     # neither p log p nor p^q for q < 1 has a finite slope at 0
-    probabilities = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)
+    probabilities = (probabilities + eps).clamp_min(torch.finfo(probabilities.dtype).tiny)
     if index == 1:
         return -(probabilities * probabilities.log()).sum(-1) / math.log(num_experts)
     powers = probabilities.pow(index)

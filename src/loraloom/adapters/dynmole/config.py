@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loraloom.adapters.base import BaseInfo, BaseLayer
     from loraloom.adapters.files import AdapterFiles
 
-_ROUTING_FIELDS = ("keep_top_k", "top_p", "entropy_threshold", "entropy_index")
+_ROUTING_FIELDS = ("keep_top_k", "top_p", "entropy_threshold", "entropy_index", "entropy_eps")
 """Settings that its authors' code keeps in adapter_config.json under the same names."""
 _OWN_SETTINGS = {"init", "router_entropy_loss_coef", "router_aux_loss_coef"}
 """Those that it has no field for, under `"loraloom": {"adapter": …}`."""
@@ -53,6 +53,8 @@ class DynMoleConfig(MixtureConfig):
     experts."""
     entropy_index: float = Field(default=1.1, gt=0, le=2)
     """q of the Tsallis entropy; 1 is Shannon's."""
+    entropy_eps: float = Field(default=1e-5, gt=0, le=1)
+    """Added to each probability in the entropy."""
     router_entropy_loss_coef: float = Field(default=0.01, ge=0, le=MAX_NUMBER)
     """Weight of the mean entropy, which makes routers decide."""
     router_aux_loss_coef: float = Field(default=0.001, ge=0, le=MAX_NUMBER)
@@ -105,8 +107,8 @@ class DynMoleConfig(MixtureConfig):
         return [
             *super().card_lines(),
             f"{self.num_experts} experts on each projection, all for tokens with an entropy "
-            f"(q = {self.entropy_index:g}) above {self.entropy_threshold:g}, else top-p "
-            f"{self.top_p:g}, {self.keep_top_k} at least",
+            f"(q = {self.entropy_index:g}, eps = {self.entropy_eps:g}) above "
+            f"{self.entropy_threshold:g}, else top-p {self.top_p:g}, {self.keep_top_k} at least",
         ]
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
@@ -117,7 +119,6 @@ class DynMoleConfig(MixtureConfig):
             "num_experts": self.num_experts,
             **{name: getattr(self, name) for name in _ROUTING_FIELDS},
             "entropy_type": "tsallis",
-            "entropy_eps": 1e-5,
             "loraloom": {"adapter": self.model_dump(mode="json", include=_OWN_SETTINGS)},
         }
 

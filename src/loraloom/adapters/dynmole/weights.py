@@ -37,16 +37,23 @@ class DynMoleAdapter(LowRankAdapter):
         selected = torch.cat([layer.selected_experts for layer in routing])
         weights = torch.cat([layer.routing_weights for layer in routing])
         probabilities, config = logits.softmax(-1), self.config
-        entropy = tsallis_entropy(probabilities, config.entropy_index).sum() / max(1, len(logits))
+        entropy = tsallis_entropy(probabilities, config.entropy_index, config.entropy_eps)
+        mean_entropy = entropy.sum() / max(1, len(logits))
         return (
-            config.router_entropy_loss_coef * entropy
+            config.router_entropy_loss_coef * mean_entropy
             + config.router_aux_loss_coef * weight_balance_loss(probabilities, selected, weights)
         )
 
 
 def route_of(config: DynMoleConfig) -> Hybrid:
     """Return what routers do with their logits."""
-    return Hybrid(config.top_p, config.keep_top_k, config.entropy_index, config.entropy_threshold)
+    return Hybrid(
+        config.top_p,
+        config.keep_top_k,
+        config.entropy_index,
+        config.entropy_threshold,
+        config.entropy_eps,
+    )
 
 
 def weight_balance_loss(

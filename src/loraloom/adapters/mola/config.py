@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
@@ -49,18 +49,10 @@ class MolaConfig(RoutingConfig):
     method: Literal["mola"] = "mola"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Mixture of LoRA experts on each linear layer."""
     num_experts: ExpertCount | tuple[ExpertCount, ...] = 8  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Experts of each projection: a number, or a list with one for each layer.
-
-    Where they differ, router_loss_scope is per_layer by default."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _choose_scope(cls, settings: Any) -> Any:
-        """Loads of routers with different numbers of experts can't be pooled, as is the default."""
-        counts = settings.get("num_experts") if isinstance(settings, Mapping) else None
-        if not isinstance(counts, list | tuple) or len(set(map(str, counts))) < 2:
-            return settings
-        return {"router_loss_scope": "per_layer", **settings}
+    """Experts of each projection: a number, or a list with one for each layer."""
+    router_loss_scope: Literal["pooled", "per_layer"] = "per_layer"
+    """The mean of each router's load-balance loss, or the load over all routers together (pooled),
+    in which routers that have collapsed to different experts cost nothing."""
 
     @model_validator(mode="after")
     def _check_scope(self) -> MolaConfig:
@@ -112,11 +104,13 @@ class MolaConfig(RoutingConfig):
 
     def card_lines(self) -> list[str]:
         """See AdapterConfig."""
-        counts = self.num_experts
+        counts, per_layer = self.num_experts, self.router_loss_scope == "per_layer"
         text = str(counts) if isinstance(counts, int) else ", ".join(map(str, counts))
         return [
             *super().card_lines(),
             f"{text} experts on each projection, routing {self.routing_label}",
+            f"load-balance loss: {self.router_aux_loss_coef:g} times "
+            + ("the mean of all routers'" if per_layer else "that of all routers' pooled load"),
         ]
 
     def file_fields(self, base: BaseInfo) -> dict[str, Any]:
