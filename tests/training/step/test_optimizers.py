@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from loraloom.adapters import VeraConfig
-from loraloom.config.optimizer import OptimizerName
+from loraloom.config.optimizer import OptimizerConfig, OptimizerName
 from loraloom.config.train import SCHEDULERS_ON_METRIC, LrScheduler
 from loraloom.errors import ConfigError
 from loraloom.training.step.optimizers import (
@@ -18,6 +18,7 @@ from loraloom.training.step.optimizers import (
     parameter_groups,
     rehearse,
 )
+from tests.tiny import tiny_host
 from tests.training.toy import ADAPTERS, add_job, toy_config, toy_engine, toy_host
 
 NEEDED_ARGS = {
@@ -78,6 +79,45 @@ def test_everything_decays_but_magnitudes():
     rates = rates_of("mixdora", weight_decay=0.1)
     assert {name for name, (_, decay) in rates.items() if decay == 0} == {"lora_magnitude_vector"}
     assert {decay for _, decay in rates.values()} == {0.1, 0.0}
+
+
+def test_a_parameter_whose_name_ends_in_router_learns_at_the_routers_rate():
+    adapter = tiny_host(configs={"a": ADAPTERS["lora"]}).adapter("a")
+    own = adapter.own_modules.append(torch.nn.Module())[0]
+    own.router = torch.nn.Parameter(torch.ones(2))
+    own.rank_router = torch.nn.Linear(2, 2)
+    own.router_bias = torch.nn.Parameter(torch.ones(2))
+    own.router_scale = torch.nn.Parameter(torch.ones(2))
+    names = {id(parameter): name for name, parameter in own.named_parameters()}
+    config = OptimizerConfig(learning_rate=0.01, router_lr_ratio=3)
+    ratios = {
+        names[id(parameter)]: group["lr_ratio"]
+        for group in parameter_groups(config, adapter)
+        for parameter in group["params"]
+        if id(parameter) in names
+    }
+    assert ratios == {
+        "router": 3,
+        "rank_router.weight": 3,
+        "rank_router.bias": 30,
+        "router_bias": 30,
+        "router_scale": 1,
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_frozen_experts_neither_learn_nor_decay(tmp_path, optimizer):
+    config = toy_config("a", ADAPTERS["mixlora"], optimizer=optimizer, weight_decay=0.5)
+    engine = toy_engine(tmp_path, [config], dtype=torch.float32)
+    job = engine.jobs["a"]
+    frozen = {name: weight for name, weight in job.parameters.items() if ".mlp." in name}
+    for weight in frozen.values():
+        weight.requires_grad_(False)
+        weight.grad = torch.zeros_like(weight)  # of before it was frozen
+    before = {name: weight.clone() for name, weight in frozen.items()}
+    job.optimizer = build_optimizer(config.train, job.adapter)
+    engine.step()
+    assert all(torch.equal(frozen[name], weight) for name, weight in before.items())
 
 
 @pytest.mark.parametrize("method", ADAPTERS)

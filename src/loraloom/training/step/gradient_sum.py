@@ -32,7 +32,11 @@ def completed_weights(ranks: Ranks, micro_batches: Sequence[MicroBatch]) -> list
     """Return, by adapter, the weights whose gradients these micro-batches complete, to add up."""
     if ranks.size == 1:
         return []
-    return [list(batch.adapter.parameters()) for batch in micro_batches if batch.is_last]
+    return [
+        [weight for weight in batch.adapter.parameters() if weight.requires_grad]
+        for batch in micro_batches
+        if batch.is_last
+    ]
 
 
 def sum_gradients(ranks: Ranks, weights: Sequence[Sequence[Parameter]]) -> None:

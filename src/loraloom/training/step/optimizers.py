@@ -153,15 +153,18 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
     """Group an adapter's weights by learning rate and weight decay.
 
     lora_B learns at `loraplus_lr_ratio` times the learning rate (LoRA+), routers at
-    `router_lr_ratio` times, and their biases at `BIAS_LR_RATIO` times that. lora_A, lora_B and
-    routers decay. Biases don't, and magnitudes neither: they start at the norms of the base model's
-    rows, and a decay would shrink the base model.
+    `router_lr_ratio` times, and their biases at `BIAS_LR_RATIO` times that. A parameter is a
+    router's if its name ends in `router` or `router.weight`. lora_A, lora_B and routers decay.
+    Biases don't, and magnitudes neither: they start at the norms of the base model's rows, and a
+    decay would shrink the base model. Frozen weights are in no group.
 
     Source:
         Hayou et al. 2024, LoRA+, arXiv:2402.12354.
     """
     groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter in adapter.named_parameters():
+        if not parameter.requires_grad:
+            continue
         ratio = _lr_ratio(config, name)
         decay = 0.0 if name.endswith(_UNDECAYED) else config.weight_decay
         groups.setdefault((ratio, decay), []).append(parameter)
@@ -180,9 +183,9 @@ def _lr_ratio(config: OptimizerConfig, name: str) -> float:
     """How many times the learning rate a parameter learns at."""
     if name.endswith("lora_B"):
         return config.loraplus_lr_ratio or 1.0
-    if name.endswith("router.weight"):
+    if name.endswith(("router", "router.weight")):
         return config.router_lr_ratio or 1.0
-    if name.endswith("router.bias"):
+    if name.endswith(("router_bias", "router.bias")):
         return BIAS_LR_RATIO * (config.router_lr_ratio or 1.0)
     return 1.0
 
