@@ -19,12 +19,13 @@ from loraloom.training.run.job import Job
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.loss_scale import LossScale
 from loraloom.training.step.requests import run_requests
-from tests.tiny import METHODS, randomise, relative_error
+from tests.tiny import ALL_METHODS, METHODS, randomise, relative_error
 from tests.training.step.test_fused import run_window
 from tests.training.toy import (
     ADAPTERS,
     PAD_ID,
     add_job,
+    padded,
     toy_config,
     toy_examples,
     toy_host,
@@ -61,6 +62,20 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert relative_error(actual[name], tensor) < tolerance, name
+
+
+@pytest.mark.parametrize("method", ["mixlora", "mola", "loramoe", "dynmole", "smora", "lora"])
+def test_a_loop_of_ones_own_adds_the_auxiliary_loss_that_training_adds(method):
+    host, examples = toy_host(), toy_examples(4)
+    client = TrainingClient(host, toy_tokenizer(), "a", ALL_METHODS[method])
+    randomise(client.adapter)
+    ids, mask, _ = padded(examples)
+    output = host.hidden(ids, mask, ["a"] * 4, training=True)
+    added = host.auxiliary_loss(output)
+    expected = client.forward_backward(examples).aux_loss
+    assert (expected > 0) is (method != "lora")
+    assert added.item() == pytest.approx(expected)
+    assert added.requires_grad is (method != "lora")
 
 
 @pytest.mark.parametrize("objective", [SftConfig(), DpoConfig(beta=0.5)], ids=["sft", "dpo"])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraloom.adapters.adapter import SampleTokens
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.decoding import Decoding, make_cache
@@ -55,21 +56,24 @@ class HostOutput:
         loss: The base model's own loss, if labels were given.
         routing: Each mixture's routing by adapter name, an entry for each router, real tokens only;
             those of rows with one scale before those with the next.
+        samples: In training the samples whose tokens these are, by adapter name.
     """
 
     logits: Tensor
     past_key_values: Any = None
     loss: Tensor | None = None
     routing: dict[str, list[LayerRouting]] = field(default_factory=dict)
+    samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class HiddenOutput:
-    """Hidden states after the final norm, [B, L, D], and the routing record."""
+    """Hidden states after the final norm, [B, L, D], and the rest as in HostOutput."""
 
     last_hidden_state: Tensor
     routing: dict[str, list[LayerRouting]]
     past_key_values: Any = None
+    samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
 
 
 class Host(HeadOutputs):
@@ -173,7 +177,8 @@ class Host(HeadOutputs):
             out = self.model(
                 input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
             )
-        return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record))
+        samples = _samples(record, forward.layout)
+        return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record), samples)
 
     def hidden(
         self,
@@ -220,7 +225,23 @@ class Host(HeadOutputs):
             out = self._decoder(
                 input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
             )
-        return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out))
+        samples = _samples(record, forward.layout)
+        return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out), samples)
+
+    def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
+        """Add up what the adapters of a forward add to the objective, with their coefficients.
+
+        `loraloom train` adds the same to each job's loss: balance of the routers' load, their
+        z-loss, entropy, or what else the methods have. A loop of your own must add it too.
+
+        Args:
+            output: Of a forward with `training=True`.
+
+        Returns:
+            A scalar, which is 0 where no adapter adds anything.
+        """
+        losses = self._auxiliary_losses(output.routing, output.samples)
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
 
     def prefill(
         self,
@@ -464,12 +485,19 @@ class Host(HeadOutputs):
 
     def _auxiliary_loss(self, record: Record, layout: Layout) -> Tensor | None:
         """Add up what adapters add to the objective; None for nothing."""
-        losses = [
-            self.adapters[name].auxiliary_loss(routing, layout.sample_tokens(name))
-            for name, routing in _filled(record).items()
-        ]
-        present = [loss for loss in losses if loss is not None]
-        return torch.stack(present).sum() if present else None
+        losses = self._auxiliary_losses(_filled(record), _samples(record, layout))
+        return torch.stack(losses).sum() if losses else None
+
+    def _auxiliary_losses(
+        self,
+        routing: Mapping[str, list[LayerRouting]],
+        samples: Mapping[str, list[SampleTokens] | None],
+    ) -> list[Tensor]:
+        losses = (
+            self.adapters[name].auxiliary_loss(records, samples.get(name))
+            for name, records in routing.items()
+        )
+        return [loss for loss in losses if loss is not None]
 
     def _check_needs_no_scaling(self) -> None:
         """Refuse a base model whose trainer would have to scale its loss: nobody can tell."""
@@ -513,6 +541,10 @@ class Host(HeadOutputs):
 def _filled(record: Record) -> Record:
     """Leave out adapters without routers; one entry for each router."""
     return {name: join_routing(routing) for name, routing in record.items() if routing}
+
+
+def _samples(record: Record, layout: Layout) -> dict[str, list[SampleTokens] | None]:
+    return {name: layout.sample_tokens(name) for name, routing in record.items() if routing}
 
 
 def _cache_argument(model: nn.Module) -> str:
