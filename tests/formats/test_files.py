@@ -237,8 +237,26 @@ def test_another_stack_of_layers_is_another_base_model(base, tmp_path):
 
 
 def test_other_weights_of_the_same_shape_are_a_warning(saved, base):
-    with pytest.warns(UserWarning, match="trained on other weights than those of"):
-        read_adapter(saved, replace(base, fingerprint="another"))
+    message = (
+        r"trained on some-org/tiny-llama, the base model here is some-org/other \(weights differ.*"
+        "its outputs may be wrong"
+    )
+    with pytest.warns(UserWarning, match=message):
+        read_adapter(saved, replace(base, name_or_path="some-org/other", fingerprint="another"))
+
+
+@pytest.mark.parametrize("name", ["some-org/tiny-llama", "/models/Tiny-Llama", ""])
+def test_files_without_a_fingerprint_warn_of_a_base_model_of_another_name(base, tmp_path, name):
+    config = LoraConfig(rank=2)
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as PEFT writes it
+    message = "trained on some-org/tiny-llama, the base model here is some-org/other .*don't tell"
+    with pytest.warns(UserWarning, match=message):
+        read_adapter(tmp_path, replace(base, name_or_path="some-org/other"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_adapter(tmp_path, replace(base, name_or_path=name))
 
 
 def test_the_same_weights_are_no_warning(saved, base):

@@ -90,7 +90,8 @@ def test_families_the_reference_lacks_use_their_own_module_names(gpt_neox_base, 
 @pytest.mark.parametrize(("case", "width"), [("llama-mixlora", 96), ("qwen2-mixlora", 88)])
 def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_fixtures):
     ffn = {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}
-    base = replace(base, shapes=base.shapes | {f"mlp.{name}": size for name, size in ffn.items()})
+    shapes = base.shapes | {f"mlp.{name}": size for name, size in ffn.items()}
+    base = replace(base, shapes=shapes, name_or_path="/models/base")
     directory = shared_fixtures / case / "adapter"
     config, tensors = read_adapter(directory, base)
     assert config == MixLoraConfig(
@@ -110,6 +111,7 @@ def test_checkpoints_of_moe_peft_are_read(case, width, base, shared_fixtures):
 
 
 def test_phi_checkpoints_of_moe_peft_are_read(phi_base, shared_fixtures):
+    phi_base = replace(phi_base, name_or_path="/models/base")
     config, tensors = read_adapter(shared_fixtures / "phi-mixlora" / "adapter", phi_base)
     assert config.target_modules == ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
     assert tensors["layers.1.mlp.fc2.experts.3.lora_A"].shape == (4, 100)
@@ -118,7 +120,7 @@ def test_phi_checkpoints_of_moe_peft_are_read(phi_base, shared_fixtures):
 
 @pytest.mark.parametrize("case", ["llama-lora/adapter", "multi/lora"])
 def test_plain_checkpoints_of_moe_peft_are_read(case, base, shared_fixtures):
-    config, tensors = read_adapter(shared_fixtures / case, base)
+    config, tensors = read_adapter(shared_fixtures / case, replace(base, name_or_path="other/base"))
     assert type(config) is LoraConfig
     assert config.scaling == 2
     assert len(tensors) == 2 * 7 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -163,19 +164,37 @@ def _check_names(stored: StoredAdapter, shapes: dict[str, tuple[int, ...]]) -> N
 
 
 def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
-    if stored.base.fingerprint in (None, base.fingerprint):
+    """Warn of a base model of the same shapes that isn't the adapter's own.
+
+    The files of other programs have no fingerprint, but a name: paths differ from place to place,
+    so the last part alone is compared.
+    """
+    trained_on, here = (
+        record.name_or_path or "a model without a name" for record in (stored.base, base)
+    )
+    consequence = "It loads, but its outputs may be wrong. Load the base model it was trained on."
+    if stored.base.fingerprint is None:
+        names = [Path(name).name.lower() for name in (trained_on, here)]
+        if not (stored.base.name_or_path and base.name_or_path) or names[0] == names[1]:
+            return
+        difference = "its files don't tell whether the weights are the same"
+    elif stored.base.fingerprint == base.fingerprint:
         return
-    then, now = (kept or "floating point" for kept in (stored.base.quantization, base.quantization))
-    difference = f"fingerprint {stored.base.fingerprint}, here {base.fingerprint}"
-    advice = f"results may be wrong; it names {stored.base.name_or_path} as its base model"
-    if then != now:
-        difference = f"it had them in {then}, here they are in {now}"
-        advice = (
-            "results differ by the rounding if it is the same model, and may be wrong otherwise"
+    elif stored.base.quantization != base.quantization:
+        kinds = (stored.base.quantization, base.quantization)
+        then, now = (kind or "floating point" for kind in kinds)
+        difference = f"it had weights in {then}, here they are in {now}"
+        consequence = (
+            "It loads. If it is the same model, outputs differ by the rounding; if not, they may "
+            "be wrong."
+        )
+    else:
+        difference = (
+            f"weights differ: fingerprint {stored.base.fingerprint}, here {base.fingerprint}"
         )
     warnings.warn(
-        f"{stored.source} was trained on other weights than those of {base.name_or_path} "
-        f"({difference}); shapes fit, but {advice}",
+        f"{stored.source} was trained on {trained_on}, the base model here is {here} "
+        f"({difference}). {consequence}",
         stacklevel=4,
     )
 
