@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from contextlib import contextmanager
 
 import pytest
 
 from loraloom.errors import ConfigError, FormatError
-from loraloom.serve.adapters import AdapterShelf, AllInUseError, UnknownModelError
+from loraloom.serve.adapters import (
+    AdapterShelf,
+    BusyDownloadingError,
+    UnknownModelError,
+)
 from tests.tiny import METHODS, tiny_host
 
 
@@ -28,9 +33,13 @@ def host():
     return tiny_host(configs={"own": METHODS["lora"]})
 
 
+def acquire(shelf, name):
+    return shelf.take(name) or shelf.request(name).result(30)
+
+
 @contextmanager
 def using(shelf, name):
-    adapter = shelf.acquire(name)
+    adapter = acquire(shelf, name)
     yield adapter.host_name
     shelf.release(adapter)
 
@@ -53,10 +62,73 @@ def test_the_one_that_was_not_used_for_longest_goes(host, saved):
     assert [adapter.name for adapter in gone] == ["dora"]
 
 
-def test_adapters_in_use_stay(host, saved):
+def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved):
     shelf = AdapterShelf(host, "base", saved, max_lazy=1)
-    with using(shelf, "lora"), pytest.raises(AllInUseError, match="at most 1 adapters"):
-        shelf.acquire("dora")
+    with using(shelf, "lora"):
+        first, second = shelf.request("dora"), shelf.request("mixlora")
+        assert shelf.take("lora") is None  # it is the next one's turn
+        third = shelf.request("lora")
+        assert set(host.adapters) == {"own", "lora"}
+    for name, waiting in (("dora", first), ("mixlora", second), ("lora", third)):
+        adapter = waiting.result(30)
+        assert set(host.adapters) == {"own", name}
+        shelf.release(adapter)
+
+
+def test_requests_that_are_abandoned_take_no_place(host, saved):
+    shelf = AdapterShelf(host, "base", saved, max_lazy=1)
+    with using(shelf, "lora"):
+        gone, other = shelf.request("dora"), shelf.request("mixlora")
+        shelf.abandon(gone)
+    shelf.release(other.result(30))
+    shelf.abandon(other)  # too late, which lets it go once more
+    assert set(host.adapters) == {"own", "mixlora"}
+
+
+def test_adapters_follow_their_files(host, saved, tmp_path):
+    shutil.copytree(saved, directory := tmp_path / "mine")
+    shelf = AdapterShelf(host, "base", directory)
+    shelf.load("named", str(directory / "lora"))
+    for name in ("lora", "named"):
+        with using(shelf, name) as old:
+            before = host.adapters[old]
+            shutil.copytree(saved / "dora", directory / "lora", dirs_exist_ok=True)
+            (directory / "lora" / "adapter_config.json").touch()
+            with using(shelf, name) as new:
+                assert host.adapters[new].config.weight_decomposition
+            assert host.adapters[old] is before
+    shutil.rmtree(directory / "lora")
+    for name in ("lora", "named"):
+        with pytest.raises(UnknownModelError, match=f"the model '{name}' does not exist"):
+            acquire(shelf, name)
+        assert name not in shelf.names()
+    assert set(host.adapters) == {"own"}
+
+
+def test_a_hub_out_of_reach_delays_nobody_and_is_told(host, saved, monkeypatch):
+    def never(source):
+        assert source == "far/away"
+        released.wait(30)
+
+    released = threading.Event()
+    monkeypatch.setattr("loraloom.serve.adapters.find_adapter", never)
+    shelf = AdapterShelf(host, "base", saved, download_s=0.01)
+    for _ in range(4):
+        with pytest.raises(FormatError, match="'far/away' was not downloaded in 0"):
+            shelf.load("a", "far/away")
+    with pytest.raises(BusyDownloadingError, match="at most 4 adapters are downloaded at once"):
+        shelf.load("a", "far/away")
+    with using(shelf, "lora") as name:
+        assert name in host.adapters
+    released.set()
+
+
+def test_files_that_can_not_be_used_fail_those_that_wait_for_them(host, saved, tmp_path):
+    shutil.copytree(saved, directory := tmp_path / "mine")
+    (directory / "lora" / "adapter_model.safetensors").write_bytes(b"no")
+    shelf = AdapterShelf(host, "base", directory)
+    with pytest.raises(FormatError):
+        acquire(shelf, "lora")
     with using(shelf, "dora"):
         assert set(host.adapters) == {"own", "dora"}
 
@@ -68,7 +140,7 @@ def test_unloading_waits_for_those_that_use_it(host, saved):
         shelf.unload("a")
         assert name in host.adapters
         with pytest.raises(UnknownModelError, match="the model 'a' does not exist"):
-            shelf.acquire("a")
+            acquire(shelf, "a")
     assert set(host.adapters) == {"own"}
 
 
@@ -93,13 +165,13 @@ def test_a_name_on_the_host_that_is_anothers_is_passed_over(host, saved):
 def test_a_name_that_does_not_exist_waits_for_no_load(host, saved):
     shelf = AdapterShelf(host, "base", saved)
     with shelf._loading, pytest.raises(UnknownModelError):
-        shelf.acquire("nobody")
+        acquire(shelf, "nobody")
 
 
 @pytest.mark.parametrize("name", ["../lora", "lora/../lora", "notes", "", ".", "nobody"])
 def test_names_that_lead_elsewhere_do_not_exist(host, saved, name):
     with pytest.raises(UnknownModelError, match="does not exist"):
-        AdapterShelf(host, "base", saved).acquire(name)
+        acquire(AdapterShelf(host, "base", saved), name)
 
 
 def test_names_that_are_taken_or_unsafe_are_refused(host, saved):

@@ -14,7 +14,7 @@ from loraloom.infer.generate import check_token_ids
 from loraloom.models.decoding import Decoding
 from loraloom.serve.engine import Engine
 from loraloom.serve.limits import EngineLimits, OutOfTimeError, QueueFullError, StoppingError
-from loraloom.serve.sequence import Piece, ScoreRequest
+from loraloom.serve.sequence import Piece, ScoreRequest, Share
 from tests.serve.asking import TEXTS, Asked, alone, answers, finish, request, submit
 from tests.serve.conftest import NAMES, SIZES
 from tests.tiny import METHODS, tiny_host
@@ -69,6 +69,54 @@ def test_rows_that_do_not_fit_wait_and_are_computed_again(make_engine, tiny_toke
         assert engine.cache_tokens_in_use + engine.prefix_tokens <= 60
     assert engine.counts.num_preempted > 0
     assert [one.text for one in under_way] == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 4}])
+@pytest.mark.parametrize("late", [{"adapter": "dora"}, {"adapter": "lora", "tenant": "late"}])
+def test_rows_of_one_who_has_them_all_give_way_and_say_what_they_say_alone(
+    make_engine, tiny_tokenizer, settings, late
+):
+    engine = make_engine(max_rows=3)
+    many = [
+        request(tiny_tokenizer, text, "lora", place, max_new_tokens=100, ignore_end=True)
+        for place, text in enumerate([*TEXTS[:2], *TEXTS[:2]])
+    ]
+    many = [replace(one, sampling=one.sampling.model_copy(update=settings)) for one in many]
+    expected = [answers(make_engine(), [one])[0] for one in many]
+    under_way = submit(engine, *many)
+    for _ in range(5):
+        engine.step()
+    (other,) = submit(engine, request(tiny_tokenizer, "one", max_new_tokens=2, **late))
+    num_steps = 0
+    while not other.pieces or other.pieces[-1].finish_reason is None:
+        engine.step()
+        num_steps += 1
+    assert num_steps <= 20
+    assert engine.counts.num_preempted == 1
+    finish(engine)
+    assert [one.text for one in under_way] == expected
+
+
+def test_a_prompt_waits_for_no_long_ones_of_another_adapter(make_engine, tiny_tokenizer):
+    engine = make_engine(max_rows=2, prefill_tokens=8)
+    long = request(tiny_tokenizer, TEXTS[2] * 2, "lora")
+    submit(engine, long, long, long)
+    engine.step()
+    (short,) = submit(engine, request(tiny_tokenizer, "one", "dora", max_new_tokens=1))
+    engine.step()
+    engine.step()
+    assert short.pieces
+    finish(engine)
+
+
+def test_customers_know_nothing_of_one_anothers_prompts(make_engine, tiny_tokenizer):
+    for shares_prompts, expected in ((False, [0, 0, 1]), (True, [0, 1, 1])):
+        engine, known = make_engine(shares_prompts=shares_prompts), []
+        for tenant in ("a", "b", "b"):
+            before = engine.counts.cached_tokens["base"]
+            answers(engine, [request(tiny_tokenizer, TEXTS[2], tenant=tenant)])
+            known.append(int(engine.counts.cached_tokens["base"] > before))
+        assert known == expected
 
 
 def test_long_prompts_are_read_in_pieces_between_decoding_steps(make_engine, tiny_tokenizer):
@@ -256,7 +304,7 @@ def test_texts_to_be_scored_end_in_time_and_are_charged(make_engine, tiny_tokeni
     engine.score(asked, events.append)
     finish(engine)
     assert isinstance(events[1], Piece)
-    assert engine._scheduler._used == {"lora": len(asked.tokens)}
+    assert engine._scheduler.used(Share("", "lora")) == (len(asked.tokens),) * 2
 
 
 def test_tokens_beyond_the_embedding_are_refused(make_engine, host, tiny_tokenizer):
@@ -284,6 +332,8 @@ def test_a_full_queue_refuses(make_engine, tiny_tokenizer):
     submit(engine, *(request(tiny_tokenizer, "one") for _ in range(2)))
     with pytest.raises(QueueFullError, match="at most 2 requests may wait"):
         submit(engine, request(tiny_tokenizer, "one"))
+    with pytest.raises(QueueFullError), engine.accepting():
+        pass
     finish(engine)
 
 
@@ -293,6 +343,18 @@ def test_stopping_lets_requests_end_and_takes_no_more(make_engine, tiny_tokenize
     engine.stop()
     with pytest.raises(StoppingError):
         submit(engine, request(tiny_tokenizer, "one"))
+    engine.run()
+    assert asked.pieces[-1].finish_reason == "length"
+
+
+def test_stopping_waits_for_requests_whose_adapters_are_still_to_come(make_engine, tiny_tokenizer):
+    engine, asked = make_engine(), Asked(request(tiny_tokenizer, "one"))
+    with engine.accepting():
+        engine.stop()
+        assert not engine.is_idle
+        with pytest.raises(StoppingError), engine.accepting():
+            pass
+        engine.submit(asked.request, asked.events.append, is_accepted=True)
     engine.run()
     assert asked.pieces[-1].finish_reason == "length"
 

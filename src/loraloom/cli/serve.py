@@ -47,6 +47,7 @@ _EMBEDDED_ONLY = {
     "max_waiting": "vLLM's queue has no bound",
     "max_request_seconds": "vLLM's requests have no time limit",
     "max_body_bytes": "vLLM's requests have no size limit",
+    "shared_prompt_cache": "vLLM's prompt cache is shared unless requests have a cache_salt",
     "device": "vLLM runs where it was built for",
     "quantization": "vLLM quantises in ways of its own",
     "attn_implementation": "vLLM has attention of its own",
@@ -104,6 +105,14 @@ def serve(
     max_request_seconds: Annotated[
         float, typer.Option("--max-request-seconds", min=1, help="Longest time of a request.")
     ] = 600.0,
+    shared_prompt_cache: Annotated[
+        bool,
+        typer.Option(
+            "--shared-prompt-cache",
+            help="Let API keys use one another's cached prompts; response times then reveal which "
+            "prompts other keys have sent.",
+        ),
+    ] = False,
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1024, help="Largest request.")
     ] = 2 << 20,
@@ -155,7 +164,12 @@ def serve(
             )
             tokens = cache_tokens or default_cache_tokens(model, max_rows)
             limits = EngineLimits(
-                max_rows, tokens, prefill_tokens, max_waiting, max_request_seconds
+                max_rows,
+                tokens,
+                prefill_tokens,
+                max_waiting,
+                max_request_seconds,
+                shared_prompt_cache,
             )
             engine = Engine(model, tokenizer, limits)
             shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget)

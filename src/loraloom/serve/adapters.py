@@ -1,34 +1,48 @@
 """The adapters that requests may name, and which of them are on the host.
 
-An adapter that was loaded again under its name is another one: rows that use the old one end with
-it, and it goes when the last of them has ended. Where its files are what they were, the old one
-stays instead.
+An adapter follows its files: once they have changed, the next request loads them again, and once
+they have gone, it does not exist. An adapter that was loaded again under its name is another one:
+rows that use the old one end with it, and it goes when the last of them has ended. Where its files
+are what they were, the old one stays instead.
+
+Requests for adapters that are not loaded wait in the order in which they came, and loads are done
+one at a time. If all places are in use, an adapter for each that waits takes no more requests, so
+that nobody waits for longer than requests take. Downloads hold up nobody else.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
-from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.errors import AdapterError, ConfigError, FormatError, shown
+from loraloom.formats.hub import HUB_ID, find_adapter
 from loraloom.models.host import Host
 from loraloom.serve.threads import run_apart
+
+MAX_DOWNLOADS = 4
+DOWNLOAD_S = 300.0
+
+Files = frozenset[tuple[str, int, int, int]]
+"""What a directory's files are like: names, sizes, times and inodes."""
 
 
 class UnknownModelError(AdapterError):
     """There is no adapter of this name."""
 
 
-class AllInUseError(AdapterError):
-    """No more adapters can be loaded while those that are there are in use."""
+class BusyDownloadingError(AdapterError):
+    """Too many adapters are downloaded at once."""
 
 
 @dataclass
@@ -39,7 +53,7 @@ class ServedAdapter:
         name: Under which requests know it.
         host_name: Under which the host does.
         source: Where it was loaded from; empty if it was on the host already.
-        files: What they were like then (`_files_of`).
+        files: What they were like then; empty for what is not a directory here.
         is_lazy: It was loaded when it was first asked for, and may go when others are.
         num_users: Requests that use it.
         is_leaving: It takes no more requests.
@@ -48,10 +62,18 @@ class ServedAdapter:
     name: str
     host_name: str
     source: str
-    files: frozenset[tuple[str, int, int]] = frozenset()
+    files: Files = frozenset()
     is_lazy: bool = False
     num_users: int = 0
     is_leaving: bool = False
+
+
+@dataclass
+class _Waiter:
+    """A request for an adapter that is not loaded."""
+
+    name: str
+    adapter: Future[ServedAdapter] = field(default_factory=Future)
 
 
 class AdapterShelf:
@@ -64,95 +86,196 @@ class AdapterShelf:
         directory: Path | None = None,
         max_lazy: int = 8,
         on_removed: Callable[[Adapter], object] = lambda adapter: None,
+        download_s: float = DOWNLOAD_S,
     ):
         self.base_name = base_name
         self._host = host
         self._directory = directory
         self._max_lazy = max_lazy
         self._on_removed = on_removed
+        self._download_s = download_s
+        self._downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
         self._loading = threading.Lock()  # held while files are read
-        self._lock = threading.Lock()  # held for moments
+        self._lock = threading.RLock()  # held for moments, and never while others are told
         self._versions = count(2)
         self._served = {name: ServedAdapter(name, name, "") for name in host.adapters}
+        self._sources: dict[str, str] = {}  # directories that were named, not found
         self._leaving: list[ServedAdapter] = []
+        self._gone: deque[ServedAdapter] = deque()
+        self._waiters: deque[_Waiter] = deque()
+        self._is_loading = False
 
     def names(self) -> Mapping[str, str]:
         """Every adapter that may be asked for, and where its files are."""
         with self._lock:
-            sources = {adapter.name: adapter.source for adapter in self._served.values()}
-        return {**self._in_directory(), **sources}
+            served = list(self._served.values())
+            named = {name: source for name, source in self._sources.items() if _files_of(source)}
+        there = [one for one in served if not one.files or _files_of(one.source)]
+        return {**self._in_directory(), **named, **{one.name: one.source for one in there}}
 
-    def acquire(self, name: str) -> ServedAdapter:
-        """Begin to use an adapter, loaded now if need be, until `release`."""
-        adapter = self.take(name)
-        if adapter is not None:
-            return adapter
-        if name not in self._in_directory():  # before waiting for others to be loaded
-            raise UnknownModelError(f"the model {shown(name)} does not exist")
-        with self._loading:
-            adapter = self.take(name)  # somebody else loaded it meanwhile
-            if adapter is None:
-                self._make_place()
-                assert self._directory is not None
-                self._load(name, str(self._directory / name), is_lazy=True)
-                adapter = self.take(name)
-        assert adapter is not None
+    def take(self, name: str) -> ServedAdapter | None:
+        """Begin to use an adapter that is loaded, and whose files are what they were."""
+        adapter = self._take(name)
+        self._remove_gone()
         return adapter
+
+    def request(self, name: str) -> Future[ServedAdapter]:
+        """Ask to use an adapter, until `release`; the future's error is why it can't be loaded."""
+        waiter = _Waiter(name)
+        with self._lock:
+            if name not in self._served:
+                self._source_of(name)
+            self._waiters.append(waiter)
+        self._serve_waiters()
+        return waiter.adapter
+
+    def abandon(self, adapter: Future[ServedAdapter]) -> None:
+        """Ask no more for what `request` gave."""
+        if not adapter.cancel():
+            adapter.add_done_callback(
+                lambda done: None if done.exception() else self.release(done.result())
+            )
+        self._serve_waiters()
 
     def release(self, adapter: ServedAdapter) -> None:
         """End using an adapter."""
         with self._lock:
             adapter.num_users -= 1
-            is_done = adapter.is_leaving and adapter.num_users == 0
-            if is_done:
+            if adapter.is_leaving and adapter.num_users == 0:
                 self._leaving.remove(adapter)
-        if is_done:
-            self._remove(adapter)
+                self._gone.append(adapter)
+        self._serve_waiters()
 
     def load(self, name: str, source: str, *, replace: bool = False) -> None:
         """Load an adapter from a directory or hub id."""
         check_name(name)
+        self._check_free(name, replace=replace)
+        directory = self._fetch(source)
         with self._loading:
-            if name == self.base_name or (name in self._served and not replace):
-                raise ConfigError(
-                    f"the name {shown(name)} is taken; unload it first, or choose another"
-                )
-            self._load(name, source, is_lazy=False)
+            self._check_free(name, replace=replace)
+            self._load(name, source, directory, is_lazy=False)
+        if _files_of(source):
+            self._sources[name] = source
+        self._serve_waiters()
 
     def unload(self, name: str) -> None:
         """Let an adapter take no more requests, and go when those that it has have ended."""
         with self._lock:
-            adapter = self._served.pop(name, None)
-        if adapter is None:
-            raise UnknownModelError(f"no adapter {shown(name)} is loaded")
-        self._let_go(adapter)
+            source, adapter = self._sources.pop(name, None), self._served.pop(name, None)
+            if source is None and adapter is None:
+                raise UnknownModelError(f"no adapter {shown(name)} is loaded")
+            if adapter is not None:
+                self._let_go(adapter)
+        self._serve_waiters()
 
-    def take(self, name: str) -> ServedAdapter | None:
-        """Begin to use an adapter that is loaded; None if it isn't."""
+    def _take(self, name: str) -> ServedAdapter | None:
         with self._lock:
             adapter = self._served.pop(name, None)
-            if adapter is not None:
-                self._served[name] = adapter  # the last one is the one that was used last
-                adapter.num_users += 1
+            if adapter is None:
+                return None
+            if adapter.files and adapter.files != _files_of(adapter.source):
+                self._let_go(adapter)
+                return None
+            self._served[name] = adapter  # the last one is the one that was used last
+            adapter.num_users += 1
         return adapter
 
-    def _load(self, name: str, source: str, *, is_lazy: bool) -> None:
+    def _check_free(self, name: str, *, replace: bool) -> None:
+        if name == self.base_name or (name in self._served and not replace):
+            raise ConfigError(
+                f"the name {shown(name)} is taken; unload it first, or choose another"
+            )
+
+    def _fetch(self, source: str) -> Path:
+        """Give the directory of a source, downloaded in a thread apart if it is a hub id."""
+        if os.path.isdir(source) or not HUB_ID.fullmatch(source):
+            return find_adapter(source)
+        if not self._downloads.acquire(blocking=False):
+            raise BusyDownloadingError(
+                f"at most {MAX_DOWNLOADS} adapters are downloaded at once; try again later"
+            )
+        try:
+            download = partial(find_adapter, source)
+            return run_apart(download, self._download_s, self._downloads.release)
+        except TimeoutError:
+            raise FormatError(
+                f"the adapter {shown(source)} was not downloaded in {self._download_s:g} seconds; "
+                "check the network, or download it first and load its directory"
+            ) from None
+
+    def _serve_waiters(self) -> None:
+        """Hand adapters that are there to those that wait, and begin the next load."""
+        self._remove_gone()
+        with self._lock:
+            self._waiters = deque(one for one in self._waiters if not one.adapter.cancelled())
+            found = [(one, self._take(one.name)) for one in self._waiters]
+            for waiter, adapter in found:
+                if adapter is not None:
+                    self._waiters.remove(waiter)
+            loads = bool(self._waiters) and not self._is_loading and self._has_place()
+            self._is_loading |= loads
+            if loads:
+                name = self._waiters[0].name
+                threading.Thread(target=self._load_for, args=(name,), daemon=True).start()
+        for waiter, adapter in found:
+            if adapter is not None:
+                if waiter.adapter.set_running_or_notify_cancel():
+                    waiter.adapter.set_result(adapter)
+                else:
+                    self.release(adapter)
+        self._remove_gone()
+
+    def _has_place(self) -> bool:
+        """Make a place for the adapter of the first that waits, if one can go for it."""
+        name = self._waiters[0].name
+        if name in self._sources or any(one.name == name for one in self._leaving):
+            return True  # it needs none, or has one still
+        lazy = [one for one in self._served.values() if one.is_lazy]
+        leaving = [one for one in self._leaving if one.is_lazy]
+        if len(lazy) + len(leaving) < self._max_lazy:
+            return True
+        idle = [one for one in lazy if one.num_users == 0]
+        num_wanted = len({one.name for one in self._waiters})
+        for adapter in idle[:1] or lazy[: max(0, num_wanted - len(leaving))]:
+            del self._served[adapter.name]
+            self._let_go(adapter)
+        return bool(idle)
+
+    def _load_for(self, name: str) -> None:
+        """Load an adapter for those that wait for it."""
+        try:
+            source = self._source_of(name)
+            with self._loading:
+                self._load(name, source, Path(source), is_lazy=name not in self._sources)
+        except Exception as error:
+            with self._lock:
+                failed = [waiter for waiter in self._waiters if waiter.name == name]
+                self._waiters = deque(one for one in self._waiters if one.name != name)
+            for waiter in failed:
+                if waiter.adapter.set_running_or_notify_cancel():
+                    waiter.adapter.set_exception(error)
+        finally:
+            self._is_loading = False
+        self._serve_waiters()
+
+    def _load(self, name: str, source: str, directory: Path, *, is_lazy: bool) -> None:
+        self._remove_gone()
         files = _files_of(source)
         adapter = self._take_back(source, files)
         if adapter is None:
             host_name = name
             while host_name in self._host.adapters:
                 host_name = f"{name[:90]}.{next(self._versions)}"
-            run_apart(partial(self._host.load, host_name, source))
+            run_apart(partial(self._host.load, host_name, directory))
             adapter = ServedAdapter(name, host_name, source, files)
         with self._lock:
             adapter.name, adapter.is_lazy = name, is_lazy
             former = self._served.pop(name, None)
             self._served[name] = adapter
-        if former is not None:
-            self._let_go(former)
+            if former is not None:
+                self._let_go(former)
 
-    def _take_back(self, source: str, files: frozenset[Any]) -> ServedAdapter | None:
+    def _take_back(self, source: str, files: Files) -> ServedAdapter | None:
         """Keep the one of the same files that is leaving, if there is one, in place of a second."""
         with self._lock:
             for adapter in self._leaving:
@@ -162,56 +285,50 @@ class AdapterShelf:
                     return adapter
         return None
 
-    def _make_place(self) -> None:
-        """Let the adapter of the directory go that was not used for the longest time."""
-        with self._lock:
-            lazy = [adapter for adapter in self._served.values() if adapter.is_lazy]
-            if len(lazy) < self._max_lazy:
-                return
-            idle = next((adapter for adapter in lazy if adapter.num_users == 0), None)
-            if idle is None:
-                raise AllInUseError(
-                    f"at most {self._max_lazy} adapters are loaded at once, and all are in use; "
-                    "try again later"
-                )
-            del self._served[idle.name]
-        self._let_go(idle)
-
     def _let_go(self, adapter: ServedAdapter) -> None:
-        with self._lock:
-            is_done = adapter.num_users == 0
-            if not is_done:
-                adapter.is_leaving = True
-                self._leaving.append(adapter)
-        if is_done:
-            self._remove(adapter)
+        adapter.is_leaving = adapter.num_users > 0
+        (self._leaving if adapter.is_leaving else self._gone).append(adapter)
 
-    def _remove(self, adapter: ServedAdapter) -> None:
-        removed = self._host.adapter(adapter.host_name)
-        self._host.remove(adapter.host_name)
-        self._on_removed(removed)
+    def _remove_gone(self) -> None:
+        while self._gone:
+            with self._lock:
+                if not self._gone:
+                    return
+                name = self._gone.popleft().host_name
+                removed = self._host.adapter(name)
+                self._host.remove(name)
+            self._on_removed(removed)
+
+    def _source_of(self, name: str) -> str:
+        """Say where the files of an adapter are."""
+        named = self._sources.get(name)
+        if named is not None and _files_of(named):
+            return named
+        if self._directory is not None and _is_adapter(self._directory, name):
+            return str(self._directory / name)
+        raise UnknownModelError(f"the model {shown(name)} does not exist")
 
     def _in_directory(self) -> dict[str, str]:
-        if self._directory is None or not self._directory.is_dir():
+        directory = self._directory
+        if directory is None or not directory.is_dir():
             return {}
-        return {
-            path.name: str(path)
-            for path in sorted(self._directory.iterdir())
-            if (path / CONFIG_FILE).is_file() and _is_name(path.name)
-        }
+        names = sorted(path.name for path in directory.iterdir())
+        return {name: str(directory / name) for name in names if _is_adapter(directory, name)}
 
 
-def _files_of(source: str) -> frozenset[tuple[str, int, int]]:
-    """Names, sizes and times of a directory's files; none on the Hub, or where it can't be read."""
+def _files_of(source: str) -> Files:
+    """What a directory's files are like; empty on the Hub, or where it can't be read."""
     try:
-        stats = [(file.name, file.stat()) for file in Path(source).iterdir() if file.is_file()]
+        files = [file for file in os.scandir(source) if file.is_file()] if source else []
+        stats = [(file.name, file.stat()) for file in files]
     except (OSError, ValueError):  # loading says what is wrong with it
         return frozenset()
-    return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return frozenset((name, one.st_size, one.st_mtime_ns, one.st_ino) for name, one in stats)
 
 
-def _is_name(text: str) -> bool:
+def _is_adapter(directory: Path, name: str) -> bool:
     try:
-        return bool(check_name(text))
+        check_name(name)
     except ConfigError:
         return False
+    return (directory / name / CONFIG_FILE).is_file()

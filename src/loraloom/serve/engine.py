@@ -15,7 +15,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
@@ -58,6 +59,10 @@ _log = logging.getLogger(__name__)
 
 ROUTING_STEPS = 16
 """Of this many steps, one counts which experts tokens are sent to."""
+MIN_TURN = 16
+"""Tokens that a row generates at least before it gives way to others."""
+READ_PER_TOKEN = 8
+"""Tokens that are read in about the time in which one is generated."""
 MAX_PREPARED = 32
 """Most adapters, each in each scale, whose weights are kept in compute form."""
 
@@ -68,6 +73,7 @@ class _Reading:
 
     row: Row
     session: Decoding | None = None
+    num_known: int = 0
     num_read: int = 0
 
 
@@ -99,6 +105,7 @@ class Engine:
         self._prepared = PreparedWeights()
         self._prepared_for: set[RowAdapter] = set()
         self._gone: list[Adapter] = []
+        self._num_accepted = 0
         self._salts = Salts(host, self._forget_weights)
 
     @property
@@ -113,13 +120,13 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return self.num_running == self.num_waiting == len(self._gone) == 0
+        """Whether there is nothing to do, and nothing promised."""
+        return not self._has_work and self._num_accepted == 0
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait."""
-        return len(self._scheduler) + len(self._scores)
+        """Requests that wait, those whose adapters are being loaded too."""
+        return len(self._scheduler) + len(self._scores) + self._num_accepted
 
     @property
     def cache_tokens_in_use(self) -> int:
@@ -131,18 +138,45 @@ class Engine:
         """Tokens of prompts that are kept for those that begin alike."""
         return self._prefixes.num_tokens
 
-    def submit(self, request: GenerationRequest, sink: Sink, on_gone: OnGone = lambda: None) -> Row:
+    @contextmanager
+    def accepting(self) -> Iterator[None]:
+        """Take a request whose adapter is still to be loaded: `stop` waits for its end."""
+        with self._lock:
+            self._check_open()
+            self._num_accepted += 1
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._num_accepted -= 1
+                self._wake.notify_all()
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        sink: Sink,
+        on_gone: OnGone = lambda: None,
+        *,
+        is_accepted: bool = False,
+    ) -> Row:
         """Ask for a completion."""
         self._check(request)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
-            self._check_open()
+            self._check_open(is_accepted=is_accepted)
             row.arrival = next(self._arrivals)
             self._scheduler.add(row, self._served)
             self._wake.notify_all()
         return row
 
-    def score(self, request: ScoreRequest, sink: Sink, on_gone: OnGone = lambda: None) -> Score:
+    def score(
+        self,
+        request: ScoreRequest,
+        sink: Sink,
+        on_gone: OnGone = lambda: None,
+        *,
+        is_accepted: bool = False,
+    ) -> Score:
         """Ask for the log-probabilities of given tokens; other arguments and errors as `submit`."""
         self._check_adapter(request.adapter_name)
         room = self.host.config.max_position_embeddings
@@ -153,7 +187,7 @@ class Engine:
         check_token_ids(request.tokens, self.host.config.vocab_size, "prompt")
         score = Score(request, sink, on_gone)
         with self._wake:
-            self._check_open()
+            self._check_open(is_accepted=is_accepted)
             self._scores.append(score)
             self._wake.notify_all()
         return score
@@ -180,9 +214,9 @@ class Engine:
         """Do steps while there is something to do, and wait for more, until `stop`."""
         while True:
             with self._wake:
-                while self.is_idle and not self.is_stopping:
+                while not self._has_work and not (self.is_stopping and self.is_idle):
                     self._wake.wait()
-                if self.is_idle:
+                if not self._has_work:
                     return
             try:
                 self.step()
@@ -201,16 +235,21 @@ class Engine:
         self._choose()
         self._make_room()
         self._decode()
-        return not self.is_idle
+        return self._has_work
 
     @property
     def _served(self) -> list[Row]:
         return [*self._rows, *(reading.row for reading in self._reading)]
 
-    def _check_open(self) -> None:
-        if self.is_stopping:
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._scheduler or self._scores or self._gone or self.num_running)
+
+    def _check_open(self, *, is_accepted: bool = False) -> None:
+        if self.is_stopping and not is_accepted:
             raise StoppingError("the server is stopping; ask another one, or later")
-        if self.num_waiting >= self.limits.max_waiting:
+        num_sent_back = sum(row.settled_length > 0 for row in self._scheduler)
+        if self.num_waiting - num_sent_back - is_accepted >= self.limits.max_waiting:
             raise QueueFullError(
                 f"at most {self.limits.max_waiting} requests may wait, and so many do; "
                 "try again later",
@@ -284,7 +323,7 @@ class Engine:
                 batch.append(self._scores.popleft())
                 room -= len(batch[-1].request.tokens)
             for score in batch:
-                self._scheduler.charge(score.request.owner, len(score.request.tokens))
+                self._scheduler.charge(score.share, len(score.request.tokens))
         for score in over:
             if not score.is_cancelled:
                 score.sink(Failure(self._too_late()))
@@ -293,15 +332,23 @@ class Engine:
             score.on_gone()
 
     def _is_late(self, row: Row | Score) -> bool:
-        return time.monotonic() - row.arrived_s > self.limits.max_request_s
+        return time.monotonic() - row.request.arrived_s > self.limits.max_request_s
 
     def _too_late(self) -> OutOfTimeError:
         return OutOfTimeError(f"a request must end in {self.limits.max_request_s:g} seconds")
 
     def _admit(self) -> None:
+        """Take rows in, and send others back for those that were served less."""
         with self._lock:
-            while (row := self._scheduler.admit(self._served)) is not None:
-                self._reading.append(_Reading(row))
+            while True:
+                while (row := self._scheduler.admit(self._served)) is not None:
+                    self._reading.append(_Reading(row))
+                movable = [row for row in self._rows if row.length >= row.settled_length]
+                movable += [reading.row for reading in self._reading if reading.session is None]
+                victim = self._scheduler.victim(self._served, movable)
+                if victim is None:
+                    break
+                self._send_back(victim)
         self._bound_prepared()
         self._fit_prefixes()
 
@@ -313,19 +360,19 @@ class Engine:
             self._prepare_anew(served)
 
     def _read(self) -> None:
-        """Read pieces of prompts, the oldest first; rows that are read join the others."""
+        """Read pieces of prompts, first of whoever was served least; rows then join the others."""
         budget = self.limits.prefill_tokens
         while self._reading and budget > 0:
-            reading = self._reading[0]
+            reading = min(self._reading, key=lambda one: self._scheduler.used(one.row.share))
             try:
                 budget -= self._read_piece(reading, budget)
             except Exception as error:
                 log_failure("a prompt could not be read", error)
-                self._reading.pop(0)
+                self._reading.remove(reading)
                 self._fail(reading.row, error)
                 continue
             if reading.num_read == reading.row.length:
-                self._reading.pop(0)
+                self._reading.remove(reading)
                 try:
                     self._join(reading)
                 except Exception as error:  # sessions may be joined in some layers alone
@@ -338,11 +385,11 @@ class Engine:
         row, adapter = reading.row, reading.row.request.adapter
         tokens = row.tokens
         if reading.session is None:
-            row.salt = self._salts.of(adapter)
+            row.salt = self._salt_of(row)
             known = self._prefixes.find(row.salt, tokens)
             if known is not None:
                 reading.session = Decoding.resume(adapter, known, self._prepared)
-                reading.num_read = row.num_cached = known.shape[3]
+                reading.num_read = reading.num_known = known.shape[3]
         piece = tokens[reading.num_read : reading.num_read + max_tokens]
         input_ids = torch.tensor([piece], device=self.host.device)
         # a row that was sent back is told what its last token met, which it wasn't yet
@@ -355,7 +402,8 @@ class Engine:
         if record is not None and reading.num_read == row.length:
             (routing,) = record.values()
             row.was_read(choices_by_token(routing)[-1])
-        self._scheduler.charge(row.owner, len(piece))
+        if not row.new_ids:  # what is read again is nobody's wish
+            self._scheduler.charge(row.share, len(piece))
         return len(piece)
 
     def _join(self, reading: _Reading) -> None:
@@ -363,8 +411,10 @@ class Engine:
         assert session is not None
         if not row.new_ids:
             self.counts.prompt_tokens[row.owner] += row.length
-            self.counts.cached_tokens[row.owner] += row.num_cached
-        self._remember(session, 0, row, row.tokens)
+            self.counts.cached_tokens[row.owner] += reading.num_known
+        turn = max(MIN_TURN, (row.length - reading.num_known) // READ_PER_TOKEN)
+        row.settled_length = row.length + turn
+        self._remember(session, 0, row)
         if self._session is None:
             self._session = session
         else:
@@ -400,21 +450,23 @@ class Engine:
             return True
         self.counts.generated_tokens[row.owner] += 1
         if reason is not None:
-            self._remember(self._session, place, row, row.tokens[:-1])  # the last one isn't read
+            self._remember(self._session, place, row)
             self._end(row, reason)
         return reason is not None
 
     def _make_room(self) -> None:
-        """Send the rows that came last back to the queue while the cache would overflow."""
+        """Send rows back to the queue while the cache would overflow."""
         while len(self._served) > 1 and (
             self._scheduler.cached_tokens(self._served, added=1) > self.limits.cache_tokens
         ):
-            self._send_back(max(self._served, key=lambda row: row.arrival))
-            self.counts.num_preempted += 1
+            self._send_back(self._scheduler.greediest(self._served))
         self._fit_prefixes()
 
     def _send_back(self, row: Row) -> None:
+        self.counts.num_preempted += 1
         if row in self._rows:
+            assert self._session is not None
+            self._remember(self._session, self._rows.index(row), row)
             self._keep([place for place, other in enumerate(self._rows) if other is not row])
         else:
             self._reading = [reading for reading in self._reading if reading.row is not row]
@@ -436,7 +488,7 @@ class Engine:
             return
         self._scheduler.clear(self._rows)
         for row in self._rows:
-            self._scheduler.charge(row.owner, 1)
+            self._scheduler.charge(row.share, 1)
         if record and is_counted:
             owners = {row.request.adapter_name: row.owner for row in self._rows}
             for name, routing in record.items():
@@ -506,7 +558,7 @@ class Engine:
 
     def _end(self, row: Row, outcome: Outcome) -> None:
         self.counts.requests[row.owner, outcome] += 1
-        row.seconds = time.monotonic() - row.arrived_s
+        row.seconds = time.monotonic() - row.request.arrived_s
         self._mean_s += 0.1 * (row.seconds - self._mean_s)
         self.on_end(row)
         row.on_gone()
@@ -516,12 +568,18 @@ class Engine:
         for row in served:
             self._fail(row, error)
 
-    def _remember(self, session: Decoding, place: int, row: Row, tokens: list[int]) -> None:
+    def _salt_of(self, row: Row) -> Hashable:
+        """What tells those apart who may not use one another's prompts."""
+        tenant = None if self.limits.shares_prompts else row.share.tenant
+        return tenant, self._salts.of(row.request.adapter)
+
+    def _remember(self, session: Decoding, place: int, row: Row) -> None:
         """Keep the states of a row's whole blocks for prompts that begin alike."""
         if keeps_running_states(self.host.config):  # of which no token has a part
             return
-        if self._salts.of(row.request.adapter) != row.salt:  # weights have changed
+        if self._salt_of(row) != row.salt:  # weights have changed
             return
+        tokens = row.tokens[: int(session.lengths[place])]  # the last one may not be read yet
         try:
             self._prefixes.remember(session, place, row.salt, tokens)
         except Exception as error:  # of memory, say; the row does without it

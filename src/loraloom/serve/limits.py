@@ -17,6 +17,8 @@ class EngineLimits:
         prefill_tokens: Most tokens of prompts that are read between two decoding steps.
         max_waiting: Most requests that wait.
         max_request_s: Seconds after which a request fails, waiting included.
+        shares_prompts: Whoever asks may use what is kept of others' prompts. Then the time to the
+            first token says what others have asked.
     """
 
     max_rows: int = 32
@@ -24,6 +26,7 @@ class EngineLimits:
     prefill_tokens: int = 256
     max_waiting: int = 256
     max_request_s: float = 600.0
+    shares_prompts: bool = False
 
 
 class QueueFullError(LoraloomError):

@@ -1,18 +1,22 @@
-"""Who is served next, and who waits again when memory is short.
+"""Who is served next, and who waits again when there is no room for all.
 
-Adapters get fair shares of the computed tokens; within an adapter, requests are served in the order
-in which they came. The cache is a rectangle, as many rows as are served times the longest of them.
+Customers (their API keys) share the computed tokens evenly, and so do the adapters of a customer.
+Within an adapter, requests are served in the order in which they came. Rows that run give way to
+those of whoever was served less. The cache is a rectangle, as many rows as are served times the
+longest of them.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
-from loraloom.serve.sequence import Row
+from loraloom.serve.sequence import Row, Share
 
 _ROOM = 16
 """Tokens that a row must have room for when it joins others, so that it isn't sent back at once."""
+_QUANTUM = 64
+"""Tokens that one may be ahead of another who has as good as many rows."""
 
 
 class Scheduler:
@@ -26,8 +30,8 @@ class Scheduler:
     def __init__(self, max_rows: int, max_tokens: int):
         self.max_rows = max_rows
         self.max_tokens = max_tokens
-        self._waiting: dict[str, deque[Row]] = {}
-        self._used: dict[str, int] = {}
+        self._waiting: dict[Share, deque[Row]] = {}
+        self._used: Counter[str | Share] = Counter()  # of customers, and of adapters of each
         self._suspects: set[str | None] = set()
 
     def __len__(self) -> int:
@@ -41,41 +45,75 @@ class Scheduler:
 
     def add(self, row: Row, served: Sequence[Row]) -> None:
         """Let a request wait; `served` are the rows under way."""
-        if row.owner not in self._waiting:
-            busy = {*self._waiting, *(other.owner for other in served)} - {row.owner}
-            # who comes back after a while has no claim to what it did not use meanwhile
-            least = min((self._used.get(owner, 0) for owner in busy), default=0)
-            self._used[row.owner] = max(self._used.get(row.owner, 0), least)
-            self._waiting[row.owner] = deque()
-        self._waiting[row.owner].append(row)
+        shares = {*self._waiting, *(other.share for other in served)}
+        self._enter(row.share.tenant, [share.tenant for share in shares])
+        self._enter(row.share, [share for share in shares if share.tenant == row.share.tenant])
+        self._waiting.setdefault(row.share, deque()).append(row)
+
+    def _enter(self, newcomer: str | Share, busy: Sequence[str | Share]) -> None:
+        """Who comes back after a while has no claim to what it did not use meanwhile."""
+        if busy and newcomer not in busy:
+            least = min(self._used[other] for other in busy)
+            self._used[newcomer] = max(self._used[newcomer], least)
 
     def put_back(self, row: Row) -> None:
         """Let a row wait that was served already: it is the next of its adapter."""
-        self._waiting.setdefault(row.owner, deque()).appendleft(row)
+        self._waiting.setdefault(row.share, deque()).appendleft(row)
 
-    def charge(self, owner: str, num_tokens: int) -> None:
+    def charge(self, share: Share, num_tokens: int) -> None:
         """Count tokens that were computed."""
-        self._used[owner] = self._used.get(owner, 0) + num_tokens
+        self._used[share.tenant] += num_tokens
+        self._used[share] += num_tokens
+
+    def used(self, share: Share) -> tuple[int, int]:
+        """Tokens of the customer and of its adapter: who has least is the next."""
+        return self._used[share.tenant], self._used[share]
 
     def remove(self, row: Row) -> None:
         """Forget a request that waits."""
-        self._waiting[row.owner].remove(row)
-        self._drop_if_empty(row.owner)
+        self._waiting[row.share].remove(row)
+        if not self._waiting[row.share]:
+            del self._waiting[row.share]
 
     def admit(self, served: Sequence[Row]) -> Row | None:
         """Take the next request out of the queue; None if there is none that fits.
 
         Nobody overtakes: a request that doesn't fit now is the next one when others have ended.
         """
-        if not self._waiting or len(served) >= self.max_rows:
+        row = self._next()
+        if row is None or len(served) >= self.max_rows or not self._may_join(row, served):
             return None
-        owner = min(self._waiting, key=lambda owner: self._used.get(owner, 0))
-        row = self._waiting[owner][0]
-        if not self._may_join(row, served):
-            return None
-        self._waiting[owner].popleft()
-        self._drop_if_empty(owner)
+        self.remove(row)
         return row
+
+    def victim(self, served: Sequence[Row], movable: Sequence[Row]) -> Row | None:
+        """Choose the row that makes room for the next request; None if nobody has to.
+
+        Rows move from who has more of them to who has fewer, and where the numbers differ by one
+        they take turns, so that two who have as many each never drive one another out.
+        """
+        row = self._next()
+        if row is None:
+            return None
+        rows: Counter[str | Share] = Counter(other.share for other in served)
+        rows.update(other.share.tenant for other in served)
+
+        def lead(other: Row) -> tuple[int, int, int]:
+            """In rows and tokens, of the customers or of one customer's adapters."""
+            theirs, ours = other.share, row.share
+            if theirs.tenant != ours.tenant:
+                theirs, ours = theirs.tenant, ours.tenant
+            tokens = self._used[theirs] - self._used[ours]
+            return rows[theirs] - rows[ours], tokens, other.arrival
+
+        leads = {lead(other): other for other in movable}
+        allowed = [one for one in leads if one[0] > 1 and one[1] > 0]
+        allowed += [one for one in leads if one[0] == 1 and one[1] > _QUANTUM]
+        return leads[max(allowed)] if allowed else None
+
+    def greediest(self, served: Sequence[Row]) -> Row:
+        """Choose the row that goes when the cache is full."""
+        return max(served, key=lambda row: (*self.used(row.share), row.arrival))
 
     def cached_tokens(self, served: Sequence[Row], added: int = 0) -> int:
         """Tokens of the cache that rows take up when each has `added` more."""
@@ -89,6 +127,11 @@ class Scheduler:
         """Trust the adapters of rows that went well."""
         self._suspects -= {row.request.adapter_name for row in rows}
 
+    def _next(self) -> Row | None:
+        if not self._waiting:
+            return None
+        return self._waiting[min(self._waiting, key=self.used)][0]
+
     def _may_join(self, row: Row, served: Sequence[Row]) -> bool:
         if not served:
             return True
@@ -97,7 +140,3 @@ class Scheduler:
         if self._suspects & {*adapters, own} and adapters != {own}:
             return False
         return self.cached_tokens([*served, row], added=_ROOM) <= self.max_tokens
-
-    def _drop_if_empty(self, owner: str) -> None:
-        if not self._waiting[owner]:
-            del self._waiting[owner]

@@ -26,6 +26,13 @@ FinishReason = Literal["stop", "length"]
 """An end token or a stop text came, or there is no room for more tokens."""
 
 
+class Share(NamedTuple):
+    """Whose turn a request uses up: the adapter's or base model's, of who asks."""
+
+    tenant: str
+    owner: str
+
+
 @runtime_checkable
 class Constraint(Protocol):
     """What tokens may follow one another, such as those of a JSON schema."""
@@ -46,7 +53,7 @@ class GenerationRequest:
     Args:
         prompt_ids: Tokens to continue, at least one.
         adapter: Its name on the host, perhaps with a scale; None is the base model.
-        owner: Whose turn it uses up, and under which name it is counted: the model's public name.
+        owner: Under which name it is counted: the model's public name.
         sampling: How tokens are chosen; no beams.
         place: Which of several completions of the prompt; draws follow from it and the seed, as
             they do from a prompt's place in `generate`.
@@ -58,6 +65,8 @@ class GenerationRequest:
         constraint: What tokens may follow; it belongs to this request alone.
         tells_routing: Tell which experts read each token.
         continues: The text goes on where the prompt's ends, with the space between them.
+        tenant: Who asks, such as an API key; others share neither its turn nor its prompts.
+        arrived_s: When it came, by the monotonic clock.
     """
 
     prompt_ids: Sequence[int]
@@ -73,6 +82,8 @@ class GenerationRequest:
     constraint: Constraint | None = None
     tells_routing: bool = False
     continues: bool = False
+    tenant: str = ""
+    arrived_s: float = field(default_factory=time.monotonic)
 
     @property
     def adapter_name(self) -> str | None:
@@ -97,12 +108,16 @@ class ScoreRequest:
         adapter: As in `GenerationRequest`.
         owner: As there.
         num_top: Most likely tokens to tell with each.
+        tenant: As there.
+        arrived_s: As there.
     """
 
     tokens: Sequence[int]
     adapter: RowAdapter
     owner: str
     num_top: int = 0
+    tenant: str = ""
+    arrived_s: float = field(default_factory=time.monotonic)
 
     @property
     def adapter_name(self) -> str | None:
@@ -174,7 +189,7 @@ class Score:
         self.request = request
         self.sink = sink
         self.on_gone = on_gone
-        self.arrived_s = time.monotonic()
+        self.share = Share(request.tenant, request.owner)
         self.is_cancelled = False
 
     def tell(self, scores: TokenScores) -> None:
@@ -208,8 +223,8 @@ class Row:
         self.request = request
         self.sink = sink
         self.on_gone = on_gone
+        self.share = Share(request.tenant, request.owner)
         self.new_ids: list[int] = []
-        self.arrived_s = time.monotonic()
         self.first_token_s: float | None = None
         self.seconds = 0.0
         """From its arrival to its end."""
@@ -218,8 +233,8 @@ class Row:
         self.is_cancelled = False
         self.salt: Hashable = None
         """What told the adapter's weights from others when its prompt was read."""
-        self.num_cached = 0
-        """Tokens of the prompt that needed no computation."""
+        self.settled_length = 0
+        """How long it must be before it gives way to others, so that it was worth the reading."""
         before = request.prompt_ids[-NUM_BEFORE:] if request.continues else ()
         self._text = TextStream(tokenizer, request.sampling.stop, before)
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
@@ -233,7 +248,7 @@ class Row:
 
     @property
     def owner(self) -> str:
-        """Whose turn it uses up."""
+        """Under which name it is counted."""
         return self.request.owner
 
     @property

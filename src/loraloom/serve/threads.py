@@ -10,7 +10,11 @@ from typing import TypeVar
 _Value = TypeVar("_Value")
 
 
-def run_apart(work: Callable[[], _Value]) -> _Value:
+def run_apart(
+    work: Callable[[], _Value],
+    timeout_s: float | None = None,
+    on_end: Callable[[], object] = lambda: None,
+) -> _Value:
     """Do something that computes in a thread that ends with it, and return its result.
 
     On CPUs, GNU's OpenMP gives every thread that computes helpers, which live as long as it does.
@@ -22,11 +26,15 @@ def run_apart(work: Callable[[], _Value]) -> _Value:
 
     def run() -> None:
         try:
-            future.set_result(work())
+            result = work()
         except BaseException as error:
+            on_end()
             future.set_exception(error)
+        else:
+            on_end()
+            future.set_result(result)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join()
-    return future.result()
+    thread.join(timeout_s)
+    return future.result(timeout=0)

@@ -27,12 +27,13 @@ def serving(
     directory: Any = None,
     options: ApiOptions | None = None,
     base: str = BASE,
+    max_adapters: int = 8,
     **limits: Any,
 ) -> Iterator[tuple[str, Engine]]:
     """Serve a host in this process; gives the address, and the engine."""
     settings = {"max_rows": 8, "cache_tokens": 4096, "prefill_tokens": 64}
     engine = Engine(host, tokenizer, EngineLimits(**settings | limits))
-    shelf = AdapterShelf(host, base, directory, on_removed=engine.forget)
+    shelf = AdapterShelf(host, base, directory, max_adapters, engine.forget)
     app = create_app(engine, tokenizer, shelf, options)
     config = uvicorn.Config(app, log_level="error", ws="none", lifespan="on")
     with listen("127.0.0.1", 0) as sock:

@@ -272,6 +272,37 @@ def test_a_stopping_server_refuses_and_lets_requests_end(host, tokenizer):
     assert answers[0].json()["usage"]["completion_tokens"] == 150
 
 
+def test_requests_for_more_adapters_than_fit_end_even_when_the_server_stops(host, tokenizer, saved):
+    models = ["lazy-lora", "lazy-mixlora"] * 3
+    answers = []
+    with serving(host, tokenizer, saved, max_adapters=1) as (url, engine):
+
+        def ask(model):
+            body = CHAT | {"model": model}
+            answers.append(httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60))
+
+        threads = [threading.Thread(target=ask, args=(model,)) for model in models]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: engine.num_waiting + engine.num_running + len(answers) == len(models))
+        engine.stop()
+        for thread in threads:
+            thread.join()
+    assert [answer.status_code for answer in answers] == [200] * len(models)
+
+
+def test_a_key_says_nothing_of_the_prompts_of_another(host, tokenizer):
+    options = ApiOptions(api_keys=("a", "b"))
+    body = CHAT | {"messages": [{"role": "user", "content": "the sky is blue " * 4}]}
+    with serving(host, tokenizer, options=options) as (url, engine):
+        cached = []
+        for key in "abb":
+            headers = {"Authorization": f"Bearer {key}"}
+            httpx2.post(f"{url}/v1/chat/completions", json=body, headers=headers)
+            cached.append(engine.counts.cached_tokens["lora"])
+    assert cached[0] == cached[1] == 0 < cached[2]
+
+
 def test_addresses_that_can_not_be_used_are_errors():
     with listen("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]

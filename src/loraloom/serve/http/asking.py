@@ -11,11 +11,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-import anyio
 from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -32,7 +31,9 @@ from loraloom.serve.constraints import JsonConstraints
 from loraloom.serve.engine import Engine
 from loraloom.serve.failures import log_failure
 from loraloom.serve.http.errors import ApiError, api_error
+from loraloom.serve.http.guards import TENANT
 from loraloom.serve.http.objects import RouterChoices, SamplingBody, TokenChoices, Usage
+from loraloom.serve.limits import OutOfTimeError
 from loraloom.serve.sequence import (
     Constraint,
     Event,
@@ -88,13 +89,8 @@ class Backend:
         ends = end_tokens(host, self.tokenizer)
         return JsonConstraints(self.tokenizer, host.config.vocab_size, ends)
 
-    @cached_property
-    def _loading_threads(self) -> anyio.CapacityLimiter:
-        """Threads that may wait for a slow load, apart from those that read prompts."""
-        return anyio.CapacityLimiter(256)
-
-    async def acquire(self, model: str) -> ServedModel:
-        """Begin to use the adapter that a model's name says."""
+    async def acquire(self, model: str, http: Request) -> ServedModel:
+        """Begin to use the adapter that a model's name says, as soon as it is there."""
         if model == self.shelf.base_name:
             return ServedModel(model, None, None)
         name, colon, text = model.partition(":")
@@ -106,11 +102,28 @@ class Backend:
                 param="model",
             )
         scale = _scale(text) if colon else None
-        adapter = self.shelf.take(name) or await anyio.to_thread.run_sync(
-            self.shelf.acquire, name, limiter=self._loading_threads
-        )
+        adapter = self.shelf.take(name) or await self._wait_for(name, http)
         row_adapter = adapter.host_name if scale is None else (adapter.host_name, scale)
         return ServedModel(name, row_adapter, adapter)
+
+    async def _wait_for(self, name: str, http: Request) -> ServedAdapter:
+        loading = self.shelf.request(name)
+        adapter = asyncio.wrap_future(loading)
+        gone = asyncio.create_task(_disconnected(http))
+        limit_s = self.engine.limits.max_request_s
+        try:
+            done, _ = await asyncio.wait(
+                {adapter, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if adapter in done:
+                return adapter.result()
+        finally:
+            gone.cancel()
+            if not adapter.done():
+                self.shelf.abandon(loading)
+        if gone in done:
+            raise ClientGoneError("the client has gone")
+        raise OutOfTimeError(f"the model {shown(name)} must be loaded in {limit_s:g} seconds")
 
     def release(self, model: ServedModel) -> None:
         """End using a model."""
@@ -275,8 +288,8 @@ class Answers:
 
     def _submit(self, request: GenerationRequest | ScoreRequest, sink: Sink) -> Row | Score:
         if isinstance(request, ScoreRequest):
-            return self._engine.score(request, sink, self._gone.count)
-        return self._engine.submit(request, sink, self._gone.count)
+            return self._engine.score(request, sink, self._gone.count, is_accepted=True)
+        return self._engine.submit(request, sink, self._gone.count, is_accepted=True)
 
     def _tell(self, index: int, event: Event) -> None:
         self._events.append((index, event))
@@ -284,11 +297,16 @@ class Answers:
             self._waker.wake(self._signal)
 
     async def _watch(self, http: Request) -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
+        await _disconnected(http)
         self.cancel()
         self._events.append((0, Failure(ClientGoneError("the client has gone"))))
         self._signal.set()
+
+
+async def _disconnected(http: Request) -> None:
+    """Wait until the client has gone."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _is_last(event: Event) -> bool:
@@ -323,14 +341,19 @@ async def ask(
     in_pieces: bool,
 ) -> Answers:
     """Hand the engine what a model is asked for."""
-    served = await backend.acquire(model)
-    try:
-        requests = make_requests(served)
-    except BaseException:
-        backend.release(served)
-        raise
-    on_gone = partial(backend.release, served)
-    return Answers(backend, requests, http, on_gone, in_pieces=in_pieces)
+    tenant, arrived_s = http.scope.get(TENANT, ""), time.monotonic()
+    with backend.engine.accepting():
+        served = await backend.acquire(model, http)
+        try:
+            requests = [
+                replace(request, tenant=tenant, arrived_s=arrived_s)
+                for request in make_requests(served)
+            ]
+        except BaseException:
+            backend.release(served)
+            raise
+        on_gone = partial(backend.release, served)
+        return Answers(backend, requests, http, on_gone, in_pieces=in_pieces)
 
 
 def check_number(backend: Backend, number: int) -> None:

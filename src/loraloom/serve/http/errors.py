@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from loraloom.errors import LoraloomError, plain
-from loraloom.serve.adapters import AllInUseError, UnknownModelError
+from loraloom.serve.adapters import BusyDownloadingError, UnknownModelError
 from loraloom.serve.limits import NoRoutersError, OutOfTimeError, QueueFullError, StoppingError
 
 
@@ -65,8 +65,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), code="model_not_found", param="model")
         case QueueFullError(retry_after_s=seconds):
             return ApiError(429, str(error), code="queue_full", headers=_later(seconds))
-        case AllInUseError():
-            return ApiError(429, str(error), code="adapters_in_use", headers=_later(1))
+        case BusyDownloadingError():
+            return ApiError(429, str(error), code="busy_downloading", headers=_later(30))
         case StoppingError():
             return ApiError(503, str(error), code="stopping", headers=_later(1))
         case NoRoutersError():

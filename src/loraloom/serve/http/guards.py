@@ -16,6 +16,8 @@ from loraloom.serve.http.playground import PAGES
 
 _OPEN = ("/health", "/ready", *PAGES)
 """Paths that need no key."""
+TENANT = "loraloom.tenant"
+"""Where a request's scope says with which of the keys it came."""
 
 
 class HostCheck:
@@ -83,7 +85,8 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
-        if scope["type"] == "http" and scope["path"] not in _OPEN and not self._has_key(scope):
+        key = self._key_of(scope) if scope["type"] == "http" else None
+        if scope["type"] == "http" and scope["path"] not in _OPEN and key is None:
             error = ApiError(
                 401,
                 "the request needs a header `Authorization: Bearer KEY` with a key of this server",
@@ -92,14 +95,16 @@ class KeyCheck:
             )
             await error.response()(scope, receive, send)
             return
+        scope[TENANT] = str(key)
         await self._app(scope, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _key_of(self, scope: Scope) -> int | None:
+        """The place of the request's key among those of the server."""
         headers = dict(scope["headers"])
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return kind.lower() == b"bearer" and any(matches)
+        return matches.index(True) if kind.lower() == b"bearer" and any(matches) else None
 
 
 def _digest(key: bytes) -> bytes:

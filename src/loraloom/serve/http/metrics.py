@@ -40,7 +40,7 @@ class Metrics:
     def _observe(self, row: Row) -> None:
         self._whole.labels(row.owner).observe(row.seconds)
         if row.first_token_s is not None:
-            self._first_token.labels(row.owner).observe(row.first_token_s - row.arrived_s)
+            self._first_token.labels(row.owner).observe(row.first_token_s - row.request.arrived_s)
 
 
 class _EngineCollector(Collector):
@@ -62,7 +62,7 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"loraloom_{name}", text, value)
         for name, text, value in (
             ("steps", "Steps of the engine.", counts.num_steps),
-            ("preemptions", "Rows sent back as the cache was full.", counts.num_preempted),
+            ("preemptions", "Rows sent back to the queue for others.", counts.num_preempted),
         ):
             yield CounterMetricFamily(f"loraloom_{name}", text, value)
         for name, text, values in (
