@@ -45,15 +45,15 @@ def test_an_answer_that_is_not_streamed_is_told_when_it_has_ended(client, monkey
 
 
 def test_a_scale_that_is_none_holds_no_adapter():
-    shelf = SimpleNamespace(base_name="base", acquire=pytest.fail)
+    shelf = SimpleNamespace(base_name="base", take=pytest.fail)
     with pytest.raises(ApiError):
-        asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "lora:x"))
+        asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "lora:x", None))
 
 
 def test_the_base_model_has_no_scale():
-    shelf = SimpleNamespace(base_name="base", acquire=pytest.fail)
+    shelf = SimpleNamespace(base_name="base", take=pytest.fail)
     with pytest.raises(ApiError, match="the base model has no scale"):
-        asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "base:0.5"))
+        asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "base:0.5", None))
 
 
 @pytest.mark.parametrize(("error", "level"), [(OSError, "ERROR"), (ConfigError, "INFO")])

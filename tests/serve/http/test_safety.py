@@ -200,7 +200,7 @@ def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
 
 
 def test_a_full_queue_answers_when_to_come_back(http, served, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise QueueFullError("so many wait", 7)
 
     monkeypatch.setattr(served[1], "submit", full)
