@@ -503,3 +503,27 @@ def test_a_state_of_something_else_is_an_error(tmp_path):
         store.write(moment, {"client": state})
         with pytest.raises(ConfigError, match="must hold a client's saved state, it holds"):
             client.load_state(tmp_path)
+
+
+def test_an_adapter_on_the_host_is_trained_from_where_it_is(tmp_path):
+    host = toy_host()
+    before = new_client(host, method="mixlora")
+    before.forward_backward(toy_examples(4))
+    before.save(tmp_path)
+    loaded = host.load("loaded", tmp_path)
+    added = TrainingClient(host, toy_tokenizer(), "loaded", optimizer=SGD)
+    assert added.adapter is loaded
+    with pytest.raises(AdapterError, match="'loaded' has a TrainingClient already"):
+        TrainingClient(host, toy_tokenizer(), "loaded")
+    added.forward_backward(toy_examples(4))
+    assert_same(grads_of(added), grads_of(before))
+    added.optim_step()
+    added.close()
+    assert host.adapters["loaded"] is loaded  # its own weights, with a step more
+    assert all(weight.grad is None for weight in loaded.parameters())
+    assert not torch.equal(next(loaded.parameters()), next(before.adapter.parameters()))
+
+
+def test_an_adapter_that_is_not_on_the_host_has_to_be_described():
+    with pytest.raises(AdapterError, match=r"one of those on this host \(none\), got 'a'"):
+        TrainingClient(toy_host(), toy_tokenizer(), "a")

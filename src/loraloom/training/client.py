@@ -23,7 +23,7 @@ from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.data.encoding import learn_completions
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair, TrainingExample
-from loraloom.errors import ConfigError, TrainingError
+from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.infer.generate import Completion, generate_tokens
 from loraloom.infer.prompts import Prompt
 from loraloom.infer.sampling import SamplingConfig
@@ -90,8 +90,9 @@ class TrainingClient:
     Args:
         host: The base model.
         tokenizer: The base model's, with a padding token.
-        name: Of the adapter: a safe file name that is not taken.
-        adapter: Its method and settings.
+        name: Name of the adapter. With `adapter`, a safe file name that is not taken.
+        adapter: Method and settings of a new adapter; None to train the one that the host has
+            under this name, from its present weights. `close` leaves that one on the host.
         optimizer: How weights follow gradients.
         seed: Seed of the initial weights, the dropout and the random draws.
 
@@ -100,7 +101,8 @@ class TrainingClient:
 
     Raises:
         ConfigError: If the name or a setting of the optimizer can't be used.
-        AdapterError: If the name is taken, or target modules are not in the base model.
+        AdapterError: If the name is taken or another client trains it, the host has no adapter of
+            that name to train, or target modules are not in the base model.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class TrainingClient:
         host: Host,
         tokenizer: PreTrainedTokenizerBase,
         name: str,
-        adapter: AdapterConfig,
+        adapter: AdapterConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         *,
         seed: int = 0,
@@ -118,13 +120,17 @@ class TrainingClient:
         self.name = name
         self.seed = seed
         self.step = 0
-        self.adapter = host.add(name, adapter, seed)
+        self._added = adapter is not None
+        if any(client.host is host and client.name == name for client in _OPEN):
+            raise AdapterError(f"adapter {name!r} has a TrainingClient already; close that first")
+        self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
         self.parameters = dict(self.adapter.named_parameters())
         self._optimizer_config = optimizer or OptimizerConfig()
         try:
             self._optimizer = build_optimizer(self._optimizer_config, self.adapter)
         except BaseException:
-            host.remove(name)
+            if self._added:
+                host.remove(name)
             raise
         self._loss_scale = make_loss_scale(host)
         self.references: dict[str | None, Reference] = {}
@@ -359,9 +365,14 @@ class TrainingClient:
             ) from error
 
     def close(self) -> None:
-        """Take the adapter off the host and free it, and references that no other client has."""
+        """Free what only training needs, and take the adapter off the host if this client added it.
+
+        References that no other client has are freed too.
+        """
+        self.zero_grad()
         self._optimizer.state.clear()
-        self.host.remove(self.name)
+        if self._added:
+            self.host.remove(self.name)
         _OPEN.discard(self)
         others = [
             r for client in _OPEN if client.host is self.host for r in client.references.values()
