@@ -5,6 +5,7 @@ import torch
 
 from loraloom.errors import TrainingError
 from loraloom.training.run import fitting
+from loraloom.training.run import memory as memory_module
 from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.micro_batch import MicroBatchLoss
@@ -148,3 +149,53 @@ def test_halves_keep_pairs_together(settings):
     assert [len(half.examples) for half in halves] == [3 * size, 2 * size]
     keys = dict(zip(part.examples, part.sample_keys, strict=True))
     assert all(keys[e] == k for h in halves for e, k in zip(h.examples, h.sample_keys, strict=True))
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """A machine of 6100 bytes of which each layer takes 2 bytes a token until a forward is over."""
+    used, killed = [0], []
+
+    def limited(host, parts, pad_id):
+        tokens = sum(lay_out(parts).computed_tokens)
+
+        def take(*_):
+            used[0] += 2 * tokens
+            killed.extend([tokens] * (used[0] > 6100))
+
+        hooks = [layer.register_forward_hook(take) for layer in host.model.model.layers]
+        try:
+            return forward_backward(host, parts, pad_id)
+        finally:
+            used[0] = 0
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(fitting, "forward_backward", limited)
+    for name, fake in {
+        "_RESERVE_BYTES": 0,
+        "_bytes_of": lambda _: 0,
+        "_loss_bytes": lambda _, tokens, adapters: tokens,
+        "available_bytes": lambda _: 6100 - used[0],
+    }.items():
+        monkeypatch.setattr(memory_module, name, fake)
+    return killed
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_is_parted_before_the_system_kills_the_process(small_machine, checkpointing):
+    settings = {"batch_size": 16, "gradient_checkpointing": checkpointing}
+    configs = [toy_config(f"job{seed}", seed=seed, **settings) for seed in range(14)]
+    host, said = toy_host(), []
+    host.enable_gradient_checkpointing(checkpointing)
+    jobs = [add_job(host, config, random=True) for config in configs]
+    runner = RoundRunner(host, PAD_ID, say=said.append)
+    losses = runner.run([job.micro_batch() for job in jobs])
+    assert not small_machine
+    assert runner.max_tokens == 7 * 16 * 9
+    assert said == [
+        "warning: memory ran short in a step of 2016 tokens; from now on steps are computed in "
+        "parts of at most 1008"
+    ]
+    alone = [one_step(config, runner=RoundRunner(host, PAD_ID))[0] for config in configs[:1]]
+    assert losses[0].loss == pytest.approx(alone[0][0].loss)

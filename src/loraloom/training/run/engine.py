@@ -89,7 +89,7 @@ class Engine:
         self._directory = directory
         self._environment = dict(environment or {})
         self._reporter = Reporter(directory, progress, trackers)
-        self._runner = RoundRunner(host, evaluation.pad_id)
+        self._runner = RoundRunner(host, evaluation.pad_id, memory_limit, self._reporter.message)
         self._started_at = time.monotonic() - seconds
         for job in jobs:
             self._schedule.check_fits(job)

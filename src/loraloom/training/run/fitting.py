@@ -7,13 +7,15 @@ out has its micro-batch halved, example by whole example, down to one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from loraloom.errors import TrainingError
 from loraloom.infer.halving import free_memory
 from loraloom.models.host import Host
+from loraloom.training.run.memory import MemoryWatch
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.gradient_sum import (
     completed_weights,
@@ -36,8 +38,16 @@ class RoundRunner:
         max_tokens: Most tokens of a forward, with padding, since memory ran out; None before.
     """
 
-    def __init__(self, host: Host, pad_id: int):
+    def __init__(
+        self,
+        host: Host,
+        pad_id: int,
+        memory_limit: int | None = None,
+        say: Callable[[str], None] = _log.warning,
+    ):
         self.max_tokens: int | None = None
+        self._memory = MemoryWatch(host, memory_limit)
+        self._say = say
         self._host = host
         self._pad_id = pad_id
 
@@ -62,7 +72,10 @@ class RoundRunner:
             try:
                 batches = [micro_batch for _, micro_batch in group]
                 adapters = [batch.adapter for batch in batches]
-                with gradients_set_aside(adapters, completed_weights(ranks, batches)):
+                with (
+                    gradients_set_aside(adapters, completed_weights(ranks, batches)),
+                    self._watching(group),
+                ):
                     outcome = forward_backward(self._host, batches, self._pad_id)
             except torch.OutOfMemoryError:
                 outcome = None
@@ -77,6 +90,10 @@ class RoundRunner:
                 free_memory()  # the error, which holds on to the activations, is gone by now
                 if halves:
                     self.max_tokens = max(map(_count_tokens, halves))
+                    self._say(
+                        f"warning: memory ran short in a step of {_count_tokens(group)} tokens; "
+                        f"from now on steps are computed in parts of at most {self.max_tokens}"
+                    )
                     waiting += halves[::-1]
                 else:
                     errors[place] = _does_not_fit(micro_batch)
@@ -99,6 +116,10 @@ class RoundRunner:
                 self._host.hidden(one_token)
         except Exception:
             raise fault from None
+
+    def _watching(self, group: Group) -> AbstractContextManager[None]:
+        adapters = [micro_batch.adapter for _, micro_batch in group]
+        return self._memory.watching(adapters, _count_tokens(group))
 
     def _is_too_large(self, group: Group) -> bool:
         return self.max_tokens is not None and _count_tokens(group) > self.max_tokens

@@ -9,9 +9,14 @@ compute form a constant.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +34,8 @@ from loraloom.training.run.container import container_bytes_left
 from loraloom.training.run.job import Job
 
 _TOKENS = 32
+_RESERVE_BYTES = 100_000_000
+"""Left to others, and to what else is in the process."""
 _CPU_ALLOCATOR_SHARE, _ALLOCATOR_SHARE = 0.15, 0.05
 """What an allocator leaves unused between tensors that are kept, as a share of them."""
 _CPU_CHECKPOINT_ROOM = 4.5
@@ -157,6 +164,77 @@ def available_bytes(device: torch.device) -> int | None:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return None
+
+
+@dataclass(frozen=True)
+class MemoryWatch:
+    """Ends a training forward while its backward pass still has room.
+
+    On a CPU no allocation fails: the system kills the process. So what is left is looked at before
+    each decoder layer, and what the layers to come will take follows from those before.
+
+    Args:
+        host: Whose forwards are watched; those that take all ranks are not, as one can't leave.
+        limit: Most bytes of base model, adapters and step; None for what the device has.
+    """
+
+    host: Host
+    limit: int | None
+
+    @cached_property
+    def _uncounted(self) -> int:
+        """What else is in the process: libraries and data, and what they may still take."""
+        counted = base_bytes(self.host) + adapter_bytes(self.host)
+        return _used_bytes(self.host.device) - counted + _RESERVE_BYTES
+
+    @contextmanager
+    def watching(self, adapters: Sequence[Adapter], num_tokens: int) -> Iterator[None]:
+        """Raise an OutOfMemoryError in a forward of so many tokens that would take too much."""
+        host = self.host
+        if host.ranks.in_lockstep or (self.limit is None and host.device.type == "cuda"):
+            yield
+            return
+        layers = list(host.model.get_submodule(host.base.layers_path).children())
+        gradients = sum(_bytes_of(adapter.parameters()) for adapter in adapters)
+        backward = gradients + 2 * _loss_bytes(host, num_tokens, adapters)
+        seen: list[int] = []
+
+        def look(index: int, *_: Any) -> None:
+            needed, left = backward, self._bytes_left()
+            if index == len(seen):  # not when a checkpointed layer is computed again
+                seen.append(left)
+                # What malloc keeps of earlier forwards hides what the first layers take.
+                taken = max(0, seen[0] - left) // max(1, index)
+                needed += host.ranks.local_size * taken * (len(layers) - index)
+            if left < needed and self._bytes_left(trim=True) < needed:
+                raise torch.OutOfMemoryError(f"{_in_gb(left)} left, {_in_gb(needed)} needed")
+
+        hooks = [
+            layer.register_forward_pre_hook(partial(look, index))
+            for index, layer in enumerate(layers)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _bytes_left(self, *, trim: bool = False) -> int:
+        """Return what a step may still take; what malloc holds on to is given back with `trim`."""
+        if trim and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+        available, left = available_bytes(self.host.device), sys.maxsize
+        if available is not None:
+            left = available - _RESERVE_BYTES
+        if self.limit is not None:
+            left = min(left, self.limit - _used_bytes(self.host.device) + self._uncounted)
+        return left
+
+
+def _used_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def base_bytes(host: Host) -> int:
