@@ -71,9 +71,12 @@ def test_workers_give_the_weights_metrics_and_files_of_one_process(inputs, alone
     for name in NAMES:
         files = [sorted(path.name for path in (one / name).iterdir()) for one in (tmp_path, alone)]
         assert files[0] == files[1]
-    assert {"plain: on worker 0, after step 0", "mixture: on worker 1, after step 0"} <= set(
-        spoken.messages
-    )
+    assert {
+        "starting 2 workers",
+        "all workers are there; they load the base model",
+        "plain: on worker 0, after step 0",
+        "mixture: on worker 1, after step 0",
+    } <= set(spoken.messages)
 
 
 def test_jobs_of_a_lost_worker_go_on_elsewhere_from_their_snapshots(

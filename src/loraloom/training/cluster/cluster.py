@@ -80,7 +80,7 @@ class Cluster:
 
     def assemble(self, num_workers: int, seconds: float) -> None:
         """Start the workers; see `Hiring.assemble`."""
-        self._hiring.assemble(num_workers, seconds)
+        self._hiring.assemble(num_workers, seconds, self._progress.message)
 
     def disband(self) -> None:
         """End all workers."""

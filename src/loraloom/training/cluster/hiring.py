@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,20 @@ class Hiring:
         self._failed_starts = 0
         self._hired_at = -math.inf
 
-    def assemble(self, num_workers: int, seconds: float) -> None:
+    def assemble(self, num_workers: int, seconds: float, say: Callable[[str], None]) -> None:
         """Start the workers of a run, and bring all of them to the board."""
+        say(f"starting {num_workers} workers")
         for _ in range(num_workers):
             self._staff.hire()
         with staging(nearest_existing(self._output_dir)) as mark:
-            blind = {machine for machine in self._ask_all("see", mark).values() if machine}
+            blind = {machine for machine in self._ask_all(say, "see", mark).values() if machine}
         if blind:
             raise ConfigError(
                 f"output_dir must be on storage that all workers see, {self._output_dir} is not "
                 f"seen on {', '.join(sorted(blind))}; name a directory on a shared file system"
             )
-        loaded: dict[int, Loaded] = self._ask_all("load")
+        say("all workers are there; they load the base model")
+        loaded: dict[int, Loaded] = self._ask_all(say, "load")
         self._check_alike(loaded)
         self._share_memory(loaded)
         for worker, one in loaded.items():
@@ -90,11 +93,11 @@ class Hiring:
                 self._board.open(answer.worker, room)
         return None
 
-    def _ask_all(self, method: str, *args: Any) -> dict[int, Any]:
+    def _ask_all(self, say: Callable[[str], None], method: str, *args: Any) -> dict[int, Any]:
         workers = self._staff.numbers
         for worker in workers:
             self._staff.send(worker, method, *args)
-        if method == "see" and not self._staff.all_answered(START_S):
+        if not self._staff.all_answered(START_S if method == "see" else math.inf, say):
             raise ConfigError(
                 f"{len(workers)} workers must find room on the cluster, some did not within "
                 f"{START_S:.0f} s; give a lower --ray-workers, or wait until others are done"

@@ -22,6 +22,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning
     "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # at Ray's 15, workers hardly run where others keep the cores busy
 }
 """What Ray reads when it is imported."""
 _LOOPBACK = "127.0.0.1"

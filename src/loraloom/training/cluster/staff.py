@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from loraloom.errors import LoraloomError, TrainingError
 from loraloom.training.cluster.crew import Crew, WorkerLostError
+
+TELL_S = 20.0
+"""How often the user is told of workers that start or load the base model."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,15 @@ class Staff:
         self.send(worker, method, *args)
         return self._value(worker)
 
-    def all_answered(self, timeout_s: float) -> bool:
+    def all_answered(self, timeout_s: float, say: Callable[[str], None]) -> bool:
         """Wait until every call on the way is answered, and tell whether that was in time."""
-        ends_at = time.monotonic() + timeout_s
+        began_at = time.monotonic()
         waiting = [call for call, _ in self._calls.values()]
-        while waiting and (left_s := ends_at - time.monotonic()) > 0:
-            done = self._crew.wait(waiting, left_s)
+        while waiting and (passed_s := time.monotonic() - began_at) < timeout_s:
+            if passed_s >= TELL_S:
+                ready = len(self._calls) - len(waiting)
+                say(f"waiting for worker {ready + 1} of {len(self._calls)} ({passed_s:.0f} s)")
+            done = self._crew.wait(waiting, min(timeout_s - passed_s, TELL_S))
             waiting = [call for call in waiting if call not in done]
         return not waiting
 

@@ -48,6 +48,7 @@ def train_with_ray(
     check_trackers(run.trackers)
     for job in run.all_jobs:
         rehearse(job.train, job.name)
+    progress.message("starting Ray" if address == "auto" else f"connecting to Ray at {address}")
     with ray_crew(run, address, num_workers, command) as (crew, size):
         return train_with(
             crew, size, run, directory, resume=resume, overwrite=overwrite, progress=progress
