@@ -12,13 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,12 +38,21 @@ class RankLost(BaseException):
 
 def whole(tensor: Tensor) -> Tensor:
     """Put a tensor together of which each rank has a part; all of them call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_distributed(tensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """Return what this rank has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_distributed(tensor) else tensor
+
+
+def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether ranks hold parts of a tensor. One process is spared a second for the import."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 class Ranks(ABC):

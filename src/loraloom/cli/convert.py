@@ -44,7 +44,6 @@ def convert(
 ) -> None:
     """Write an adapter for another program: PEFT, MoE-PEFT, axolotl, loraloom itself."""
     from loraloom.config.overrides import apply_override
-    from loraloom.infer.loading import check_sources, load_host
     from loraloom.models.converting import convert as write
 
     settings: dict = {}
@@ -52,6 +51,8 @@ def convert(
         settings = apply_override(settings, override)
     host = None
     if base_model is not None:
+        from loraloom.infer.loading import check_sources, load_host
+
         check_sources(base_model, {}, "cpu")
         host, _ = load_host(base_model, {}, "float32", "cpu", None)
     config = write(source, destination, to, settings=settings, host=host)

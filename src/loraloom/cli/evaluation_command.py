@@ -11,7 +11,6 @@ from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
 from loraloom.config.train import TrainConfig
-from loraloom.eval.results import BASE
 from loraloom.training.run.selection import metric_mode
 
 if TYPE_CHECKING:
@@ -55,6 +54,8 @@ def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | No
 
 def _adapter_name(job: str) -> str:
     """A job may be called as evaluations call the base model."""
+    from loraloom.eval.results import BASE
+
     return f"{job}-adapter" if job == BASE else job
 
 

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
@@ -22,7 +22,9 @@ from loraloom.formats.files import read_stored, render_files
 from loraloom.formats.fit import fit_to_base
 from loraloom.formats.hub import find_adapter
 from loraloom.formats.seen import seen_base
-from loraloom.models.host import Host
+
+if TYPE_CHECKING:
+    from loraloom.models.host import Host
 
 Program = Literal["native", "peft", "reference", "axolotl"]
 """Whose form: what `Host.save` writes, PEFT's, MoE-PEFT's or axolotl's."""

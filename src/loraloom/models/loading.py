@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from filelock import FileLock
@@ -26,7 +26,6 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import (
@@ -45,8 +44,10 @@ from loraloom.models.quantising import (
     check_quantization,
     transformers_config,
 )
-from loraloom.models.sharding import shard, sharded_class
 from loraloom.models.sources import ModelSource, ask_hub, dequantised_copy, find_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -285,6 +286,8 @@ def _load_gguf_in_part(
         whole = {name: value for name, value in options.items() if name != "sharded"}
         model, tokenizer = _load_gguf(name, source, whole)
         if not copy.is_dir():
+            from loraloom.models.sharding import shard
+
             shard(model, options["device_map"])
             return model, tokenizer
     return _load_copy(name, source, copy, options)
@@ -322,6 +325,8 @@ def _load_model(
     }
     model_class: Any = _auto_class(source)
     if "sharded" in options:
+        from loraloom.models.sharding import sharded_class
+
         options = {name: value for name, value in options.items() if name != "sharded"}
         config = AutoConfig.from_pretrained(source.location, **common)
         model_class = sharded_class(model_class._model_mapping[type(config)], options["device_map"])
