@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -13,6 +14,7 @@ from loraloom.cli.options import (
     AdapterOption,
     AttnOption,
     BaseModelOption,
+    ChatTemplateOption,
     DeviceOption,
     DtypeOption,
     QuantizationOption,
@@ -48,6 +50,14 @@ _EMBEDDED_ONLY = {
     "max_request_seconds": "vLLM's requests have no time limit",
     "max_body_bytes": "vLLM's requests have no size limit",
     "shared_prompt_cache": "vLLM's prompt cache is shared unless requests have a cache_salt",
+    "max_connections": "vLLM's connections have no bound",
+    "header_seconds": "vLLM waits for headers as long as uvicorn does",
+    "body_seconds": "vLLM waits for bodies for ever",
+    "idle_seconds": "vLLM closes idle connections in its own time",
+    "access_log": "vLLM has a log of its own",
+    "admin_key_file": "vLLM's keys are all alike",
+    "adapter_root": "vLLM loads from any path",
+    "chat_template": "vLLM has --chat-template of its own",
     "device": "vLLM runs where it was built for",
     "quantization": "vLLM quantises in ways of its own",
     "attn_implementation": "vLLM has attention of its own",
@@ -85,8 +95,26 @@ def serve(
     ] = False,
     allow_loading: Annotated[
         bool,
-        typer.Option("--allow-loading", help="Let clients load and unload adapters by path."),
+        typer.Option(
+            "--allow-loading",
+            help="Let clients load and unload adapters by path; where there are API keys, with one "
+            "of --admin-key-file.",
+        ),
     ] = False,
+    admin_key_file: Annotated[
+        Path | None,
+        path_option(
+            "--admin-key-file", metavar="FILE", help="Keys that may load adapters, one a line."
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None,
+        path_option(
+            "--adapter-root",
+            metavar="DIR",
+            help="Let clients load adapters below DIR alone, and none of the Hub.",
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option("--cors-origin", help="A web page's origin that may ask. May be repeated."),
@@ -116,6 +144,34 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option("--max-body-bytes", min=1024, help="Largest request.")
     ] = 2 << 20,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            "--max-connections",
+            min=1,
+            help="Most connections at once; the longest idle one goes for a new one. Default: what "
+            "the limit of open files has room for, at most 1024.",
+        ),
+    ] = None,
+    header_seconds: Annotated[
+        float, typer.Option("--header-seconds", min=0.1, help="Time for a request's headers.")
+    ] = 10.0,
+    body_seconds: Annotated[
+        float,
+        typer.Option(
+            "--body-seconds",
+            min=0.1,
+            help="Time for a request's body, and for a client to read on while an answer waits.",
+        ),
+    ] = 60.0,
+    idle_seconds: Annotated[
+        float,
+        typer.Option("--idle-seconds", min=0.1, help="Time of a connection without a request."),
+    ] = 30.0,
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="Write a line of each request.")
+    ] = True,
+    chat_template: ChatTemplateOption = None,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     device: DeviceOption = "auto",
@@ -129,11 +185,13 @@ def serve(
     given = locals()
     adapters = parse_adapters(adapter)
     is_local = _check_host(host, api_key_file, no_api_key)
-    if adapter_dir is not None and not adapter_dir.is_dir():
-        raise ConfigError(f"--adapter-dir must be a directory, there is no {adapter_dir}")
+    for option, path in (("--adapter-dir", adapter_dir), ("--adapter-root", adapter_root)):
+        if path is not None and not path.is_dir():
+            raise ConfigError(f"{option} must be a directory, there is no {path}")
     from loraloom.serve.access import read_keys
 
     keys = [] if api_key_file is None else read_keys(api_key_file)
+    admin_keys = [] if admin_key_file is None else read_keys(admin_key_file)
     if engine_name == "vllm":
         from loraloom.serve.vllm.launch import VllmOptions, serve_with_vllm
 
@@ -143,12 +201,18 @@ def serve(
             VllmOptions(**same, adapters=adapters, api_keys=keys, cors_origins=cors_origin or ())
         )
         return
+    if allow_loading and not admin_keys and (keys or not is_local):
+        raise ConfigError(
+            "--allow-loading lets whoever asks replace adapters: give --admin-key-file, with keys "
+            "that may load them"
+        )
+    from loraloom.data.chat_template import replace_chat_template
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.serve.adapters import AdapterShelf
     from loraloom.serve.allocator import bound_kernel_caches, return_freed_memory
     from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
-    from loraloom.serve.http.server import Server, listen
+    from loraloom.serve.http.server import ConnectionLimits, Server, listen
     from loraloom.serve.limits import EngineLimits
     from loraloom.serve.memory import default_cache_tokens
     from loraloom.serve.threads import run_apart
@@ -156,12 +220,14 @@ def serve(
     return_freed_memory()
     bound_kernel_caches()
     check_sources(base_model, adapters, device, dtype, quantization)
+    connections = ConnectionLimits(max_connections, header_seconds, body_seconds, idle_seconds)
     with listen(host, port) as sock:
 
         def prepare() -> tuple[Engine, AdapterShelf, Any]:
             model, tokenizer = load_host(
                 base_model, {}, dtype, device, attn_implementation, quantization
             )
+            replace_chat_template(tokenizer, chat_template)
             tokens = cache_tokens or default_cache_tokens(model, max_rows)
             limits = EngineLimits(
                 max_rows,
@@ -179,9 +245,19 @@ def serve(
             return engine, shelf, tokenizer
 
         engine, shelf, tokenizer = run_apart(prepare)
-        options = ApiOptions(keys, allow_loading, cors_origin or (), max_body_bytes, is_local)
+        options = ApiOptions(
+            api_keys=keys,
+            admin_keys=admin_keys,
+            allow_loading=allow_loading,
+            adapter_root=adapter_root,
+            cors_origins=cors_origin or (),
+            max_body_bytes=max_body_bytes,
+            is_local=is_local,
+            log_requests=access_log,
+        )
         app = create_app(engine, tokenizer, shelf, options)
-        Server(app, engine).run([sock])
+        _write_log()
+        Server(app, engine, connections).run([sock])
 
 
 def _check_host(host: str, api_key_file: Path | None, no_api_key: bool) -> bool:
@@ -203,6 +279,15 @@ def _refuse_embedded_only(given: Mapping[str, object]) -> None:
         if given[name] != defaults[name].default:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} can't be used with --engine vllm: {reason}")
+
+
+def _write_log() -> None:
+    """Write what loraloom logs to stderr, a line of each request included."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("loraloom")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def _announce(engine: Engine, shelf: AdapterShelf, sock: socket.socket) -> None:

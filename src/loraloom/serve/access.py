@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 
 from loraloom.errors import ConfigError
@@ -26,3 +27,16 @@ def read_keys(path: Path) -> list[str]:
     if not keys:
         raise ConfigError(f"{path} must have an API key a line, it has none")
     return keys
+
+
+def find_below(root: Path, text: str) -> str | None:
+    """Find a directory below another one; None if there is none, or links lead out of it."""
+    root = root.resolve()
+    path = Path(os.path.normpath(root / text))
+    try:
+        if not path.is_relative_to(root) or not path.resolve().is_relative_to(root):
+            return None
+        files = [file.resolve() for file in path.iterdir()]
+    except (OSError, RuntimeError, ValueError):  # a file, a circle of links, no path at all
+        return None
+    return str(path) if all(file.is_relative_to(root) for file in files) else None

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
-
 from loraloom.models.host import Host
 from loraloom.serve.adapters import AdapterShelf
 from loraloom.serve.engine import Engine
 from loraloom.serve.http.app import ApiOptions, create_app
-from loraloom.serve.http.server import listen
+from loraloom.serve.http.server import ConnectionLimits, Server, listen
 from loraloom.serve.limits import EngineLimits
 
 BASE = "some/base"
@@ -28,6 +26,7 @@ def serving(
     options: ApiOptions | None = None,
     base: str = BASE,
     max_adapters: int = 8,
+    connections: ConnectionLimits | None = None,
     **limits: Any,
 ) -> Iterator[tuple[str, Engine]]:
     """Serve a host in this process; gives the address, and the engine."""
@@ -35,9 +34,8 @@ def serving(
     engine = Engine(host, tokenizer, EngineLimits(**settings | limits))
     shelf = AdapterShelf(host, base, directory, max_adapters, engine.forget)
     app = create_app(engine, tokenizer, shelf, options)
-    config = uvicorn.Config(app, log_level="error", ws="none", lifespan="on")
     with listen("127.0.0.1", 0) as sock:
-        server = uvicorn.Server(config)
+        server = Server(app, engine, connections)
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         try:

@@ -164,7 +164,7 @@ def test_models_are_the_base_and_its_adapters(client, saved):
     models = {model.id: model for model in client.models.list()}
     assert set(models) == {BASE, *METHODS, "lazy-lora", "lazy-mixlora"}
     assert models["lazy-lora"].parent == BASE
-    assert models["lazy-lora"].root == str(saved / "lazy-lora")
+    assert str(saved) not in str(models)
     assert client.models.retrieve(BASE).parent is None
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import shutil
 import socket
 import threading
 import time
@@ -184,6 +187,92 @@ def test_keys_are_asked_for(host, tokenizer):
             client.models.list()
 
 
+def load(url, key, path, name="new"):
+    body = {"lora_name": name, "lora_path": str(path), "load_inplace": True}
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx2.post(f"{url}/v1/load_lora_adapter", json=body, headers=headers)
+
+
+def test_loading_needs_an_admins_key(host, tokenizer, saved):
+    options = ApiOptions(api_keys=["user"], admin_keys=["admin"], allow_loading=True)
+    with serving(host, tokenizer, options=options) as (url, _):
+        assert load(url, "nobody", saved / "lazy-lora").status_code == 401
+        refused = load(url, "user", saved / "lazy-lora")
+        assert error_of(refused, 403)["code"] == "not_an_admin"
+        assert load(url, "admin", saved / "lazy-lora").status_code == 200
+        headers = {"Authorization": "Bearer admin"}
+        assert httpx2.get(f"{url}/v1/models", headers=headers).status_code == 200
+
+
+def test_without_other_keys_loading_alone_needs_one(host, tokenizer, saved):
+    options = ApiOptions(admin_keys=["admin"], allow_loading=True)
+    with serving(host, tokenizer, options=options) as (url, _):
+        assert httpx2.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200
+        assert load(url, "user", saved / "lazy-lora").status_code == 403
+        assert load(url, "admin", saved / "lazy-lora").status_code == 200
+
+
+def test_adapters_are_loaded_from_below_the_root_alone(host, tokenizer, saved, tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for directory in (root / "inside", outside):
+        shutil.copytree(saved / "lazy-lora", directory)
+    (root / "link").symlink_to(outside)
+    (root / "files").mkdir()
+    (root / "files" / "adapter_config.json").symlink_to(outside / "adapter_config.json")
+    options = ApiOptions(allow_loading=True, adapter_root=root)
+    with serving(host, tokenizer, options=options) as (url, _):
+        for path in (root / "inside", "inside", "./inside/../inside"):
+            assert load(url, "none", path).status_code == 200
+        elsewhere = [outside, "../outside", "link", "files", "/nowhere", "none", "some/adapter"]
+        messages = {
+            error_of(load(url, "none", path), 400)["message"].replace(str(path), "")
+            for path in (*elsewhere, "\0")
+        }
+    assert len({message.partition(", got")[0] for message in messages}) == 1
+
+
+def test_where_files_are_is_not_told(host, tokenizer, saved, tmp_path, caplog):
+    broken = tmp_path / "here" / "broken"
+    shutil.copytree(saved / "lazy-lora", broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"none")
+    options = ApiOptions(allow_loading=True, adapter_root=broken.parent)
+    caplog.set_level(logging.INFO)
+    with serving(host, tokenizer, broken.parent, options) as (url, _):
+        asked = httpx2.post(f"{url}/v1/chat/completions", json=CHAT | {"model": "broken"})
+        assert error_of(asked, 500)["code"] == "broken_adapter"
+        for answer in (asked, load(url, "none", "broken"), httpx2.get(f"{url}/v1/models")):
+            assert str(tmp_path) not in answer.text
+        assert "adapter_model.safetensors" in error_of(load(url, "none", "broken"), 400)["message"]
+    assert str(broken) in caplog.text
+
+
+def test_every_answer_is_counted_and_logged(host, tokenizer, caplog):
+    options = ApiOptions(api_keys=["secret"], log_requests=True)
+    caplog.set_level(logging.INFO, "loraloom.access")
+    with serving(host, tokenizer, options=options) as (url, engine):
+        headers = {"Authorization": "Bearer secret"}
+        path = f"{url}/v1/chat/completions"
+        told = httpx2.post(path, json=CHAT, headers=headers).json()["usage"]
+        httpx2.post(path, json=CHAT | {"stream": True}, headers=headers)
+        httpx2.post(path, json=CHAT | {"n": 0}, headers=headers)
+        httpx2.post(path, json=CHAT)
+        httpx2.get(f"{url}/nowhere%0A2026", headers=headers)
+        engine.stop()
+        httpx2.post(path, json=CHAT, headers=headers)
+        text = httpx2.get(f"{url}/metrics", headers=headers).text
+    for status, number in ((200, 2), (400, 1), (401, 1), (503, 1)):
+        sample = f'responses_total{{path="/v1/chat/completions",status="{status}"}} {number}.0'
+        assert sample in text
+    assert 'responses_total{path="other",status="404"} 1.0' in text
+    key = hashlib.sha256(b"secret").hexdigest()[:8]
+    tokens = f"{told['prompt_tokens']}+{told['completion_tokens']}"
+    line = f"POST /v1/chat/completions 200 model='lora' key={key} tokens={tokens} ms="
+    lines = [one for one in caplog.messages if " ms=" in one]
+    assert [one.startswith(line) for one in lines[:3]] == [True, True, False]
+    assert lines[3].startswith("POST /v1/chat/completions 401 model=- key=- tokens=0+0")
+    assert lines[4].startswith("GET '/nowhere\\n2026' 404")
+
+
 def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
     with serving(host, tokenizer) as (url, _):
         body = {"lora_name": "x", "lora_path": "x"}
@@ -334,3 +423,13 @@ def test_a_chat_template_may_not_go_on_for_ever(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{% for n in range(10**9) %}a{% endfor %}")
     with pytest.raises(DataError, match="the messages do not fit the chat template"):
         encode_chat(tokenizer, ChatBody.model_validate(CHAT))
+
+
+def test_tools_that_the_chat_template_leaves_out_are_refused(tokenizer, monkeypatch):
+    tool = {"type": "function", "function": {"name": "paint"}}
+    body = CHAT | {"tools": [tool]}
+    assert encode_chat(tokenizer, ChatBody.model_validate(body))
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    with pytest.raises(DataError, match="--chat-template that writes them"):
+        encode_chat(tokenizer, ChatBody.model_validate(body))
+    assert encode_chat(tokenizer, ChatBody.model_validate(body | {"tool_choice": "none"}))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from loraloom.cli.main import main
@@ -34,6 +32,7 @@ def test_options_are_said_in_vllms_words():
     words, settings = vllm_command(
         options(api_keys=["one", "two"], cors_origins=["https://a.example"], allow_loading=True),
         [FoldedAdapter({}, 48, 3), FoldedAdapter({}, 8, None)],
+        {},
     )
     said = " ".join(words)
     for part in (
@@ -51,16 +50,19 @@ def test_options_are_said_in_vllms_words():
 
 def test_the_environments_top_k_stands_if_it_is_larger(monkeypatch):
     monkeypatch.setenv("LORALOOM_MAX_TOP_K", "4")
-    words, settings = vllm_command(options(), [FoldedAdapter({}, 8, 2)])
+    words, settings = vllm_command(options(), [FoldedAdapter({}, 8, 2)], {})
     assert settings["LORALOOM_MAX_TOP_K"] == "4"
     assert words[words.index("--max-lora-rank") + 1] == "16"
 
 
-def test_a_directory_of_adapters_goes_by_the_environment(tmp_path):
-    changes = {"adapters": {}, "adapter_dir": tmp_path, "allow_loading": True}
-    words, settings = vllm_command(options(**changes), [])
-    assert "--lora-modules" not in words
+def test_adapters_of_a_directory_are_named_unless_they_are_found_by_name(tmp_path):
+    changes = {"adapters": {}, "adapter_dir": tmp_path}
+    words, settings = vllm_command(options(**changes), [], {"law": "runs/law"})
+    assert words[words.index("--lora-modules") + 1] == "law=runs/law"
     assert words[words.index("--max-loras") + 1] == "9"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in settings
+    words, settings = vllm_command(options(**changes, allow_loading=True), [], {"law": "runs/law"})
+    assert "--lora-modules" not in words
     assert settings["LORALOOM_ADAPTER_DIR"] == str(tmp_path)
 
 
@@ -70,7 +72,6 @@ def test_a_directory_of_adapters_goes_by_the_environment(tmp_path):
         (None, {}, "needs vLLM 0.32, which is not installed"),
         ("0.31.0", {}, "knows vLLM 0.32, got 0.31.0"),
         ("0.32.0", {"port": 0}, "--port must be a number of at least 1"),
-        ("0.32.0", {"adapter_dir": Path()}, "--adapter-dir needs --allow-loading"),
         ("0.32.0", {"api_keys": ("-x",)}, "a key must not begin with '-'"),
     ],
 )

@@ -21,12 +21,16 @@ from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import text_of_token
-from loraloom.errors import LoraloomError, shown
+from loraloom.errors import AdapterError, FormatError, LoraloomError, shown
 from loraloom.infer.generate import end_tokens
 from loraloom.infer.sampling import parse_sampling
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
-from loraloom.serve.adapters import AdapterShelf, ServedAdapter
+from loraloom.serve.adapters import (
+    AdapterShelf,
+    ServedAdapter,
+    UnknownModelError,
+)
 from loraloom.serve.constraints import JsonConstraints
 from loraloom.serve.engine import Engine
 from loraloom.serve.failures import log_failure
@@ -102,7 +106,17 @@ class Backend:
                 param="model",
             )
         scale = _scale(text) if colon else None
-        adapter = self.shelf.take(name) or await self._wait_for(name, http)
+        try:
+            adapter = self.shelf.take(name) or await self._wait_for(name, http)
+        except UnknownModelError:
+            raise
+        except (FormatError, AdapterError) as error:
+            log_failure(f"adapter {shown(name)} could not be loaded", error)
+            raise ApiError(
+                500,
+                f"the adapter {shown(name)} can't be loaded; the server's log says why",
+                code="broken_adapter",
+            ) from None
         row_adapter = adapter.host_name if scale is None else (adapter.host_name, scale)
         return ServedModel(name, row_adapter, adapter)
 
@@ -249,6 +263,8 @@ class Answers:
         self._engine = backend.engine
         self._waker = backend.waker
         self._in_pieces = in_pieces
+        self._state = http.state
+        self._state.num_new = 0
         self._gone = _Countdown(len(requests), on_gone)
         self.count = len(requests)
         self._events: deque[tuple[int, Event]] = deque()
@@ -274,6 +290,7 @@ class Answers:
                 if isinstance(event, Failure):
                     raise event.error
                 self._num_open -= _is_last(event)
+                self._state.num_new += event.num_tokens
                 yield index, event
 
     def cancel(self) -> None:

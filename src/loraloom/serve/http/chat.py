@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import Request
@@ -58,8 +59,10 @@ from loraloom.serve.sequence import (
 
 async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Response:
     """Answer a conversation, at once or in pieces."""
+    http.state.model = body.model
     check_number(backend, body.n)
     prompt_ids = await run_in_threadpool(encode_chat, backend.tokenizer, body)
+    http.state.num_prompt = len(prompt_ids)
     make_constraint = await run_in_threadpool(_constraint, backend, body)
 
     def make_requests(model: ServedModel) -> list[GenerationRequest]:
@@ -87,10 +90,18 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> list[int]
         raise DataError(
             "the base model's tokenizer has no chat template; use /v1/completions instead"
         )
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    offered = None if body.tool_choice == "none" else tools or None
     messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
-    return encode_prompt(tokenizer, Prompt(messages, origin="messages", tools=offered))
+    plain = Prompt(messages, origin="messages")
+    if not body.tools or body.tool_choice == "none":
+        return encode_prompt(tokenizer, plain)
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    prompt_ids = encode_prompt(tokenizer, replace(plain, tools=tools))
+    if prompt_ids == encode_prompt(tokenizer, plain):
+        raise DataError(
+            "tools: the base model's chat template leaves tools out, so the model would never read "
+            "them; start the server with a --chat-template that writes them, or leave tools out"
+        )
+    return prompt_ids
 
 
 def _constraint(backend: Backend, body: ChatBody) -> Callable[[], Constraint] | None:

@@ -38,8 +38,10 @@ from loraloom.serve.sequence import GenerationRequest, Piece, ScoreRequest, Toke
 
 async def complete_texts(backend: Backend, body: CompletionBody, http: Request) -> Response:
     """Continue texts, at once or in pieces."""
+    http.state.model = body.model
     check_number(backend, body.num_requests)
     prompts = await run_in_threadpool(_encode, backend, body)
+    num_prompt = http.state.num_prompt = sum(map(len, prompts))
 
     def make_requests(model: ServedModel) -> list[GenerationRequest | ScoreRequest]:
         return [
@@ -49,7 +51,6 @@ async def complete_texts(backend: Backend, body: CompletionBody, http: Request) 
         ]
 
     answers = await ask(backend, body.model, make_requests, http, in_pieces=body.stream)
-    num_prompt = sum(map(len, prompts))
     if body.stream:
         return EventStream(answers, _chunks(backend, body, answers, num_prompt))
     whole = await collect(answers)

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from loraloom.errors import LoraloomError, plain
+from loraloom.errors import FormatError, LoraloomError, plain
 from loraloom.serve.adapters import BusyDownloadingError, UnknownModelError
 from loraloom.serve.limits import NoRoutersError, OutOfTimeError, QueueFullError, StoppingError
 
@@ -73,6 +73,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), code="no_routers", param="routing")
         case OutOfTimeError():
             return ApiError(504, str(error), code="timeout")
+        case FormatError():  # no client's fault
+            pass
         case LoraloomError():
             return ApiError(400, str(error))
     return ApiError(500, "the server failed at this request; its log says why", code="internal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,8 +21,12 @@ class Metrics:
     """The numbers of an engine."""
 
     def __init__(self, engine: Engine):
+        self.answers: Counter[tuple[str, int]] = Counter()
+        """Answers of the server by path and status."""
+        self.closed: Counter[str] = Counter()
+        """Connections that the server closed, by reason."""
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine))
+        self._registry.register(_Collector(engine, self))
         self._first_token = self._histogram(
             "loraloom_time_to_first_token_seconds", "From a request's arrival to its first token."
         )
@@ -43,11 +48,12 @@ class Metrics:
             self._first_token.labels(row.owner).observe(row.first_token_s - row.request.arrived_s)
 
 
-class _EngineCollector(Collector):
-    """Reads an engine's counts when it is asked."""
+class _Collector(Collector):
+    """Reads counts when it is asked."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, metrics: Metrics):
         self._engine = engine
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Any]:
         """Give all numbers."""
@@ -71,6 +77,10 @@ class _EngineCollector(Collector):
             ("generated_tokens", "Tokens that were chosen.", counts.generated_tokens),
         ):
             yield _counter(name, text, ["model"], _keyed(values))
+        answers = {(path, str(code)): n for (path, code), n in self._metrics.answers.copy().items()}
+        yield _counter("http_responses", "Answers.", ["path", "status"], answers)
+        closed = _keyed(self._metrics.closed)
+        yield _counter("closed_connections", "Closed on slow clients.", ["reason"], closed)
         yield _counter(
             "requests", "Requests that have ended.", ["model", "outcome"], dict(counts.requests)
         )

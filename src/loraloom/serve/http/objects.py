@@ -424,7 +424,7 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["loraloom"] = "loraloom"
     root: str
-    """Where it was loaded from."""
+    """The base model."""
     parent: str | None
     """The base model of an adapter."""
     max_model_len: int

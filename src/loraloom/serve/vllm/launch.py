@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from loraloom.adapters.files import CONFIG_FILE
+from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, LoraloomError, ModelError
 from loraloom.serve.vllm import KNOWN_VERSIONS, is_known, vllm_version
 from loraloom.serve.vllm.folding import PIECES, FoldedAdapter, Folder
@@ -41,7 +42,7 @@ def serve_with_vllm(options: VllmOptions) -> None:
     """Serve until the process is told to stop."""
     _check_version()
     _check_options(options)
-    arguments, settings = vllm_command(options, _fold_all(options))
+    arguments, settings = vllm_command(options, *_fold_all(options))
     os.environ.update(settings)
     sys.argv = ["vllm", *arguments]  # keys are said nowhere that other processes can read
     from vllm.entrypoints.launchers.api_server.entry import (  # pyright: ignore[reportMissingImports]
@@ -52,9 +53,12 @@ def serve_with_vllm(options: VllmOptions) -> None:
 
 
 def vllm_command(
-    options: VllmOptions, folded: Sequence[FoldedAdapter]
+    options: VllmOptions, folded: Sequence[FoldedAdapter], found: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Say the options as vLLM's arguments and environment."""
+    """Say the options, and what was found in the directory, as vLLM's arguments and environment.
+
+    vLLM looks for adapters by name only where clients may load them; elsewhere it must be told all.
+    """
     top_k = max([max_top_k(), *(one.top_k for one in folded if one.top_k is not None)])
     rank = fitting_rank(max([PIECES * top_k, *(adapter.rank for adapter in folded)]))
     slots = len(options.adapters) + options.max_adapters * (options.adapter_dir is not None)
@@ -70,8 +74,9 @@ def vllm_command(
         "--max-lora-rank": str(rank),
     }
     words = [word for pair in arguments.items() for word in pair] + ["--enable-lora"]
-    if options.adapters:
-        words += ["--lora-modules", *(f"{name}={path}" for name, path in options.adapters.items())]
+    modules = {**({} if options.allow_loading else found), **options.adapters}
+    if modules:
+        words += ["--lora-modules", *(f"{name}={path}" for name, path in modules.items())]
     if options.api_keys:
         words += ["--api-key", *options.api_keys]
     if options.cors_origins:
@@ -79,8 +84,8 @@ def vllm_command(
     settings = {MAX_TOP_K: str(top_k)}
     if options.allow_loading:
         settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    if options.adapter_dir is not None:
-        settings[ADAPTER_DIR] = str(options.adapter_dir.resolve())
+        if options.adapter_dir is not None:
+            settings[ADAPTER_DIR] = str(options.adapter_dir.resolve())
     return words, settings
 
 
@@ -101,22 +106,21 @@ def _check_options(options: VllmOptions) -> None:
         raise ConfigError("a key must not begin with '-' with --engine vllm; make another one")
     if options.port == 0:
         raise ConfigError("--port must be a number of at least 1 with --engine vllm, got 0")
-    if options.adapter_dir is not None and not options.allow_loading:
-        raise ConfigError(
-            "--adapter-dir needs --allow-loading with --engine vllm, which finds adapters by name "
-            "only where clients may load them"
-        )
 
 
-def _fold_all(options: VllmOptions) -> list[FoldedAdapter]:
-    """Read all adapters, for what they need; a fault of one that is named is told at once."""
+def _fold_all(options: VllmOptions) -> tuple[list[FoldedAdapter], dict[str, str]]:
+    """Read all adapters, for what they need, and name those of the directory.
+
+    A fault of one that the options name is told at once.
+    """
     folder = Folder(_config_of(options.base_model))
     folded = [folder.fold(path) for path in options.adapters.values()]
-    if options.adapter_dir is not None:
-        for path in sorted(options.adapter_dir.glob(f"*/{CONFIG_FILE}")):
-            with suppress(LoraloomError):  # told to who asks for it
-                folded.append(folder.fold(path.parent))
-    return folded
+    found = {}
+    for path in sorted((options.adapter_dir or Path("none")).glob(f"*/{CONFIG_FILE}")):
+        with suppress(LoraloomError):  # told to who asks for it
+            folded.append(folder.fold(path.parent))
+            found[check_name(path.parent.name)] = str(path.parent)
+    return folded, found
 
 
 def _config_of(base_model: str) -> Any:
