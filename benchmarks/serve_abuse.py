@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import resource
 import shutil
@@ -24,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import torch
@@ -33,6 +31,7 @@ from tests.conftest import build_tokenizer
 from tests.tiny import tiny_host
 
 MAX_FILES = 1024
+ADAPTER_BYTES = 1_500_000
 NUM_ADAPTERS = 40
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 Outcome = tuple[str, bool]
@@ -41,15 +40,14 @@ Outcome = tuple[str, bool]
 class Server:
     """A server under attack, in a directory with its base model, adapters, keys and log."""
 
-    def __init__(self, directory: Path, hub: str):
-        self.directory, self.log = directory, directory / "log"
+    def __init__(self, directory: Path, hub: str, *options: str):
+        self.directory, self.hub, self.log = directory, hub, directory / f"log{len(options)}"
         program = str(Path(sys.executable).with_name("loraloom"))
         command = [program, "serve", "--base-model", "base", "--port", "0", "--dtype", "float32"]
         command += ["--adapter", "greedy=lora", "--adapter", "modest=mixlora"]
         command += ["--adapter-dir", "cold", "--max-adapters", "8", "--max-rows", "4"]
         command += ["--cache-tokens", "4096", "--api-key-file", "keys", "--max-waiting", "200"]
-        command += ["--allow-loading", "--admin-key-file", "admins", "--adapter-root", "cold"]
-        command += ["--max-adapter-memory", "1"]
+        command += ["--allow-loading", "--admin-key-file", "admins", *options]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -137,6 +135,7 @@ async def prompts_of_others(server: Server) -> Outcome:
 
 async def loading(server: Server) -> Outcome:
     """Load with a user's key, and with an admin's: from elsewhere, by links, without end."""
+
     async def load(http: httpx2.AsyncClient, name: str, path: str) -> httpx2.Response:
         return await http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
 
@@ -173,14 +172,17 @@ async def many_adapters(server: Server) -> Outcome:
 
 async def hub_out_of_reach(server: Server) -> Outcome:
     """A cold adapter, while an admin loads from a Hub that never answers."""
-    async with server.client("admin") as admin, server.client() as http:
+    other = Server(server.directory, server.hub)  # without --adapter-root, which refuses the Hub
+    async with other.client("admin") as admin, other.client() as http:
         body = {"lora_name": "far", "lora_path": "some/adapter"}
         task = asyncio.create_task(admin.post("/v1/load_lora_adapter", json=body))
         await asyncio.sleep(0.5)
         start = time.perf_counter()
-        answer = await server.ask(http, "cold-1")
+        answer = await other.ask(http, "cold-1")
         waited = time.perf_counter() - start
         task.cancel()
+    other.process.kill()
+    other.process.wait()
     return f"{answer.status_code} after {waited:.2f} s", answer.status_code == 200 and waited < 10
 
 
@@ -252,8 +254,16 @@ async def sigterm(server: Server) -> Outcome:
 ATTACKS: dict[str, Callable[[Server], Awaitable[Outcome]]] = {
     attack.__name__: attack
     for attack in (
-        half_open, one_adapter_takes_all, prompts_of_others, loading, many_adapters,
-        hub_out_of_reach, files_change, broken_adapter, counts, sigterm,
+        half_open,
+        one_adapter_takes_all,
+        prompts_of_others,
+        loading,
+        many_adapters,
+        hub_out_of_reach,
+        files_change,
+        broken_adapter,
+        counts,
+        sigterm,
     )  # fmt: skip
 }
 """In this order; after the last one nothing answers."""
@@ -280,12 +290,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", choices=[[], *ATTACKS], help="all by default")
     names = parser.parse_args().names or list(ATTACKS)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
     num_failed = 0
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as hub:
         directory = Path(folder)
         prepare(directory)
-        server = Server(directory, f"http://127.0.0.1:{hub.getsockname()[1]}")
+        hub_address = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        options = ("--adapter-root", "cold", "--max-adapter-bytes", str(ADAPTER_BYTES))
+        server = Server(directory, hub_address, *options)
         try:
             for name in names:
                 try:

@@ -10,9 +10,11 @@ import pytest
 
 from loraloom.errors import ConfigError, FormatError
 from loraloom.serve.adapters import (
+    AdapterMemoryError,
     AdapterShelf,
     BusyDownloadingError,
     UnknownModelError,
+    _bytes_of,
 )
 from tests.tiny import METHODS, tiny_host
 
@@ -218,3 +220,18 @@ def test_one_whose_files_have_changed_is_another_one(host, saved, tmp_path):
         with using(shelf, "a") as new:
             assert new != old
     assert set(host.adapters) == {"own", new}
+
+
+def test_adapters_fit_the_memory_that_they_may_take(host, saved):
+    size = _bytes_of(host.adapters["own"])  # a LoRA as that of the directory
+    shelf = AdapterShelf(host, "base", saved, max_bytes=3.5 * size)
+    with using(shelf, "lora"):
+        shelf.load("more", str(saved / "lora"))
+        with pytest.raises(AdapterMemoryError, match="'late' does not fit beside the others"):
+            shelf.load("late", str(saved / "lora"))
+        assert set(host.adapters) == {"own", "lora", "more"}
+    shelf.load("late", str(saved / "lora"))  # in place of the one that nobody uses now
+    assert set(host.adapters) == {"own", "more", "late"}
+    small = AdapterShelf(host, "base", saved, max_bytes=10)
+    with pytest.raises(AdapterMemoryError, match="--max-adapter-bytes"):
+        small.load("none", str(saved / "lora"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -55,6 +56,7 @@ _EMBEDDED_ONLY = {
     "body_seconds": "vLLM waits for bodies for ever",
     "idle_seconds": "vLLM closes idle connections in its own time",
     "access_log": "vLLM has a log of its own",
+    "max_adapter_bytes": "vLLM's adapters have slots of one size",
     "admin_key_file": "vLLM's keys are all alike",
     "adapter_root": "vLLM loads from any path",
     "chat_template": "vLLM has --chat-template of its own",
@@ -93,6 +95,12 @@ def serve(
     no_api_key: Annotated[
         bool, typer.Option("--no-api-key", help="Let anybody ask who reaches --host.")
     ] = False,
+    max_adapter_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--max-adapter-bytes", min=1, help="Most bytes of all adapters in memory together."
+        ),
+    ] = None,
     allow_loading: Annotated[
         bool,
         typer.Option(
@@ -238,7 +246,14 @@ def serve(
                 shared_prompt_cache,
             )
             engine = Engine(model, tokenizer, limits)
-            shelf = AdapterShelf(model, base_model, adapter_dir, max_adapters, engine.forget)
+            shelf = AdapterShelf(
+                model,
+                base_model,
+                adapter_dir,
+                max_adapters,
+                engine.forget,
+                max_bytes=max_adapter_bytes or math.inf,
+            )
             for name, path in adapters.items():
                 shelf.load(name, path)
             _announce(engine, shelf, sock)

@@ -12,6 +12,7 @@ that nobody waits for longer than requests take. Downloads hold up nobody else.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -39,6 +40,10 @@ Files = frozenset[tuple[str, int, int, int]]
 
 class UnknownModelError(AdapterError):
     """There is no adapter of this name."""
+
+
+class AdapterMemoryError(AdapterError):
+    """An adapter does not fit the memory that adapters may take."""
 
 
 class BusyDownloadingError(AdapterError):
@@ -87,6 +92,7 @@ class AdapterShelf:
         max_lazy: int = 8,
         on_removed: Callable[[Adapter], object] = lambda adapter: None,
         download_s: float = DOWNLOAD_S,
+        max_bytes: float = math.inf,
     ):
         self.base_name = base_name
         self._host = host
@@ -94,6 +100,7 @@ class AdapterShelf:
         self._max_lazy = max_lazy
         self._on_removed = on_removed
         self._download_s = download_s
+        self._max_bytes = max_bytes
         self._downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
         self._loading = threading.Lock()  # held while files are read
         self._lock = threading.RLock()  # held for moments, and never while others are told
@@ -266,14 +273,35 @@ class AdapterShelf:
             host_name = name
             while host_name in self._host.adapters:
                 host_name = f"{name[:90]}.{next(self._versions)}"
+            if sum(size for _, size, *_ in _files_of(str(directory))) > self._max_bytes:
+                raise self._no_memory(name)
             run_apart(partial(self._host.load, host_name, directory))
             adapter = ServedAdapter(name, host_name, source, files)
+            self._make_room_for(adapter)
         with self._lock:
             adapter.name, adapter.is_lazy = name, is_lazy
             former = self._served.pop(name, None)
             self._served[name] = adapter
             if former is not None:
                 self._let_go(former)
+
+    def _make_room_for(self, new: ServedAdapter) -> None:
+        """Let unused adapters of the directory go until all fit the memory, or else the new one."""
+        while sum(map(_bytes_of, self._host.adapters.values())) > self._max_bytes:
+            with self._lock:
+                unused = (one for one in self._served.values() if one.is_lazy and not one.num_users)
+                adapter = next(unused, new)
+                self._served.pop("" if adapter is new else adapter.name, None)
+                self._gone.append(adapter)
+            self._remove_gone()
+            if adapter is new:
+                raise self._no_memory(new.name)
+
+    def _no_memory(self, name: str) -> AdapterMemoryError:
+        return AdapterMemoryError(
+            f"adapters may take {self._max_bytes:,} bytes together, {shown(name)} does not fit "
+            "beside the others; unload some, or start the server with a larger --max-adapter-bytes"
+        )
 
     def _take_back(self, source: str, files: Files) -> ServedAdapter | None:
         """Keep the one of the same files that is leaving, if there is one, in place of a second."""
@@ -324,6 +352,10 @@ def _files_of(source: str) -> Files:
     except (OSError, ValueError):  # loading says what is wrong with it
         return frozenset()
     return frozenset((name, one.st_size, one.st_mtime_ns, one.st_ino) for name, one in stats)
+
+
+def _bytes_of(adapter: Adapter) -> int:
+    return sum(one.numel() * one.element_size() for one in adapter.state_dict().values())
 
 
 def _is_adapter(directory: Path, name: str) -> bool:

@@ -57,6 +57,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         500: "The server failed",
         503: "The server is stopping",
         504: "It took too long",
+        507: "Adapters take too much memory",
     }.items()
 }
 

@@ -27,6 +27,7 @@ from loraloom.infer.sampling import parse_sampling
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.adapters import (
+    AdapterMemoryError,
     AdapterShelf,
     ServedAdapter,
     UnknownModelError,
@@ -108,7 +109,7 @@ class Backend:
         scale = _scale(text) if colon else None
         try:
             adapter = self.shelf.take(name) or await self._wait_for(name, http)
-        except UnknownModelError:
+        except (UnknownModelError, AdapterMemoryError):
             raise
         except (FormatError, AdapterError) as error:
             log_failure(f"adapter {shown(name)} could not be loaded", error)

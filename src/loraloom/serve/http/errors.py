@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from loraloom.errors import FormatError, LoraloomError, plain
-from loraloom.serve.adapters import BusyDownloadingError, UnknownModelError
+from loraloom.serve.adapters import AdapterMemoryError, BusyDownloadingError, UnknownModelError
 from loraloom.serve.limits import NoRoutersError, OutOfTimeError, QueueFullError, StoppingError
 
 
@@ -67,6 +67,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="queue_full", headers=_later(seconds))
         case BusyDownloadingError():
             return ApiError(429, str(error), code="busy_downloading", headers=_later(30))
+        case AdapterMemoryError():
+            return ApiError(507, str(error), code="adapter_memory")
         case StoppingError():
             return ApiError(503, str(error), code="stopping", headers=_later(1))
         case NoRoutersError():
