@@ -264,7 +264,7 @@ ATTACKS: dict[str, Callable[[Server], Awaitable[Outcome]]] = {
         broken_adapter,
         counts,
         sigterm,
-    )  # fmt: skip
+    )
 }
 """In this order; after the last one nothing answers."""
 
