@@ -224,7 +224,7 @@ def test_one_whose_files_have_changed_is_another_one(host, saved, tmp_path):
 
 def test_adapters_fit_the_memory_that_they_may_take(host, saved):
     size = _bytes_of(host.adapters["own"])  # a LoRA as that of the directory
-    shelf = AdapterShelf(host, "base", saved, max_bytes=3.5 * size)
+    shelf = AdapterShelf(host, "base", saved, max_bytes=7 * size // 2)
     with using(shelf, "lora"):
         shelf.load("more", str(saved / "lora"))
         with pytest.raises(AdapterMemoryError, match="'late' does not fit beside the others"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -252,7 +251,7 @@ def serve(
                 adapter_dir,
                 max_adapters,
                 engine.forget,
-                max_bytes=max_adapter_bytes or math.inf,
+                max_bytes=max_adapter_bytes,
             )
             for name, path in adapters.items():
                 shelf.load(name, path)
@@ -297,7 +296,16 @@ def _refuse_embedded_only(given: Mapping[str, object]) -> None:
 
 
 def _write_log() -> None:
-    """Write what loraloom logs to stderr, a line of each request included."""
+    """Write what loraloom logs to stderr; what clients cause without asking, once a second."""
+    from loraloom.serve.http.server import OnceASecond
+
+    for name in (
+        "asyncio",
+        "uvicorn.error",
+        "loraloom.serve.failures",
+        "loraloom.serve.http.server",
+    ):
+        logging.getLogger(name).addFilter(OnceASecond())
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("loraloom")

@@ -92,7 +92,7 @@ class AdapterShelf:
         max_lazy: int = 8,
         on_removed: Callable[[Adapter], object] = lambda adapter: None,
         download_s: float = DOWNLOAD_S,
-        max_bytes: float = math.inf,
+        max_bytes: int | None = None,
     ):
         self.base_name = base_name
         self._host = host
@@ -100,7 +100,7 @@ class AdapterShelf:
         self._max_lazy = max_lazy
         self._on_removed = on_removed
         self._download_s = download_s
-        self._max_bytes = max_bytes
+        self._max_bytes: float = math.inf if max_bytes is None else max_bytes
         self._downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
         self._loading = threading.Lock()  # held while files are read
         self._lock = threading.RLock()  # held for moments, and never while others are told

@@ -171,8 +171,6 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(longest) if math.isfinite(longest) else None,
             )
         )
-        for name in ("asyncio", "uvicorn.error", _log.name):
-            logging.getLogger(name).addFilter(OnceASecond())
         self._engine = engine
         self._loop: asyncio.AbstractEventLoop | None = None
 
