@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loraloom.cli.evaluation_command import evaluation_command
+from loraloom.cli.evaluation_command import evaluation_command, generation_command
 from loraloom.config.run import RunConfig
 from loraloom.errors import LoraloomError
 
@@ -99,3 +99,27 @@ def test_there_is_no_command_where_there_is_nothing_to_evaluate():
 def test_a_job_called_as_the_base_model_goes_by_another_name():
     run = run_of({"task": "boolq"}, name="base")
     assert "base-adapter=out/base" in words(run, result("base"))
+
+
+def test_adapters_of_jobs_that_learnt_from_something_else_are_left_out():
+    pairs = {"dataset": "pairs.jsonl", "format": "preference"}
+    jobs = [
+        {"name": "dpo", "data": pairs, "train": {**TRAIN, "objective": {"name": "dpo"}}},
+        {"name": "chat", "data": ROWS, "train": TRAIN},
+        {"name": "plain", "data": {**ROWS, "format": "text"}, "train": TRAIN},
+    ]
+    jobs = [{"adapter": LORA, **job} for job in jobs]
+    run = RunConfig.model_validate({"base_model": "m", "output_dir": "out", "jobs": jobs})
+    results = [result(job["name"]) for job in jobs] + [result("from-elsewhere")]
+    asked = words(run, *results)
+    assert [word for word in asked if "=out/" in word] == ["chat=out/chat"]
+    assert asked[asked.index("--format") + 1] == "chat"
+
+
+def test_what_was_trained_can_be_asked():
+    command = generation_command(run_of(ROWS), [result("b c")])
+    assert command is not None
+    assert shlex.split(command.replace("\\\n", " ")) == shlex.split(
+        "loraloom generate --base-model m --adapter 'b c=out/b c' --prompt 'Hello!'"
+    )
+    assert generation_command(run_of(ROWS), [result(error="x")]) is None

@@ -327,3 +327,19 @@ def test_base_and_adapters_answer_a_prompt_alike(run, saved, capsys):
     ]
     assert run("--prompt", "the sky", "--adapter", f"a={saved / 'lora'}", "--no-base") == 0
     assert "[" not in capsys.readouterr().out.replace("[/INST]", "")[:4]
+
+
+def test_adapters_that_record_no_form_are_named_once(run, saved, tmp_path, capsys, monkeypatch):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ instruction }}!")
+    adapter = ["--adapter", f"a={saved / 'lora'}", "--prompt", "the sky"]
+    monkeypatch.setattr(
+        PreTrainedTokenizerBase, "chat_template", "{{ messages[0].content }}", raising=False
+    )
+    assert run(*adapter) == 0
+    assert capsys.readouterr().err.count("note: a: the adapter's files don't record") == 1
+    for given in (["--raw"], ["--template", str(template)]):
+        assert run(*adapter, *given) == 0
+        assert "note:" not in capsys.readouterr().err
+    assert run(*adapter, "--template", "alpaca", "--raw") == 2
+    assert "--template has no effect with --raw" in capsys.readouterr().err

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from loraloom.cli import main as cli
+from loraloom.formats import describe
 from loraloom.training.run.engine import Engine
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
@@ -32,6 +34,31 @@ def test_train_writes_adapters_and_prints_a_table(run_file, tmp_path, capsys):
     for name in ("plain", "mixture"):
         result = json.loads((tmp_path / "out" / name / "result.json").read_text())
         assert result["status"] == "finished"
+
+
+def test_adapters_remember_how_their_prompts_were_written(inputs, run_file, tmp_path, capsys):
+    words = ["--set", "jobs.0.data.template=plain"]
+    assert cli.main(["train", run_file, *words]) == 0
+    command = capsys.readouterr().out.partition("Generate with:")[2]
+    assert f"--adapter plain={tmp_path / 'out/plain'}" in command
+    plain, mixture = (describe(tmp_path / "out" / name).prompt for name in ("plain", "mixture"))
+    assert plain == {"format": "instruction", "template": "plain"}
+    assert mixture == {"format": "task"}
+    last = describe(tmp_path / "out/plain/checkpoints/last").prompt
+    assert last == describe(tmp_path / "out/plain/checkpoints/best").prompt == plain
+
+    asked = ["--base-model", str(inputs / "base"), "--device", "cpu"]
+    asked += ["--adapter", f"a={tmp_path / 'out/plain'}"]
+    held_out = ["--dataset", str(inputs / "rows.jsonl"), "--no-cache", "--output"]
+    assert cli.main(["eval", *asked, *held_out, str(tmp_path / "eval.json")]) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["tasks"]["rows"]["format"] == "instruction"
+    output = str(tmp_path / "merged")
+    exported = ["--base-model", str(inputs / "base"), "--adapter", str(tmp_path / "out/plain")]
+    assert cli.main(["export", *exported, "--device", "cpu", "--output", output]) == 0
+    turns = [{"role": "user", "content": "Say one"}]
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "Say one\n"
 
 
 def test_settings_can_be_changed_from_the_command_line(run_file, tmp_path):

@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from loraloom.data.prompts import instruction_columns, load_template, read_instruction
+from loraloom.config.data import DataConfig
+from loraloom.data.prompts import (
+    instruction_columns,
+    load_template,
+    prompt_form,
+    read_instruction,
+)
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 
@@ -87,3 +95,54 @@ def test_an_unknown_template_offers_the_nearest():
 def test_a_broken_template_is_refused():
     with pytest.raises(DataError, match="is not valid Jinja"):
         load_template("{{ instruction ")
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+SYSTEM = [{"role": "system", "content": "Be kind."}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "expected"),
+    [
+        ({"format": "instruction"}, [], {"format": "instruction", "template": "alpaca"}),
+        (
+            {"format": "instruction", "template": "Q: {{ instruction }}"},
+            [],
+            {"format": "instruction", "template": "Q: {{ instruction }}"},
+        ),
+        ({"format": "text"}, [], {"format": "text"}),
+        ({"format": "chat"}, [{"messages": SYSTEM + CHAT}] * 2, {"system": "Be kind."}),
+        ({"format": "chat"}, [{"messages": CHAT}, {"messages": SYSTEM + CHAT}], {}),
+        (
+            {"format": "chat", "chat_template": "{{ messages }}"},
+            [{"messages": CHAT}],
+            {"chat_template": "{{ messages }}"},
+        ),
+        (
+            {"format": "preference"},
+            [{"prompt": "Hi", "chosen": "a", "rejected": "b"}],
+            {"format": "preference"},
+        ),
+        (
+            {"format": "preference"},
+            [{"prompt": SYSTEM + CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}],
+            {"system": "Be kind."},
+        ),
+    ],
+)
+def test_the_form_of_prompts_is_that_of_the_data(
+    tmp_path, tiny_tokenizer, settings, rows, expected
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = DataConfig.model_validate({"dataset": str(path), **settings})
+    form = prompt_form(data, tiny_tokenizer)
+    assert form.model_dump(exclude_none=True) == {"format": "chat", **expected}
+    mix = DataConfig.model_validate({"mix": [data.sources[0], {"task": "boolq"}]})
+    assert prompt_form(mix, tiny_tokenizer) == form
+
+
+def test_prompts_of_tasks_are_read_as_they_stand(tiny_tokenizer):
+    form = prompt_form(DataConfig.model_validate({"task": "boolq"}), tiny_tokenizer)
+    assert form.format == "task"
+    assert form.is_text

@@ -10,8 +10,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats import hub, read_adapter, write_adapter
+from loraloom.formats import describe, hub, read_adapter, write_adapter
+from loraloom.formats.files import read_stored
 from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
 
 LORA = LoraConfig(rank=2)
@@ -263,3 +265,22 @@ def test_the_same_weights_are_no_warning(saved, base):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_adapter(saved, base)
+
+
+@pytest.mark.parametrize("config", [LORA, MIXTURE])
+def test_an_adapter_remembers_how_its_training_data_wrote_prompts(tmp_path, base, config):
+    form = PromptForm(format="instruction", template="Q: {{ instruction }}\nA: ")
+    write_adapter(tmp_path, config, make_tensors(config, base), base, prompt=form)
+    assert read_stored(tmp_path).base.prompt == form
+    assert "## Prompts" in (tmp_path / "README.md").read_text()
+    assert describe(tmp_path).prompt == form.model_dump(exclude_none=True)
+
+
+def test_a_form_of_prompts_that_can_not_be_used_is_an_error(tmp_path, base):
+    write_adapter(
+        tmp_path, MIXTURE, make_tensors(MIXTURE, base), base, prompt=PromptForm(format="text")
+    )
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"text"', '"verse"'))
+    with pytest.raises(FormatError, match=r"prompt\.format must be instruction, chat"):
+        read_stored(tmp_path)

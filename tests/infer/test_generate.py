@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, DataError
-from loraloom.infer.generate import complete, generate
+from loraloom.infer.generate import complete, generate, generate_tokens
 from loraloom.infer.prompts import Prompt
 from loraloom.infer.sampling import SamplingConfig
 from tests.tiny import METHODS, tiny_host
@@ -42,6 +43,29 @@ def test_greedy_takes_the_most_likely_token(host, tiny_tokenizer):
         ids = torch.cat([ids, following], dim=1)
     expected = tiny_tokenizer.decode(ids[0, -8:])
     assert completed(host, tiny_tokenizer, [Prompt("the sky", "lora")]) == [expected]
+
+
+def test_rows_of_a_batch_are_asked_as_their_adapters_were_trained(
+    host, tiny_tokenizer, monkeypatch
+):
+    tiny_tokenizer.chat_template = "{{ messages[-1].content }} says"
+    forms = {
+        "lora": PromptForm(format="instruction", template="plain"),
+        "mixlora": PromptForm(format="chat", chat_template="{{ messages[-1].content }}?"),
+    }
+    for name, form in forms.items():
+        monkeypatch.setattr(host.adapters[name], "prompt", form)
+    asked = [Prompt("yes", name) for name in (None, "lora", "mixlora", "vera")]
+    written = ["yes says", "yes\n", "yes?", "yes says"]
+    sampling = SamplingConfig(max_new_tokens=4)
+    found = generate_tokens(host, tiny_tokenizer, asked, sampling)
+    assert [tiny_tokenizer.decode(one.prompt_ids) for one in found] == written
+    one_form = generate_tokens(
+        host, tiny_tokenizer, asked, sampling, prompt_form=PromptForm(format="text")
+    )
+    raw = generate_tokens(host, tiny_tokenizer, asked, sampling, raw=True)
+    assert [one.prompt_ids for one in one_form] == [one.prompt_ids for one in raw]
+    assert tiny_tokenizer.decode(raw[1].prompt_ids) == "yes"
 
 
 def test_a_prompt_may_scale_its_adapter(host, tiny_tokenizer):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from loraloom.config.data import PromptForm
 from loraloom.errors import DataError
 from loraloom.infer.prompts import Prompt, encode_prompt
 
@@ -12,8 +13,8 @@ TEMPLATE = (
 TURNS = ({"role": "user", "content": "yes?"}, {"role": "assistant", "content": "no"})
 
 
-def decoded(tokenizer, content, **options):
-    return tokenizer.decode(encode_prompt(tokenizer, Prompt(content), **options))
+def decoded(tokenizer, content, form=None, **options):
+    return tokenizer.decode(encode_prompt(tokenizer, Prompt(content), form, **options).ids)
 
 
 def test_a_text_is_read_as_it_stands_without_a_template(tiny_tokenizer):
@@ -61,3 +62,60 @@ def test_half_a_surrogate_pair_is_an_error(tiny_tokenizer, template, content):
         DataError, match=r"a\.jsonl: the prompt must be a text of Unicode, got half"
     ):
         encode_prompt(tiny_tokenizer, Prompt(content, origin="a.jsonl"))
+
+
+PLAIN = PromptForm(format="instruction", template="plain")
+
+
+def test_a_prompt_is_written_as_the_adapters_training_data_was(tiny_tokenizer):
+    tiny_tokenizer.chat_template = TEMPLATE
+    assert decoded(tiny_tokenizer, "one", PLAIN) == "one\n"
+    chat = PromptForm(format="chat", chat_template="{{ messages[0].content }}!", system="two")
+    assert decoded(tiny_tokenizer, "one", chat) == "two!"
+    for is_text in ("text", "task", "preference"):
+        assert decoded(tiny_tokenizer, "one", PromptForm(format=is_text)) == "one"
+    assert decoded(tiny_tokenizer, "one", PLAIN, raw=True) == "one"
+
+
+def test_turns_of_instructions_are_joined_as_examples_are(tiny_tokenizer):
+    end = tiny_tokenizer.eos_token
+    turns = ({"role": "system", "content": "two"}, *TURNS, {"role": "user", "content": "one"})
+    assert decoded(tiny_tokenizer, turns, PLAIN) == f"two\n\nyes?\nno{end}one\n"
+
+
+def test_a_text_has_no_turns_and_leaves_a_conversation_to_the_chat_template(tiny_tokenizer):
+    tiny_tokenizer.chat_template = TEMPLATE
+    form = PromptForm(format="text")
+    assert decoded(tiny_tokenizer, TURNS[:1], form) == "yes?"
+    assert decoded(tiny_tokenizer, TURNS, form) == "(user) yes?\n(assistant) no\n(assistant)"
+
+
+def test_a_prompt_template_reads_further_fields_of_a_row(tiny_tokenizer):
+    form = PromptForm(format="instruction", template="[{{ topic }}] {{ instruction }}: ")
+    prompt = Prompt("one", fields={"topic": "two"})
+    assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt, form).ids) == "[two] one:"
+    with pytest.raises(DataError, match="can't be filled in: 'topic' is undefined; give a row"):
+        encode_prompt(tiny_tokenizer, Prompt("one"), form)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "alpaca",
+        "plain",
+        "{% if input %}\n{{ input }}\n{% endif %}\n{{ instruction }}\n  {# no #}\n",
+    ],
+)
+def test_a_form_as_a_chat_template_writes_the_same_text(tiny_tokenizer, template):
+    form = PromptForm(format="instruction", template=template)
+    expected = decoded(tiny_tokenizer, TURNS[:1], form)
+    tiny_tokenizer.chat_template = form.as_chat_template(None, adds_bos=False)
+    written = tiny_tokenizer.apply_chat_template(list(TURNS[:1]), tokenize=False)
+    assert written == expected
+
+
+def test_a_system_message_becomes_a_part_of_the_chat_template(tiny_tokenizer):
+    form = PromptForm(format="chat", system='two "{{ }}"')
+    tiny_tokenizer.chat_template = form.as_chat_template(TEMPLATE, adds_bos=False)
+    written = tiny_tokenizer.apply_chat_template(list(TURNS[:1]), tokenize=False)
+    assert written == '(system) two "{{ }}"\n(user) yes?\n'

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loraloom.adapters.base import BaseLayer
 from loraloom.adapters.config import AdapterConfig, RouterLossConfig
+from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import SampleNoise, Site
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
@@ -203,6 +204,7 @@ class Adapter(nn.Module, ABC):
         self.base_layers = list(base_layers)
         self.layers = nn.ModuleList(layers)
         self.own_modules = nn.ModuleList()
+        self.prompt: PromptForm | None = None  # how its training data writes prompts
         self._blocks: list[dict[str, dict[str, Projection]]] = [
             {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
             for base, layer in zip(base_layers, layers, strict=True)

@@ -15,6 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
+from loraloom.config.data import PromptForm
 from loraloom.config.faults import describe_faults
 from loraloom.errors import FormatError, plain, shown
 
@@ -116,6 +117,8 @@ class AdapterRecord(_Fields):
     base: BaseFields = BaseFields()
     adapter: dict[str, Any] = {}
     """Settings of the method that the layout has no field for."""
+    prompt: PromptForm | None = None
+    """How its training data wrote prompts; None where nobody knows."""
 
 
 class AdapterFields(_Fields):

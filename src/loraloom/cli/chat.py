@@ -20,6 +20,7 @@ from loraloom.cli.options import (
     DtypeOption,
     QuantizationOption,
     parse_adapters,
+    tell_unknown_prompts,
 )
 from loraloom.cli.serve import CacheTokensOption
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
@@ -39,7 +40,15 @@ HELP = """\
 def chat(
     base_model: BaseModelOption,
     adapter: AdapterOption = None,
-    system: Annotated[str, typer.Option("--system", help="What the model is told first.")] = "",
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system", help="The system message, in place of those that adapters were trained on."
+        ),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Read each message as it stands, without a template.")
+    ] = False,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Most tokens of an answer.")
     ] = 512,
@@ -61,8 +70,14 @@ def chat(
     device: DeviceOption = "auto",
     attn_implementation: AttnOption = None,
 ) -> None:
-    """Talk to the base model and its adapters; /help says how to switch between them."""
+    """Talk to the base model and its adapters; /help says how to switch between them.
+
+    Each adapter reads messages as its training data wrote prompts, the base model in its chat
+    template.
+    """
     adapters = parse_adapters(adapter)
+    if raw and system is not None:
+        raise ConfigError("--system has no effect with --raw; leave one of them out")
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.infer.sampling import parse_sampling
     from loraloom.serve.conversation import Conversation
@@ -81,15 +96,18 @@ def chat(
     host, tokenizer = load_host(
         base_model, adapters, dtype, device, attn_implementation, quantization
     )
-    if system and not tokenizer.chat_template:
+    have_turns = [one.prompt and not one.prompt.is_text for one in host.adapters.values()]
+    if system and not tokenizer.chat_template and not any(have_turns):
         raise ConfigError(
             "--system needs a chat template, the base model's tokenizer has none; leave it out"
         )
+    if not raw:
+        tell_unknown_prompts(host, tokenizer)
     max_rows = len(adapters) + 1
     cache_tokens = cache_tokens or default_cache_tokens(host, max_rows)
     limits = EngineLimits(max_rows, cache_tokens, max_request_s=math.inf)
     engine = Engine(host, tokenizer, limits)
-    conversation = Conversation(engine, tokenizer, BASE, system)
+    conversation = Conversation(engine, tokenizer, BASE, system, raw=raw)
     Terminal(conversation, [BASE, *adapters], sampling).run()
 
 

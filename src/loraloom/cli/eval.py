@@ -145,7 +145,11 @@ def evaluate(
     ] = None,
     data_format: Annotated[
         DataFormat | None,
-        typer.Option("--format", help="What the rows of --dataset are, as in a run file."),
+        typer.Option(
+            "--format",
+            help="What the rows of --dataset are, as in a run file; by default what the "
+            "adapters were trained on.",
+        ),
     ] = None,
     template: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""The command that evaluates what a run has trained."""
+"""The commands that evaluate and ask what a run has trained."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MAX_ADAPTERS = 8
 """Adapters in the command; of a sweep the best ones."""
 
+PROMPT = "Hello!"
+"""Stands for what the user would ask."""
+
 HELD_OUT = "HELD_OUT.jsonl"
 """Stands for a file of rows that no job has seen, where the run has none."""
 
@@ -26,30 +29,42 @@ HELD_OUT = "HELD_OUT.jsonl"
 def evaluation_command(run: RunConfig, results: Sequence[JobResult]) -> str | None:
     """Write the command, an option a line; None where there is nothing to evaluate.
 
-    It asks what the first job was measured on, or what it learnt from where that has other splits.
+    It asks what the first job that can be asked was measured on, or what it learnt from where that
+    has other splits. Adapters of jobs that would be asked something else are left out.
     """
-    good = [result for result in results if result.error is None and result.status != "stopped"]
-    if not good:
+    good = _good(run, results)
+    asked = {one.job: [*_asked(job)] for one in good if (job := _find_job(run, one.job))}
+    first = next(filter(None, asked.values()), None)
+    if first is None:
         return None
+    adapters = [one for one in good if asked.get(one.job) == first]
+    output = f"--output {shlex.quote(str(run.output_dir / 'eval.json'))}"
+    return _command("eval", run, adapters, " ".join(first), output)
+
+
+def generation_command(run: RunConfig, results: Sequence[JobResult]) -> str | None:
+    """Write the command that asks what was trained, an option a line; None if nothing was."""
+    good = _good(run, results)
+    return _command("generate", run, good, f"--prompt {shlex.quote(PROMPT)}") if good else None
+
+
+def _good(run: RunConfig, results: Sequence[JobResult]) -> list[JobResult]:
+    """Results of jobs that got to their end; of a sweep the best ones first."""
+    good = [result for result in results if result.error is None and result.status != "stopped"]
     if run.sweep is not None:
         metric = run.sweep.metric
         sign = 1 if metric_mode(metric) == "min" else -1
         good.sort(key=lambda one: sign * one.metrics.get(metric, sign * float("inf")))
-    job = _find_job(run, good[0].job)
-    asked = [] if job is None else [*_asked(job)]
-    if not asked:
-        return None
+    return good
+
+
+def _command(verb: str, run: RunConfig, adapters: Sequence[JobResult], *options: str) -> str:
     base = f"--base-model {shlex.quote(run.base_model)} {quantization_option(run.quantization)}"
-    lines = [
-        f"loraloom eval {base}".rstrip(),
-        *(
-            f"--adapter {shlex.quote(f'{_adapter_name(one.job)}={one.directory}')}"
-            for one in good[:MAX_ADAPTERS]
-        ),
-        " ".join(asked),
-        f"--output {shlex.quote(str(run.output_dir / 'eval.json'))}",
-    ]
-    return " \\\n    ".join(lines)
+    named = (
+        f"--adapter {shlex.quote(f'{_adapter_name(one.job)}={one.directory}')}"
+        for one in adapters[:MAX_ADAPTERS]
+    )
+    return " \\\n    ".join([f"loraloom {verb} {base}".rstrip(), *named, *options])
 
 
 def _adapter_name(job: str) -> str:
@@ -60,8 +75,10 @@ def _adapter_name(job: str) -> str:
 
 
 def _find_job(run: RunConfig, name: str) -> JobConfig | None:
-    """The job of that name, or any: TPE's later ones differ from those that are known in values."""
-    return next((job for job in run.all_jobs if job.name == name), next(iter(run.all_jobs), None))
+    """The job of that name; TPE's later ones differ from a sweep's first one in values."""
+    is_trial = run.sweep is not None and run.sweep.owns(name)
+    alike = (job for job in run.all_jobs if is_trial and run.sweep.owns(job.name))
+    return next((job for job in run.all_jobs if job.name == name), next(alike, None))
 
 
 def _asked(job: JobConfig) -> Iterator[str]:

@@ -16,9 +16,11 @@ from loraloom.cli.options import (
     ChatTemplateOption,
     DeviceOption,
     DtypeOption,
+    PromptTemplateOption,
     QuantizationOption,
     parse_adapters,
     path_option,
+    tell_unknown_prompts,
 )
 from loraloom.errors import ConfigError, shown
 
@@ -61,8 +63,9 @@ def generate(
         bool, typer.Option("--no-base", help="Let the adapters alone answer --prompt.")
     ] = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Leave out the tokenizer's chat template.")
+        bool, typer.Option("--raw", help="Read prompts as they stand, without a template.")
     ] = False,
+    template: PromptTemplateOption = None,
     chat_template: ChatTemplateOption = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")
@@ -96,15 +99,21 @@ def generate(
 ) -> None:
     """Complete a prompt, or every prompt of a file, with the base model or adapters on it.
 
+    Each adapter reads prompts as its training data wrote them, the base model in its chat template.
+    --raw, --template and --chat-template are for all of them.
+
     After Ctrl-C the same command goes on behind the rows that --output has.
     """
     adapters = parse_adapters(adapter)
-    if raw and chat_template is not None:
-        raise ConfigError("--chat-template has no effect with --raw; leave one of them out")
+    ways = {"--chat-template": chat_template, "--template": template, "--raw": raw or None}
+    given = [option for option, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} has no effect with {given[1]}; leave one of them out")
     if overwrite and output is None:
         raise ConfigError("--overwrite has no effect without --output; leave it out")
     from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
-    from loraloom.data.chat_template import replace_chat_template, template_text
+    from loraloom.data.chat_template import template_text
+    from loraloom.data.prompts import given_form, template_source
     from loraloom.eval.provenance import describe_adapters
     from loraloom.infer.generate import complete_in_order
     from loraloom.infer.loading import check_sources, load_host
@@ -129,6 +138,7 @@ def generate(
         settings = {"base_model": base_model, "dtype": dtype, "sampling": sampling.model_dump()}
         settings |= {"raw": raw, "batch_size": batch_size, "adapters": describe_adapters(adapters)}
         settings |= {"chat_template": template_text(chat_template)} if chat_template else {}
+        settings |= {"template": template_source(template)} if template else {}
         settings |= {"quantization": quantization.model_dump()} if quantization else {}
         file = OutputFile(output, [*labelled(rows, prompts)], settings)
         num_done = file.count_done(batch_size, overwrite=overwrite)
@@ -138,15 +148,17 @@ def generate(
     host, tokenizer = load_host(
         base_model, adapters, dtype, device, attn_implementation, quantization
     )
-    replace_chat_template(tokenizer, chat_template)
+    if not given:
+        tell_unknown_prompts(host, tokenizer)
     batches = complete_in_order(
         host,
         tokenizer,
         prompts,
         sampling,
         batch_size=batch_size,
-        raw=raw,
         num_done=num_done,
+        raw=raw,
+        prompt_form=given_form(tokenizer, template, chat_template),
     )
     texts = ([completion.text for completion in batch] for batch in batches)
     if file is not None:
@@ -203,7 +215,8 @@ def _prompts_of(row: Row, adapters: Mapping[str, str], *, raw: bool) -> list[Pro
     wanted: list[RowAdapter] = (
         [_adapter_of(row, adapters)] if "adapter" in row else list(adapters) or [None]
     )
-    return [Prompt(content, adapter, row.origin, tools) for adapter in wanted]
+    fields = {name: value for name, value in row.items() if name != "prompt"}
+    return [Prompt(content, adapter, row.origin, tools, fields) for adapter in wanted]
 
 
 def _adapter_of(row: Row, adapters: Mapping[str, str]) -> RowAdapter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ def score_held_out(
     from loraloom.terminal import make_console
 
     given = {name: value for name, value in settings.items() if value}
+    if "format" not in given:
+        given = {**_trained_on(run.adapters), **given}
     sources = [parse_source({"dataset": dataset, **given}) for dataset in datasets]
     _check_names([data_set_name(dataset) for dataset in datasets])
     pairs = choose_pairs(run.names, compare)
@@ -82,6 +84,18 @@ def _score(
             sources=run.adapters,
             command=run.command,
         )
+
+
+def _trained_on(adapters: Mapping[str, str]) -> dict[str, str]:
+    """The format and templates that all adapters were trained on; nothing if they differ."""
+    from loraloom.formats.files import read_stored
+    from loraloom.formats.hub import find_adapter
+
+    forms = [read_stored(find_adapter(path)).base.prompt for path in adapters.values()]
+    form = forms[0] if forms and all(one == forms[0] for one in forms) else None
+    if form is None or form.format not in ("instruction", "chat", "text"):
+        return {}
+    return form.model_dump(include={"format", "template", "chat_template"}, exclude_none=True)
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraloom.errors import shown
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -43,11 +45,13 @@ def _settings_table(description: AdapterDescription) -> Table:
 
 def _settings(description: AdapterDescription) -> dict[str, str]:
     stabilized = ", rank-stabilized" if description.rank_stabilized else ""
+    prompt = description.prompt or {}
     rows = {
         "adapter": description.path,
         "method": f"{description.method}{stabilized} ({description.layout} layout)",
         "formula": description.formula,
         "base model": description.base_model or "unknown",
+        "prompt": ", ".join(f"{name}: {shown(text)}" for name, text in prompt.items()) or "unknown",
         "rank": _rank(description),
     }
     if experts := description.experts:

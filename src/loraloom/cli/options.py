@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,11 @@ from loraloom.config.fields import (
 from loraloom.config.paths import local_path
 from loraloom.config.quantization import parse_quantization
 from loraloom.errors import ConfigError, LoraloomError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from loraloom.models.host import Host
 
 RayOption = Annotated[
     str | None,
@@ -70,6 +75,17 @@ def parse_adapters(texts: Sequence[str] | None) -> dict[str, str]:
             raise ConfigError(f"--adapter {text}: name must not be given twice, got {name!r} again")
         adapters[name] = path
     return adapters
+
+
+def tell_unknown_prompts(host: Host, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say which adapters don't record the form of their prompts, if that makes a difference."""
+    names = [name for name, adapter in host.adapters.items() if adapter.prompt is None]
+    if names and tokenizer.chat_template:
+        typer.echo(
+            f"note: {', '.join(names)}: the adapter's files don't record how its training data "
+            "wrote prompts; the base model's chat template is used",
+            err=True,
+        )
 
 
 def path_option(name: str, **settings: Any) -> Any:
@@ -151,6 +167,14 @@ ChatTemplateOption = Annotated[
         "--chat-template",
         metavar="TEMPLATE",
         help="In place of the tokenizer's: a file, a Jinja text, or trl for its training one.",
+    ),
+]
+PromptTemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="TEMPLATE",
+        help="Write prompts in this prompt template: alpaca, plain, a Jinja text or a file.",
     ),
 ]
 SetOption = Annotated[

@@ -20,6 +20,7 @@ from loraloom.cli.options import (
     QuantizationOption,
     parse_adapters,
     path_option,
+    tell_unknown_prompts,
 )
 from loraloom.errors import ConfigError
 
@@ -256,6 +257,7 @@ def serve(
             for name, path in adapters.items():
                 shelf.load(name, path)
             _announce(engine, shelf, sock)
+            tell_unknown_prompts(model, tokenizer)
             return engine, shelf, tokenizer
 
         engine, shelf, tokenizer = run_apart(prepare)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraloom.cli.evaluation_command import evaluation_command
 from loraloom.cli.options import (
     RayOption,
     RayWorkersOption,
@@ -86,6 +85,7 @@ def train(
         raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
     check_ray_workers(ray, ray_workers)
     run = load_run_config(run_file, [*(overrides or ()), *changes], needs_jobs=watch is None)
+    from loraloom.cli.evaluation_command import evaluation_command, generation_command
     from loraloom.terminal import make_console, print_tables
     from loraloom.training.run import run as training
     from loraloom.training.run.inbox import WatchOptions
@@ -106,9 +106,12 @@ def train(
     others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]
     if others:
         print_tables(console, [_results_table(others)])
-    command = evaluation_command(run, results)
-    if command is not None:
-        console.print(f"\nEvaluate with:\n  {command}", soft_wrap=True)
+    for purpose, command in (
+        ("Evaluate", evaluation_command(run, results)),
+        ("Generate", generation_command(run, results)),
+    ):
+        if command is not None:
+            console.print(f"\n{purpose} with:\n  {command}", soft_wrap=True)
     raise_failures(results)
 
 

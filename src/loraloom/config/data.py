@@ -9,6 +9,7 @@ One source, or several in a mix:
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, mod
 
 from loraloom.config.faults import did_you_mean
 from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.errors import shown
 
 TaskName = Literal[
     "arc_easy",
@@ -46,6 +48,42 @@ _NO_TEMPLATE = {
     "preference": "prompts are taken as they are, and messages have chat_template",
 }
 """Why a format takes no prompt template."""
+
+_ALPACA = """\
+Below is an instruction that describes a task\
+{% if input %}, paired with an input that provides further context{% endif %}. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{{ instruction }}
+
+{% if input %}### Input:
+{{ input }}
+
+{% endif %}### Response:
+"""
+
+_PLAIN = """\
+{{ instruction }}
+{% if input %}{{ input }}
+{% endif %}"""
+
+PROMPT_TEMPLATES = {"alpaca": _ALPACA, "plain": _PLAIN}
+"""Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`."""
+
+_CONVERSATION_OF_INSTRUCTIONS = (
+    "{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
+    "{% elif message['role'] == 'user' %}{% set instruction = ns.system + message['content'] %}"
+    "{% set input = '' %}{% set ns.system = '' %}"
+    "{% set prompt +%}TEMPLATE{%+ endset %}{{ prompt.rstrip(' ') }}"
+    "{% else %}{% set ns.system = ns.system + message['content'] + '\n\n' %}"
+    "{% endif %}{% endfor %}"
+)
+_BEGINNING = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{% set messages = [{'role': 'system', 'content': SYSTEM}] + messages %}{% endif %}"
+)
 
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
 
@@ -114,6 +152,52 @@ TaskReference = Annotated[
     ),
 ]
 """A task's name, or the .yaml file of a task of one's own."""
+
+
+class PromptForm(StrictModel):
+    """How an adapter's training data wrote its prompts; a part of the adapter's files."""
+
+    format: DataFormat | Literal["task"]
+    """Format of the data. Prompts of text, preference and task are read as they stand."""
+    template: str | None = Field(default=None, min_length=1)
+    """Instructions: the prompt template, alpaca, plain or a Jinja text."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """Conversations: a Jinja text; null for the tokenizer's chat template."""
+    system: str | None = None
+    """Conversations: the system message that each begins with."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether prompts are read as they stand."""
+        return self.format not in ("instruction", "chat")
+
+    @property
+    def prompt_template(self) -> str:
+        """The prompt template's text; no file is read for it."""
+        return PROMPT_TEMPLATES.get(self.template or "alpaca", self.template or "")
+
+    def as_chat_template(self, own: str | None, *, adds_bos: bool) -> str | None:
+        """A chat template that writes prompts so, for engines that know nothing else.
+
+        Args:
+            own: The tokenizer's chat template.
+            adds_bos: The tokenizer begins texts with BOS, which chat templates write themselves.
+        """
+        if self.format == "instruction":
+            # chat templates are compiled with trim_blocks and lstrip_blocks; + keeps the whitespace
+            kept = re.sub(r"(\{[%#])(?![-+])", r"\1+", self.prompt_template)
+            kept = re.sub(r"(?<![-+])([%#]\})", r"+\1", kept)
+            bos = "{{ bos_token }}" if adds_bos else ""
+            return bos + _CONVERSATION_OF_INSTRUCTIONS.replace("TEMPLATE", kept)
+        template = (self.format == "chat" and self.chat_template) or own
+        if template is None or self.system is None:
+            return template
+        return _BEGINNING.replace("SYSTEM", json.dumps(self.system)) + template
+
+    def describe(self) -> list[str]:
+        """The settings that are given, a line each."""
+        given = self.model_dump(exclude_none=True)
+        return [f"{name.replace('_', ' ')}: {value}" for name, value in given.items()]
 
 
 def default_scoring(task: str | None) -> Scoring | None:
@@ -225,7 +309,8 @@ class _SourceFields(StrictModel):
         unknown = sorted(set(fields) - set(roles))
         if unknown:
             raise ValueError(
-                f"fields must map {', '.join(roles)} to column names, got {', '.join(unknown)}"
+                f"fields must map {', '.join(roles)} to column names, got "
+                f"{', '.join(map(shown, unknown))}"
             )
         return fields
 

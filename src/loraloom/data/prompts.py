@@ -6,33 +6,20 @@ other field of the row. It ends where the answer begins.
 
 from __future__ import annotations
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
+from jinja2 import StrictUndefined, Template, TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
+from loraloom.data.chat_template import ChatTemplate, given_source
+from loraloom.data.locations import find_location, read_rows, stream_rows
+from loraloom.data.messages import Message, read_conversation, read_messages
 from loraloom.data.rows import Row
 from loraloom.data.templates import BoundedEnvironment, compile_within, read_template, render
 from loraloom.errors import DataError, shown
-
-_ALPACA = """\
-Below is an instruction that describes a task\
-{% if input %}, paired with an input that provides further context{% endif %}. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-{{ instruction }}
-
-{% if input %}### Input:
-{{ input }}
-
-{% endif %}### Response:
-"""
-
-_PLAIN = """\
-{{ instruction }}
-{% if input %}{{ input }}
-{% endif %}"""
-
-TEMPLATES = {"alpaca": _ALPACA, "plain": _PLAIN}
-"""Source of `alpaca`: Taori et al. 2023, Stanford Alpaca, `train.py`."""
 
 INSTRUCTION_COLUMNS = (
     {"instruction": "instruction", "input": "input", "output": "output"},
@@ -81,4 +68,57 @@ def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, s
 def template_source(template: str | None) -> str:
     """The text of a template; see `load_template`."""
     name = template or "alpaca"
-    return TEMPLATES.get(name) or read_template(name, "template", TEMPLATES)
+    return PROMPT_TEMPLATES.get(name) or read_template(name, "template", PROMPT_TEMPLATES)
+
+
+def given_form(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, chat_template: str | None
+) -> PromptForm | None:
+    """The form that a prompt template or a chat template asks for; None without either."""
+    if template is not None:
+        return PromptForm(format="instruction", template=template_source(template))
+    if chat_template is None:
+        return None
+    source = given_source(tokenizer, chat_template)
+    ChatTemplate(source, source, {})  # an error now if it is no template
+    return PromptForm(format="chat", chat_template=source)
+
+
+def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """How a job's data writes prompts; of a mix, how its first source does.
+
+    The system message is kept where the first rows (100) all have the same one.
+    """
+    source = data.sources[0]
+    match source.format:
+        case None:
+            return PromptForm(format="task")
+        case "text":
+            return PromptForm(format="text")
+        case "instruction":
+            name = source.template or "alpaca"
+            template = name if name in PROMPT_TEMPLATES else template_source(name)
+            return PromptForm(format="instruction", template=template)
+    beginnings = [*_beginnings(source, streaming=data.streaming)]
+    if None in beginnings:
+        return PromptForm(format="preference")
+    template = source.chat_template and given_source(tokenizer, source.chat_template)
+    systems = {one["content"] if one and one["role"] == "system" else None for one in beginnings}
+    system = systems.pop() if len(systems) == 1 else None
+    return PromptForm(format="chat", chat_template=template, system=system)
+
+
+def _beginnings(source: SourceConfig, *, streaming: bool) -> Iterator[Message | None]:
+    """The first message of each of the first rows; None of a preference between texts."""
+    assert source.dataset is not None, "tasks have no format"
+    location = (source.dataset, source.split or "train", source.config)
+    is_file = isinstance(find_location(*location), Path)
+    rows = stream_rows(*location).rows() if streaming or is_file else iter(read_rows(*location))
+    columns = source.fields or {}
+    for row in islice(rows, 100):
+        if source.format == "chat":
+            yield read_conversation(row, columns).messages[0]
+            continue
+        names = [columns.get(role, role) for role in ("prompt", "chosen")]
+        messages = next((name for name in names if isinstance(row.get(name), list)), None)
+        yield None if messages is None else read_messages(row, messages)[0]

@@ -11,6 +11,7 @@ import yaml
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.own import own_lines
+from loraloom.config.data import PromptForm
 from loraloom.formats.hub import HUB_ID
 
 
@@ -21,8 +22,9 @@ def model_card(
     name: str | None = None,
     data: str | None = None,
     results: str | None = None,
+    prompt: PromptForm | None = None,
 ) -> str:
-    """Write a short model card: base, method, and what is known of data and results."""
+    """Write a short model card: base, method, and what is known of prompts, data and results."""
     architecture = f" (architecture: {base.model_type})" if base.model_type else ""
     front_matter = yaml.safe_dump(_front_matter(config, base), sort_keys=False)
     sections = [
@@ -31,6 +33,8 @@ def model_card(
         f"An adapter for {_base_name(base)}{architecture}, written by loraloom.",
         f"## Method\n\n{_method(config)}",
     ]
+    if prompt is not None:
+        sections.append(f"## Prompts\n\n{_prompts(prompt)}")
     if data:
         sections.append(f"## Data\n\n{data}")
     if results:
@@ -66,6 +70,16 @@ def _method(config: AdapterConfig) -> str:
         *own_lines(config),
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _prompts(prompt: PromptForm) -> str:
+    """The form that training data had; templates of several lines are indented as code."""
+    lines = []
+    for line in prompt.describe():
+        name, _, value = line.partition(": ")
+        block = value.replace("\n", "\n      ")
+        lines.append(f"- {name}:\n\n      {block}" if "\n" in value else f"- {line}")
+    return "\n".join(lines)
 
 
 def _usage(config: AdapterConfig, base: BaseInfo) -> str:

@@ -21,6 +21,7 @@ from loraloom.adapters.files import (
     checked_fields,
 )
 from loraloom.adapters.keys import TensorKey
+from loraloom.config.data import PromptForm
 from loraloom.errors import shown
 from loraloom.formats.own import own_settings
 
@@ -45,13 +46,14 @@ _FILE_FIELDS = LORA_FIELDS | {"experts": "expert_lora"}
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """What an adapter remembers of the base model that it was trained on."""
+    """What an adapter's files say of its base model, and of the prompts that it was trained on."""
 
     name_or_path: str | None = None
     model_type: str | None = None
     fingerprint: str | None = None
     num_parameters: int | None = None
     quantization: str | None = None
+    prompt: PromptForm | None = None
 
     @classmethod
     def from_files(cls, files: AdapterFiles, record: Mapping[str, Any]) -> BaseRecord:
@@ -65,6 +67,7 @@ class BaseRecord:
         return cls(
             name_or_path=files.config.get("base_model_name_or_path") or None,
             **read.base.model_dump(include=set(BaseFields.model_fields)),
+            prompt=read.prompt,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +79,10 @@ class BaseRecord:
         }
         if self.quantization is not None:
             fields["quantization"] = self.quantization
-        return {"version": RECORD_VERSION, "base": fields}
+        record: dict[str, Any] = {"version": RECORD_VERSION, "base": fields}
+        if self.prompt is not None:
+            record["prompt"] = self.prompt.model_dump(exclude_none=True)
+        return record
 
 
 @dataclass(frozen=True)

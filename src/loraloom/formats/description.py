@@ -50,6 +50,8 @@ class AdapterDescription:
     """The mixture's side: num_experts, top_k, routing, and the experts' rank, alpha and dropout."""
     base_model: str | None
     base_fingerprint: str | None
+    prompt: dict[str, Any] | None
+    """How training data wrote prompts (`PromptForm`); None if the files don't tell."""
     num_layers: int
     dtypes: tuple[str, ...]
     parameters: dict[str, int]
@@ -94,6 +96,7 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
         target_modules=_used_modules(stored.config, keys),
         base_model=stored.base.name_or_path,
         base_fingerprint=stored.base.fingerprint,
+        prompt=stored.base.prompt and stored.base.prompt.model_dump(exclude_none=True),
         num_layers=len({key.layer for key in keys.values()}),
         dtypes=_dtypes(stored),
         parameters=parameters,

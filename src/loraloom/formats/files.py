@@ -24,6 +24,7 @@ from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
+from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, shown
 from loraloom.formats import legacy, native, peft, reference
 from loraloom.formats.card import model_card
@@ -81,6 +82,7 @@ def write_adapter(
     base: BaseInfo,
     card: str | None = None,
     *,
+    prompt: PromptForm | None = None,
     overwrite: bool = False,
 ) -> None:
     """Save an adapter: adapter_config.json, adapter_model.safetensors and README.md.
@@ -91,11 +93,17 @@ def write_adapter(
     if not overwrite:
         refuse_to_overwrite(directory)
     _check_complete(config, tensors, base)
-    files = render_files(config, tensors, base)
-    replace_files(directory, files, model_card(config, base) if card is None else card)
+    files = render_files(config, tensors, base, prompt)
+    card = model_card(config, base, prompt=prompt) if card is None else card
+    replace_files(directory, files, card)
 
 
-def render_files(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> AdapterFiles:
+def render_files(
+    config: AdapterConfig,
+    tensors: dict[str, Tensor],
+    base: BaseInfo,
+    prompt: PromptForm | None = None,
+) -> AdapterFiles:
     """Lay an adapter out as its method's files are."""
     record = BaseRecord(
         base.name_or_path or None,
@@ -103,6 +111,7 @@ def render_files(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseIn
         base.fingerprint or None,
         base.num_parameters or None,
         base.quantization,
+        prompt,
     )
     own = own_names(tensors)
     others = {name: tensor for name, tensor in tensors.items() if name not in own}

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from loraloom.config.data import PromptForm
 from loraloom.data.tokenising import NUM_BEFORE, text_after
 from loraloom.errors import DataError, not_finite
 from loraloom.infer.halving import in_halves
-from loraloom.infer.prompts import Prompt, encode_prompt, stands_alone
+from loraloom.infer.prompts import Prompt, encode_prompt, form_for
 from loraloom.infer.sampling import SamplingConfig, StopTexts, TokenChooser, before_stop
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
@@ -45,16 +46,20 @@ def generate(
     *,
     batch_size: int = 16,
     raw: bool = False,
+    prompt_form: PromptForm | None = None,
 ) -> list[str]:
     """Complete prompts, each with its adapter.
 
     Args:
         host: With the adapters that the prompts name.
-        tokenizer: The base model's; its chat template is used, see `encode_prompt`.
+        tokenizer: The base model's.
         prompts: In any order.
         sampling: How tokens are chosen.
         batch_size: Most prompts at once; they are batched by length.
-        raw: Leave the chat template out.
+        raw: Read texts as they stand, without a template.
+        prompt_form: How all prompts are written. By default as each adapter's training data was
+            (`host.adapters[name].prompt`); where nobody knows, and for the base model, in the
+            tokenizer's chat template.
 
     Returns:
         The completions in the order of the prompts, without stop texts and special tokens.
@@ -66,7 +71,13 @@ def generate(
             infinite or NaN.
     """
     completions = generate_tokens(
-        host, tokenizer, prompts, sampling, batch_size=batch_size, raw=raw
+        host,
+        tokenizer,
+        prompts,
+        sampling,
+        batch_size=batch_size,
+        raw=raw,
+        prompt_form=prompt_form,
     )
     return [completion.text for completion in completions]
 
@@ -79,11 +90,11 @@ def generate_tokens(
     *,
     batch_size: int = 16,
     raw: bool = False,
+    prompt_form: PromptForm | None = None,
 ) -> list[Completion]:
     """Complete prompts as `generate` does, and return tokens too."""
-    encoded = _encode(host, tokenizer, prompts, sampling, raw=raw)
+    encoded, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
     names = [prompt.adapter for prompt in prompts]
-    continues = [stands_alone(tokenizer, prompt, raw=raw) for prompt in prompts]
     return complete(
         host, tokenizer, encoded, names, sampling, continues=continues, batch_size=batch_size
     )
@@ -96,15 +107,16 @@ def complete_in_order(
     sampling: SamplingConfig,
     *,
     batch_size: int,
-    raw: bool,
     num_done: int,
+    raw: bool = False,
+    prompt_form: PromptForm | None = None,
 ) -> Iterator[list[Completion]]:
     """Complete prompts as `generate` does, but in their own order, each batch when it is asked for.
 
     All prompts are checked before the first batch. Batches that have been had before can be left
     out; the others are what they would have been.
     """
-    encoded = _encode(host, tokenizer, prompts, sampling, raw=raw)
+    encoded, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
     starts = range(num_done, len(prompts), batch_size)
     return (
         complete(
@@ -113,10 +125,7 @@ def complete_in_order(
             encoded[start : start + batch_size],
             [prompt.adapter for prompt in prompts[start : start + batch_size]],
             sampling,
-            continues=[
-                stands_alone(tokenizer, prompt, raw=raw)
-                for prompt in prompts[start : start + batch_size]
-            ],
+            continues=continues[start : start + batch_size],
             keys=range(len(prompts))[start : start + batch_size],
             batch_size=batch_size,
         )
@@ -169,13 +178,17 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
-    *,
     raw: bool,
-) -> list[list[int]]:
-    """Encode prompts and check that they leave room for what is generated."""
-    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
-    _check_lengths(host, prompts, encoded, sampling.max_new_tokens)
-    return encoded
+    form: PromptForm | None,
+) -> tuple[list[list[int]], list[bool]]:
+    """Encode prompts and check that they leave room; also whether each one's text continues."""
+    encoded = [
+        encode_prompt(tokenizer, prompt, form or form_for(host, prompt.adapter), raw=raw)
+        for prompt in prompts
+    ]
+    ids = [prompt.ids for prompt in encoded]
+    _check_lengths(host, prompts, ids, sampling.max_new_tokens)
+    return ids, [prompt.continues for prompt in encoded]
 
 
 def _check_lengths(

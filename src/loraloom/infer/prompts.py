@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.chat_template import load_chat_template
+from loraloom.config.data import PromptForm
+from loraloom.data.chat_template import ChatTemplate, load_chat_template
 from loraloom.data.messages import Conversation, Message
+from loraloom.data.prompts import compile_template
+from loraloom.data.templates import render
 from loraloom.data.tokenising import encode_texts
 from loraloom.errors import DataError, shown
-from loraloom.models.layout import RowAdapter
+from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter, name_and_scale
+
+_compiled = lru_cache(64)(compile_template)
 
 
 @dataclass(frozen=True)
@@ -24,35 +32,122 @@ class Prompt:
         adapter: Name of the adapter that answers, perhaps with a scale; None is the base model.
         origin: Where it comes from, for messages: a file and line, say.
         tools: JSON schemas of the functions that a conversation's answer may call.
+        fields: What an adapter's prompt template may read besides the text: `input`, for example.
     """
 
     content: str | tuple[Message, ...]
     adapter: RowAdapter = None
     origin: str = "prompt"
     tools: list[dict[str, Any]] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt's tokens, and whether its completion continues the same text."""
+
+    ids: list[int]
+    continues: bool
+
+
+def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
+    """How the training data of a row's adapter wrote prompts; None where nobody knows."""
+    name, _ = name_and_scale(adapter)
+    known = None if name is None else host.adapters.get(name)
+    return None if known is None else known.prompt
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, raw: bool = False
-) -> list[int]:
-    """Token ids of a prompt.
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    form: PromptForm | None = None,
+    *,
+    raw: bool = False,
+) -> EncodedPrompt:
+    """Token ids of a prompt, written as an adapter's training data wrote it.
 
-    A text is the user's turn in the tokenizer's chat template where there is one, and else is read
-    as it stands.
+    Without a form, a text is the user's turn in the tokenizer's chat template where there is one,
+    and else is read as it stands. `raw` reads it as it stands in any case.
     """
-    if stands_alone(tokenizer, prompt, raw=raw):
-        ids = encode_texts(tokenizer, [_checked(str(prompt.content), prompt)])[0]
+    messages = _messages(prompt, form)
+    for message in messages:
+        _check_unicode(message["content"], prompt)
+    text = _plain_text(tokenizer, messages, prompt, form, raw=raw)
+    if text is not None:
+        ids = encode_texts(tokenizer, [text])[0]
     else:
-        text = _render(tokenizer, prompt)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        chat = _render_chat(tokenizer, messages, prompt, form)
+        ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
-    return ids
+    return EncodedPrompt(ids, continues=text is not None)
 
 
-def stands_alone(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, raw: bool) -> bool:
-    """Whether a prompt is a text that is read as it stands, without a chat template."""
-    return isinstance(prompt.content, str) and (raw or not tokenizer.chat_template)
+def _messages(prompt: Prompt, form: PromptForm | None) -> list[Message]:
+    """The turns, behind the adapter's system message where they have none of their own."""
+    content = prompt.content
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+    is_given = any(message["role"] == "system" for message in messages)
+    if form is None or form.system is None or is_given:
+        return messages
+    return [{"role": "system", "content": form.system}, *messages]
+
+
+def _plain_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    prompt: Prompt,
+    form: PromptForm | None,
+    *,
+    raw: bool,
+) -> str | None:
+    """The text of a prompt that needs no chat template; None where it needs one.
+
+    A conversation of several turns has no form as a text, unless it consists of instructions.
+    """
+    content = prompt.content
+    if raw or (form is None and not tokenizer.chat_template):
+        return content if isinstance(content, str) else None
+    if form is not None and form.format == "instruction":
+        return _render_instructions(tokenizer, messages, prompt, form)
+    if form is not None and form.is_text:
+        is_text = len(messages) == 1 and messages[0]["role"] == "user" and not prompt.tools
+        return messages[0]["content"] if is_text else None
+    return None
+
+
+def _render_instructions(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    prompt: Prompt,
+    form: PromptForm,
+) -> str:
+    """Each user's turn in the prompt template; turns are joined as training examples are, by EOS.
+
+    A system message stands in front of the first instruction. Spaces at the end are left out, as
+    training reads them with the answer.
+    """
+    if prompt.tools or any(message["role"] == "tool" for message in messages):
+        raise DataError(
+            f"{prompt.origin}: the adapter's prompt template (format: instruction) has no place "
+            "for tools; leave tools out"
+        )
+    template = _compiled(form.prompt_template, "the adapter's prompt template")
+    written, system = "", ""
+    for message in messages:
+        if message["role"] == "assistant":
+            written += f"{message['content']}{tokenizer.eos_token or ''}"
+        elif message["role"] == "user":
+            fields = {"input": "", **prompt.fields, "instruction": system + message["content"]}
+            try:
+                written, system = written + render(template, fields), ""
+            except TemplateError as error:
+                raise DataError(
+                    f"{prompt.origin}: the adapter's prompt template can't be filled in: {error}; "
+                    "give a row with this field (--input), or read the prompt as it stands (--raw)"
+                ) from error
+        else:
+            system += f"{message['content']}\n\n"
+    return written.rstrip(" ")
 
 
 def is_unicode(text: str) -> bool:
@@ -64,23 +159,28 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _checked(text: str, prompt: Prompt) -> str:
+def _check_unicode(text: str, prompt: Prompt) -> None:
     if not is_unicode(text):
         raise DataError(
             f"{prompt.origin}: the prompt must be a text of Unicode, got half a surrogate pair in "
             f"{shown(text)}; write it in UTF-8"
         )
-    return text
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    content = prompt.content
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
-    for message in messages:
-        _checked(message["content"], prompt)
+def _render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    prompt: Prompt,
+    form: PromptForm | None,
+) -> str:
+    """A conversation in the adapter's chat template, or else in the tokenizer's."""
     try:
-        template = load_chat_template(tokenizer)
-        return template.render(Conversation(messages, prompt.tools), for_answer=True)
+        if form is not None and form.chat_template is not None:
+            source = form.chat_template  # a text in any case: files name no file of ours
+            template = ChatTemplate(source, source, tokenizer.special_tokens_map)
+        else:
+            template = load_chat_template(tokenizer)
+        return template.render(Conversation([*messages], prompt.tools), for_answer=True)
     except DataError as error:
         raise DataError(f"{prompt.origin}: {error}") from None
     except TemplateError as error:

@@ -14,6 +14,7 @@ from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.own import refuse_own_parts
+from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.card import model_card
 from loraloom.formats.contents import SIDECARS
@@ -64,17 +65,17 @@ def convert(
         raise ConfigError(
             f"an adapter is converted to one of {', '.join(get_args(Program))}, got {shown(to)}"
         )
-    config, tensors, base = _read(source, settings, host)
+    config, tensors, base, prompt = _read(source, settings, host)
     if to in ("reference", "axolotl"):
         refuse_own_parts(config, "the adapter", "be read by MoE-PEFT or axolotl")
-    card = model_card(config, base)
+    card = model_card(config, base, prompt=prompt)
     path = Path(destination)
     if to == "reference":
-        write_new(path, _for_reference(config, tensors, base), card, pickled=True)
+        write_new(path, _for_reference(config, tensors, base, prompt), card, pickled=True)
     elif to == "axolotl":
         attention, beside = config.split_for_sidecar(tensors, base)
         own = {name: tensors[name] for name in attention.tensor_shapes(base)}
-        files = render_files(attention, own, base)
+        files = render_files(attention, own, base, prompt)
         write_new(path, files, card, sidecar=(SIDECARS[0], beside))
     else:
         if to == "peft" and config.layout != "peft":
@@ -82,13 +83,13 @@ def convert(
                 f"PEFT has no {config.title}; `import loraloom.peft` makes it read the native "
                 "form, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
             )
-        write_new(path, render_files(config, tensors, base), card)
+        write_new(path, render_files(config, tensors, base, prompt), card)
     return config
 
 
 def _read(
     source: str | Path, settings: Mapping[str, Any] | None, host: Host | None
-) -> tuple[AdapterConfig, dict[str, Tensor], BaseInfo]:
+) -> tuple[AdapterConfig, dict[str, Tensor], BaseInfo, PromptForm | None]:
     if host is not None:
         name = f"converted-{secrets.token_hex(4)}"  # which none of the host's has
         adapter = host.load(name, source, settings)
@@ -96,7 +97,7 @@ def _read(
         config = adapter.config
         if getattr(config, "layers", None) == tuple(range(host.base.num_layers)):  # a pattern's
             config = config.model_copy(update={"layers": None})
-        return config, adapter.tensors(), host.base
+        return config, adapter.tensors(), host.base, adapter.prompt
     stored = read_stored(find_adapter(source), settings)
     base = seen_base(stored)
     config, tensors = fit_to_base(stored, base)
@@ -105,16 +106,16 @@ def _read(
             f"{stored.source} lacks its magnitudes, which are those of the base model's rows; give "
             "the base model: --base-model"
         )
-    return config, tensors, base
+    return config, tensors, base, stored.base.prompt
 
 
 def _for_reference(
-    config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo
+    config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo, prompt: PromptForm | None
 ) -> AdapterFiles:
     fault = config.reference_fault(base)
     if fault is not None:
         raise AdapterError(f"the adapter must be one that MoE-PEFT 2.0.2 reads: {fault}")
-    files = render_files(config, tensors, base)
+    files = render_files(config, tensors, base, prompt)
     fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}
     expert = fields.get("expert_lora")
     if expert and "lora_dropout" in expert:

@@ -7,6 +7,7 @@ of what transformers makes of them are compared with the adapter's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.durable import write_directory, write_file
 from loraloom.errors import AdapterError, ConfigError, shown
@@ -100,11 +102,12 @@ def export(
         )
         return Export(path, form, architecture, path.stat().st_size, None)
     model = MoeModel(host, adapter) if form == "moe" else MergedModel(host, adapter)
+    writer = _with_prompts_of(adapter, tokenizer)
     measured: list[Any] = []
     _written(
         write_directory,
         path,
-        lambda aside: measured.extend(_write(model, tokenizer, aside, DTYPES[dtype])),
+        lambda aside: measured.extend(_write(model, writer, aside, DTYPES[dtype])),
     )
     return Export(path, form, model.architecture, *measured)
 
@@ -126,6 +129,19 @@ def _written(write: Callable[[Path, Callable], None], path: Path, fill: Callable
         write(path, fill)
     except OSError as error:
         raise ConfigError(f"{path} can't be written: {error}") from error
+
+
+def _with_prompts_of(
+    adapter: Adapter, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, whose chat template writes prompts as the adapter's training data did."""
+    own = tokenizer.chat_template
+    if adapter.prompt is None or not (own is None or isinstance(own, str)):
+        return tokenizer
+    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    writer = copy.deepcopy(tokenizer)
+    writer.chat_template = adapter.prompt.as_chat_template(own, adds_bos=adds_bos)
+    return writer
 
 
 def _write(

@@ -19,8 +19,9 @@ from loraloom.adapters.own import own_parts
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError
 from loraloom.formats.card import model_card
-from loraloom.formats.files import read_adapter, write_adapter
-from loraloom.formats.hub import upload_adapter
+from loraloom.formats.files import read_stored, write_adapter
+from loraloom.formats.fit import fit_to_base
+from loraloom.formats.hub import find_adapter, upload_adapter
 from loraloom.models.combining import Combination, combine
 from loraloom.models.compute_forms import ScaledAdapter
 from loraloom.models.families import base_info, base_layers, text_config
@@ -117,11 +118,13 @@ class HostedAdapters:
             AdapterError: If they don't fit the base model, the name is taken, or the adapter
                 depends on weights in which another one is merged.
         """
-        config, tensors = read_adapter(path_or_hub_id, self.base, settings)
+        stored = read_stored(find_adapter(path_or_hub_id), settings)
+        config, tensors = fit_to_base(stored, self.base)
         if config.takes_start_off or config.tensor_shapes(self.base).keys() - tensors.keys():
             self._check_unmerged("load what depends on its weights")
         adapter = self._build(name, config, seed=0)
         adapter.load_stored(tensors)
+        adapter.prompt = stored.base.prompt
         return self._register(adapter)
 
     def save(
@@ -145,7 +148,15 @@ class HostedAdapters:
         """
         adapter = self.adapter(name)
         tensors = adapter.tensors()
-        write_adapter(directory, adapter.config, tensors, self.base, card, overwrite=overwrite)
+        write_adapter(
+            directory,
+            adapter.config,
+            tensors,
+            self.base,
+            card,
+            prompt=adapter.prompt,
+            overwrite=overwrite,
+        )
 
     def push_to_hub(
         self, name: str, hub_id: str, *, results: str | None = None, private: bool = False
@@ -165,7 +176,10 @@ class HostedAdapters:
             AdapterError: If there is no such adapter.
             FormatError: If the Hub can't be reached or refuses.
         """
-        card = model_card(self.adapter(name).config, self.base, name=name, results=results)
+        adapter = self.adapter(name)
+        card = model_card(
+            adapter.config, self.base, name=name, results=results, prompt=adapter.prompt
+        )
         with TemporaryDirectory() as directory:
             self.save(name, directory, card)
             return upload_adapter(Path(directory), hub_id, private=private)
@@ -214,6 +228,8 @@ class HostedAdapters:
         config, tensors = combine(sources, weights, combination, density, seed)
         adapter = self._build(name, config, seed=0)
         shapes = {key: tensor.shape for key, tensor in adapter.tensors().items()}
+        prompts = [source.prompt for source in sources]
+        adapter.prompt = prompts[0] if all(one == prompts[0] for one in prompts) else None
         adapter.load_tensors(
             {key: _padded(tensor, shapes.get(key)) for key, tensor in tensors.items()}
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.messages import Message
-from loraloom.infer.prompts import Prompt, encode_prompt
+from loraloom.infer.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
 from loraloom.infer.sampling import SamplingConfig
 from loraloom.serve.engine import Engine
 from loraloom.serve.sequence import Event, Failure, GenerationRequest
@@ -38,13 +38,16 @@ class Conversation:
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         base_name: str = "base",
-        system: str = "",
+        system: str | None = None,
+        *,
+        raw: bool = False,
     ):
         self.turns: list[Turn] = []
         self._engine = engine
         self._tokenizer = tokenizer
         self._base_name = base_name
         self._system = system
+        self._raw = raw
 
     def ask(
         self, text: str, models: Sequence[str], sampling: SamplingConfig
@@ -86,26 +89,29 @@ class Conversation:
                 return
 
     def _request(
-        self, model: str, prompt_ids: list[int], sampling: SamplingConfig
+        self, model: str, prompt: EncodedPrompt, sampling: SamplingConfig
     ) -> GenerationRequest:
-        room = max(1, self._engine.max_length - len(prompt_ids))
+        room = max(1, self._engine.max_length - len(prompt.ids))
         shortened = min(sampling.max_new_tokens, room)
         return GenerationRequest(
-            prompt_ids,
+            prompt.ids,
             None if model == self._base_name else model,
             model,
             sampling.model_copy(update={"max_new_tokens": shortened}),
-            continues=not self._tokenizer.chat_template,
+            continues=prompt.continues,
         )
 
-    def _encode(self, model: str, turn: Turn) -> list[int]:
-        if not self._tokenizer.chat_template:
-            return encode_prompt(self._tokenizer, Prompt(turn.said))
+    def _encode(self, model: str, turn: Turn) -> EncodedPrompt:
+        """What a model reads: all turns, or the last one alone where its prompts have no turns."""
+        form = form_for(self._engine.host, None if model == self._base_name else model)
+        has_turns = self._tokenizer.chat_template if form is None else not form.is_text
+        if self._raw or not has_turns:
+            return encode_prompt(self._tokenizer, Prompt(turn.said), form, raw=self._raw)
         messages: list[Message] = []
-        if self._system:
+        if self._system is not None:
             messages.append({"role": "system", "content": self._system})
         for former in self.turns:
             messages.append({"role": "user", "content": former.said})
             messages.append({"role": "assistant", "content": former.answer_for(model)})
         messages.append({"role": "user", "content": turn.said})
-        return encode_prompt(self._tokenizer, Prompt(tuple(messages)))
+        return encode_prompt(self._tokenizer, Prompt(tuple(messages)), form)

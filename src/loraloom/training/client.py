@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import AdapterConfig
+from loraloom.config.data import PromptForm
 from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.data.encoding import learn_completions
@@ -95,6 +96,8 @@ class TrainingClient:
             under this name, from its present weights. `close` leaves that one on the host.
         optimizer: How weights follow gradients.
         seed: Seed of the initial weights, the dropout and the random draws.
+        prompt_form: How the data writes prompts. `sample` writes them so, and the adapter's files
+            record it; `example` and `pair` read prompts as they stand.
 
     Attributes:
         references: What its objectives are held at, by name on the host; None is the base model.
@@ -114,6 +117,7 @@ class TrainingClient:
         optimizer: OptimizerConfig | None = None,
         *,
         seed: int = 0,
+        prompt_form: PromptForm | None = None,
     ):
         self.host = host
         self.tokenizer = tokenizer
@@ -124,6 +128,8 @@ class TrainingClient:
         if any(client.host is host and client.name == name for client in _OPEN):
             raise AdapterError(f"adapter {name!r} has a TrainingClient already; close that first")
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
+        if prompt_form is not None:
+            self.adapter.prompt = prompt_form
         self.parameters = dict(self.adapter.named_parameters())
         self._optimizer_config = optimizer or OptimizerConfig()
         try:

@@ -8,6 +8,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.harness import HostLM, load_tasks, shared_lms
 from tests.eval.harness.toy import TASKS, instances, plain_score
@@ -219,6 +220,13 @@ def test_chat_templates_are_as_in_lm_evals_own_class(host, tiny_tokenizer):
 def test_a_missing_chat_template_is_an_error(host, tiny_tokenizer):
     with pytest.raises(ConfigError, match="apply_chat_template needs a tokenizer with a chat"):
         HostLM(host, tiny_tokenizer).apply_chat_template([{"role": "user", "content": "one"}])
+
+
+def test_an_adapter_is_asked_as_its_training_data_asked(host, tiny_tokenizer, monkeypatch):
+    form = PromptForm(format="instruction", template="plain")
+    monkeypatch.setattr(host.adapters["lora"], "prompt", form)
+    lm = HostLM(host, tiny_tokenizer, "lora")
+    assert lm.apply_chat_template([{"role": "user", "content": "one"}]) == "one\n"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraloom import Prompt, SamplingConfig, generate
+from loraloom import Prompt, PromptForm, SamplingConfig, generate
 from tests.serve.http.in_process import BASE
 from tests.tiny import METHODS
 
@@ -45,6 +45,16 @@ def test_chats_are_what_generate_says(client, host, tokenizer, model):
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 12
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+
+
+def test_an_adapter_is_asked_as_its_training_data_asked(client, host, tokenizer, monkeypatch):
+    form = PromptForm(format="instruction", template="plain")
+    monkeypatch.setattr(host.adapters["lora"], "prompt", form)
+    raw = Prompt(f"{MESSAGES[0]['content']}\n", "lora")
+    text = generate(host, tokenizer, [raw], SamplingConfig(max_new_tokens=12), raw=True)[0]
+    assert chat(client).choices[0].message.content == text
+    chunks = chat(client, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
 
 
 def test_a_stream_is_the_same_text_in_pieces(client, host, tokenizer):

@@ -119,7 +119,7 @@ class HostLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Turn a conversation into a prompt; no system turn where the template takes none."""
-        if not self.tokenizer.chat_template:
+        if not self._chat_template:
             raise ConfigError(
                 "apply_chat_template needs a tokenizer with a chat template, got one without"
             )
@@ -129,12 +129,22 @@ class HostLM(TemplateLM):
             turns = [message for message in chat_history if message["role"] != "system"]
             return self._render(turns, add_generation_prompt)
 
+    @property
+    def _chat_template(self) -> str | None:
+        """How the adapter's training data wrote prompts, or else the tokenizer's own."""
+        form = None if self.adapter is None else self.host.adapter(self.adapter).prompt
+        own = self.tokenizer.chat_template
+        if form is None or not (own is None or isinstance(own, str)):
+            return own
+        return form.as_chat_template(own, adds_bos=False)
+
     def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            chat_template=self._chat_template,
             **self._chat_template_args,
         )
 

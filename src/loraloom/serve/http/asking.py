@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
@@ -365,7 +366,7 @@ async def ask(
         try:
             requests = [
                 replace(request, tenant=tenant, arrived_s=arrived_s)
-                for request in make_requests(served)
+                for request in await run_in_threadpool(make_requests, served)
             ]
         except BaseException:
             backend.release(served)

@@ -11,8 +11,9 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import Response
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.config.data import PromptForm
 from loraloom.errors import DataError
-from loraloom.infer.prompts import Prompt, encode_prompt
+from loraloom.infer.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
 from loraloom.serve.http.asking import (
     Answers,
     Backend,
@@ -61,47 +62,54 @@ async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Resp
     """Answer a conversation, at once or in pieces."""
     http.state.model = body.model
     check_number(backend, body.n)
-    prompt_ids = await run_in_threadpool(encode_chat, backend.tokenizer, body)
-    http.state.num_prompt = len(prompt_ids)
     make_constraint = await run_in_threadpool(_constraint, backend, body)
+    num_prompt = 0
 
     def make_requests(model: ServedModel) -> list[GenerationRequest]:
+        nonlocal num_prompt
         max_tokens = body.max_tokens or body.max_completion_tokens
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return backend.requests(body, model, prompt_ids, max_tokens, num_logprobs, make_constraint)
+        form = form_for(backend.engine.host, model.adapter)
+        ids, continues = encode_chat(backend.tokenizer, body, form)
+        num_prompt = http.state.num_prompt = len(ids)
+        return backend.requests(
+            body, model, ids, max_tokens, num_logprobs, make_constraint, continues=continues
+        )
 
     answers = await ask(backend, body.model, make_requests, http, in_pieces=body.stream)
     if body.stream:
-        return EventStream(answers, _chunks(backend, body, answers, len(prompt_ids)))
+        return EventStream(answers, _chunks(backend, body, answers, num_prompt))
     whole = await collect(answers)
     completion = ChatCompletion(
         id=new_id("chatcmpl"),
         created=now(),
         model=body.model,
         choices=[_choice(backend, body, index, answer) for index, answer in enumerate(whole)],
-        usage=usage(len(prompt_ids), sum(answer.num_tokens for answer in whole)),
+        usage=usage(num_prompt, sum(answer.num_tokens for answer in whole)),
     )
     return Response(completion.model_dump_json(), media_type="application/json")
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, body: ChatBody) -> list[int]:
-    """Token ids of a conversation in the tokenizer's chat template, up to the answer."""
-    if not tokenizer.chat_template:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, body: ChatBody, form: PromptForm | None = None
+) -> EncodedPrompt:
+    """Token ids of a conversation up to the answer, written as the adapter's training data was."""
+    if form is None and not tokenizer.chat_template:
         raise DataError(
             "the base model's tokenizer has no chat template; use /v1/completions instead"
         )
     messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
     plain = Prompt(messages, origin="messages")
     if not body.tools or body.tool_choice == "none":
-        return encode_prompt(tokenizer, plain)
+        return encode_prompt(tokenizer, plain, form)
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
-    prompt_ids = encode_prompt(tokenizer, replace(plain, tools=tools))
-    if prompt_ids == encode_prompt(tokenizer, plain):
+    encoded = encode_prompt(tokenizer, replace(plain, tools=tools), form)
+    if encoded == encode_prompt(tokenizer, plain, form):
         raise DataError(
-            "tools: the base model's chat template leaves tools out, so the model would never read "
-            "them; start the server with a --chat-template that writes them, or leave tools out"
+            "tools: the chat template leaves tools out, so the model would never read them; start "
+            "the server with a --chat-template that writes them, or leave tools out"
         )
-    return prompt_ids
+    return encoded
 
 
 def _constraint(backend: Backend, body: ChatBody) -> Callable[[], Constraint] | None:

@@ -18,6 +18,7 @@ from loraloom.config.data import DataConfig, is_task_file
 from loraloom.config.job import JobConfig
 from loraloom.config.paths import local_path
 from loraloom.data.locations import SplitFiles
+from loraloom.data.prompts import prompt_form
 from loraloom.data.streaming import StreamedSet
 from loraloom.data.tasks import find_task
 from loraloom.data.training_set import TrainingSet, load_training_set
@@ -64,6 +65,7 @@ class JobBuilder:
             load_start(self._host, adapter, config.start_from)
         reference = load_reference(self._host, config.train.objective)
         training_set = self._training_set(config)
+        adapter.prompt = prompt_form(config.data, self._tokenizer)
         _check_enough(config, training_set)
         _check_positions(config, training_set, self._host.config.max_position_embeddings)
         job = Job(config, adapter, training_set, reference, make_loss_scale(self._host))

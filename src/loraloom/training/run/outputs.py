@@ -192,7 +192,8 @@ class RunDirectory:
         """Write the best weights that a job has kept."""
         assert job.best is not None, "an evaluation has chosen some"
         directory = self.best(job.name)
-        write_adapter(directory, job.adapter.config, job.best, host.base, overwrite=True)
+        config, prompt = job.adapter.config, job.adapter.prompt
+        write_adapter(directory, config, job.best, host.base, prompt=prompt, overwrite=True)
 
     @_for_its_owner
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
@@ -206,7 +207,8 @@ class RunDirectory:
             tensors = job.best
         host.save(name, self.last(name), overwrite=True)
         card = result_card(result, job, base)
-        write_adapter(self.job(name), job.adapter.config, tensors, base, card, overwrite=True)
+        config, prompt = job.adapter.config, job.adapter.prompt
+        write_adapter(self.job(name), config, tensors, base, card, prompt=prompt, overwrite=True)
         self.write_result(name, result)
 
     @_for_its_owner

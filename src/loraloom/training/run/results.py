@@ -158,6 +158,7 @@ def result_card(result: JobResult, job: Job, base: BaseInfo) -> str:
         name=result.job,
         data="\n".join(f"- {line}" for line in result.data),
         results="\n".join([f"The {which} ({training}).", *table]),
+        prompt=job.adapter.prompt,
     )
 
 
