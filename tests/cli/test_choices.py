@@ -106,7 +106,7 @@ def test_an_evaluation_goes_on_after_ctrl_c(run, forwards, tmp_path, capsys):
     assert forwards.count == num_batches - 2
     assert resumed["results"] == unbroken["results"]
     assert resumed["num_cached_scores"] > 0
-    assert "of 36 scores were kept in" in capsys.readouterr().err
+    assert "of 36 answers were scored before; their scores are kept in" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_a_repeated_evaluation_computes_nothing(run, capsys):
     again = run()
     assert again["results"] == first["results"]
     assert again["num_cached_scores"] == 2 * len(ROWS)
-    assert "10 of 10 scores were kept" in capsys.readouterr().err
+    assert "10 of 10 answers were scored before" in capsys.readouterr().err
 
 
 def test_results_are_written_in_other_forms_and_by_row(run, tmp_path):

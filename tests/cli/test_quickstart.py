@@ -20,8 +20,9 @@ def made(monkeypatch, tmp_path):
     saved = save_tiny(tmp_path / "saved") / "base"
     steps = []
 
-    def make(output, num_steps):
+    def make(output, num_steps, on_step):
         steps.append(num_steps)
+        on_step(0)
         shutil.copytree(saved, output)
 
     monkeypatch.setattr(tiny_base, "make_tiny_base", make)
@@ -52,6 +53,8 @@ def test_the_quickstart_compares_methods_by_several_seeds(made, tmp_path, capsys
     assert "device must be one that this machine has" in capsys.readouterr().err
     assert cli.main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*words, "--resume"]) == 0  # all is done: it is evaluated and drawn again
+    assert printed.count(" over questions\n") == capsys.readouterr().out.count(" over questions\n")
     assert cli.main([*words, "--overwrite"]) == 0
     assert f"Taking the tiny base model in {output / 'base'}" in capsys.readouterr().out
     assert made == [quickstart.BASE_STEPS]

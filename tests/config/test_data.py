@@ -85,13 +85,13 @@ CONTRADICTIONS = [
     ),
     (
         {"dataset": "a.jsonl", "format": "preference", "fields": {"output": "t"}},
-        "fields must map prompt, chosen, rejected to column names, got output",
+        "fields must map prompt, chosen, rejected to column names, got 'output'",
     ),
     ({**CHAT, "split": "train"}, "split has no effect on a file"),
     ({**CHAT, "config": "main"}, "config has no effect on a file"),
     (
         {**CHAT, "fields": {"turns": "t"}},
-        "fields must map messages, tools, system to column names, got turns",
+        "fields must map messages, tools, system to column names, got 'turns'",
     ),
     ({"task": "piqa", "mix": [{"task": "boolq"}]}, "mix must stand without task"),
     ({"mix": []}, "at least 1 item"),

@@ -52,6 +52,27 @@ def test_a_run_file_is_read(tmp_path):
     assert config.jobs[1].train.optimizer_args == {"eps": 1e-6}
 
 
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("jobs.0.data.max_length=9", "max_length belongs to `train`"),
+        ("jobs.0.data.max_seq_length=9", "max_length belongs to `train`"),
+        ("jobs.0.learning_rate=1", "learning_rate belongs to `train`"),
+        ("jobs.0.train.seed=1", "seed belongs beside `train`, not into it"),
+        ("jobs.0.adapter.task=boolq", "task belongs to `data`"),
+    ],
+)
+def test_a_key_of_another_section_is_sent_there(tmp_path, override, fault):
+    (line,) = faults(tmp_path, override)
+    assert line.endswith(fault)
+    settings = yaml.safe_load(RUN)
+    place, value = override.removeprefix("jobs.0.").split("=")
+    *section, key = place.split(".")
+    (settings["jobs"][0][section[0]] if section else settings["jobs"][0])[key] = value
+    (line,) = faults(tmp_path, text=yaml.safe_dump(settings))
+    assert line.endswith(fault)
+
+
 def test_jobs_may_come_later(tmp_path):
     path = tmp_path / "base.yaml"
     path.write_text("base_model: smollm2-135m\noutput_dir: out")

@@ -11,9 +11,13 @@ ROW = Row({"question": "Why?", "label": "2", "choices": {"text": ["a", "b"]}}, "
 
 
 def test_a_missing_field_is_named_with_file_and_line():
-    message = "some.jsonl, line 7: the row has no field 'answer'; its fields are question, label"
+    message = (
+        "some.jsonl, line 7: the row has no field 'answer'; its fields are 'question', 'label'"
+    )
     with pytest.raises(DataError, match=re.escape(message)):
         ROW["answer"]
+    with pytest.raises(DataError, match=r"no field 'answer'; its fields are 'answer '$"):
+        Row({"answer ": "2"}, "some.csv, line 2")["answer"]
 
 
 def test_get_and_in_do_not_raise():

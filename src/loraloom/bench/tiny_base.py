@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_tiny_base(
-    output: Path, num_steps: int, num_layers: int = 3, hidden_size: int = 64
+    output: Path,
+    num_steps: int,
+    num_layers: int = 3,
+    hidden_size: int = 64,
+    on_step: Callable[[int], object] | None = None,
 ) -> float:
     """Train a model, write it with its tokenizer, and return the mean loss of its last steps."""
     texts = read_texts()
@@ -56,7 +60,7 @@ def make_tiny_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(num_layers, hidden_size, len(tokenizer))
-    loss = pretrain(model, tokenizer, texts, num_steps)
+    loss = pretrain(model, tokenizer, texts, num_steps, on_step)
 
     def fill(directory: Path) -> None:
         model.save_pretrained(directory)
@@ -121,13 +125,18 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], num_steps: int
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    num_steps: int,
+    on_step: Callable[[int], object] | None = None,
 ) -> float:
     """Train so many steps, at a rate that falls to zero; return the mean loss of the last 100."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
     losses: list[float] = []
     drawn = islice(batches(tokenizer, texts), num_steps)
-    bar = tqdm(drawn, "tiny base model", num_steps, unit=" steps", disable=None)
+    is_shown = on_step is not None  # by the caller, in place of a bar
+    bar = tqdm(drawn, "tiny base model", num_steps, unit=" steps", disable=is_shown or None)
     for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, step / 50) * (1 - step / num_steps)
@@ -138,6 +147,8 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        if on_step is not None:
+            on_step(step)
     return fmean(losses[-100:])
 
 

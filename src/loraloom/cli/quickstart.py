@@ -37,6 +37,12 @@ def quickstart(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier quickstart's results.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on where an interrupted quickstart was, if there is one."
+        ),
+    ] = False,
     max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Training steps.")] = 800,
     device: DeviceOption = "auto",
 ) -> None:
@@ -50,6 +56,7 @@ def quickstart(
     from loraloom.bench.tiny_base import make_tiny_base
     from loraloom.data.questions import load_question_set
     from loraloom.eval.evaluation import evaluate
+    from loraloom.eval.progress import EvaluationProgress
     from loraloom.models.attach import attach
     from loraloom.models.loading import find_device, load_base_model
     from loraloom.terminal import make_console
@@ -59,19 +66,22 @@ def quickstart(
 
     console = make_console()
     find_device(device)  # one that isn't there is an error now, not minutes later
-    RunDirectory(run.output_dir).check(resume=False, overwrite=overwrite)
+    RunDirectory(run.output_dir).check(resume=resume, overwrite=overwrite)
     base = Path(run.base_model)
     if base.is_dir():
         console.print(f"Taking the tiny base model in {base}", soft_wrap=True)
     else:
         console.print("Making a tiny base model of three layers (some two minutes)")
-        make_tiny_base(base, BASE_STEPS)
+        with EvaluationProgress(console) as progress:
+            advance = progress.start("base model", [1] * BASE_STEPS, "steps")
+            make_tiny_base(base, BASE_STEPS, on_step=lambda step: advance([step]))
     model, tokenizer = load_base_model(run.base_model, device=device)
     host = attach(model)
     names = [job.name for job in run.jobs]
     console.print(f"Training {len(names)} adapters on it, all in the same steps")
     results = train(
         run,
+        resume=resume,
         overwrite=overwrite,
         progress=Progress(console),
         base=(host, tokenizer),

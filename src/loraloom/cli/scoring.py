@@ -90,4 +90,7 @@ def tell_kept(cache: ScoreCache | None, messages: Console) -> Iterator[None]:
         messages.print(f"warning: some scores are not kept: {cache.fault}")
     if cache is not None and cache.num_found:
         total = cache.num_found + cache.num_added
-        messages.print(f"{cache.num_found} of {total} scores were kept in {cache.directory}")
+        messages.print(
+            f"{cache.num_found} of {total} answers were scored before; their scores are kept in "
+            f"{cache.directory}"
+        )

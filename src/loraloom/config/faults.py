@@ -128,6 +128,7 @@ def as_fault(details: ErrorDetails) -> InitErrorDetails:
 def describe_unknown_setting(path: str, models: Models) -> str | None:
     """What is wrong with a path that `--set` would take; None if a setting may be there."""
     section: list[int | str] = []
+    chain = [models]
     for key in path.split("."):
         if not models:  # a plain value, or a mapping of anything
             return None
@@ -135,9 +136,11 @@ def describe_unknown_setting(path: str, models: Models) -> str | None:
             if key not in _known_keys(models):
                 where = f"{'.'.join(map(str, section))} has" if section else "there is"
                 known = _known_keys(models)
-                return f"{where} no setting {shown(key)}; {_advice(key, known)}"
+                home = _home_of([*section, key], [*chain, ()])
+                return f"{where} no setting {shown(key)}; {home or _advice(key, known)}"
             models = _models_under(models, key)
         section.append(key)
+        chain.append(models)
     return None
 
 
@@ -166,7 +169,10 @@ def _describe(details: ErrorDetails, root: Models) -> str:
         case "missing":
             return f"{place} must be given, it is missing"
         case "unknown_key":
-            return f"{_joined(path[:-1])}: {details['msg']}".removeprefix(": ")
+            home = None if " belongs to " in details["msg"] else _home_of(path, models)
+            key = shown(str(path[-1]))
+            told = details["msg"] if home is None else f"unknown key {key}; {home}"
+            return f"{_joined(path[:-1])}: {told}".removeprefix(": ")
         case "union_tag_invalid" | "union_tag_not_found":
             return _describe_tag(place, models[-1], details)
     if details["type"] not in _EXPECTED:
@@ -188,6 +194,20 @@ def _locate(loc: Sequence[int | str], root: Models) -> tuple[list[int | str], li
         path.append(step)
         models.append(models[-1] if isinstance(step, int) else _models_under(models[-1], step))
     return path, models
+
+
+def _home_of(path: Sequence[int | str], models: Sequence[Models]) -> str | None:
+    """Where a key belongs that its section doesn't know: in a section of this one or beside it."""
+    key = _RENAMED.get(str(path[-1]), str(path[-1]))
+    if len(models) < 2 or key in _known_keys(models[-2]):
+        return None
+    for place in range(len(path) - 1, -1, -1):
+        for name in _known_keys(models[place]):
+            if key in _known_keys(_models_under(models[place], name)):
+                return f"{key} belongs to `{name}`"
+        if place < len(path) - 1 and key in _known_keys(models[place]):
+            return f"{key} belongs beside `{path[place]}`, not into it"
+    return None
 
 
 def _tag(model: type[BaseModel]) -> str | None:

@@ -19,7 +19,7 @@ class Row(dict[str, Any]):
         self.origin = origin
 
     def __missing__(self, name: str) -> NoReturn:
-        fields = ", ".join(map(str, list(self)[:_MAX_FIELDS])) or "none"
+        fields = ", ".join(map(shown, list(self)[:_MAX_FIELDS])) or "none"
         more = f" and {len(self) - _MAX_FIELDS} more" if len(self) > _MAX_FIELDS else ""
         self.reject(f"the row has no field {name!r}; its fields are {fields}{more}")
 

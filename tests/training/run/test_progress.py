@@ -69,6 +69,26 @@ def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
     assert "step 1/3" in printed(screen)
 
 
+def test_a_file_gets_one_line_for_all_jobs():
+    screen = console()
+    progress, jobs = Progress(screen, interval_s=0.0), [job("math", 2), job("law", 1)]
+    for one in jobs:
+        progress.add(one)
+    progress._interval_s = 1000.0
+    for one in (jobs[0], jobs[1], jobs[0]):
+        advance(one, 100, 2.0)
+        progress.update(one)
+    (line,) = printed(screen).splitlines()
+    assert line.startswith("math: step 2/2, loss 2.0000; law: step 1/1, loss 2.0000, ")
+    progress._interval_s = 0.0
+    for one in jobs:
+        one.position.step = 0
+        progress.update(one)
+    first, second = printed(screen).splitlines()[1:]
+    assert first.startswith("math: step 0/2")
+    assert second.startswith("law: step 0/1"), "with news since the last line alone"
+
+
 def test_without_a_console_nothing_is_shown(capsys):
     progress, math = Progress(interval_s=0.0), job("math", 3)
     progress.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 from rich.console import Console, Group, RenderableType
@@ -17,7 +17,8 @@ from loraloom.training.run.job import JobView
 from loraloom.training.run.ranking import Ranking, ranking_line, ranking_table
 from loraloom.training.step.micro_batch import padding_share
 
-PLAIN_INTERVAL_S = 5.0
+PLAIN_INTERVAL_S = 60.0
+_MAX_JOBS_OF_A_LINE = 12
 _SPEED_PERIOD_S = 120.0
 
 
@@ -54,7 +55,8 @@ class Progress:
             speed_estimate_period=_SPEED_PERIOD_S,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._shown_at: dict[str, float] = {}
+        self._news: dict[str, JobView] = {}  # jobs with steps since the last plain line
+        self._shown_at = time.monotonic()
         self._ranking: Ranking | None = None
         self._ranked_at = 0.0
 
@@ -72,23 +74,37 @@ class Progress:
             start_position=start,
             **dict.fromkeys(("loss", "rate", "padding", "eta"), "-"),
         )
-        self._shown_at[job.name] = time.monotonic()
         self._describe(job)
 
     def update(self, job: JobView) -> None:
         """Show a job after a step."""
         self._bars.update(self._tasks[job.name], completed=job.position.step)
-        fields = self._describe(job)
-        if self._is_live or (self._ranking is not None and job.name in self._ranking.names):
+        self._describe(job)
+        if self._is_live:
             return
-        step, now = job.position.step, time.monotonic()
-        if step < job.total_steps and now - self._shown_at[job.name] < self._interval_s:
-            return
-        self._shown_at[job.name] = now
-        self.message(
-            f"{job.name}: step {step}/{job.total_steps}, loss {fields['loss']}, "
-            f"{fields['rate']} tokens/s, padding {fields['padding']}, ETA {fields['eta']}"
-        )
+        if self._ranking is None or job.name not in self._ranking.names:
+            self._news[job.name] = job
+        now = time.monotonic()
+        is_end = all(task.finished for task in self._bars.tasks)
+        if self._news and (is_end or now - self._shown_at >= self._interval_s):
+            self._shown_at = now
+            self.message(self._plain_line([*self._news.values()]))
+            self._news.clear()
+
+    def _plain_line(self, jobs: Sequence[JobView]) -> str:
+        """How jobs get on: one in detail, or the steps and losses of several."""
+        fields = [self._bars.tasks[self._tasks[job.name]].fields for job in jobs]
+        longest = max(fields, key=lambda told: (len(told["eta"]), told["eta"]))["eta"]
+        rates = [float(told["rate"]) for told in fields if told["rate"] != "-"]
+        rate = f"{sum(rates):.0f}" if rates else "-"
+        lines = [
+            f"{job.name}: step {job.position.step}/{job.total_steps}, loss {told['loss']}"
+            for job, told in zip(jobs[:_MAX_JOBS_OF_A_LINE], fields, strict=False)
+        ]
+        if len(jobs) > len(lines):
+            lines.append(f"and {len(jobs) - len(lines)} more jobs")
+        padding = f", padding {fields[0]['padding']}" if len(jobs) == 1 else ""
+        return f"{'; '.join(lines)}, {rate} tokens/s{padding}, ETA {longest}"
 
     def rank(self, ranking: Ranking) -> None:
         """Show how the jobs of a sweep stand, in place of each by itself."""
@@ -118,7 +134,7 @@ class Progress:
         self._bars.table = None
         self._bars.stop()
 
-    def _describe(self, job: JobView) -> dict[str, str]:
+    def _describe(self, job: JobView) -> None:
         """Bring the fields of a job's line up to date."""
         position, task = job.position, self._bars.tasks[self._tasks[job.name]]
         first_step, first_tokens = task.fields["start_position"]
@@ -133,4 +149,3 @@ class Progress:
             "eta": "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining))),
         }
         task.fields.update(fields)
-        return fields
