@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import date
 
 import pyarrow as pa
@@ -329,13 +330,12 @@ def test_base_and_adapters_answer_a_prompt_alike(run, saved, capsys):
     assert "[" not in capsys.readouterr().out.replace("[/INST]", "")[:4]
 
 
-def test_adapters_that_record_no_form_are_named_once(run, saved, tmp_path, capsys, monkeypatch):
+def test_adapters_that_record_no_form_are_named_once(run, saved, tmp_path, capsys):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ instruction }}!")
-    adapter = ["--adapter", f"a={saved / 'lora'}", "--prompt", "the sky"]
-    monkeypatch.setattr(
-        PreTrainedTokenizerBase, "chat_template", "{{ messages[0].content }}", raising=False
-    )
+    base = shutil.copytree(saved / "base", tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    adapter = ["--base-model", str(base), "--adapter", f"a={saved / 'lora'}", "--prompt", "the sky"]
     assert run(*adapter) == 0
     assert capsys.readouterr().err.count("note: a: the adapter's files don't record") == 1
     for given in (["--raw"], ["--template", str(template)]):

@@ -169,8 +169,7 @@ def test_every_fault_of_the_paths_is_told(tmp_path):
     assert faults(tmp_path, parameters=parameters) == [
         f"sweep.parameters.adapter.rnak {unknown} adapter has no setting 'rnak'; "
         "did you mean 'rank'?",
-        f"sweep.parameters.lr {unknown} there is no setting 'lr'; known keys are adapter, data, "
-        "eval, name, priority, seed, start_from, train",
+        f"sweep.parameters.lr {unknown} there is no setting 'lr'; learning_rate belongs to `train`",
         "sweep.parameters.name must be left out: the jobs are numbered",
     ]
 

@@ -42,7 +42,7 @@ def test_what_is_no_integer_is_refused(value):
 
 def test_a_message_names_twenty_fields_and_is_plain_text():
     row = Row({f"f{n}\x1b[31m": n for n in range(30)}, "f, line 1")
-    with pytest.raises(DataError, match=r"fields are f0\\x1b\[31m, f1.* and 10 more$"):
+    with pytest.raises(DataError, match=r"fields are 'f0\\x1b\[31m', 'f1.* and 10 more$"):
         row["label"]
 
 

@@ -282,5 +282,5 @@ def test_a_form_of_prompts_that_can_not_be_used_is_an_error(tmp_path, base):
     )
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace('"text"', '"verse"'))
-    with pytest.raises(FormatError, match=r"prompt\.format must be instruction, chat"):
+    with pytest.raises(FormatError, match=r"prompt\.format must be 'instruction', 'chat'"):
         read_stored(tmp_path)

@@ -55,7 +55,7 @@ def test_rows_of_a_batch_are_asked_as_their_adapters_were_trained(
     }
     for name, form in forms.items():
         monkeypatch.setattr(host.adapters[name], "prompt", form)
-    asked = [Prompt("yes", name) for name in (None, "lora", "mixlora", "vera")]
+    asked = [Prompt("yes", name) for name in (None, "lora", "mixlora", "dora")]
     written = ["yes says", "yes\n", "yes?", "yes says"]
     sampling = SamplingConfig(max_new_tokens=4)
     found = generate_tokens(host, tiny_tokenizer, asked, sampling)

@@ -76,8 +76,8 @@ def _adapter_name(job: str) -> str:
 
 def _find_job(run: RunConfig, name: str) -> JobConfig | None:
     """The job of that name; TPE's later ones differ from a sweep's first one in values."""
-    is_trial = run.sweep is not None and run.sweep.owns(name)
-    alike = (job for job in run.all_jobs if is_trial and run.sweep.owns(job.name))
+    owns = (lambda _: False) if run.sweep is None else run.sweep.owns
+    alike = (job for job in run.all_jobs if owns(name) and owns(job.name))
     return next((job for job in run.all_jobs if job.name == name), next(alike, None))
 
 

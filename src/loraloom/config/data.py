@@ -157,7 +157,7 @@ TaskReference = Annotated[
 class PromptForm(StrictModel):
     """How an adapter's training data wrote its prompts; a part of the adapter's files."""
 
-    format: DataFormat | Literal["task"]
+    format: Literal["instruction", "chat", "text", "preference", "task"]
     """Format of the data. Prompts of text, preference and task are read as they stand."""
     template: str | None = Field(default=None, min_length=1)
     """Instructions: the prompt template, alpaca, plain or a Jinja text."""

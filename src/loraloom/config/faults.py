@@ -203,7 +203,7 @@ def _home_of(path: Sequence[int | str], models: Sequence[Models]) -> str | None:
         return None
     for place in range(len(path) - 1, -1, -1):
         for name in _known_keys(models[place]):
-            if key in _known_keys(_models_under(models[place], name)):
+            if name not in path and key in _known_keys(_models_under(models[place], name)):
                 return f"{key} belongs to `{name}`"
         if place < len(path) - 1 and key in _known_keys(models[place]):
             return f"{key} belongs beside `{path[place]}`, not into it"
