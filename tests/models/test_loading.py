@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import platform
 from types import SimpleNamespace
 from typing import get_args
 
@@ -28,7 +30,7 @@ from transformers.utils import logging
 from loraloom.config.fields import BaseDtype, Dtype
 from loraloom.errors import ConfigError, ModelError
 from loraloom.models import loading, sources
-from loraloom.models.loading import DTYPES, find_device, load_base_model
+from loraloom.models.loading import DTYPES, find_device, load_base_model, load_tokenizer
 from tests.models.tiny_gguf import write_gguf
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<pad>": 2, "one": 3, "two": 4}
@@ -99,7 +101,15 @@ def test_weights_come_in_the_dtype_that_was_asked_for(directory, name, dtype):
 
 
 def test_run_files_and_loading_know_the_same_dtypes():
-    assert set(DTYPES) == set(get_args(Dtype)) == set(get_args(BaseDtype)) - {"auto"}
+    assert set(DTYPES) == set(get_args(BaseDtype)) - {"auto"}
+    assert set(get_args(Dtype)) == set(DTYPES) - {"float64"}  # which no file is written in
+
+
+def test_a_model_is_loaded_in_float64(directory):
+    model, _ = load_base_model(str(directory), "float64")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float64}
+    with pytest.raises(ModelError, match="dtype float64 does not exist on mps; use float32"):
+        loading._find_dtype("float64", {}, torch.device("mps"))
 
 
 @pytest.mark.parametrize(
@@ -134,17 +144,27 @@ def test_a_cpu_without_products_in_16_bits_gets_float32(directory, monkeypatch):
         assert loading._find_dtype("auto", {"dtype": saved}, cpu) == torch.float32
     assert loading._find_dtype("auto", {}, cpu) == torch.float32  # a GGUF file
     for asked in ("bfloat16", "float16"):
-        with pytest.warns(UserWarning, match=f"16 bits: {asked} takes ten times as long"):
+        with pytest.warns(UserWarning, match=f"16 bits: {asked} takes 2 to 20 times"):
             assert load_base_model(str(directory), asked)[0].dtype == DTYPES[asked]
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="asks oneDNN")
-def test_onednn_says_what_a_cpu_multiplies(monkeypatch):
-    for answer in (True, False):
-        monkeypatch.setattr(
-            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=answer: answer
-        )
-        assert loading._multiplies_in_bfloat16(torch.device("cpu")) is answer
+@pytest.mark.parametrize(
+    ("machine", "flags", "answer"),
+    [
+        ("x86_64", {"onednn"}, False),  # AVX-512 alone: emulated
+        ("x86_64", {"onednn", "avx512_bf16"}, True),
+        ("AMD64", {"onednn", "amx_tile"}, True),
+        ("aarch64", {"onednn"}, True),
+        ("aarch64", set(), False),
+    ],
+)
+def test_a_cpu_multiplies_in_bfloat16_by_its_own_instructions(monkeypatch, machine, flags, answer):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    for flag in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{flag}_supported", lambda flag=flag: flag in flags)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: "onednn" in flags)
+    assert loading._multiplies_in_bfloat16(torch.device("cpu")) is answer
 
 
 def test_dtype_auto_of_a_gguf_file_is_bfloat16(gguf_file, cache, monkeypatch):
@@ -327,7 +347,10 @@ def test_other_tokens_without_a_row_are_told_of(directory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        (
+            {"dtype": "int8"},
+            "dtype must be one of auto, float32, bfloat16, float16, float64, got 'int8'",
+        ),
         (
             {"attn_implementation": "owner/kernel"},
             "attn_implementation must be one of sdpa, eager, .*, got 'owner/kernel'",
@@ -397,11 +420,14 @@ def assert_same(loaded, again):
             name: second[name] for name in second.keys() - ignored
         }
     assert model.config.name_or_path == other.config.name_or_path
-    backend, other_backend = tokenizer.backend_tokenizer, other_tokenizer.backend_tokenizer
-    assert backend.to_str() == other_backend.to_str()
-    assert type(tokenizer) is type(other_tokenizer)
+    assert_same_tokenizer(tokenizer, other_tokenizer)
+
+
+def assert_same_tokenizer(tokenizer, other):
+    assert tokenizer.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    assert type(tokenizer) is type(other)
     for name in ("special_tokens_map", "chat_template", "padding_side", "name_or_path"):
-        assert getattr(tokenizer, name) == getattr(other_tokenizer, name)
+        assert getattr(tokenizer, name) == getattr(other, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -420,6 +446,29 @@ def test_a_gguf_file_is_dequantised_once(gguf_file, cache, count_dequantised, ca
     )
     weights = again[0].state_dict()
     assert all(weight.equal(weights[name]) for name, weight in direct.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "missing"])
+def test_the_tokenizer_of_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch, damage):
+    converted = []
+    read = AutoTokenizer.from_pretrained
+
+    def count(location, **options):
+        converted.append(options.get("gguf_file"))
+        return read(location, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", count)
+    first = load_tokenizer(str(gguf_file))
+    (copy,) = cache.with_name("tokenizers").iterdir()
+    if damage == "cut":
+        (copy / "tokenizer.json").write_text("{")
+    elif damage == "missing":
+        (copy / "tokenizer.json").unlink()
+    assert_same_tokenizer(first, load_tokenizer(str(gguf_file)))
+    assert converted.count("tiny.gguf") == (1 if damage == "none" else 2)
+    os.utime(gguf_file, (1, 1))  # another file now
+    load_tokenizer(str(gguf_file))
+    assert converted[-1] == "tiny.gguf"
 
 
 def test_loading_a_gguf_file_is_silent(gguf_file, cache, capfd):
@@ -461,6 +510,7 @@ def test_a_cache_that_cant_be_written_keeps_nothing(gguf_file, tmp_path, monkeyp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert_same(load_base_model(str(gguf_file)), load_base_model(str(gguf_file)))
+    assert_same_tokenizer(load_tokenizer(str(gguf_file)), load_tokenizer(str(gguf_file)))
 
 
 def test_a_full_disk_leaves_no_copy(gguf_file, cache, monkeypatch):

@@ -20,7 +20,7 @@ else:  # pydantic's protocol can't be tested for at run time, as tests do
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Number format of the base model's weights and of the low-rank products."""
 
-BaseDtype = Literal["auto", "float32", "bfloat16", "float16"]
+BaseDtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 """Number format of the base model's weights as it is asked for; auto: as the checkpoint has them,
 but bfloat16 in place of float16 where the device computes in it."""
 

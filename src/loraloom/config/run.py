@@ -100,7 +100,8 @@ class RunConfig(StrictModel):
     def _check_attention(
         cls, implementation: AttnImplementation | None, info: CheckInfo
     ) -> AttnImplementation | None:
-        if implementation == "flash_attention_2" and info.data.get("dtype") == "float32":
+        wide = info.data.get("dtype") in ("float32", "float64")
+        if implementation == "flash_attention_2" and wide:
             raise ValueError(
                 "attn_implementation flash_attention_2 computes in 16 bits only; "
                 "set dtype: bfloat16 or take sdpa"

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.own import refuse_own_parts
+from loraloom.config.fields import Dtype
 from loraloom.durable import write_directory, write_file
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.checkpoint import write_shards
@@ -90,8 +91,8 @@ def export(
     if form not in get_args(ExportForm):
         raise ConfigError(f"to must be one of {', '.join(get_args(ExportForm))}, got {shown(form)}")
     check_target(path, form)
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
     if form == "gguf":
         refuse_own_parts(adapter.config, f"adapter {name!r}", "be a GGUF adapter")
         architecture = architecture_of(host.base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import platform
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -44,7 +45,13 @@ from loraloom.models.quantising import (
     check_quantization,
     transformers_config,
 )
-from loraloom.models.sources import ModelSource, ask_hub, dequantised_copy, find_source
+from loraloom.models.sources import (
+    ModelSource,
+    ask_hub,
+    dequantised_copy,
+    find_source,
+    tokenizer_copy,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +60,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float64": torch.float64,
 }
 
 # What transformers, safetensors and gguf raise at files that are missing, broken or unknown.
@@ -88,9 +96,9 @@ def load_base_model(
     Args:
         name: A hub name, a directory, a .gguf file (its weights are dequantised) or
             `smollm2-135m`; it becomes the model's `config.name_or_path`.
-        dtype: float32, bfloat16, float16, or auto: the checkpoint's, but bfloat16 in place of
-            float16 where the device computes in it, and float32 in place of both on a CPU that
-            has instructions for neither; of a .gguf file bfloat16, in the same way.
+        dtype: float32, bfloat16, float16, float64, or auto: the checkpoint's, but bfloat16 in
+            place of float16 where the device computes in it, and float32 in place of both on a CPU
+            without instructions for bfloat16; of a .gguf file bfloat16, in the same way.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
         quantization: nf4, int8, torchao-int8, torchao-int4, or a mapping of a library's settings,
@@ -176,25 +184,28 @@ def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) 
         return _dtype_of(checkpoint, device)
     if name not in DTYPES:
         raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
-    if name != "float32" and device.type == "cpu" and not _multiplies_in_bfloat16(device):
+    if name == "float64" and device.type == "mps":
+        raise ModelError("dtype float64 does not exist on mps; use float32, or device cpu")
+    in_16_bits = DTYPES[name].itemsize == 2
+    if in_16_bits and device.type == "cpu" and not _multiplies_in_bfloat16(device):
         warnings.warn(
-            f"this CPU has no instructions for products in 16 bits: {name} takes ten times as long "
-            "as float32 and more, for half of the memory; take dtype auto or float32",
+            f"this CPU has no instructions for products in 16 bits: {name} takes 2 to 20 times as "
+            "long as float32, for half of the memory; take dtype auto or float32",
             stacklevel=3,
         )
     return DTYPES[name]
 
 
 def _multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Tell whether a device has fast products in bfloat16; of a CPU oneDNN knows (AVX2's has none).
-
-    A plain loop takes over in PyTorch where it hasn't.
-    """
+    """Whether a device has instructions for products in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return True
+    if device.type != "cpu":
+        return True
+    # On x86, oneDNN says yes to AVX-512 alone, where it emulates at half the speed of float32.
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _dtype_of(checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -229,10 +240,10 @@ def _attention_option(name: str | None, dtype: torch.dtype) -> dict[str, str]:
         raise ModelError(
             f"attn_implementation must be one of {', '.join(known)}, got {shown(name)}"
         )
-    if name == "flash_attention_2" and dtype == torch.float32:
+    if name == "flash_attention_2" and dtype.itemsize > 2:
         raise ModelError(
-            "attn_implementation flash_attention_2 computes in 16 bits only, got dtype float32; "
-            "take bfloat16, or sdpa"
+            "attn_implementation flash_attention_2 computes in 16 bits only, got dtype "
+            f"{str(dtype).removeprefix('torch.')}; take bfloat16, or sdpa"
         )
     return {"attn_implementation": name}
 
@@ -307,10 +318,29 @@ def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    options: dict[str, Any] = {"local_files_only": source.cached}
-    if source.gguf_file is not None:
-        options["gguf_file"] = source.gguf_file
-    return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **options)
+    """Load a tokenizer; that of a GGUF file is converted once, which may take half a minute."""
+    if source.gguf_file is None:
+        return _read_tokenizer(source)
+    copy = tokenizer_copy(source)
+    if copy.is_dir():
+        with suppress(*_LOADING_ERRORS):
+            tokenizer = _read_tokenizer(ModelSource("directory", str(copy)))
+            tokenizer.name_or_path = source.location
+            return tokenizer
+    tokenizer = _read_tokenizer(source, gguf_file=source.gguf_file)
+
+    def save(aside: Path) -> None:
+        tokenizer.save_pretrained(aside)
+
+    with suppress(*_LOADING_ERRORS):
+        write_directory(copy, save)
+    return tokenizer
+
+
+def _read_tokenizer(source: ModelSource, **options: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(
+        source.location, trust_remote_code=False, local_files_only=source.cached, **options
+    )
 
 
 def _load_model(

@@ -123,9 +123,27 @@ def dequantised_copy(source: ModelSource, dtype: object) -> Path:
             digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error}") from error
-    made_by = f"{dtype} transformers {version('transformers')} gguf {version('gguf')}"
-    digest.update(made_by.encode())
+    digest.update(f"{dtype} {_converters()}".encode())
     return cache_directory() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+
+
+def tokenizer_copy(source: ModelSource) -> Path:
+    """Where a GGUF file's converted tokenizer is kept, by the file's place, size and time.
+
+    Raises:
+        OSError: If there is no such file.
+    """
+    assert source.gguf_file is not None, "only the tokenizers of GGUF files are converted"
+    path = Path(source.location, source.gguf_file).resolve()
+    state = path.stat()
+    key = f"{path} {state.st_size} {state.st_mtime_ns} {_converters()}"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return cache_directory() / "tokenizers" / f"{path.stem}-{digest[:16]}"
+
+
+def _converters() -> str:
+    """The packages whose versions decide what a GGUF file becomes."""
+    return f"transformers {version('transformers')} gguf {version('gguf')}"
 
 
 def _gguf(path: Path) -> ModelSource:
