@@ -145,8 +145,8 @@ def test_all_faults_are_in_one_message(tmp_path):
     )
     assert sorted(faults(tmp_path, *overrides)) == sorted(
         [
-            "dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got 'float17'; did you mean "
-            "'float16'?",
+            "dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'float17'; "
+            "did you mean 'float16'?",
             "unknown key 'dtyp'; did you mean 'dtype'?",
             f"jobs.0.{safe} letter or digit), got 'a/b'",
             "jobs.0.adapter.top_k must be in [1, num_experts=8], got 9",
