@@ -24,16 +24,27 @@ from tests.ops.ffn_case import (
 )
 
 
-def grouped_expert_ffn(*arguments):
-    """The lean twin with slots sorted by groups of two experts, as of many experts."""
+def in_groups_of(size, arguments):
     with pytest.MonkeyPatch.context() as patch:
-        size = lambda experts, num_experts, rank: 2 if num_experts % 2 == 0 else 1  # noqa: E731
-        patch.setattr(slot_pieces, "group_size", size)
+        patch.setattr(
+            slot_pieces, "group_size", lambda _, experts, *__: size if experts % size == 0 else 1
+        )
         return lean_expert_ffn(*arguments)
 
 
-both = pytest.mark.parametrize("ffn", [expert_ffn, lean_expert_ffn, grouped_expert_ffn])
-lean_ways = pytest.mark.parametrize("ffn", [lean_expert_ffn, grouped_expert_ffn])
+def grouped_expert_ffn(*arguments):
+    """The lean twin with slots sorted by groups of two experts, as of many experts."""
+    return in_groups_of(2, arguments)
+
+
+def sorted_expert_ffn(*arguments):
+    """The lean twin with slots sorted by expert, as in float32."""
+    return in_groups_of(1, arguments)
+
+
+LEAN_WAYS = [lean_expert_ffn, grouped_expert_ffn, sorted_expert_ffn]
+both = pytest.mark.parametrize("ffn", [expert_ffn, *LEAN_WAYS])
+lean_ways = pytest.mark.parametrize("ffn", LEAN_WAYS)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 PARTS = [
     ("gated", ["gate"]),
@@ -236,20 +247,25 @@ def test_the_lean_twin_keeps_no_hidden_states_of_slots():
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "rank", "num_slots", "size"),
+    ("num_experts", "rank", "num_slots", "dtype", "size"),
     [
-        (8, 8, 4096, None),  # masks over all experts are as fast
-        (64, 8, 511, None),  # too few slots to gather
-        (32, 8, 512, 8),
-        (64, 16, 4096, 4),
-        (31, 16, 4096, 1),  # a prime number has no groups
-        (4, 128, 4096, 1),
+        (8, 8, 4096, torch.bfloat16, None),  # masks over all experts are as fast
+        (64, 8, 511, torch.bfloat16, None),  # too few slots to gather
+        (32, 8, 512, torch.bfloat16, 8),
+        (64, 16, 4096, torch.bfloat16, 4),
+        (31, 16, 4096, torch.bfloat16, 1),  # a prime number has no groups
+        (4, 128, 4096, torch.bfloat16, 1),
+        (8, 8, 4096, torch.float32, 1),  # every column costs
+        (64, 8, 4096, torch.float32, 2),  # 64 rows of an expert
+        (64, 8, 512, torch.float32, 8),
+        (8, 8, 511, torch.float32, None),
+        (1, 8, 4096, torch.float32, None),
     ],
 )
-def test_groups_have_few_columns(num_experts, rank, num_slots, size):
-    experts = torch.zeros(2, num_slots // 2 + num_slots % 2, dtype=torch.long)[:, : num_slots // 2]
-    assert slot_pieces.group_size(experts, num_experts, rank) == size
-    assert slot_pieces.group_size(experts.to("meta"), num_experts, rank) is None
+def test_groups_have_few_columns(num_experts, rank, num_slots, dtype, size):
+    experts = torch.zeros(1, num_slots, dtype=torch.long)
+    assert slot_pieces.group_size(experts, num_experts, rank, dtype) == size
+    assert slot_pieces.group_size(experts.to("meta"), num_experts, rank, dtype) is None
 
 
 @both

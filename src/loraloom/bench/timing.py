@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,16 @@ def _timed(run: Callable[[], object]) -> float:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def describe_machine(dtype: str) -> str:
+    """Name what figures depend on: number format, processor, its instructions and threads."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    processor = next(named, platform.processor() or platform.machine())
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{dtype}, {processor} ({instructions}), {torch.get_num_threads()} threads"
 
 
 def reset_peak_rss() -> None:

@@ -155,7 +155,7 @@ def step(
     """A training step, all linear layers adapted, loss on all tokens: time and peak memory."""
     from loraloom.bench.memory import step_peak_rss_bytes
     from loraloom.bench.step import make_step
-    from loraloom.bench.timing import alternate
+    from loraloom.bench.timing import alternate, describe_machine
 
     names = _names(cases, (*PEFT_CASES, *adapter_cases()))
     setting = StepSetting(
@@ -174,6 +174,7 @@ def step(
         name: {"s": times[name]} | ({"peak GB": peaks[name] / 1e9} if memory else {})
         for name in names
     }
+    typer.echo(describe_machine(dtype))
     _show(figures, "s", picture)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -316,9 +317,11 @@ class _PieceForward:
         rank_input = piece.take_rank(self.low_rank[:, side.columns])
         own_B = piece.of_experts(lora_B)
         if excess is None:
-            value = torch.addmm(output, rank_input, own_B)
+            # A piece's own copy is added to; rows of the base's output are needed again.
+            add = output.addmm_ if piece.copies else partial(torch.addmm, output)
+            value = add(rank_input, own_B)
             return _Projected(value, value, None, rank_input)
-        excess = rows_of_experts(excess, piece.experts)
+        excess = piece.of_rows(excess)
         value, rows = scale_rows(output, rank_input @ own_B, excess, side.bias)
         return _Projected(value, rows, excess, rank_input)
 

@@ -22,16 +22,17 @@ from torch import Tensor
 
 from loraloom.ops.dropout import apply_keep_mask
 from loraloom.ops.expert_ffn import FfnWeights, Routing
-from loraloom.ops.low_rank import slot_masks
+from loraloom.ops.low_rank import rows_of_experts, slot_masks
 
 PIECE_BYTES = 1 << 21
-"""Most bytes of a piece's hidden states."""
+"""Most bytes of a piece's hidden states in 16 bits, four times as many in float32: products take
+most of the time there, and fewer calls save more than the cache."""
 
 GROUP_COLUMNS = 64
-"""Most columns of a group, G·R: processors multiply so few no faster."""
+"""Most columns of a group, G·R: in 16 bits, processors multiply so few no faster."""
 
-MIN_SORTED_COLUMNS = 256
-"""Columns of all experts, E·R, from which groups are faster than masks over all of them."""
+MIN_GROUP_ROWS = 128
+"""Rows of a group, in the mean, from which smaller groups cost more calls than they save."""
 
 MIN_SORTED_SLOTS = 512
 """Slots from which gathering them by group pays."""
@@ -57,6 +58,7 @@ class BlockOfSlot:
     mask: Tensor | None
     rank: int
     adapted = True
+    copies = False
 
     def take(self, values: Tensor) -> Tensor:
         """Rows of [T, ...]."""
@@ -105,6 +107,10 @@ class BlockOfSlot:
         """Zero what is outside of a row's expert's columns."""
         return values if self.mask is None else values * self.mask
 
+    def of_rows(self, table: Tensor) -> Tensor:
+        """Each row's expert's row of [E + 1, F], whose last belongs to expert -1; one for all."""
+        return table[:1] if self.mask is None else rows_of_experts(table, self.experts)
+
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""
         if self.mask is None:
@@ -130,9 +136,8 @@ class RowsOfGroup:
         group: Columns of the group's experts; None for rows that get the base's own output.
         rows: Token of each row, [t].
         slot_rows: Their places among slot after slot, [t].
-        slot_sizes: How many rows each slot has.
         experts: Expert of each row, [t].
-        mask: 1 at the columns of a row's expert within the group, [t, W].
+        mask: 1 at the columns of a row's expert within the group, [t, W]; None for one expert.
         num_tokens: T.
         rank: R.
     """
@@ -140,11 +145,11 @@ class RowsOfGroup:
     group: slice | None
     rows: Tensor
     slot_rows: Tensor
-    slot_sizes: tuple[int, ...]
     experts: Tensor
-    mask: Tensor
+    mask: Tensor | None
     num_tokens: int
     rank: int
+    copies = True
 
     @property
     def adapted(self) -> bool:
@@ -190,19 +195,32 @@ class RowsOfGroup:
 
     def keep_rank(self, values: Tensor) -> Tensor:
         """Zero what is outside of a row's expert's columns."""
-        return values * self.mask
+        return values if self.mask is None else values * self.mask
+
+    def of_rows(self, table: Tensor) -> Tensor:
+        """Each row's expert's row of [E + 1, F], whose last belongs to expert -1; one for all."""
+        return table[self._experts] if self.mask is None else rows_of_experts(table, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""
+        own = total[self._experts]
+        if self.mask is None:
+            own += values.sum(0, keepdim=True)
+        else:
+            own += self.mask[:, :: self.rank].T @ values
+
+    @property
+    def _experts(self) -> slice:
         group: slice = self.group  # pyright: ignore[reportAssignmentType]
-        own = total[group.start // self.rank : group.stop // self.rank]
-        own += self.mask[:, :: self.rank].T @ values
+        return slice(group.start // self.rank, group.stop // self.rank)
 
     def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
         """Zero what each slot's dropout drops."""
         if keep_slots[0] is None:
             return values
-        parts = zip(keep_slots, self.rows.split(self.slot_sizes), strict=True)
+        slots = self.slot_rows.div(self.num_tokens, rounding_mode="floor")
+        sizes = torch.bincount(slots, minlength=len(keep_slots)).tolist()
+        parts = zip(keep_slots, self.rows.split(sizes), strict=True)
         keep = [mask.index_select(0, rows) for mask, rows in parts if mask is not None]
         return apply_keep_mask(values, torch.cat(keep))
 
@@ -210,20 +228,30 @@ class RowsOfGroup:
 Piece = BlockOfSlot | RowsOfGroup
 
 
-def group_size(experts: Tensor, num_experts: int, rank: int) -> int | None:
+def group_size(experts: Tensor, num_experts: int, rank: int, dtype: torch.dtype) -> int | None:
     """Return how many experts a group has; None where masks over all experts do as well.
+
+    In 16 bits, groups are as wide as multiplies for the price of one column, and pay where all
+    experts are much wider. In 32 and more every column costs, and groups are as narrow as their
+    rows allow.
 
     Args:
         experts: Of each slot, [K, T].
         num_experts: E.
         rank: R.
+        dtype: Of the products.
     """
-    if experts.device.type != "cpu":
-        return None  # nothing may wait for the counts
-    if num_experts * rank < MIN_SORTED_COLUMNS or experts.numel() < MIN_SORTED_SLOTS:
+    columns, num_slots = num_experts * rank, experts.numel()
+    is_narrow = dtype.itemsize <= 2
+    if experts.device.type != "cpu" or num_slots < MIN_SORTED_SLOTS:
+        return None  # on an accelerator, nothing may wait for the counts
+    if num_experts == 1 or (is_narrow and columns < 4 * GROUP_COLUMNS):
         return None
-    sizes = (size for size in range(1, num_experts + 1) if num_experts % size == 0)
-    return max((size for size in sizes if size * rank <= GROUP_COLUMNS), default=1)
+    sizes = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
+    fitting = [size for size in sizes if size * rank <= GROUP_COLUMNS] or [1]
+    if is_narrow:
+        return fitting[-1]
+    return next((s for s in fitting if num_slots * s >= MIN_GROUP_ROWS * num_experts), fitting[-1])
 
 
 def sorted_pieces(
@@ -238,22 +266,26 @@ def sorted_pieces(
         rank: R.
         gate: [T, F], as large as a slot's hidden states.
     """
-    num_slots, num_tokens = experts.shape
+    num_tokens = experts.shape[1]
     flat = experts.flatten()
     groups = flat.div(size, rounding_mode="floor") + 1
     num_groups = num_experts // size
     counts = torch.bincount(groups, minlength=num_groups + 1).tolist()
     order = groups.argsort(stable=True)
-    longest = max(64, PIECE_BYTES // (gate.shape[1] * gate.element_size()))
+    longest = _piece_rows(gate)
     for group, slot_rows in zip(range(-1, num_groups), order.split(counts), strict=True):
         columns = slice(group * size * rank, (group + 1) * size * rank) if group >= 0 else None
         for part in slot_rows.split(longest) if len(slot_rows) else ():
-            slots = part.div(num_tokens, rounding_mode="floor")
-            sizes = torch.bincount(slots, minlength=num_slots).tolist()
-            own = flat[part]
-            mask = slot_masks((own - group * size).unsqueeze(1), size, rank, gate.dtype)[0]
-            rows = part - slots * num_tokens
-            yield RowsOfGroup(columns, rows, part, tuple(sizes), own, mask, num_tokens, rank)
+            own, mask = flat[part], None
+            if size > 1:
+                mask = slot_masks((own - group * size).unsqueeze(1), size, rank, gate.dtype)[0]
+            yield RowsOfGroup(columns, part % num_tokens, part, own, mask, num_tokens, rank)
+
+
+def _piece_rows(gate: Tensor) -> int:
+    """Most rows of a piece."""
+    most_bytes = PIECE_BYTES if gate.element_size() <= 2 else 4 * PIECE_BYTES
+    return max(64, most_bytes // (gate.shape[1] * gate.element_size()) // 32 * 32)
 
 
 def masked_pieces(
@@ -270,7 +302,7 @@ def masked_pieces(
     num_slots, num_tokens = experts.shape
     step = num_tokens
     if experts.device.type == "cpu":
-        step = max(64, PIECE_BYTES // (gate.shape[1] * gate.element_size()) // 32 * 32)
+        step = _piece_rows(gate)
     for start in range(0, num_tokens, max(step, 1)):
         rows = slice(start, min(start + step, num_tokens))
         for slot in range(num_slots):
@@ -317,7 +349,9 @@ class Slots:
             weights.rank,
             routed=routing is not None,
             apart=weights.apart,
-            group=group_size(experts, weights.num_experts, weights.rank) if routing else None,
+            group=group_size(experts, weights.num_experts, weights.rank, gate.dtype)
+            if routing
+            else None,
         )
 
     def without_experts(self) -> Slots:
