@@ -6,9 +6,11 @@ import logging
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Option
 
 from loraloom.cli.options import (
     AdapterOption,
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
     from loraloom.serve.engine import Engine
 
 MaxRowsOption = Annotated[
-    int, typer.Option("--max-rows", min=1, help="Most completions that are made at once.")
+    int, Option("--max-rows", min=1, help="Most completions that are made at once.")
 ]
 CacheTokensOption = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--cache-tokens",
         min=32,
         help="Tokens of the key-value cache. Default: all rows at full length, as far as a quarter "
@@ -78,32 +80,23 @@ def serve(
             help="A directory of adapters; each is loaded when it is first asked for.",
         ),
     ] = None,
-    max_adapters: Annotated[
-        int, typer.Option("--max-adapters", min=1, help="Most adapters of --adapter-dir at once.")
-    ] = 8,
+    max_adapters: Annotated[int, Option(min=1, help="Most adapters of --adapter-dir at once.")] = 8,
+    max_adapter_bytes: Annotated[
+        int | None, Option(min=1, help="Most bytes of all adapters in memory together.")
+    ] = None,
     host: Annotated[
-        str,
-        typer.Option("--host", help="Address to listen on; others than this machine's need a key."),
+        str, Option(help="Address to listen on; others than this machine's need a key.")
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0 takes any free one.")
-    ] = 8000,
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
     api_key_file: Annotated[
-        Path | None,
-        path_option("--api-key-file", metavar="FILE", help="API keys, one a line."),
+        Path | None, path_option("--api-key-file", metavar="FILE", help="API keys, one a line.")
     ] = None,
     no_api_key: Annotated[
-        bool, typer.Option("--no-api-key", help="Let anybody ask who reaches --host.")
+        bool, Option("--no-api-key", help="Let anybody ask who reaches --host.")
     ] = False,
-    max_adapter_bytes: Annotated[
-        int | None,
-        typer.Option(
-            "--max-adapter-bytes", min=1, help="Most bytes of all adapters in memory together."
-        ),
-    ] = None,
     allow_loading: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--allow-loading",
             help="Let clients load and unload adapters by path; where there are API keys, with one "
             "of --admin-key-file.",
@@ -124,61 +117,46 @@ def serve(
         ),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None,
-        typer.Option("--cors-origin", help="A web page's origin that may ask. May be repeated."),
+        list[str] | None, Option(help="A web page's origin that may ask. May be repeated.")
     ] = None,
     max_rows: MaxRowsOption = 32,
     cache_tokens: CacheTokensOption = None,
     prefill_tokens: Annotated[
-        int,
-        typer.Option(
-            "--prefill-tokens", min=1, help="Most tokens of prompts read between decoding steps."
-        ),
+        int, Option(min=1, help="Most tokens of prompts read between decoding steps.")
     ] = 256,
-    max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="Most completions that wait for their turn.")
-    ] = 256,
-    max_request_seconds: Annotated[
-        float, typer.Option("--max-request-seconds", min=1, help="Longest time of a request.")
-    ] = 600.0,
     shared_prompt_cache: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--shared-prompt-cache",
             help="Let API keys use one another's cached prompts; response times then reveal which "
             "prompts other keys have sent.",
         ),
     ] = False,
-    max_body_bytes: Annotated[
-        int, typer.Option("--max-body-bytes", min=1024, help="Largest request.")
-    ] = 2 << 20,
+    max_waiting: Annotated[
+        int, Option(min=1, help="Most completions that wait for their turn.")
+    ] = 256,
+    max_request_seconds: Annotated[float, Option(min=1, help="Longest time of a request.")] = 600.0,
+    max_body_bytes: Annotated[int, Option(min=1024, help="Largest request.")] = 2 << 20,
     max_connections: Annotated[
         int | None,
-        typer.Option(
-            "--max-connections",
+        Option(
             min=1,
             help="Most connections at once; the longest idle one goes for a new one. Default: what "
             "the limit of open files has room for, at most 1024.",
         ),
     ] = None,
-    header_seconds: Annotated[
-        float, typer.Option("--header-seconds", min=0.1, help="Time for a request's headers.")
-    ] = 10.0,
+    header_seconds: Annotated[float, Option(min=0.1, help="Time for a request's headers.")] = 10.0,
     body_seconds: Annotated[
         float,
-        typer.Option(
-            "--body-seconds",
+        Option(
             min=0.1,
             help="Time for a request's body, and for a client to read on while an answer waits.",
         ),
     ] = 60.0,
     idle_seconds: Annotated[
-        float,
-        typer.Option("--idle-seconds", min=0.1, help="Time of a connection without a request."),
+        float, Option(min=0.1, help="Time of a connection without a request.")
     ] = 30.0,
-    access_log: Annotated[
-        bool, typer.Option("--access-log/--no-access-log", help="Write a line of each request.")
-    ] = True,
+    access_log: Annotated[bool, Option(help="Write a line of each request.")] = True,
     chat_template: ChatTemplateOption = None,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
@@ -186,20 +164,24 @@ def serve(
     attn_implementation: AttnOption = None,
     engine_name: Annotated[
         Literal["embedded", "vllm"],
-        typer.Option("--engine", help="loraloom's own, or vLLM with loraloom's plug-in."),
+        Option("--engine", help="loraloom's own, or vLLM with loraloom's plug-in."),
     ] = "embedded",
 ) -> None:
     """Serve the base model and its adapters with OpenAI's API."""
     given = locals()
+    from loraloom.serve.access import is_loopback, read_keys
+
     adapters = parse_adapters(adapter)
-    is_local = _check_host(host, api_key_file, no_api_key)
+    is_local = is_loopback(host)
+    if not is_local and api_key_file is None and not no_api_key:
+        raise ConfigError(
+            f"--host {host} can be reached from other machines: give --api-key-file, or "
+            "--no-api-key if anybody may ask"
+        )
     for option, path in (("--adapter-dir", adapter_dir), ("--adapter-root", adapter_root)):
         if path is not None and not path.is_dir():
             raise ConfigError(f"{option} must be a directory, there is no {path}")
-    from loraloom.serve.access import read_keys
-
     keys = [] if api_key_file is None else read_keys(api_key_file)
-    admin_keys = [] if admin_key_file is None else read_keys(admin_key_file)
     if engine_name == "vllm":
         from loraloom.serve.vllm.launch import VllmOptions, serve_with_vllm
 
@@ -209,11 +191,19 @@ def serve(
             VllmOptions(**same, adapters=adapters, api_keys=keys, cors_origins=cors_origin or ())
         )
         return
+    admin_keys = [] if admin_key_file is None else read_keys(admin_key_file)
     if allow_loading and not admin_keys and (keys or not is_local):
         raise ConfigError(
             "--allow-loading lets whoever asks replace adapters: give --admin-key-file, with keys "
             "that may load them"
         )
+    _serve_embedded(SimpleNamespace(**given), adapters, is_local, keys, admin_keys)
+
+
+def _serve_embedded(
+    given: Any, adapters: Mapping[str, str], is_local: bool, keys: list[str], admin_keys: list[str]
+) -> None:
+    """Serve with our own engine; `given` are the options."""
     from loraloom.data.chat_template import replace_chat_template
     from loraloom.infer.loading import check_sources, load_host
     from loraloom.serve.adapters import AdapterShelf
@@ -227,32 +217,38 @@ def serve(
 
     return_freed_memory()
     bound_kernel_caches()
-    check_sources(base_model, adapters, device, dtype, quantization)
-    connections = ConnectionLimits(max_connections, header_seconds, body_seconds, idle_seconds)
-    with listen(host, port) as sock:
+    check_sources(given.base_model, adapters, given.device, given.dtype, given.quantization)
+    connections = ConnectionLimits(
+        given.max_connections, given.header_seconds, given.body_seconds, given.idle_seconds
+    )
+    with listen(given.host, given.port) as sock:
 
         def prepare() -> tuple[Engine, AdapterShelf, Any]:
             model, tokenizer = load_host(
-                base_model, {}, dtype, device, attn_implementation, quantization
+                given.base_model,
+                {},
+                given.dtype,
+                given.device,
+                given.attn_implementation,
+                given.quantization,
             )
-            replace_chat_template(tokenizer, chat_template)
-            tokens = cache_tokens or default_cache_tokens(model, max_rows)
+            replace_chat_template(tokenizer, given.chat_template)
             limits = EngineLimits(
-                max_rows,
-                tokens,
-                prefill_tokens,
-                max_waiting,
-                max_request_seconds,
-                shared_prompt_cache,
+                given.max_rows,
+                given.cache_tokens or default_cache_tokens(model, given.max_rows),
+                given.prefill_tokens,
+                given.max_waiting,
+                given.max_request_seconds,
+                given.shared_prompt_cache,
             )
             engine = Engine(model, tokenizer, limits)
             shelf = AdapterShelf(
                 model,
-                base_model,
-                adapter_dir,
-                max_adapters,
+                given.base_model,
+                given.adapter_dir,
+                given.max_adapters,
                 engine.forget,
-                max_bytes=max_adapter_bytes,
+                max_bytes=given.max_adapter_bytes,
             )
             for name, path in adapters.items():
                 shelf.load(name, path)
@@ -262,31 +258,18 @@ def serve(
 
         engine, shelf, tokenizer = run_apart(prepare)
         options = ApiOptions(
-            api_keys=keys,
-            admin_keys=admin_keys,
-            allow_loading=allow_loading,
-            adapter_root=adapter_root,
-            cors_origins=cors_origin or (),
-            max_body_bytes=max_body_bytes,
-            is_local=is_local,
-            log_requests=access_log,
+            keys,
+            admin_keys,
+            given.allow_loading,
+            given.adapter_root,
+            given.cors_origin or (),
+            given.max_body_bytes,
+            is_local,
+            given.access_log,
         )
         app = create_app(engine, tokenizer, shelf, options)
         _write_log()
         Server(app, engine, connections).run([sock])
-
-
-def _check_host(host: str, api_key_file: Path | None, no_api_key: bool) -> bool:
-    """Say whether only this machine reaches the server; others need keys."""
-    from loraloom.serve.access import is_loopback
-
-    is_local = is_loopback(host)
-    if not is_local and api_key_file is None and not no_api_key:
-        raise ConfigError(
-            f"--host {host} can be reached from other machines: give --api-key-file, or "
-            "--no-api-key if anybody may ask"
-        )
-    return is_local
 
 
 def _refuse_embedded_only(given: Mapping[str, object]) -> None:
@@ -298,7 +281,7 @@ def _refuse_embedded_only(given: Mapping[str, object]) -> None:
 
 
 def _write_log() -> None:
-    """Write what loraloom logs to stderr; what clients cause without asking, once a second."""
+    """Write what loraloom logs to stderr; what clients cause without asking once a second."""
     from loraloom.serve.http.server import OnceASecond
 
     for name in (

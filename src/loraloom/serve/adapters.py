@@ -144,6 +144,11 @@ class AdapterShelf:
             )
         self._serve_waiters()
 
+    def share(self, adapter: ServedAdapter, number: int) -> None:
+        """Let one that is used be released so many times."""
+        with self._lock:
+            adapter.num_users += number - 1
+
     def release(self, adapter: ServedAdapter) -> None:
         """End using an adapter."""
         with self._lock:

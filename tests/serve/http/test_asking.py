@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from loraloom.errors import ConfigError
-from loraloom.serve.http.asking import Backend, Waker, as_events
+from loraloom.serve.http.asking import Backend, Mailbox, as_events
 from loraloom.serve.http.errors import ApiError
 from tests.serve.http.test_openai import chat
 
@@ -24,24 +24,23 @@ class CalledLoop(asyncio.AbstractEventLoop):
         self.calls.append(call)
 
 
-def test_signals_of_a_step_need_one_call():
-    loop, signals = CalledLoop(), [asyncio.Event() for _ in range(3)]
-    waker = Waker(loop)
-    for _ in range(2):
-        for signal in signals:
-            signal.clear()
-            waker.wake(signal)
+def test_what_a_step_tells_needs_one_call():
+    loop, queues = CalledLoop(), [asyncio.Queue() for _ in range(3)]
+    mailbox = Mailbox(loop)
+    for number in range(2):
+        for queue in queues:
+            mailbox.put(queue, number)
         loop.calls.pop()()
         assert loop.calls == []
-        assert all(signal.is_set() for signal in signals)
+        assert [queue.get_nowait() for queue in queues] == [number] * 3
 
 
 @pytest.mark.parametrize("num_answers", [1, 3])
 def test_an_answer_that_is_not_streamed_is_told_when_it_has_ended(client, monkeypatch, num_answers):
-    woken, wake = [], Waker.wake
-    monkeypatch.setattr(Waker, "wake", lambda *args: (woken.append(args), wake(*args)))
+    sent, put = [], Mailbox.put
+    monkeypatch.setattr(Mailbox, "put", lambda *args: (sent.append(args), put(*args)))
     chat(client, n=num_answers)
-    assert len(woken) == num_answers
+    assert len(sent) == num_answers
 
 
 def test_a_scale_that_is_none_holds_no_adapter():

@@ -5,6 +5,7 @@ from loraloom.errors import ConfigError
 try:
     import fastapi  # noqa: F401
     import llguidance  # noqa: F401
+    import openai  # noqa: F401
     import prometheus_client  # noqa: F401
     import uvicorn  # noqa: F401
 except ImportError as error:

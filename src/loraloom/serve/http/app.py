@@ -14,7 +14,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -32,16 +34,7 @@ from loraloom.serve.http.completions import complete_texts
 from loraloom.serve.http.errors import ApiError, ErrorBody, api_error, handle_errors
 from loraloom.serve.http.guards import LOADING, BodyLimit, HostCheck, KeyCheck, RequestLog
 from loraloom.serve.http.metrics import Metrics
-from loraloom.serve.http.objects import (
-    ChatBody,
-    ChatCompletion,
-    Completion,
-    CompletionBody,
-    LoadBody,
-    Model,
-    ModelList,
-    UnloadBody,
-)
+from loraloom.serve.http.objects import ChatBody, CompletionBody, LoadBody, UnloadBody
 from loraloom.serve.http.playground import add_playground
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -139,23 +132,28 @@ def _add_completions(app: FastAPI, backend: Backend) -> None:
 def _add_models(app: FastAPI, backend: Backend) -> None:
     started = now()
 
-    def models() -> list[Model]:
-        base, length = backend.shelf.base_name, backend.engine.max_length
-        rows = [(base, None), *((name, base) for name in backend.shelf.names())]
-        return [
-            Model(id=name, created=started, root=base, parent=parent, max_model_len=length)
-            for name, parent in rows
-        ]
+    def describe(name: str, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": started,
+            "owned_by": "loraloom",
+            "root": backend.shelf.base_name,
+            "parent": parent,
+            "max_model_len": backend.engine.max_length,
+        }
 
     @app.get("/v1/models")
-    def list_models() -> ModelList:
+    def list_models() -> dict[str, Any]:
         """Name the base model and its adapters."""
-        return ModelList(data=models())
+        base = backend.shelf.base_name
+        rows = [(base, None), *((name, base) for name in backend.shelf.names())]
+        return {"object": "list", "data": [describe(*row) for row in rows]}
 
-    @app.get("/v1/models/{model:path}")
-    def retrieve_model(model: str) -> Model:
+    @app.get("/v1/models/{model:path}", response_model=Model)
+    def retrieve_model(model: str) -> Response:
         """Describe a model."""
-        found = next((one for one in models() if one.id == model), None)
+        found = next((one for one in list_models()["data"] if one["id"] == model), None)
         if found is None:
             raise ApiError(
                 404,
@@ -163,7 +161,7 @@ def _add_models(app: FastAPI, backend: Backend) -> None:
                 code="model_not_found",
                 param="model",
             )
-        return found
+        return JSONResponse(found)
 
 
 def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:

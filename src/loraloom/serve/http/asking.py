@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import secrets
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import text_of_token
-from loraloom.errors import AdapterError, FormatError, LoraloomError, shown
+from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.infer.generate import end_tokens
 from loraloom.infer.sampling import parse_sampling
 from loraloom.models.layout import RowAdapter
@@ -36,9 +35,9 @@ from loraloom.serve.adapters import (
 from loraloom.serve.constraints import JsonConstraints
 from loraloom.serve.engine import Engine
 from loraloom.serve.failures import log_failure
-from loraloom.serve.http.errors import ApiError, api_error
+from loraloom.serve.http.errors import ApiError, ClientGoneError, api_error
 from loraloom.serve.http.guards import TENANT
-from loraloom.serve.http.objects import RouterChoices, SamplingBody, TokenChoices, Usage
+from loraloom.serve.http.objects import SamplingBody
 from loraloom.serve.limits import OutOfTimeError
 from loraloom.serve.sequence import (
     Constraint,
@@ -49,7 +48,6 @@ from loraloom.serve.sequence import (
     Row,
     Score,
     ScoreRequest,
-    Sink,
     TokenRouting,
 )
 
@@ -57,12 +55,8 @@ MAX_SCALE = 10.0
 """Largest factor of what an adapter adds to the base model, positive or negative."""
 
 
-class ClientGoneError(LoraloomError):
-    """The client does not wait any more."""
-
-
 class ServedModel(NamedTuple):
-    """A model that a request uses."""
+    """A model that a request uses; the base model has no adapter to be released."""
 
     owner: str
     adapter: RowAdapter
@@ -84,9 +78,9 @@ class Backend:
     tokenizer: PreTrainedTokenizerBase
 
     @cached_property
-    def waker(self) -> Waker:
+    def mailbox(self) -> Mailbox:
         """Of the event loop that the routes run on."""
-        return Waker(asyncio.get_running_loop())
+        return Mailbox(asyncio.get_running_loop())
 
     @cached_property
     def constraints(self) -> JsonConstraints:
@@ -95,7 +89,7 @@ class Backend:
         ends = end_tokens(host, self.tokenizer)
         return JsonConstraints(self.tokenizer, host.config.vocab_size, ends)
 
-    async def acquire(self, model: str, http: Request) -> ServedModel:
+    async def acquire(self, model: str, gone: asyncio.Task[None]) -> ServedModel:
         """Begin to use the adapter that a model's name says, as soon as it is there."""
         if model == self.shelf.base_name:
             return ServedModel(model, None, None)
@@ -109,7 +103,7 @@ class Backend:
             )
         scale = _scale(text) if colon else None
         try:
-            adapter = self.shelf.take(name) or await self._wait_for(name, http)
+            adapter = self.shelf.take(name) or await self._wait_for(name, gone)
         except (UnknownModelError, AdapterMemoryError):
             raise
         except (FormatError, AdapterError) as error:
@@ -122,10 +116,9 @@ class Backend:
         row_adapter = adapter.host_name if scale is None else (adapter.host_name, scale)
         return ServedModel(name, row_adapter, adapter)
 
-    async def _wait_for(self, name: str, http: Request) -> ServedAdapter:
+    async def _wait_for(self, name: str, gone: asyncio.Task[None]) -> ServedAdapter:
         loading = self.shelf.request(name)
         adapter = asyncio.wrap_future(loading)
-        gone = asyncio.create_task(_disconnected(http))
         limit_s = self.engine.limits.max_request_s
         try:
             done, _ = await asyncio.wait(
@@ -134,11 +127,10 @@ class Backend:
             if adapter in done:
                 return adapter.result()
         finally:
-            gone.cancel()
             if not adapter.done():
                 self.shelf.abandon(loading)
         if gone in done:
-            raise ClientGoneError("the client has gone")
+            raise ClientGoneError
         raise OutOfTimeError(f"the model {shown(name)} must be loaded in {limit_s:g} seconds")
 
     def release(self, model: ServedModel) -> None:
@@ -187,14 +179,14 @@ class Backend:
                 model.owner,
                 sampling,
                 place,
-                num_logprobs,
-                body.presence_penalty,
-                body.frequency_penalty,
-                self._logit_bias(body),
-                body.ignore_eos,
-                None if make_constraint is None else make_constraint(),
-                body.routing,
-                continues,
+                num_logprobs=num_logprobs,
+                presence_penalty=body.presence_penalty,
+                frequency_penalty=body.frequency_penalty,
+                logit_bias=self._logit_bias(body),
+                ignore_end=body.ignore_eos,
+                constraint=None if make_constraint is None else make_constraint(),
+                tells_routing=body.routing,
+                continues=continues,
             )
             for place in range(body.n)
         ]
@@ -221,134 +213,109 @@ class Backend:
         return {int(key): bias for key, bias in (body.logit_bias or {}).items()}
 
 
-class Waker:
-    """Wakes tasks of an event loop from the engine's thread, those of a step together.
+class Mailbox:
+    """Hands things from the engine's thread to tasks of an event loop, those of a step together.
 
     Each call into the loop takes some 20 µs of a core from those that compute.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
-        self._signals: deque[asyncio.Event] = deque()
+        self._sent: deque[tuple[asyncio.Queue[Any], Any]] = deque()
         self._is_called = False
 
-    def wake(self, signal: asyncio.Event) -> None:
-        """Set a signal of the loop."""
-        self._signals.append(signal)
+    def put(self, queue: asyncio.Queue[Any], item: object) -> None:
+        """Put something into a queue of the loop."""
+        self._sent.append((queue, item))
         if self._is_called:
             return
         self._is_called = True
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
-            self._loop.call_soon_threadsafe(self._set_signals)
+            self._loop.call_soon_threadsafe(self._deliver)
 
-    def _set_signals(self) -> None:
-        self._is_called = False  # first, so that a signal that comes meanwhile is not lost
-        while self._signals:
-            self._signals.popleft().set()
+    def _deliver(self) -> None:
+        self._is_called = False  # first, so that what comes meanwhile is not lost
+        while self._sent:
+            queue, item = self._sent.popleft()
+            queue.put_nowait(item)
 
 
 class Answers:
-    """The completions of one HTTP request while they are made.
+    """The completions of one HTTP request while they are made; they end when its client goes.
 
-    They end when the client goes away.
+    Args:
+        backend: Has the engine that makes them.
+        model: Released when the engine has let all of them go.
+        requests: One for each.
+        gone: Ends when the client goes away.
+        http: The request, in whose state tokens are counted.
+        in_pieces: Tell each piece as it comes, instead of all when a completion has ended.
     """
 
     def __init__(
         self,
         backend: Backend,
+        model: ServedModel,
         requests: Sequence[GenerationRequest | ScoreRequest],
+        gone: asyncio.Task[None],
         http: Request,
-        on_gone: Callable[[], object],
         *,
         in_pieces: bool,
     ):
-        self._engine = backend.engine
-        self._waker = backend.waker
-        self._in_pieces = in_pieces
+        self._engine, self._mailbox = backend.engine, backend.mailbox
+        self._num_open = len(requests)
+        self._gone = gone
         self._state = http.state
         self._state.num_new = 0
-        self._gone = _Countdown(len(requests), on_gone)
-        self.count = len(requests)
-        self._events: deque[tuple[int, Event]] = deque()
-        self._signal = asyncio.Event()
-        self._num_open = len(requests)
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._rows: list[Row | Score] = []
+        release = partial(backend.release, model)
+        if model.served is not None:
+            backend.shelf.share(model.served, len(requests))
         try:
             for index, request in enumerate(requests):
-                self._rows.append(self._submit(request, partial(self._tell, index)))
+                sink = partial(self._tell, index, None if in_pieces else Piece("", 0))
+                is_score = isinstance(request, ScoreRequest)
+                submit: Any = self._engine.score if is_score else self._engine.submit
+                self._rows.append(submit(request, sink, release, is_accepted=True))
         except Exception:
-            self.cancel()
-            self._gone.count(len(requests) - len(self._rows))
+            self.close()
+            for _ in requests[len(self._rows) :]:
+                release()
             raise
-        self._watcher = asyncio.create_task(self._watch(http))
+        gone.add_done_callback(lambda _: self._queue.put_nowait((0, Failure(ClientGoneError()))))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Give each piece with the place of its request, until all have ended."""
         while self._num_open:
-            await self._signal.wait()
-            self._signal.clear()
-            while self._events:
-                index, event = self._events.popleft()
-                if isinstance(event, Failure):
-                    raise event.error
-                self._num_open -= _is_last(event)
-                self._state.num_new += event.num_tokens
-                yield index, event
+            index, event = await self._queue.get()
+            if isinstance(event, Failure):
+                raise event.error
+            self._num_open -= event.finish_reason is not None
+            self._state.num_new += event.num_tokens
+            yield index, event
 
-    def cancel(self) -> None:
+    async def collect(self) -> list[Piece]:
+        """Wait for all completions, and prompts that are scored."""
+        try:
+            whole = {index: piece async for index, piece in self.pieces()}
+        finally:
+            self.close()
+        return [whole[index] for index in sorted(whole)]
+
+    def close(self) -> None:
         """End all that have not ended."""
+        self._gone.cancel()
         for row in self._rows:
             self._engine.cancel(row)
 
-    def close(self) -> None:
-        """Cancel, and wait for the client's leaving no more."""
-        self.cancel()
-        self._watcher.cancel()
-
-    def _submit(self, request: GenerationRequest | ScoreRequest, sink: Sink) -> Row | Score:
-        if isinstance(request, ScoreRequest):
-            return self._engine.score(request, sink, self._gone.count, is_accepted=True)
-        return self._engine.submit(request, sink, self._gone.count, is_accepted=True)
-
-    def _tell(self, index: int, event: Event) -> None:
-        self._events.append((index, event))
-        if self._in_pieces or _is_last(event):
-            self._waker.wake(self._signal)
-
-    async def _watch(self, http: Request) -> None:
-        await _disconnected(http)
-        self.cancel()
-        self._events.append((0, Failure(ClientGoneError("the client has gone"))))
-        self._signal.set()
-
-
-async def _disconnected(http: Request) -> None:
-    """Wait until the client has gone."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _is_last(event: Event) -> bool:
-    """Whether nothing follows of this completion."""
-    return isinstance(event, Failure) or event.finish_reason is not None
-
-
-class _Countdown:
-    """Calls something once a number of requests have gone; any thread may count."""
-
-    def __init__(self, number: int, on_end: Callable[[], object]):
-        self._left = number
-        self._on_end = on_end
-        self._lock = threading.Lock()
-        self.count(0)
-
-    def count(self, number: int = 1) -> None:
-        """Count requests that have gone."""
-        with self._lock:
-            self._left -= number
-            is_end, self._left = self._left == 0, self._left or -1
-        if is_end:
-            self._on_end()
+    def _tell(self, index: int, whole: Piece | None, event: Event) -> None:
+        if whole is not None and isinstance(event, Piece):
+            whole.add(event)
+            if event.finish_reason is None:
+                return
+            event = whole
+        self._mailbox.put(self._queue, (index, event))
 
 
 async def ask(
@@ -361,18 +328,28 @@ async def ask(
 ) -> Answers:
     """Hand the engine what a model is asked for."""
     tenant, arrived_s = http.scope.get(TENANT, ""), time.monotonic()
-    with backend.engine.accepting():
-        served = await backend.acquire(model, http)
-        try:
-            requests = [
-                replace(request, tenant=tenant, arrived_s=arrived_s)
-                for request in await run_in_threadpool(make_requests, served)
-            ]
-        except BaseException:
-            backend.release(served)
-            raise
-        on_gone = partial(backend.release, served)
-        return Answers(backend, requests, http, on_gone, in_pieces=in_pieces)
+    gone = asyncio.create_task(_disconnected(http))
+    try:
+        with backend.engine.accepting():
+            served = await backend.acquire(model, gone)
+            try:
+                requests = [
+                    replace(request, tenant=tenant, arrived_s=arrived_s)
+                    for request in await run_in_threadpool(make_requests, served)
+                ]
+            except BaseException:
+                backend.release(served)
+                raise
+            return Answers(backend, served, requests, gone, http, in_pieces=in_pieces)
+    except BaseException:
+        gone.cancel()
+        raise
+
+
+async def _disconnected(http: Request) -> None:
+    """Wait until the client has gone."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 def check_number(backend: Backend, number: int) -> None:
@@ -384,17 +361,6 @@ def check_number(backend: Backend, number: int) -> None:
             f"a request must ask for at most {most} completions, prompts to be scored included, "
             f"got {number}; send several",
         )
-
-
-async def collect(answers: Answers) -> list[Piece]:
-    """Wait for all completions, and prompts that are scored."""
-    whole = [Piece("", 0) for _ in range(answers.count)]
-    try:
-        async for index, piece in answers.pieces():
-            whole[index].add(piece)
-    finally:
-        answers.close()
-    return whole
 
 
 class EventStream(StreamingResponse):
@@ -429,30 +395,30 @@ async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str
     yield "data: [DONE]\n\n"
 
 
-def usage(num_prompt: int, num_completion: int) -> Usage:
+def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
     """Count tokens."""
-    return Usage(
-        prompt_tokens=num_prompt,
-        completion_tokens=num_completion,
-        total_tokens=num_prompt + num_completion,
-    )
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+    }
 
 
-def as_choices(routing: Sequence[TokenRouting]) -> list[TokenChoices]:
+def as_choices(routing: Sequence[TokenRouting]) -> list[dict[str, Any]]:
     """What routers did with tokens, as it is told; weights have four digits."""
     return [
-        TokenChoices(
-            text=text,
-            routers=[
-                RouterChoices(
-                    router=describe_router(choice.router),
-                    num_experts=choice.num_experts,
-                    experts=choice.experts,
-                    weights=[round(weight, 4) for weight in choice.weights],
-                )
+        {
+            "text": text,
+            "routers": [
+                {
+                    "router": describe_router(choice.router),
+                    "num_experts": choice.num_experts,
+                    "experts": choice.experts,
+                    "weights": [round(weight, 4) for weight in choice.weights],
+                }
                 for choice in choices
             ],
-        )
+        }
         for text, choices in routing
     ]
 

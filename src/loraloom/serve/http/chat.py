@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
@@ -22,25 +22,17 @@ from loraloom.serve.http.asking import (
     as_choices,
     ask,
     check_number,
-    collect,
     finite,
     new_id,
     now,
     usage,
 )
 from loraloom.serve.http.objects import (
-    AssistantMessage,
     ChatBody,
-    ChatChoice,
-    ChatCompletion,
-    ChatLogProbs,
     FunctionCall,
     JsonObjectFormat,
     JsonSchemaFormat,
     NamedTool,
-    TokenLogProbs,
-    ToolCall,
-    TopLogProb,
 )
 from loraloom.serve.http.tool_calls import (
     CallStream,
@@ -49,13 +41,7 @@ from loraloom.serve.http.tool_calls import (
     call_schema,
     parse_calls,
 )
-from loraloom.serve.sequence import (
-    Constraint,
-    FinishReason,
-    GenerationRequest,
-    Piece,
-    TokenLogProb,
-)
+from loraloom.serve.sequence import Constraint, FinishReason, GenerationRequest, Piece
 
 
 async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Response:
@@ -77,17 +63,18 @@ async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Resp
         )
 
     answers = await ask(backend, body.model, make_requests, http, in_pieces=body.stream)
+    frame = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
     if body.stream:
-        return EventStream(answers, _chunks(backend, body, answers, num_prompt))
-    whole = await collect(answers)
-    completion = ChatCompletion(
-        id=new_id("chatcmpl"),
-        created=now(),
-        model=body.model,
-        choices=[_choice(backend, body, index, answer) for index, answer in enumerate(whole)],
-        usage=usage(num_prompt, sum(answer.num_tokens for answer in whole)),
+        return EventStream(answers, _chunks(backend, body, answers, frame, num_prompt))
+    whole = await answers.collect()
+    return JSONResponse(
+        {
+            **frame,
+            "object": "chat.completion",
+            "choices": [_choice(backend, body, *answer) for answer in enumerate(whole)],
+            "usage": usage(num_prompt, sum(answer.num_tokens for answer in whole)),
+        }
     )
-    return Response(completion.model_dump_json(), media_type="application/json")
 
 
 def encode_chat(
@@ -138,53 +125,33 @@ def _schema(body: ChatBody) -> dict[str, Any] | None:
     return None
 
 
-def _choice(backend: Backend, body: ChatBody, index: int, answer: Piece) -> ChatChoice:
-    content, calls = _said_by(body, answer.text)
-    return ChatChoice(
-        index=index,
-        message=AssistantMessage(
-            content=None if calls and not content else content,
-            tool_calls=[ToolCall(id=new_id("call"), function=call) for call in calls] or None,
-        ),
-        logprobs=_log_probs(backend, answer.log_probs) if body.logprobs else None,
-        finish_reason=_reason(body, answer.finish_reason, calls),
-        routing=as_choices(answer.routing) if body.routing else None,
-    )
-
-
-def _said_by(body: ChatBody, text: str) -> Said:
-    """Take a whole answer apart."""
-    if isinstance(body.tool_choice, NamedTool):
-        return Said("", [FunctionCall(name=body.tool_choice.function.name, arguments=text)])
-    return parse_calls(text, body.callable_names) if body.callable_names else Said(text, [])
-
-
-def _reason(
-    body: ChatBody, reason: FinishReason | None, calls: list[FunctionCall]
-) -> Literal["stop", "length", "tool_calls"] | None:
-    """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
-    is_free = calls and not isinstance(body.tool_choice, NamedTool)
-    return "tool_calls" if is_free and reason == "stop" else reason
+def _choice(backend: Backend, body: ChatBody, index: int, answer: Piece) -> dict[str, Any]:
+    """A whole answer."""
+    content, calls = _take_apart(body, answer.text)
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if calls:
+        message = {**message, "content": content or None, "tool_calls": _called(calls)}
+    reason = _reason(body, answer.finish_reason, calls)
+    return {**_details(backend, body, index, answer), "message": message, "finish_reason": reason}
 
 
 async def _chunks(
-    backend: Backend, body: ChatBody, answers: Answers, num_prompt: int
+    backend: Backend, body: ChatBody, answers: Answers, frame: dict[str, Any], num_prompt: int
 ) -> AsyncIterator[dict[str, Any]]:
     """Chunks of all answers as they come."""
-    frame: dict[str, Any] = {
-        "id": new_id("chatcmpl"),
-        "object": "chat.completion.chunk",
-        "created": now(),
-        "model": body.model,
-    }
+    frame["object"] = "chat.completion.chunk"
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     if with_usage:
         frame["usage"] = None
     num_new = 0
+    named = body.tool_choice if isinstance(body.tool_choice, NamedTool) else None
     streams = [CallStream(body.callable_names) for _ in range(body.n if body.callable_names else 0)]
+    first: dict[str, Any] = {"role": "assistant", "content": ""}
+    if named is not None:
+        call = FunctionCall(name=named.function.name)
+        first = {"role": "assistant", "content": None, "tool_calls": _called_in_pieces([call])}
     for index in range(body.n):
-        delta = {"role": "assistant", "content": "", **_first_call(body)}
-        yield {**frame, "choices": [_delta(index, delta)]}
+        yield {**frame, "choices": [_delta(index, first)]}
     async for index, piece in answers.pieces():
         num_new += piece.num_tokens
         text, calls = piece.text, []
@@ -194,56 +161,62 @@ async def _chunks(
                 rest, calls = streams[index].finish()
                 text += rest
         if text or piece.log_probs or piece.routing:
-            choice = _delta(index, _said(body, text))
-            if body.routing:
-                choice["routing"] = [one.model_dump() for one in as_choices(piece.routing)]
-            if body.logprobs:
-                choice["logprobs"] = _log_probs(backend, piece.log_probs).model_dump()
+            said = {"content": text}
+            if named is not None:
+                said = {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+            choice = _delta(index, said) | _details(backend, body, index, piece)
             yield {**frame, "choices": [choice]}
         if calls:
-            yield {**frame, "choices": [_delta(index, {"tool_calls": _called(calls)})]}
+            yield {**frame, "choices": [_delta(index, {"tool_calls": _called_in_pieces(calls)})]}
         if piece.finish_reason is not None:
             reason = _reason(body, piece.finish_reason, calls)
-            yield {**frame, "choices": [_delta(index, {}, reason)]}
+            yield {**frame, "choices": [_delta(index, {}) | {"finish_reason": reason}]}
     if with_usage:
-        yield {**frame, "choices": [], "usage": usage(num_prompt, num_new).model_dump()}
+        yield {**frame, "choices": [], "usage": usage(num_prompt, num_new)}
 
 
-def _delta(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _first_call(body: ChatBody) -> dict[str, Any]:
-    if not isinstance(body.tool_choice, NamedTool):
-        return {}
-    function = {"name": body.tool_choice.function.name, "arguments": ""}
-    call = {"index": 0, "id": new_id("call"), "type": "function", "function": function}
-    return {"content": None, "tool_calls": [call]}
+def _details(backend: Backend, body: ChatBody, index: int, piece: Piece) -> dict[str, Any]:
+    """What is told of tokens, of a whole answer and of a piece of it alike."""
+    details: dict[str, Any] = {"index": index, "logprobs": None}
+    if body.logprobs:
+        entries = [
+            {
+                **_entry(backend, token, log_prob),
+                "top_logprobs": [_entry(backend, *pair) for pair in top],
+            }
+            for token, log_prob, top in piece.log_probs
+        ]
+        details["logprobs"] = {"content": entries}
+    if body.routing:
+        details["routing"] = as_choices(piece.routing)
+    return details
+
+
+def _take_apart(body: ChatBody, text: str) -> Said:
+    """Tell a whole answer's text from its calls."""
+    if isinstance(body.tool_choice, NamedTool):
+        return Said("", [FunctionCall(name=body.tool_choice.function.name, arguments=text)])
+    return parse_calls(text, body.callable_names) if body.callable_names else Said(text, [])
+
+
+def _reason(body: ChatBody, reason: FinishReason | None, calls: list[FunctionCall]) -> str | None:
+    """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
+    is_free = calls and not isinstance(body.tool_choice, NamedTool)
+    return "tool_calls" if is_free and reason == "stop" else reason
 
 
 def _called(calls: list[FunctionCall]) -> list[dict[str, Any]]:
     return [
-        {"index": place, "id": new_id("call"), "type": "function", "function": call.model_dump()}
-        for place, call in enumerate(calls)
+        {"id": new_id("call"), "type": "function", "function": call.model_dump()} for call in calls
     ]
 
 
-def _said(body: ChatBody, text: str) -> dict[str, Any]:
-    if isinstance(body.tool_choice, NamedTool):
-        return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
-    return {"content": text}
-
-
-def _log_probs(backend: Backend, log_probs: list[TokenLogProb]) -> ChatLogProbs:
-    return ChatLogProbs(
-        content=[
-            TokenLogProbs(
-                **_entry(backend, token, log_prob),
-                top_logprobs=[TopLogProb(**_entry(backend, *pair)) for pair in top],
-            )
-            for token, log_prob, top in log_probs
-        ]
-    )
+def _called_in_pieces(calls: list[FunctionCall]) -> list[dict[str, Any]]:
+    return [{"index": place, **call} for place, call in enumerate(_called(calls))]
 
 
 def _entry(backend: Backend, token: int, log_prob: float) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from loraloom.data.tokenising import encode_texts
 from loraloom.errors import DataError
@@ -20,19 +21,13 @@ from loraloom.serve.http.asking import (
     as_choices,
     ask,
     check_number,
-    collect,
     finite,
     new_id,
     now,
     usage,
 )
 from loraloom.serve.http.errors import ApiError
-from loraloom.serve.http.objects import (
-    Completion,
-    CompletionBody,
-    CompletionChoice,
-    CompletionLogProbs,
-)
+from loraloom.serve.http.objects import CompletionBody
 from loraloom.serve.sequence import GenerationRequest, Piece, ScoreRequest, TokenLogProb
 
 
@@ -51,17 +46,18 @@ async def complete_texts(backend: Backend, body: CompletionBody, http: Request) 
         ]
 
     answers = await ask(backend, body.model, make_requests, http, in_pieces=body.stream)
+    frame = {
+        "id": new_id("cmpl"),
+        "object": "text_completion",
+        "created": now(),
+        "model": body.model,
+    }
     if body.stream:
-        return EventStream(answers, _chunks(backend, body, answers, num_prompt))
-    whole = await collect(answers)
-    completion = Completion(
-        id=new_id("cmpl"),
-        created=now(),
-        model=body.model,
-        choices=await run_in_threadpool(_choices, backend, body, prompts, whole),
-        usage=usage(num_prompt, sum(answer.num_tokens for answer in whole)),
-    )
-    return Response(completion.model_dump_json(), media_type="application/json")
+        return EventStream(answers, _chunks(backend, body, answers, frame, num_prompt))
+    whole = await answers.collect()
+    choices = await run_in_threadpool(_choices, backend, body, prompts, whole)
+    num_new = sum(answer.num_tokens for answer in whole)
+    return JSONResponse({**frame, "choices": choices, "usage": usage(num_prompt, num_new)})
 
 
 def _encode(backend: Backend, body: CompletionBody) -> list[list[int]]:
@@ -97,10 +93,10 @@ def _requests(
 
 def _choices(
     backend: Backend, body: CompletionBody, prompts: list[list[int]], answers: list[Piece]
-) -> list[CompletionChoice]:
+) -> list[dict[str, Any]]:
     """The completions of each prompt in turn."""
     rest = iter(answers)
-    choices: list[CompletionChoice] = []
+    choices: list[dict[str, Any]] = []
     for prompt, prompt_ids in zip(body.prompts, prompts, strict=True):
         completions = [Piece("", 0, finish_reason="length") for _ in range(body.n)]
         if body.max_tokens != 0:
@@ -113,74 +109,66 @@ def _choices(
             hidden = len(decoded) - len(echoed) if decoded.endswith(echoed) else 0
             scored = next(rest).log_probs if body.logprobs is not None else None
         for answer in completions:
-            log_probs = None
-            if body.logprobs is not None:
-                entries: list[TokenLogProb] = [*(scored or []), *answer.log_probs]
-                log_probs = _log_probs(
-                    backend, entries, -hidden, first=prompt_ids[0] if body.echo else None
-                )
-            choices.append(
-                CompletionChoice(
-                    index=len(choices),
-                    text=echoed + answer.text,
-                    logprobs=log_probs,
-                    finish_reason=answer.finish_reason,
-                    routing=as_choices(answer.routing) if body.routing else None,
-                )
-            )
+            entries = [*(scored or []), *answer.log_probs]
+            first = prompt_ids[0] if body.echo else None
+            choice = _choice(backend, body, len(choices), answer, entries, -hidden, first)
+            choices.append({**choice, "text": echoed + answer.text})
     return choices
 
 
 async def _chunks(
-    backend: Backend, body: CompletionBody, answers: Answers, num_prompt: int
+    backend: Backend, body: CompletionBody, answers: Answers, frame: dict[str, Any], num_prompt: int
 ) -> AsyncIterator[dict[str, Any]]:
     """Chunks of all completions as they come."""
-    frame = {
-        "id": new_id("cmpl"),
-        "object": "text_completion",
-        "created": now(),
-        "model": body.model,
-    }
     with_usage = body.stream_options is not None and body.stream_options.include_usage
+    if with_usage:
+        frame["usage"] = None
     num_new = 0
-    offsets: dict[int, int] = {}
+    offsets: Counter[int] = Counter()
     async for index, piece in answers.pieces():
         num_new += piece.num_tokens
-        log_probs = None
-        if body.logprobs is not None:
-            offset = offsets.get(index, 0)
-            log_probs = _log_probs(backend, piece.log_probs, offset).model_dump()
-            offsets[index] = offset + len(piece.text)
-        choice = {
-            "index": index,
-            "text": piece.text,
-            "logprobs": log_probs,
-            "finish_reason": piece.finish_reason,
-        }
-        if body.routing:
-            choice["routing"] = [one.model_dump() for one in as_choices(piece.routing)]
-        yield {**frame, "choices": [choice], **({"usage": None} if with_usage else {})}
+        choice = _choice(backend, body, index, piece, piece.log_probs, offsets[index])
+        offsets[index] += len(piece.text)
+        yield {**frame, "choices": [choice]}
     if with_usage:
-        yield {**frame, "choices": [], "usage": usage(num_prompt, num_new).model_dump()}
+        yield {**frame, "choices": [], "usage": usage(num_prompt, num_new)}
+
+
+def _choice(
+    backend: Backend,
+    body: CompletionBody,
+    index: int,
+    piece: Piece,
+    entries: Sequence[TokenLogProb],
+    offset: int,
+    first: int | None = None,
+) -> dict[str, Any]:
+    """A completion, or a piece of it; other arguments as `_log_probs`."""
+    choice: dict[str, Any] = {"index": index, "text": piece.text, "logprobs": None}
+    if body.logprobs is not None:
+        choice["logprobs"] = _log_probs(backend, entries, offset, first)
+    if body.routing:
+        choice["routing"] = as_choices(piece.routing)
+    return {**choice, "finish_reason": piece.finish_reason}
 
 
 def _log_probs(
     backend: Backend, entries: Sequence[TokenLogProb], offset: int, first: int | None = None
-) -> CompletionLogProbs:
+) -> dict[str, Any]:
     """Log-probabilities in the older form."""
     ids = [entry.token for entry in entries]
     texts = [backend.token_text(token) for token in ([] if first is None else [first]) + ids]
     unknown = [None] * (first is not None)
     places = accumulate(map(len, texts), initial=offset)
-    return CompletionLogProbs(
-        tokens=texts,
-        token_logprobs=[*unknown, *(finite(entry.log_prob) for entry in entries)],
-        top_logprobs=[
+    return {
+        "tokens": texts,
+        "token_logprobs": [*unknown, *(finite(entry.log_prob) for entry in entries)],
+        "top_logprobs": [
             *unknown,
             *(
                 {backend.token_text(token): finite(value) for token, value in reversed(entry.top)}
                 for entry in entries
             ),
         ],
-        text_offset=[max(0, place) for place in places][:-1],
-    )
+        "text_offset": [max(0, place) for place in places][:-1],
+    }

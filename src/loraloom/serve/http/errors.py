@@ -56,11 +56,17 @@ class ApiError(Exception):
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
+class ClientGoneError(LoraloomError):
+    """The client does not wait any more."""
+
+
 def api_error(error: Exception) -> ApiError:
     """Say an error of the engine or of loraloom as an answer."""
     match error:
         case ApiError():
             return error
+        case ClientGoneError():
+            return ApiError(499, "the client has gone")
         case UnknownModelError():
             return ApiError(404, str(error), code="model_not_found", param="model")
         case QueueFullError(retry_after_s=seconds):

@@ -1,11 +1,11 @@
-"""OpenAI's objects: what requests may say, and what answers look like."""
+"""What requests may say. Answers are OpenAI's own types, `openai.types`."""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from loraloom.config.fields import StrictModel
 from loraloom.errors import shown
@@ -307,135 +307,6 @@ class UnloadBody(StrictModel):
     lora_name: _Name
     lora_int_id: int | None = None
     """Not read."""
-
-
-class Usage(BaseModel):
-    """Numbers of tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class TopLogProb(BaseModel):
-    """A token and its log-probability."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogProbs(TopLogProb):
-    """A token that was chosen, and the most likely ones in its place."""
-
-    top_logprobs: list[TopLogProb]
-
-
-class ChatLogProbs(BaseModel):
-    """Log-probabilities of an answer's tokens."""
-
-    content: list[TokenLogProbs]
-
-
-class RouterChoices(BaseModel):
-    """What a router did with a token."""
-
-    router: str
-    """A layer, and a projection where routers sit on these."""
-    num_experts: int
-    experts: list[int]
-    """Those it chose, best first."""
-    weights: list[float]
-    """Theirs."""
-
-
-class TokenChoices(BaseModel):
-    """A token of an answer, and the experts that read it."""
-
-    text: str
-    """What the token added to the answer."""
-    routers: list[RouterChoices]
-
-
-class AssistantMessage(BaseModel):
-    """What the model says."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str | None
-    tool_calls: list[ToolCall] | None = None
-
-
-class ChatChoice(BaseModel):
-    """One answer."""
-
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogProbs | None
-    finish_reason: Literal["stop", "length", "tool_calls"] | None
-    routing: list[TokenChoices] | None = None
-
-
-class ChatCompletion(BaseModel):
-    """The answers to a conversation."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class CompletionLogProbs(BaseModel):
-    """Log-probabilities of a completion's tokens."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    """One completion."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogProbs | None
-    finish_reason: Literal["stop", "length"] | None
-    routing: list[TokenChoices] | None = None
-
-
-class Completion(BaseModel):
-    """The completions of texts."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None
-
-
-class Model(BaseModel):
-    """A model that can be asked."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["loraloom"] = "loraloom"
-    root: str
-    """The base model."""
-    parent: str | None
-    """The base model of an adapter."""
-    max_model_len: int
-    """Most tokens of a prompt and its completion together."""
-
-
-class ModelList(BaseModel):
-    """All models that can be asked."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
 
 
 def _parsed(arguments: str) -> Any:
