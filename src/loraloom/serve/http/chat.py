@@ -27,13 +27,7 @@ from loraloom.serve.http.asking import (
     now,
     usage,
 )
-from loraloom.serve.http.objects import (
-    ChatBody,
-    FunctionCall,
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    NamedTool,
-)
+from loraloom.serve.http.objects import ChatBody, FunctionCall
 from loraloom.serve.http.tool_calls import (
     CallStream,
     Said,
@@ -108,21 +102,15 @@ def _constraint(backend: Backend, body: ChatBody) -> Callable[[], Constraint] | 
 
 
 def _schema(body: ChatBody) -> dict[str, Any] | None:
-    if isinstance(body.tool_choice, NamedTool):
-        name = body.tool_choice.function.name
-        tools = body.tools or ()
-        return arguments_schema(next(tool for tool in tools if tool.function.name == name))
+    tools = body.tools or ()
+    if body.named_tool:
+        return arguments_schema(next(one for one in tools if one.function.name == body.named_tool))
     if body.tool_choice == "required":
         try:
-            return call_schema(body.tools or ())
+            return call_schema(tools)
         except RecursionError:
             raise DataError("a tool's schema must not be nested so deeply") from None
-    match body.response_format:
-        case JsonSchemaFormat(json_schema=described):
-            return described.schema_
-        case JsonObjectFormat():
-            return {"type": "object"}
-    return None
+    return None if body.response_format is None else body.response_format.schema_of_answer
 
 
 def _choice(backend: Backend, body: ChatBody, index: int, answer: Piece) -> dict[str, Any]:
@@ -144,11 +132,10 @@ async def _chunks(
     if with_usage:
         frame["usage"] = None
     num_new = 0
-    named = body.tool_choice if isinstance(body.tool_choice, NamedTool) else None
     streams = [CallStream(body.callable_names) for _ in range(body.n if body.callable_names else 0)]
     first: dict[str, Any] = {"role": "assistant", "content": ""}
-    if named is not None:
-        call = FunctionCall(name=named.function.name)
+    if body.named_tool:
+        call = FunctionCall(name=body.named_tool)
         first = {"role": "assistant", "content": None, "tool_calls": _called_in_pieces([call])}
     for index in range(body.n):
         yield {**frame, "choices": [_delta(index, first)]}
@@ -162,7 +149,7 @@ async def _chunks(
                 text += rest
         if text or piece.log_probs or piece.routing:
             said = {"content": text}
-            if named is not None:
+            if body.named_tool:
                 said = {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
             choice = _delta(index, said) | _details(backend, body, index, piece)
             yield {**frame, "choices": [choice]}
@@ -198,15 +185,14 @@ def _details(backend: Backend, body: ChatBody, index: int, piece: Piece) -> dict
 
 def _take_apart(body: ChatBody, text: str) -> Said:
     """Tell a whole answer's text from its calls."""
-    if isinstance(body.tool_choice, NamedTool):
-        return Said("", [FunctionCall(name=body.tool_choice.function.name, arguments=text)])
+    if body.named_tool:
+        return Said("", [FunctionCall(name=body.named_tool, arguments=text)])
     return parse_calls(text, body.callable_names) if body.callable_names else Said(text, [])
 
 
 def _reason(body: ChatBody, reason: FinishReason | None, calls: list[FunctionCall]) -> str | None:
     """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
-    is_free = calls and not isinstance(body.tool_choice, NamedTool)
-    return "tool_calls" if is_free and reason == "stop" else reason
+    return "tool_calls" if calls and not body.named_tool and reason == "stop" else reason
 
 
 def _called(calls: list[FunctionCall]) -> list[dict[str, Any]]:

@@ -149,19 +149,6 @@ class Tool(StrictModel):
     function: FunctionDefinition
 
 
-class NamedFunction(StrictModel):
-    """A function by name."""
-
-    name: _Name
-
-
-class NamedTool(StrictModel):
-    """The tool that must be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class JsonSchema(StrictModel):
     """A schema that the answer keeps to."""
 
@@ -171,28 +158,24 @@ class JsonSchema(StrictModel):
     strict: bool | None = None
 
 
-class TextFormat(StrictModel):
-    """Any text."""
+class ResponseFormat(StrictModel):
+    """What the answer must be."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _check_schema(self):
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema, and must be there then")
+        return self
 
-class JsonObjectFormat(StrictModel):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class JsonSchemaFormat(StrictModel):
-    """JSON of a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[
-    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
-]
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer keeps to; None for any text."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class ChatBody(SamplingBody):
@@ -208,7 +191,7 @@ class ChatBody(SamplingBody):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(None, min_length=1)
     """Given to the chat template."""
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     """`none` leaves the tools out; `required` makes the answer a call of one of them, and a named
     function is called, both with arguments of the function's schema."""
     parallel_tool_calls: bool | None = None
@@ -222,30 +205,30 @@ class ChatBody(SamplingBody):
             raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice needs tools")
-        if isinstance(self.tool_choice, NamedTool):
-            self._check_named(self.tool_choice.function.name)
-        if self.must_call and not isinstance(self.response_format, TextFormat | None):
+        names = [tool.function.name for tool in self.tools or ()]
+        if self.named_tool not in (None, *names):
+            raise ValueError(
+                f"tool_choice must name one of the tools {names}, got {shown(self.named_tool)}"
+            )
+        if (self.named_tool or self.tool_choice == "required") and (
+            self.response_format is not None and self.response_format.type != "text"
+        ):
             raise ValueError(
                 "response_format and a tool_choice that must be called exclude each other"
             )
         return self
 
     @property
-    def must_call(self) -> bool:
-        """Whether the answer has to be a call."""
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+    def named_tool(self) -> str | None:
+        """The tool that must be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, Tool) else None
 
     @property
     def callable_names(self) -> list[str]:
         """Names of the tools whose calls are looked for in the answer."""
-        if self.tool_choice == "none" or isinstance(self.tool_choice, NamedTool):
+        if self.tool_choice == "none" or self.named_tool:
             return []
         return [tool.function.name for tool in self.tools or ()]
-
-    def _check_named(self, name: str) -> None:
-        names = [tool.function.name for tool in self.tools or ()]
-        if name not in names:
-            raise ValueError(f"tool_choice must name one of the tools {names}, got {shown(name)}")
 
 
 class CompletionBody(SamplingBody):
