@@ -62,6 +62,14 @@ def test_slow_clients_are_let_go(host, tokenizer, start, dribble, reason):
         assert expected in httpx2.get(f"{url}/metrics").text
 
 
+def test_clients_that_do_not_read_are_let_go(host, tokenizer):
+    with serving(host, tokenizer, connections=ConnectionLimits(**SHORT)) as (url, _):
+        with connect(url) as connection:  # of more than the system buffers
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+            expected = 'loraloom_closed_connections_total{reason="read"} 1.0'
+            wait_until(lambda: expected in httpx2.get(f"{url}/metrics").text)
+
+
 def test_the_connection_that_waits_longest_goes_for_a_new_one(host, tokenizer, caplog):
     with serving(host, tokenizer, connections=ConnectionLimits(max_connections=4)) as (url, _):
         held = [connect(url) for _ in range(12)]
