@@ -63,11 +63,12 @@ def test_slow_clients_are_let_go(host, tokenizer, start, dribble, reason):
 
 
 def test_clients_that_do_not_read_are_let_go(host, tokenizer):
-    with serving(host, tokenizer, connections=ConnectionLimits(**SHORT)) as (url, _):
-        with connect(url) as connection:  # of more than the system buffers
-            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
-            expected = 'loraloom_closed_connections_total{reason="read"} 1.0'
-            wait_until(lambda: expected in httpx2.get(f"{url}/metrics").text)
+    limits = ConnectionLimits(**SHORT)
+    with serving(host, tokenizer, connections=limits) as (url, _), connect(url) as connection:
+        # more than the system buffers
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        expected = 'loraloom_closed_connections_total{reason="read"} 1.0'
+        wait_until(lambda: expected in httpx2.get(f"{url}/metrics").text)
 
 
 def test_the_connection_that_waits_longest_goes_for_a_new_one(host, tokenizer, caplog):
