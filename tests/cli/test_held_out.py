@@ -112,7 +112,7 @@ def test_conversations_are_written_out_by_the_template_that_is_given(run, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--format preference", "format instruction, chat or text, got preference"),
+        ("--beta 0.2", "--beta has an effect with --format preference only"),
         ("--dataset nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("--chat-template trl", "chat_template has no effect on format instruction"),
         ("--field output", "--field must be ROLE=COLUMN, got 'output'"),
@@ -130,3 +130,20 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(
     monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
     run(*words.split(), code=2)
     assert message in capsys.readouterr().err
+
+
+def test_preference_pairs_are_evaluated(saved, tmp_path, capsys):
+    pairs = [{"prompt": "Say ", "chosen": word, "rejected": "no"} for word in ("blue", "yes", "")]
+    given = ["eval", "--base-model", str(saved / "base"), "--device", "cpu", "--no-cache"]
+    given += ["--dataset", write(tmp_path / "pairs.jsonl", pairs), "--format", "preference"]
+    given += ["--adapter", f"a={saved / 'lora'}", "--output", str(tmp_path / "r.json")]
+    assert cli.main(given) == 2
+    assert "line 3: field 'chosen' is empty" in capsys.readouterr().err
+    assert cli.main([*given, "--on-empty", "skip", "--beta", "0.2", "--no-base"]) == 0
+    shown = capsys.readouterr()
+    assert "reward margin" in shown.out
+    assert "pairs: 2 pairs" in shown.err
+    assert "1 skipped, their answer is empty" in shown.err
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert list(written["results"]) == ["a"]
+    assert written["tasks"]["pairs"]["beta"] == 0.2

@@ -11,6 +11,7 @@ from loraloom.data.examples import NO_LOSS
 from loraloom.data.messages import Conversation, read_conversation, read_messages
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
+from tests.data.faults import checked
 
 PLAIN = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>\n{% endfor %}"
@@ -43,7 +44,8 @@ TWO_TURNS = conversation(
 
 def encode(tokenizer, template, *rows, max_length=64):
     tokenizer.chat_template = template
-    return encode_conversations(tokenizer, load_chat_template(tokenizer), rows, {}, max_length)
+    encoded = encode_conversations(tokenizer, load_chat_template(tokenizer), rows, {}, max_length)
+    return checked(rows, encoded)
 
 
 def spans(tokenizer, piece):
@@ -143,8 +145,8 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tiny_tokenizer):
         ("hello", "line 3: field 'messages' must be a list of messages, got str"),
         ([], "line 3: field 'messages' must be a list of messages"),
         (["hello"], "line 3: message 1 must be an object, got str"),
-        ([{"role": "user"}], "line 3, message 1: the row has no field 'content'"),
-        ([{"role": "user", "content": 1}], "line 3, message 1: field 'content' must be a string"),
+        ([{"role": "user"}], "line 3: message 1: the row has no field 'content'"),
+        ([{"role": "user", "content": 1}], "line 3: message 1: field 'content' must be a string"),
         (
             [{"role": "usr", "content": ""}],
             r"message 1: role must be one of .* did you mean 'user'",

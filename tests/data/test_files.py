@@ -144,7 +144,7 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl must be JSON, line 2, column 6: EOF while"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl, line 2: the row must be JSON, column 6: EOF"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json must be JSON, line 2, column 7: expected `:`"),
         ("a.json", '[{"a": 1},\n', "a.json must be JSON, line 2, column 0: EOF while"),
@@ -154,19 +154,23 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
         ("a.json", '[{"a": 1},]', "a.json must be JSON, line 1, column 11: trailing comma"),
         ("a.json", '[\n[{"a": 1}]]', "a.json, line 2: a row must be a JSON object, got list"),
         ("a.json", "[" * 100_000, "a.json must be JSON, line 1, column 202: more than 200 levels"),
-        ("a.jsonl", '{"a": ' + "[" * 100_000, "line 1, column 207: more than 200 levels"),
-        ("a.jsonl", "{}\n" + "1" * 5000, "a.jsonl must be JSON, line 2, column 4302: number out"),
+        (
+            "a.jsonl",
+            '{"a": ' + "[" * 100_000,
+            "line 1: the row must be JSON, column 207: more than",
+        ),
+        ("a.jsonl", "{}\n" + "1" * 5000, "line 2: the row must be JSON, column 4302: number out"),
         (
             "a.jsonl",
             '{}\n{"text": "\\ud800"}',
-            "a.jsonl must be JSON, line 2, column 17: unexpected",
+            "a.jsonl, line 2: the row must be JSON, column 17: unexpected",
         ),
         (
             "a.jsonl",
             '{"label": Infinity}',
-            "a.jsonl must be JSON, line 1, column 11: expected value",
+            "a.jsonl, line 1: the row must be JSON, column 11: expected value",
         ),
-        ("a.jsonl", '{"label": 1e400}', "a.jsonl, line 1, label must be a number that is finite"),
+        ("a.jsonl", '{"label": 1e400}', "a.jsonl, line 1: the row, label must be a number that"),
         ("a.jsonl", "\n", "a.jsonl: the file has no rows"),
         ("a.json", "[]", "a.json: the file has no rows"),
         ("a.json", '{\n "data": [{}]\n}', "a.json: a .json file must be a list of rows, or have"),

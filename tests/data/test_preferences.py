@@ -7,6 +7,7 @@ from loraloom.data.examples import NO_LOSS
 from loraloom.data.preferences import encode_preferences
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
+from tests.data.faults import checked
 from tests.data.test_chat import MARKED, PLAIN
 
 TEMPLATES = pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
@@ -14,7 +15,7 @@ TEMPLATES = pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "
 
 def encode(tokenizer, *rows, max_length=64, **columns):
     rows = [Row(row, f"pairs.jsonl, line {line}") for line, row in enumerate(rows, start=1)]
-    return encode_preferences(tokenizer, rows, rows[0], columns, max_length)
+    return checked(rows, encode_preferences(tokenizer, rows, rows[0], columns, max_length))
 
 
 def shown(tokenizer, encoded):

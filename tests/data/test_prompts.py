@@ -69,7 +69,7 @@ def test_input_may_be_missing():
         ({"instruction": "Add."}, None, "f.jsonl, line 9: the row has no field 'output'"),
         ({"output": "3"}, None, "f.jsonl, line 9: the row has no field 'instruction'"),
         ({"instruction": 1, "output": "3"}, None, "field 'instruction' must be a string, got 1"),
-        ({"instruction": "", "output": ""}, {"input": "ctx"}, "the row has no field 'ctx'"),
+        ({"instruction": "", "output": " \n"}, None, "line 9: field 'output' is empty"),
     ],
 )
 def test_a_row_without_its_field_is_named(fields, mapping, message):

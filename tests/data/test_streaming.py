@@ -143,7 +143,7 @@ def test_a_stream_that_broke_does_not_begin_again_for_others(tiny_tokenizer, tmp
     made = stream(tiny_tokenizer, dataset=str(path))
     _, position = made.take(made.start, 8)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"rows.jsonl must be JSON, line 11"):
+        with pytest.raises(DataError, match=r"rows.jsonl, line 11: the row must be JSON, column 2"):
             made.take(position, 8)
 
 

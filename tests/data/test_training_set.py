@@ -258,10 +258,43 @@ def test_other_validation_rows_are_told_of_in_no_warning(tiny_tokenizer, alpaca)
     assert loaded.warnings == ()
 
 
-def test_an_empty_text_is_refused(tiny_tokenizer, tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": ""}])
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: field 'text' must be a text to learn"):
-        load(tiny_tokenizer, dataset=path, format="text")
+TURN = {"role": "user", "content": "sky?"}
+GOOD_AND_EMPTY = {
+    "instruction": [{"instruction": "Say", "output": output} for output in ("a", " ")],
+    "text": [{"text": "a"}, {"text": None}],
+    "preference": [{"prompt": "sky?", "chosen": chosen, "rejected": "no"} for chosen in ("a", "")],
+    "chat": [{"messages": [TURN, {**BAD, "content": text}]} for text in ("green", "")],
+}
+
+
+@pytest.mark.parametrize("data_format", GOOD_AND_EMPTY)
+def test_an_empty_answer_is_an_error_unless_it_is_skipped(tiny_tokenizer, tmp_path, data_format):
+    tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    path = write_rows(tmp_path / "a.jsonl", GOOD_AND_EMPTY[data_format])
+    data = {"dataset": path, "format": data_format, "as_pairs": data_format == "preference"}
+    advice = "fill it in, remove the row, or set on_empty: skip"
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2.* is empty.*; {advice}"):
+        load(tiny_tokenizer, **data)
+    loaded = load(tiny_tokenizer, **data, on_empty="skip")
+    assert len(loaded.examples) == 1
+    assert loaded.report[0].endswith("; 1 skipped, their answer is empty")
+
+
+def test_all_faulty_rows_are_in_one_message(tiny_tokenizer, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output\nSay 1,\nSay 2,b\nSay 3\nSay 4,\nSay 5,e,f\n")
+    with pytest.raises(DataError) as error:
+        load(tiny_tokenizer, dataset=str(path), format="instruction")
+    head, *lines = str(error.value).splitlines()
+    assert head == f"{path}: 4 of 5 rows can't be used:"
+    assert [line.partition(":")[0] for line in lines] == ["  lines 2, 5", "  line 4", "  line 6"]
+
+
+def test_a_column_that_a_format_needs_is_named_with_its_setting(tiny_tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"instruction": "Say", "reply": "a"}] * 3)
+    message = "no field 'output', the output of format instruction; .* fields: {output: COLUMN}"
+    with pytest.raises(DataError, match=message):
+        load(tiny_tokenizer, dataset=path, format="instruction")
 
 
 def test_a_chat_template_of_ones_own_is_taken(tiny_tokenizer, tmp_path):

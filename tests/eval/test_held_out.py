@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from loraloom.config.data import SourceConfig
+from loraloom.data.encoding import EncodedRow
 from loraloom.data.sources import load_source
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval.cache import ScoreCache
@@ -143,16 +143,46 @@ def test_nothing_to_measure_is_an_error(host, tiny_tokenizer, data, adapters):
         evaluate_loss(host, tiny_tokenizer, data, adapters)
 
 
-def test_pairs_are_data_for_another_loss(host, tiny_tokenizer, instructions):
-    source = SourceConfig.model_validate(instructions | {"format": "preference"})
-    with pytest.raises(ConfigError, match="got preference"):
-        evaluate_loss(host, tiny_tokenizer, source)
+PAIRS = [
+    {"prompt": f"Say {word}", "chosen": f" {word}", "rejected": " no" * times}
+    for times, word in enumerate(("blue", "yes", "two", "short", "one"), start=1)
+]
+
+
+@pytest.mark.parametrize("names", [[None, "lora", "mixdora"], ["lora", "mixdora"]])
+def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, tmp_path, names):
+    data = {"dataset": write(tmp_path / "pairs.jsonl", PAIRS), "format": "preference"}
+    evaluation = evaluate_loss(host, tiny_tokenizer, data, names, beta=0.3)
+    encoded = load_source(parse_source(data), tiny_tokenizer, 256, "validation").rows
+
+    def margins(adapter):
+        answers = [EncodedRow((piece,)) for row in encoded for piece in row.pieces]
+        sums = [
+            -plain_loss(host, [answer], adapter) * sum(answer.pieces[0].is_learnt)
+            for answer in answers
+        ]
+        return torch.tensor(sums[0::2]) - torch.tensor(sums[1::2])
+
+    assert [*evaluation.results] == [name or "base" for name in names]
+    for name in names:
+        result = evaluation.results[name or "base"]["pairs"]
+        rewards = 0.3 * (margins(name) - margins(None))
+        assert result["accuracy"] == pytest.approx(float((margins(name) > 0).float().mean()))
+        assert result["reward_margin"] == pytest.approx(float(rewards.mean()), abs=1e-5)
+        loss = -torch.nn.functional.logsigmoid(rewards).mean()
+        assert result["loss"] == pytest.approx(float(loss), abs=1e-5)
+        assert result["num_examples"] == len(PAIRS)
+    assert {one.metric for one in evaluation.comparisons} == {"accuracy"}
+    lines = [line for line in evaluation.lines() if line["adapter"] == "lora"]
+    assert [line["index"] for line in lines] == list(range(len(PAIRS)))
+    assert "Preference pairs" in str(evaluation.tables()[0].title)
+    evaluation.write(tmp_path / "pairs.csv")
+    assert "reward_margin" in (tmp_path / "pairs.csv").read_text()
 
 
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"format": "preference"}, {}, "format instruction, chat or text, got preference"),
         ({"format": "chatt"}, {}, "format"),
         ({}, {"max_length": 10**6}, "max_length must be at most the model's 256, got 1000000"),
     ],

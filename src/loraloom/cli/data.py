@@ -1,24 +1,27 @@
-"""`loraloom data`: what a run's jobs learn from, token by token."""
+"""`loraloom data`: what a run's jobs learn from: faults, counts, and rows token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loraloom.cli.options import RunFileArgument, SetOption
 from loraloom.config.faults import suggestion
 from loraloom.config.loading import load_run_config
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
     from loraloom.config.data import SourceConfig
     from loraloom.config.job import JobConfig
     from loraloom.config.run import RunConfig
     from loraloom.data.encoding import EncodedRow
+    from loraloom.data.rows import Row
 
 WIDTH = 80
 
@@ -27,25 +30,56 @@ def show(
     run_file: RunFileArgument,
     overrides: SetOption = None,
     job: Annotated[
-        str | None, typer.Option("--job", metavar="NAME", help="Of one job alone.")
+        str | None, typer.Option("--job", metavar="NAME", help="Check and show one job only.")
     ] = None,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Rows of each source, from its beginning.")
+        int, typer.Option("--rows", min=1, help="Print N rows of each source, from its beginning.")
     ] = 2,
 ) -> None:
-    """Print the first rows of jobs as tokens, with ^ under those that are learnt."""
-    from loraloom.models.loading import load_tokenizer
-    from loraloom.terminal import make_console
+    """Check all rows of jobs, count them, and print the first as tokens, ^ under those learnt.
 
-    run = load_run_config(run_file, overrides or ())
+    The run file needs a base_model, for its tokenizer, and the jobs' data. Rows that can't be used
+    are listed together at the end. Of streams, the first --rows rows are checked.
+    """
+    from loraloom.models.loading import load_tokenizer
+    from loraloom.terminal import make_console, make_table, print_tables
+
+    run = load_run_config(run_file, overrides or (), fill_in=_fill_in)
     jobs = _find_jobs(run, job)
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
     console.print("Tokens between |, ^ under those that are learnt.")
+    table = make_table(
+        "source", values=["rows", "empty", "cut", "dropped", "duplicates", "with tools", "faulty"]
+    )
+    faults: dict[str, None] = {}
     for config in jobs:
-        for source in config.data.sources:
-            for line in _show_source(config, source, tokenizer, rows):
-                console.print(line, style="bold green" if line.lstrip(" ^") == "" else None)
+        held_out = () if config.data.validation is None else (config.data.validation,)
+        for number, source in enumerate((*config.data.sources, *held_out)):
+            split = "train" if number < len(config.data.sources) else "validation"
+            fault = _check_source(config, source, split, tokenizer, rows, console.print, table)
+            faults |= {fault: None} if fault else {}
+    console.print()
+    print_tables(make_console(), [table])
+    if faults:
+        raise DataError("\n".join(faults))
+
+
+def _fill_in(settings: dict[str, Any]) -> dict[str, Any]:
+    """Give a run file what data does not depend on, where it lacks that."""
+    jobs = settings.get("jobs")
+    if isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs):
+        numbered = enumerate(jobs, start=1)
+        settings["jobs"] = [
+            {"name": f"job{n}", "adapter": {"method": "lora"}, "train": _some_training(job), **job}
+            for n, job in numbered
+        ]
+    return {"output_dir": "out", **settings}
+
+
+def _some_training(job: dict[str, Any]) -> dict[str, Any]:
+    learns_pairs = "preference" in str(job.get("data"))
+    return {"max_steps": 1, **({"objective": {"name": "dpo"}} if learns_pairs else {})}
 
 
 def _find_jobs(run: RunConfig, name: str | None) -> list[JobConfig]:
@@ -59,29 +93,64 @@ def _find_jobs(run: RunConfig, name: str | None) -> list[JobConfig]:
     return jobs
 
 
-def _show_source(
-    job: JobConfig, config: SourceConfig, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> Iterator[str]:
-    from loraloom.data.sources import load_source
+def _check_source(
+    job: JobConfig,
+    config: SourceConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    num_shown: int,
+    print_line: Any,
+    table: Table,
+) -> str:
+    """Print a source's first rows and add its counts to the table; what is wrong with its rows."""
+    from loraloom.data.sources import check_encoded, read_source
 
-    source = load_source(
-        config,
-        tokenizer,
-        job.train.max_length,
-        "train",
-        as_pairs=job.train.learns_from_pairs,
-        limit=limit,
-        streaming=job.data.streaming,
+    streaming = job.data.streaming and split == "train"
+    try:
+        rows, source = read_source(
+            config,
+            tokenizer,
+            job.train.max_length,
+            split,
+            as_pairs=job.train.learns_from_pairs,
+            limit=num_shown if streaming else None,
+            streaming=streaming,
+        )
+    except DataError as error:  # the file as a whole
+        return str(error)
+    for number, row in enumerate(source.rows[:num_shown], start=1):
+        for line in _show_row(f"{job.name}: {source.name}, row {number}", row, tokenizer):
+            print_line(line, style="bold green" if line.lstrip(" ^") == "" else None)
+    tools = (config.fields or {}).get("tools", "tools")
+    counts = _count(rows, source.rows, tools)
+    table.add_row(f"{job.name}: {Path(source.name).name}", *map(str, counts))
+    try:
+        check_encoded(config, rows, source.rows)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _count(rows: list[Row], encoded: list[EncodedRow], tools: str) -> tuple[int, ...]:
+    learnt = [tuple(piece.input_ids for piece in row.pieces) for row in encoded if row.pieces]
+    empty = sum(row.is_empty for row in encoded)
+    faulty = sum(bool(row.fault) for row in encoded) - empty
+    return (
+        len(rows),
+        empty,
+        sum(row.is_cut for row in encoded),
+        len(rows) - len(learnt) - empty - faulty,
+        len(learnt) - len(set(learnt)),
+        sum(bool(row.get(tools)) for row in rows),
+        faulty,
     )
-    for number, row in enumerate(source.rows, start=1):
-        yield from _show_row(f"{job.name}: {source.name}, row {number}", row, tokenizer)
 
 
 def _show_row(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     from loraloom.data.display import token_lines
 
     if not row.pieces:
-        yield f"\n{name}: dropped, its answer does not fit max_length"
+        yield f"\n{name}: {row.fault or 'dropped, its answer does not fit max_length'}"
     for number, piece in enumerate(row.pieces, start=1):
         part = f", text {number} of {len(row.pieces)}" if len(row.pieces) > 1 else ""
         learnt = sum(piece.is_learnt)

@@ -139,7 +139,7 @@ def evaluate(
         typer.Option(
             "--dataset",
             metavar="FILE",
-            help="A held-out file, directory or hub id, whose loss is computed in place of --task. "
+            help="A held-out file, directory or hub id to compute the loss on in place of --task. "
             "May be repeated.",
         ),
     ] = None,
@@ -164,6 +164,14 @@ def evaluate(
             help="The column of --dataset that is a role of its format, output=reply say. "
             "May be repeated.",
         ),
+    ] = None,
+    on_empty: Annotated[
+        Literal["error", "skip"] | None,
+        typer.Option("--on-empty", help="skip: leave out rows of --dataset with an empty answer."),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option("--beta", min=1e-6, help="DPO's beta for --format preference; 0.1."),
     ] = None,
     max_length: Annotated[
         int | None,
@@ -267,6 +275,7 @@ def evaluate(
         "template": template,
         "chat_template": chat_template,
         "fields": _parse_fields(field),
+        "on_empty": on_empty,
     }
     options: dict[str, tuple[Any, tuple[str, ...]]] = {
         "--harness-include": (harness_include, ("--harness",)),
@@ -276,6 +285,8 @@ def evaluate(
         "--template": (template, ("--dataset",)),
         "--chat-template": (chat_template, ("--dataset",)),
         "--field": (field, ("--dataset",)),
+        "--on-empty": (on_empty, ("--dataset",)),
+        "--beta": (beta is not None, ("--dataset",)),
         "--max-length": (max_length, ("--dataset",)),
         "--data": (data, ("--task", "--harness")),
         "--scoring": (scoring, ("--task",)),
@@ -330,6 +341,7 @@ def evaluate(
             list(dict.fromkeys(dataset)),
             settings={**settings, "split": split},
             max_length=max_length,
+            beta=beta,
             compare=compare or (),
         )
         return

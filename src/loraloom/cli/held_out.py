@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loraloom.cli.scoring import open_cache, present, score_parts, tell_kept
+from loraloom.config.objective import DpoConfig
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from loraloom.config.data import SourceConfig
     from loraloom.eval.loss import LossEvaluation
 
+DEFAULT_BETA = DpoConfig.model_fields["beta"].default
+
 
 def score_held_out(
     run: EvalRun,
@@ -24,10 +27,25 @@ def score_held_out(
     *,
     settings: dict[str, Any],
     max_length: int | None,
+    beta: float | None,
     compare: Sequence[str],
 ) -> None:
-    """Compute losses on data sets, write the results and print them."""
+    """Compute losses on data sets, write the results and print them.
+
+    Args:
+        run: Options that all evaluations have.
+        datasets: Files, directories or hub ids.
+        settings: Of each data set, as in a run file; None where one isn't given.
+        max_length: Longest row in tokens; None for the default of training.
+        beta: Of preference pairs; None for the default of DPO.
+        compare: As the user wrote it.
+
+    Raises:
+        ConfigError, DataError, AdapterError: As in `loraloom.eval.loss.evaluate_loss`.
+        KeyboardInterrupt: After Ctrl-C, when the user has been told what is kept.
+    """
     from loraloom.data.locations import read_rows
+    from loraloom.data.rows import check_faults
     from loraloom.durable import write_output
     from loraloom.eval.comparison import choose_pairs
     from loraloom.eval.held_out import data_set_name, parse_source
@@ -39,13 +57,16 @@ def score_held_out(
         given = {**_trained_on(run.adapters), **given}
     sources = [parse_source({"dataset": dataset, **given}) for dataset in datasets]
     _check_names([data_set_name(dataset) for dataset in datasets])
+    if beta is not None and given.get("format") != "preference":
+        raise ConfigError("--beta has an effect with --format preference only; leave it out")
     pairs = choose_pairs(run.names, compare)
     run.check()
     for source in sources:  # so that what is missing or broken is told before the model is loaded
         assert source.dataset is not None, "parse_source wants one"
-        read_rows(source.dataset, source.split or "validation", source.config)
+        rows = read_rows(source.dataset, source.split or "validation", source.config)
+        check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
     messages = make_console(stderr=True, soft_wrap=True)
-    parts = score_parts(run, partial(_score, sources, max_length), messages)
+    parts = score_parts(run, partial(_score, sources, max_length, beta or DEFAULT_BETA), messages)
     evaluation = join_losses(parts, run.names, pairs)
     if run.ray is not None:  # whose workers are silent
         for one in evaluation.losses:
@@ -59,6 +80,7 @@ def score_held_out(
 def _score(
     sources: Sequence[SourceConfig],
     max_length: int | None,
+    beta: float,
     run: EvalRun,
     messages: Console,
 ) -> LossEvaluation:
@@ -67,7 +89,7 @@ def _score(
     from loraloom.eval.progress import EvaluationProgress
 
     host, tokenizer = run.load()
-    sets = [load_held_out(host, tokenizer, one, max_length, run.limit) for one in sources]
+    sets = [load_held_out(host, tokenizer, one, max_length, run.limit, beta) for one in sources]
     for one in sets:
         messages.print(one.describe())
     kept = open_cache(run, host, messages)

@@ -222,7 +222,7 @@ def _why_without_effect(info: CheckInfo) -> str | None:
     if setting == "path" and is_skills(task or ""):
         return "skills, which loraloom generates"
     if (
-        setting in ("config", "format", "template", "chat_template", "fields")
+        setting in ("config", "format", "template", "chat_template", "fields", "on_empty")
         and task
         and "dataset" in before
     ):
@@ -267,6 +267,8 @@ class _SourceFields(StrictModel):
     trl takes the template that the trl package has for training with the tokenizer's."""
     fields: dict[str, str] | None = None
     """Data set: column of each role, where they differ from the format's own names."""
+    on_empty: Literal["error", "skip"] | None = None
+    """Data set: whether rows with an empty answer are an error (the default) or left out."""
 
     @field_validator("dataset")
     @classmethod
@@ -279,7 +281,8 @@ class _SourceFields(StrictModel):
         return dataset
 
     @field_validator(
-        "path", "split", "scoring", "config", "format", "template", "chat_template", "fields"
+        *("path", "split", "scoring", "config", "format", "template", "chat_template", "fields"),
+        "on_empty",
     )
     @classmethod
     def _check_effect(cls, value: Any, info: CheckInfo) -> Any:

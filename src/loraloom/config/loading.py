@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,13 +29,25 @@ def load_run_config(
     overrides: Sequence[str] = (),
     *,
     needs_jobs: bool = True,
+    fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RunConfig:
-    """What a run file says, checked."""
+    """What a run file says, checked.
+
+    Args:
+        source: The YAML file, or its settings.
+        overrides: Changes to it, each as `path=value`; later ones win.
+        needs_jobs: Whether there must be a job; else they may come later.
+        fill_in: Gives settings that may be missing.
+
+    Raises:
+        ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
+            which are then all in the message.
+    """
     if isinstance(source, Mapping):
         settings, place = dict(source), "the run"
     else:
         settings, place = _read_settings(source, "a run file"), source
-    settings = reduce(apply_override, overrides, settings)
+    settings = fill_in(reduce(apply_override, overrides, settings))
     return _checked(place, RunConfig, settings, {"needs_jobs": needs_jobs})
 
 

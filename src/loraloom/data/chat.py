@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.chat_template import ChatTemplate, Span
-from loraloom.data.encoding import EncodedRow, LearntTokens, fit
+from loraloom.data.encoding import EncodedRow, LearntTokens, encode_each, fit
 from loraloom.data.messages import Conversation, read_conversation
 from loraloom.data.rows import Row
 from loraloom.data.tokenising import count_shared, leading_tokens
@@ -37,16 +37,27 @@ def encode_conversations(
 
     Where the template marks these tokens with `{% generation %}`, its marks are taken. Else they
     are what would be generated after the turns before.
+
+    Args:
+        tokenizer: The base model's, a fast one.
+        template: Writes the conversations out.
+        rows: Each with a conversation.
+        columns: The rows' names for its parts, where they differ; see `read_conversation`.
+        max_length: Most tokens of a row; see `fit`.
+
+    A row that has no answer, can't be put into the template or has something that the template
+    leaves out has its fault.
     """
     start = leading_tokens(tokenizer)
-    encoded = []
-    for row in rows:
+
+    def read(row: Row) -> EncodedRow:
         texts = learn_answers(tokenizer, template, row, read_conversation(row, columns))
         fitted = [fit(text.ids, text.is_learnt, start, max_length) for text in texts]
         pieces = tuple(piece for text in fitted for piece in text.pieces)
         is_cut = any(text.is_cut or not text.pieces for text in fitted)
-        encoded.append(EncodedRow(pieces, is_cut=is_cut and bool(pieces)))
-    return encoded
+        return EncodedRow(pieces, is_cut=is_cut and bool(pieces))
+
+    return encode_each(rows, read, list)
 
 
 def learn_answers(

@@ -84,6 +84,7 @@ def _key(items: Sequence[Any], tokenizer: PreTrainedTokenizerFast, settings: Seq
     digest = hashlib.sha256(_code())
     for value in (told, *items):
         digest.update(json.dumps(value, default=repr).encode())
+        digest.update(getattr(value, "fault", "").encode())
     return digest.hexdigest()
 
 
@@ -118,6 +119,8 @@ def _write(blocks: Iterator[list[EncodedRow]], file: Path) -> None:
             "is_learnt": nested(pyarrow.bool_()),
             "is_cut": pyarrow.bool_(),
             "is_pair": pyarrow.bool_(),
+            "fault": pyarrow.string(),
+            "is_empty": pyarrow.bool_(),
         }
     )
     with parquet.ParquetWriter(file, schema, write_page_checksum=True) as writer:
@@ -130,6 +133,8 @@ def _write(blocks: Iterator[list[EncodedRow]], file: Path) -> None:
                 ],
                 "is_cut": [row.is_cut for row in rows],
                 "is_pair": [row.is_pair for row in rows],
+                "fault": [row.fault for row in rows],
+                "is_empty": [row.is_empty for row in rows],
             }
             writer.write_table(pyarrow.table(columns, schema))
 
@@ -154,13 +159,11 @@ def _rows(batch: RecordBatch) -> Iterator[EncodedRow]:
     labels = np.where(learnt.to_numpy(zero_copy_only=False), ids, -1)  # the last, NO_LOSS
     all_ids, all_labels = iter(numbers[ids].tolist()), iter(numbers[labels].tolist())
     lengths = iter(pieces.value_lengths().to_pylist())
-    counts, is_cut, is_pair = (
-        column.to_pylist()
-        for column in (batch["input_ids"].value_lengths(), batch["is_cut"], batch["is_pair"])
-    )
-    for row, count in enumerate(counts):
+    counts = batch["input_ids"].value_lengths().to_pylist()
+    rest = (batch[name].to_pylist() for name in ("is_cut", "is_pair", "fault", "is_empty"))
+    for count, *state in zip(counts, *rest, strict=True):
         own = tuple(
             Piece(tuple(islice(all_ids, length)), tuple(islice(all_labels, length)))
             for length in islice(lengths, count)
         )
-        yield EncodedRow(own, is_cut[row], is_pair[row])
+        yield EncodedRow(own, *state)

@@ -6,13 +6,18 @@ is too long is dropped and counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.examples import NO_LOSS
+from loraloom.data.rows import EmptyAnswerError, Row
 from loraloom.data.tokenising import encode_pairs, encode_texts, eos_token, leading_tokens
+from loraloom.errors import DataError
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,15 @@ class Piece:
 class EncodedRow:
     """What became of a row: no piece if it was dropped, several if a long text was divided.
 
-    A preference that was not dropped is two pieces, the chosen and the rejected.
+    A preference that was not dropped is two pieces, the chosen and the rejected. `fault` says why a
+    row can't be used, `is_empty` whether that is because it has no answer.
     """
 
     pieces: tuple[Piece, ...]
     is_cut: bool = False
     is_pair: bool = False
+    fault: str = ""
+    is_empty: bool = False
 
 
 DROPPED = EncodedRow(pieces=())
@@ -49,6 +57,35 @@ class LearntTokens:
 
     ids: list[int]
     is_learnt: list[bool]
+
+
+def encode_each(
+    rows: Sequence[Row],
+    read: Callable[[Row], Item],
+    encode: Callable[[list[Item]], list[EncodedRow]],
+) -> list[EncodedRow]:
+    """Read rows one by one and encode them together; a row that can't be used has its fault.
+
+    Args:
+        rows: Of a data set.
+        read: What is encoded of a row; a DataError that begins with the row's origin is its fault.
+        encode: Encodes what was read.
+    """
+    encoded: list[EncodedRow | None] = []
+    items = []
+    for row in rows:
+        fault, is_empty = row.fault, False
+        try:
+            if not fault:
+                items.append(read(row))
+        except DataError as error:
+            if not str(error).startswith(row.origin):
+                raise
+            fault = str(error).removeprefix(row.origin).lstrip(":, ")
+            is_empty = isinstance(error, EmptyAnswerError)
+        encoded.append(EncodedRow((), fault=fault, is_empty=is_empty) if fault else None)
+    rest = iter(encode(items))
+    return [next(rest) if row is None else row for row in encoded]
 
 
 def encode_completions(

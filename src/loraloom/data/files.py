@@ -23,26 +23,51 @@ from typing import Any, TextIO
 from loraloom.config.faults import suggestion
 from loraloom.config.json_text import parse_json
 from loraloom.config.paths import local_path
-from loraloom.data.rows import Row
+from loraloom.data.rows import Row, check_faults
 from loraloom.errors import DataError, shown
 
 _PARQUET_ROWS = 1000
 """Rows of a Parquet file that are in memory at once."""
 
 UnparsedRow = Callable[[], Row]
-"""Makes a row, or a DataError of what its line is."""
+"""Makes a row of its line."""
 
 
 def read_file(path: Path) -> list[Row]:
-    """Every row of a file, each with the line that it came from."""
+    """Every row of a file, each with the line that it came from.
+
+    Args:
+        path: A file whose suffix is one of SUFFIXES.
+
+    Raises:
+        DataError: If the file is missing, of an unknown kind, damaged or empty.
+    """
+    rows = read_all(path)
+    check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
+    return rows
+
+
+def read_all(path: Path) -> list[Row]:
+    """As `read_file`, but a row that can't be read stands there with its fault."""
     rows = list(rows_of_file(path))
     if not rows:
-        raise DataError(f"{path}: the file has no rows")
+        raise DataError(f"{path}: the file has no rows; add some, or name another file")
     return rows
 
 
 def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
-    """Read a file's rows one after the other; it is looked at when this is called."""
+    """Read a file's rows one after the other; it is looked at when this is called.
+
+    A row that can't be read has its fault; a file that is damaged is an error where that shows.
+
+    Args:
+        path: As in `read_file`.
+        start: Rows to pass over.
+
+    Raises:
+        DataError: As `read_file`, but for an empty file, where there is no row; what is damaged
+            shows when it is read.
+    """
     path = local_path(path, "a data file", DataError)
     if not path.is_file():
         raise DataError(f"{path}: no such file or directory; {_neighbours(path)}")
@@ -105,21 +130,24 @@ def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         raise DataError(f"{path}: the file must be UTF-8 text: {error}") from error
 
 
-def _json_row(line: str, path: Path, number: int) -> Row:
-    return _row(parse_json(line, str(path), DataError, number), f"{path}, line {number}")
+def _json_row(line: str, origin: str) -> Row:
+    try:
+        return _row(parse_json(line, "the row", DataError), origin)
+    except DataError as error:
+        return Row({}, origin, str(error).replace(", line 1", "", 1))
 
 
 def _row(value: Any, origin: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{origin}: a row must be a JSON object, got {type(value).__name__}")
-    return Row(value, origin)
+    if isinstance(value, dict):
+        return Row(value, origin)
+    return Row({}, origin, f"a row must be a JSON object, got {type(value).__name__}")
 
 
 def _read_json_lines(path: Path) -> Iterator[UnparsedRow]:
     with _open_text(path, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield partial(_json_row, line.removesuffix("\n"), path, number)
+                yield partial(_json_row, line.removesuffix("\n"), f"{path}, line {number}")
 
 
 def _read_json(path: Path) -> Iterator[UnparsedRow]:
@@ -176,9 +204,11 @@ def _next_line(reader: Any, path: Path) -> list[str] | None:
 
 def _csv_row(columns: list[str], values: list[str], origin: str) -> Row:
     if len(values) > len(columns):
-        raise DataError(
-            f"{origin}: a row must have at most {len(columns)} columns as the first line has, got "
-            f"{len(values)}"
+        return Row(
+            {},
+            origin,
+            f"a row must have at most {len(columns)} columns as the first line has, got "
+            f"{len(values)}; put texts with commas into quotes",
         )
     return Row(dict(zip(columns, values, strict=False)), origin)
 

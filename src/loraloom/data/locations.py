@@ -16,7 +16,7 @@ from typing import Any, NoReturn, final
 
 from loraloom.config.faults import suggestion
 from loraloom.config.paths import local_path
-from loraloom.data.files import SUFFIXES, entries_of, is_data_file, read_file, rows_of_file
+from loraloom.data.files import SUFFIXES, entries_of, is_data_file, read_all, rows_of_file
 from loraloom.data.rows import Row
 from loraloom.errors import DataError
 
@@ -51,9 +51,20 @@ class HubSource:
 
 
 def read_rows(location: str, split: str, config: str | None = None) -> list[Row]:
-    """The rows of one split of a file, a directory or a hub data set."""
+    """The rows of one split of a file, a directory or a hub data set.
+
+    A row that can't be read stands there with its fault.
+
+    Args:
+        location: Path of a file or directory, else the hub id of a data set.
+        split: Split to read; a file is one split, whatever its name.
+        config: Configuration of a hub data set.
+
+    Raises:
+        DataError: If there is no such data set or split, or it is empty or damaged.
+    """
     found = find_location(location, split, config)
-    return read_file(found) if isinstance(found, Path) else read_hub(found, split)
+    return read_all(found) if isinstance(found, Path) else read_hub(found, split)
 
 
 def stream_rows(location: str, split: str, config: str | None = None) -> RowStream:

@@ -123,7 +123,7 @@ def _read_message(message: Row) -> Message:
     says_more = "tool_calls" in read or "reasoning_content" in read
     read["content"] = "" if says_more and "content" not in message else _read_content(message)
     if role == "assistant" and not says_more and not read["content"].strip():
-        message.reject("the assistant's turn is empty; give it a content or leave the turn out")
+        message.reject_empty("the assistant's turn is empty")
     return read
 
 

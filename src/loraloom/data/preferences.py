@@ -8,7 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.chat import learn_answers
 from loraloom.data.chat_template import TRAINING_DAY, ChatTemplate, load_chat_template
-from loraloom.data.encoding import EncodedRow, LearntTokens, fit_pair, learn_completions
+from loraloom.data.encoding import (
+    EncodedRow,
+    LearntTokens,
+    encode_each,
+    fit_pair,
+    learn_completions,
+)
 from loraloom.data.messages import Conversation, read_messages, read_tools
 from loraloom.data.rows import Row
 from loraloom.data.tokenising import count_shared, leading_tokens
@@ -30,16 +36,34 @@ def encode_preferences(
     Texts are read as they stand, with an EOS after each answer. Where `chosen` and `rejected` are
     messages they follow those of `prompt`; without such a prompt, both are whole conversations and
     what they begin with alike is the prompt.
+
+    Args:
+        tokenizer: With an EOS token for texts, a chat template for messages.
+        rows: All of one kind.
+        first: The data set's first row, which says of which kind.
+        columns: The rows' names for the three, where they differ.
+        max_length: Most tokens of either answer with its prompt; see `fit_pair`.
+        chat_template: For messages, in place of the tokenizer's; see `load_chat_template`.
+
+    Raises:
+        DataError: If the tokenizer lacks what is needed.
     """
     names = {role: columns.get(role, role) for role in ("prompt", "chosen", "rejected")}
     if isinstance(first[names["chosen"]], str):
-        return encode_text_pairs(tokenizer, [_read_texts(row, names) for row in rows], max_length)
+        return encode_each(
+            rows,
+            lambda row: _read_texts(row, names),
+            lambda pairs: encode_text_pairs(tokenizer, pairs, max_length),
+        )
     template = load_chat_template(tokenizer, chat_template, TRAINING_DAY)
     start = leading_tokens(tokenizer)
-    return [
-        fit_pair(*_learn_conversations(tokenizer, template, row, names), start, max_length)
-        for row in rows
-    ]
+    return encode_each(
+        rows,
+        lambda row: fit_pair(
+            *_learn_conversations(tokenizer, template, row, names), start, max_length
+        ),
+        list,
+    )
 
 
 def encode_text_pairs(
@@ -54,7 +78,7 @@ def encode_text_pairs(
 
 def _read_texts(row: Row, names: dict[str, str]) -> TextPair:
     prompt = row.text(names["prompt"])
-    return (prompt, row.text(names["chosen"])), (prompt, row.text(names["rejected"]))
+    return (prompt, row.answer(names["chosen"])), (prompt, row.answer(names["rejected"]))
 
 
 def _learn_conversations(

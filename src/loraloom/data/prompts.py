@@ -45,7 +45,7 @@ def compile_template(source: str, origin: str) -> Template:
 def read_instruction(row: Row, columns: dict[str, str], template: Template) -> tuple[str, str]:
     """Prompt and completion of an instruction row."""
     has_input = row.get(columns["input"]) is not None
-    instruction, output = row.text(columns["instruction"]), row.text(columns["output"])
+    instruction, output = row.text(columns["instruction"]), row.answer(columns["output"])
     given = row.text(columns["input"]) if has_input else ""
     try:
         return render(template, {**row, "instruction": instruction, "input": given}), output
@@ -56,8 +56,6 @@ def read_instruction(row: Row, columns: dict[str, str], template: Template) -> t
 def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, str]:
     """The row's names for instruction, input and output: the mapping, over Alpaca's or Dolly's."""
     given = mapping or {}
-    for column in given.values():
-        row[column]
     for columns in INSTRUCTION_COLUMNS:
         merged = {**columns, **given}
         if merged["output"] in row:

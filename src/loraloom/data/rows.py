@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from loraloom.errors import DataError, shown
@@ -11,14 +11,30 @@ _MAX_FIELDS = 20
 """Fields of a row that a message names."""
 
 
-class Row(dict[str, Any]):
-    """The fields of a row. To ask for one that isn't there is a DataError with file and line."""
+_MAX_FAULTS, _MAX_PLACES = 20, 30
+"""Different faults that a message lists, and rows that it names for each."""
 
-    def __init__(self, fields: Mapping[str, Any], origin: str):
+
+class EmptyAnswerError(DataError):
+    """A row has nothing to learn where its answer should be."""
+
+
+class Row(dict[str, Any]):
+    """The fields of a row. To ask for one that isn't there is a DataError with file and line.
+
+    Args:
+        fields: By name.
+        origin: Its file and line.
+        fault: Why it could not be read, if it could not.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], origin: str, fault: str = ""):
         super().__init__(fields)
-        self.origin = origin
+        self.origin, self.fault = origin, fault
 
     def __missing__(self, name: str) -> NoReturn:
+        if self.fault:
+            self.reject(self.fault)
         fields = ", ".join(map(shown, list(self)[:_MAX_FIELDS])) or "none"
         more = f" and {len(self) - _MAX_FIELDS} more" if len(self) > _MAX_FIELDS else ""
         self.reject(f"the row has no field {name!r}; its fields are {fields}{more}")
@@ -33,6 +49,28 @@ class Row(dict[str, Any]):
         if not isinstance(value, str):
             self.reject(f"field {name!r} must be a string, got {shown(value)}")
         return value
+
+    def answer(self, name: str) -> str:
+        """The field as a text that a model learns to write.
+
+        Raises:
+            EmptyAnswerError: If it is null or has nothing but white space.
+            DataError: If the field is missing or not a string.
+        """
+        text = "" if self[name] is None else self.text(name)
+        if not text.strip():
+            self.reject_empty(f"field {name!r} is empty, so there is nothing to learn")
+        return text
+
+    def reject_empty(self, reason: str) -> NoReturn:
+        """Raise the error that there is no answer in this row, and say what to do.
+
+        Raises:
+            EmptyAnswerError: Always.
+        """
+        raise EmptyAnswerError(
+            f"{self.origin}: {reason}; fill it in, remove the row, or set on_empty: skip"
+        )
 
     def texts(self, name: str) -> list[str]:
         """The field as a list of strings."""
@@ -58,3 +96,37 @@ class Row(dict[str, Any]):
         if not isinstance(value, Mapping):
             self.reject(f"field {name!r} must be an object, got {shown(value)}")
         return Row(value, f"{self.origin}, field {name!r}")
+
+
+def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
+    """Refuse rows that can't be used, all of them in one message.
+
+    Args:
+        faults: Origin of each such row, and what is wrong with it.
+        num_rows: That were read.
+
+    Raises:
+        DataError: If there are any.
+    """
+    if not faults:
+        return
+    if len(faults) == 1:
+        raise DataError("{}: {}".format(*faults[0]))
+    places: dict[str, list[str]] = {}
+    for origin, fault in faults:
+        places.setdefault(fault, []).append(origin.rpartition(", ")[2])
+    lines = [f"  {_list_places(rows)}: {fault}" for fault, rows in places.items()]
+    if len(lines) > _MAX_FAULTS:
+        lines[_MAX_FAULTS:] = [f"  and {len(lines) - _MAX_FAULTS} other faults"]
+    source = faults[0][0].rpartition(", ")[0]
+    raise DataError(
+        "\n".join([f"{source}: {len(faults)} of {num_rows} rows can't be used:", *lines])
+    )
+
+
+def _list_places(places: Sequence[str]) -> str:
+    """`line 3` for one place, `lines 3, 7, 9` for several."""
+    word, _, _ = places[0].partition(" ")
+    numbers = ", ".join(place.removeprefix(f"{word} ") for place in places[:_MAX_PLACES])
+    more = f" and {len(places) - _MAX_PLACES} more" if len(places) > _MAX_PLACES else ""
+    return f"{word}{'s' if len(places) > 1 else ''} {numbers}{more}"

@@ -13,7 +13,12 @@ from loraloom.config.data import SourceConfig
 from loraloom.data.chat import encode_conversations
 from loraloom.data.chat_template import TRAINING_DAY, given_source, load_chat_template
 from loraloom.data.encode_once import encode_once
-from loraloom.data.encoding import EncodedRow, encode_completions, encode_documents
+from loraloom.data.encoding import (
+    EncodedRow,
+    encode_completions,
+    encode_documents,
+    encode_each,
+)
 from loraloom.data.locations import read_rows, stream_rows
 from loraloom.data.preferences import encode_preferences, encode_text_pairs
 from loraloom.data.prompts import (
@@ -22,9 +27,9 @@ from loraloom.data.prompts import (
     read_instruction,
     template_source,
 )
-from loraloom.data.rows import Row
+from loraloom.data.rows import Row, check_faults
 from loraloom.data.tasks import find_task
-from loraloom.errors import DataError
+from loraloom.errors import DataError, shown
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class LoadedSource:
 
     name: str
     rows: list[EncodedRow]
+
+    @property
+    def num_empty(self) -> int:
+        """Rows without an answer."""
+        return sum(row.is_empty for row in self.rows)
 
 
 def load_source(
@@ -43,29 +53,75 @@ def load_source(
     *,
     as_pairs: bool = False,
     limit: int | None = None,
-    streaming: bool = False,
 ) -> LoadedSource:
-    """Read and encode a source."""
-    if config.task is not None:
-        rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
-        source = _load_task(config, config.task, rows, tokenizer, max_length, as_pairs=as_pairs)
-    else:
-        assert config.dataset is not None, "SourceConfig has a task or a dataset"
-        location = (config.dataset, config.split or split, config.config)
-        if streaming:
-            rows = list(islice(stream_rows(*location).rows(), limit))
-            if not rows:
-                raise DataError(f"{config.dataset}: there are no rows")
-        else:
-            rows = read_rows(*location)[:limit]
-        encoded = _encode_data_set(config, config.dataset, rows, tokenizer, max_length)
-        source = LoadedSource(config.dataset, encoded)
+    """Read and encode a source; arguments as in `read_source`.
+
+    Raises:
+        DataError: If the data is missing, empty or has rows that can't be used, or no row fits
+            max_length.
+    """
+    rows, source = read_source(config, tokenizer, max_length, split, as_pairs=as_pairs, limit=limit)
+    check_encoded(config, rows, source.rows)
     if not any(row.pieces for row in source.rows):
         raise DataError(
-            f"{source.name}: none of the {len(source.rows)} rows has an answer that fits "
+            f"{source.name}: none of the {len(rows)} rows has an answer that fits "
             f"max_length={max_length}; raise it"
         )
     return source
+
+
+def read_source(
+    config: SourceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    split: str,
+    *,
+    as_pairs: bool = False,
+    limit: int | None = None,
+    streaming: bool = False,
+) -> tuple[list[Row], LoadedSource]:
+    """Read a source's rows, and encode them; those that can't be used have their faults.
+
+    Args:
+        config: A task or a data set.
+        tokenizer: The base model's.
+        max_length: Most tokens of an example.
+        split: What is read where the config names no split.
+        as_pairs: Make each question of a task a preference: the right answer over a wrong one.
+        limit: Most rows to take from the beginning.
+        streaming: Read no more of a data set than that.
+
+    Raises:
+        DataError: If the data is missing or empty.
+    """
+    if config.task is not None:
+        rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
+        return rows, _load_task(config, config.task, rows, tokenizer, max_length, as_pairs)
+    assert config.dataset is not None, "SourceConfig has a task or a dataset"
+    location = (config.dataset, config.split or split, config.config)
+    if streaming:
+        rows = list(islice(stream_rows(*location).rows(), limit))
+    else:
+        rows = read_rows(*location)[:limit]
+    if not rows:
+        raise DataError(f"{config.dataset}: there are no rows; add some, or name another data set")
+    encoded = _encode_data_set(config, config.dataset, rows, tokenizer, max_length)
+    return rows, LoadedSource(config.dataset, encoded)
+
+
+def check_encoded(config: SourceConfig, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
+    """Refuse rows that can't be used, unless they are empty and may be left out.
+
+    Raises:
+        DataError: With all of them.
+    """
+    skips = config.on_empty == "skip"
+    faults = [
+        (row.origin, one.fault)
+        for row, one in zip(rows, encoded, strict=True)
+        if one.fault and not (one.is_empty and skips)
+    ]
+    check_faults(faults, len(rows))
 
 
 def _load_task(
@@ -74,23 +130,25 @@ def _load_task(
     rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    *,
     as_pairs: bool,
 ) -> LoadedSource:
     task = find_task(name)
     scoring = config.scoring or task.scoring
-    if as_pairs:
-        texts = [task.preference_texts(row, index, scoring) for index, row in enumerate(rows)]
-        encode: Any = encode_text_pairs
-    else:
-        texts = [task.training_text(row, scoring) for row in rows]
-        encode = encode_completions
-    encoded = encode_once(
-        task.name,
-        texts,
-        lambda some: encode(tokenizer, some, max_length),
-        tokenizer,
-        [as_pairs, max_length],
+    places = {id(row): place for place, row in enumerate(rows)}
+
+    def read(row: Row) -> Any:
+        if as_pairs:
+            return task.preference_texts(row, places[id(row)], scoring)
+        return task.training_text(row, scoring)
+
+    def encode(texts: Sequence[Any]) -> list[EncodedRow]:
+        encoder: Any = encode_text_pairs if as_pairs else encode_completions
+        return encoder(tokenizer, texts, max_length)
+
+    encoded = encode_each(
+        rows,
+        read,
+        lambda texts: encode_once(task.name, texts, encode, tokenizer, [as_pairs, max_length]),
     )
     return LoadedSource(f"{task.name} ({scoring})", encoded)
 
@@ -103,8 +161,9 @@ def _encode_data_set(
     max_length: int,
 ) -> list[EncodedRow]:
     def encode(some: Sequence[Row]) -> list[EncodedRow]:
-        return encode_rows(config, some, rows[0], tokenizer, max_length)
+        return encode_rows(config, some, first, tokenizer, max_length)
 
+    first = next((row for row in rows if not row.fault), rows[0])
     settings = [config.format, config.fields, _template_text(config, tokenizer), max_length]
     return encode_once(name, rows, encode, tokenizer, settings)
 
@@ -129,30 +188,66 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[EncodedRow]:
-    """Encode rows of a data set as its format says."""
+    """Encode rows of a data set as its format says.
+
+    Args:
+        config: A data set's.
+        rows: At least one.
+        first: The data set's first row, which says how instructions and preferences are written.
+        tokenizer: The base model's.
+        max_length: Most tokens of an example.
+
+    Returns:
+        The rows; one that can't be used has its fault.
+
+    Raises:
+        DataError: If the first row lacks a column of the format.
+    """
     columns = config.fields or {}
-    for column in columns.values():  # a wrong name of an optional one would go unnoticed
-        _ = first[column]
+    _check_columns(config, first)
     match config.format:
         case "chat":
             chats = load_chat_template(tokenizer, config.chat_template, TRAINING_DAY)
             return encode_conversations(tokenizer, chats, rows, columns, max_length)
         case "text":
             field = columns.get("text", "text")
-            texts = [_read_document(row, field) for row in rows]
-            return encode_documents(tokenizer, texts, max_length)
+            return encode_each(
+                rows,
+                lambda row: row.answer(field),
+                lambda texts: encode_documents(tokenizer, texts, max_length),
+            )
         case "preference":
             chat_template = config.chat_template
             return encode_preferences(tokenizer, rows, first, columns, max_length, chat_template)
         case _:
             template = load_template(config.template)
             names = instruction_columns(first, config.fields)
-            texts = [read_instruction(row, names, template) for row in rows]
-            return encode_completions(tokenizer, texts, max_length)
+            return encode_each(
+                rows,
+                lambda row: read_instruction(row, names, template),
+                lambda texts: encode_completions(tokenizer, texts, max_length),
+            )
 
 
-def _read_document(row: Row, field: str) -> str:
-    text = row.text(field)
-    if not text:
-        row.reject(f"field {field!r} must be a text to learn, it is empty")
-    return text
+_NEEDED = {"instruction": ("instruction", "output"), "text": ("text",), "preference": ("chosen",)}
+
+
+def _check_columns(config: SourceConfig, first: Row) -> None:
+    """Refuse a data set whose first row lacks a column that its format or `fields` names."""
+    if first.fault:
+        return
+    columns = dict(config.fields or {})
+    if config.format == "instruction":
+        columns = instruction_columns(first, config.fields)
+        given = config.fields or {}
+        columns = {role: name for role, name in columns.items() if role != "input" or role in given}
+    else:
+        columns |= {r: columns.get(r, r) for r in _NEEDED.get(config.format or "", ())}
+    missing = [(role, name) for role, name in columns.items() if name not in first]
+    if missing:
+        role, column = missing[0]
+        first.reject(
+            f"the row has no field {column!r}, the {role} of format {config.format}; name its "
+            f"column with fields: {{{role}: COLUMN}}, the row's are "
+            f"{shown(list(first)).strip('[]') or 'none'}"
+        )

@@ -22,7 +22,7 @@ from loraloom.data.encoding import EncodedRow, Piece
 from loraloom.data.examples import TrainingExample
 from loraloom.data.locations import StreamState, stream_rows
 from loraloom.data.rows import Row
-from loraloom.data.sources import encode_rows, load_source
+from loraloom.data.sources import check_encoded, encode_rows, load_source
 from loraloom.data.training_set import examples_digest, number_row
 from loraloom.errors import DataError
 from loraloom.ranks import Ranks
@@ -234,7 +234,9 @@ class _Source:
         """Encode some rows."""
         if not rows:
             return []
-        return encode_rows(self.config, rows, self._first, tokenizer, max_length)
+        encoded = encode_rows(self.config, rows, self._first, tokenizer, max_length)
+        check_encoded(self.config, rows, encoded)
+        return encoded
 
     def _read_on(self, number: int) -> list[Row]:
         """Read so many rows, or those that are left; where it ends or fails is no known place."""

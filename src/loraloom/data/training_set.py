@@ -201,7 +201,9 @@ def _describe(share: _Share, max_length: int) -> str:
     )
     if cut := sum(row.is_cut for row in share.source.rows):
         line += f"; {cut} cut or divided to fit max_length={max_length}"
-    if dropped := sum(not row.pieces for row in share.source.rows):
+    if empty := share.source.num_empty:
+        line += f"; {empty} skipped, their answer is empty"
+    if dropped := sum(not row.pieces for row in share.source.rows) - empty:
         line += f"; {dropped} dropped, their answer does not fit"
     return line
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import describe_faults
+from loraloom.config.objective import DpoConfig
 from loraloom.config.train import TrainConfig
 from loraloom.data.examples import Example, count_labels
 from loraloom.data.files import is_data_file
@@ -36,7 +37,8 @@ class HeldOutSet:
 
     Args:
         name: What results call it.
-        rows: The examples of each row that has any, of which a long text has several.
+        rows: The examples of each row that has any, of which a long text has several. A pair is
+            two rows, the chosen and the rejected answer.
         places: Of those rows in the data set, from 0.
         details: What is noted of it: format, numbers of rows and tokens, hashes.
     """
@@ -54,9 +56,14 @@ class HeldOutSet:
     def describe(self) -> str:
         """Say in a line what is measured, and what became of rows that don't fit."""
         told = self.details
-        line = f"{self.name}: {told['num_examples']} rows, {told['num_tokens']} tokens with a loss"
+        kind = "pairs" if told["format"] == "preference" else "rows"
+        line = (
+            f"{self.name}: {told['num_examples']} {kind}, {told['num_tokens']} tokens with a loss"
+        )
         if told["num_cut"]:
             line += f"; {told['num_cut']} cut or divided to fit max_length={told['max_length']}"
+        if told["num_empty"]:
+            line += f"; {told['num_empty']} skipped, their answer is empty"
         if told["num_dropped"]:
             line += f"; {told['num_dropped']} dropped, their answer is missing or does not fit"
         return line
@@ -68,6 +75,7 @@ def load_held_out(
     data: SourceConfig | Mapping[str, Any],
     max_length: int | None = None,
     limit: int | None = None,
+    beta: float = DpoConfig.model_fields["beta"].default,
 ) -> HeldOutSet:
     """Read and encode a data set as training would; arguments and errors as in `evaluate_loss`."""
     source = parse_source(data)
@@ -82,6 +90,12 @@ def load_held_out(
     rows = [list(filter(count_labels, examples)) for examples in examples_of]
     places = [place for place, examples in enumerate(rows) if examples]
     kept = [rows[place] for place in places]
+    digest, num_examples, num_dropped = _digest(kept), len(kept), len(rows) - len(kept)
+    of_pairs = {}
+    if source.format == "preference":  # whose answers are rows of their own
+        kept = [[answer] for pair in kept for answer in pair]
+        places = [place for place in places for _ in range(2)]
+        of_pairs = {"beta": beta}
     if not kept:
         raise DataError(f"{loaded.name}: none of the {len(encoded)} rows has an answer that fits")
     return HeldOutSet(
@@ -91,29 +105,29 @@ def load_held_out(
         details={
             "format": source.format or source.scoring,
             "split": None if is_data_file(Path(source.dataset or "")) else split,
-            "num_examples": len(kept),
+            "num_examples": num_examples,
             "num_tokens": sum(count_labels(one) for examples in kept for one in examples),
             "num_cut": sum(row.is_cut for row in encoded),
-            "num_dropped": len(rows) - len(kept),
+            "num_empty": loaded.num_empty,
+            "num_dropped": num_dropped - loaded.num_empty,
             "max_length": longest,
-            "examples_sha256": _digest(kept),
+            **of_pairs,
+            "examples_sha256": digest,
             "source": _describe_source(source, split, loaded.name),
         },
     )
 
 
 def parse_source(settings: SourceConfig | Mapping[str, Any]) -> SourceConfig:
-    """Check the settings of a data set."""
+    """Check the settings of a data set.
+
+    Raises:
+        ConfigError: If they are wrong.
+    """
     try:
-        source = SourceConfig.model_validate(settings)
+        return SourceConfig.model_validate(settings)
     except ValidationError as error:
         raise ConfigError("; ".join(describe_faults(error, (SourceConfig,)))) from error
-    if source.format == "preference":
-        raise ConfigError(
-            "held-out loss needs a task or a dataset of format instruction, chat or text, got "
-            "preference"
-        )
-    return source
 
 
 def data_set_name(dataset: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from loraloom.eval.answers import answers_of
 from loraloom.eval.comparison import Pair, compare_all, summarise_seeds
 from loraloom.eval.evaluation import Evaluation
-from loraloom.eval.loss import HeldOutLosses, LossEvaluation, compare_rows
+from loraloom.eval.loss import LossEvaluation, compare_rows
 from loraloom.eval.results import BASE, TaskScores
 
 Name = TypeVar("Name")
@@ -34,7 +35,7 @@ def join_losses(
     """Make one evaluation of held-out loss of several; see `join_evaluations`."""
     known = [name or BASE for name in names]
     losses = [
-        HeldOutLosses(one.data, _joined((part.losses[place].losses for part in parts), known))
+        replace(one, losses=_joined((part.losses[place].losses for part in parts), known))
         for place, one in enumerate(parts[0].losses)
     ]
     details = _join_details([part.details for part in parts], names)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -21,6 +22,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SourceConfig
+from loraloom.config.objective import DpoConfig
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError, not_finite
@@ -36,12 +38,18 @@ from loraloom.eval.comparison import (
 )
 from loraloom.eval.held_out import HeldOutSet, load_held_out
 from loraloom.eval.loss_tables import loss_tables, losses_csv
+from loraloom.eval.pairs import PairLosses, is_of_pairs
 from loraloom.eval.progress import EvaluationProgress
 from loraloom.eval.protocol import score_kept
 from loraloom.eval.provenance import describe_evaluation
 from loraloom.eval.results import BASE
 from loraloom.eval.routing import RoutingTally, summarise_routing
-from loraloom.eval.statistics import compare_losses, ratio_intervals, ratio_stderr
+from loraloom.eval.statistics import (
+    PairedComparison,
+    compare_losses,
+    ratio_intervals,
+    ratio_stderr,
+)
 from loraloom.eval.writing import as_document, write_evaluation
 from loraloom.infer.rows import example_row
 from loraloom.models.host import Host
@@ -66,6 +74,36 @@ class HeldOutLosses:
         """The loss a token."""
         return math.fsum(self.losses[name]) / sum(self.data.num_tokens)
 
+    def compare(self, first: str, second: str) -> PairedComparison:
+        """Compare two contestants by their losses of rows."""
+        return compare_losses(self.of(first), self.of(second), self.data.num_tokens)
+
+    def summarise(self) -> dict[str, dict[str, Any]]:
+        """Results by adapter, as in the JSON file."""
+        lengths = np.asarray(self.data.num_tokens, dtype=np.float64)
+        sums = np.column_stack([np.asarray(losses) for losses in self.losses.values()])
+        intervals = ratio_intervals(sums, lengths)
+        return {
+            name: {
+                "loss": self.loss(name),
+                "stderr": ratio_stderr(column, lengths),
+                "interval": list(interval),
+                "perplexity": perplexity(self.loss(name)),
+                "num_examples": len(lengths),
+                "num_tokens": int(lengths.sum()),
+                "split": self.data.details["split"],
+            }
+            for name, column, interval in zip(self.losses, sums.T, intervals, strict=True)
+        }
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield a line for each adapter and row: its loss, summed over its tokens."""
+        for name, losses in self.losses.items():
+            rows = zip(self.data.places, losses, self.data.num_tokens, strict=True)
+            for place, loss, count in rows:
+                row = {"dataset": self.data.name, "adapter": name, "index": place}
+                yield {**row, "loss": loss, "num_tokens": count}
+
 
 @dataclass(frozen=True)
 class LossEvaluation:
@@ -77,7 +115,7 @@ class LossEvaluation:
         details: What stands beside `results` in the JSON file.
     """
 
-    losses: list[HeldOutLosses]
+    losses: list[HeldOutLosses | PairLosses]
     comparisons: list[Comparison]
     details: dict[str, Any]
 
@@ -86,7 +124,7 @@ class LossEvaluation:
         """Losses by adapter (`base` is the base model) and data set, as in the JSON file."""
         results: dict[str, dict[str, Any]] = {}
         for one in self.losses:
-            for name, summary in _summarise(one).items():
+            for name, summary in one.summarise().items():
                 results.setdefault(name, {})[one.data.name] = summary
         return results
 
@@ -103,13 +141,8 @@ class LossEvaluation:
         }
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield a line for each data set, adapter and row: its loss, summed over its tokens."""
-        for one in self.losses:
-            for name, losses in one.losses.items():
-                rows = zip(one.data.places, losses, one.data.num_tokens, strict=True)
-                for place, loss, count in rows:
-                    row = {"dataset": one.data.name, "adapter": name, "index": place}
-                    yield {**row, "loss": loss, "num_tokens": count}
+        """Yield a line for each data set, adapter and row."""
+        return chain.from_iterable(one.lines() for one in self.losses)
 
     def tables(self) -> list[Table]:
         """Make every table that there is something for, in the order to show them."""
@@ -134,6 +167,7 @@ def evaluate_loss(
     *,
     max_length: int | None = None,
     limit: int | None = None,
+    beta: float = DpoConfig.model_fields["beta"].default,
     pairs: Sequence[Pair] | None = None,
     cache: ScoreCache | None = None,
     max_tokens_per_batch: int | None = None,
@@ -147,11 +181,12 @@ def evaluate_loss(
         host: With the adapters.
         tokenizer: The base model's.
         data: As under `data:` in a run file, `{"dataset": ..., "format": ...}` or `{"task": ...}`;
-            or a list of what `load_held_out` gives.
+            or a list of what `load_held_out` gives. Preference pairs are ranked; see `PairLosses`.
         adapters: Names; None is the base model. By default the base model and all on the host.
         max_length: Longest row in tokens; None for the default of training, or what the model
             takes if that is less.
         limit: Most rows to take from the beginning.
+        beta: Of preference pairs: what DPO multiplies log-ratios to the base model with.
         pairs: Whom to compare; see `choose_pairs` for the default.
         cache: Losses that are known, and where new ones are kept.
         max_tokens_per_batch: As in `evaluate`; so are the following ones.
@@ -168,7 +203,7 @@ def evaluate_loss(
     pairs = choose_pairs(names) if pairs is None else pairs
     check_scored(names, pairs)
     sets = (
-        [load_held_out(host, tokenizer, data, max_length, limit)]
+        [load_held_out(host, tokenizer, data, max_length, limit, beta)]
         if isinstance(data, SourceConfig | Mapping)
         else list(data)
     )
@@ -196,23 +231,27 @@ def _score(
     progress: EvaluationProgress | None,
     cache: ScoreCache | None,
     tally: RoutingTally,
-) -> HeldOutLosses:
+) -> HeldOutLosses | PairLosses:
+    asked = [None, *names] if is_of_pairs(data) and None not in names else names
     scores = score_kept(
         host,
         [[example_row(one) for one in examples] for examples in data.rows],
         [_known_by(examples) for examples in data.rows],
-        names,
+        asked,
         max_tokens_per_batch,
         progress and progress.start(data.name, data.num_tokens, "rows"),
         cache,
         tally.of(data.name),
     )
     losses = {
-        name or BASE: [-scores[name, place][0] for place in range(len(data.rows))] for name in names
+        name or BASE: [-scores[name, place][0] for place in range(len(data.rows))] for name in asked
     }
-    for name in names:
+    for name in asked:
         _check_finite(name, losses[name or BASE], data)
-    return HeldOutLosses(data, losses)
+    of_names = {name or BASE: losses[name or BASE] for name in names}
+    if is_of_pairs(data):
+        return PairLosses(data, of_names, losses[BASE])
+    return HeldOutLosses(data, of_names)
 
 
 def _known_by(examples: Sequence[Example]) -> Tokens:
@@ -226,46 +265,23 @@ def _check_finite(name: str | None, losses: Sequence[float], data: HeldOutSet) -
             raise not_finite("losses", loss, [name], f"in row {place + 1} of {data.name}")
 
 
-def _summarise(one: HeldOutLosses) -> dict[str, dict[str, Any]]:
-    """The losses of a data set by adapter, as in the JSON file."""
-    lengths = np.asarray(one.data.num_tokens, dtype=np.float64)
-    sums = np.column_stack([np.asarray(losses) for losses in one.losses.values()])
-    intervals = ratio_intervals(sums, lengths)
-    return {
-        name: {
-            "loss": one.loss(name),
-            "stderr": ratio_stderr(column, lengths),
-            "interval": list(interval),
-            "perplexity": perplexity(one.loss(name)),
-            "num_examples": len(lengths),
-            "num_tokens": int(lengths.sum()),
-            "split": one.data.details["split"],
-        }
-        for name, column, interval in zip(one.losses, sums.T, intervals, strict=True)
-    }
-
-
 def perplexity(loss: int | float) -> float | None:
     """Compute exp(loss); None where that is no number any more."""
     return math.exp(loss) if loss < MAX_EXPONENT else None
 
 
-def _spread(one: HeldOutLosses, members: Sequence[str]) -> dict[str, Any]:
+def _spread(one: HeldOutLosses | PairLosses, members: Sequence[str]) -> dict[str, Any]:
     losses = [one.loss(name) for name in members]
     return {"mean": fmean(losses), "sd": stdev(losses), "num_seeds": len(losses)}
 
 
-def compare_rows(losses: Sequence[HeldOutLosses], pairs: Sequence[Pair]) -> list[Comparison]:
-    """Compare adapters on the same rows of each data set."""
-    return adjusted(
-        [
-            (
-                one.data.name,
-                *pair,
-                compare_losses(one.of(pair[0]), one.of(pair[1]), one.data.num_tokens),
-            )
-            for one in losses
-            for pair in pairs
-        ],
-        metric="loss",
-    )
+def compare_rows(
+    losses: Sequence[HeldOutLosses | PairLosses], pairs: Sequence[Pair]
+) -> list[Comparison]:
+    """Compare adapters on the same rows of each data set, and adjust all p-values together."""
+    found = [(one.data.name, *pair, one.compare(*pair)) for one in losses for pair in pairs]
+    of_pairs = {one.data.name for one in losses if is_of_pairs(one.data)}
+    return [
+        replace(one, metric="accuracy" if one.task in of_pairs else "loss")
+        for one in adjusted(found)
+    ]
