@@ -123,4 +123,4 @@ def test_bad_input_is_one_error_before_the_model_is_loaded(
 def test_a_broken_row_is_named(run, saved, tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"question": "?"}\n')
     assert run("--task", "arc_easy", "--data", str(tmp_path)) == 2
-    assert "test.jsonl, line 2: the row has no field 'choices'" in capsys.readouterr().err
+    assert "test.jsonl, line 2: the row has no field 'choices.text'" in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_rows_of_a_table_with_dates_are_written_again(run, tmp_path):
 def test_half_a_surrogate_pair_in_a_row_is_named(run, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"prompt": "one"}\n{"prompt": "\\ud800"}\n')
     assert run("--input", str(tmp_path / "in.jsonl")) == 2
-    assert "in.jsonl must be JSON, line 2, column 19: " in capsys.readouterr().err
+    assert "in.jsonl, line 2: the row must be JSON, column 19: " in capsys.readouterr().err
 
 
 def test_a_row_may_scale_its_adapter(run, saved, tmp_path):

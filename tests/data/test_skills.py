@@ -8,11 +8,9 @@ from itertools import combinations
 import pytest
 
 from loraloom.config.data import MAX_LANDS, SourceConfig
+from loraloom.data import skills
 from loraloom.data.questions import load_question_set
-from loraloom.data.skills import facts, generate_skills
-from loraloom.data.skills.lands import land_names
-from loraloom.data.skills.rules import SKILLS
-from loraloom.data.skills.splits import SPLITS, split_facts
+from loraloom.data.skills import SKILLS, SPLITS, generate_skills, land_names, split_facts
 from loraloom.errors import ConfigError, DataError
 
 ROWS = {split: generate_skills(split) for split in SPLITS}
@@ -138,7 +136,7 @@ def test_more_lands_leave_the_others_as_they_are():
 
 def test_lands_have_names_that_are_no_words():
     names = land_names(MAX_LANDS)
-    words = {word for words in (*facts.COUNTRIES.values(), facts.NAMES) for word in words}
+    words = {word for words in (*skills.COUNTRIES.values(), skills.NAMES) for word in words}
     assert len(set(names)) == MAX_LANDS
     assert not words & set(names)
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from loraloom.cli.main import main as loraloom_command
-from loraloom.data.skills import splits
+from loraloom.data import skills
 from loraloom.models import sources
 from tests.conftest import build_tokenizer
 from tests.tiny import tiny_model
@@ -36,8 +36,8 @@ def world(small_world, tmp_path, monkeypatch):
     shutil.copytree(small_world, tmp_path / "world")
     monkeypatch.chdir(tmp_path / "world")
     monkeypatch.setattr(sources, "SMALL_MODEL", "")
-    for split in splits.QUESTIONS_PER_SKILL:
-        monkeypatch.setitem(splits.QUESTIONS_PER_SKILL, split, 2)
+    for split in skills.QUESTIONS_PER_SKILL:
+        monkeypatch.setitem(skills.QUESTIONS_PER_SKILL, split, 2)
     return tmp_path / "world"
 
 

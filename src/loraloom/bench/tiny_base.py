@@ -25,8 +25,12 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraloom.data.skills import generate_skills
-from loraloom.data.skills.lands import FIRST_SYLLABLES, LAST_SYLLABLES, land_names
+from loraloom.data.skills import (
+    FIRST_SYLLABLES,
+    LAST_SYLLABLES,
+    generate_skills,
+    land_names,
+)
 from loraloom.durable import write_directory
 from loraloom.models.loading import quiet
 

@@ -30,20 +30,7 @@ def score_held_out(
     beta: float | None,
     compare: Sequence[str],
 ) -> None:
-    """Compute losses on data sets, write the results and print them.
-
-    Args:
-        run: Options that all evaluations have.
-        datasets: Files, directories or hub ids.
-        settings: Of each data set, as in a run file; None where one isn't given.
-        max_length: Longest row in tokens; None for the default of training.
-        beta: Of preference pairs; None for the default of DPO.
-        compare: As the user wrote it.
-
-    Raises:
-        ConfigError, DataError, AdapterError: As in `loraloom.eval.loss.evaluate_loss`.
-        KeyboardInterrupt: After Ctrl-C, when the user has been told what is kept.
-    """
+    """Compute losses on data sets, write the results and print them."""
     from loraloom.data.locations import read_rows
     from loraloom.data.rows import check_faults
     from loraloom.durable import write_output

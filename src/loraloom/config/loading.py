@@ -31,18 +31,7 @@ def load_run_config(
     needs_jobs: bool = True,
     fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RunConfig:
-    """What a run file says, checked.
-
-    Args:
-        source: The YAML file, or its settings.
-        overrides: Changes to it, each as `path=value`; later ones win.
-        needs_jobs: Whether there must be a job; else they may come later.
-        fill_in: Gives settings that may be missing.
-
-    Raises:
-        ConfigError: If there is no such file, if it is no YAML mapping, or for any faults in it,
-            which are then all in the message.
-    """
+    """What a run file says, checked."""
     if isinstance(source, Mapping):
         settings, place = dict(source), "the run"
     else:

@@ -15,6 +15,10 @@ from pydantic import Field, field_validator, model_validator
 from loraloom.config.data import Scoring
 from loraloom.config.fields import CheckInfo, StrictModel
 
+Texts = str | tuple[str, ...]
+AnswerKind = Literal["label", "index", "text"]
+Normalization = Literal["characters", "none"]
+
 
 class TaskDataConfig(StrictModel):
     """Where a task's rows are: local files, or a data set on the hub."""
@@ -44,6 +48,38 @@ class TaskDataConfig(StrictModel):
         return self
 
 
+def _check_texts(value: Any, info: CheckInfo) -> Any:
+    if isinstance(value, list | tuple) and len(value) > 1 and all(map(_is_text, value)):
+        return tuple(value)
+    if not _is_text(value):
+        raise ValueError(
+            f"{info.field_name} must be a field's name or a list of two or more texts (yes, no "
+            f"and numbers in quotes), got {value!r}"
+        )
+    return value
+
+
+def _check_labels(value: Any, info: CheckInfo) -> Any:
+    labels, choices = None if value is None else _check_texts(value, info), info.data.get("choices")
+    if isinstance(labels, tuple) and isinstance(choices, tuple) and len(labels) != len(choices):
+        raise ValueError(f"labels must be as many as the {len(choices)} choices, got {len(labels)}")
+    return labels
+
+
+class AskedConfig(StrictModel):
+    """What differs in a scoring: settings as the task has them."""
+
+    choices: Texts | None = None
+    labels: Texts | None = None
+    answer: str | None = Field(default=None, min_length=1)
+    answer_is: AnswerKind | None = None
+    continuation: str | None = Field(default=None, min_length=1)
+    normalization: Normalization | None = None
+
+    _check_choices = field_validator("choices", mode="plain")(_check_texts)
+    _check_labels = field_validator("labels", mode="plain")(_check_labels)
+
+
 class TaskConfig(StrictModel):
     """A choice task: its data, and how a row becomes a question.
 
@@ -59,20 +95,35 @@ class TaskConfig(StrictModel):
     """Default: whether the answer is the choice's label or its own text."""
     template: dict[str, str]
     """The prompt; one for each scoring, {label: ..., text: ...}, or one for `scoring` alone."""
-    choices: str | tuple[str, ...]
+    choices: Texts
     """The choices' texts: the field that lists them, or a list of templates, one a choice."""
-    labels: str | tuple[str, ...] | None = None
+    labels: Texts | None = None
     """The choices' labels: the field that lists them, or a list; null for A, B, C, ..."""
     answer: str = Field(min_length=1)
     """The right choice: a field, or a template."""
-    answer_is: Literal["label", "index", "text"] = "label"
+    answer_is: AnswerKind = "label"
     """Whether the answer is the choice's label, its index from 0, or its text."""
+    continuation: str | None = Field(default=None, min_length=1)
+    """Template of what is scored in place of the choice. The prompt is then made for each choice,
+    which its template sees as `choice`."""
     delimiter: str = " "
     """What stands between prompt and answer."""
-    normalization: Literal["characters", "none"] = "characters"
+    normalization: Normalization = "characters"
     """Scoring text: compare log-likelihoods per character (lm-eval's acc_norm), or sums (acc)."""
     group: str | None = Field(default=None, min_length=1)
     """A field by which results are also given apart, a topic say."""
+    label: AskedConfig = AskedConfig()
+    """What differs where labels are scored."""
+    text: AskedConfig = AskedConfig()
+    """What differs where texts are scored."""
+
+    _check_choices = field_validator("choices", mode="plain")(_check_texts)
+    _check_labels = field_validator("labels", mode="plain")(_check_labels)
+
+    def asked_by(self, scoring: Scoring) -> TaskConfig:
+        """The task with what differs in a scoring."""
+        differing = self.label if scoring == "label" else self.text
+        return self.model_copy(update=differing.model_dump(exclude_none=True))
 
     @field_validator("template", mode="before")
     @classmethod
@@ -95,28 +146,6 @@ class TaskConfig(StrictModel):
                 f"template must have one for scoring {scoring}, got {', '.join(template)} alone"
             )
         return template
-
-    @field_validator("choices", "labels", mode="plain")
-    @classmethod
-    def _check_texts(cls, value: Any, info: CheckInfo) -> Any:
-        if _is_text(value) or (value is None and info.field_name == "labels"):
-            return value
-        if not isinstance(value, list | tuple) or len(value) < 2 or not all(map(_is_text, value)):
-            raise ValueError(
-                f"{info.field_name} must be a field's name or a list of two or more texts (yes, no "
-                f"and numbers in quotes), got {value!r}"
-            )
-        return tuple(value)
-
-    @field_validator("labels")
-    @classmethod
-    def _check_as_many_labels(cls, labels: Any, info: CheckInfo) -> Any:
-        choices = info.data.get("choices")
-        if isinstance(labels, tuple) and isinstance(choices, tuple) and len(labels) != len(choices):
-            raise ValueError(
-                f"labels must be as many as the {len(choices)} choices, got {len(labels)}"
-            )
-        return labels
 
 
 def _is_text(value: Any) -> bool:

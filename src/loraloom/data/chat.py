@@ -38,13 +38,6 @@ def encode_conversations(
     Where the template marks these tokens with `{% generation %}`, its marks are taken. Else they
     are what would be generated after the turns before.
 
-    Args:
-        tokenizer: The base model's, a fast one.
-        template: Writes the conversations out.
-        rows: Each with a conversation.
-        columns: The rows' names for its parts, where they differ; see `read_conversation`.
-        max_length: Most tokens of a row; see `fit`.
-
     A row that has no answer, can't be put into the template or has something that the template
     leaves out has its fault.
     """

@@ -1,7 +1,7 @@
 """A chat template: how a conversation is written out for a model.
 
-It renders as `tokenizer.apply_chat_template` does, within bounds. `for_answer` ends the text where
-the model's answer begins.
+It renders as `tokenizer.apply_chat_template` does. `for_answer` ends the text where the model's
+answer begins.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import date
-from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError
@@ -17,15 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from loraloom.data.messages import Conversation, Message
-from loraloom.data.templates import (
-    BoundedEnvironment,
-    bounded,
-    check_text,
-    compile_within,
-    counted,
-    read_template,
-    render,
-)
+from loraloom.data.templates import read_template, render, template_errors
 from loraloom.errors import DataError
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -72,12 +63,15 @@ class ChatTemplate:
 
     def render_with_marks(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text of a conversation, and where the template marks the assistant's parts in it."""
-        template, blocks, marks = self._template(conversation), [], []
+        template, marks = self._template(conversation), []
+        blocks: list[str] = []
         environment: Any = template.environment
-        with bounded(), environment.activate_tracker(blocks, marks):
+        with template_errors(), environment.activate_tracker(blocks, marks):
             for block in template.generate(self._fields(conversation, for_answer=False)):
                 blocks.append(block)
-        return check_text("".join(blocks)), marks
+            text = "".join(blocks)
+            text.encode()
+        return text, marks
 
     def _template(self, conversation: Conversation) -> Template:
         return self._templates[conversation.tools is not None]
@@ -122,29 +116,12 @@ def template_text(given: str) -> str:
     return given if given == TRL else read_template(given, "chat_template", (TRL,))
 
 
-@lru_cache(64)
 def _compile(source: str) -> Template:
     try:
-        return compile_within(_chat_environment(), source)
+        with template_errors():
+            return chat_template_utils._compile_jinja_template(source)
     except TemplateError as error:
-        raise DataError(f"the chat template is not valid Jinja: {error}") from error
-
-
-def _chat_environment() -> BoundedEnvironment:
-    """Bounds around what transformers gives chat templates; Jinja's own sandbox has less."""
-    theirs: Any = chat_template_utils._compile_jinja_template("").environment
-    environment = BoundedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[type(extension) for extension in theirs.extensions.values()],
-    )
-    environment.filters["tojson"] = counted("tojson", theirs.filters["tojson"])
-    environment.globals |= {
-        name: theirs.globals[name]
-        for name in ("raise_exception", "strftime_now", "dict", "namespace")
-        if name in theirs.globals
-    }
-    return environment
+        raise DataError(f"the chat template is not valid Jinja: {error}; mend it") from error
 
 
 def _own_sources(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -64,13 +64,7 @@ def encode_each(
     read: Callable[[Row], Item],
     encode: Callable[[list[Item]], list[EncodedRow]],
 ) -> list[EncodedRow]:
-    """Read rows one by one and encode them together; a row that can't be used has its fault.
-
-    Args:
-        rows: Of a data set.
-        read: What is encoded of a row; a DataError that begins with the row's origin is its fault.
-        encode: Encodes what was read.
-    """
+    """Read rows one by one and encode them together; a row that can't be used has its fault."""
     encoded: list[EncodedRow | None] = []
     items = []
     for row in rows:

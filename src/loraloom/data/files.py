@@ -34,14 +34,7 @@ UnparsedRow = Callable[[], Row]
 
 
 def read_file(path: Path) -> list[Row]:
-    """Every row of a file, each with the line that it came from.
-
-    Args:
-        path: A file whose suffix is one of SUFFIXES.
-
-    Raises:
-        DataError: If the file is missing, of an unknown kind, damaged or empty.
-    """
+    """Every row of a file, each with the line that it came from."""
     rows = read_all(path)
     check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
     return rows
@@ -59,14 +52,6 @@ def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
     """Read a file's rows one after the other; it is looked at when this is called.
 
     A row that can't be read has its fault; a file that is damaged is an error where that shows.
-
-    Args:
-        path: As in `read_file`.
-        start: Rows to pass over.
-
-    Raises:
-        DataError: As `read_file`, but for an empty file, where there is no row; what is damaged
-            shows when it is read.
     """
     path = local_path(path, "a data file", DataError)
     if not path.is_file():

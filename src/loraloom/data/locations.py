@@ -54,14 +54,6 @@ def read_rows(location: str, split: str, config: str | None = None) -> list[Row]
     """The rows of one split of a file, a directory or a hub data set.
 
     A row that can't be read stands there with its fault.
-
-    Args:
-        location: Path of a file or directory, else the hub id of a data set.
-        split: Split to read; a file is one split, whatever its name.
-        config: Configuration of a hub data set.
-
-    Raises:
-        DataError: If there is no such data set or split, or it is empty or damaged.
     """
     found = find_location(location, split, config)
     return read_all(found) if isinstance(found, Path) else read_hub(found, split)

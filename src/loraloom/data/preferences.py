@@ -36,17 +36,6 @@ def encode_preferences(
     Texts are read as they stand, with an EOS after each answer. Where `chosen` and `rejected` are
     messages they follow those of `prompt`; without such a prompt, both are whole conversations and
     what they begin with alike is the prompt.
-
-    Args:
-        tokenizer: With an EOS token for texts, a chat template for messages.
-        rows: All of one kind.
-        first: The data set's first row, which says of which kind.
-        columns: The rows' names for the three, where they differ.
-        max_length: Most tokens of either answer with its prompt; see `fit_pair`.
-        chat_template: For messages, in place of the tokenizer's; see `load_chat_template`.
-
-    Raises:
-        DataError: If the tokenizer lacks what is needed.
     """
     names = {role: columns.get(role, role) for role in ("prompt", "chosen", "rejected")}
     if isinstance(first[names["chosen"]], str):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import Template, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
@@ -18,7 +18,7 @@ from loraloom.data.chat_template import ChatTemplate, given_source
 from loraloom.data.locations import find_location, read_rows, stream_rows
 from loraloom.data.messages import Message, read_conversation, read_messages
 from loraloom.data.rows import Row
-from loraloom.data.templates import BoundedEnvironment, compile_within, read_template, render
+from loraloom.data.templates import compile_template, read_template, render
 from loraloom.errors import DataError, shown
 
 INSTRUCTION_COLUMNS = (
@@ -31,15 +31,6 @@ INSTRUCTION_COLUMNS = (
 def load_template(template: str | None) -> Template:
     """A template by name, by its text or from a file; None is `alpaca`."""
     return compile_template(template_source(template), f"the prompt template {shown(template)}")
-
-
-def compile_template(source: str, origin: str) -> Template:
-    """A template from its text; an unknown name in it is an error when it is filled in."""
-    environment = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    try:
-        return compile_within(environment, source)
-    except TemplateError as error:
-        raise DataError(f"{origin} is not valid Jinja: {error}") from error
 
 
 def read_instruction(row: Row, columns: dict[str, str], template: Template) -> tuple[str, str]:
@@ -114,9 +105,13 @@ def _beginnings(source: SourceConfig, *, streaming: bool) -> Iterator[Message | 
     rows = stream_rows(*location).rows() if streaming or is_file else iter(read_rows(*location))
     columns = source.fields or {}
     for row in islice(rows, 100):
-        if source.format == "chat":
-            yield read_conversation(row, columns).messages[0]
-            continue
         names = [columns.get(role, role) for role in ("prompt", "chosen")]
         messages = next((name for name in names if isinstance(row.get(name), list)), None)
-        yield None if messages is None else read_messages(row, messages)[0]
+        try:
+            if source.format == "chat":
+                first = read_conversation(row, columns).messages[0]
+            else:
+                first = None if messages is None else read_messages(row, messages)[0]
+        except DataError:  # it is skipped, or encoding will report it
+            continue
+        yield first

@@ -51,23 +51,14 @@ class Row(dict[str, Any]):
         return value
 
     def answer(self, name: str) -> str:
-        """The field as a text that a model learns to write.
-
-        Raises:
-            EmptyAnswerError: If it is null or has nothing but white space.
-            DataError: If the field is missing or not a string.
-        """
+        """The field as a text that a model learns to write."""
         text = "" if self[name] is None else self.text(name)
         if not text.strip():
             self.reject_empty(f"field {name!r} is empty, so there is nothing to learn")
         return text
 
     def reject_empty(self, reason: str) -> NoReturn:
-        """Raise the error that there is no answer in this row, and say what to do.
-
-        Raises:
-            EmptyAnswerError: Always.
-        """
+        """Raise the error that there is no answer in this row, and say what to do."""
         raise EmptyAnswerError(
             f"{self.origin}: {reason}; fill it in, remove the row, or set on_empty: skip"
         )
@@ -99,15 +90,7 @@ class Row(dict[str, Any]):
 
 
 def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
-    """Refuse rows that can't be used, all of them in one message.
-
-    Args:
-        faults: Origin of each such row, and what is wrong with it.
-        num_rows: That were read.
-
-    Raises:
-        DataError: If there are any.
-    """
+    """Refuse rows that can't be used, all of them in one message."""
     if not faults:
         return
     if len(faults) == 1:

@@ -54,12 +54,7 @@ def load_source(
     as_pairs: bool = False,
     limit: int | None = None,
 ) -> LoadedSource:
-    """Read and encode a source; arguments as in `read_source`.
-
-    Raises:
-        DataError: If the data is missing, empty or has rows that can't be used, or no row fits
-            max_length.
-    """
+    """Read and encode a source; arguments as in `read_source`."""
     rows, source = read_source(config, tokenizer, max_length, split, as_pairs=as_pairs, limit=limit)
     check_encoded(config, rows, source.rows)
     if not any(row.pieces for row in source.rows):
@@ -80,20 +75,7 @@ def read_source(
     limit: int | None = None,
     streaming: bool = False,
 ) -> tuple[list[Row], LoadedSource]:
-    """Read a source's rows, and encode them; those that can't be used have their faults.
-
-    Args:
-        config: A task or a data set.
-        tokenizer: The base model's.
-        max_length: Most tokens of an example.
-        split: What is read where the config names no split.
-        as_pairs: Make each question of a task a preference: the right answer over a wrong one.
-        limit: Most rows to take from the beginning.
-        streaming: Read no more of a data set than that.
-
-    Raises:
-        DataError: If the data is missing or empty.
-    """
+    """Read a source's rows, and encode them; those that can't be used have their faults."""
     if config.task is not None:
         rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
         return rows, _load_task(config, config.task, rows, tokenizer, max_length, as_pairs)
@@ -110,11 +92,7 @@ def read_source(
 
 
 def check_encoded(config: SourceConfig, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
-    """Refuse rows that can't be used, unless they are empty and may be left out.
-
-    Raises:
-        DataError: With all of them.
-    """
+    """Refuse rows that can't be used, unless they are empty and may be left out."""
     skips = config.on_empty == "skip"
     faults = [
         (row.origin, one.fault)
@@ -188,21 +166,7 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[EncodedRow]:
-    """Encode rows of a data set as its format says.
-
-    Args:
-        config: A data set's.
-        rows: At least one.
-        first: The data set's first row, which says how instructions and preferences are written.
-        tokenizer: The base model's.
-        max_length: Most tokens of an example.
-
-    Returns:
-        The rows; one that can't be used has its fault.
-
-    Raises:
-        DataError: If the first row lacks a column of the format.
-    """
+    """Encode rows of a data set as its format says."""
     columns = config.fields or {}
     _check_columns(config, first)
     match config.format:

@@ -119,11 +119,7 @@ def load_held_out(
 
 
 def parse_source(settings: SourceConfig | Mapping[str, Any]) -> SourceConfig:
-    """Check the settings of a data set.
-
-    Raises:
-        ConfigError: If they are wrong.
-    """
+    """Check the settings of a data set."""
     try:
         return SourceConfig.model_validate(settings)
     except ValidationError as error:

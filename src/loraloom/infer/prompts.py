@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.data import PromptForm
 from loraloom.data.chat_template import ChatTemplate, load_chat_template
 from loraloom.data.messages import Conversation, Message
-from loraloom.data.prompts import compile_template
-from loraloom.data.templates import render
+from loraloom.data.templates import compile_template, render
 from loraloom.data.tokenising import encode_texts
 from loraloom.errors import DataError, shown
 from loraloom.models.host import Host
