@@ -3,7 +3,7 @@
 A process of its own exports; what is measured is the high-water mark of resident memory while it
 does, above what the process had before it loaded the base model.
 
-    .venv/bin/python benchmarks/export_memory.py --base-model smollm2-135m
+    python -m benchmarks.export_memory --base-model smollm2-135m
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from benchmarks.cases import peak_rss_bytes, reset_peak_rss
 from loraloom import MixLoraConfig, attach, export, load_base_model
-from loraloom.bench.timing import peak_rss_bytes, reset_peak_rss
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options)))
         return
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure"]
+    command = [sys.executable, "-m", "benchmarks.export_memory", *sys.argv[1:], "--measure"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     print(describe(json.loads(done.stdout.splitlines()[-1]), options))
 

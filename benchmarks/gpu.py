@@ -3,7 +3,7 @@
 Rank 16, 8 experts, top-2, all linears; plain LoRA has rank 80. Each case runs in a process of its
 own.
 
-    python benchmarks/gpu.py [--rows 16] [--length 512] [--layers 32] [--cases lora,mixlora]
+    python -m benchmarks.gpu [--rows 16] [--length 512] [--layers 32] [--cases lora,mixlora]
 
 Written without a GPU at hand: no number of it has been published yet.
 """
@@ -21,8 +21,8 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.cases import fill_B
 from loraloom import Host, LoraConfig, MixLoraConfig
-from loraloom.bench.step import fill_B
 
 CASES = ("peft-lora", "peft-lora autocast", "lora", "mixlora", "mixdora", "two mixlora")
 SHARED = {"alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def in_own_process(case: str) -> str:
-    command = [sys.executable, *sys.argv, "--one", case]
+    command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--one", case]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return done.stderr.strip().rpartition("\n")[2]

@@ -1,6 +1,6 @@
 """Score five adapters and the base model in one command, and in a command each: time, memory.
 
-    python benchmarks/many_adapters.py --data DIR [--base-model NAME] [--limit 200]
+    python -m benchmarks.many_adapters --data DIR [--base-model NAME] [--limit 200]
 
 The adapters are untrained, with random B: LoRA, DoRA, MixLoRA, MixDoRA and a second MixLoRA of
 rank 8. Commands take turns with their halves swapped (one command, six, six, one), so that a
@@ -18,9 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.cases import StepSetting, adapter_config, fill_B
 from loraloom import Host, load_base_model
-from loraloom.bench.cases import StepSetting, adapter_config
-from loraloom.bench.step import fill_B
 
 ADAPTERS = {
     "lora": "lora",

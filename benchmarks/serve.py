@@ -1,8 +1,8 @@
 """Measure `loraloom serve` from outside: throughput, waiting times under load, and a soak.
 
-    python benchmarks/serve.py throughput [--chats 16] [--tokens 128] [--rounds 3]
-    python benchmarks/serve.py arrivals [--seconds 120] [--load 0.7]
-    python benchmarks/serve.py soak [--minutes 15] [--clients 32]
+    python -m benchmarks.serve throughput [--chats 16] [--tokens 128] [--rounds 3]
+    python -m benchmarks.serve arrivals [--seconds 120] [--load 0.7]
+    python -m benchmarks.serve soak [--minutes 15] [--clients 32]
 
 The server is a process of its own; its adapters are MixLoRA of rank 8 with random B. Each way
 prints its progress on stderr, and its result as one line of JSON on stdout.
@@ -37,8 +37,8 @@ from typing import Any
 import httpx2
 import psutil
 
+from benchmarks.cases import fill_B
 from loraloom import MixLoraConfig, attach, load_base_model
-from loraloom.bench.step import fill_B
 
 BASE = "smollm2-135m"
 MIXTURES = ("mix-0", "mix-1", "mix-2", "mix-3")

@@ -1,15 +1,16 @@
 """Two versions of loraloom against each other, each case of one right after that of the other.
 
     git worktree add ../before REVISION
-    .venv/bin/python benchmarks/versions.py ../before . -- step --cases lora,mixlora --rounds 7
+    .venv/bin/python -m benchmarks.versions ../before . -- step --cases lora,mixlora --rounds 7
 
-What follows `--` is `loraloom bench`'s. Both versions run in this Python's environment, each in a
-process of its own, and take turns within every timed round, so that a machine whose speed moves
-within minutes hits them alike; which of them is first changes from round to round. All of it is
-done twice, with processes started in the other order, as the one that is started later is often
-slower by a tenth. The table has the medians of both, the median over rounds of the second one's
-time ÷ the first one's (of both orders, their geometric mean), and the least and the largest of
-those ratios; below it, the same of each case ÷ the first case.
+What follows `--` is a module of benchmarks/ (step, layer, decode) with its options. Both versions
+run in this Python's environment, each in a process of its own, and take turns within every timed
+round, so that a machine whose speed moves within minutes hits them alike; which of them is first
+changes from round to round. All of it is done twice, with processes started in the other order, as
+the one that is started later is often slower by a tenth. The table has the medians of both, the
+median over rounds of the second one's time ÷ the first one's (of both orders, their geometric
+mean), and the least and the largest of those ratios; below it, the same of each case ÷ the first
+case.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import entry_points
+from importlib import import_module
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -60,7 +61,7 @@ def print_ratios(name: str, first: list[float], second: list[float]) -> None:
 
 
 def compare(checkouts: list[Path], words: list[str]) -> list[Times]:
-    """Run `loraloom bench` of both checkouts by turns."""
+    """Run a benchmark of both checkouts by turns."""
     with tempfile.TemporaryDirectory() as directory:
         ends = socket.socketpair()
         children, results = [], []
@@ -71,6 +72,7 @@ def compare(checkouts: list[Path], words: list[str]) -> list[Times]:
                 subprocess.Popen(
                     [sys.executable, "-c", f"{CHILD}", *own, *words],
                     env=os.environ | {"PYTHONPATH": str(checkout.resolve() / "src")},
+                    cwd=checkout,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[end.fileno()],
                 )
@@ -84,12 +86,11 @@ def compare(checkouts: list[Path], words: list[str]) -> list[Times]:
 
 
 def take_part(place: int, peer: socket.socket, words: list[str]) -> Times:
-    """Run `loraloom bench`, timing each case when it is this process's turn."""
-    from loraloom.bench import timing
+    """Run a benchmark, timing each case when it is this process's turn."""
+    from benchmarks import cases
 
-    (command,) = entry_points(group="console_scripts", name="loraloom")
-    loraloom = command.load()
-    timed: Any = timing._timed
+    benchmark = import_module(f"benchmarks.{words[0]}")
+    timed: Any = cases._timed
     times: Times = {}
 
     def by_turns(run: Any) -> float:
@@ -109,10 +110,8 @@ def take_part(place: int, peer: socket.socket, words: list[str]) -> Times:
             times.setdefault(case, []).append(elapsed)
         return elapsed
 
-    timing._timed = by_turns
-    sys.argv = ["loraloom", "bench", *words]
-    if code := loraloom():
-        raise SystemExit(code)
+    cases._timed = by_turns
+    benchmark.main(words[1:])
     return times
 
 

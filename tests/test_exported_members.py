@@ -13,8 +13,8 @@ import loraloom
 from loraloom import adapters, errors
 
 ROOT = Path(__file__).parent.parent
-INSIDE = ("loraloom.bench", "loraloom.eval.harness", "loraloom.models.families")
-"""What measures, what needs an extra, and the table of families have modules of their own."""
+INSIDE = ("loraloom.eval.harness", "loraloom.models.families")
+"""What needs an extra, and the table of families have modules of their own."""
 BESIDE = ("loraloom.peft",)
 """What needs another package is public under a name of its own."""
 
@@ -80,11 +80,7 @@ def test_configurations_and_errors_come_without_torch():
 
 @pytest.mark.parametrize(
     "path",
-    sorted(
-        path
-        for name in ("examples", "benchmarks", "recipes")
-        for path in ROOT.glob(f"{name}/**/*.py")
-    ),
+    sorted(path for name in ("examples", "recipes") for path in ROOT.glob(f"{name}/**/*.py")),
     ids=lambda path: path.name,
 )
 def test_scripts_import_from_the_public_face(path):

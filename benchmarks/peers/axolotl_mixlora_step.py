@@ -1,15 +1,15 @@
 """A training step of axolotl 0.21.0's MixLoRA plug-in: median seconds.
 
-The setting of `loraloom bench step`: SmolLM2-135M, 4 x 256 tokens, rank 8, 8 experts, top-2, LoRA
+The setting of `benchmarks/step.py`: SmolLM2-135M, 4 x 256 tokens, rank 8, 8 experts, top-2, LoRA
 on attention by PEFT, loss on all tokens, AdamW, bfloat16 base, float32 adapters, dropout 0. It
 runs in loraloom's environment, with the plug-in's own files alone (model.py, patching.py, loss.py):
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheel axolotl==0.21.0
     python -m zipfile -e wheel/axolotl-0.21.0-py3-none-any.whl axolotl_wheel
-    python benchmarks/peers/axolotl_mixlora_step.py axolotl_wheel [--autocast] [--turns 6]
-    python benchmarks/peers/axolotl_mixlora_step.py axolotl_wheel --count
+    python -m benchmarks.peers.axolotl_mixlora_step axolotl_wheel [--autocast] [--turns 6]
+    python -m benchmarks.peers.axolotl_mixlora_step axolotl_wheel --count
 
-With --count a step's operations and bytes at Llama 2 7B's sizes, as `loraloom bench count` has them
+With --count a step's operations and bytes at Llama 2 7B's sizes, as `benchmarks/count.py` has them
 (8 x 512 tokens, experts of rank 16, attention of rank 80), if each expert gets as many tokens as
 the others. The plug-in reads the device to know how many: 16 times a layer, which is not counted.
 """
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import loraloom
-from loraloom.bench.count import SHAPES, count_model
+from benchmarks.count import SHAPES, count_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 AUX_LOSS_COEF = 0.01

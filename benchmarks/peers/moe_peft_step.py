@@ -1,6 +1,6 @@
 """A training step of MoE-PEFT 2.0.2 with MixLoRA adapters: median seconds and peak memory.
 
-The setting of `loraloom bench step`: 4 x 256 tokens, rank 8 on all linear layers, 8 experts, top-2,
+The setting of `benchmarks/step.py`: 4 x 256 tokens, rank 8 on all linear layers, 8 experts, top-2,
 loss on all tokens, AdamW. MoE-PEFT refuses dropout 0, so it is 0.05. See README.md for its own
 environment.
 

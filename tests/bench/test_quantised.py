@@ -4,8 +4,8 @@ import gc
 from pathlib import Path
 
 import loraloom
-from loraloom.bench.prediction import JobsSetting
-from loraloom.bench.quantised import load_host, measure_peak
+from benchmarks.memory_model import JobsSetting
+from benchmarks.quantised import load_host, measure_peak
 from tests.infer.saved import save_tiny
 
 SETTING = JobsSetting("lora", rows=1, length=8, dtype="float32")

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from loraloom.bench import tiny_base
 from loraloom.cli import main as cli
 from loraloom.cli import quickstart
+from loraloom.data import tiny_base
 from loraloom.data.skills import generate_skills
 from tests.infer.saved import save_tiny
 

@@ -41,7 +41,7 @@ DOCUMENTS = sorted(
     if path.name not in ("CHANGELOG.md", "LOG.md")
 )
 RUN = {"train", "eval", "report", "generate", "inspect", "config", "data", "export", "convert"}
-"""Verbs that run in README.md and docs/; `quickstart` and `bench` take long."""
+"""Verbs that run in README.md and docs/; `quickstart` takes long."""
 SERVER = "http://127.0.0.1:8000"
 """Where documents have a server."""
 LAUNCHERS = {"torchrun", "accelerate"}
@@ -204,9 +204,13 @@ def check_script(arguments: list[str]) -> None:
     source = script.read_text()
     if script in PASS_ON:
         source += STUDY.read_text()
+    if "add_options(" in source:  # of fields of the benchmarks' settings
+        source += (ROOT / "benchmarks/cases.py").read_text()
     for option in options:
         if option.startswith("--"):
-            assert f'"{option.partition("=")[0]}"' in source, f"{script.name} must know {option}"
+            name = option.partition("=")[0]
+            field = f"{name[2:].replace('-', '_')}: "
+            assert f'"{name}"' in source or field in source, f"{script.name} must know {option}"
 
 
 def check_extras(arguments: list[str]) -> None:

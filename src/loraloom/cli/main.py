@@ -19,7 +19,6 @@ from typer.main import get_command
 
 import loraloom
 from loraloom.cli import (
-    bench,
     chat,
     config,
     convert,
@@ -58,7 +57,6 @@ VERBS: dict[str, Command] = {
 """Verb -> function, in the order of --help."""
 
 GROUPS: dict[str, tuple[str, Mapping[str, Command]]] = {
-    "bench": ("What a layer, a training step and decoding cost.", bench.SUBCOMMANDS),
     "config": ("Run files: their schema, and one in full.", config.SUBCOMMANDS),
     "data": ("What a run's jobs learn from.", data.SUBCOMMANDS),
 }

@@ -53,8 +53,8 @@ def quickstart(
     two slow processor cores.
     """
     run = _run_config(max_steps, output_dir / "adapters", output_dir / "base", device)
-    from loraloom.bench.tiny_base import make_tiny_base
     from loraloom.data.questions import load_question_set
+    from loraloom.data.tiny_base import make_tiny_base
     from loraloom.eval.evaluation import evaluate
     from loraloom.eval.progress import EvaluationProgress
     from loraloom.models.attach import attach

@@ -3,7 +3,7 @@
 Each kernel is compiled by Triton's own compiler and ptxas from the arguments of a block of Llama 2
 7B, forward and backward. Nothing runs. Stack is what a thread keeps outside of its registers.
 
-    python -m loraloom.bench.kernels [--capability 80 89 90] [--dtype bfloat16]
+    python -m benchmarks.kernels [--capability 80 89 90] [--dtype bfloat16]
 """
 
 from __future__ import annotations

@@ -10,12 +10,15 @@ its bytes or of its products, whichever is longer, or that of launching it.
 
 Two checks of transformers, which read the mask of a forward once to see whether something is
 masked, are answered without data.
+
+    python -m benchmarks.count --shape 7b --card H100
 """
 
 from __future__ import annotations
 
+import argparse
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +32,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
-from loraloom.bench.cases import StepSetting, adapter_cases, adapter_config
+from benchmarks.cases import (
+    ADAPTERS,
+    StepSetting,
+    adapter_config,
+    add_cases,
+    add_options,
+    chosen_setting,
+    print_figures,
+)
 from loraloom.models.host import Host
 
 
@@ -77,7 +88,29 @@ PEFT_COUNTED = ("peft-lora", "peft-bf16")
 BASE_FORWARD = "base-forward"
 """The base model alone, which no training step can do without: a forward that keeps nothing."""
 
-COUNTED = (*PEFT_COUNTED, BASE_FORWARD, *adapter_cases())
+COUNTED = (*PEFT_COUNTED, BASE_FORWARD, *ADAPTERS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    defaults = StepSetting(rows=8, length=512, rank=16)
+    add_options(parser, defaults, "rows", "length", "rank", "num_experts", "top_k")
+    parser.add_argument("--lora-rank", type=int, default=80, help="without experts")
+    parser.add_argument("--shape", choices=SHAPES, default="7b", help="of Llama 2")
+    parser.add_argument("--card", choices=CARDS, default="H100")
+    add_cases(parser, COUNTED, rounds=1)
+    options = parser.parse_args(arguments)
+    figures = {}
+    for name in options.cases:
+        shape = SHAPES[options.shape]
+        counted = count_step(name, shape, chosen_setting(options), options.lora_rank)
+        figures[name] = {
+            "operations": counted.operations,
+            "GB moved": counted.bytes / 1e9,
+            "peak GB": counted.peak_bytes / 1e9,
+            f"{options.card} s": counted.time_on(options.card),
+        }
+    print_figures(figures)
 
 
 @dataclass(frozen=True)
@@ -286,3 +319,7 @@ class _Counter(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+if __name__ == "__main__":
+    main()

@@ -5,22 +5,34 @@ Axes: T tokens, D hidden, F feed-forward.
 Cases: `frozen` is the base's FFN with a gradient to its input only; `peft-lora` is PEFT's LoRA on
 its three projections (plain autograd, float32 adapters), `peft-lora-tuned` the same in autocast;
 the others are loraloom's.
+
+    python -m benchmarks.layer --hidden-size 2048 --ffn-size 5632 --num-tokens 1024
+    python -m benchmarks.layer --over num-experts --values 8 16 64   # one case over a size
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from benchmarks.cases import (
+    ADAPTERS,
+    MIXTURE,
+    PEFT_CASES,
+    StepSetting,
+    adapter_config,
+    add_cases,
+    alternate,
+    fill_B,
+    print_figures,
+)
 from loraloom.adapters.base import BaseLayer, BaseProjection, FfnShape
-from loraloom.bench.cases import StepSetting, adapter_config, check_top_k
-from loraloom.bench.step import fill_B
-from loraloom.errors import ConfigError
 from loraloom.models.forward import ForwardContext, running, segment_adapters
 from loraloom.models.layout import make_layout
 from loraloom.models.wrappers import FfnBlock
@@ -41,8 +53,38 @@ class LayerSetting:
     num_adapters: int = 1
     dtype: torch.dtype = torch.bfloat16
 
-    def __post_init__(self) -> None:
-        check_top_k(self.top_k, self.num_experts)
+
+SCALED = [field.name.replace("_", "-") for field in fields(LayerSetting) if field.name != "dtype"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for field, size in zip(SCALED, vars(LayerSetting()).values(), strict=False):
+        parser.add_argument(f"--{field}", type=int, default=size)
+    add_cases(parser, (*PEFT_CASES, "frozen", *ADAPTERS), rounds=9)
+    parser.add_argument("--over", choices=SCALED, help="a size to vary, for --case alone")
+    parser.add_argument("--values", type=int, nargs="+", default=[], help="of it")
+    parser.add_argument("--case", choices=ADAPTERS, default=MIXTURE)
+    options = vars(parser.parse_args(arguments))
+    sizes = {name.replace("-", "_"): options[name.replace("-", "_")] for name in SCALED}
+    setting, over = LayerSetting(**sizes), options["over"]
+    if over is None:
+        layers = {case: make_layer(case, setting) for case in options["cases"]}
+    else:
+        settings = [replace(setting, **{over.replace("-", "_"): n}) for n in options["values"]]
+        layers = {
+            f"{over} {value}": make_layer(options["case"], one)
+            for value, one in zip(options["values"], settings, strict=True)
+        }
+    times = alternate({name: layer.run for name, layer in layers.items()}, options["rounds"])
+    figures = {
+        name: {"ms": 1e3 * times[name], "saved MB": layer.saved_bytes / 1e6}
+        for name, layer in layers.items()
+    }
+    if over is not None:
+        steps = alternate({name: one.optimise for name, one in layers.items()}, options["rounds"])
+        figures = {n: {**values, "AdamW ms": 1e3 * steps[n]} for n, values in figures.items()}
+    print_figures(figures)
 
 
 @dataclass(frozen=True)
@@ -62,11 +104,6 @@ class LayerCase:
 
 def make_layer(case: str, setting: LayerSetting) -> LayerCase:
     """Build a layer of a case with random weights."""
-    if setting.num_tokens % setting.num_adapters:
-        raise ConfigError(
-            f"tokens must be a multiple of adapters, got {setting.num_tokens} tokens and "
-            f"{setting.num_adapters} adapters"
-        )
     generator = torch.Generator().manual_seed(0)
     mlp = _base_mlp(setting, generator)
     adapters = setting.num_adapters
@@ -171,3 +208,7 @@ def _saved_bytes(forward: Callable[[], Tensor], weights: list[Tensor]) -> int:
         output = forward()
     del output
     return sum(saved.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Make a tiny base model that knows the language of the skills, in minutes on one core.
 
-    python -m loraloom.bench.tiny_base --output runs/mixture/tiny-base
+    python -m loraloom.data.tiny_base --output runs/mixture/tiny-base
 
 It is trained from nothing on the questions and answers of every rule at its home and in eight
 lands that no study asks about (`skills@592` and smaller ones don't have them), so that it knows the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import loraloom
-from loraloom.bench import tiny_base
+from loraloom.data import tiny_base
 from loraloom.data.skills import generate_skills
 
 

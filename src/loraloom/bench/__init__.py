@@ -1,1 +1,0 @@
-"""Measurements: how long a layer, a training step and a decoding step take, and in what memory."""
