@@ -81,19 +81,13 @@ def serve(
         ),
     ] = None,
     max_adapters: Annotated[int, Option(min=1, help="Most adapters of --adapter-dir at once.")] = 8,
-    max_adapter_bytes: Annotated[
-        int | None, Option(min=1, help="Most bytes of all adapters in memory together.")
-    ] = None,
-    host: Annotated[
-        str, Option(help="Address to listen on; others than this machine's need a key.")
-    ] = "127.0.0.1",
+    max_adapter_bytes: Annotated[int | None, Option(min=1, help="Most memory of adapters.")] = None,
+    host: Annotated[str, Option(help="Address; other machines' needs a key.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
     api_key_file: Annotated[
         Path | None, path_option("--api-key-file", metavar="FILE", help="API keys, one a line.")
     ] = None,
-    no_api_key: Annotated[
-        bool, Option("--no-api-key", help="Let anybody ask who reaches --host.")
-    ] = False,
+    no_api_key: Annotated[bool, Option("--no-api-key", help="Let anybody ask.")] = False,
     allow_loading: Annotated[
         bool,
         Option(
@@ -121,9 +115,7 @@ def serve(
     ] = None,
     max_rows: MaxRowsOption = 32,
     cache_tokens: CacheTokensOption = None,
-    prefill_tokens: Annotated[
-        int, Option(min=1, help="Most tokens of prompts read between decoding steps.")
-    ] = 256,
+    prefill_tokens: Annotated[int, Option(min=1, help="Most prompt tokens read in a step.")] = 256,
     shared_prompt_cache: Annotated[
         bool,
         Option(
@@ -132,9 +124,7 @@ def serve(
             "prompts other keys have sent.",
         ),
     ] = False,
-    max_waiting: Annotated[
-        int, Option(min=1, help="Most completions that wait for their turn.")
-    ] = 256,
+    max_waiting: Annotated[int, Option(min=1, help="Most completions that wait.")] = 256,
     max_request_seconds: Annotated[float, Option(min=1, help="Longest time of a request.")] = 600.0,
     max_body_bytes: Annotated[int, Option(min=1024, help="Largest request.")] = 2 << 20,
     max_connections: Annotated[
@@ -148,14 +138,9 @@ def serve(
     header_seconds: Annotated[float, Option(min=0.1, help="Time for a request's headers.")] = 10.0,
     body_seconds: Annotated[
         float,
-        Option(
-            min=0.1,
-            help="Time for a request's body, and for a client to read on while an answer waits.",
-        ),
+        Option(min=0.1, help="Time for a body, and for a client to read some of an answer."),
     ] = 60.0,
-    idle_seconds: Annotated[
-        float, Option(min=0.1, help="Time of a connection without a request.")
-    ] = 30.0,
+    idle_seconds: Annotated[float, Option(min=0.1, help="Time between two requests.")] = 30.0,
     access_log: Annotated[bool, Option(help="Write a line of each request.")] = True,
     chat_template: ChatTemplateOption = None,
     dtype: DtypeOption = "auto",

@@ -11,11 +11,10 @@ from torch.nn.functional import silu
 
 from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConfig
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.serve.vllm import is_known
+from loraloom.serve.vllm import fitting_rank, is_known, max_top_k
 from loraloom.serve.vllm.folding import Folder, split_in_pieces
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 from loraloom.serve.vllm.mixing import choose, mix
-from loraloom.serve.vllm.settings import fitting_rank, max_top_k
 from tests.tiny import METHODS, tiny_host
 
 SERVED = {

@@ -50,7 +50,7 @@ class ConnectionLimits:
     idle_s: float = 30.0
 
     def __post_init__(self) -> None:
-        room = _max_open_files() * 3 // 4 - SPARE_CONNECTIONS
+        room = max(1, _max_open_files() * 3 // 4 - SPARE_CONNECTIONS)
         if (self.max_connections or 0) > room:
             raise ConfigError(
                 f"--max-connections must be at most {room} where a process may open "

@@ -16,9 +16,16 @@ from transformers import AutoConfig
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, LoraloomError, ModelError
-from loraloom.serve.vllm import KNOWN_VERSIONS, is_known, vllm_version
+from loraloom.serve.vllm import (
+    ADAPTER_DIR,
+    KNOWN_VERSIONS,
+    MAX_TOP_K,
+    fitting_rank,
+    is_known,
+    max_top_k,
+    vllm_version,
+)
 from loraloom.serve.vllm.folding import PIECES, FoldedAdapter, Folder
-from loraloom.serve.vllm.settings import ADAPTER_DIR, MAX_TOP_K, fitting_rank, max_top_k
 
 
 @dataclass(frozen=True)

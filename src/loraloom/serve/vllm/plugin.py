@@ -46,9 +46,9 @@ from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, FormatError, LoraloomError
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
+from loraloom.serve.vllm import ADAPTER_DIR, fitting_rank, max_top_k
 from loraloom.serve.vllm.folding import PIECES, FoldedAdapter, Folder
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
-from loraloom.serve.vllm.settings import ADAPTER_DIR, fitting_rank, max_top_k
 
 _log = logging.getLogger(__name__)
 
