@@ -308,6 +308,8 @@ def main() -> int:
                 except Exception as error:
                     seen, held = f"{type(error).__name__}: {error}", False
                 num_failed += not held
+                if not held:
+                    print(server.log.read_text()[-6000:], file=sys.stderr)
                 asked = (ATTACKS[name].__doc__ or "").strip()
                 print(f"| {name} | {asked} | {seen} | {'pass' if held else 'FAIL'} |", flush=True)
         finally:
