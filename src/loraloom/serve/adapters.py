@@ -292,8 +292,10 @@ class AdapterShelf:
 
     def _make_room_for(self, new: ServedAdapter) -> None:
         """Let unused adapters of the directory go until all fit the memory, or else the new one."""
-        while sum(map(_bytes_of, self._host.adapters.values())) > self._max_bytes:
-            with self._lock:
+        while True:
+            with self._lock:  # others remove adapters meanwhile
+                if sum(map(_bytes_of, self._host.adapters.values())) <= self._max_bytes:
+                    return
                 unused = (one for one in self._served.values() if one.is_lazy and not one.num_users)
                 adapter = next(unused, new)
                 self._served.pop("" if adapter is new else adapter.name, None)
