@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import sys
 from pathlib import Path
 
 import datasets
@@ -61,7 +58,7 @@ def load(tokenizer, dataset: str, data_format: str = "text", max_length: int = 4
 
 
 def entries(cache: Path) -> list[Path]:
-    return sorted(cache.glob("*.parquet"))
+    return sorted(cache.rglob("*.arrow"))
 
 
 def refuse(*_, **__):
@@ -120,45 +117,9 @@ def test_whatever_changes_tokens_makes_another_entry(tokenizer, tmp_path, cache)
     assert num_entries() == 7
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "changed", "renamed", "rows missing"])
-def test_a_damaged_entry_is_made_again(tokenizer, tmp_path, cache, damage):
-    file = write(tmp_path / "rows.jsonl", DATA["text"])
-    expected = load(tokenizer, file)
-    (entry,) = entries(cache)
-    whole = entry.read_bytes()
-    if damage == "rows missing":
-        encode_once._write(iter([expected[:10]]), entry)
-    else:
-        middle = len(whole) // 4
-        changed = whole[:middle] + bytes(40) + whole[middle + 40 :]
-        renamed = whole.replace(b"input_ids", b"input_idx")
-        damaged = {"empty": b"", "cut": whole[:-9], "changed": changed, "renamed": renamed}
-        entry.write_bytes(damaged[damage])
-    assert load(tokenizer, file) == expected
-    assert entry.read_bytes() == whole
-
-
 def test_without_a_cache_rows_are_encoded_as_ever(tokenizer, tmp_path, cache):
     cache.parent.write_text("in the way")
     assert len(load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))) == 25
-
-
-def test_without_locks_rows_are_encoded_as_ever(tokenizer, tmp_path, cache, monkeypatch):
-    def refuse(path):
-        raise NotImplementedError(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(encode_once, "FileLock", refuse)
-        encoded = load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))
-    assert len(encoded) == 25
-    assert not entries(cache)
-
-
-def test_an_entry_is_read_without_a_lock(tokenizer, tmp_path, cache, monkeypatch):
-    file = write(tmp_path / "rows.jsonl", DATA["text"])
-    expected = load(tokenizer, file)
-    monkeypatch.setattr(encode_once, "FileLock", refuse)
-    assert load(tokenizer, file) == expected
 
 
 def test_rows_of_another_kind_than_the_first_are_an_error_in_every_block(
@@ -171,28 +132,9 @@ def test_rows_of_another_kind_than_the_first_are_an_error_in_every_block(
         load(tokenizer, file, "preference")
 
 
-def test_what_a_killed_process_left_is_deleted_after_a_day(tokenizer, tmp_path, cache):
-    cache.mkdir(parents=True)
-    old, new = (cache / f".{name * 16}.writing" for name in "ab")
-    for path in (old, new):
-        path.touch()
-    os.utime(old, (0, 0))
-    load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))
-    assert (old.exists(), new.exists()) == (False, True)
-
-
 def test_an_entry_remembers_bad_rows(tokenizer, tmp_path, cache):
     file = write(tmp_path / "rows.jsonl", [*DATA["text"], {"text": ""}])
     for _ in range(2):
         with pytest.raises(DataError, match="line 26: field 'text' is empty"):
             load(tokenizer, file)
     assert len(entries(cache)) == 1
-
-
-def test_a_terminal_sees_a_bar(tokenizer, tmp_path, cache, monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True  # pyright: ignore
-    monkeypatch.setattr(sys, "stderr", terminal)
-    load(tokenizer, write(tmp_path / "rows.jsonl", DATA["text"]))
-    assert "rows.jsonl: tokens" in terminal.getvalue()
-    assert "25/25" in terminal.getvalue()

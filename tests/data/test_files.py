@@ -36,10 +36,10 @@ def test_gzipped_json_lines_are_read(tmp_path):
     assert read_file(path) == ROWS
 
 
-def test_a_json_list_is_read_with_the_line_of_each_row(tmp_path):
+def test_a_json_list_is_read_with_the_number_of_each_row(tmp_path):
     rows = read_file(write(tmp_path / "a.json", json.dumps(ROWS, indent=2)))
     assert rows == ROWS
-    assert rows[1].origin.endswith("a.json, line 6")
+    assert rows[1].origin.endswith("a.json, row 2")
 
 
 def test_json_lines_named_json_are_read(tmp_path):
@@ -152,7 +152,7 @@ def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
         ("a.json", '[{"a": 1}]\njunk', "a.json must be JSON, line 2, column 1: trailing char"),
         ("a.json", '[{"a": 1}]\n[{"b": 2}]', "a.json must be JSON, line 2, column 1: trailing"),
         ("a.json", '[{"a": 1},]', "a.json must be JSON, line 1, column 11: trailing comma"),
-        ("a.json", '[\n[{"a": 1}]]', "a.json, line 2: a row must be a JSON object, got list"),
+        ("a.json", '[\n[{"a": 1}]]', "a.json, row 1: a row must be a JSON object, got list"),
         ("a.json", "[" * 100_000, "a.json must be JSON, line 1, column 202: more than 200 levels"),
         (
             "a.jsonl",

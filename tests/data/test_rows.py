@@ -28,8 +28,6 @@ def test_get_and_in_do_not_raise():
 def test_a_field_of_another_type_is_refused():
     with pytest.raises(DataError, match=r"line 7: field 'choices' must be a string, got {'text'"):
         ROW.text("choices")
-    with pytest.raises(DataError, match="line 7: field 'question' must be a list of strings"):
-        ROW.texts("question")
     with pytest.raises(DataError, match="line 7: field 'question' must be an integer, got 'Why"):
         ROW.integer("question")
 
@@ -48,12 +46,6 @@ def test_a_message_names_twenty_fields_and_is_plain_text():
 
 def test_digits_are_an_integer():
     assert ROW.integer("label") == 2
-
-
-def test_a_part_of_a_row_knows_its_origin_too():
-    assert ROW.part("choices").texts("text") == ["a", "b"]
-    with pytest.raises(DataError, match="line 7, field 'choices': the row has no field 'label'"):
-        ROW.part("choices")["label"]
 
 
 def test_long_values_are_shortened_in_messages():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len, chop_cells
 
 from loraloom.cli.options import RunFileArgument, SetOption
 from loraloom.config.faults import suggestion
 from loraloom.config.loading import load_run_config
-from loraloom.errors import ConfigError, DataError
+from loraloom.errors import ConfigError, DataError, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -147,8 +148,6 @@ def _count(rows: list[Row], encoded: list[EncodedRow], tools: str) -> tuple[int,
 
 
 def _show_row(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    from loraloom.data.display import token_lines
-
     if not row.pieces:
         yield f"\n{name}: {row.fault or 'dropped, its answer does not fit max_length'}"
     for number, piece in enumerate(row.pieces, start=1):
@@ -156,6 +155,39 @@ def _show_row(name: str, row: EncodedRow, tokenizer: PreTrainedTokenizerBase) ->
         learnt = sum(piece.is_learnt)
         yield f"\n{name}{part}: {len(piece.input_ids)} tokens, {learnt} learnt"
         yield from token_lines(tokenizer, piece.input_ids, piece.is_learnt, WIDTH)
+
+
+def token_lines(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marked: Sequence[bool], width: int
+) -> Iterator[str]:
+    """Lines of tokens, `|` between them; after each that has marked ones, a line of `^`."""
+    text, marks = "", ""
+    for token, is_marked in zip(ids, marked, strict=True):
+        shown = token_text(tokenizer, token)
+        for part in chop_cells(shown, width - 1) or [""]:
+            if cell_len(text) + cell_len(part) + 1 > width:
+                yield from _lines(text, marks)
+                text, marks = "", ""
+            text += f"{part}|"
+            marks += ("^" if is_marked else " ") * cell_len(part) + " "
+        if "\\n" in shown:
+            yield from _lines(text, marks)
+            text, marks = "", ""
+    yield from _lines(text, marks)
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What stands for a token in a text, with escapes in place of what can't be seen."""
+    from loraloom.data.tokenising import text_of_token
+
+    return plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
+
+
+def _lines(text: str, marks: str) -> Iterator[str]:
+    if text:
+        yield text
+    if marks.strip():
+        yield marks.rstrip()
 
 
 SUBCOMMANDS = {"show": show}

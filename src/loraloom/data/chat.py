@@ -67,9 +67,13 @@ def learn_answers(
         if message["role"] == "assistant" and place >= first
     ]
     if not places:
-        row.reject("the conversation has no assistant's turn to learn from")
+        row.reject(
+            "the conversation has no assistant's turn to learn from; add one, or remove the row"
+        )
     if places[0] == 0:
-        row.reject("a conversation must not begin with the assistant's turn")
+        row.reject(
+            "a conversation must not begin with the assistant's turn; put a user's before it"
+        )
     try:
         _check_written(template, row, conversation, places)
         if template.marks_answers(conversation):
@@ -77,7 +81,10 @@ def learn_answers(
         else:
             texts = _answered_texts(template, row, conversation, places)
     except TemplateError as error:
-        row.reject(f"the conversation does not fit the chat template: {error}")
+        row.reject(
+            f"the conversation does not fit the chat template: {error}; change the conversation, "
+            "or give chat_template another one"
+        )
     return [_learn_spans(tokenizer, text, spans) for text, spans in texts]
 
 
@@ -95,7 +102,10 @@ def _marked_text(
         start = count_shared(text, given)
     spans = [(begin, end) for begin, end in marks if begin >= start]
     if not any(end > begin for begin, end in spans):
-        row.reject("the chat template's {% generation %} marks have nothing of it between them")
+        row.reject(
+            "the chat template's {% generation %} marks have nothing of it between them; give "
+            "chat_template another one"
+        )
     return text, spans
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
-import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -110,9 +109,14 @@ def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         with _opener(path)(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: the file can't be read: {error}") from error
+        raise DataError(
+            f"{path}: the file can't be read: {error}; is it whole, and of the kind that its name "
+            "says?"
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the file must be UTF-8 text: {error}") from error
+        raise DataError(
+            f"{path}: the file must be UTF-8 text: {error}; save it as UTF-8"
+        ) from error
 
 
 def _json_row(line: str, origin: str) -> Row:
@@ -149,42 +153,26 @@ def _read_json(path: Path) -> Iterator[UnparsedRow]:
     if not is_list:  # JSON lines under the wrong name, as often on the hub
         yield from _read_json_lines(path)
         return
-    # the list as a whole is checked first; what follows only finds the line of each row
-    parse_json(text, str(path), DataError)
-    decoder = json.JSONDecoder()
-    line, seen, position = 1, 0, _skip(text, text.index("[") + 1, " \n\r\t")
-    while text[position] != "]":
-        line, seen = line + text.count("\n", seen, position), position
-        value, position = decoder.raw_decode(text, position)
-        yield partial(_row, value, f"{path}, line {line}")
-        position = _skip(text, position, ", \n\r\t")
-
-
-def _skip(text: str, position: int, characters: str) -> int:
-    while text[position] in characters:
-        position += 1
-    return position
+    for number, value in enumerate(parse_json(text, str(path), DataError), start=1):
+        yield partial(_row, value, f"{path}, row {number}")
 
 
 def _read_csv(path: Path) -> Iterator[UnparsedRow]:
+    csv.field_size_limit(2**31 - 1)  # Python's own, 128 KB, is for all readers of a process
     with _open_text(path, newline="") as file:
         reader = csv.reader(file, strict=True)
         columns: list[str] | None = None
         line = 1
-        while (values := _next_line(reader, path)) is not None:
-            begins, line = line, reader.line_num + 1
-            if columns is None:
-                columns = _check_columns(path, values)
-            elif values:
-                yield partial(_csv_row, columns, values, f"{path}, line {begins}")
-
-
-def _next_line(reader: Any, path: Path) -> list[str] | None:
-    with _fields_of_any_length():
         try:
-            return next(reader, None)
+            for values in reader:
+                begins, line = line, reader.line_num + 1
+                if columns is None:
+                    columns = _check_columns(path, values)
+                elif values:
+                    yield partial(_csv_row, columns, values, f"{path}, line {begins}")
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
+            place = f"{path}, line {reader.line_num}"
+            raise DataError(f"{place}: not valid CSV: {error}; mend the quotes") from error
 
 
 def _csv_row(columns: list[str], values: list[str], origin: str) -> Row:
@@ -198,21 +186,12 @@ def _csv_row(columns: list[str], values: list[str], origin: str) -> Row:
     return Row(dict(zip(columns, values, strict=False)), origin)
 
 
-@contextmanager
-def _fields_of_any_length() -> Iterator[None]:
-    """Lift the limit that Python has on CSV for a while, for all that runs."""
-    former = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(former)
-
-
 def _check_columns(path: Path, columns: list[str]) -> list[str]:
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise DataError(
-            f"{path}, line 1: columns must have different names, got {shown(twice[0])} twice"
+            f"{path}, line 1: columns must have different names, got {shown(twice[0])} twice; "
+            "rename one"
         )
     return columns
 
@@ -243,7 +222,9 @@ def _read_parquet(path: Path) -> Iterator[UnparsedRow]:
         ArithmeticError,
         pyarrow.ArrowException,
     ) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
+        raise DataError(
+            f"{path}: not a Parquet file that can be read: {error}; write it again"
+        ) from error
 
 
 def _parquet_row(record: dict[str, Any], origin: str) -> Row:

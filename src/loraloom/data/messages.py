@@ -63,7 +63,10 @@ def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Con
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": text})
         elif messages[0]["content"] != text:
-            row.reject(f"a system message must stand in field {instructions!r} or in the messages")
+            row.reject(
+                f"a system message must stand in field {instructions!r} or in the messages; remove "
+                "one"
+            )
     return Conversation(messages, read_tools(row, names.get("tools", "tools")))
 
 
@@ -71,7 +74,10 @@ def read_messages(row: Row, field: str) -> list[Message]:
     """The turns of a conversation, each an object with `role` and `content`, or ShareGPT's."""
     turns = row[field]
     if not isinstance(turns, list) or not turns:
-        row.reject(f"field {field!r} must be a list of messages, got {type(turns).__name__}")
+        row.reject(
+            f"field {field!r} must be a list of messages, got {type(turns).__name__}; name the "
+            f"column that has them with fields: {{messages: COLUMN}}"
+        )
     return [_read_turn(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 
@@ -135,7 +141,9 @@ def _read_content(message: Row) -> str:
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     joined = [text for text in texts if isinstance(text, str)]
     if len(joined) < len(texts):
-        message.reject("field 'content' must be a text or a list of texts, got other parts in it")
+        message.reject(
+            "field 'content' must be a text or a list of texts, got other parts in it; remove them"
+        )
     return "".join(joined)
 
 

@@ -41,7 +41,10 @@ def read_instruction(row: Row, columns: dict[str, str], template: Template) -> t
     try:
         return render(template, {**row, "instruction": instruction, "input": given}), output
     except TemplateError as error:
-        row.reject(f"the prompt template can't be filled in: {error}")
+        row.reject(
+            f"the prompt template can't be filled in: {error}; the row's fields are "
+            f"{', '.join(row)}"
+        )
 
 
 def instruction_columns(row: Row, mapping: dict[str, str] | None) -> dict[str, str]:

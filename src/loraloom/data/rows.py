@@ -47,7 +47,7 @@ class Row(dict[str, Any]):
         """The field as a string."""
         value = self[name]
         if not isinstance(value, str):
-            self.reject(f"field {name!r} must be a string, got {shown(value)}")
+            self.reject(f"field {name!r} must be a string, got {shown(value)}; write it as a text")
         return value
 
     def answer(self, name: str) -> str:
@@ -63,13 +63,6 @@ class Row(dict[str, Any]):
             f"{self.origin}: {reason}; fill it in, remove the row, or set on_empty: skip"
         )
 
-    def texts(self, name: str) -> list[str]:
-        """The field as a list of strings."""
-        value = self[name]
-        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            self.reject(f"field {name!r} must be a list of strings, got {shown(value)}")
-        return value
-
     def integer(self, name: str) -> int:
         """The field as an integer; a string of digits will do."""
         value = self[name]
@@ -80,13 +73,6 @@ class Row(dict[str, Any]):
         if isinstance(value, float) and value != number:
             self.reject(f"field {name!r} must be an integer, got {shown(value)}")
         return number
-
-    def part(self, name: str) -> Row:
-        """The field as a row of its own, for fields that hold fields."""
-        value = self[name]
-        if not isinstance(value, Mapping):
-            self.reject(f"field {name!r} must be an object, got {shown(value)}")
-        return Row(value, f"{self.origin}, field {name!r}")
 
 
 def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:

@@ -126,7 +126,7 @@ def _load_task(
     encoded = encode_each(
         rows,
         read,
-        lambda texts: encode_once(task.name, texts, encode, tokenizer, [as_pairs, max_length]),
+        lambda texts: encode_once(texts, encode, tokenizer, [as_pairs, max_length]),
     )
     return LoadedSource(f"{task.name} ({scoring})", encoded)
 
@@ -143,7 +143,7 @@ def _encode_data_set(
 
     first = next((row for row in rows if not row.fault), rows[0])
     settings = [config.format, config.fields, _template_text(config, tokenizer), max_length]
-    return encode_once(name, rows, encode, tokenizer, settings)
+    return encode_once(rows, encode, tokenizer, settings)
 
 
 def _template_text(config: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> str:

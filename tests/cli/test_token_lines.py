@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 
-from loraloom.data.display import token_lines, token_text
+from loraloom.cli.data import token_lines, token_text
 
 
 def show(tokenizer, text, marked, width=80):
