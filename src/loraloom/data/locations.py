@@ -8,11 +8,10 @@ DIR/<name>/train.jsonl   a directory of data sets
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import Any, NoReturn
 
 from loraloom.config.faults import suggestion
 from loraloom.config.paths import local_path
@@ -61,8 +60,7 @@ def read_rows(location: str, split: str, config: str | None = None) -> list[Row]
 
 def stream_rows(location: str, split: str, config: str | None = None) -> RowStream:
     """The same rows one after the other; those of the hub are not kept on the disk."""
-    found = find_location(location, split, config)
-    return FileStream(found) if isinstance(found, Path) else HubStream(found, split)
+    return RowStream(find_location(location, split, config), split)
 
 
 def find_location(location: str, split: str, config: str | None) -> Path | HubSource:
@@ -83,69 +81,44 @@ StreamState = dict[str, Any]
 """A place in a stream, in plain values."""
 
 
-class RowStream(ABC):
+class RowStream:
     """Rows of a data set, which can be read on from a place that another process had reached.
 
-    Attributes:
-        sizes: Bytes of its local files, by name.
+    A place in a file is a number of rows, which are passed over unparsed; in a data set of the hub
+    it is datasets' own. `sizes` are the bytes of local files, by name.
     """
 
-    sizes: Mapping[str, int] = {}
+    def __init__(self, found: Path | HubSource, split: str):
+        self._found, self._split, self._num_rows = found, split, 0
+        self.sizes: Mapping[str, int] = {}
+        if isinstance(found, Path):
+            rows_of_file(found)  # is it there?
+            self.sizes = {found.name: found.stat().st_size}
+        else:
+            self._table = _load_from_hub(found, split, streaming=True)
 
-    @abstractmethod
     def rows(self, state: StreamState | None = None) -> Iterator[Row]:
         """Read from there on, or from the beginning; what was begun before ends."""
-
-    @abstractmethod
-    def state_dict(self) -> StreamState:
-        """Return the place after the last row that was read."""
-
-
-@final
-class FileStream(RowStream):
-    """The rows of a file; a place is a number of rows, which are passed over unparsed."""
-
-    def __init__(self, path: Path):
-        rows_of_file(path)
-        self._path = path
-        self._num_rows = 0
-        self.sizes = {path.name: path.stat().st_size}
-
-    def rows(self, state: StreamState | None = None) -> Iterator[Row]:
-        """See RowStream."""
         self._num_rows = 0 if state is None else state["row"]
-        for row in rows_of_file(self._path, self._num_rows):
+        for row in self._read(state):
             self._num_rows += 1
             yield row
 
     def state_dict(self) -> StreamState:
-        """See RowStream."""
-        return {"row": self._num_rows}
+        """Return the place after the last row that was read."""
+        of_hub = isinstance(self._found, HubSource)
+        return {"row": self._num_rows, **({"dataset": self._table.state_dict()} if of_hub else {})}
 
-
-@final
-class HubStream(RowStream):
-    """The rows of a data set on the hub, as datasets streams them."""
-
-    def __init__(self, source: HubSource, split: str):
-        self._source, self._split = source, split
-        self._table = _load_from_hub(source, split, streaming=True)
-        self._num_rows = 0
-
-    def rows(self, state: StreamState | None = None) -> Iterator[Row]:
-        """See RowStream."""
-        self._num_rows = 0 if state is None else state["row"]
+    def _read(self, state: StreamState | None) -> Iterator[Row]:
+        if isinstance(self._found, Path):
+            yield from rows_of_file(self._found, self._num_rows)
+            return
         self._table.load_state_dict(None if state is None else state["dataset"])
         try:
-            for record in self._table:
-                self._num_rows += 1
-                yield _hub_row(self._source, self._split, self._num_rows, record)
+            for number, record in enumerate(self._table, start=self._num_rows + 1):
+                yield _hub_row(self._found, self._split, number, record)
         except Exception as error:  # of the network, of damaged files, of datasets itself
-            _reject_hub(self._source, self._split, error)
-
-    def state_dict(self) -> StreamState:
-        """See RowStream."""
-        return {"row": self._num_rows, "dataset": self._table.state_dict()}
+            _reject_hub(self._found, self._split, error)
 
 
 def find_named(path: Path, name: str, split: str) -> Path:
