@@ -64,17 +64,24 @@ def test_a_mixtures_step_is_counted_with_its_routers_and_experts():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_mixtures_move_little_more_than_a_lora_of_their_size():
+@pytest.mark.parametrize(
+    ("kernels", "of_lora", "of_mixture", "operations", "of_decomposed"),
+    [("on", 0.9, 1.1, 1.25, 1.4), ("off", 1.0, 1.3, 1.5, 2.1)],
+)
+def test_mixtures_move_little_more_than_a_lora_of_their_size(
+    monkeypatch, kernels, of_lora, of_mixture, operations, of_decomposed
+):
+    monkeypatch.setenv("LORALOOM_KERNELS", kernels)
     shape = replace(SHAPES["7b"], num_layers=3)
     setting = StepSetting(rows=8, length=512, rank=16)
     peft, lora, mixture, decomposed = (
         count_step(case, shape, setting, lora_rank=80)
         for case in ("peft-bf16", "lora", "mixlora", "mixdora")
     )
-    assert lora.bytes / peft.bytes < 0.9
-    assert mixture.bytes / lora.bytes < 1.1
-    assert mixture.operations / lora.operations < 1.25
-    assert decomposed.bytes / lora.bytes < 1.4
+    assert lora.bytes / peft.bytes < of_lora
+    assert mixture.bytes / lora.bytes < of_mixture
+    assert mixture.operations / lora.operations < operations
+    assert decomposed.bytes / lora.bytes < of_decomposed
 
 
 def test_more_layers_cost_in_proportion():

@@ -12,6 +12,7 @@ _HAS_GPU = torch.cuda.is_available()
 _IS_APART = "loraloom" not in sys.modules
 if _HAS_GPU and _IS_APART:
     os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["LORALOOM_KERNELS"] = "on"
 
 
 @pytest.fixture(autouse=True)

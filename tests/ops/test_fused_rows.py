@@ -13,16 +13,20 @@ def rows(dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Tensor:
     return torch.empty(2, 3, dtype=dtype, device=device)
 
 
-def test_half_precision_on_an_accelerator_is_fused():
+def test_half_precision_on_an_accelerator_is_fused(monkeypatch):
+    monkeypatch.setenv(SWITCH, "on")
     assert is_fused(rows())
     assert is_fused(rows(torch.float16))
     assert not is_fused(rows(torch.float32))
     assert not is_fused(rows(device="cpu"))
 
 
-def test_the_environment_turns_kernels_off(monkeypatch):
-    monkeypatch.setenv(SWITCH, "off")
-    assert not is_fused(rows())
+def test_kernels_are_off_unless_they_are_turned_on(monkeypatch):
+    for value in (None, "off", ""):
+        monkeypatch.delenv(SWITCH, raising=False)
+        if value is not None:
+            monkeypatch.setenv(SWITCH, value)
+        assert not is_fused(rows())
 
 
 @pytest.mark.parametrize(("act", "name"), [(torch.nn.SiLU(), "silu"), (torch.tanh, None)])

@@ -27,7 +27,7 @@ ACTIVATIONS: Mapping[Any, str] = {
 """Activations that kernels know, by the name that they have there."""
 
 SWITCH = "LORALOOM_KERNELS"
-"""Environment variable; `off` leaves everything to PyTorch."""
+"""Environment variable; `on` lets kernels compute, anything else leaves all to PyTorch."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
 """Exact products in float32 have no fast kernel: tiles would not fit into registers."""
@@ -39,7 +39,7 @@ def is_fused(rows: Tensor) -> bool:
     The meta device stands for one.
     """
     on_accelerator = rows.is_meta or (rows.is_cuda and _has_triton())
-    return on_accelerator and rows.dtype in _DTYPES and os.environ.get(SWITCH) != "off"
+    return on_accelerator and rows.dtype in _DTYPES and os.environ.get(SWITCH) == "on"
 
 
 def activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
