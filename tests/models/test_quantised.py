@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -111,19 +113,56 @@ def test_norms_and_products_are_those_of_the_dequantised_weight(host, monkeypatc
         assert relative_error(projection.product(columns), weight @ columns.double().T) < 1e-5
 
 
+@contextmanager
+def same_rounding() -> Iterator[list[Tensor]]:
+    """Let LLM.int8 round a layer's input as it rounded the same input before.
+
+    It rounds each row to 127 steps. What differs in the last bit, as it does from CPU to CPU, may
+    be rounded to the next step: seen in 2 of 40 trials, with an error of 3e-4 in the logits, or of
+    1e-3 where inputs differ by 1e-6. Inputs are the same if they are so in float16, in which they
+    come.
+
+    Yields:
+        The inputs that were rounded.
+    """
+    functional = bitsandbytes.functional
+    rounded: list[tuple[Tensor, tuple]] = []
+    inputs = []
+
+    def quantise(rows: Tensor, *args, quantise=functional.int8_vectorwise_quant, **kwargs):
+        inputs.append(rows.clone())
+        for known, result in rounded:
+            if known.shape == rows.shape and relative_error(rows, known) < 1e-3:
+                return result
+        rounded.append((inputs[-1], quantise(rows, *args, **kwargs)))
+        return rounded[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "int8_vectorwise_quant", quantise)
+        yield inputs
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_logits_and_gradients_are_those_of_peft(saved, kind, host, method, tmp_path):
+def test_logits_and_gradients_are_those_of_peft(saved, kind, host, method, noise, tmp_path):
     host.save(method, tmp_path)
     theirs = peft.PeftModel.from_pretrained(load(saved, kind), tmp_path, is_trainable=True)
     for linear in theirs.modules():  # or it packs first layers anew on some CPUs
         if isinstance(linear, bitsandbytes.nn.Linear4bit):
             linear.support_avx512bf16_for_cpu = False
     theirs.eval()  # on a CPU, LLM.int8 multiplies floating-point numbers in training
-    expected = theirs(input_ids=IDS).logits
-    loss_of(expected).backward()
+    embedding = theirs.get_input_embeddings().weight  # as another CPU might compute its rows
+    embedding.data *= 1 + noise * torch.randn(
+        embedding.shape, generator=torch.Generator().manual_seed(0)
+    )
     adapter = host.adapter(method)
     weights = {name: tensor.clone() for name, tensor in adapter.named_parameters()}
-    actual = host(IDS, adapters=[method] * 4).logits
+    with same_rounding() as inputs:
+        expected = theirs(input_ids=IDS).logits
+        num_theirs = len(inputs)
+        actual = host(IDS, adapters=[method] * 4).logits
+        assert len(inputs) == 2 * num_theirs
+    loss_of(expected).backward()
     adapter.zero_grad()
     loss_of(actual).backward()
     assert relative_error(actual.detach(), expected.detach()) < 1e-5
