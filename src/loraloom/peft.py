@@ -26,8 +26,7 @@ from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats.contents import PICKLE_FILE, WEIGHTS_FILE
 from loraloom.formats.files import parse_files, read_stored, render_files
 from loraloom.formats.fit import fit_to_base
-from loraloom.models.auxiliary import with_auxiliary_loss
-from loraloom.models.door import Rows
+from loraloom.models.door import Rows, with_auxiliary_loss
 from loraloom.models.host import Host
 from loraloom.models.view import TakesCheckpointing
 

@@ -216,7 +216,7 @@ def test_all_ways_through_a_forward_agree(monkeypatch, stacked_layers, method, f
     with torch.no_grad():
         outputs = [host(ids, adapters=names)]
         with monkeypatch.context() as patch, host.prepared():
-            patch.setattr("loraloom.models.cohorts.MAX_HIDDEN_BYTES", 0)
+            patch.setattr("loraloom.models.stacking.MAX_HIDDEN_BYTES", 0)
             outputs.append(host(ids, adapters=names))
         assert stacked_layers == []
         with host.prepared():

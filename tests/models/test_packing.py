@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.errors import AdapterError, ModelError
-from loraloom.models.packing import packed_positions, packed_token_mask
+from loraloom.models.layout import packed_positions, packed_token_mask
 from tests.tiny import ALL_FAMILIES, METHODS, relative_error, tiny_host, tiny_ids
 
 LENGTHS = [[5, 4], [3, 2, 1]]

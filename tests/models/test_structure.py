@@ -12,8 +12,7 @@ import loraloom
 from loraloom.errors import ModelError
 from loraloom.models import structure
 from loraloom.models.families import FAMILIES
-from loraloom.models.structure import family_of
-from loraloom.models.trial import try_adapters
+from loraloom.models.structure import family_of, try_adapters
 from tests.tiny import METHODS, tiny_ids, tiny_model
 
 IDS = tiny_ids(2)

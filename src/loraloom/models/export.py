@@ -25,8 +25,7 @@ from loraloom.formats.checkpoint import write_shards
 from loraloom.formats.gguf import architecture_of, write_gguf_adapter
 from loraloom.models.host import Host
 from loraloom.models.loading import DTYPES, quiet
-from loraloom.models.streamed import streamed_model
-from loraloom.models.whole import MergedModel, MoeModel, WholeModel
+from loraloom.models.whole import MergedModel, MoeModel, WholeModel, streamed_model
 
 ExportForm = Literal["moe", "merged", "gguf"]
 _PROBE_LENGTH = 48

@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter, SegmentTokens
-from loraloom.models.cohorts import StackedPlan, plan_stacked
-from loraloom.models.compute_forms import ComputeForms, KeptForms, ScaledAdapter
 from loraloom.models.layout import Layout
-from loraloom.models.stacking import StackedForward
-from loraloom.models.stacks import Stacks
+from loraloom.models.stacking import StackedForward, StackedPlan, plan_stacked
+from loraloom.models.stacks import ComputeForms, KeptForms, ScaledAdapter, Stacks
 from loraloom.ops.dropout import Site
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.routing.record import LayerRouting

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.models.compute_forms import ScaledAdapter
 from loraloom.models.families import head_of
 from loraloom.models.forward import PreparedWeights, forms_of
 from loraloom.models.hosted import HostedAdapters
 from loraloom.models.layout import RowAdapter
 from loraloom.models.own import own_outputs
+from loraloom.models.stacks import ScaledAdapter
 from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
 
 _prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(

@@ -30,16 +30,18 @@ from loraloom.models.forward import (
     segment_adapters,
 )
 from loraloom.models.head_outputs import HeadOutputs
-from loraloom.models.layout import Layout, RowAdapter, make_layout
-from loraloom.models.packing import (
+from loraloom.models.layout import (
+    Layout,
+    RowAdapter,
     SampleLengths,
     check_takes_packed_rows,
+    make_layout,
     packed_positions,
     packed_token_mask,
 )
 from loraloom.models.sharding import decoder_of, recovering
 from loraloom.models.stacking import StackedForward
-from loraloom.models.trial import try_adapters
+from loraloom.models.structure import try_adapters
 from loraloom.models.view import AdapterModel
 from loraloom.ops.dropout import sample_key
 from loraloom.ranks import Alone, Ranks

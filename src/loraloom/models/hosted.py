@@ -23,11 +23,11 @@ from loraloom.formats.files import read_stored, write_adapter
 from loraloom.formats.fit import fit_to_base
 from loraloom.formats.hub import find_adapter, upload_adapter
 from loraloom.models.combining import Combination, combine
-from loraloom.models.compute_forms import ScaledAdapter
 from loraloom.models.families import base_info, base_layers, text_config
 from loraloom.models.layout import RowAdapter
 from loraloom.models.merging import Merged, MergeError
 from loraloom.models.own import build_own_modules
+from loraloom.models.stacks import ScaledAdapter
 from loraloom.models.structure import family_of
 from loraloom.models.wiring import Wiring
 

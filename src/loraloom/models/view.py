@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.errors import ModelError
-from loraloom.models.auxiliary import with_auxiliary_loss
-from loraloom.models.door import Rows
+from loraloom.models.door import Rows, with_auxiliary_loss
 
 if TYPE_CHECKING:
     from loraloom.models.host import Host

@@ -25,7 +25,7 @@ from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
-from loraloom.models.packing import check_takes_packed_rows
+from loraloom.models.layout import check_takes_packed_rows
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
 from loraloom.training.run.start import start_batches
