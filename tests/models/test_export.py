@@ -17,7 +17,7 @@ from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats import moe
 from loraloom.formats.moe import TWINS
-from loraloom.models import streamed
+from loraloom.models import whole
 from loraloom.models.families import FAMILIES
 from loraloom.models.host import Host
 from tests.conftest import build_tokenizer
@@ -201,7 +201,7 @@ def test_an_output_that_cannot_be_used_is_refused(tmp_path, path, to, message):
 
 @pytest.mark.parametrize(("family", "is_tied"), [("llama", True), ("phi", False)])
 def test_a_head_is_read_some_rows_at_a_time(tmp_path, monkeypatch, family, is_tied):
-    monkeypatch.setattr(streamed, "_BLOCK_NUMBERS", 320)
+    monkeypatch.setattr(whole, "_BLOCK_NUMBERS", 320)
     host = host_of(family, {"a": METHODS["lora"]}, tie_word_embeddings=is_tied)
     assert exported(host, "a", tmp_path / "out").logit_error < 1e-5
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from loraloom.models import cohorts, stacking
+from loraloom.models import stacking
 from loraloom.models.host import Host, HostOutput
 from tests.tiny import ALL_METHODS, METHODS, changed, tiny_host, tiny_ids
 
@@ -109,7 +109,7 @@ def test_a_removed_adapter_is_freed():
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_small_forwards_of_prepared_weights_alone_are_stacked(monkeypatch, limit):
-    monkeypatch.setattr(cohorts, "MAX_HIDDEN_BYTES", limit)
+    monkeypatch.setattr(stacking, "MAX_HIDDEN_BYTES", limit)
     host, ids, seen = host_with_pairs("llama"), tiny_ids(len(ROWS), 1), []
     whole = stacking.StackedForward.ffn
     monkeypatch.setattr(

@@ -30,8 +30,6 @@ TokensOf = Callable[[int], Any]
 """From an adapter's place in the stack to the description of its rows."""
 
 _Value = TypeVar("_Value")
-_Change = Callable[..., Any]
-"""From what lies entry by entry in stacks, [N, ...] or tuples, to the same of a new stack."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +41,25 @@ class Entries(ABC):
 
     def take(self, entries: slice | Sequence[int]) -> Any:
         """Return the stack of some adapters; of those in a slice it is a view."""
-        return self._changed(lambda values: _taken(values, entries))
+        return _by_entry(lambda values: _taken(values, entries), self)
 
     def followed_by(self, other: Any) -> Any:
         """Return the stack of these adapters and of other ones that are like them."""
-        return self._changed(
+        return _by_entry(
             lambda *both: torch.cat(both) if isinstance(both[0], Tensor) else (*chain(*both),),
+            self,
             other,
         )
 
-    def _changed(self, change: _Change, *others: Any) -> Any:
-        """Change what lies entry by entry, together with the same of other stacks."""
-        parts = {name: [vars(one)[name] for one in (self, *others)] for name in self.by_entry}
-        return replace(self, **{name: _changed(change, values) for name, values in parts.items()})
 
-
-def _changed(change: _Change, values: Sequence[Any]) -> Any:
-    """Change a field of stacks of like adapters: all have it, or none has."""
-    first, *others = values
-    if first is None:
-        return None
+def _by_entry(change: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """Change what lies entry by entry in stacks of like adapters: all have it, or none has."""
     if isinstance(first, Entries):
-        return first._changed(change, *others)
+        fields = {name: [vars(one)[name] for one in (first, *others)] for name in first.by_entry}
+        return replace(first, **{n: _by_entry(change, *values) for n, values in fields.items()})
     if isinstance(first, Mapping):
-        return {name: change(*(value[name] for value in values)) for name in first}
-    return change(*values)
+        return {n: _by_entry(change, *(one[n] for one in (first, *others))) for n in first}
+    return None if first is None else change(first, *others)
 
 
 def _taken(values: Any, entries: slice | Sequence[int]) -> Any:
