@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from loraloom.errors import LoraloomError as LoraloomError
     from loraloom.errors import ModelError as ModelError
     from loraloom.errors import TrainingError as TrainingError
-    from loraloom.eval.answers import read_answers as read_answers
     from loraloom.eval.comparison import compare as compare
+    from loraloom.eval.comparison import read_answers as read_answers
     from loraloom.eval.comparison import summarise_seeds as summarise_seeds
     from loraloom.eval.evaluation import Evaluation as Evaluation
     from loraloom.eval.evaluation import evaluate as evaluate
-    from loraloom.eval.loss import LossEvaluation as LossEvaluation
-    from loraloom.eval.loss import evaluate_loss as evaluate_loss
+    from loraloom.eval.evaluation import evaluate_loss as evaluate_loss
     from loraloom.eval.statistics import compare_paired as compare_paired
     from loraloom.infer.generate import Completion as Completion
     from loraloom.infer.generate import generate as generate
@@ -68,10 +67,8 @@ _HOMES = {
         "ModelError",
         "TrainingError",
     ),
-    "eval.answers": ("read_answers",),
-    "eval.comparison": ("compare", "summarise_seeds"),
-    "eval.evaluation": ("Evaluation", "evaluate"),
-    "eval.loss": ("LossEvaluation", "evaluate_loss"),
+    "eval.comparison": ("compare", "read_answers", "summarise_seeds"),
+    "eval.evaluation": ("Evaluation", "evaluate", "evaluate_loss"),
     "eval.statistics": ("compare_paired",),
     "infer.generate": ("Completion", "generate"),
     "infer.prompts": ("Prompt",),

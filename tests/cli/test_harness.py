@@ -12,10 +12,10 @@ from lm_eval.tasks import TaskManager
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
-from loraloom.eval.answers import read_answers
+from loraloom.eval.comparison import read_answers
 from loraloom.eval.harness import tasks
+from loraloom.eval.results import read_evaluation
 from loraloom.eval.statistics import wilson_interval
-from loraloom.report.files import read_evaluation
 from tests.eval.harness.toy import write_tasks
 from tests.infer.saved import save_tiny
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from loraloom.errors import DataError
-from loraloom.eval.accuracy import (
+from loraloom.eval.scores import (
     QuestionScore,
     accuracy,
     accuracy_by_group,

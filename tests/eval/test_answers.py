@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from loraloom.errors import DataError
-from loraloom.eval.accuracy import QuestionScore
-from loraloom.eval.answers import answers_of, read_answers
-from loraloom.eval.results import TaskScores, write_questions
+from loraloom.eval.comparison import read_answers
+from loraloom.eval.evaluation import write_lines
+from loraloom.eval.scores import QuestionScore, TaskScores
 from tests.eval.scoring import question
 
 
-def scores(task="toy", names=(None, "law"), right=(True, False, True)):
+def scores(task="toy", names=("base", "law"), right=(True, False, True)):
     asked = [
         QuestionScore(question("?", ["x", "y"], 0, index), (-1.0, -2.0 if correct else 0.0))
         for index, correct in enumerate(right)
@@ -20,18 +20,22 @@ def scores(task="toy", names=(None, "law"), right=(True, False, True)):
     return TaskScores(task, "test", dict.fromkeys(names, asked))
 
 
+def write_questions(path, tasks):
+    write_lines(path, [line for task in tasks for line in task.lines()])
+
+
 def test_answers_survive_their_file(tmp_path):
     tasks = [scores(), scores("other", right=(False,))]
     write_questions(tmp_path / "q.jsonl", tasks)
-    expected = [answers_of(task) for task in tasks]
+    expected = [task.answers for task in tasks]
     assert read_answers(tmp_path / "q.jsonl") == expected
     assert expected[0].right == {"base": (True, False, True), "law": (True, False, True)}
     assert expected[0].questions == (0, 1, 2)
 
 
 def test_files_of_several_adapters_are_joined(tmp_path):
-    write_questions(tmp_path / "a.jsonl", [scores(names=[None, "a"])])
-    write_questions(tmp_path / "b.jsonl", [scores(names=[None, "b"])])
+    write_questions(tmp_path / "a.jsonl", [scores(names=["base", "a"])])
+    write_questions(tmp_path / "b.jsonl", [scores(names=["base", "b"])])
     (task,) = read_answers(tmp_path / "a.jsonl", str(tmp_path / "b.jsonl"))
     assert list(task.right) == ["base", "a", "b"]
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import ConfigError
-from loraloom.eval.answers import TaskAnswers
 from loraloom.eval.comparison import (
+    TaskAnswers,
+    adjusted,
     choose_pairs,
     compare,
-    compare_all,
     contestants,
     seed_groups,
     shares_right,
@@ -87,7 +87,7 @@ def test_a_comparison_is_paired():
 
 def test_several_comparisons_are_adjusted_for_their_number():
     pairs = [("mix", "base"), ("lora", "base")]
-    results = compare_all([ANSWERS], pairs)
+    results = adjusted([("toy", *pair, compare(ANSWERS, *pair), "accuracy") for pair in pairs])
     assert [(one.first, one.second) for one in results] == pairs
     for one in results:
         assert one.result == compare(ANSWERS, one.first, one.second)

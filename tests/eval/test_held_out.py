@@ -10,8 +10,9 @@ from loraloom.data.encoding import EncodedRow
 from loraloom.data.sources import load_source
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval.cache import ScoreCache
+from loraloom.eval.evaluation import evaluate_loss
 from loraloom.eval.held_out import data_set_name, load_held_out, parse_source
-from loraloom.eval.loss import evaluate_loss, perplexity
+from loraloom.eval.scores import perplexity
 from tests.eval.scoring import limit_rows, scoring_host
 from tests.tiny import METHODS
 

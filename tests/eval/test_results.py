@@ -6,13 +6,7 @@ import math
 import pytest
 
 from loraloom.errors import AdapterError
-from loraloom.eval.accuracy import QuestionScore
-from loraloom.eval.results import (
-    TaskScores,
-    check_finite,
-    summarise,
-    write_questions,
-)
+from loraloom.eval.scores import QuestionScore, TaskScores, summarise
 from loraloom.eval.statistics import wilson_interval
 from tests.eval.scoring import question
 
@@ -23,7 +17,7 @@ def toy(group=None, task="toy", values=((-1.0, -2.0), (-1.0, -2.0))):
         QuestionScore(question("?", ["x", "y"], gold, index, group), tuple(value))
         for index, (gold, value) in enumerate(zip(golds, values, strict=True))
     ]
-    return TaskScores(task, "test", {None: scores, "law": scores[:1]})
+    return TaskScores(task, "test", {"base": scores, "law": scores[:1]})
 
 
 def test_results_are_by_adapter_and_task():
@@ -51,13 +45,13 @@ def test_groups_have_results_of_their_own():
 def test_truncated_questions_are_counted():
     scores = [QuestionScore(question("?", ["x", "y"]), (-1.0, -2.0), truncated=True)]
     assert (
-        summarise([TaskScores("toy", "test", {None: scores})])["base"]["toy"]["num_truncated"] == 1
+        summarise([TaskScores("toy", "test", {"base": scores})])["base"]["toy"]["num_truncated"]
+        == 1
     )
 
 
-def test_every_question_has_a_line(tmp_path):
-    write_questions(tmp_path / "questions.jsonl", [toy()])
-    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+def test_every_question_has_a_line():
+    lines = [json.loads(json.dumps(line)) for line in toy().lines()]
     assert [(line["adapter"], line["index"]) for line in lines] == [
         ("base", 0),
         ("base", 1),
@@ -80,11 +74,11 @@ def test_every_question_has_a_line(tmp_path):
 def test_scores_that_are_not_finite_are_an_error(value):
     scores = toy(values=((-1.0, -2.0), (-1.0, value)))
     with pytest.raises(AdapterError, match="from the base model in toy, question 1"):
-        check_finite(scores)
-    check_finite(toy())
+        scores.check_finite()
+    toy().check_finite()
 
 
 def test_the_error_names_the_adapter():
     scores = {"law": toy(values=((math.nan, -2.0), (0.0, 0.0))).scores["law"]}
     with pytest.raises(AdapterError, match="from adapter 'law' in toy, question 0"):
-        check_finite(TaskScores("toy", "test", scores))
+        TaskScores("toy", "test", scores).check_finite()

@@ -7,6 +7,7 @@ import torch
 
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.protocol import score_questions
+from loraloom.eval.results import AdapterRouting
 from loraloom.eval.routing import (
     RoutingTally,
     some_layers,
@@ -15,7 +16,6 @@ from loraloom.eval.routing import (
     words_by_expert,
 )
 from loraloom.eval.token_classes import TOKEN_CLASSES, class_of
-from loraloom.report.files import AdapterRouting
 from loraloom.routing.statistics import load_shares
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise

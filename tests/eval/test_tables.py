@@ -5,18 +5,11 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from loraloom.eval.answers import answers_of
-from loraloom.eval.comparison import Comparison, compare_all
+from loraloom.eval.comparison import Comparison
+from loraloom.eval.evaluation import Evaluation
+from loraloom.eval.scores import summarise
 from loraloom.eval.statistics import PairedComparison
-from loraloom.eval.tables import (
-    all_tables,
-    comparison_tables,
-    csv_page,
-    group_table,
-    markdown,
-    results_table,
-    seeds_table,
-)
+from loraloom.eval.tables import comparison_tables, data_frame, evaluation_tables, markdown
 from loraloom.terminal import make_console, print_tables
 from tests.eval.test_results import toy
 
@@ -33,6 +26,10 @@ def compared(p_value=0.0312):
     return Comparison("toy", "mix", "base", result, min(1.0, 2 * p_value))
 
 
+def tables_of(*tasks, seeds=None, comparisons=()):
+    return evaluation_tables(summarise(tasks), seeds or {}, comparisons)
+
+
 def printed(*tables):
     console = make_console(width=80)
     with console.capture() as capture:
@@ -41,7 +38,7 @@ def printed(*tables):
 
 
 def test_the_table_has_accuracies_with_their_intervals():
-    text = printed(results_table([toy(), toy(task="other")]))
+    text = printed(*tables_of(toy(), toy(task="other")))
     assert "toy" in text
     assert "(test)" in text
     assert "50.0 (9.5–90.5)" in text
@@ -50,7 +47,7 @@ def test_the_table_has_accuracies_with_their_intervals():
 
 def test_accuracies_that_a_constant_answer_reaches_are_marked():
     values = ((-1.0, -2.0), (-2.0, -1.0))
-    text = printed(results_table([toy(), toy(task="other", values=values)]))
+    text = printed(*tables_of(toy(), toy(task="other", values=values)))
     base = next(line for line in text.splitlines() if line.startswith("base"))
     assert base.split() == ["base", "50.0", "(9.5–90.5)†", "100.0", "(34.2–100.0)"]
     constant = next(line for line in text.splitlines() if line.startswith("constant answer"))
@@ -59,9 +56,8 @@ def test_accuracies_that_a_constant_answer_reaches_are_marked():
 
 
 def test_groups_have_a_table_where_there_are_some():
-    assert group_table(toy()) is None
-    table = group_table(toy(group="sums"))
-    assert table is not None
+    assert len(tables_of(toy())) == 1
+    _, table = tables_of(toy(group="sums"))
     text = printed(table)
     assert "sums" in text
     assert "law" in text
@@ -76,11 +72,10 @@ def test_a_comparison_has_its_difference_in_points_and_how_sure_it_is():
 
 def test_eight_adapters_with_long_names_fit_80_columns():
     task = toy(group="agreement_of_nouns")
-    scores = {f"skills-mixlora-{seed}": task.scores[None] for seed in range(8)}
-    tasks = [replace(task, scores=scores, task=name) for name in ("arc_easy", "social_i_qa")]
-    pairs = [("skills-mixlora-0", "skills-mixlora-1")]
-    evaluated = compare_all([answers_of(one) for one in tasks], pairs)
-    for line in printed(*all_tables(tasks, {}, evaluated)).splitlines():
+    scores = {f"skills-mixlora-{seed}": task.scores["base"] for seed in range(8)}
+    tasks = [replace(task, scores=scores, name=name) for name in ("arc_easy", "social_i_qa")]
+    evaluation = Evaluation(tasks, [("skills-mixlora-0", "skills-mixlora-1")], {})
+    for line in printed(*evaluation.tables()).splitlines():
         assert len(line.rstrip()) <= 80, line
         assert "…" not in line
 
@@ -90,16 +85,15 @@ def test_tiny_p_values_are_not_shown_as_zero():
 
 
 def test_seeds_have_mean_and_deviation():
-    text = printed(seeds_table(SEEDS, ["toy"]))
+    text = printed(*tables_of(toy(), seeds=SEEDS))
     assert "62.5 ± 3.1" in text
     assert "standard deviation" in text
 
 
 def test_tables_without_rows_are_left_out():
     assert comparison_tables([]) == []
-    assert seeds_table({}, ["toy"]) is None
-    assert len(all_tables([toy()], {}, [])) == 1
-    assert len(all_tables([toy(group="sums")], SEEDS, [compared()])) == 4
+    assert len(tables_of(toy())) == 1
+    assert len(tables_of(toy(group="sums"), seeds=SEEDS, comparisons=[compared()])) == 4
 
 
 def test_markdown_keeps_cells_and_sides():
@@ -109,8 +103,9 @@ def test_markdown_keeps_cells_and_sides():
     assert markdown(table) == "| a\\|b | n |\n| --- | ---: |\n| x | 1 |\n"
 
 
-def test_csv_has_a_line_for_each_group():
-    rows = list(csv.DictReader(csv_page([toy(group="sums")]).splitlines()))
+def test_the_frame_has_a_row_for_each_group():
+    text = data_frame(summarise([toy(group="sums")])).to_csv(index=False)
+    rows = list(csv.DictReader(text.splitlines()))
     assert [(row["adapter"], row["group"]) for row in rows] == [
         ("base", ""),
         ("base", "sums"),
@@ -119,5 +114,4 @@ def test_csv_has_a_line_for_each_group():
     ]
     assert rows[2]["stderr"] == ""
     assert rows[0]["split"] == "test"
-    unnamed = csv_page([toy(group="")]).splitlines()
-    assert len(unnamed) == len(rows) + 1
+    assert len(data_frame(summarise([toy(group="")]))) == len(rows)

@@ -8,8 +8,9 @@ import torch
 
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, DataError
+from loraloom.eval.results import AdapterRouting
 from loraloom.report.curves import job_styles, learning_curves
-from loraloom.report.files import AdapterRouting, read_runs
+from loraloom.report.files import read_runs
 from loraloom.report.page import make_page
 from loraloom.report.routing import effective_number, lay_out, level
 from loraloom.routing import totals
@@ -154,7 +155,7 @@ def test_what_experts_tell_is_shown_by_layer(page):
 def test_specialisation_must_have_all_layers(run, tmp_path):
     content = evaluation()
     content["routing"]["mix"]["specialisation"]["topics"]["bits"] = [0.1]
-    with pytest.raises(DataError, match="specialisation by topics must have a number for each la"):
+    with pytest.raises(DataError, match=r"r\.json, whose tables are not whole"):
         make_page([run], [write_evaluation(tmp_path / "r.json", content)])
 
 

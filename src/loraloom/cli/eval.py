@@ -323,7 +323,7 @@ def evaluate(
     )
     check_outputs(run.outputs, run.per_question)
     if harness is not None:
-        from loraloom.cli.harness import score_harness
+        from loraloom.cli.scoring import score_harness
 
         score_harness(
             run,
@@ -334,7 +334,7 @@ def evaluate(
         )
         return
     if dataset is not None:
-        from loraloom.cli.held_out import score_held_out
+        from loraloom.cli.scoring import score_held_out
 
         score_held_out(
             run,
@@ -345,7 +345,7 @@ def evaluate(
             compare=compare or (),
         )
         return
-    from loraloom.cli.choices import score_choices
+    from loraloom.cli.scoring import score_choices
 
     score_choices(
         run,

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from loraloom.eval.evaluation import Evaluation
-    from loraloom.eval.results import TaskScores
 
 SEEDS = (0, 1, 2)
 BASE_STEPS = 4000
@@ -98,7 +97,7 @@ def quickstart(
     *others, mixture = seeds
     pairs = [(mixture, other) for other in others]
     found = evaluate(host, tokenizer, [questions], [None, *names], pairs=pairs)
-    _print_accuracies(console, found.tasks[0], seeds)
+    _print_accuracies(console, found, seeds)
     sizes = {result.job: result.num_parameters for result in results}
     _print_verdict(console, found, seeds, sizes)
     _draw(output_dir, run.output_dir, seeds, found.details["routing"][names[-1]])
@@ -120,25 +119,27 @@ def _run_config(max_steps: int, output_dir: Path, base: Path, device: str) -> Ru
 
 
 def _print_accuracies(
-    console: Console, task: TaskScores, seeds: Mapping[str, Sequence[str]]
+    console: Console, found: Evaluation, seeds: Mapping[str, Sequence[str]]
 ) -> None:
     """Print what the base model and each method answer right, by skill and of all questions."""
-    from loraloom.eval.accuracy import accuracy, accuracy_by_group
+    from loraloom.eval.comparison import BASE
+    from loraloom.eval.scores import accuracy, accuracy_by_group
     from loraloom.eval.tables import CONSTANT, MARK, NOTE
     from loraloom.terminal import make_table, print_tables
 
-    by_skill = {name: accuracy_by_group(scores) for name, scores in task.scores.items()}
-    in_all = {name: accuracy(scores) for name, scores in task.scores.items()}
+    scores = found.tasks[0].scores
+    by_skill = {name: accuracy_by_group(of_name) for name, of_name in scores.items()}
+    in_all = {name: accuracy(of_name) for name, of_name in scores.items()}
     table = make_table(
         "skill",
         values=[CONSTANT, "base model", *seeds],
         title=f"Right answers to new questions, %: means of {len(SEEDS)} seeds ± standard error",
     )
-    rows = {skill: {n: by_skill[n][skill] for n in by_skill} for skill in by_skill[None]}
+    rows = {skill: {n: by_skill[n][skill] for n in by_skill} for skill in by_skill[BASE]}
     for row, of in {**rows, "all": in_all}.items():
-        majority = of[None].majority
+        majority = of[BASE].majority
         cells = []
-        for members in ([None], *seeds.values()):
+        for members in ([BASE], *seeds.values()):
             shares = [of[name].accuracy for name in members]
             error = f" ± {100 * _stderr(shares):.1f}" if row == "all" and len(shares) > 1 else ""
             cells.append(
@@ -158,14 +159,11 @@ def _print_verdict(
     sizes: Mapping[str, int],
 ) -> None:
     """Say how far the mixture, the last method, is from the others, and what that is worth."""
-    from loraloom.eval.accuracy import accuracy
-
     (task,) = found.tasks
     console.print()
     for one, what in zip(found.comparisons, ("its experts' compute", "its size"), strict=True):
         shares = (
-            [accuracy(task.scores[name]).accuracy for name in seeds[method]]
-            for method in (one.first, one.second)
+            [task.figure(name) for name in seeds[method]] for method in (one.first, one.second)
         )
         over_seeds = _stderr([*map(sub, *shares)])
         first, second = (f"{sizes[seeds[method][0]]:,}" for method in (one.first, one.second))

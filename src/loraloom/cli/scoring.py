@@ -1,82 +1,187 @@
-"""What evaluations of `loraloom eval` share: scores are kept, results are written and shown."""
+"""What `loraloom eval` does once its options are read: choices, held-out rows, lm-eval's tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from loraloom.config.data import Scoring
+from loraloom.config.objective import DpoConfig
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from loraloom.cli.eval import EvalRun
+    from loraloom.config.data import SourceConfig
+    from loraloom.data.questions import QuestionSet
     from loraloom.eval.cache import ScoreCache
-    from loraloom.eval.evaluation import Evaluation
-    from loraloom.eval.loss import LossEvaluation
+    from loraloom.eval.evaluation import Compat, Evaluation
     from loraloom.models.host import Host
 
-Part = TypeVar("Part")
+DEFAULT_BETA = DpoConfig.model_fields["beta"].default
+
+Score = Callable[["EvalRun", "Console"], "Evaluation"]
 
 
-def score_parts(
-    run: EvalRun, score: Callable[[EvalRun, Console], Part], messages: Console
-) -> list[Part]:
-    """Score all adapters here, or with --ray some of them on each worker of a cluster."""
-    if run.ray is None:
-        return [score(run, messages)]
-    from loraloom.eval.spread import spread
+def score_choices(
+    run: EvalRun,
+    tasks: Sequence[str],
+    *,
+    scoring: Scoring | None,
+    split: str | None,
+    compat: Compat | None,
+    compare: Sequence[str],
+) -> None:
+    """Score choice tasks, write the results and print them; options are those of the verb."""
+    from loraloom.eval.comparison import choose_pairs
+    from loraloom.eval.evaluation import load_question_sets
 
-    work = partial(_score_in_worker, run, score)
-    try:
-        return spread(work, run.names, run.ray, run.ray_workers, run.device, messages.print)
-    except KeyboardInterrupt:
-        messages.print("stopped; the same command goes on from any scores that are kept")
-        raise
+    if not tasks:
+        raise ConfigError(
+            "--task must name at least one task, got none; or give --dataset or --harness"
+        )
+    choose_pairs(run.names, compare)
+    run.check()
+    asked = load_question_sets(tasks, scoring, split, run.data, run.limit, compat)
+    _evaluate(run, partial(_ask, asked, compat), compare)
 
 
-def _score_in_worker(
-    run: EvalRun, score: Callable[[EvalRun, Console], Part], names: Sequence[str | None]
-) -> Part:
-    from loraloom.terminal import make_console
+def _ask(
+    asked: Sequence[QuestionSet], compat: Compat | None, run: EvalRun, messages: Console
+) -> Evaluation:
+    from loraloom.eval.evaluation import evaluate
 
-    return score(run.only(names), make_console(quiet=True))
+    host, tokenizer = run.load()
+    with _options(run, host, messages) as options:
+        return evaluate(host, tokenizer, asked, run.names, compat=compat, **options)
 
 
-def present(run: EvalRun, evaluation: Evaluation | LossEvaluation, messages: Console) -> None:
-    """Tell what collapsed, print the tables, and write the files that were asked for."""
+def score_held_out(
+    run: EvalRun,
+    datasets: Sequence[str],
+    *,
+    settings: dict[str, Any],
+    max_length: int | None,
+    beta: float | None,
+    compare: Sequence[str],
+) -> None:
+    """Compute losses on data sets, write the results and print them."""
+    from loraloom.data.locations import read_rows
+    from loraloom.data.rows import check_faults
+    from loraloom.eval.comparison import choose_pairs
+    from loraloom.eval.held_out import data_set_name, parse_source
+
+    given = {name: value for name, value in settings.items() if value}
+    if "format" not in given:
+        given = {**_trained_on(run.adapters), **given}
+    sources = [parse_source({"dataset": dataset, **given}) for dataset in datasets]
+    names = [data_set_name(dataset) for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--dataset must give different names, got {', '.join(names)}")
+    if beta is not None and given.get("format") != "preference":
+        raise ConfigError("--beta has an effect with --format preference only; leave it out")
+    choose_pairs(run.names, compare)
+    run.check()
+    for source in sources:  # so that what is missing or broken is told before the model is loaded
+        assert source.dataset is not None, "parse_source wants one"
+        rows = read_rows(source.dataset, source.split or "validation", source.config)
+        check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
+    _evaluate(run, partial(_measure, sources, max_length, beta or DEFAULT_BETA), compare)
+
+
+def _trained_on(adapters: Mapping[str, str]) -> dict[str, str]:
+    """The format and templates that all adapters were trained on; nothing if they differ."""
+    from loraloom.formats.files import read_stored
+    from loraloom.formats.hub import find_adapter
+
+    forms = [read_stored(find_adapter(path)).base.prompt for path in adapters.values()]
+    form = forms[0] if forms and all(one == forms[0] for one in forms) else None
+    if form is None or form.format not in ("instruction", "chat", "text"):
+        return {}
+    return form.model_dump(include={"format", "template", "chat_template"}, exclude_none=True)
+
+
+def _measure(
+    sources: Sequence[SourceConfig],
+    max_length: int | None,
+    beta: float,
+    run: EvalRun,
+    messages: Console,
+) -> Evaluation:
+    from loraloom.eval.evaluation import evaluate_loss
+    from loraloom.eval.held_out import load_held_out
+
+    host, tokenizer = run.load()
+    sets = [load_held_out(host, tokenizer, one, max_length, run.limit, beta) for one in sources]
+    for one in sets:
+        messages.print(one.describe())
+    with _options(run, host, messages) as options:
+        return evaluate_loss(host, tokenizer, sets, run.names, **options)
+
+
+def _evaluate(run: EvalRun, score: Score, compare: Sequence[str]) -> None:
+    """Score all adapters here or on a cluster's workers; print the tables and write the files."""
+    from loraloom.eval.comparison import choose_pairs
+    from loraloom.eval.evaluation import Evaluation, write_lines
     from loraloom.terminal import make_console, print_tables
 
+    messages = make_console(stderr=True, soft_wrap=True)
+    parts = [score(run, messages)] if run.ray is None else _spread(run, score, messages)
+    evaluation = Evaluation.join(parts, run.names, choose_pairs(run.names, compare))
     for name, routing in evaluation.details["routing"].items():
         for warning in routing["warnings"]:
             messages.print(f"warning: adapter {name}: {warning}")
     print_tables(make_console(), evaluation.tables())
     for path in run.outputs:
         evaluation.write(path)
+    if run.per_question is not None:
+        write_lines(run.per_question, evaluation.lines())
 
 
-def open_cache(run: EvalRun, host: Host, messages: Console) -> ScoreCache | None:
-    """Open the cache; where the default directory can't be used, say so and go on without."""
-    from loraloom.eval.cache import ScoreCache, default_cache_directory
+def _spread(run: EvalRun, score: Score, messages: Console) -> list[Evaluation]:
+    from loraloom.eval.scores import HeldOutLosses, PairLosses
+    from loraloom.eval.spread import spread
 
-    if run.no_cache:
-        return None
+    work = partial(_score_in_worker, run, score)
+    assert run.ray is not None, "asked for"
     try:
-        return ScoreCache(run.cache or default_cache_directory(), host, run.names)
-    except ConfigError as error:
-        if run.cache is not None:
-            raise
-        messages.print(f"warning: {error}")
-        return None
+        parts = spread(work, run.names, run.ray, run.ray_workers, run.device, messages.print)
+    except KeyboardInterrupt:
+        messages.print("stopped; the same command goes on from any scores that are kept")
+        raise
+    for task in parts[0].tasks:  # workers are silent
+        if isinstance(task, HeldOutLosses | PairLosses):
+            messages.print(task.data.describe())
+    return parts
+
+
+def _score_in_worker(run: EvalRun, score: Score, names: Sequence[str | None]) -> Evaluation:
+    from loraloom.terminal import make_console
+
+    return score(run.only(names), make_console(quiet=True))
 
 
 @contextmanager
-def tell_kept(cache: ScoreCache | None, messages: Console) -> Iterator[None]:
-    """Say what the cache had, and what it keeps of an evaluation that is interrupted."""
+def _options(run: EvalRun, host: Host, messages: Console) -> Iterator[dict[str, Any]]:
+    """Open the cache and a progress bar, and say what the cache had, or keeps after Ctrl-C."""
+    from loraloom.eval.progress import EvaluationProgress
+
+    cache = _open_cache(run, host, messages)
     try:
-        yield
+        with EvaluationProgress(messages) as progress:
+            yield {
+                "pairs": (),  # until all adapters are there
+                "cache": cache,
+                "max_tokens_per_batch": run.batch_tokens,
+                "progress": progress,
+                "sources": run.adapters,
+                "command": run.command,
+            }
     except KeyboardInterrupt:
         if cache is None:
             messages.print("stopped; no scores are kept")
@@ -94,3 +199,86 @@ def tell_kept(cache: ScoreCache | None, messages: Console) -> Iterator[None]:
             f"{cache.num_found} of {total} answers were scored before; their scores are kept in "
             f"{cache.directory}"
         )
+
+
+def _open_cache(run: EvalRun, host: Host, messages: Console) -> ScoreCache | None:
+    """Open the cache; where the default directory can't be used, say so and go on without."""
+    from loraloom.eval.cache import ScoreCache, default_cache_directory
+
+    if run.no_cache:
+        return None
+    try:
+        return ScoreCache(run.cache or default_cache_directory(), host, run.names)
+    except ConfigError as error:
+        if run.cache is not None:
+            raise
+        messages.print(f"warning: {error}")
+        return None
+
+
+def score_harness(
+    run: EvalRun,
+    tasks: Sequence[str],
+    *,
+    include: Path | None,
+    num_fewshot: int | None,
+    apply_chat_template: bool,
+) -> None:
+    """Score tasks of lm-eval, print a table and write files; options are those of the verb."""
+    if not tasks:
+        raise ConfigError("--harness must name at least one task, got none")
+    for path in run.outputs:
+        if path.suffix.lower() != ".json":
+            raise ConfigError(f"--output must end in .json with --harness, got {path}")
+    run.check()
+    from loraloom.eval.evaluation import write_json, write_lines
+    from loraloom.eval.harness import evaluate_adapters, load_tasks
+    from loraloom.eval.harness.results import (
+        plain_results,
+        question_lines,
+        results_table,
+        summarise,
+    )
+    from loraloom.eval.harness.tasks import check_asks_text
+    from loraloom.eval.provenance import describe_evaluation
+    from loraloom.eval.results import SCHEMA_VERSION
+    from loraloom.terminal import make_console, print_tables
+
+    with _errors_only():
+        loaded = load_tasks(tasks, include, run.data)
+        check_asks_text(loaded)
+        host, tokenizer = run.load()
+        results = evaluate_adapters(
+            host,
+            tokenizer,
+            loaded,
+            run.names,
+            lm_options={"max_tokens_per_batch": run.batch_tokens},
+            limit=run.limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+        )
+    print_tables(make_console(), [results_table(results)])
+    if run.per_question is not None:
+        write_lines(run.per_question, question_lines(results))
+    value = {
+        "schema_version": SCHEMA_VERSION,
+        "results": summarise(results),
+        **describe_evaluation(host, run.adapters, run.command),
+        "tasks": {},
+        "lm_eval": plain_results(results),
+    }
+    for path in run.outputs:
+        write_json(path, value)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Hold back what lm-eval warns of on every run, such as settings that the user gave."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

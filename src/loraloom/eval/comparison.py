@@ -2,20 +2,35 @@
 
 Adapters named `NAME@SEED` are seeds of NAME: `mixlora@0`, `mixlora@1`. Together they count as one
 contestant NAME, whose answer to a question is the share of them that are right.
+
+Answers are those of an evaluation that has just run, or of files that `--per-question` wrote:
+
+    >>> (task,) = read_answers("a.jsonl", "b.jsonl")
+    >>> compare(task, "mix", "plain").p_value
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from loraloom.errors import AdapterError, ConfigError
-from loraloom.eval.answers import TaskAnswers
-from loraloom.eval.results import BASE
+from loraloom.data.files import read_file
+from loraloom.data.rows import Row
+from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.statistics import PairedComparison, compare_paired, holm
+
+BASE = "base"
+"""What results call the base model."""
+
+_NO_FILTER = "none"
+"""What lm-eval calls the filter that leaves answers as they are."""
+
+_Answers = dict[int, tuple[str, bool]]
+"""By a question's place: its hash, and whether it was answered right."""
 
 MAX_FOR_ALL_PAIRS = 4
 """Contestants, besides the base model, of whom all pairs are compared without being asked for."""
@@ -24,6 +39,21 @@ Pair = tuple[str, str]
 
 Metric = Literal["accuracy", "loss"]
 """What is compared: of accuracies more is better, of losses (in nats a token) less."""
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """Whether each question of a task was answered right.
+
+    Args:
+        task: Name of the task.
+        questions: Their places in the split.
+        right: By adapter, in the order of the questions; `base` is the base model.
+    """
+
+    task: str
+    questions: tuple[int, ...]
+    right: Mapping[str, tuple[bool, ...]]
 
 
 @dataclass(frozen=True)
@@ -146,19 +176,6 @@ def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> Pai
     return compare_paired(shares_right(answers, first), shares_right(answers, second), seed)
 
 
-def compare_all(tasks: Sequence[TaskAnswers], pairs: Sequence[Pair]) -> list[Comparison]:
-    """Compare pairs on every task, and adjust the p-values for how many they are."""
-    return adjusted([(task.task, *pair, compare(task, *pair)) for task in tasks for pair in pairs])
-
-
-def adjusted(
-    found: Sequence[tuple[str, str, str, PairedComparison]], metric: Metric = "accuracy"
-) -> list[Comparison]:
-    """Adjust p-values for the number of comparisons: task, first, second and result of each."""
-    p_values = holm([result.p_value for *_, result in found])
-    return [Comparison(*one, p_value, metric) for one, p_value in zip(found, p_values, strict=True)]
-
-
 def shares_right(answers: TaskAnswers, name: str) -> list[float]:
     """Score each question: 1.0 if right, 0.0 if not; for a group, the share of its seeds."""
     try:
@@ -168,16 +185,95 @@ def shares_right(answers: TaskAnswers, name: str) -> list[float]:
     return [fmean(seeds) for seeds in zip(*(answers.right[one] for one in members), strict=True)]
 
 
+def adjusted(found: Sequence[tuple[str, str, str, PairedComparison, Metric]]) -> list[Comparison]:
+    """Adjust p-values for the number of comparisons: task, first, second, result and metric."""
+    p_values = holm([result.p_value for _, _, _, result, _ in found])
+    return [
+        Comparison(task, first, second, result, p_value, metric)
+        for (task, first, second, result, metric), p_value in zip(found, p_values, strict=True)
+    ]
+
+
 def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
     """Give mean and sample standard deviation by group and task, as they stand under `seeds`."""
+    return seed_means({task.task: {n: fmean(r) for n, r in task.right.items()} for task in tasks})
+
+
+def seed_means(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """The same of figures by task and adapter."""
     summary: dict[str, dict[str, Any]] = {}
-    for task in tasks:
-        for stem, members in seed_groups(list(task.right)).items():
-            accuracies = [fmean(task.right[name]) for name in members]
+    for task, by_adapter in figures.items():
+        for stem, members in seed_groups(list(by_adapter)).items():
+            values = [by_adapter[name] for name in members]
             group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
-            group["tasks"][task.task] = {
-                "mean": fmean(accuracies),
-                "sd": stdev(accuracies),
-                "num_seeds": len(accuracies),
-            }
+            spread = {"mean": fmean(values), "sd": stdev(values), "num_seeds": len(values)}
+            group["tasks"][task] = spread
     return summary
+
+
+def read_answers(*paths: str | Path) -> list[TaskAnswers]:
+    """The answers in files of `loraloom eval --per-question`, `--harness` or not, joined by task.
+
+    Args:
+        paths: At least one. Several may hold different adapters, or different tasks.
+
+    Raises:
+        DataError: If a file is missing or damaged, or its task has no right answers, if adapters of
+            one task were asked different questions, or if two files have other answers of an
+            adapter of the same name.
+    """
+    known_answers: dict[str, dict[str, _Answers]] = {}
+    for path in paths:
+        for task, adapter, answers in _read_file(Path(path)):
+            known = known_answers.setdefault(task, {}).setdefault(adapter, answers)
+            if known != answers:
+                raise DataError(
+                    f"{path}: {adapter!r} must have the answers to {task} that it has in the files "
+                    "before, got others; give each adapter a name of its own"
+                )
+    return [_join(task, by_adapter) for task, by_adapter in known_answers.items()]
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, str, _Answers]]:
+    answers: dict[tuple[str, str], _Answers] = {}
+    for row in read_file(path):
+        key = (_task_of(row), row.text("adapter"))
+        index, correct = row.integer("index"), row.get("correct")
+        if not isinstance(correct, bool):
+            row.reject(f"field 'correct' must be true or false, got {correct!r}")
+        if index in answers.setdefault(key, {}):
+            row.reject(f"{key[1]!r} must answer question {index} of {key[0]} once, got it again")
+        answers[key][index] = (row.text("question"), correct)
+    for (task, adapter), by_index in answers.items():
+        yield task, adapter, by_index
+
+
+def _task_of(row: Row) -> str:
+    """A task's name; answers that lm-eval filtered in several ways count as several tasks."""
+    chosen_filter = row.get("filter", _NO_FILTER)
+    return row.text("task") + ("" if chosen_filter == _NO_FILTER else f",{chosen_filter}")
+
+
+def _join(task: str, by_adapter: Mapping[str, _Answers]) -> TaskAnswers:
+    first, asked = next(iter(by_adapter.items()))
+    questions = sorted(asked)
+    for adapter, answers in by_adapter.items():
+        others = [index for index in asked.keys() & answers if asked[index][0] != answers[index][0]]
+        if others:
+            raise DataError(
+                f"{task}: adapters must have been asked the same questions, got another question "
+                f"{min(others)} of {adapter!r} than of {first!r}; take files of the same split"
+            )
+        if sorted(answers) != questions:
+            raise DataError(
+                f"{task}: adapters must have been asked the same questions, got "
+                f"{len(questions)} of {first!r} and {len(answers)} of {adapter!r}"
+            )
+    return TaskAnswers(
+        task,
+        tuple(questions),
+        {
+            adapter: tuple(answers[question][1] for question in questions)
+            for adapter, answers in by_adapter.items()
+        },
+    )

@@ -49,6 +49,11 @@ class HeldOutSet:
     details: dict[str, Any]
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether rows are the two answers of preference pairs in turn."""
+        return self.details["format"] == "preference"
+
+    @property
     def num_tokens(self) -> list[int]:
         """Tokens of each row that have a loss."""
         return [sum(map(count_labels, examples)) for examples in self.rows]
@@ -56,7 +61,7 @@ class HeldOutSet:
     def describe(self) -> str:
         """Say in a line what is measured, and what became of rows that don't fit."""
         told = self.details
-        kind = "pairs" if told["format"] == "preference" else "rows"
+        kind = "pairs" if self.has_pairs else "rows"
         line = (
             f"{self.name}: {told['num_examples']} {kind}, {told['num_tokens']} tokens with a loss"
         )

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.tokenising import TokenPair, encode_pairs
-from loraloom.eval.accuracy import QuestionScore, accuracy
 from loraloom.eval.cache import LogLikelihoods, ScoreCache, Tokens
+from loraloom.eval.scores import QuestionScore, accuracy
 from loraloom.infer.rows import fit_pair
 from loraloom.infer.scoring import (
     Group,

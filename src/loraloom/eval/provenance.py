@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -28,10 +28,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of as many bytes as a number."""
 
 
-def describe_evaluation(
-    host: Host, adapters: Mapping[str, str], questions: Sequence[QuestionSet], command: str
-) -> dict[str, Any]:
-    """Describe the base model, adapters, data, software and machine of an evaluation."""
+def describe_evaluation(host: Host, adapters: Mapping[str, str], command: str) -> dict[str, Any]:
+    """Describe the base model, adapters, software and machine of an evaluation."""
     return {
         "base_model": host.base.name_or_path,
         "base_fingerprint": host.base.fingerprint,
@@ -39,7 +37,6 @@ def describe_evaluation(
         "quantization": host.base.quantization,
         "attention": attention(host),
         "adapters": describe_adapters(adapters),
-        "tasks": {asked.task: describe_questions(asked) for asked in questions},
         "scoring_version": SCORING_VERSION,
         "versions": versions(),
         "device": _describe_device(host.device),

@@ -1,21 +1,29 @@
-"""Results as tables: on the terminal, in Markdown and in CSV."""
+"""Results as tables on the terminal and in Markdown, and as a data frame.
+
+Tables are made of results as they stand in the JSON file, by adapter and task.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from loraloom.errors import ConfigError
-from loraloom.eval.accuracy import Accuracy, accuracy, accuracy_by_group
 from loraloom.eval.comparison import Comparison, Metric
-from loraloom.eval.results import BASE, TaskScores, summarise
-from loraloom.eval.statistics import wilson_interval
 from loraloom.terminal import make_table
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Result = Mapping[str, Any]
+"""Of an adapter in a task, as in the JSON file."""
+
+Results = Mapping[str, Mapping[str, Result]]
+"""By adapter and task."""
 
 SUFFIXES = (".json", ".csv", ".md")
 """Of files of results; they say what is in them."""
@@ -28,6 +36,12 @@ _UNITS: Mapping[Metric, tuple[str, int, int]] = {
     "loss": ("nats a token", 1, 4),
 }
 """Of what is compared: the unit of differences, how many of it make one, and decimals."""
+
+_FIGURES = (
+    "accuracy", "loss", "stderr", "low", "high", "perplexity", "num_examples", "num_tokens",
+    "reward_accuracy", "reward_margin", "majority",
+)  # fmt: skip
+"""Columns of the data frame, those that there are."""
 
 MARK = "†"
 NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
@@ -48,34 +62,114 @@ def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> No
         )
 
 
-def results_table(tasks: Sequence[TaskScores]) -> Table:
+def evaluation_tables(
+    results: Results, seeds: Mapping[str, Any], comparisons: Sequence[Comparison]
+) -> list[Table]:
+    """Make every table that there is something for, in the order to show them."""
+    some = next(iter(results.values()))
+    of_pairs = [task for task, result in some.items() if "reward_margin" in result]
+    losses = [task for task, result in some.items() if "perplexity" in result]
+    choices = [task for task in some if task not in (*of_pairs, *losses)]
+    return [
+        *([accuracy_table(results, choices)] if choices else []),
+        *([_loss_table(results, losses)] if losses else []),
+        *([_pairs_table(results, of_pairs)] if of_pairs else []),
+        *([seeds_table(seeds, list(some), is_loss=not choices)] if seeds else []),
+        *comparison_tables(comparisons),
+        *(group_table(results, task) for task in choices if "groups" in some[task]),
+    ]
+
+
+def accuracy_table(results: Results, tasks: Sequence[str]) -> Table:
     """Make a table with a row for each adapter and a column for each task."""
-    titles = [f"{task.task}\n({task.split})" for task in tasks]
+    some = next(iter(results.values()))
+    titles = [f"{task}\n({some[task]['split']})" for task in tasks]
     table = make_table("adapter", values=titles, title="Accuracy in %, with its 95 % interval")
-    results = {name: [accuracy(task.scores[name]) for task in tasks] for name in tasks[0].scores}
-    for name, row in results.items():
-        table.add_row(name or BASE, *map(format_accuracy, row))
-    first = next(iter(results.values()))
-    table.add_row(CONSTANT, *(f"{100 * result.majority:.1f}" for result in first))
+    for adapter, by_task in results.items():
+        table.add_row(adapter, *(_accuracy(by_task[task]) for task in tasks))
+    table.add_row(CONSTANT, *(f"{100 * some[task]['majority']:.1f}" for task in tasks))
     return with_note(table)
 
 
-def group_table(task: TaskScores) -> Table | None:
-    """Make a table with a row for each group of questions; None where they have no groups."""
-    by_name = {name: accuracy_by_group(scores) for name, scores in task.scores.items()}
-    groups = next(iter(by_name.values()))
-    if not groups:
-        return None
+def group_table(results: Results, task: str) -> Table:
+    """Make a table with a row for each group of a task's questions."""
+    groups = {adapter: by_task[task]["groups"] for adapter, by_task in results.items()}
     table = make_table(
         "group",
-        values=["questions", CONSTANT, *(name or BASE for name in by_name)],
-        title=f"{task.task}: accuracy in % by group",
+        values=["questions", CONSTANT, *groups],
+        title=f"{task}: accuracy in % by group",
     )
-    for group, result in groups.items():
-        cells = [format_accuracy(by_group[group]) for by_group in by_name.values()]
-        constant = f"{100 * result.majority:.1f}"
-        table.add_row(group, str(result.num_examples), constant, *cells)
+    for group, result in next(iter(groups.values())).items():
+        cells = [_accuracy(of_adapter[group]) for of_adapter in groups.values()]
+        constant = f"{100 * result['majority']:.1f}"
+        table.add_row(group, str(result["num_examples"]), constant, *cells)
     return with_note(table)
+
+
+def _accuracy(result: Result) -> str:
+    """An accuracy in percent with its interval, marked where a constant answer reaches it."""
+    mark = "" if result["beats_majority"] else MARK
+    return f"{_percent(result['accuracy'], result['interval'])}{mark}"
+
+
+def _percent(share: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def _loss_table(results: Results, tasks: Sequence[str]) -> Table:
+    titles = [title for task in tasks for title in (f"{task}\nnats a token", f"{task}\nperplexity")]
+    table = make_table("adapter", values=titles, title="Held-out loss, with its 95 % interval")
+    for adapter, by_task in results.items():
+        table.add_row(adapter, *(cell for task in tasks for cell in _loss_cells(by_task[task])))
+    return table
+
+
+def _loss_cells(result: Result) -> tuple[str, str]:
+    low, high = result["interval"]
+    value = result["perplexity"]
+    try:
+        shown = f"{value:.4g} ({math.exp(low):.4g}–{math.exp(high):.4g})"
+    except (OverflowError, TypeError):  # it is no number any more
+        shown = "-"
+    return _decimals(result["loss"], result["interval"]), shown
+
+
+def _decimals(value: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{value:.4f} ({low:.4f}–{high:.4f})"
+
+
+def _pairs_table(results: Results, tasks: Sequence[str]) -> Table:
+    figures = ("accuracy %", "reward accuracy %", "reward margin", "loss")
+    titles = [f"{task}\n{figure}" for task in tasks for figure in figures]
+    table = make_table("adapter", values=titles, title="Preference pairs, with 95 % intervals")
+    for adapter, by_task in results.items():
+        table.add_row(adapter, *(cell for task in tasks for cell in _pair_cells(by_task[task])))
+    return table
+
+
+def _pair_cells(result: Result) -> tuple[str, ...]:
+    return (
+        _percent(result["accuracy"], result["accuracy_interval"]),
+        f"{100 * result['reward_accuracy']:.1f}",
+        _decimals(result["reward_margin"], result["reward_margin_interval"]),
+        _decimals(result["loss"], result["interval"]),
+    )
+
+
+def seeds_table(seeds: Mapping[str, Any], tasks: Sequence[str], *, is_loss: bool) -> Table:
+    """Make a table of means over seeds with a row for each group."""
+    what = "Mean loss of seeds" if is_loss else "Mean accuracy of seeds in %"
+    scale, digits = (1, 4) if is_loss else (100, 1)
+    table = make_table("adapters", values=["seeds", *tasks], title=f"{what} ± standard deviation")
+    for stem, group in seeds.items():
+        spreads = (group["tasks"][task] for task in tasks)
+        cells = (
+            f"{scale * one['mean']:.{digits}f} ± {scale * one['sd']:.{digits}f}" for one in spreads
+        )
+        table.add_row(stem, str(len(group["adapters"])), *cells)
+    return table
 
 
 def comparison_tables(comparisons: Sequence[Comparison]) -> list[Table]:
@@ -108,37 +202,6 @@ def _comparison_table(task: str, comparisons: Sequence[Comparison]) -> Table:
     return table
 
 
-def seeds_table(seeds: Mapping[str, Any], tasks: Sequence[str]) -> Table | None:
-    """Make a table of means over seeds with a row for each group, if there are groups."""
-    if not seeds:
-        return None
-    table = make_table(
-        "adapters",
-        values=["seeds", *tasks],
-        title="Mean accuracy of seeds in % ± standard deviation",
-    )
-    for stem, group in seeds.items():
-        cells = [
-            f"{100 * group['tasks'][task]['mean']:.1f} ± {100 * group['tasks'][task]['sd']:.1f}"
-            for task in tasks
-        ]
-        table.add_row(stem, str(len(group["adapters"])), *cells)
-    return table
-
-
-def all_tables(
-    tasks: Sequence[TaskScores], seeds: Mapping[str, Any], comparisons: Sequence[Comparison]
-) -> list[Table]:
-    """Make every table that there is something for, in the order to show them."""
-    tables = [
-        results_table(tasks),
-        seeds_table(seeds, [task.task for task in tasks]),
-        *comparison_tables(comparisons),
-        *(group_table(task) for task in tasks),
-    ]
-    return [table for table in tables if table is not None]
-
-
 def markdown_page(tables: Sequence[Table], details: Mapping[str, Any]) -> str:
     """Write tables in Markdown, and below them how they were got."""
     versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
@@ -169,26 +232,19 @@ def markdown(table: Table) -> str:
     return above + "".join(f"| {' | '.join(row)} |\n" for row in rows) + below
 
 
-def csv_page(tasks: Sequence[TaskScores]) -> str:
-    """Write a line for each adapter and task, and for each group of questions if there are any."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    figures = ("accuracy", "stderr", "low", "high", "num_examples", "majority")
-    writer.writerow(["adapter", "task", "split", "group", *figures])
-    for adapter, by_task in summarise(tasks).items():
-        for task, summary in by_task.items():
-            for group, result in [("", summary), *summary.get("groups", {}).items()]:
-                row = [adapter, task, summary["split"], group]
-                row += [result["accuracy"], result["stderr"], *result["interval"]]
-                writer.writerow([*row, result["num_examples"], result["majority"]])
-    return text.getvalue()
+def data_frame(results: Results) -> DataFrame:
+    """Lay results out in rows: an adapter, a task, a group of questions, and the figures."""
+    from pandas import DataFrame
 
-
-def format_accuracy(result: Accuracy) -> str:
-    """An accuracy in percent with its interval, marked where a constant answer reaches it."""
-    low, high = wilson_interval(result.accuracy, result.num_examples)
-    mark = "" if result.beats_majority else MARK
-    return f"{100 * result.accuracy:.1f} ({100 * low:.1f}–{100 * high:.1f}){mark}"
+    rows = []
+    for adapter, by_task in results.items():
+        for task, result in by_task.items():
+            for group, one in [("", result), *result.get("groups", {}).items()]:
+                low, high = one["interval"]
+                names = {"adapter": adapter, "task": task, "split": result["split"], "group": group}
+                rows.append({**names, **one, "low": low, "high": high})
+    columns = ["adapter", "task", "split", "group", *_FIGURES]
+    return DataFrame(rows, dtype=object).filter(items=columns)
 
 
 def with_note(table: Table) -> Table:

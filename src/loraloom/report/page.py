@@ -12,16 +12,10 @@ import jinja2
 
 import loraloom
 from loraloom.errors import DataError
+from loraloom.eval.results import Environment, EvaluationFile, TaskResult, read_evaluation
 from loraloom.report.charts import Chart, interval_chart
 from loraloom.report.curves import job_styles, learning_curves
-from loraloom.report.files import (
-    Environment,
-    EvalFile,
-    Job,
-    TaskResult,
-    read_evaluation,
-    read_runs,
-)
+from loraloom.report.files import Job, read_runs
 from loraloom.report.routing import LEVELS, Mixture, lay_out, level
 
 
@@ -41,7 +35,7 @@ class Results:
     """
 
     name: str
-    content: EvalFile
+    content: EvaluationFile
     tasks: Sequence[str]
     losses: Sequence[str]
     charts: Sequence[Chart]
@@ -55,8 +49,16 @@ def make_page(
 ) -> str:
     """Make the report of one or several runs."""
     jobs = read_runs(runs)
-    results = [_lay_out(path.name, read_evaluation(path)) for path in evaluations]
-    page = _templates().get_template("page.html.j2")
+    read = {path.name: read_evaluation(path) for path in evaluations}
+    try:
+        return _render(jobs, read, now or datetime.now(UTC))
+    except (LookupError, TypeError, ValueError, ArithmeticError, jinja2.UndefinedError) as error:
+        files = ", ".join(map(str, evaluations))
+        raise DataError(f"--eval got {files}, whose tables are not whole: {error}") from error
+
+
+def _render(jobs: Sequence[Job], read: Mapping[str, EvaluationFile], now: datetime) -> str:
+    results = [_lay_out(name, content) for name, content in read.items()]
     content = {
         "title": ", ".join(dict.fromkeys(job.run for job in jobs)),
         "jobs": jobs,
@@ -68,13 +70,10 @@ def make_page(
         "charts": learning_curves(jobs),
         "results": results,
         "levels": LEVELS,
-        "made": _date(now or datetime.now(UTC)),
+        "made": _date(now),
         "version": loraloom.__version__,
     }
-    try:
-        return page.render(content)
-    except jinja2.UndefinedError as error:
-        raise DataError(f"--eval got a file in which a field is missing: {error}") from error
+    return _templates().get_template("page.html.j2").render(content)
 
 
 def _templates() -> jinja2.Environment:
@@ -163,7 +162,7 @@ def _metric_names(jobs: Sequence[Job]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _lay_out(name: str, content: EvalFile) -> Results:
+def _lay_out(name: str, content: EvaluationFile) -> Results:
     found = [pair for by_task in content.results.values() for pair in by_task.items()]
     losses = list(dict.fromkeys(task for task, result in found if result.loss is not None))
     tasks = list(dict.fromkeys(task for task, _ in found if task not in losses))

@@ -7,9 +7,9 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
-from loraloom.report.files import AdapterRouting, Example, Specialisation, TaskRouting
+from loraloom.eval.results import AdapterRouting, TaskRouting
 
 LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
 """Where a cell's color changes: the load as a multiple of an even share."""
@@ -70,7 +70,7 @@ class Mixture:
     layers: Sequence[Row]
     told: Sequence[Told]
     similarity: Mapping[str, Sequence[float | None]]
-    examples: Mapping[str, Example]
+    examples: Mapping[str, Mapping[str, Any]]
 
     @property
     def uniform_bits(self) -> float:
@@ -96,13 +96,15 @@ def lay_out(name: str, routing: AdapterRouting) -> Mixture:
     )
 
 
-def _told(what: str, found: Specialisation, layers: Sequence[int | str]) -> Told:
-    by_layer = zip(*found.of.values(), strict=True)
+def _told(
+    what: str, found: Mapping[Literal["bits", "of"], Any], layers: Sequence[int | str]
+) -> Told:
+    by_layer = zip(*found["of"].values(), strict=True)
     rows = [
         (str(layer), bits, values)
-        for layer, bits, values in zip(layers, found.bits, by_layer, strict=True)
+        for layer, bits, values in zip(layers, found["bits"], by_layer, strict=True)
     ]
-    return Told(what, list(found.of), rows)
+    return Told(what, list(found["of"]), rows)
 
 
 def _coverage(tasks: Mapping[str, TaskRouting]) -> str:
@@ -163,7 +165,7 @@ def effective_number(load: Sequence[float]) -> float:
 
 
 def _similarity(routing: AdapterRouting, tasks: Sequence[str]) -> dict[str, list[float | None]]:
-    known = {frozenset((one.first, one.second)): one.mean for one in routing.similarity}
+    known = {frozenset((one["first"], one["second"])): one["mean"] for one in routing.similarity}
     if not known:
         return {}
     return {row: [known.get(frozenset((row, column))) for column in tasks] for row in tasks}

@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.harness import HostLM, load_tasks, shared_lms
+from tests.eval.harness.test_requests import encoded
 from tests.eval.harness.toy import TASKS, instances, plain_score
 from tests.eval.scoring import scoring_host
 from tests.tiny import METHODS, randomise
@@ -67,7 +68,7 @@ def assert_same_scores(ours, theirs, tolerance=1e-4):
 def test_log_likelihoods_are_those_of_a_plain_loop(tiny_tokenizer, adapter):
     host = scoring_host()
     lm = HostLM(host, tiny_tokenizer, adapter)
-    pairs = lm._encoder.encode_pairs(PAIRS)
+    pairs = encoded(HostLM(host, tiny_tokenizer, adapter), PAIRS)
     plain = [plain_score(host, adapter, *pair) for pair in pairs]
     assert_same_scores(log_likelihoods(lm), plain, tolerance=1e-8)
 

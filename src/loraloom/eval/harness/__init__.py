@@ -17,8 +17,7 @@ except ImportError as error:
         "run: pip install 'loraloom[eval]'"
     ) from error
 
-from loraloom.eval.harness.evaluation import evaluate_adapters
-from loraloom.eval.harness.lm import HostLM, shared_lms
+from loraloom.eval.harness.lm import HostLM, evaluate_adapters, shared_lms
 from loraloom.eval.harness.tasks import load_tasks
 
 __all__ = ["HostLM", "evaluate_adapters", "load_tasks", "shared_lms"]

@@ -1,39 +1,211 @@
-"""An adapter on a host, as lm-evaluation-harness asks models."""
+"""Adapters on a host as lm-evaluation-harness asks models, computed for all in the same batches.
+
+lm-eval evaluates one model at a time. So what one adapter is asked is computed for all adapters at
+once, and kept until each of the others is asked the same.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import subprocess
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from itertools import product
+from typing import Any, NamedTuple, cast
+from unittest.mock import patch
 
-import lm_eval.models  # noqa: F401  lm-eval's own models, which it leaves out once one is registered
-from jinja2 import TemplateError
+import lm_eval
+import lm_eval.models  # lm-eval's own models, which it leaves out once one is registered
+from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from lm_eval.api.task import Task
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.tokenising import TokenPair, eos_token
-from loraloom.errors import ConfigError, DataError, not_finite
-from loraloom.eval.harness.answers import Answers, CompletionRequest, ScoreRequest
-from loraloom.eval.harness.arguments import load_arguments
-from loraloom.eval.harness.requests import RequestEncoder, parse_generation
+from loraloom.config.faults import suggestion
+from loraloom.config.fields import check_device
+from loraloom.config.quantization import parse_quantization
+from loraloom.data.tokenising import (
+    TokenPair,
+    encode_texts,
+    leading_tokens,
+    move_trailing_space,
+    start_of_text,
+)
+from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
+from loraloom.eval.provenance import adapter_digest
+from loraloom.infer.generate import complete
+from loraloom.infer.loading import load_host
 from loraloom.infer.rows import fit_pair
+from loraloom.infer.sampling import SamplingConfig, parse_sampling
+from loraloom.infer.scoring import (
+    PairScore,
+    group_rows,
+    score_groups,
+    token_batches,
+    tokens_per_batch,
+)
 from loraloom.models.host import Host
 
-MAX_NEW_TOKENS = 256
-"""Of a completion whose task doesn't say; lm-eval's own default."""
+Results = dict[str, Any]
+"""What `lm_eval.simple_evaluate` returns."""
+
+_TOKENS_BESIDE_CONTEXT = 512
+"""Most tokens of continuations in one row; attention's cost is quadratic in a row."""
+
+_LOADING = ("base_model", "adapter", "dtype", "quantization", "device", "attn_implementation")
+_LM_OPTIONS = ("max_length", "add_bos_token", "prefix_token_id", "max_tokens_per_batch")
+
+Tokens = tuple[int, ...]
+OnProgress = Callable[[int], Any]
+"""Told how many different answers are there by now."""
 
 
-class HostLM(TemplateLM):
+class ScoreRequest(NamedTuple):
+    """A continuation to score after its context."""
+
+    context: Tokens
+    continuation: Tokens
+
+
+class CompletionRequest(NamedTuple):
+    """A prompt to complete; `draw` keeps the random draws of equal prompts apart."""
+
+    input_ids: Tokens
+    sampling: SamplingConfig
+    draw: int
+
+
+class Answers:
+    """Answers of several adapters on a host, each different request computed for all at once."""
+
+    def __init__(
+        self,
+        host: Host,
+        tokenizer: PreTrainedTokenizerBase,
+        adapters: Sequence[str | None],
+        max_tokens_per_batch: int | None = None,
+        batch_size: int = 16,
+    ):
+        if not adapters:
+            raise AdapterError("adapters must name at least one, or None for the base, got none")
+        self.host = host
+        self.tokenizer = tokenizer
+        self.adapters = list(dict.fromkeys(adapters))
+        self._max_tokens = max_tokens_per_batch or tokens_per_batch(host)
+        self._batch_size = batch_size
+        self._kept: dict[str | None, dict[Any, Any]] = {name: {} for name in self.adapters}
+        self._weights = {name: self._weights_of(name) for name in self.adapters}
+
+    def score(
+        self, adapter: str | None, requests: Sequence[ScoreRequest], on_progress: OnProgress
+    ) -> list[PairScore]:
+        """Score continuations with an adapter."""
+        return self._answer(adapter, requests, self._score, on_progress)
+
+    def complete(
+        self, adapter: str | None, requests: Sequence[CompletionRequest], on_progress: OnProgress
+    ) -> list[str]:
+        """Complete prompts with an adapter."""
+        return self._answer(adapter, requests, self._complete, on_progress)
+
+    def _answer(
+        self,
+        adapter: str | None,
+        requests: Sequence[Any],
+        compute: Callable[[list[Any], OnProgress], None],
+        on_progress: OnProgress,
+    ) -> list[Any]:
+        self._forget_outdated()
+        kept, distinct = self._kept[adapter], list(dict.fromkeys(requests))
+        missing = [request for request in distinct if request not in kept]
+        if missing:
+            num_kept = len(distinct) - len(missing)
+            compute(missing, lambda num_done: on_progress(num_kept + num_done))
+        answers = {request: kept.pop(request) for request in distinct}
+        return [answers[request] for request in requests]
+
+    def _score(self, requests: list[ScoreRequest], on_progress: OnProgress) -> None:
+        groups = _group_by_context(requests)
+        pairs = [[TokenPair(*map(list, request)) for request in group] for group in groups]
+        rows = group_rows(self.host, pairs)
+        num_done = 0
+        with self.host.prepared():
+            for places in token_batches(rows, self._max_tokens // len(self.adapters)):
+                wanted = list(product(self.adapters, places))
+                scores = score_groups(self.host, rows, wanted, self._max_tokens)
+                for (name, place), of_group in zip(wanted, scores, strict=True):
+                    self._kept[name].update(zip(groups[place], of_group, strict=True))
+                num_done += sum(len(groups[place]) for place in places)
+                on_progress(num_done)
+
+    def _complete(self, requests: list[CompletionRequest], on_progress: OnProgress) -> None:
+        num_done = 0
+        for sampling in dict.fromkeys(request.sampling for request in requests):
+            chosen = [request for request in requests if request.sampling == sampling]
+            rows = list(product(chosen, self.adapters))
+            completions = complete(
+                self.host,
+                self.tokenizer,
+                [list(request.input_ids) for request, _ in rows],
+                [name for _, name in rows],
+                sampling,
+                keys=[request.draw for request, _ in rows],
+                batch_size=self._batch_size,
+                on_progress=lambda done, before=num_done: on_progress(
+                    before + done // len(self.adapters)
+                ),
+            )
+            for (request, name), completion in zip(rows, completions, strict=True):
+                self._kept[name][request] = completion.text
+            num_done += len(chosen)
+
+    def _forget_outdated(self) -> None:
+        for name in self.adapters:
+            weights = self._weights_of(name)
+            if weights != self._weights[name]:
+                self._kept[name].clear()
+                self._weights[name] = weights
+
+    def _weights_of(self, name: str | None) -> Hashable:
+        """What changes when an adapter's weights do, or another adapter takes its name."""
+        if name is None:
+            return None
+        adapter = self.host.adapter(name)
+        return weakref.ref(adapter), adapter_digest(adapter)
+
+
+def _group_by_context(requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
+    """Put continuations of the same context together, as many as a row should hold."""
+    groups: list[list[ScoreRequest]] = []
+    open_groups: dict[Tokens, tuple[list[ScoreRequest], int]] = {}
+    for request in requests:
+        group, num_tokens = open_groups.get(request.context, ([], 0))
+        num_tokens += len(request.continuation)
+        if not group or num_tokens > _TOKENS_BESIDE_CONTEXT:
+            group, num_tokens = [], len(request.continuation)
+            groups.append(group)
+        group.append(request)
+        open_groups[request.context] = group, num_tokens
+    return groups
+
+
+_HFLM: Any = HFLM  # the decorator that registers it hides what it is
+
+
+class HostLM(_HFLM):
     """An adapter on a host, or its base model.
 
-    Prompts are cut from the left and encoded as lm-eval's own class for transformers models does
-    it; log-likelihoods are computed from float32 logits. Continuations of a context share its
-    computation.
+    Prompts, windows, chat templates and their settings are those of lm-eval's own class for
+    transformers models. Log-likelihoods are computed from float32 logits, and continuations of a
+    context share its computation.
     """
 
     def __init__(
@@ -50,53 +222,59 @@ class HostLM(TemplateLM):
         chat_template_args: Mapping[str, Any] | None = None,
         answers: Answers | None = None,
     ):
-        super().__init__()
+        # HFLM's own loads a model, puts it into evaluation mode and gives the tokenizer a pad token
+        TemplateLM.__init__(cast("Any", self))
+        longest = host.config.max_position_embeddings
+        if max_length is not None and not 1 <= max_length <= longest:
+            raise ConfigError(
+                f"max_length must be in [1, {longest}], as the model reads no more, got "
+                f"{max_length}"
+            )
         self.host = host
-        self.tokenizer: Any = tokenizer
         self.adapter = adapter
-        self.max_length = _check_length(host, max_length)
-        self.batch_size = batch_size
-        self._device = host.device
-        self._encoder = RequestEncoder(tokenizer, add_bos_token, prefix_token_id)
-        self._chat_template_args = dict(chat_template_args or {})
-        self._answers = answers or Answers(
+        self.answers = answers or Answers(
             host, tokenizer, [adapter], max_tokens_per_batch, batch_size
         )
+        self.tokenizer: Any = tokenizer
+        self.chat_template_args = dict(chat_template_args or {})
+        self.enable_thinking = None
+        self.custom_prefix_token_id = (
+            start_of_text(tokenizer) if prefix_token_id is None else prefix_token_id
+        )
+        self.batch_size_per_gpu = batch_size
+        self._start = _start(tokenizer, add_bos_token)
+        self._max_length = max_length or longest
+        self._model, self._config, self._device = host.model, host.config, host.device
+        self._rank, self._world_size = 0, 1
 
     @classmethod
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict | None = None
     ) -> HostLM:
-        """Load a model from `--model_args`; see `load_arguments`."""
+        """Load a model from `--model_args`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> HostLM:
-        """Load a model from the arguments of lm-eval's command line; see `load_arguments`."""
-        host, tokenizer, adapter, options = load_arguments(arg_dict, additional_config or {})
-        return cls(host, tokenizer, adapter, **options)
-
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return eos_token(self.tokenizer)
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The token that stands for an empty context."""
-        return self._encoder.prefix_token_id
-
-    @property
-    def max_gen_toks(self) -> int:
-        """Most tokens of a completion whose task doesn't say."""
-        return MAX_NEW_TOKENS
-
-    @property
-    def tokenizer_name(self) -> str:
-        """What lm-eval tells caches of requests apart by."""
-        return self.tokenizer.name_or_path.replace("/", "__")
+        """Load a model from the arguments of lm-eval's command line."""
+        given = {key: value for key, value in (additional_config or {}).items() if value}
+        _check_arguments(arg_dict)
+        device = arg_dict.get("device") or given.get("device") or "auto"
+        adapter = arg_dict.get("adapter")
+        host, tokenizer = load_host(
+            str(arg_dict["base_model"]),
+            {} if adapter is None else {"adapter": str(adapter)},
+            str(arg_dict.get("dtype", "auto")),
+            check_device(str(device)),
+            arg_dict.get("attn_implementation"),
+            parse_quantization(arg_dict.get("quantization")),
+        )
+        options = {name: arg_dict[name] for name in _LM_OPTIONS if name in arg_dict}
+        if str(given.get("batch_size")).isdigit():  # else "auto"
+            options["batch_size"] = int(given["batch_size"])
+        return cls(host, tokenizer, None if adapter is None else "adapter", **options)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval notes of the model."""
@@ -110,117 +288,65 @@ class HostLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids of a text."""
-        if add_special_tokens is None:
-            return self._encoder.encode([string])[0]
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        """Token ids of a text: never two BOS, and no EOS even if the tokenizer would add one."""
+        start = self._start if add_special_tokens is not False else []
+        return encode_texts(self.tokenizer, [string], start)[0]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Turn a conversation into a prompt; no system turn where the template takes none."""
-        if not self._chat_template:
+        """Turn a conversation into a prompt, as the adapter's training data wrote prompts."""
+        form = None if self.adapter is None else self.host.adapter(self.adapter).prompt
+        template = self.tokenizer.chat_template
+        if form is not None and (template is None or isinstance(template, str)):
+            template = form.as_chat_template(template, adds_bos=False)
+            self.chat_template_args["chat_template"] = template
+        if not template:
             raise ConfigError(
                 "apply_chat_template needs a tokenizer with a chat template, got one without"
             )
-        try:
-            return self._render(chat_history, add_generation_prompt)
-        except TemplateError:
-            turns = [message for message in chat_history if message["role"] != "system"]
-            return self._render(turns, add_generation_prompt)
+        return super().apply_chat_template(chat_history, add_generation_prompt)
 
-    @property
-    def _chat_template(self) -> str | None:
-        """How the adapter's training data wrote prompts, or else the tokenizer's own."""
-        form = None if self.adapter is None else self.host.adapter(self.adapter).prompt
-        own = self.tokenizer.chat_template
-        if form is None or not (own is None or isinstance(own, str)):
-            return own
-        return form.as_chat_template(own, adds_bos=False)
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if not continuation:
+            raise DataError(
+                f"a continuation must not be empty, got an empty one after {context[-60:]!r}"
+            )
+        context, rest = move_trailing_space(context, continuation)
+        whole = self.tok_encode(context + rest)
+        cut = min(len(self.tok_encode(context)), len(whole) - 1)  # one token may span both
+        return whole[:cut] or [self.prefix_token_id], whole[cut:]
 
-    def _render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            chat_template=self._chat_template,
-            **self._chat_template_args,
-        )
-
-    def loglikelihood(
-        self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        """Score continuations of contexts: log-likelihood, and whether it is the greedy one."""
-        texts: list[Any] = [request.args for request in requests]
-        pairs = self._encoder.encode_pairs(texts)
-        return self._loglikelihood_tokens(
-            [
-                (text, pair.context, pair.continuation)
-                for text, pair in zip(texts, pairs, strict=True)
-            ],
-            disable_tqdm,
-        )
-
-    def _loglikelihood_tokens(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _loglikelihood_tokens(
         self,
-        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
+        override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        pairs = [TokenPair(context, continuation) for _, context, continuation in requests]
-        scores = self._score(pairs, "loglikelihood", disable_tqdm)
-        for (texts, _, _), score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, score)
-        return scores
-
-    def loglikelihood_rolling(
-        self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
-        """Score whole texts, in windows as long as the model reads."""
-        windows = [
-            [
-                TokenPair(*make_disjoint_window(window))
-                for window in get_rolling_token_windows(
-                    ids, self.prefix_token_id, self.max_length, context_len=1
-                )
-            ]
-            for ids in self._encoder.encode([request.args[0] for request in requests])
-        ]
-        pairs = [pair for of_text in windows for pair in of_text]
-        scores = iter(self._score(pairs, "loglikelihood_rolling", disable_tqdm))
-        sums = [math.fsum(next(scores)[0] for _ in of_text) for of_text in windows]
-        for request, value in zip(requests, sums, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
-        return sums
-
-    def _score(
-        self, pairs: Sequence[TokenPair], what: str, quiet: bool
-    ) -> list[tuple[float, bool]]:
+        pairs = [TokenPair(context, rest) for _, context, rest in requests]
         fitted = [ScoreRequest(*map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
-        with self._progress(len(fitted), what, quiet) as tell:
-            scores = self._answers.score(self.adapter, fitted, tell)
-        for score in scores:
+        with self._progress(len(fitted), "loglikelihood", disable_tqdm) as on_progress:
+            scores = self.answers.score(self.adapter, fitted, on_progress)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
             if not math.isfinite(score.log_likelihood):
                 raise not_finite("log-likelihoods", score.log_likelihood, [self.adapter])
+            if texts is not None:  # a window of a text has none
+                self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
         return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Complete prompts up to their stop texts."""
         asked: list[Any] = [request.args for request in requests]
-        encoded = self._encoder.encode([text for text, _ in asked])
         prompts = [
-            self._completion(ids, settings, place)
-            for place, (ids, (_, settings)) in enumerate(zip(encoded, asked, strict=True))
+            self._completion(text, settings, place) for place, (text, settings) in enumerate(asked)
         ]
-        with self._progress(len(prompts), "generate_until", disable_tqdm) as tell:
-            texts = self._answers.complete(self.adapter, prompts, tell)
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
+        with self._progress(len(prompts), "generate_until", disable_tqdm) as on_progress:
+            texts = self.answers.complete(self.adapter, prompts, on_progress)
+        for pair, text in zip(asked, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", pair, text)
         return texts
 
-    def _completion(
-        self, ids: list[int], settings: Mapping[str, Any], place: int
-    ) -> CompletionRequest:
+    def _completion(self, text: str, settings: Mapping[str, Any], place: int) -> CompletionRequest:
         sampling = parse_generation(settings, self.max_gen_toks)
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
@@ -228,19 +354,60 @@ class HostLM(TemplateLM):
                 f"max_gen_toks must leave room for a prompt in the model's {self.max_length} "
                 f"tokens, got {sampling.max_new_tokens}"
             )
-        draw = place if sampling.temperature > 0 else 0
-        prompt = tuple(ids or [self.prefix_token_id])[-room:]
-        return CompletionRequest(prompt, sampling, draw)
+        ids = self.tok_encode(text) or [self.prefix_token_id]
+        return CompletionRequest(
+            tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0
+        )
 
     @contextmanager
-    def _progress(self, total: int, what: str, quiet: bool) -> Iterator[Callable[[int], Any]]:
-        """Show a bar on a terminal; give what tells it how many are done."""
+    def _progress(self, total: int, what: str, quiet: bool) -> Iterator[OnProgress]:
+        """Show a bar on a terminal."""
         with cast("Any", tqdm)(total=total, desc=what, disable=quiet or None) as bar:
             yield lambda num_done: bar.update(num_done - bar.n)
             bar.update(total - bar.n)
 
 
 register_model("loraloom")(HostLM)
+
+
+def _start(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None) -> list[int]:
+    if add_bos_token is None:
+        return leading_tokens(tokenizer)
+    if not add_bos_token:
+        return []
+    if not isinstance(tokenizer.bos_token_id, int):
+        raise ConfigError("add_bos_token needs a tokenizer with a BOS token, got one without")
+    return [tokenizer.bos_token_id]
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    known = (*_LOADING, *_LM_OPTIONS)
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(
+                f"{suggestion(name, known)}model_args of loraloom may hold {', '.join(known)}, "
+                f"got {name!r}"
+            )
+    if not arguments.get("base_model"):
+        raise ConfigError(
+            "model_args of loraloom must name a base_model; give base_model=M, and adapter=PATH "
+            "for an adapter on it"
+        )
+
+
+def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
+    """Read a task's `generation_kwargs`."""
+    normal: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), max_new_tokens))
+    stop = tuple(dict.fromkeys(filter(None, normal.pop("until"))))
+    length, do_sample = normal.pop("max_gen_toks"), normal.pop("do_sample")
+    if do_sample and float(normal.setdefault("temperature", 1.0)) == 0:
+        raise ConfigError(
+            "generation_kwargs: do_sample draws at a temperature above 0, got 0; "
+            "leave do_sample out or raise the temperature"
+        )
+    ignored = () if do_sample else ("temperature", "top_k", "top_p")
+    chosen = {n: value for n, value in normal.items() if value is not None and n not in ignored}
+    return parse_sampling(max_new_tokens=length, stop=stop, **chosen)
 
 
 def shared_lms(
@@ -264,12 +431,30 @@ def shared_lms(
     }
 
 
-def _check_length(host: Host, max_length: int | None) -> int:
-    longest = host.config.max_position_embeddings
-    if max_length is None:
-        return longest
-    if not 1 <= max_length <= longest:
-        raise ConfigError(
-            f"max_length must be in [1, {longest}], as the model reads no more, got {max_length}"
-        )
-    return max_length
+def evaluate_adapters(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task | Group],
+    adapters: Sequence[str | None],
+    *,
+    lm_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str | None, Results]:
+    """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
+    models = shared_lms(host, tokenizer, adapters, **(lm_options or {}))
+    manager = TaskManager(include_defaults=False)  # the tasks are there, so none is looked up
+    evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
+    # lm-eval's own lets git complain on stderr where the working directory is no repository
+    with patch("lm_eval.evaluator.get_git_commit_hash", _git_commit):
+        return {
+            name: evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
+            for name, model in models.items()
+        }
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

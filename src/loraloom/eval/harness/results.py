@@ -15,8 +15,8 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable
 from rich.table import Table
 
-from loraloom.eval.harness.evaluation import Results
-from loraloom.eval.results import BASE
+from loraloom.eval.comparison import BASE
+from loraloom.eval.harness.lm import Results
 from loraloom.eval.statistics import wilson_interval
 from loraloom.eval.tables import MARK, with_note
 from loraloom.terminal import make_table
@@ -122,8 +122,8 @@ def plain_results(results: Mapping[str | None, Results]) -> dict[str, Any]:
     return json.loads(text, parse_constant=lambda _: None)
 
 
-def question_lines(results: Mapping[str | None, Results]) -> Iterator[str]:
-    """Yield a JSON line for each task, filter, adapter and question."""
+def question_lines(results: Mapping[str | None, Results]) -> Iterator[dict[str, Any]]:
+    """Yield what `--per-question` writes of each task, filter, adapter and question."""
     for name, of_adapter in results.items():
         for task, samples in of_adapter["samples"].items():
             for sample in samples:
@@ -134,7 +134,7 @@ def question_lines(results: Mapping[str | None, Results]) -> Iterator[str]:
                     "adapter": name or BASE,
                     **_question(sample),
                 }
-                yield json.dumps(line, default=handle_non_serializable, ensure_ascii=False)
+                yield json.loads(json.dumps(line, default=handle_non_serializable))
 
 
 def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
