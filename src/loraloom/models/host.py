@@ -242,8 +242,8 @@ class Host(HeadOutputs):
         Returns:
             A scalar, which is 0 where no adapter adds anything.
         """
-        losses = self._auxiliary_losses(output.routing, output.samples)
-        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+        loss = self._auxiliary_loss(output.routing, output.samples)
+        return torch.zeros((), device=self.device) if loss is None else loss
 
     def prefill(
         self,
@@ -481,25 +481,22 @@ class Host(HeadOutputs):
         )
         return Visit(
             self._run(forward),
-            lambda: self._auxiliary_loss(record, forward.layout),
+            lambda: self._auxiliary_loss(_filled(record), _samples(record, forward.layout)),
             self._without_cache if forward.checkpointing else dict,
         )
 
-    def _auxiliary_loss(self, record: Record, layout: Layout) -> Tensor | None:
-        """Add up what adapters add to the objective; None for nothing."""
-        losses = self._auxiliary_losses(_filled(record), _samples(record, layout))
-        return torch.stack(losses).sum() if losses else None
-
-    def _auxiliary_losses(
+    def _auxiliary_loss(
         self,
         routing: Mapping[str, list[LayerRouting]],
         samples: Mapping[str, list[SampleTokens] | None],
-    ) -> list[Tensor]:
-        losses = (
+    ) -> Tensor | None:
+        """Add up what adapters add to the objective; None for nothing."""
+        losses = [
             self.adapters[name].auxiliary_loss(records, samples.get(name))
             for name, records in routing.items()
-        )
-        return [loss for loss in losses if loss is not None]
+        ]
+        present = [loss for loss in losses if loss is not None]
+        return torch.stack(present).sum() if present else None
 
     def _check_needs_no_scaling(self) -> None:
         """Refuse a base model whose trainer would have to scale its loss: nobody can tell."""

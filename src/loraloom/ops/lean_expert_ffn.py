@@ -316,13 +316,21 @@ class _PieceForward:
             return _Projected(output, output, None, None)
         rank_input = piece.take_rank(self.low_rank[:, side.columns])
         own_B = piece.of_experts(lora_B)
+        # A piece's own copy is added to; rows of the base's output are needed again.
+        add = output.addmm_ if piece.copies else partial(torch.addmm, output)
         if excess is None:
-            # A piece's own copy is added to; rows of the base's output are needed again.
-            add = output.addmm_ if piece.copies else partial(torch.addmm, output)
             value = add(rank_input, own_B)
             return _Projected(value, value, None, rank_input)
         excess = piece.of_rows(excess)
-        value, rows = scale_rows(output, rank_input @ own_B, excess, side.bias)
+        if output.dtype.itemsize <= 2:  # what is rounded so far can't be scaled by factors near 1
+            value, rows = scale_rows(output, rank_input @ own_B, excess, side.bias)
+            return _Projected(value, rows, excess, rank_input)
+        rows = add(rank_input, own_B)
+        if side.bias is not None:
+            rows -= side.bias
+        value = torch.addcmul(rows, excess, rows)
+        if side.bias is not None:
+            value += side.bias
         return _Projected(value, rows, excess, rank_input)
 
 

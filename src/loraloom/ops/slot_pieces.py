@@ -13,7 +13,7 @@ A piece is small enough that its hidden states stay in the processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,7 +137,6 @@ class RowsOfGroup:
         rows: Token of each row, [t].
         slot_rows: Their places among slot after slot, [t].
         experts: Expert of each row, [t].
-        mask: 1 at the columns of a row's expert within the group, [t, W]; None for one expert.
         num_tokens: T.
         rank: R.
     """
@@ -146,7 +145,6 @@ class RowsOfGroup:
     rows: Tensor
     slot_rows: Tensor
     experts: Tensor
-    mask: Tensor | None
     num_tokens: int
     rank: int
     copies = True
@@ -195,24 +193,35 @@ class RowsOfGroup:
 
     def keep_rank(self, values: Tensor) -> Tensor:
         """Zero what is outside of a row's expert's columns."""
-        return values if self.mask is None else values * self.mask
+        return values if self._has_one_expert else values * self._mask(self.rank, values.dtype)
 
     def of_rows(self, table: Tensor) -> Tensor:
         """Each row's expert's row of [E + 1, F], whose last belongs to expert -1; one for all."""
-        return table[self._experts] if self.mask is None else rows_of_experts(table, self.experts)
+        return table[self._places] if self._has_one_expert else rows_of_experts(table, self.experts)
 
     def add_row_scale(self, total: Tensor, values: Tensor) -> None:
         """Add the factors' gradients, [t, F], to [E, F]."""
-        own = total[self._experts]
-        if self.mask is None:
+        own = total[self._places]
+        if self._has_one_expert:
             own += values.sum(0, keepdim=True)
         else:
-            own += self.mask[:, :: self.rank].T @ values
+            own += self._mask(1, values.dtype).T @ values
 
     @property
-    def _experts(self) -> slice:
+    def _places(self) -> slice:
+        """The group's experts among all."""
         group: slice = self.group  # pyright: ignore[reportAssignmentType]
         return slice(group.start // self.rank, group.stop // self.rank)
+
+    @property
+    def _has_one_expert(self) -> bool:
+        return self._places.stop - self._places.start == 1
+
+    def _mask(self, rank: int, dtype: torch.dtype) -> Tensor:
+        """1 at the columns of a row's expert within the group, each expert's `rank` wide."""
+        places = self._places
+        own = (self.experts - places.start).unsqueeze(1)
+        return slot_masks(own, places.stop - places.start, rank, dtype)[0]
 
     def drop(self, values: Tensor, keep_slots: Sequence[Tensor | None]) -> Tensor:
         """Zero what each slot's dropout drops."""
@@ -276,10 +285,7 @@ def sorted_pieces(
     for group, slot_rows in zip(range(-1, num_groups), order.split(counts), strict=True):
         columns = slice(group * size * rank, (group + 1) * size * rank) if group >= 0 else None
         for part in slot_rows.split(longest) if len(slot_rows) else ():
-            own, mask = flat[part], None
-            if size > 1:
-                mask = slot_masks((own - group * size).unsqueeze(1), size, rank, gate.dtype)[0]
-            yield RowsOfGroup(columns, part % num_tokens, part, own, mask, num_tokens, rank)
+            yield RowsOfGroup(columns, part % num_tokens, part, flat[part], num_tokens, rank)
 
 
 def _piece_rows(gate: Tensor) -> int:
@@ -321,6 +327,7 @@ class Slots:
         routed: Whether there is a router; without, there is one expert for all.
         apart: Slots are not added up in front of the base's output projection.
         group: Experts of a group that slots are sorted by; None where they are not.
+        by_group: The sorted pieces, cut once for both passes.
     """
 
     experts: Any
@@ -329,6 +336,7 @@ class Slots:
     routed: bool
     apart: bool
     group: int | None
+    by_group: Sequence[RowsOfGroup] = ()
 
     @staticmethod
     def of(weights: FfnWeights, routing: Routing | None, gate: Tensor) -> Slots:
@@ -339,19 +347,23 @@ class Slots:
             routing: Slots of each token; None for a plain LoRA.
             gate: Base output of the gate, [T, F].
         """
+        size, by_group = None, ()
         if routing is None:
             experts = torch.zeros(1, len(gate), dtype=torch.long, device=gate.device)
         else:
             experts = routing.selected_experts.T.contiguous()
+            size = group_size(experts, weights.num_experts, weights.rank, gate.dtype)
+        if size is not None:
+            cut = sorted_pieces(experts, weights.num_experts, size, weights.rank, gate)
+            by_group = tuple(cut)
         return Slots(
             experts,
             weights.num_experts,
             weights.rank,
             routed=routing is not None,
             apart=weights.apart,
-            group=group_size(experts, weights.num_experts, weights.rank, gate.dtype)
-            if routing
-            else None,
+            group=size,
+            by_group=by_group,
         )
 
     def without_experts(self) -> Slots:
@@ -368,10 +380,10 @@ class Slots:
             return None
         return slot_masks(self.experts.T, self.num_experts, self.rank, dtype)
 
-    def pieces(self, gate: Tensor) -> Iterator[Piece]:
+    def pieces(self, gate: Tensor) -> Iterable[Piece]:
         """Cut the slots into pieces."""
         if self.group is not None:
-            return sorted_pieces(self.experts, self.num_experts, self.group, self.rank, gate)
+            return self.by_group
         return masked_pieces(self.experts, self.masks(gate.dtype), self.rank, gate)
 
     @property
