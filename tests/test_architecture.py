@@ -6,7 +6,7 @@ import re
 import traceback
 from pathlib import Path
 
-import loraloom.adapters.mixlora.adapter as mixlora
+from loraloom.adapters import mixlora
 from loraloom.cli import main as cli
 from tests.training.saved import run_settings, save_inputs, write_run_file
 

@@ -38,7 +38,7 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.models.host import Host
 from loraloom.routing import losses
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import RouterStatistics, measure_load, read_statistics
+from loraloom.routing.tally import RouterStatistics, measure_load, read_statistics
 
 VOCAB_SIZE = 97
 LAYERS = 2

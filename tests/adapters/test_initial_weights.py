@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError
@@ -167,11 +166,6 @@ def test_a_start_has_no_more_directions_than_its_projection(init):
     smallest = min(min(size) for size in tiny_host("llama", {}).base.shapes.values())
     with pytest.raises(AdapterError, match=f"has {smallest} directions on .*, got rank"):
         fresh(LoraConfig(rank=smallest + 1, init=init), dtype=torch.float32)
-
-
-def test_settings_of_eva_need_eva():
-    with pytest.raises(ValidationError, match="eva is a setting of init: eva, got init: kaiming"):
-        LoraConfig(eva={"rho": 3})
 
 
 def test_layers_without_any_of_the_targets_are_refused():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraloom.adapters import LoraMoeConfig
 from loraloom.adapters.adapter import SampleTokens
-from loraloom.adapters.loramoe.weights import balancing_constraint
+from loraloom.adapters.loramoe import balancing_constraint
 from loraloom.config.objective import SftConfig
 from loraloom.data.examples import Example
 from loraloom.errors import AdapterError

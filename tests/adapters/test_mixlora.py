@@ -13,7 +13,7 @@ from loraloom.adapters import LoraConfig, MixLoraConfig, SharedExpertConfig
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.errors import AdapterError
 from loraloom.routing.losses import balance_by_bias
-from loraloom.routing.top_k import top_k_routing
+from loraloom.routing.routes import top_k_routing
 from loraloom.training.step.optimizers import parameter_groups
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients
 from tests.tiny import (

@@ -131,4 +131,3 @@ def test_cards_and_inspection_say_how_experts_are_chosen(mixture):
     config = MIXTURES[mixture]
     label = {"top_p": "top-p 0.6"}.get(config.routing, config.routing)
     assert config.description()["experts"]["routing"] == label
-    assert any(label in line for line in config.card_lines())

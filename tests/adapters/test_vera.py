@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import loraloom
 from loraloom.adapters import VeraConfig
 from loraloom.adapters.base import BaseInfo
+from loraloom.formats.fields import write_fields
 from loraloom.models.host import Host
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients, loss_of
 from tests.tiny import changed, gradients, randomise, relative_error, tiny_model
@@ -30,7 +31,7 @@ each_way = pytest.mark.parametrize("saved", [True, False], ids=["saved", "drawn-
 
 
 def theirs_of(model: nn.Module, config: VeraConfig, base: BaseInfo) -> nn.Module:
-    fields = config.file_fields(base)
+    fields = write_fields(config, base)
     return peft.get_peft_model(model, peft.VeraConfig(**fields)).to(model.dtype)
 
 

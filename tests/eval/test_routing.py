@@ -16,7 +16,7 @@ from loraloom.eval.routing import (
     words_by_expert,
 )
 from loraloom.eval.token_classes import TOKEN_CLASSES, class_of
-from loraloom.routing.statistics import load_shares
+from loraloom.routing.tally import load_shares
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
 

@@ -50,7 +50,7 @@ def test_the_card_tells_method_data_and_results():
     card = model_card(
         config, llama_base(), name="arc", data="1,600 questions", results="accuracy: 0.7"
     )
-    for text in ("# arc", "6 experts", "rank 4", "up_proj", "1,600 questions", "accuracy: 0.7"):
+    for text in ("# arc", "num_experts: 6", "rank: 4", "up_proj", "1,600 questions", "0.7"):
         assert text in card
 
 

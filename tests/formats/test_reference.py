@@ -250,7 +250,7 @@ def test_a_mixture_on_attention_alone_is_the_lora_that_it_computes(base, tmp_pat
 def test_it_is_none_where_routing_scales_the_ffn_block(base, tmp_path):
     write_mixture(tmp_path, base, target_modules=("q_proj", "up_proj"), routing="top_p")
     keep_attention_alone(tmp_path)
-    with pytest.raises(FormatError, match="must have experts on an FFN projection"):
+    with pytest.raises(AdapterError, match="needs experts: target_modules must have at least one"):
         read_adapter(tmp_path, base)
 
 

@@ -281,7 +281,7 @@ def test_files_of_mixtures_have_them_too(tmp_path):
     assert again.config.modules_to_save == ("lm_head",)
     counts = describe(tmp_path).parameters
     assert (counts["modules_to_save"], counts["tokens"]) == (97 * 32, 3 * 32)
-    assert "trained whole: lm_head" in (tmp_path / "README.md").read_text()
+    assert "modules_to_save:\n  - lm_head" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_what_has_no_place_for_them_says_so(tmp_path):
         host.merge("lora")
     with pytest.raises(AdapterError, match="must have updates of the form BA"):
         host.combine(["lora", "lora"], [0.5, 0.5], name="both")
-    with pytest.raises(AdapterError, match="to be a GGUF adapter, got trained whole: lm_head"):
+    with pytest.raises(AdapterError, match="to be a GGUF adapter, got modules_to_save"):
         loraloom.export(host, build_tokenizer(), "lora", tmp_path / "out.gguf", "gguf")
     host.save("lora", tmp_path / "lora")
     with pytest.raises(AdapterError, match="to be read by MoE-PEFT"):

@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from loraloom.adapters import MixLoraConfig
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.top_k import top_k_routing
+from loraloom.routing.routes import top_k_routing
 from tests.tiny import changed, router_loss
 
 

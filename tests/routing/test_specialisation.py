@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.specialisation import (
+from loraloom.routing.tally import (
     loads_by_class,
     mutual_information_bits,
     specialisation_bits,

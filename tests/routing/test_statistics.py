@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.top_k import top_k_routing
+from loraloom.routing.routes import top_k_routing
 from tests.tiny import load_statistics
 
 

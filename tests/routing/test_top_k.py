@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from loraloom.routing.top_k import router_logits, top_k_routing
+from loraloom.routing.routes import router_logits, top_k_routing
 
 
 @pytest.fixture

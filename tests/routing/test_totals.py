@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import load_shares
-from loraloom.routing.top_k import top_k_routing
-from loraloom.routing.totals import (
+from loraloom.routing.routes import top_k_routing
+from loraloom.routing.tally import (
     effective_number,
     entropy_bits,
+    load_shares,
     load_similarity,
     routing_totals,
 )

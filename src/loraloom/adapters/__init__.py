@@ -1,4 +1,4 @@
-"""Methods: a folder for each, and the list of them. Torch is not imported here."""
+"""Methods: a file for each, and the list of them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Union
@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 from pydantic import Field, TypeAdapter
 
 from loraloom.adapters.config import AdapterConfig
-from loraloom.adapters.dynmole.config import DynMoleConfig
-from loraloom.adapters.hydralora.config import HydraLoraConfig
-from loraloom.adapters.lora.config import EvaConfig as EvaConfig
-from loraloom.adapters.lora.config import LoraConfig
-from loraloom.adapters.loramoe.config import LoraMoeConfig
-from loraloom.adapters.mixlora.config import ExpertsConfig as ExpertsConfig
-from loraloom.adapters.mixlora.config import MixLoraConfig
-from loraloom.adapters.mixlora.config import SharedExpertConfig as SharedExpertConfig
-from loraloom.adapters.mola.config import MolaConfig
-from loraloom.adapters.moslora.config import MosLoraConfig
-from loraloom.adapters.smora.config import SmoraConfig
-from loraloom.adapters.vera.config import VeraConfig
+from loraloom.adapters.dynmole import DynMoleConfig
+from loraloom.adapters.hydralora import HydraLoraConfig
+from loraloom.adapters.lora import LoraConfig
+from loraloom.adapters.loramoe import LoraMoeConfig
+from loraloom.adapters.mixlora import ExpertsConfig as ExpertsConfig
+from loraloom.adapters.mixlora import MixLoraConfig
+from loraloom.adapters.mixlora import SharedExpertConfig as SharedExpertConfig
+from loraloom.adapters.mola import MolaConfig
+from loraloom.adapters.moslora import MosLoraConfig
+from loraloom.adapters.smora import SmoraConfig
+from loraloom.adapters.vera import VeraConfig
 
 CONFIGS: tuple[type[AdapterConfig], ...] = (
     LoraConfig,

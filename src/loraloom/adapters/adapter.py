@@ -367,13 +367,6 @@ class Adapter(nn.Module, ABC):
         kept = {name: tensor for name, tensor in own.items() if name.endswith(".magnitude")}
         self.load_tensors({**kept, **tensors})
 
-    @torch.no_grad()
-    def load_start(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy some of the initial weights in, by the names of `tensors()`."""
-        own = self.tensors() if tensors else {}
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values in, by the names of `tensors()`.
 
@@ -420,45 +413,4 @@ class Adapter(nn.Module, ABC):
                 draw(Site.FFN_SLOT + slot, gate.shape[-1], dropout, dtype)
                 for slot in range(num_slots)
             ],
-        )
-
-
-def resolve_targets(config: AdapterConfig, layer: BaseLayer) -> frozenset[str]:
-    """Turn `target_modules` into names of the base's projections; a layer may lack some of them.
-
-    Raises:
-        AdapterError: If a name is none of the base's projections, or a group has none of them.
-    """
-    groups = {"attention": frozenset(layer.attention), "ffn": frozenset(layer.ffn)}
-    groups["all-linear"] = groups["attention"] | groups["ffn"]
-    known, targets = groups["all-linear"] | layer.absent, config.target_modules
-    if targets == "ffn" and not groups["ffn"]:
-        raise AdapterError(
-            "target_modules must have projections on the base model, got ffn where its FFN blocks "
-            "are mixtures of experts themselves; take attention"
-        )
-    if isinstance(targets, str):
-        return groups[targets]
-    unknown = sorted(set(targets) - known)
-    if unknown or not targets:
-        raise AdapterError(
-            f"target_modules must name projections of the base model "
-            f"({', '.join(sorted(known))}) or be all-linear, attention or ffn; "
-            f"got {', '.join(unknown) or 'an empty list'}"
-        )
-    return frozenset(targets)
-
-
-def check_has_experts(config: AdapterConfig, layer: BaseLayer) -> None:
-    """Raise an AdapterError if experts that are on FFN projections would be on none."""
-    targets = resolve_targets(config, layer)
-    if not layer.ffn:
-        raise AdapterError(
-            f"{config.title} needs an FFN block of linear layers, this base model's are mixtures "
-            "of experts themselves; take a plain adapter, on attention"
-        )
-    if not targets & frozenset(layer.ffn):
-        raise AdapterError(
-            f"{config.title} needs experts: target_modules must have at least one of "
-            f"{', '.join(layer.ffn)}, got {', '.join(sorted(targets))}"
         )

@@ -242,6 +242,31 @@ class BaseInfo:
     attention_layers: tuple[int, ...] | None = None
     has_own_names: bool = True
 
+    def layers_without_weights(self) -> list[BaseLayer]:
+        """Describe the projections on the meta device, where an adapter's shapes are read off."""
+        linears = {
+            path: nn.Linear(size[1], size[0], bias=False, device="meta")
+            for path, size in self.shapes.items()
+        }
+
+        def block(layer: int, block: str) -> dict[str, BaseProjection]:
+            return {
+                path.partition(".")[2]: BaseProjection(linear, f"layers.{layer}.{path}", *size)
+                for path, linear in linears.items()
+                if path.startswith(f"{block}.") and self.has(layer, path)
+                for size in [(linear.in_features, linear.out_features)]
+            }
+
+        *inputs, output = self.ffn_projections or ("",)
+        layers = []
+        for index in range(self.num_layers):
+            attention = block(index, self.attention)
+            absent = frozenset() if attention else frozenset(self.attention_projections)
+            ffn, shape = block(index, self.ffn), FfnShape(tuple(inputs), output)
+            blocks = (self.attention, attention, self.ffn, ffn)
+            layers.append(BaseLayer(index, *blocks, shape, self.hidden_size, absent))
+        return layers
+
     def has(self, layer: int, path: str) -> bool:
         """Whether a decoder layer has the projection `block.projection`."""
         if self.attention_layers is None or not path.startswith(f"{self.attention}."):

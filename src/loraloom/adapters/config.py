@@ -1,32 +1,29 @@
-"""What the rest of the system asks of a method's configuration. Torch is not imported here.
+"""What the rest of the system asks of a method's configuration.
 
-A method is a folder beside this file: `config.py` with a subclass of `AdapterConfig`, and the
-weights that its `build` makes. `docs/methods.md` says how to add one.
+A method is a file beside this one: a subclass of `AdapterConfig`, and the weights that its `build`
+makes. `docs/methods.md` says how to add one.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
+import torch
 from pydantic import Field, field_validator
 
+from loraloom.adapters.base import BaseInfo, BaseLayer
 from loraloom.adapters.keys import Shape, TensorKey, target_projections
 from loraloom.adapters.own import own_shapes
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.routing.routes import Dense, Route, Switch, TopK, TopP
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from loraloom.adapters.adapter import Adapter
-    from loraloom.adapters.base import BaseInfo, BaseLayer
-    from loraloom.adapters.files import AdapterFiles, Sidecar, SidecarFiles
-    from loraloom.routing.routes import Route
 
 MAX_RANK, MAX_EXPERTS, MAX_NUMBER = 2**16, 2**10, 1e6
 """Bounds far from what anybody trains, so that a slip or malice ends in a message."""
@@ -56,12 +53,6 @@ class AdapterConfig(StrictModel, ABC):
     """What an adapted projection computes, in a line."""
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Names that people give as `method` for settings of this one, and what to write instead."""
-    old_strategies: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Names of `routing_strategy` in the reference's old files, and what they are today."""
-    file_parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Names of the method's own parts of tensors in PEFT's or the reference's files."""
-    sidecar: ClassVar[Sidecar | None] = None
-    """Files that another program writes for the method beside PEFT's two; see `adopted`."""
 
     method: str
     rank: int = Field(default=16, ge=1, le=MAX_RANK)
@@ -117,60 +108,21 @@ class AdapterConfig(StrictModel, ABC):
         """
 
     @property
-    def starts_from_data(self) -> bool:
-        """Whether initial weights depend on the training data; `started` gives them then."""
-        return False
-
-    @property
     def takes_start_off(self) -> bool:
         """Whether the start of the update is taken off the base's weights."""
         return False
 
-    def started(
-        self, model: Any, batches: Sequence[Mapping[str, Tensor]], base: BaseInfo
-    ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-        """Look at training data on the base model.
+    def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
+        """Give the name and shape of every tensor that an adapter has on a base model.
 
-        Args:
-            model: The base model, of transformers.
-            batches: `input_ids`, `attention_mask` and `labels` of some rows each, [B, L].
-            base: Describes the model.
-
-        Returns:
-            The settings of an adapter that starts from the data, and those of its initial weights
-            that the data tells, by our keys.
+        They are read off one that is built without memory.
 
         Raises:
-            ConfigError: If the data is too little, or what computes it is not installed.
+            AdapterError: If the settings don't fit the base model.
         """
-        return self, {}
-
-    @abstractmethod
-    def projection_shapes(
-        self, place: TensorKey, out_features: int, in_features: int
-    ) -> Iterator[tuple[TensorKey, Shape]]:
-        """Give the key and shape of each tensor of an adapted projection.
-
-        Args:
-            place: The key without its part.
-            out_features: O of the base's projection.
-            in_features: I.
-        """
-
-    def layer_shapes(self, base: BaseInfo, layer: int) -> Iterator[tuple[TensorKey, Shape]]:
-        """Give the key and shape of each tensor of a decoder layer."""
-        for path in target_projections(self.target_modules, base, layer):
-            block, _, projection = path.partition(".")
-            place = TensorKey(layer, block, "", projection)
-            yield from self.projection_shapes(place, *base.shapes[path])
-
-    def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
-        """Give the name and shape of every tensor that an adapter has on a base model."""
-        shapes = {
-            str(key): shape
-            for layer in range(base.num_layers)
-            for key, shape in self.layer_shapes(base, layer)
-        }
+        with torch.device("meta"):
+            adapter = self.build("shapes", base.layers_without_weights(), torch.float32, seed=0)
+        shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
         return shapes | own_shapes(self, base)
 
     @property
@@ -179,23 +131,34 @@ class AdapterConfig(StrictModel, ABC):
         return True
 
     def targets_in(self, layer: BaseLayer) -> frozenset[str]:
-        """Name the projections that an adapter has in a layer.
+        """Name the projections that an adapter has in a layer, which may lack some of its targets.
 
         Raises:
             AdapterError: If `target_modules` names projections that the base model lacks.
         """
-        from loraloom.adapters.adapter import resolve_targets
-
-        return resolve_targets(self, layer)
+        groups = {"attention": frozenset(layer.attention), "ffn": frozenset(layer.ffn)}
+        groups["all-linear"] = groups["attention"] | groups["ffn"]
+        known, targets = groups["all-linear"] | layer.absent, self.target_modules
+        if targets == "ffn" and not groups["ffn"]:
+            raise AdapterError(
+                "target_modules must have projections on the base model, got ffn where its FFN "
+                "blocks are mixtures of experts themselves; take attention"
+            )
+        if isinstance(targets, str):
+            return groups[targets]
+        unknown = sorted(set(targets) - known)
+        if unknown or not targets:
+            raise AdapterError(
+                f"target_modules must name projections of the base model "
+                f"({', '.join(sorted(known))}) or be all-linear, attention or ffn; "
+                f"got {', '.join(unknown) or 'an empty list'}"
+            )
+        return frozenset(targets)
 
     def known_targets(self, base: BaseInfo) -> Targets:
         """Name those of `target_modules` that a base model has, in its order."""
         paths = target_projections(self.target_modules, base)
         return tuple(path.rpartition(".")[2] for path in paths)
-
-    def check_targets(self, paths: Sequence[str], base: BaseInfo) -> str | None:
-        """Say what is wrong with the projections that files name; None if nothing is."""
-        return None
 
     @property
     def experts_per_token(self) -> int | None:
@@ -237,10 +200,6 @@ class AdapterConfig(StrictModel, ABC):
         """The factor of an update, whose B and A are at a place."""
         return 1.0
 
-    def card_lines(self) -> list[str]:
-        """What a model card lists beside rank and targets."""
-        return []
-
     def summary(self) -> dict[str, Any]:
         """The settings that decide what the weights compute, for `inspect` and `start_from`."""
         return {"rank": self.rank}
@@ -248,48 +207,6 @@ class AdapterConfig(StrictModel, ABC):
     def description(self) -> dict[str, Any]:
         """The settings that `loraloom inspect` shows beside rank and dropout."""
         return {"alpha": None, "scaling": None, "rank_stabilized": False, "experts": None}
-
-    def file_fields(self, base: BaseInfo) -> dict[str, Any]:
-        """The method's fields of adapter_config.json; by default its settings under our names."""
-        return self.model_dump(mode="json")
-
-    def reference_fault(self, base: BaseInfo) -> str | None:
-        """Say what of this MoE-PEFT's files can't hold; None if they hold it all."""
-        return f"MoE-PEFT has no {self.title}"
-
-    def split_for_sidecar(
-        self, tensors: Mapping[str, Tensor], base: BaseInfo
-    ) -> tuple[AdapterConfig, SidecarFiles]:
-        """Give what PEFT's two files hold, and what goes into the sidecar beside them.
-
-        Raises:
-            AdapterError: If the program whose sidecar it is can't hold this.
-        """
-        raise AdapterError(f"axolotl has mixtures of whole FFN blocks alone, got {self.title}")
-
-    @classmethod
-    def adopted(cls, files: AdapterFiles) -> AdapterFiles:
-        """Bring what another program has written for this method into the method's own layout.
-
-        Raises:
-            FormatError: If it is of this method and can't be understood.
-        """
-        return files
-
-    @classmethod
-    def settings_of(cls, files: AdapterFiles, projections: Sequence[str]) -> dict[str, Any]:
-        """Read settings from adapter_config.json, the other way round.
-
-        Args:
-            files: What was found on disk.
-            projections: Names of the projections that have tensors.
-
-        Raises:
-            FormatError: If a field says what the method can't represent.
-        """
-        known = {name: files.config[name] for name in cls.model_fields if name in files.config}
-        targets = files.targets(projections)
-        return known | ({"target_modules": targets} if targets else {})
 
 
 def check_config(config: object) -> AdapterConfig:
@@ -308,6 +225,21 @@ def check_config(config: object) -> AdapterConfig:
     )
 
 
+def check_has_experts(config: AdapterConfig, layer: BaseLayer) -> None:
+    """Raise an AdapterError if experts that are on FFN projections would be on none."""
+    targets = config.targets_in(layer)
+    if not layer.ffn:
+        raise AdapterError(
+            f"{config.title} needs an FFN block of linear layers, this base model's are mixtures "
+            "of experts themselves; take a plain adapter, on attention"
+        )
+    if not targets & frozenset(layer.ffn):
+        raise AdapterError(
+            f"{config.title} needs experts: target_modules must have at least one of "
+            f"{', '.join(layer.ffn)}, got {', '.join(sorted(targets))}"
+        )
+
+
 class LowRankConfig(AdapterConfig):
     """What methods share whose updates are s·B(A(x)), with one rank and scaling."""
 
@@ -324,7 +256,6 @@ class LowRankConfig(AdapterConfig):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def scaling_of(self, key: TensorKey) -> float:
-        """See AdapterConfig."""
         return self.scaling
 
     def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
@@ -334,16 +265,9 @@ class LowRankConfig(AdapterConfig):
         return type(self).model_validate({**self.model_dump(), **own, "target_modules": targets})
 
     def summary(self) -> dict[str, Any]:
-        """See AdapterConfig."""
         return {"rank": self.rank, "scaling": self.scaling}
 
-    def card_lines(self) -> list[str]:
-        """See AdapterConfig."""
-        kind = " (rank-stabilized)" if self.rank_stabilized else ""
-        return [f"alpha {self.alpha:g}{kind}"]
-
     def description(self) -> dict[str, Any]:
-        """See AdapterConfig."""
         return super().description() | {
             "alpha": self.alpha,
             "scaling": self.scaling,
@@ -358,7 +282,6 @@ class MixtureConfig(LowRankConfig):
 
     @property
     def experts_per_router(self) -> int:
-        """See AdapterConfig."""
         return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
 
     @property
@@ -367,18 +290,13 @@ class MixtureConfig(LowRankConfig):
         return "dense"
 
     def summary(self) -> dict[str, Any]:
-        """See AdapterConfig."""
         return super().summary() | {"num_experts": self.num_experts}
 
     def description(self) -> dict[str, Any]:
-        """See AdapterConfig."""
-        return super().description() | {"experts": self.experts_described()}
-
-    def experts_described(self) -> dict[str, Any]:
-        """How many experts there are, who uses them and what each is, for `inspect`."""
         top_k = self.experts_per_token or self.experts_per_router
         taken = {"num_experts": self.num_experts, "top_k": top_k, "routing": self.routing_label}
-        return taken | self.model_dump(include={"rank", "alpha", "dropout"})
+        own = self.model_dump(include={"rank", "alpha", "dropout"})
+        return super().description() | {"experts": taken | own}
 
 
 class RouterLossConfig(StrictModel):
@@ -443,8 +361,6 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
     @property
     def route(self) -> Route:
         """What routers do with their logits."""
-        from loraloom.routing.routes import Dense, Switch, TopK, TopP
-
         if self.routing == "top_k":
             return TopK(self.top_k)
         if self.routing == "top_p":
@@ -459,7 +375,6 @@ class RoutingConfig(RouterLossConfig, MixtureConfig):
 
     @property
     def experts_per_token(self) -> int | None:
-        """See AdapterConfig; where it differs by token, or all are used, none."""
         return {"top_k": self.top_k, "switch": 1}.get(self.routing)
 
 

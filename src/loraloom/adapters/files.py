@@ -34,21 +34,8 @@ LORA_FIELDS = {
 
 
 @dataclass(frozen=True)
-class Sidecar:
-    """Files in which another program keeps a part of an adapter, beside PEFT's two.
-
-    Args:
-        weights: Name of the safetensors file.
-        settings: Names that the YAML file with the run's settings may have.
-    """
-
-    weights: str
-    settings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class SidecarFiles:
-    """What a sidecar's files hold.
+    """What another program keeps of an adapter beside PEFT's two files; see axolotl.py.
 
     Args:
         tensors: By name.
@@ -182,8 +169,7 @@ class AdapterFiles:
     """The header of the safetensors file."""
     source: str = "the adapter"
     """Where they came from, for messages."""
-    sidecars: Mapping[str, SidecarFiles] = field(default_factory=dict)
-    """Other programs' files beside these, by the name of the one with weights."""
+    sidecar: SidecarFiles | None = None
     own: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of modules that the adapter has as its own, by our keys, once they are set apart."""
     given: Mapping[str, Any] = field(default_factory=dict)

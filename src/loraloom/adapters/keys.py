@@ -15,8 +15,7 @@ Axes: E experts, I in_features, O out_features, R rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,16 +68,6 @@ class TensorKey:
         expert = None if self.expert is None else f"experts.{self.expert}"
         names = (f"layers.{self.layer}", self.block, self.projection, expert, self.part)
         return ".".join(name for name in names if name is not None)
-
-
-def routed_shapes(
-    place: TensorKey, out_features: int, in_features: int, num_experts: int, rank: int
-) -> Iterator[tuple[TensorKey, Shape]]:
-    """Give the key and shape of a projection's router and of its experts' A and B."""
-    yield replace(place, part="router"), (num_experts, in_features)
-    for expert in range(num_experts):
-        yield replace(place, part="lora_A", expert=expert), (rank, in_features)
-        yield replace(place, part="lora_B", expert=expert), (out_features, rank)
 
 
 def is_meant(target: str, key: str) -> bool:

@@ -141,7 +141,6 @@ class LowRankAdapter(Adapter):
         return adapter
 
     def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
-        """See Adapter."""
         return ffn_weights(self.ffn_block(layer), self.base_layers[layer], dtype)
 
     def ffn(
@@ -162,14 +161,12 @@ class LowRankAdapter(Adapter):
         return FfnRows(*low_rank_ffn(hidden_states, gate, up, weights, act, dropout, tokens))
 
     def stack_key(self) -> Hashable:
-        """See Adapter."""
         return type(self.config), self._shapes
 
     @classmethod
     def stack_ffn(
         cls, adapters: Sequence[LowRankAdapter], layer: int, weights: Sequence[FfnWeights]
     ) -> StackedLowRankFfn:
-        """See Adapter."""
         return stack_low_rank_ffn(weights)
 
 

@@ -13,7 +13,7 @@ Axes: N tokens with rows of their own, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,11 +47,11 @@ class OwnParts:
 
 def refuse_own_parts(config: AdapterConfig, adapter: str, purpose: str) -> None:
     """Raise an AdapterError if an adapter has modules, or tokens' rows, of its own."""
-    lines = list(own_lines(config))
-    if lines:
+    names = ("modules_to_save", "trainable_token_indices")
+    own = [name for name in names if getattr(config, name)]
+    if own:
         raise AdapterError(
-            f"{adapter} must be without modules_to_save and trainable_token_indices to {purpose}, "
-            f"got {'; '.join(lines)}"
+            f"{adapter} must be without {' and '.join(names)} to {purpose}, got {', '.join(own)}"
         )
 
 
@@ -90,16 +90,6 @@ def own_shapes(config: AdapterConfig, base: BaseInfo) -> dict[str, Shape]:
         for path, tokens in parts.tokens.items()
     }
     return whole | rows
-
-
-def own_lines(config: AdapterConfig) -> Iterator[str]:
-    """Say for people what an adapter has as its own."""
-    if config.modules_to_save:
-        yield f"trained whole: {', '.join(config.modules_to_save)}"
-    given = config.trainable_token_indices
-    for name, tokens in given.items() if isinstance(given, dict) else [("embeddings", given)]:
-        if tokens:
-            yield f"{name} trained for {len(tokens)} tokens"
 
 
 def _modules(config: AdapterConfig, base: BaseInfo) -> list[str]:

@@ -11,7 +11,6 @@ from rich.cells import cell_len, chop_cells
 
 from loraloom.cli.options import RunFileArgument, SetOption
 from loraloom.config.faults import suggestion
-from loraloom.config.loading import load_run_config
 from loraloom.errors import ConfigError, DataError, plain
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ def show(
     The run file needs a base_model, for its tokenizer, and the jobs' data. Rows that can't be used
     are listed together at the end. Of streams, the first --rows rows are checked.
     """
+    from loraloom.config.loading import load_run_config
     from loraloom.models.loading import load_tokenizer
     from loraloom.terminal import make_console, make_table, print_tables
 

@@ -15,12 +15,12 @@ import typer
 
 from loraloom.cli.options import DeviceOption, path_option
 from loraloom.cli.train import raise_failures
-from loraloom.config.run import RunConfig
 from loraloom.config.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from loraloom.config.run import RunConfig
     from loraloom.eval.evaluation import Evaluation
 
 SEEDS = (0, 1, 2)
@@ -106,6 +106,8 @@ def quickstart(
 
 def _run_config(max_steps: int, output_dir: Path, base: Path, device: str) -> RunConfig:
     """Fill the quickstart's run file in, with a job for each seed."""
+    from loraloom.config.run import RunConfig
+
     file = files("loraloom.cli") / "quickstart.yaml"
     jobs = [
         {**job, "name": f"{job['name']}@{seed}", "seed": seed}

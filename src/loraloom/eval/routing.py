@@ -26,13 +26,15 @@ from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting, RouterName
-from loraloom.routing.specialisation import (
+from loraloom.routing.tally import (
+    RoutingTotals,
+    load_shares,
+    load_similarity,
     loads_by_class,
     mutual_information_bits,
+    routing_totals,
     specialisation_bits,
 )
-from loraloom.routing.statistics import load_shares
-from loraloom.routing.totals import RoutingTotals, load_similarity, routing_totals
 
 NUM_WORDS = 12
 """Tokens that are named for each expert."""

@@ -10,7 +10,6 @@ import yaml
 
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
-from loraloom.adapters.own import own_lines
 from loraloom.config.data import PromptForm
 from loraloom.formats.hub import HUB_ID
 
@@ -61,15 +60,16 @@ def _front_matter(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
 
 
 def _method(config: AdapterConfig) -> str:
-    targets = config.target_modules
-    lines = [
-        f"method: {config.title}, {config.formula}",
-        f"rank {config.rank}, dropout {config.dropout:g}",
-        f"target modules: {targets if isinstance(targets, str) else ', '.join(targets)}",
-        *config.card_lines(),
-        *own_lines(config),
-    ]
-    return "\n".join(f"- {line}" for line in lines)
+    settings = {
+        name: value
+        for name, value in config.model_dump(mode="json").items()
+        if value not in (None, [], {})
+    }
+    section = yaml.safe_dump({"adapter": settings}, sort_keys=False, allow_unicode=True)
+    return (
+        f"{config.title}: {config.formula}\n\nIts settings, as in a run file of loraloom:\n\n"
+        f"```yaml\n{section}```"
+    )
 
 
 def _prompts(prompt: PromptForm) -> str:

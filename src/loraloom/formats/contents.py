@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import (
@@ -23,19 +22,16 @@ from loraloom.adapters.files import (
 from loraloom.adapters.keys import TensorKey
 from loraloom.config.data import PromptForm
 from loraloom.errors import shown
+from loraloom.formats.fields import read_settings
 from loraloom.formats.own import own_settings
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
-SIDECARS = tuple(method.sidecar for method in CONFIGS if method.sidecar is not None)
-"""Other programs' files that are read beside these."""
-ADAPTER_FILES = (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    PICKLE_FILE,
-    *(name for sidecar in SIDECARS for name in (sidecar.weights, *sidecar.settings)),
-)
+SIDECAR_WEIGHTS = "mixlora_model.safetensors"
+SIDECAR_SETTINGS = ("config.yml", "config.yaml")
+"""axolotl's files that are read beside these; the latter has the run's settings."""
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, SIDECAR_WEIGHTS, *SIDECAR_SETTINGS)
 """All that an adapter may be read from."""
 
 RECORD_VERSION = 1
@@ -113,7 +109,7 @@ def stored_adapter(
     """Put an adapter together from what a layout has read."""
     keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
     projections = [key.projection for key in keys if key.projection is not None]
-    settings = method.settings_of(files, projections) | own_settings(files)
+    settings = read_settings(files, method, projections) | own_settings(files)
     config = _build_config(files, method, _with_given(settings, files.given))
     base = BaseRecord.from_files(files, record)
     return StoredAdapter(

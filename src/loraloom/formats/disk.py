@@ -22,7 +22,6 @@ from loraloom.adapters.files import (
     CONFIG_FILE,
     AdapterFields,
     AdapterFiles,
-    Sidecar,
     SidecarFiles,
     checked_fields,
 )
@@ -33,7 +32,8 @@ from loraloom.errors import AdapterError, ConfigError, FormatError
 from loraloom.formats.contents import (
     CARD_FILE,
     PICKLE_FILE,
-    SIDECARS,
+    SIDECAR_SETTINGS,
+    SIDECAR_WEIGHTS,
     WEIGHTS_FILE,
     names_in,
 )
@@ -41,7 +41,7 @@ from loraloom.formats.contents import (
 _ABANDONED_S = 3600.0
 """Age at which files that lie aside are no longer being written by anybody."""
 
-_STALE_FILES = (PICKLE_FILE, *(sidecar.weights for sidecar in SIDECARS))
+_STALE_FILES = (PICKLE_FILE, SIDECAR_WEIGHTS)
 """What would be read instead of new files, or beside them."""
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_STALE_FILES, CARD_FILE)
 _READ_WEIGHTS = {WEIGHTS_FILE, *_STALE_FILES}
@@ -78,7 +78,7 @@ def read_files(directory: Path) -> AdapterFiles:
     else:
         raise FormatError(f"{directory} must have {WEIGHTS_FILE} or {PICKLE_FILE}, it has neither")
     return AdapterFiles(
-        config, tensors, metadata, source=str(directory), sidecars=_read_sidecars(directory)
+        config, tensors, metadata, source=str(directory), sidecar=_read_sidecar(directory)
     )
 
 
@@ -98,24 +98,14 @@ def check_all_read(source: str, names: Iterable[str]) -> None:
         )
 
 
-def _read_sidecars(directory: Path) -> dict[str, SidecarFiles]:
-    return {
-        sidecar.weights: SidecarFiles(
-            _read_safetensors(directory / sidecar.weights)[0],
-            _sidecar_settings(directory, sidecar),
-        )
-        for sidecar in SIDECARS
-        if (directory / sidecar.weights).is_file()
-    }
-
-
-def _sidecar_settings(directory: Path, sidecar: Sidecar) -> dict[str, Any]:
-    """Read a run's settings: beside the weights, or above a checkpoint of a run."""
+def _read_sidecar(directory: Path) -> SidecarFiles | None:
+    """Read what axolotl has beside the weights; its settings may be above a checkpoint of a run."""
+    if not (directory / SIDECAR_WEIGHTS).is_file():
+        return None
     places = [directory, *([directory.parent] if directory.name.startswith("checkpoint-") else [])]
-    for path in (place / name for place in places for name in sidecar.settings):
-        if path.is_file():
-            return _read_yaml(path)
-    return {}
+    files = (place / name for place in places for name in SIDECAR_SETTINGS)
+    settings = next((_read_yaml(path) for path in files if path.is_file()), {})
+    return SidecarFiles(_read_safetensors(directory / SIDECAR_WEIGHTS)[0], settings)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -230,7 +220,7 @@ def write_new(
     card: str,
     *,
     pickled: bool = False,
-    sidecar: tuple[Sidecar, SidecarFiles] | None = None,
+    sidecar: SidecarFiles | None = None,
 ) -> None:
     """Write an adapter to a directory that isn't there yet; it appears whole."""
     if directory.exists():
@@ -243,10 +233,9 @@ def write_new(
         else:
             _write_tensors(aside / WEIGHTS_FILE, files.tensors, files.metadata)
         if sidecar is not None:
-            names, contents = sidecar
-            _write_tensors(aside / names.weights, contents.tensors, {"format": "pt"})
-            text = yaml.safe_dump(contents.settings)
-            (aside / names.settings[0]).write_text(text, encoding="utf-8")
+            _write_tensors(aside / SIDECAR_WEIGHTS, sidecar.tensors, {"format": "pt"})
+            text = yaml.safe_dump(sidecar.settings)
+            (aside / SIDECAR_SETTINGS[0]).write_text(text, encoding="utf-8")
 
     try:
         write_directory(directory, fill)

@@ -26,9 +26,9 @@ from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, shown
-from loraloom.formats import legacy, native, peft, reference
+from loraloom.formats import axolotl, legacy, native, peft, reference
 from loraloom.formats.card import model_card
-from loraloom.formats.contents import BaseRecord, StoredAdapter, names_in
+from loraloom.formats.contents import SIDECAR_WEIGHTS, BaseRecord, StoredAdapter, names_in
 from loraloom.formats.disk import read_files, refuse_to_overwrite, replace_files
 from loraloom.formats.fit import check_shapes, fit_to_base
 from loraloom.formats.hub import find_adapter
@@ -54,11 +54,10 @@ def parse_files(files: AdapterFiles) -> StoredAdapter:
     if legacy.is_legacy(files):
         files = legacy.upgrade(files)
     files = set_apart(files, {part for method in CONFIGS for part in peft.part_names(method)})
-    for method in CONFIGS:
-        files = method.adopted(files)
-    if files.sidecars:
+    files = axolotl.adopted(reference.without_experts(files))
+    if files.sidecar is not None:
         raise files.error(
-            f"{names_in(list(files.sidecars))} doesn't go with `peft_type` "
+            f"{SIDECAR_WEIGHTS} doesn't go with `peft_type` "
             f"{shown(files.config.get('peft_type'))}; move it elsewhere if it isn't a part of the "
             "adapter"
         )

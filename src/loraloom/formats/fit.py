@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
-from loraloom.adapters.keys import TensorKey, target_projections
+from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.own import MODULES
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.formats.contents import StoredAdapter, names_in
@@ -106,9 +106,6 @@ def _with_known_targets(stored: StoredAdapter, base: BaseInfo) -> AdapterConfig:
     names = stored.config.known_targets(base)
     if not names:
         raise FormatError(f"{stored.source}: no tensors and no `target_modules` of the base model")
-    fault = stored.config.check_targets(target_projections(names, base), base)
-    if fault is not None:
-        raise FormatError(f"{stored.source}: {fault}")
     fields = stored.config.model_dump() | {"target_modules": names}
     return type(stored.config).model_validate(fields)
 

@@ -5,7 +5,7 @@
     ….layers.{L}.self_attn.{p}.lora_A…          now ….layers.{L}.mlp.{p}.lora_A…   (FFN, plain LoRA)
 
 Before 0.4 the FFN's projections were w1 (gate), w2 (down) and w3 (up). The routing was called
-"mixtral" or "switch"; what that is today, the method's configuration knows.
+"mixtral" or "switch".
 
 Source: mikecovlee/mLoRA 0.2.1 to 0.4.6, `mlora/model.py`, `mlora/common/modelargs.py`.
 """
@@ -16,13 +16,12 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from loraloom.adapters import CONFIGS
 from loraloom.adapters.files import AdapterFiles
 from loraloom.errors import shown
 from loraloom.formats.contents import renamed
 
 _PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
-_STRATEGIES = {old: new for method in CONFIGS for old, new in method.old_strategies.items()}
+_STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
 _ROUTER = re.compile(r"(\w+)\.layers\.(\d{1,5})\.gate\.weight")
 _EXPERT = re.compile(r"(\w+)\.layers\.(\d{1,5})\.experts\.(\d{1,5})\.(\w+)\.(lora_[AB]\.weight)")
 _MISPLACED = re.compile(

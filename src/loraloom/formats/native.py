@@ -21,6 +21,7 @@ from loraloom.formats.contents import (
     names_in,
     stored_adapter,
 )
+from loraloom.formats.fields import write_fields
 
 _PREFIX = "base_model.model."
 
@@ -41,7 +42,7 @@ def render(
     """Lay an adapter out under our own names."""
     return AdapterFiles(
         config=common_fields(config, base)
-        | config.file_fields(base)
+        | write_fields(config, base)
         | {"loraloom": record.to_json()},
         tensors={f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()},
         metadata={"format": "pt"},

@@ -33,6 +33,7 @@ from loraloom.formats.contents import (
     renamed,
     stored_adapter,
 )
+from loraloom.formats.fields import write_fields
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -42,11 +43,20 @@ _KEY = re.compile(
 )
 _SHARED = re.compile(r"base_model\.(?P<suffix>\w+)", re.ASCII)
 """A tensor that all layers share."""
-_SUFFIX_OF_PART = {
+_SUFFIXES = {
+    "VERA": {
+        "lambda_b": "vera_lambda_b",
+        "lambda_d": "vera_lambda_d",
+        "vera_A": "vera_A",
+        "vera_B": "vera_B",
+    }
+}
+_LORA_SUFFIXES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
 }
+"""PEFT's endings of the parts that a method's tensors have; those of LoRA in all others."""
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
@@ -62,7 +72,7 @@ def render(
     fields = common_fields(config, base) | {"inference_mode": True, "revision": None}
     suffixes = _suffixes(type(config))
     return AdapterFiles(
-        config=fields | config.file_fields(base),
+        config=fields | write_fields(config, base),
         tensors={_peft_name(name, base, suffixes): tensor for name, tensor in tensors.items()},
         metadata={"format": "pt", "loraloom": json.dumps(record.to_json(), sort_keys=True)},
     )
@@ -75,7 +85,7 @@ def part_names(method: type[AdapterConfig]) -> list[str]:
 
 def _suffixes(method: type[AdapterConfig]) -> dict[str, str]:
     """PEFT's ending of each part that the method has."""
-    return dict(method.file_parts or _SUFFIX_OF_PART)
+    return _SUFFIXES.get(method.peft_type, _LORA_SUFFIXES)
 
 
 def _our_tensors(

@@ -17,13 +17,14 @@ Source: moe-peft 2.0.2, `moe_peft/adapters/`, `moe_peft/model.py`.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
-from loraloom.adapters.files import AdapterFiles
+from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
 from loraloom.adapters.keys import TensorKey
 from loraloom.errors import FormatError
 from loraloom.formats.contents import (
@@ -35,6 +36,7 @@ from loraloom.formats.contents import (
     renamed,
     stored_adapter,
 )
+from loraloom.formats.fields import FFN_NAMES, write_fields
 
 _KEY = re.compile(
     r"(?P<method>\w+)\.layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\.(?:(?P<projection>\w+)\.)?"
@@ -49,7 +51,41 @@ _OUR_PART = {
     "moe_gate": "router",
     "moe_gate_bias": "router_bias",
 }
+_KEPT_FIELDS = (
+    *LORA_FIELDS.values(),
+    "bias",
+    "target_modules",
+    "base_model_name_or_path",
+    "task_type",
+)
 _THEIR_PART = {ours: theirs for theirs, ours in _OUR_PART.items()}
+
+
+def without_experts(files: AdapterFiles) -> AdapterFiles:
+    """See a mixture that targets attention alone as the LoRA that it is.
+
+    Its routers weigh the base model's own FFN block by numbers that sum to 1.
+    """
+    kind, strategy = files.config.get("peft_type"), files.config.get("routing_strategy")
+    prefix = f"{str(kind).lower()}.layers."
+    is_mixture = kind == "LORAMOE" or (kind == "MIXLORA" and strategy in (None, "mixlora"))
+    has_experts = any(".experts." in name for name in files.tensors)
+    is_whole = all(name.startswith(prefix) for name in files.tensors)
+    if not (is_mixture and files.tensors and is_whole) or has_experts:
+        return files
+    if FFN_NAMES & set(files.targets(())):
+        return files
+    return replace(
+        files,
+        config={name: files.config[name] for name in _KEPT_FIELDS if name in files.config}
+        | {"peft_type": "LORA"},
+        tensors={
+            f"base_model.model.model.layers.{name.removeprefix(prefix)}": tensor
+            for name, tensor in files.tensors.items()
+            if not name.endswith(".moe_gate.weight")
+        },
+        program="moe-peft",
+    )
 
 
 def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
@@ -65,7 +101,7 @@ def render(
     config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo, record: BaseRecord
 ) -> AdapterFiles:
     """Lay a mixture out as MoE-PEFT does, with our additions under `loraloom`."""
-    fields = config.file_fields(base)
+    fields = write_fields(config, base)
     own: dict[str, Any] = record.to_json() | fields.pop("loraloom", {})
     common = {name: value for name, value in common_fields(config, base).items() if value}
     prefix = config.peft_type.lower()

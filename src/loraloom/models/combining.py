@@ -42,7 +42,6 @@ _FREE = {
     "layers",
     "rank_pattern",
     "alpha_pattern",
-    "eva",
     "balance_coef",
     "balance_delta",
     "expert_capacity",

@@ -16,9 +16,10 @@ from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.formats import axolotl
 from loraloom.formats.card import model_card
-from loraloom.formats.contents import SIDECARS
 from loraloom.formats.disk import write_new
+from loraloom.formats.fields import reference_fault
 from loraloom.formats.files import read_stored, render_files
 from loraloom.formats.fit import fit_to_base
 from loraloom.formats.hub import find_adapter
@@ -73,10 +74,10 @@ def convert(
     if to == "reference":
         write_new(path, _for_reference(config, tensors, base, prompt), card, pickled=True)
     elif to == "axolotl":
-        attention, beside = config.split_for_sidecar(tensors, base)
+        attention, beside = axolotl.split(config, tensors, base)
         own = {name: tensors[name] for name in attention.tensor_shapes(base)}
         files = render_files(attention, own, base, prompt)
-        write_new(path, files, card, sidecar=(SIDECARS[0], beside))
+        write_new(path, files, card, sidecar=beside)
     else:
         if to == "peft" and config.layout != "peft":
             raise AdapterError(
@@ -112,7 +113,7 @@ def _read(
 def _for_reference(
     config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo, prompt: PromptForm | None
 ) -> AdapterFiles:
-    fault = config.reference_fault(base)
+    fault = reference_fault(config, base)
     if fault is not None:
         raise AdapterError(f"the adapter must be one that MoE-PEFT 2.0.2 reads: {fault}")
     files = render_files(config, tensors, base, prompt)

@@ -66,7 +66,6 @@ class HostedAdapters:
         name: str,
         config: AdapterConfig,
         seed: int = 0,
-        batches: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> Adapter:
         """Put a new adapter on the base model.
 
@@ -74,25 +73,13 @@ class HostedAdapters:
             name: A safe file name that is not taken.
             config: Method and settings.
             seed: Of the initial weights.
-            batches: Training data for methods whose initial weights depend on it: `input_ids`,
-                `attention_mask` and `labels` of some rows each, [B, L].
 
         Raises:
             ConfigError: If the name is not a safe file name, or the configuration not loraloom's.
             AdapterError: If it is taken, or target modules are not in the base model.
         """
         self._check_unmerged("start an adapter")
-        start: dict[str, Tensor] = {}
-        if check_config(config).starts_from_data:
-            self._check_new(name)
-            if batches is None:
-                raise AdapterError(
-                    f"adapter {name!r} starts from training data, got none; give batches, or train "
-                    "it by a run file"
-                )
-            config, start = config.started(self.model, batches, self.base)
         adapter = self._build(name, config, seed)
-        adapter.load_start(start)
         if config.target_modules == "all-linear" and not self.base.ffn_projections:
             warnings.warn(
                 f"adapter {name!r} is on attention alone: the base model's FFN blocks are mixtures "

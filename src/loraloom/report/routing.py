@@ -160,7 +160,7 @@ def level(multiple: int | float) -> int:
 
 
 def effective_number(load: Sequence[float]) -> float:
-    """Compute exp of the load's entropy, as `loraloom.routing.totals` does on tensors."""
+    """Compute exp of the load's entropy, as `loraloom.routing.tally` does on tensors."""
     return math.exp(-math.fsum(share * math.log(share) for share in load if share > 0))
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from loraloom.routing.record import RouterName, describe_router
-from loraloom.routing.statistics import load_shares
-from loraloom.routing.totals import effective_number
+from loraloom.routing.tally import effective_number, load_shares
 
 UNUSED_SHARE = 0.01
 """An expert below this part of its fair share, 1 / E, is unused: at 8 experts 1 choice in 800."""

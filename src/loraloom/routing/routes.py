@@ -1,6 +1,6 @@
-"""Routes: from a token's router logits to its experts and their weights.
+"""Routers' logits, and routes: from a token's logits to its experts and their weights.
 
-Axes: T tokens, E experts, K slots of a token.
+Axes: T tokens, D hidden, E experts, K slots of a token.
 
 A route gives K experts for each token, best first, and their weights. Where a token uses fewer,
 the rest weigh 0. `p` is the softmax of the logits.
@@ -22,8 +22,6 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from loraloom.routing.top_k import top_k_routing
 
 Routed = tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]
 
@@ -47,7 +45,6 @@ class TopK(Route):
     sums_to_one = True
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        """See Route."""
         return top_k_routing(logits, self.top_k)
 
 
@@ -71,7 +68,6 @@ class TopP(Route):
     divides_probabilities: bool = False
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        """See Route."""
         if self.divides_probabilities:
             probabilities = logits.softmax(-1) / self.temperature
         else:
@@ -90,7 +86,6 @@ class Switch(Route):
     """
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        """See Route."""
         weights, selected = logits.softmax(-1).max(-1, keepdim=True)
         return selected, weights
 
@@ -102,7 +97,6 @@ class Dense(Route):
     sums_to_one = True
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        """See Route."""
         weights, selected = logits.softmax(-1).sort(-1, descending=True)
         return selected, weights
 
@@ -129,7 +123,6 @@ class Hybrid(Route):
     entropy_eps: float = 0.0
 
     def __call__(self, logits: Float[Tensor, "T E"]) -> Routed:
-        """See Route."""
         probabilities = logits.softmax(-1)
         weights, selected = probabilities.sort(-1, descending=True)
         kept = weights.detach().cumsum(-1) <= self.top_p
@@ -174,3 +167,54 @@ def beyond_capacity(
         same = own.unsqueeze(0) == own.unsqueeze(1)  # (t, t)
         beyond[tokens] = same.tril().sum(-1) > capacity
     return beyond
+
+
+class _RouterLogits(torch.autograd.Function):
+    """`x @ W.T` in the router's dtype, keeping x in its own."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, router, jitter):
+        ctx.save_for_backward(hidden_states, router, jitter)
+        return _router_input(hidden_states, router, jitter) @ router.T
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_states, router, jitter = ctx.saved_tensors
+        grad_hidden = grad @ router
+        if jitter is not None:
+            grad_hidden = grad_hidden * jitter
+        grad_router = grad.T @ _router_input(hidden_states, router, jitter)
+        return grad_hidden.to(hidden_states.dtype), grad_router, None
+
+
+def _router_input(hidden_states: Tensor, router: Tensor, jitter: Tensor | None) -> Tensor:
+    wide = hidden_states.to(router.dtype)
+    return wide if jitter is None else wide * jitter
+
+
+def router_logits(
+    hidden_states: Float[Tensor, "T D"],
+    router: Float[Tensor, "E D"],
+    jitter: Float[Tensor, "T D"] | None = None,
+) -> Float[Tensor, "T E"]:
+    """Compute `(hidden_states * jitter) @ router.T` in float32 (float64 for a float64 router)."""
+    return _RouterLogits.apply(hidden_states, router, jitter)  # pyright: ignore
+
+
+def top_k_routing(
+    logits: Float[Tensor, "T E"], top_k: int, bias: Float[Tensor, "#T E"] | None = None
+) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """Choose each token's k most probable experts and renormalise their probabilities to sum 1.
+
+    Softmax keeps the order of the logits, and its renormalised part is the softmax of that part.
+
+    Source:
+        Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 5-6; as in MoE-PEFT 2.0.2. The bias: Wang et
+        al. 2024, Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664.
+    """
+    if bias is None:
+        chosen, selected = logits.topk(top_k, dim=-1)
+    else:
+        selected = (logits.detach() + bias).topk(top_k, dim=-1).indices
+        chosen = logits.gather(-1, selected)
+    return selected, chosen.softmax(-1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from loraloom.routing.record import LayerRouting, RouterName
-from loraloom.routing.statistics import expert_loads
+from loraloom.routing.tally import expert_loads
 
 Outcome = Literal["stop", "length", "error", "cancelled"]
 """How a request ended."""

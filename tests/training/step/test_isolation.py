@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from loraloom.routing.statistics import measure_load
+from loraloom.routing.tally import measure_load
 from loraloom.training.step import fused as step
 from tests.tiny import relative_error
 from tests.training.running import matrix, trained_weights

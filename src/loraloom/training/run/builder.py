@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
@@ -28,7 +27,6 @@ from loraloom.models.host import Host
 from loraloom.models.layout import check_takes_packed_rows
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
-from loraloom.training.run.start import start_batches
 from loraloom.training.step.loss_scale import make_loss_scale
 from loraloom.training.step.reference import load_reference
 
@@ -59,8 +57,7 @@ class JobBuilder:
     def _build(self, config: JobConfig) -> Job:
         if config.train.packing:
             check_takes_packed_rows(self._host.config)
-        batches = self._start_batches(config) if config.adapter.starts_from_data else None
-        adapter = self._host.add(config.name, config.adapter, config.seed, batches)
+        adapter = self._host.add(config.name, config.adapter, config.seed)
         if config.start_from is not None:
             load_start(self._host, adapter, config.start_from)
         reference = load_reference(self._host, config.train.objective)
@@ -71,22 +68,6 @@ class JobBuilder:
         job = Job(config, adapter, training_set, reference, make_loss_scale(self._host))
         self._evaluation.read(config)
         return job
-
-    def _start_batches(self, config: JobConfig) -> list[dict[str, Tensor]]:
-        """Give what an adapter looks at before it starts; its settings say how much it needs."""
-        if config.start_from is not None:
-            raise ConfigError(
-                "start_from takes the place of initial weights that are made from data; leave one "
-                "of them out"
-            )
-        training_set, num_tokens = self._training_set(config), 4 * config.adapter.rank
-        if isinstance(training_set, StreamedSet):
-            raise ConfigError(
-                "initial weights that are made from data need it read whole, got data.streaming: "
-                "true; leave one of them out"
-            )
-        pad_id, device = self._evaluation.pad_id, self._host.device
-        return start_batches(training_set, num_tokens, pad_id, device)
 
     def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
         files = tuple(_file_versions(config.data))

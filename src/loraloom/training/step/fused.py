@@ -24,7 +24,7 @@ from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks
 from loraloom.routing.record import LayerRouting
-from loraloom.routing.statistics import RouterStatistics, measure_load, read_statistics
+from loraloom.routing.tally import RouterStatistics, measure_load, read_statistics
 from loraloom.training.step.gradient_sum import completed_weights, summing_gradients
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
 from loraloom.training.step.objectives import ObjectiveTerms, ScoredSamples

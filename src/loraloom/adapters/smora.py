@@ -1,22 +1,25 @@
-"""Settings of SMoRA."""
+"""SMoRA: a LoRA whose ranks are experts; a router chooses among them for each token.
+
+Axes: T tokens, I in_features, R rank, K top_k.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
+from loraloom.adapters.adapter import Adapter, SegmentTokens
+from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.config import AdapterConfig, LowRankConfig, RouterLossConfig, Targets
-from loraloom.adapters.keys import Shape, TensorKey
+from loraloom.adapters.experts import Router
+from loraloom.adapters.lora import LoraProjection
+from loraloom.adapters.low_rank import LowRankAdapter
 from loraloom.config.fields import CheckInfo
-
-if TYPE_CHECKING:
-    import torch
-
-    from loraloom.adapters.adapter import Adapter
-    from loraloom.adapters.base import BaseLayer
+from loraloom.routing.routes import router_logits, top_k_routing
 
 
 class SmoraConfig(RouterLossConfig, LowRankConfig):
@@ -50,47 +53,45 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
 
     @property
     def experts_per_token(self) -> int:
-        """See AdapterConfig."""
         return self.top_k
 
     @property
     def experts_per_router(self) -> int:
-        """See AdapterConfig."""
         return self.rank
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
-        """See AdapterConfig."""
-        from loraloom.adapters.low_rank import LowRankAdapter
-        from loraloom.adapters.smora.weights import SmoraProjection
-
         return LowRankAdapter.of(
             name, self, base_layers, lambda base, _: SmoraProjection(base, self, dtype, seed)
         )
 
-    def projection_shapes(
-        self, place: TensorKey, out_features: int, in_features: int
-    ) -> Iterator[tuple[TensorKey, Shape]]:
-        """See AdapterConfig."""
-        yield replace(place, part="lora_A"), (self.rank, in_features)
-        yield replace(place, part="lora_B"), (out_features, self.rank)
-        yield replace(place, part="router"), (self.rank, in_features)
-
     def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
-        """See AdapterConfig; routers choose among the ranks as they are."""
-        return AdapterConfig.combined(self, others, targets)
+        return AdapterConfig.combined(self, others, targets)  # routers choose ranks as they are
 
     def summary(self) -> dict[str, Any]:
-        """See AdapterConfig."""
         return super().summary() | {"top_k": self.top_k}
 
-    def card_lines(self) -> list[str]:
-        """See AdapterConfig."""
-        return [*super().card_lines(), f"{self.top_k} of the {self.rank} ranks for each token"]
-
     def description(self) -> dict[str, Any]:
-        """See AdapterConfig; experts are ranks."""
         own = self.model_dump(include={"alpha", "dropout", "top_k"})
         sizes = {"num_experts": self.rank, "rank": 1, "routing": f"top-{self.top_k}"}
         return super().description() | {"experts": sizes | own}
+
+
+class SmoraProjection(LoraProjection):
+    """A LoRA, and the router that chooses among its ranks."""
+
+    maps_rank_space = True
+
+    def __init__(self, base: BaseProjection, config: SmoraConfig, dtype: torch.dtype, seed: int):
+        super().__init__(base, config, None, dtype, seed)
+        self.top_k = config.top_k
+        shape = (config.rank, base.in_features)
+        self.router = Router(f"{self.key}.router", shape, seed, dtype=dtype, device=base.device)
+
+    def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
+        """Weigh the token's ranks, and zero all others."""
+        logits = router_logits(hidden_states, self.router.weight)  # (T, R)
+        selected, chosen = top_k_routing(logits, self.top_k)  # (T, K)
+        tokens.record_routing(logits, selected, chosen, self.path)
+        return low_rank * torch.zeros_like(logits).scatter(1, selected, chosen).to(low_rank.dtype)

@@ -1,22 +1,73 @@
-"""VeRA's weights: d and b on each projection, A and B for all.
-
-Axes: I in_features, O out_features, R rank.
+"""VeRA: frozen random A and B that all projections share, and two trained vectors on each.
 
 `b ∘ B(d ∘ Ax)` is the LoRA with A and `diag(b) B diag(d)`, so all forms of a LoRA serve.
+
+Axes: I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Weights
+from loraloom.adapters.adapter import Adapter, Weights
 from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.low_rank import Projection
-from loraloom.adapters.vera.config import VeraConfig
+from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig
+from loraloom.adapters.low_rank import LowRankAdapter, Projection
+from loraloom.errors import shown
+
+
+class VeraConfig(AdapterConfig):
+    """Vector-based random matrix adaptation: y = Wx + bias + b ∘ B(d ∘ A(dropout(x))).
+
+    Source: Kopiczko et al. 2023, VeRA, arXiv:2310.11454, eq. 2; files as in peft 0.21.2,
+    `peft/tuners/vera/`.
+    """
+
+    peft_type = "VERA"
+    layout = "peft"
+    title = "VeRA"
+    trains_B = False
+    formula = "y = Wx + b ∘ B(d ∘ Ax), A and B frozen"
+
+    method: Literal["vera"] = "vera"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Two trained vectors around frozen random matrices."""
+    rank: int = Field(default=256, ge=1, le=MAX_RANK)
+    """Rows of A and length of d."""
+    d_initial: float = Field(default=0.1, ge=-MAX_NUMBER, le=MAX_NUMBER)
+    """Initial value of d; b starts at 0."""
+    projection_seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of A and B, as PEFT's projection_prng_key."""
+    save_projection: bool = True
+    """Save A and B too, so that the files don't depend on the random generator."""
+
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _check_no_tokens(cls, tokens: Any) -> Any:
+        if tokens:
+            raise ValueError(
+                "trainable_token_indices must be unset, as PEFT's files of a VeRA have no place "
+                f"for them, got {shown(tokens)}; train embed_tokens by modules_to_save"
+            )
+        return tokens
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        shared = SharedProjections(self, base_layers, dtype)
+
+        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
+            return VeraProjection(base, self, shared, dtype)
+
+        return LowRankAdapter.of(name, self, base_layers, build, shared)
+
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"projection_seed": self.projection_seed}
 
 
 class SharedProjections(Weights):
@@ -48,7 +99,6 @@ class SharedProjections(Weights):
         self._saved = config.save_projection
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield A and B where they are saved."""
         if self._saved:
             yield "shared.vera_A", self.get_buffer("vera_A")
             yield "shared.vera_B", self.get_buffer("vera_B")
@@ -72,19 +122,15 @@ class VeraProjection(Projection):
 
     @property
     def num_columns(self) -> int:
-        """R."""
         return len(self.lambda_d)
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
-        """The corner of A, [R, I]."""
-        return self._shared[0].get_buffer("vera_A")[:, : self.base.in_features].to(dtype)
+        return self._shared[0].get_buffer("vera_A")[:, : self.base.in_features].to(dtype)  # (R, I)
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
-        """The corner of B between d and b, [R, O]."""
         corner = self._shared[0].get_buffer("vera_B")[: self.base.out_features]
-        return (self.lambda_d.unsqueeze(1) * corner.T * self.lambda_b).to(dtype)
+        return (self.lambda_d.unsqueeze(1) * corner.T * self.lambda_b).to(dtype)  # (R, O)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield b and d."""
         yield f"{self.key}.lambda_b", self.lambda_b.detach()
         yield f"{self.key}.lambda_d", self.lambda_d.detach()

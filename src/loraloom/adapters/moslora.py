@@ -1,20 +1,51 @@
-"""MoSLoRA's weights: A, M and B on each projection.
-
-Axes: I in_features, O out_features, R rank.
+"""MoSLoRA: a LoRA with a trained mixer M of its subspaces between A and B.
 
 `B(M(Ax))` is the LoRA with A and `B M`, so all forms of a LoRA serve.
+
+Axes: I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.base import BaseProjection
-from loraloom.adapters.low_rank import Projection, generator_for, initial_A, kaiming_uniform
-from loraloom.adapters.moslora.config import MosLoraConfig
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.base import BaseLayer, BaseProjection
+from loraloom.adapters.config import LowRankConfig
+from loraloom.adapters.low_rank import (
+    LowRankAdapter,
+    Projection,
+    generator_for,
+    initial_A,
+    kaiming_uniform,
+)
+
+
+class MosLoraConfig(LowRankConfig):
+    """Mixture of subspaces: y = Wx + bias + scaling · B M A(dropout(x)).
+
+    Source: Wu et al. 2024, Mixture-of-Subspaces in Low-Rank Adaptation, arXiv:2406.11909.
+    """
+
+    peft_type = "MOSLORA"
+    title = "MoSLoRA"
+    formula = "y = Wx + scaling · B M A x"
+
+    method: Literal["moslora"] = "moslora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A LoRA with a trained mixer M between A and B."""
+    mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
+    """How M starts: Kaiming uniform with a = sqrt(5), or a random orthogonal matrix."""
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        return LowRankAdapter.of(
+            name, self, base_layers, lambda base, _: MosLoraProjection(base, self, dtype, seed)
+        )
 
 
 class MosLoraProjection(Projection):
@@ -32,19 +63,15 @@ class MosLoraProjection(Projection):
 
     @property
     def num_columns(self) -> int:
-        """R."""
         return len(self.lora_A)
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
-        """A, [R, I]."""
         return self.lora_A.to(dtype)
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
-        """B M times scaling, transposed, [R, O]."""
-        return (self.scaling * (self.lora_B @ self.mixer).T).to(dtype)
+        return (self.scaling * (self.lora_B @ self.mixer).T).to(dtype)  # (R, O)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield A, M and B."""
         yield f"{self.key}.lora_A", self.lora_A.detach()
         yield f"{self.key}.mixer", self.mixer.detach()
         yield f"{self.key}.lora_B", self.lora_B.detach()

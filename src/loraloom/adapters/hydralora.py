@@ -1,21 +1,45 @@
-"""HydraLoRA's weights on one projection.
+"""HydraLoRA: one A, several B, and a router on each adapted projection.
 
 Axes: T tokens, I in_features, O out_features, E experts, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import SegmentTokens
-from loraloom.adapters.base import BaseProjection
-from loraloom.adapters.hydralora.config import HydraLoraConfig
-from loraloom.adapters.low_rank import Projection, initial_A
-from loraloom.adapters.router import Router
-from loraloom.routing.top_k import router_logits
+from loraloom.adapters.adapter import Adapter, SegmentTokens
+from loraloom.adapters.base import BaseLayer, BaseProjection
+from loraloom.adapters.config import ExpertCount, MixtureConfig
+from loraloom.adapters.experts import Router
+from loraloom.adapters.low_rank import LowRankAdapter, Projection, initial_A
+from loraloom.routing.routes import router_logits
+
+
+class HydraLoraConfig(MixtureConfig):
+    """One A, several B, all mixed by a router: y = Wx + s·Σ_e softmax(router(x))_e B_e(A(x)).
+
+    Source: Tian et al. 2024, HydraLoRA, arXiv:2404.19245, eq. 4-5.
+    """
+
+    peft_type = "HYDRALORA"
+    title = "HydraLoRA"
+    formula = "y = Wx + s·Σ_e ω_e(x) B_e(Ax), ω = softmax(Rx)"
+
+    method: Literal["hydralora"] = "hydralora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A shared A and a mixture of B on each linear layer."""
+    num_experts: ExpertCount = 3  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Matrices B of each projection."""
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        return LowRankAdapter.of(
+            name, self, base_layers, lambda base, _: HydraLoraProjection(base, self, dtype, seed)
+        )
 
 
 class HydraLoraProjection(Projection):
@@ -39,28 +63,25 @@ class HydraLoraProjection(Projection):
 
     @property
     def num_columns(self) -> int:
-        """R."""
         return len(self.lora_A)
 
     def compute_A(self, dtype: torch.dtype) -> Tensor:
-        """A, [R, I]."""
-        return self.lora_A.to(dtype)
+        return self.lora_A.to(dtype)  # (R, I)
 
     def compute_B(self, dtype: torch.dtype) -> Tensor:
-        """All B behind one another, [E·R, O]."""
-        return (self.lora_B * self.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
+        return (self.lora_B * self.scaling).transpose(1, 2).flatten(0, 1).to(dtype)  # (E·R, O)
 
     def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
-        """Weigh a copy of Ax for each B, [T, E·R]."""
+        """Weigh a copy of Ax for each B."""
         logits = router_logits(hidden_states, self.router.weight)
         weights = logits.softmax(-1)  # (T, E)
         if tokens.record is not None:
             best_first = weights.sort(-1, descending=True)
             tokens.record_routing(logits, best_first.indices, best_first.values, self.path)
-        return (weights.to(low_rank.dtype).unsqueeze(2) * low_rank.unsqueeze(1)).flatten(1)
+        weighted = weights.to(low_rank.dtype).unsqueeze(2) * low_rank.unsqueeze(1)  # (T, E, R)
+        return weighted.flatten(1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield A and each B; the router yields its own."""
         yield f"{self.key}.lora_A", self.lora_A.detach()
         for expert, lora_B in enumerate(self.lora_B.detach()):
             yield f"{self.key}.experts.{expert}.lora_B", lora_B

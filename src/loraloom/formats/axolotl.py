@@ -18,21 +18,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loraloom.adapters.files import LORA_FIELDS, AdapterFiles, Sidecar, SidecarFiles
+from torch import Tensor
+
+from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.files import LORA_FIELDS, AdapterFiles, SidecarFiles
 from loraloom.adapters.keys import TensorKey, target_projections
-from loraloom.adapters.lora.config import LoraConfig
 from loraloom.adapters.own import OWN_FIELDS
 from loraloom.errors import AdapterError, shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from loraloom.adapters.base import BaseInfo
-    from loraloom.adapters.mixlora.config import MixLoraConfig
-
-SIDECAR = Sidecar("mixlora_model.safetensors", ("config.yml", "config.yaml"))
+from loraloom.formats.contents import SIDECAR_SETTINGS, SIDECAR_WEIGHTS
+from loraloom.formats.fields import read_settings
 
 _LAYER = r"base_model\.model\.model\.layers\.(?P<layer>\d{1,5})"
 _ATTENTION = re.compile(
@@ -57,7 +55,7 @@ _CHOICES = ("rank_pattern", "alpha_pattern", "layers")
 
 def adopted(files: AdapterFiles) -> AdapterFiles:
     """Bring such files into the reference's layout; others stay as they are."""
-    sidecar = files.sidecars.get(SIDECAR.weights)
+    sidecar = files.sidecar
     if sidecar is None or files.config.get("peft_type") != LoraConfig.peft_type:
         return files
     run = sidecar.settings if sidecar.settings.get("adapter") == "mixlora" else {}
@@ -66,14 +64,15 @@ def adopted(files: AdapterFiles) -> AdapterFiles:
         files,
         config=_attention_fields(files) | _mixture_fields(files, run, sidecar),
         tensors=dict(_attention_tensors(files)) | experts,
-        sidecars={},
+        sidecar=None,
         program="axolotl",
     )
 
 
 def _attention_fields(files: AdapterFiles) -> dict[str, Any]:
     """Read the LoRA on attention; what a mixture can't choose is refused."""
-    settings = LoraConfig.settings_of(files, [])
+    defaults = {name: LoraConfig.model_fields[name].default for name in LORA_FIELDS}
+    settings = defaults | read_settings(files, LoraConfig, [])
     chosen = [name for name in _CHOICES if settings.get(name)]
     if chosen or settings["init"] in ("pissa", "olora"):
         raise files.error(
@@ -95,8 +94,8 @@ def _mixture_fields(
     told = run.get("mixlora_num_experts", num_experts)
     if told != num_experts:
         raise files.error(
-            f"`mixlora_num_experts` in {SIDECAR.settings[0]} must be the number of experts in "
-            f"{SIDECAR.weights}, {num_experts}, got {shown(told)}; it is another run's"
+            f"`mixlora_num_experts` in {SIDECAR_SETTINGS[0]} must be the number of experts in "
+            f"{SIDECAR_WEIGHTS}, {num_experts}, got {shown(told)}; it is another run's"
         )
     expert = {
         "r": rank,
@@ -120,7 +119,7 @@ def _sizes(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> tuple[int, int
     router = next((t for name, t in tensors.items() if _ROUTER.fullmatch(name)), None)
     lora_A = next((t for name, t in tensors.items() if name.endswith("_lora_a.weight")), None)
     if router is None or lora_A is None or router.dim() != 2 or lora_A.dim() != 2:
-        raise files.error(f"{SIDECAR.weights} must hold routers and experts of axolotl's")
+        raise files.error(f"{SIDECAR_WEIGHTS} must hold routers and experts of axolotl's")
     return len(router), len(lora_A)
 
 
@@ -139,8 +138,8 @@ def _expert_alpha(files: AdapterFiles, run: Mapping[str, Any]) -> Any:
 
 def _missing(files: AdapterFiles) -> Exception:
     return files.error(
-        f"{SIDECAR.weights} doesn't tell top_k and the experts' alpha, and there is no "
-        f"{SIDECAR.settings[0]} of the axolotl run beside it; put it there, or give both: "
+        f"{SIDECAR_WEIGHTS} doesn't tell top_k and the experts' alpha, and there is no "
+        f"{SIDECAR_SETTINGS[0]} of the axolotl run beside it; put it there, or give both: "
         "host.load(name, path, settings={'top_k': 2, 'experts': {'alpha': 32}}), or "
         "loraloom convert PATH NEW --to native --set top_k=2 --set experts.alpha=32"
     )
@@ -165,13 +164,19 @@ def _expert_tensors(files: AdapterFiles, sidecar: SidecarFiles) -> Iterator[tupl
             part = f"lora_{match['part'].upper()}"
             yield f"{place}.experts.{match['expert']}.{part}.weight", tensor
         else:
-            raise files.error(f"{SIDECAR.weights}: `{name}` is no router's or expert's tensor")
+            raise files.error(f"{SIDECAR_WEIGHTS}: `{name}` is no router's or expert's tensor")
 
 
 def split(
-    config: MixLoraConfig, tensors: Mapping[str, Tensor], base: BaseInfo
+    config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseInfo
 ) -> tuple[LoraConfig, SidecarFiles]:
-    """Part a mixture into the LoRA on attention, and the sidecar's tensors and settings."""
+    """Part a mixture into the LoRA on attention, and the sidecar's tensors and settings.
+
+    Raises:
+        AdapterError: If axolotl's plug-in has no such mixture.
+    """
+    if not isinstance(config, MixLoraConfig):
+        raise AdapterError(f"axolotl has mixtures of whole FFN blocks alone, got {config.title}")
     fault = _fault(config, base)
     if fault is not None:
         raise AdapterError(f"axolotl's mixtures {fault}")

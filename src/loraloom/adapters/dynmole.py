@@ -1,0 +1,134 @@
+"""DynMoLE: LoRA experts on each projection, more of them where a router is undecided.
+
+Axes: T tokens, E experts, K slots of a token (all experts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from loraloom.adapters.adapter import Adapter, SampleTokens
+from loraloom.adapters.base import BaseLayer, BaseProjection
+from loraloom.adapters.config import MAX_NUMBER, ExpertCount, MixtureConfig
+from loraloom.adapters.experts import RoutedProjection
+from loraloom.adapters.low_rank import LowRankAdapter, Projection
+from loraloom.config.fields import CheckInfo
+from loraloom.routing.losses import AddUp, whole
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.routes import Hybrid, tsallis_entropy
+
+
+class DynMoleConfig(MixtureConfig):
+    """A router and LoRA experts on each projection; all are used where the router is undecided.
+
+    Source: Li et al. 2025, DynMoLE, arXiv:2504.00661; settings, defaults and names in files as in
+    its code, github.com/mikecovlee/DynMoLE.
+    """
+
+    adds_up_over_ranks = False
+    peft_type = "DYNMOLE"
+    layout = "reference"
+    title = "DynMoLE"
+    formula = "y = Wx + s·Σ_e ω_e B_e(A_e x), ω = p, of low entropy cut to top_p"
+
+    method: Literal["dynmole"] = "dynmole"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Mixture of LoRA experts whose number depends on the router's entropy."""
+    num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Experts of each projection."""
+    keep_top_k: int = Field(default=2, ge=1, validate_default=True)
+    """Experts that each token uses at least."""
+    top_p: float = Field(default=0.75, gt=0, le=1)
+    """A token uses the most probable experts while they sum to at most this."""
+    entropy_threshold: float = Field(default=0.9, gt=0, le=1)
+    """Tsallis entropy of the probabilities, as a share of its maximum, above which a token uses all
+    experts."""
+    entropy_index: float = Field(default=1.1, gt=0, le=2)
+    """q of the Tsallis entropy; 1 is Shannon's."""
+    entropy_eps: float = Field(default=1e-5, gt=0, le=1)
+    """Added to each probability in the entropy."""
+    router_entropy_loss_coef: float = Field(default=0.01, ge=0, le=MAX_NUMBER)
+    """Weight of the mean entropy, which makes routers decide."""
+    router_aux_loss_coef: float = Field(default=0.001, ge=0, le=MAX_NUMBER)
+    """Weight of the load-balance loss."""
+
+    @field_validator("keep_top_k")
+    @classmethod
+    def _check_keep_top_k(cls, keep: int, info: CheckInfo) -> int:
+        num_experts = info.data.get("num_experts", keep)
+        if keep > num_experts:
+            raise ValueError(f"keep_top_k must be in [1, num_experts={num_experts}], got {keep}")
+        return keep
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        route = Hybrid(
+            self.top_p,
+            self.keep_top_k,
+            self.entropy_index,
+            self.entropy_threshold,
+            self.entropy_eps,
+        )
+
+        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
+            return RoutedProjection(base, self, self.num_experts, route, dtype, seed)
+
+        return DynMoleAdapter.of(name, self, base_layers, build)
+
+    @property
+    def collapse_advice(self) -> str:
+        return "raise router_aux_loss_coef, or lower learning_rate"
+
+    @property
+    def routing_label(self) -> str:
+        return f"top-p {self.top_p:g} or all"
+
+    def summary(self) -> dict[str, Any]:
+        names = {"keep_top_k", "top_p", "entropy_threshold", "entropy_index", "entropy_eps"}
+        return super().summary() | self.model_dump(include=names)
+
+
+class DynMoleAdapter(LowRankAdapter):
+    """Experts on each projection, with losses on entropy and load."""
+
+    config: DynMoleConfig
+
+    def auxiliary_loss(
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
+    ) -> Tensor | None:
+        """Compute both losses over the tokens of all routers together."""
+        if not routing:
+            return None
+        logits = torch.cat([layer.router_logits for layer in routing])
+        selected = torch.cat([layer.selected_experts for layer in routing])
+        weights = torch.cat([layer.routing_weights for layer in routing])
+        probabilities, config = logits.softmax(-1), self.config
+        entropy = tsallis_entropy(probabilities, config.entropy_index, config.entropy_eps)
+        mean_entropy = entropy.sum() / max(1, len(logits))
+        return (
+            config.router_entropy_loss_coef * mean_entropy
+            + config.router_aux_loss_coef * weight_balance_loss(probabilities, selected, weights)
+        )
+
+
+def weight_balance_loss(
+    probabilities: Float[Tensor, "T E"],
+    selected_experts: Int[Tensor, "T K"],
+    routing_weights: Float[Tensor, "T K"],
+) -> Float[Tensor, ""]:
+    """Compute `E · Σ_n w[n] · P[n]`: w is an expert's mean weight, P its mean probability.
+
+    Source: DynMoLE's code, `_dynamic_load_balancing_loss_func`.
+    """
+    weights = torch.zeros_like(probabilities).scatter(1, selected_experts, routing_weights)
+    num_tokens = max(1, len(probabilities))
+    return probabilities.shape[1] * (weights.sum(0) * probabilities.sum(0)).sum() / num_tokens**2

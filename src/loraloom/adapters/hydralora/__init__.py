@@ -1,1 +1,0 @@
-"""HydraLoRA: one A, several B, and a router on each adapted projection."""

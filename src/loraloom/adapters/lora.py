@@ -1,0 +1,392 @@
+"""LoRA, rsLoRA and DoRA: a low-rank update on each adapted projection, or one for each expert.
+
+Axes: I in_features, O out_features, E experts (1 for a plain LoRA), R rank, S = E·R.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection
+from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig, LowRankConfig, Targets
+from loraloom.adapters.keys import TensorKey, is_meant
+from loraloom.adapters.low_rank import (
+    LowRankAdapter,
+    Projection,
+    generator_for,
+    initial_A,
+    seeded,
+)
+from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.ops.low_rank import dora_norms
+
+PEFT_STARTS = ("orthogonal", "pissa", "olora")
+"""Initialisations that PEFT computes."""
+
+_Index = Annotated[int, Field(ge=0)]
+_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+_Alpha = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
+_Value = TypeVar("_Value")
+
+
+class DecomposedConfig(LowRankConfig):
+    """A LoRA on each projection, or a DoRA: what plain adapters and experts have in common."""
+
+    weight_decomposition: bool = False
+    """Train the norm of each output row apart from its direction: DoRA, or MixDoRA in a mixture."""
+
+    @property
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "DoRA" if self.weight_decomposition else "LoRA"
+
+
+class LoraConfig(DecomposedConfig):
+    """Low-rank adaptation: y = Wx + b + s·B(A(dropout(x))).
+
+    A name in `target_modules` may be the end of `layers.{layer}.{block}.{projection}`, which then
+    adapts that projection alone.
+
+    Source: Hu et al. 2021, LoRA, arXiv:2106.09685; Liu et al. 2024, DoRA, arXiv:2402.09353;
+    Kalajdzievski 2023, rsLoRA, arXiv:2312.03732.
+    """
+
+    peft_type = "LORA"
+    layout = "peft"
+    formula = "y = Wx + b + s·B(Ax)"
+    aliases: ClassVar = {
+        "dora": "method: lora with weight_decomposition: true",
+        "rslora": "method: lora with rank_stabilized: true",
+        "lora+": "method: lora and train.loraplus_lr_ratio",
+        "loraplus": "method: lora and train.loraplus_lr_ratio",
+    }
+
+    method: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Low-rank adaptation of linear layers."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Start: A Kaiming uniform with a = sqrt(5) or normal with std 1 / rank, and B zero; A and B
+    random with BA = 0 (orthogonal, even ranks); or the largest part of W by its singular values
+    (pissa) or QR (olora), which is then taken off W. The last three are computed by PEFT."""
+    layers: tuple[_Index, ...] | None = Field(default=None, min_length=1)
+    """Decoder layers to adapt, counted from 0; None: all."""
+    rank_pattern: dict[str, _Rank] = Field(default_factory=dict)
+    """Other ranks, by regular expressions of which the first counts that matches the end of
+    `layers.{layer}.{block}.{projection}`, as in PEFT."""
+    alpha_pattern: dict[str, _Alpha] = Field(default_factory=dict)
+    """Other alphas, by the same kind of expressions."""
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _check_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        odd = [pattern for pattern in patterns if not is_pattern(pattern)]
+        if odd:
+            raise ValueError(f"patterns must be regular expressions, got {shown(odd[0])}")
+        return patterns
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> LoraConfig:
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise ValueError(f"rank must be even for init: orthogonal, got {odd[0]}")
+        return self
+
+    @property
+    def takes_start_off(self) -> bool:
+        return self.init in ("pissa", "olora")
+
+    @property
+    def in_every_layer(self) -> bool:
+        return self.layers is None and not self.names_layers
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether target_modules names projections of single layers."""
+        targets = self.target_modules
+        return not isinstance(targets, str) and any("." in target for target in targets)
+
+    def at(self, key: str) -> LoraConfig:
+        """Return the settings of one projection, `layers.{layer}.{block}.{projection}`."""
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        own = {
+            "rank": pattern_value(self.rank_pattern, key, self.rank),
+            "alpha": pattern_value(self.alpha_pattern, key, self.alpha),
+        }
+        return self.model_copy(update=own | {"rank_pattern": {}, "alpha_pattern": {}})
+
+    def scaling_of(self, key: TensorKey) -> float:
+        return self.at(f"layers.{key.layer}.{key.path}").scaling
+
+    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
+        for config in (self, *others):
+            if isinstance(config, LoraConfig) and (config.takes_start_off or config.rank_pattern):
+                raise AdapterError(
+                    "adapters that are combined must have one rank and leave the base's weights "
+                    "as they are, got a rank_pattern or init: pissa or olora; give their rows "
+                    "scales instead"
+                )
+        plain = {"layers": None, "alpha_pattern": {}, "init": "kaiming"}  # targets say the layers
+        return super(LoraConfig, self.model_copy(update=plain)).combined(others, targets)
+
+    def targets_in(self, layer: BaseLayer) -> frozenset[str]:
+        if self.layers is not None and layer.index not in self.layers:
+            return frozenset()
+        if isinstance(self.target_modules, str):
+            return super().targets_in(layer)
+        return frozenset(
+            key.rpartition(".")[2]
+            for key in _projection_keys(layer)
+            if any(is_meant(target, key) for target in self.target_modules)
+        )
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        _check_selection(self, base_layers)
+
+        def build(projection: BaseProjection, layer: BaseLayer) -> Projection:
+            own = self.at(projection.key)
+            weights = LoraProjection(projection, own, None, dtype, seed)
+            if own.init in PEFT_STARTS and projection.device.type != "meta":
+                weights.start_from(*_start_of(projection, own, seed), off=own.takes_start_off)
+            return weights
+
+        return LowRankAdapter.of(name, self, base_layers, build)
+
+    def known_targets(self, base: BaseInfo) -> Targets:
+        return self.target_modules if self.names_layers else super().known_targets(base)
+
+    def summary(self) -> dict[str, Any]:
+        chosen = {"layers": self.layers, "ranks": self.rank_pattern}
+        own = {name: value for name, value in chosen.items() if value}
+        start = self.init if self.takes_start_off else None
+        return super().summary() | own | {"alphas": self.alpha_pattern, "init": start}
+
+
+def is_pattern(pattern: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches the end of a module's name, at a dot or as a whole.
+
+    Source: peft 0.21.2, `peft/utils/other.py` (`get_pattern_key`).
+    """
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) -> _Value:
+    """Return the value of the first pattern that matches a module's name."""
+    return next((value for key, value in patterns.items() if matches(key, name)), default)
+
+
+def _projection_keys(layer: BaseLayer) -> list[str]:
+    return [p.key for projections in layer.blocks.values() for p in projections.values()]
+
+
+def _check_selection(config: LoraConfig, base_layers: Sequence[BaseLayer]) -> None:
+    """Raise an AdapterError if a target, a layer or a pattern has no effect on a base model."""
+    keys = [key for layer in base_layers for key in _projection_keys(layer)]
+    if not isinstance(config.target_modules, str):
+        _refuse(
+            "target_modules must name projections of the base model "
+            f"({', '.join(sorted({key.rpartition('.')[2] for key in keys}))}) or be all-linear, "
+            "attention or ffn",
+            [t for t in config.target_modules if not any(is_meant(t, key) for key in keys)],
+        )
+    _refuse(
+        f"layers must be in [0, {len(base_layers)})",
+        [str(layer) for layer in config.layers or () if layer >= len(base_layers)],
+    )
+    adapted = [
+        key
+        for layer in base_layers
+        for key in _projection_keys(layer)
+        if key.rpartition(".")[2] in config.targets_in(layer)
+    ]
+    if not adapted:
+        raise AdapterError("layers must have some of target_modules, got layers that have none")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        _refuse(
+            f"{name} must match adapted projections, such as {adapted[0]}",
+            [key for key in patterns if not any(matches(key, place) for place in adapted)],
+        )
+
+
+def _refuse(rule: str, odd: Sequence[str]) -> None:
+    if odd:
+        raise AdapterError(f"{rule}; got {', '.join(sorted(odd))}")
+
+
+def _start_of(base: BaseProjection, config: LoraConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Let PEFT initialise A, [R, I], and B, [O, R], on a copy of a projection.
+
+    Source: Meng et al. 2024, PiSSA, arXiv:2404.02948; Buyukakyuz 2024, OLoRA, arXiv:2406.01775;
+    peft 0.21.2, `peft/tuners/lora/layer.py`.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft.tuners.lora import Linear
+    except ImportError as error:
+        raise ConfigError(
+            f"init: {config.init} is computed by PEFT, which is not installed; "
+            "run: pip install 'loraloom[peft]'"
+        ) from error
+    copied = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    weight = base.weight.detach().to(torch.float32, copy=True)  # which PEFT changes
+    copied.weight = nn.Parameter(weight, requires_grad=False)
+    settings: Any = {"use_rslora": config.rank_stabilized, "init_lora_weights": config.init}
+    sizes: Any = {"r": config.rank, "lora_alpha": config.alpha}
+    with seeded(base.device, generator_for(seed, base.key).initial_seed()):
+        layer = Linear(copied, "start", config=PeftConfig(**settings), **sizes)
+    lora_A, lora_B = (layer.get_parameter(f"{part}.start.weight") for part in ("lora_A", "lora_B"))
+    if len(lora_A) < config.rank:
+        raise AdapterError(
+            f"init: {config.init} has {len(lora_A)} directions on {base.key}, got rank "
+            f"{config.rank}; lower rank, or give that projection less by rank_pattern"
+        )
+    return lora_A.detach(), lora_B.detach()
+
+
+class _ScaledTranspose(torch.autograd.Function):
+    """B [E, O, R] times scaling as [S, O] in the products' dtype, in one pass over the weights.
+
+    A plain LoRA's B is small enough for the four calls that this replaces to be faster.
+    """
+
+    @staticmethod
+    def forward(ctx, lora_B, scaling, dtype):
+        ctx.scaling, ctx.dtype, ctx.rank = scaling, lora_B.dtype, lora_B.shape[-1]
+        num_experts, out_features, rank = lora_B.shape
+        scaled = lora_B.new_empty(num_experts, rank, out_features, dtype=dtype)
+        torch.mul(lora_B.transpose(1, 2), scaling, out=scaled)
+        return scaled.flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        experts = grad.unflatten(0, (-1, ctx.rank))  # (E, R, O)
+        grad_B = grad.new_empty(experts.transpose(1, 2).shape, dtype=ctx.dtype)
+        torch.mul(experts.transpose(1, 2), ctx.scaling, out=grad_B)
+        return grad_B, None, None
+
+
+class LoraProjection(Projection):
+    """A, B and, with weight decomposition, the magnitudes of a projection's experts."""
+
+    def __init__(
+        self,
+        base: BaseProjection,
+        config: LowRankConfig,
+        num_experts: int | None,
+        dtype: torch.dtype,
+        seed: int,
+        shared: LoraProjection | None = None,
+    ):
+        super().__init__(base)
+        self.config = config
+        self.is_mixture = num_experts is not None
+        self.shared = shared
+        names = [f"{self.key}.lora_A"]
+        if num_experts is not None:
+            names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
+        shape = (config.rank, base.in_features)
+        init = "gaussian" if config.init == "gaussian" else "kaiming"
+        initial = torch.stack([initial_A(shape, init, seed, name) for name in names])
+        options = {"dtype": dtype, "device": base.device}
+        self.lora_A = nn.Parameter(initial.to(**options))
+        zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
+        self.lora_B = nn.Parameter(zeros)
+        self.lora_magnitude_vector = None
+        if isinstance(config, DecomposedConfig) and config.weight_decomposition:
+            norms = base.squared_norms.sqrt().to(**options).repeat(len(names), 1)
+            self.lora_magnitude_vector = nn.Parameter(norms)
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+
+    def start_from(self, start_A: Tensor, start_B: Tensor, *, off: bool) -> None:
+        """Begin with other weights."""
+        with torch.no_grad():
+            self.lora_A.copy_(start_A)
+            self.lora_B.copy_(start_B)
+        if off:
+            self.start_A = self.lora_A.detach().clone()
+            self.start_B = -self.lora_B.detach()
+
+    @property
+    def num_columns(self) -> int:
+        """S."""
+        return self._all_A().shape[:2].numel()
+
+    def compute_A(self, dtype: torch.dtype) -> Tensor:
+        """A of all experts, [S, I]."""
+        return self._all_A().flatten(0, 1).to(dtype)
+
+    def compute_B(self, dtype: torch.dtype) -> Tensor:
+        """B of all experts times scaling, [S, O]."""
+        if not self.is_mixture:
+            return (self._all_B() * self.config.scaling).transpose(1, 2).flatten(0, 1).to(dtype)
+        return _ScaledTranspose.apply(self._all_B(), self.config.scaling, dtype)  # pyright: ignore
+
+    def row_scale(self) -> Tensor | None:
+        """DoRA's c = m / ‖W + sBA‖ of each expert's rows, [E, O]; the norm has no gradient."""
+        if self.lora_magnitude_vector is None:
+            return None
+        with torch.no_grad():
+            lora_A = self._all_A()
+            norms = dora_norms(
+                self.base.product(lora_A.flatten(0, 1)),
+                self.base.squared_norms,
+                lora_A,
+                self._all_B(),
+                self.config.scaling,
+            )
+        tiny = torch.finfo(norms.dtype).tiny  # a zero row of W: 0 / tiny instead of 0 / 0
+        return self.lora_magnitude_vector / norms.clamp_min(tiny)
+
+    def _all_A(self) -> Tensor:
+        """A, [E, R, I]; behind it A₀, or in each expert what all share, where there is such."""
+        if self.shared is not None:
+            behind = self.shared.lora_A.expand(len(self.lora_A), -1, -1)
+        elif self.start_A is not None:
+            behind = self.start_A
+        else:
+            return self.lora_A
+        return torch.cat([self.lora_A, behind], 1)
+
+    def _all_B(self) -> Tensor:
+        """B, [E, O, R]; behind it -B₀, or what all share in the experts' own scaling."""
+        if self.shared is not None:
+            rescaled = self.shared.lora_B * (self.shared.config.scaling / self.config.scaling)
+            behind = rescaled.expand(len(self.lora_B), -1, -1)
+        elif self.start_B is not None:
+            behind = self.start_B
+        else:
+            return self.lora_B
+        return torch.cat([self.lora_B, behind], 2)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor under its name, experts apart."""
+        named = {
+            "lora_A": self.lora_A,
+            "lora_B": self.lora_B,
+            "magnitude": self.lora_magnitude_vector,
+        }
+        for expert in range(len(self.lora_A)):
+            prefix = f"{self.key}.experts.{expert}" if self.is_mixture else self.key
+            for name, parameter in named.items():
+                if parameter is not None:
+                    yield f"{prefix}.{name}", parameter.detach()[expert]

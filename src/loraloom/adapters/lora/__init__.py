@@ -1,1 +1,0 @@
-"""LoRA, rsLoRA and DoRA: one low-rank update on each adapted projection."""

@@ -1,0 +1,114 @@
+"""LoRAMoE: LoRA experts on each FFN projection, all mixed by a router; LoRA on attention.
+
+Axes: T tokens, N experts, M samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from loraloom.adapters.adapter import Adapter, SampleTokens
+from loraloom.adapters.base import BaseLayer, BaseProjection
+from loraloom.adapters.config import MAX_NUMBER, ExpertCount, MixtureConfig, check_has_experts
+from loraloom.adapters.experts import RoutedProjection
+from loraloom.adapters.lora import DecomposedConfig, LoraProjection
+from loraloom.adapters.low_rank import LowRankAdapter, Projection
+from loraloom.routing.losses import AddUp, whole
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.routes import Dense
+
+
+class LoraMoeConfig(MixtureConfig, DecomposedConfig):
+    """LoRA experts on each FFN projection, all mixed by a router; plain LoRA on attention.
+
+    With weight decomposition the LoRA on attention is a DoRA; experts have none.
+
+    Source: Dou et al. 2023, LoRAMoE, arXiv:2312.09979; files as in moe-peft 2.0.2.
+    """
+
+    adds_up_over_ranks = False
+    peft_type = "LORAMOE"
+    layout = "reference"
+    title = "LoRAMoE"  # pyright: ignore
+    formula = "y = Wx + s·Σ_e ω_e(x) B_e(A_e x) in the FFN, ω = softmax(Rx)"
+
+    method: Literal["loramoe"] = "loramoe"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Mixture of LoRA experts on each FFN projection, all used by every token."""
+    num_experts: ExpertCount = 6  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Experts of each FFN projection."""
+    balance_coef: float = Field(default=0.1, ge=0, le=MAX_NUMBER)
+    """Weight of the localized balancing constraint, σ²(Z) / μ(Z): Z are the sums of the experts'
+    weights in each sample, times 1 + balance_delta where expert and sample are of one group and
+    1 - balance_delta elsewhere."""
+    balance_delta: float = Field(default=0.1, ge=0, lt=1)
+    """How far the two groups of experts are to differ; samples have theirs from `expert_group` of
+    their data, and the second half of the experts is group 1."""
+
+    @property
+    def has_expert_groups(self) -> bool:
+        return self.balance_coef > 0 and self.balance_delta > 0
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        check_has_experts(self, base_layers[0])
+        expert_config = self.model_copy(update={"weight_decomposition": False})
+
+        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
+            if base.key.split(".")[2] != layer.ffn_block:
+                return LoraProjection(base, self, None, dtype, seed)
+            return RoutedProjection(base, expert_config, self.num_experts, Dense(), dtype, seed)
+
+        return LoraMoeAdapter.of(name, self, base_layers, build)
+
+
+class LoraMoeAdapter(LowRankAdapter):
+    """Experts on FFN projections, a LoRA on attention's."""
+
+    config: LoraMoeConfig
+
+    def auxiliary_loss(
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
+    ) -> Tensor | None:
+        """Compute the balancing constraint, the mean over routers."""
+        config = self.config
+        if not routing or config.balance_coef == 0:
+            return None
+        if samples is None:
+            samples = [SampleTokens(len(routing[0].router_logits))]
+        losses = [
+            balancing_constraint(layer.router_logits.softmax(-1), samples, config.balance_delta)
+            for layer in routing
+        ]
+        return config.balance_coef * torch.stack(losses).mean()
+
+
+def balancing_constraint(
+    weights: Float[Tensor, "T N"], samples: Sequence[SampleTokens], delta: float
+) -> Float[Tensor, ""]:
+    """Compute σ²(Z) / μ(Z) over experts and samples, Z = I ∘ Q.
+
+    Q[n, m] is the sum of expert n's weights over the tokens of sample m; I[n, m] is 1 + δ where
+    the expert's group is the sample's, and 1 - δ elsewhere. The second half of the experts is
+    group 1.
+
+    Source:
+        Dou et al. 2023, LoRAMoE, arXiv:2312.09979, eq. 5-7.
+    """
+    sums = torch.stack([part.sum(0) for part in weights.split([s.num_tokens for s in samples])])
+    num_experts = weights.shape[1]
+    groups = torch.arange(num_experts, device=weights.device) >= (num_experts + 1) // 2
+    of_samples = torch.tensor([s.expert_group for s in samples], device=weights.device)
+    is_own = groups.unsqueeze(0) == of_samples.unsqueeze(1).bool()
+    values = torch.where(is_own, (1 + delta) * sums, (1 - delta) * sums)  # (M, N)
+    mean = values.mean().clamp_min(torch.finfo(values.dtype).tiny)  # no tokens cost nothing
+    return values.var(correction=0) / mean

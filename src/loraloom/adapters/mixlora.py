@@ -1,0 +1,399 @@
+"""MixLoRA and MixDoRA: a router and LoRA experts in each FFN block, LoRA on attention.
+
+Axes: T tokens, D hidden, E experts, K top_k.
+
+Source: Li et al. 2024, MixLoRA, arXiv:2404.15159, eq. 4-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from loraloom.adapters.adapter import (
+    Adapter,
+    FfnRows,
+    MoeFfn,
+    SampleTokens,
+    SegmentTokens,
+)
+from loraloom.adapters.base import BaseLayer
+from loraloom.adapters.config import (
+    MAX_NUMBER,
+    MAX_RANK,
+    AdapterConfig,
+    ExpertCount,
+    RoutingConfig,
+    Targets,
+    check_has_experts,
+)
+from loraloom.adapters.experts import Router
+from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
+from loraloom.adapters.low_rank import ffn_weights, projection_block
+from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.errors import AdapterError
+from loraloom.ops.dropout import Site
+from loraloom.ops.expert_ffn import Activation, FfnWeights, Routing
+from loraloom.ops.lean_expert_ffn import lean_expert_ffn
+from loraloom.ops.stacked import StackedExpertFfn, stack_expert_ffn
+from loraloom.routing.losses import AddUp, balance_by_bias, whole
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.routes import Route, router_logits, top_k_routing
+
+
+class ExpertsConfig(StrictModel):
+    """The experts' settings where they differ from the attention LoRA's; None takes those."""
+
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
+    """Rank of each expert."""
+    alpha: float | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    """Numerator of the experts' scaling."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout on the experts' inputs, in training only."""
+    rank_stabilized: bool | None = None
+    """Scale the experts by alpha / sqrt(rank)."""
+    weight_decomposition: bool | None = None
+    """Decompose the experts' weights, as DoRA does."""
+
+
+class SharedExpertConfig(StrictModel):
+    """A LoRA that all experts of an FFN block have beside their own."""
+
+    rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
+    """Its rank; None: that of an expert."""
+    alpha: float | None = Field(default=None, gt=0, le=MAX_NUMBER)
+    """Numerator of its scaling; None: that of the experts."""
+
+
+class MixLoraConfig(RoutingConfig, DecomposedConfig):
+    """A router and several LoRA experts in each FFN block, plain LoRA on attention.
+
+    Source: Li et al. 2024, MixLoRA, arXiv:2404.15159.
+    """
+
+    peft_type = "MIXLORA"
+    layout = "reference"
+    formula = "FFN(x) = Σ_j g_j · W_d'_e(j)(act(W_g'_e(j) x) ∘ W_u'_e(j) x), W' = W + sBA"
+    aliases: ClassVar = {"mixdora": "method: mixlora with weight_decomposition: true"}
+
+    method: Literal["mixlora"] = "mixlora"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Mixture of LoRA experts in the FFN blocks."""
+    num_experts: ExpertCount = 8  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Experts in each FFN block."""
+    compat: Literal["moe-peft"] | None = None
+    """Compute what MoE-PEFT 2.0.2 does where it differs from the method: with routing: top_p the
+    temperature divides probabilities; with switch a block outside of training returns its input."""
+    experts: ExpertsConfig | None = None
+    """The experts' own rank, alpha and dropout where they differ."""
+    shared_expert: SharedExpertConfig | None = None
+    """A LoRA on the FFN block that every token goes through, whatever its experts; null for none.
+
+    Each expert's W' is then W + sBA + s'B'A', with B' and A' the same in all of them, so that the
+    experts need not learn apart what all tokens have in common (after Dai et al. 2024, DeepSeekMoE,
+    arXiv:2401.06066)."""
+    router_bias: bool = False
+    """Balance the load by a bias on the choice of experts, which their weights don't have: it rises
+    where an expert gets less than an even share (Wang et al. 2024, arXiv:2408.15664). It learns at
+    ten times the routers' rate; router_aux_loss_coef may then be 0."""
+    router_init_std: float = Field(default=0.02, gt=0, le=MAX_NUMBER)
+    """Standard deviation of the router's initial weights."""
+    router_jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Multiply the router's input by noise in [1 - jitter, 1 + jitter], in training only."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_ffn_is_targeted(cls, targets: Targets) -> Targets:
+        if targets == "attention":
+            raise ValueError(
+                "target_modules must take in the FFN, where a mixture has its experts, got "
+                "'attention'; take all-linear or ffn, or method: lora"
+            )
+        return targets
+
+    @field_validator("compat")
+    @classmethod
+    def _check_compat(cls, compat: str | None, info: CheckInfo) -> str | None:
+        if compat is not None and info.data.get("routing") not in (None, "top_p", "switch"):
+            raise ValueError(
+                f"compat must be unset where MoE-PEFT computes what the method means, got "
+                f"{compat} with routing: {info.data['routing']}"
+            )
+        return compat
+
+    @model_validator(mode="after")
+    def _check_extras(self) -> MixLoraConfig:
+        if self.router_bias and self.routing != "top_k":
+            raise ValueError(f"router_bias is a setting of routing: top_k, got {self.routing}")
+        if self.shared_expert is not None and self.expert_config.weight_decomposition:
+            raise ValueError(
+                "shared_expert can't be used with weight_decomposition, whose norms are of one "
+                "update alone; leave one of them out"
+            )
+        return self
+
+    @property
+    def routes_outside_training(self) -> bool:
+        return self.compat is None or self.routing != "switch"
+
+    @property
+    def expert_config(self) -> LoraConfig:
+        """The experts as a plain LoRA's configuration, with what they inherit filled in."""
+        own = {} if self.experts is None else self.experts.model_dump(exclude_none=True)
+        names = DecomposedConfig.model_fields.keys() - {"method"}
+        shared = {name: getattr(self, name) for name in names}
+        return LoraConfig(**{**shared, **own})
+
+    @property
+    def shared_config(self) -> LoraConfig | None:
+        """The shared expert as a plain LoRA's configuration; None without one."""
+        if self.shared_expert is None:
+            return None
+        own = self.shared_expert.model_dump(exclude_none=True)
+        return LoraConfig(**{**self.expert_config.model_dump(), **own})
+
+    @property
+    def title(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """MixLoRA, or MixDoRA where the experts are decomposed."""
+        return f"Mix{self.expert_config.title}"
+
+    @property
+    def route(self) -> Route:
+        route = super().route
+        if self.compat is not None and self.routing == "top_p":
+            return replace(route, divides_probabilities=True)  # pyright: ignore
+        return route
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        return MixLoraAdapter(name, self, base_layers, dtype, seed)
+
+    def scaling_of(self, key: TensorKey) -> float:
+        return self.scaling if key.expert is None else self.expert_config.scaling
+
+    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
+        mixtures = [config for config in (self, *others) if isinstance(config, MixLoraConfig)]
+        if any(config.shared_expert or config.router_bias for config in mixtures):
+            raise AdapterError(
+                "mixtures that are combined must have no shared_expert and no router_bias; give "
+                "their rows scales instead"
+            )
+        rank = max(config.expert_config.rank for config in mixtures)
+        kept = self.expert_config.model_dump(include={"dropout", "weight_decomposition"})
+        experts = {**kept, "rank": rank, "alpha": float(rank)}
+        settings = super().combined(others, targets).model_dump()
+        return type(self).model_validate({**settings, "experts": experts})
+
+    def summary(self) -> dict[str, Any]:
+        expert, shared = self.expert_config, self.shared_config
+        summary = super().summary() | {
+            "routing": self.routing_label,
+            "temperature": self.temperature,
+            "compat": self.compat,
+            "experts' rank": expert.rank,
+            "experts' scaling": expert.scaling,
+        }
+        if shared is not None:
+            summary |= {"shared rank": shared.rank, "shared scaling": shared.scaling}
+        return summary
+
+    def description(self) -> dict[str, Any]:
+        own = self.expert_config.model_dump(include={"rank", "alpha", "dropout"})
+        described = super().description()
+        return described | {"experts": described["experts"] | own}
+
+
+class MixLoraAdapter(Adapter):
+    """A mixture of LoRA experts; with weight decomposition a MixDoRA."""
+
+    config: MixLoraConfig
+
+    def __init__(
+        self,
+        name: str,
+        config: MixLoraConfig,
+        base_layers: Sequence[BaseLayer],
+        dtype: torch.dtype,
+        seed: int,
+    ):
+        check_has_experts(config, base_layers[0])
+        layers = [
+            _build_layer(config, layer, config.targets_in(layer), dtype, seed)
+            for layer in base_layers
+        ]
+        super().__init__(name, config, base_layers, layers)
+        self._expert_dropout = config.expert_config.dropout
+        self._routed = config.route
+        self._returns_input = not config.routes_outside_training
+
+    def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
+        base = self.base_layers[layer]
+        return ffn_weights(self.ffn_block(layer), base, dtype, self.config.num_experts)
+
+    def ffn(
+        self,
+        layer: int,
+        weights: FfnWeights,
+        hidden_states: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        act: Activation,
+        tokens: SegmentTokens,
+    ) -> FfnRows:
+        """Route the real tokens and compute their experts; padding gets the base's output."""
+        if self._returns_input and tokens.noise is None:
+            return FfnRows(gate[:0], lambda output: hidden_states.to(output.dtype))
+        routing = self._route(layer, hidden_states, tokens)
+        dropout = self.ffn_dropout(
+            self._expert_dropout, hidden_states.shape[-1], gate, routing.top_k, tokens
+        )
+        hidden, finish = lean_expert_ffn(
+            hidden_states.to(gate.dtype), gate, up, weights, routing, act, dropout
+        )
+        return FfnRows(hidden, self._with_bias(layer, weights, routing, finish))
+
+    def stack_key(self) -> Hashable:
+        if self._returns_input or self.config.router_bias:
+            return None
+        return type(self.config), self._routed, self._shapes
+
+    @classmethod
+    def stack_ffn(
+        cls, adapters: Sequence[MixLoraAdapter], layer: int, weights: Sequence[FfnWeights]
+    ) -> StackedExpertFfn:
+        first = adapters[0]
+        routers = [adapter.router(layer).detach() for adapter in adapters]
+        bias = first._unweighted_bias(layer, weights[0])
+        return stack_expert_ffn(weights, routers, first._routed, bias)
+
+    def as_moe(self, layer: int) -> MoeFfn:
+        if not self._routed.sums_to_one:
+            raise self._no_moe(f"routing: {self.config.routing}")
+        if self.config.router_bias:
+            raise self._no_moe("router_bias, which such a checkpoint has no place for")
+        block, base = self.ffn_block(layer), self.base_layers[layer].ffn
+
+        def weight(expert: int, name: str, dtype: torch.dtype) -> Tensor:
+            if name not in block:
+                return base[name].weight.to(dtype, copy=True)  # each expert has its own
+            return block[name].merged(dtype, expert, self.config.num_experts)
+
+        top_k = self.config.experts_per_token or self.config.num_experts
+        return MoeFfn(self.router(layer).detach(), top_k, weight)
+
+    def auxiliary_loss(
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
+    ) -> Tensor | None:
+        loss = super().auxiliary_loss(routing, samples, add_up)
+        for record in routing:
+            bias = self.router_bias(record.layer)
+            if bias is not None and loss is not None:
+                loss = loss + balance_by_bias(bias, record.selected_experts, add_up)
+        return loss
+
+    def router(self, layer: int) -> Tensor:
+        """The router's weight in a layer, [E, D]."""
+        return self.layers[layer]["router"].weight  # pyright: ignore
+
+    def router_bias(self, layer: int) -> Tensor | None:
+        """What balances the load of a layer's router, [E]; None without."""
+        return self.layers[layer]["router"].bias  # pyright: ignore
+
+    def _route(self, layer: int, hidden_states: Tensor, tokens: SegmentTokens) -> Routing:
+        jitter = None
+        if tokens.noise is not None and self.config.router_jitter > 0:
+            jitter = tokens.noise.jitter(
+                Site.ROUTER_JITTER, hidden_states.shape[-1], self.config.router_jitter
+            )
+        logits = router_logits(hidden_states, self.router(layer), jitter)
+        bias = self.router_bias(layer)
+        if bias is None:
+            selected, weights = self._routed(logits)
+        else:
+            selected, weights = top_k_routing(logits, self.config.top_k, bias.detach().unsqueeze(0))
+        tokens.record_routing(logits, selected, weights)
+        if not self._routed.sums_to_one:
+            selected, weights = _used_slots(selected, weights)
+        beyond = tokens.beyond_capacity(selected, self.config.expert_capacity)
+        if beyond is not None:
+            selected = selected.masked_fill(beyond, -1)
+        if tokens.real is None:
+            return Routing(selected, weights)
+        real = tokens.real.unsqueeze(1)
+        first_slot = torch.zeros_like(weights)
+        first_slot[:, 0] = 1
+        return Routing(torch.where(real, selected, -1), torch.where(real, weights, first_slot))
+
+    def _unweighted_bias(self, layer: int, weights: FfnWeights) -> Tensor | None:
+        """The output projection's bias, where it is added once and slots' weights don't sum to 1.
+
+        Each slot has the bias, so that their sum has it times the sum of the weights.
+        """
+        if self._routed.sums_to_one or weights.apart:
+            return None
+        base = self.base_layers[layer]
+        return base.ffn[base.ffn_shape.output].compute_bias(weights.sides[0].B.dtype)
+
+    def _with_bias(
+        self,
+        layer: int,
+        weights: FfnWeights,
+        routing: Routing,
+        finish: Callable[[Tensor], Tensor],
+    ) -> Callable[[Tensor], Tensor]:
+        bias = self._unweighted_bias(layer, weights)
+        if bias is None:
+            return finish
+        excess = routing.routing_weights.sum(1, keepdim=True).to(bias.dtype) - 1
+        return lambda output: finish(output + excess * bias)
+
+
+def _used_slots(selected: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out slots that no token uses, where the device need not be waited for."""
+    if weights.device.type != "cpu" or not len(weights):
+        return selected, weights
+    used = int((weights.detach() != 0).sum(1).max())  # NaN counts
+    return selected[:, :used], weights[:, :used]
+
+
+def _build_layer(
+    config: MixLoraConfig,
+    layer: BaseLayer,
+    targets: frozenset[str],
+    dtype: torch.dtype,
+    seed: int,
+) -> nn.ModuleDict:
+    def attention(base, layer):
+        return LoraProjection(base, config, None, dtype, seed)
+
+    def experts(base, layer):
+        shared = config.shared_config and LoraProjection(
+            base, config.shared_config, None, dtype, seed
+        )
+        return LoraProjection(base, config.expert_config, config.num_experts, dtype, seed, shared)
+
+    router = Router(
+        f"layers.{layer.index}.{layer.ffn_block}.router",
+        (config.num_experts, layer.hidden_size),
+        seed,
+        std=config.router_init_std,
+        dtype=dtype,
+        device=next(iter(layer.ffn.values())).device,
+        has_bias=config.router_bias,
+    )
+    return nn.ModuleDict(
+        {
+            layer.attention_block: projection_block(layer.attention, targets, layer, attention),
+            layer.ffn_block: projection_block(layer.ffn, targets, layer, experts),
+            "router": router,
+        }
+    )

@@ -1,0 +1,68 @@
+"""MoLA: a mixture of LoRA experts on each adapted projection, more or fewer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.base import BaseLayer, BaseProjection
+from loraloom.adapters.config import ExpertCount, RoutingConfig
+from loraloom.adapters.experts import RoutedProjection
+from loraloom.adapters.low_rank import LowRankAdapter, Projection
+from loraloom.errors import AdapterError
+
+
+class MolaConfig(RoutingConfig):
+    """A router and several LoRA experts on each linear layer: y = Wx + s·Σ_j g_j B_e(j)(A_e(j)(x)).
+
+    Source: Gao et al. 2024, MoLA, arXiv:2402.08562, eq. 2-4; files as in moe-peft 2.0.2.
+    """
+
+    peft_type = "MOLA"
+    layout = "reference"
+    title = "MoLA"
+    formula = "y = Wx + s·Σ_j g_j B_e(j)(A_e(j) x)"
+
+    method: Literal["mola"] = "mola"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Mixture of LoRA experts on each linear layer."""
+    num_experts: ExpertCount | tuple[ExpertCount, ...] = 8  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Experts of each projection: a number, or a list with one for each layer."""
+    router_loss_scope: Literal["pooled", "per_layer"] = "per_layer"
+    """The mean of each router's load-balance loss, or the load over all routers together (pooled),
+    in which routers that have collapsed to different experts cost nothing."""
+
+    @model_validator(mode="after")
+    def _check_scope(self) -> MolaConfig:
+        counts = {self.num_experts} if isinstance(self.num_experts, int) else set(self.num_experts)
+        if len(counts) > 1 and self.router_loss_scope == "pooled":
+            raise ValueError(
+                "router_loss_scope must be per_layer where num_experts differs by layer, got "
+                "pooled; leave it out, or drop the list"
+            )
+        return self
+
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        num_experts = self.num_experts
+        counts = [num_experts] * len(base_layers) if isinstance(num_experts, int) else num_experts
+        if len(counts) != len(base_layers):
+            raise AdapterError(
+                f"num_experts must have a number for each of the base model's {len(base_layers)} "
+                f"layers, got {len(counts)}"
+            )
+        route, capacity = self.route, self.expert_capacity
+
+        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
+            count = counts[layer.index]
+            return RoutedProjection(base, self, count, route, dtype, seed, capacity)
+
+        return LowRankAdapter.of(name, self, base_layers, build)
+
+    def summary(self) -> dict[str, Any]:
+        own = {"routing": self.routing_label, "temperature": self.temperature}
+        return super().summary() | own

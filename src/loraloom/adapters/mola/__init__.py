@@ -1,1 +1,0 @@
-"""MoLA: a mixture of LoRA experts on each adapted projection, more or fewer by layer."""

@@ -1,1 +1,0 @@
-"""SMoRA: a LoRA whose ranks are experts; a router chooses among them for each token."""

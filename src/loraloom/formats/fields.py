@@ -1,0 +1,507 @@
+"""Settings of methods in adapter_config.json: a table of their names and ours, read both ways.
+
+Methods that PEFT or MoE-PEFT stores have a table, by `peft_type`; others have their settings under
+our own names. What MoE-PEFT's layout has no field for goes under `"loraloom": {"adapter": …}`.
+
+Source: peft 0.21.2, `peft/tuners/{lora,vera}/config.py`; moe-peft 2.0.2,
+`moe_peft/adapters/*/config.py`; github.com/mikecovlee/DynMoLE, the same file.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraloom.adapters import (
+    DynMoleConfig,
+    LoraConfig,
+    LoraMoeConfig,
+    MixLoraConfig,
+    MolaConfig,
+    VeraConfig,
+)
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
+from loraloom.adapters.keys import target_pattern, target_projections
+from loraloom.adapters.lora import is_pattern, matches, pattern_value
+from loraloom.adapters.own import OWN_FIELDS
+from loraloom.errors import shown
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A method's fields.
+
+    Args:
+        names: Theirs by ours; a method's files may lack them.
+        required: Those of theirs that files must have.
+        constants: Further fields, which say the same in all files.
+        read: From files to settings whose fields have another form.
+        write: From a configuration to these fields.
+        written: Names of these settings.
+    """
+
+    names: Mapping[str, str]
+    required: Sequence[str] = ("r", "lora_alpha")
+    constants: Mapping[str, Any] = field(default_factory=lambda: {"bias": "none"})
+    read: Callable[[AdapterFiles], Settings] = lambda files: {}
+    write: Callable[[Any, BaseInfo], Settings] = lambda config, base: {}
+    written: Callable[[Any], set[str]] = lambda config: set()
+
+
+def read_settings(
+    files: AdapterFiles, method: type[AdapterConfig], projections: Sequence[str]
+) -> Settings:
+    """Read a method's settings.
+
+    Args:
+        files: What was found on disk.
+        method: Its configuration.
+        projections: Names of the projections that have tensors.
+
+    Raises:
+        FormatError: If a field is missing or says what the method can't represent.
+    """
+    targets = files.targets(projections)
+    table = TABLES.get(method.peft_type)
+    if table is None:
+        known = {name: files.config[name] for name in method.model_fields if name in files.config}
+        return known | ({"target_modules": targets} if targets else {})
+    for name in table.required:
+        files.required(name)
+    return {
+        "target_modules": targets,
+        **{ours: files.config[name] for ours, name in table.names.items() if name in files.config},
+        **table.read(files),
+        **files.section("loraloom").get("adapter", {}),
+    }
+
+
+def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
+    """Write a method's settings."""
+    settings = config.model_dump(mode="json")
+    table = TABLES.get(config.peft_type)
+    if table is None:
+        return settings
+    fields: Settings = {theirs: settings[ours] for ours, theirs in table.names.items()}
+    fields |= {**table.constants, "target_modules": list(config.known_targets(base))}
+    fields |= table.write(config, base)
+    if "lora_alpha" in fields:
+        fields["lora_alpha"] = _whole(fields["lora_alpha"])
+    if config.layout != "reference":
+        return fields
+    elsewhere = {*table.names, *table.written(config), *OWN_FIELDS, "method", "target_modules"}
+    own = {name: value for name, value in settings.items() if name not in elsewhere}
+    for name in [name for name, value in own.items() if value is None]:
+        if name != "expert_capacity" or settings["routing"] != "switch":  # there it has a meaning
+            del own[name]
+    flags = {name for name in ("use_dora", "use_rslora") if not fields.get(name)}
+    return {name: value for name, value in fields.items() if name not in flags} | {
+        "loraloom": {"adapter": own}
+    }
+
+
+def _whole(alpha: float) -> float | int:
+    """Write a whole alpha without a point: MoE-PEFT takes no other."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+# LoRA and DoRA: PEFT's fields that every version with DoRA (0.9 and later) knows, so that none of
+# them warns; it fills in its defaults for the rest.
+
+_READ = {
+    *LORA_FIELDS.values(),
+    "alpha_pattern",
+    "layers_pattern",
+    "layers_to_transform",
+    "rank_pattern",
+    "target_modules",
+}
+_NO_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+    "trainable_token_indices",
+}
+"""Fields that don't change what the saved tensors compute, or are looked at elsewhere."""
+_REMEDY = {
+    "bias": "train with bias='none', or merge the biases into the base model",
+    "lora_bias": "train with lora_bias=False",
+}
+_READ_STARTS = ("gaussian", "pissa", "olora")
+"""Initialisations that stay an adapter's: PEFT's files mean the base without the last two."""
+_NAMED_STARTS = (*_READ_STARTS, "orthogonal")
+"""Those that files name; of an orthogonal one trained weights know nothing, which is computed."""
+_KNOWN_STARTS = (True, False, "eva", "mica", *_NAMED_STARTS)
+_MODULE = re.compile(
+    r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>\w+\.\w+))"
+    r"\.lora_A(?:\.weight)?$"
+)
+"""A tensor of each adapted module."""
+_TASK_TYPES = (None, "CAUSAL_LM", "QUESTION_ANS")
+
+
+def _read_lora(files: AdapterFiles) -> Settings:
+    _check_lora(files)
+    start = files.config.get("init_lora_weights")
+    modules = {  # those with tensors: as in the base model, and as keys.py has them
+        match["module"]: f"layers.{match['layer']}.{match['path']}"
+        for match in map(_MODULE.match, files.tensors)
+        if match is not None
+    }
+    return {
+        "init": start if start in _READ_STARTS else "kaiming",
+        "rank_pattern": _pattern(files, "rank_pattern", files.config["r"], modules),
+        "alpha_pattern": _pattern(files, "alpha_pattern", files.config["lora_alpha"], modules),
+        **_selection(files, list(modules.values())),
+    }
+
+
+def _check_lora(files: AdapterFiles) -> None:
+    for name, value in sorted(files.config.items()):
+        if name in _READ or name in _NO_EFFECT or not value or value == "none":
+            continue
+        remedy = _REMEDY.get(name, "train without it")
+        raise files.error(
+            f"`{name}` must be unset, got {shown(value)}: loraloom has none; {remedy}"
+        )
+    start = files.config.get("init_lora_weights", True)
+    if start not in _KNOWN_STARTS:
+        raise files.error(
+            "`init_lora_weights` must leave the base model's weights as they are, or be pissa or "
+            f"olora, got {shown(start)}; save it from PEFT with "
+            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    if files.config.get("task_type") not in _TASK_TYPES:
+        raise files.error(f"`task_type` must be CAUSAL_LM, got {shown(files.config['task_type'])}")
+
+
+def _pattern(files: AdapterFiles, name: str, default: Any, modules: Mapping[str, str]) -> Settings:
+    patterns = files.section(name)
+    for pattern in patterns:
+        if not is_pattern(pattern):
+            raise files.error(f"`{name}` must hold regular expressions, got {shown(pattern)}")
+    return _carried_over(patterns, default, modules) if modules else patterns
+
+
+def _carried_over(
+    patterns: Mapping[str, Any], default: Any, names: Mapping[str, str]
+) -> dict[str, Any]:
+    """Make patterns that say of modules under new names what others say under the old ones.
+
+    They are the same ones if these will do, without those that match nothing; else names.
+    """
+    used = {key: value for key, value in patterns.items() if any(matches(key, n) for n in names)}
+    meant = {new: pattern_value(used, old, default) for old, new in names.items()}
+    if all(pattern_value(used, new, default) == value for new, value in meant.items()):
+        return used
+    return {re.escape(new): value for new, value in meant.items() if value != default}
+
+
+def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
+    """Tell by the tensors which projections are adapted, where files leave some out.
+
+    PEFT chooses them by patterns, layers and exclusions, and saves just those.
+    """
+    targets, layers = files.config.get("target_modules"), files.config.get("layers_to_transform")
+    names_places = isinstance(targets, str) or any("." in str(name) for name in targets or ())
+    chooses_layers = layers is not None and layers != []
+    if not (names_places or chooses_layers or files.config.get("exclude_modules")):
+        return {}
+    if not keys:
+        chosen = layers if isinstance(layers, list) else [layers]
+        return {"layers": chosen} if chooses_layers else {}
+    places = [(int(layer), path) for _, layer, path in (key.split(".", 2) for key in keys)]
+    numbers, paths = {layer for layer, _ in places}, {path for _, path in places}
+    if len(places) < len(numbers) * len(paths):
+        return {"target_modules": [f"layers.{layer}.{path}" for layer, path in sorted(places)]}
+    names = [path.rpartition(".")[2] for path in sorted(paths)]
+    return {"target_modules": names, "layers": sorted(numbers)}
+
+
+def _write_lora(config: LoraConfig, base: BaseInfo) -> Settings:
+    keys = [name for name in config.tensor_shapes(base) if name.endswith(".lora_A")]
+    names = {
+        key.removesuffix(".lora_A"): key.removesuffix(".lora_A").replace(
+            "layers", base.layers_path, 1
+        )
+        for key in keys
+    }
+    targets = _lora_targets(config, base, names)
+    by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
+    alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
+    return {
+        "alpha_pattern": _carried_over(alphas, config.alpha, names),
+        "init_lora_weights": config.init if config.init in _NAMED_STARTS else True,
+        "layers_to_transform": list(config.layers or ()) if by_layer else None,
+        "rank_pattern": _carried_over(config.rank_pattern, config.rank, names),
+        "target_modules": targets,
+    }
+
+
+def _lora_targets(config: LoraConfig, base: BaseInfo, names: Mapping[str, str]) -> list[str] | str:
+    """Name the targets; by a pattern where names alone would mean other modules too."""
+    known = config.known_targets(base)
+    if base.has_own_names:
+        return list(known)
+    if config.layers is not None or any("." in name for name in known):
+        return "|".join(map(re.escape, names.values()))
+    return target_pattern(config.target_modules, base)
+
+
+# VeRA.
+
+
+def _read_vera(files: AdapterFiles) -> Settings:
+    layers = files.config.get("layers_to_transform")
+    if layers:
+        raise files.error(f"`layers_to_transform` must be unset, got {shown(layers)}")
+    return {"save_projection": "base_model.vera_A" in files.tensors}
+
+
+def _write_vera(config: VeraConfig, base: BaseInfo) -> Settings:
+    if base.has_own_names:
+        return {}
+    return {"target_modules": target_pattern(config.target_modules, base)}
+
+
+# MixLoRA. MoE-PEFT refuses a dropout of 0, which loraloom writes as it is.
+
+_TRAINING_FIELDS = {
+    "router_init_range": "router_init_std",
+    "jitter_noise": "router_jitter",
+    "router_aux_loss_coef": "router_aux_loss_coef",
+    "router_z_loss_coef": "router_z_loss_coef",
+}
+"""Fields that MoE-PEFT reads but doesn't save; files have them if people write them."""
+_ROUTINGS = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "switch"}
+"""Ours by `routing_strategy`. Dense routing is top-k of all experts in the reference's files."""
+_NO_CAPACITY = 2**20
+"""What stands for any number of tokens in the reference's files."""
+_INIT_NAMES = {"original": "kaiming", "gaussian": "gaussian"}
+
+
+def _read_mixlora(files: AdapterFiles) -> Settings:
+    """Read routing, experts and what concerns training, which MoE-PEFT's files lack.
+
+    It is loraloom's defaults then, not MoE-PEFT's: a load-balance coefficient of 0.01 where its
+    code has 0.001, for instance. They change nothing until the adapter is trained on.
+    """
+    fields, expert = files.config, files.section("expert_lora")
+    strategy = fields.get("routing_strategy", "mixlora")
+    if strategy not in _ROUTINGS:
+        raise files.error(
+            f"`routing_strategy` must be one of {', '.join(_ROUTINGS)}, got {shown(strategy)}"
+        )
+    settings: Settings = {
+        ours: fields[theirs]
+        for theirs, ours in _TRAINING_FIELDS.items()
+        if fields.get(theirs) is not None
+    }
+    if fields.get("router_loss") is False:
+        settings["router_aux_loss_coef"] = 0.0
+    if "lora_init" in fields:
+        settings["init"] = _INIT_NAMES.get(fields["lora_init"], fields["lora_init"])
+    own = {ours: expert[theirs] for ours, theirs in LORA_FIELDS.items() if theirs in expert}
+    routing = {
+        "top_k": {"top_k": fields.get("top_k", 2)},
+        "top_p": {
+            "top_p": fields.get("top_p", 0.8),
+            "temperature": fields.get("temperature") or 1.0,  # 0 stands for none
+        },
+        "switch": {"expert_capacity": fields.get("expert_capacity", 32)},
+    }
+    name = _ROUTINGS[strategy]
+    return {**settings, "routing": name, **routing[name], "experts": own or None}
+
+
+def _write_mixlora(config: MixLoraConfig, base: BaseInfo) -> Settings:
+    fields: Settings = {"act_fn": base.activation} if base.activation else {}
+    if config.experts is not None:
+        own = config.experts.model_dump(exclude_none=True)
+        expert = {LORA_FIELDS[ours]: value for ours, value in own.items()}
+        if "lora_alpha" in expert:
+            expert["lora_alpha"] = _whole(expert["lora_alpha"])
+        fields["expert_lora"] = {"bias": "none", **expert}
+    if config.routing == "top_p":
+        temperature = 0.0 if config.temperature == 1 else config.temperature
+        routing = {"routing_strategy": "mixlora-dynamic", "top_p": config.top_p}
+        return fields | routing | {"temperature": temperature}
+    if config.routing == "switch":
+        capacity = config.expert_capacity or _NO_CAPACITY
+        return fields | {"routing_strategy": "mixlora-switch", "expert_capacity": capacity}
+    top_k = config.num_experts if config.routing == "dense" else config.top_k
+    return fields | {"routing_strategy": "mixlora", "top_k": top_k}
+
+
+def _written_by_mixlora(config: MixLoraConfig) -> set[str]:
+    named = {"top_p", "temperature", "experts"}
+    return named if config.routing == "dense" else named | {"routing", "top_k"}
+
+
+# MoE-PEFT's other mixtures, and DynMoLE.
+
+
+def _read_mola(files: AdapterFiles) -> Settings:
+    if files.config.get("use_dora"):
+        warnings.warn(
+            f"{files.source}: `use_dora` is left out, as MoE-PEFT ignores it in a MoLA's experts",
+            stacklevel=2,
+        )
+    return {}
+
+
+def _read_dynmole(files: AdapterFiles) -> Settings:
+    kind = files.config.get("entropy_type", "tsallis")
+    if kind != "tsallis":
+        raise files.error(f"`entropy_type` must be tsallis, got {shown(kind)}")
+    if files.config.get("use_dora"):
+        raise files.error("`use_dora` must be unset: experts of a DynMoLE aren't decomposed")
+    return {}
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_UNDECOMPOSED = {ours: name for ours, name in LORA_FIELDS.items() if ours != "weight_decomposition"}
+_MIXTURE = ("r", "lora_alpha", "num_experts")
+
+TABLES: dict[str, _Table] = {
+    LoraConfig.peft_type: _Table(
+        LORA_FIELDS,
+        constants={
+            "auto_mapping": None,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "layers_pattern": None,
+            "modules_to_save": None,
+        },
+        read=_read_lora,
+        write=_write_lora,
+    ),
+    VeraConfig.peft_type: _Table(
+        {
+            "rank": "r",
+            "dropout": "vera_dropout",
+            "projection_seed": "projection_prng_key",
+            **_same("d_initial", "save_projection"),
+        },
+        required=("r",),
+        read=_read_vera,
+        write=_write_vera,
+    ),
+    MixLoraConfig.peft_type: _Table(
+        LORA_FIELDS | _same("num_experts"),
+        _MIXTURE,
+        read=_read_mixlora,
+        write=_write_mixlora,
+        written=_written_by_mixlora,
+    ),
+    MolaConfig.peft_type: _Table(
+        _UNDECOMPOSED | _same("num_experts", "top_k"),
+        _MIXTURE,
+        {"bias": "none", "routing_strategy": "mola"},
+        read=_read_mola,
+    ),
+    LoraMoeConfig.peft_type: _Table(
+        LORA_FIELDS | _same("num_experts"),
+        _MIXTURE,
+        {"bias": "none", "routing_strategy": "loramoe"},
+    ),
+    DynMoleConfig.peft_type: _Table(
+        _UNDECOMPOSED
+        | _same(
+            "num_experts",
+            "keep_top_k",
+            "top_p",
+            "entropy_threshold",
+            "entropy_index",
+            "entropy_eps",
+        ),
+        _MIXTURE,
+        {"bias": "none", "routing_strategy": "dynmole", "entropy_type": "tsallis"},
+        read=_read_dynmole,
+    ),
+}
+"""The methods that other libraries store."""
+
+
+# What MoE-PEFT's own program can hold.
+
+FFN_NAMES = frozenset(
+    "gate_proj up_proj down_proj fc1 fc2 gate_up_proj dense_h_to_4h dense_4h_to_h".split()
+)
+"""Projections on which MoE-PEFT's mixtures have experts."""
+_KNOWN_NAMES = FFN_NAMES | set("q_proj k_proj v_proj o_proj dense qkv_proj".split())
+
+
+def reference_fault(config: AdapterConfig, base: BaseInfo) -> str | None:
+    """Say what of an adapter MoE-PEFT's files can't hold; None if they hold it all."""
+    fault = None
+    if isinstance(config, LoraConfig):
+        chosen = {
+            "layers": config.layers,
+            "rank_pattern": config.rank_pattern,
+            "alpha_pattern": config.alpha_pattern,
+            "places in target_modules": config.names_layers,
+            f"init: {config.init}": config.takes_start_off,
+        }
+        names = ", ".join(name for name, value in chosen.items() if value)
+        fault = names and f"MoE-PEFT has no {names}"
+    elif isinstance(config, MixLoraConfig):
+        fault = _mixlora_fault(config)
+    elif isinstance(config, MolaConfig):
+        if not isinstance(config.num_experts, int):
+            fault = "MoE-PEFT has one number of experts for all layers"
+        elif config.routing != "top_k":
+            fault = f"MoE-PEFT's MoLA has top-k routing alone, got {config.routing}"
+    elif not isinstance(config, LoraMoeConfig):
+        return f"MoE-PEFT has no {config.title}"
+    return fault or _lora_fault(config, base)
+
+
+def _mixlora_fault(config: MixLoraConfig) -> str | None:
+    if config.expert_config.weight_decomposition:
+        return "MoE-PEFT's files have no place for the magnitudes of a MixDoRA"
+    if config.shared_expert is not None or config.router_bias:
+        return "MoE-PEFT has neither a shared_expert nor a router_bias"
+    if config.routing == "top_p" and config.temperature != 1 and config.compat is None:
+        return "MoE-PEFT's temperature divides probabilities, not logits"
+    return _alpha_fault(config.expert_config.alpha)
+
+
+def _lora_fault(config: Any, base: BaseInfo) -> str | None:
+    names = [path.rpartition(".")[2] for path in target_projections(config.target_modules, base)]
+    unknown = [name for name in names if name not in _KNOWN_NAMES]
+    if unknown:
+        return f"MoE-PEFT has no model with {', '.join(unknown)}"
+    if base.layers_path != "model.layers" or not base.has_own_names:
+        return f"MoE-PEFT has no {base.model_type or 'such base model'}"
+    if getattr(config, "weight_decomposition", False):
+        return "MoE-PEFT's files have no place for the magnitudes of a DoRA"
+    return _alpha_fault(config.alpha)
+
+
+def _alpha_fault(alpha: float) -> str | None:
+    return None if alpha.is_integer() else f"MoE-PEFT takes a whole alpha, got {alpha:g}"
