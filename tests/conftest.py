@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from loraloom import adapters
+
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read by the first import
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -90,3 +92,14 @@ def pytest_collection_finish() -> None:
     """Spare the collector the million objects of the imported libraries: it runs often here."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def methods_as_before():
+    """Forget the methods that a test registers."""
+    known = list(adapters.CONFIGS)
+    yield
+    if known != adapters.CONFIGS:
+        adapters.CONFIGS[:] = known
+        for listener in adapters._LISTENERS:
+            listener()

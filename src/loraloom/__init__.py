@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loraloom.adapters import *  # noqa: F403
+    from loraloom.adapters import register_method as register_method
     from loraloom.config.data import PromptForm as PromptForm
     from loraloom.config.job import JobConfig as JobConfig
     from loraloom.config.objective import CpoConfig as CpoConfig
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adapters": ("register_method",),
     "config.data": ("PromptForm",),
     "config.job": ("JobConfig",),
     "config.objective": ("CpoConfig", "DpoConfig", "SftConfig"),

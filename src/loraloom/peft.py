@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from loraloom.adapters import CONFIGS, parse_adapter_config
+from loraloom.adapters import CONFIGS, parse_adapter_config, when_registered
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFields, AdapterFiles, checked_fields
@@ -132,7 +132,7 @@ class LoraloomConfig(PeftConfig):
 
 
 def _checked(adapter: Any) -> AdapterConfig:
-    if isinstance(adapter, CONFIGS):
+    if isinstance(adapter, tuple(CONFIGS)):
         return adapter
     try:
         return parse_adapter_config(adapter)
@@ -411,3 +411,4 @@ def _add_type(name: str) -> None:
 
 
 _register()
+when_registered(_register)

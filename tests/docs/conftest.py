@@ -31,7 +31,7 @@ WORDS = ("blue", "one", "two", "yes", "no", "true", "false", "short")
 
 
 @pytest.fixture
-def world(small_world, tmp_path, monkeypatch):
+def world(small_world, tmp_path, monkeypatch, methods_as_before):
     """A copy of the small world as the working directory; `smollm2-135m` is its own."""
     shutil.copytree(small_world, tmp_path / "world")
     monkeypatch.chdir(tmp_path / "world")

@@ -22,7 +22,7 @@ from tests.tiny import changed, router_loss
 MIXTURES = ("llama-mixlora", "qwen2-mixlora", "phi-mixlora")
 CASES = (*MIXTURES, "llama-lora", "llama-mola", "llama-loramoe", "llama-axolotl")
 TOLERANCE = 1e-4
-REFERENCE_COEFFICIENT = 0.001
+REFERENCE_LOSS = {"router_aux_loss_coef": 0.001, "router_loss_scope": "pooled"}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_routing_is_that_of_the_reference(case, batch, fixtures):
     record = out.routing["a"]
     for ours, theirs in zip(record, expected["router_logits"], strict=True):
         torch.testing.assert_close(ours.router_logits, theirs[real], rtol=0, atol=TOLERANCE)
-    config = changed(adapter.config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
+    config = changed(adapter.config, **REFERENCE_LOSS)
     loss = router_loss(record, config)
     torch.testing.assert_close(loss, expected["aux_loss"].squeeze(), rtol=1e-5, atol=1e-7)
 
@@ -105,8 +105,7 @@ def test_routers_of_each_projection_are_those_of_the_reference(name, batch, fixt
     assert_same_routers(by_projection(out.routing["a"], names), expected["router_logits"], real)
     if "aux_loss" not in expected:
         return
-    config = changed(adapter.config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
-    assert config.router_loss_scope == "pooled"
+    config = changed(adapter.config, **REFERENCE_LOSS)
     loss = router_loss(out.routing["a"], config)
     torch.testing.assert_close(loss, expected["aux_loss"].squeeze(), rtol=1e-5, atol=1e-7)
 
@@ -170,7 +169,7 @@ def test_rows_of_different_adapters_in_one_batch_are_those_of_the_reference(fixt
     record = by_projection(out.routing["mola"], ["q_proj", "k_proj", "v_proj", "o_proj"])
     assert_same_routers(record, expected["mola.router_logits"], real["mola"])
     for name, routing in out.routing.items():
-        config = changed(host.adapters[name].config, router_aux_loss_coef=REFERENCE_COEFFICIENT)
+        config = changed(host.adapters[name].config, **REFERENCE_LOSS)
         loss = router_loss(routing, config)
         wanted = expected[f"{name}.aux_loss"].squeeze()
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-7)

@@ -83,7 +83,6 @@ def train(
     if watch_exit_when_idle and watch is None:
         raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
     check_ray_workers(ray, ray_workers)
-    from loraloom.cli.evaluation_command import evaluation_command
     from loraloom.config.loading import load_run_config
 
     run = load_run_config(run_file, [*(overrides or ()), *changes], needs_jobs=watch is None)

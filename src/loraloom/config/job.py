@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, field_validator
 
-from loraloom.adapters import AnyAdapterConfig
+from loraloom.adapters import AnyAdapterConfig, any_method, when_registered
 from loraloom.config.data import (
     DataConfig,
     Scoring,
@@ -129,6 +129,14 @@ class JobConfig(StrictModel):
     def selecting_metrics(self) -> list[str]:
         """Metrics that the job measures outside test splits."""
         return _selecting_metrics(self.train, self.data, self.eval)
+
+
+def _take_further_methods() -> None:
+    JobConfig.model_fields["adapter"].annotation = any_method()
+    JobConfig.model_rebuild(force=True)
+
+
+when_registered(_take_further_methods)
 
 
 def _check_fits_objective(data: DataConfig, train: TrainConfig) -> None:

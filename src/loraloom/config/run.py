@@ -18,7 +18,7 @@ from loraloom.config.fields import (
     StrictModel,
     check_device,
 )
-from loraloom.config.job import JobConfig
+from loraloom.config.job import JobConfig, when_registered
 from loraloom.config.paths import local_path
 from loraloom.config.quantization import AnyQuantization, QuantizationConfig, check_fits_dtype
 from loraloom.config.sweep import SweepConfig
@@ -165,6 +165,9 @@ class RunConfig(StrictModel):
         num_first = 0 if self.sweep is None else self.sweep.num_concurrent
         later = {trial.name for trial in self.trials[num_first:]}
         return tuple(job for job in self.all_jobs if job.name not in later)
+
+
+when_registered(lambda: RunConfig.model_rebuild(force=True))
 
 
 def _repeated_name_faults(jobs: Any) -> list[InitErrorDetails]:

@@ -239,7 +239,7 @@ def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
     return {"target_modules": names, "layers": sorted(numbers)}
 
 
-def _write_lora(config: LoraConfig, base: BaseInfo) -> Settings:
+def _write_lora(config: Any, base: BaseInfo) -> Settings:
     keys = [name for name in config.tensor_shapes(base) if name.endswith(".lora_A")]
     names = {
         key.removesuffix(".lora_A"): key.removesuffix(".lora_A").replace(
@@ -259,7 +259,7 @@ def _write_lora(config: LoraConfig, base: BaseInfo) -> Settings:
     }
 
 
-def _lora_targets(config: LoraConfig, base: BaseInfo, names: Mapping[str, str]) -> list[str] | str:
+def _lora_targets(config: Any, base: BaseInfo, names: Mapping[str, str]) -> list[str] | str:
     """Name the targets; by a pattern where names alone would mean other modules too."""
     known = config.known_targets(base)
     if base.has_own_names:
@@ -279,7 +279,7 @@ def _read_vera(files: AdapterFiles) -> Settings:
     return {"save_projection": "base_model.vera_A" in files.tensors}
 
 
-def _write_vera(config: VeraConfig, base: BaseInfo) -> Settings:
+def _write_vera(config: Any, base: BaseInfo) -> Settings:
     if base.has_own_names:
         return {}
     return {"target_modules": target_pattern(config.target_modules, base)}
@@ -335,7 +335,7 @@ def _read_mixlora(files: AdapterFiles) -> Settings:
     return {**settings, "routing": name, **routing[name], "experts": own or None}
 
 
-def _write_mixlora(config: MixLoraConfig, base: BaseInfo) -> Settings:
+def _write_mixlora(config: Any, base: BaseInfo) -> Settings:
     fields: Settings = {"act_fn": base.activation} if base.activation else {}
     if config.experts is not None:
         own = config.experts.model_dump(exclude_none=True)
@@ -354,7 +354,7 @@ def _write_mixlora(config: MixLoraConfig, base: BaseInfo) -> Settings:
     return fields | {"routing_strategy": "mixlora", "top_k": top_k}
 
 
-def _written_by_mixlora(config: MixLoraConfig) -> set[str]:
+def _written_by_mixlora(config: Any) -> set[str]:
     named = {"top_p", "temperature", "experts"}
     return named if config.routing == "dense" else named | {"routing", "top_k"}
 
