@@ -26,8 +26,8 @@ NO_TRANSFORMERS = {*NO_MODEL, "transformers", "torch.distributed.tensor", "sympy
 NO_TORCH = {*NO_TRANSFORMERS, "torch", "pandas"}
 UNNEEDED = {
     "--help": {*NO_TORCH, "numpy", "matplotlib"},
-    "config show RUN.yaml": {*NO_TORCH, "numpy", "matplotlib"},
     "report RUNS --output page.html": NO_TORCH,
+    "config show RUN.yaml": NO_TRANSFORMERS,
     "inspect RUNS/lora": NO_TRANSFORMERS,
     "convert RUNS/lora peft --to peft": NO_TRANSFORMERS,
     "data show RUN.yaml": NO_MODEL,

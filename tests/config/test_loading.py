@@ -160,7 +160,7 @@ def test_all_faults_are_in_one_message(tmp_path):
             "jobs.1.name must differ from those of the other jobs, got 'A/B' again",
             f"jobs.1.{safe} letter or digit), got 'A/B'",
             "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, "
-            "alpha_pattern, dropout, ensure_weight_tying, eva, init, layers, method, "
+            "alpha_pattern, dropout, ensure_weight_tying, init, layers, method, "
             "modules_to_save, rank, rank_pattern, rank_stabilized, target_modules, "
             "trainable_token_indices, weight_decomposition",
             "jobs.1.data.mix.1.format must be given with a dataset: instruction, chat, text or "

@@ -5,15 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import activations
 
 from loraloom.ops import lean_expert_ffn as lean
 from loraloom.ops import low_rank
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
 from loraloom.ops.fused import operators
 from loraloom.ops.fused.expert_ffn import fused_hidden
-from loraloom.ops.fused.rows import ACTIVATIONS
 from loraloom.ops.low_rank import UpProjection, apply_update, decompose
 from tests.ops.ffn_case import SHAPES, FfnCase, dense_loop, make_case, run
+
+ACTIVATIONS = (
+    torch.nn.SiLU,
+    torch.nn.functional.silu,
+    activations.SiLUActivation,
+    activations.GELUActivation,
+    activations.GELUTanh,
+    activations.NewGELUActivation,
+)
 
 pytest.importorskip("triton", reason="kernels need Triton")
 

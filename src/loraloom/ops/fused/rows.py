@@ -9,22 +9,20 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
-from transformers import activations
+from torch import Tensor
 
-ACTIVATIONS: Mapping[Any, str] = {
-    nn.SiLU: "silu",
-    nn.functional.silu: "silu",
-    activations.SiLUActivation: "silu",
-    activations.GELUActivation: "gelu",
-    activations.GELUTanh: "gelu_tanh",
-    activations.NewGELUActivation: "gelu_tanh",
+ACTIVATIONS: Mapping[str, str] = {
+    "SiLU": "silu",
+    "silu": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
 }
-"""Activations that kernels know, by the name that they have there."""
+"""Kernels' names of activations by those of torch's and transformers' classes and functions."""
 
 SWITCH = "LORALOOM_KERNELS"
 """Environment variable; `on` lets kernels compute, anything else leaves all to PyTorch."""
@@ -44,7 +42,7 @@ def is_fused(rows: Tensor) -> bool:
 
 def activation_name(act: Callable[[Tensor], Tensor]) -> str | None:
     """Return what kernels call an activation; None if they don't know it."""
-    return ACTIVATIONS.get(type(act)) or ACTIVATIONS.get(act)
+    return ACTIVATIONS.get(type(act).__name__) or ACTIVATIONS.get(getattr(act, "__name__", ""))
 
 
 @cache
