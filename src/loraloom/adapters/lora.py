@@ -305,7 +305,9 @@ class LoraProjection(Projection):
             names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
         shape = (config.rank, base.in_features)
         init = "gaussian" if config.init == "gaussian" else "kaiming"
-        initial = torch.stack([initial_A(shape, init, seed, name) for name in names])
+        initial = torch.empty(len(names), *shape)
+        for expert, name in enumerate(names):  # torch.stack brings sympy on the meta device
+            initial[expert] = initial_A(shape, init, seed, name)
         options = {"dtype": dtype, "device": base.device}
         self.lora_A = nn.Parameter(initial.to(**options))
         zeros = torch.zeros(len(names), base.out_features, config.rank, **options)
