@@ -21,7 +21,7 @@ from torch import Tensor
 from loraloom.adapters.adapter import Adapter, SegmentTokens
 from loraloom.models.layout import Layout
 from loraloom.models.stacking import StackedForward, StackedPlan, plan_stacked
-from loraloom.models.stacks import ComputeForms, KeptForms, ScaledAdapter, Stacks
+from loraloom.models.stacks import ComputeForms, ScaledAdapter, Stacks
 from loraloom.ops.dropout import Site
 from loraloom.ops.low_rank import InputGroup, UpProjection
 from loraloom.routing.record import LayerRouting
@@ -44,7 +44,7 @@ class PreparedWeights:
     """
 
     def __init__(self) -> None:
-        self.forms = KeptForms()
+        self.forms = ComputeForms(keeps=True)
         self._plans: OrderedDict[Hashable, StackedPlan | None] = OrderedDict()
         self._stacks = Stacks(self.forms.passing(), on_change=self._plans.clear)
 

@@ -23,7 +23,26 @@ _Key = tuple[nn.Module, *tuple[Hashable, ...]]
 
 
 class ComputeForms:
-    """Makes forms of the parameters as they are, each time anew."""
+    """Makes forms of the parameters as they are, each time anew but for those that are kept.
+
+    Args:
+        kept: Forms that are used again, while nobody changes the weights.
+        keeps: Keep new ones too.
+    """
+
+    def __init__(self, kept: dict[_Key, Any] | None = None, *, keeps: bool = False):
+        self._kept = {} if kept is None else kept
+        self._keeps = keeps
+
+    def passing(self) -> ComputeForms:
+        """Return these forms where they are kept, and others without keeping them."""
+        return ComputeForms(self._kept)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Let an adapter's forms go, as its weights have changed or it has gone."""
+        gone = set(adapter.modules())
+        for key in [key for key in self._kept if key[0] in gone]:
+            del self._kept[key]
 
     def attention(
         self, row: ScaledAdapter, layer: int, names: Sequence[str], dtype: torch.dtype
@@ -48,37 +67,12 @@ class ComputeForms:
         return self._form((own, dtype), lambda: own.compute_form(dtype))
 
     def _form(self, key: _Key, make: Callable[[], _Form]) -> _Form:
-        return make()
-
-
-class KeptForms(ComputeForms):
-    """Keeps forms from the first time on, while nobody changes the weights."""
-
-    def __init__(self) -> None:
-        self._kept: dict[_Key, Any] = {}
-
-    def forget(self, adapter: Adapter) -> None:
-        """Let an adapter's forms go, as its weights have changed or it has gone."""
-        gone = set(adapter.modules())
-        self._kept = {key: form for key, form in self._kept.items() if key[0] not in gone}
-
-    def passing(self) -> ComputeForms:
-        """Return these forms where they are kept, and others without keeping them."""
-        return _PassingForms(self)
-
-    def _form(self, key: _Key, make: Callable[[], _Form]) -> _Form:
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
-
-
-class _PassingForms(ComputeForms):
-    def __init__(self, kept: KeptForms):
-        self._forms = kept
-
-    def _form(self, key: _Key, make: Callable[[], _Form]) -> _Form:
-        kept = self._forms._kept
-        return kept[key] if key in kept else make()
+        if key in self._kept:
+            return self._kept[key]
+        form = make()
+        if self._keeps:
+            self._kept[key] = form
+        return form
 
 
 class Stack:
