@@ -24,8 +24,8 @@ from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
 from loraloom.ops.expert_ffn import FfnDropout, FfnWeights
 from loraloom.ops.fused import kernels
-from loraloom.ops.fused.decompose import fused_decompose
 from loraloom.ops.fused.expert_ffn import fused_hidden
+from loraloom.ops.fused.rows import fused_decompose
 from loraloom.ops.low_rank import UpProjection
 
 FFN_SIZE, HIDDEN_SIZE, TOKENS = 11008, 4096, 64

@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
-from loraloom.ops.fused.decompose import fused_decompose
 from loraloom.ops.fused.expert_ffn import fused_hidden
-from loraloom.ops.fused.rows import activation_name, is_fused
+from loraloom.ops.fused.rows import activation_name, fused_decompose, is_fused
 from loraloom.ops.grouped_products import grouped_down, grouped_up, zeros_for_gradient
 from loraloom.ops.low_rank import (
     UpProjection,

@@ -21,8 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.fused.decompose import fused_decompose
-from loraloom.ops.fused.rows import is_fused
+from loraloom.ops.fused.rows import fused_decompose, is_fused
 
 Between = Callable[[Tensor, Tensor, Any], Tensor]
 """From a projection's A product [T, P], its input [T, I] and the tokens' description to [T, S]."""

@@ -1,6 +1,7 @@
-"""What kernels compute, and rank-space rows of slots.
+"""Where kernels compute, rank-space rows of slots, and DoRA's sum in one kernel.
 
-Axes: T tokens, K slots of a token, E experts, R rank, S = E·R, C projections side by side.
+Axes: T tokens, K slots of a token, O out_features, E experts, R rank, S = E·R, C projections side
+by side.
 """
 
 from __future__ import annotations
@@ -9,10 +10,18 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from loraloom.ops.fused.operators import decomposed, decomposed_backward
+
+if TYPE_CHECKING:
+    from loraloom.ops.low_rank import UpProjection
 
 ACTIVATIONS: Mapping[str, str] = {
     "SiLU": "silu",
@@ -91,3 +100,50 @@ def over_slots(
     num_slots, num_tokens, num_experts = own.shape
     experts = rows.view(num_slots, num_tokens, -1, num_experts, rank)
     return (experts * own[:, :, None, :, None]).sum(0).reshape(num_tokens, -1)
+
+
+def fused_decompose(
+    output: Tensor,
+    rank_input: Tensor,
+    side: UpProjection,
+    rank: int,
+    experts: Tensor | None = None,
+    routing_weights: Tensor | None = None,
+) -> Tensor:
+    """Compute `Σ_j g_j (c ∘ (Wx_j + z_j B) + b)`, [T, O], in one kernel.
+
+    The same as `ops.low_rank.decompose` and a sum over slots. Kept for the backward pass are the
+    base's output and the rank-space rows.
+
+    Args:
+        output: Base output of each slot, [K·T, O].
+        rank_input: z of all slots, [T, S]: those of a token have different columns.
+        side: B, c and b.
+        rank: R.
+        experts: Expert of each slot, [K, T]; None for one expert and slot.
+        routing_weights: g, [T, K]; None for 1.
+    """
+    return _FusedDecompose.apply(  # pyright: ignore[reportReturnType]
+        with_rows(output), with_rows(rank_input), side.B, side.row_scale, side.bias, experts,
+        routing_weights, rank,
+    )  # fmt: skip
+
+
+class _FusedDecompose(Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        ctx.save_for_backward(*arguments[:-1])
+        ctx.rank = arguments[-1]
+        return decomposed(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        tensors, rank = ctx.saved_tensors, ctx.rank
+        _, rank_input, lora_B, row_scale, _, experts, _ = tensors
+        rows, weight_sums, scale_sums = decomposed_backward(grad.contiguous(), *tensors, rank)
+        own = None if experts is None else own_experts(experts, len(row_scale))
+        grad_B = by_slot(rank_input, own, rank).T @ rows
+        grad_rank = over_slots(rows @ lora_B.T, own, rank)
+        grad_weights = weight_sums.sum(0).T if weight_sums.numel() else None
+        return rows, grad_rank, grad_B, scale_sums.sum(0), None, None, grad_weights, None
