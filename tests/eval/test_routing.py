@@ -9,13 +9,14 @@ from loraloom.eval.cache import ScoreCache
 from loraloom.eval.protocol import score_questions
 from loraloom.eval.results import AdapterRouting
 from loraloom.eval.routing import (
+    TOKEN_CLASSES,
     RoutingTally,
+    class_of,
     some_layers,
     summarise_routing,
     token_texts,
     words_by_expert,
 )
-from loraloom.eval.token_classes import TOKEN_CLASSES, class_of
 from loraloom.routing.tally import load_shares
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.config import AdapterConfig
-from loraloom.eval.token_classes import TOKEN_CLASSES, token_classes
 from loraloom.infer.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
@@ -45,43 +44,63 @@ WORD_PRIOR = 10
 MAX_EXAMPLE_TOKENS = 160
 """Of a task's first question, whose tokens are kept one by one."""
 
+TOKEN_CLASSES = ("start of a word", "rest of a word", "number", "sign", "space")
+
+_SPACES = "Ġ▁ "
+"""What tokenizers write in front of a token that begins a word."""
+_CONTINUES = "##"
+_BLANKS = "ĊĉĠčĩ▁"
+"""White space as byte-level tokenizers write it."""
+
 
 @dataclass
-class TaskRouting:
-    """The routing of one adapter in one task.
-
-    Args:
-        questions: Places of those that were scored now.
-        totals: Over their tokens; None before the first.
-        example: The first question's context as token ids, and the first choice of each, by router.
-    """
+class _TaskTally:
+    """The routing of one adapter in one task."""
 
     questions: set[int] = field(default_factory=set)
+    """Places of those that were scored now."""
     totals: RoutingTotals | None = None
     example: tuple[list[int], dict[int | str, list[int]]] | None = None
+    """The first question's context as token ids, and the first choice of each, by router."""
+
+    def summarise(self, tokenizer: PreTrainedTokenizerBase, num_questions: int) -> dict[str, Any]:
+        totals = self.totals
+        summary: dict[str, Any] = {
+            "num_questions": num_questions,
+            "num_questions_covered": len(self.questions),
+            "num_tokens": 0 if totals is None else totals.num_tokens,
+        }
+        if totals is not None:
+            summary |= {
+                "load": _rounded(totals.load),
+                "effective_experts": _rounded(totals.effective_experts),
+                "mean_probabilities": _rounded(load_shares(totals.probabilities)),
+                "mean_entropy_bits": _rounded(totals.mean_entropy_bits),
+                "token_entropy_bits": _rounded(totals.token_entropy_bits),
+            }
+        if self.example is not None:
+            token_ids, chosen = self.example
+            summary["example"] = {
+                "tokens": token_texts(token_ids, tokenizer),
+                "experts": {str(router): experts for router, experts in chosen.items()},
+            }
+        return summary
 
 
 @dataclass
-class AdapterRouting:
-    """The routing of one adapter in all tasks.
-
-    Args:
-        config: Of the adapter.
-        tasks: By name.
-        word_layers: Places in the record of the routers whose tokens are counted one by one.
-        word_counts: How often each token of the vocabulary chose each expert there, [layers, V, E]
-            int32; None before the first.
-        topic_loads: The load of each topic's tokens, [N, E]; see `RoutingTally.of`.
-        class_loads: The load of each class of tokens (TOKEN_CLASSES), [C, N, E]; None before the
-            first.
-    """
+class _AdapterTally:
+    """The routing of one adapter in all tasks."""
 
     config: AdapterConfig
-    tasks: dict[str, TaskRouting] = field(default_factory=dict)
+    tasks: dict[str, _TaskTally] = field(default_factory=dict)
     word_layers: Sequence[int] = ()
+    """Places in the record of the routers whose tokens are counted one by one."""
     word_counts: Tensor | None = None
+    """How often each token of the vocabulary chose each expert there, [layers, V, E] int32."""
     topic_loads: dict[str, Tensor] = field(default_factory=dict)
+    """The load of each topic's tokens, [N, E]; see `RoutingTally.of`."""
     class_loads: Tensor | None = None
+    """The load of each class of tokens (TOKEN_CLASSES), [C, N, E]."""
 
     @property
     def num_chosen(self) -> int:
@@ -115,6 +134,92 @@ class AdapterRouting:
             known = self.topic_loads.get(topic)
             self.topic_loads[topic] = load if known is None else known + load
 
+    def summarise(
+        self, tokenizer: PreTrainedTokenizerBase, num_questions: Mapping[str, int]
+    ) -> dict[str, Any]:
+        covered = {task: one.totals for task, one in self.tasks.items() if one.totals is not None}
+        some = next(iter(covered.values()), None)
+        layers = [] if some is None else [router_label(router) for router in some.routers]
+        return {
+            "num_experts": self.config.experts_per_router,
+            "top_k": self.config.experts_per_token or self.config.experts_per_router,
+            "layers": layers,
+            "experts_by_layer": [] if some is None else list(some.num_experts),
+            "tasks": {
+                task: one.summarise(tokenizer, num_questions[task])
+                for task, one in self.tasks.items()
+            },
+            "similarity": [
+                _compare(first, second, covered) for first, second in combinations(covered, 2)
+            ],
+            "specialisation": self._specialisation(),
+            "words": self._words(layers, tokenizer),
+            "warnings": self._warnings(list(covered.values())),
+        }
+
+    def _specialisation(self) -> dict[str, Any]:
+        """Tell by layer what an expert says about the topic and about the class of a token."""
+        loads: dict[str, dict[str, Tensor]] = {}
+        if len(self.topic_loads) > 1:
+            loads["topics"] = self.topic_loads
+        if self.class_loads is not None:
+            by_class = zip(TOKEN_CLASSES, self.class_loads, strict=True)
+            loads["token_classes"] = {name: load for name, load in by_class if load.any()}
+        found = {}
+        for kind, by_name in loads.items():
+            stacked = torch.stack([*by_name.values()])  # (C, N, E)
+            apart = _rounded(specialisation_bits(stacked))
+            bits = _rounded(mutual_information_bits(stacked))
+            found[kind] = {"bits": bits, "of": dict(zip(by_name, apart, strict=True))}
+        return found
+
+    def _words(
+        self, layers: Sequence[int | str], tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, Any]]:
+        if self.word_counts is None:
+            return []
+
+        def describe(token: int, expert: int, counts: Tensor) -> dict[str, Any]:
+            (text,) = token_texts([token], tokenizer)
+            count = int(counts[token, expert])
+            share = round(count * self.num_chosen / int(counts[token].sum()), 4)
+            return {"token": text, "count": count, "share": share}
+
+        return [
+            {
+                "layer": layers[layer],
+                "experts": [
+                    [describe(token, expert, counts) for token in tokens]
+                    for expert, tokens in enumerate(words_by_expert(counts))
+                ],
+            }
+            for layer, counts in zip(self.word_layers, self.word_counts, strict=True)
+        ]
+
+    def _warnings(self, totals: Sequence[RoutingTotals]) -> list[str]:
+        """Judge the load over all tasks."""
+        if not totals or self.config.experts_per_token is None:
+            return []
+        together = reduce(operator.add, totals)
+        rows = together.tokens_per_expert.long().tolist()
+        counts = {
+            router: row[:size]
+            for router, size, row in zip(together.routers, together.num_experts, rows, strict=True)
+        }
+        found = find_collapse(counts, self.config.experts_per_token)
+        return [f"{text}; train again: {self.config.collapse_advice}" for text in found.values()]
+
+
+def _compare(first: str, second: str, totals: Mapping[str, RoutingTotals]) -> dict[str, Any]:
+    by_layer = load_similarity(totals[first].load, totals[second].load)
+    figures = {"mean": _rounded(by_layer.mean()), "by_layer": _rounded(by_layer)}
+    return {"first": first, "second": second, **figures}
+
+
+def _rounded(values: Tensor) -> Any:
+    """Values as lists with six decimals."""
+    return values.double().round(decimals=6).tolist()
+
 
 class RoutingTally:
     """Adds up the routing of every mixture in an evaluation."""
@@ -125,7 +230,7 @@ class RoutingTally:
         configs = {name: host.adapter(name).config for name in adapters if name is not None}
         self._vocab_size = host.config.vocab_size
         self.adapters = {
-            name: AdapterRouting(config)
+            name: _AdapterTally(config)
             for name, config in configs.items()
             if config.experts_per_router > 0
         }
@@ -136,7 +241,7 @@ class RoutingTally:
         """Give what takes in a task's batches; None if there is no mixture."""
         topics = [task if group in (None, task) else f"{task}/{group}" for group in groups]
         for adapter in self.adapters.values():
-            adapter.tasks[task] = TaskRouting()
+            adapter.tasks[task] = _TaskTally()
         return (lambda routed: self._add(task, topics, routed)) if self.adapters else None
 
     def _add(self, task: str, topics: Sequence[str], routed: RoutedRows) -> None:
@@ -192,138 +297,9 @@ def summarise_routing(
 ) -> dict[str, dict[str, Any]]:
     """Give the routing by adapter, as it stands in the JSON file under `routing`."""
     return {
-        name: _summarise_adapter(adapter, tokenizer, num_questions)
+        name: adapter.summarise(tokenizer, num_questions)
         for name, adapter in tally.adapters.items()
     }
-
-
-def _summarise_adapter(
-    adapter: AdapterRouting, tokenizer: PreTrainedTokenizerBase, num_questions: Mapping[str, int]
-) -> dict[str, Any]:
-    covered = {task: one.totals for task, one in adapter.tasks.items() if one.totals is not None}
-    some = next(iter(covered.values()), None)
-    routers = () if some is None else some.routers
-    layers = [router_label(router) for router in routers]
-    return {
-        "num_experts": adapter.config.experts_per_router,
-        "top_k": adapter.config.experts_per_token or adapter.config.experts_per_router,
-        "layers": layers,
-        "experts_by_layer": [] if some is None else list(some.num_experts),
-        "tasks": {
-            task: _summarise_task(one, tokenizer, num_questions[task])
-            for task, one in adapter.tasks.items()
-        },
-        "similarity": [
-            _compare(first, second, covered) for first, second in combinations(covered, 2)
-        ],
-        "specialisation": _summarise_specialisation(adapter),
-        "words": _summarise_words(adapter, layers, tokenizer),
-        "warnings": _find_warnings(list(covered.values()), adapter.config),
-    }
-
-
-def _find_warnings(totals: Sequence[RoutingTotals], config: AdapterConfig) -> list[str]:
-    """Judge the load over all tasks."""
-    if not totals or config.experts_per_token is None:
-        return []
-    together = reduce(operator.add, totals)
-    rows = together.tokens_per_expert.long().tolist()
-    counts = {
-        router: row[:size]
-        for router, size, row in zip(together.routers, together.num_experts, rows, strict=True)
-    }
-    found = find_collapse(counts, config.experts_per_token)
-    return [f"{text}; train again: {config.collapse_advice}" for text in found.values()]
-
-
-def _summarise_task(
-    routing: TaskRouting, tokenizer: PreTrainedTokenizerBase, num_questions: int
-) -> dict[str, Any]:
-    totals = routing.totals
-    summary: dict[str, Any] = {
-        "num_questions": num_questions,
-        "num_questions_covered": len(routing.questions),
-        "num_tokens": 0 if totals is None else totals.num_tokens,
-    }
-    if totals is not None:
-        summary |= {
-            "load": _rounded(totals.load),
-            "effective_experts": _rounded(totals.effective_experts),
-            "mean_probabilities": _rounded(load_shares(totals.probabilities)),
-            "mean_entropy_bits": _rounded(totals.mean_entropy_bits),
-            "token_entropy_bits": _rounded(totals.token_entropy_bits),
-        }
-    if routing.example is not None:
-        token_ids, chosen = routing.example
-        summary["example"] = {
-            "tokens": token_texts(token_ids, tokenizer),
-            "experts": {str(router): experts for router, experts in chosen.items()},
-        }
-    return summary
-
-
-def _compare(first: str, second: str, totals: Mapping[str, RoutingTotals]) -> dict[str, Any]:
-    by_layer = load_similarity(totals[first].load, totals[second].load)
-    return {
-        "first": first,
-        "second": second,
-        "mean": _rounded(by_layer.mean()),
-        "by_layer": _rounded(by_layer),
-    }
-
-
-def _summarise_specialisation(adapter: AdapterRouting) -> dict[str, Any]:
-    """Tell by layer what an expert says about the topic and about the class of a token."""
-    loads: dict[str, dict[str, Tensor]] = {}
-    if len(adapter.topic_loads) > 1:
-        loads["topics"] = adapter.topic_loads
-    if adapter.class_loads is not None:
-        by_class = zip(TOKEN_CLASSES, adapter.class_loads, strict=True)
-        loads["token_classes"] = {name: load for name, load in by_class if load.any()}
-    return {kind: _describe_classes(by_name) for kind, by_name in loads.items()}
-
-
-def _describe_classes(loads: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Give what experts tell of the classes, and how far from all the load of each, [N, E], is."""
-    stacked = torch.stack([*loads.values()])
-    by_class = _rounded(specialisation_bits(stacked))
-    return {
-        "bits": _rounded(mutual_information_bits(stacked)),
-        "of": dict(zip(loads, by_class, strict=True)),
-    }
-
-
-def _rounded(values: Tensor) -> Any:
-    """Values as lists with six decimals."""
-    return values.double().round(decimals=6).tolist()
-
-
-def _summarise_words(
-    adapter: AdapterRouting, layers: Sequence[int | str], tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    if adapter.word_counts is None:
-        return []
-    return [
-        {
-            "layer": layers[layer],
-            "experts": [
-                [
-                    _describe_word(token, counts[token], expert, adapter.num_chosen, tokenizer)
-                    for token in tokens
-                ]
-                for expert, tokens in enumerate(words_by_expert(counts))
-            ],
-        }
-        for layer, counts in zip(adapter.word_layers, adapter.word_counts, strict=True)
-    ]
-
-
-def _describe_word(
-    token_id: int, counts: Tensor, expert: int, num_chosen: int, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    (text,) = token_texts([token_id], tokenizer)
-    share = int(counts[expert]) * num_chosen / int(counts.sum())
-    return {"token": text, "count": int(counts[expert]), "share": round(share, 4)}
 
 
 def words_by_expert(counts: Tensor, num_words: int = NUM_WORDS) -> list[list[int]]:
@@ -352,3 +328,26 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
         str(name) if "\ufffd" in text or not text else text
         for text, name in zip(texts, names, strict=True)
     ]
+
+
+def token_classes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
+    """Give the class of each token of a vocabulary, as a place in TOKEN_CLASSES, [V]."""
+    ids = list(range(min(vocab_size, len(tokenizer))))
+    names = map(str, tokenizer.convert_ids_to_tokens(ids))
+    texts = tokenizer.batch_decode([[token_id] for token_id in ids])
+    found = [TOKEN_CLASSES.index(class_of(*pair)) for pair in zip(names, texts, strict=True)]
+    classes = torch.full((vocab_size,), TOKEN_CLASSES.index("sign"))
+    classes[: len(ids)] = torch.tensor(found)
+    return classes
+
+
+def class_of(name: str, text: str) -> str:
+    """Give the class of a token."""
+    if not text.strip() and not name.strip(_BLANKS + " \n\t\r"):
+        return "space"
+    text = text.strip().removeprefix(_CONTINUES)
+    if text.isdigit():
+        return "number"
+    if not text.isalpha():
+        return "sign"
+    return "start of a word" if name[0] in _SPACES else "rest of a word"
