@@ -39,32 +39,27 @@ def summarise(results: Mapping[str | None, Results]) -> dict[str, dict[str, Any]
 
 
 def _summary(results: Results, task: str) -> dict[str, Any]:
-    metrics = _metrics(results["results"][task])
-    main = _main_metric(metrics)
-    count = results["results"][task].get("sample_len")
-    accuracy = {} if main is None else _accuracy(metrics[main]["value"], count)
-    config = results["configs"].get(task, {})
-    majority = _majority(config, results.get("samples", {}).get(task, ()))
-    if majority is not None and accuracy.get("accuracy") is not None:
-        accuracy |= {"majority": majority, "beats_majority": accuracy["accuracy"] > majority}
-    split = config.get("test_split") or config.get("validation_split")
-    subtasks = results.get("group_subtasks", {}).get(task)
-    return {
-        **accuracy,
-        **({} if main is None else {"stderr": metrics[main]["stderr"], "metric": main}),
-        "num_examples": count,
-        **({} if split is None else {"split": split}),
-        "num_fewshot": results["n-shot"].get(task),
-        **({"subtasks": list(subtasks)} if subtasks else {}),
-        "metrics": metrics,
-    }
-
-
-def _accuracy(value: float | None, count: int | None) -> dict[str, Any]:
-    """An accuracy with its interval, where the number of questions is known."""
-    if value is None or not count:
-        return {"accuracy": value}
-    return {"accuracy": value, "interval": list(wilson_interval(value, count))}
+    figures, config = results["results"][task], results["configs"].get(task, {})
+    metrics, count = _metrics(figures), figures.get("sample_len")
+    known = {key.partition(",")[0]: key for key in reversed(metrics)}
+    main = next((known[name] for name in _ACCURACIES if name in known), None)
+    summary: dict[str, Any] = {}
+    if main is not None:
+        value, stderr = metrics[main]["value"], metrics[main]["stderr"]
+        summary["accuracy"] = value
+        if value is not None and count:
+            summary["interval"] = list(wilson_interval(value, count))
+        majority = _majority(config, results.get("samples", {}).get(task, ()))
+        if majority is not None and value is not None:
+            summary |= {"majority": majority, "beats_majority": value > majority}
+        summary |= {"stderr": stderr, "metric": main}
+    summary["num_examples"] = count
+    if split := config.get("test_split") or config.get("validation_split"):
+        summary["split"] = split
+    summary["num_fewshot"] = results["n-shot"].get(task)
+    if subtasks := results.get("group_subtasks", {}).get(task):
+        summary["subtasks"] = list(subtasks)
+    return {**summary, "metrics": metrics}
 
 
 def _majority(config: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> float | None:
@@ -102,14 +97,6 @@ def _number(value: Any) -> float | None:
     """A finite number, or None: lm-eval says N/A where there is no standard error."""
     is_number = isinstance(value, int | float) and math.isfinite(value)
     return float(value) if is_number else None
-
-
-def _main_metric(metrics: Mapping[str, Any]) -> str | None:
-    for wanted in _ACCURACIES:
-        for key in metrics:
-            if key.partition(",")[0] == wanted:
-                return key
-    return None
 
 
 def plain_results(results: Mapping[str | None, Results]) -> dict[str, Any]:
