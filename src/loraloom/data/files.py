@@ -28,6 +28,8 @@ from loraloom.errors import DataError, shown
 _PARQUET_ROWS = 1000
 """Rows of a Parquet file that are in memory at once."""
 
+_DAMAGED = (OSError, EOFError, zlib.error)
+
 UnparsedRow = Callable[[], Row]
 """Makes a row of its line."""
 
@@ -108,7 +110,7 @@ def _open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
         with _opener(path)(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file
-    except (OSError, EOFError, zlib.error) as error:
+    except _DAMAGED as error:
         raise DataError(
             f"{path}: the file can't be read: {error}; is it whole, and of the kind that its name "
             "says?"
@@ -213,22 +215,12 @@ def _read_parquet(path: Path) -> Iterator[UnparsedRow]:
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for record in batch.to_pylist():
                     number += 1
-                    yield partial(_parquet_row, record, f"{path}, row {number}")
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        ValueError,
-        ArithmeticError,
-        pyarrow.ArrowException,
-    ) as error:
+                    origin = f"{path}, row {number}"
+                    yield lambda record=record, origin=origin: Row(as_json(record), origin)
+    except (*_DAMAGED, ValueError, ArithmeticError, pyarrow.ArrowException) as error:
         raise DataError(
             f"{path}: not a Parquet file that can be read: {error}; write it again"
         ) from error
-
-
-def _parquet_row(record: dict[str, Any], origin: str) -> Row:
-    return Row(as_json(record), origin)
 
 
 def as_json(value: Any) -> Any:

@@ -78,7 +78,7 @@ def read_source(
     """Read a source's rows, and encode them; those that can't be used have their faults."""
     if config.task is not None:
         rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
-        return rows, _load_task(config, config.task, rows, tokenizer, max_length, as_pairs)
+        return rows, _encode_task(config, rows, tokenizer, max_length, as_pairs)
     assert config.dataset is not None, "SourceConfig has a task or a dataset"
     location = (config.dataset, config.split or split, config.config)
     if streaming:
@@ -87,7 +87,13 @@ def read_source(
         rows = read_rows(*location)[:limit]
     if not rows:
         raise DataError(f"{config.dataset}: there are no rows; add some, or name another data set")
-    encoded = _encode_data_set(config, config.dataset, rows, tokenizer, max_length)
+    first = next((row for row in rows if not row.fault), rows[0])
+    encoded = encode_once(
+        rows,
+        lambda some: encode_rows(config, some, first, tokenizer, max_length),
+        tokenizer,
+        [config.format, config.fields, _template_text(config, tokenizer), max_length],
+    )
     return rows, LoadedSource(config.dataset, encoded)
 
 
@@ -102,15 +108,14 @@ def check_encoded(config: SourceConfig, rows: Sequence[Row], encoded: Sequence[E
     check_faults(faults, len(rows))
 
 
-def _load_task(
+def _encode_task(
     config: SourceConfig,
-    name: str,
     rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     as_pairs: bool,
 ) -> LoadedSource:
-    task = find_task(name)
+    task = find_task(config.task or "")
     scoring = config.scoring or task.scoring
     places = {id(row): place for place, row in enumerate(rows)}
 
@@ -129,21 +134,6 @@ def _load_task(
         lambda texts: encode_once(texts, encode, tokenizer, [as_pairs, max_length]),
     )
     return LoadedSource(f"{task.name} ({scoring})", encoded)
-
-
-def _encode_data_set(
-    config: SourceConfig,
-    name: str,
-    rows: list[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> list[EncodedRow]:
-    def encode(some: Sequence[Row]) -> list[EncodedRow]:
-        return encode_rows(config, some, first, tokenizer, max_length)
-
-    first = next((row for row in rows if not row.fault), rows[0])
-    settings = [config.format, config.fields, _template_text(config, tokenizer), max_length]
-    return encode_once(rows, encode, tokenizer, settings)
 
 
 def _template_text(config: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> str:
