@@ -91,9 +91,14 @@ def test_there_is_no_command_where_there_is_nothing_to_evaluate():
     assert evaluation_command(run_of(ROWS), [result(error=str(LoraloomError("x")))]) is None
     of_config = {"dataset": "owner/chats", "config": "main", "format": "chat"}
     assert evaluation_command(run_of({**ROWS, "validation": of_config}), [result()]) is None
+
+
+@pytest.mark.parametrize(("objective", "more"), [({}, ""), ({"beta": 0.3}, "--beta 0.3")])
+def test_pairs_are_asked_as_pairs(objective, more):
     pairs = {"dataset": "pairs.jsonl", "format": "preference"}
-    run = run_of(pairs, train={**TRAIN, "objective": {"name": "dpo"}})
-    assert evaluation_command(run, [result()]) is None
+    run = run_of(pairs, train={**TRAIN, "objective": {"name": "dpo", **objective}})
+    asked = shlex.join(words(run, result()))
+    assert f"--dataset HELD_OUT.jsonl --format preference {more}".rstrip() + " --output" in asked
 
 
 def test_a_job_called_as_the_base_model_goes_by_another_name():
@@ -104,8 +109,8 @@ def test_a_job_called_as_the_base_model_goes_by_another_name():
 def test_adapters_of_jobs_that_learnt_from_something_else_are_left_out():
     pairs = {"dataset": "pairs.jsonl", "format": "preference"}
     jobs = [
-        {"name": "dpo", "data": pairs, "train": {**TRAIN, "objective": {"name": "dpo"}}},
         {"name": "chat", "data": ROWS, "train": TRAIN},
+        {"name": "dpo", "data": pairs, "train": {**TRAIN, "objective": {"name": "dpo"}}},
         {"name": "plain", "data": {**ROWS, "format": "text"}, "train": TRAIN},
     ]
     jobs = [{"adapter": LORA, **job} for job in jobs]

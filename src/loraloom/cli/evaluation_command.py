@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loraloom.config.data import SourceConfig
 from loraloom.config.job import EvaluationConfig, JobConfig
+from loraloom.config.objective import DpoConfig
 from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
 from loraloom.config.train import TrainConfig
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 MAX_ADAPTERS = 8
 """Adapters in the command; of a sweep the best ones."""
+
+DEFAULT_BETA = DpoConfig.model_fields["beta"].default
+"""What eval takes for preferences."""
 
 PROMPT = "Hello!"
 """Stands for what the user would ask."""
@@ -87,13 +91,16 @@ def _asked(job: JobConfig) -> Iterator[str]:
     tasks = [one for one in (*job.eval, *sources) if one.task is not None]
     if tasks:
         yield from _task_options(tasks)
-    elif sources[0].format != "preference":
+    else:
         has_rows = job.data.validation is not None
         if has_rows and sources[0].config is not None:  # eval can't be told it
             return
         yield from _data_options(sources[0], has_rows=has_rows)
         if job.train.max_length != TrainConfig.model_fields["max_length"].default:
             yield f"--max-length {job.train.max_length}"
+        beta = getattr(job.train.objective, "beta", DEFAULT_BETA)
+        if beta != DEFAULT_BETA:
+            yield f"--beta {beta}"
 
 
 def _task_options(tasks: Sequence[EvaluationConfig | SourceConfig]) -> Iterator[str]:
