@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loraloom.errors import AdapterError, LoraloomError
-from loraloom.training.cluster.ray_crew import check_worker_device, choose_workers, connected
+from loraloom.training.ray_cluster import check_worker_device, choose_workers, connected
 
 Part = TypeVar("Part")
 

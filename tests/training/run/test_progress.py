@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from loraloom.training.run.job import Job
+from loraloom.training.run.job import Job, Position
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.ranking import Ranking, Standing
 from tests.training.toy import add_job, toy_config, toy_host
@@ -27,6 +27,10 @@ def job(name: str, total_steps: int, step: int = 0) -> Job:
     return job
 
 
+def shown(job: Job) -> tuple[str, int, Position]:
+    return job.name, job.total_steps, job.position
+
+
 def advance(job: Job, tokens: int, loss: float) -> None:
     job.position.step += 1
     job.position.tokens += tokens
@@ -37,11 +41,11 @@ def advance(job: Job, tokens: int, loss: float) -> None:
 def test_a_terminal_gets_a_live_line_for_every_job():
     screen = console(force_terminal=True)
     progress, math = Progress(screen), job("math", 9)
-    progress.add(math)
+    progress.add(*shown(math))
     progress.start()
-    progress.add(job("law", 5, step=3))
+    progress.add(*shown(job("law", 5, step=3)))
     advance(math, 320, 1.25)
-    progress.update(math)
+    progress.update(*shown(math))
     progress.message("law: [done]")
     progress.stop()
     for text in ("math", "1/9", "loss 1.2500", "tokens/s", "ETA", "law", "3/5", "law: [done]"):
@@ -52,10 +56,10 @@ def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
     screen = console()
     progress, math = Progress(screen, interval_s=1000.0), job("math", 3)
     progress.start()
-    progress.add(math)
+    progress.add(*shown(math))
     for _ in range(3):
         advance(math, 100, 2.0)
-        progress.update(math)
+        progress.update(*shown(math))
     progress.stop()
     (line,) = printed(screen).splitlines()
     assert line.startswith("math: step 3/3, loss 2.0000, ")
@@ -63,9 +67,9 @@ def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
 
     screen, math = console(), job("math", 3)
     often = Progress(screen, interval_s=0.0)
-    often.add(math)
+    often.add(*shown(math))
     advance(math, 100, 2.0)
-    often.update(math)
+    often.update(*shown(math))
     assert "step 1/3" in printed(screen)
 
 
@@ -73,17 +77,17 @@ def test_a_file_gets_one_line_for_all_jobs():
     screen = console()
     progress, jobs = Progress(screen, interval_s=0.0), [job("math", 2), job("law", 1)]
     for one in jobs:
-        progress.add(one)
+        progress.add(*shown(one))
     progress._interval_s = 1000.0
     for one in (jobs[0], jobs[1], jobs[0]):
         advance(one, 100, 2.0)
-        progress.update(one)
+        progress.update(*shown(one))
     (line,) = printed(screen).splitlines()
     assert line.startswith("math: step 2/2, loss 2.0000; law: step 1/1, loss 2.0000, ")
     progress._interval_s = 0.0
     for one in jobs:
         one.position.step = 0
-        progress.update(one)
+        progress.update(*shown(one))
     first, second = printed(screen).splitlines()[1:]
     assert first.startswith("math: step 0/2")
     assert second.startswith("law: step 0/1"), "with news since the last line alone"
@@ -92,9 +96,9 @@ def test_a_file_gets_one_line_for_all_jobs():
 def test_without_a_console_nothing_is_shown(capsys):
     progress, math = Progress(interval_s=0.0), job("math", 3)
     progress.start()
-    progress.add(math)
+    progress.add(*shown(math))
     advance(math, 100, 2.0)
-    progress.update(math)
+    progress.update(*shown(math))
     progress.message("hello")
     progress.rank(ranking(1, 2.25))
     progress.conclude(ranking(1, 2.25))
@@ -106,10 +110,10 @@ def test_rates_and_the_time_left_follow_from_the_steps():
     screen = console()
     screen.get_time = itertools.count(step=2.0).__next__
     progress, math = Progress(screen, interval_s=0.0), job("math", 10)
-    progress.add(math)
+    progress.add(*shown(math))
     for _ in range(4):
         advance(math, 100, 2.0)
-        progress.update(math)
+        progress.update(*shown(math))
     first, *_, last = printed(screen).splitlines()
     assert "- tokens/s" in first
     assert "ETA -:--:--" in first
@@ -133,7 +137,7 @@ def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():
     progress = Progress(screen)
     progress.start()
     for name in ("lr-000", "lr-001", "law"):
-        progress.add(job(name, 9))
+        progress.add(*shown(job(name, 9)))
     progress.rank(ranking(1, 2.25))
     start = len(printed(screen))
     time.sleep(0.5)  # drawn ten times a second
@@ -150,11 +154,11 @@ def test_plain_lines_of_a_sweep_come_when_there_is_news():
     screen = console()
     progress, first_job = Progress(screen, interval_s=1000.0), job("lr-000", 9)
     progress.start()
-    progress.add(first_job)
+    progress.add(*shown(first_job))
     for step, value in ((0, None), (1, None), (2, 2.25), (3, 2.25)):
         progress.rank(ranking(step, value))
         advance(first_job, 100, 2.0)
-        progress.update(first_job)
+        progress.update(*shown(first_job))
     progress.conclude(ranking(9, 2.25))
     first, second, *table = printed(screen).splitlines()
     assert len(table) == 3
@@ -180,10 +184,10 @@ def test_output_that_fails_raises_nothing(error):
     screen = Console(file=Failing(error), width=120)
     progress, math = Progress(screen, interval_s=0.0), job("math", 3)
     progress.start()
-    progress.add(math)
+    progress.add(*shown(math))
     for _ in range(3):
         advance(math, 100, 2.0)
-        progress.update(math)
+        progress.update(*shown(math))
     progress.message("more")
     progress.stop()
     screen.print("and more")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -103,6 +103,7 @@ class Snapshot(Moment):
     """
 
     directory: Path
+    files: dict[str, Path] = field(default_factory=dict)
 
     @property
     def done(self) -> set[str]:
@@ -113,7 +114,8 @@ class Snapshot(Moment):
         """Read a job's state; None if it had none."""
         if self.jobs[job].sha256 is None:
             return None
-        return torch.load(_state_file(self.directory, job), weights_only=True, map_location="cpu")
+        file = self.files.get(job, _state_file(self.directory, job))
+        return torch.load(file, weights_only=True, map_location="cpu")
 
 
 class SnapshotStore:
@@ -204,16 +206,21 @@ class JobSnapshots:
             if is_done:
                 self._done.add(name)
 
-    def newest(self) -> tuple[dict[str, Snapshot], list[str]]:
-        """Find the newest whole snapshot of each job."""
-        found: dict[str, Snapshot] = {}
-        faults: list[str] = []
-        for directory in sorted(self.directory.glob("*/")):
-            snapshot, its_faults = self.of(directory.name).newest()
-            faults += its_faults
-            if snapshot is not None and directory.name in snapshot.jobs:
-                found[directory.name] = snapshot
-        return found, faults
+    def newest(self, names: Iterable[str]) -> tuple[Snapshot | None, list[str]]:
+        """Join the newest whole snapshots of some jobs; None where there are none."""
+        found = {name: self.of(name).newest() for name in names}
+        faults = [fault for _, own_faults in found.values() for fault in own_faults]
+        snapshots = {
+            name: snapshot
+            for name, (snapshot, _) in found.items()
+            if snapshot is not None and name in snapshot.jobs
+        }
+        if not snapshots:
+            return None, faults
+        latest = max(snapshots.values(), key=lambda snapshot: snapshot.seconds)
+        jobs = {name: snapshot.jobs[name] for name, snapshot in snapshots.items()}
+        files = {name: _state_file(one.directory, name) for name, one in snapshots.items()}
+        return replace(latest, jobs=jobs, files=files), faults
 
     def exists(self) -> bool:
         """Whether there is any."""

@@ -17,11 +17,12 @@ from loraloom.training.run.checks import check_sources
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.inputs import check_inputs, input_digests
-from loraloom.training.run.interruption import Interruption
+from loraloom.training.run.interruption import NOTICE, Interruption
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import check_memory, predict_memory
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.reporting import Reporter, Viewer
+from loraloom.training.run.progress import Progress
+from loraloom.training.run.reporting import Reporter
 from loraloom.training.run.results import JobResult, job_result, parse_result
 from loraloom.training.run.schedule import Schedule
 from loraloom.training.step.gradient_sum import sum_gradients
@@ -60,7 +61,7 @@ class Engine:
         jobs: Sequence[Job],
         evaluation: Evaluation,
         directory: RunDirectory,
-        progress: Viewer,
+        progress: Progress,
         *,
         trackers: tuple[str, ...] = ("jsonl",),
         environment: Mapping[str, Any] | None = None,
@@ -72,7 +73,6 @@ class Engine:
         self.host = host
         self.jobs: dict[str, Job] = {}
         self.joined: set[str] = set()
-        self.held: set[str] = set()
         self.round = 0
         self._settings: dict[str, dict[str, Any]] = {}  # of every job of the run, in their order
         self._inputs: dict[str, dict[str, str]] = {}
@@ -112,8 +112,7 @@ class Engine:
 
     def run(self, *between_steps: Callable[[Engine], None]) -> list[JobResult]:
         """Train until all jobs are done."""
-        notice = "saving everything after this step; Ctrl-C again stops at once"
-        interruption = Interruption(partial(self._reporter.message, notice))
+        interruption = Interruption(partial(self._reporter.message, NOTICE))
         with self.reporting(), interruption as self._interruption:
             while not (is_ending := self._must_end()):
                 has_jobs = self.settle(*between_steps)
@@ -145,8 +144,27 @@ class Engine:
         self.save_if_due(may_wait=bool(self.jobs))
         return bool(self.jobs)
 
+    def interrupt(self) -> None:
+        """End the run after what is being done, as Ctrl-C does; from another thread."""
+        if self._interruption is not None:
+            self._interruption.requested = True
+
+    def recall(self, name: str) -> bool:
+        """Take over what became of a job that has ended on a worker that was lost since."""
+        snapshot = self._directory.newest_snapshot([name])[0] if self._directory.by_job else None
+        if snapshot is None or (record := snapshot.jobs[name]).result is None:
+            return False
+        self._settings[name], self._inputs[name] = record.settings, record.inputs
+        self._results[name] = parse_result(record.result)
+        return True
+
     def add(self, job: Job, *, overwrite: bool = False) -> None:
         """Let a job join. It takes part from the next round on, and snapshots have it."""
+        snapshot = (
+            self._directory.newest_snapshot([job.name])[0] if self._directory.by_job else None
+        )
+        if snapshot is not None:
+            return self.resume(job, snapshot)
         with self._joining(job):
             check_sources([job.config], self._directory)
             self._directory.prepare_job(job.name, overwrite=overwrite)
@@ -370,7 +388,7 @@ class Engine:
     def _micro_batches(self) -> list[MicroBatch]:
         """Return each job's next micro-batch; a job that has none to give ends."""
         micro_batches = []
-        for job in [job for job in self.jobs.values() if job.name not in self.held]:
+        for job in list(self.jobs.values()):
             try:
                 micro_batches.append(job.micro_batch())
             except Exception as error:

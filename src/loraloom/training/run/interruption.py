@@ -13,6 +13,8 @@ _SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # a terminal that is closed; Windows has none
     _SIGNALS.append(signal.SIGHUP)
 
+NOTICE = "saving everything after this step; Ctrl-C again stops at once"
+
 
 class Interruption:
     """A context in which the first Ctrl-C, SIGTERM or SIGHUP sets a flag.

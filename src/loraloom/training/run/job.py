@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,41 +62,7 @@ class Position:
     last_loss: float | None = None
 
 
-class JobView(ABC):
-    """What a display and a sweep see of a job, wherever it trains.
-
-    Attributes:
-        config: Its settings.
-        position: Where it stands.
-        milestones: Steps after which it is evaluated, beside every eval_steps and its end.
-    """
-
-    config: JobConfig
-    position: Position
-    milestones: frozenset[int]
-
-    @property
-    def name(self) -> str:
-        """Name of the job and of its adapter."""
-        return self.config.name
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether no step is half done."""
-        return self.position.micro_step == 0
-
-    @property
-    @abstractmethod
-    def total_steps(self) -> int:
-        """Steps of the job, unless it is stopped early."""
-
-    @property
-    @abstractmethod
-    def held_out(self) -> str:
-        """Hash of the examples that it is measured on."""
-
-
-class Job(JobView):
+class Job:
     """An adapter that learns.
 
     Attributes:
@@ -136,6 +101,16 @@ class Job(JobView):
         self.parameters = dict(adapter.named_parameters())
         self._window: tuple[int, Window] | None = None
         self._proven: list[Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the job and of its adapter."""
+        return self.config.name
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no step is half done."""
+        return self.position.micro_step == 0
 
     @property
     def total_steps(self) -> int:

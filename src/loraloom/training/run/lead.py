@@ -45,16 +45,6 @@ class Lead:
         return self._engine.joined
 
     @property
-    def round(self) -> int:
-        """Rounds done."""
-        return self._engine.round
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the training."""
-        return self._engine.seconds
-
-    @property
     def is_interrupted(self) -> bool:
         """Whether this rank was interrupted, or told of another one that was."""
         return self._heard_of_interruption or self._engine.is_interrupted
@@ -76,6 +66,10 @@ class Lead:
         check_adds_up(config, self._ranks.size)
         self._tell("build", config.model_dump_json())
         return self._build(config)
+
+    def recall(self, name: str) -> bool:
+        """See `Engine.recall`."""
+        return self._engine.recall(name)
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
         """Let the job that was built last join; see `Engine.add`."""

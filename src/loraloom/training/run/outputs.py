@@ -26,7 +26,7 @@ from loraloom.errors import ConfigError
 from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.host import Host
-from loraloom.training.run.checkpoint import JobSnapshots, Moment, SnapshotStore
+from loraloom.training.run.checkpoint import JobSnapshots, Moment, Snapshot, SnapshotStore
 from loraloom.training.run.job import Job
 from loraloom.training.run.results import RESULT_FILE, JobResult, result_card
 from loraloom.training.run.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY
@@ -77,6 +77,10 @@ class RunDirectory:
     def metrics(self, name: str) -> Path:
         """A job's metrics.jsonl."""
         return self.job(name) / METRICS_FILE
+
+    def newest_snapshot(self, jobs: Sequence[str]) -> tuple[Snapshot | None, list[str]]:
+        """Read what jobs go on from, and what is wrong with newer snapshots."""
+        return self.job_snapshots.newest(jobs) if self.by_job else self.snapshots.newest()
 
     @_for_its_owner
     def check(self, *, resume: bool, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 from rich.console import Console, Group, RenderableType
@@ -13,7 +13,7 @@ from rich.progress import Progress as RichProgress
 from loraloom.errors import plain
 from loraloom.terminal import fitted, make_console, print_tables
 from loraloom.training.run.display import EnduringOutput
-from loraloom.training.run.job import JobView
+from loraloom.training.run.job import Position
 from loraloom.training.run.ranking import Ranking, ranking_line, ranking_table
 from loraloom.training.step.micro_batch import padding_share
 
@@ -55,7 +55,7 @@ class Progress:
             speed_estimate_period=_SPEED_PERIOD_S,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._news: dict[str, JobView] = {}  # jobs with steps since the last plain line
+        self._news: dict[str, tuple[int, Position]] = {}  # since the last plain line
         self._shown_at = time.monotonic()
         self._ranking: Ranking | None = None
         self._ranked_at = 0.0
@@ -64,43 +64,43 @@ class Progress:
         """Begin to show."""
         self._bars.start()
 
-    def add(self, job: JobView) -> None:
+    def add(self, name: str, total_steps: int, position: Position) -> None:
         """Show one more job."""
-        start = job.position.step, job.position.tokens
-        self._tasks[job.name] = self._bars.add_task(
-            job.name,
-            total=job.total_steps,
+        start = position.step, position.tokens
+        self._tasks[name] = self._bars.add_task(
+            name,
+            total=total_steps,
             completed=start[0],
             start_position=start,
             **dict.fromkeys(("loss", "rate", "padding", "eta"), "-"),
         )
-        self._describe(job)
+        self._describe(name, position)
 
-    def update(self, job: JobView) -> None:
+    def update(self, name: str, total_steps: int, position: Position) -> None:
         """Show a job after a step."""
-        self._bars.update(self._tasks[job.name], completed=job.position.step)
-        self._describe(job)
+        self._bars.update(self._tasks[name], completed=position.step)
+        self._describe(name, position)
         if self._is_live:
             return
-        if self._ranking is None or job.name not in self._ranking.names:
-            self._news[job.name] = job
+        if self._ranking is None or name not in self._ranking.names:
+            self._news[name] = total_steps, position
         now = time.monotonic()
         is_end = all(task.finished for task in self._bars.tasks)
         if self._news and (is_end or now - self._shown_at >= self._interval_s):
             self._shown_at = now
-            self.message(self._plain_line([*self._news.values()]))
+            self.message(self._plain_line(self._news))
             self._news.clear()
 
-    def _plain_line(self, jobs: Sequence[JobView]) -> str:
+    def _plain_line(self, jobs: Mapping[str, tuple[int, Position]]) -> str:
         """How jobs get on: one in detail, or the steps and losses of several."""
-        fields = [self._bars.tasks[self._tasks[job.name]].fields for job in jobs]
+        fields = [self._bars.tasks[self._tasks[name]].fields for name in jobs]
         longest = max(fields, key=lambda told: (len(told["eta"]), told["eta"]))["eta"]
         rates = [float(told["rate"]) for told in fields if told["rate"] != "-"]
         rate = f"{sum(rates):.0f}" if rates else "-"
         lines = [
-            f"{job.name}: step {job.position.step}/{job.total_steps}, loss {told['loss']}"
-            for job, told in zip(jobs[:_MAX_JOBS_OF_A_LINE], fields, strict=False)
-        ]
+            f"{name}: step {position.step}/{total_steps}, loss {told['loss']}"
+            for (name, (total_steps, position)), told in zip(jobs.items(), fields, strict=True)
+        ][:_MAX_JOBS_OF_A_LINE]
         if len(jobs) > len(lines):
             lines.append(f"and {len(jobs) - len(lines)} more jobs")
         padding = f", padding {fields[0]['padding']}" if len(jobs) == 1 else ""
@@ -134,9 +134,9 @@ class Progress:
         self._bars.table = None
         self._bars.stop()
 
-    def _describe(self, job: JobView) -> None:
+    def _describe(self, name: str, position: Position) -> None:
         """Bring the fields of a job's line up to date."""
-        position, task = job.position, self._bars.tasks[self._tasks[job.name]]
+        task = self._bars.tasks[self._tasks[name]]
         first_step, first_tokens = task.fields["start_position"]
         rate, speed, remaining = "-", task.speed, task.time_remaining
         if speed is not None and position.step > first_step:

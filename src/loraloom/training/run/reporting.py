@@ -4,39 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from loraloom.durable import sync
-from loraloom.training.run.job import Job, JobView
+from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
+from loraloom.training.run.progress import Progress
 from loraloom.training.run.tracking import MetricsFile, Tracker, open_tracker, step_metrics
 from loraloom.training.step.micro_batch import StepReport
-
-
-@runtime_checkable
-class Viewer(Protocol):
-    """Who is shown how jobs get on; see `Progress`."""
-
-    def start(self) -> None:
-        """Begin to show."""
-
-    def add(self, job: JobView) -> None:
-        """Show one more job."""
-
-    def update(self, job: JobView) -> None:
-        """Show a job after a step."""
-
-    def message(self, text: str) -> None:
-        """Say something to the user."""
-
-    def stop(self) -> None:
-        """Show nothing more."""
 
 
 class Reporter:
     """Tells trackers and the user how jobs get on. A tracker that fails is told of once a job."""
 
-    def __init__(self, directory: RunDirectory, progress: Viewer, tracker_names: tuple[str, ...]):
+    def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: tuple[str, ...]):
         self._directory = directory
         self._progress = progress
         self._tracker_names = [] if directory.is_read_only else ["jsonl", *tracker_names]
@@ -60,13 +41,13 @@ class Reporter:
         for name in dict.fromkeys(self._tracker_names):
             with self._noting_faults(name, job.name):
                 trackers.append(open_tracker(name, directory, job.position.step + 1, config))
-        self._progress.add(job)
+        self._progress.add(job.name, job.total_steps, job.position)
 
     def step(self, job: Job, report: StepReport, seconds: float) -> None:
         """Tell what a step did."""
         self._log(job.name, step_metrics(report, seconds))
         if self._is_started:
-            self._progress.update(job)
+            self._progress.update(job.name, job.total_steps, job.position)
         for warning in report.warnings:
             self.message(f"warning: job {job.name}, {warning}")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,9 @@ from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import JobResult, describe_environment
 from loraloom.training.run.tracking import check_trackers
 from loraloom.training.step.optimizers import check_optimizer_device, rehearse
+
+if TYPE_CHECKING:
+    from loraloom.training.run.sweep import Sweep
 
 BetweenSteps = Callable[[Engine, JobBuilder], None]
 """Called between two rounds: may build jobs, and call the engine's `add` and `stop`."""
@@ -88,7 +92,7 @@ def train(
     _check_goes_with(launch, run, base)
     if ray is not None:
         _check_goes_with_ray(launch, watch, base, between_steps)
-        from loraloom.training.cluster.train import train_with_ray  # it needs Ray
+        from loraloom.training.workers import train_with_ray  # it needs Ray
 
         return train_with_ray(
             run,
@@ -102,80 +106,131 @@ def train(
     device = rank_device(run.device, launch)
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
-    directory.check(resume=resume, overwrite=overwrite)
-    check_sources(run.all_jobs, directory)
-    check_trackers(run.trackers)
+    check_run(run, directory, resume=resume, overwrite=overwrite)
     for job in run.all_jobs:
         check_optimizer_device(job.train, find_device(device), job.name)
-        rehearse(job.train, job.name)
     with ExitStack() as stack:
         is_sharded = run.parallel.base == "fsdp" and launch.size > 1
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None and ranks.is_first:
             stack.enter_context(sole_trainer(watch.path))
-        host, tokenizer = base or _load_base(run, device, is_sharded=is_sharded)
+        host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
         stack.enter_context(_taken_off_at_an_error(host))
         stack.enter_context(_shared_by(ranks, host))
-        evaluation = Evaluation(host, tokenizer)
-        builder = JobBuilder(host, tokenizer, evaluation)
         if resume and directory.snapshots.exists():
             stack.enter_context(directory.lock())
-        snapshot, faults = _read_snapshot(directory, run, host) if resume else (None, [])
-        jobs, snapshot, left_out = _build_jobs(builder, run, snapshot)
-        engine = Engine(
-            host,
-            jobs,
-            evaluation,
-            directory,
-            progress,
-            trackers=run.trackers,
-            environment=describe_environment(host.device, host.dtype, command, ranks.size),
-            max_tokens_per_step=run.max_tokens_per_step,
-            memory_limit=run.memory_limit,
-            keep_snapshots=run.keep_snapshots,
+        setup = set_up(
+            run, run.first_jobs, (host, tokenizer), directory, progress, command, resume=resume
         )
-        if jobs:
-            prediction = predict_memory(host, jobs, run.max_tokens_per_step)
-            check_memory(prediction, run.memory_limit, host.device, ranks.local_size)
-            progress.message(f"memory: {prediction.describe()}")
-        _check_alike(ranks, run, jobs, snapshot)
-        lead = Lead(engine, builder)
-        sweep = None
-        if run.sweep is not None:
-            from loraloom.training.run.sweep import Sweep  # it needs Optuna
-
-            sweep = Sweep(run, directory, progress, lead.build, jobs, is_new=snapshot is None)
-        data = [
-            f"{job.name}: {line}"
-            for job in jobs
-            for line in (*job.training_set.report, *job.training_set.warnings)
-        ]
-        for line in (*faults, *left_out, *data):
-            progress.message(line)
-        if snapshot is not None:
-            progress.message(f"going on after {snapshot.round} fused steps")
-            engine.load_state(snapshot)
-        else:
+        _check_alike(ranks, run, setup)
+        sweep = None if run.sweep is None else setup.sweep()
+        if setup.snapshot is None:
+            if sweep is not None:
+                sweep.check_reached()
             stack.enter_context(directory.lock())
             directory.check(resume=resume, overwrite=overwrite)  # another run may have ended now
             directory.prepare([job.name for job in run.all_jobs])
-            engine.save_state()
+        setup.begin()
         callbacks: list[Callable[[Engine], None]] = []
         if sweep is not None:
             if ranks.is_first:
-                sweep.open(0 if snapshot is None else snapshot.sweep_bytes)
-            callbacks.append(lead.between_steps(sweep.between_steps))
+                sweep.study.open(0 if setup.snapshot is None else setup.snapshot.sweep_bytes)
+            callbacks.append(setup.lead.between_steps(sweep.between_steps))
         if between_steps is not None:
-            callbacks.append(lambda engine: between_steps(engine, builder))
+            callbacks.append(lambda engine: between_steps(engine, setup.builder))
         if watch is not None:  # the last one, as it may wait
-            inbox = Inbox(watch, lead, progress.message)
+            inbox = Inbox(watch, setup.lead, progress.message)
             if ranks.is_first:
                 stack.enter_context(inbox)
-            callbacks.append(lead.between_steps(inbox.between_steps))
-        results = engine.run(*callbacks)
+            callbacks.append(setup.lead.between_steps(inbox.between_steps))
+        results = setup.engine.run(*callbacks)
         if sweep is not None and ranks.is_first:
-            sweep.finish(lead)
+            sweep.study.show(is_over=True)
         return results
+
+
+def check_run(run: RunConfig, directory: RunDirectory, *, resume: bool, overwrite: bool) -> None:
+    """Check what can be checked before the base model is loaded."""
+    directory.check(resume=resume, overwrite=overwrite)
+    check_sources(run.all_jobs, directory)
+    check_trackers(run.trackers)
+    for job in run.all_jobs:
+        rehearse(job.train, job.name)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Jobs on a host that are ready to train, and the snapshot that they go on from."""
+
+    run: RunConfig
+    engine: Engine
+    builder: JobBuilder
+    snapshot: Snapshot | None
+    progress: Progress
+    directory: RunDirectory
+
+    @cached_property
+    def lead(self) -> Lead:
+        """The engine as the first rank's decisions see it."""
+        return Lead(self.engine, self.builder)
+
+    def sweep(self, worker: tuple[int, int] = (0, 1)) -> Sweep:
+        """Make the run's sweep, whose study is not open yet."""
+        from loraloom.training.run.sweep import Sweep, SweepStudy  # it needs Optuna
+
+        study = SweepStudy(self.run, self.directory, self.progress)
+        jobs = list(self.engine.jobs.values())
+        return Sweep(study, self.run, self.lead, self.progress, jobs, worker)
+
+    def begin(self) -> None:
+        """Bring the jobs to where the snapshot has them, or write the first one."""
+        if self.snapshot is None:
+            self.engine.save_state()
+            return
+        self.progress.message(f"going on after {self.snapshot.round} fused steps")
+        self.engine.load_state(self.snapshot)
+
+
+def set_up(
+    run: RunConfig,
+    configs: Sequence[JobConfig],
+    base: tuple[Host, PreTrainedTokenizerBase],
+    directory: RunDirectory,
+    progress: Progress,
+    command: str,
+    *,
+    resume: bool,
+) -> Setup:
+    """Build jobs of a run, those that had joined it among them, and check that they fit."""
+    host, tokenizer = base
+    evaluation = Evaluation(host, tokenizer)
+    builder = JobBuilder(host, tokenizer, evaluation)
+    names = [config.name for config in configs]
+    snapshot, lines = _read_snapshot(directory, names, run, host) if resume else (None, [])
+    jobs, snapshot, left_out = _build_jobs(builder, run, configs, snapshot)
+    engine = Engine(
+        host,
+        jobs,
+        evaluation,
+        directory,
+        progress,
+        trackers=run.trackers,
+        environment=describe_environment(host.device, host.dtype, command, host.ranks.size),
+        max_tokens_per_step=run.max_tokens_per_step,
+        memory_limit=run.memory_limit,
+        keep_snapshots=run.keep_snapshots,
+    )
+    if jobs:
+        prediction = predict_memory(host, jobs, run.max_tokens_per_step)
+        check_memory(prediction, run.memory_limit, host.device, host.ranks.local_size)
+        progress.message(f"memory: {prediction.describe()}")
+    lines = [*lines, *left_out]
+    for job in jobs:
+        data = (*job.training_set.report, *job.training_set.warnings)
+        lines += [f"{job.name}: {line}" for line in data]
+    for line in lines:
+        progress.message(line)
+    return Setup(run, engine, builder, snapshot, progress, directory)
 
 
 @contextmanager
@@ -229,10 +284,9 @@ def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: A
             )
 
 
-def _check_alike(
-    ranks: Ranks, run: RunConfig, jobs: Sequence[Job], snapshot: Snapshot | None
-) -> None:
+def _check_alike(ranks: Ranks, run: RunConfig, setup: Setup) -> None:
     """Check that all ranks are about to do the same."""
+    jobs, snapshot = setup.engine.jobs.values(), setup.snapshot
     facts = {f"the data of job {job.name}": job.training_set.digest for job in jobs}
     facts["the run file"] = run.model_dump_json(exclude={"output_dir"})
     facts["the newest checkpoint"] = "" if snapshot is None else snapshot.directory.name
@@ -243,9 +297,10 @@ def _check_alike(
         )
 
 
-def _load_base(
-    run: RunConfig, device: str, *, is_sharded: bool
+def load_base(
+    run: RunConfig, device: str, *, is_sharded: bool = False
 ) -> tuple[Host, PreTrainedTokenizerBase]:
+    """Load a run's base model and attach a host to it."""
     model, tokenizer = load_base_model(
         run.base_model,
         run.dtype,
@@ -258,10 +313,10 @@ def _load_base(
 
 
 def _read_snapshot(
-    directory: RunDirectory, run: RunConfig, host: Host
+    directory: RunDirectory, names: Sequence[str], run: RunConfig, host: Host
 ) -> tuple[Snapshot | None, list[str]]:
     """Read what a run goes on from."""
-    snapshot, faults = directory.snapshots.newest()
+    snapshot, faults = directory.newest_snapshot(names)
     if snapshot is not None:
         check_same_run(snapshot, run, describe_base(host))
     elif faults:
@@ -270,14 +325,17 @@ def _read_snapshot(
 
 
 def _build_jobs(
-    builder: JobBuilder, run: RunConfig, snapshot: Snapshot | None
+    builder: JobBuilder,
+    run: RunConfig,
+    configs: Sequence[JobConfig],
+    snapshot: Snapshot | None,
 ) -> tuple[list[Job], Snapshot | None, list[str]]:
     """Build the jobs that are not done yet, those that had joined the run among them."""
     done = set() if snapshot is None else snapshot.done
-    jobs = [builder.build(config) for config in run.first_jobs if config.name not in done]
+    jobs = [builder.build(config) for config in configs if config.name not in done]
     if snapshot is None:
         return jobs, None, []
-    first = {config.name for config in run.first_jobs}
+    first = {config.name for config in configs}
     in_file = {config.name for config in run.all_jobs}
     kept, faults = {}, []
     for name, record in snapshot.jobs.items():

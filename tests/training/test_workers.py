@@ -9,10 +9,10 @@ import sys
 import pytest
 
 import loraloom
-from benchmarks.parallel import difference
+from benchmarks import cluster
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError
-from loraloom.training.cluster import ray_crew
+from loraloom.training import ray_cluster
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 
@@ -27,35 +27,25 @@ def run_file(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_of_rays_is_killed_and_the_weights_are_those_of_one_process(
-    inputs, run_file, tmp_path
-):
-    """In a process of its own, as people start it: nothing of Ray's is printed."""
-    program = (
-        "import os, signal, sys, psutil\n"
-        "from loraloom.cli.main import main\n"
-        "from loraloom.training.cluster import cluster\n"
-        "cluster.SLICE_S, take, news = 0.0, cluster.Cluster._take, []\n"
-        "def killing(self, worker, one):\n"
-        "    take(self, worker, one)\n"
-        "    news.append(worker)\n"
-        "    if len(news) == 4:\n"
-        "        children = psutil.Process().children(recursive=True)\n"
-        "        actors = [p for p in children if '_Actor' in ' '.join(p.cmdline())]\n"
-        "        actors[0].send_signal(signal.SIGKILL)\n"
-        "cluster.Cluster._take = killing\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
+def test_a_worker_is_killed_and_the_weights_are_those_of_one_process(inputs):
+    assert cluster.compare_jobs(inputs, workers=2, steps=60)
+
+
+@pytest.mark.slow
+def test_workers_share_a_sweep(inputs):
+    assert cluster.check_sweep(inputs, workers=2)
+
+
+@pytest.mark.slow
+def test_nothing_of_rays_is_printed_and_the_user_is_told_what_it_waits_for(run_file, tmp_path):
+    """In a process of its own, as people start it; once more to go on."""
     words = ["train", str(run_file), "--ray", "auto", "--ray-workers", "2"]
-    ran = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "was lost" in ran.stdout
-    assert "its jobs go on elsewhere" in ran.stdout
-    assert "raylet" not in ran.stdout + ran.stderr
-    one = run_settings(inputs, tmp_path / "one")
-    loraloom.train(one)
-    for name in ("plain", "mixture"):
-        assert difference(tmp_path / "out" / name, tmp_path / "one" / name).whole < 1e-6
+    for more in ([], ["--resume"]):
+        command = [sys.executable, "-m", "loraloom", *words, *more]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        assert "starting Ray\nstarting 2 workers\n" in ran.stdout
+        assert "raylet" not in ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -113,7 +103,7 @@ def node(cpus: int, gpus: int = 0, *, alive: bool = True) -> dict:
 def test_each_worker_has_an_accelerator_or_a_share_of_the_cores(
     nodes, device, asked, size, resources
 ):
-    assert ray_crew.choose_workers(nodes, device, asked) == (size, resources)
+    assert ray_cluster.choose_workers(nodes, device, asked) == (size, resources)
 
 
 @pytest.mark.parametrize(
@@ -126,4 +116,4 @@ def test_each_worker_has_an_accelerator_or_a_share_of_the_cores(
 )
 def test_fewer_devices_than_workers_are_an_error(nodes, device, asked, counts):
     with pytest.raises(ConfigError, match=counts):
-        ray_crew.choose_workers(nodes, device, asked)
+        ray_cluster.choose_workers(nodes, device, asked)

@@ -1,4 +1,4 @@
-"""Workers as Ray's actors, and the cluster that they are on."""
+"""The Ray cluster that workers are on, and what each of them takes of it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from types import ModuleType
-from typing import Any, final
+from typing import Any
 
-from loraloom.config.run import RunConfig
-from loraloom.errors import ConfigError, LoraloomError, shown
-from loraloom.training.cluster.crew import Crew, WorkerLostError
-from loraloom.training.cluster.worker import Worker
+from loraloom.errors import ConfigError, shown
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody
@@ -30,16 +25,6 @@ _OBJECT_STORE_BYTES = 80_000_000
 """Almost the least that Ray takes: nothing large goes through it."""
 _REACH_S = 5.0
 _DEVICES = ("auto", "cpu", "cuda", "xpu")
-
-
-@contextmanager
-def ray_crew(
-    run: RunConfig, address: str, num_workers: int | None, command: str
-) -> Iterator[tuple[Crew, int]]:
-    """Connect to a cluster, and say how many workers to start there."""
-    with connected(address) as ray:
-        size, resources = choose_workers(ray.nodes(), run.device, num_workers)
-        yield _RayCrew(ray, partial(Worker, run, Path.cwd(), command), resources), size
 
 
 @contextmanager
@@ -62,65 +47,6 @@ def connected(address: str) -> Iterator[ModuleType]:
             ray.shutdown()
             for number, handler in handlers.items():  # Ray has put its own in their place
                 signal.signal(number, handler)
-
-
-@final
-class _RayCrew(Crew):
-    """Actors of a Ray cluster."""
-
-    def __init__(self, ray: ModuleType, make: Any, resources: dict[str, int]):
-        self._ray = ray
-        self._make = make
-        self._actor = ray.remote(_Actor).options(
-            max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **resources
-        )
-
-    def hire(self) -> Any:
-        """Start an actor."""
-        return self._actor.remote(self._make)
-
-    def ask(self, worker: Any, method: str, *args: Any) -> Any:
-        """Call a method of an actor."""
-        return worker.call.remote(method, *args)
-
-    def wait(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
-        """Wait until a call is answered."""
-        done, _ = self._ray.wait(list(calls), num_returns=1, timeout=timeout_s)
-        if not done:
-            return []
-        done, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)
-        return done
-
-    def answer(self, call: Any) -> Any:
-        """Wait for what a call returns."""
-        try:
-            value = self._ray.get(call)
-        except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            raise WorkerLostError(f"{type(cause).__name__}: {_first_line(cause)}") from None
-        except self._ray.exceptions.RayError as error:
-            raise WorkerLostError(_first_line(error)) from None
-        if isinstance(value, LoraloomError):
-            raise value
-        return value
-
-    def dismiss(self, worker: Any) -> None:
-        """Kill an actor."""
-        self._ray.kill(worker, no_restart=True)
-
-
-class _Actor:
-    """A worker in a process of Ray's. Errors that are ours are returned, not raised."""
-
-    def __init__(self, make: Any):
-        self._worker: Worker = make()
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method of the worker."""
-        try:
-            return getattr(self._worker, method)(*args)
-        except LoraloomError as error:
-            return error
 
 
 def _mute(*_: Any, **__: Any) -> None:
@@ -204,11 +130,12 @@ def _check_reachable(address: str) -> None:
 def _no_cluster(address: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"--ray must name a Ray cluster that can be reached, got {shown(address)}: "
-        f"{_first_line(error)}; start one with `ray start --head`, or give auto"
+        f"{first_line(error)}; start one with `ray start --head`, or give auto"
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
