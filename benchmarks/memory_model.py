@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from benchmarks.cases import StepSetting, adapter_config, peak_rss_bytes, reset_peak_rss
+from benchmarks.memory_prediction import predict_memory
 from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
@@ -26,7 +27,6 @@ from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.job import Job
-from loraloom.training.run.memory import predict_memory
 
 STEPS = 3
 

@@ -25,11 +25,11 @@ from torch import Tensor
 from benchmarks.cases import alternate, peak_rss_bytes, reset_peak_rss
 from benchmarks.count import SHAPES, make_model, without_reads
 from benchmarks.memory_model import STEPS, JobsSetting, build_jobs
+from benchmarks.memory_prediction import MemoryPrediction, predict_memory
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.models.quantised import quantised_linears, stored_weights
 from loraloom.training.run.fitting import RoundRunner
-from loraloom.training.run.memory import MemoryPrediction, predict_memory
 
 BITS: dict[str, tuple[float, float]] = {
     "none": (16.0, 0.0),

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loraloom
-import loraloom.training.run.run as run_module
 from loraloom.config.run import RunConfig
 from loraloom.training.client import TrainingClient
 from loraloom.training.run.builder import JobBuilder
@@ -85,8 +83,6 @@ def go_on(directory: Path, interrupted: Any) -> None:
     run = run.model_copy(update={"output_dir": directory})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "run", lambda engine, *callbacks: [])
-        patch.setattr(run_module, "predict_memory", lambda *_: SimpleNamespace(describe=str))
-        patch.setattr(run_module, "check_memory", lambda *_: None)
         train(run, resume=True, base=base, progress=Progress())
 
 

@@ -35,10 +35,8 @@ def test_what_torchrun_says_is_read():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"WORLD_SIZE": None, "MASTER_PORT": None}, "WORLD_SIZE, MASTER_PORT besides RANK, LOCAL"),
-        ({"RANK": "4"}, "RANK must be below WORLD_SIZE, .* got 4 of 4 and 1 of 2"),
-        ({"LOCAL_RANK": "2"}, "LOCAL_RANK below LOCAL_WORLD_SIZE, got 1 of 4 and 2 of 2"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two'; let torchrun"),
+        ({"WORLD_SIZE": None}, "whole numbers .* KeyError: 'WORLD_SIZE'; start with `torchrun"),
+        ({"WORLD_SIZE": "two"}, "RANK, WORLD_SIZE, LOCAL_RANK must be whole numbers .* 'two'"),
     ],
 )
 def test_half_a_launcher_is_an_error(changes, message):

@@ -473,33 +473,6 @@ def test_a_run_warns_of_jobs_that_are_not_measured_alike(inputs, tmp_path, param
     assert warning is None or warning in told[0]
 
 
-def test_a_journal_that_is_torn_under_way_ends_no_run(inputs, halved, tmp_path):
-    def tear(engine, _):
-        if engine.round in (3, 5):
-            with (tmp_path / "sweep.journal").open("a") as journal:
-                journal.write('{"op_code": 5, "torn')
-
-    train(sweep_run(inputs, tmp_path), between_steps=tear)
-    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
-
-
-def test_an_entry_that_could_not_be_synced_is_written_again_and_not_twice(
-    inputs, halved, tmp_path, monkeypatch
-):
-    sync, calls = os.fsync, []
-
-    def failing(descriptor):
-        calls.append(descriptor)
-        if len(calls) % 7 == 0 and "journal" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            raise OSError(5, "Input/output error")
-        sync(descriptor)
-
-    run = sweep_run(inputs, tmp_path)
-    train(run, between_steps=lambda *_: monkeypatch.setattr(os, "fsync", failing))
-    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
-    assert len(calls) > 14
-
-
 @pytest.mark.parametrize("lengths", [[2, 9], [9, 2]])
 def test_one_job_at_a_time_may_be_too_short_for_the_rungs(inputs, tmp_path, monkeypatch, lengths):
     """It is the first one, or the one that is left after an interruption."""

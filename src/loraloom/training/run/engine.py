@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from loraloom.training.run.fitting import RoundRunner
 from loraloom.training.run.inputs import check_inputs, input_digests
 from loraloom.training.run.interruption import NOTICE, Interruption
 from loraloom.training.run.job import Job
-from loraloom.training.run.memory import check_memory, predict_memory
+from loraloom.training.run.memory import check_limit
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.reporting import Reporter
@@ -50,8 +50,6 @@ class Engine:
 
     Attributes:
         jobs: Those that train, by name.
-        joined: Names of the jobs that joined a run that had begun.
-        held: Names of jobs that take part in no round for the time being.
         round: Rounds done.
     """
 
@@ -72,12 +70,9 @@ class Engine:
     ):
         self.host = host
         self.jobs: dict[str, Job] = {}
-        self.joined: set[str] = set()
         self.round = 0
-        self._settings: dict[str, dict[str, Any]] = {}  # of every job of the run, in their order
-        self._inputs: dict[str, dict[str, str]] = {}
+        self._records: dict[str, JobRecord] = {}  # of every job of the run, in their order
         self._results: dict[str, JobResult] = {}
-        self._micro_batches_of: dict[str, int] = {}  # of jobs that are done
         self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs that couldn't be written
         self._schedule = Schedule(max_tokens_per_step)
         self._memory_limit = memory_limit
@@ -98,7 +93,12 @@ class Engine:
     @property
     def results(self) -> dict[str, JobResult]:
         """What became of the jobs that are done, by name."""
-        return {name: self._results[name] for name in self._settings if name in self._results}
+        return {name: self._results[name] for name in self._records if name in self._results}
+
+    @property
+    def joined(self) -> set[str]:
+        """Names of the jobs that joined a run that had begun."""
+        return {name for name, record in self._records.items() if record.joined_later}
 
     @property
     def seconds(self) -> float:
@@ -154,7 +154,7 @@ class Engine:
         snapshot = self._directory.newest_snapshot([name])[0] if self._directory.by_job else None
         if snapshot is None or (record := snapshot.jobs[name]).result is None:
             return False
-        self._settings[name], self._inputs[name] = record.settings, record.inputs
+        self._records[name] = record
         self._results[name] = parse_result(record.result)
         return True
 
@@ -189,17 +189,17 @@ class Engine:
         ranks = self.host.ranks
         try:
             with ranks.together():
-                if job.name.casefold() in map(str.casefold, self._settings):
+                if job.name.casefold() in map(str.casefold, self._records):
                     raise ConfigError(f"job name must be new in this run, got {job.name!r} again")
                 self._schedule.check_fits(job)
-                self._check_memory(job)
+                check_limit(self.host, self._memory_limit)
                 load_reference(self.host, job.config.train.objective)  # another job's may have gone
                 yield
         except Exception:
             self.discard(job)
             raise
         self._enter(job)
-        self.joined.add(job.name)
+        self._records[job.name] = replace(self._records[job.name], joined_later=True)
         self._is_snapshot_due = True
         try:
             with ranks.together():
@@ -320,7 +320,7 @@ class Engine:
             self.round,
             self.seconds,
             describe_base(self.host),
-            {name: self._record(name) for name in self._settings},
+            {name: self._record(name) for name in self._records},
             sweep_bytes=journal.stat().st_size if journal.exists() else 0,
         )
         keep = self._keep_snapshots if states else 1
@@ -346,32 +346,30 @@ class Engine:
         Jobs that it calls done must not be on the host. Settings may differ in what changes no
         result. Files of jobs that go on are brought back to where the snapshot is.
         """
-        check_inputs({name: record.inputs for name, record in snapshot.jobs.items()}, self._inputs)
+        saved = snapshot.jobs
+        inputs = {name: record.inputs for name, record in self._records.items()}
+        check_inputs({name: record.inputs for name, record in saved.items()}, inputs)
         self.round = snapshot.round
         self._started_at = time.monotonic() - snapshot.seconds
-        for name in self.jobs.keys() - snapshot.jobs.keys():
+        for name in self.jobs.keys() - saved.keys():
             self._directory.check_new(name)
-        for name, record in snapshot.jobs.items():
+        for name, record in saved.items():
             self._directory.tidy(name)
             with _refusing_other_states(name, snapshot):
-                self._load_job(name, record, snapshot)
-        saved = {name: record.settings for name, record in snapshot.jobs.items()}
-        self._settings = {**saved, **self._settings}
-        self._inputs = {name: r.inputs for name, r in snapshot.jobs.items()} | self._inputs
-        passes = {n: r.scheduler_pass for n, r in snapshot.jobs.items() if r.result is None}
-        self._schedule.restore(passes)
+                if record.result is None:
+                    self._go_on(self.jobs[name], snapshot)
+                else:
+                    self._results[name] = parse_result(record.result)
+        for name, own in self._records.items():
+            if name in saved:
+                self._records[name] = replace(own, joined_later=saved[name].joined_later)
+        self._records = {**saved, **self._records}
+        self._schedule.restore(
+            {name: one.scheduler_pass for name, one in saved.items() if one.result is None}
+        )
         for name in self.jobs:
-            record = snapshot.jobs.get(name)
-            self._directory.cut_metrics(name, 0 if record is None else record.metrics_bytes)
+            self._directory.cut_metrics(name, saved[name].metrics_bytes if name in saved else 0)
         self._is_snapshot_due = False
-
-    def _load_job(self, name: str, record: JobRecord, snapshot: Snapshot) -> None:
-        if record.result is not None:
-            self._results[name] = parse_result(record.result)
-        else:
-            self._go_on(self.jobs[name], snapshot)
-        if record.joined_later:
-            self.joined.add(name)
 
     def _go_on(self, job: Job, snapshot: Snapshot) -> None:
         """Bring a job and its files to where a snapshot has them."""
@@ -456,43 +454,28 @@ class Engine:
     def _record(self, name: str) -> JobRecord:
         """Return what a snapshot says of a job."""
         result = None if name in self._unwritten else self._results.get(name)
-        return JobRecord(
-            self._settings[name],
+        return replace(
+            self._records[name],
             metrics_bytes=self._reporter.metrics_bytes(name),
-            joined_later=name in self.joined,
-            inputs=self._inputs[name],
+            sha256=None,
             scheduler_pass=self._schedule.passes.get(name, 0.0),
-            micro_batches=self._micro_batches_of.get(name, 0),
             result=None if result is None else asdict(result),
         )
 
     def _enter(self, job: Job) -> None:
         self.jobs[job.name] = job
-        self._settings[job.name] = job.config.model_dump(mode="json")
-        self._inputs[job.name] = input_digests(self.host, job, self._evaluation)
+        inputs = input_digests(self.host, job, self._evaluation)
+        self._records[job.name] = JobRecord(job.config.model_dump(mode="json"), inputs=inputs)
         self._schedule.enter(job)
 
     def _leave(self, job: Job, result: JobResult) -> None:
         job.release()
         del self.jobs[job.name]
         self._results[job.name] = result
-        self._micro_batches_of[job.name] = job.position.micro_batches
         self._schedule.leave(job.name)
         self.discard(job)
         self._reporter.end(job.name)
         self._is_snapshot_due = True
-
-    def _check_memory(self, job: Job) -> None:
-        if self._memory_limit is None:  # what is free can't be told from what a round left over
-            return
-        jobs, bound = [*self.jobs.values(), job], self._schedule.max_tokens_per_step
-        try:
-            prediction = predict_memory(self.host, jobs, bound)
-            check_memory(
-                prediction, self._memory_limit, self.host.device, self.host.ranks.local_size
-            )
-        except ConfigError as error:
-            raise ConfigError(f"job {job.name}: {error}") from None
 
     def _save_for_later(self) -> None:
         """Write a snapshot at the end of a run that was interrupted."""

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from loraloom.errors import ConfigError, TrainingError, shown
+from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.loading import find_device
 from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
 
 
@@ -43,25 +42,19 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
-        local_rank = _number(environment, "LOCAL_RANK", default=rank)
-        return Launch(rank, size, local_rank, _number(environment, "LOCAL_WORLD_SIZE", size))
+        local = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
+        return Launch(rank, size, *map(int, local))
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return Launch()
-    if missing := [name for name in (*_NUMBERS, *_ADDRESS) if name not in environment]:
-        given = [name for name in (*_NUMBERS, *_ADDRESS) if name in environment]
+    try:
+        rank, size, local_rank = (int(environment[name]) for name in _NUMBERS)
+        return Launch(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", size)))
+    except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"the environment must have all variables of a launcher, {', '.join(missing)} besides "
-            f"{', '.join(given)}; start with `torchrun --nproc-per-node N -m loraloom train "
-            "RUN.yaml`, or unset them to train in one process"
-        )
-    rank, size, local_rank = (_number(environment, name) for name in _NUMBERS)
-    local_size = _number(environment, "LOCAL_WORLD_SIZE", default=size)
-    if not (rank < size and local_rank < local_size <= size):
-        raise ConfigError(
-            f"RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, got {rank} of "
-            f"{size} and {local_rank} of {local_size}; let torchrun set them"
-        )
-    return Launch(rank, size, local_rank, local_size)
+            f"{', '.join(_NUMBERS)} must be whole numbers where a launcher starts several "
+            f"processes: {type(error).__name__}: {error}; start with `torchrun --nproc-per-node N "
+            "-m loraloom train RUN.yaml`, or unset them to train in one process"
+        ) from error
 
 
 def rank_device(name: str, launch: Launch) -> str:
@@ -124,10 +117,3 @@ def _connect(backend: str, launch: Launch) -> None:
             f"rank {launch.rank} of {launch.size} can't join the others: {reason}; check that "
             "MASTER_ADDR and MASTER_PORT name the first one, and that the network lets it through"
         ) from error
-
-
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environment.get(name, "" if default is None else str(default))
-    if not text.isdecimal() or len(text) > 9:
-        raise ConfigError(f"{name} must be a whole number, got {shown(text)}; let torchrun set it")
-    return int(text)

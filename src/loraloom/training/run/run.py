@@ -29,7 +29,7 @@ from loraloom.training.run.inbox import Inbox, WatchOptions, sole_trainer
 from loraloom.training.run.job import Job
 from loraloom.training.run.launch import Launch, joined_ranks, rank_device, read_launch
 from loraloom.training.run.lead import Lead
-from loraloom.training.run.memory import check_memory, predict_memory
+from loraloom.training.run.memory import check_limit
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import JobResult, describe_environment
@@ -220,10 +220,7 @@ def set_up(
         memory_limit=run.memory_limit,
         keep_snapshots=run.keep_snapshots,
     )
-    if jobs:
-        prediction = predict_memory(host, jobs, run.max_tokens_per_step)
-        check_memory(prediction, run.memory_limit, host.device, host.ranks.local_size)
-        progress.message(f"memory: {prediction.describe()}")
+    check_limit(host, run.memory_limit)
     lines = [*lines, *left_out]
     for job in jobs:
         data = (*job.training_set.report, *job.training_set.warnings)

@@ -9,12 +9,10 @@ journal back to it, and decides again what came after.
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -79,30 +77,12 @@ class AshaPruner(BasePruner):
         return trial.number not in {one.number for one in kept}
 
 
-class _Journal(JournalFileBackend):
-    """A journal that has each entry whole, and none that could not be written and synced.
+class _NoLock(JournalFileOpenLock):
+    """For a single process, which locks the run's directory.
 
-    A single process needs no lock, as it locks the run's directory: Optuna's would stay where a
-    process is killed, and make the next one wait for half a minute.
+    Optuna's would stay where a process is killed, and make the next one wait for half a minute.
     """
 
-    def __init__(self, path: Path):
-        super().__init__(str(path), _NoLock(str(path)))
-        self._path = path
-
-    @override
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries, or nothing; at a fault once more, as a decision can't wait for long."""
-        cut_torn_line(self._path)
-        length = self._path.stat().st_size
-        try:
-            super().append_logs(logs)
-        except OSError:
-            os.truncate(self._path, length)
-            super().append_logs(logs)
-
-
-class _NoLock(JournalFileOpenLock):
     @override
     def acquire(self) -> bool:
         return True
@@ -141,11 +121,11 @@ class SweepStudy:
         """
         journal = self._directory.sweep_journal
         try:
-            if journal_bytes is None:
-                backend = JournalFileBackend(str(journal))
-            else:
+            lock = None
+            if journal_bytes is not None:
                 cut_torn_line(journal, journal_bytes)
-                backend = _Journal(journal)
+                lock = _NoLock(str(journal))
+            backend = JournalFileBackend(str(journal), lock)
             self.study = optuna.create_study(
                 storage=JournalStorage(backend),
                 study_name="sweep",
