@@ -12,7 +12,6 @@ from loraloom.config.objective import DpoConfig
 from loraloom.config.quantization import quantization_option
 from loraloom.config.run import RunConfig
 from loraloom.config.train import TrainConfig
-from loraloom.training.run.selection import metric_mode
 
 if TYPE_CHECKING:
     from loraloom.training.run.results import JobResult
@@ -56,6 +55,8 @@ def _good(run: RunConfig, results: Sequence[JobResult]) -> list[JobResult]:
     """Results of jobs that got to their end; of a sweep the best ones first."""
     good = [result for result in results if result.error is None and result.status != "stopped"]
     if run.sweep is not None:
+        from loraloom.training.run.job import metric_mode  # with torch, which is there by now
+
         metric = run.sweep.metric
         sign = 1 if metric_mode(metric) == "min" else -1
         good.sort(key=lambda one: sign * one.metrics.get(metric, sign * float("inf")))

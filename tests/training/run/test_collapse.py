@@ -5,7 +5,7 @@ from dataclasses import asdict
 import torch
 
 from loraloom.adapters import MixLoraConfig
-from loraloom.training.run.collapse import WINDOW_STEPS, CollapseWatch
+from loraloom.training.run.job import WINDOW_STEPS, CollapseWatch
 from loraloom.training.step.micro_batch import add_counts
 
 CONFIG = MixLoraConfig(num_experts=4, top_k=1)

@@ -12,7 +12,8 @@ from loraloom.config.job import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import collapse as routing_collapse
-from loraloom.training.run import collapse, evaluation
+from loraloom.training.run import evaluation
+from loraloom.training.run import job as job_module
 from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.step import fused as step
@@ -596,7 +597,7 @@ def test_held_out_pairs_are_measured_as_one_step_of_them_would_be(tmp_path):
 
 
 def test_a_collapsed_router_is_told_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(collapse, "WINDOW_STEPS", 2)
+    monkeypatch.setattr(job_module, "WINDOW_STEPS", 2)
     monkeypatch.setattr(routing_collapse, "MIN_CHOICES_PER_EXPERT", 1)
     adapter = ADAPTERS["mixlora"].model_copy(update={"num_experts": 8, "router_jitter": 0.0})
     engine = toy_engine(tmp_path / "run", [toy_config("a", adapter, max_steps=8)])

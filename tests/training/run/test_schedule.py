@@ -6,7 +6,7 @@ import pytest
 
 import loraloom.training.run.fitting as fitting
 from loraloom.errors import ConfigError
-from loraloom.training.run.schedule import Schedule
+from loraloom.training.run.fitting import Schedule
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.rows import lay_out
 from tests.tiny import relative_error

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from loraloom.training.run.selection import Selection, metric_mode
+from loraloom.training.run.job import Selection, metric_mode
 
 
 def test_accuracies_grow_and_losses_fall():

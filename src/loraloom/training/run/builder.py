@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +38,7 @@ class JobBuilder:
         self._host = host
         self._tokenizer = tokenizer
         self._evaluation = evaluation
-        self._load = lru_cache(KEPT_TRAINING_SETS)(self._load_training_set)
+        self._sets: dict[Hashable, TrainingSet | StreamedSet] = {}
 
     def build(self, config: JobConfig) -> Job:
         """Put a job's adapter on the host, and read its data and what it is measured on."""
@@ -70,19 +68,19 @@ class JobBuilder:
         return job
 
     def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
-        files = tuple(_file_versions(config.data))
-        as_pairs, data = config.train.learns_from_pairs, config.data.model_dump_json()
-        return self._load(data, config.train.max_length, config.seed, as_pairs, files)
-
-    def _load_training_set(
-        self, data: str, max_length: int, seed: int, as_pairs: bool, _files: tuple[Any, ...]
-    ) -> TrainingSet | StreamedSet:
-        config = DataConfig.model_validate_json(data)
-        if config.streaming:
-            return StreamedSet(
-                config, self._tokenizer, max_length, seed, self._host.ranks, as_pairs=as_pairs
+        data, train, files = config.data, config.train, tuple(_file_versions(config.data))
+        as_pairs = train.learns_from_pairs
+        key = (data.model_dump_json(), train.max_length, config.seed, as_pairs, files)
+        if key not in self._sets:
+            if len(self._sets) == KEPT_TRAINING_SETS:
+                del self._sets[next(iter(self._sets))]
+            common = data, self._tokenizer, train.max_length, config.seed
+            self._sets[key] = (
+                StreamedSet(*common, self._host.ranks, as_pairs=as_pairs)
+                if data.streaming
+                else load_training_set(*common, as_pairs=as_pairs)
             )
-        return load_training_set(config, self._tokenizer, max_length, seed, as_pairs=as_pairs)
+        return self._sets[key]
 
 
 def _file_versions(data: DataConfig) -> Iterator[tuple[str, int, int]]:

@@ -1,16 +1,21 @@
-"""What must hold before a run begins or goes on, wherever its jobs train."""
+"""What must hold before a run begins or goes on: its settings, and what its jobs learn from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraloom.config.job import JobConfig
 from loraloom.config.objective import BASE_REFERENCE, DpoConfig
 from loraloom.config.paths import local_path
 from loraloom.config.run import RunConfig
+from loraloom.data.questions import questions_digest
 from loraloom.errors import ConfigError
+from loraloom.eval.provenance import adapter_digest
+from loraloom.models.host import Host
 from loraloom.training.run.checkpoint import Snapshot, describe_changes
+from loraloom.training.run.evaluation import Evaluation
+from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
 
 
@@ -62,4 +67,33 @@ def check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) -> 
         raise ConfigError(
             "--resume needs the settings that the run began with, these differ: "
             f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
+        )
+
+
+def input_digests(host: Host, job: Job, evaluation: Evaluation) -> dict[str, str]:
+    """Hash a job's encoded examples, its questions and its reference's weights."""
+    digests = {"examples": job.training_set.digest}
+    if job.config.eval:
+        sets = (evaluation.questions.get(config, []) for config in job.config.eval)
+        digests["questions"] = " ".join(map(questions_digest, sets))
+    if job.reference is not None and job.reference.adapter_name is not None:
+        digests["reference"] = adapter_digest(host.adapter(job.reference.adapter_name))
+    return digests
+
+
+def check_inputs(
+    saved: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Check that jobs keep what they began with (older snapshots have no hashes)."""
+    changed = [
+        f"job {name}: {what}"
+        for name, inputs in now.items()
+        if name in saved
+        for what, digest in inputs.items()
+        if saved[name].get(what, digest) != digest
+    ]
+    if changed:
+        raise ConfigError(
+            "--resume needs the data that the run began with, it has changed: "
+            f"{'; '.join(changed)}; put it back, or give --overwrite to begin again"
         )

@@ -13,18 +13,15 @@ from typing import Any
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.models.host import Host
 from loraloom.training.run.checkpoint import STATE_ERRORS, JobRecord, Moment, Snapshot
-from loraloom.training.run.checks import check_sources
+from loraloom.training.run.checks import check_inputs, check_sources, input_digests
 from loraloom.training.run.evaluation import Evaluation
-from loraloom.training.run.fitting import RoundRunner
-from loraloom.training.run.inputs import check_inputs, input_digests
+from loraloom.training.run.fitting import RoundRunner, Schedule
 from loraloom.training.run.interruption import NOTICE, Interruption
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import check_limit
 from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import Progress
-from loraloom.training.run.reporting import Reporter
+from loraloom.training.run.progress import Progress, Reporter
 from loraloom.training.run.results import JobResult, job_result, parse_result
-from loraloom.training.run.schedule import Schedule
 from loraloom.training.step.gradient_sum import sum_gradients
 from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.reference import drop_reference, load_reference

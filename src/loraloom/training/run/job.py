@@ -1,24 +1,26 @@
-"""A job: an adapter with its data, optimizer, schedule, and the place where it stands."""
+"""A job: an adapter with its data, optimizer, schedule, its best weights and where it stands."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.config import AdapterConfig
 from loraloom.config.job import JobConfig
 from loraloom.config.train import SCHEDULERS_ON_METRIC
 from loraloom.data.streaming import StreamedSet
 from loraloom.data.training_set import TrainingSet, examples_digest
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
-from loraloom.training.run.collapse import CollapseWatch
-from loraloom.training.run.selection import Selection, metric_mode
+from loraloom.routing.collapse import Choices, find_collapse, has_enough_choices
+from loraloom.routing.record import RouterName
 from loraloom.training.step.loss_scale import LossScale
-from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss, StepReport
+from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss, StepReport, add_counts
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.optimizers import (
     build_optimizer,
@@ -326,3 +328,83 @@ class Job:
             f"job {self.name}, step {step}: {fault}; its last good weights are kept; "
             "lower learning_rate, or look at the data"
         )
+
+
+def metric_mode(metric: str | None) -> str:
+    """Tell which way a metric gets better: `min` for a loss, `max` for every other."""
+    return "min" if metric is None or metric.endswith("loss") else "max"
+
+
+@dataclass
+class Selection:
+    """The best evaluation of a job so far.
+
+    Args:
+        metric: Name of the metric that decides; None: nothing is held out, the last weights count.
+        value: Its best value.
+        step: The step after which it was measured.
+        metrics: Everything that was measured then.
+        evaluations_since: Evaluations after it.
+    """
+
+    metric: str | None
+    value: float | None = None
+    step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluations_since: int = 0
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Take an evaluation in."""
+        if self.metric is None:
+            return False
+        value = metrics[self.metric]
+        if not self._is_better(value):
+            self.evaluations_since += 1
+            return False
+        self.value, self.step, self.metrics = value, step, dict(metrics)
+        self.evaluations_since = 0
+        return True
+
+    def _is_better(self, value: float) -> bool:
+        if self.value is None:
+            return True
+        return value > self.value if metric_mode(self.metric) == "max" else value < self.value
+
+
+WINDOW_STEPS = 25
+"""Steps whose load is judged together, so that one odd step warns nobody."""
+
+
+@dataclass
+class CollapseWatch:
+    """Adds up a job's load, and judges it window by window.
+
+    Args:
+        num_steps: Steps of the window so far.
+        tokens_per_expert: Their choices, by router.
+        warnings: What was said already, by kind; a kind is said once.
+    """
+
+    num_steps: int = 0
+    tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
+
+    def take(self, step: int, tokens_per_expert: Choices, config: AdapterConfig) -> list[str]:
+        """Take a step's choices in; give new warnings.
+
+        A window ends after `WINDOW_STEPS`, or later when it has too few tokens to be judged.
+        """
+        self.num_steps += 1
+        self.tokens_per_expert = add_counts(self.tokens_per_expert, tokens_per_expert)
+        if self.num_steps < WINDOW_STEPS or not has_enough_choices(self.tokens_per_expert):
+            return []
+        collapses = find_collapse(self.tokens_per_expert, config.experts_per_token or 0)
+        first = step - self.num_steps + 1
+        new = {
+            kind: f"steps {first} to {step}: {text}; {config.collapse_advice}"
+            for kind, text in collapses.items()
+            if kind not in self.warnings
+        }
+        self.warnings |= new
+        self.num_steps, self.tokens_per_expert = 0, {}
+        return list(new.values())

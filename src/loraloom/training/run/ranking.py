@@ -15,7 +15,7 @@ from rich.text import Text
 from loraloom.config.sweep import format_value, format_values
 from loraloom.errors import plain
 from loraloom.terminal import make_table
-from loraloom.training.run.selection import metric_mode
+from loraloom.training.run.job import metric_mode
 
 RUNNING = "running"
 

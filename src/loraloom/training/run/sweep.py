@@ -30,13 +30,12 @@ from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.eval.sweep_plot import plot_sweep
 from loraloom.training.run.checkpoint import describe_changes
-from loraloom.training.run.job import Job
+from loraloom.training.run.job import Job, metric_mode
 from loraloom.training.run.lead import Lead
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.ranking import RUNNING, Ranking, Standing, ranking_csv
 from loraloom.training.run.results import JobResult
-from loraloom.training.run.selection import metric_mode
 
 _log = logging.getLogger(__name__)
 
