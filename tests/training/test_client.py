@@ -17,7 +17,7 @@ from loraloom.training.client import TrainingClient, example_of, example_of_comp
 from loraloom.training.run.checkpoint import SnapshotStore
 from loraloom.training.run.job import Job
 from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.loss_scale import LossScale
+from loraloom.training.step.optimizers import LossScale
 from loraloom.training.step.requests import run_requests
 from tests.tiny import ALL_METHODS, METHODS, randomise, relative_error
 from tests.training.step.test_fused import run_window

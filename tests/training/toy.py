@@ -27,8 +27,8 @@ from loraloom.training.run.job import Job
 from loraloom.training.run.outputs import RunDirectory
 from loraloom.training.run.progress import Progress
 from loraloom.training.run.results import RESULT_FILE, JobResult, parse_result
-from loraloom.training.step.loss_scale import make_loss_scale
-from loraloom.training.step.reference import load_reference
+from loraloom.training.step.objectives import load_reference
+from loraloom.training.step.optimizers import make_loss_scale
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
 PAD_ID = 0

@@ -39,16 +39,21 @@ from loraloom.training.run.checkpoint import (
     describe_changes,
 )
 from loraloom.training.run.engine import describe_base
-from loraloom.training.step.loss_scale import LossScale, make_loss_scale
-from loraloom.training.step.objectives import build_objective
+from loraloom.training.step.objectives import (
+    Reference,
+    build_objective,
+    drop_reference,
+    load_reference,
+)
 from loraloom.training.step.optimizers import (
+    LossScale,
     build_optimizer,
     clip_gradients,
     learning_state,
     load_learning_state,
+    make_loss_scale,
     set_learning_rate,
 )
-from loraloom.training.step.reference import Reference, drop_reference, load_reference
 from loraloom.training.step.requests import (
     CustomObjective,
     ForwardBackwardOutput,

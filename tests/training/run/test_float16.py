@@ -12,7 +12,7 @@ from loraloom.config.optimizer import OptimizerConfig
 from loraloom.training.client import TrainingClient
 from loraloom.training.run.engine import Engine
 from loraloom.training.step import loss_scale
-from loraloom.training.step.loss_scale import LossScale
+from loraloom.training.step.optimizers import LossScale
 from tests.tiny import randomise, relative_error
 from tests.training.running import interrupted, read_metrics, resumed, trained_weights
 from tests.training.toy import (

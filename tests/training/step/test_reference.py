@@ -7,7 +7,7 @@ from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.errors import FormatError
 from loraloom.infer.scoring import label_log_probs
 from loraloom.training.step import reference
-from loraloom.training.step.reference import (
+from loraloom.training.step.objectives import (
     Reference,
     ask_references,
     drop_reference,

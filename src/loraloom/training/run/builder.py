@@ -25,8 +25,8 @@ from loraloom.models.host import Host
 from loraloom.models.layout import check_takes_packed_rows
 from loraloom.training.run.evaluation import Evaluation
 from loraloom.training.run.job import Job
-from loraloom.training.step.loss_scale import make_loss_scale
-from loraloom.training.step.reference import load_reference
+from loraloom.training.step.objectives import load_reference
+from loraloom.training.step.optimizers import make_loss_scale
 
 KEPT_TRAINING_SETS = 8
 

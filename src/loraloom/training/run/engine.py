@@ -24,7 +24,7 @@ from loraloom.training.run.progress import Progress, Reporter
 from loraloom.training.run.results import JobResult, job_result, parse_result
 from loraloom.training.step.gradient_sum import sum_gradients
 from loraloom.training.step.micro_batch import MicroBatch
-from loraloom.training.step.reference import drop_reference, load_reference
+from loraloom.training.step.objectives import drop_reference, load_reference
 
 SNAPSHOT_RETRY_S = 60.0
 

@@ -15,8 +15,7 @@ from loraloom.eval.protocol import score_accuracy
 from loraloom.infer.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.run.job import Job
-from loraloom.training.step.objectives import ScoredSamples
-from loraloom.training.step.reference import ask_references
+from loraloom.training.step.objectives import ScoredSamples, ask_references
 from loraloom.training.step.window import count_totals
 
 

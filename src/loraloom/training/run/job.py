@@ -19,10 +19,10 @@ from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.collapse import Choices, find_collapse, has_enough_choices
 from loraloom.routing.record import RouterName
-from loraloom.training.step.loss_scale import LossScale
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss, StepReport, add_counts
-from loraloom.training.step.objectives import build_objective
+from loraloom.training.step.objectives import Reference, build_objective
 from loraloom.training.step.optimizers import (
+    LossScale,
     build_optimizer,
     build_scheduler,
     clip_gradients,
@@ -30,7 +30,6 @@ from loraloom.training.step.optimizers import (
     learning_state,
     load_learning_state,
 )
-from loraloom.training.step.reference import Reference
 from loraloom.training.step.window import Window, make_order
 
 

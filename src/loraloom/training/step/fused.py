@@ -27,8 +27,7 @@ from loraloom.routing.record import LayerRouting
 from loraloom.routing.tally import RouterStatistics, measure_load, read_statistics
 from loraloom.training.step.gradient_sum import completed_weights, summing_gradients
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
-from loraloom.training.step.objectives import ObjectiveTerms, ScoredSamples
-from loraloom.training.step.reference import ask_references
+from loraloom.training.step.objectives import ObjectiveTerms, ScoredSamples, ask_references
 from loraloom.training.step.rows import RowLayout, lay_out
 
 

@@ -9,8 +9,7 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example
 from loraloom.routing.collapse import Choices
 from loraloom.routing.record import RouterName
-from loraloom.training.step.objectives import Objective
-from loraloom.training.step.reference import Reference
+from loraloom.training.step.objectives import Objective, Reference
 from loraloom.training.step.window import Window
 
 

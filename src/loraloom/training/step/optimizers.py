@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from loraloom.adapters.adapter import Adapter
 from loraloom.config.optimizer import OptimizerConfig, OptimizerName
 from loraloom.config.train import SCHEDULERS_ON_METRIC, TrainConfig
 from loraloom.errors import ConfigError, shown
+from loraloom.models.host import Host
 from loraloom.models.quantising import import_library
 
 OPTIMIZERS: Mapping[str, type[Optimizer]] = {
@@ -245,3 +247,53 @@ def build_scheduler(
             num_training_steps=total_steps,
             scheduler_specific_kwargs=arguments,
         )
+
+
+GROWTH_INTERVAL = 2000
+"""Steps in a row without an overflow after which the scale is doubled."""
+
+
+@dataclass
+class LossScale:
+    """The scale of a job's losses on a base model in float16.
+
+    Without it, small gradients would become zero and large ones infinite. The loss is multiplied by
+    it before the backward pass, and the gradients, which are in float32, are divided by it before
+    they are clipped. A job whose gradients overflow skips a step; the others know nothing of it.
+
+    Source:
+        PyTorch's `torch.amp.GradScaler`: the same rule with the same constants.
+
+    Args:
+        scale: A power of two, so that it changes no digit.
+        sound_steps: Since the scale was changed.
+        skipped_steps: Of the whole job.
+    """
+
+    scale: float = 2.0**16
+    sound_steps: int = 0
+    skipped_steps: int = 0
+
+    def unscale(self, parameters: Iterable[Parameter]) -> None:
+        """Divide the gradients of a whole step by the scale."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, 1 / self.scale)  # pyright: ignore
+
+    def takes(self, grad_norm: float) -> bool:
+        """Say whether to make a step, by the norm of its gradient, and adapt the scale."""
+        if not math.isfinite(grad_norm):
+            self.scale /= 2
+            self.sound_steps = 0
+            self.skipped_steps += 1
+            return False
+        self.sound_steps += 1
+        if self.sound_steps == GROWTH_INTERVAL:
+            self.scale *= 2
+            self.sound_steps = 0
+        return True
+
+
+def make_loss_scale(host: Host) -> LossScale | None:
+    """Make the scale of a job; None where the base model's number format needs none."""
+    return LossScale() if host.dtype == torch.float16 else None

@@ -21,8 +21,7 @@ from loraloom.models.host import Host
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.gradient_sum import gradients_set_aside
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
-from loraloom.training.step.objectives import Objective, ObjectiveTerms, ScoredSamples
-from loraloom.training.step.reference import Reference
+from loraloom.training.step.objectives import Objective, ObjectiveTerms, Reference, ScoredSamples
 from loraloom.training.step.window import StepTotals, Window
 
 LossFunction = Callable[
