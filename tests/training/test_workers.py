@@ -5,15 +5,25 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 import loraloom
 from benchmarks import cluster
 from loraloom.cli import main as cli
+from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError
-from loraloom.training import ray_cluster
+from loraloom.training import ray_cluster, workers
+from loraloom.training.run.engine import Engine
+from loraloom.training.run.outputs import RunDirectory
+from loraloom.training.run.results import JobResult
+from loraloom.training.workers import Worker, _Driver
+from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
+from tests.training.toy import read_result
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +56,90 @@ def test_nothing_of_rays_is_printed_and_the_user_is_told_what_it_waits_for(run_f
         assert ran.returncode == 0, ran.stderr
         assert "starting Ray\nstarting 2 workers\n" in ran.stdout
         assert "raylet" not in ran.stdout + ran.stderr
+
+
+class LostError(Exception):
+    """Stands for Ray's errors."""
+
+
+class LocalRay:
+    """Workers in this process, each call of which is made when it is waited for.
+
+    Args:
+        dies: Told a worker's jobs, whether its training ends with its loss.
+    """
+
+    exceptions = SimpleNamespace(RayError=LostError)
+
+    def __init__(self, dies):
+        self.dies = dies
+
+    def remote(self, _):
+        return self
+
+    def options(self, **_):
+        return SimpleNamespace(remote=self.start)
+
+    def start(self, *args):
+        worker = Worker(*args)
+        methods = ("prepare", "train", "news", "interrupt")
+        return SimpleNamespace(
+            **{name: SimpleNamespace(remote=partial(self.call, worker, name)) for name in methods}
+        )
+
+    def call(self, worker, name, *args):
+        return partial(self.make, worker, name, args)
+
+    def make(self, worker, name, args):
+        if name == "train" and self.dies({job.name for job in worker._jobs}):
+            raise LostError("killed")
+        return getattr(worker, name)(*args)
+
+    def wait(self, calls, **_):
+        return list(calls), []
+
+    def get(self, call):
+        return call()
+
+    def kill(self, actor, **_):
+        pass
+
+
+def train_locally(run: RunConfig, size: int, dies) -> tuple[list[JobResult], list[str]]:
+    spoken, directory = Spoken(), RunDirectory(run.output_dir, by_job=True)
+    driver = _Driver(LocalRay(dies), run, directory, spoken, {}, "")
+    driver.assemble(size, goes_on=False)
+    directory.prepare([job.name for job in run.all_jobs])
+    return driver.train(), spoken.messages
+
+
+def test_jobs_of_a_lost_worker_go_on_alone_and_one_that_is_lost_again_has_failed(
+    inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(workers, "NEWS_S", 0.0)
+    run = RunConfig.model_validate(run_settings(inputs, tmp_path / "out"))
+    (plain, mixture), said = train_locally(run, 1, lambda jobs: "plain" in jobs)
+    assert (plain.status, mixture.status) == ("failed", "finished")
+    assert plain.error == "job plain: 3 workers were lost that trained it: killed"
+    assert read_result(tmp_path / "out/plain") == plain
+    assert "warning: worker 0 was lost for good: killed" in said
+
+
+def test_trials_of_a_lost_worker_fail_and_the_others_are_trained(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "NEWS_S", 0.0)
+    run = cluster.sweep_of_twelve(inputs, tmp_path / "out")
+    run["sweep"] |= {"max_concurrent": 2, "early_stopping": None}
+    step, rounds = Engine.step, []
+
+    def dying(engine):
+        rounds.append(engine.round)
+        if len(rounds) == 3:
+            raise LostError("killed")
+        step(engine)
+
+    monkeypatch.setattr(Engine, "step", dying)
+    results, _ = train_locally(RunConfig.model_validate(run), 1, lambda _: False)
+    assert Counter(result.status for result in results) == {"failed": 2, "finished": 10}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from loraloom.training.run.interruption import NOTICE, Interruption
 from loraloom.training.run.job import Position
 from loraloom.training.run.outputs import RunDirectory, nearest_existing
 from loraloom.training.run.progress import Progress
+from loraloom.training.run.ranking import Ranking
 from loraloom.training.run.results import JobResult, parse_result
 from loraloom.training.run.run import Setup, check_run, load_base, set_up
 
@@ -58,6 +59,10 @@ class Notes(Progress):
 
     @override
     def update(self, name: str, total_steps: int, position: Position) -> None:
+        pass
+
+    @override
+    def rank(self, ranking: Ranking) -> None:
         pass
 
 
