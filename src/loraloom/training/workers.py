@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from typing_extensions import override
@@ -194,7 +193,7 @@ class _Driver:
 
     def __init__(
         self,
-        ray: ModuleType,
+        ray: Any,
         run: RunConfig,
         directory: RunDirectory,
         progress: Progress,
