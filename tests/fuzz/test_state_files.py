@@ -29,6 +29,7 @@ from tests.fuzz.harness import EXTREMES, broken_bytes, fuzz, mutated, survives
 from tests.training.saved import run_settings, save_inputs
 from tests.training.toy import (
     ADAPTERS,
+    add_job,
     toy_config,
     toy_engine,
     toy_examples,
@@ -184,8 +185,10 @@ def test_journals_with_other_entries(data: st.DataObject, interrupted: Any) -> N
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """One that has a job."""
-    return toy_engine(tmp_path_factory.mktemp("engine"), [toy_config("a", max_steps=9)])
+    """One that has a job, which has joined it."""
+    engine = toy_engine(tmp_path_factory.mktemp("engine"), [])
+    engine.add(add_job(engine.host, toy_config("a", max_steps=9)))
+    return engine
 
 
 @given(data=st.data(), as_bytes=st.booleans())
@@ -203,7 +206,6 @@ def test_states_of_job_files(data: st.DataObject, as_bytes: bool, engine: Any) -
         builder = JobBuilder(engine.host, toy_tokenizer(), engine._evaluation)
 
         def look() -> None:
-            engine.joined = {"a"}
             with Inbox(options, Lead(engine, builder), lambda text: None) as inbox:
                 inbox.look()
                 inbox.look()
