@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from loraloom.config.optimizer import OptimizerConfig
 from loraloom.training.client import TrainingClient
 from loraloom.training.run.engine import Engine
-from loraloom.training.step import loss_scale
+from loraloom.training.step import optimizers
 from loraloom.training.step.optimizers import LossScale
 from tests.tiny import randomise, relative_error
 from tests.training.running import interrupted, read_metrics, resumed, trained_weights
@@ -39,7 +39,7 @@ def toy_engine(directory, names=("lora", "mixlora"), scales: Mapping[str, float]
 
 
 def test_the_scale_moves_and_steps_are_skipped_as_torch_does_it(monkeypatch):
-    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
+    monkeypatch.setattr(optimizers, "GROWTH_INTERVAL", 3)
     parameter = Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([parameter], lr=0.0)
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)

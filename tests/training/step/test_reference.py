@@ -6,7 +6,7 @@ import torch
 from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.errors import FormatError
 from loraloom.infer.scoring import label_log_probs
-from loraloom.training.step import reference
+from loraloom.training.step import objectives
 from loraloom.training.step.objectives import (
     Reference,
     ask_references,
@@ -62,7 +62,7 @@ def test_a_sample_is_asked_for_once(start, monkeypatch):
         asked.append([(name, example.sample_id) for name, example in rows])
         return label_log_probs(host, rows)
 
-    monkeypatch.setattr(reference, "label_log_probs", counted)
+    monkeypatch.setattr(objectives, "label_log_probs", counted)
     examples = toy_examples(4)
     host.train()
     ask_references(host, [(base, examples[:2]), (None, examples), (adapter, examples[1:3])])
