@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -402,5 +403,7 @@ class _Driver:
             directory=str(self._directory.job(config.name)),
         )
         self._progress.message(f"error: {result.error}")
-        self._directory.write_result(config.name, result)
+        with suppress(OSError):  # the table and the exit code say it too
+            self._directory.job(config.name).mkdir(parents=True, exist_ok=True)
+            self._directory.write_result(config.name, result)
         self._results[config.name] = result
