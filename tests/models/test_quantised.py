@@ -307,7 +307,9 @@ def test_merging_is_refused_before_anything_is_changed(host, kind):
 def test_an_adapter_remembers_how_its_base_was_quantised(saved, host, kind, tmp_path):
     host.save("mixlora", tmp_path)
     plain = loraloom.attach(load(saved))
-    with pytest.warns(UserWarning, match=f"it had them in {KINDS[kind]}, here .* floating point"):
+    with pytest.warns(
+        UserWarning, match=f"it had weights in {KINDS[kind]}, here .* floating point"
+    ):
         plain.load("a", tmp_path)
 
 
