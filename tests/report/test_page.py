@@ -13,7 +13,7 @@ from loraloom.report.curves import job_styles, learning_curves
 from loraloom.report.files import read_runs
 from loraloom.report.page import make_page
 from loraloom.report.routing import effective_number, lay_out, level
-from loraloom.routing import totals
+from loraloom.routing import tally
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
 VOID = {"meta", "link", "br"}
@@ -238,7 +238,7 @@ def test_colors_compare_with_an_even_share():
 
 def test_the_effective_number_is_routings():
     load = [0.5, 0.25, 0.25, 0.0]
-    expected = float(totals.effective_number(torch.tensor(load, dtype=torch.float64)))
+    expected = float(tally.effective_number(torch.tensor(load, dtype=torch.float64)))
     assert effective_number(load) == pytest.approx(expected)
 
 
