@@ -18,7 +18,7 @@ def test_a_limit_without_room_for_what_is_loaded_is_refused_before_anything_is_w
     settings = run_settings(save_inputs(tmp_path), tmp_path / "out")
     path = write_run_file(tmp_path / "run.yaml", {**settings, "memory_limit": "10kB"})
     with pytest.raises(
-        ConfigError, match=r"must fit into 0.00 GB \(memory_limit\), base model and"
+        ConfigError, match=r"must fit into 0.00 GB \(memory_limit\), base model, adapters and"
     ):
         train(path)
     assert not (tmp_path / "out").exists()
@@ -34,7 +34,7 @@ def test_a_limit_that_is_no_size_is_refused(tmp_path, given):
 
 def test_a_job_that_joins_must_fit_as_well(tmp_path):
     alone = toy_engine(tmp_path / "alone", [toy_config("a")])
-    limit = base_bytes(alone.host) + adapter_bytes(alone.host) + 1
+    limit = base_bytes(alone.host) + 6 * adapter_bytes(alone.host)
     engine = toy_engine(tmp_path / "out", [toy_config("a")], memory_limit=limit)
     engine.step()
     with pytest.raises(ConfigError, match=r"a step must fit into .* \(memory_limit\)"):

@@ -14,6 +14,7 @@ from loraloom.errors import ConfigError, DataError
 from loraloom.models.loading import load_base_model
 from loraloom.training.run import evaluation
 from loraloom.training.run.checkpoint import SnapshotStore
+from loraloom.training.run.checks import as_of_now
 from loraloom.training.run.engine import Engine
 from loraloom.training.run.inbox import WatchOptions, sole_trainer
 from loraloom.training.run.outputs import RunDirectory
@@ -262,6 +263,13 @@ def test_resume_with_other_settings_is_an_error_that_names_them(inputs, tmp_path
         ConfigError, match=r"job plain: train\.learning_rate was 0\.005 and is 1\.0"
     ):
         train(other, resume=True)
+
+
+def test_settings_that_an_older_version_saved_are_those_of_now(inputs, tmp_path):
+    now = settings(inputs, tmp_path / "out").jobs[0].model_dump(mode="json")
+    new = {name: value for name, value in now["data"].items() if name != "on_empty"}
+    older = {**now, "adapter": {**now["adapter"], "eva": {"rho": 2.0}}, "data": new}
+    assert as_of_now(older) == now
 
 
 def test_priorities_and_the_size_of_steps_may_change_when_a_run_goes_on(

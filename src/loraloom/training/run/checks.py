@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from loraloom.config.job import JobConfig
 from loraloom.config.objective import BASE_REFERENCE, DpoConfig
 from loraloom.config.paths import local_path
@@ -60,7 +62,8 @@ def check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) -> 
         record = snapshot.jobs.get(job.name)
         if record is not None:  # priority changes no job's result
             saved, now = (
-                {**s, "priority": None} for s in (record.settings, job.model_dump(mode="json"))
+                {**settings, "priority": None}
+                for settings in (as_of_now(record.settings), job.model_dump(mode="json"))
             )
             changed += [f"job {job.name}: {change}" for change in describe_changes(saved, now)]
     if changed:
@@ -68,6 +71,19 @@ def check_same_run(snapshot: Snapshot, run: RunConfig, base: dict[str, Any]) -> 
             "--resume needs the settings that the run began with, these differ: "
             f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
         )
+
+
+def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what this version makes of a job's settings that an older one saved.
+
+    Settings that are new have their defaults, and those of `init: eva`, which had no effect on
+    other jobs, are left out.
+    """
+    adapter = {name: value for name, value in settings["adapter"].items() if name != "eva"}
+    try:
+        return JobConfig.model_validate({**settings, "adapter": adapter}).model_dump(mode="json")
+    except ValidationError:
+        return settings
 
 
 def input_digests(host: Host, job: Job, evaluation: Evaluation) -> dict[str, str]:

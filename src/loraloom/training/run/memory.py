@@ -31,13 +31,13 @@ _CONTAINER = Path("/sys/fs/cgroup")
 
 
 def check_limit(host: Host, limit: int | None) -> None:
-    """Refuse a limit that has no room for what is loaded before the first step."""
-    loaded = base_bytes(host) + adapter_bytes(host)
-    if limit is not None and loaded >= limit:
+    """Refuse a limit that has no room for what a run keeps between its steps."""
+    kept = base_bytes(host) + (1 + _LEARNING_COPIES) * adapter_bytes(host)
+    if limit is not None and kept >= limit:
         raise ConfigError(
-            f"a step must fit into {_in_gb(limit)} (memory_limit), base model and adapters alone "
-            f"take {_in_gb(loaded)}; raise memory_limit, quantize the base model, or train fewer "
-            "jobs at once"
+            f"a step must fit into {_in_gb(limit)} (memory_limit), base model, adapters and what "
+            f"their optimizers keep take {_in_gb(kept)}; raise memory_limit, quantize the base "
+            "model, or train fewer jobs at once"
         )
 
 
