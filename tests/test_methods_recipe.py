@@ -10,7 +10,7 @@ import pytest
 
 import loraloom
 from loraloom.adapters import CONFIGS
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "methods" / "run.py"
 

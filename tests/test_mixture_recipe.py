@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import loraloom
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "mixture"
 

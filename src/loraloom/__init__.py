@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from loraloom.eval.evaluation import evaluate as evaluate
     from loraloom.eval.evaluation import evaluate_loss as evaluate_loss
     from loraloom.eval.statistics import compare_paired as compare_paired
-    from loraloom.infer.generate import Completion as Completion
-    from loraloom.infer.generate import generate as generate
-    from loraloom.infer.prompts import Prompt as Prompt
-    from loraloom.infer.sampling import SamplingConfig as SamplingConfig
+    from loraloom.generation.generate import Completion as Completion
+    from loraloom.generation.generate import generate as generate
+    from loraloom.generation.prompts import Prompt as Prompt
+    from loraloom.generation.sampling import SamplingConfig as SamplingConfig
     from loraloom.models.attach import attach as attach
     from loraloom.models.converting import convert as convert
     from loraloom.models.export import Export as Export
@@ -72,9 +72,9 @@ _HOMES = {
     "eval.comparison": ("compare", "read_answers", "summarise_seeds"),
     "eval.evaluation": ("Evaluation", "evaluate", "evaluate_loss"),
     "eval.statistics": ("compare_paired",),
-    "infer.generate": ("Completion", "generate"),
-    "infer.prompts": ("Prompt",),
-    "infer.sampling": ("SamplingConfig",),
+    "generation.generate": ("Completion", "generate"),
+    "generation.prompts": ("Prompt",),
+    "generation.sampling": ("SamplingConfig",),
     "models.attach": ("attach",),
     "models.converting": ("convert",),
     "models.export": ("Export", "export"),

@@ -9,7 +9,7 @@ from benchmarks import decode, layer, step
 from benchmarks.cases import ADAPTERS, PEFT_CASES, StepSetting, alternate
 from loraloom.models.loading import load_base_model
 from loraloom.models.quantised import quantised_linears
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import loraloom
 from benchmarks.memory_model import JobsSetting
 from benchmarks.quantised import load_host, measure_peak
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 SETTING = JobsSetting("lora", rows=1, length=8, dtype="float32")
 

@@ -18,7 +18,7 @@ from loraloom.data.questions import load_question_set, questions_digest, sha256
 from loraloom.eval.cache import FILE_NAME, ScoreCache
 from loraloom.eval.comparison import compare, read_answers
 from loraloom.models.host import Host
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 ROWS = [
     {
@@ -271,7 +271,7 @@ def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
     ],
 )
 def test_bad_input_is_one_error_before_the_model_is_loaded(run, monkeypatch, capsys, more, message):
-    from loraloom.infer import loading
+    from loraloom.generation import loading
 
     monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
     run(*more.split(), code=2)

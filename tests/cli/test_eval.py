@@ -6,7 +6,7 @@ import pytest
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 ROWS = [
     {
@@ -111,7 +111,7 @@ def test_moe_pefts_labels_can_be_asked_for(run, tmp_path):
 def test_bad_input_is_one_error_before_the_model_is_loaded(
     run, monkeypatch, capsys, words, message
 ):
-    from loraloom.infer import loading
+    from loraloom.generation import loading
 
     monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
     assert run(*words.split()) == 2

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import loraloom
 from loraloom.cli.main import main
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 from tests.tiny import relative_error, tiny_ids
 
 

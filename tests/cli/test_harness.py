@@ -17,7 +17,7 @@ from loraloom.eval.harness import tasks
 from loraloom.eval.results import read_evaluation
 from loraloom.eval.statistics import wilson_interval
 from tests.eval.harness.toy import write_tasks
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_adapters_can_go_without_the_base(run, saved, tmp_path):
 def test_bad_input_is_one_error_before_the_model_is_loaded(
     run, monkeypatch, capsys, words, message
 ):
-    from loraloom.infer import loading
+    from loraloom.generation import loading
 
     monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
     assert run(*words.split()) == 2

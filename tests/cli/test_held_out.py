@@ -8,7 +8,7 @@ import pytest
 
 from loraloom.cli import main as cli
 from loraloom.report.page import make_page
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 from tests.report.made import write_run
 
 ROWS = [
@@ -125,7 +125,7 @@ def test_conversations_are_written_out_by_the_template_that_is_given(run, tmp_pa
 def test_bad_input_is_one_error_before_the_model_is_loaded(
     run, monkeypatch, capsys, words, message
 ):
-    from loraloom.infer import loading
+    from loraloom.generation import loading
 
     monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("loaded"))
     run(*words.split(), code=2)

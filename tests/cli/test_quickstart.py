@@ -9,7 +9,7 @@ from loraloom.cli import main as cli
 from loraloom.cli import quickstart
 from loraloom.data import tiny_base
 from loraloom.data.skills import generate_skills
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 METHODS = ("lora-small", "lora-large", "mixlora")
 

@@ -29,7 +29,7 @@ from loraloom.config.job import JobConfig
 from loraloom.config.loading import load_run_config, load_task_config
 from loraloom.config.run import RunConfig
 from loraloom.config.yaml_text import parse_yaml
-from loraloom.infer.loading import load_host
+from loraloom.generation.loading import load_host
 from tests.docs.conftest import TRAINED
 from tests.serve.http.in_process import serving
 

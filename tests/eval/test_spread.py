@@ -14,7 +14,7 @@ import pytest
 from loraloom.cli import main as cli
 from loraloom.errors import AdapterError, DataError
 from loraloom.eval import spread
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 
 class Call:

@@ -12,7 +12,7 @@ import loraloom
 from loraloom.adapters import LoraConfig, VeraConfig
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import AdapterError, ModelError
-from loraloom.infer.scoring import group_rows
+from loraloom.generation.scoring import group_rows
 from tests.conftest import build_tokenizer
 from tests.tiny import (
     ALL_METHODS,

@@ -22,7 +22,7 @@ from loraloom.models.quantised import (
     quantised_linears,
     stored_weights,
 )
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 from tests.tiny import METHODS, gradients, randomise, relative_error, tiny_ids, tiny_model
 
 with warnings.catch_warnings():  # of what torch and triton call deprecated

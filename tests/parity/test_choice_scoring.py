@@ -9,7 +9,7 @@ import pytest
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 from tests.parity.plain_arc import load, read_rows, score
 
 TOLERANCE = 1e-4

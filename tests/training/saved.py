@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 WORDS = ("blue", "one", "two", "yes", "no", "true", "false", "short")
 

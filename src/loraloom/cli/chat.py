@@ -26,8 +26,8 @@ from loraloom.cli.serve import CacheTokensOption
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
 
 if TYPE_CHECKING:
-    from loraloom.infer.sampling import SamplingConfig
-    from loraloom.serve.conversation import Conversation
+    from loraloom.generation.conversation import Conversation
+    from loraloom.generation.sampling import SamplingConfig
 
 HELP = """\
 /adapter NAME      let an adapter answer, or `base`
@@ -78,12 +78,12 @@ def chat(
     adapters = parse_adapters(adapter)
     if raw and system is not None:
         raise ConfigError("--system has no effect with --raw; leave one of them out")
-    from loraloom.infer.loading import check_sources, load_host
-    from loraloom.infer.sampling import parse_sampling
-    from loraloom.serve.conversation import Conversation
-    from loraloom.serve.engine import Engine
-    from loraloom.serve.limits import EngineLimits
-    from loraloom.serve.memory import default_cache_tokens
+    from loraloom.generation.conversation import Conversation
+    from loraloom.generation.engine import Engine
+    from loraloom.generation.limits import EngineLimits
+    from loraloom.generation.loading import check_sources, load_host
+    from loraloom.generation.memory import default_cache_tokens
+    from loraloom.generation.sampling import parse_sampling
 
     sampling = parse_sampling(
         max_new_tokens=max_new_tokens,

@@ -20,7 +20,7 @@ from loraloom.config.json_text import parse_json, read_json
 from loraloom.durable import append_text, prepare_output, write_json
 from loraloom.errors import ConfigError
 from loraloom.eval.progress import EvaluationProgress
-from loraloom.infer.prompts import Prompt
+from loraloom.generation.prompts import Prompt
 from loraloom.terminal import make_console
 
 Texts = Iterable[Sequence[str]]

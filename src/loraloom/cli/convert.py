@@ -51,7 +51,7 @@ def convert(
         settings = apply_override(settings, override)
     host = None
     if base_model is not None:
-        from loraloom.infer.loading import check_sources, load_host
+        from loraloom.generation.loading import check_sources, load_host
 
         check_sources(base_model, {}, "cpu")
         host, _ = load_host(base_model, {}, "float32", "cpu", None)

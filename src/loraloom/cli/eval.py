@@ -84,7 +84,7 @@ class EvalRun:
     def check(self) -> None:
         """Find what can be found wrong before anything is loaded, and make room for the outputs."""
         from loraloom.durable import prepare_output
-        from loraloom.infer.loading import check_sources
+        from loraloom.generation.loading import check_sources
 
         if self.ray is None:
             where = (self.device, self.dtype, self.quantization)
@@ -102,7 +102,7 @@ class EvalRun:
 
     def load(self) -> tuple[Host, PreTrainedTokenizerBase]:
         """Load the base model, its tokenizer and the adapters."""
-        from loraloom.infer.loading import load_host
+        from loraloom.generation.loading import load_host
 
         return load_host(
             self.base_model,

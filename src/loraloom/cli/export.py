@@ -48,7 +48,7 @@ def export(
     quantization: QuantizationOption = None,
 ) -> None:
     """Write an adapter for other engines: transformers, vLLM, llama.cpp."""
-    from loraloom.infer.loading import check_sources, load_host
+    from loraloom.generation.loading import check_sources, load_host
     from loraloom.models.export import check_target
     from loraloom.models.export import export as write
 

@@ -26,7 +26,7 @@ from loraloom.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from loraloom.data.rows import Row
-    from loraloom.infer.prompts import Prompt
+    from loraloom.generation.prompts import Prompt
     from loraloom.models.layout import RowAdapter
 
 BASE = "base"
@@ -83,7 +83,6 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option("--repetition-penalty", help="Above 1: say less again.")
     ] = 1.0,
-    num_beams: Annotated[int, typer.Option("--num-beams", help="Width of a beam search.")] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     stop: Annotated[
         list[str] | None,
@@ -115,9 +114,9 @@ def generate(
     from loraloom.data.chat_template import template_text
     from loraloom.data.prompts import given_form, template_source
     from loraloom.eval.provenance import describe_adapters
-    from loraloom.infer.generate import complete_in_order
-    from loraloom.infer.loading import check_sources, load_host
-    from loraloom.infer.sampling import parse_sampling
+    from loraloom.generation.generate import complete_in_order
+    from loraloom.generation.loading import check_sources, load_host
+    from loraloom.generation.sampling import parse_sampling
 
     sampling = parse_sampling(
         max_new_tokens=max_new_tokens,
@@ -125,7 +124,6 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
-        num_beams=num_beams,
         seed=seed,
         stop=tuple(stop or ()),
     )
@@ -181,7 +179,7 @@ def _read(
     if (prompt is None) == (input_file is None):
         raise ConfigError("generate needs either --prompt or --input; give one of them")
     from loraloom.data.files import read_file
-    from loraloom.infer.prompts import Prompt
+    from loraloom.generation.prompts import Prompt
 
     if no_base and (input_file is not None or not adapters):
         raise ConfigError("--no-base has an effect on --prompt with --adapter only; leave it out")
@@ -201,7 +199,7 @@ def _read(
 def _prompts_of(row: Row, adapters: Mapping[str, str], *, raw: bool) -> list[Prompt]:
     """What a row asks: one adapter, or all of them where it names none."""
     from loraloom.data.messages import read_messages, read_tools
-    from loraloom.infer.prompts import Prompt
+    from loraloom.generation.prompts import Prompt
 
     if ("prompt" in row) == ("messages" in row):
         row.reject("a row must have either 'prompt' or 'messages'")

@@ -29,8 +29,8 @@ from loraloom.errors import ConfigError
 if TYPE_CHECKING:
     import socket
 
+    from loraloom.generation.engine import Engine
     from loraloom.serve.adapters import AdapterShelf
-    from loraloom.serve.engine import Engine
 
 MaxRowsOption = Annotated[
     int, Option("--max-rows", min=1, help="Most completions that are made at once.")
@@ -190,14 +190,14 @@ def _serve_embedded(
 ) -> None:
     """Serve with our own engine; `given` are the options."""
     from loraloom.data.chat_template import replace_chat_template
-    from loraloom.infer.loading import check_sources, load_host
+    from loraloom.generation.engine import Engine
+    from loraloom.generation.limits import EngineLimits
+    from loraloom.generation.loading import check_sources, load_host
+    from loraloom.generation.memory import default_cache_tokens
     from loraloom.serve.adapters import AdapterShelf
     from loraloom.serve.allocator import bound_kernel_caches, return_freed_memory
-    from loraloom.serve.engine import Engine
     from loraloom.serve.http.app import ApiOptions, create_app
     from loraloom.serve.http.server import ConnectionLimits, Server, listen
-    from loraloom.serve.limits import EngineLimits
-    from loraloom.serve.memory import default_cache_tokens
     from loraloom.serve.threads import run_apart
 
     return_freed_memory()
@@ -224,7 +224,7 @@ def _serve_embedded(
                 given.prefill_tokens,
                 given.max_waiting,
                 given.max_request_seconds,
-                given.shared_prompt_cache,
+                "shared" if given.shared_prompt_cache else "own",
             )
             engine = Engine(model, tokenizer, limits)
             shelf = AdapterShelf(
@@ -272,7 +272,7 @@ def _write_log() -> None:
     for name in (
         "asyncio",
         "uvicorn.error",
-        "loraloom.serve.failures",
+        "loraloom.generation.failures",
         "loraloom.serve.http.server",
     ):
         logging.getLogger(name).addFilter(OnceASecond())
@@ -285,7 +285,7 @@ def _write_log() -> None:
 
 def _announce(engine: Engine, shelf: AdapterShelf, sock: socket.socket) -> None:
     """Say what is served, where, and what it may take."""
-    from loraloom.serve.memory import cache_bytes
+    from loraloom.generation.memory import cache_bytes
 
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address

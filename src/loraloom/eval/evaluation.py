@@ -48,7 +48,7 @@ from loraloom.eval.results import SCHEMA_VERSION
 from loraloom.eval.routing import RoutingTally, summarise_routing
 from loraloom.eval.scores import HeldOutLosses, PairLosses, Scores, TaskScores, summarise
 from loraloom.eval.tables import check_outputs, data_frame, evaluation_tables, markdown_page
-from loraloom.infer.rows import example_row
+from loraloom.generation.rows import example_row
 from loraloom.models.host import Host
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Choice scoring: the log-likelihood of every choice, for several adapters in one pass.
 
-A question's choices are scored together, see `loraloom.infer.scoring`.
+A question's choices are scored together, see `loraloom.generation.scoring`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from loraloom.data.examples import ChoiceQuestion
 from loraloom.data.tokenising import TokenPair, encode_pairs
 from loraloom.eval.cache import LogLikelihoods, ScoreCache, Tokens
 from loraloom.eval.scores import QuestionScore, accuracy
-from loraloom.infer.rows import fit_pair
-from loraloom.infer.scoring import (
+from loraloom.generation.rows import fit_pair
+from loraloom.generation.scoring import (
     Group,
     OnRouting,
     group_rows,

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.config import AdapterConfig
-from loraloom.infer.scoring import OnRouting, RoutedRows
+from loraloom.generation.scoring import OnRouting, RoutedRows
 from loraloom.models.host import Host
 from loraloom.routing.collapse import find_collapse
 from loraloom.routing.record import LayerRouting, RouterName

@@ -25,10 +25,10 @@ from loraloom.config.optimizer import OptimizerConfig
 from loraloom.data.encoding import learn_completions
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair, TrainingExample
 from loraloom.errors import AdapterError, ConfigError, TrainingError
-from loraloom.infer.generate import Completion, generate_tokens
-from loraloom.infer.prompts import Prompt
-from loraloom.infer.sampling import SamplingConfig
-from loraloom.infer.scoring import label_log_probs
+from loraloom.generation.generate import Completion, generate_tokens
+from loraloom.generation.prompts import Prompt
+from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 from loraloom.training.run.checkpoint import (

@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 
 from loraloom.errors import ConfigError
 from loraloom.eval.harness import HostLM, load_tasks
-from tests.infer.saved import save_tiny
+from tests.generation.saved import save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.harness.lm import HostLM, parse_generation
-from loraloom.infer.sampling import SamplingConfig
+from loraloom.generation.sampling import SamplingConfig
 from tests.conftest import build_tokenizer
 from tests.eval.scoring import scoring_host
 
@@ -118,8 +118,8 @@ def test_eos_stands_for_an_empty_context_where_there_is_no_bos():
             {"max_new_tokens": 50, "temperature": 0.7, "top_p": 0.9, "top_k": 5},
         ),
         (
-            {"num_beams": 3, "repetition_penalty": 1.2},
-            {"max_new_tokens": 50, "num_beams": 3, "repetition_penalty": 1.2},
+            {"repetition_penalty": 1.2},
+            {"max_new_tokens": 50, "repetition_penalty": 1.2},
         ),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 
 from loraloom.serve.http.app import ApiOptions
 from tests.conftest import build_tokenizer
-from tests.serve.conftest import SIZES
+from tests.generation.conftest import SIZES
 from tests.serve.http.in_process import serving
 from tests.tiny import tiny_host
 

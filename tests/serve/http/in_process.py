@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from loraloom.generation.engine import Engine
+from loraloom.generation.limits import EngineLimits
 from loraloom.models.host import Host
 from loraloom.serve.adapters import AdapterShelf
-from loraloom.serve.engine import Engine
 from loraloom.serve.http.app import ApiOptions, create_app
 from loraloom.serve.http.server import ConnectionLimits, Server, listen
-from loraloom.serve.limits import EngineLimits
 
 BASE = "some/base"
 
@@ -31,7 +32,7 @@ def serving(
 ) -> Iterator[tuple[str, Engine]]:
     """Serve a host in this process; gives the address, and the engine."""
     settings = {"max_rows": 8, "cache_tokens": 4096, "prefill_tokens": 64}
-    engine = Engine(host, tokenizer, EngineLimits(**settings | limits))
+    engine = Engine(host, copy.deepcopy(tokenizer), EngineLimits(**settings | limits))
     shelf = AdapterShelf(host, base, directory, max_adapters, engine.forget)
     app = create_app(engine, tokenizer, shelf, options)
     with listen("127.0.0.1", 0) as sock:

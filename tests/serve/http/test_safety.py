@@ -16,13 +16,13 @@ import openai
 import pytest
 
 from loraloom.errors import ConfigError, DataError
+from loraloom.generation.limits import QueueFullError
 from loraloom.serve.access import is_loopback, read_keys
 from loraloom.serve.http.app import ApiOptions
 from loraloom.serve.http.asking import Backend
 from loraloom.serve.http.chat import encode_chat
 from loraloom.serve.http.objects import ChatBody
 from loraloom.serve.http.server import listen
-from loraloom.serve.limits import QueueFullError
 from tests.serve.http.in_process import BASE, serving
 
 CHAT: dict[str, Any] = {

@@ -8,7 +8,7 @@ import httpx2
 import torch
 
 from loraloom import OptimizerConfig, TrainingClient, example_of
-from tests.serve.conftest import SIZES
+from tests.generation.conftest import SIZES
 from tests.serve.http.in_process import serving
 from tests.tiny import METHODS, tiny_host, tiny_ids
 

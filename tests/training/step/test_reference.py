@@ -5,7 +5,7 @@ import torch
 
 from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.errors import FormatError
-from loraloom.infer.scoring import label_log_probs
+from loraloom.generation.scoring import label_log_probs
 from loraloom.training.step import objectives
 from loraloom.training.step.objectives import (
     Reference,

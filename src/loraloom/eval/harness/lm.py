@@ -41,11 +41,11 @@ from loraloom.data.tokenising import (
 )
 from loraloom.errors import AdapterError, ConfigError, DataError, not_finite
 from loraloom.eval.provenance import adapter_digest
-from loraloom.infer.generate import complete
-from loraloom.infer.loading import load_host
-from loraloom.infer.rows import fit_pair
-from loraloom.infer.sampling import SamplingConfig, parse_sampling
-from loraloom.infer.scoring import (
+from loraloom.generation.generate import complete
+from loraloom.generation.loading import load_host
+from loraloom.generation.rows import fit_pair
+from loraloom.generation.sampling import SamplingConfig, parse_sampling
+from loraloom.generation.scoring import (
     PairScore,
     group_rows,
     score_groups,

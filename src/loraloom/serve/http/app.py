@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 import loraloom
 from loraloom.errors import AdapterError, FormatError, shown
+from loraloom.generation.engine import Engine
+from loraloom.generation.failures import log_failure
 from loraloom.serve.access import find_below
 from loraloom.serve.adapters import AdapterShelf
-from loraloom.serve.engine import Engine
-from loraloom.serve.failures import log_failure
 from loraloom.serve.http.asking import Backend, now
 from loraloom.serve.http.chat import complete_chat
 from loraloom.serve.http.completions import complete_texts

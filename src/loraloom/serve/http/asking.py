@@ -22,24 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import text_of_token
 from loraloom.errors import AdapterError, FormatError, shown
-from loraloom.infer.generate import end_tokens
-from loraloom.infer.sampling import parse_sampling
-from loraloom.models.layout import RowAdapter
-from loraloom.routing.record import describe_router
-from loraloom.serve.adapters import (
-    AdapterMemoryError,
-    AdapterShelf,
-    ServedAdapter,
-    UnknownModelError,
-)
-from loraloom.serve.constraints import JsonConstraints
-from loraloom.serve.engine import Engine
-from loraloom.serve.failures import log_failure
-from loraloom.serve.http.errors import ApiError, ClientGoneError, api_error
-from loraloom.serve.http.guards import TENANT
-from loraloom.serve.http.objects import SamplingBody
-from loraloom.serve.limits import OutOfTimeError
-from loraloom.serve.sequence import (
+from loraloom.generation.engine import Engine
+from loraloom.generation.failures import log_failure
+from loraloom.generation.limits import OutOfTimeError
+from loraloom.generation.sampling import end_tokens, parse_sampling
+from loraloom.generation.sequence import (
     Constraint,
     Event,
     Failure,
@@ -50,6 +37,18 @@ from loraloom.serve.sequence import (
     ScoreRequest,
     TokenRouting,
 )
+from loraloom.models.layout import RowAdapter
+from loraloom.routing.record import describe_router
+from loraloom.serve.adapters import (
+    AdapterMemoryError,
+    AdapterShelf,
+    ServedAdapter,
+    UnknownModelError,
+)
+from loraloom.serve.constraints import JsonConstraints
+from loraloom.serve.http.errors import ApiError, ClientGoneError, api_error
+from loraloom.serve.http.guards import TENANT
+from loraloom.serve.http.objects import SamplingBody
 
 MAX_SCALE = 10.0
 """Largest factor of what an adapter adds to the base model, positive or negative."""

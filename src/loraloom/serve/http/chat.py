@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
 from loraloom.errors import DataError
-from loraloom.infer.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
+from loraloom.generation.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
+from loraloom.generation.sequence import Constraint, FinishReason, GenerationRequest, Piece
 from loraloom.serve.http.asking import (
     Answers,
     Backend,
@@ -35,7 +36,6 @@ from loraloom.serve.http.tool_calls import (
     call_schema,
     parse_calls,
 )
-from loraloom.serve.sequence import Constraint, FinishReason, GenerationRequest, Piece
 
 
 async def complete_chat(backend: Backend, body: ChatBody, http: Request) -> Response:

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from loraloom.data.tokenising import encode_texts
 from loraloom.errors import DataError
+from loraloom.generation.sequence import GenerationRequest, Piece, ScoreRequest, TokenLogProb
 from loraloom.serve.http.asking import (
     Answers,
     Backend,
@@ -28,7 +29,6 @@ from loraloom.serve.http.asking import (
 )
 from loraloom.serve.http.errors import ApiError
 from loraloom.serve.http.objects import CompletionBody
-from loraloom.serve.sequence import GenerationRequest, Piece, ScoreRequest, TokenLogProb
 
 
 async def complete_texts(backend: Backend, body: CompletionBody, http: Request) -> Response:

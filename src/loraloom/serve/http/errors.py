@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from loraloom.errors import FormatError, LoraloomError, plain
+from loraloom.generation.limits import NoRoutersError, OutOfTimeError, QueueFullError, StoppingError
 from loraloom.serve.adapters import AdapterMemoryError, BusyDownloadingError, UnknownModelError
-from loraloom.serve.limits import NoRoutersError, OutOfTimeError, QueueFullError, StoppingError
 
 
 class ErrorObject(BaseModel):

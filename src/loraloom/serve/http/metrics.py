@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from loraloom.generation.engine import Engine
+from loraloom.generation.sequence import Row
 from loraloom.routing.record import describe_router
-from loraloom.serve.engine import Engine
-from loraloom.serve.sequence import Row
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loraloom.errors import ConfigError
-from loraloom.serve.engine import Engine
+from loraloom.generation.engine import Engine
 
 SPARE_CONNECTIONS = 32
 """Accepted beyond the limit, when all within it are being answered: they may ask for health."""

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from loraloom.infer.prompts import is_unicode
+from loraloom.generation.prompts import is_unicode
 from loraloom.serve.http.objects import FunctionCall, Tool
 
 _OPENING = "<tool_call>"

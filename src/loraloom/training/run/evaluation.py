@@ -12,7 +12,7 @@ from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.data.examples import ChoiceQuestion, Example
 from loraloom.data.questions import load_question_set
 from loraloom.eval.protocol import score_accuracy
-from loraloom.infer.scoring import label_log_probs
+from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.run.job import Job
 from loraloom.training.step.objectives import ScoredSamples, ask_references

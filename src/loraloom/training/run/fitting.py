@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from loraloom.errors import ConfigError, TrainingError
-from loraloom.infer.halving import free_memory
+from loraloom.generation.halving import free_memory
 from loraloom.models.host import Host
 from loraloom.training.run.job import Job
 from loraloom.training.run.memory import MemoryWatch

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loraloom.adapters.adapter import SampleTokens
 from loraloom.data.examples import count_labels
-from loraloom.infer.rows import collate, example_row, owners
+from loraloom.generation.rows import collate, example_row, owners
 from loraloom.models.host import Host
 from loraloom.models.sharding import recovering
 from loraloom.ranks import Ranks

@@ -25,7 +25,7 @@ from torch.nn.functional import logsigmoid
 
 from loraloom.config.objective import BASE_REFERENCE, CpoConfig, DpoConfig, SftConfig
 from loraloom.data.examples import Example, TrainingExample
-from loraloom.infer.scoring import label_log_probs
+from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.step.window import StepTotals
 

@@ -1,6 +1,6 @@
-"""How the next token is chosen, and which texts end a completion.
+"""How the next token is chosen, and which tokens end a completion.
 
-Axes: B rows, L tokens, V vocabulary.
+Axes: V vocabulary.
 
 A row's random numbers come from the seed and the row's own key, so what is drawn for a prompt does
 not depend on the prompts beside it.
@@ -18,7 +18,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -27,7 +26,8 @@ from transformers import (
 from loraloom.config.faults import describe_faults
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import ConfigError, shown
-from loraloom.infer.prompts import is_unicode
+from loraloom.generation.prompts import is_unicode
+from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 
 _ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
@@ -35,7 +35,6 @@ _ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
 
 
 MIN_TEMPERATURE = 0.001
-MAX_BEAMS = 256
 MAX_STOP = 10_000
 """Characters of a stop text."""
 
@@ -53,8 +52,6 @@ class SamplingConfig(StrictModel):
     """Draw from the most likely tokens whose probabilities sum to this."""
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     """Divide the logit of a token that was there before, in the prompt too (multiply, if < 0)."""
-    num_beams: int = Field(default=1, ge=1, le=MAX_BEAMS)
-    """Width of a beam search; 1 for none."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the random draws."""
     stop: tuple[str, ...] = ()
@@ -80,16 +77,6 @@ class SamplingConfig(StrictModel):
             )
         return value
 
-    @field_validator("num_beams")
-    @classmethod
-    def _check_beams(cls, num_beams: int, info: CheckInfo) -> int:
-        if num_beams > 1 and info.data.get("temperature", 0) > 0:
-            raise ValueError(
-                f"num_beams must be 1 when temperature is above 0, got {num_beams}; "
-                "beam search draws nothing"
-            )
-        return num_beams
-
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,11 +100,11 @@ def parse_sampling(**settings: Any) -> SamplingConfig:
 
 
 class TokenChooser:
-    """Chooses each row's next token."""
+    """Chooses the tokens of one row, whose draws follow from the seed and the row's number."""
 
-    def __init__(self, sampling: SamplingConfig, rows: Sequence[int], device: torch.device):
+    def __init__(self, sampling: SamplingConfig, row: int, device: torch.device):
         self._processors = LogitsProcessorList()
-        self._generators: list[torch.Generator] | None = None
+        self._generator: torch.Generator | None = None
         if sampling.repetition_penalty != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
         if sampling.temperature == 0:
@@ -127,62 +114,26 @@ class TokenChooser:
             self._processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             self._processors.append(TopPLogitsWarper(sampling.top_p))
-        keys = [sample_key(sampling.seed, 0, row) for row in rows]
-        self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
+        key = sample_key(sampling.seed, 0, row)
+        self._generator = torch.Generator(device).manual_seed(key)
 
-    def choose(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """Choose tokens, [B]."""
-        scores = self._processors(input_ids, logits.float())  # pyright: ignore[reportArgumentType]
-        if self._generators is not None:
-            scores = _add_noise(scores, self._generators)
-        return scores.argmax(-1)
+    def choose(self, input_ids: Sequence[int], logits: Tensor) -> int:
+        """Choose the token after `input_ids` by its logits, [V].
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Let all other rows go."""
-        if self._generators is not None:
-            self._generators = [self._generators[row] for row in rows]
-
-
-def _add_noise(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Add Gumbel noise, so that the highest score is a draw from the softmax.
-
-    Source:
-        The Gumbel-max trick: argmax(logits - log(e)), e ~ Exp(1), is a draw from softmax(logits).
-    """
-    draws = torch.empty_like(scores)
-    for row, generator in zip(draws, generators, strict=True):
-        row.exponential_(generator=generator)
-    return scores - draws.clamp_min_(torch.finfo(draws.dtype).tiny).log_()
+        Source:
+            The Gumbel-max trick: argmax(logits - log(e)), e ~ Exp(1), is a draw from
+            softmax(logits).
+        """
+        said = torch.tensor([input_ids], dtype=torch.long, device=logits.device)
+        scores = self._processors(said, logits.float().unsqueeze(0))  # pyright: ignore[reportArgumentType]
+        if self._generator is not None:
+            draws = torch.empty_like(scores).exponential_(generator=self._generator)
+            scores = scores - draws.clamp_min_(torch.finfo(draws.dtype).tiny).log_()
+        return int(scores.argmax())
 
 
-class StopTexts(StoppingCriteria):
-    """Ends a row once one of the texts is in what was generated.
-
-    Unlike transformers' `stop_strings` it reads no token of the prompt, so that a stop text doesn't
-    end a completion by what it began in the prompt.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt_length: int
-    ):
-        self.tokenizer = tokenizer
-        self.texts = texts
-        self.prompt_length = prompt_length
-        # a token has a byte at least, so a text that ends now began within so many tokens; and one
-        # stands in front, as decoders leave out a first space
-        self.window = 1 + max(len(text.encode()) for text in texts)
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Tensor, scores: tuple[Tensor, ...] | None, **kwargs: Any
-    ) -> Tensor:
-        """Return whether each row of [B, L] has ended, [B]."""
-        start = max(self.prompt_length, input_ids.shape[1] - self.window)
-        tails = self.tokenizer.batch_decode(input_ids[:, start:])
-        ended = [any(text in tail for text in self.texts) for tail in tails]
-        return torch.tensor(ended, device=input_ids.device)
-
-
-def before_stop(text: str, stop: Sequence[str]) -> str:
-    """Return what comes before the first of the stop texts."""
-    cuts = [place for place in map(text.find, stop) if place >= 0]
-    return text[: min(cuts, default=len(text))]
+def end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: those of the model's generation config, and EOS."""
+    configured = host.model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})

@@ -6,7 +6,7 @@ import torch
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.tokenising import TokenPair
 from loraloom.errors import DataError
-from loraloom.infer.rows import collate, example_row, fit_pair, make_rows
+from loraloom.generation.rows import collate, example_row, fit_pair, make_rows
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loraloom.infer.generate import complete
-from loraloom.infer.sampling import SamplingConfig
+from loraloom.generation.engine import Engine
+from loraloom.generation.generate import complete
+from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.sequence import Event, Failure, GenerationRequest, Piece
 from loraloom.models.layout import RowAdapter
-from loraloom.serve.engine import Engine
-from loraloom.serve.sequence import Event, Failure, GenerationRequest, Piece
 
 TEXTS = (
     "one",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from loraloom.errors import LoraloomError
+from loraloom.errors import AdapterError, LoraloomError
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class EngineLimits:
         prefill_tokens: Most tokens of prompts that are read between two decoding steps.
         max_waiting: Most requests that wait.
         max_request_s: Seconds after which a request fails, waiting included.
-        shares_prompts: Whoever asks may use what is kept of others' prompts. Then the time to the
-            first token says what others have asked.
+        prompt_cache: Who may use what is kept of a prompt: whoever sent it, or all; then the time
+            to the first token says what others have sent. With `off`, nothing is kept.
     """
 
     max_rows: int = 32
@@ -26,7 +27,7 @@ class EngineLimits:
     prefill_tokens: int = 256
     max_waiting: int = 256
     max_request_s: float = 600.0
-    shares_prompts: bool = False
+    prompt_cache: Literal["own", "shared", "off"] = "own"
 
 
 class QueueFullError(LoraloomError):
@@ -47,3 +48,7 @@ class NoRoutersError(LoraloomError):
 
 class OutOfTimeError(LoraloomError):
     """A request took longer than it may."""
+
+
+class NotFiniteError(AdapterError):
+    """An adapter's weights, or the base model's, have become infinite or NaN."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loraloom.adapters import MixLoraConfig
-from loraloom.serve.limits import NoRoutersError
-from tests.serve.asking import TEXTS, answers, finish, request, submit
+from loraloom.generation.limits import NoRoutersError
+from tests.generation.asking import TEXTS, answers, finish, request, submit
 
 ROUTED = ("mixlora", ("mixdora", 0.5), "mixlora", "mola", "hydralora", ("mixlora", 1.0), "mixdora")
 

@@ -158,6 +158,16 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:
+    """Refuse what the embedding has no row for, which a GPU would not get over."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise DataError(
+            f"{origin}: the text must have tokens of the model, whose ids are below {vocab_size}, "
+            f"got {largest}; leave the special token of this id out"
+        )
+
+
 def _check_unicode(text: str, prompt: Prompt) -> None:
     if not is_unicode(text):
         raise DataError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from loraloom.data.tokenising import TokenPair
-from loraloom.infer.rows import make_rows
-from loraloom.infer.scoring import score_rows
+from loraloom.generation.failures import log_failure
+from loraloom.generation.rows import make_rows
+from loraloom.generation.scoring import score_rows
+from loraloom.generation.sequence import Failure, Score
 from loraloom.models.host import Host
-from loraloom.serve.failures import log_failure
-from loraloom.serve.sequence import Failure, Score
 
 
 def score_texts(host: Host, batch: Iterable[Score]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import psutil
 import torch
 
+from loraloom.generation.limits import EngineLimits
 from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
 from loraloom.models.host import Host
-from loraloom.serve.limits import EngineLimits
 
 _SHARE = 0.25
 """Of the memory that is free: what the cache takes when nobody says how much it may."""

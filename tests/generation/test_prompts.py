@@ -4,7 +4,7 @@ import pytest
 
 from loraloom.config.data import PromptForm
 from loraloom.errors import DataError
-from loraloom.infer.prompts import Prompt, encode_prompt
+from loraloom.generation.prompts import Prompt, encode_prompt
 
 TEMPLATE = (
     "{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}"

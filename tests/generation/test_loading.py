@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import AdapterError, FormatError, ModelError
-from loraloom.infer import loading
-from loraloom.infer.loading import check_sources, load_host
-from tests.infer.saved import save_tiny
+from loraloom.generation import loading
+from loraloom.generation.loading import check_sources, load_host
+from tests.generation.saved import save_tiny
 from tests.tiny import tiny_ids
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
-from loraloom.serve.sequence import Row, Share
+from loraloom.generation.sequence import Row, Share
 
 _ROOM = 16
 """Tokens that a row must have room for when it joins others, so that it isn't sent back at once."""

@@ -7,8 +7,8 @@ from unittest.mock import create_autospec
 
 import torch
 
+from loraloom.generation.cache import BLOCK_TOKENS, PrefixCache
 from loraloom.models.decoding import Decoding
-from loraloom.serve.cache import BLOCK_TOKENS, PrefixCache
 
 
 def states(tokens: list[int]) -> torch.Tensor:

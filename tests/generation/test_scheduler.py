@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from loraloom.infer.sampling import SamplingConfig
-from loraloom.serve.scheduler import Scheduler
-from loraloom.serve.sequence import GenerationRequest, Row, Share
+from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.scheduler import Scheduler
+from loraloom.generation.sequence import GenerationRequest, Row, Share
 from tests.conftest import build_tokenizer
 
 TOKENIZER = build_tokenizer()

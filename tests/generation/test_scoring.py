@@ -7,9 +7,9 @@ import torch
 
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.errors import DataError
-from loraloom.infer import scoring
-from loraloom.infer.rows import collate, example_row
-from loraloom.infer.scoring import label_log_probs, score_rows, token_batches
+from loraloom.generation import scoring
+from loraloom.generation.rows import collate, example_row
+from loraloom.generation.scoring import label_log_probs, score_rows, token_batches
 from loraloom.models.host import Host
 from tests.eval.scoring import limit_rows
 from tests.tiny import METHODS, tiny_host

@@ -5,9 +5,9 @@ import torch
 
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, DataError
-from loraloom.infer.generate import complete, generate, generate_tokens
-from loraloom.infer.prompts import Prompt
-from loraloom.infer.sampling import SamplingConfig
+from loraloom.generation.generate import complete, generate, generate_tokens
+from loraloom.generation.prompts import Prompt
+from loraloom.generation.sampling import SamplingConfig
 from tests.tiny import METHODS, tiny_host
 
 TEXTS = ("one", "Question: yes or no? Answer:", "the sky", "Please choose", "a short answer is")
@@ -85,7 +85,6 @@ def test_a_prompt_may_scale_its_adapter(host, tiny_tokenizer):
         {"temperature": 1.0, "seed": 5},
         {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
         {"repetition_penalty": 1.8},
-        {"num_beams": 3},
     ],
 )
 def test_completions_do_not_depend_on_the_batch(host, tiny_tokenizer, settings):
@@ -172,17 +171,20 @@ def test_an_unknown_adapter_is_an_error(host, tiny_tokenizer):
 
 def test_what_does_not_fit_into_memory_is_completed_in_parts(host, tiny_tokenizer, monkeypatch):
     expected = completed(host, tiny_tokenizer, temperature=1.0, seed=5)
-    seen, whole = [], host.prefill
+    seen, decode = [], host.decode
 
-    def limited(input_ids, *rest):
-        if len(input_ids) > 2:
+    def limited(session, *rest):
+        if len(session.adapters) > 2:
             raise torch.OutOfMemoryError
-        seen.append(len(input_ids))
-        return whole(input_ids, *rest)
+        seen.append(len(session.adapters))
+        return decode(session, *rest)
 
-    monkeypatch.setattr(host, "prefill", limited)
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(host, "decode", limited)
     assert completed(host, tiny_tokenizer, temperature=1.0, seed=5) == expected
-    assert sum(seen) == len(TEXTS)
-    monkeypatch.setattr(host, "prefill", lambda input_ids, *_: limited(torch.zeros(3)))
+    assert max(seen) == 2
+    monkeypatch.setattr(host, "prefill", full)
     with pytest.raises(DataError, match=r"a prompt of \d+ tokens must fit into memory"):
         completed(host, tiny_tokenizer)

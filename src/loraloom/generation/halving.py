@@ -21,6 +21,14 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def too_large(item: str) -> DataError:
+    """The error of what does not fit into memory by itself."""
+    return DataError(
+        f"{item} must fit into memory, it doesn't, even alone; free memory on the device, or load "
+        "the base model in bfloat16"
+    )
+
+
 def in_halves(
     compute: Callable[[Sequence[Item]], list[Result]],
     items: Sequence[Item],
@@ -31,10 +39,7 @@ def in_halves(
         return compute(items)
     except torch.OutOfMemoryError:
         if len(items) == 1:
-            raise DataError(
-                f"{describe(items[0])} must fit into memory, it doesn't, even alone; free memory "
-                "on the device, or load the base model in bfloat16"
-            ) from None
+            raise too_large(describe(items[0])) from None
     free_memory()
     middle = (len(items) + 1) // 2
     return [

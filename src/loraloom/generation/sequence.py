@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import NUM_BEFORE
-from loraloom.infer.sampling import SamplingConfig, TokenChooser
-from loraloom.infer.scoring import TokenScores
+from loraloom.generation.sampling import SamplingConfig, TokenChooser
+from loraloom.generation.scoring import TokenScores
+from loraloom.generation.text import TextStream
 from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
-from loraloom.serve.text import TextStream
 
 FinishReason = Literal["stop", "length"]
 """An end token or a stop text came, or there is no room for more tokens."""
@@ -54,7 +54,7 @@ class GenerationRequest:
         prompt_ids: Tokens to continue, at least one.
         adapter: Its name on the host, perhaps with a scale; None is the base model.
         owner: Under which name it is counted: the model's public name.
-        sampling: How tokens are chosen; no beams.
+        sampling: How tokens are chosen.
         place: Which of several completions of the prompt; draws follow from it and the seed, as
             they do from a prompt's place in `generate`.
         num_logprobs: Most likely tokens to tell with each token; None tells no log-probabilities.
@@ -238,7 +238,7 @@ class Row:
         before = request.prompt_ids[-NUM_BEFORE:] if request.continues else ()
         self._text = TextStream(tokenizer, request.sampling.stop, before)
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
-        self._chooser = TokenChooser(request.sampling, [request.place], device)
+        self._chooser = TokenChooser(request.sampling, request.place, device)
         self._counts: Counter[int] = Counter()
         self._unsaid: list[TokenLogProb] = []
         self._num_unsaid = 0
@@ -269,8 +269,7 @@ class Row:
         if self.request.constraint is not None:
             allowed = self.request.constraint.allowed(len(logits)).to(logits.device)
             logits = logits.masked_fill(~allowed, -torch.inf)
-        said = torch.tensor([self.tokens], device=logits.device)
-        return int(self._chooser.choose(said, logits.unsqueeze(0)))
+        return self._chooser.choose(self.tokens, logits)
 
     def take(self, token: int, logits: Tensor) -> FinishReason | None:
         """Add a token that was chosen, and tell what follows from it."""

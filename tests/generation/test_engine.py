@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from loraloom.errors import AdapterError, DataError
-from loraloom.infer.generate import check_token_ids
+from loraloom.generation.engine import Engine
+from loraloom.generation.limits import EngineLimits, OutOfTimeError, QueueFullError, StoppingError
+from loraloom.generation.prompts import check_token_ids
+from loraloom.generation.sequence import Piece, ScoreRequest, Share
 from loraloom.models.decoding import Decoding
-from loraloom.serve.engine import Engine
-from loraloom.serve.limits import EngineLimits, OutOfTimeError, QueueFullError, StoppingError
-from loraloom.serve.sequence import Piece, ScoreRequest, Share
-from tests.serve.asking import TEXTS, Asked, alone, answers, finish, request, submit
-from tests.serve.conftest import NAMES, SIZES
+from tests.generation.asking import TEXTS, Asked, alone, answers, finish, request, submit
+from tests.generation.conftest import NAMES, SIZES
 from tests.tiny import METHODS, tiny_host
 
 
@@ -110,8 +110,8 @@ def test_a_prompt_waits_for_no_long_ones_of_another_adapter(make_engine, tiny_to
 
 
 def test_customers_know_nothing_of_one_anothers_prompts(make_engine, tiny_tokenizer):
-    for shares_prompts, expected in ((False, [0, 0, 1]), (True, [0, 1, 1])):
-        engine, known = make_engine(shares_prompts=shares_prompts), []
+    for prompt_cache, expected in (("own", [0, 0, 1]), ("shared", [0, 1, 1]), ("off", [0, 0, 0])):
+        engine, known = make_engine(prompt_cache=prompt_cache), []
         for tenant in ("a", "b", "b"):
             before = engine.counts.cached_tokens["base"]
             answers(engine, [request(tiny_tokenizer, TEXTS[2], tenant=tenant)])

@@ -9,7 +9,6 @@ does not depend on the rows beside it.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import threading
@@ -24,28 +23,25 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.errors import AdapterError, DataError
-from loraloom.infer.generate import check_token_ids, end_tokens
-from loraloom.infer.scoring import tokens_per_batch
-from loraloom.models.decoding import Decoding
-from loraloom.models.families import keeps_running_states
-from loraloom.models.forward import PreparedWeights, Record
-from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter, rows_in_record
-from loraloom.routing.record import choices_by_token, join_routing
-from loraloom.serve.cache import PrefixCache, Salts
-from loraloom.serve.counts import EngineCounts, Outcome
-from loraloom.serve.failures import log_failure
-from loraloom.serve.limits import (
+from loraloom.errors import DataError
+from loraloom.generation.cache import PrefixCache, Salts
+from loraloom.generation.counts import EngineCounts, Outcome
+from loraloom.generation.failures import log_failure
+from loraloom.generation.halving import free_memory, too_large
+from loraloom.generation.limits import (
     EngineLimits,
     NoRoutersError,
+    NotFiniteError,
     OutOfTimeError,
     QueueFullError,
     StoppingError,
 )
-from loraloom.serve.scheduler import Scheduler
-from loraloom.serve.scores import score_texts
-from loraloom.serve.sequence import (
+from loraloom.generation.prompts import check_token_ids
+from loraloom.generation.sampling import end_tokens
+from loraloom.generation.scheduler import Scheduler
+from loraloom.generation.scores import score_texts
+from loraloom.generation.scoring import tokens_per_batch
+from loraloom.generation.sequence import (
     Failure,
     GenerationRequest,
     OnGone,
@@ -54,6 +50,12 @@ from loraloom.serve.sequence import (
     ScoreRequest,
     Sink,
 )
+from loraloom.models.decoding import Decoding
+from loraloom.models.families import keeps_running_states
+from loraloom.models.forward import PreparedWeights, Record
+from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter, rows_in_record
+from loraloom.routing.record import choices_by_token, join_routing
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class Engine:
         self.on_end: Callable[[Row], object] = lambda row: None
         """Told of each row that has ended."""
         self.is_stopping = False
-        self._tokenizer = copy.deepcopy(tokenizer)  # a fast one may be used by one thread at a time
+        self._tokenizer = tokenizer  # a fast one may be used by one thread at a time
         self._ends = end_tokens(host, tokenizer)
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
@@ -127,6 +129,11 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests that wait, those whose adapters are being loaded too."""
         return len(self._scheduler) + len(self._scores) + self._num_accepted
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return self.num_running + self.num_waiting
 
     @property
     def cache_tokens_in_use(self) -> int:
@@ -366,18 +373,23 @@ class Engine:
             reading = min(self._reading, key=lambda one: self._scheduler.used(one.row.share))
             try:
                 budget -= self._read_piece(reading, budget)
-            except Exception as error:
-                log_failure("a prompt could not be read", error)
+                error = None
+            except Exception as raised:
+                log_failure("a prompt could not be read", raised)
+                error = raised.with_traceback(None)  # which holds on to activations
+            if error is not None:
                 self._reading.remove(reading)
-                self._fail(reading.row, error)
+                self._retry_or_fail(reading.row, error)
                 continue
             if reading.num_read == reading.row.length:
                 self._reading.remove(reading)
                 try:
                     self._join(reading)
-                except Exception as error:  # sessions may be joined in some layers alone
-                    log_failure("a row could not join the others", error)
-                    self._fail(reading.row, error)
+                except Exception as raised:  # sessions may be joined in some layers alone
+                    log_failure("a row could not join the others", raised)
+                    error = raised.with_traceback(None)
+                if error is not None:
+                    self._retry_or_fail(reading.row, error)
                     self._put_back(self._take_apart())
 
     def _read_piece(self, reading: _Reading, max_tokens: int) -> int:
@@ -431,9 +443,8 @@ class Engine:
         staying = []
         for place, row in enumerate(self._rows):
             if is_broken[place]:
-                self._fail(
-                    row, AdapterError(f"model {row.owner!r} computes numbers that are not finite")
-                )
+                error = f"model {row.owner!r} computes numbers that are not finite"
+                self._fail(row, NotFiniteError(error))
             elif not self._choose_for(place, row, most_likely[place]):
                 staying.append(place)
         self._keep(staying)
@@ -480,10 +491,13 @@ class Engine:
         is_counted = self.counts.num_steps % ROUTING_STEPS == 0
         is_told = any(row.request.tells_routing for row in self._rows)
         record: Record | None = {} if is_counted or is_told else None
+        error = None
         try:
             self.host.decode(self._session, tokens, record)
-        except Exception as error:
-            log_failure("rows could not be decoded", error)
+        except Exception as raised:
+            log_failure("rows could not be decoded", raised)
+            error = raised.with_traceback(None)
+        if error is not None:
             self._recover(error)
             return
         self._scheduler.clear(self._rows)
@@ -510,9 +524,15 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """After rows failed together, read them again, adapter by adapter.
 
-        Rows of one adapter that failed without others have failed for good.
+        Rows of one adapter that failed without others have failed for good. Where memory ran out,
+        half as many are read.
         """
         rows = self._take_apart()
+        if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
+            free_memory()
+            self._scheduler.max_rows = len(rows) // 2
+            self._put_back(rows)
+            return
         if len({row.request.adapter_name for row in rows}) == 1:
             for row in rows:
                 self._fail(row, error)
@@ -520,6 +540,17 @@ class Engine:
         with self._lock:
             self._scheduler.suspect(rows)
         self._put_back(rows)
+
+    def _retry_or_fail(self, row: Row, error: Exception) -> None:
+        """Let a row wait until others have ended if it needs their memory."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            self._fail(row, error)
+        elif self._rows:
+            free_memory()
+            self._scheduler.max_rows = len(self._rows)
+            self._put_back([row])
+        else:
+            self._fail(row, too_large(f"a prompt of {len(row.request.prompt_ids)} tokens"))
 
     def _take_apart(self) -> list[Row]:
         """End the session of the rows that are continued, with the weights that were prepared."""
@@ -570,13 +601,13 @@ class Engine:
 
     def _salt_of(self, row: Row) -> Hashable:
         """What tells those apart who may not use one another's prompts."""
-        tenant = None if self.limits.shares_prompts else row.share.tenant
+        tenant = row.share.tenant if self.limits.prompt_cache == "own" else None
         return tenant, self._salts.of(row.request.adapter)
 
     def _remember(self, session: Decoding, place: int, row: Row) -> None:
         """Keep the states of a row's whole blocks for prompts that begin alike."""
-        if keeps_running_states(self.host.config):  # of which no token has a part
-            return
+        if self.limits.prompt_cache == "off" or keeps_running_states(self.host.config):
+            return  # no token has a part of a running state
         if self._salt_of(row) != row.salt:  # weights have changed
             return
         tokens = row.tokens[: int(session.lengths[place])]  # the last one may not be read yet

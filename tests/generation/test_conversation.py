@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import DataError
-from loraloom.infer.generate import generate
-from loraloom.infer.prompts import Prompt
-from loraloom.infer.sampling import SamplingConfig
-from loraloom.serve.conversation import Conversation
+from loraloom.generation.conversation import Conversation
+from loraloom.generation.generate import generate
+from loraloom.generation.prompts import Prompt
+from loraloom.generation.sampling import SamplingConfig
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

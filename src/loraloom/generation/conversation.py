@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.messages import Message
-from loraloom.infer.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
-from loraloom.infer.sampling import SamplingConfig
-from loraloom.serve.engine import Engine
-from loraloom.serve.sequence import Event, Failure, GenerationRequest
+from loraloom.generation.engine import Engine
+from loraloom.generation.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
+from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.sequence import Event, Failure, GenerationRequest
 
 
 @dataclass

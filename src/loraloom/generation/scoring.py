@@ -18,8 +18,8 @@ from torch import Tensor
 
 from loraloom.data.examples import Example
 from loraloom.data.tokenising import TokenPair
-from loraloom.infer.halving import in_halves
-from loraloom.infer.rows import TokenRow, collate, example_row, make_rows, owners
+from loraloom.generation.halving import in_halves
+from loraloom.generation.rows import TokenRow, collate, example_row, make_rows, owners
 from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter

@@ -4,24 +4,15 @@ import pytest
 import torch
 
 from loraloom.errors import ConfigError
-from loraloom.infer.sampling import SamplingConfig, TokenChooser, parse_sampling
+from loraloom.generation.sampling import SamplingConfig, TokenChooser, parse_sampling
 
 CPU = torch.device("cpu")
-NO_IDS = torch.empty(0, 0, dtype=torch.long)
 
 
 def draw(logits, rows, **settings):
     """Draw a token for each row from the same logits."""
-    chooser = TokenChooser(SamplingConfig(**settings), rows, CPU)
-    return chooser.choose(NO_IDS, torch.tensor(logits).repeat(len(rows), 1))
-
-
-def test_rows_that_stay_draw_on_as_if_all_were_there():
-    logits, settings = torch.zeros(3, 50), SamplingConfig(temperature=1.0)
-    whole, part = (TokenChooser(settings, [3, 8, 9], CPU) for _ in range(2))
-    assert torch.equal(whole.choose(NO_IDS, logits), part.choose(NO_IDS, logits))
-    part.keep([2, 0])
-    assert torch.equal(part.choose(NO_IDS, logits[:2]), whole.choose(NO_IDS, logits)[[2, 0]])
+    choosers = [TokenChooser(SamplingConfig(**settings), row, CPU) for row in rows]
+    return torch.tensor([chooser.choose([], torch.tensor(logits)) for chooser in choosers])
 
 
 def test_greedy_leaves_the_logits_alone():
@@ -47,7 +38,6 @@ def test_extreme_temperatures_draw_a_token(temperature):
         ({"temperature": 1e-45}, "temperature must be 0, for the most likely token, or at least"),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"repetition_penalty": 1e300}, "repetition_penalty must be at most 100"),
-        ({"num_beams": 10**9}, "num_beams must be at most 256"),
         ({"stop": ("x" * 10_001,)}, "stop must hold texts of at most 10000 characters"),
         ({"stop": ("\ud800",)}, "stop must hold texts of at most 10000 characters of Unicode"),
     ],
@@ -89,10 +79,6 @@ def test_a_draw_depends_on_seed_and_row_alone():
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"top_p": 0.5}, "top_p has no effect at temperature 0, got 0.5; set temperature above 0"),
         ({"top_k": 5}, "top_k has no effect at temperature 0, got 5"),
-        (
-            {"num_beams": 2, "temperature": 1},
-            "num_beams must be 1 when temperature is above 0, got 2",
-        ),
         ({"stop": ("",)}, "stop must not hold an empty text"),
     ],
 )
