@@ -2,9 +2,8 @@
 
 Axes: B rows, L tokens, V vocabulary.
 
-A step admits requests, reads a piece of their prompts, chooses a token for every row that is read,
-lets rows go that have ended, and decodes the others. A prompt is read alone, so what a row says
-does not depend on the rows beside it.
+A step schedules rows (some are sent back, others admitted), decodes those that are under way and
+reads pieces of the prompts of others, and then chooses a token for every row that is read.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.errors import DataError
-from loraloom.generation.cache import PrefixCache, Salts
 from loraloom.generation.counts import EngineCounts, Outcome
 from loraloom.generation.failures import log_failure
 from loraloom.generation.halving import free_memory, too_large
@@ -37,10 +36,11 @@ from loraloom.generation.limits import (
     StoppingError,
 )
 from loraloom.generation.prompts import check_token_ids
+from loraloom.generation.rows import text_row
+from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import Scheduler
-from loraloom.generation.scores import score_texts
-from loraloom.generation.scoring import tokens_per_batch
+from loraloom.generation.scoring import score_rows, tokens_per_batch
 from loraloom.generation.sequence import (
     Failure,
     GenerationRequest,
@@ -50,11 +50,9 @@ from loraloom.generation.sequence import (
     ScoreRequest,
     Sink,
 )
-from loraloom.models.decoding import Decoding
-from loraloom.models.families import keeps_running_states
-from loraloom.models.forward import PreparedWeights, Record
+from loraloom.models.forward import Record
 from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter, rows_in_record
+from loraloom.models.layout import rows_in_record
 from loraloom.routing.record import choices_by_token, join_routing
 
 _log = logging.getLogger(__name__)
@@ -65,18 +63,8 @@ MIN_TURN = 16
 """Tokens that a row generates at least before it gives way to others."""
 READ_PER_TOKEN = 8
 """Tokens that are read in about the time in which one is generated."""
-MAX_PREPARED = 32
-"""Most adapters, each in each scale, whose weights are kept in compute form."""
 
-
-@dataclass
-class _Reading:
-    """A row whose prompt is being read."""
-
-    row: Row
-    session: Decoding | None = None
-    num_known: int = 0
-    num_read: int = 0
+Failed = tuple[Row, Exception]
 
 
 class Engine:
@@ -100,15 +88,10 @@ class Engine:
         self._arrivals = count(1)
         self._mean_s = 1.0
         self._scores: deque[Score] = deque()
-        self._reading: list[_Reading] = []
-        self._rows: list[Row] = []
-        self._session: Decoding | None = None
-        self._prefixes = PrefixCache()
-        self._prepared = PreparedWeights()
-        self._prepared_for: set[RowAdapter] = set()
+        self._served: list[Row] = []  # in the order in which they were admitted
+        self._runner = Runner(host, limits.prompt_cache)
         self._gone: list[Adapter] = []
         self._num_accepted = 0
-        self._salts = Salts(host, self._forget_weights)
 
     @property
     def max_length(self) -> int:
@@ -118,7 +101,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Rows that are read or continued."""
-        return len(self._reading) + len(self._rows)
+        return len(self._served)
 
     @property
     def is_idle(self) -> bool:
@@ -143,7 +126,7 @@ class Engine:
     @property
     def prefix_tokens(self) -> int:
         """Tokens of prompts that are kept for those that begin alike."""
-        return self._prefixes.num_tokens
+        return self._runner.prefixes.num_tokens
 
     @contextmanager
     def accepting(self) -> Iterator[None]:
@@ -234,19 +217,12 @@ class Engine:
     def step(self) -> bool:
         """Do one step; return whether there is more to do."""
         self.counts.num_steps += 1
-        self._forget_gone()
         self._drop_ended()
-        self._score()
-        self._admit()
-        self._read()
-        self._choose()
-        self._make_room()
-        self._decode()
+        self._score_texts()
+        reading = self._schedule()
+        failures = [*self._decode(), *self._read(reading)]
+        self._postprocess(failures)
         return self._has_work
-
-    @property
-    def _served(self) -> list[Row]:
-        return [*self._rows, *(reading.row for reading in self._reading)]
 
     @property
     def _has_work(self) -> bool:
@@ -255,8 +231,10 @@ class Engine:
     def _check_open(self, *, is_accepted: bool = False) -> None:
         if self.is_stopping and not is_accepted:
             raise StoppingError("the server is stopping; ask another one, or later")
-        num_sent_back = sum(row.settled_length > 0 for row in self._scheduler)
-        if self.num_waiting - num_sent_back - is_accepted >= self.limits.max_waiting:
+        num_waiting = self.num_waiting - is_accepted
+        if num_waiting >= self.limits.max_waiting:
+            num_waiting -= sum(row.settled_length > 0 for row in self._scheduler)  # were served
+        if num_waiting >= self.limits.max_waiting:
             raise QueueFullError(
                 f"at most {self.limits.max_waiting} requests may wait, and so many do; "
                 "try again later",
@@ -291,22 +269,15 @@ class Engine:
                 f"got {num_prompt} and {num_new}; shorten the prompt or lower max_tokens"
             )
 
-    def _forget_gone(self) -> None:
+    def _drop_ended(self) -> None:
+        """Let adapters go that were removed, and rows whose clients have gone or time is up."""
         with self._lock:
             gone, self._gone = self._gone, []
-        for adapter in gone:
-            self._forget_weights(adapter)
-
-    def _forget_weights(self, adapter: Adapter) -> None:
-        self._prepared.forget(adapter)
-
-    def _drop_ended(self) -> None:
-        """Let rows go whose clients have gone, or whose time is up."""
-        with self._lock:
             for row in [row for row in self._scheduler if self._is_over(row)]:
                 self._scheduler.remove(row)
-        self._reading = [reading for reading in self._reading if not self._is_over(reading.row)]
-        self._keep([place for place, row in enumerate(self._rows) if not self._is_over(row)])
+        for adapter in gone:
+            self._runner.forget(adapter)
+        self._leave([row for row in self._served if self._is_over(row)])
 
     def _is_over(self, row: Row) -> bool:
         if row.is_cancelled:
@@ -317,7 +288,7 @@ class Engine:
             return True
         return False
 
-    def _score(self) -> None:
+    def _score_texts(self) -> None:
         """Score some of the texts that wait, as many as fit into a forward."""
         room, batch = tokens_per_batch(self.host), []
         if self._served:  # whose next tokens wait meanwhile
@@ -334,9 +305,29 @@ class Engine:
         for score in over:
             if not score.is_cancelled:
                 score.sink(Failure(self._too_late()))
-        score_texts(self.host, batch)
+        by_adapter: dict[str | None, list[Score]] = {}
+        for score in batch:
+            by_adapter.setdefault(score.request.adapter_name, []).append(score)
+        for part in by_adapter.values():  # each by itself, as a fault is an adapter's own
+            self._score_part(part)
         for score in (*over, *batch):
             score.on_gone()
+
+    def _score_part(self, part: Sequence[Score]) -> None:
+        requests = [(score.request.adapter, text_row(score.request.tokens)) for score in part]
+        num_top = max(score.request.num_top for score in part)
+        try:
+            for score, scores in zip(
+                part, score_rows(self.host, requests, num_top=num_top), strict=True
+            ):
+                score.tell(scores)
+        except Exception as error:
+            log_failure("texts could not be scored", error)
+            if len(part) == 1:
+                part[0].sink(Failure(error))
+                return
+            for score in part:
+                self._score_part([score])
 
     def _is_late(self, row: Row | Score) -> bool:
         return time.monotonic() - row.request.arrived_s > self.limits.max_request_s
@@ -344,115 +335,103 @@ class Engine:
     def _too_late(self) -> OutOfTimeError:
         return OutOfTimeError(f"a request must end in {self.limits.max_request_s:g} seconds")
 
-    def _admit(self) -> None:
-        """Take rows in, and send others back for those that were served less."""
+    def _schedule(self) -> list[Row]:
+        """Send rows back and admit others; return those that are to be read."""
+        served, scheduler, running = self._served, self._scheduler, set(self._runner.rows)
         with self._lock:
+            while len(served) > 1 and (
+                scheduler.cached_tokens(served, added=1) > self.limits.cache_tokens
+            ):
+                self._send_back(scheduler.greediest(served))
             while True:
-                while (row := self._scheduler.admit(self._served)) is not None:
-                    self._reading.append(_Reading(row))
-                movable = [row for row in self._rows if row.length >= row.settled_length]
-                movable += [reading.row for reading in self._reading if reading.session is None]
-                victim = self._scheduler.victim(self._served, movable)
+                while (row := scheduler.admit(served)) is not None:
+                    served.append(row)
+                victim = scheduler.victim(served, [row for row in served if self._may_go(row)])
                 if victim is None:
                     break
                 self._send_back(victim)
-        self._bound_prepared()
         self._fit_prefixes()
+        self._runner.bound_prepared(served)
+        return [row for row in served if row not in running]
 
-    def _bound_prepared(self) -> None:
-        """Keep no more than `MAX_PREPARED` adapters and scales in compute form."""
-        served = {row.request.adapter for row in self._served}
-        self._prepared_for |= served
-        if len(self._prepared_for) > max(MAX_PREPARED, len(served)):
-            self._prepare_anew(served)
+    def _decode(self) -> list[Failed]:
+        """Read the last tokens of the rows that are under way."""
+        rows = self._runner.rows
+        if not rows:
+            return []
+        is_counted = self.counts.num_steps % ROUTING_STEPS == 0
+        is_told = any(row.request.tells_routing for row in rows)
+        record: Record | None = {} if is_counted or is_told else None
+        error = _attempt("rows could not be decoded", partial(self._runner.decode, record))
+        if error is not None:
+            return self._recover(error)
+        self._scheduler.clear(rows)
+        for row in rows:
+            self._scheduler.charge(row.share, 1)
+        if record and is_counted:
+            owners = {row.request.adapter_name: row.owner for row in rows}
+            for name, routing in record.items():
+                self.counts.add_routing(owners[name], routing)
+        if record and is_told:
+            _tell_routing(rows, record)
+        return []
 
-    def _read(self) -> None:
+    def _read(self, reading: list[Row]) -> list[Failed]:
         """Read pieces of prompts, first of whoever was served least; rows then join the others."""
+        failures = []
         budget = self.limits.prefill_tokens
-        while self._reading and budget > 0:
-            reading = min(self._reading, key=lambda one: self._scheduler.used(one.row.share))
-            try:
-                budget -= self._read_piece(reading, budget)
-                error = None
-            except Exception as raised:
-                log_failure("a prompt could not be read", raised)
-                error = raised.with_traceback(None)  # which holds on to activations
+        while reading and budget > 0:
+            row = min(reading, key=lambda row: self._scheduler.used(row.share))
+            before = row.num_read
+            error = _attempt("a prompt could not be read", partial(self._runner.read, row, budget))
+            num_tokens = row.num_read - (before or row.num_known)
+            budget -= num_tokens
+            if not row.new_ids:  # what is read again is nobody's wish
+                self._scheduler.charge(row.share, num_tokens)
+            if error is None and row.num_read == row.length:
+                reading.remove(row)
+                self._settle(row)
+                error = _attempt("a row could not join the others", partial(self._runner.join, row))
+                if error is not None:  # sessions may be joined in some layers alone
+                    self._put_back(self._runner.take_apart(self._served))
+            elif error is not None:
+                reading.remove(row)
             if error is not None:
-                self._reading.remove(reading)
-                self._retry_or_fail(reading.row, error)
-                continue
-            if reading.num_read == reading.row.length:
-                self._reading.remove(reading)
-                try:
-                    self._join(reading)
-                except Exception as raised:  # sessions may be joined in some layers alone
-                    log_failure("a row could not join the others", raised)
-                    error = raised.with_traceback(None)
-                if error is not None:
-                    self._retry_or_fail(reading.row, error)
-                    self._put_back(self._take_apart())
+                failures.append((row, error))
+        return failures
 
-    def _read_piece(self, reading: _Reading, max_tokens: int) -> int:
-        """Read some tokens of a row; return how many."""
-        row, adapter = reading.row, reading.row.request.adapter
-        tokens = row.tokens
-        if reading.session is None:
-            row.salt = self._salt_of(row)
-            known = self._prefixes.find(row.salt, tokens)
-            if known is not None:
-                reading.session = Decoding.resume(adapter, known, self._prepared)
-                reading.num_read = reading.num_known = known.shape[3]
-        piece = tokens[reading.num_read : reading.num_read + max_tokens]
-        input_ids = torch.tensor([piece], device=self.host.device)
-        # a row that was sent back is told what its last token met, which it wasn't yet
-        record: Record | None = {} if row.new_ids and row.request.tells_routing else None
-        if reading.session is None:
-            reading.session = self.host.prefill(input_ids, None, [adapter], self._prepared, record)
-        else:
-            self.host.extend(reading.session, input_ids, record)
-        reading.num_read += len(piece)
-        if record is not None and reading.num_read == row.length:
-            (routing,) = record.values()
-            row.was_read(choices_by_token(routing)[-1])
-        if not row.new_ids:  # what is read again is nobody's wish
-            self._scheduler.charge(row.share, len(piece))
-        return len(piece)
-
-    def _join(self, reading: _Reading) -> None:
-        session, row = reading.session, reading.row
-        assert session is not None
+    def _settle(self, row: Row) -> None:
+        """Count a prompt that was read, and say how long it must be before it gives way."""
         if not row.new_ids:
             self.counts.prompt_tokens[row.owner] += row.length
-            self.counts.cached_tokens[row.owner] += reading.num_known
-        turn = max(MIN_TURN, (row.length - reading.num_known) // READ_PER_TOKEN)
+            self.counts.cached_tokens[row.owner] += row.num_known
+        turn = max(MIN_TURN, (row.length - row.num_known) // READ_PER_TOKEN)
         row.settled_length = row.length + turn
-        self._remember(session, 0, row)
-        if self._session is None:
-            self._session = session
-        else:
-            self._session.join(session)
-        self._rows.append(row)
 
-    def _choose(self) -> None:
+    def _postprocess(self, failures: Sequence[Failed]) -> None:
         """Choose every row's next token; rows that end with it go."""
-        if self._session is None:
-            return
-        logits = self._session.logits
-        most_likely = logits.argmax(-1).tolist()
-        is_broken = logits.isnan().any(-1).tolist()
-        staying = []
-        for place, row in enumerate(self._rows):
-            if is_broken[place]:
-                error = f"model {row.owner!r} computes numbers that are not finite"
-                self._fail(row, NotFiniteError(error))
-            elif not self._choose_for(place, row, most_likely[place]):
-                staying.append(place)
-        self._keep(staying)
+        for row, error in failures:
+            self._retry_or_fail(row, error)
+        if self._runner.session is not None:
+            logits = self._runner.session.logits
+            most_likely = logits.argmax(-1).tolist()
+            is_broken = logits.isnan().any(-1).tolist()
+            rows = list(enumerate(self._runner.rows))
+            self._leave(
+                [
+                    row
+                    for place, row in rows
+                    if self._ends_now(row, logits[place], most_likely[place], is_broken[place])
+                ]
+            )
+        self._fit_prefixes()
 
-    def _choose_for(self, place: int, row: Row, most_likely: int) -> bool:
+    def _ends_now(self, row: Row, logits: Tensor, most_likely: int, is_broken: bool) -> bool:
         """Choose a row's next token; return whether the row has ended."""
-        assert self._session is not None
-        logits = self._session.logits[place]
+        if is_broken:
+            error = f"model {row.owner!r} computes numbers that are not finite"
+            self._fail(row, NotFiniteError(error))
+            return True
         try:
             reason = row.take(row.choose(logits, most_likely), logits)
         except Exception as error:
@@ -461,126 +440,63 @@ class Engine:
             return True
         self.counts.generated_tokens[row.owner] += 1
         if reason is not None:
-            self._remember(self._session, place, row)
+            self._runner.remember(row)
             self._end(row, reason)
         return reason is not None
 
-    def _make_room(self) -> None:
-        """Send rows back to the queue while the cache would overflow."""
-        while len(self._served) > 1 and (
-            self._scheduler.cached_tokens(self._served, added=1) > self.limits.cache_tokens
-        ):
-            self._send_back(self._scheduler.greediest(self._served))
-        self._fit_prefixes()
+    def _may_go(self, row: Row) -> bool:
+        """Whether a row may give way: it has made enough of its turn, or not begun."""
+        return row.length >= row.settled_length if row in self._runner.rows else not row.num_read
 
     def _send_back(self, row: Row) -> None:
         self.counts.num_preempted += 1
-        if row in self._rows:
-            assert self._session is not None
-            self._remember(self._session, self._rows.index(row), row)
-            self._keep([place for place, other in enumerate(self._rows) if other is not row])
-        else:
-            self._reading = [reading for reading in self._reading if reading.row is not row]
+        if row in self._runner.rows:
+            self._runner.remember(row)
+        self._put_back([row])
+
+    def _put_back(self, rows: Sequence[Row]) -> None:
+        """Let rows wait again, each the next of its adapter."""
+        self._leave(rows)
         with self._lock:
-            self._scheduler.put_back(row)
+            for row in sorted(rows, key=lambda row: -row.arrival):
+                row.session, row.num_read, row.num_known = None, 0, 0
+                self._scheduler.put_back(row)
 
-    def _decode(self) -> None:
-        if self._session is None:
-            return
-        tokens = torch.tensor([row.new_ids[-1] for row in self._rows], device=self.host.device)
-        is_counted = self.counts.num_steps % ROUTING_STEPS == 0
-        is_told = any(row.request.tells_routing for row in self._rows)
-        record: Record | None = {} if is_counted or is_told else None
-        error = None
-        try:
-            self.host.decode(self._session, tokens, record)
-        except Exception as raised:
-            log_failure("rows could not be decoded", raised)
-            error = raised.with_traceback(None)
-        if error is not None:
-            self._recover(error)
-            return
-        self._scheduler.clear(self._rows)
-        for row in self._rows:
-            self._scheduler.charge(row.share, 1)
-        if record and is_counted:
-            owners = {row.request.adapter_name: row.owner for row in self._rows}
-            for name, routing in record.items():
-                self.counts.add_routing(owners[name], routing)
-        if record and is_told:
-            self._tell_routing(record)
+    def _leave(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._served.remove(row)
+        self._runner.leave(rows)
 
-    def _tell_routing(self, record: Record) -> None:
-        """Let rows that ask for it know what their adapters' routers did with their last tokens."""
-        for name, places in rows_in_record([row.request.adapter for row in self._rows]).items():
-            rows = [self._rows[place] for place in places]
-            if not any(row.request.tells_routing for row in rows):
-                continue
-            choices = choices_by_token(join_routing(record[name]))
-            for row, choice in zip(rows, choices, strict=True):
-                if row.request.tells_routing:
-                    row.was_read(choice)
-
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: Exception) -> list[Failed]:
         """After rows failed together, read them again, adapter by adapter.
 
         Rows of one adapter that failed without others have failed for good. Where memory ran out,
         half as many are read.
         """
-        rows = self._take_apart()
+        rows = self._runner.take_apart(self._served)
         if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
             free_memory()
             self._scheduler.max_rows = len(rows) // 2
-            self._put_back(rows)
-            return
-        if len({row.request.adapter_name for row in rows}) == 1:
-            for row in rows:
-                self._fail(row, error)
-            return
-        with self._lock:
-            self._scheduler.suspect(rows)
+        elif len({row.request.adapter_name for row in rows}) == 1:
+            return [(row, error) for row in rows]
+        else:
+            with self._lock:
+                self._scheduler.suspect(rows)
         self._put_back(rows)
+        return []
 
     def _retry_or_fail(self, row: Row, error: Exception) -> None:
         """Let a row wait until others have ended if it needs their memory."""
         if not isinstance(error, torch.OutOfMemoryError):
+            self._leave([row])
             self._fail(row, error)
-        elif self._rows:
+        elif self._runner.rows:
             free_memory()
-            self._scheduler.max_rows = len(self._rows)
+            self._scheduler.max_rows = len(self._runner.rows)
             self._put_back([row])
         else:
+            self._leave([row])
             self._fail(row, too_large(f"a prompt of {len(row.request.prompt_ids)} tokens"))
-
-    def _take_apart(self) -> list[Row]:
-        """End the session of the rows that are continued, with the weights that were prepared."""
-        rows, self._rows, self._session = self._rows, [], None
-        self._prepare_anew(set())
-        return rows
-
-    def _put_back(self, rows: Sequence[Row]) -> None:
-        with self._lock:
-            for row in sorted(rows, key=lambda row: -row.arrival):
-                self._scheduler.put_back(row)
-
-    def _prepare_anew(self, served: set[RowAdapter]) -> None:
-        self._prepared_for = served
-        self._prepared = PreparedWeights()
-        for session in (self._session, *(reading.session for reading in self._reading)):
-            if session is not None:
-                session.prepared = self._prepared
-
-    def _keep(self, places: list[int]) -> None:
-        """Let all rows but these go; the last ones take the places that become free."""
-        if len(places) == len(self._rows):
-            return
-        staying, last = set(places), [place for place in places if place >= len(places)]
-        places = [place if place in staying else last.pop() for place in range(len(places))]
-        self._rows = [self._rows[place] for place in places]
-        if not places:
-            self._session = None
-        elif self._session is not None:
-            self._session.keep(places)
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._end(row, "error")
@@ -595,28 +511,33 @@ class Engine:
         row.on_gone()
 
     def _fail_all(self, error: Exception) -> None:
-        served, self._rows, self._reading, self._session = self._served, [], [], None
+        served, self._served = self._served, []
+        self._runner.take_apart(served)
         for row in served:
             self._fail(row, error)
-
-    def _salt_of(self, row: Row) -> Hashable:
-        """What tells those apart who may not use one another's prompts."""
-        tenant = row.share.tenant if self.limits.prompt_cache == "own" else None
-        return tenant, self._salts.of(row.request.adapter)
-
-    def _remember(self, session: Decoding, place: int, row: Row) -> None:
-        """Keep the states of a row's whole blocks for prompts that begin alike."""
-        if self.limits.prompt_cache == "off" or keeps_running_states(self.host.config):
-            return  # no token has a part of a running state
-        if self._salt_of(row) != row.salt:  # weights have changed
-            return
-        tokens = row.tokens[: int(session.lengths[place])]  # the last one may not be read yet
-        try:
-            self._prefixes.remember(session, place, row.salt, tokens)
-        except Exception as error:  # of memory, say; the row does without it
-            log_failure("a prompt could not be kept", error)
 
     def _fit_prefixes(self) -> None:
         """Let remembered prompts go where rows need their memory."""
         taken = self._scheduler.cached_tokens(self._served, added=1)
-        self._prefixes.shrink(self.limits.cache_tokens - taken)
+        self._runner.prefixes.shrink(self.limits.cache_tokens - taken)
+
+
+def _attempt(what: str, work: Callable[[], object]) -> Exception | None:
+    """Do something; return its error without the frames, which hold on to activations."""
+    try:
+        work()
+    except Exception as error:
+        log_failure(what, error)
+        return error.with_traceback(None)
+    return None
+
+
+def _tell_routing(rows: Sequence[Row], record: Record) -> None:
+    """Let rows that ask for it know what their adapters' routers did with their last tokens."""
+    for name, places in rows_in_record([row.request.adapter for row in rows]).items():
+        of_adapter = [rows[place] for place in places]
+        if any(row.request.tells_routing for row in of_adapter):
+            choices = choices_by_token(join_routing(record[name]))
+            for row, choice in zip(of_adapter, choices, strict=True):
+                if row.request.tells_routing:
+                    row.was_read(choice)

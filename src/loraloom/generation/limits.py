@@ -7,6 +7,8 @@ from typing import Literal
 
 from loraloom.errors import AdapterError, LoraloomError
 
+PromptCache = Literal["own", "shared", "off"]
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -27,7 +29,7 @@ class EngineLimits:
     prefill_tokens: int = 256
     max_waiting: int = 256
     max_request_s: float = 600.0
-    prompt_cache: Literal["own", "shared", "off"] = "own"
+    prompt_cache: PromptCache = "own"
 
 
 class QueueFullError(LoraloomError):

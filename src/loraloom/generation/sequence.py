@@ -19,6 +19,7 @@ from loraloom.data.tokenising import NUM_BEFORE
 from loraloom.generation.sampling import SamplingConfig, TokenChooser
 from loraloom.generation.scoring import TokenScores
 from loraloom.generation.text import TextStream
+from loraloom.models.decoding import Decoding
 from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
 
@@ -233,6 +234,11 @@ class Row:
         self.is_cancelled = False
         self.salt: Hashable = None
         """What told the adapter's weights from others when its prompt was read."""
+        self.session: Decoding | None = None
+        """While its prompt is read."""
+        self.num_read = 0
+        self.num_known = 0
+        """Of the tokens that were read, those that needed no computation."""
         self.settled_length = 0
         """How long it must be before it gives way to others, so that it was worth the reading."""
         before = request.prompt_ids[-NUM_BEFORE:] if request.continues else ()

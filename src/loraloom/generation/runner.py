@@ -1,0 +1,135 @@
+"""Forward passes: prompts are read, each alone, and rows are decoded together.
+
+A prompt is read alone, so what a row says does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+
+import torch
+
+from loraloom.adapters.adapter import Adapter
+from loraloom.generation.cache import PrefixCache, Salts
+from loraloom.generation.failures import log_failure
+from loraloom.generation.limits import PromptCache
+from loraloom.generation.sequence import Row
+from loraloom.models.decoding import Decoding
+from loraloom.models.families import keeps_running_states
+from loraloom.models.forward import PreparedWeights, Record
+from loraloom.models.host import Host
+from loraloom.models.layout import RowAdapter
+from loraloom.routing.record import choices_by_token
+
+MAX_PREPARED = 32
+"""Most adapters, each in each scale, whose weights are kept in compute form."""
+
+
+class Runner:
+    """The rows that are decoded together, and what is kept of prompts and weights."""
+
+    def __init__(self, host: Host, prompt_cache: PromptCache):
+        self.rows: list[Row] = []
+        """In the order of the session."""
+        self.session: Decoding | None = None
+        self.prefixes = PrefixCache()
+        self._host = host
+        # no token has a part of a running state
+        self._prompt_cache = "off" if keeps_running_states(host.config) else prompt_cache
+        self._prepared = PreparedWeights()
+        self._prepared_for: set[RowAdapter] = set()
+        self._salts = Salts(host, self.forget)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Let what was made of an adapter's weights go."""
+        self._prepared.forget(adapter)
+
+    def read(self, row: Row, max_tokens: int) -> None:
+        """Read some tokens of a row, after those that are known from prompts before."""
+        adapter, tokens = row.request.adapter, row.tokens
+        if row.session is None:
+            row.salt = self._salt_of(row)
+            known = self.prefixes.find(row.salt, tokens)
+            if known is not None:
+                row.session = Decoding.resume(adapter, known, self._prepared)
+                row.num_read = row.num_known = known.shape[3]
+        piece = tokens[row.num_read : row.num_read + max_tokens]
+        input_ids = torch.tensor([piece], device=self._host.device)
+        # a row that was sent back is told what its last token met, which it wasn't yet
+        record: Record | None = {} if row.new_ids and row.request.tells_routing else None
+        if row.session is None:
+            row.session = self._host.prefill(input_ids, None, [adapter], self._prepared, record)
+        else:
+            self._host.extend(row.session, input_ids, record)
+        row.num_read += len(piece)
+        if record is not None and row.num_read == row.length:
+            (routing,) = record.values()
+            row.was_read(choices_by_token(routing)[-1])
+
+    def join(self, row: Row) -> None:
+        """Let a row that was read be decoded with the others."""
+        session, row.session = row.session, None
+        assert session is not None
+        self._remember(session, 0, row)
+        if self.session is None:
+            self.session = session
+        else:
+            self.session.join(session)
+        self.rows.append(row)
+
+    def decode(self, record: Record | None) -> None:
+        """Read the last token of all rows."""
+        assert self.session is not None
+        tokens = torch.tensor([row.new_ids[-1] for row in self.rows], device=self._host.device)
+        self._host.decode(self.session, tokens, record)
+
+    def leave(self, leaving: Collection[Row]) -> None:
+        """Let rows go; the last ones take the places that become free."""
+        kept = [place for place, row in enumerate(self.rows) if row not in leaving]
+        if len(kept) == len(self.rows):
+            return
+        staying, last = set(kept), [place for place in kept if place >= len(kept)]
+        places = [place if place in staying else last.pop() for place in range(len(kept))]
+        self.rows = [self.rows[place] for place in places]
+        if not places:
+            self.session = None
+        elif self.session is not None:
+            self.session.keep(places)
+
+    def take_apart(self, served: Sequence[Row]) -> list[Row]:
+        """End the session of the rows that are decoded, with the weights that were prepared."""
+        rows, self.rows, self.session = self.rows, [], None
+        self._prepare_anew(served, set())
+        return rows
+
+    def bound_prepared(self, served: Sequence[Row]) -> None:
+        """Keep no more than `MAX_PREPARED` adapters and scales in compute form."""
+        adapters = {row.request.adapter for row in served}
+        self._prepared_for |= adapters
+        if len(self._prepared_for) > max(MAX_PREPARED, len(adapters)):
+            self._prepare_anew(served, adapters)
+
+    def remember(self, row: Row) -> None:
+        """Keep the states of a decoded row's whole blocks for prompts that begin alike."""
+        assert self.session is not None
+        self._remember(self.session, self.rows.index(row), row)
+
+    def _prepare_anew(self, served: Sequence[Row], adapters: set[RowAdapter]) -> None:
+        self._prepared_for, self._prepared = adapters, PreparedWeights()
+        for session in (self.session, *(row.session for row in served)):
+            if session is not None:
+                session.prepared = self._prepared
+
+    def _salt_of(self, row: Row) -> Hashable:
+        """What tells those apart who may not use one another's prompts."""
+        tenant = row.share.tenant if self._prompt_cache == "own" else None
+        return tenant, self._salts.of(row.request.adapter)
+
+    def _remember(self, session: Decoding, place: int, row: Row) -> None:
+        if self._prompt_cache == "off" or self._salt_of(row) != row.salt:  # weights have changed
+            return
+        tokens = row.tokens[: int(session.lengths[place])]  # the last one may not be read yet
+        try:
+            self.prefixes.remember(session, place, row.salt, tokens)
+        except Exception as error:  # of memory, say; the row does without it
+            log_failure("a prompt could not be kept", error)
