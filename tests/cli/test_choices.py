@@ -58,7 +58,7 @@ def words(saved, tmp_path, monkeypatch):
 @pytest.fixture
 def run(saved, words, tmp_path, monkeypatch):
     """Run `loraloom eval` on two adapters; give the JSON file's content."""
-    monkeypatch.setitem(cli.VERBS, "eval", verb.evaluate)
+    monkeypatch.setitem(cli.VERBS, "eval", (verb.evaluate, "Score."))
     data = ["--task", "arc_easy", "--data", str(saved / "data")]
     adapters = [f"--adapter=a={saved / 'lora'}", f"--adapter=b={saved / 'mixlora'}"]
 

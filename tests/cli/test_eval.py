@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def run(saved, monkeypatch):
     """Run `loraloom eval` on the tiny model and data; a later option goes before an earlier one."""
-    monkeypatch.setitem(cli.VERBS, "eval", verb.evaluate)
+    monkeypatch.setitem(cli.VERBS, "eval", (verb.evaluate, "Score."))
     given = ["--base-model", str(saved / "base"), "--data", str(saved / "data")]
     return lambda *words: cli.main(["eval", *given, "--device", "cpu", *words])
 

@@ -21,7 +21,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run(saved, monkeypatch):
-    monkeypatch.setitem(cli.VERBS, "generate", verb.generate)
+    monkeypatch.setitem(cli.VERBS, "generate", (verb.generate, "Complete."))
     given = ["--base-model", str(saved / "base"), "--device", "cpu", "--max-new-tokens", "6"]
     return lambda *words: cli.main(["generate", *given, *words])
 

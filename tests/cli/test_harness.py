@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
 def run(saved, monkeypatch, tmp_path):
     """Run `loraloom eval` on the tiny model and the toy tasks."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setitem(cli.VERBS, "eval", verb.evaluate)
+    monkeypatch.setitem(cli.VERBS, "eval", (verb.evaluate, "Score."))
     given = ["--base-model", str(saved / "base"), "--device", "cpu"]
     include = ["--harness-include", str(saved / "tasks")]
     return lambda *words: cli.main(["eval", *given, *include, *words])

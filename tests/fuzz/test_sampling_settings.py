@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
-import typer
+from cyclopts import Parameter
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from loraloom.cli import generate as verb
 from loraloom.cli import main as cli
+from loraloom.cli.generate import GenerateOptions
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.generation.generate import generate_tokens
 from loraloom.generation.prompts import Prompt
@@ -32,6 +32,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "stop": st.lists(st.text(max_size=4), max_size=3).map(tuple),
 }
 SETTINGS = st.fixed_dictionaries({}, optional=VALID)
+GREEDY = SamplingConfig()
 WORDS = [f"--{name.replace('_', '-')}" for name in VALID if name != "stop"]
 
 
@@ -91,19 +92,16 @@ def test_settings_in_words(parts, words):
     """The command line either refuses its words with exit code 2, or they are settings."""
     seen: list[SamplingConfig] = []
 
-    def stand_in(prompt, input_file, adapters, *, no_base, raw):
+    def read(
+        options: Annotated[GenerateOptions, Parameter(name="*")],
+        sampling: Annotated[SamplingConfig, Parameter(name="*")] = GREEDY,
+    ) -> None:
+        seen.append(sampling)
         raise LoraloomError("the settings were read")
-
-    def parse(**settings):
-        seen.append(parse_sampling(**settings))
-        return seen[-1]
 
     argv = [part for option, value in words for part in (option, str(value))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verb, "_read", stand_in)
-        patch.setattr("loraloom.generation.sampling.parse_sampling", parse)
-        patch.setattr(typer, "echo", lambda *_, **__: None)
-        argv = ["generate", "--base-model", "x", "--prompt", "x", *argv]
-        assert cli.main(argv) == 2
+        patch.setitem(cli.VERBS, "generate", (read, "Read."))
+        assert cli.main(["generate", "--base-model", "x", "--prompt", "x", *argv]) == 2
     for sampling in seen:
         survives(lambda sampling=sampling: generated(parts, sampling))

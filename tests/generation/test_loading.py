@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import pytest
 
+from loraloom.config.model import BaseModelConfig
 from loraloom.errors import AdapterError, FormatError, ModelError
 from loraloom.generation import loading
 from loraloom.generation.loading import check_sources, load_host
 from tests.generation.saved import save_tiny
 from tests.tiny import tiny_ids
+
+
+def model(path):
+    return BaseModelConfig(base_model=str(path), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +21,7 @@ def saved(tmp_path_factory):
 
 def test_a_host_has_its_adapters_by_name(saved):
     adapters = {"a": str(saved / "mixlora"), "b": str(saved / "lora")}
-    host, tokenizer = load_host(str(saved / "base"), adapters, "float32", "cpu", None)
+    host, tokenizer = load_host(model(saved / "base"), adapters)
     assert list(host.adapters) == ["a", "b"]
     assert len(tokenizer) == host.config.vocab_size
     logits = host(tiny_ids(1).repeat(3, 1), adapters=[None, "a", "b"]).logits
@@ -28,24 +33,24 @@ def test_sources_are_checked_without_loading_the_base_model(saved, monkeypatch):
     read = []
     monkeypatch.setattr(loading, "load_base_model", lambda *_: pytest.fail("must not load"))
     monkeypatch.setattr(loading, "read_stored", read.append)
-    check_sources(str(saved / "base"), {"a": str(saved / "lora")}, "cpu")
+    check_sources(model(saved / "base"), {"a": str(saved / "lora")})
     assert read == [saved / "lora"]
 
 
 def test_a_missing_base_model_is_found_before_loading(saved):
     with pytest.raises(ModelError, match=r"\./nowhere"):
-        check_sources("./nowhere", {}, "cpu")
+        check_sources(model("./nowhere"), {})
 
 
 def test_a_missing_adapter_is_found_before_loading(saved):
     with pytest.raises(FormatError, match="there is no"):
-        check_sources(str(saved / "base"), {"a": str(saved / "nowhere")}, "cpu")
+        check_sources(model(saved / "base"), {"a": str(saved / "nowhere")})
 
 
 def test_a_broken_adapter_is_found_before_loading(saved, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(FormatError, match="must be JSON"):
-        check_sources(str(saved / "base"), {"a": str(tmp_path)}, "cpu")
+        check_sources(model(saved / "base"), {"a": str(tmp_path)})
 
 
 def test_an_adapter_of_another_base_model_is_an_error(saved, tmp_path):
@@ -57,4 +62,4 @@ def test_an_adapter_of_another_base_model_is_an_error(saved, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "other" / name).write_bytes((saved / "base" / name).read_bytes())
     with pytest.raises(AdapterError):
-        load_host(str(tmp_path / "other"), {"a": str(saved / "lora")}, "float32", "cpu", None)
+        load_host(model(tmp_path / "other"), {"a": str(saved / "lora")})

@@ -35,7 +35,7 @@ def assert_same_answers(answers: list[dict], rows: list[dict], plain: list[list[
 
 @pytest.fixture
 def arc_easy(shared_dir, monkeypatch) -> Path:
-    monkeypatch.setitem(cli.VERBS, "eval", verb.evaluate)
+    monkeypatch.setitem(cli.VERBS, "eval", (verb.evaluate, "Score."))
     return shared_dir / "data" / "arc_easy"
 
 

@@ -7,27 +7,20 @@ import math
 import secrets
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from cyclopts import Parameter
+from pydantic import Field
 
-from loraloom.cli.generate import BASE
-from loraloom.cli.options import (
-    AdapterOption,
-    AttnOption,
-    BaseModelOption,
-    DeviceOption,
-    DtypeOption,
-    QuantizationOption,
-    parse_adapters,
-    tell_unknown_prompts,
-)
-from loraloom.cli.serve import CacheTokensOption
+from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
+from loraloom.config.faults import checked
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
-
-if TYPE_CHECKING:
-    from loraloom.generation.conversation import Conversation
-    from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.conversation import Conversation
+from loraloom.generation.engine import Engine
+from loraloom.generation.limits import EngineLimits
+from loraloom.generation.loading import check_sources, load_host
+from loraloom.generation.memory import default_cache_tokens
+from loraloom.generation.sampling import SamplingConfig
 
 HELP = """\
 /adapter NAME      let an adapter answer, or `base`
@@ -37,65 +30,43 @@ HELP = """\
 /quit              end, as does Ctrl-D; Ctrl-C cuts an answer short"""
 
 
-def chat(
-    base_model: BaseModelOption,
-    adapter: AdapterOption = None,
-    system: Annotated[
-        str | None,
-        typer.Option(
-            "--system", help="The system message, in place of those that adapters were trained on."
-        ),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Read each message as it stands, without a template.")
-    ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Most tokens of an answer.")
-    ] = 512,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="0 takes the most likely token; above, draws.")
-    ] = 0.7,
-    top_p: Annotated[
-        float, typer.Option("--top-p", help="Draw from the most likely tokens of this share.")
-    ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1: say less again.")
-    ] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Of the draws; by default another each time.")
-    ] = None,
-    cache_tokens: CacheTokensOption = None,
-    dtype: DtypeOption = "auto",
-    quantization: QuantizationOption = None,
-    device: DeviceOption = "auto",
-    attn_implementation: AttnOption = None,
-) -> None:
+class ChatOptions(HostOptions):
+    """Who is talked to, and how tokens are chosen."""
+
+    system: Text | None = None
+    """The system message, in place of those that adapters were trained on."""
+    raw: bool = False
+    """Read each message as it stands, without a template."""
+    max_new_tokens: int = 512
+    """Generate at most N tokens for an answer."""
+    temperature: float = 0.7
+    """0 takes the most likely token; from 0.001, tokens are drawn."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens whose probabilities sum to this."""
+    repetition_penalty: float = 1.0
+    """Above 1: repeat less."""
+    seed: int | None = None
+    """Seed of the random draws; by default another one each time."""
+    cache_tokens: int | None = Field(default=None, ge=32)
+    """Tokens of the key-value cache. By default all rows at full length, as far as a quarter of the
+    free memory goes."""
+
+
+def chat(options: Annotated[ChatOptions, Parameter(name="*")]) -> None:
     """Talk to the base model and its adapters; /help says how to switch between them.
 
     Each adapter reads messages as its training data wrote prompts, the base model in its chat
     template.
     """
-    adapters = parse_adapters(adapter)
+    adapters, system, raw = options.adapters, options.system, options.raw
     if raw and system is not None:
         raise ConfigError("--system has no effect with --raw; leave one of them out")
-    from loraloom.generation.conversation import Conversation
-    from loraloom.generation.engine import Engine
-    from loraloom.generation.limits import EngineLimits
-    from loraloom.generation.loading import check_sources, load_host
-    from loraloom.generation.memory import default_cache_tokens
-    from loraloom.generation.sampling import parse_sampling
-
-    sampling = parse_sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=secrets.randbits(63) if seed is None else seed,
-    )
-    check_sources(base_model, adapters, device, dtype, quantization)
-    host, tokenizer = load_host(
-        base_model, adapters, dtype, device, attn_implementation, quantization
-    )
+    settings = options.model_dump(include=set(SamplingConfig.model_fields))
+    if options.seed is None:
+        settings["seed"] = secrets.randbits(63)
+    sampling = checked(SamplingConfig, settings)
+    check_sources(options, adapters)
+    host, tokenizer = load_host(options, adapters)
     have_turns = [one.prompt and not one.prompt.is_text for one in host.adapters.values()]
     if system and not tokenizer.chat_template and not any(have_turns):
         raise ConfigError(
@@ -104,10 +75,9 @@ def chat(
     if not raw:
         tell_unknown_prompts(host, tokenizer)
     max_rows = len(adapters) + 1
-    cache_tokens = cache_tokens or default_cache_tokens(host, max_rows)
+    cache_tokens = options.cache_tokens or default_cache_tokens(host, max_rows)
     limits = EngineLimits(max_rows, cache_tokens, max_request_s=math.inf)
-    engine = Engine(host, tokenizer, limits)
-    conversation = Conversation(engine, tokenizer, BASE, system, raw=raw)
+    conversation = Conversation(Engine(host, tokenizer, limits), tokenizer, BASE, system, raw=raw)
     Terminal(conversation, [BASE, *adapters], sampling).run()
 
 
@@ -122,13 +92,13 @@ class Terminal:
 
     def run(self) -> None:
         """Go on until the input ends, or /quit."""
-        typer.echo(f"models: {', '.join(self._known)}; /help for commands")
+        print(f"models: {', '.join(self._known)}; /help for commands")
         while (line := _read_line(f"{' '.join(self._models)}> ")) is not None:
             try:
                 if self._handle(line.strip()):
                     return
             except LoraloomError as error:
-                typer.echo(f"error: {error}")
+                print(f"error: {error}")
 
     def _handle(self, line: str) -> bool:
         """Do what a line says; return whether it ends the conversation."""
@@ -144,7 +114,7 @@ class Terminal:
             case "/reset":
                 self._conversation.turns.clear()
             case "/help":
-                typer.echo(HELP)
+                print(HELP)
             case "/quit" | "/exit":
                 return True
             case _:
@@ -166,14 +136,14 @@ class Terminal:
         try:
             for model, piece in answers:
                 if model != answering and len(self._models) > 1:
-                    typer.echo(f"{'' if answering is None else chr(10)}[{model}]")
+                    print(f"{'' if answering is None else chr(10)}[{model}]")
                 answering = model
-                typer.echo(_printed(piece), nl=False)
+                print(_printed(piece), end="", flush=True)
         except KeyboardInterrupt:
             pass
         finally:
             answers.close()  # pyright: ignore[reportAttributeAccessIssue]
-            typer.echo()
+            print()
 
 
 def _printed(text: str) -> str:
@@ -189,5 +159,5 @@ def _read_line(prompt: str) -> str | None:
     try:
         return input(prompt)
     except (EOFError, KeyboardInterrupt):
-        typer.echo()
+        print()
         return None

@@ -13,9 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from loraloom.cli.generate import BASE
+from loraloom.cli.options import BASE
 from loraloom.config.json_text import parse_json, read_json
 from loraloom.durable import append_text, prepare_output, write_json
 from loraloom.errors import ConfigError
@@ -39,14 +37,14 @@ def print_answers(prompts: Sequence[Prompt], texts: Texts) -> None:
     """Print completions of one prompt, each below who answered where there are several."""
     for prompt, text in zip(prompts, chain.from_iterable(texts), strict=True):
         if len(prompts) > 1:
-            typer.echo(f"[{prompt.adapter or BASE}]")
-        typer.echo(text)
+            print(f"[{prompt.adapter or BASE}]")
+        print(text)
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], texts: Texts) -> None:
     """Print rows with their completions as lines of JSON."""
     for row, text in zip(rows, chain.from_iterable(texts), strict=True):
-        typer.echo(_line(row, text), nl=False)
+        print(_line(row, text), end="", flush=True)
 
 
 class OutputFile:

@@ -4,49 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
+from pydantic import Field
 from rich.cells import cell_len, chop_cells
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
-from loraloom.cli.options import RunFileArgument, SetOption
+from loraloom.cli.options import LocalPath, Sets
+from loraloom.config.data import SourceConfig
 from loraloom.config.faults import suggestion
+from loraloom.config.fields import StrictModel
+from loraloom.config.job import JobConfig
+from loraloom.config.loading import load_run_config
+from loraloom.config.run import RunConfig
+from loraloom.data.encoding import EncodedRow
+from loraloom.data.rows import Row
+from loraloom.data.sources import check_encoded, read_source
+from loraloom.data.tokenising import text_of_token
 from loraloom.errors import ConfigError, DataError, plain
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from transformers import PreTrainedTokenizerBase
-
-    from loraloom.config.data import SourceConfig
-    from loraloom.config.job import JobConfig
-    from loraloom.config.run import RunConfig
-    from loraloom.data.encoding import EncodedRow
-    from loraloom.data.rows import Row
+from loraloom.models.loading import load_tokenizer
+from loraloom.terminal import make_console, make_table, print_tables
 
 WIDTH = 80
 
 
+class ShowOptions(StrictModel):
+    """Which rows are shown."""
+
+    job: str | None = None
+    """Check and show one job only."""
+    rows: int = Field(default=2, ge=1)
+    """Print N rows of each source, from its beginning."""
+
+
 def show(
-    run_file: RunFileArgument,
-    overrides: SetOption = None,
-    job: Annotated[
-        str | None, typer.Option("--job", metavar="NAME", help="Check and show one job only.")
-    ] = None,
-    rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Print N rows of each source, from its beginning.")
-    ] = 2,
+    run_file: LocalPath,
+    /,
+    *,
+    overrides: Sets | None = None,
+    options: Annotated[ShowOptions, Parameter(name="*")] = ShowOptions(),
 ) -> None:
     """Check all rows of jobs, count them, and print the first as tokens, ^ under those learnt.
 
     The run file needs a base_model, for its tokenizer, and the jobs' data. Rows that can't be used
     are listed together at the end. Of streams, the first --rows rows are checked.
-    """
-    from loraloom.config.loading import load_run_config
-    from loraloom.models.loading import load_tokenizer
-    from loraloom.terminal import make_console, make_table, print_tables
 
+    Args:
+        run_file: A base model and its jobs.
+    """
     run = load_run_config(run_file, overrides or (), fill_in=_fill_in)
-    jobs = _find_jobs(run, job)
+    jobs = _find_jobs(run, options.job)
     tokenizer = load_tokenizer(run.base_model)
     console = make_console(soft_wrap=True)
     console.print("Tokens between |, ^ under those that are learnt.")
@@ -58,7 +67,9 @@ def show(
         held_out = () if config.data.validation is None else (config.data.validation,)
         for number, source in enumerate((*config.data.sources, *held_out)):
             split = "train" if number < len(config.data.sources) else "validation"
-            fault = _check_source(config, source, split, tokenizer, rows, console.print, table)
+            fault = _check_source(
+                config, source, split, tokenizer, options.rows, console.print, table
+            )
             faults |= {fault: None} if fault else {}
     console.print()
     print_tables(make_console(), [table])
@@ -104,8 +115,6 @@ def _check_source(
     table: Table,
 ) -> str:
     """Print a source's first rows and add its counts to the table; what is wrong with its rows."""
-    from loraloom.data.sources import check_encoded, read_source
-
     streaming = job.data.streaming and split == "train"
     try:
         rows, source = read_source(
@@ -178,8 +187,6 @@ def token_lines(
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """What stands for a token in a text, with escapes in place of what can't be seen."""
-    from loraloom.data.tokenising import text_of_token
-
     return plain(text_of_token(tokenizer, token).replace("\n", "\\n"))
 
 
@@ -188,6 +195,3 @@ def _lines(text: str, marks: str) -> Iterator[str]:
         yield text
     if marks.strip():
         yield marks.rstrip()
-
-
-SUBCOMMANDS = {"show": show}

@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
-from loraloom.cli.options import (
-    BaseModelOption,
-    DeviceOption,
-    QuantizationOption,
-    path_option,
-)
+from loraloom.cli.options import LocalPath
 from loraloom.config.fields import Dtype
+from loraloom.config.model import BaseModelConfig
+from loraloom.generation.loading import check_sources, load_host
+from loraloom.models import export as exporting
 
 _NAME = "adapter"
 
 
-def export(
-    base_model: BaseModelOption,
-    adapter: Annotated[
-        str,
-        typer.Option("--adapter", metavar="PATH", help="The adapter's directory or hub id."),
-    ],
-    output: Annotated[
-        Path,
-        path_option(
-            "--output",
-            metavar="PATH",
-            help="Where to: a new directory; for gguf a new file, adapter.gguf say.",
-        ),
-    ],
-    to: Annotated[
-        Literal["moe", "merged", "gguf"] | None,
-        typer.Option(
-            "--to",
-            help="moe: a mixture as the mixture-of-experts checkpoint that computes the same; "
-            "merged: the base model with a plain adapter in its weights; gguf: a plain adapter for "
-            "llama.cpp. By default moe for a mixture, else merged.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option("--dtype", help="Number format of the written weights.")
-    ] = "float32",
-    device: DeviceOption = "auto",
-    quantization: QuantizationOption = None,
-) -> None:
-    """Write an adapter for other engines: transformers, vLLM, llama.cpp."""
-    from loraloom.generation.loading import check_sources, load_host
-    from loraloom.models.export import check_target
-    from loraloom.models.export import export as write
+class ExportOptions(BaseModelConfig):
+    """An adapter on its base model, and the form to write."""
 
-    check_target(output, to)
-    adapters = {_NAME: adapter}
-    check_sources(base_model, adapters, device, "float32", quantization)
-    host, tokenizer = load_host(base_model, adapters, "float32", device, None, quantization)
-    written = write(host, tokenizer, _NAME, output, to, dtype=dtype)
-    size = f"{written.num_bytes / 1e6:,.1f} MB in {dtype}"
-    typer.echo(f"wrote {written.path}: {written.architecture}, {size}")
+    adapter: str
+    """The adapter's directory or hub id."""
+    output: LocalPath
+    """A new directory to write; for gguf a new file, adapter.gguf for example."""
+    to: exporting.ExportForm | None = None
+    """moe: a mixture as the mixture-of-experts checkpoint that computes the same; merged: the base
+    model with a plain adapter in its weights; gguf: a plain adapter for llama.cpp. By default moe
+    for a mixture, else merged."""
+    dtype: Dtype = "float32"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Number format of the written weights."""
+
+
+def export(options: Annotated[ExportOptions, Parameter(name="*")]) -> None:
+    """Write an adapter for other engines: transformers, vLLM, llama.cpp."""
+    exporting.check_target(options.output, options.to)
+    adapters = {_NAME: options.adapter}
+    model = options.model_copy(update={"dtype": "float32"})
+    check_sources(model, adapters)
+    host, tokenizer = load_host(model, adapters)
+    written = exporting.export(
+        host, tokenizer, _NAME, options.output, options.to, dtype=options.dtype
+    )
+    size = f"{written.num_bytes / 1e6:,.1f} MB in {options.dtype}"
+    print(f"wrote {written.path}: {written.architecture}, {size}")
     if written.logit_error is not None:
-        typer.echo(f"its logits differ from the adapter's by {written.logit_error:.2g} (relative)")
+        print(f"its logits differ from the adapter's by {written.logit_error:.2g} (relative)")

@@ -3,98 +3,98 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
+from pydantic import Field
 
-from loraloom.cli.options import (
-    AdapterOption,
-    AttnOption,
-    BaseModelOption,
-    ChatTemplateOption,
-    DeviceOption,
-    DtypeOption,
-    PromptTemplateOption,
-    QuantizationOption,
-    parse_adapters,
-    path_option,
-    tell_unknown_prompts,
-)
+from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
+from loraloom.cli.options import BASE, HostOptions, LocalPath, Text, tell_unknown_prompts
+from loraloom.data.chat_template import template_text
+from loraloom.data.files import read_file
+from loraloom.data.messages import read_messages, read_tools
+from loraloom.data.prompts import given_form, template_source
+from loraloom.data.rows import Row
 from loraloom.errors import ConfigError, shown
+from loraloom.eval.provenance import describe_adapters
+from loraloom.generation.generate import complete_in_order
+from loraloom.generation.loading import check_sources, load_host
+from loraloom.generation.prompts import Prompt
+from loraloom.generation.sampling import SamplingConfig
+from loraloom.models.layout import RowAdapter
 
-if TYPE_CHECKING:
-    from loraloom.data.rows import Row
-    from loraloom.generation.prompts import Prompt
-    from loraloom.models.layout import RowAdapter
 
-BASE = "base"
-"""What files call the base model."""
+class GenerateOptions(HostOptions):
+    """What is asked, how prompts are written, and where completions go."""
+
+    prompt: Text | None = None
+    """A prompt; base model and adapters answer it."""
+    input: LocalPath | None = None
+    """FILE.jsonl with a row for each prompt: `prompt` or `messages` (and `tools`), perhaps
+    `adapter`."""
+    output: LocalPath | None = None
+    """Write the rows to FILE.jsonl as they are done, with `completion` and `adapter`. Rows that are
+    there already are skipped."""
+    overwrite: bool = False
+    """Begin --output anew, whatever is there."""
+    no_base: bool = False
+    """Let the adapters alone answer --prompt."""
+    raw: bool = False
+    """Read prompts as they stand, without a template."""
+    template: Text | None = None
+    """Write prompts in this prompt template: alpaca, plain, a Jinja text or a file."""
+    chat_template: Text | None = None
+    """Write prompts in this chat template: a file, a Jinja text, or trl for its training one."""
+    batch_size: int = Field(default=16, ge=1)
+    """Complete at most N prompts at once."""
+
+    def check(self) -> None:
+        """Raise a ConfigError for options that don't go together."""
+        ways = {
+            "--chat-template": self.chat_template,
+            "--template": self.template,
+            "--raw": self.raw or None,
+        }
+        given = [option for option, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{given[0]} has no effect with {given[1]}; leave one of them out")
+        if self.overwrite and self.output is None:
+            raise ConfigError("--overwrite has no effect without --output; leave it out")
+        if (self.prompt is None) == (self.input is None):
+            raise ConfigError("generate needs either --prompt or --input; give one of them")
+        if self.no_base and (self.input is not None or not self.adapters):
+            raise ConfigError(
+                "--no-base has an effect on --prompt with --adapter only; leave it out"
+            )
+        if self.output and self.input and self.output.resolve() == self.input.resolve():
+            raise ConfigError(
+                f"--output must be another file than --input, got {self.output} twice"
+            )
+
+    def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
+        """What the completions depend on, as JSON values."""
+        settings: dict[str, Any] = {
+            "base_model": self.base_model,
+            "dtype": self.dtype,
+            "sampling": sampling.model_dump(),
+            "raw": self.raw,
+            "batch_size": self.batch_size,
+            "adapters": describe_adapters(self.adapters),
+        }
+        if self.chat_template is not None:
+            settings["chat_template"] = template_text(self.chat_template)
+        if self.template is not None:
+            settings["template"] = template_source(self.template)
+        if self.quantization is not None:
+            settings["quantization"] = self.quantization.model_dump()
+        return settings
 
 
 def generate(
-    base_model: BaseModelOption,
-    adapter: AdapterOption = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="A prompt; base model and adapters answer it.")
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        path_option(
-            "--input",
-            metavar="FILE.jsonl",
-            help="A row for each prompt: `prompt` or `messages` (and `tools`), perhaps `adapter`.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        path_option(
-            "--output",
-            metavar="FILE.jsonl",
-            help="Write the rows there as they are done, with `completion` and `adapter`; rows "
-            "that are there already are skipped.",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin --output anew, whatever is there.")
-    ] = False,
-    no_base: Annotated[
-        bool, typer.Option("--no-base", help="Let the adapters alone answer --prompt.")
-    ] = False,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Read prompts as they stand, without a template.")
-    ] = False,
-    template: PromptTemplateOption = None,
-    chat_template: ChatTemplateOption = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", help="Most tokens of a completion.")
-    ] = 128,
-    temperature: Annotated[
-        float,
-        typer.Option("--temperature", help="0 takes the most likely token; from 0.001, draws."),
-    ] = 0.0,
-    top_k: Annotated[
-        int, typer.Option("--top-k", help="Draw from the so many most likely tokens; 0: all.")
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", help="Draw from the most likely tokens of this share.")
-    ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1: say less again.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", help="End a completion where this text appears. May be repeated."),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Most prompts at once.")
-    ] = 16,
-    dtype: DtypeOption = "auto",
-    quantization: QuantizationOption = None,
-    device: DeviceOption = "auto",
-    attn_implementation: AttnOption = None,
+    options: Annotated[GenerateOptions, Parameter(name="*")],
+    sampling: Annotated[SamplingConfig, Parameter(name="*")] = SamplingConfig(),
 ) -> None:
     """Complete a prompt, or every prompt of a file, with the base model or adapters on it.
 
@@ -103,104 +103,57 @@ def generate(
 
     After Ctrl-C the same command goes on behind the rows that --output has.
     """
-    adapters = parse_adapters(adapter)
-    ways = {"--chat-template": chat_template, "--template": template, "--raw": raw or None}
-    given = [option for option, value in ways.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{given[0]} has no effect with {given[1]}; leave one of them out")
-    if overwrite and output is None:
-        raise ConfigError("--overwrite has no effect without --output; leave it out")
-    from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
-    from loraloom.data.chat_template import template_text
-    from loraloom.data.prompts import given_form, template_source
-    from loraloom.eval.provenance import describe_adapters
-    from loraloom.generation.generate import complete_in_order
-    from loraloom.generation.loading import check_sources, load_host
-    from loraloom.generation.sampling import parse_sampling
-
-    sampling = parse_sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    rows, prompts = _read(prompt, input_file, adapters, no_base=no_base, raw=raw)
-    check_sources(base_model, adapters, device, dtype, quantization)
+    options.check()
+    rows, prompts = _read(options)
+    check_sources(options, options.adapters)
     num_done, file = 0, None
-    if output is not None:
-        if input_file is not None and output.resolve() == input_file.resolve():
-            raise ConfigError(f"--output must be another file than --input, got {output} twice")
-        settings = {"base_model": base_model, "dtype": dtype, "sampling": sampling.model_dump()}
-        settings |= {"raw": raw, "batch_size": batch_size, "adapters": describe_adapters(adapters)}
-        settings |= {"chat_template": template_text(chat_template)} if chat_template else {}
-        settings |= {"template": template_source(template)} if template else {}
-        settings |= {"quantization": quantization.model_dump()} if quantization else {}
-        file = OutputFile(output, [*labelled(rows, prompts)], settings)
-        num_done = file.count_done(batch_size, overwrite=overwrite)
+    if options.output is not None:
+        lines = [*labelled(rows, prompts)]
+        file = OutputFile(options.output, lines, options.settings(sampling))
+        num_done = file.count_done(options.batch_size, overwrite=options.overwrite)
     if num_done == len(rows):
-        typer.echo(f"all {num_done} rows are in {output} already", err=True)
+        print(f"all {num_done} rows are in {options.output} already", file=sys.stderr)
         return
-    host, tokenizer = load_host(
-        base_model, adapters, dtype, device, attn_implementation, quantization
-    )
-    if not given:
+    host, tokenizer = load_host(options, options.adapters)
+    form = given_form(tokenizer, options.template, options.chat_template)
+    if form is None and not options.raw:
         tell_unknown_prompts(host, tokenizer)
     batches = complete_in_order(
         host,
         tokenizer,
         prompts,
         sampling,
-        batch_size=batch_size,
+        batch_size=options.batch_size,
         num_done=num_done,
-        raw=raw,
-        prompt_form=given_form(tokenizer, template, chat_template),
+        raw=options.raw,
+        prompt_form=form,
     )
     texts = ([completion.text for completion in batch] for batch in batches)
     if file is not None:
         file.write(texts, num_done)
-    elif input_file is None:
+    elif options.input is None:
         print_answers(prompts, texts)
     else:
         print_rows([*labelled(rows, prompts)], texts)
 
 
-def _read(
-    prompt: str | None,
-    input_file: Path | None,
-    adapters: Mapping[str, str],
-    *,
-    no_base: bool,
-    raw: bool,
-) -> tuple[list[dict[str, Any]], list[Prompt]]:
+def _read(options: GenerateOptions) -> tuple[list[dict[str, Any]], list[Prompt]]:
     """Rows to write again, and their prompts."""
-    if (prompt is None) == (input_file is None):
-        raise ConfigError("generate needs either --prompt or --input; give one of them")
-    from loraloom.data.files import read_file
-    from loraloom.generation.prompts import Prompt
-
-    if no_base and (input_file is not None or not adapters):
-        raise ConfigError("--no-base has an effect on --prompt with --adapter only; leave it out")
-    if input_file is None:
-        names = [*([] if no_base else [None]), *adapters]
-        return [{"prompt": prompt}] * len(names), [
-            Prompt(str(prompt), name, origin="--prompt") for name in names
+    if options.input is None:
+        names = [*([] if options.no_base else [None]), *options.adapters]
+        return [{"prompt": options.prompt}] * len(names), [
+            Prompt(str(options.prompt), name, origin="--prompt") for name in names
         ]
     asked = [
         (dict(row), prompt)
-        for row in read_file(input_file)
-        for prompt in _prompts_of(row, adapters, raw=raw)
+        for row in read_file(options.input)
+        for prompt in _prompts_of(row, options.adapters, raw=options.raw)
     ]
     return [row for row, _ in asked], [prompt for _, prompt in asked]
 
 
 def _prompts_of(row: Row, adapters: Mapping[str, str], *, raw: bool) -> list[Prompt]:
     """What a row asks: one adapter, or all of them where it names none."""
-    from loraloom.data.messages import read_messages, read_tools
-    from loraloom.generation.prompts import Prompt
-
     if ("prompt" in row) == ("messages" in row):
         row.reject("a row must have either 'prompt' or 'messages'")
     if raw and "messages" in row:

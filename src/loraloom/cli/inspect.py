@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from cyclopts import Parameter
+from rich.table import Table
 
 from loraloom.errors import shown
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from loraloom.formats.description import AdapterDescription
+from loraloom.formats.description import AdapterDescription, describe
+from loraloom.terminal import make_console, make_table, print_tables
 
 
-def inspect(
-    path: Annotated[str, typer.Argument(help="Directory of an adapter, or its id on the Hub.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
-    """Show an adapter's method, sizes, parameters in % of the base model, and norms."""
-    from loraloom.formats.description import describe
+def inspect(path: str, /, *, as_json: Annotated[bool, Parameter("--json")] = False) -> None:
+    """Show an adapter's method, sizes, parameters in % of the base model, and norms.
 
+    Args:
+        path: Directory of an adapter, or its id on the Hub.
+        as_json: Print JSON instead of tables.
+    """
     description = describe(path)
     if as_json:
-        typer.echo(json.dumps(description.to_json(), indent=2, allow_nan=False))
+        print(json.dumps(description.to_json(), indent=2, allow_nan=False))
         return
-    from loraloom.terminal import make_console, print_tables
-
     console = make_console()
     print_tables(console, [_settings_table(description), _norms_table(description)])
     if description.num_non_finite:
@@ -35,8 +31,6 @@ def inspect(
 
 
 def _settings_table(description: AdapterDescription) -> Table:
-    from rich.table import Table
-
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in _settings(description).items():
         table.add_row(label, value)
@@ -61,7 +55,9 @@ def _settings(description: AdapterDescription) -> dict[str, str]:
         )
     rows["target modules"] = ", ".join(description.target_modules)
     rows["layers"] = str(description.num_layers)
-    rows["parameters"] = f"{description.num_parameters:,} ({_share(description)})"
+    percent = description.percent_of_base
+    share = "base model's size unknown" if percent is None else f"{percent:.3g} % of the base model"
+    rows["parameters"] = f"{description.num_parameters:,} ({share})"
     for kind, count in description.parameters.items():
         rows[f"  {kind}"] = f"{count:,}"
     rows["dtype"] = ", ".join(description.dtypes)
@@ -77,14 +73,7 @@ def _rank(description: AdapterDescription) -> str:
     return f"{description.rank}{scaling}, dropout {description.dropout:g}"
 
 
-def _share(description: AdapterDescription) -> str:
-    percent = description.percent_of_base
-    return "base model's size unknown" if percent is None else f"{percent:.3g} % of the base model"
-
-
 def _norms_table(description: AdapterDescription) -> Table:
-    from loraloom.terminal import make_table
-
     table = make_table("norm of", values=["tensors", "min", "median", "max"])
     for norm in description.norms:
         numbers = (f"{value:.4g}" for value in (norm.min, norm.median, norm.max))

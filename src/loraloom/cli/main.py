@@ -1,7 +1,7 @@
 """`loraloom`: the verbs, and what becomes of errors.
 
-A verb is a function in the file of its name. Those files import torch and transformers inside their
-functions only, so that `loraloom --help` is quick.
+A verb is a function in the file of its name, which is imported when the verb is used, so that
+`loraloom --help` is quick.
 """
 
 from __future__ import annotations
@@ -10,78 +10,151 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Annotated
+from typing import Any
 
-import typer
-from typer.main import get_command
+import pydantic
+from cyclopts import App, CycloptsError, Parameter, RepeatArgumentError, ValidationError
 
 import loraloom
-from loraloom.cli import (
-    chat,
-    config,
-    convert,
-    data,
-    eval,
-    export,
-    generate,
-    inspect,
-    quickstart,
-    report,
-    serve,
-    train,
-)
-from loraloom.cli.tracebacks import TracebackFile, kept_tracebacks
+from loraloom.cli.tracebacks import TracebackFile
+from loraloom.config.faults import describe_faults
 from loraloom.errors import LoraloomError, plain, shown
 
 _log = logging.getLogger(__name__)
 
+_HELP = "Train, evaluate and run mixtures of LoRA experts and plain adapters on one base model."
+_QUIET: Any = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
 _CHATTY = ("bitsandbytes", "torchao", "torch.utils._pytree")
 """What warns when transformers imports it, of kernels for devices that aren't there."""
 
 Command = Callable[..., None]
 
-VERBS: dict[str, Command] = {
-    "quickstart": quickstart.quickstart,
-    "train": train.train,
-    "eval": eval.evaluate,
-    "report": report.report,
-    "generate": generate.generate,
-    "serve": serve.serve,
-    "chat": chat.chat,
-    "inspect": inspect.inspect,
-    "export": export.export,
-    "convert": convert.convert,
+VERBS: dict[str, tuple[str | Command, str]] = {
+    "quickstart": ("quickstart:quickstart", "Train two LoRAs and a mixture, and compare them."),
+    "train": ("train:train", "Train the adapters of a run file together."),
+    "eval": ("eval:evaluate", "Score choice questions, or held-out rows."),
+    "report": ("report:report", "Put a run on one HTML page."),
+    "generate": ("generate:generate", "Complete a prompt, or every prompt of a file."),
+    "serve": ("serve:serve", "Serve the base model and its adapters with OpenAI's API."),
+    "chat": ("chat:chat", "Talk to the base model and its adapters."),
+    "inspect": ("inspect:inspect", "Show an adapter's method, sizes and norms."),
+    "export": ("export:export", "Write an adapter for transformers, vLLM or llama.cpp."),
+    "convert": ("convert:convert", "Write an adapter's files for another program."),
+    "config schema": ("config:schema", "Print the JSON Schema of run files."),
+    "config show": ("config:show", "Check a run file and print all its settings."),
+    "data show": ("data:show", "Print the first rows of jobs as tokens."),
 }
-"""Verb -> function, in the order of --help."""
+"""Verb -> its function, as `file:name` of this package, and its line of --help."""
 
-GROUPS: dict[str, tuple[str, Mapping[str, Command]]] = {
-    "config": ("Run files: their schema, and one in full.", config.SUBCOMMANDS),
-    "data": ("What a run's jobs learn from.", data.SUBCOMMANDS),
+GROUPS = {
+    "config": "Run files: their schema, and one in full.",
+    "data": "What a run's jobs learn from.",
 }
-"""Verb with verbs of its own -> its help, and the functions of those."""
+"""Verb with verbs of its own -> its help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line."""
+    """Run a command line, the process's own by default, and return the exit code.
+
+    It is 0, 2 after a user's fault (one message on stderr), 1 after any other (one line, which
+    names the file that has the traceback) and where nobody reads the output any more, 130 after
+    Ctrl-C, 143 after SIGTERM and 129 after SIGHUP in training.
+    """
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with kept_tracebacks() as tracebacks:
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    with TracebackFile() as tracebacks:
         try:
-            get_command(_build_app()).main(args=argv, prog_name="loraloom")
+            return _run(words)
+        except CycloptsError as error:
+            _complain(_in_words(error), tracebacks)
+            return 2
         except LoraloomError as error:
             _complain(str(error), tracebacks)
             return 2
-        except SystemExit as end:  # how typer ends, whatever the outcome
+        except SystemExit as end:
             return end.code if isinstance(end.code, int) else 0
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            return 1
         except Exception as error:
-            _log.error("%s", shlex.join(sys.argv), exc_info=error)
+            _log.error("%s", shlex.join(["loraloom", *words]), exc_info=error)
             _complain(f"unexpected {type(error).__name__}: {shown(str(error))}", tracebacks)
             return 1
         finally:
             _flush_output()
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["serve"]:
+        return _serve(words[1:])
+    app = _build_app(words)
+    while True:
+        try:
+            app(words or ["--help"], **_QUIET)
+        except RepeatArgumentError as error:  # the later one counts
+            words = _without_first(words, str(error.token.keyword))
+        else:
+            is_group = len(words) == 1 and words[0] in GROUPS
+            return 2 if not words or is_group else 0
+
+
+def _without_first(words: list[str], option: str) -> list[str]:
+    """A command line without an option's first value."""
+    place = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
+    following = words[place + 1 : place + 2]
+    has_own_word = "=" not in words[place] and following and not following[0].startswith("--")
+    length = 2 if has_own_word else 1
+    return words[:place] + words[place + length :]
+
+
+def _build_app(words: list[str]) -> App:
+    """Declare the verbs; the help of the one that is used is its docstring."""
+    app = _group("loraloom", _HELP, version=f"loraloom {loraloom.__version__}")
+    groups = {name: _group(name, summary) for name, summary in GROUPS.items()}
+    for group in groups.values():
+        app.command(group)
+    for verb, (command, summary) in VERBS.items():
+        *above, name = verb.split()
+        place = f"loraloom.cli.{command}" if isinstance(command, str) else command
+        is_used = words[: len(above) + 1] == [*above, name]
+        known = {} if is_used else {"help": summary}  # else its file is imported for it
+        (groups[above[0]] if above else app).command(place, name=name, **known)
+    return app
+
+
+def _serve(words: list[str]) -> int:
+    """Run the verb whose options are declared one by one."""
+    import typer
+    from typer.main import get_command
+
+    command, _ = VERBS["serve"]
+    if isinstance(command, str):
+        from loraloom.cli.serve import serve as command
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    get_command(app).main(args=words, prog_name="loraloom serve")
     return 0
+
+
+def _group(name: str, summary: str | None, version: str = "") -> App:
+    flags = ["--version"] if version else []
+    parameter = Parameter(negative="")  # a flag has no --no-flag
+    return App(
+        name, help=summary, version=version, version_flags=flags, default_parameter=parameter
+    )
+
+
+def _in_words(error: CycloptsError) -> str:
+    """What is wrong with the options; a model's own messages are as those of a run file."""
+    fault = error.__cause__
+    if not isinstance(error, ValidationError) or not isinstance(fault, pydantic.ValidationError):
+        return str(error)
+    hint = None if error.argument is None else error.argument.hint
+    return "\n".join(describe_faults(fault, (hint,) if isinstance(hint, type) else ()))
 
 
 def _complain(message: str, tracebacks: TracebackFile) -> None:
@@ -105,36 +178,3 @@ def _flush_output() -> None:
         if not isinstance(error, BrokenPipeError):
             print(f"warning: some of the output can't be written: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _build_app() -> typer.Typer:
-    app = _group(VERBS)
-    app.callback()(_loraloom)
-    for name, (summary, commands) in GROUPS.items():
-        app.add_typer(_group(commands), name=name, help=summary)
-    return app
-
-
-def _group(commands: Mapping[str, Command]) -> typer.Typer:
-    group = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-    for name, command in commands.items():
-        group.command(name)(command)
-    return group
-
-
-def _print_version(wanted: bool) -> bool:
-    if wanted:
-        typer.echo(f"loraloom {loraloom.__version__}")
-        raise typer.Exit
-    return wanted
-
-
-def _loraloom(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-) -> None:
-    """Train, evaluate and run mixtures of LoRA experts and plain adapters on one base model."""

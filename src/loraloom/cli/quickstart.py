@@ -11,10 +11,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import Parameter
+from pydantic import Field
 
-from loraloom.cli.options import DeviceOption, path_option
+from loraloom.cli.options import LocalPath
 from loraloom.cli.train import raise_failures
+from loraloom.config.fields import StrictModel
+from loraloom.config.model import Device
 from loraloom.config.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
@@ -28,22 +31,23 @@ BASE_STEPS = 4000
 PROMPT = "Bus 959 in Gripel goes to the"
 
 
+class QuickstartOptions(StrictModel):
+    """Where results go, and how long it takes."""
+
+    output_dir: LocalPath = Path("quickstart")
+    """Write adapters, metrics and pictures to this directory."""
+    overwrite: bool = False
+    """Replace an earlier quickstart's results."""
+    resume: bool = False
+    """Go on where an interrupted quickstart was, if there is one."""
+    max_steps: int = Field(default=800, ge=1)
+    """Train for N steps."""
+    device: Device = "auto"
+    """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
+
+
 def quickstart(
-    output_dir: Annotated[
-        Path,
-        path_option("--output-dir", metavar="DIR", help="Where adapters, metrics and pictures go."),
-    ] = Path("quickstart"),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier quickstart's results.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on where an interrupted quickstart was, if there is one."
-        ),
-    ] = False,
-    max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Training steps.")] = 800,
-    device: DeviceOption = "auto",
+    options: Annotated[QuickstartOptions, Parameter(name="*")] = QuickstartOptions(),
 ) -> None:
     """Train two LoRAs and a mixture together, three seeds of each, and see which learns more.
 
@@ -51,7 +55,9 @@ def quickstart(
     tiny base model that knows its language are made on the spot. Four to seven minutes on
     two slow processor cores.
     """
-    run = _run_config(max_steps, output_dir / "adapters", output_dir / "base", device)
+    output_dir, device = options.output_dir, options.device
+    resume, overwrite = options.resume, options.overwrite
+    run = _run_config(options.max_steps, output_dir / "adapters", output_dir / "base", device)
     from loraloom.data.questions import load_question_set
     from loraloom.data.tiny_base import make_tiny_base
     from loraloom.eval.evaluation import evaluate

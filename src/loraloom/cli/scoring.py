@@ -6,10 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraloom.config.data import Scoring
 from loraloom.config.objective import DpoConfig
 from loraloom.errors import ConfigError
 
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from loraloom.config.data import SourceConfig
     from loraloom.data.questions import QuestionSet
     from loraloom.eval.cache import ScoreCache
-    from loraloom.eval.evaluation import Compat, Evaluation
+    from loraloom.eval.evaluation import Evaluation
     from loraloom.models.host import Host
 
 DEFAULT_BETA = DpoConfig.model_fields["beta"].default
@@ -28,15 +26,7 @@ DEFAULT_BETA = DpoConfig.model_fields["beta"].default
 Score = Callable[["EvalRun", "Console"], "Evaluation"]
 
 
-def score_choices(
-    run: EvalRun,
-    tasks: Sequence[str],
-    *,
-    scoring: Scoring | None,
-    split: str | None,
-    compat: Compat | None,
-    compare: Sequence[str],
-) -> None:
+def score_choices(run: EvalRun, tasks: Sequence[str]) -> None:
     """Score choice tasks, write the results and print them; options are those of the verb."""
     from loraloom.eval.comparison import choose_pairs
     from loraloom.eval.evaluation import load_question_sets
@@ -45,53 +35,46 @@ def score_choices(
         raise ConfigError(
             "--task must name at least one task, got none; or give --dataset or --harness"
         )
-    choose_pairs(run.names, compare)
+    choose_pairs(run.names, run.compare)
     run.check()
-    asked = load_question_sets(tasks, scoring, split, run.data, run.limit, compat)
-    _evaluate(run, partial(_ask, asked, compat), compare)
+    asked = load_question_sets(tasks, run.scoring, run.split, run.data, run.limit, run.compat)
+    _evaluate(run, partial(_ask, asked))
 
 
-def _ask(
-    asked: Sequence[QuestionSet], compat: Compat | None, run: EvalRun, messages: Console
-) -> Evaluation:
+def _ask(asked: Sequence[QuestionSet], run: EvalRun, messages: Console) -> Evaluation:
     from loraloom.eval.evaluation import evaluate
 
     host, tokenizer = run.load()
     with _options(run, host, messages) as options:
-        return evaluate(host, tokenizer, asked, run.names, compat=compat, **options)
+        return evaluate(host, tokenizer, asked, run.names, compat=run.compat, **options)
 
 
-def score_held_out(
-    run: EvalRun,
-    datasets: Sequence[str],
-    *,
-    settings: dict[str, Any],
-    max_length: int | None,
-    beta: float | None,
-    compare: Sequence[str],
-) -> None:
+def score_held_out(run: EvalRun, datasets: Sequence[str]) -> None:
     """Compute losses on data sets, write the results and print them."""
     from loraloom.data.locations import read_rows
     from loraloom.data.rows import check_faults
     from loraloom.eval.comparison import choose_pairs
     from loraloom.eval.held_out import data_set_name, parse_source
 
-    given = {name: value for name, value in settings.items() if value}
+    settings = run.model_dump(
+        include={"format", "template", "chat_template", "split", "on_empty"}, exclude_none=True
+    )
+    given = settings | ({"fields": _parse_fields(run.field)} if run.field else {})
     if "format" not in given:
         given = {**_trained_on(run.adapters), **given}
     sources = [parse_source({"dataset": dataset, **given}) for dataset in datasets]
     names = [data_set_name(dataset) for dataset in datasets]
     if len(set(names)) < len(names):
         raise ConfigError(f"--dataset must give different names, got {', '.join(names)}")
-    if beta is not None and given.get("format") != "preference":
+    if run.beta is not None and given.get("format") != "preference":
         raise ConfigError("--beta has an effect with --format preference only; leave it out")
-    choose_pairs(run.names, compare)
+    choose_pairs(run.names, run.compare)
     run.check()
     for source in sources:  # so that what is missing or broken is told before the model is loaded
         assert source.dataset is not None, "parse_source wants one"
         rows = read_rows(source.dataset, source.split or "validation", source.config)
         check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
-    _evaluate(run, partial(_measure, sources, max_length, beta or DEFAULT_BETA), compare)
+    _evaluate(run, partial(_measure, sources))
 
 
 def _trained_on(adapters: Mapping[str, str]) -> dict[str, str]:
@@ -106,25 +89,20 @@ def _trained_on(adapters: Mapping[str, str]) -> dict[str, str]:
     return form.model_dump(include={"format", "template", "chat_template"}, exclude_none=True)
 
 
-def _measure(
-    sources: Sequence[SourceConfig],
-    max_length: int | None,
-    beta: float,
-    run: EvalRun,
-    messages: Console,
-) -> Evaluation:
+def _measure(sources: Sequence[SourceConfig], run: EvalRun, messages: Console) -> Evaluation:
     from loraloom.eval.evaluation import evaluate_loss
     from loraloom.eval.held_out import load_held_out
 
     host, tokenizer = run.load()
-    sets = [load_held_out(host, tokenizer, one, max_length, run.limit, beta) for one in sources]
+    beta = run.beta or DEFAULT_BETA
+    sets = [load_held_out(host, tokenizer, one, run.max_length, run.limit, beta) for one in sources]
     for one in sets:
         messages.print(one.describe())
     with _options(run, host, messages) as options:
         return evaluate_loss(host, tokenizer, sets, run.names, **options)
 
 
-def _evaluate(run: EvalRun, score: Score, compare: Sequence[str]) -> None:
+def _evaluate(run: EvalRun, score: Score) -> None:
     """Score all adapters here or on a cluster's workers; print the tables and write the files."""
     from loraloom.eval.comparison import choose_pairs
     from loraloom.eval.evaluation import Evaluation, write_lines
@@ -132,12 +110,12 @@ def _evaluate(run: EvalRun, score: Score, compare: Sequence[str]) -> None:
 
     messages = make_console(stderr=True, soft_wrap=True)
     parts = [score(run, messages)] if run.ray is None else _spread(run, score, messages)
-    evaluation = Evaluation.join(parts, run.names, choose_pairs(run.names, compare))
+    evaluation = Evaluation.join(parts, run.names, choose_pairs(run.names, run.compare))
     for name, routing in evaluation.details["routing"].items():
         for warning in routing["warnings"]:
             messages.print(f"warning: adapter {name}: {warning}")
     print_tables(make_console(), evaluation.tables())
-    for path in run.outputs:
+    for path in run.output:
         evaluation.write(path)
     if run.per_question is not None:
         write_lines(run.per_question, evaluation.lines())
@@ -216,18 +194,11 @@ def _open_cache(run: EvalRun, host: Host, messages: Console) -> ScoreCache | Non
         return None
 
 
-def score_harness(
-    run: EvalRun,
-    tasks: Sequence[str],
-    *,
-    include: Path | None,
-    num_fewshot: int | None,
-    apply_chat_template: bool,
-) -> None:
+def score_harness(run: EvalRun, tasks: Sequence[str]) -> None:
     """Score tasks of lm-eval, print a table and write files; options are those of the verb."""
     if not tasks:
         raise ConfigError("--harness must name at least one task, got none")
-    for path in run.outputs:
+    for path in run.output:
         if path.suffix.lower() != ".json":
             raise ConfigError(f"--output must end in .json with --harness, got {path}")
     run.check()
@@ -245,7 +216,7 @@ def score_harness(
     from loraloom.terminal import make_console, print_tables
 
     with _errors_only():
-        loaded = load_tasks(tasks, include, run.data)
+        loaded = load_tasks(tasks, run.harness_include, run.data)
         check_asks_text(loaded)
         host, tokenizer = run.load()
         results = evaluate_adapters(
@@ -255,8 +226,8 @@ def score_harness(
             run.names,
             lm_options={"max_tokens_per_batch": run.batch_tokens},
             limit=run.limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=apply_chat_template,
+            num_fewshot=run.num_fewshot,
+            apply_chat_template=run.apply_chat_template,
         )
     print_tables(make_console(), [results_table(results)])
     if run.per_question is not None:
@@ -268,7 +239,7 @@ def score_harness(
         "tasks": {},
         "lm_eval": plain_results(results),
     }
-    for path in run.outputs:
+    for path in run.output:
         write_json(path, value)
 
 
@@ -282,3 +253,14 @@ def _errors_only() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _parse_fields(texts: Sequence[str]) -> dict[str, str]:
+    """Columns of --field by their roles."""
+    fields = {}
+    for text in texts:
+        role, _, column = text.partition("=")
+        if not role or not column:
+            raise ConfigError(f"--field must be ROLE=COLUMN, got {text!r}")
+        fields[role] = column
+    return fields

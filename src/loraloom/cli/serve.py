@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from loraloom.cli.options import (
+from loraloom.cli.options import parse_adapters, tell_unknown_prompts
+from loraloom.cli.typer_options import (
     AdapterOption,
     AttnOption,
     BaseModelOption,
@@ -20,10 +21,10 @@ from loraloom.cli.options import (
     DeviceOption,
     DtypeOption,
     QuantizationOption,
-    parse_adapters,
     path_option,
-    tell_unknown_prompts,
 )
+from loraloom.config.faults import checked
+from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def serve(
     given = locals()
     from loraloom.serve.access import is_loopback, read_keys
 
-    adapters = parse_adapters(adapter)
+    adapters = parse_adapters(adapter or ())
     is_local = is_loopback(host)
     if not is_local and api_key_file is None and not no_api_key:
         raise ConfigError(
@@ -202,21 +203,16 @@ def _serve_embedded(
 
     return_freed_memory()
     bound_kernel_caches()
-    check_sources(given.base_model, adapters, given.device, given.dtype, given.quantization)
+    asked = {name: getattr(given, name) for name in BaseModelConfig.model_fields}
+    base = checked(BaseModelConfig, asked)
+    check_sources(base, adapters)
     connections = ConnectionLimits(
         given.max_connections, given.header_seconds, given.body_seconds, given.idle_seconds
     )
     with listen(given.host, given.port) as sock:
 
         def prepare() -> tuple[Engine, AdapterShelf, Any]:
-            model, tokenizer = load_host(
-                given.base_model,
-                {},
-                given.dtype,
-                given.device,
-                given.attn_implementation,
-                given.quantization,
-            )
+            model, tokenizer = load_host(base, {})
             replace_chat_template(tokenizer, given.chat_template)
             limits = EngineLimits(
                 given.max_rows,

@@ -5,66 +5,53 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from cyclopts import Parameter
+from rich.table import Table
 
-from loraloom.cli.options import (
-    RayOption,
-    RayWorkersOption,
-    RunFileArgument,
-    SetOption,
-    check_ray_workers,
-    path_option,
-)
-from loraloom.config.fields import AttnImplementation, BaseDtype
+from loraloom.cli.options import LocalPath, RayOptions, Sets
+from loraloom.config.fields import AttnImplementation, BaseDtype, StrictModel
 from loraloom.errors import ConfigError, TrainingError
+from loraloom.terminal import make_console, make_table, print_tables
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from loraloom.training.run.results import JobResult
 
 
+class TrainOptions(RayOptions):
+    """What becomes of earlier results, and where else jobs come from."""
+
+    resume: bool = False
+    """Go on from the newest checkpoint, if there is one."""
+    overwrite: bool = False
+    """Replace earlier results of these jobs."""
+    watch: LocalPath | None = None
+    """Go on, and train the job files that come into this directory too."""
+    watch_exit_when_idle: bool = False
+    """With --watch: end when all files are done."""
+
+
+class ModelChanges(StrictModel):
+    """What takes the place of the run file's settings."""
+
+    dtype: BaseDtype | None = None
+    """Load the base model in this number format, in place of the run file's."""
+    quantization: str | None = None
+    """Quantize the base model so, in place of the run file's."""
+    device: str | None = None
+    """Run on this device, in place of the run file's."""
+    attn_implementation: AttnImplementation | None = None
+    """Compute attention so, in place of the run file's."""
+
+
 def train(
-    run_file: RunFileArgument,
-    overrides: SetOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace earlier results of these jobs.")
-    ] = False,
-    watch: Annotated[
-        Path | None,
-        path_option(
-            "--watch",
-            metavar="DIR",
-            help="Go on, and train the job files that come into this directory too.",
-        ),
-    ] = None,
-    watch_exit_when_idle: Annotated[
-        bool,
-        typer.Option("--watch-exit-when-idle", help="With --watch: end when all files are done."),
-    ] = False,
-    ray: RayOption = None,
-    ray_workers: RayWorkersOption = None,
-    dtype: Annotated[
-        BaseDtype | None, typer.Option("--dtype", help="In place of the run file's dtype.")
-    ] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option("--quantization", metavar="KIND", help="In place of the run file's."),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="DEVICE", help="In place of the run file's device."),
-    ] = None,
-    attn_implementation: Annotated[
-        AttnImplementation | None,
-        typer.Option("--attn-implementation", help="In place of the run file's."),
-    ] = None,
+    run_file: LocalPath,
+    /,
+    *,
+    overrides: Sets | None = None,
+    options: Annotated[TrainOptions, Parameter(name="*")] = TrainOptions(),
+    model: Annotated[ModelChanges, Parameter(name="*")] = ModelChanges(),
 ) -> None:
     """Train the adapters of a run file, all of them together on one base model.
 
@@ -72,36 +59,33 @@ def train(
 
     Ctrl-C, SIGTERM or SIGHUP saves everything for --resume; a second one ends at once. Output
     that can't be written, to a closed pipe say, is lost; training goes on.
-    """
-    options = {
-        "dtype": dtype,
-        "quantization": quantization,
-        "device": device,
-        "attn_implementation": attn_implementation,
-    }
-    changes = [f"{name}={value}" for name, value in options.items() if value is not None]
-    if watch_exit_when_idle and watch is None:
-        raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
-    check_ray_workers(ray, ray_workers)
-    from loraloom.config.loading import load_run_config
 
-    run = load_run_config(run_file, [*(overrides or ()), *changes], needs_jobs=watch is None)
+    Args:
+        run_file: A base model and its jobs.
+    """
     from loraloom.cli.evaluation_command import evaluation_command, generation_command
-    from loraloom.terminal import make_console, print_tables
+    from loraloom.config.loading import load_run_config
     from loraloom.training.run import run as training
     from loraloom.training.run.inbox import WatchOptions
     from loraloom.training.run.launch import read_launch
     from loraloom.training.run.progress import Progress
 
+    changes = [f"{name}={value}" for name, value in model.model_dump(exclude_none=True).items()]
+    if options.watch_exit_when_idle and options.watch is None:
+        raise ConfigError("--watch-exit-when-idle has no effect without --watch DIR; give it")
+    run = load_run_config(
+        run_file, [*(overrides or ()), *changes], needs_jobs=options.watch is None
+    )
     console = make_console(quiet=read_launch().rank > 0)
     results = training.train(
         run,
-        resume=resume,
-        overwrite=overwrite,
+        resume=options.resume,
+        overwrite=options.overwrite,
         progress=Progress(console),
-        watch=watch and WatchOptions(watch, overwrite, watch_exit_when_idle),
-        ray=ray,
-        ray_workers=ray_workers,
+        watch=options.watch
+        and WatchOptions(options.watch, options.overwrite, options.watch_exit_when_idle),
+        ray=options.ray,
+        ray_workers=options.ray_workers,
         command=shlex.join(["loraloom", *sys.argv[1:]]),
     )
     others = [one for one in results if run.sweep is None or not run.sweep.owns(one.job)]
@@ -117,8 +101,6 @@ def train(
 
 
 def _results_table(results: Sequence[JobResult]) -> Table:
-    from loraloom.terminal import make_table
-
     metrics = list(dict.fromkeys(name for result in results for name in result.metrics))
     titles = ["method", "steps", "status", "weights", *metrics]
     table = make_table("job", values=titles)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 
-from loraloom.errors import shown
+from loraloom.errors import ConfigError, shown
 
 MAX_FAULTS = 30
 """Of one message."""
 
 Models = tuple[type[BaseModel], ...]
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _EXPECTED = {
     "bool_parsing": "true or false",
@@ -80,6 +81,14 @@ def describe_faults(error: ValidationError, models: Models) -> list[str]:
     faults = [_describe(one, models) for one in details[:MAX_FAULTS]]
     more = len(details) - len(faults)
     return [*faults, f"and {more} more faults"] if more else faults
+
+
+def checked(model: type[_Model], settings: Any) -> _Model:
+    """Settings as a model; all that is wrong with them is one ConfigError."""
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe_faults(error, (model,)))) from error
 
 
 def value_fault(loc: tuple[int | str, ...], reason: str) -> InitErrorDetails:

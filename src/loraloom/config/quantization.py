@@ -91,6 +91,8 @@ _Settings = Annotated[AnyQuantization, Field(discriminator="quant_method")]
 
 def _spelled_out(value: Any) -> Any:
     """Give a name's settings; take transformers' own flags for the method."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # as on the command line
+        value = parse_yaml(value, "quantization")
     if isinstance(value, str):
         if value not in NAMED:
             raise ValueError(
@@ -128,8 +130,6 @@ class _Section(StrictModel):
 
 def parse_quantization(value: Any) -> AnyQuantization | None:
     """Check how a base model is to be quantised."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = parse_yaml(value, "quantization")
     try:
         return _Section.model_validate({"quantization": value}).quantization
     except ValidationError as error:

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_core import InitErrorDetails
 
 from loraloom.config.faults import as_fault, describe_faults, value_fault
-from loraloom.config.fields import (
-    AttnImplementation,
-    BaseDtype,
-    CheckInfo,
-    StrictModel,
-    check_device,
-)
+from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.config.job import JobConfig, when_registered
+from loraloom.config.model import BaseModelConfig
 from loraloom.config.paths import local_path
-from loraloom.config.quantization import AnyQuantization, QuantizationConfig, check_fits_dtype
+from loraloom.config.quantization import AnyQuantization
 from loraloom.config.sweep import SweepConfig
 from loraloom.config.trials import Trial, check_trials, make_trial
 from loraloom.errors import ConfigError, shown
@@ -33,20 +28,9 @@ class ParallelConfig(StrictModel):
     """replicated: each process has all of it; fsdp: each keeps a part of every layer's weights."""
 
 
-class RunConfig(StrictModel):
+class RunConfig(BaseModelConfig):
     """One base model and the jobs that share it."""
 
-    base_model: str = Field(min_length=1)
-    """Hub id, directory or .gguf file of a causal language model, or smollm2-135m."""
-    dtype: BaseDtype = "auto"
-    """Number format of the base model; auto: its checkpoint's, but float32 on a CPU that multiplies
-    16 bits slowly. Adapters are kept in float32."""
-    quantization: QuantizationConfig | None = None
-    """nf4, int8, torchao-int8, torchao-int4, or a library's settings; null: none."""
-    device: Annotated[str, AfterValidator(check_device)] = "auto"
-    """auto (an accelerator where there is one), cpu, cuda, cuda:0, xpu, mps."""
-    attn_implementation: AttnImplementation | None = None
-    """How transformers computes attention; null for its own choice."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How several processes share the base model; each computes a share of all jobs' rows."""
     output_dir: Path
@@ -82,10 +66,9 @@ class RunConfig(StrictModel):
 
     @field_validator("quantization")
     @classmethod
-    def _check_quantization(
+    def _check_compute_dtype(
         cls, quantization: AnyQuantization | None, info: CheckInfo
     ) -> AnyQuantization | None:
-        check_fits_dtype(quantization, info.data.get("dtype"))
         computes_in_float16 = getattr(quantization, "bnb_4bit_compute_dtype", None) == "float16"
         if computes_in_float16 and info.data.get("dtype") != "float16":
             raise ValueError(
@@ -94,19 +77,6 @@ class RunConfig(StrictModel):
                 "become zero"
             )
         return quantization
-
-    @field_validator("attn_implementation")
-    @classmethod
-    def _check_attention(
-        cls, implementation: AttnImplementation | None, info: CheckInfo
-    ) -> AttnImplementation | None:
-        wide = info.data.get("dtype") in ("float32", "float64")
-        if implementation == "flash_attention_2" and wide:
-            raise ValueError(
-                "attn_implementation flash_attention_2 computes in 16 bits only; "
-                "set dtype: bfloat16 or take sdpa"
-            )
-        return implementation
 
     @field_validator("jobs", mode="wrap")
     @classmethod

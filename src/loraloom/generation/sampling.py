@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -23,9 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loraloom.config.faults import describe_faults
+from loraloom.config.faults import checked
 from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.errors import ConfigError, shown
+from loraloom.errors import shown
 from loraloom.generation.prompts import is_unicode
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
@@ -93,10 +93,7 @@ class SamplingConfig(StrictModel):
 
 def parse_sampling(**settings: Any) -> SamplingConfig:
     """Check settings of `SamplingConfig`."""
-    try:
-        return SamplingConfig.model_validate(settings)
-    except ValidationError as error:
-        raise ConfigError("\n".join(describe_faults(error, (SamplingConfig,)))) from error
+    return checked(SamplingConfig, settings)
 
 
 class TokenChooser:

@@ -29,8 +29,8 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.faults import suggestion
-from loraloom.config.fields import check_device
+from loraloom.config.faults import checked, suggestion
+from loraloom.config.model import BaseModelConfig
 from loraloom.config.quantization import parse_quantization
 from loraloom.data.tokenising import (
     TokenPair,
@@ -263,14 +263,12 @@ class HostLM(_HFLM):
         _check_arguments(arg_dict)
         device = arg_dict.get("device") or given.get("device") or "auto"
         adapter = arg_dict.get("adapter")
-        host, tokenizer = load_host(
-            str(arg_dict["base_model"]),
-            {} if adapter is None else {"adapter": str(adapter)},
-            str(arg_dict.get("dtype", "auto")),
-            check_device(str(device)),
-            arg_dict.get("attn_implementation"),
-            parse_quantization(arg_dict.get("quantization")),
-        )
+        known = BaseModelConfig.model_fields
+        settings = {name: value for name, value in arg_dict.items() if name in known}
+        settings["quantization"] = parse_quantization(arg_dict.get("quantization"))
+        settings |= {"base_model": str(arg_dict["base_model"]), "device": str(device)}
+        model = checked(BaseModelConfig, settings)
+        host, tokenizer = load_host(model, {} if adapter is None else {"adapter": str(adapter)})
         options = {name: arg_dict[name] for name in _LM_OPTIONS if name in arg_dict}
         if str(given.get("batch_size")).isdigit():  # else "auto"
             options["batch_size"] = int(given["batch_size"])
