@@ -12,6 +12,7 @@ from rich.cells import cell_len, chop_cells
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from loraloom.adapters import CONFIGS
 from loraloom.cli.options import LocalPath, Sets
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import suggestion
@@ -81,10 +82,10 @@ def _fill_in(settings: dict[str, Any]) -> dict[str, Any]:
     """Give a run file what data does not depend on, where it lacks that."""
     jobs = settings.get("jobs")
     if isinstance(jobs, list) and all(isinstance(job, dict) for job in jobs):
-        numbered = enumerate(jobs, start=1)
+        adapter = {"method": CONFIGS[0].model_fields["method"].default}
         settings["jobs"] = [
-            {"name": f"job{n}", "adapter": {"method": "lora"}, "train": _some_training(job), **job}
-            for n, job in numbered
+            {"name": f"job{n}", "adapter": adapter, "train": _some_training(job), **job}
+            for n, job in enumerate(jobs, start=1)
         ]
     return {"output_dir": "out", **settings}
 

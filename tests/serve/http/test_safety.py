@@ -249,7 +249,7 @@ def test_where_files_are_is_not_told(host, tokenizer, saved, tmp_path, caplog):
 def test_every_answer_is_counted_and_logged(host, tokenizer, caplog):
     options = ApiOptions(api_keys=["secret"], log_requests=True)
     caplog.set_level(logging.INFO, "loraloom.access")
-    with serving(host, tokenizer, options=options) as (url, engine):
+    with serving(host, tokenizer, options=options) as (url, _):
         headers = {"Authorization": "Bearer secret"}
         path = f"{url}/v1/chat/completions"
         told = httpx2.post(path, json=CHAT, headers=headers).json()["usage"]
@@ -257,10 +257,8 @@ def test_every_answer_is_counted_and_logged(host, tokenizer, caplog):
         httpx2.post(path, json=CHAT | {"n": 0}, headers=headers)
         httpx2.post(path, json=CHAT)
         httpx2.get(f"{url}/nowhere%0A2026", headers=headers)
-        engine.stop()
-        httpx2.post(path, json=CHAT, headers=headers)
         text = httpx2.get(f"{url}/metrics", headers=headers).text
-    for status, number in ((200, 2), (400, 1), (401, 1), (503, 1)):
+    for status, number in ((200, 2), (400, 1), (401, 1)):
         sample = f'responses_total{{path="/v1/chat/completions",status="{status}"}} {number}.0'
         assert sample in text
     assert 'responses_total{path="other",status="404"} 1.0' in text

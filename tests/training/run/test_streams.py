@@ -96,12 +96,6 @@ def test_rows_that_changed_where_the_stream_stands_are_refused(inputs, tmp_path)
         loraloom.train(run, resume=True)
 
 
-def test_memory_is_predicted_for_rows_of_max_length(inputs, tmp_path):
-    run = settings(inputs, tmp_path) | {"memory_limit": 1000}
-    with pytest.raises(loraloom.ConfigError, match="a step of 6 rows of 128 tokens"):
-        loraloom.train(run)
-
-
 @pytest.mark.parametrize(
     ("job", "message"),
     [
