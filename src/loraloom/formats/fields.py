@@ -45,6 +45,8 @@ class _Table:
         read: From files to settings whose fields have another form.
         write: From a configuration to these fields.
         written: Names of these settings.
+        moe_peft_fault: Says what of a configuration MoE-PEFT's program can't hold; None if it lacks
+            the method.
     """
 
     names: Mapping[str, str]
@@ -53,6 +55,7 @@ class _Table:
     read: Callable[[AdapterFiles], Settings] = lambda files: {}
     write: Callable[[Any, BaseInfo], Settings] = lambda config, base: {}
     written: Callable[[Any], set[str]] = lambda config: set()
+    moe_peft_fault: Callable[[Any], str | None] | None = None
 
 
 def read_settings(
@@ -380,6 +383,43 @@ def _read_dynmole(files: AdapterFiles) -> Settings:
     return {}
 
 
+# What MoE-PEFT's own program can hold.
+
+
+def _lora_fault(config: Any) -> str | None:
+    chosen = {
+        "layers": config.layers,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "places in target_modules": config.names_layers,
+        f"init: {config.init}": config.takes_start_off,
+    }
+    names = ", ".join(name for name, value in chosen.items() if value)
+    return f"MoE-PEFT has no {names}" if names else None
+
+
+def _mixlora_fault(config: Any) -> str | None:
+    if config.expert_config.weight_decomposition:
+        return "MoE-PEFT's files have no place for the magnitudes of a MixDoRA"
+    if config.shared_expert is not None or config.router_bias:
+        return "MoE-PEFT has neither a shared_expert nor a router_bias"
+    if config.routing == "top_p" and config.temperature != 1 and config.compat is None:
+        return "MoE-PEFT's temperature divides probabilities, not logits"
+    return _alpha_fault(config.expert_config.alpha)
+
+
+def _mola_fault(config: Any) -> str | None:
+    if not isinstance(config.num_experts, int):
+        return "MoE-PEFT has one number of experts for all layers"
+    if config.routing != "top_k":
+        return f"MoE-PEFT's MoLA has top-k routing alone, got {config.routing}"
+    return None
+
+
+def _alpha_fault(alpha: float) -> str | None:
+    return None if alpha.is_integer() else f"MoE-PEFT takes a whole alpha, got {alpha:g}"
+
+
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
@@ -399,6 +439,7 @@ TABLES: dict[str, _Table] = {
         },
         read=_read_lora,
         write=_write_lora,
+        moe_peft_fault=_lora_fault,
     ),
     VeraConfig.peft_type: _Table(
         {
@@ -417,17 +458,20 @@ TABLES: dict[str, _Table] = {
         read=_read_mixlora,
         write=_write_mixlora,
         written=_written_by_mixlora,
+        moe_peft_fault=_mixlora_fault,
     ),
     MolaConfig.peft_type: _Table(
         _UNDECOMPOSED | _same("num_experts", "top_k"),
         _MIXTURE,
         {"bias": "none", "routing_strategy": "mola"},
         read=_read_mola,
+        moe_peft_fault=_mola_fault,
     ),
     LoraMoeConfig.peft_type: _Table(
         LORA_FIELDS | _same("num_experts"),
         _MIXTURE,
         {"bias": "none", "routing_strategy": "loramoe"},
+        moe_peft_fault=lambda config: None,
     ),
     DynMoleConfig.peft_type: _Table(
         _UNDECOMPOSED
@@ -446,9 +490,6 @@ TABLES: dict[str, _Table] = {
 }
 """The methods that other libraries store."""
 
-
-# What MoE-PEFT's own program can hold.
-
 FFN_NAMES = frozenset(
     "gate_proj up_proj down_proj fc1 fc2 gate_up_proj dense_h_to_4h dense_4h_to_h".split()
 )
@@ -458,40 +499,13 @@ _KNOWN_NAMES = FFN_NAMES | set("q_proj k_proj v_proj o_proj dense qkv_proj".spli
 
 def reference_fault(config: AdapterConfig, base: BaseInfo) -> str | None:
     """Say what of an adapter MoE-PEFT's files can't hold; None if they hold it all."""
-    fault = None
-    if isinstance(config, LoraConfig):
-        chosen = {
-            "layers": config.layers,
-            "rank_pattern": config.rank_pattern,
-            "alpha_pattern": config.alpha_pattern,
-            "places in target_modules": config.names_layers,
-            f"init: {config.init}": config.takes_start_off,
-        }
-        names = ", ".join(name for name, value in chosen.items() if value)
-        fault = names and f"MoE-PEFT has no {names}"
-    elif isinstance(config, MixLoraConfig):
-        fault = _mixlora_fault(config)
-    elif isinstance(config, MolaConfig):
-        if not isinstance(config.num_experts, int):
-            fault = "MoE-PEFT has one number of experts for all layers"
-        elif config.routing != "top_k":
-            fault = f"MoE-PEFT's MoLA has top-k routing alone, got {config.routing}"
-    elif not isinstance(config, LoraMoeConfig):
+    table = TABLES.get(config.peft_type)
+    if table is None or table.moe_peft_fault is None:
         return f"MoE-PEFT has no {config.title}"
-    return fault or _lora_fault(config, base)
+    return table.moe_peft_fault(config) or _base_fault(config, base)
 
 
-def _mixlora_fault(config: MixLoraConfig) -> str | None:
-    if config.expert_config.weight_decomposition:
-        return "MoE-PEFT's files have no place for the magnitudes of a MixDoRA"
-    if config.shared_expert is not None or config.router_bias:
-        return "MoE-PEFT has neither a shared_expert nor a router_bias"
-    if config.routing == "top_p" and config.temperature != 1 and config.compat is None:
-        return "MoE-PEFT's temperature divides probabilities, not logits"
-    return _alpha_fault(config.expert_config.alpha)
-
-
-def _lora_fault(config: Any, base: BaseInfo) -> str | None:
+def _base_fault(config: Any, base: BaseInfo) -> str | None:
     names = [path.rpartition(".")[2] for path in target_projections(config.target_modules, base)]
     unknown = [name for name in names if name not in _KNOWN_NAMES]
     if unknown:
@@ -501,7 +515,3 @@ def _lora_fault(config: Any, base: BaseInfo) -> str | None:
     if getattr(config, "weight_decomposition", False):
         return "MoE-PEFT's files have no place for the magnitudes of a DoRA"
     return _alpha_fault(config.alpha)
-
-
-def _alpha_fault(alpha: float) -> str | None:
-    return None if alpha.is_integer() else f"MoE-PEFT takes a whole alpha, got {alpha:g}"
