@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import pydantic
-from cyclopts import App, CycloptsError, Parameter, RepeatArgumentError, ValidationError
+from cyclopts import App, CycloptsError, Parameter, ValidationError
 
 import loraloom
 from loraloom.cli.tracebacks import TracebackFile
@@ -91,24 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     if words[:1] == ["serve"]:
         return _serve(words[1:])
-    app = _build_app(words)
-    while True:
-        try:
-            app(words or ["--help"], **_QUIET)
-        except RepeatArgumentError as error:  # the later one counts
-            words = _without_first(words, str(error.token.keyword))
-        else:
-            is_group = len(words) == 1 and words[0] in GROUPS
-            return 2 if not words or is_group else 0
-
-
-def _without_first(words: list[str], option: str) -> list[str]:
-    """A command line without an option's first value."""
-    place = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
-    following = words[place + 1 : place + 2]
-    has_own_word = "=" not in words[place] and following and not following[0].startswith("--")
-    length = 2 if has_own_word else 1
-    return words[:place] + words[place + length :]
+    _build_app(words)(words or ["--help"], **_QUIET)
+    is_group = len(words) == 1 and words[0] in GROUPS
+    return 2 if not words or is_group else 0
 
 
 def _build_app(words: list[str]) -> App:
@@ -142,7 +127,8 @@ def _serve(words: list[str]) -> int:
 
 def _group(name: str, summary: str | None, version: str = "") -> App:
     flags = ["--version"] if version else []
-    parameter = Parameter(negative="")  # a flag has no --no-flag
+    # A flag has no --no-flag; of an option given twice the later counts.
+    parameter = Parameter(negative="", allow_repeating=True)
     return App(
         name, help=summary, version=version, version_flags=flags, default_parameter=parameter
     )
