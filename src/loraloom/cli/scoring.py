@@ -14,7 +14,7 @@ from loraloom.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loraloom.cli.eval import EvalRun
+    from loraloom.cli.eval_options import EvalRun
     from loraloom.config.data import SourceConfig
     from loraloom.data.questions import QuestionSet
     from loraloom.eval.cache import ScoreCache
