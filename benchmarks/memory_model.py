@@ -25,8 +25,8 @@ from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
-from loraloom.training.run.fitting import RoundRunner
-from loraloom.training.run.job import Job
+from loraloom.training.fitting import RoundRunner
+from loraloom.training.job import Job
 
 STEPS = 3
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from loraloom.data.packing import first_fit
 from loraloom.models.host import Host
 from loraloom.models.sharding import gathered_weights
-from loraloom.training.run.job import Job
-from loraloom.training.run.memory import (
+from loraloom.training.job import Job
+from loraloom.training.memory import (
     _base_tensors,
     _bytes_of,
     _in_gb,

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from loraloom.training.client import TrainingClient as TrainingClient
     from loraloom.training.client import example_of as example_of
     from loraloom.training.client import example_of_completion as example_of_completion
-    from loraloom.training.run.results import JobResult as JobResult
-    from loraloom.training.run.run import train as train
+    from loraloom.training.results import JobResult as JobResult
+    from loraloom.training.run import train as train
     from loraloom.training.step.requests import run_requests as run_requests
 
 __version__ = "0.1.0"
@@ -81,8 +81,8 @@ _HOMES = {
     "models.host": ("Host", "HostOutput"),
     "models.loading": ("load_base_model",),
     "training.client": ("TrainingClient", "example_of", "example_of_completion"),
-    "training.run.results": ("JobResult",),
-    "training.run.run": ("train",),
+    "training.results": ("JobResult",),
+    "training.run": ("train",),
     "training.step.requests": ("run_requests",),
 }
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import loraloom
-from loraloom.training.run.engine import Engine
+from loraloom.training.engine import Engine
 from tests.tiny import ALL_METHODS, relative_error
 from tests.training.saved import save_inputs, write_run_file
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from loraloom.cli import main as cli
 from loraloom.formats import describe
-from loraloom.training.run.engine import Engine
+from loraloom.training.engine import Engine
 from tests.training.saved import run_settings, save_inputs, write_run_file
 
 

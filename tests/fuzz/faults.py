@@ -41,9 +41,9 @@ import loraloom.formats.disk as disk
 from benchmarks.kills import different_files, settings
 from benchmarks.parallel import difference
 from loraloom.errors import LoraloomError
-from loraloom.training.run import inbox, sweep
-from loraloom.training.run.inbox import WatchOptions
-from loraloom.training.run.progress import Progress
+from loraloom.training import inbox, sweep
+from loraloom.training.inbox import WatchOptions
+from loraloom.training.progress import Progress
 from tests.fuzz.harness import assert_presentable
 from tests.training.saved import save_inputs
 

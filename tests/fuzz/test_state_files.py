@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 import loraloom
 from loraloom.config.run import RunConfig
+from loraloom.training.builder import JobBuilder
+from loraloom.training.checkpoint import MANIFEST, SnapshotStore
 from loraloom.training.client import TrainingClient
-from loraloom.training.run.builder import JobBuilder
-from loraloom.training.run.checkpoint import MANIFEST, SnapshotStore
-from loraloom.training.run.engine import Engine
-from loraloom.training.run.inbox import Inbox, WatchOptions
-from loraloom.training.run.lead import Lead
-from loraloom.training.run.progress import Progress
-from loraloom.training.run.run import train
+from loraloom.training.engine import Engine
+from loraloom.training.inbox import Inbox, WatchOptions
+from loraloom.training.lead import Lead
+from loraloom.training.progress import Progress
+from loraloom.training.run import train
 from tests.fuzz.harness import EXTREMES, broken_bytes, fuzz, mutated, survives
 from tests.training.saved import run_settings, save_inputs
 from tests.training.toy import (

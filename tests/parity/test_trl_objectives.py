@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraloom.data.examples import NO_LOSS
 from loraloom.models.host import Host
-from loraloom.training.run.job import Job
+from loraloom.training.job import Job
 from loraloom.training.step.micro_batch import MicroBatchLoss
 from tests.tiny import METHODS, parameter_grads
 from tests.training.step.test_fused import run_window

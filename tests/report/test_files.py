@@ -8,7 +8,7 @@ from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import read_evaluation
 from loraloom.report import files
 from loraloom.report.files import read_run
-from loraloom.training.run import results, tracking
+from loraloom.training import results, tracking
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 
 from loraloom.cli.main import main
-from loraloom.training.run.engine import Engine
+from loraloom.training.engine import Engine
 
 
 def resume(run_file: str, begun: Event) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from loraloom.config.job import JobConfig
 from loraloom.data.training_set import TrainingSet
-from loraloom.training.run.checkpoint import SnapshotStore
-from loraloom.training.run.engine import Engine
-from loraloom.training.run.progress import Progress
+from loraloom.training.checkpoint import SnapshotStore
+from loraloom.training.engine import Engine
+from loraloom.training.progress import Progress
 from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
 
 

@@ -13,9 +13,9 @@ from loraloom.generation.generate import generate_tokens
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.models.host import Host
+from loraloom.training.checkpoint import SnapshotStore
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
-from loraloom.training.run.checkpoint import SnapshotStore
-from loraloom.training.run.job import Job
+from loraloom.training.job import Job
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.optimizers import LossScale
 from loraloom.training.step.requests import run_requests

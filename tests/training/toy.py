@@ -21,12 +21,12 @@ from loraloom.config.json_text import read_json
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
-from loraloom.training.run.engine import Engine
-from loraloom.training.run.evaluation import Evaluation
-from loraloom.training.run.job import Job
-from loraloom.training.run.outputs import RunDirectory
-from loraloom.training.run.progress import Progress
-from loraloom.training.run.results import RESULT_FILE, JobResult, parse_result
+from loraloom.training.engine import Engine
+from loraloom.training.evaluation import Evaluation
+from loraloom.training.job import Job
+from loraloom.training.outputs import RunDirectory
+from loraloom.training.progress import Progress
+from loraloom.training.results import RESULT_FILE, JobResult, parse_result
 from loraloom.training.step.objectives import load_reference
 from loraloom.training.step.optimizers import make_loss_scale
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model

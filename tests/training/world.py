@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 import loraloom
 from loraloom.ranks import own_part
-from loraloom.training.run.results import peak_memory_bytes
+from loraloom.training.results import peak_memory_bytes
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["loraloom.training.run.run"])
+_PROCESSES.set_forkserver_preload(["loraloom.training.run"])
 
 
 def run_ranks(num_ranks: int, work: Callable[..., None], *args: Any) -> list[int | None]:

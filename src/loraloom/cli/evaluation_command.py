@@ -14,7 +14,7 @@ from loraloom.config.run import RunConfig
 from loraloom.config.train import TrainConfig
 
 if TYPE_CHECKING:
-    from loraloom.training.run.results import JobResult
+    from loraloom.training.results import JobResult
 
 MAX_ADAPTERS = 8
 """Adapters in the command; of a sweep the best ones."""
@@ -55,7 +55,7 @@ def _good(run: RunConfig, results: Sequence[JobResult]) -> list[JobResult]:
     """Results of jobs that got to their end; of a sweep the best ones first."""
     good = [result for result in results if result.error is None and result.status != "stopped"]
     if run.sweep is not None:
-        from loraloom.training.run.job import metric_mode  # with torch, which is there by now
+        from loraloom.training.job import metric_mode  # with torch, which is there by now
 
         metric = run.sweep.metric
         sign = 1 if metric_mode(metric) == "min" else -1

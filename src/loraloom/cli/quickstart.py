@@ -65,9 +65,9 @@ def quickstart(
     from loraloom.models.attach import attach
     from loraloom.models.loading import find_device, load_base_model
     from loraloom.terminal import make_console
-    from loraloom.training.run.outputs import RunDirectory
-    from loraloom.training.run.progress import Progress
-    from loraloom.training.run.run import train
+    from loraloom.training.outputs import RunDirectory
+    from loraloom.training.progress import Progress
+    from loraloom.training.run import train
 
     console = make_console()
     find_device(device)  # one that isn't there is an error now, not minutes later
@@ -200,7 +200,7 @@ def _draw(
 ) -> None:
     """Draw each method's training loss, the mean of its seeds, and what a mixture's experts do."""
     from loraloom.eval.plots import plot_experts, plot_loss_curves
-    from loraloom.training.run.tracking import read_curve
+    from loraloom.training.tracking import read_curve
 
     curves = {}
     for method, members in seeds.items():

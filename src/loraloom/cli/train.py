@@ -16,7 +16,7 @@ from loraloom.errors import ConfigError, TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
 
 if TYPE_CHECKING:
-    from loraloom.training.run.results import JobResult
+    from loraloom.training.results import JobResult
 
 
 class TrainOptions(RayOptions):
@@ -65,10 +65,10 @@ def train(
     """
     from loraloom.cli.evaluation_command import evaluation_command, generation_command
     from loraloom.config.loading import load_run_config
-    from loraloom.training.run import run as training
-    from loraloom.training.run.inbox import WatchOptions
-    from loraloom.training.run.launch import read_launch
-    from loraloom.training.run.progress import Progress
+    from loraloom.training import run as training
+    from loraloom.training.inbox import WatchOptions
+    from loraloom.training.launch import read_launch
+    from loraloom.training.progress import Progress
 
     changes = [f"{name}={value}" for name, value in model.model_dump(exclude_none=True).items()]
     if options.watch_exit_when_idle and options.watch is None:

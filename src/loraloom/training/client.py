@@ -31,14 +31,14 @@ from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
-from loraloom.training.run.checkpoint import (
+from loraloom.training.checkpoint import (
     STATE_ERRORS,
     JobRecord,
     Moment,
     SnapshotStore,
     describe_changes,
 )
-from loraloom.training.run.engine import describe_base
+from loraloom.training.engine import describe_base
 from loraloom.training.step.objectives import (
     Reference,
     build_objective,

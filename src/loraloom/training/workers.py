@@ -22,20 +22,20 @@ from loraloom.config.job import JobConfig
 from loraloom.config.run import RunConfig
 from loraloom.durable import staging
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
+from loraloom.training.engine import Engine
+from loraloom.training.interruption import NOTICE, Interruption
+from loraloom.training.job import Position
+from loraloom.training.outputs import RunDirectory, nearest_existing
+from loraloom.training.progress import Progress
+from loraloom.training.ranking import Ranking
 from loraloom.training.ray_cluster import (
     check_worker_device,
     choose_workers,
     connected,
     first_line,
 )
-from loraloom.training.run.engine import Engine
-from loraloom.training.run.interruption import NOTICE, Interruption
-from loraloom.training.run.job import Position
-from loraloom.training.run.outputs import RunDirectory, nearest_existing
-from loraloom.training.run.progress import Progress
-from loraloom.training.run.ranking import Ranking
-from loraloom.training.run.results import JobResult, parse_result
-from loraloom.training.run.run import Setup, check_run, load_base, set_up
+from loraloom.training.results import JobResult, parse_result
+from loraloom.training.run import Setup, check_run, load_base, set_up
 
 RESTARTS = 2
 """How often a lost worker is started again, by Ray itself."""
@@ -220,7 +220,7 @@ class _Driver:
         self._study: Any = None
         self._began_at = time.monotonic()
         if run.sweep is not None:
-            from loraloom.training.run.sweep import SweepStudy
+            from loraloom.training.sweep import SweepStudy
 
             self._study = SweepStudy(run, directory, progress)
 

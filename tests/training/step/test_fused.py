@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.data.examples import Example
 from loraloom.models.host import Host
-from loraloom.training.run.job import Job
+from loraloom.training.job import Job
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.micro_batch import MicroBatchLoss
 from tests.tiny import METHODS, randomise, relative_error

@@ -12,9 +12,9 @@ from torch import Tensor
 from loraloom.errors import TrainingError
 from loraloom.models.host import Host
 from loraloom.ranks import Ranks
-from loraloom.training.run import fitting
-from loraloom.training.run.fitting import RoundRunner
-from loraloom.training.run.job import Job
+from loraloom.training import fitting
+from loraloom.training.fitting import RoundRunner
+from loraloom.training.job import Job
 from loraloom.training.step import gradient_sum
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.gradient_sum import sum_gradients

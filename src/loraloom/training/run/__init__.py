@@ -1,1 +1,0 @@
-"""The loop around it: jobs, their order, files, evaluations, faults and snapshots."""

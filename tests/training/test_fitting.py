@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraloom.errors import TrainingError
+from loraloom.training import fitting
+from loraloom.training import memory as memory_module
+from loraloom.training.fitting import RoundRunner
+from loraloom.training.step.fused import forward_backward
+from loraloom.training.step.micro_batch import MicroBatchLoss
+from loraloom.training.step.rows import lay_out
+from tests.tiny import relative_error
+from tests.training.step.test_fused import OBJECTIVES, assert_same, without_router_loss
+from tests.training.toy import (
+    ADAPTERS,
+    PAD_ID,
+    add_job,
+    gradients_of,
+    toy_config,
+    toy_engine,
+    toy_host,
+    toy_set,
+    weights_of,
+)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Let forwards of more tokens than a limit end in the middle of their backward pass."""
+
+    class Memory:
+        max_tokens = 10**9
+        sizes: list[int] = []  # noqa: RUF012
+        failures = 0
+
+    room = Memory()
+    room.sizes = []
+
+    def limited(host, parts, pad_id):
+        losses = forward_backward(host, parts, pad_id)
+        tokens = sum(lay_out(parts).computed_tokens)
+        if tokens > room.max_tokens:
+            room.failures += 1
+            raise torch.OutOfMemoryError("injected")
+        room.sizes.append(tokens)
+        return losses
+
+    monkeypatch.setattr(fitting, "forward_backward", limited)
+    return room
+
+
+def one_step(*configs, sets=None, runner=None):
+    """Run the first micro-batches of jobs, twice so that gradients add up."""
+    host = toy_host()
+    jobs = [add_job(host, config, (sets or {}).get(config.name), random=True) for config in configs]
+    runner = runner or RoundRunner(host, PAD_ID)
+    for _ in range(2):
+        outcomes = runner.run([job.micro_batch() for job in jobs])
+    return outcomes, [gradients_of(job) for job in jobs], runner
+
+
+CONFIGS = {
+    "sft": {},
+    "packed": {"packing": True, "max_length": 20},
+    "dpo": {"objective": OBJECTIVES["dpo"]},
+    "packed ipo": {"objective": OBJECTIVES["ipo"], "packing": True, "max_length": 20},
+}
+
+
+@pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_step_in_parts_gives_the_losses_and_gradients_of_a_whole_one(memory, method, settings):
+    config = toy_config("a", without_router_loss(ADAPTERS[method]), batch_size=8, **settings)
+    (whole,), (expected,), _ = one_step(config)
+    memory.max_tokens = 40
+    (parts,), (gradients,), _ = one_step(config)
+    assert memory.failures > 0
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-6)
+    assert_same(gradients, expected, 1e-6)
+
+
+def test_jobs_are_parted_before_their_micro_batches_are(memory):
+    configs = [toy_config(name, ADAPTERS[name], batch_size=4) for name in ADAPTERS]
+    whole, expected, _ = one_step(*configs)
+    memory.max_tokens = 36  # four rows of nine tokens
+    parts, gradients, _ = one_step(*configs)
+    assert [loss.aux_loss for loss in parts] == pytest.approx([loss.aux_loss for loss in whole])
+    for own, other in zip(gradients, expected, strict=True):
+        assert_same(own, other, 1e-6)
+
+
+def test_the_size_that_fits_is_remembered(memory):
+    config = toy_config("a", batch_size=8)
+    memory.max_tokens = 40
+    _, _, runner = one_step(config)
+    assert memory.failures == 1
+    assert runner.max_tokens == 36
+    assert max(memory.sizes) <= 36
+
+
+def test_a_job_of_which_one_example_does_not_fit_fails_and_the_others_go_on(memory):
+    memory.max_tokens = 12
+    configs = [toy_config("long", batch_size=2), toy_config("short", seed=1, batch_size=4)]
+    sets = {"long": toy_set(2, longest=40, seed=3), "short": toy_set(16)}
+    (long, short), _, _ = one_step(*configs, sets=sets)
+    assert isinstance(short, MicroBatchLoss)
+    assert isinstance(long, TrainingError)
+    assert "job long: one example must fit into memory, one of" in str(long)
+    assert "lower train.max_length" in str(long)
+
+
+def test_a_run_whose_memory_runs_out_ends_with_the_same_weights(memory, tmp_path):
+    config = toy_config("a", ADAPTERS["dora"], batch_size=8, micro_batch_size=4, max_steps=6)
+    weights = []
+    for max_tokens in (10**9, 20):
+        memory.max_tokens = max_tokens
+        engine = toy_engine(tmp_path / str(max_tokens), [config], dtype=torch.float32)
+        job = engine.jobs["a"]
+        (result,) = engine.run()
+        assert result.status == "finished"
+        weights.append(weights_of(job))
+    for name, whole in weights[0].items():
+        assert relative_error(weights[1][name], whole) < 1e-5, name
+
+
+def test_a_failed_job_says_why_in_its_result(memory, tmp_path):
+    memory.max_tokens = 12
+    configs = [toy_config("long", batch_size=2), toy_config("short", seed=1, batch_size=4)]
+    sets = {"long": toy_set(2, longest=40, seed=3), "short": toy_set(16)}
+    long, short = toy_engine(tmp_path, configs, sets).run()
+    assert (long.status, short.status) == ("failed", "finished")
+    assert "must fit into memory" in long.error
+
+
+@pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
+def test_halves_keep_pairs_together(settings):
+    part = add_job(toy_host(), toy_config("a", batch_size=5, **settings)).micro_batch()
+    halves = part.halves()
+    size = len(part.window.examples[0].rows)
+    pairs = [part.examples[start : start + size] for start in range(0, 5 * size, size)]
+    kept = [
+        half.examples[start : start + size]
+        for half in halves
+        for start in range(0, len(half.examples), size)
+    ]
+    assert sorted(map(str, map(list, kept))) == sorted(map(str, map(list, pairs)))
+    assert [len(half.examples) for half in halves] == [3 * size, 2 * size]
+    keys = dict(zip(part.examples, part.sample_keys, strict=True))
+    assert all(keys[e] == k for h in halves for e, k in zip(h.examples, h.sample_keys, strict=True))
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """A machine of 6100 bytes of which each layer takes 2 bytes a token until a forward is over."""
+    used, killed = [0], []
+
+    def limited(host, parts, pad_id):
+        tokens = sum(lay_out(parts).computed_tokens)
+
+        def take(*_):
+            used[0] += 2 * tokens
+            killed.extend([tokens] * (used[0] > 6100))
+
+        hooks = [layer.register_forward_hook(take) for layer in host.model.model.layers]
+        try:
+            return forward_backward(host, parts, pad_id)
+        finally:
+            used[0] = 0
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(fitting, "forward_backward", limited)
+    for name, fake in {
+        "_RESERVE_BYTES": 0,
+        "_bytes_of": lambda _: 0,
+        "_loss_bytes": lambda _, tokens, adapters: tokens,
+        "available_bytes": lambda _: 6100 - used[0],
+    }.items():
+        monkeypatch.setattr(memory_module, name, fake)
+    return killed
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_is_parted_before_the_system_kills_the_process(small_machine, checkpointing):
+    settings = {"batch_size": 16, "gradient_checkpointing": checkpointing}
+    configs = [toy_config(f"job{seed}", seed=seed, **settings) for seed in range(14)]
+    host, said = toy_host(), []
+    host.enable_gradient_checkpointing(checkpointing)
+    jobs = [add_job(host, config, random=True) for config in configs]
+    runner = RoundRunner(host, PAD_ID, say=said.append)
+    losses = runner.run([job.micro_batch() for job in jobs])
+    assert not small_machine
+    assert runner.max_tokens == 7 * 16 * 9
+    assert said == [
+        "warning: memory ran short in a step of 2016 tokens; from now on steps are computed in "
+        "parts of at most 1008"
+    ]
+    alone = [one_step(config, runner=RoundRunner(host, PAD_ID))[0] for config in configs[:1]]
+    assert losses[0].loss == pytest.approx(alone[0][0].loss)

@@ -1,0 +1,334 @@
+"""Two processes that train together, started once; what they found is judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.nn import Parameter
+
+import loraloom
+from benchmarks.kills import ADAPTERS
+from benchmarks.parallel import difference, resume_elsewhere, settings
+from loraloom.config.data import DataConfig
+from loraloom.data.streaming import StreamedSet
+from loraloom.ranks import Alone, ProcessRanks, Ranks
+from loraloom.training import inbox
+from loraloom.training.fitting import RoundRunner
+from loraloom.training.step import gradient_sum
+from loraloom.training.step.gradient_sum import sum_gradients
+from tests.training.running import read_metrics
+from tests.training.saved import save_inputs, write_run_file
+from tests.training.toy import PAD_ID, add_job, read_result, toy_config, toy_host, toy_tokenizer
+from tests.training.world import hold_base, run_ranks
+
+pytestmark = pytest.mark.slow
+
+MODES = ("pairs", "plain", "accumulation", "packing")
+"""Of a LoRA, a DoRA, a MixLoRA and a MixDoRA."""
+
+SHARDED = {"parallel": {"base": "fsdp"}, "memory_limit": "8 GB"}
+"""With a limit, the memory of jobs that join is predicted, by forwards that take all ranks."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """The results of runs on one rank and on two, and what two ranks say of each other."""
+    directory = save_inputs(tmp_path_factory.mktemp("world"))
+    for name, base in (("one", "replicated"), ("two", "replicated"), ("sharded", "fsdp")):
+        run = settings(directory, directory / name, MODES, base)
+        run["jobs"][2]["train"]["save_steps"] = 1
+        write_run_file(directory / f"{name}.yaml", run)
+    run = settings(directory, directory / "broken", MODES)
+    write_run_file(directory / "broken.yaml", run)
+    for name in ("half-one", "half-two"):
+        run = settings(directory, directory / name, ["plain"] * len(ADAPTERS))
+        run |= {"dtype": "float16", "jobs": [run["jobs"][0], run["jobs"][2]]}
+        write_run_file(directory / f"{name}.yaml", run)
+    write_run_file(directory / "sweep.yaml", _sweep(directory, directory / "sweep-one"))
+    sharded = _sweep(directory, directory / "sweep-two") | SHARDED
+    write_run_file(directory / "two-sweep.yaml", sharded)
+    loraloom.train(directory / "one.yaml")
+    loraloom.train(directory / "sweep.yaml")
+    _overflow(1, directory / "half-one")
+    assert run_ranks(2, _work, directory) == [0, 0]
+    return directory
+
+
+def _work(rank: int, directory: Path) -> None:
+    gradient_sum.BUCKET_BYTES = 4096  # tiny adapters are sent in several, too
+    (directory / f"rank-{rank}.json").write_text(json.dumps(_talk(rank, directory)))
+    hold_base(rank, directory, str(directory / "base"), "fsdp")
+    loraloom.train(directory / "two.yaml")
+    loraloom.train(directory / "sharded.yaml", between_steps=lambda *_: None)
+    _overflow(rank, directory / "half-two")
+    _decide(rank, directory)
+
+    def between_steps(engine, _builder):
+        if (rank, engine.round) == (1, 4):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loraloom.train(directory / "broken.yaml", between_steps=between_steps)
+
+
+def _sweep(inputs: Path, output_dir: Path) -> dict[str, Any]:
+    """Make a sweep that stops some jobs early, while others join."""
+    run = settings(inputs, output_dir, ["plain"] * len(ADAPTERS))
+    sweep = {
+        "job": run.pop("jobs")[0],
+        "parameters": {"train.learning_rate": [1e-5, 5e-3, 1e-3, 1e-4]},
+        "max_concurrent": 3,
+        "early_stopping": {"asha": {"min_steps": 1, "reduction_factor": 2}},
+    }
+    return {**run, "sweep": sweep}
+
+
+def _decide(rank: int, directory: Path) -> None:
+    """Train a sweep that is interrupted on the second rank, then what is in a directory."""
+
+    def between_steps(engine, _builder):
+        if (rank, engine.round) == (1, 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loraloom.train(directory / "two-sweep.yaml", between_steps=between_steps)
+    loraloom.train(directory / "two-sweep.yaml", resume=True)
+    inbox.LOOK_S = 0.0
+    run = yaml.safe_load((directory / "one.yaml").read_text())
+    jobs = {job["name"]: job for job in run.pop("jobs")}
+    if rank == 0:
+        (directory / "in").mkdir()
+        unsplit = {**jobs["dora"], "name": "unsplit", "adapter": {"method": "loramoe"}}
+        taken = {**jobs["dora"], "name": "taken"}
+        (directory / "watched" / "taken").mkdir(parents=True)
+        (directory / "watched" / "taken" / "result.json").write_text("{}")
+        for job in (jobs["dora"], unsplit, taken):
+            write_run_file(directory / "in" / f"{job['name']}.yaml", job)
+    run |= {"output_dir": str(directory / "watched"), "jobs": [jobs["lora"]], **SHARDED}
+    watch = inbox.WatchOptions(directory / "in", exit_when_idle=True)
+    loraloom.train(run, watch=watch, overwrite=True)
+
+
+def _overflow(rank: int, directory: Path) -> None:
+    """Train in float16; the LoRA's second gradient overflows on the second rank alone."""
+    scales = []
+
+    def between_steps(engine, _builder):
+        states = {name: job.state_dict() for name, job in engine.jobs.items()}
+        scales.append({name: state["loss_scale"] for name, state in states.items()})
+        if (rank, engine.round) == (1, 1):
+            weight = next(iter(engine.jobs["lora"].parameters.values()))
+            hook = weight.register_hook(lambda gradient: hook.remove() or gradient * torch.inf)
+
+    loraloom.train(directory.with_suffix(".yaml"), between_steps=between_steps)
+    file = directory.with_name(f"{directory.name}-{rank}.json")
+    file.write_text(json.dumps(scales))
+
+
+def _talk(rank: int, directory: Path) -> dict[str, Any]:
+    """Try out what ranks do together."""
+    ranks = ProcessRanks("gloo", 2)
+    parameters = [Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters[0].grad = torch.tensor([1.0, rank])
+    parameters[1].grad = torch.ones(2) if rank == 1 else None
+    sum_gradients(ranks, [parameters[:2], parameters[2:]])
+    sums = [None if p.grad is None else p.grad.tolist() for p in parameters]
+    ranks.keep_at_first(parameters)
+    return {
+        "gathered": [float(part["x"]) for part in ranks.gather({"x": torch.tensor(rank + 0.5)})],
+        "any": [ranks.any(rank == 1), ranks.any(False)],
+        "first": [ranks.first(rank == 0), ranks.first(rank == 1)],
+        "spread": list(ranks.spread([3, 4, 5], lambda item: [item, rank])),
+        "block": _stream_block(directory, ranks),
+        "sums": sums,
+        "left": [p.grad is not None for p in parameters],
+        "differs": ranks.check_alike({"same": "a", "other": str(rank)}),
+        "fault": _failure(ranks, ValueError("broken") if rank == 1 else None),
+        "memory": _failure(ranks, torch.OutOfMemoryError("full") if rank == 0 else None),
+        "backward": _fail_backward(rank, ranks),
+        "both": _failure(ranks, (torch.OutOfMemoryError if rank == 0 else ValueError)("gone")),
+    }
+
+
+def _stream_block(directory: Path, ranks: Ranks) -> str:
+    data = {"dataset": str(directory / "rows.jsonl"), "format": "instruction"}
+    config = DataConfig.model_validate({**data, "streaming": True, "shuffle_buffer": 5})
+    streamed = StreamedSet(config, toy_tokenizer(), 64, 0, ranks)
+    return streamed.block_digest(streamed.take(streamed.start, 7)[1])
+
+
+def _failure(ranks: ProcessRanks, error: Exception | None) -> str:
+    try:
+        with ranks.together():
+            if error is not None:
+                raise error
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def _fail_backward(rank: int, ranks: ProcessRanks) -> list[Any]:
+    """Let a backward pass fail on the second rank, where it comes to the first layer."""
+    host = toy_host()
+    host.ranks = ranks
+    job = add_job(host, toy_config("a"))
+    weights = list(job.parameters.values())
+    if rank == 1:
+        weights[0].register_hook(_fail)
+    (outcome,) = RoundRunner(host, PAD_ID).run([job.micro_batch()])
+    return [str(outcome), sum(weight.grad is not None for weight in weights)]
+
+
+def _fail(_: torch.Tensor) -> None:
+    raise ValueError("broken")
+
+
+@pytest.fixture(scope="module")
+def told(world) -> list[dict[str, Any]]:
+    return [json.loads((world / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_ranks_hear_what_each_says(told):
+    for own in told:
+        assert own["gathered"] == [0.5, 1.5]
+        assert (own["any"], own["first"]) == ([True, False], [True, False])
+        assert own["differs"] == ["other"]
+
+
+def test_items_are_spread_over_the_ranks(told):
+    assert told[0]["spread"] == told[1]["spread"] == [[3, 0], [4, 1], [5, 0]]
+
+
+def test_ranks_encode_a_stream_together(told, world):
+    alone = _stream_block(world, Alone())
+    assert [own["block"] for own in told] == [alone, alone]
+
+
+def test_the_parts_that_ranks_read_of_a_base_model_are_the_whole(world):
+    held = [json.loads((world / f"{rank}.json").read_text())[0] for rank in range(2)]
+    model, _ = loraloom.load_base_model(str(world / "base"), "bfloat16")
+    whole = sum(weight.nbytes for weight in model.parameters())
+    assert sum(held) == whole
+    assert max(held) < 0.6 * whole
+
+
+def test_gradients_are_added_up_and_count_once(told):
+    for own in told:
+        assert own["sums"] == [[2.0, 1.0], [1.0, 1.0], None]
+    assert [own["left"] for own in told] == [[True, True, False], [False] * 3]
+
+
+def test_what_fails_on_one_rank_fails_on_all(told):
+    assert [own["fault"] for own in told] == [
+        "RuntimeError: on rank 1: ValueError: broken",
+        "ValueError: broken",
+    ]
+    assert [own["memory"] for own in told] == [
+        "OutOfMemoryError: full",
+        "OutOfMemoryError: memory ran out on another rank",
+    ]
+    assert [own["both"] for own in told] == [
+        "RuntimeError: on rank 1: ValueError: gone",
+        "ValueError: gone",
+    ]
+
+
+def test_a_backward_pass_that_fails_on_one_rank_leaves_no_gradients_on_any(told):
+    reasons, left = zip(*(own["backward"] for own in told), strict=True)
+    assert left == (0, 0)
+    assert "raised RuntimeError: on rank 1: ValueError: broken" in reasons[0]
+    assert "raised ValueError: broken" in reasons[1]
+
+
+@pytest.mark.parametrize("run", ["two", "sharded"])
+@pytest.mark.parametrize("job", ADAPTERS)
+def test_two_ranks_give_the_weights_of_one(world, run, job):
+    assert difference(world / run / job, world / "one" / job).is_rounding
+
+
+@pytest.mark.parametrize("run", ["two", "sharded"])
+def test_one_rank_writes_metrics_over_all_rows(world, run):
+    for job in ADAPTERS:
+        expected, actual = read_metrics(world / "one" / job), read_metrics(world / run / job)
+        ignored = {"seconds": 0, "computed_tokens": 0}
+        for line, other in zip(actual, expected, strict=True):
+            assert line | ignored == pytest.approx(other | ignored, rel=1e-4, abs=1e-7)
+    assert read_result(world / run / "lora").environment["ranks"] == 2
+
+
+def test_an_overflow_on_one_rank_skips_the_jobs_step_on_all(world):
+    told = [json.loads((world / f"half-two-{rank}.json").read_text()) for rank in range(2)]
+    assert told[0] == told[1]
+    *_, before, ended = told[0]
+    assert before["lora"] == {"scale": 2.0**15, "sound_steps": 1, "skipped_steps": 1}
+    assert before["mixlora"] == {"scale": 2.0**16, "sound_steps": 3, "skipped_steps": 0}
+    assert ended == {}
+    for job in ("lora", "mixlora"):
+        assert difference(world / "half-two" / job, world / "half-one" / job).whole < 0.01
+
+
+def test_a_run_whose_second_rank_was_interrupted_goes_on_with_one(world, tmp_path):
+    directory = tmp_path / "broken"
+    shutil.copytree(world / "broken", directory)
+    run = settings(world, directory, MODES)
+    loraloom.train(write_run_file(tmp_path / "run.yaml", run), resume=True)
+    for job in ADAPTERS:
+        assert difference(directory / job, world / "one" / job).is_rounding
+
+
+def test_a_sweep_on_two_ranks_has_the_trials_of_one(world):
+    tables = [(world / f"sweep-{name}" / "sweep.csv").read_text() for name in ("one", "two")]
+    one, two = ([line.split(",")[:5] for line in table.splitlines()] for table in tables)
+    assert one[0] == ["name", "rank", "status", "steps", "train.learning_rate"]
+    assert one == two
+    assert {status for _, _, status, *_ in one[1:]} == {"finished", "stopped"}
+    for job, *_ in one[1:]:
+        assert difference(world / "sweep-two" / job, world / "sweep-one" / job).is_rounding
+
+
+def test_job_files_are_trained_by_all_ranks(world):
+    states = {
+        name: json.loads((world / "in" / f"{name}.state.json").read_text())
+        for name in ("dora", "unsplit", "taken")
+    }
+    assert {name: one["state"] for name, one in states.items()} == {
+        "dora": "done",
+        "unsplit": "failed",
+        "taken": "failed",
+    }
+    assert "loramoe needs a single process" in states["unsplit"]["reason"]
+    assert "job taken must be new" in states["taken"]["reason"]
+    for job in ("lora", "dora"):
+        assert difference(world / "watched" / job, world / "one" / job).is_rounding
+
+
+def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_any_number(tmp_path):
+    for differences in resume_elsewhere(save_inputs(tmp_path), [1, 3]).values():
+        assert all(one.is_rounding for one in differences)
+
+
+def test_ranks_that_see_other_files_are_told_so(tmp_path):
+    save_inputs(tmp_path)
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for seed, file in enumerate(files):
+        run = settings(tmp_path, tmp_path / "out", ["plain"] * 4)
+        run["jobs"][0]["seed"] = seed
+        write_run_file(file, run)
+    assert run_ranks(2, _train_own, files) == [0, 0]
+    for file in files:
+        message = file.with_suffix(".error").read_text()
+        assert "these differ: the data of job lora, the run file" in message
+
+
+def _train_own(rank: int, files: list[Path]) -> None:
+    with pytest.raises(loraloom.LoraloomError) as error:
+        loraloom.train(files[rank])
+    files[rank].with_suffix(".error").write_text(str(error.value))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import io
+import itertools
+import time
+
+import pytest
+from rich.console import Console
+
+from loraloom.training.job import Job, Position
+from loraloom.training.progress import Progress
+from loraloom.training.ranking import Ranking, Standing
+from tests.training.toy import add_job, toy_config, toy_host
+
+
+def console(**options) -> Console:
+    return Console(file=io.StringIO(), width=120, **options)
+
+
+def printed(screen: Console) -> str:
+    return screen.file.stream.getvalue()
+
+
+def job(name: str, total_steps: int, step: int = 0) -> Job:
+    job = add_job(toy_host(), toy_config(name, max_steps=total_steps))
+    job.position.step = step
+    return job
+
+
+def shown(job: Job) -> tuple[str, int, Position]:
+    return job.name, job.total_steps, job.position
+
+
+def advance(job: Job, tokens: int, loss: float) -> None:
+    job.position.step += 1
+    job.position.tokens += tokens
+    job.position.computed_tokens += tokens * 5 // 4
+    job.position.last_loss = loss
+
+
+def test_a_terminal_gets_a_live_line_for_every_job():
+    screen = console(force_terminal=True)
+    progress, math = Progress(screen), job("math", 9)
+    progress.add(*shown(math))
+    progress.start()
+    progress.add(*shown(job("law", 5, step=3)))
+    advance(math, 320, 1.25)
+    progress.update(*shown(math))
+    progress.message("law: [done]")
+    progress.stop()
+    for text in ("math", "1/9", "loss 1.2500", "tokens/s", "ETA", "law", "3/5", "law: [done]"):
+        assert text in printed(screen)
+
+
+def test_a_file_gets_lines_every_few_seconds_and_at_the_end():
+    screen = console()
+    progress, math = Progress(screen, interval_s=1000.0), job("math", 3)
+    progress.start()
+    progress.add(*shown(math))
+    for _ in range(3):
+        advance(math, 100, 2.0)
+        progress.update(*shown(math))
+    progress.stop()
+    (line,) = printed(screen).splitlines()
+    assert line.startswith("math: step 3/3, loss 2.0000, ")
+    assert "padding 20.0 %" in line
+
+    screen, math = console(), job("math", 3)
+    often = Progress(screen, interval_s=0.0)
+    often.add(*shown(math))
+    advance(math, 100, 2.0)
+    often.update(*shown(math))
+    assert "step 1/3" in printed(screen)
+
+
+def test_a_file_gets_one_line_for_all_jobs():
+    screen = console()
+    progress, jobs = Progress(screen, interval_s=0.0), [job("math", 2), job("law", 1)]
+    for one in jobs:
+        progress.add(*shown(one))
+    progress._interval_s = 1000.0
+    for one in (jobs[0], jobs[1], jobs[0]):
+        advance(one, 100, 2.0)
+        progress.update(*shown(one))
+    (line,) = printed(screen).splitlines()
+    assert line.startswith("math: step 2/2, loss 2.0000; law: step 1/1, loss 2.0000, ")
+    progress._interval_s = 0.0
+    for one in jobs:
+        one.position.step = 0
+        progress.update(*shown(one))
+    first, second = printed(screen).splitlines()[1:]
+    assert first.startswith("math: step 0/2")
+    assert second.startswith("law: step 0/1"), "with news since the last line alone"
+
+
+def test_without_a_console_nothing_is_shown(capsys):
+    progress, math = Progress(interval_s=0.0), job("math", 3)
+    progress.start()
+    progress.add(*shown(math))
+    advance(math, 100, 2.0)
+    progress.update(*shown(math))
+    progress.message("hello")
+    progress.rank(ranking(1, 2.25))
+    progress.conclude(ranking(1, 2.25))
+    progress.stop()
+    assert capsys.readouterr().out == ""
+
+
+def test_rates_and_the_time_left_follow_from_the_steps():
+    screen = console()
+    screen.get_time = itertools.count(step=2.0).__next__
+    progress, math = Progress(screen, interval_s=0.0), job("math", 10)
+    progress.add(*shown(math))
+    for _ in range(4):
+        advance(math, 100, 2.0)
+        progress.update(*shown(math))
+    first, *_, last = printed(screen).splitlines()
+    assert "- tokens/s" in first
+    assert "ETA -:--:--" in first
+    rate = float(last.split(" tokens/s")[0].split()[-1])
+    hours, minutes, seconds = map(int, last.split("ETA ")[1].split(":"))
+    remaining_s = 3600 * hours + 60 * minutes + seconds
+    assert 6 * 100 / rate - 1 <= remaining_s <= 6 * 100 / rate + 1
+
+
+def ranking(step: int, value: float | None = None) -> Ranking:
+    parameters = {"train.learning_rate": 1e-4}
+    standings = (
+        Standing("lr-000", parameters, steps=step, total_steps=9, value=value),
+        Standing("lr-001", parameters, status="stopped", steps=4, rung_values={4: 2.5}, value=2.5),
+    )
+    return Ranking("eval/loss", (4,), standings, num_jobs=2)
+
+
+def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():
+    screen = console(force_terminal=True)
+    progress = Progress(screen)
+    progress.start()
+    for name in ("lr-000", "lr-001", "law"):
+        progress.add(*shown(job(name, 9)))
+    progress.rank(ranking(1, 2.25))
+    start = len(printed(screen))
+    time.sleep(0.5)  # drawn ten times a second
+    drawn = printed(screen)[start:].split("\x1b[1A\x1b[2K\r")[-1]
+    assert "2.5000" in drawn
+    assert "0/9 loss" in drawn
+    assert "lr-000 \x1b" not in drawn, "no line, only a place in the table"
+    progress.stop()
+    progress.conclude(ranking(9, 2.75))
+    assert "2.7500" in printed(screen)
+
+
+def test_plain_lines_of_a_sweep_come_when_there_is_news():
+    screen = console()
+    progress, first_job = Progress(screen, interval_s=1000.0), job("lr-000", 9)
+    progress.start()
+    progress.add(*shown(first_job))
+    for step, value in ((0, None), (1, None), (2, 2.25), (3, 2.25)):
+        progress.rank(ranking(step, value))
+        advance(first_job, 100, 2.0)
+        progress.update(*shown(first_job))
+    progress.conclude(ranking(9, 2.25))
+    first, second, *table = printed(screen).splitlines()
+    assert len(table) == 3
+    assert first.startswith("sweep: 1 of 2 jobs train, at step 0/9; best lr-001")
+    assert second.startswith("sweep: 1 of 2 jobs train, at step 2/9; best lr-000")
+
+
+class Failing(io.StringIO):
+    """Takes a line, and then nothing more."""
+
+    def __init__(self, error: OSError):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        if self.getvalue():
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "pipe"), OSError(28, "full")])
+def test_output_that_fails_raises_nothing(error):
+    screen = Console(file=Failing(error), width=120)
+    progress, math = Progress(screen, interval_s=0.0), job("math", 3)
+    progress.start()
+    progress.add(*shown(math))
+    for _ in range(3):
+        advance(math, 100, 2.0)
+        progress.update(*shown(math))
+    progress.message("more")
+    progress.stop()
+    screen.print("and more")
+    assert printed(screen).startswith("math: step 1/3")
+    assert "more" not in printed(screen)
+
+
+def test_output_without_the_letters_of_a_message_escapes_them():
+    taken = io.BytesIO()
+    screen = Console(file=io.TextIOWrapper(taken, encoding="ascii"))
+    Progress(screen).message("größer \ud800")
+    assert taken.getvalue() == b"gr\\xf6\\xdfer \\ud800\n"
+
+
+def test_what_terminals_would_obey_is_escaped_and_nothing_is_taken_for_markup():
+    screen = console(force_terminal=True)
+    Progress(screen).message("a \x1b[31m b [/INST] :fire: [bold]")
+    assert printed(screen) == "a \\x1b[31m b [/INST] :fire: [bold]\n"

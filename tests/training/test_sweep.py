@@ -1,0 +1,492 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import create_trial
+from safetensors.torch import load_file
+
+from loraloom.config.run import RunConfig
+from loraloom.config.sweep import SweepStoppingConfig
+from loraloom.errors import ConfigError
+from loraloom.training.builder import JobBuilder
+from loraloom.training.engine import Engine
+from loraloom.training.progress import Progress
+from loraloom.training.run import train
+from loraloom.training.sweep import AshaPruner
+from tests.training.saved import run_settings, save_inputs
+from tests.training.toy import read_result
+
+RATES = [1e-5, 3e-2, 1e-3, 1e-2, 1e-4, 3e-3]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def sweep_run(inputs, output_dir, jobs=(), eval_steps=None, **settings) -> RunConfig:
+    """A sweep over the learning rate of the `plain` job, in batches that are cut in two."""
+    run = run_settings(inputs, output_dir)
+    plain = run["jobs"][0]
+    plain["train"] |= {"max_steps": 9, "micro_batch_size": 2, "eval_steps": eval_steps}
+    sweep = {
+        "job": plain,
+        "parameters": {"train.learning_rate": RATES},
+        "early_stopping": {"asha": {"min_steps": 2, "reduction_factor": 2}},
+    }
+    return RunConfig.model_validate({**run, "jobs": list(jobs), "sweep": sweep | settings})
+
+
+class Shown(Progress):
+    """Keeps the rankings that are shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.rankings = []
+        self.messages = []
+        self.concluded = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def rank(self, ranking):
+        self.rankings.append(ranking)
+
+    def conclude(self, ranking):
+        self.concluded.append(ranking)
+
+
+def read_csv(directory):
+    with (directory / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def halved(inputs, tmp_path_factory):
+    """Directory of a sweep that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("halved")
+    train(sweep_run(inputs, directory))
+    return directory
+
+
+def test_after_each_rung_the_best_half_goes_on(inputs, halved):
+    """Rungs 2, 4 and 8 of 9 steps; 6 jobs, then 3, then 1."""
+    rows = read_csv(halved)
+    steps = {row["name"]: int(row["steps"]) for row in rows}
+    assert sorted(steps.values()) == [2, 2, 2, 4, 4, 9]
+    for rung, num_kept in ((2, 3), (4, 1), (8, 1)):
+        values = {row["name"]: row[f"eval/loss@{rung}"] for row in rows}
+        reached = {name: float(value) for name, value in values.items() if value}
+        best = sorted(reached, key=reached.__getitem__)[:num_kept]
+        assert {name for name in reached if steps[name] > rung} == set(best)
+
+
+def test_a_job_that_lost_says_why_and_keeps_its_weights(halved):
+    (lost, *_) = [row["name"] for row in read_csv(halved) if row["steps"] == "4"]
+    result = read_result(halved / lost)
+    assert (result.status, result.steps) == ("stopped", 4)
+    assert "is not among the best after step 4" in result.stop_reason
+    assert (halved / lost / "adapter_model.safetensors").exists()
+
+
+def test_the_table_has_the_parameters_and_the_metric_of_the_weights(halved):
+    rows = read_csv(halved)
+    names = [f"plain-00{number}-{rate:g}" for number, rate in enumerate(RATES)]
+    assert [row["name"] for row in rows] == names
+    assert [float(row["train.learning_rate"]) for row in rows] == RATES
+    (winner,) = [row for row in rows if row["status"] == "finished"]
+    assert winner["rank"] == "1"
+    assert float(winner["eval/loss"]) == read_result(halved / winner["name"]).metrics["eval/loss"]
+    assert (halved / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ranking_is_shown_from_the_start_to_the_end(inputs, tmp_path):
+    shown = Shown()
+    train(sweep_run(inputs, tmp_path, search={"random": 2}), progress=shown)
+    assert shown.rankings[0].best is None
+    assert all(one.is_running for one in shown.rankings[0].standings)
+    (final,) = shown.concluded
+    assert final == shown.rankings[-1]
+    assert [one.status for one in final.ranked] == ["finished", "stopped"]
+
+
+def test_jobs_beside_a_sweep_train_to_their_end(inputs, tmp_path):
+    jobs = run_settings(inputs, tmp_path)["jobs"]
+    run = sweep_run(inputs, tmp_path, jobs, job="plain", early_stopping=None)
+    results = train(run)
+    assert [result.job for result in results] == ["mixture", *(t.name for t in run.trials)]
+    assert {result.status for result in results} == {"finished"}
+    assert "eval/loss@2" not in read_csv(tmp_path)[0]
+
+
+def test_those_that_come_later_to_a_rung_are_judged_against_all_before(inputs, tmp_path):
+    """Jobs of one micro-batch a step come first: each is judged when it is there."""
+    sizes = [4, 2, 1]
+    run = sweep_run(
+        inputs,
+        tmp_path,
+        parameters={"train.micro_batch_size": sizes},
+        early_stopping={"asha": {"rungs": [2], "reduction_factor": 2}},
+    )
+    train(run)
+    rows = read_csv(tmp_path)
+    values = [float(row["eval/loss@2"]) for row in rows]
+    expected = ["finished"]  # the first is alone
+    for place in (1, 2):
+        is_best = values[place] < min(values[:place])  # of equal ones the first goes on
+        expected.append("finished" if is_best else "stopped")
+    assert [row["status"] for row in rows] == expected
+
+
+def test_jobs_that_take_turns_are_judged_as_they_come(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path)
+    train(RunConfig.model_validate({**run.model_dump(), "max_tokens_per_step": 450}))
+    rows = read_csv(tmp_path)
+    assert {row["status"] for row in rows} == {"finished", "stopped"}
+    assert all(int(row["steps"]) in (2, 4, 8, 9) for row in rows)
+    (best,) = [row for row in rows if row["rank"] == "1"]
+    assert best["status"] == "finished"
+
+
+def without_seconds(lines):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def metrics_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 9])
+def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path, monkeypatch, stop):
+    """Interrupted in and after the fused steps that end at a rung."""
+    step = Engine.step
+
+    def stepping(engine):
+        step(engine)
+        if engine.round == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stepping)
+        with pytest.raises(KeyboardInterrupt):
+            train(sweep_run(inputs, tmp_path))
+    train(sweep_run(inputs, tmp_path), resume=True)
+    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
+    for trial in sweep_run(inputs, tmp_path).trials:
+        directory, unbroken = tmp_path / trial.name, halved / trial.name
+        assert without_seconds(metrics_of(directory)) == without_seconds(metrics_of(unbroken))
+        tensors = load_file(directory / "adapter_model.safetensors")
+        expected = load_file(unbroken / "adapter_model.safetensors")
+        assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+
+
+def test_a_killed_sweep_decides_again_what_was_not_saved(inputs, halved, tmp_path, monkeypatch):
+    """It dies after jobs were stopped and before that is in a snapshot."""
+    save = Engine.save_state
+
+    def dying(engine):
+        if len(engine.results) > 2:
+            raise RuntimeError("killed")
+        save(engine)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "save_state", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(sweep_run(inputs, tmp_path))
+    train(sweep_run(inputs, tmp_path), resume=True)
+    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(halved))
+
+
+def test_a_sweep_goes_on_without_its_journal(inputs, halved, tmp_path):
+    directory = shutil.copytree(halved, tmp_path / "copy")
+    (directory / "sweep.journal").unlink()
+    shown = Shown()
+    train(sweep_run(inputs, directory), resume=True, progress=shown)
+    assert not [text for text in shown.messages if text.startswith(("error", "warning"))]
+    (final,) = shown.concluded
+    assert sorted(one.steps for one in final.standings) == [2, 2, 2, 4, 4, 9]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameters": {"train.learning_rate": tuple(RATES[:-1])}}, "sweep.parameters"),
+        ({"metric": "eval/loss_of_another"}, "sweep.metric was 'eval/loss'"),
+    ],
+)
+def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path, monkeypatch, change, message):
+    directory = shutil.copytree(halved, tmp_path / "copy")
+    run = sweep_run(inputs, directory)
+    changed = run.model_copy(update={"sweep": run.sweep.model_copy(update=change)})
+    with pytest.raises(ConfigError, match=message):
+        train(changed, resume=True)
+
+
+def test_a_job_that_can_not_be_built_is_a_trial_that_failed(inputs, tmp_path, monkeypatch):
+    built, real = [], JobBuilder.build
+
+    def failing(self, config, *rest, **more):
+        built.append(config.name)
+        if len(built) == 3:
+            raise torch.linalg.LinAlgError("no singular values")
+        return real(self, config, *rest, **more)
+
+    monkeypatch.setattr(JobBuilder, "build", failing)
+    shown = Shown()
+    results = train(sweep_run(inputs, tmp_path, max_concurrent=2), progress=shown)
+    assert len(results) == len(RATES) - 1
+    assert [text for text in shown.messages if "no singular values" in text]
+
+
+def test_a_finished_sweep_is_resumed_to_the_same_table(inputs, halved):
+    before = (halved / "sweep.csv").read_text()
+    train(sweep_run(inputs, halved), resume=True)
+    assert (halved / "sweep.csv").read_text() == before
+
+
+def test_of_equal_jobs_the_first_goes_on_and_an_accuracy_is_better_when_higher():
+    stopping = SweepStoppingConfig.model_validate({"asha": {"reduction_factor": 3, "rungs": [4]}})
+
+    def kept(direction, values):
+        study = optuna.create_study(direction=direction)
+        study.add_trials(
+            create_trial(value=0.0, intermediate_values={4: value}) for value in values
+        )
+        pruner = AshaPruner(stopping)
+        return [trial.number for trial in study.trials if not pruner.prune(study, trial)]
+
+    assert kept("minimize", [3.0, 1.0, 2.0, 1.0, 5.0, 4.0, 0.5]) == [1, 6]
+    assert kept("maximize", [3.0, 1.0, 2.0, 1.0, 5.0, 4.0, 0.5]) == [4, 5]
+    assert kept("minimize", [1.0, 1.0, 1.0]) == [0]
+    assert kept("minimize", [3.0]) == [0]
+
+
+def test_a_job_joins_when_another_ends(inputs, tmp_path):
+    """Each is fresh: alone or in company, early or late, it trains to the same weights."""
+    seen = []
+
+    def look(engine, _):
+        seen.append(len(engine.jobs))
+
+    train(sweep_run(inputs, tmp_path / "two", max_concurrent=2), between_steps=look)
+    assert max(seen) == 2
+    rows = read_csv(tmp_path / "two")
+    assert [float(row["train.learning_rate"]) for row in rows] == RATES
+    assert "finished" in {row["status"] for row in rows}
+    whole = sweep_run(inputs, tmp_path / "all", early_stopping=None)
+    train(whole)
+    for row in rows:
+        if row["status"] == "finished":
+            measured = [metrics_of(tmp_path / one / row["name"]) for one in ("two", "all")]
+            assert measured[0][-1]["eval/loss"] == pytest.approx(measured[1][-1]["eval/loss"])
+
+
+TPE = {
+    "parameters": {
+        "train.learning_rate": {"log_uniform": [1e-5, 1e-1]},
+        "adapter.method": ["lora", "mixlora"],
+    },
+    "search": {"tpe": 13, "seed": 1},
+    "max_concurrent": 3,
+    "early_stopping": {"asha": {"min_steps": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def learned(inputs, tmp_path_factory):
+    """Directory of a TPE sweep that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("learned")
+    train(sweep_run(inputs, directory, **TPE))
+    return directory
+
+
+def test_tpe_trains_so_many_jobs_and_leaves_a_study_to_optuna(inputs, learned):
+    rows = read_csv(learned)
+    assert [row["name"][:9] for row in rows] == [f"plain-{number:03}" for number in range(13)]
+    for row in rows:
+        rate, method = row["train.learning_rate"], row["adapter.method"]
+        assert sorted(row["name"][10:].rsplit("-", 1)) == sorted([rate, method])
+    storage = JournalStorage(JournalFileBackend(str(learned / "sweep.journal")))
+    study = optuna.load_study(study_name="sweep", storage=storage)
+    states = {"finished": "COMPLETE", "stopped": "PRUNED"}
+    for trial, row in zip(study.trials, rows, strict=True):
+        assert trial.state.name == states[row["status"]]
+        assert trial.value == float(row["eval/loss"])
+        rate = trial.params["train.learning_rate"]
+        assert float(row["train.learning_rate"]) == pytest.approx(rate, rel=1e-3)
+        settings = json.loads((learned / row["name"] / "adapter_config.json").read_text())
+        assert ("num_experts" in settings) == (row["adapter.method"] == "mixlora")
+
+
+def test_tpe_learns_from_the_jobs_that_ended(inputs, learned):
+    """Rates near 1e-2 do best here: its own are closer to the best than the random ten."""
+    rows = read_csv(learned)
+    best = next(row for row in rows if row["rank"] == "1")
+
+    def distance(row):
+        rates = [float(one["train.learning_rate"]) for one in (row, best)]
+        return abs(math.log10(rates[0] / rates[1]))
+
+    random_ones, own = rows[:10], rows[10:]
+    assert sum(map(distance, own)) / len(own) < sum(map(distance, random_ones)) / 10
+
+
+def test_a_killed_tpe_sweep_goes_on_to_the_jobs_of_an_unbroken_one(
+    inputs, learned, tmp_path, monkeypatch
+):
+    """It dies where jobs have joined since the last snapshot, in a line of the journal."""
+    save = Engine.save_state
+
+    def dying(engine):
+        if engine.round >= 17:
+            raise RuntimeError("killed")
+        save(engine)
+
+    run = sweep_run(inputs, tmp_path, **TPE)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "save_state", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(run)
+    with (tmp_path / "sweep.journal").open("a") as journal:
+        journal.write('{"op_code": 5, "torn')
+    train(run, resume=True)
+    assert without_seconds(read_csv(tmp_path)) == without_seconds(read_csv(learned))
+    for row in read_csv(learned):
+        directory, unbroken = tmp_path / row["name"], learned / row["name"]
+        assert without_seconds(metrics_of(directory)) == without_seconds(metrics_of(unbroken))
+
+
+def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
+    files = [str(inputs / "rows.jsonl"), str(tmp_path / "nowhere.jsonl")]
+    shown = Shown()
+    run = sweep_run(
+        inputs,
+        tmp_path,
+        parameters={"train.learning_rate": RATES[:2], "data.dataset": files},
+        max_concurrent=1,
+    )
+    results = train(run, progress=shown)
+    assert [result.job[:9] for result in results] == ["plain-000", "plain-002"]
+    told = [text for text in shown.messages if text.startswith("error: sweep: plain-00")]
+    assert len(told) == 2
+    assert all("nowhere.jsonl" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    "stopping",
+    [{"hyperband": {"min_steps": 2, "reduction_factor": 2}}, {"median": {"min_jobs": 1}}],
+    ids=["hyperband", "median"],
+)
+def test_other_pruners_stop_jobs_and_the_best_is_trained_to_its_end(inputs, tmp_path, stopping):
+    run = sweep_run(inputs, tmp_path, eval_steps=2, early_stopping=stopping, max_concurrent=2)
+    results = {result.job: result for result in train(run)}
+    statuses = {result.status for result in results.values()}
+    assert statuses == {"finished", "stopped"}
+    (best,) = [row for row in read_csv(tmp_path) if row["rank"] == "1"]
+    assert best["status"] == "finished"
+    stopped = [one for one in results.values() if one.status == "stopped"]
+    assert all("is not among the best after step" in one.stop_reason for one in stopped)
+    assert all(one.steps < 9 for one in stopped)
+
+
+def test_a_rung_that_no_job_reaches_is_an_error_before_anything_is_written(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path / "out", early_stopping={"asha": {"rungs": [2, 8]}})
+    jobs = run.sweep.model_dump()
+    jobs["job"]["train"] |= {"max_steps": None, "num_epochs": 2}
+    with pytest.raises(ConfigError, match=r"^sweep.early_stopping .* 6 steps, got .*\(2, 8\)"):
+        train(RunConfig.model_validate({**run.model_dump(), "sweep": jobs}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_goes_on_when_only_jobs_below_the_rungs_are_left(inputs, tmp_path, monkeypatch):
+    """The long job ends at rung 2; the short one, of 2 steps, is interrupted after its first."""
+    parameters = {"train.max_steps": [9, 2], "train.micro_batch_size": [2]}
+    run = sweep_run(inputs, tmp_path, parameters=parameters)
+    step = Engine.step
+
+    def stepping(engine):
+        if engine.round == 1:
+            engine.stop("plain-000-9-2", "enough")
+            os.kill(os.getpid(), signal.SIGINT)
+        step(engine)
+
+    monkeypatch.setattr(Engine, "step", stepping)
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    monkeypatch.setattr(Engine, "step", step)
+    results = train(run, resume=True)
+    assert [result.status for result in results] == ["stopped", "finished"]
+
+
+def test_the_picture_is_there_when_the_sweeps_jobs_are_done(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path)
+    long = run.trials[0].job.model_dump(mode="json") | {"name": "long"}
+    long["train"] |= {"max_steps": 12}
+    seen = []
+
+    def look(engine, _):
+        if set(engine.jobs) == {"long"}:
+            seen.append((tmp_path / "sweep.png").exists())
+
+    train(sweep_run(inputs, tmp_path, jobs=[long]), between_steps=look)
+    assert seen
+    assert all(seen)
+
+
+def test_a_table_that_can_not_be_written_stops_nothing(inputs, tmp_path, monkeypatch):
+    def full(*_):
+        raise ConfigError("sweep.csv can't be written: No space left on device")
+
+    monkeypatch.setattr("loraloom.training.sweep.write_output", full)
+    results = train(sweep_run(inputs, tmp_path))
+    assert all(result.error is None for result in results)
+
+
+UNLIKE = [
+    ({"seed": [0, 1]}, "they hold out other rows"),
+    ({"train.objective.beta": [0.1, 0.5]}, "their objectives differ"),
+    ({"train.learning_rate": [1e-3, 1e-2]}, None),
+]
+
+
+@pytest.mark.parametrize(("parameters", "warning"), UNLIKE, ids=["seed", "objective", "rate"])
+def test_a_run_warns_of_jobs_that_are_not_measured_alike(inputs, tmp_path, parameters, warning):
+    run = sweep_run(inputs, tmp_path).model_dump(mode="json")
+    job = run["sweep"]["job"]
+    job["data"] |= {"dataset": str(inputs / "pairs.jsonl"), "format": "preference"}
+    job["train"] |= {"objective": {"name": "dpo"}, "max_steps": 1}
+    run["sweep"] |= {"parameters": parameters, "early_stopping": None}
+    shown = Shown()
+    train(RunConfig.model_validate(run), progress=shown)
+    told = [text for text in shown.messages if text.startswith("warning")]
+    assert len(told) == (warning is not None)
+    assert warning is None or warning in told[0]
+
+
+@pytest.mark.parametrize("lengths", [[2, 9], [9, 2]])
+def test_one_job_at_a_time_may_be_too_short_for_the_rungs(inputs, tmp_path, monkeypatch, lengths):
+    """It is the first one, or the one that is left after an interruption."""
+    parameters = {"train.max_steps": lengths, "train.micro_batch_size": [2]}
+    stopping = {"asha": {"min_steps": 2}}
+    run = sweep_run(
+        inputs, tmp_path, parameters=parameters, early_stopping=stopping, max_concurrent=1
+    )
+
+    def interrupt(engine, _):
+        if engine.round == lengths[0] + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, between_steps=interrupt)
+    results = train(run, resume=True)
+    assert [result.status for result in results] == ["finished", "finished"]

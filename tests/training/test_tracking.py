@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import contextvars
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from loraloom.errors import ConfigError
+from loraloom.training import tracking
+from loraloom.training.engine import Engine
+from loraloom.training.evaluation import Evaluation
+from loraloom.training.outputs import RunDirectory
+from loraloom.training.progress import Progress
+from loraloom.training.step.micro_batch import MicroBatchLoss, StepReport
+from loraloom.training.tracking import (
+    MetricsFile,
+    check_trackers,
+    open_tracker,
+    read_curve,
+    step_metrics,
+)
+from tests.training.running import Spoken
+from tests.training.toy import add_job, toy_config, toy_host, toy_set, toy_tokenizer
+
+
+def test_a_step_of_a_plain_adapter_has_no_router_metrics():
+    report = StepReport(3, 0.123456, MicroBatchLoss(1.5), 1e-3, 0.7, 420, 500)
+    assert step_metrics(report, 2.00049) == {
+        "step": 3,
+        "epoch": 0.1235,
+        "loss": 1.5,
+        "aux_loss": 0.0,
+        "learning_rate": 1e-3,
+        "grad_norm": 0.7,
+        "tokens": 420,
+        "computed_tokens": 500,
+        "seconds": 2.0,
+    }
+
+
+def test_a_step_of_a_mixture_has_router_metrics():
+    report = StepReport(1, 1.0, MicroBatchLoss(1.5, 0.02, 0.9, 0.1), 1e-3, 0.7, 42, 50)
+    metrics = step_metrics(report, 1.0)
+    assert (metrics["router/entropy"], metrics["router/load_cv"]) == (0.9, 0.1)
+    assert metrics["aux_loss"] == 0.02
+
+
+def test_a_curve_has_the_lines_that_carry_its_figure(tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 1, "eval/loss": 1.5}, {"step": 2, "loss": 1.0}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_curve(path, "loss") == [(1, 2.0), (2, 1.0)]
+    assert read_curve(path, "eval/loss") == [(1, 1.5)]
+
+
+def test_warnings_are_in_the_line_of_their_step():
+    report = StepReport(1, 1.0, MicroBatchLoss(1.5), 1e-3, 0.7, 42, 64, ("collapsed",))
+    assert step_metrics(report, 1.0)["warnings"] == ["collapsed"]
+
+
+def test_metrics_file_appends_a_line_at_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        tracker = MetricsFile(path)
+        tracker.log({"step": step, "loss": 0.5})
+        assert len(path.read_text().splitlines()) == step
+        tracker.close()
+    assert json.loads(path.read_text().splitlines()[1]) == {"step": 2, "loss": 0.5}
+
+
+def test_tensorboard_gets_every_scalar(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError
+    )
+    tracker = open_tracker("tensorboard", tmp_path, first_step=1, config={})
+    tracker.log({"step": 1, "loss": 2.0, "eval/loss": 3.0, "warnings": ["collapsed"]})
+    tracker.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["eval/loss", "loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]
+
+
+def test_tensorboard_drops_what_a_resumed_job_logs_again(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError
+    )
+    for first_step, value in ((1, 1.0), (2, 5.0)):
+        tracker = open_tracker("tensorboard", tmp_path, first_step, config={})
+        for step in range(first_step, 4):
+            tracker.log({"step": step, "loss": value})
+        tracker.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(1, 1.0), (2, 5.0), (3, 5.0)]
+
+
+class FakeRun:
+    """What trackio and wandb return from init."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.logged = []
+        self.finished = False
+
+    def log(self, metrics, step):
+        assert not self.finished
+        self.logged.append((step, metrics))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Stand-ins of trackio and wandb; the list is of the runs that were begun."""
+    runs = []
+    current = contextvars.ContextVar("current", default=None)
+
+    def init(**settings):
+        if current.get() is not None:
+            current.get().finish()  # as trackio does
+        runs.append(FakeRun(settings))
+        current.set(runs[-1])
+        return runs[-1]
+
+    wandb = SimpleNamespace(
+        init=lambda **settings: runs.append(FakeRun(settings)) or runs[-1],
+        login=lambda *, prompt, verify: prompt or verify,
+    )
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for variable in ("WANDB_MODE", "WANDB_PROJECT", "TRACKIO_PROJECT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    return runs
+
+
+def open_hosted(name, directory, job):
+    (directory / job).mkdir(exist_ok=True)
+    return open_tracker(name, directory / job, 1, {"seed": 7})
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_each_job_has_a_run_of_its_own_with_its_config(fakes, tmp_path, name):
+    directory = tmp_path / "arc"
+    directory.mkdir()
+    trackers = [open_hosted(name, directory, job) for job in ("a", "b")]
+    for step, tracker in enumerate([*trackers, trackers[0]]):
+        tracker.log({"step": step, "loss": 0.5 * step})
+    assert [run.logged for run in fakes] == [
+        [(0, {"loss": 0.0}), (2, {"loss": 1.0})],
+        [(1, {"loss": 0.5})],
+    ]
+    for run, job in zip(fakes, "ab", strict=True):
+        assert run.settings["config"] == {"seed": 7}
+        assert (run.settings["project"], run.settings["group"]) == ("loraloom", "arc")
+        assert run.settings["name"] == job
+    trackers[0].close()
+    assert [run.finished for run in fakes] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_the_environment_names_the_project(fakes, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"{name.upper()}_PROJECT", "mine")
+    open_hosted(name, tmp_path, "a")
+    assert fakes[0].settings["project"] == "mine"
+
+
+def test_wandb_is_offline_unless_the_user_has_told_it_otherwise(fakes, tmp_path, monkeypatch):
+    open_hosted("wandb", tmp_path, "a")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    open_hosted("wandb", tmp_path, "b")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(sys.modules["wandb"], "login", lambda **_: True)
+    open_hosted("wandb", tmp_path, "c")
+    assert [run.settings["mode"] for run in fakes] == ["offline", None, None]
+
+
+def tracked_engine(directory, config, *trackers, progress=None) -> Engine:
+    host = toy_host()
+    job = add_job(host, config, toy_set(num_validation=2))
+    evaluation = Evaluation(host, toy_tokenizer())
+    return Engine(
+        host,
+        [job],
+        evaluation,
+        RunDirectory(directory),
+        progress or Progress(),
+        trackers=trackers,
+    )
+
+
+def measured(max_steps: int):
+    data = {"task": "skills", "validation_fraction": 0.5}
+    return toy_config("a", max_steps=max_steps, data=data)
+
+
+def test_a_run_tells_its_trackers_of_every_step_and_evaluation(fakes, tmp_path):
+    config = measured(max_steps=2)
+    tracked_engine(tmp_path, config, "wandb").run()
+    (run,) = fakes
+    assert [step for step, _ in run.logged] == [1, 2, 2]
+    assert "eval/loss" in run.logged[-1][1]
+    assert run.settings["config"] == config.model_dump(mode="json")
+    assert run.finished
+
+
+@pytest.mark.parametrize("method", ["init", "log", "finish"])
+def test_a_tracker_that_fails_is_told_of_once_and_ends_nothing(
+    fakes, tmp_path, monkeypatch, method
+):
+    def fail(*_, **__):
+        raise ConnectionError("no route to the host")
+
+    owner = sys.modules["trackio"] if method == "init" else FakeRun
+    monkeypatch.setattr(owner, method, fail)
+    spoken = Spoken()
+    (result,) = tracked_engine(tmp_path, measured(4), "trackio", progress=spoken).run()
+    assert (result.status, result.steps) == ("finished", 4)
+    warnings = [text for text in spoken.messages if text.startswith("warning")]
+    assert warnings == ["warning: job a: trackio can't take metrics: no route to the host"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch, name):
+    monkeypatch.setattr(tracking, "find_spec", lambda module: None)
+    check_trackers(("jsonl",))
+    with pytest.raises(ConfigError, match=rf"{name} needs .* pip install 'loraloom\[track\]'"):
+        check_trackers(("jsonl", name))
+
+
+def test_a_line_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "a/metrics.jsonl"
+    tracker = MetricsFile(path)
+    tracker.log({"step": 1, "loss": 0.5})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_curve(path, "loss") == [(1, 0.5)]
+    tracker.log({"step": 3, "loss": 1.5})
+    assert read_curve(path, "loss") == [(1, 0.5), (3, 1.5)]
+
+
+def test_names_of_metrics_may_have_any_character(tmp_path):
+    tracker = MetricsFile(tmp_path / "metrics.jsonl")
+    tracker.log({"step": 1, "eval/\ud800\x1b[0m[/INST]/accuracy": 0.5})
+    assert len(read_curve(tmp_path / "metrics.jsonl", "eval/\ud800\x1b[0m[/INST]/accuracy")) == 1
+
+
+def test_metrics_are_on_the_disk_before_a_snapshot_counts_them(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    tracked_engine(tmp_path, toy_config("a", max_steps=3, save_steps=1), "jsonl").run()
+    names = [Path(file).name for file in synced]
+    snapshots = [place for place, name in enumerate(names) if name == "manifest.json"]
+    assert len(snapshots) == 3
+    for place, before in zip(snapshots, [0, *snapshots], strict=False):
+        assert "metrics.jsonl" in names[before:place]
