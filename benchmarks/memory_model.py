@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.cases import StepSetting, adapter_config, peak_rss_bytes, reset_peak_rss
 from benchmarks.memory_prediction import predict_memory
-from loraloom.config.job import JobConfig
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.training.fitting import RoundRunner
 from loraloom.training.job import Job
+from loraloom.training.settings import JobConfig
 
 STEPS = 3
 

@@ -13,12 +13,6 @@ if TYPE_CHECKING:
     from loraloom.adapters import *  # noqa: F403
     from loraloom.adapters import register_method as register_method
     from loraloom.config.data import PromptForm as PromptForm
-    from loraloom.config.job import JobConfig as JobConfig
-    from loraloom.config.objective import CpoConfig as CpoConfig
-    from loraloom.config.objective import DpoConfig as DpoConfig
-    from loraloom.config.objective import SftConfig as SftConfig
-    from loraloom.config.optimizer import OptimizerConfig as OptimizerConfig
-    from loraloom.config.run import RunConfig as RunConfig
     from loraloom.errors import AdapterError as AdapterError
     from loraloom.errors import ConfigError as ConfigError
     from loraloom.errors import DataError as DataError
@@ -49,6 +43,12 @@ if TYPE_CHECKING:
     from loraloom.training.client import example_of_completion as example_of_completion
     from loraloom.training.results import JobResult as JobResult
     from loraloom.training.run import train as train
+    from loraloom.training.settings import CpoConfig as CpoConfig
+    from loraloom.training.settings import DpoConfig as DpoConfig
+    from loraloom.training.settings import JobConfig as JobConfig
+    from loraloom.training.settings import OptimizerConfig as OptimizerConfig
+    from loraloom.training.settings import RunConfig as RunConfig
+    from loraloom.training.settings import SftConfig as SftConfig
     from loraloom.training.step.requests import run_requests as run_requests
 
 __version__ = "0.1.0"
@@ -56,10 +56,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "adapters": ("register_method",),
     "config.data": ("PromptForm",),
-    "config.job": ("JobConfig",),
-    "config.objective": ("CpoConfig", "DpoConfig", "SftConfig"),
-    "config.optimizer": ("OptimizerConfig",),
-    "config.run": ("RunConfig",),
     "errors": (
         "AdapterError",
         "ConfigError",
@@ -83,6 +79,14 @@ _HOMES = {
     "training.client": ("TrainingClient", "example_of", "example_of_completion"),
     "training.results": ("JobResult",),
     "training.run": ("train",),
+    "training.settings": (
+        "CpoConfig",
+        "DpoConfig",
+        "JobConfig",
+        "OptimizerConfig",
+        "RunConfig",
+        "SftConfig",
+    ),
     "training.step.requests": ("run_requests",),
 }
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from loraloom.adapters import LoraMoeConfig
 from loraloom.adapters.adapter import SampleTokens
 from loraloom.adapters.loramoe import balancing_constraint
-from loraloom.config.objective import SftConfig
 from loraloom.data.examples import Example
 from loraloom.errors import AdapterError
+from loraloom.training.settings import SftConfig
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.requests import Request, run_requests
 from tests.adapters.plain import MASK, compare

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig, SharedExpertConfig
-from loraloom.config.optimizer import OptimizerConfig
 from loraloom.errors import AdapterError
 from loraloom.routing.losses import balance_by_bias
 from loraloom.routing.routes import top_k_routing
+from loraloom.training.settings import OptimizerConfig
 from loraloom.training.step.optimizers import parameter_groups
 from tests.adapters.plain import IDS, MASK, check_ffn_gradients
 from tests.tiny import (

@@ -13,8 +13,8 @@ import loraloom
 from loraloom.adapters.config import LowRankConfig
 from loraloom.adapters.lora import LoraProjection
 from loraloom.adapters.low_rank import LowRankAdapter
-from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError
+from loraloom.training.settings import RunConfig
 from tests.tiny import randomise, tiny_host, tiny_ids
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from loraloom.cli.main import main
-from loraloom.config.loading import load_run_config
+from loraloom.training.settings import load_run_config
 
 RUN = """
 base_model: smollm2-135m

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from loraloom.cli.evaluation_command import evaluation_command, generation_command
-from loraloom.config.run import RunConfig
 from loraloom.errors import LoraloomError
+from loraloom.training.settings import RunConfig
 
 TRAIN = {"max_steps": 4}
 LORA = {"method": "lora", "rank": 2}

@@ -6,8 +6,8 @@ from pydantic import ValidationError
 from loraloom import LoraConfig, MixLoraConfig
 from loraloom.config.data import DataConfig
 from loraloom.config.fields import check_name
-from loraloom.config.train import TrainConfig
 from loraloom.errors import ConfigError, shown
+from loraloom.training.settings import TrainConfig
 
 PEFT_NAMES = {
     "r": "rank",

@@ -6,8 +6,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from loraloom.adapters import CONFIGS, MixLoraConfig
-from loraloom.config.loading import load_job_config, load_run_config, schema
 from loraloom.errors import ConfigError
+from loraloom.training.settings import load_job_config, load_run_config, schema
 
 RUN = """
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -128,13 +128,10 @@ def test_all_faults_are_in_one_message(tmp_path):
         "jobs.0.data.task=arc_esy",
         "jobs.0.data.weight=2",
         "jobs.0.train.learning_rate=fast",
-        "jobs.0.train.micro_batch_size=5",
-        "jobs.0.train.max_steps=3",
         "jobs.0.eval=[{}]",
         "jobs.1.name=A/B",
         "jobs.1.adapter.num_experts=8",
         "jobs.1.data.mix.1.format=null",
-        "jobs.1.train.eval_steps=5",
     ]
     safe = (
         "name must be a safe file name (1 to 100 letters, digits, '.', '_', '-' or '@', the first a"
@@ -154,10 +151,7 @@ def test_all_faults_are_in_one_message(tmp_path):
             f"jobs.0.data.task must be {tasks}, got 'arc_esy'; did you mean 'arc_easy'?",
             "jobs.0.data: unknown key 'weight'; weight belongs to a source inside mix",
             "jobs.0.train.learning_rate must be a number, got 'fast'",
-            "jobs.0.train.micro_batch_size must divide batch_size=16, got 5",
-            "jobs.0.train.max_steps and num_epochs exclude each other, got 3 and 2; give one",
             "jobs.0.eval.0.task must be given, it is missing",
-            "jobs.1.name must differ from those of the other jobs, got 'A/B' again",
             f"jobs.1.{safe} letter or digit), got 'A/B'",
             "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, "
             "alpha_pattern, dropout, ensure_weight_tying, init, layers, method, "
@@ -167,6 +161,15 @@ def test_all_faults_are_in_one_message(tmp_path):
             "preference",
         ]
     )
+
+
+def test_settings_that_do_not_go_together_are_in_one_message(tmp_path):
+    overrides = ["jobs.0.train.micro_batch_size=5", "jobs.0.train.max_steps=3", "jobs.1.eval=[{}]"]
+    assert sorted(faults(tmp_path, *overrides)) == [
+        "jobs.0.train.max_steps and num_epochs exclude each other, got 3 and 2; give one",
+        "jobs.0.train.micro_batch_size must divide batch_size=16, got 5",
+        "jobs.1.eval.0.task must be given, it is missing",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from typing import get_args
 import torch
 from transformers.trainer_utils import SchedulerType
 
-from loraloom.config.optimizer import OptimizerName
-from loraloom.config.train import LrScheduler
+from loraloom.training.settings import LrScheduler, OptimizerName
 from loraloom.training.step.optimizers import BITSANDBYTES
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.config.loading import load_run_config
 from loraloom.eval.comparison import choose_pairs
+from loraloom.training.settings import load_run_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RUN_FILES = sorted(p for p in RECIPES.rglob("*.yaml") if p.parent.name != "tasks")

@@ -2,8 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.config.job import JobConfig
-from loraloom.config.run import RunConfig
+from loraloom.training.settings import JobConfig, RunConfig
 
 PAIRS = {"dataset": "pairs.jsonl", "format": "preference"}
 DPO = {"num_epochs": 1, "objective": {"name": "dpo"}}

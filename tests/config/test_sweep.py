@@ -5,10 +5,14 @@ import pytest
 import yaml
 
 from loraloom.config.fields import check_name
-from loraloom.config.loading import load_run_config
-from loraloom.config.run import RunConfig
-from loraloom.config.sweep import SweepConfig, SweepStoppingConfig, format_values, parameter_value
 from loraloom.errors import ConfigError
+from loraloom.training.settings import RunConfig, load_run_config
+from loraloom.training.sweep_settings import (
+    SweepConfig,
+    SweepStoppingConfig,
+    format_values,
+    parameter_value,
+)
 
 RATES = [1e-4, 3e-4]
 TEMPLATE = {
@@ -184,8 +188,9 @@ def test_every_fault_of_the_values_is_told(tmp_path):
         "adapter": [{"method": "lora"}],
     }
     expected = (
-        "must be a list of values that differ, or a range with low < high: {uniform: [low, high]}, "
-        "{log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of whole numbers, got"
+        "must be a list of JSON values that differ, or a range with low < high: {uniform: [low, "
+        "high]}, {log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of whole numbers, "
+        "got"
     )
     assert faults(tmp_path, parameters=parameters) == [
         f"sweep.parameters.seed {expected} []",
@@ -238,7 +243,7 @@ SWEEP_FAULTS = [
     ),
     (
         {"parameters": {"seed": [date(2024, 1, 1), "b"]}},
-        "parameters.seed must be values of JSON; put dates in quotes",
+        "parameters.seed must be a list of JSON values that differ",
     ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
     ({"early_stopping": {"asha": {}}}, "early_stopping.asha.rungs or min_steps must be given"),

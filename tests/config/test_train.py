@@ -1,8 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from loraloom.config.objective import DpoConfig, SftConfig
-from loraloom.config.train import TrainConfig
+from loraloom.training.settings import DpoConfig, SftConfig, TrainConfig
 
 
 def test_defaults_are_those_that_the_documentation_names():

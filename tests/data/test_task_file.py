@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.config.job import JobConfig
 from loraloom.data.questions import load_question_set, questions_digest, sha256
 from loraloom.data.tasks import find_task
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import ConfigError, DataError
+from loraloom.training.settings import JobConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tasks" / "custom_arc_easy.yaml"
 

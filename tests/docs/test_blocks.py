@@ -25,12 +25,11 @@ from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from loraloom.cli import main as cli
-from loraloom.config.job import JobConfig
-from loraloom.config.loading import load_run_config, load_task_config
+from loraloom.config.loading import load_task_config
 from loraloom.config.model import BaseModelConfig
-from loraloom.config.run import RunConfig
 from loraloom.config.yaml_text import parse_yaml
 from loraloom.generation.loading import load_host
+from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 from tests.docs.conftest import TRAINED
 from tests.serve.http.in_process import serving
 

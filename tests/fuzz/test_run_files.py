@@ -11,10 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraloom.config.loading import load_job_config, load_run_config
-from loraloom.config.optimizer import OptimizerConfig, OptimizerName
-from loraloom.config.train import LrScheduler, TrainConfig
 from loraloom.training.outputs import RunDirectory
+from loraloom.training.settings import (
+    LrScheduler,
+    OptimizerConfig,
+    OptimizerName,
+    TrainConfig,
+    load_job_config,
+    load_run_config,
+)
 from loraloom.training.step.optimizers import rehearse
 from loraloom.training.tracking import check_trackers
 from tests.fuzz.harness import EXTREMES, broken_bytes, fuzz, mutated, survives

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loraloom
-from loraloom.config.run import RunConfig
 from loraloom.training.builder import JobBuilder
 from loraloom.training.checkpoint import MANIFEST, SnapshotStore
 from loraloom.training.client import TrainingClient
@@ -25,6 +24,7 @@ from loraloom.training.inbox import Inbox, WatchOptions
 from loraloom.training.lead import Lead
 from loraloom.training.progress import Progress
 from loraloom.training.run import train
+from loraloom.training.settings import RunConfig
 from tests.fuzz.harness import EXTREMES, broken_bytes, fuzz, mutated, survives
 from tests.training.saved import run_settings, save_inputs
 from tests.training.toy import (

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraloom.config.job import JobConfig
 from loraloom.data.training_set import TrainingSet
 from loraloom.training.checkpoint import SnapshotStore
 from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
+from loraloom.training.settings import JobConfig
 from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
 
 

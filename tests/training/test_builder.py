@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from loraloom.config.job import JobConfig
 from loraloom.errors import LoraloomError
 from loraloom.training.builder import JobBuilder
 from loraloom.training.evaluation import Evaluation
+from loraloom.training.settings import JobConfig
 from tests.training.toy import ADAPTERS, toy_host, toy_tokenizer
 
 ROWS = [{"text": f"{word} and so on"} for word in ("one", "two", "three", "four")]

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraloom.config.objective import DpoConfig, SftConfig
-from loraloom.config.optimizer import OptimizerConfig
 from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.generation.generate import generate_tokens
 from loraloom.generation.prompts import Prompt
@@ -16,6 +14,7 @@ from loraloom.models.host import Host
 from loraloom.training.checkpoint import SnapshotStore
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
 from loraloom.training.job import Job
+from loraloom.training.settings import DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.optimizers import LossScale
 from loraloom.training.step.requests import run_requests

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loraloom.config.job import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import collapse as routing_collapse
@@ -16,6 +15,7 @@ from loraloom.training import evaluation
 from loraloom.training import job as job_module
 from loraloom.training.checkpoint import SnapshotStore
 from loraloom.training.outputs import RunDirectory
+from loraloom.training.settings import JobConfig
 from loraloom.training.step import fused as step
 from tests.tiny import randomise, relative_error
 from tests.training.running import interrupted, matrix, read_metrics, resumed, trained_weights

@@ -8,9 +8,9 @@ import torch
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
-from loraloom.config.optimizer import OptimizerConfig
 from loraloom.training.client import TrainingClient
 from loraloom.training.engine import Engine
+from loraloom.training.settings import OptimizerConfig
 from loraloom.training.step import optimizers
 from loraloom.training.step.optimizers import LossScale
 from tests.tiny import randomise, relative_error

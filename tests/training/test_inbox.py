@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 import loraloom.training.inbox as inbox_module
-from loraloom.config.job import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.training.builder import JobBuilder
 from loraloom.training.checkpoint import SnapshotStore
@@ -22,6 +21,7 @@ from loraloom.training.inbox import (
 )
 from loraloom.training.lead import Lead
 from loraloom.training.outputs import RunDirectory
+from loraloom.training.settings import JobConfig
 from tests.training.running import Spoken, assert_same_files
 from tests.training.toy import add_job, toy_config, toy_host, toy_tokenizer
 

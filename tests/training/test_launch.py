@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError
 from loraloom.ranks import Alone
 from loraloom.training.launch import Launch, joined_ranks, rank_device, read_launch
 from loraloom.training.run import train
+from loraloom.training.settings import RunConfig
 from tests.training.toy import toy_config, toy_host, toy_tokenizer
 
 TORCHRUN = {

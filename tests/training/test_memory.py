@@ -4,11 +4,11 @@ import psutil
 import pytest
 import torch
 
-from loraloom.config.loading import load_run_config
 from loraloom.errors import ConfigError
 from loraloom.training import memory
 from loraloom.training.memory import adapter_bytes, available_bytes, base_bytes
 from loraloom.training.run import train
+from loraloom.training.settings import load_run_config
 from tests.training.running import trained_weights
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import add_job, toy_config, toy_engine

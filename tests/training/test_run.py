@@ -8,8 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 import loraloom
-from loraloom.config.job import JobConfig
-from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.loading import load_base_model
 from loraloom.training import evaluation
@@ -19,6 +17,7 @@ from loraloom.training.engine import Engine
 from loraloom.training.inbox import WatchOptions, sole_trainer
 from loraloom.training.outputs import RunDirectory
 from loraloom.training.run import train
+from loraloom.training.settings import JobConfig, RunConfig
 from tests.tiny import relative_error
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file

@@ -15,14 +15,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import create_trial
 from safetensors.torch import load_file
 
-from loraloom.config.run import RunConfig
-from loraloom.config.sweep import SweepStoppingConfig
 from loraloom.errors import ConfigError
 from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
 from loraloom.training.run import train
+from loraloom.training.settings import RunConfig
 from loraloom.training.sweep import AshaPruner
+from loraloom.training.sweep_settings import SweepStoppingConfig
 from tests.training.saved import run_settings, save_inputs
 from tests.training.toy import read_result
 

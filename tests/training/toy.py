@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.config.job import JobConfig
 from loraloom.config.json_text import read_json
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
@@ -27,6 +26,7 @@ from loraloom.training.job import Job
 from loraloom.training.outputs import RunDirectory
 from loraloom.training.progress import Progress
 from loraloom.training.results import RESULT_FILE, JobResult, parse_result
+from loraloom.training.settings import JobConfig
 from loraloom.training.step.objectives import load_reference
 from loraloom.training.step.optimizers import make_loss_scale
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model

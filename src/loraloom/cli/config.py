@@ -7,9 +7,9 @@ import json
 import yaml
 
 from loraloom.cli.options import LocalPath, Sets
-from loraloom.config.loading import load_run_config
-from loraloom.config.loading import schema as run_file_schema
-from loraloom.config.sweep import format_values
+from loraloom.training.settings import load_run_config
+from loraloom.training.settings import schema as run_file_schema
+from loraloom.training.sweep_settings import format_values
 
 
 def schema() -> None:

@@ -17,9 +17,6 @@ from loraloom.cli.options import LocalPath, Sets
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import suggestion
 from loraloom.config.fields import StrictModel
-from loraloom.config.job import JobConfig
-from loraloom.config.loading import load_run_config
-from loraloom.config.run import RunConfig
 from loraloom.data.encoding import EncodedRow
 from loraloom.data.rows import Row
 from loraloom.data.sources import check_encoded, read_source
@@ -27,6 +24,7 @@ from loraloom.data.tokenising import text_of_token
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.models.loading import load_tokenizer
 from loraloom.terminal import make_console, make_table, print_tables
+from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 
 WIDTH = 80
 

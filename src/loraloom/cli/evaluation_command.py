@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loraloom.config.data import SourceConfig
-from loraloom.config.job import EvaluationConfig, JobConfig
-from loraloom.config.objective import DpoConfig
 from loraloom.config.quantization import quantization_option
-from loraloom.config.run import RunConfig
-from loraloom.config.train import TrainConfig
+from loraloom.training.settings import (
+    DpoConfig,
+    EvaluationConfig,
+    JobConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from loraloom.training.results import JobResult

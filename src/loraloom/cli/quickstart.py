@@ -23,8 +23,8 @@ from loraloom.config.yaml_text import parse_yaml
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loraloom.config.run import RunConfig
     from loraloom.eval.evaluation import Evaluation
+    from loraloom.training.settings import RunConfig
 
 SEEDS = (0, 1, 2)
 BASE_STEPS = 4000
@@ -112,8 +112,6 @@ def quickstart(
 
 def _run_config(max_steps: int, output_dir: Path, base: Path, device: str) -> RunConfig:
     """Fill the quickstart's run file in, with a job for each seed."""
-    from loraloom.config.run import RunConfig
-
     file = files("loraloom.cli") / "quickstart.yaml"
     jobs = [
         {**job, "name": f"{job['name']}@{seed}", "seed": seed}

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loraloom.config.objective import DpoConfig
 from loraloom.errors import ConfigError
+from loraloom.training.settings import DpoConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

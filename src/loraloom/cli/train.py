@@ -64,11 +64,11 @@ def train(
         run_file: A base model and its jobs.
     """
     from loraloom.cli.evaluation_command import evaluation_command, generation_command
-    from loraloom.config.loading import load_run_config
     from loraloom.training import run as training
     from loraloom.training.inbox import WatchOptions
     from loraloom.training.launch import read_launch
     from loraloom.training.progress import Progress
+    from loraloom.training.settings import load_run_config
 
     changes = [f"{name}={value}" for name, value in model.model_dump(exclude_none=True).items()]
     if options.watch_exit_when_idle and options.watch is None:

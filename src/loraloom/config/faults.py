@@ -101,6 +101,12 @@ def value_fault(loc: tuple[int | str, ...], reason: str) -> InitErrorDetails:
     }
 
 
+def raise_faults(faults: Iterable[str]) -> None:
+    """Raise faults, if there are any, in a way that gives each a line."""
+    if faults := list(faults):
+        raise ValidationError.from_exception_data("", [value_fault((), one) for one in faults])
+
+
 def advise_on_unknown_keys(
     error: ValidationError, model: type[BaseModel]
 ) -> list[InitErrorDetails]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, model_validator
 
-from loraloom.config.faults import advise_on_unknown_keys, value_fault
+from loraloom.config.faults import advise_on_unknown_keys, raise_faults, value_fault
 from loraloom.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -54,6 +54,15 @@ class StrictModel(BaseModel):
         except ValidationError as error:
             faults += advise_on_unknown_keys(error, cls)
         raise ValidationError.from_exception_data(cls.__name__, faults) from None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> StrictModel:
+        raise_faults(self.contradictions())
+        return self
+
+    def contradictions(self) -> Iterator[str]:
+        """Say which settings don't go together, each of which is right by itself."""
+        yield from ()
 
 
 def _is_number(annotation: Any) -> bool:

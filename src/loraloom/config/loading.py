@@ -1,19 +1,15 @@
-"""Reading of run files, job files and task files, with all the faults of a file in one message."""
+"""Reading of files of settings, with all the faults of a file in one message."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from loraloom.config.faults import describe_faults
-from loraloom.config.job import JobConfig
-from loraloom.config.overrides import apply_override
 from loraloom.config.paths import local_path
-from loraloom.config.run import RunConfig
 from loraloom.config.task import TaskConfig
 from loraloom.config.yaml_text import parse_yaml
 from loraloom.errors import ConfigError
@@ -24,42 +20,13 @@ MAX_BYTES = 1_000_000
 _Config = TypeVar("_Config", bound=BaseModel)
 
 
-def load_run_config(
-    source: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
-    *,
-    needs_jobs: bool = True,
-    fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-) -> RunConfig:
-    """What a run file says, checked."""
-    if isinstance(source, Mapping):
-        settings, place = dict(source), "the run"
-    else:
-        settings, place = _read_settings(source, "a run file"), source
-    settings = fill_in(reduce(apply_override, overrides, settings))
-    return _checked(place, RunConfig, settings, {"needs_jobs": needs_jobs})
-
-
-def load_job_config(path: str | Path) -> JobConfig:
-    """What a job file says, checked: the settings of one job, as in `jobs:` of a run file."""
-    settings = {"name": Path(path).stem} | _read_settings(path, "a job file")
-    return _checked(path, JobConfig, settings)
-
-
 def load_task_config(path: str | Path) -> TaskConfig:
     """What the file of a choice task says, checked."""
-    return _checked(path, TaskConfig, _read_settings(path, "a task's file"))
+    return check_settings(path, TaskConfig, read_settings(path, "a task's file"))
 
 
-def schema() -> dict[str, Any]:
-    """JSON Schema of a run file, for editors."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **RunConfig.model_json_schema(),
-    }
-
-
-def _read_settings(path: str | Path, kind: str) -> dict[str, Any]:
+def read_settings(path: str | Path, kind: str) -> dict[str, Any]:
+    """The settings in a file, not checked yet."""
     settings = parse_yaml(_read_text(Path(path), kind), str(path))
     if not isinstance(settings, dict):
         got = "nothing" if settings is None else type(settings).__name__
@@ -84,12 +51,13 @@ def _read_text(path: Path, kind: str) -> str:
         raise ConfigError(f"{path} must be a YAML file, but it is not text in UTF-8") from None
 
 
-def _checked(
+def check_settings(
     path: str | Path,
     model: type[_Config],
     settings: Mapping[str, Any],
     context: Mapping[str, Any] | None = None,
 ) -> _Config:
+    """Settings as a model; all that is wrong with them is one ConfigError, which names the file."""
     try:
         return model.model_validate(settings, context=context)
     except ValidationError as error:

@@ -21,7 +21,6 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring, SourceConfig
-from loraloom.config.objective import DpoConfig
 from loraloom.config.paths import local_path
 from loraloom.data.examples import NO_LOSS, Example
 from loraloom.data.questions import QuestionSet, load_question_set
@@ -50,6 +49,7 @@ from loraloom.eval.scores import HeldOutLosses, PairLosses, Scores, TaskScores, 
 from loraloom.eval.tables import check_outputs, data_frame, evaluation_tables, markdown_page
 from loraloom.generation.rows import example_row
 from loraloom.models.host import Host
+from loraloom.training.settings import DpoConfig
 
 if TYPE_CHECKING:
     from pandas import DataFrame

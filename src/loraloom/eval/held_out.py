@@ -15,8 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import describe_faults
-from loraloom.config.objective import DpoConfig
-from loraloom.config.train import TrainConfig
 from loraloom.data.examples import Example, count_labels
 from loraloom.data.files import is_data_file
 from loraloom.data.locations import find_location
@@ -24,6 +22,7 @@ from loraloom.data.questions import sha256
 from loraloom.data.sources import load_source
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.host import Host
+from loraloom.training.settings import DpoConfig, TrainConfig
 
 _SUFFIXES = re.compile(r"(\.(json|jsonl|csv|txt|parquet))?(\.gz)?$", re.IGNORECASE)
 

@@ -12,7 +12,6 @@ from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.own import own_parts
 from loraloom.config.data import DataConfig, is_task_file
-from loraloom.config.job import JobConfig
 from loraloom.config.paths import local_path
 from loraloom.data.locations import SplitFiles
 from loraloom.data.prompts import prompt_form
@@ -25,6 +24,7 @@ from loraloom.models.host import Host
 from loraloom.models.layout import check_takes_packed_rows
 from loraloom.training.evaluation import Evaluation
 from loraloom.training.job import Job
+from loraloom.training.settings import JobConfig
 from loraloom.training.step.objectives import load_reference
 from loraloom.training.step.optimizers import make_loss_scale
 

@@ -7,10 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loraloom.config.job import JobConfig
-from loraloom.config.objective import BASE_REFERENCE, DpoConfig
 from loraloom.config.paths import local_path
-from loraloom.config.run import RunConfig
 from loraloom.data.questions import questions_digest
 from loraloom.errors import ConfigError
 from loraloom.eval.provenance import adapter_digest
@@ -19,6 +16,7 @@ from loraloom.training.checkpoint import Snapshot, describe_changes
 from loraloom.training.evaluation import Evaluation
 from loraloom.training.job import Job
 from loraloom.training.outputs import RunDirectory
+from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig, RunConfig
 
 
 def check_adds_up(job: JobConfig, num_ranks: int) -> None:

@@ -20,8 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import AdapterConfig
 from loraloom.config.data import PromptForm
-from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
-from loraloom.config.optimizer import OptimizerConfig
 from loraloom.data.encoding import learn_completions
 from loraloom.data.examples import NO_LOSS, Example, PreferencePair, TrainingExample
 from loraloom.errors import AdapterError, ConfigError, TrainingError
@@ -39,6 +37,7 @@ from loraloom.training.checkpoint import (
     describe_changes,
 )
 from loraloom.training.engine import describe_base
+from loraloom.training.settings import CpoConfig, DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step.objectives import (
     Reference,
     build_objective,

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.job import EvaluationConfig, JobConfig
 from loraloom.data.examples import ChoiceQuestion, Example
 from loraloom.data.questions import load_question_set
 from loraloom.eval.protocol import score_accuracy
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.job import Job
+from loraloom.training.settings import EvaluationConfig, JobConfig
 from loraloom.training.step.objectives import ScoredSamples, ask_references
 from loraloom.training.step.window import count_totals
 

@@ -25,11 +25,11 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter
 
 from loraloom.config.json_text import read_json
-from loraloom.config.loading import load_job_config
 from loraloom.durable import write_json
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.training.lead import Lead
 from loraloom.training.results import JobResult
+from loraloom.training.settings import load_job_config
 
 LOOK_S = 1.0
 PROGRESS_S = 5.0

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.config import AdapterConfig
-from loraloom.config.job import JobConfig
-from loraloom.config.train import SCHEDULERS_ON_METRIC
 from loraloom.data.streaming import StreamedSet
 from loraloom.data.training_set import TrainingSet, examples_digest
 from loraloom.errors import TrainingError
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.collapse import Choices, find_collapse, has_enough_choices
 from loraloom.routing.record import RouterName
+from loraloom.training.settings import SCHEDULERS_ON_METRIC, JobConfig
 from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss, StepReport, add_counts
 from loraloom.training.step.objectives import Reference, build_objective
 from loraloom.training.step.optimizers import (

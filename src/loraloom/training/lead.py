@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from loraloom.config.job import JobConfig
 from loraloom.errors import ConfigError
 from loraloom.training.builder import JobBuilder
 from loraloom.training.checks import check_adds_up
 from loraloom.training.engine import Engine
 from loraloom.training.job import Job
 from loraloom.training.results import JobResult
+from loraloom.training.settings import JobConfig
 
 
 class Lead:

@@ -12,10 +12,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from loraloom.config.sweep import format_value, format_values
 from loraloom.errors import plain
 from loraloom.terminal import make_table
 from loraloom.training.job import metric_mode
+from loraloom.training.sweep_settings import format_value, format_values
 
 RUNNING = "running"
 

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.job import JobConfig
-from loraloom.config.loading import load_run_config
-from loraloom.config.run import RunConfig
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
 from loraloom.models.host import Host
@@ -33,6 +30,7 @@ from loraloom.training.memory import check_limit
 from loraloom.training.outputs import RunDirectory
 from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult, describe_environment
+from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 from loraloom.training.step.optimizers import check_optimizer_device, rehearse
 from loraloom.training.tracking import check_trackers
 

@@ -24,8 +24,6 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from typing_extensions import override
 
-from loraloom.config.run import RunConfig
-from loraloom.config.sweep import SweepStoppingConfig, TpeSearch, parameter_value
 from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.eval.sweep_plot import plot_sweep
@@ -36,6 +34,8 @@ from loraloom.training.outputs import RunDirectory
 from loraloom.training.progress import Progress
 from loraloom.training.ranking import RUNNING, Ranking, Standing, ranking_csv
 from loraloom.training.results import JobResult
+from loraloom.training.settings import RunConfig
+from loraloom.training.sweep_settings import SweepStoppingConfig, TpeSearch, parameter_value
 
 _log = logging.getLogger(__name__)
 

@@ -18,8 +18,6 @@ from typing import Any
 
 from typing_extensions import override
 
-from loraloom.config.job import JobConfig
-from loraloom.config.run import RunConfig
 from loraloom.durable import staging
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.training.engine import Engine
@@ -36,6 +34,7 @@ from loraloom.training.ray_cluster import (
 )
 from loraloom.training.results import JobResult, parse_result
 from loraloom.training.run import Setup, check_run, load_base, set_up
+from loraloom.training.settings import JobConfig, RunConfig
 
 RESTARTS = 2
 """How often a lost worker is started again, by Ray itself."""

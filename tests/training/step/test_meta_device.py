@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
-from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.data.examples import Example, PreferencePair
 from loraloom.models.host import Host
+from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.objectives import Reference, build_objective

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
+from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
 from loraloom.training.step.objectives import ScoredSamples, build_objective
 from loraloom.training.step.window import StepTotals
 

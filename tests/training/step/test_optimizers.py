@@ -8,9 +8,13 @@ import torch
 from pydantic import ValidationError
 
 from loraloom.adapters import VeraConfig
-from loraloom.config.optimizer import OptimizerConfig, OptimizerName
-from loraloom.config.train import SCHEDULERS_ON_METRIC, LrScheduler
 from loraloom.errors import ConfigError
+from loraloom.training.settings import (
+    SCHEDULERS_ON_METRIC,
+    LrScheduler,
+    OptimizerConfig,
+    OptimizerName,
+)
 from loraloom.training.step.optimizers import (
     OPTIMIZERS,
     build_optimizer,

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.config.objective import CpoConfig, DpoConfig, SftConfig
 from loraloom.errors import FormatError
 from loraloom.generation.scoring import label_log_probs
+from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
 from loraloom.training.step import objectives
 from loraloom.training.step.objectives import (
     Reference,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.config.train import TrainConfig
+from loraloom.training.settings import TrainConfig
 from loraloom.training.step.window import StepOrder, longest_row
 from tests.training.toy import toy_pair_set, toy_set
 

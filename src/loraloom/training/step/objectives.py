@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from loraloom.config.objective import BASE_REFERENCE, CpoConfig, DpoConfig, SftConfig
 from loraloom.data.examples import Example, TrainingExample
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
+from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, SftConfig
 from loraloom.training.step.window import StepTotals
 
 

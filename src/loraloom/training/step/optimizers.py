@@ -18,11 +18,15 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.optimization import GreedyLR
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.config.optimizer import OptimizerConfig, OptimizerName
-from loraloom.config.train import SCHEDULERS_ON_METRIC, TrainConfig
 from loraloom.errors import ConfigError, shown
 from loraloom.models.host import Host
 from loraloom.models.quantising import import_library
+from loraloom.training.settings import (
+    SCHEDULERS_ON_METRIC,
+    OptimizerConfig,
+    OptimizerName,
+    TrainConfig,
+)
 
 OPTIMIZERS: Mapping[str, type[Optimizer]] = {
     "adadelta": torch.optim.Adadelta,

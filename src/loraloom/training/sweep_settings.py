@@ -16,38 +16,39 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, product, repeat, takewhile
 from operator import mul
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
+from typing_extensions import override
 
-from loraloom.config.faults import value_fault
-from loraloom.config.fields import CheckInfo, StrictModel, check_name
+from loraloom.config.faults import raise_faults
+from loraloom.config.fields import StrictModel, check_name
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 MAX_JOBS = 512
-TEMPLATE_NAME = "sweep"
-"""What jobs are called by whose template has no name."""
 TPE_STARTUP_JOBS = 10
 """Random jobs that TPE begins with, as many as Optuna's sampler wants to have seen."""
 TPE_CONCURRENT_JOBS = 4
-
-RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
-Values = tuple[Any, ...]
-Range = dict[RangeKind, tuple[int | float, int | float]]
-Parameter = Values | Range
-"""Values to try, or a range to draw from."""
-
 MAX_JOB_NAME = 100
 MAX_VALUE_NAME = 24
 """Characters of a job's name, and of a value in it."""
 
+RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
+Parameter = tuple[Any, ...] | dict[RangeKind, tuple[int | float, int | float]]
+"""Values to try, or a range to draw from."""
+
+_SEARCHES = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
+_PARAMETER = (
+    "must be a list of JSON values that differ, or a range with low < high: {uniform: [low, high]},"
+    " {log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of whole numbers, got "
+)
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 _DRAWS_PER_JOB = 100
 _DIGITS = 4
@@ -82,19 +83,16 @@ class AshaConfig(StrictModel):
     """One in so many goes on after a rung."""
     min_steps: int | None = Field(default=None, ge=1)
     """The first rung; the others are this times the powers of reduction_factor. Or give rungs."""
-    rungs: tuple[int, ...] | None = Field(default=None, min_length=1, validate_default=True)
+    rungs: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Steps after which jobs are compared; or give min_steps."""
 
-    @field_validator("rungs")
-    @classmethod
-    def _check_rungs(cls, rungs: tuple[int, ...] | None, info: CheckInfo) -> tuple[int, ...] | None:
-        if "min_steps" not in info.data:
-            return rungs
-        if (rungs is None) == (info.data["min_steps"] is None):
-            raise ValueError("rungs or min_steps must be given, one of them")
+    @override
+    def contradictions(self) -> Iterator[str]:
+        rungs = self.rungs
+        if (rungs is None) == (self.min_steps is None):
+            yield "rungs or min_steps must be given, one of them"
         if rungs is not None and (rungs[0] < 1 or list(rungs) != sorted(set(rungs))):
-            raise ValueError(f"rungs must be steps that rise from 1 or more, got {list(rungs)}")
-        return rungs
+            yield f"rungs must be steps that rise from 1 or more, got {list(rungs)}"
 
 
 class HyperbandConfig(StrictModel):
@@ -125,16 +123,13 @@ class SweepStoppingConfig(StrictModel):
     """Successive halving."""
     hyperband: HyperbandConfig | None = None
     """Successive halving that begins early for some jobs and late for others."""
-    median: MedianConfig | None = Field(default=None, validate_default=True)
+    median: MedianConfig | None = None
     """Comparison with finished jobs."""
 
-    @field_validator("median")
-    @classmethod
-    def _check_one(cls, median: MedianConfig | None, info: CheckInfo) -> MedianConfig | None:
-        rules = [*info.data.values(), median]
-        if len(rules) == len(cls.model_fields) and len(rules) - rules.count(None) != 1:
-            raise ValueError("early_stopping must be one of asha, hyperband and median")
-        return median
+    @override
+    def contradictions(self) -> Iterator[str]:
+        if [self.asha, self.hyperband, self.median].count(None) != 2:
+            yield "early_stopping must be one of asha, hyperband and median"
 
     def rungs(self, total_steps: int) -> tuple[int, ...]:
         """The rungs of a job of so many steps; at its last step there is nothing left to save."""
@@ -145,12 +140,13 @@ class SweepStoppingConfig(StrictModel):
         given = None if self.asha is None else self.asha.rungs
         return tuple(takewhile(lambda rung: rung < total_steps, given or powers))
 
-    def check_reached(self, longest: int) -> None:
-        """Check that the longest job is long enough."""
+    def reach_faults(self, longest: int) -> Iterator[str]:
+        """What is wrong if no job is long enough to be stopped."""
         (rule,) = self.model_dump(exclude_none=True).values()
         if max(rule.get("rungs", [rule.get("min_steps")])) >= longest:
-            raise ConfigError(
-                f"early_stopping must act before the last of the jobs' {longest} steps, got {rule}"
+            yield (
+                f"sweep.early_stopping must act before the last of the jobs' {longest} steps, "
+                f"got {rule}"
             )
 
 
@@ -162,9 +158,7 @@ class SweepConfig(StrictModel):
     parameters: dict[str, Parameter]
     """Settings of the job, train.learning_rate say, and the values of each: a list; or, unless the
     search is a grid, a range: {uniform: [low, high]}, {log_uniform: ...}, {int_uniform: ...}."""
-    search: Literal["grid"] | RandomSearch | TpeSearch = Field(
-        default="grid", validate_default=True
-    )
+    search: Literal["grid"] | RandomSearch | TpeSearch = "grid"
     """grid (all combinations), {random: how many, seed: 0} or {tpe: how many, seed: 0}."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Most jobs that train at once; null: all of a grid or a random search, 4 of tpe."""
@@ -180,7 +174,7 @@ class SweepConfig(StrictModel):
             raise ValueError(f"job must be settings of a job or the name of one, got {job!r}")
         if isinstance(job, dict):
             try:
-                check_name(f"{job.get('name') or TEMPLATE_NAME}-000")
+                check_name(f"{job.get('name') or 'sweep'}-000")
             except ConfigError as error:
                 raise ValueError(f"job.{error}") from None
         return job
@@ -190,31 +184,41 @@ class SweepConfig(StrictModel):
     def _check_parameters(cls, parameters: Any) -> Any:
         if not isinstance(parameters, dict) or not parameters:
             raise ValueError(f"parameters must map settings to their values, got {parameters!r}")
-        checked, faults = {}, []
-        for path, values in parameters.items():
-            try:
-                checked[path] = _checked_values(values)
-            except ValueError as error:
-                faults.append(f"parameters.{path} {error}")
+        faults = [
+            f"parameters.{path} {_PARAMETER}{values!r}"
+            for path, values in parameters.items()
+            if not _are_values(values)
+        ]
         faults += [
             f"parameters.{inner} must not be inside another parameter, {outer}"
             for inner, outer in product(parameters, parameters)
             if str(inner).startswith(f"{outer}.")
         ]
         raise_faults(faults)
-        return checked
+        return parameters
 
     @field_validator("search", mode="before")
     @classmethod
-    def _check_search(cls, search: Any, info: CheckInfo) -> Any:
+    def _check_search(cls, search: Any) -> Any:
+        """Choose the kind of search here: a union's faults would name each of its members."""
         if isinstance(search, dict):
-            search = (TpeSearch if "tpe" in search else RandomSearch).model_validate(search)
-        elif search != "grid" and not isinstance(search, RandomSearch | TpeSearch):
-            choices = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
-            raise ValueError(f"search must be {choices}, got {search!r}")
-        if search == "grid" and "parameters" in info.data:
-            _check_grid(info.data["parameters"])
+            return (TpeSearch if "tpe" in search else RandomSearch).model_validate(search)
+        if search != "grid" and not isinstance(search, RandomSearch | TpeSearch):
+            raise ValueError(f"search must be {_SEARCHES}, got {search!r}")
         return search
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        load_optuna()
+        ranges = [path for path, values in self.parameters.items() if isinstance(values, dict)]
+        take = "take search: {random: how many}"
+        if self.search == "grid" and ranges:
+            yield (
+                "search grid needs a list for each parameter, got a range for "
+                f"{', '.join(ranges)}; {take}"
+            )
+        elif self.num_jobs > MAX_JOBS:
+            yield f"search grid must give at most {MAX_JOBS} jobs, got {self.num_jobs}; {take}"
 
     def job_name(self, number: int, combination: Mapping[str, Any]) -> str:
         """Name of a job: the template's, its number, and its values as far as there is room."""
@@ -226,10 +230,10 @@ class SweepConfig(StrictModel):
     def owns(self, name: str) -> bool:
         """Whether a job of that name is one of the sweep's, also one that is not drawn yet."""
         own = (self._numbered(number).casefold() for number in range(self.num_jobs))
-        return any(name.casefold() == one or name.casefold().startswith(f"{one}-") for one in own)
+        return any(f"{name.casefold()}-".startswith(f"{one}-") for one in own)
 
     def _numbered(self, number: int) -> str:
-        template = self.job if isinstance(self.job, str) else self.job.get("name") or TEMPLATE_NAME
+        template = self.job if isinstance(self.job, str) else self.job.get("name") or "sweep"
         return f"{template}-{number:03}"
 
     @property
@@ -259,9 +263,8 @@ class SweepConfig(StrictModel):
         if self.search == "grid":
             labels = [map(json.dumps, values) for values in self.parameters.values()]
             return [dict(zip(self.parameters, one, strict=True)) for one in product(*labels)]
-        number = self.num_jobs
-        if isinstance(self.search, TpeSearch):
-            number = min(number, TPE_STARTUP_JOBS)
+        is_tpe = isinstance(self.search, TpeSearch)
+        number = min(self.num_jobs, TPE_STARTUP_JOBS) if is_tpe else self.num_jobs
         optuna, distributions = load_optuna(), self.distributions
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
         drawn: list[dict[str, Any]] = []
@@ -271,9 +274,9 @@ class SweepConfig(StrictModel):
                 drawn.append(combination)
             if len(drawn) == number:
                 return drawn
-        raise ConfigError(
-            f"search must not be for more jobs than the parameters can give, got {number} and only "
-            f"{len(drawn)} different combinations"
+        raise ValueError(
+            "sweep.search must not be for more jobs than the parameters can give, "
+            f"got {number} and only {len(drawn)} different combinations"
         )
 
 
@@ -301,62 +304,32 @@ def format_values(values: Mapping[str, Any]) -> str:
     return " ".join(f"{path}={format_value(value)}" for path, value in values.items())
 
 
-def raise_faults(faults: Sequence[str]) -> None:
-    """Raise faults, if there are any, in a way that gives each a line."""
-    if faults:
-        raise ValidationError.from_exception_data("sweep", [value_fault((), one) for one in faults])
+def parameter_value(drawn: str | int | float) -> Any:
+    """The value that Optuna means: of a list it has the JSON text; a real number is rounded."""
+    if isinstance(drawn, str):
+        return json.loads(drawn)
+    return float(f"{drawn:.{_DIGITS}g}") if isinstance(drawn, float) else drawn
 
 
-def _checked_values(values: Any) -> Any:
-    """Check one parameter's values."""
+def _are_values(values: Any) -> bool:
+    """Whether a parameter's values are a list that can be tried, or a range."""
     match values:
-        case [*choices] if choices:
-            if not _is_json(choices):
-                raise ValueError(f"must be values of JSON; put dates in quotes, got {values!r}")
-            if all(one not in choices[:place] for place, one in enumerate(choices)):
-                return tuple(choices)
-        case {**ranges} if len(ranges) == 1:
-            ((kind, bounds),) = ranges.items()
-            if kind in get_args(RangeKind) and _are_bounds(kind, bounds):
-                return {kind: tuple(bounds)}
-    raise ValueError(
-        "must be a list of values that differ, or a range with low < high: "
-        "{uniform: [low, high]}, {log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of "
-        f"whole numbers, got {values!r}"
-    )
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _are_bounds(kind: str, bounds: Any) -> bool:
-    number = int if kind == "int_uniform" else int | float
-    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
-        return False
-    if not all(isinstance(one, number) and type(one) is not bool for one in bounds):
-        return False
-    return (0 if kind == "log_uniform" else -math.inf) < bounds[0] < bounds[1] < math.inf
-
-
-def _check_grid(parameters: Mapping[str, Parameter]) -> None:
-    """Check that there are neither too few nor too many combinations."""
-    ranges = [path for path, values in parameters.items() if isinstance(values, dict)]
-    if ranges:
-        raise ValueError(
-            f"search grid needs a list for each parameter, got a range for {', '.join(ranges)}; "
-            "take search: {random: how many}"
-        )
-    number = math.prod(map(len, parameters.values()))
-    if number > MAX_JOBS:
-        raise ValueError(
-            f"search grid must give at most {MAX_JOBS} jobs, got {number}; "
-            "take search: {random: how many}"
-        )
+        case [_, *_]:
+            try:
+                json.dumps(values)  # dates, for instance, are no JSON
+            except TypeError:
+                return False
+            return all(one not in values[:place] for place, one in enumerate(values))
+        case {"int_uniform": [low, high]}:
+            kinds, least = {int}, -math.inf
+        case {"uniform": [low, high]}:
+            kinds, least = {int, float}, -math.inf
+        case {"log_uniform": [low, high]}:
+            kinds, least = {int, float}, 0
+        case _:
+            return False
+    are_numbers = {type(low), type(high)} <= kinds  # `true` is none
+    return len(values) == 1 and are_numbers and least < low < high < math.inf
 
 
 def _distribution(values: Parameter) -> BaseDistribution:
@@ -369,10 +342,3 @@ def _distribution(values: Parameter) -> BaseDistribution:
         case {"log_uniform": (low, high)}:
             return distributions.FloatDistribution(low, high, log=True)
     return distributions.CategoricalDistribution([json.dumps(value) for value in values])
-
-
-def parameter_value(drawn: str | int | float) -> Any:
-    """The value that Optuna means: of a list it has the JSON text; a real number is rounded."""
-    if isinstance(drawn, str):
-        return json.loads(drawn)
-    return float(f"{drawn:.{_DIGITS}g}") if isinstance(drawn, float) else drawn

@@ -1,0 +1,605 @@
+"""What a run file says: one base model and the jobs that share it.
+
+A field's docstring is its help text. Names are transformers' and trl's where they have them. A
+step is an optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from pydantic import (
+    AfterValidator,
+    ByteSize,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import override
+
+from loraloom.adapters import AnyAdapterConfig, any_method, when_registered
+from loraloom.config.data import (
+    DataConfig,
+    Scoring,
+    SourceConfig,
+    TaskReference,
+    check_effect,
+    default_scoring,
+    is_file_of_test,
+    task_name,
+)
+from loraloom.config.faults import describe_faults, describe_unknown_setting, raise_faults
+from loraloom.config.fields import CheckInfo, StrictModel, check_name
+from loraloom.config.loading import check_settings, read_settings
+from loraloom.config.model import BaseModelConfig
+from loraloom.config.overrides import apply_override, set_setting
+from loraloom.config.paths import local_path
+from loraloom.errors import ConfigError, shown
+from loraloom.training.sweep_settings import SweepConfig, parameter_value
+
+# fmt: off
+OptimizerName = Literal[
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam",
+    "rmsprop", "rprop", "sgd", "adamw_8bit", "ademamix_8bit", "lion_8bit", "paged_adamw_8bit",
+    "paged_adamw_32bit", "paged_ademamix_8bit", "paged_lion_8bit",
+]
+# fmt: on
+"""The optimizers of torch.optim, in lower case, and bitsandbytes' as transformers calls them.
+
+Three can't be used: lbfgs evaluates the loss several times a step, muon takes matrices only (a
+mixture's experts are stacked), sparseadam takes sparse gradients only.
+"""
+
+# fmt: off
+LrScheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+    "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+]
+# fmt: on
+"""The schedulers of transformers (SchedulerType)."""
+
+SCHEDULERS_ON_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""They move after each evaluation, by the metric that selects the weights."""
+SCHEDULERS_WITHOUT_WARMUP = ("constant", *SCHEDULERS_ON_METRIC)
+BASE_REFERENCE = "base"
+"""The reference that is the base model itself."""
+
+_IN_ANY_CASE = "|".join(
+    re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", name)
+    for name in get_args(OptimizerName)
+)
+_OPTIMIZER_SCHEMA = {
+    "anyOf": [
+        {"enum": list(get_args(OptimizerName))},  # what editors complete
+        {"type": "string", "pattern": f"^({_IN_ANY_CASE})$"},
+    ]
+}
+_GIVE = "give data.validation_fraction, data.validation or eval"
+
+
+class SftConfig(StrictModel):
+    """Supervised fine-tuning: the mean of -log p over labels."""
+
+    name: Literal["sft"] = "sft"
+    """Supervised fine-tuning on the answers in the data."""
+
+
+class DpoConfig(StrictModel):
+    """Direct preference optimisation against a reference policy.
+
+    Source: Rafailov et al. 2023, DPO, arXiv:2305.18290; Azar et al. 2023, IPO, arXiv:2310.12036;
+    label smoothing: Mitchell 2023, A note on DPO with noisy preferences (cDPO).
+    """
+
+    name: Literal["dpo"] = "dpo"
+    """Direct preference optimisation."""
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    """The loss of DPO's paper, or of IPO's on log-probabilities per token."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the policy is held at the reference; the τ of IPO's paper."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """sigmoid: the share of pairs that are taken to be the wrong way round."""
+    reference: str = Field(default=BASE_REFERENCE, min_length=1)
+    """Policy to stay near: base for the base model, or an adapter's directory or hub id."""
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        return _smoothing_contradictions(self)
+
+
+class CpoConfig(StrictModel):
+    """Contrastive preference optimisation: no reference, and a likelihood term on chosen answers.
+
+    Source: Xu et al. 2024, CPO, arXiv:2401.08417; hinge: Zhao et al. 2023, SLiC-HF,
+    arXiv:2305.10425.
+    """
+
+    name: Literal["cpo"] = "cpo"
+    """Contrastive preference optimisation."""
+    loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
+    """Loss of the margin between chosen and rejected."""
+    beta: float = Field(default=0.1, gt=0)
+    """Factor of the margin."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """sigmoid: the share of pairs that are taken to be the wrong way round."""
+    cpo_alpha: float = Field(default=1.0, ge=0)
+    """Weight of the chosen answers' mean -log p per token."""
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        return _smoothing_contradictions(self)
+
+
+def _smoothing_contradictions(config: DpoConfig | CpoConfig) -> Iterator[str]:
+    if config.label_smoothing and config.loss_type != "sigmoid":
+        yield f"label_smoothing has no effect on loss_type {config.loss_type}; remove it"
+
+
+class OptimizerConfig(StrictModel):
+    """How an adapter's weights follow their gradients."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Highest learning rate of the schedule."""
+    optimizer: Annotated[OptimizerName, WithJsonSchema(_OPTIMIZER_SCHEMA)] = "adamw"
+    """An optimizer of torch.optim, or of bitsandbytes in 8 bits or paged, by name in any case."""
+    optimizer_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, for example `{betas: [0.9, 0.95]}`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of the adapter's weights. 0 as in transformers' Trainer; torch's own is 0.01."""
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: lora_B learns at this multiple of learning_rate (Hayou et al., arXiv:2402.12354)."""
+    router_lr_ratio: float | None = Field(default=None, gt=0)
+    """Routers learn at this multiple of learning_rate."""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _lower(cls, name: Any) -> Any:
+        return name.lower() if isinstance(name, str) else name
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        settings = {"lr": "learning_rate", "weight_decay": "weight_decay", "params": "parameters"}
+        for argument in settings.keys() & self.optimizer_args.keys():
+            own = settings[argument]
+            yield f"optimizer_args must not hold {argument}: the job's own {own} is used"
+        if self.weight_decay and self.optimizer == "rprop":
+            yield "weight_decay has no effect on rprop; remove it"
+
+
+class EarlyStoppingConfig(StrictModel):
+    """Stop when a metric no longer gets better."""
+
+    metric: str = "eval/loss"
+    """Metric to watch, by its name in metrics.jsonl: eval/loss, eval/<task>/accuracy, ..."""
+    patience: int = Field(default=3, ge=1)
+    """Evaluations in a row without a better value after which the job ends."""
+
+
+class TrainConfig(OptimizerConfig):
+    """How a job learns."""
+
+    objective: Annotated[SftConfig | DpoConfig | CpoConfig, Field(discriminator="name")] = Field(
+        default_factory=SftConfig
+    )
+    """What the job minimises: sft (the default), or dpo or cpo on preference data."""
+    lr_scheduler: LrScheduler = "linear"
+    """A scheduler of transformers by name."""
+    lr_scheduler_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the scheduler, for example `{num_cycles: 2}`."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps over which the learning rate rises to its highest."""
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    """The same as a share of all steps."""
+    batch_size: int = Field(default=16, ge=1)
+    """Rows in a step; with preference data, pairs of rows."""
+    micro_batch_size: int = Field(default_factory=lambda fields: fields["batch_size"], ge=1)
+    """Rows that go through the model at once, batch_size by default; the gradient is the same."""
+    num_epochs: int | None = Field(default=None, ge=1)
+    """Passes over the data; or give max_steps."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Steps after which the job ends; or give num_epochs."""
+    max_length: int = Field(default=512, ge=2)
+    """Longest row in tokens."""
+    group_by_length: bool = False
+    """Let examples of similar length share a step, for less padding; orders stay random."""
+    packing: bool = False
+    """Put several examples into a row of up to max_length tokens; nothing else changes."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the norm of the adapter's whole gradient to this; null for no clipping."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, to save memory."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate every so many steps; null for the end only."""
+    eval_on_start: bool = False
+    """Evaluate before the first step as well, to see where the job begins."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Keep what --resume needs every so many steps; null for evaluations and the end only."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Stop when a metric no longer gets better."""
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        scheduler, args = self.lr_scheduler, self.lr_scheduler_args
+        if args and scheduler in ("constant", "constant_with_warmup"):  # transformers ignores them
+            yield f"lr_scheduler_args must hold nothing for {scheduler}, got {args}"
+        for reserved in sorted({"mode", "last_epoch"} & args.keys()):
+            yield f"lr_scheduler_args must not hold {reserved}: the job sets it"
+        for warmup in ("warmup_steps", "warmup_ratio"):
+            if getattr(self, warmup) and scheduler in SCHEDULERS_WITHOUT_WARMUP:
+                advice = "use constant_with_warmup" if scheduler == "constant" else "remove it"
+                yield f"{warmup} has no effect on {scheduler}; {advice}"
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            yield "warmup_ratio and warmup_steps exclude each other; give one"
+        if self.batch_size % (size := self.micro_batch_size):
+            yield f"micro_batch_size must divide batch_size={self.batch_size}, got {size}"
+        steps, epochs = self.max_steps, self.num_epochs
+        if steps is not None and epochs is not None:
+            yield f"max_steps and num_epochs exclude each other, got {steps} and {epochs}; give one"
+        if steps is None and epochs is None:
+            yield "max_steps or num_epochs must be given"
+        if self.early_stopping is not None and self.eval_steps is None:
+            yield "early_stopping has no effect without eval_steps; give it"
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether an example is a chosen and a rejected answer."""
+        return not isinstance(self.objective, SftConfig)
+
+    def warmup_steps_of(self, num_training_steps: int) -> int:
+        """Warm-up in steps, of a job of so many; a share is rounded up, as transformers does."""
+        if self.warmup_ratio is not None:
+            return math.ceil(num_training_steps * self.warmup_ratio)
+        return self.warmup_steps or 0
+
+
+class EvaluationConfig(StrictModel):
+    """A choice task that is scored while a job runs and at its end."""
+
+    task: TaskReference
+    """Choice task to score: its name, or the .yaml file of a task of your own."""
+    path: str | None = Field(default=None, min_length=1)
+    """Directory that holds its data, or a directory of such directories; None for the hub."""
+    split: str = Field(default="validation", min_length=1)
+    """Split to score. Test splits are reported, they never select the weights."""
+    scoring: Scoring | None = Field(default=None, validate_default=True)
+    """Score the choice's label or its own text; label by default, a task file has its own."""
+    limit: int | None = Field(default=None, ge=1)
+    """Score the first so many questions only."""
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
+        return check_effect(path, info)
+
+    @field_validator("scoring")
+    @classmethod
+    def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
+        return scoring or default_scoring(info.data.get("task"))
+
+    @property
+    def metric(self) -> str:
+        """Name of the result in metrics.jsonl."""
+        return f"eval/{task_name(self.task)}/accuracy"
+
+
+class JobConfig(StrictModel):
+    """An adapter with its data and hyperparameters."""
+
+    name: Annotated[str, AfterValidator(check_name)]
+    """Name of the job, of its adapter and of their directory in output_dir."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights, the order of the data, dropout and jitter."""
+    priority: float = Field(default=1.0, ge=1e-6, le=1e6)
+    """Share of the computed tokens, against other jobs', where max_tokens_per_step bounds steps."""
+    adapter: AnyAdapterConfig
+    """Method and size of the adapter."""
+    start_from: str | None = Field(default=None, min_length=1)
+    """Adapter to start from, by directory or hub id, of the same method and size; null for new."""
+    data: DataConfig
+    """What the job learns from."""
+    train: TrainConfig
+    """How it learns."""
+    eval: tuple[EvaluationConfig, ...] = ()
+    """Choice tasks to score every train.eval_steps, and at the end."""
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from self._adapter_contradictions()
+        yield from self._data_contradictions()
+        yield from self._evaluation_contradictions()
+
+    def _adapter_contradictions(self) -> Iterator[str]:
+        adapter, train = self.adapter, self.train
+        in_groups = any(source.expert_group for source in self.data.mix or ())
+        if in_groups and not adapter.has_expert_groups:
+            yield (
+                f"data.mix has sources with an expert_group, which has no effect on "
+                f"{adapter.title} with these settings; remove it"
+            )
+        no_effect = f"has no effect on {adapter.title}, which"
+        if train.router_lr_ratio and not adapter.experts_per_router:
+            yield f"train.router_lr_ratio {no_effect} has no routers; remove it"
+        if train.loraplus_lr_ratio and not adapter.trains_B:
+            yield f"train.loraplus_lr_ratio {no_effect} trains no B; remove it"
+
+    def _data_contradictions(self) -> Iterator[str]:
+        train, has_pairs = self.train, self.train.learns_from_pairs
+        held_out = () if self.data.validation is None else (self.data.validation,)
+        formats = {source.format for source in (*self.data.sources, *held_out)}
+        if not has_pairs and "preference" in formats:
+            yield (
+                "train.objective must be dpo or cpo for data of format preference, got sft; to "
+                "learn the chosen answers take format instruction with fields "
+                "{instruction: prompt, output: chosen}"
+            )
+        if has_pairs and (others := sorted(map(str, formats - {"preference", None}))):
+            yield (
+                f"train.objective {train.objective.name} needs pairs of answers: a task, or a "
+                f"dataset of format preference, got format {others[0]}"
+            )
+        unknown = "which data.streaming does not know; give train."
+        if self.data.streaming and train.max_steps is None:
+            yield f"train.num_epochs needs the number of rows, {unknown}max_steps"
+        if self.data.streaming and train.group_by_length:
+            yield f"train.group_by_length needs the lengths of all rows, {unknown}packing"
+
+    def _evaluation_contradictions(self) -> Iterator[str]:
+        train, selecting = self.train, self.selecting_metrics
+        tasks = [task_name(evaluation.task) for evaluation in self.eval]
+        if len(set(tasks)) < len(tasks):
+            yield f"eval must name each task once, got {', '.join(tasks)}"
+        for setting in ("eval_steps", "eval_on_start"):
+            if getattr(train, setting) and not (self.data.has_validation or self.eval):
+                yield f"train.{setting} has nothing to evaluate; {_GIVE}"
+        if train.lr_scheduler in SCHEDULERS_ON_METRIC and not (selecting and train.eval_steps):
+            yield (
+                f"train.lr_scheduler {train.lr_scheduler} moves after evaluations only; "
+                f"give train.eval_steps, and {_GIVE}"
+            )
+        if train.early_stopping is not None and train.early_stopping.metric not in selecting:
+            yield (
+                "train.early_stopping.metric must be one that the job measures outside test splits "
+                f"({', '.join(selecting) or 'none'}), got {train.early_stopping.metric!r}"
+            )
+
+    @property
+    def selection_metric(self) -> str | None:
+        """The metric that chooses the best weights; None: nothing is held out, the last are kept.
+
+        It is early stopping's metric, else the loss on held-out rows, else the first evaluation
+        that is not on a test split.
+        """
+        if self.train.early_stopping is not None:
+            return self.train.early_stopping.metric
+        return next(iter(self.selecting_metrics), None)
+
+    @property
+    def selecting_metrics(self) -> list[str]:
+        """Metrics that may choose weights: those that are measured outside test splits."""
+        data, held_out = self.data, list[str]()
+        if data.has_validation and not (data.validation and _is_of_test(data.validation)):
+            held_out = ["eval/loss"]
+            if self.train.learns_from_pairs:
+                held_out += ["eval/rewards/accuracies", "eval/rewards/margins"]
+        return held_out + [item.metric for item in self.eval if not _is_test(item.split)]
+
+
+def _is_of_test(source: SourceConfig) -> bool:
+    """Whether a source is a test split, or a file that is called so."""
+    return _is_test(source.split) or is_file_of_test(source.dataset)
+
+
+def _is_test(split: str | None) -> bool:
+    """Whether a split has rows of a test split, `train+test[:100]` for instance."""
+    return any(part.partition("[")[0].strip() == "test" for part in (split or "").split("+"))
+
+
+class ParallelConfig(StrictModel):
+    """How the processes that torchrun starts share a base model."""
+
+    base: Literal["replicated", "fsdp"] = "replicated"
+    """replicated: each process has all of it; fsdp: each keeps a part of every layer's weights."""
+
+
+class Trial(NamedTuple):
+    """A job of a sweep, and what the sweep varies of it, by path."""
+
+    job: JobConfig
+    parameters: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the job."""
+        return self.job.name
+
+
+class RunConfig(BaseModelConfig):
+    """One base model and the jobs that share it."""
+
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How several processes share the base model; each computes a share of all jobs' rows."""
+    output_dir: Path
+    """Directory of the results, one directory a job in it."""
+    max_tokens_per_step: int | None = Field(default=None, ge=1)
+    """Most tokens of a fused forward, padding included; null: all jobs take part in each step."""
+    keep_snapshots: int = Field(default=2, ge=1)
+    """How many snapshots --resume may choose from; the newest whole one is taken."""
+    memory_limit: ByteSize | None = None
+    """Most memory of a training step, base model included: bytes or "20GB"; null: what is there."""
+    trackers: tuple[Literal["jsonl", "tensorboard", "trackio", "wandb"], ...] = ("jsonl",)
+    """Where metrics go. metrics.jsonl is always written."""
+    jobs: tuple[JobConfig, ...] = ()
+    """Adapters to train, all in the same steps."""
+    sweep: SweepConfig | None = None
+    """A job in many versions, which train in the same steps as well."""
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _check_output_dir(cls, output_dir: Any) -> Any:
+        if isinstance(output_dir, str) and "://" in output_dir:
+            raise ValueError(
+                f"output_dir must be a directory, got the URL {shown(output_dir)}; mount a file "
+                "system that all machines share (NFS, or JuiceFS on a bucket) and name a directory "
+                "in it"
+            )
+        is_path = isinstance(output_dir, str | Path)
+        return local_path(output_dir, "output_dir") if is_path else output_dir
+
+    @model_validator(mode="after")
+    def _check_jobs(self, info: CheckInfo) -> RunConfig:
+        if not self.jobs and self.sweep is None and (info.context or {}).get("needs_jobs", True):
+            raise ValueError("jobs must be a list of 1 or more, or sweep must be given")
+        return self
+
+    @override
+    def contradictions(self) -> Iterator[str]:
+        computes_in_float16 = getattr(self.quantization, "bnb_4bit_compute_dtype", 0) == "float16"
+        if computes_in_float16 and self.dtype != "float16":
+            yield (
+                "quantization.bnb_4bit_compute_dtype must be float32 or bfloat16 in training, got "
+                "float16: without loss scaling, which comes with dtype: float16, small gradients "
+                "become zero"
+            )
+        names = [job.name.casefold() for job in self.jobs]
+        for index, job in enumerate(self.jobs):
+            if names[index] in names[:index]:
+                yield (
+                    f"jobs.{index}.name must differ from those of the other jobs, "
+                    f"got {job.name!r} again"
+                )
+        if self.sweep is not None:
+            yield from self._sweep_contradictions(self.sweep)
+
+    def _sweep_contradictions(self, sweep: SweepConfig) -> Iterator[str]:
+        """What is wrong with the jobs of a sweep; a fault that several have is told once."""
+        faults = [f"sweep.{fault}" for fault in _path_faults(sweep)]
+        raise_faults(faults)
+        for job in filter(lambda job: sweep.owns(job.name), self.jobs):
+            yield f"sweep.job.name must give new names, but {job.name} is one of jobs"
+        jobs = [trial.job for trial in self.trials]
+        other = next((job for job in jobs if sweep.metric not in job.selecting_metrics), None)
+        if other is not None:
+            yield (
+                f"sweep.metric must be one that every job measures outside test splits "
+                f"({', '.join(other.selecting_metrics) or 'none'}), got {sweep.metric!r}; {_GIVE}"
+            )
+        stopping, lengths = sweep.early_stopping, [job.train.max_steps for job in jobs]
+        if stopping is None:
+            return
+        if stopping.median is not None and not all(job.train.eval_steps for job in jobs):
+            yield "sweep.early_stopping.median judges evaluations; give train.eval_steps"
+        if None not in lengths:
+            yield from stopping.reach_faults(max(length or 0 for length in lengths))
+
+    @cached_property
+    def trials(self) -> tuple[Trial, ...]:
+        """The jobs of the sweep that are known beforehand: all but TPE's later ones."""
+        if self.sweep is None:
+            return ()
+        trials, faults = list[Trial](), list[str]()
+        for number, combination in enumerate(self.sweep.combinations()):
+            try:
+                trials.append(self._make_trial(number, combination))
+            except ValidationError as error:
+                faults += describe_faults(error, (JobConfig,))
+        raise_faults([f"sweep.job.{fault}" for fault in dict.fromkeys(faults)])
+        return tuple(trials)
+
+    def trial(self, number: int, combination: Mapping[str, Any]) -> Trial:
+        """A job of the sweep; a ConfigError if its values don't go together."""
+        try:
+            return self._make_trial(number, combination)
+        except ValidationError as error:
+            raise ConfigError("; ".join(describe_faults(error, (JobConfig,)))) from None
+
+    def _make_trial(self, number: int, combination: Mapping[str, Any]) -> Trial:
+        assert self.sweep is not None
+        settings: Any = self._template
+        parameters = {path: parameter_value(drawn) for path, drawn in combination.items()}
+        for path, value in parameters.items():
+            settings = set_setting(settings, path, value, origin="parameters.")
+        name = self.sweep.job_name(number, combination)
+        return Trial(JobConfig.model_validate({**settings, "name": name}), parameters)
+
+    @cached_property
+    def _template(self) -> Mapping[str, Any]:
+        """The settings that a sweep varies."""
+        assert self.sweep is not None
+        wanted = self.sweep.job
+        if not isinstance(wanted, str):
+            return wanted
+        for job in self.jobs:
+            if job.name == wanted:
+                return job.model_dump(mode="json", exclude_unset=True)
+        names = ", ".join(job.name for job in self.jobs) or "none"
+        raise ValueError(
+            f"sweep.job must be the settings of a job or the name of one of jobs ({names}), "
+            f"got {wanted!r}"
+        )
+
+    @property
+    def all_jobs(self) -> tuple[JobConfig, ...]:
+        """The jobs that train: those of the sweep after the others, without its template."""
+        template = None if self.sweep is None else self.sweep.job
+        others = [job for job in self.jobs if job.name != template]
+        return (*others, *(trial.job for trial in self.trials))
+
+    @property
+    def first_jobs(self) -> tuple[JobConfig, ...]:
+        """The jobs that train from the beginning; others of the sweep join later."""
+        num_first = 0 if self.sweep is None else self.sweep.num_concurrent
+        later = {trial.name for trial in self.trials[num_first:]}
+        return tuple(job for job in self.all_jobs if job.name not in later)
+
+
+def _path_faults(sweep: SweepConfig) -> Iterator[str]:
+    for path in sweep.parameters:
+        unknown = describe_unknown_setting(path, (JobConfig,))
+        if unknown is not None:
+            yield f"parameters.{path} must be a setting of a job: {unknown}"
+        elif path == "name":
+            yield "parameters.name must be left out: the jobs are numbered"
+
+
+@when_registered
+def _take_further_methods() -> None:
+    JobConfig.model_fields["adapter"].annotation = any_method()
+    JobConfig.model_rebuild(force=True)
+    RunConfig.model_rebuild(force=True)
+
+
+def load_run_config(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    needs_jobs: bool = True,
+    fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> RunConfig:
+    """What a run file says, checked."""
+    if isinstance(source, Mapping):
+        settings, place = dict(source), "the run"
+    else:
+        settings, place = read_settings(source, "a run file"), source
+    settings = fill_in(reduce(apply_override, overrides, settings))
+    return check_settings(place, RunConfig, settings, {"needs_jobs": needs_jobs})
+
+
+def load_job_config(path: str | Path) -> JobConfig:
+    """What a job file says, checked: the settings of one job, as in `jobs:` of a run file."""
+    settings = {"name": Path(path).stem} | read_settings(path, "a job file")
+    return check_settings(path, JobConfig, settings)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a run file, for editors."""
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **RunConfig.model_json_schema()}
