@@ -14,8 +14,8 @@ from loraloom.models.host import Host
 from loraloom.ops.fused.rows import SWITCH
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.training.settings import SftConfig
+from loraloom.training.step.batch import MicroBatch
 from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.micro_batch import MicroBatch
 from loraloom.training.step.objectives import build_objective
 from loraloom.training.step.window import Window
 from tests import tiny

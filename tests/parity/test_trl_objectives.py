@@ -13,7 +13,7 @@ from torch import Tensor
 from loraloom.data.examples import NO_LOSS
 from loraloom.models.host import Host
 from loraloom.training.job import Job
-from loraloom.training.step.micro_batch import MicroBatchLoss
+from loraloom.training.step.batch import MicroBatchLoss
 from tests.tiny import METHODS, parameter_grads
 from tests.training.step.test_fused import run_window
 from tests.training.toy import PAD_ID, add_job, padded, toy_config, toy_host, toy_pair_set

@@ -6,7 +6,7 @@ import torch
 
 from loraloom.adapters import MixLoraConfig
 from loraloom.training.job import WINDOW_STEPS, CollapseWatch
-from loraloom.training.step.micro_batch import add_counts
+from loraloom.training.step.batch import add_counts
 
 CONFIG = MixLoraConfig(num_experts=4, top_k=1)
 EVEN = {(0, None): [100] * 4, (3, None): [100] * 4}

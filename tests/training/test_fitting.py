@@ -7,9 +7,8 @@ from loraloom.errors import TrainingError
 from loraloom.training import fitting
 from loraloom.training import memory as memory_module
 from loraloom.training.fitting import RoundRunner
+from loraloom.training.step.batch import MicroBatchLoss, lay_out
 from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.micro_batch import MicroBatchLoss
-from loraloom.training.step.rows import lay_out
 from tests.tiny import relative_error
 from tests.training.step.test_fused import OBJECTIVES, assert_same, without_router_loss
 from tests.training.toy import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.errors import TrainingError
-from loraloom.training.step.micro_batch import MicroBatchLoss
+from loraloom.training.step.batch import MicroBatchLoss
 from tests.training.toy import ADAPTERS, add_job, gradients_of, toy_config, toy_host, weights_of
 
 

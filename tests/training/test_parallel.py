@@ -22,8 +22,7 @@ from loraloom.data.streaming import StreamedSet
 from loraloom.ranks import Alone, ProcessRanks, Ranks
 from loraloom.training import inbox
 from loraloom.training.fitting import RoundRunner
-from loraloom.training.step import gradient_sum
-from loraloom.training.step.gradient_sum import sum_gradients
+from loraloom.training.step.fused import sum_gradients
 from tests.training.running import read_metrics
 from tests.training.saved import save_inputs, write_run_file
 from tests.training.toy import PAD_ID, add_job, read_result, toy_config, toy_host, toy_tokenizer

@@ -7,8 +7,8 @@ import pytest
 import loraloom.training.fitting as fitting
 from loraloom.errors import ConfigError
 from loraloom.training.fitting import Schedule
+from loraloom.training.step.batch import lay_out
 from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.rows import lay_out
 from tests.tiny import relative_error
 from tests.training.running import assert_same_files, interrupted, matrix, resumed, trained_weights
 from tests.training.toy import add_job, toy_config, toy_engine, toy_host, toy_pair_set, toy_set

@@ -15,7 +15,7 @@ from loraloom.training.engine import Engine
 from loraloom.training.evaluation import Evaluation
 from loraloom.training.outputs import RunDirectory
 from loraloom.training.progress import Progress
-from loraloom.training.step.micro_batch import MicroBatchLoss, StepReport
+from loraloom.training.step.batch import MicroBatchLoss, StepReport
 from loraloom.training.tracking import (
     MetricsFile,
     check_trackers,

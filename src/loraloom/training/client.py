@@ -51,6 +51,7 @@ from loraloom.training.step.optimizers import (
     learning_state,
     load_learning_state,
     make_loss_scale,
+    rehearse,
     set_learning_rate,
 )
 from loraloom.training.step.requests import (
@@ -137,6 +138,7 @@ class TrainingClient:
         self.parameters = dict(self.adapter.named_parameters())
         self._optimizer_config = optimizer or OptimizerConfig()
         try:
+            rehearse(self._optimizer_config, name)
             self._optimizer = build_optimizer(self._optimizer_config, self.adapter)
         except BaseException:
             if self._added:

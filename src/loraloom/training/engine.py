@@ -22,8 +22,8 @@ from loraloom.training.memory import check_limit
 from loraloom.training.outputs import RunDirectory
 from loraloom.training.progress import Progress, Reporter
 from loraloom.training.results import JobResult, job_result, parse_result
-from loraloom.training.step.gradient_sum import sum_gradients
-from loraloom.training.step.micro_batch import MicroBatch
+from loraloom.training.step.batch import MicroBatch
+from loraloom.training.step.fused import sum_gradients
 from loraloom.training.step.objectives import drop_reference, load_reference
 
 SNAPSHOT_RETRY_S = 60.0

@@ -17,14 +17,13 @@ from loraloom.generation.halving import free_memory
 from loraloom.models.host import Host
 from loraloom.training.job import Job
 from loraloom.training.memory import MemoryWatch
-from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.gradient_sum import (
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out
+from loraloom.training.step.fused import (
     completed_weights,
+    forward_backward,
     gradients_set_aside,
     sum_gradients,
 )
-from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
-from loraloom.training.step.rows import lay_out
 
 _log = logging.getLogger(__name__)
 

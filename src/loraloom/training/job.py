@@ -18,7 +18,7 @@ from loraloom.ops.dropout import sample_key
 from loraloom.routing.collapse import Choices, find_collapse, has_enough_choices
 from loraloom.routing.record import RouterName
 from loraloom.training.settings import SCHEDULERS_ON_METRIC, JobConfig
-from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss, StepReport, add_counts
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, StepReport, add_counts
 from loraloom.training.step.objectives import Reference, build_objective
 from loraloom.training.step.optimizers import (
     LossScale,

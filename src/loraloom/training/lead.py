@@ -17,6 +17,7 @@ from loraloom.training.engine import Engine
 from loraloom.training.job import Job
 from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig
+from loraloom.training.step.optimizers import rehearse
 
 
 class Lead:
@@ -64,6 +65,7 @@ class Lead:
     def build(self, config: JobConfig) -> Job:
         """Build a job on all ranks."""
         check_adds_up(config, self._ranks.size)
+        rehearse(config.train, config.name)
         self._tell("build", config.model_dump_json())
         return self._build(config)
 

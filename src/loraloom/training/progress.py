@@ -19,7 +19,7 @@ from loraloom.terminal import fitted, make_console, print_tables
 from loraloom.training.job import Job, Position
 from loraloom.training.outputs import RunDirectory
 from loraloom.training.ranking import Ranking, ranking_line, ranking_table
-from loraloom.training.step.micro_batch import StepReport, padding_share
+from loraloom.training.step.batch import StepReport, padding_share
 from loraloom.training.tracking import MetricsFile, Tracker, open_tracker, step_metrics
 
 PLAIN_INTERVAL_S = 60.0

@@ -17,7 +17,7 @@ from loraloom.adapters.base import BaseInfo
 from loraloom.durable import write_json
 from loraloom.formats.card import model_card
 from loraloom.training.job import Job
-from loraloom.training.step.micro_batch import padding_share
+from loraloom.training.step.batch import padding_share
 
 RESULT_FILE = "result.json"
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.attach import attach
 from loraloom.models.host import Host
-from loraloom.models.loading import find_device, load_base_model
+from loraloom.models.loading import load_base_model
 from loraloom.ranks import Ranks
 from loraloom.training.builder import JobBuilder
 from loraloom.training.checkpoint import Snapshot
@@ -31,7 +31,7 @@ from loraloom.training.outputs import RunDirectory
 from loraloom.training.progress import Progress
 from loraloom.training.results import JobResult, describe_environment
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
-from loraloom.training.step.optimizers import check_optimizer_device, rehearse
+from loraloom.training.step.optimizers import rehearse
 from loraloom.training.tracking import check_trackers
 
 if TYPE_CHECKING:
@@ -105,8 +105,6 @@ def train(
     progress = progress if progress is not None and launch.rank == 0 else Progress()
     directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
     check_run(run, directory, resume=resume, overwrite=overwrite)
-    for job in run.all_jobs:
-        check_optimizer_device(job.train, find_device(device), job.name)
     with ExitStack() as stack:
         is_sharded = run.parallel.base == "fsdp" and launch.size > 1
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))

@@ -25,7 +25,7 @@ from accelerate.tracking import (
 
 from loraloom.durable import append_line, sync
 from loraloom.errors import ConfigError
-from loraloom.training.step.micro_batch import StepReport
+from loraloom.training.step.batch import StepReport
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"

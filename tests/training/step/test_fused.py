@@ -11,8 +11,8 @@ from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.data.examples import Example
 from loraloom.models.host import Host
 from loraloom.training.job import Job
+from loraloom.training.step.batch import MicroBatchLoss
 from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.micro_batch import MicroBatchLoss
 from tests.tiny import METHODS, randomise, relative_error
 from tests.training.toy import (
     ADAPTERS,

@@ -15,9 +15,8 @@ from loraloom.ranks import Ranks
 from loraloom.training import fitting
 from loraloom.training.fitting import RoundRunner
 from loraloom.training.job import Job
-from loraloom.training.step import gradient_sum
-from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.gradient_sum import sum_gradients
+from loraloom.training.step import fused
+from loraloom.training.step.fused import forward_backward, sum_gradients
 from tests.training.step.test_fused import assert_same
 from tests.training.toy import ADAPTERS, PAD_ID, add_job, gradients_of, toy_config, toy_host
 
@@ -48,7 +47,7 @@ class Twins(Ranks):
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(gradient_sum, "BUCKET_BYTES", 4096)
+    monkeypatch.setattr(fused, "BUCKET_BYTES", 4096)
 
 
 def twin_host() -> tuple[Host, Twins]:

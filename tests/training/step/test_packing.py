@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.training.step.rows import lay_out
+from loraloom.training.step.batch import lay_out
 from tests.tiny import relative_error
 from tests.training.step.test_fused import OBJECTIVES, assert_same, run_window
 from tests.training.toy import (

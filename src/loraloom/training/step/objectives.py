@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from typing_extensions import override
 
 from loraloom.data.examples import Example, TrainingExample
 from loraloom.generation.scoring import label_log_probs
@@ -32,22 +33,17 @@ from loraloom.training.step.window import StepTotals
 
 @dataclass(frozen=True)
 class ScoredSamples:
-    """The log-probabilities that samples have.
+    """The log-probabilities that samples have, differentiable in training.
 
-    Args:
-        log_probs: log p of each label, [N], sample after sample; differentiable in training.
-        num_labels: Of each sample.
-        references: Each sample's log p, summed over its labels, under the reference policy, [S];
-            None where the job has no reference.
+    References are log p under the reference policy; None where the job has no reference.
     """
 
-    log_probs: Tensor
+    log_probs: Float[Tensor, " N"]
     num_labels: Sequence[int]
-    references: Tensor | None = None
+    references: Float[Tensor, " S"] | None = None
 
     @property
     def by_sample(self) -> tuple[Tensor, ...]:
-        """The log-probabilities of each sample's labels."""
         return self.log_probs.split(list(self.num_labels))
 
     @cached_property
@@ -63,12 +59,7 @@ class ScoredSamples:
 
 @dataclass(frozen=True)
 class ObjectiveTerms:
-    """A micro-batch's share of its step's loss and metrics.
-
-    Args:
-        loss: A scalar.
-        metrics: Scalars without a gradient, by their names in metrics.jsonl.
-    """
+    """A micro-batch's share of its step's loss and of metrics, by their names in metrics.jsonl."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -86,8 +77,8 @@ class Objective(ABC):
 class Sft(Objective):
     """Supervised fine-tuning: the mean of -log p over a step's labels."""
 
+    @override
     def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        """Compute the share of the mean over labels."""
         return ObjectiveTerms(-scored.log_probs.sum() / max(totals.num_labels, 1))
 
 
@@ -107,23 +98,19 @@ class Dpo(Objective):
     def __init__(self, config: DpoConfig):
         self.config = config
 
+    @override
     def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        """Compute the share of the mean over pairs."""
         assert scored.references is not None, "a DPO job has a reference"
-        log_ratios = scored.sums - scored.references
-        losses = self._losses(log_ratios, scored.lengths)
-        metrics = _pair_metrics(self.config.beta * log_ratios, scored, totals.num_examples)
-        return ObjectiveTerms(losses.sum() / totals.num_examples, metrics)
-
-    def _losses(
-        self, log_ratios: Float[Tensor, " S"], lengths: Float[Tensor, " S"]
-    ) -> Float[Tensor, " P"]:
         beta = self.config.beta
+        log_ratios = scored.sums - scored.references  # (S,)
         if self.config.loss_type == "ipo":
-            chosen, rejected = _split_pairs(log_ratios / lengths)
-            return (chosen - rejected - 1 / (2 * beta)).square()
-        chosen, rejected = _split_pairs(log_ratios)
-        return _sigmoid_losses(beta * (chosen - rejected), self.config.label_smoothing)
+            chosen, rejected = _split_pairs(log_ratios / scored.lengths)  # (P,)
+            losses = (chosen - rejected - 1 / (2 * beta)).square()
+        else:
+            chosen, rejected = _split_pairs(log_ratios)
+            losses = _sigmoid_losses(beta * (chosen - rejected), self.config.label_smoothing)
+        metrics = _pair_metrics(beta * log_ratios, scored, totals.num_examples)
+        return ObjectiveTerms(losses.sum() / totals.num_examples, metrics)
 
 
 @final
@@ -142,23 +129,21 @@ class Cpo(Objective):
     def __init__(self, config: CpoConfig):
         self.config = config
 
+    @override
     def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        """Compute the share of the means over pairs and over labels."""
         chosen, rejected = _split_pairs(scored.sums)
-        losses = self._losses(self.config.beta * (chosen - rejected))
+        margins = self.config.beta * (chosen - rejected)  # (P,)
+        if self.config.loss_type == "hinge":
+            losses = (1 - margins).relu()
+        else:
+            losses = _sigmoid_losses(margins, self.config.label_smoothing)
         nll = -chosen.sum() / max(totals.num_chosen_labels, 1)
         loss = losses.sum() / totals.num_examples + self.config.cpo_alpha * nll
         metrics = _pair_metrics(self.config.beta * scored.sums, scored, totals.num_examples)
         return ObjectiveTerms(loss, {**metrics, "nll_loss": nll.detach()})
 
-    def _losses(self, margins: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
-        if self.config.loss_type == "hinge":
-            return (1 - margins).relu()
-        return _sigmoid_losses(margins, self.config.label_smoothing)
-
 
 def build_objective(config: SftConfig | DpoConfig | CpoConfig) -> Objective:
-    """Make the objective that a configuration names."""
     match config:
         case DpoConfig():
             return Dpo(config)
@@ -168,10 +153,8 @@ def build_objective(config: SftConfig | DpoConfig | CpoConfig) -> Objective:
             return Sft()
 
 
-def _split_pairs(
-    values: Float[Tensor, " S"],
-) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
-    """Return what belongs to the chosen answers, and what to the rejected."""
+def _split_pairs(values: Float[Tensor, " S"]) -> tuple[Tensor, Tensor]:
+    """Return what belongs to the chosen answers, and what to the rejected, [P] each."""
     return values[0::2], values[1::2]
 
 
@@ -202,24 +185,20 @@ class Reference:
     """What a job is held at, be it the base model or an adapter beside it.
 
     No second model is loaded: the reference's rows go through the same base model. What it gives a
-    sample never changes, so each sample is asked for once, when it is first needed.
-
-    Args:
-        adapter_name: On the host; None is the base model.
-        log_probs: What it gave each sample so far, summed over the sample's labels, by sample id.
+    sample, log p summed over its labels, never changes, so each sample is asked for once, when it
+    is first needed. The name is the adapter's on the host; None is the base model.
     """
 
     adapter_name: str | None = None
     log_probs: dict[int, float] = field(default_factory=dict)
 
     def of(self, examples: Sequence[Example]) -> list[float]:
-        """Return what it gave these samples."""
         return [self.log_probs[example.sample_id] for example in examples]
 
     def forget(self, examples: Iterable[TrainingExample]) -> None:
-        """Drop what it gave the rows of examples."""
-        for row in (row for example in examples for row in example.rows):
-            self.log_probs.pop(row.sample_id, None)
+        for example in examples:
+            for row in example.rows:
+                self.log_probs.pop(row.sample_id, None)
 
 
 def load_reference(host: Host, config: SftConfig | DpoConfig | CpoConfig) -> Reference | None:
@@ -247,7 +226,7 @@ def drop_reference(
 def ask_references(
     host: Host, wanted: Iterable[tuple[Reference | None, Sequence[Example]]]
 ) -> None:
-    """Let references score the samples that they haven't seen, all in the same forwards."""
+    """Let references score the samples that they haven't scored yet, all in the same forwards."""
     missing = [
         (reference, example)
         for reference, examples in wanted
@@ -257,7 +236,6 @@ def ask_references(
     ]
     if not missing:
         return
-    examples = [(reference.adapter_name, example) for reference, example in missing]
-    log_probs = label_log_probs(host, examples)
+    log_probs = label_log_probs(host, [(ref.adapter_name, example) for ref, example in missing])
     for (reference, example), values in zip(missing, log_probs, strict=True):
         reference.log_probs[example.sample_id] = float(values.sum())

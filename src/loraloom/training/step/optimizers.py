@@ -58,58 +58,57 @@ BITSANDBYTES: Mapping[str, str] = {
 BIAS_LR_RATIO = 10.0
 """Of the routers' rate: a bias has to move as far as logits differ, which is about 1, in time."""
 
-_UNDECAYED = ("lora_magnitude_vector", "bias")
-
 Scheduler = LRScheduler | GreedyLR
-
-_REHEARSED_STEPS = 3
 
 
 def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
-    """Make the optimizer of an adapter."""
-    check_optimizer_device(config, next(adapter.parameters()).device, adapter.name)
-    rehearse_optimizer(config, adapter.name)
-    return _make_optimizer(config, parameter_groups(config, adapter))
+    device = next(adapter.parameters()).device
+    if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
+        raise ConfigError(
+            f"job {adapter.name}: optimizer {config.optimizer} needs a CUDA or XPU device, whose "
+            f"memory it pages, got {device}; take "
+            f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
+        )
+    with _raised_as_config_error(config, "optimizer", adapter.name):
+        return _make_optimizer(config, parameter_groups(config, adapter))
 
 
-def rehearse(config: TrainConfig, name: str) -> None:
-    """Let a job's optimizer and schedule make a few steps before anything is loaded."""
-    rehearse_optimizer(config, name)
-    optimizer = _make_rehearsed(config, _four_weights())
-    total_steps = config.max_steps or _REHEARSED_STEPS
+def rehearse(config: OptimizerConfig, name: str) -> None:
+    """Let a job's optimizer and schedule make a few steps of four weights.
+
+    torch and transformers refuse some arguments only then, and others make weights or learning
+    rates that are not finite.
+    """
+    _optimizer_class(config.optimizer)
+    with _raised_as_config_error(config, "optimizer", name):
+        # At the job's own rate, which may be anything, sound arguments could overflow.
+        optimizer = _rehearsed(config.model_copy(update={"learning_rate": 1e-3}))
+        for _ in range(3):
+            optimizer.step()
+        if not optimizer.param_groups[0]["params"][0].isfinite().all():
+            raise ValueError("they make weights that are not finite")
+    if not isinstance(config, TrainConfig):
+        return
+    optimizer = _rehearsed(config)
+    total_steps = config.max_steps or 3
     scheduler = build_scheduler(config, optimizer, total_steps, "min", name)
     metric = [1.0] if config.lr_scheduler in SCHEDULERS_ON_METRIC else []
-    with _told_as_config_error(config, "lr_scheduler", name):
-        for _ in range(_REHEARSED_STEPS):
+    with _raised_as_config_error(config, "lr_scheduler", name):
+        for _ in range(3):
             optimizer.step()
             scheduler.step(*metric)  # pyright: ignore[reportArgumentType]
-            _check_rates(optimizer)
+            rate = float(optimizer.param_groups[0]["lr"])
+            if not (math.isfinite(rate) and rate >= 0):
+                raise ValueError(f"they make a learning rate of {rate}")
             if isinstance(scheduler, LambdaLR):
                 scheduler.last_epoch = total_steps - 1  # the step after it is the last one
 
 
-def rehearse_optimizer(config: OptimizerConfig, name: str) -> None:
-    """Step an optimizer of four weights a few times: torch refuses some arguments only then."""
-    groups = _four_weights()
-    _optimizer_class(config.optimizer)
-    with _told_as_config_error(config, "optimizer", name):
-        optimizer = _make_rehearsed(config.model_copy(update={"learning_rate": 1e-3}), groups)
-        for _ in range(_REHEARSED_STEPS):
-            optimizer.step()
-        if not groups[0]["params"][0].isfinite().all():
-            raise ValueError("they make weights that are not finite")
-
-
-def _four_weights() -> list[dict[str, Any]]:
+def _rehearsed(config: OptimizerConfig) -> Optimizer:
     weights = Parameter(torch.ones(2, 2, dtype=torch.float64))
     weights.grad = torch.ones_like(weights)
-    return [{"params": [weights]}]
-
-
-def _make_rehearsed(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
-    """Make an optimizer for the CPU, where bitsandbytes' can't be paged."""
-    optimizer: Any = _make_optimizer(config, groups)
-    optimizer.is_paged = False
+    optimizer: Any = _make_optimizer(config, [{"params": [weights]}])
+    optimizer.is_paged = False  # bitsandbytes' can't be on the CPU
     return optimizer
 
 
@@ -126,25 +125,9 @@ def _optimizer_class(name: OptimizerName) -> type[Optimizer]:
     return getattr(import_library("bitsandbytes", f"optimizer {name}").optim, BITSANDBYTES[name])
 
 
-def check_optimizer_device(config: OptimizerConfig, device: torch.device, name: str) -> None:
-    """Refuse a paged optimizer where no memory can be paged."""
-    if config.optimizer.startswith("paged_") and device.type not in ("cuda", "xpu"):
-        raise ConfigError(
-            f"job {name}: optimizer {config.optimizer} needs a CUDA or XPU device, whose memory it "
-            f"pages, got {device}; take "
-            f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
-        )
-
-
-def _check_rates(optimizer: Optimizer) -> None:
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-        raise ValueError(f"they make a learning rate of {rates[0]}")
-
-
 @contextmanager
-def _told_as_config_error(config: OptimizerConfig, setting: str, name: str) -> Iterator[None]:
-    """Tell of arguments that don't work; torch and transformers raise whatever comes of them."""
+def _raised_as_config_error(config: OptimizerConfig, setting: str, name: str) -> Iterator[None]:
+    """Name the arguments that don't work: torch and transformers raise whatever comes of them."""
     try:
         yield
     except Exception as error:
@@ -171,33 +154,25 @@ def parameter_groups(config: OptimizerConfig, adapter: Adapter) -> list[dict[str
     for name, parameter in adapter.named_parameters():
         if not parameter.requires_grad:
             continue
-        ratio = _lr_ratio(config, name)
-        decay = 0.0 if name.endswith(_UNDECAYED) else config.weight_decay
+        ratio = 1.0
+        if name.endswith("lora_B"):
+            ratio = config.loraplus_lr_ratio or 1.0
+        elif name.endswith(("router", "router.weight")):
+            ratio = config.router_lr_ratio or 1.0
+        elif name.endswith(("router_bias", "router.bias")):
+            ratio = BIAS_LR_RATIO * (config.router_lr_ratio or 1.0)
+        is_undecayed = name.endswith(("lora_magnitude_vector", "bias"))
+        decay = 0.0 if is_undecayed else config.weight_decay
         groups.setdefault((ratio, decay), []).append(parameter)
+    rate = config.learning_rate
     return [
-        {
-            "params": parameters,
-            "lr": config.learning_rate * ratio,
-            "lr_ratio": ratio,
-            "weight_decay": decay,
-        }
+        {"params": parameters, "lr": rate * ratio, "lr_ratio": ratio, "weight_decay": decay}
         for (ratio, decay), parameters in groups.items()
     ]
 
 
-def _lr_ratio(config: OptimizerConfig, name: str) -> float:
-    """How many times the learning rate a parameter learns at."""
-    if name.endswith("lora_B"):
-        return config.loraplus_lr_ratio or 1.0
-    if name.endswith(("router", "router.weight")):
-        return config.router_lr_ratio or 1.0
-    if name.endswith(("router_bias", "router.bias")):
-        return BIAS_LR_RATIO * (config.router_lr_ratio or 1.0)
-    return 1.0
-
-
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give an adapter's optimizer another learning rate; ratios stay."""
+    """Change the learning rate of an adapter's optimizer; ratios stay."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_ratio"]
 
@@ -210,10 +185,9 @@ def clip_gradients(parameters: Iterable[Parameter], max_grad_norm: float | None)
 
 def learning_state(parameters: Mapping[str, Parameter], optimizer: Optimizer) -> dict[str, Any]:
     """Return weights, gradients and the optimizer's state, in tensors and plain values."""
-    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     return {
         "weights": {name: p.detach() for name, p in parameters.items()},
-        "gradients": grads,
+        "gradients": {name: p.grad for name, p in parameters.items() if p.grad is not None},
         "optimizer": optimizer.state_dict(),
     }
 
@@ -230,7 +204,6 @@ def load_learning_state(
 
 
 def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Copy values into tensors, one into each."""
     with torch.no_grad():
         for target, value in zip(targets, values, strict=True):
             target.copy_(value)
@@ -239,11 +212,10 @@ def copy_all(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 def build_scheduler(
     config: TrainConfig, optimizer: Optimizer, total_steps: int, metric_mode: str, name: str
 ) -> Scheduler:
-    """Make the schedule of a job's learning rate."""
     arguments = dict(config.lr_scheduler_args)
     if config.lr_scheduler in SCHEDULERS_ON_METRIC:
         arguments["mode"] = metric_mode
-    with _told_as_config_error(config, "lr_scheduler", name):
+    with _raised_as_config_error(config, "lr_scheduler", name):
         return transformers.get_scheduler(
             config.lr_scheduler,
             optimizer,
@@ -267,19 +239,15 @@ class LossScale:
 
     Source:
         PyTorch's `torch.amp.GradScaler`: the same rule with the same constants.
-
-    Args:
-        scale: A power of two, so that it changes no digit.
-        sound_steps: Since the scale was changed.
-        skipped_steps: Of the whole job.
     """
 
+    # A power of two, so that it changes no digit.
     scale: float = 2.0**16
+    # Since the scale was changed.
     sound_steps: int = 0
     skipped_steps: int = 0
 
     def unscale(self, parameters: Iterable[Parameter]) -> None:
-        """Divide the gradients of a whole step by the scale."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, 1 / self.scale)  # pyright: ignore
@@ -299,5 +267,4 @@ class LossScale:
 
 
 def make_loss_scale(host: Host) -> LossScale | None:
-    """Make the scale of a job; None where the base model's number format needs none."""
     return LossScale() if host.dtype == torch.float16 else None

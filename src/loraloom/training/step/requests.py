@@ -13,14 +13,14 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.data.examples import Example, TrainingExample
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.host import Host
-from loraloom.training.step.fused import forward_backward
-from loraloom.training.step.gradient_sum import gradients_set_aside
-from loraloom.training.step.micro_batch import MicroBatch, MicroBatchLoss
+from loraloom.training.step.batch import MicroBatch, MicroBatchLoss
+from loraloom.training.step.fused import forward_backward, gradients_set_aside
 from loraloom.training.step.objectives import Objective, ObjectiveTerms, Reference, ScoredSamples
 from loraloom.training.step.window import StepTotals, Window
 
@@ -35,9 +35,9 @@ class ForwardBackwardOutput:
     """What a forward and backward gave.
 
     Args:
-        loss: Of the objective, over all data.
+        loss: Value of the objective, over all data.
         aux_loss: Router losses of a mixture, with coefficients.
-        metrics: Of the objective.
+        metrics: Metrics of the objective.
         log_probs: log p of the labels of each row, the rows of a pair in turn, [N]; on the CPU.
     """
 
@@ -78,8 +78,8 @@ class CustomObjective(Objective):
         self._data = data
         self._loss_fn = loss_fn
 
+    @override
     def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        """Call the loss function."""
         loss, metrics = self._loss_fn(self._data, scored.by_sample)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise TrainingError(
@@ -98,8 +98,8 @@ class _Recorder(Objective):
         self.log_probs: list[Tensor] = []
         self._objective = objective
 
+    @override
     def terms(self, scored: ScoredSamples, totals: StepTotals) -> ObjectiveTerms:
-        """Remember, and compute what the objective does."""
         self.log_probs += [values.detach().cpu() for values in scored.by_sample]
         return self._objective.terms(scored, totals)
 
@@ -130,12 +130,22 @@ def run_requests(
     queues = [_micro_batches(*pair) for pair in zip(requests, recorders, strict=True)]
     totals = [MicroBatchLoss(0.0) for _ in requests]
     with gradients_set_aside([request.adapter for request in requests]):
-        for one_round in zip_longest(*queues):
-            places = [place for place, batch in enumerate(one_round) if batch is not None]
-            losses = forward_backward(host, [one_round[place] for place in places], pad_id)
+        for micro_batches in zip_longest(*queues):
+            places = [place for place, batch in enumerate(micro_batches) if batch is not None]
+            losses = forward_backward(host, [micro_batches[place] for place in places], pad_id)
             for place, loss in zip(places, losses, strict=True):
                 totals[place] += loss
-    _check_finite(requests, totals)
+    faults = []
+    for request, total in zip(requests, totals, strict=True):
+        value = total.loss + total.aux_loss
+        if not math.isfinite(value):
+            request.adapter.zero_grad(set_to_none=True)
+            faults.append(
+                f"adapter {request.adapter.name}: loss must be finite, got {value}; its gradients "
+                "are dropped"
+            )
+    if faults:
+        raise TrainingError("\n".join(faults))
     return [
         ForwardBackwardOutput(total.loss, total.aux_loss, total.metrics, recorder.log_probs)
         for total, recorder in zip(totals, recorders, strict=True)
@@ -149,7 +159,6 @@ def number_rows(data: Sequence[TrainingExample]) -> list[Example]:
 
 
 def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
-    """Cut a request's data into micro-batches."""
     if not request.data:
         raise ConfigError(f"adapter {request.adapter.name}: data must have an example, got none")
     size = len(request.data) if request.micro_batch_size is None else request.micro_batch_size
@@ -159,33 +168,11 @@ def _micro_batches(request: Request, recorder: _Recorder) -> list[MicroBatch]:
         )
     window = Window(0, tuple(request.data), size)
     rows = iter(number_rows(request.data))
+    scale = request.loss_scale()
     micro_batches = []
     for index in range(window.num_micro_batches):
         examples = [next(rows) for _ in window.micro_batch(index)]
         keys = [request.sample_key(example.sample_id) for example in examples]
-        micro_batches.append(
-            MicroBatch(
-                request.adapter,
-                examples,
-                keys,
-                window,
-                recorder,
-                request.reference,
-                loss_scale=request.loss_scale(),
-            )
-        )
+        parts = (request.adapter, examples, keys, window, recorder, request.reference)
+        micro_batches.append(MicroBatch(*parts, loss_scale=scale))
     return micro_batches
-
-
-def _check_finite(requests: Sequence[Request], totals: Sequence[MicroBatchLoss]) -> None:
-    faults = []
-    for request, total in zip(requests, totals, strict=True):
-        value = total.loss + total.aux_loss
-        if not math.isfinite(value):
-            request.adapter.zero_grad(set_to_none=True)
-            faults.append(
-                f"adapter {request.adapter.name}: loss must be finite, got {value}; its gradients "
-                "are dropped"
-            )
-    if faults:
-        raise TrainingError("\n".join(faults))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from typing import Any, final
+from typing import Any
 
 from loraloom.data.examples import Example, TrainingExample, count_labels
 from loraloom.data.grouping import group_by_length
@@ -21,10 +20,7 @@ from loraloom.training.settings import TrainConfig
 class StepTotals:
     """What a step has in all its micro-batches; losses are divided by it.
 
-    Args:
-        num_examples: Examples, or pairs of answers.
-        num_labels: Tokens with a loss.
-        num_chosen_labels: Those of the first row of each example, a pair's chosen answer.
+    Chosen labels are those of the first row of each example: a pair's chosen answer.
     """
 
     num_examples: int
@@ -36,11 +32,9 @@ class StepTotals:
 class Window:
     """The examples of one step.
 
-    Args:
-        epoch: Counted from 0; for streams always 0, as their sample ids go on from pass to pass.
-        examples: Fewer than batch_size at an epoch's end. The longest come first, so that a
-            micro-batch has examples of like lengths and little padding.
-        micro_batch_size: Examples that go through the model at once.
+    An epoch's last window may have fewer than batch_size. The longest examples come first, so that
+    a micro-batch has examples of similar lengths and little padding. The epoch of streams is always
+    0, as their sample ids go on from pass to pass.
     """
 
     epoch: int
@@ -49,12 +43,10 @@ class Window:
 
     @property
     def num_micro_batches(self) -> int:
-        """Forwards that the step takes."""
         return math.ceil(len(self.examples) / self.micro_batch_size)
 
     @cached_property
     def totals(self) -> StepTotals:
-        """What losses are divided by."""
         return count_totals(self.examples)
 
     @cached_property
@@ -63,14 +55,13 @@ class Window:
         return sum(len(row.input_ids) for example in self.examples for row in example.rows)
 
     def micro_batch(self, index: int) -> tuple[Example, ...]:
-        """Return the rows of one forward; the two of a pair are side by side."""
+        """Return the rows of one forward; the two of a pair are next to each other."""
         start = index * self.micro_batch_size
         examples = self.examples[start : start + self.micro_batch_size]
         return tuple(row for example in examples for row in example.rows)
 
 
 def count_totals(examples: Sequence[TrainingExample]) -> StepTotals:
-    """Count what a step with these examples has."""
     return StepTotals(
         num_examples=len(examples),
         num_labels=sum(count_labels(row) for example in examples for row in example.rows),
@@ -79,49 +70,10 @@ def count_totals(examples: Sequence[TrainingExample]) -> StepTotals:
 
 
 def longest_row(example: TrainingExample) -> int:
-    """Count the tokens of an example's longest row."""
     return max(len(row.input_ids) for row in example.rows)
 
 
-class Order(ABC):
-    """The windows of a job."""
-
-    @property
-    @abstractmethod
-    def total_steps(self) -> int:
-        """Steps of the whole job, unless it is stopped early."""
-
-    @property
-    @abstractmethod
-    def max_micro_batch_tokens(self) -> int:
-        """Tokens of the longest micro-batch of all, padding included."""
-
-    @abstractmethod
-    def window(self, step: int) -> Window:
-        """Return the examples of a step, counted from 0."""
-
-    @abstractmethod
-    def epochs_after(self, step: int) -> float:
-        """Return the passes over the data after so many steps."""
-
-    @abstractmethod
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """Return what a later process needs for the window of a step, in plain values."""
-
-    @abstractmethod
-    def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-
-
-def make_order(training_set: TrainingSet | StreamedSet, config: TrainConfig) -> Order:
-    """Make the windows of a job."""
-    if isinstance(training_set, StreamedSet):
-        return StreamOrder(training_set, config)
-    return StepOrder(training_set, config)
-
-
-@final
-class StepOrder(Order):
+class StepOrder:
     """Windows that are a function of the step alone, so that a job can begin anywhere.
 
     Each epoch has its own order. An epoch's last window takes what is left.
@@ -130,40 +82,28 @@ class StepOrder(Order):
     def __init__(self, training_set: TrainingSet, config: TrainConfig):
         self.training_set = training_set
         self.config = config
+        self.steps_per_epoch = math.ceil(training_set.epoch_length / config.batch_size)
+        self.total_steps = config.max_steps or (config.num_epochs or 1) * self.steps_per_epoch
         self._order = lru_cache(maxsize=1)(self._make_order)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which an epoch is seen once."""
-        return math.ceil(self.training_set.epoch_length / self.config.batch_size)
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole job, unless it is stopped early."""
-        if self.config.max_steps is not None:
-            return self.config.max_steps
-        return (self.config.num_epochs or 1) * self.steps_per_epoch
-
-    @property
     def max_micro_batch_tokens(self) -> int:
-        """Tokens of the longest micro-batch of all, padding included.
+        """Tokens of the longest micro-batch, padding included; if packed, of the longest example.
 
-        Where examples are packed, only what the longest one has is known in advance.
+        How many rows packed examples need is not known in advance.
         """
         examples = self.training_set.examples
         if self.config.packing:
             return max(sum(len(row.input_ids) for row in example.rows) for example in examples)
         num_examples = min(self.config.micro_batch_size, self.training_set.epoch_length)
-        num_rows = num_examples * len(examples[0].rows)
-        return num_rows * max(map(longest_row, examples))
+        return num_examples * len(examples[0].rows) * max(map(longest_row, examples))
 
     def window(self, step: int) -> Window:
         """Return the examples of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.config.batch_size
         indices = self._order(epoch)[start : start + self.config.batch_size]
-        examples = [self.training_set.examples[index] for index in indices]
-        return _make_window(epoch, examples, self.config)
+        return _make_window(epoch, [self.training_set.examples[i] for i in indices], self.config)
 
     def epochs_after(self, step: int) -> float:
         """Return the passes over the data, as a fraction, after so many steps."""
@@ -172,11 +112,10 @@ class StepOrder(Order):
         return epoch + min(place * self.config.batch_size, length) / length
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Nothing is needed."""
         return {}
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
-        """Nothing is to be done."""
+        """Do nothing: the step says it all."""
 
     def _make_order(self, epoch: int) -> list[int]:
         order = self.training_set.epoch_order(epoch)
@@ -186,25 +125,20 @@ class StepOrder(Order):
         return group_by_length(order, lengths, self.config.batch_size)
 
 
-@final
-class StreamOrder(Order):
+class StreamOrder:
     """Windows of streams, one after the other; each has batch_size examples."""
 
     def __init__(self, training_set: StreamedSet, config: TrainConfig):
+        assert config.max_steps is not None, "streams need it"
         self.training_set = training_set
         self.config = config
+        self.total_steps = config.max_steps
+        # Of the step that was asked for last, and of the one after it.
         self._positions: dict[int, StreamPosition] = {0: training_set.start}
-        """Of the step that was asked for last, and of the one after it."""
-
-    @property
-    def total_steps(self) -> int:
-        """See Order."""
-        assert self.config.max_steps is not None, "streams need it"
-        return self.config.max_steps
 
     @property
     def max_micro_batch_tokens(self) -> int:
-        """What it may have at most; packed rows, what one example may have."""
+        """What the longest micro-batch may have; if packed, what one example may have."""
         number = 1 if self.config.packing else self.config.micro_batch_size
         return sum(map(sum, self.training_set.longest(number)))
 
@@ -220,12 +154,10 @@ class StreamOrder(Order):
         return float(self._positions[step].passes)
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """See Order."""
         position = self._positions[step]
         return {"position": asdict(position), "block": self._begun_block(position)}
 
     def load_state_dict(self, step: int, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
         position = StreamPosition.of(state["position"])
         if state["block"] is not None and state["block"] != self._begun_block(position):
             raise ConfigError(
@@ -237,6 +169,14 @@ class StreamOrder(Order):
     def _begun_block(self, position: StreamPosition) -> str | None:
         """Hash of the block that is being learnt; None at its beginning, where it may be unread."""
         return self.training_set.block_digest(position) if position.taken else None
+
+
+def make_order(
+    training_set: TrainingSet | StreamedSet, config: TrainConfig
+) -> StepOrder | StreamOrder:
+    if isinstance(training_set, StreamedSet):
+        return StreamOrder(training_set, config)
+    return StepOrder(training_set, config)
 
 
 def _make_window(epoch: int, examples: list[TrainingExample], config: TrainConfig) -> Window:

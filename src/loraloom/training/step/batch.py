@@ -1,16 +1,34 @@
-"""A job's share of a fused step: the rows that it puts in, and what comes of them."""
+"""A job's share of a fused step, what comes of it, and how the shares of all jobs lie in rows.
+
+Rows of all jobs have one length in a forward. A row is one sample, or several packed side by side:
+jobs that pack agree on the shortest of several lengths with which little is padded, as attention
+takes the square of a row's length.
+
+Axes: N labels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from loraloom.adapters.adapter import Adapter
-from loraloom.data.examples import Example
+import torch
+from torch import Tensor
+
+from loraloom.adapters.adapter import Adapter, SampleTokens
+from loraloom.data.examples import Example, count_labels
+from loraloom.data.packing import first_fit, join_samples
 from loraloom.routing.collapse import Choices
 from loraloom.routing.record import RouterName
 from loraloom.training.step.objectives import Objective, Reference
 from loraloom.training.step.window import Window
+
+_LENGTHS = 16
+_LITTLE_PADDING = 0.015
+
+Rows = list[list[int]]
+"""A job's rows; a row has the places of its samples among the micro-batch's examples."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +64,22 @@ class MicroBatch:
         """Real tokens."""
         return sum(len(example.input_ids) for example in self.examples)
 
+    @property
+    def token_share(self) -> float:
+        """Its part of the step's real tokens."""
+        return self.num_tokens / self.window.num_tokens
+
     def halves(self) -> list[MicroBatch]:
         """Cut it in two of about the same size, pairs of answers whole; nothing if it has one.
 
         The step's gradient is complete with neither of them alone.
-        Examples come the longest first: where they are packed, every other one makes halves alike.
         """
         starts = self._starts
         if len(starts) < 2:
             return []
         middle = (len(starts) + 1) // 2
         cut = (starts[:middle], starts[middle:])
+        # The longest come first: of packed examples, every other one makes halves of equal size.
         if self.max_row_length is not None:
             cut = (starts[::2], starts[1::2])
         return [replace(self._subset(half), is_last=False) for half in cut]
@@ -78,12 +101,10 @@ class MicroBatch:
         return range(0, len(self.examples), len(self.window.examples[0].rows))
 
     def _subset(self, starts: Sequence[int]) -> MicroBatch:
-        """Return some examples, with all their rows."""
         places = [start + row for start in starts for row in range(self._starts.step)]
         examples = [self.examples[place] for place in places]
-        return replace(
-            self, examples=examples, sample_keys=[self.sample_keys[place] for place in places]
-        )
+        keys = [self.sample_keys[place] for place in places]
+        return replace(self, examples=examples, sample_keys=keys)
 
 
 @dataclass(frozen=True)
@@ -157,3 +178,91 @@ class StepReport:
 def padding_share(tokens: int, computed_tokens: int) -> float:
     """Return the share of computed tokens that are no real ones; 0 before the first."""
     return 1 - tokens / computed_tokens if computed_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Micro-batches in the rows of a fused forward."""
+
+    micro_batches: Sequence[MicroBatch]
+    rows: Sequence[Rows]
+
+    @cached_property
+    def samples(self) -> list[list[list[Example]]]:
+        """The samples of each micro-batch's rows."""
+        pairs = zip(self.micro_batches, self.rows, strict=True)
+        return [[[batch.examples[i] for i in row] for row in rows] for batch, rows in pairs]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row has several samples."""
+        return any(len(row) > 1 for rows in self.rows for row in rows)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapter of each row."""
+        pairs = zip(self.micro_batches, self.rows, strict=True)
+        return [batch.adapter.name for batch, rows in pairs for _ in rows]
+
+    @property
+    def sample_keys(self) -> list[int]:
+        """Each sample's key, row after row."""
+        pairs = zip(self.micro_batches, self.rows, strict=True)
+        return [batch.sample_keys[place] for batch, rows in pairs for row in rows for place in row]
+
+    @property
+    def sample_lengths(self) -> list[list[int]] | None:
+        """Tokens of each row's samples; None where a row is a sample."""
+        if not self.is_packed:
+            return None
+        return [[len(s.input_ids) for s in row] for rows in self.samples for row in rows]
+
+    @property
+    def sample_tokens(self) -> list[list[SampleTokens]]:
+        """Each micro-batch's samples in the order of their tokens, row after row."""
+        return [
+            [SampleTokens(len(s.input_ids), s.expert_group) for row in rows for s in row]
+            for rows in self.samples
+        ]
+
+    def joined(self) -> list[Example]:
+        """Return each row as one example."""
+        return [join_samples(row) for rows in self.samples for row in rows]
+
+    def split_losses(self, losses: Tensor) -> list[Tensor]:
+        """Cut the losses of all labels, in row order, into those of each micro-batch's examples."""
+        counts = [count_labels(s) for rows in self.samples for row in rows for s in row]
+        pieces = iter(losses.split(counts))
+        split = []
+        for rows in self.rows:
+            by_place = {place: next(pieces) for row in rows for place in row}
+            split.append(torch.cat([by_place[place] for place in range(len(by_place))]))
+        return split
+
+    @property
+    def computed_tokens(self) -> list[int]:
+        """Tokens of each micro-batch's rows, padding included."""
+        length = max(sum(len(s.input_ids) for s in row) for rows in self.samples for row in rows)
+        return [len(rows) * length for rows in self.rows]
+
+
+def lay_out(micro_batches: Sequence[MicroBatch]) -> RowLayout:
+    """Put micro-batches into rows, packing those that allow it."""
+    least = max(len(sample.input_ids) for batch in micro_batches for sample in batch.examples)
+    most = max([least, *(batch.max_row_length or 0 for batch in micro_batches)])
+    step = (most - least) / (_LENGTHS - 1)
+    layouts = [
+        RowLayout(micro_batches, [_rows_of(batch, length) for batch in micro_batches])
+        for length in sorted({round(least + step * place) for place in range(_LENGTHS)})
+    ]
+    real = sum(batch.num_tokens for batch in micro_batches)
+    padding = [1 - real / sum(layout.computed_tokens) for layout in layouts]
+    little = max(min(padding), _LITTLE_PADDING)
+    return next(layout for layout, share in zip(layouts, padding, strict=True) if share <= little)
+
+
+def _rows_of(batch: MicroBatch, length: int) -> Rows:
+    if batch.max_row_length is None:
+        return [[place] for place in range(len(batch.examples))]
+    lengths = [len(example.input_ids) for example in batch.examples]
+    return first_fit(lengths, max(min(length, batch.max_row_length), *lengths))
