@@ -79,14 +79,16 @@ def test_a_line_that_can_not_be_heeded_is_an_error_and_no_end(
 
 
 def test_what_a_model_says_can_not_steer_the_terminal(saved, monkeypatch, capsys):
-    monkeypatch.setattr("loraloom.generation.text.TextStream.push", lambda self, token: "\x1b[2J")
+    monkeypatch.setattr(
+        "loraloom.generation.sampling.TextStream.push", lambda self, token: "\x1b[2J"
+    )
     chat(saved, monkeypatch, "one")
     assert "\x1b" not in capsys.readouterr().out
 
 
 def test_spaces_and_joiners_of_an_answer_are_printed_as_they_are(saved, monkeypatch, capsys):
     text = "\ta\u3000b\xa0c\u200d\x1b"
-    monkeypatch.setattr("loraloom.generation.text.TextStream.push", lambda self, token: text)
+    monkeypatch.setattr("loraloom.generation.sampling.TextStream.push", lambda self, token: text)
     chat(saved, monkeypatch, "one")
     assert "\ta\u3000b\xa0c\u200d\\x1b" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraloom.generation.engine import Engine
-from loraloom.generation.limits import EngineLimits
+from loraloom.generation.scheduler import EngineLimits
 from tests.tiny import ALL_METHODS, tiny_host
 
 SIZES = {"vocab_size": 300, "max_position_embeddings": 128, "eos_token_id": 2}

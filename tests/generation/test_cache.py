@@ -7,7 +7,7 @@ from unittest.mock import create_autospec
 
 import torch
 
-from loraloom.generation.cache import BLOCK_TOKENS, PrefixCache
+from loraloom.generation.runner import BLOCK_TOKENS, PrefixCache
 from loraloom.models.decoding import Decoding
 
 

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.errors import DataError
-from loraloom.generation.conversation import Conversation
-from loraloom.generation.generate import generate
+from loraloom.generation.generate import Conversation, generate
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.sequence import RequestError
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -66,7 +65,7 @@ def test_an_answer_that_is_cut_short_is_remembered_so_far(conversation):
 
 
 def test_a_conversation_that_has_no_room_is_an_error(conversation):
-    with pytest.raises(DataError, match="must have at most 128 tokens together"):
+    with pytest.raises(RequestError, match="must have at most 128 tokens together"):
         said(conversation, "one " * 200, ["lora"])
     assert conversation.turns == []
     assert said(conversation, "one", ["lora"])

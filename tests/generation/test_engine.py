@@ -11,9 +11,9 @@ import torch
 
 from loraloom.errors import AdapterError, DataError
 from loraloom.generation.engine import Engine
-from loraloom.generation.limits import EngineLimits, OutOfTimeError, QueueFullError, StoppingError
 from loraloom.generation.prompts import check_token_ids
-from loraloom.generation.sequence import Piece, ScoreRequest, Share
+from loraloom.generation.scheduler import EngineLimits
+from loraloom.generation.sequence import Piece, RequestError, Share
 from loraloom.models.decoding import Decoding
 from tests.generation.asking import TEXTS, Asked, alone, answers, finish, request, submit
 from tests.generation.conftest import NAMES, SIZES
@@ -207,7 +207,7 @@ def test_a_request_that_takes_too_long_fails(make_engine, tiny_tokenizer):
     engine = make_engine(max_request_s=0.0)
     (late,) = submit(engine, request(tiny_tokenizer, "one"))
     finish(engine)
-    assert isinstance(late.error, OutOfTimeError)
+    assert late.error.code == "timeout"
 
 
 def test_an_adapter_that_diverged_fails_alone(tiny_tokenizer):
@@ -294,17 +294,17 @@ def test_a_token_that_is_read_again_tells_its_routing_once(
 
 def test_texts_to_be_scored_end_in_time_and_are_charged(make_engine, tiny_tokenizer):
     engine = make_engine(max_request_s=0.0)
-    asked = ScoreRequest(tiny_tokenizer("the sky")["input_ids"], "lora", "lora")
+    asked = request(tiny_tokenizer, "the sky", "lora", scores_prompt=True)
     events, gone = [], []
-    engine.score(asked, events.append, lambda: gone.append(1))
+    engine.submit(asked, events.append, lambda: gone.append(1))
     finish(engine)
-    assert isinstance(events[0].error, OutOfTimeError)
+    assert events[0].error.code == "timeout"
     assert gone == [1]
     engine = make_engine()
-    engine.score(asked, events.append)
+    engine.submit(asked, events.append)
     finish(engine)
     assert isinstance(events[1], Piece)
-    assert engine._scheduler.used(Share("", "lora")) == (len(asked.tokens),) * 2
+    assert engine._scheduler.used(Share("", "lora")) == (len(asked.prompt_ids),) * 2
 
 
 def test_tokens_beyond_the_embedding_are_refused(make_engine, host, tiny_tokenizer):
@@ -313,15 +313,16 @@ def test_tokens_beyond_the_embedding_are_refused(make_engine, host, tiny_tokeniz
     message = f"whose ids are below {beyond}, got {beyond}; leave the special token"
     with pytest.raises(DataError, match=message):
         submit(engine, replace(request(tiny_tokenizer, "one"), prompt_ids=[1, beyond]))
+    scored = request(tiny_tokenizer, "one", scores_prompt=True)
     with pytest.raises(DataError, match=message):
-        engine.score(ScoreRequest([1, beyond], None, "base"), pytest.fail)
+        submit(engine, replace(scored, prompt_ids=[beyond]))
     with pytest.raises(DataError, match="below 200, got 300"):
         check_token_ids([1, 300], 200, "prompt")
 
 
 def test_what_does_not_fit_is_refused(make_engine, tiny_tokenizer):
     engine = make_engine(cache_tokens=64)
-    with pytest.raises(DataError, match="must have at most 64 tokens together, got 2 and 70"):
+    with pytest.raises(RequestError, match="must have at most 64 tokens together, got 2 and 70"):
         submit(engine, request(tiny_tokenizer, "one", max_new_tokens=70))
     with pytest.raises(AdapterError, match="got 'nobody'"):
         submit(engine, request(tiny_tokenizer, "one", "nobody"))
@@ -330,9 +331,9 @@ def test_what_does_not_fit_is_refused(make_engine, tiny_tokenizer):
 def test_a_full_queue_refuses(make_engine, tiny_tokenizer):
     engine = make_engine(max_waiting=2)
     submit(engine, *(request(tiny_tokenizer, "one") for _ in range(2)))
-    with pytest.raises(QueueFullError, match="at most 2 requests may wait"):
+    with pytest.raises(RequestError, match="at most 2 requests may wait"):
         submit(engine, request(tiny_tokenizer, "one"))
-    with pytest.raises(QueueFullError), engine.accepting():
+    with pytest.raises(RequestError), engine.accepting():
         pass
     finish(engine)
 
@@ -341,7 +342,7 @@ def test_stopping_lets_requests_end_and_takes_no_more(make_engine, tiny_tokenize
     engine = make_engine()
     (asked,) = submit(engine, request(tiny_tokenizer, "one"))
     engine.stop()
-    with pytest.raises(StoppingError):
+    with pytest.raises(RequestError, match="is stopping"):
         submit(engine, request(tiny_tokenizer, "one"))
     engine.run()
     assert asked.pieces[-1].finish_reason == "length"
@@ -352,7 +353,7 @@ def test_stopping_waits_for_requests_whose_adapters_are_still_to_come(make_engin
     with engine.accepting():
         engine.stop()
         assert not engine.is_idle
-        with pytest.raises(StoppingError), engine.accepting():
+        with pytest.raises(RequestError, match="is stopping"), engine.accepting():
             pass
         engine.submit(asked.request, asked.events.append, is_accepted=True)
     engine.run()

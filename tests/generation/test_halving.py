@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.errors import DataError
-from loraloom.generation.halving import in_halves
+from loraloom.generation.scoring import in_halves
 
 
 def limited(most, seen):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraloom.adapters import MixLoraConfig
-from loraloom.generation.limits import NoRoutersError
+from loraloom.generation.sequence import RequestError
 from tests.generation.asking import TEXTS, answers, finish, request, submit
 
 ROUTED = ("mixlora", ("mixdora", 0.5), "mixlora", "mola", "hydralora", ("mixlora", 1.0), "mixdora")
@@ -89,6 +89,6 @@ def learns_alone(host):
 @pytest.mark.parametrize("adapter", [None, "lora", "vera", "learns-alone"])
 def test_what_has_no_routers_is_refused(make_engine, tiny_tokenizer, adapter):
     engine = make_engine()
-    with pytest.raises(NoRoutersError, match="has none; leave routing out"):
+    with pytest.raises(RequestError, match="has none; leave routing out"):
         submit(engine, request(tiny_tokenizer, "one", adapter, tells_routing=True))
     assert answers(engine, [request(tiny_tokenizer, "one", adapter)])

@@ -34,7 +34,7 @@ def requests():
 
 def test_scores_come_in_the_order_of_the_requests(requests, monkeypatch):
     host = tiny_host(configs=METHODS)
-    monkeypatch.setattr(scoring, "_TOKENS_PER_BATCH", {"cpu": 24})
+    monkeypatch.setattr(scoring, "tokens_per_batch", lambda host: 24)
     for values, (name, example) in zip(label_log_probs(host, requests), requests, strict=True):
         torch.testing.assert_close(values, scores_alone(host, name, example)[0])
 

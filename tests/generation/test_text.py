@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from loraloom.data.tokenising import NUM_BEFORE, text_after, text_of_token
-from loraloom.generation.text import TextStream
+from loraloom.generation.sampling import TextStream
 
 
 def streamed(tokenizer, ids, stop=()):

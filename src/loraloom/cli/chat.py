@@ -15,12 +15,11 @@ from pydantic import Field
 from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
 from loraloom.config.faults import checked
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
-from loraloom.generation.conversation import Conversation
 from loraloom.generation.engine import Engine
-from loraloom.generation.limits import EngineLimits
-from loraloom.generation.loading import check_sources, load_host
-from loraloom.generation.memory import default_cache_tokens
+from loraloom.generation.generate import Conversation
+from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
 from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.scheduler import EngineLimits
 
 HELP = """\
 /adapter NAME      let an adapter answer, or `base`

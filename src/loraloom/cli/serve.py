@@ -192,9 +192,8 @@ def _serve_embedded(
     """Serve with our own engine; `given` are the options."""
     from loraloom.data.chat_template import replace_chat_template
     from loraloom.generation.engine import Engine
-    from loraloom.generation.limits import EngineLimits
-    from loraloom.generation.loading import check_sources, load_host
-    from loraloom.generation.memory import default_cache_tokens
+    from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
+    from loraloom.generation.scheduler import EngineLimits
     from loraloom.serve.adapters import AdapterShelf
     from loraloom.serve.allocator import bound_kernel_caches, return_freed_memory
     from loraloom.serve.http.app import ApiOptions, create_app
@@ -268,7 +267,7 @@ def _write_log() -> None:
     for name in (
         "asyncio",
         "uvicorn.error",
-        "loraloom.generation.failures",
+        "loraloom.generation.sequence",
         "loraloom.serve.http.server",
     ):
         logging.getLogger(name).addFilter(OnceASecond())
@@ -281,7 +280,7 @@ def _write_log() -> None:
 
 def _announce(engine: Engine, shelf: AdapterShelf, sock: socket.socket) -> None:
     """Say what is served, where, and what it may take."""
-    from loraloom.generation.memory import cache_bytes
+    from loraloom.generation.loading import cache_bytes
 
     address, port = sock.getsockname()[:2]
     address = f"[{address}]" if ":" in address else address

@@ -12,11 +12,13 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,36 +26,35 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters.adapter import Adapter
 from loraloom.errors import DataError
-from loraloom.generation.counts import EngineCounts, Outcome
-from loraloom.generation.failures import log_failure
-from loraloom.generation.halving import free_memory, too_large
-from loraloom.generation.limits import (
-    EngineLimits,
-    NoRoutersError,
-    NotFiniteError,
-    OutOfTimeError,
-    QueueFullError,
-    StoppingError,
-)
 from loraloom.generation.prompts import check_token_ids
 from loraloom.generation.rows import text_row
 from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
-from loraloom.generation.scheduler import Scheduler
-from loraloom.generation.scoring import score_rows, tokens_per_batch
+from loraloom.generation.scheduler import EngineLimits, Scheduler
+from loraloom.generation.scoring import (
+    TokenScores,
+    free_memory,
+    score_rows,
+    tokens_per_batch,
+    too_large,
+)
 from loraloom.generation.sequence import (
     Failure,
     GenerationRequest,
+    NotFiniteError,
     OnGone,
+    Piece,
+    RequestError,
     Row,
-    Score,
-    ScoreRequest,
     Sink,
+    TokenLogProb,
+    log_failure,
 )
 from loraloom.models.forward import Record
 from loraloom.models.host import Host
 from loraloom.models.layout import rows_in_record
-from loraloom.routing.record import choices_by_token, join_routing
+from loraloom.routing.record import LayerRouting, RouterName, choices_by_token, join_routing
+from loraloom.routing.tally import expert_loads
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,31 @@ READ_PER_TOKEN = 8
 """Tokens that are read in about the time in which one is generated."""
 
 Failed = tuple[Row, Exception]
+Outcome = Literal["stop", "length", "error", "cancelled"]
+"""How a request ended."""
+
+
+@dataclass
+class EngineCounts:
+    """Numbers that only grow: of requests that have ended, tokens by model, experts, steps."""
+
+    requests: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
+    prompt_tokens: Counter[str] = field(default_factory=Counter)
+    cached_tokens: Counter[str] = field(default_factory=Counter)
+    generated_tokens: Counter[str] = field(default_factory=Counter)
+    expert_tokens: dict[str, Counter[tuple[RouterName, int]]] = field(
+        default_factory=lambda: defaultdict(Counter)
+    )
+    num_preempted: int = 0
+    num_steps: int = 0
+
+    def add_routing(self, model: str, routing: list[LayerRouting]) -> None:
+        """Count where a model's routers sent tokens; those that mix all experts send none."""
+        chosen = [one for one in routing if one.selected_experts.shape[-1] < one.num_experts]
+        loads = expert_loads(chosen).long().tolist() if chosen else []
+        for record, row in zip(chosen, loads, strict=True):
+            for expert, number in enumerate(row[: record.num_experts]):
+                self.expert_tokens[model][record.router, expert] += number
 
 
 class Engine:
@@ -87,7 +113,7 @@ class Engine:
         self._scheduler = Scheduler(limits.max_rows, limits.cache_tokens)
         self._arrivals = count(1)
         self._mean_s = 1.0
-        self._scores: deque[Score] = deque()
+        self._to_score: deque[Row] = deque()
         self._served: list[Row] = []  # in the order in which they were admitted
         self._runner = Runner(host, limits.prompt_cache)
         self._gone: list[Adapter] = []
@@ -100,8 +126,12 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Rows that are read or continued."""
         return len(self._served)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, those whose adapters are being loaded too."""
+        return len(self._scheduler) + len(self._to_score) + self._num_accepted
 
     @property
     def is_idle(self) -> bool:
@@ -109,18 +139,11 @@ class Engine:
         return not self._has_work and self._num_accepted == 0
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that wait, those whose adapters are being loaded too."""
-        return len(self._scheduler) + len(self._scores) + self._num_accepted
-
-    @property
-    def num_open(self) -> int:
-        """Requests that have not ended."""
-        return self.num_running + self.num_waiting
+    def _has_work(self) -> bool:
+        return bool(self._scheduler or self._to_score or self._gone or self._served)
 
     @property
     def cache_tokens_in_use(self) -> int:
-        """Tokens of the cache that rows take up."""
         return self._scheduler.cached_tokens(self._served)
 
     @property
@@ -149,40 +172,20 @@ class Engine:
         *,
         is_accepted: bool = False,
     ) -> Row:
-        """Ask for a completion."""
+        """Ask for a completion, or for the scores of a prompt."""
         self._check(request)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
             self._check_open(is_accepted=is_accepted)
             row.arrival = next(self._arrivals)
-            self._scheduler.add(row, self._served)
+            if request.scores_prompt:
+                self._to_score.append(row)
+            else:
+                self._scheduler.add(row, self._served)
             self._wake.notify_all()
         return row
 
-    def score(
-        self,
-        request: ScoreRequest,
-        sink: Sink,
-        on_gone: OnGone = lambda: None,
-        *,
-        is_accepted: bool = False,
-    ) -> Score:
-        """Ask for the log-probabilities of given tokens; other arguments and errors as `submit`."""
-        self._check_adapter(request.adapter_name)
-        room = self.host.config.max_position_embeddings
-        if not 1 <= len(request.tokens) <= room:
-            raise DataError(
-                f"a text to be scored must have 1 to {room} tokens, got {len(request.tokens)}"
-            )
-        check_token_ids(request.tokens, self.host.config.vocab_size, "prompt")
-        score = Score(request, sink, on_gone)
-        with self._wake:
-            self._check_open(is_accepted=is_accepted)
-            self._scores.append(score)
-            self._wake.notify_all()
-        return score
-
-    def cancel(self, row: Row | Score) -> None:
+    def cancel(self, row: Row) -> None:
         """End a request, about which nothing more is told."""
         with self._wake:
             row.is_cancelled = True
@@ -212,61 +215,60 @@ class Engine:
                 self.step()
             except Exception as error:
                 _log.exception("a step failed")
-                self._fail_all(error)
+                served, self._served = self._served, []
+                self._runner.take_apart(served)
+                for row in served:
+                    self._fail(row, error)
 
     def step(self) -> bool:
         """Do one step; return whether there is more to do."""
         self.counts.num_steps += 1
         self._drop_ended()
-        self._score_texts()
+        self._score_prompts()
         reading = self._schedule()
         failures = [*self._decode(), *self._read(reading)]
         self._postprocess(failures)
         return self._has_work
 
-    @property
-    def _has_work(self) -> bool:
-        return bool(self._scheduler or self._scores or self._gone or self.num_running)
-
     def _check_open(self, *, is_accepted: bool = False) -> None:
         if self.is_stopping and not is_accepted:
-            raise StoppingError("the server is stopping; ask another one, or later")
+            raise RequestError(
+                "the server is stopping; ask another one, or later", "stopping", retry_after_s=1
+            )
         num_waiting = self.num_waiting - is_accepted
         if num_waiting >= self.limits.max_waiting:
             num_waiting -= sum(row.settled_length > 0 for row in self._scheduler)  # were served
         if num_waiting >= self.limits.max_waiting:
-            raise QueueFullError(
+            seconds = self._mean_s * self.num_waiting / self.limits.max_rows
+            raise RequestError(
                 f"at most {self.limits.max_waiting} requests may wait, and so many do; "
                 "try again later",
-                math.ceil(
-                    min(60.0, max(1.0, self._mean_s * self.num_waiting / self.limits.max_rows))
-                ),
-            )
-
-    def _check_adapter(self, name: str | None) -> None:
-        if name is not None:
-            self.host.adapter(name)
-
-    def _check_routes(self, request: GenerationRequest) -> None:
-        name = request.adapter_name
-        if name is None or not self.host.adapter(name).config.routes_outside_training:
-            raise NoRoutersError(
-                "routing is told of models whose routers read answers, "
-                f"{request.owner!r} has none; leave routing out"
+                "queue_full",
+                retry_after_s=math.ceil(min(60.0, max(1.0, seconds))),
             )
 
     def _check(self, request: GenerationRequest) -> None:
-        self._check_adapter(request.adapter_name)
-        if request.tells_routing:
-            self._check_routes(request)
-        num_prompt, num_new = len(request.prompt_ids), request.sampling.max_new_tokens
+        name = request.adapter_name
+        adapter = None if name is None else self.host.adapter(name)
+        if request.tells_routing and (
+            adapter is None or not adapter.config.routes_outside_training
+        ):
+            raise RequestError(
+                "routing is told of models whose routers read answers, "
+                f"{request.owner!r} has none; leave routing out",
+                "no_routers",
+                param="routing",
+            )
+        num_prompt = len(request.prompt_ids)
+        num_new = 0 if request.scores_prompt else request.sampling.max_new_tokens
         if num_prompt == 0:
             raise DataError("the prompt must not be empty")
         check_token_ids(request.prompt_ids, self.host.config.vocab_size, "prompt")
         if num_prompt + num_new > self.max_length:
-            raise DataError(
+            raise RequestError(
                 f"the prompt and max_tokens must have at most {self.max_length} tokens together, "
-                f"got {num_prompt} and {num_new}; shorten the prompt or lower max_tokens"
+                f"got {num_prompt} and {num_new}; shorten the prompt or lower max_tokens",
+                "context_length_exceeded",
             )
 
     def _drop_ended(self) -> None:
@@ -275,65 +277,56 @@ class Engine:
             gone, self._gone = self._gone, []
             for row in [row for row in self._scheduler if self._is_over(row)]:
                 self._scheduler.remove(row)
+            for row in [row for row in self._to_score if self._is_over(row)]:
+                self._to_score.remove(row)
         for adapter in gone:
             self._runner.forget(adapter)
         self._leave([row for row in self._served if self._is_over(row)])
 
     def _is_over(self, row: Row) -> bool:
+        limit_s = self.limits.max_request_s
         if row.is_cancelled:
             self._end(row, "cancelled")
-            return True
-        if self._is_late(row):
-            self._fail(row, self._too_late())
-            return True
-        return False
+        elif time.monotonic() - row.request.arrived_s > limit_s:
+            late = RequestError(f"a request must end in {limit_s:g} seconds", "timeout")
+            self._fail(row, late)
+        else:
+            return False
+        return True
 
-    def _score_texts(self) -> None:
-        """Score some of the texts that wait, as many as fit into a forward."""
+    def _score_prompts(self) -> None:
+        """Score some of the prompts that wait, as many as fit into a forward."""
         room, batch = tokens_per_batch(self.host), []
         if self._served:  # whose next tokens wait meanwhile
             room = min(room, self.limits.prefill_tokens)
         with self._lock:
-            over = [score for score in self._scores if score.is_cancelled or self._is_late(score)]
-            for score in over:
-                self._scores.remove(score)
-            while self._scores and (not batch or len(self._scores[0].request.tokens) <= room):
-                batch.append(self._scores.popleft())
-                room -= len(batch[-1].request.tokens)
-            for score in batch:
-                self._scheduler.charge(score.share, len(score.request.tokens))
-        for score in over:
-            if not score.is_cancelled:
-                score.sink(Failure(self._too_late()))
-        by_adapter: dict[str | None, list[Score]] = {}
-        for score in batch:
-            by_adapter.setdefault(score.request.adapter_name, []).append(score)
-        for part in by_adapter.values():  # each by itself, as a fault is an adapter's own
-            self._score_part(part)
-        for score in (*over, *batch):
-            score.on_gone()
+            while self._to_score and (not batch or self._to_score[0].length <= room):
+                batch.append(self._to_score.popleft())
+                room -= batch[-1].length
+            for row in batch:
+                self._scheduler.charge(row.share, row.length)
+        by_adapter: dict[str | None, list[Row]] = {}
+        for row in batch:
+            by_adapter.setdefault(row.request.adapter_name, []).append(row)
+        for rows in by_adapter.values():  # each by itself, as a fault is an adapter's own
+            self._score(rows)
 
-    def _score_part(self, part: Sequence[Score]) -> None:
-        requests = [(score.request.adapter, text_row(score.request.tokens)) for score in part]
-        num_top = max(score.request.num_top for score in part)
+    def _score(self, rows: Sequence[Row]) -> None:
+        requests = [(row.request.adapter, text_row(row.request.prompt_ids)) for row in rows]
+        num_top = max(row.request.num_logprobs or 0 for row in rows)
         try:
-            for score, scores in zip(
-                part, score_rows(self.host, requests, num_top=num_top), strict=True
-            ):
-                score.tell(scores)
+            scores = score_rows(self.host, requests, num_top=num_top)
         except Exception as error:
-            log_failure("texts could not be scored", error)
-            if len(part) == 1:
-                part[0].sink(Failure(error))
-                return
-            for score in part:
-                self._score_part([score])
-
-    def _is_late(self, row: Row | Score) -> bool:
-        return time.monotonic() - row.request.arrived_s > self.limits.max_request_s
-
-    def _too_late(self) -> OutOfTimeError:
-        return OutOfTimeError(f"a request must end in {self.limits.max_request_s:g} seconds")
+            log_failure("prompts could not be scored", error)
+            for row in rows:
+                if len(rows) > 1:
+                    self._score([row])
+                else:
+                    self._fail(row, error)
+            return
+        for row, scored in zip(rows, scores, strict=True):
+            row.sink(Piece("", 0, _log_probs(row.request, scored), "length"))
+            self._end(row, "length")
 
     def _schedule(self) -> list[Row]:
         """Send rows back and admit others; return those that are to be read."""
@@ -413,17 +406,12 @@ class Engine:
         for row, error in failures:
             self._retry_or_fail(row, error)
         if self._runner.session is not None:
-            logits = self._runner.session.logits
+            logits = self._runner.session.logits  # (B, V)
+            # read from the device once for all rows, not once for each
             most_likely = logits.argmax(-1).tolist()
             is_broken = logits.isnan().any(-1).tolist()
-            rows = list(enumerate(self._runner.rows))
-            self._leave(
-                [
-                    row
-                    for place, row in rows
-                    if self._ends_now(row, logits[place], most_likely[place], is_broken[place])
-                ]
-            )
+            columns = zip(self._runner.rows, logits, most_likely, is_broken, strict=True)
+            self._leave([row for row, *said in columns if self._ends_now(row, *said)])
         self._fit_prefixes()
 
     def _ends_now(self, row: Row, logits: Tensor, most_likely: int, is_broken: bool) -> bool:
@@ -487,16 +475,16 @@ class Engine:
 
     def _retry_or_fail(self, row: Row, error: Exception) -> None:
         """Let a row wait until others have ended if it needs their memory."""
-        if not isinstance(error, torch.OutOfMemoryError):
-            self._leave([row])
-            self._fail(row, error)
-        elif self._runner.rows:
+        is_memory = isinstance(error, torch.OutOfMemoryError)
+        if is_memory and self._runner.rows:
             free_memory()
             self._scheduler.max_rows = len(self._runner.rows)
             self._put_back([row])
-        else:
-            self._leave([row])
-            self._fail(row, too_large(f"a prompt of {len(row.request.prompt_ids)} tokens"))
+            return
+        if is_memory:
+            error = too_large(f"a prompt of {len(row.request.prompt_ids)} tokens")
+        self._leave([row])
+        self._fail(row, error)
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._end(row, "error")
@@ -509,12 +497,6 @@ class Engine:
         self._mean_s += 0.1 * (row.seconds - self._mean_s)
         self.on_end(row)
         row.on_gone()
-
-    def _fail_all(self, error: Exception) -> None:
-        served, self._served = self._served, []
-        self._runner.take_apart(served)
-        for row in served:
-            self._fail(row, error)
 
     def _fit_prefixes(self) -> None:
         """Let remembered prompts go where rows need their memory."""
@@ -530,6 +512,22 @@ def _attempt(what: str, work: Callable[[], object]) -> Exception | None:
         log_failure(what, error)
         return error.with_traceback(None)
     return None
+
+
+def _log_probs(request: GenerationRequest, scores: TokenScores) -> list[TokenLogProb]:
+    """The log-probabilities of a prompt's tokens but the first."""
+    num_top = request.num_logprobs or 0
+    columns = zip(
+        request.prompt_ids[1:],
+        scores.log_probs.tolist(),
+        scores.top_ids[:, :num_top].tolist(),
+        scores.top_log_probs[:, :num_top].tolist(),
+        strict=True,
+    )
+    return [
+        TokenLogProb(token, log_prob, list(zip(ids, values, strict=True)))
+        for token, log_prob, ids, values in columns
+    ]
 
 
 def _tell_routing(rows: Sequence[Row], record: Record) -> None:

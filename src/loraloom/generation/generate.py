@@ -1,21 +1,23 @@
-"""Completions of prompts of several adapters: requests to an engine that nobody else uses."""
+"""Completions of prompts of several adapters, and conversations: requests to an engine."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
+from loraloom.data.messages import Message
 from loraloom.errors import DataError, not_finite
 from loraloom.generation.engine import Engine
-from loraloom.generation.limits import EngineLimits, NotFiniteError
 from loraloom.generation.prompts import Prompt, check_token_ids, encode_prompt, form_for
 from loraloom.generation.sampling import SamplingConfig
-from loraloom.generation.sequence import Event, Failure, GenerationRequest, Row
+from loraloom.generation.scheduler import EngineLimits
+from loraloom.generation.sequence import Event, Failure, GenerationRequest, NotFiniteError, Row
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
 
@@ -90,10 +92,10 @@ def generate_tokens(
     prompt_form: PromptForm | None = None,
 ) -> list[Completion]:
     """Complete prompts as `generate` does, and return tokens too."""
-    encoded, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
+    ids, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
     names = [prompt.adapter for prompt in prompts]
     return complete(
-        host, tokenizer, encoded, names, sampling, continues=continues, batch_size=batch_size
+        host, tokenizer, ids, names, sampling, continues=continues, batch_size=batch_size
     )
 
 
@@ -113,22 +115,48 @@ def complete_in_order(
     All prompts are checked before the first batch. Batches that have been had before can be left
     out; the others are what they would have been.
     """
-    encoded, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
-    places = range(len(prompts))
-    batches = [places[start : start + batch_size] for start in places[num_done::batch_size]]
+    ids, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
+    names = [prompt.adapter for prompt in prompts]
+    starts = range(0, len(prompts), batch_size)[num_done // batch_size :]
     return (
         complete(
             host,
             tokenizer,
-            [encoded[place] for place in batch],
-            [prompts[place].adapter for place in batch],
+            ids[start : start + batch_size],
+            names[start : start + batch_size],
             sampling,
-            continues=[continues[place] for place in batch],
-            keys=batch,
+            continues=continues[start : start + batch_size],
+            keys=range(start, start + batch_size),
             batch_size=batch_size,
         )
-        for batch in batches
+        for start in starts
     )
+
+
+def _encode(
+    host: Host,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    raw: bool,
+    form: PromptForm | None,
+) -> tuple[list[list[int]], list[bool]]:
+    """Encode prompts and check that they leave room; also whether each one's text continues."""
+    encoded = [
+        encode_prompt(tokenizer, prompt, form or form_for(host, prompt.adapter), raw=raw)
+        for prompt in prompts
+    ]
+    length = host.config.max_position_embeddings
+    room = max(length - sampling.max_new_tokens, 0)
+    for prompt, (ids, _) in zip(prompts, encoded, strict=True):
+        if len(ids) > room:
+            raise DataError(
+                f"{prompt.origin}: the prompt must have at most {room} tokens, so that "
+                f"{sampling.max_new_tokens} new ones fit the model's {length}, got {len(ids)}; "
+                "shorten it or lower max_new_tokens"
+            )
+        check_token_ids(ids, host.config.vocab_size, prompt.origin)
+    return [prompt.ids for prompt in encoded], [prompt.continues for prompt in encoded]
 
 
 def complete(
@@ -167,6 +195,7 @@ def complete(
             texts[place] += event.text
 
     rows: dict[int, Row] = {}
+    # the longest first, so that rows of a batch end together
     for place in sorted(range(len(encoded)), key=lambda place: -len(encoded[place])):
         request = GenerationRequest(
             encoded[place],
@@ -180,10 +209,15 @@ def complete(
     num_done = 0
     while not engine.is_idle:
         engine.step()
+        broken = [place for place in failures if isinstance(failures[place], NotFiniteError)]
+        if broken:
+            names = (name_and_scale(adapters[place])[0] for place in sorted(broken))
+            raise not_finite("logits", "NaN", dict.fromkeys(names))
         if failures:
-            raise _first(failures, adapters)
-        if len(rows) - engine.num_open > num_done:
-            num_done = len(rows) - engine.num_open
+            raise next(iter(failures.values()))
+        num_ended = len(rows) - engine.num_running - engine.num_waiting
+        if num_ended > num_done:
+            num_done = num_ended
             on_progress(num_done)
     return [
         Completion(list(ids), rows[place].new_ids, texts[place])
@@ -191,43 +225,99 @@ def complete(
     ]
 
 
-def _first(failures: Mapping[int, Exception], adapters: Sequence[RowAdapter]) -> Exception:
-    """The first error, or one for all adapters whose weights are broken."""
-    broken = [place for place, error in failures.items() if isinstance(error, NotFiniteError)]
-    if not broken:
-        return next(iter(failures.values()))
-    names = (name_and_scale(adapters[place])[0] for place in sorted(broken))
-    return not_finite("logits", "NaN", dict.fromkeys(names))
+@dataclass
+class Turn:
+    """What the user said, and what each model answered."""
+
+    said: str
+    answers: dict[str, str] = field(default_factory=dict)
+
+    def answer_for(self, model: str) -> str:
+        """A model's own answer, or else that of the model that was asked."""
+        return self.answers.get(model) or next(iter(self.answers.values()), "")
 
 
-def _encode(
-    host: Host,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    raw: bool,
-    form: PromptForm | None,
-) -> tuple[list[list[int]], list[bool]]:
-    """Encode prompts and check that they leave room; also whether each one's text continues."""
-    encoded = [
-        encode_prompt(tokenizer, prompt, form or form_for(host, prompt.adapter), raw=raw)
-        for prompt in prompts
-    ]
-    ids = [prompt.ids for prompt in encoded]
-    _check_lengths(host, prompts, ids, sampling.max_new_tokens)
-    return ids, [prompt.continues for prompt in encoded]
+class Conversation:
+    """Turns of a user and of models, one of which is the base model.
 
+    A model that joins later reads the answers of those that were asked before.
+    """
 
-def _check_lengths(
-    host: Host, prompts: Sequence[Prompt], encoded: Sequence[list[int]], max_new_tokens: int
-) -> None:
-    room = host.config.max_position_embeddings - max_new_tokens
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if len(ids) > room:
-            raise DataError(
-                f"{prompt.origin}: the prompt must have at most {max(room, 0)} tokens, so that "
-                f"{max_new_tokens} new ones fit the model's "
-                f"{host.config.max_position_embeddings}, got {len(ids)}; "
-                "shorten it or lower max_new_tokens"
-            )
-        check_token_ids(ids, host.config.vocab_size, prompt.origin)
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        base_name: str = "base",
+        system: str | None = None,
+        *,
+        raw: bool = False,
+    ):
+        self.turns: list[Turn] = []
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._base_name = base_name
+        self._system = system
+        self._raw = raw
+
+    def ask(
+        self, text: str, models: Sequence[str], sampling: SamplingConfig
+    ) -> Iterator[tuple[str, str]]:
+        """Say something to models, and give their answers in pieces, one model after the other.
+
+        They answer together; the pieces of the later ones are kept until it is their turn. An
+        answer whose reader stops early is remembered as far as it was read.
+        """
+        turn = Turn(text)
+        requests = {model: self._request(model, turn, sampling) for model in models}
+        events: dict[str, deque[Event]] = {model: deque() for model in models}
+        rows = []
+        try:
+            for model in models:
+                rows.append(self._engine.submit(requests[model], events[model].append))
+            self.turns.append(turn)
+            for model in models:
+                for piece in self._pieces(events[model]):
+                    turn.answers[model] = turn.answers.get(model, "") + piece
+                    yield model, piece
+        finally:
+            for row in rows:
+                self._engine.cancel(row)
+            while self._engine.step():
+                pass
+
+    def _pieces(self, events: deque[Event]) -> Iterator[str]:
+        """One model's pieces; does the engine's steps while there is none."""
+        while True:
+            while not events:
+                self._engine.step()
+            event = events.popleft()
+            if isinstance(event, Failure):
+                raise event.error
+            yield event.text
+            if event.finish_reason is not None:
+                return
+
+    def _request(self, model: str, turn: Turn, sampling: SamplingConfig) -> GenerationRequest:
+        """What a model reads: all turns, or the last one alone where its prompts have no turns."""
+        adapter = None if model == self._base_name else model
+        form = form_for(self._engine.host, adapter)
+        has_turns = self._tokenizer.chat_template if form is None else not form.is_text
+        content: str | tuple[Message, ...] = turn.said
+        if has_turns and not self._raw:
+            messages: list[Message] = []
+            if self._system is not None:
+                messages.append({"role": "system", "content": self._system})
+            for former in self.turns:
+                messages.append({"role": "user", "content": former.said})
+                messages.append({"role": "assistant", "content": former.answer_for(model)})
+            content = (*messages, {"role": "user", "content": turn.said})
+        prompt = encode_prompt(self._tokenizer, Prompt(content), form, raw=self._raw)
+        room = max(1, self._engine.max_length - len(prompt.ids))
+        shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
+        return GenerationRequest(
+            prompt.ids,
+            adapter,
+            model,
+            sampling.model_copy(update=shortened),
+            continues=prompt.continues,
+        )

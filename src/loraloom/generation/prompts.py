@@ -67,10 +67,20 @@ def encode_prompt(
     Without a form, a text is the user's turn in the tokenizer's chat template where there is one,
     and else is read as it stands. `raw` reads it as it stands in any case.
     """
-    messages = _messages(prompt, form)
+    content, messages = prompt.content, _messages(prompt, form)
     for message in messages:
-        _check_unicode(message["content"], prompt)
-    text = _plain_text(tokenizer, messages, prompt, form, raw=raw)
+        if not is_unicode(message["content"]):
+            raise DataError(
+                f"{prompt.origin}: the prompt must be a text of Unicode, got half a surrogate pair "
+                f"in {shown(message['content'])}; write it in UTF-8"
+            )
+    text = None  # of a prompt that needs no chat template
+    if raw or (form is None and not tokenizer.chat_template):
+        text = content if isinstance(content, str) else None
+    elif form is not None and form.format == "instruction":
+        text = _render_instructions(tokenizer, messages, prompt, form)
+    elif form is not None and form.is_text and len(messages) == 1 and not prompt.tools:
+        text = messages[0]["content"] if messages[0]["role"] == "user" else None
     if text is not None:
         ids = encode_texts(tokenizer, [text])[0]
     else:
@@ -89,29 +99,6 @@ def _messages(prompt: Prompt, form: PromptForm | None) -> list[Message]:
     if form is None or form.system is None or is_given:
         return messages
     return [{"role": "system", "content": form.system}, *messages]
-
-
-def _plain_text(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    prompt: Prompt,
-    form: PromptForm | None,
-    *,
-    raw: bool,
-) -> str | None:
-    """The text of a prompt that needs no chat template; None where it needs one.
-
-    A conversation of several turns has no form as a text, unless it consists of instructions.
-    """
-    content = prompt.content
-    if raw or (form is None and not tokenizer.chat_template):
-        return content if isinstance(content, str) else None
-    if form is not None and form.format == "instruction":
-        return _render_instructions(tokenizer, messages, prompt, form)
-    if form is not None and form.is_text:
-        is_text = len(messages) == 1 and messages[0]["role"] == "user" and not prompt.tools
-        return messages[0]["content"] if is_text else None
-    return None
 
 
 def _render_instructions(
@@ -165,14 +152,6 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:
         raise DataError(
             f"{origin}: the text must have tokens of the model, whose ids are below {vocab_size}, "
             f"got {largest}; leave the special token of this id out"
-        )
-
-
-def _check_unicode(text: str, prompt: Prompt) -> None:
-    if not is_unicode(text):
-        raise DataError(
-            f"{prompt.origin}: the prompt must be a text of Unicode, got half a surrogate pair in "
-            f"{shown(text)}; write it in UTF-8"
         )
 
 

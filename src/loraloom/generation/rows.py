@@ -18,7 +18,7 @@ branches, whose labels are scored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -72,7 +72,7 @@ class RowBatch:
 
 
 def owners(rows: Sequence[TokenRow], adapters: Sequence[RowAdapter]) -> list[RowAdapter]:
-    """Give the adapter of each scored token, row after row."""
+    """The adapter of each scored token, row after row."""
     return [adapter for row, adapter in zip(rows, adapters, strict=True) for _ in row.targets]
 
 
@@ -149,7 +149,11 @@ def collate(
 ) -> RowBatch:
     """Pad rows to the longest."""
     length = max(len(row.input_ids) for row in rows)
-    branches = _padded([row.branches for row in rows], length, _PADDING)
+
+    def padded(lists: Iterable[list[int]], fill: int) -> Tensor:
+        return torch.tensor([one + [fill] * (length - len(one)) for one in lists])
+
+    branches = padded((row.branches for row in rows), _PADDING)
     token_mask = mask = (branches != _PADDING).long()
     if any(len(set(row.branches)) > 2 for row in rows):
         mask = _branching_mask(branches, dtype)
@@ -158,17 +162,13 @@ def collate(
     ]
     targets = [target for row in rows for target in row.targets]
     return RowBatch(
-        input_ids=_padded([row.input_ids for row in rows], length, pad_id).to(device),
-        position_ids=_padded([row.position_ids for row in rows], length, 0).to(device),
+        input_ids=padded((row.input_ids for row in rows), pad_id).to(device),
+        position_ids=padded((row.position_ids for row in rows), 0).to(device),
         attention_mask=mask,
         token_mask=token_mask,
         predictors=torch.tensor(predictors, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
     )
-
-
-def _padded(rows: Sequence[list[int]], length: int, fill: int) -> Tensor:
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
 
 def _branching_mask(branches: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,28 +1,93 @@
 """Forward passes: prompts are read, each alone, and rows are decoded together.
 
-A prompt is read alone, so what a row says does not depend on the rows beside it.
+A prompt is read alone, so what a row says does not depend on the rows beside it. Keys and values of
+prompts are kept in blocks, for those that begin alike.
+
+Axes: L tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+import hashlib
+from collections import OrderedDict
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from itertools import count, takewhile
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from loraloom.adapters.adapter import Adapter
-from loraloom.generation.cache import PrefixCache, Salts
-from loraloom.generation.failures import log_failure
-from loraloom.generation.limits import PromptCache
-from loraloom.generation.sequence import Row
+from loraloom.generation.scheduler import PromptCache
+from loraloom.generation.sequence import Row, log_failure
 from loraloom.models.decoding import Decoding
 from loraloom.models.families import keeps_running_states
 from loraloom.models.forward import PreparedWeights, Record
 from loraloom.models.host import Host
-from loraloom.models.layout import RowAdapter
+from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import choices_by_token
 
 MAX_PREPARED = 32
 """Most adapters, each in each scale, whose weights are kept in compute form."""
+BLOCK_TOKENS = 16
+"""Tokens of a block."""
+
+
+class PrefixCache:
+    """Blocks of states, the least recently used of which go first.
+
+    A block is found by its tokens, by all tokens before them and by a salt that says whose weights
+    computed the states, so that no adapter meets another's. It is used later than all that go on
+    from it, so that a block is never held without those before it.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._blocks) * BLOCK_TOKENS
+
+    def find(self, salt: Hashable, tokens: Sequence[int]) -> Tensor | None:
+        """Return the states of as many first tokens as are known, [layers, 2, heads, L, head_dim].
+
+        The last token is left out in any case: reading it gives the next one's logits.
+        """
+        keys = [key for key, _ in _keys(salt, tokens[:-1])]
+        found = list(takewhile(self._blocks.__contains__, keys))
+        self._use(found)
+        return torch.cat([self._blocks[key] for key in found], dim=3) if found else None
+
+    def remember(
+        self, session: Decoding, place: int, salt: Hashable, tokens: Sequence[int]
+    ) -> None:
+        """Hold the states of a row's whole blocks that are not held."""
+        starts = dict(_keys(salt, tokens))
+        missing = [key for key in starts if key not in self._blocks]
+        if not missing:
+            return
+        states = session.states(place, starts[missing[0]], starts[missing[-1]] + BLOCK_TOKENS)
+        for key, block in zip(missing, states.split(BLOCK_TOKENS, dim=3), strict=True):
+            self._blocks[key] = block.clone()
+        self._use([*starts])
+
+    def shrink(self, max_tokens: int) -> None:
+        """Let blocks go until at most `max_tokens` are held."""
+        while self._blocks and self.num_tokens > max_tokens:
+            self._blocks.popitem(last=False)
+
+    def _use(self, keys: Sequence[bytes]) -> None:
+        for key in reversed(keys):  # the first block is the last to go
+            self._blocks.move_to_end(key)
+
+
+def _keys(salt: Hashable, tokens: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+    """The key of each whole block, and its first token's place."""
+    digest = hashlib.blake2b(repr(salt).encode(), digest_size=16).digest()
+    for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        block = ",".join(map(str, tokens[start : start + BLOCK_TOKENS]))
+        digest = hashlib.blake2b(digest + block.encode(), digest_size=16).digest()
+        yield digest, start
 
 
 class Runner:
@@ -38,7 +103,9 @@ class Runner:
         self._prompt_cache = "off" if keeps_running_states(host.config) else prompt_cache
         self._prepared = PreparedWeights()
         self._prepared_for: set[RowAdapter] = set()
-        self._salts = Salts(host, self.forget)
+        self._serials: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
+        self._versions: WeakKeyDictionary[Adapter, int] = WeakKeyDictionary()
+        self._next_serial = count()
 
     def forget(self, adapter: Adapter) -> None:
         """Let what was made of an adapter's weights go."""
@@ -88,6 +155,7 @@ class Runner:
         kept = [place for place, row in enumerate(self.rows) if row not in leaving]
         if len(kept) == len(self.rows):
             return
+        # moving the last rows alone keeps the copies of caches few
         staying, last = set(kept), [place for place in kept if place >= len(kept)]
         places = [place if place in staying else last.pop() for place in range(len(kept))]
         self.rows = [self.rows[place] for place in places]
@@ -121,9 +189,20 @@ class Runner:
                 session.prepared = self._prepared
 
     def _salt_of(self, row: Row) -> Hashable:
-        """What tells those apart who may not use one another's prompts."""
+        """What tells those apart who may not use one another's prompts: customers, weights."""
         tenant = row.share.tenant if self._prompt_cache == "own" else None
-        return tenant, self._salts.of(row.request.adapter)
+        name, scale = name_and_scale(row.request.adapter)
+        if name is None:
+            return tenant, None
+        adapter = self._host.adapter(name)
+        # an optimizer's step, or anything else that changes weights in place, counts them up
+        version = sum(parameter._version for parameter in adapter.parameters())
+        if self._versions.setdefault(adapter, version) != version:
+            self._versions[adapter] = version
+            self.forget(adapter)
+        if adapter not in self._serials:
+            self._serials[adapter] = next(self._next_serial)
+        return tenant, self._serials[adapter], version, scale
 
     def _remember(self, session: Decoding, place: int, row: Row) -> None:
         if self._prompt_cache == "off" or self._salt_of(row) != row.salt:  # weights have changed

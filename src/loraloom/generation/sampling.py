@@ -1,4 +1,4 @@
-"""How the next token is chosen, and which tokens end a completion.
+"""How the next token is chosen, what ends a completion, and its text as it comes.
 
 Axes: V vocabulary.
 
@@ -9,7 +9,7 @@ not depend on the prompts beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, field_validator
@@ -25,18 +25,13 @@ from transformers import (
 
 from loraloom.config.faults import checked
 from loraloom.config.fields import CheckInfo, StrictModel
-from loraloom.errors import shown
-from loraloom.generation.prompts import is_unicode
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 
+MIN_TEMPERATURE = 0.001
 _ALL: dict[str | None, float] = {"top_k": 0, "top_p": 1.0}
 """Draw from all tokens."""
-
-
-MIN_TEMPERATURE = 0.001
-MAX_STOP = 10_000
-"""Characters of a stop text."""
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class SamplingConfig(StrictModel):
@@ -54,7 +49,7 @@ class SamplingConfig(StrictModel):
     """Divide the logit of a token that was there before, in the prompt too (multiply, if < 0)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the random draws."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts at whose first appearance a completion ends; they are not part of it."""
 
     @field_validator("temperature")
@@ -77,22 +72,8 @@ class SamplingConfig(StrictModel):
             )
         return value
 
-    @field_validator("stop")
-    @classmethod
-    def _check_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
-        if "" in stop:
-            raise ValueError("stop must not hold an empty text")
-        for text in stop:
-            if len(text) > MAX_STOP or not is_unicode(text):
-                raise ValueError(
-                    f"stop must hold texts of at most {MAX_STOP} characters of Unicode, got "
-                    f"{shown(text)}"
-                )
-        return stop
-
 
 def parse_sampling(**settings: Any) -> SamplingConfig:
-    """Check settings of `SamplingConfig`."""
     return checked(SamplingConfig, settings)
 
 
@@ -121,8 +102,8 @@ class TokenChooser:
             The Gumbel-max trick: argmax(logits - log(e)), e ~ Exp(1), is a draw from
             softmax(logits).
         """
-        said = torch.tensor([input_ids], dtype=torch.long, device=logits.device)
-        scores = self._processors(said, logits.float().unsqueeze(0))  # pyright: ignore[reportArgumentType]
+        before = torch.tensor([input_ids], dtype=torch.long, device=logits.device)
+        scores = self._processors(before, logits.float().unsqueeze(0))  # pyright: ignore[reportArgumentType]
         if self._generator is not None:
             draws = torch.empty_like(scores).exponential_(generator=self._generator)
             scores = scores - draws.clamp_min_(torch.finfo(draws.dtype).tiny).log_()
@@ -134,3 +115,74 @@ def end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = host.model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+
+
+class TextStream:
+    """The text of one completion, up to a stop text; it goes on behind the tokens `before`.
+
+    What `push` returns is settled: no later token changes it, and no stop text begins in it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        before: Sequence[int] = (),
+    ):
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        added = tokenizer.added_tokens_decoder.values() if stop else ()
+        special = [str(one) for one in added if one.special]
+        self._hidden = [text for text in stop if any(text in one or one in text for one in special)]
+        """Stop texts that have special tokens in them, which the text leaves out."""
+        self._ids, self._num_before = [*before], len(before)
+        self._pending = ""
+        # Tokens before `_known` are in the text. Some in front of them are decoded again with what
+        # follows, as spaces and characters of several bytes depend on their neighbours.
+        self._start, self._known = 0, len(before)
+        self._known_text = self._decode().rstrip(_INCOMPLETE) if before else ""
+
+    def push(self, token: int) -> str:
+        """Add a token, and return the text that is settled by it."""
+        self._ids.append(token)
+        if self._hidden and self._ends_hidden():
+            settled, self.stopped = self.finish(), True
+            return settled
+        decoded = self._decode()
+        if decoded.endswith(_INCOMPLETE) or len(decoded) <= len(self._known_text):
+            return ""
+        fresh = decoded[len(self._known_text) :]
+        self._start, self._known = self._known, len(self._ids)
+        self._known_text = self._decode()
+        return self._settle(fresh, is_last=False)
+
+    def finish(self) -> str:
+        """Return what is left when no token follows."""
+        return self._settle(self._decode()[len(self._known_text) :], is_last=True)
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=True))
+
+    def _ends_hidden(self) -> bool:
+        # a token has a byte at least, so no stop text has more tokens than bytes
+        window = max(len(text.encode()) for text in self._hidden)
+        tail = str(self._tokenizer.decode(self._ids[self._num_before :][-window:]))
+        return any(text in tail for text in self._hidden)
+
+    def _settle(self, fresh: str, *, is_last: bool) -> str:
+        if self.stopped:
+            return ""
+        pending = self._pending + fresh
+        cuts = [place for place in map(pending.find, self._stop) if place >= 0]
+        self.stopped = bool(cuts)
+        place = min(cuts) if cuts else len(pending) - (0 if is_last else self._num_begun(pending))
+        self._pending = pending[place:]
+        return pending[:place]
+
+    def _num_begun(self, text: str) -> int:
+        """Count the characters at the text's end that a stop text may begin with."""
+        longest = max(map(len, self._stop), default=1) - 1
+        sizes = range(min(longest, len(text)), 0, -1)
+        begins = (n for n in sizes if any(stop.startswith(text[-n:]) for stop in self._stop))
+        return next(begins, 0)

@@ -1,4 +1,4 @@
-"""Who is served next, and who waits again when there is no room for all.
+"""What an engine may use, who is served next, and who waits again when there is no room for all.
 
 Customers (their API keys) share the computed tokens evenly, and so do the adapters of a customer.
 Within an adapter, requests are served in the order in which they came. Rows that run give way to
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from loraloom.generation.sequence import Row, Share
 
@@ -17,6 +19,30 @@ _ROOM = 16
 """Tokens that a row must have room for when it joins others, so that it isn't sent back at once."""
 _QUANTUM = 64
 """Tokens that one may be ahead of another who has as good as many rows."""
+
+PromptCache = Literal["own", "shared", "off"]
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine may use.
+
+    Args:
+        max_rows: Most completions at once.
+        cache_tokens: Size of the key-value cache: rows times tokens of the longest.
+        prefill_tokens: Most tokens of prompts that are read between two decoding steps.
+        max_waiting: Most requests that wait.
+        max_request_s: Seconds after which a request fails, waiting included.
+        prompt_cache: Who may use what is kept of a prompt: whoever sent it, or all; then the time
+            to the first token says what others have sent. With `off`, nothing is kept.
+    """
+
+    max_rows: int = 32
+    cache_tokens: int = 32768
+    prefill_tokens: int = 256
+    max_waiting: int = 256
+    max_request_s: float = 600.0
+    prompt_cache: PromptCache = "own"
 
 
 class Scheduler:
@@ -35,11 +61,9 @@ class Scheduler:
         self._suspects: set[str | None] = set()
 
     def __len__(self) -> int:
-        """Requests that wait."""
         return sum(map(len, self._waiting.values()))
 
     def __iter__(self) -> Iterator[Row]:
-        """Go through the requests that wait."""
         for queue in self._waiting.values():
             yield from queue
 
@@ -51,7 +75,7 @@ class Scheduler:
         self._waiting.setdefault(row.share, deque()).append(row)
 
     def _enter(self, newcomer: str | Share, busy: Sequence[str | Share]) -> None:
-        """Who comes back after a while has no claim to what it did not use meanwhile."""
+        # who comes back after a while has no claim to what it did not use meanwhile
         if busy and newcomer not in busy:
             least = min(self._used[other] for other in busy)
             self._used[newcomer] = max(self._used[newcomer], least)
@@ -70,7 +94,6 @@ class Scheduler:
         return self._used[share.tenant], self._used[share]
 
     def remove(self, row: Row) -> None:
-        """Forget a request that waits."""
         self._waiting[row.share].remove(row)
         if not self._waiting[row.share]:
             del self._waiting[row.share]
@@ -135,8 +158,7 @@ class Scheduler:
     def _may_join(self, row: Row, served: Sequence[Row]) -> bool:
         if not served:
             return True
-        adapters = {other.request.adapter_name for other in served}
-        own = row.request.adapter_name
+        adapters, own = {other.request.adapter_name for other in served}, row.request.adapter_name
         if self._suspects & {*adapters, own} and adapters != {own}:
             return False
         return self.cached_tokens([*served, row], added=_ROOM) <= self.max_tokens

@@ -9,24 +9,25 @@ tokens, and done in halves where memory runs out.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from loraloom.data.examples import Example
 from loraloom.data.tokenising import TokenPair
-from loraloom.generation.halving import in_halves
+from loraloom.errors import DataError
 from loraloom.generation.rows import TokenRow, collate, example_row, make_rows, owners
 from loraloom.models.families import keeps_running_states
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import LayerRouting
 
-_TOKENS_PER_BATCH = {"cpu": 1024}
-_TOKENS_PER_BATCH_ELSEWHERE = 16384
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 Request = tuple[RowAdapter, TokenRow]
 """A row's adapter, and what it is to score."""
@@ -63,9 +64,41 @@ class RoutedRows(NamedTuple):
 OnRouting = Callable[[RoutedRows], None]
 
 
+def free_memory() -> None:
+    """Give back what is not used; the error that said so must be gone, it holds activations."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def too_large(item: str) -> DataError:
+    """The error of what does not fit into memory by itself."""
+    return DataError(
+        f"{item} must fit into memory, it doesn't, even alone; free memory on the device, or load "
+        "the base model in bfloat16"
+    )
+
+
+def in_halves(
+    compute: Callable[[Sequence[_Item]], list[_Result]],
+    items: Sequence[_Item],
+    describe: Callable[[_Item], str],
+) -> list[_Result]:
+    """Compute items together, or in halves, and halves of these, where memory runs out."""
+    try:
+        return compute(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise too_large(describe(items[0])) from None
+    free_memory()
+    middle = (len(items) + 1) // 2
+    halves = (items[:middle], items[middle:])
+    return [result for half in halves for result in in_halves(compute, half, describe)]
+
+
 def tokens_per_batch(host: Host) -> int:
     """Tokens of a batch, padding included: 1,024 on a CPU, 16,384 elsewhere."""
-    return _TOKENS_PER_BATCH.get(host.device.type, _TOKENS_PER_BATCH_ELSEWHERE)
+    return 1024 if host.device.type == "cpu" else 16384
 
 
 def token_batches(groups: Sequence[Group], max_tokens: int) -> Iterator[list[int]]:
@@ -92,13 +125,8 @@ def score_rows(
     num_top: int = 0,
 ) -> list[TokenScores]:
     """Score rows, each with its adapter, without dropout and gradients."""
-    nothing = TokenScores(
-        torch.zeros(0, dtype=torch.float64),
-        torch.zeros(0, dtype=torch.bool),
-        torch.zeros(0, num_top, dtype=torch.float64),
-        torch.zeros(0, num_top, dtype=torch.long),
-    )
-    scores = [nothing] * len(requests)
+    nothing = torch.zeros(0, 2 + 2 * num_top, dtype=torch.float64)
+    scores = [_scores_of(nothing, num_top)] * len(requests)
     scored = [place for place, (_, row) in enumerate(requests) if row.targets]
     groups = [requests[place][1:] for place in scored]
     order = {name: number for number, (name, _) in enumerate(requests)}
@@ -108,13 +136,12 @@ def score_rows(
         for batch in token_batches(groups, max_tokens or tokens_per_batch(host))
     ]
 
+    def describe(place: int) -> str:
+        return f"a row of {len(requests[place][1].input_ids)} tokens to be scored"
+
     def score(places: Sequence[int]) -> list[tuple[Tensor, ...]]:
         forward = partial(_forward, host, requests, on_routing=on_routing, num_top=num_top)
-        return in_halves(
-            forward,
-            places,
-            lambda place: f"a row of {len(requests[place][1].input_ids)} tokens to be scored",
-        )
+        return [tuple(scores) for scores in in_halves(forward, places, describe)]
 
     with torch.no_grad(), host.prepared():
         for places, results in zip(batches, host.ranks.spread(batches, score), strict=True):
@@ -129,8 +156,8 @@ def _forward(
     places: Sequence[int],
     on_routing: OnRouting | None,
     num_top: int,
-) -> list[tuple[Tensor, ...]]:
-    """Score the requests at some places in one forward; gives the fields of their scores."""
+) -> list[TokenScores]:
+    """Score the requests at some places in one forward."""
     rows = [requests[place][1] for place in places]
     batch = collate(rows, host.dtype, host.device)
     adapters = [requests[place][0] for place in places]
@@ -145,10 +172,9 @@ def _forward(
     states = batch.predicting_states(output.last_hidden_state)
     heads = owners(rows, adapters)
     log_probs, is_top, *tops = host.token_scores(states, batch.targets, heads, num_top)
-    counts = [len(row.targets) for row in rows]
     columns = (log_probs[:, None], is_top[:, None], *tops)
     read = torch.cat([column.double() for column in columns], dim=1).cpu()  # at once
-    scores = [_scores_of(rows, num_top) for rows in read.split(counts)]
+    scores = [_scores_of(rows, num_top) for rows in read.split([len(row.targets) for row in rows])]
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():
             routed = [place for place in places if requests[place][0] == name]
@@ -156,10 +182,12 @@ def _forward(
     return scores
 
 
-def _scores_of(read: Tensor, num_top: int) -> tuple[Tensor, ...]:
+def _scores_of(read: Tensor, num_top: int) -> TokenScores:
     """Cut the fields of a row's scores apart, [N, 2 + 2K]."""
     log_probs, is_top, top_log_probs, top_ids = read.split([1, 1, num_top, num_top], dim=1)
-    return log_probs.squeeze(1), is_top.squeeze(1).bool(), top_log_probs, top_ids.long()
+    return TokenScores(
+        log_probs.squeeze(1), is_top.squeeze(1).bool(), top_log_probs, top_ids.long()
+    )
 
 
 def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) -> list[Tensor]:

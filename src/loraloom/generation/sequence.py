@@ -5,8 +5,9 @@ Axes: V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -16,15 +17,37 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokenising import NUM_BEFORE
-from loraloom.generation.sampling import SamplingConfig, TokenChooser
-from loraloom.generation.scoring import TokenScores
-from loraloom.generation.text import TextStream
+from loraloom.errors import AdapterError, LoraloomError
+from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
 from loraloom.models.decoding import Decoding
 from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
 
+_log = logging.getLogger(__name__)
+
 FinishReason = Literal["stop", "length"]
 """An end token or a stop text came, or there is no room for more tokens."""
+
+
+class RequestError(LoraloomError):
+    """A request is refused, or ends without a result; `code` says why to programs."""
+
+    def __init__(
+        self,
+        message: str = "",
+        code: str | None = None,
+        *,
+        param: str | None = None,
+        retry_after_s: int = 0,
+    ):
+        super().__init__(message)
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class NotFiniteError(AdapterError):
+    """An adapter's weights, or the base model's, have become infinite or NaN."""
 
 
 class Share(NamedTuple):
@@ -49,23 +72,18 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One completion to make.
+    """A completion to make, or a prompt to score.
 
     Args:
-        prompt_ids: Tokens to continue, at least one.
         adapter: Its name on the host, perhaps with a scale; None is the base model.
-        owner: Under which name it is counted: the model's public name.
-        sampling: How tokens are chosen.
-        place: Which of several completions of the prompt; draws follow from it and the seed, as
-            they do from a prompt's place in `generate`.
+        owner: The model's public name, under which it is counted.
+        place: Which of several completions of the prompt; draws follow from it and the seed.
         num_logprobs: Most likely tokens to tell with each token; None tells no log-probabilities.
-        presence_penalty: Taken off the logits of tokens that were generated before.
-        frequency_penalty: Taken off for each time that they were.
-        logit_bias: Added to the logits of tokens.
         ignore_end: End tokens end nothing.
         constraint: What tokens may follow; it belongs to this request alone.
         tells_routing: Tell which experts read each token.
         continues: The text goes on where the prompt's ends, with the space between them.
+        scores_prompt: Generate nothing; tell the log-probabilities of the prompt's own tokens.
         tenant: Who asks, such as an API key; others share neither its turn nor its prompts.
         arrived_s: When it came, by the monotonic clock.
     """
@@ -83,47 +101,24 @@ class GenerationRequest:
     constraint: Constraint | None = None
     tells_routing: bool = False
     continues: bool = False
+    scores_prompt: bool = False
     tenant: str = ""
     arrived_s: float = field(default_factory=time.monotonic)
 
     @property
     def adapter_name(self) -> str | None:
-        """The adapter's name on the host."""
         return name_and_scale(self.adapter)[0]
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the most likely token is taken, whatever was said."""
-        penalised = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        """Whether the most likely token is taken, whatever came before."""
         repetition = self.sampling.repetition_penalty != 1
-        drawn = self.sampling.temperature > 0
-        return not (penalised or repetition or drawn or self.constraint)
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Tokens whose log-probabilities are asked for; the first one has none.
-
-    Args:
-        tokens: At least one.
-        adapter: As in `GenerationRequest`.
-        owner: As there.
-        num_top: Most likely tokens to tell with each.
-        tenant: As there.
-        arrived_s: As there.
-    """
-
-    tokens: Sequence[int]
-    adapter: RowAdapter
-    owner: str
-    num_top: int = 0
-    tenant: str = ""
-    arrived_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def adapter_name(self) -> str | None:
-        """The adapter's name on the host."""
-        return name_and_scale(self.adapter)[0]
+        is_drawn = self.sampling.temperature > 0
+        return not (self.has_penalties or repetition or is_drawn or self.constraint)
 
 
 class TokenLogProb(NamedTuple):
@@ -148,7 +143,6 @@ class Piece:
     Args:
         text: Text that is settled now.
         num_tokens: Tokens that were generated, the end token included.
-        log_probs: Of these tokens, where they are asked for.
         finish_reason: Why it ended, in the last piece.
         routing: Of the tokens that were read meanwhile, where it is asked for. A token is read
             after it was told, so that these are older ones; the last one is never read.
@@ -183,32 +177,6 @@ OnGone = Callable[[], object]
 """Told once that the engine has let a request go, and uses its adapter no more."""
 
 
-class Score:
-    """A request for log-probabilities under way."""
-
-    def __init__(self, request: ScoreRequest, sink: Sink, on_gone: OnGone):
-        self.request = request
-        self.sink = sink
-        self.on_gone = on_gone
-        self.share = Share(request.tenant, request.owner)
-        self.is_cancelled = False
-
-    def tell(self, scores: TokenScores) -> None:
-        """Tell the log-probabilities that were computed."""
-        columns = zip(
-            self.request.tokens[1:],
-            scores.log_probs.tolist(),
-            scores.top_ids[:, : self.request.num_top].tolist(),
-            scores.top_log_probs.tolist(),
-            strict=True,
-        )
-        entries = [
-            TokenLogProb(token, log_prob, list(zip(ids, values, strict=False)))
-            for token, log_prob, ids, values in columns
-        ]
-        self.sink(Piece("", 0, entries, "length"))
-
-
 class Row:
     """A request under way."""
 
@@ -224,6 +192,7 @@ class Row:
         self.request = request
         self.sink = sink
         self.on_gone = on_gone
+        self.owner = request.owner
         self.share = Share(request.tenant, request.owner)
         self.new_ids: list[int] = []
         self.first_token_s: float | None = None
@@ -246,25 +215,16 @@ class Row:
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
         self._chooser = TokenChooser(request.sampling, request.place, device)
         self._counts: Counter[int] = Counter()
-        self._unsaid: list[TokenLogProb] = []
-        self._num_unsaid = 0
+        self._untold = Piece("", 0)
         self._last_text = ""
         self._num_routed = 0
-        self._untold_routing: list[TokenRouting] = []
-
-    @property
-    def owner(self) -> str:
-        """Under which name it is counted."""
-        return self.request.owner
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
         return len(self.request.prompt_ids) + len(self.new_ids)
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens so far."""
         return [*self.request.prompt_ids, *self.new_ids]
 
     def choose(self, logits: Tensor, most_likely: int) -> int:
@@ -283,25 +243,25 @@ class Row:
             self.first_token_s = time.monotonic()
         self.new_ids.append(token)
         self._counts[token] += 1
-        self._num_unsaid += 1
+        piece = self._untold
+        piece.num_tokens += 1
         if self.request.num_logprobs is not None:
-            self._unsaid.append(log_prob_of(token, logits, self.request.num_logprobs))
-        text = self._last_text = "" if token in self._ends else self._text.push(token)
+            piece.log_probs.append(log_prob_of(token, logits, self.request.num_logprobs))
+        piece.text = self._last_text = "" if token in self._ends else self._text.push(token)
         reason = self._finish_reason(token)
         if reason is not None:
-            text += self._text.finish()
-            reason = "stop" if self._text.stopped else reason
-        if text or reason:
-            self.sink(Piece(text, self._num_unsaid, self._unsaid, reason, self._untold_routing))
-            self._unsaid, self._num_unsaid, self._untold_routing = [], 0, []
+            piece.text += self._text.finish()
+            reason = piece.finish_reason = "stop" if self._text.stopped else reason
+        if piece.text or reason:
+            self._untold = Piece("", 0)
+            self.sink(piece)
         return reason
 
     def was_read(self, choices: list[RouterChoice]) -> None:
         """Note what routers did when they read the token that was chosen last, the first time."""
-        if self._num_routed == len(self.new_ids):
-            return
-        self._num_routed = len(self.new_ids)
-        self._untold_routing.append(TokenRouting(self._last_text, choices))
+        if self._num_routed < len(self.new_ids):
+            self._num_routed = len(self.new_ids)
+            self._untold.routing.append(TokenRouting(self._last_text, choices))
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         constraint = self.request.constraint
@@ -312,17 +272,13 @@ class Row:
 
     def _penalised(self, logits: Tensor) -> Tensor:
         request = self.request
-        if not (request.presence_penalty or request.frequency_penalty or request.logit_bias):
+        if not request.has_penalties:
             return logits
-        penalties = {
-            token: -request.presence_penalty - request.frequency_penalty * count
-            for token, count in self._counts.items()
-        }
-        for token, bias in request.logit_bias.items():
-            penalties[token] = penalties.get(token, 0.0) + bias
+        penalties = defaultdict(float, request.logit_bias)
+        for token, count in self._counts.items():
+            penalties[token] -= request.presence_penalty + request.frequency_penalty * count
         index = torch.tensor(list(penalties), dtype=torch.long, device=logits.device)
-        added = logits.new_tensor(list(penalties.values()))
-        return logits.index_add(0, index, added)
+        return logits.index_add(0, index, logits.new_tensor(list(penalties.values())))
 
 
 def log_prob_of(token: int, logits: Tensor, num_top: int) -> TokenLogProb:
@@ -331,3 +287,9 @@ def log_prob_of(token: int, logits: Tensor, num_top: int) -> TokenLogProb:
     values, ids = log_probs.topk(min(num_top, len(log_probs)))
     top = list(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogProb(token, float(log_probs[token]), top)
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """Keep the traceback of an error in the log, unless it is an answer, or tried again."""
+    is_expected = isinstance(error, (LoraloomError, torch.OutOfMemoryError))
+    _log.log(logging.INFO if is_expected else logging.ERROR, what, exc_info=error)

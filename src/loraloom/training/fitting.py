@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from loraloom.errors import ConfigError, TrainingError
-from loraloom.generation.halving import free_memory
+from loraloom.generation.scoring import free_memory
 from loraloom.models.host import Host
 from loraloom.training.job import Job
 from loraloom.training.memory import MemoryWatch

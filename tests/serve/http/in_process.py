@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from loraloom.generation.engine import Engine
-from loraloom.generation.limits import EngineLimits
+from loraloom.generation.scheduler import EngineLimits
 from loraloom.models.host import Host
 from loraloom.serve.adapters import AdapterShelf
 from loraloom.serve.http.app import ApiOptions, create_app

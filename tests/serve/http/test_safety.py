@@ -16,7 +16,6 @@ import openai
 import pytest
 
 from loraloom.errors import ConfigError, DataError
-from loraloom.generation.limits import QueueFullError
 from loraloom.serve.access import is_loopback, read_keys
 from loraloom.serve.http.app import ApiOptions
 from loraloom.serve.http.asking import Backend
@@ -288,7 +287,7 @@ def test_loading_and_foreign_pages_are_off_by_default(host, tokenizer):
 
 def test_a_full_queue_answers_when_to_come_back(http, served, monkeypatch):
     def full(*_, **__):
-        raise QueueFullError("so many wait", 7)
+        raise RequestError("so many wait", "queue_full", retry_after_s=7)
 
     monkeypatch.setattr(served[1], "submit", full)
     response = post(http, CHAT)

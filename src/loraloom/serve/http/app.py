@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 import loraloom
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
-from loraloom.generation.failures import log_failure
+from loraloom.generation.sequence import log_failure
 from loraloom.serve.access import find_below
 from loraloom.serve.adapters import AdapterShelf
 from loraloom.serve.http.asking import Backend, now

@@ -23,8 +23,6 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.tokenising import text_of_token
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
-from loraloom.generation.failures import log_failure
-from loraloom.generation.limits import OutOfTimeError
 from loraloom.generation.sampling import end_tokens, parse_sampling
 from loraloom.generation.sequence import (
     Constraint,
@@ -32,10 +30,10 @@ from loraloom.generation.sequence import (
     Failure,
     GenerationRequest,
     Piece,
+    RequestError,
     Row,
-    Score,
-    ScoreRequest,
     TokenRouting,
+    log_failure,
 )
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
@@ -130,7 +128,8 @@ class Backend:
                 self.shelf.abandon(loading)
         if gone in done:
             raise ClientGoneError
-        raise OutOfTimeError(f"the model {shown(name)} must be loaded in {limit_s:g} seconds")
+        late = f"the model {shown(name)} must be loaded in {limit_s:g} seconds"
+        raise RequestError(late, "timeout")
 
     def release(self, model: ServedModel) -> None:
         """End using a model."""
@@ -255,7 +254,7 @@ class Answers:
         self,
         backend: Backend,
         model: ServedModel,
-        requests: Sequence[GenerationRequest | ScoreRequest],
+        requests: Sequence[GenerationRequest],
         gone: asyncio.Task[None],
         http: Request,
         *,
@@ -267,16 +266,14 @@ class Answers:
         self._state = http.state
         self._state.num_new = 0
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._rows: list[Row | Score] = []
+        self._rows: list[Row] = []
         release = partial(backend.release, model)
         if model.served is not None:
             backend.shelf.share(model.served, len(requests))
         try:
             for index, request in enumerate(requests):
                 sink = partial(self._tell, index, None if in_pieces else Piece("", 0))
-                is_score = isinstance(request, ScoreRequest)
-                submit: Any = self._engine.score if is_score else self._engine.submit
-                self._rows.append(submit(request, sink, release, is_accepted=True))
+                self._rows.append(self._engine.submit(request, sink, release, is_accepted=True))
         except Exception:
             self.close()
             for _ in requests[len(self._rows) :]:
@@ -320,7 +317,7 @@ class Answers:
 async def ask(
     backend: Backend,
     model: str,
-    make_requests: Callable[[ServedModel], Sequence[GenerationRequest | ScoreRequest]],
+    make_requests: Callable[[ServedModel], Sequence[GenerationRequest]],
     http: Request,
     *,
     in_pieces: bool,

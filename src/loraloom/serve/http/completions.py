@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response
 
 from loraloom.data.tokenising import encode_texts
 from loraloom.errors import DataError
-from loraloom.generation.sequence import GenerationRequest, Piece, ScoreRequest, TokenLogProb
+from loraloom.generation.sampling import SamplingConfig
+from loraloom.generation.sequence import GenerationRequest, Piece, TokenLogProb
 from loraloom.serve.http.asking import (
     Answers,
     Backend,
@@ -38,7 +39,7 @@ async def complete_texts(backend: Backend, body: CompletionBody, http: Request) 
     prompts = await run_in_threadpool(_encode, backend, body)
     num_prompt = http.state.num_prompt = sum(map(len, prompts))
 
-    def make_requests(model: ServedModel) -> list[GenerationRequest | ScoreRequest]:
+    def make_requests(model: ServedModel) -> list[GenerationRequest]:
         return [
             request
             for prompt_ids in prompts
@@ -79,15 +80,24 @@ def _encode(backend: Backend, body: CompletionBody) -> list[list[int]]:
 
 def _requests(
     backend: Backend, body: CompletionBody, model: ServedModel, prompt_ids: list[int]
-) -> list[GenerationRequest | ScoreRequest]:
+) -> list[GenerationRequest]:
     """The completions of a prompt and, behind them, its own log-probabilities if wanted."""
-    requests: list[GenerationRequest | ScoreRequest] = []
+    requests: list[GenerationRequest] = []
     if body.max_tokens != 0:
         requests += backend.requests(
             body, model, prompt_ids, body.max_tokens, body.logprobs, continues=True
         )
     if body.echo and body.logprobs is not None:
-        requests.append(ScoreRequest(prompt_ids, model.adapter, model.owner, body.logprobs))
+        requests.append(
+            GenerationRequest(
+                prompt_ids,
+                model.adapter,
+                model.owner,
+                SamplingConfig(),
+                num_logprobs=body.logprobs,
+                scores_prompt=True,
+            )
+        )
     return requests
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from loraloom.errors import FormatError, LoraloomError, plain
-from loraloom.generation.limits import NoRoutersError, OutOfTimeError, QueueFullError, StoppingError
+from loraloom.generation.sequence import RequestError
 from loraloom.serve.adapters import AdapterMemoryError, BusyDownloadingError, UnknownModelError
 
 
@@ -69,18 +69,14 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(499, "the client has gone")
         case UnknownModelError():
             return ApiError(404, str(error), code="model_not_found", param="model")
-        case QueueFullError(retry_after_s=seconds):
-            return ApiError(429, str(error), code="queue_full", headers=_later(seconds))
+        case RequestError(code=code, param=param, retry_after_s=seconds):
+            status = {"queue_full": 429, "stopping": 503, "timeout": 504}.get(code or "", 400)
+            headers = _later(seconds) if seconds else None
+            return ApiError(status, str(error), code=code, param=param, headers=headers)
         case BusyDownloadingError():
             return ApiError(429, str(error), code="busy_downloading", headers=_later(30))
         case AdapterMemoryError():
             return ApiError(507, str(error), code="adapter_memory")
-        case StoppingError():
-            return ApiError(503, str(error), code="stopping", headers=_later(1))
-        case NoRoutersError():
-            return ApiError(400, str(error), code="no_routers", param="routing")
-        case OutOfTimeError():
-            return ApiError(504, str(error), code="timeout")
         case FormatError():  # no client's fault
             pass
         case LoraloomError():
