@@ -35,7 +35,7 @@ from benchmarks.cases import (
     print_figures,
     reset_peak_rss,
 )
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.models.families import head_of
 from loraloom.models.host import Host
 from loraloom.models.structure import family_of

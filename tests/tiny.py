@@ -34,7 +34,7 @@ from loraloom.adapters import (
     SmoraConfig,
     VeraConfig,
 )
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.models.host import Host
 from loraloom.routing import losses
 from loraloom.routing.record import LayerRouting

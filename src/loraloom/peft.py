@@ -19,9 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from loraloom.adapters import CONFIGS, parse_adapter_config, when_registered
-from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFields, AdapterFiles, checked_fields
+from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats.contents import PICKLE_FILE, WEIGHTS_FILE
 from loraloom.formats.files import parse_files, read_stored, render_files
@@ -345,7 +344,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         if without_memory or any(not name.endswith(".magnitude") for name in others):
             # PEFT's low_cpu_mem_usage, or files have more to them than their configuration says
             adapter = self._put_again(name, settings)
-        adapter.load_stored(own)
+        adapter.load_tensors(own)
         return {f"{self._prefix(name)}{key}": value for key, value in adapter.state_dict().items()}
 
     def _put_again(self, name: str, settings: AdapterConfig) -> Adapter:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import loraloom
-from loraloom.adapters.adapter import Adapter, SegmentTokens
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.base import SegmentTokens
+from loraloom.adapters.method import Adapter, AdapterConfig
 from tests.tiny import (
     gradients,
     padded_mask,

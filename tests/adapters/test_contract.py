@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters import CONFIGS, parse_adapter_config
-from loraloom.adapters.config import AdapterConfig, RouterLossConfig
+from loraloom.adapters.experts import RouterLossConfig
+from loraloom.adapters.method import AdapterConfig
 from loraloom.formats.description import describe
 from loraloom.models.host import HiddenOutput, Host
 from loraloom.models.stacking import StackedForward

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters import LoraMoeConfig
-from loraloom.adapters.adapter import SampleTokens
+from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.loramoe import balancing_constraint
 from loraloom.data.examples import Example
 from loraloom.errors import AdapterError

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import loraloom
-from loraloom.adapters.config import LowRankConfig
 from loraloom.adapters.lora import LoraProjection
-from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.low_rank import LowRankAdapter, LowRankConfig
 from loraloom.errors import ConfigError
 from loraloom.training.settings import RunConfig
 from tests.tiny import randomise, tiny_host, tiny_ids
@@ -70,7 +69,7 @@ def test_names_that_are_taken_are_refused(registered):
 def test_a_package_makes_its_method_known_to_every_process(tmp_path):
     (tmp_path / "halves.py").write_text(
         "from typing import Literal\n"
-        "from loraloom.adapters.config import LowRankConfig\n\n\n"
+        "from loraloom.adapters.low_rank import LowRankConfig\n\n\n"
         "class Halves(LowRankConfig):\n"
         '    peft_type, title, formula = "HALVES", "Halves", "y"\n'
         '    method: Literal["halves"] = "halves"\n\n'

@@ -30,7 +30,7 @@ def make_host(device: str, dtype: torch.dtype = torch.float32) -> Host:
     source = tiny.tiny_host(configs=tiny.ALL_METHODS, dtype=torch.float32)
     host = loraloom.attach(tiny.tiny_model(dtype=dtype).to(device))
     for seed, (name, config) in enumerate(tiny.ALL_METHODS.items()):
-        host.add(name, config, seed).load_stored(source.adapters[name].tensors())
+        host.add(name, config, seed).load_tensors(source.adapters[name].tensors())
     return host
 
 

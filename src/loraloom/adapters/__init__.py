@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
 from pydantic import Field, TypeAdapter
 
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.dynmole import DynMoleConfig
 from loraloom.adapters.hydralora import HydraLoraConfig
 from loraloom.adapters.lora import LoraConfig
 from loraloom.adapters.loramoe import LoraMoeConfig
+from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.mixlora import ExpertsConfig as ExpertsConfig
 from loraloom.adapters.mixlora import MixLoraConfig
 from loraloom.adapters.mixlora import SharedExpertConfig as SharedExpertConfig

@@ -1,12 +1,13 @@
-"""The base model as adapters and their files see it.
+"""What a host gives adapters: the base model's projections, and the tokens of a running forward.
 
-Axes: I in_features, O out_features, S columns of an A product, n rows.
+Axes: T tokens of one segment, I in_features, O out_features, D hidden, F feed-forward, E experts,
+K slots of a token, S columns of an A product, n rows.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -16,7 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loraloom.errors import AdapterError
+from loraloom.ops.dropout import SampleNoise
 from loraloom.ranks import own_part, whole
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.routes import beyond_capacity
 
 _BLOCK_NUMBERS = 1 << 22
 """About how many numbers of a quantised weight are dequantised at a time."""
@@ -26,12 +30,7 @@ class QuantisedWeight(ABC):
     """A linear layer's W as a library keeps it, in fewer bits."""
 
     def __init__(
-        self,
-        linear: nn.Module,
-        kind: str,
-        row_step: int = 1,
-        *,
-        is_linear_over_rows: bool = True,
+        self, linear: nn.Module, kind: str, row_step: int = 1, *, is_linear_over_rows: bool = True
     ):
         self.linear: Any = linear
         self.kind = kind
@@ -57,6 +56,7 @@ class QuantisedWeight(ABC):
         """Dequantise W, [O, I], in a dtype or in that of `rows`."""
         blocks, stop = self.blocks(), 0
         first = next(blocks)
+        # Filled block by block: torch.cat would hold all blocks and their copy at once.
         shape = (self.linear.out_features, self.linear.in_features)
         numbers = first.new_empty(shape, dtype=dtype)
         for block in chain([first], blocks):
@@ -145,7 +145,6 @@ class BaseProjection:
         return row.detach().flatten()[:count]
 
     def _row_blocks(self) -> Iterable[Tensor]:
-        """W in one, or dequantised piece by piece."""
         return [self.weight.detach()] if self.quantised is None else self.quantised.blocks()
 
 
@@ -191,56 +190,49 @@ class BaseLayer:
         """Both blocks' projections by the block's name."""
         return {self.attention_block: self.attention, self.ffn_block: self.ffn}
 
+    @property
+    def projections(self) -> list[BaseProjection]:
+        """Attention's, then the FFN block's."""
+        return [*self.attention.values(), *self.ffn.values()]
+
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base model, as adapters' files see it.
-
-    Args:
-        name_or_path: As it was loaded.
-        model_type: Its family's name in transformers.
-        layers_path: Path of the decoder layers, `model.layers` for instance.
-        attention: Name of the attention block.
-        ffn: Name of the FFN block.
-        attention_projections: Names of its projections.
-        ffn_projections: Names of its projections.
-        activation: Name of the FFN's activation in the model's config.
-        num_layers: Decoder layers.
-        hidden_size: Width of the hidden states.
-        shapes: `block.projection` to (out_features, in_features).
-        num_parameters: Parameters of the whole base model.
-        fingerprint: Hash of the shapes and of a few weights rounded to bfloat16.
-        quantization: How its projections are kept, `bitsandbytes nf4` for instance; None: in
-            floating point.
-        modules: What adapters can have as their own: modules outside of the projections that have
-            parameters, by path, and the parameters' shapes.
-        embedding: Path of the input embeddings.
-        head: Path of the output embeddings.
-        ties_head: Whether the two have one weight.
-        attention_layers: The decoder layers that have the attention projections; None: all.
-        has_own_names: No other linear module of the model has a projection's name.
-    """
+    """A base model, as adapters' files see it."""
 
     name_or_path: str
     model_type: str
+    """Its family's name in transformers."""
     layers_path: str
+    """Path of the decoder layers, `model.layers` for instance."""
     attention: str
     ffn: str
+    """Names of the blocks, and of their projections:"""
     attention_projections: tuple[str, ...]
     ffn_projections: tuple[str, ...]
     activation: str
+    """Of the FFN, as the model's config names it."""
     num_layers: int
     hidden_size: int
     shapes: dict[str, tuple[int, int]]
+    """`block.projection` to (out_features, in_features)."""
     num_parameters: int
     fingerprint: str
+    """Hash of the shapes and of a few weights rounded to bfloat16."""
     quantization: str | None = None
+    """How its projections are kept, `bitsandbytes nf4` for instance; None: in floating point."""
     modules: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    """What adapters can have as their own: modules outside of the projections that have parameters,
+    by path, and the parameters' shapes."""
     embedding: str = ""
     head: str = ""
+    """Paths of the input and the output embeddings."""
     ties_head: bool = False
+    """Whether the two have one weight."""
     attention_layers: tuple[int, ...] | None = None
+    """The decoder layers that have the attention projections; None: all."""
     has_own_names: bool = True
+    """No other linear module of the model has a projection's name."""
 
     def layers_without_weights(self) -> list[BaseLayer]:
         """Describe the projections on the meta device, where an adapter's shapes are read off."""
@@ -272,3 +264,98 @@ class BaseInfo:
         if self.attention_layers is None or not path.startswith(f"{self.attention}."):
             return True
         return layer in self.attention_layers
+
+
+@dataclass(frozen=True)
+class SegmentTokens:
+    """An adapter's tokens in a layer.
+
+    Args:
+        layer: Index of the decoder layer.
+        real: True at real tokens, [T]; None when there is no padding.
+        real_index: Their positions.
+        noise: Random numbers for dropout and jitter; None outside training.
+        record: Takes what a router did; None where nobody asks.
+    """
+
+    layer: int
+    real: Tensor | None = None
+    real_index: Tensor | None = None
+    noise: SampleNoise | None = None
+    record: Callable[[LayerRouting], None] | None = None
+
+    def record_routing(
+        self,
+        router_logits: Tensor,
+        selected_experts: Tensor,
+        routing_weights: Tensor,
+        projection: str | None = None,
+    ) -> None:
+        """Record what a router did with the real tokens among these.
+
+        Args:
+            router_logits: [T, E].
+            selected_experts: [T, K].
+            routing_weights: [T, K].
+            projection: Whose router it is, as `self_attn.q_proj`; None for an FFN block's.
+        """
+        if self.record is None:
+            return
+        values = (router_logits, selected_experts, routing_weights)
+        if self.real_index is not None:
+            values = [value.index_select(0, self.real_index) for value in values]
+        logits, selected, weights = values
+        self.record(LayerRouting(self.layer, logits, selected, weights, projection))
+
+    def beyond_capacity(self, selected_experts: Tensor, capacity: int | None) -> Tensor | None:
+        """Tell which tokens their only expert, [T, 1], doesn't take in training; None: all taken.
+
+        Args:
+            selected_experts: [T, 1].
+            capacity: Tokens of a sample that an expert takes.
+        """
+        if capacity is None or self.noise is None:
+            return None
+        samples = [span.tokens for span in self.noise.spans]
+        return beyond_capacity(selected_experts.squeeze(1), samples, capacity).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """A sample among the tokens of a record: how many are real, and the group of its experts."""
+
+    num_tokens: int
+    expert_group: int = 0
+    """Of the experts that are meant for its kind of data, 0 or 1."""
+
+
+@dataclass(frozen=True)
+class FfnRows:
+    """An adapter's half-done FFN block, waiting for the base's output projection.
+
+    Args:
+        hidden: Rows to send through it, [n, F].
+        finish: From its output for these rows, [n, D], to the block's output, [T, D].
+    """
+
+    hidden: Tensor
+    finish: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MoeFfn:
+    """An FFN block as mixture-of-experts checkpoints have it: softmax, top_k, renormalised.
+
+    Args:
+        router: [E, D].
+        top_k: Experts of each token.
+        weight: From an expert, a projection's name and a dtype to its whole weight, [O, I].
+    """
+
+    router: Tensor
+    top_k: int
+    weight: Callable[[int, str, torch.dtype], Tensor]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.router)

@@ -13,11 +13,10 @@ from jaxtyping import Float, Int
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter, SampleTokens
-from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.config import MAX_NUMBER, ExpertCount, MixtureConfig
-from loraloom.adapters.experts import RoutedProjection
-from loraloom.adapters.low_rank import LowRankAdapter, Projection
+from loraloom.adapters.base import BaseLayer, SampleTokens
+from loraloom.adapters.experts import ExpertCount, MixtureConfig, RoutedProjection, check_at_most
+from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.method import MAX_NUMBER, Adapter
 from loraloom.config.fields import CheckInfo
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.record import LayerRouting
@@ -60,26 +59,39 @@ class DynMoleConfig(MixtureConfig):
     @field_validator("keep_top_k")
     @classmethod
     def _check_keep_top_k(cls, keep: int, info: CheckInfo) -> int:
-        num_experts = info.data.get("num_experts", keep)
-        if keep > num_experts:
-            raise ValueError(f"keep_top_k must be in [1, num_experts={num_experts}], got {keep}")
-        return keep
+        return check_at_most("num_experts", keep, info)
 
     def build(
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
-        route = Hybrid(
-            self.top_p,
-            self.keep_top_k,
-            self.entropy_index,
-            self.entropy_threshold,
-            self.entropy_eps,
+        entropy = (self.entropy_index, self.entropy_threshold, self.entropy_eps)
+        route = Hybrid(self.top_p, self.keep_top_k, *entropy)
+        return LowRankAdapter.of(
+            name,
+            self,
+            base_layers,
+            lambda base, _: RoutedProjection(base, self, self.num_experts, route, dtype, seed),
         )
 
-        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
-            return RoutedProjection(base, self, self.num_experts, route, dtype, seed)
-
-        return DynMoleAdapter.of(name, self, base_layers, build)
+    def auxiliary_loss(
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
+    ) -> Tensor | None:
+        """Compute the losses on entropy and load, over the tokens of all routers together."""
+        if not routing:
+            return None
+        logits = torch.cat([layer.router_logits for layer in routing])
+        selected = torch.cat([layer.selected_experts for layer in routing])
+        weights = torch.cat([layer.routing_weights for layer in routing])
+        probabilities = logits.softmax(-1)
+        entropy = tsallis_entropy(probabilities, self.entropy_index, self.entropy_eps)
+        mean_entropy = entropy.sum() / max(1, len(logits))
+        return (
+            self.router_entropy_loss_coef * mean_entropy
+            + self.router_aux_loss_coef * weight_balance_loss(probabilities, selected, weights)
+        )
 
     @property
     def collapse_advice(self) -> str:
@@ -92,32 +104,6 @@ class DynMoleConfig(MixtureConfig):
     def summary(self) -> dict[str, Any]:
         names = {"keep_top_k", "top_p", "entropy_threshold", "entropy_index", "entropy_eps"}
         return super().summary() | self.model_dump(include=names)
-
-
-class DynMoleAdapter(LowRankAdapter):
-    """Experts on each projection, with losses on entropy and load."""
-
-    config: DynMoleConfig
-
-    def auxiliary_loss(
-        self,
-        routing: Sequence[LayerRouting],
-        samples: Sequence[SampleTokens] | None = None,
-        add_up: AddUp = whole,
-    ) -> Tensor | None:
-        """Compute both losses over the tokens of all routers together."""
-        if not routing:
-            return None
-        logits = torch.cat([layer.router_logits for layer in routing])
-        selected = torch.cat([layer.selected_experts for layer in routing])
-        weights = torch.cat([layer.routing_weights for layer in routing])
-        probabilities, config = logits.softmax(-1), self.config
-        entropy = tsallis_entropy(probabilities, config.entropy_index, config.entropy_eps)
-        mean_entropy = entropy.sum() / max(1, len(logits))
-        return (
-            config.router_entropy_loss_coef * mean_entropy
-            + config.router_aux_loss_coef * weight_balance_loss(probabilities, selected, weights)
-        )
 
 
 def weight_balance_loss(

@@ -1,21 +1,168 @@
-"""What methods with experts share: a router, and LoRA experts with a router of a projection's own.
+"""What methods with experts share: settings, a router, and LoRA experts of a projection's own.
 
 Axes: T tokens, I in_features, E experts, K slots of a token, R rank, S = E·R.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import SegmentTokens, Weights
-from loraloom.adapters.base import BaseProjection
-from loraloom.adapters.config import LowRankConfig
+from loraloom.adapters.base import BaseLayer, BaseProjection, SampleTokens, SegmentTokens
+from loraloom.adapters.keys import Weights
 from loraloom.adapters.lora import LoraProjection
-from loraloom.adapters.low_rank import generator_for, kaiming_uniform
-from loraloom.routing.routes import Route, router_logits
+from loraloom.adapters.low_rank import LowRankConfig, generator_for, kaiming_uniform
+from loraloom.adapters.method import MAX_NUMBER, AdapterConfig
+from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.errors import AdapterError
+from loraloom.routing.losses import AddUp, router_loss, whole
+from loraloom.routing.record import LayerRouting
+from loraloom.routing.routes import Dense, Route, Switch, TopK, TopP, router_logits
+
+ExpertCount = Annotated[int, Field(ge=1, le=2**10)]
+
+
+def check_at_most(limit: str, value: int, info: CheckInfo) -> int:
+    """Return a number as it came; a ValueError if an earlier setting is a smaller one."""
+    most = info.data.get(limit, value)
+    most = most if isinstance(most, int) else min(most, default=0)
+    if value > most:
+        raise ValueError(f"{info.field_name} must be in [1, {limit}={most}], got {value}")
+    return value
+
+
+def check_has_experts(config: AdapterConfig, layer: BaseLayer) -> None:
+    """Raise an AdapterError if experts that are on FFN projections would be on none."""
+    targets = config.targets_in(layer)
+    if not layer.ffn:
+        raise AdapterError(
+            f"{config.title} needs an FFN block of linear layers, this base model's are mixtures "
+            "of experts themselves; take a plain adapter, on attention"
+        )
+    if not targets & frozenset(layer.ffn):
+        raise AdapterError(
+            f"{config.title} needs experts: target_modules must have at least one of "
+            f"{', '.join(layer.ffn)}, got {', '.join(sorted(targets))}"
+        )
+
+
+class MixtureConfig(LowRankConfig):
+    """What methods share whose routers weigh a number of experts."""
+
+    num_experts: Any = 8
+
+    @property
+    def experts_per_router(self) -> int:
+        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+    @property
+    def routing_label(self) -> str:
+        """Which experts a token uses, for people."""
+        return "dense"
+
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"num_experts": self.num_experts}
+
+    def description(self) -> dict[str, Any]:
+        top_k = self.experts_per_token or self.experts_per_router
+        taken = {"num_experts": self.num_experts, "top_k": top_k, "routing": self.routing_label}
+        own = self.model_dump(include={"rank", "alpha", "dropout"})
+        return super().description() | {"experts": taken | own}
+
+
+class RouterLossConfig(StrictModel):
+    """Losses on routers that choose a few experts for each token."""
+
+    router_aux_loss_coef: float = Field(default=0.01, ge=0, le=MAX_NUMBER)
+    """Weight of the load-balance loss; its minimum is coefficient × top_k."""
+    router_z_loss_coef: float = Field(default=0.0, ge=0, le=MAX_NUMBER)
+    """Weight of the mean squared logsumexp of the router's logits."""
+    router_loss_scope: Literal["pooled", "per_layer"] = "pooled"
+    """Load over all routers together, as the reference has it, or the mean of each one's loss."""
+
+    @property
+    def collapse_advice(self) -> str:
+        per_layer = self.router_loss_scope == "per_layer"
+        scope = "" if per_layer else ", set router_loss_scope: per_layer"
+        return (
+            f"raise router_aux_loss_coef (it is {self.router_aux_loss_coef:g}){scope}, or lower "
+            "learning_rate"
+        )
+
+    def auxiliary_loss(
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
+    ) -> Tensor | None:
+        if not routing:
+            return None
+        return router_loss(
+            routing,
+            aux_loss_coef=self.router_aux_loss_coef,
+            z_loss_coef=self.router_z_loss_coef,
+            scope=self.router_loss_scope,
+            add_up=add_up,
+        )
+
+
+_ROUTING_OF = {
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "temperature": "top_p",
+    "expert_capacity": "switch",
+}
+"""The routing that each setting belongs to."""
+
+
+class RoutingConfig(RouterLossConfig, MixtureConfig):
+    """How routers choose among experts, by p, the softmax of their logits."""
+
+    routing: Literal["top_k", "top_p", "switch", "dense"] = "top_k"
+    """Which experts a token uses: the top_k of largest p, with p renormalised to sum to 1; the
+    fewest whose p sum to more than top_p, with p; that of largest p, with p (switch); or all."""
+    top_k: int = Field(default=2, ge=1, validate_default=True)
+    """Experts that each token uses, with routing: top_k."""
+    top_p: float = Field(default=0.8, gt=0, le=1, validate_default=True)
+    """What the p of a token's experts have to exceed together, with routing: top_p."""
+    temperature: float = Field(default=1.0, gt=0, le=MAX_NUMBER, validate_default=True)
+    """What the logits are divided by, with routing: top_p."""
+    expert_capacity: int | None = Field(default=None, ge=1, validate_default=True)
+    """Tokens of a sample that an expert takes in training, with routing: switch; those beyond it go
+    without an expert. None: any number."""
+
+    @field_validator("top_k", "top_p", "temperature", "expert_capacity")
+    @classmethod
+    def _check_routing(cls, value: Any, info: CheckInfo) -> Any:
+        name, routing = info.field_name or "", info.data.get("routing")
+        if routing not in (None, _ROUTING_OF[name]) and value != cls.model_fields[name].default:
+            raise ValueError(
+                f"{name} is a setting of routing: {_ROUTING_OF[name]}, got {value} with routing: "
+                f"{routing}"
+            )
+        return check_at_most("num_experts", value, info) if name == routing == "top_k" else value
+
+    @property
+    def route(self) -> Route:
+        """What routers do with their logits."""
+        if self.routing == "top_k":
+            return TopK(self.top_k)
+        if self.routing == "top_p":
+            return TopP(self.top_p, self.temperature)
+        return Switch() if self.routing == "switch" else Dense()
+
+    @property
+    def routing_label(self) -> str:
+        numbers = {"top_k": f"top-{self.top_k}", "top_p": f"top-p {self.top_p:g}"}
+        return numbers.get(self.routing, self.routing)
+
+    @property
+    def experts_per_token(self) -> int | None:
+        return {"top_k": self.top_k, "switch": 1}.get(self.routing)
 
 
 class Router(Weights):

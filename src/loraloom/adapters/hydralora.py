@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, SegmentTokens
-from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.config import ExpertCount, MixtureConfig
-from loraloom.adapters.experts import Router
-from loraloom.adapters.low_rank import LowRankAdapter, Projection, initial_A
+from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
+from loraloom.adapters.experts import ExpertCount, MixtureConfig, Router
+from loraloom.adapters.low_rank import LowRankAdapter, initial_A
+from loraloom.adapters.method import Adapter, Projection
 from loraloom.routing.routes import router_logits
 
 

@@ -7,7 +7,7 @@
     shared.{part}                                            one for all layers
 
 A part is `lora_A` (R, I), `lora_B` (O, R), `magnitude` (O,), `router` (E, I), or what else a method
-has.
+has. Modules of the base model that an adapter has as its own are in own.py.
 
 Axes: E experts, I in_features, O out_features, R rank.
 """
@@ -15,11 +15,13 @@ Axes: E experts, I in_features, O out_features, R rank.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from loraloom.adapters.base import BaseInfo
+from torch import Tensor, nn
+
+from loraloom.adapters.base import BaseInfo
 
 _PATTERN = re.compile(
     r"layers\.(?P<layer>\d{1,5})\.(?P<block>\w+)\."
@@ -29,6 +31,14 @@ _PATTERN = re.compile(
 )
 
 Shape = tuple[int, ...]
+
+
+class Weights(nn.Module, ABC):
+    """Trained weights that know their names."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor under its name, as a view of the parameters."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +60,9 @@ class TensorKey:
         match = _PATTERN.fullmatch(name)
         if match is None:
             return None
-        expert = match["expert"]
-        return cls(
-            layer=int(match["layer"]),
-            block=match["block"],
-            part=match["router"] or match["part"],
-            projection=match["projection"],
-            expert=None if expert is None else int(expert),
-        )
+        expert = None if match["expert"] is None else int(match["expert"])
+        part = match["router"] or match["part"]
+        return cls(int(match["layer"]), match["block"], part, match["projection"], expert)
 
     @property
     def path(self) -> str:
@@ -75,23 +80,15 @@ def is_meant(target: str, key: str) -> bool:
     return f".{key}".endswith(f".{target}")
 
 
-def target_projections(
-    targets: str | tuple[str, ...], base: BaseInfo, layer: int | None = None
-) -> list[str]:
+def target_projections(targets: str | tuple[str, ...], base: BaseInfo) -> list[str]:
     """Name the projections that `target_modules` means, as `block.projection`, attention first."""
     groups = {
         "attention": [f"{base.attention}.{name}" for name in base.attention_projections],
         "ffn": [f"{base.ffn}.{name}" for name in base.ffn_projections],
     }
     groups["all-linear"] = groups["attention"] + groups["ffn"]
-    there = [path for path in groups["all-linear"] if layer is None or base.has(layer, path)]
     if isinstance(targets, str):
-        return [path for path in there if path in groups[targets]]
-    place = "" if layer is None else f"layers.{layer}."
-    return [path for path in there if any(is_meant(target, f"{place}{path}") for target in targets)]
-
-
-def target_pattern(targets: str | tuple[str, ...], base: BaseInfo) -> str:
-    """Name what `target_modules` means by a pattern that matches nothing else in the base model."""
-    paths = "|".join(map(re.escape, target_projections(targets, base)))
-    return rf"{re.escape(base.layers_path)}\.\d+\.({paths})"
+        return groups[targets]
+    return [
+        path for path in groups["all-linear"] if any(is_meant(target, path) for target in targets)
+    ]

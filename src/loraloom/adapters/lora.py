@@ -14,16 +14,22 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection
-from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig, LowRankConfig, Targets
+from loraloom.adapters.base import BaseLayer, BaseProjection
 from loraloom.adapters.keys import TensorKey, is_meant
 from loraloom.adapters.low_rank import (
     LowRankAdapter,
-    Projection,
+    LowRankConfig,
     generator_for,
     initial_A,
     seeded,
+)
+from loraloom.adapters.method import (
+    MAX_NUMBER,
+    MAX_RANK,
+    Adapter,
+    AdapterConfig,
+    Projection,
+    Targets,
 )
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.ops.low_rank import dora_norms
@@ -141,9 +147,9 @@ class LoraConfig(DecomposedConfig):
         if isinstance(self.target_modules, str):
             return super().targets_in(layer)
         return frozenset(
-            key.rpartition(".")[2]
-            for key in _projection_keys(layer)
-            if any(is_meant(target, key) for target in self.target_modules)
+            base.key.rpartition(".")[2]
+            for base in layer.projections
+            if any(is_meant(target, base.key) for target in self.target_modules)
         )
 
     def build(
@@ -159,9 +165,6 @@ class LoraConfig(DecomposedConfig):
             return weights
 
         return LowRankAdapter.of(name, self, base_layers, build)
-
-    def known_targets(self, base: BaseInfo) -> Targets:
-        return self.target_modules if self.names_layers else super().known_targets(base)
 
     def summary(self) -> dict[str, Any]:
         chosen = {"layers": self.layers, "ranks": self.rank_pattern}
@@ -192,13 +195,9 @@ def pattern_value(patterns: Mapping[str, _Value], name: str, default: _Value) ->
     return next((value for key, value in patterns.items() if matches(key, name)), default)
 
 
-def _projection_keys(layer: BaseLayer) -> list[str]:
-    return [p.key for projections in layer.blocks.values() for p in projections.values()]
-
-
 def _check_selection(config: LoraConfig, base_layers: Sequence[BaseLayer]) -> None:
     """Raise an AdapterError if a target, a layer or a pattern has no effect on a base model."""
-    keys = [key for layer in base_layers for key in _projection_keys(layer)]
+    keys = [base.key for layer in base_layers for base in layer.projections]
     if not isinstance(config.target_modules, str):
         _refuse(
             "target_modules must name projections of the base model "
@@ -211,10 +210,10 @@ def _check_selection(config: LoraConfig, base_layers: Sequence[BaseLayer]) -> No
         [str(layer) for layer in config.layers or () if layer >= len(base_layers)],
     )
     adapted = [
-        key
+        base.key
         for layer in base_layers
-        for key in _projection_keys(layer)
-        if key.rpartition(".")[2] in config.targets_in(layer)
+        for base in layer.projections
+        if base.key.rpartition(".")[2] in config.targets_in(layer)
     ]
     if not adapted:
         raise AdapterError("layers must have some of target_modules, got layers that have none")
@@ -305,8 +304,9 @@ class LoraProjection(Projection):
             names = [f"{self.key}.experts.{expert}.lora_A" for expert in range(num_experts)]
         shape = (config.rank, base.in_features)
         init = "gaussian" if config.init == "gaussian" else "kaiming"
+        # Filled one by one: on the meta device torch.stack would import sympy.
         initial = torch.empty(len(names), *shape)
-        for expert, name in enumerate(names):  # torch.stack brings sympy on the meta device
+        for expert, name in enumerate(names):
             initial[expert] = initial_A(shape, init, seed, name)
         options = {"dtype": dtype, "device": base.device}
         self.lora_A = nn.Parameter(initial.to(**options))
@@ -320,7 +320,7 @@ class LoraProjection(Projection):
         self.register_buffer("start_B", None, persistent=False)
 
     def start_from(self, start_A: Tensor, start_B: Tensor, *, off: bool) -> None:
-        """Begin with other weights."""
+        """Begin with other weights, which perhaps are to be taken off the base's."""
         with torch.no_grad():
             self.lora_A.copy_(start_A)
             self.lora_B.copy_(start_B)
@@ -349,15 +349,10 @@ class LoraProjection(Projection):
             return None
         with torch.no_grad():
             lora_A = self._all_A()
-            norms = dora_norms(
-                self.base.product(lora_A.flatten(0, 1)),
-                self.base.squared_norms,
-                lora_A,
-                self._all_B(),
-                self.config.scaling,
-            )
-        tiny = torch.finfo(norms.dtype).tiny  # a zero row of W: 0 / tiny instead of 0 / 0
-        return self.lora_magnitude_vector / norms.clamp_min(tiny)
+            product, squares = self.base.product(lora_A.flatten(0, 1)), self.base.squared_norms
+            norms = dora_norms(product, squares, lora_A, self._all_B(), self.config.scaling)
+        # A zero row of W has the norm and the magnitude 0: 0 / tiny in place of 0 / 0.
+        return self.lora_magnitude_vector / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
     def _all_A(self) -> Tensor:
         """A, [E, R, I]; behind it A₀, or in each expert what all share, where there is such."""
@@ -382,13 +377,10 @@ class LoraProjection(Projection):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor under its name, experts apart."""
-        named = {
-            "lora_A": self.lora_A,
-            "lora_B": self.lora_B,
-            "magnitude": self.lora_magnitude_vector,
-        }
+        parts = {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        if self.lora_magnitude_vector is not None:
+            parts["magnitude"] = self.lora_magnitude_vector
         for expert in range(len(self.lora_A)):
             prefix = f"{self.key}.experts.{expert}" if self.is_mixture else self.key
-            for name, parameter in named.items():
-                if parameter is not None:
-                    yield f"{prefix}.{name}", parameter.detach()[expert]
+            for name, parameter in parts.items():
+                yield f"{prefix}.{name}", parameter.detach()[expert]

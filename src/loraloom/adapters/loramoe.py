@@ -13,12 +13,16 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter, SampleTokens
-from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.config import MAX_NUMBER, ExpertCount, MixtureConfig, check_has_experts
-from loraloom.adapters.experts import RoutedProjection
+from loraloom.adapters.base import BaseLayer, BaseProjection, SampleTokens
+from loraloom.adapters.experts import (
+    ExpertCount,
+    MixtureConfig,
+    RoutedProjection,
+    check_has_experts,
+)
 from loraloom.adapters.lora import DecomposedConfig, LoraProjection
-from loraloom.adapters.low_rank import LowRankAdapter, Projection
+from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.method import MAX_NUMBER, Adapter, Projection
 from loraloom.routing.losses import AddUp, whole
 from loraloom.routing.record import LayerRouting
 from loraloom.routing.routes import Dense
@@ -65,13 +69,7 @@ class LoraMoeConfig(MixtureConfig, DecomposedConfig):
                 return LoraProjection(base, self, None, dtype, seed)
             return RoutedProjection(base, expert_config, self.num_experts, Dense(), dtype, seed)
 
-        return LoraMoeAdapter.of(name, self, base_layers, build)
-
-
-class LoraMoeAdapter(LowRankAdapter):
-    """Experts on FFN projections, a LoRA on attention's."""
-
-    config: LoraMoeConfig
+        return LowRankAdapter.of(name, self, base_layers, build)
 
     def auxiliary_loss(
         self,
@@ -80,16 +78,15 @@ class LoraMoeAdapter(LowRankAdapter):
         add_up: AddUp = whole,
     ) -> Tensor | None:
         """Compute the balancing constraint, the mean over routers."""
-        config = self.config
-        if not routing or config.balance_coef == 0:
+        if not routing or self.balance_coef == 0:
             return None
         if samples is None:
             samples = [SampleTokens(len(routing[0].router_logits))]
         losses = [
-            balancing_constraint(layer.router_logits.softmax(-1), samples, config.balance_delta)
+            balancing_constraint(layer.router_logits.softmax(-1), samples, self.balance_delta)
             for layer in routing
         ]
-        return config.balance_coef * torch.stack(losses).mean()
+        return self.balance_coef * torch.stack(losses).mean()
 
 
 def balancing_constraint(

@@ -1,29 +1,26 @@
-"""Methods that work in rank space: all that lies between a projection's A and B.
+"""Methods that work on each projection by itself, in rank space: what lies between its A and B.
 
-    y = c ∘ (Wx + between(A drop(x)) B) + b
+From a `Projection` come, without more code, the fused path of attention, the FFN block, stacked
+decoding, shared A products, packing, checkpointing and files.
 
-A method of this kind is a `Projection`: its A, its B, DoRA's row scale c if it has one, and what
-it does between the two (nothing in a LoRA). From these come, without more code, the fused path of
-attention, the FFN block, stacked decoding, shared A products, packing, checkpointing and files.
-
-Axes: T tokens, I in_features, O out_features, P columns of the A product, S rows of B.
+Axes: I in_features, O out_features, R rank, S rows of B.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, FfnRows, SegmentTokens, Weights
-from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.base import BaseLayer, BaseProjection, FfnRows, SegmentTokens
+from loraloom.adapters.keys import TensorKey, Weights
+from loraloom.adapters.method import MAX_NUMBER, Adapter, AdapterConfig, Projection, Targets
 from loraloom.ops.expert_ffn import Activation, FfnWeights
 from loraloom.ops.lean_expert_ffn import lean_expert_ffn
 from loraloom.ops.low_rank import InputGroup, UpProjection
@@ -31,76 +28,40 @@ from loraloom.ops.low_rank_ffn import low_rank_ffn
 from loraloom.ops.stacked import StackedLowRankFfn, stack_low_rank_ffn
 
 
-class Projection(Weights):
-    """The trained weights on one projection of the base model.
+class LowRankConfig(AdapterConfig):
+    """What methods share whose updates are s·B(A(x)), with one rank and scaling."""
 
-    Args:
-        base: The projection.
-    """
-
-    maps_rank_space: ClassVar[bool] = False
-    """Whether `between` does anything; what doesn't goes through faster forms."""
-
-    def __init__(self, base: BaseProjection):
-        super().__init__()
-        self.base = base
-        self.key = base.key
+    alpha: float = Field(default=32.0, gt=0, le=MAX_NUMBER)
+    """Numerator of the scaling s = alpha / rank (alpha / sqrt(rank) when rank_stabilized)."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank), as rsLoRA does."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Start of A: Kaiming uniform with a = sqrt(5), or normal with std 1 / rank. B starts at 0."""
 
     @property
-    def name(self) -> str:
-        """The projection's name in its block."""
-        return self.key.rpartition(".")[2]
+    def scaling(self) -> float:
+        """The factor s of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
-    @property
-    def path(self) -> str:
-        """The projection's name in its layer, `self_attn.q_proj` for instance."""
-        return self.key.split(".", 2)[2]
+    def scaling_of(self, key: TensorKey) -> float:
+        return self.scaling
 
-    @property
-    @abstractmethod
-    def num_columns(self) -> int:
-        """P."""
+    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
+        """See AdapterConfig: the largest rank, and a scaling of 1."""
+        rank = max(config.rank for config in (self, *others))
+        own = {"rank": rank, "alpha": float(rank), "rank_stabilized": False}
+        return type(self).model_validate({**self.model_dump(), **own, "target_modules": targets})
 
-    @abstractmethod
-    def compute_A(self, dtype: torch.dtype) -> Tensor:
-        """A in the products' dtype, [P, I]."""
+    def summary(self) -> dict[str, Any]:
+        return {"rank": self.rank, "scaling": self.scaling}
 
-    @abstractmethod
-    def compute_B(self, dtype: torch.dtype) -> Tensor:
-        """B times scaling, transposed, in the products' dtype, [S, O]."""
+    def description(self) -> dict[str, Any]:
+        own = {"alpha": self.alpha, "scaling": self.scaling}
+        return super().description() | own | {"rank_stabilized": self.rank_stabilized}
 
-    @torch.no_grad()
-    def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:
-        """Compute the weight that does what the base's and the update do, `c ∘ (W + BA)`, [O, I].
 
-        Args:
-            dtype: Of the computation and the result.
-            expert: Whose update.
-            num_experts: Experts whose A lie behind one another.
-        """
-        rank = self.num_columns // num_experts
-        own = slice(expert * rank, (expert + 1) * rank)
-        update = self.compute_B(dtype)[own].T @ self.compute_A(dtype)[own]
-        merged = update.add_(self.base.weight.to(dtype))
-        row_scale = self.row_scale()
-        return merged if row_scale is None else merged.mul_(row_scale[expert].to(dtype)[:, None])
-
-    def row_scale(self) -> Tensor | None:
-        """DoRA's factor c of each output row, [1, O] float32 or better; None without."""
-        return None
-
-    def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
-        """Go from the A product to what B multiplies.
-
-        Args:
-            low_rank: dropout(x) Aᵀ, [T, P].
-            hidden_states: x, [T, I].
-            tokens: Which of them are real; takes the record of a router.
-
-        Returns:
-            [T, S], in the dtype of `low_rank`.
-        """
-        return low_rank
+Build = Callable[[BaseProjection, BaseLayer], Projection]
+"""From a projection of the base model and its layer to the weights on it."""
 
 
 class LowRankAdapter(Adapter):
@@ -112,7 +73,7 @@ class LowRankAdapter(Adapter):
         name: str,
         config: AdapterConfig,
         base_layers: Sequence[BaseLayer],
-        build: Callable[[BaseProjection, BaseLayer], Projection],
+        build: Build,
         shared: Weights | None = None,
     ) -> LowRankAdapter:
         """Make an adapter of each projection's weights, which `build` makes.
@@ -127,15 +88,7 @@ class LowRankAdapter(Adapter):
         Raises:
             AdapterError: If `target_modules` names projections that the base model lacks.
         """
-        layers = [
-            nn.ModuleDict(
-                {
-                    block: projection_block(projections, config.targets_in(layer), layer, build)
-                    for block, projections in layer.blocks.items()
-                }
-            )
-            for layer in base_layers
-        ]
+        layers = [projection_blocks(config, layer, build) for layer in base_layers]
         adapter = cls(name, config, base_layers, layers)
         adapter.add_module("shared", shared)
         return adapter
@@ -170,15 +123,16 @@ class LowRankAdapter(Adapter):
         return stack_low_rank_ffn(weights)
 
 
-def projection_block(
-    projections: Mapping[str, BaseProjection],
-    targets: frozenset[str],
-    layer: BaseLayer,
-    build: Callable[[BaseProjection, BaseLayer], Projection],
-) -> nn.ModuleDict:
-    """Make the weights of a block's targeted projections, by name."""
+def projection_blocks(config: AdapterConfig, layer: BaseLayer, build: Build) -> nn.ModuleDict:
+    """Make the weights on a layer's targeted projections, by the names of block and projection."""
+    targets = config.targets_in(layer)
     return nn.ModuleDict(
-        {name: build(base, layer) for name, base in projections.items() if name in targets}
+        {
+            block: nn.ModuleDict(
+                {name: build(base, layer) for name, base in bases.items() if name in targets}
+            )
+            for block, bases in layer.blocks.items()
+        }
     )
 
 
@@ -200,10 +154,7 @@ def input_group(modules: Sequence[Projection], dtype: torch.dtype) -> InputGroup
 
 
 def ffn_weights(
-    block: Mapping[str, Projection],
-    layer: BaseLayer,
-    dtype: torch.dtype,
-    num_experts: int = 1,
+    block: Mapping[str, Projection], layer: BaseLayer, dtype: torch.dtype, num_experts: int = 1
 ) -> FfnWeights:
     """Bring an FFN block's weights into compute form; gate and up of a fused one are cut apart.
 
@@ -247,12 +198,9 @@ def _halves(fused: UpProjection | None) -> list[UpProjection | None]:
     """Cut a fused gate_up projection's B side into gate (first half) and up."""
     if fused is None:
         return [None, None]
-    scales: Sequence[Tensor | None] = [None, None]
-    biases: Sequence[Tensor | None] = [None, None]
-    if fused.row_scale is not None:
-        scales = fused.row_scale.chunk(2, dim=1)
-    if fused.bias is not None:
-        biases = fused.bias.chunk(2)
+    scale, bias = fused.row_scale, fused.bias
+    scales = [None, None] if scale is None else scale.chunk(2, dim=1)
+    biases = [None, None] if bias is None else bias.chunk(2)
     return [
         UpProjection(fused.columns, lora_B, scale, bias, fused.between)
         for lora_B, scale, bias in zip(fused.B.chunk(2, dim=1), scales, biases, strict=True)

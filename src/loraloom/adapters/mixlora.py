@@ -15,27 +15,26 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import (
-    Adapter,
+from loraloom.adapters.base import (
+    BaseLayer,
+    BaseProjection,
     FfnRows,
     MoeFfn,
     SampleTokens,
     SegmentTokens,
 )
-from loraloom.adapters.base import BaseLayer
-from loraloom.adapters.config import (
-    MAX_NUMBER,
-    MAX_RANK,
-    AdapterConfig,
-    ExpertCount,
-    RoutingConfig,
-    Targets,
-    check_has_experts,
-)
-from loraloom.adapters.experts import Router
+from loraloom.adapters.experts import ExpertCount, Router, RoutingConfig, check_has_experts
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.lora import DecomposedConfig, LoraConfig, LoraProjection
-from loraloom.adapters.low_rank import ffn_weights, projection_block
+from loraloom.adapters.low_rank import ffn_weights, projection_blocks
+from loraloom.adapters.method import (
+    MAX_NUMBER,
+    MAX_RANK,
+    Adapter,
+    AdapterConfig,
+    Projection,
+    Targets,
+)
 from loraloom.config.fields import CheckInfo, StrictModel
 from loraloom.errors import AdapterError
 from loraloom.ops.dropout import Site
@@ -223,10 +222,7 @@ class MixLoraAdapter(Adapter):
         seed: int,
     ):
         check_has_experts(config, base_layers[0])
-        layers = [
-            _build_layer(config, layer, config.targets_in(layer), dtype, seed)
-            for layer in base_layers
-        ]
+        layers = [_build_layer(config, layer, dtype, seed) for layer in base_layers]
         super().__init__(name, config, base_layers, layers)
         self._expert_dropout = config.expert_config.dropout
         self._routed = config.route
@@ -366,34 +362,24 @@ def _used_slots(selected: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _build_layer(
-    config: MixLoraConfig,
-    layer: BaseLayer,
-    targets: frozenset[str],
-    dtype: torch.dtype,
-    seed: int,
+    config: MixLoraConfig, layer: BaseLayer, dtype: torch.dtype, seed: int
 ) -> nn.ModuleDict:
-    def attention(base, layer):
-        return LoraProjection(base, config, None, dtype, seed)
+    expert, shared, num_experts = config.expert_config, config.shared_config, config.num_experts
 
-    def experts(base, layer):
-        shared = config.shared_config and LoraProjection(
-            base, config.shared_config, None, dtype, seed
-        )
-        return LoraProjection(base, config.expert_config, config.num_experts, dtype, seed, shared)
+    def build(base: BaseProjection, layer: BaseLayer) -> Projection:
+        if base.key.split(".")[2] != layer.ffn_block:
+            return LoraProjection(base, config, None, dtype, seed)
+        behind = shared and LoraProjection(base, shared, None, dtype, seed)
+        return LoraProjection(base, expert, num_experts, dtype, seed, behind)
 
-    router = Router(
+    weights = projection_blocks(config, layer, build)
+    weights["router"] = Router(
         f"layers.{layer.index}.{layer.ffn_block}.router",
-        (config.num_experts, layer.hidden_size),
+        (num_experts, layer.hidden_size),
         seed,
         std=config.router_init_std,
         dtype=dtype,
         device=next(iter(layer.ffn.values())).device,
         has_bias=config.router_bias,
     )
-    return nn.ModuleDict(
-        {
-            layer.attention_block: projection_block(layer.attention, targets, layer, attention),
-            layer.ffn_block: projection_block(layer.ffn, targets, layer, experts),
-            "router": router,
-        }
-    )
+    return weights

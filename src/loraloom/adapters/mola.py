@@ -8,11 +8,10 @@ from typing import Any, Literal
 import torch
 from pydantic import model_validator
 
-from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.config import ExpertCount, RoutingConfig
-from loraloom.adapters.experts import RoutedProjection
-from loraloom.adapters.low_rank import LowRankAdapter, Projection
+from loraloom.adapters.experts import ExpertCount, RoutedProjection, RoutingConfig
+from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.method import Adapter, Projection
 from loraloom.errors import AdapterError
 
 

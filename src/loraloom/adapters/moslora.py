@@ -13,16 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.config import LowRankConfig
 from loraloom.adapters.low_rank import (
     LowRankAdapter,
-    Projection,
+    LowRankConfig,
     generator_for,
     initial_A,
     kaiming_uniform,
 )
+from loraloom.adapters.method import Adapter, Projection
 
 
 class MosLoraConfig(LowRankConfig):

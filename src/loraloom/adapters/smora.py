@@ -12,12 +12,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter, SegmentTokens
-from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.config import AdapterConfig, LowRankConfig, RouterLossConfig, Targets
-from loraloom.adapters.experts import Router
+from loraloom.adapters.base import BaseLayer, BaseProjection, SegmentTokens
+from loraloom.adapters.experts import Router, RouterLossConfig, check_at_most
 from loraloom.adapters.lora import LoraProjection
-from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.low_rank import LowRankAdapter, LowRankConfig
+from loraloom.adapters.method import Adapter, AdapterConfig, Targets
 from loraloom.config.fields import CheckInfo
 from loraloom.routing.routes import router_logits, top_k_routing
 
@@ -34,7 +33,6 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     peft_type = "SMORA"
     title = "SMoRA"
     formula = "y = Wx + s·B(g ∘ Ax), g = softmax(Rx) over the top_k ranks"
-    experts_have_tensors = False
 
     method: Literal["smora"] = "smora"  # pyright: ignore[reportIncompatibleVariableOverride]
     """A LoRA whose ranks are experts."""
@@ -46,10 +44,7 @@ class SmoraConfig(RouterLossConfig, LowRankConfig):
     @field_validator("top_k")
     @classmethod
     def _check_top_k(cls, top_k: int, info: CheckInfo) -> int:
-        rank = info.data.get("rank", top_k)
-        if top_k > rank:
-            raise ValueError(f"top_k must be in [1, rank={rank}], got {top_k}")
-        return top_k
+        return check_at_most("rank", top_k, info)
 
     @property
     def experts_per_token(self) -> int:

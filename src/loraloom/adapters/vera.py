@@ -15,10 +15,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, Weights
 from loraloom.adapters.base import BaseLayer, BaseProjection
-from loraloom.adapters.config import MAX_NUMBER, MAX_RANK, AdapterConfig
-from loraloom.adapters.low_rank import LowRankAdapter, Projection
+from loraloom.adapters.keys import Weights
+from loraloom.adapters.low_rank import LowRankAdapter
+from loraloom.adapters.method import MAX_NUMBER, MAX_RANK, Adapter, AdapterConfig, Projection
 from loraloom.errors import shown
 
 
@@ -60,11 +60,13 @@ class VeraConfig(AdapterConfig):
         self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
     ) -> Adapter:
         shared = SharedProjections(self, base_layers, dtype)
-
-        def build(base: BaseProjection, layer: BaseLayer) -> Projection:
-            return VeraProjection(base, self, shared, dtype)
-
-        return LowRankAdapter.of(name, self, base_layers, build, shared)
+        return LowRankAdapter.of(
+            name,
+            self,
+            base_layers,
+            lambda base, _: VeraProjection(base, self, shared, dtype),
+            shared,
+        )
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"projection_seed": self.projection_seed}
@@ -81,9 +83,8 @@ class SharedProjections(Weights):
         adapted = [
             projection
             for layer in base_layers
-            for block in layer.blocks.values()
-            for name, projection in block.items()
-            if name in config.targets_in(layer)
+            for projection in layer.projections
+            if projection.key.rpartition(".")[2] in config.targets_in(layer)
         ]
         generator = torch.Generator().manual_seed(config.projection_seed)
         options = {"dtype": dtype, "device": adapted[0].device}

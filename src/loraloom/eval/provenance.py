@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import loraloom
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.data.questions import QuestionSet, questions_digest, sha256
 from loraloom.formats.contents import ADAPTER_FILES
 from loraloom.formats.hub import find_adapter

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import LORA_FIELDS, AdapterFiles, SidecarFiles
 from loraloom.adapters.keys import TensorKey, target_projections
+from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import OWN_FIELDS
 from loraloom.errors import AdapterError, shown
 from loraloom.formats.contents import SIDECAR_SETTINGS, SIDECAR_WEIGHTS

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.method import AdapterConfig
 from loraloom.config.data import PromptForm
 from loraloom.formats.hub import HUB_ID
 

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import (
     CONFIG_FILE,
     LORA_FIELDS,
@@ -20,6 +19,7 @@ from loraloom.adapters.files import (
     checked_fields,
 )
 from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.method import AdapterConfig
 from loraloom.config.data import PromptForm
 from loraloom.errors import shown
 from loraloom.formats.fields import read_settings

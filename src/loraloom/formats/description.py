@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import MODULES, TOKENS
 from loraloom.formats.contents import ADAPTER_FILES, StoredAdapter
 from loraloom.formats.files import read_stored

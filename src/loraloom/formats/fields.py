@@ -24,10 +24,10 @@ from loraloom.adapters import (
     VeraConfig,
 )
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
-from loraloom.adapters.keys import target_pattern, target_projections
+from loraloom.adapters.keys import target_projections
 from loraloom.adapters.lora import is_pattern, matches, pattern_value
+from loraloom.adapters.method import AdapterConfig, Targets
 from loraloom.adapters.own import OWN_FIELDS
 from loraloom.errors import shown
 
@@ -93,7 +93,7 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
     if table is None:
         return settings
     fields: Settings = {theirs: settings[ours] for ours, theirs in table.names.items()}
-    fields |= {**table.constants, "target_modules": list(config.known_targets(base))}
+    fields |= {**table.constants, "target_modules": list(known_targets(config, base))}
     fields |= table.write(config, base)
     if "lora_alpha" in fields:
         fields["lora_alpha"] = _whole(fields["lora_alpha"])
@@ -108,6 +108,20 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
     return {name: value for name, value in fields.items() if name not in flags} | {
         "loraloom": {"adapter": own}
     }
+
+
+def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
+    """Name those of `target_modules` that a base model has, in its order; a LoRA's places stay."""
+    targets = config.target_modules
+    if not isinstance(targets, str) and any("." in target for target in targets):
+        return targets
+    return tuple(path.rpartition(".")[2] for path in target_projections(targets, base))
+
+
+def _target_pattern(targets: Targets, base: BaseInfo) -> str:
+    """Name what `target_modules` means by a pattern that matches nothing else in the base model."""
+    paths = "|".join(map(re.escape, target_projections(targets, base)))
+    return rf"{re.escape(base.layers_path)}\.\d+\.({paths})"
 
 
 def _whole(alpha: float) -> float | int:
@@ -264,12 +278,12 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
 
 def _lora_targets(config: Any, base: BaseInfo, names: Mapping[str, str]) -> list[str] | str:
     """Name the targets; by a pattern where names alone would mean other modules too."""
-    known = config.known_targets(base)
+    known = known_targets(config, base)
     if base.has_own_names:
         return list(known)
     if config.layers is not None or any("." in name for name in known):
         return "|".join(map(re.escape, names.values()))
-    return target_pattern(config.target_modules, base)
+    return _target_pattern(config.target_modules, base)
 
 
 # VeRA.
@@ -285,7 +299,7 @@ def _read_vera(files: AdapterFiles) -> Settings:
 def _write_vera(config: Any, base: BaseInfo) -> Settings:
     if base.has_own_names:
         return {}
-    return {"target_modules": target_pattern(config.target_modules, base)}
+    return {"target_modules": _target_pattern(config.target_modules, base)}
 
 
 # MixLoRA. MoE-PEFT refuses a dropout of 0, which loraloom writes as it is.

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
+from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.own import tensor_shapes
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, shown
 from loraloom.formats import axolotl, legacy, native, peft, reference
@@ -123,7 +124,7 @@ def render_files(
 
 
 def _check_complete(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> None:
-    shapes = config.tensor_shapes(base)
+    shapes = tensor_shapes(config, base)
     odd = sorted(shapes.keys() ^ tensors.keys())
     if odd:
         raise AdapterError(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.keys import TensorKey
-from loraloom.adapters.own import MODULES
+from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.own import MODULES, tensor_shapes
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.formats.contents import StoredAdapter, names_in
+from loraloom.formats.fields import known_targets
 
 _SAME_ACTIVATION = {
     "swish": "silu",
@@ -29,7 +30,6 @@ def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, d
     _check_modules(stored, base)
     _check_activation(stored, base)
     config = _with_known_targets(stored, base)
-    _check_experts(stored)
     shapes = _without_lost_magnitudes(stored, _shapes(stored, config, base))
     _check_names(stored, shapes)
     check_shapes(stored.source, stored.tensors, shapes, base)
@@ -42,7 +42,7 @@ def _shapes(
     stored: StoredAdapter, config: AdapterConfig, base: BaseInfo
 ) -> dict[str, tuple[int, ...]]:
     try:
-        return config.tensor_shapes(base)
+        return tensor_shapes(config, base)
     except AdapterError as error:
         raise AdapterError(f"{stored.source}: {error}") from error
 
@@ -103,21 +103,11 @@ def _another_base(stored: StoredAdapter, base: BaseInfo, reason: str) -> Adapter
 
 
 def _with_known_targets(stored: StoredAdapter, base: BaseInfo) -> AdapterConfig:
-    names = stored.config.known_targets(base)
+    names = known_targets(stored.config, base)
     if not names:
         raise FormatError(f"{stored.source}: no tensors and no `target_modules` of the base model")
     fields = stored.config.model_dump() | {"target_modules": names}
     return type(stored.config).model_validate(fields)
-
-
-def _check_experts(stored: StoredAdapter) -> None:
-    """Raise a FormatError for more experts than tensors, before a name is made for each."""
-    experts = stored.config.experts_per_router
-    if experts > len(stored.tensors) and stored.config.experts_have_tensors:
-        raise FormatError(
-            f"{stored.source}: `num_experts` must be the number of experts that have tensors, got "
-            f"{experts} with {len(stored.tensors)} tensors"
-        )
 
 
 def _check_finite(stored: StoredAdapter) -> None:

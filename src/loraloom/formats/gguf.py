@@ -31,9 +31,8 @@ from gguf import (
 from gguf.quants import quantize
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.low_rank import Projection
+from loraloom.adapters.method import Adapter, Projection
 from loraloom.errors import AdapterError
 
 _ARCHITECTURES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from loraloom.adapters.adapter import MoeFfn
+from loraloom.adapters.base import MoeFfn
 from loraloom.errors import AdapterError
 from loraloom.formats.checkpoint import LazyTensor
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import AdapterFiles
+from loraloom.adapters.method import AdapterConfig
 from loraloom.formats.contents import (
     BaseRecord,
     StoredAdapter,

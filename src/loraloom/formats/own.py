@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.keys import is_meant
+from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import MODULES, OWN_FIELDS, TOKENS, own_parts
 
 _PREFIX = "base_model.model."

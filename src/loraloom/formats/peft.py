@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.keys import TensorKey
+from loraloom.adapters.method import AdapterConfig
 from loraloom.config.json_text import parse_json
 from loraloom.errors import FormatError
 from loraloom.formats.contents import (

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.errors import DataError
 from loraloom.generation.prompts import check_token_ids
 from loraloom.generation.rows import text_row

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.generation.scheduler import PromptCache
 from loraloom.generation.sequence import Row, log_failure
 from loraloom.models.decoding import Decoding

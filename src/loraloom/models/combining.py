@@ -21,10 +21,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.low_rank import seeded
+from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.errors import AdapterError, ConfigError
 
 Combination = Literal["linear", "ties", "dare_ties", "svd"]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
 from loraloom.adapters.files import AdapterFiles
-from loraloom.adapters.own import refuse_own_parts
+from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.own import refuse_own_parts, tensor_shapes
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats import axolotl
@@ -102,7 +102,7 @@ def _read(
     stored = read_stored(find_adapter(source), settings)
     base = seen_base(stored)
     config, tensors = fit_to_base(stored, base)
-    if tensors.keys() != config.tensor_shapes(base).keys():
+    if tensors.keys() != tensor_shapes(config, base).keys():
         raise AdapterError(
             f"{stored.source} lacks its magnitudes, which are those of the base model's rows; give "
             "the base model: --base-model"

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.config.fields import Dtype
 from loraloom.durable import write_directory, write_file

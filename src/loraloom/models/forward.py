@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter, SegmentTokens
+from loraloom.adapters.base import SegmentTokens
+from loraloom.adapters.method import Adapter
 from loraloom.models.layout import Layout
 from loraloom.models.stacking import StackedForward, StackedPlan, plan_stacked
 from loraloom.models.stacks import ComputeForms, ScaledAdapter, Stacks

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import SampleTokens
+from loraloom.adapters.base import SampleTokens
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.models.autocast import compute_dtype
 from loraloom.models.decoding import Decoding, make_cache

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.config import AdapterConfig, check_config
-from loraloom.adapters.own import own_parts
+from loraloom.adapters.method import Adapter, AdapterConfig, check_config
+from loraloom.adapters.own import own_parts, tensor_shapes
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError
 from loraloom.formats.card import model_card
@@ -107,10 +106,10 @@ class HostedAdapters:
         """
         stored = read_stored(find_adapter(path_or_hub_id), settings)
         config, tensors = fit_to_base(stored, self.base)
-        if config.takes_start_off or config.tensor_shapes(self.base).keys() - tensors.keys():
+        if config.takes_start_off or tensor_shapes(config, self.base).keys() - tensors.keys():
             self._check_unmerged("load what depends on its weights")
         adapter = self._build(name, config, seed=0)
-        adapter.load_stored(tensors)
+        adapter.load_tensors(tensors)
         adapter.prompt = stored.base.prompt
         return self._register(adapter)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import SampleTokens, SegmentTokens
+from loraloom.adapters.base import SampleTokens, SegmentTokens
 from loraloom.errors import ModelError
 from loraloom.models.families import keeps_running_states
 from loraloom.ops.dropout import SampleNoise, SampleSpan

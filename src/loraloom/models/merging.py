@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.base import BaseProjection
-from loraloom.adapters.low_rank import Projection
+from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
 

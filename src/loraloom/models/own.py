@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from loraloom.adapters.adapter import OwnModule
+from loraloom.adapters.method import OwnModule
 from loraloom.adapters.own import MODULES, TOKENS, OwnParts
 from loraloom.errors import AdapterError
 from loraloom.models.quantised import is_linear, quantised_weight

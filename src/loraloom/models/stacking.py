@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, SegmentTokens
+from loraloom.adapters.base import SegmentTokens
+from loraloom.adapters.method import Adapter
 from loraloom.models.autocast import outside_autocast
 from loraloom.models.stacks import ScaledAdapter, StackPart
 from loraloom.ops.expert_ffn import Activation

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from loraloom.adapters.adapter import Adapter, OwnModule
 from loraloom.adapters.low_rank import input_group
+from loraloom.adapters.method import Adapter, OwnModule
 from loraloom.ops.expert_ffn import FfnWeights
 from loraloom.ops.low_rank import InputGroup
 from loraloom.ops.stacked import StackedFfn, StackedInput, stack_inputs

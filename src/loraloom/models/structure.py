@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from loraloom.adapters import TRIALS
-from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.base import FfnShape
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.errors import LoraloomError, ModelError, shown
 from loraloom.models.families import EXPERTS, FAMILIES, Family, text_config
 from loraloom.models.quantised import is_linear

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.low_rank import Projection
+from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import own_parts
 from loraloom.errors import AdapterError
 from loraloom.formats.checkpoint import LazyTensor, read_index

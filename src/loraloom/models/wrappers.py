@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loraloom.adapters.adapter import FfnRows
-from loraloom.adapters.base import FfnShape
+from loraloom.adapters.base import FfnRows, FfnShape
 from loraloom.models.autocast import outside_autocast
 from loraloom.models.forward import ForwardContext, checkpoint_contexts, current_forward
 from loraloom.models.own import own_outputs

@@ -23,8 +23,8 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.files import CONFIG_FILE
+from loraloom.adapters.method import Adapter
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, ConfigError, FormatError, shown
 from loraloom.formats.hub import HUB_ID, find_adapter

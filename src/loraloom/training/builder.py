@@ -7,9 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.adapter import Adapter
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.adapters.own import own_parts
 from loraloom.config.data import DataConfig, is_task_file
 from loraloom.config.paths import local_path
@@ -142,7 +141,7 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
             f"start_from needs an adapter with the job's own settings, got {path_or_hub_id}: "
             f"{'; '.join(changed)}"
         )
-    adapter.load_stored(tensors)
+    adapter.load_tensors(tensors)
 
 
 def _formula(config: AdapterConfig, base: BaseInfo) -> dict[str, object]:

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter
-from loraloom.adapters.config import AdapterConfig
+from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.data.streaming import StreamedSet
 from loraloom.data.training_set import TrainingSet, examples_digest
 from loraloom.errors import TrainingError

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
 from loraloom.models.quantised import stored_weights

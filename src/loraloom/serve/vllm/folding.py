@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraloom.adapters.adapter import Adapter, MoeFfn
-from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection
+from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, MoeFfn
 from loraloom.adapters.keys import TensorKey
-from loraloom.adapters.low_rank import Projection
+from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
 from loraloom.formats.contents import StoredAdapter

@@ -16,7 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loraloom.adapters.adapter import Adapter, SampleTokens
+from loraloom.adapters.base import SampleTokens
+from loraloom.adapters.method import Adapter
 from loraloom.data.examples import Example, count_labels
 from loraloom.data.packing import first_fit, join_samples
 from loraloom.routing.collapse import Choices

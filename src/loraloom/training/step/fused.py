@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from loraloom.adapters.adapter import Adapter, SampleTokens
+from loraloom.adapters.base import SampleTokens
+from loraloom.adapters.method import Adapter
 from loraloom.data.examples import count_labels
 from loraloom.generation.rows import collate, example_row, owners
 from loraloom.models.host import Host

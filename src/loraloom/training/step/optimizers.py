@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.optimization import GreedyLR
 
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.errors import ConfigError, shown
 from loraloom.models.host import Host
 from loraloom.models.quantising import import_library

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from loraloom.adapters.adapter import Adapter
+from loraloom.adapters.method import Adapter
 from loraloom.data.examples import Example, TrainingExample
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.host import Host

@@ -1,0 +1,533 @@
+"""The contract of a method: its settings, its weights on a projection, and the adapter they make.
+
+A method is a file beside this one with a subclass of `AdapterConfig`, whose `build` makes an
+`Adapter`. Most methods differ in rank space alone: their `Projection` has an A, a B, perhaps a row
+scale c, and something `between` the two, and `LowRankAdapter` does the rest (low_rank.py):
+
+    y = c ∘ (Wx + between(A drop(x)) B) + b
+
+`docs/methods.md` adds a method step by step.
+
+Axes: T tokens of one segment, I in_features, O out_features, D hidden, F feed-forward, P columns of
+the A product, S rows of B.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from loraloom.adapters.base import (
+    BaseInfo,
+    BaseLayer,
+    BaseProjection,
+    FfnRows,
+    MoeFfn,
+    SampleTokens,
+    SegmentTokens,
+)
+from loraloom.adapters.keys import Shape, TensorKey, Weights
+from loraloom.config.data import PromptForm
+from loraloom.config.fields import StrictModel
+from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.ops.dropout import Site
+from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights
+from loraloom.ops.low_rank import InputGroup, down_project
+from loraloom.ops.stacked import StackedFfn
+from loraloom.routing.losses import AddUp, whole
+from loraloom.routing.record import LayerRouting
+
+MAX_RANK, MAX_NUMBER = 2**16, 1e6
+"""Bounds far from what anybody trains, so that a slip or malice ends in a message."""
+
+TokenIds = tuple[Annotated[int, Field(ge=0)], ...]
+TargetGroup = Literal["all-linear", "attention", "ffn"]
+Targets = TargetGroup | tuple[str, ...]
+
+
+class AdapterConfig(StrictModel, ABC):
+    """The settings that all methods have, and the questions that all must answer."""
+
+    peft_type: ClassVar[str]
+    """What adapter_config.json calls the method."""
+    title: ClassVar[str]
+    """The method as papers spell it; a property where a setting makes a variant of it."""
+    formula: ClassVar[str]
+    """What an adapted projection computes, in a line."""
+    layout: ClassVar[Literal["peft", "reference", "native"]] = "native"
+    """How tensors are named on disk; see formats/."""
+    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Names that people give as `method` for settings of this one, and what to write instead."""
+    trains_B: ClassVar[bool] = True
+    """Whether it has up-projections `lora_B` that are trained."""
+    adds_up_over_ranks: ClassVar[bool] = True
+    """Whether its auxiliary loss is known to a rank that has only a part of the tokens."""
+
+    method: str
+    rank: int = Field(default=16, ge=1, le=MAX_RANK)
+    """Rank of the update."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of the update, in training only."""
+    target_modules: Targets = "all-linear"
+    """Projections to adapt: their names, or `all-linear`, `attention`, `ffn`."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules outside of the projections that the adapter trains whole, as a copy of its own:
+    `embed_tokens`, `lm_head`, norms; names or the ends of paths, as in PEFT."""
+    trainable_token_indices: TokenIds | dict[str, TokenIds] = ()
+    """Tokens whose embeddings the adapter trains, as rows of its own; where the base model ties its
+    head to the embeddings, the head has them too. By the name of the embedding or the head:
+    `{embed_tokens: [7], lm_head: [7, 8]}`."""
+    ensure_weight_tying: bool = False
+    """Train one copy for embedding and head in modules_to_save, where the base model has one."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _check_target_modules(cls, targets: Any) -> Any:
+        groups = get_args(TargetGroup)
+        is_list = isinstance(targets, list | tuple)
+        if targets in groups or (is_list and targets and all(_is_module_name(t) for t in targets)):
+            return targets
+        raise ValueError(
+            f"target_modules must be {', '.join(groups)} or a list of module names, got "
+            f"{shown(targets)}"
+        )
+
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _check_tokens_differ(cls, given: Any) -> Any:
+        for tokens in given.values() if isinstance(given, dict) else [given]:
+            if len(set(tokens)) < len(tokens):
+                raise ValueError(f"trainable_token_indices must differ, got {shown(list(tokens))}")
+        return given
+
+    @abstractmethod
+    def build(
+        self, name: str, base_layers: Sequence[BaseLayer], dtype: torch.dtype, seed: int
+    ) -> Adapter:
+        """Make an adapter with initial weights.
+
+        Args:
+            name: Unique on its host.
+            base_layers: The base model's projections.
+            dtype: Of the trained weights, at least float32.
+            seed: Of the initial weights, together with each tensor's name.
+
+        Raises:
+            AdapterError: If `target_modules` names projections that the base model lacks.
+        """
+
+    def tensor_shapes(self, base: BaseInfo) -> dict[str, Shape]:
+        """Give the name and shape of every tensor of the method on a base model.
+
+        They are read off an adapter that is built without memory.
+
+        Raises:
+            AdapterError: If the settings don't fit the base model.
+        """
+        with torch.device("meta"):
+            adapter = self.build("shapes", base.layers_without_weights(), torch.float32, seed=0)
+        return {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
+
+    def targets_in(self, layer: BaseLayer) -> frozenset[str]:
+        """Name the projections that an adapter has in a layer, which may lack some of its targets.
+
+        Raises:
+            AdapterError: If `target_modules` names projections that the base model lacks.
+        """
+        groups = {"attention": frozenset(layer.attention), "ffn": frozenset(layer.ffn)}
+        groups["all-linear"] = groups["attention"] | groups["ffn"]
+        known, targets = groups["all-linear"] | layer.absent, self.target_modules
+        if targets == "ffn" and not layer.ffn:
+            raise AdapterError(
+                "target_modules must have projections on the base model, got ffn where its FFN "
+                "blocks are mixtures of experts themselves; take attention"
+            )
+        if isinstance(targets, str):
+            return groups[targets]
+        unknown = sorted(set(targets) - known)
+        if unknown or not targets:
+            raise AdapterError(
+                f"target_modules must name projections of the base model "
+                f"({', '.join(sorted(known))}) or be all-linear, attention or ffn; "
+                f"got {', '.join(unknown) or 'an empty list'}"
+            )
+        return frozenset(targets)
+
+    @property
+    def in_every_layer(self) -> bool:
+        """Whether every decoder layer has all target modules."""
+        return True
+
+    @property
+    def takes_start_off(self) -> bool:
+        """Whether the start of the update is taken off the base's weights."""
+        return False
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """How many experts a router chooses for a token; None where it chooses none."""
+        return None
+
+    @property
+    def experts_per_router(self) -> int:
+        """The most experts that a router chooses from; 0 without routers."""
+        return 0
+
+    @property
+    def has_expert_groups(self) -> bool:
+        """Whether its loss tells samples of two groups apart, the `expert_group` of their data."""
+        return False
+
+    @property
+    def routes_outside_training(self) -> bool:
+        """Whether routers choose experts for tokens that nothing is learnt of."""
+        return self.experts_per_router > 0
+
+    @property
+    def collapse_advice(self) -> str:
+        """What to change where routers send all tokens to the same few experts."""
+        return "lower learning_rate"
+
+    def auxiliary_loss(
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
+    ) -> Tensor | None:
+        """Compute what the method adds to the objective, with its coefficient; None for nothing.
+
+        Args:
+            routing: The record of one forward, an entry for each router.
+            samples: Whose tokens these are, in their order; None where nobody knows.
+            add_up: Adds a tensor up over everybody who has a part of the micro-batch.
+        """
+        return None
+
+    def combined(self, others: Sequence[AdapterConfig], targets: Targets) -> AdapterConfig:
+        """Give the settings of an adapter that others of this method were combined to.
+
+        Raises:
+            AdapterError: If the method's updates can't be.
+        """
+        raise AdapterError(
+            f"adapters that are combined must have updates of the form BA, {self.title} hasn't; "
+            "give their rows scales instead"
+        )
+
+    def scaling_of(self, key: TensorKey) -> float:
+        """The factor of an update, whose B and A are at a place."""
+        return 1.0
+
+    def summary(self) -> dict[str, Any]:
+        """The settings that decide what the weights compute, for `inspect` and `start_from`."""
+        return {"rank": self.rank}
+
+    def description(self) -> dict[str, Any]:
+        """The settings that `loraloom inspect` shows beside rank and dropout."""
+        return {"alpha": None, "scaling": None, "rank_stabilized": False, "experts": None}
+
+
+def _is_module_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and name not in get_args(TargetGroup)
+
+
+def check_config(config: object) -> AdapterConfig:
+    """Return a configuration as it came; a ConfigError if it is of another library, or none."""
+    if isinstance(config, AdapterConfig):
+        return config
+    kind = type(config)
+    raise ConfigError(
+        f"an adapter's configuration must be one of loraloom's, got {kind.__module__}."
+        f"{kind.__qualname__}; write loraloom.LoraConfig(rank=8, alpha=16), or load an adapter "
+        "that PEFT has saved with host.load"
+    )
+
+
+class Projection(Weights):
+    """The trained weights on one projection of the base model."""
+
+    maps_rank_space: ClassVar[bool] = False
+    """Whether `between` does anything; what doesn't goes through faster forms."""
+
+    def __init__(self, base: BaseProjection):
+        super().__init__()
+        self.base = base
+        self.key = base.key
+
+    @property
+    def name(self) -> str:
+        """The projection's name in its block."""
+        return self.key.rpartition(".")[2]
+
+    @property
+    def path(self) -> str:
+        """The projection's name in its layer, `self_attn.q_proj` for instance."""
+        return self.key.split(".", 2)[2]
+
+    @property
+    @abstractmethod
+    def num_columns(self) -> int:
+        """P."""
+
+    @abstractmethod
+    def compute_A(self, dtype: torch.dtype) -> Tensor:
+        """A in the products' dtype, [P, I]."""
+
+    @abstractmethod
+    def compute_B(self, dtype: torch.dtype) -> Tensor:
+        """B times scaling, transposed, in the products' dtype, [S, O]."""
+
+    def row_scale(self) -> Tensor | None:
+        """DoRA's factor c of each output row, [1, O] float32 or better; None without."""
+        return None
+
+    def between(self, low_rank: Tensor, hidden_states: Tensor, tokens: SegmentTokens) -> Tensor:
+        """Go from the A product to what B multiplies.
+
+        Args:
+            low_rank: dropout(x) Aᵀ, [T, P].
+            hidden_states: x, [T, I].
+            tokens: Which of them are real; takes the record of a router.
+
+        Returns:
+            [T, S], in the dtype of `low_rank`.
+        """
+        return low_rank
+
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype, expert: int = 0, num_experts: int = 1) -> Tensor:
+        """Compute the weight that does what the base's and the update do, `c ∘ (W + BA)`, [O, I].
+
+        Args:
+            dtype: Of the computation and the result.
+            expert: Whose update.
+            num_experts: Experts whose A lie behind one another.
+        """
+        rank = self.num_columns // num_experts
+        own = slice(expert * rank, (expert + 1) * rank)
+        update = self.compute_B(dtype)[own].T @ self.compute_A(dtype)[own]
+        merged = update.add_(self.base.weight.to(dtype))
+        row_scale = self.row_scale()
+        return merged if row_scale is None else merged.mul_(row_scale[expert].to(dtype)[:, None])
+
+
+class OwnModule(Weights):
+    """What an adapter has in place of a module of the base model, at a path in it."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    @abstractmethod
+    def compute_form(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Bring the weights into the form in which `outputs` takes them, the base's dtype."""
+
+    @abstractmethod
+    def outputs(
+        self,
+        module: nn.Module,
+        weights: Mapping[str, Tensor],
+        inputs: Tensor,
+        base_forward: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Compute what the adapter's rows get from the base's module, whose own forward is given.
+
+        Args:
+            module: The base model's.
+            weights: What `compute_form` returned.
+            inputs: Of the adapter's rows.
+            base_forward: The module's own forward.
+        """
+
+    @abstractmethod
+    def stored(self, name: str, weight: Tensor) -> Tensor:
+        """Give a parameter, here the base's, with which the module itself computes the same."""
+
+
+class Adapter(nn.Module, ABC):
+    """A named set of trained weights on a base model.
+
+    Args:
+        name: Unique in its host.
+        config: The method's settings.
+        base_layers: The base model's projections.
+        layers: For each of them, the weights of both blocks by the names of block and projection,
+            and under other names what else the method has in a layer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: AdapterConfig,
+        base_layers: Sequence[BaseLayer],
+        layers: Sequence[nn.ModuleDict],
+    ):
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.base_layers = list(base_layers)
+        self.layers = nn.ModuleList(layers)
+        self.own_modules = nn.ModuleList()
+        self.prompt: PromptForm | None = None  # how its training data writes prompts
+        self._blocks: list[dict[str, dict[str, Projection]]] = [
+            {block: dict(layer[block].items()) for block in base.blocks}  # pyright: ignore
+            for base, layer in zip(base_layers, layers, strict=True)
+        ]
+
+    @abstractmethod
+    def ffn(
+        self,
+        layer: int,
+        weights: FfnWeights,
+        hidden_states: Tensor,
+        gate: Tensor,
+        up: Tensor | None,
+        act: Activation,
+        tokens: SegmentTokens,
+    ) -> FfnRows:
+        """Compute the adapter's half of an FFN block.
+
+        Args:
+            layer: Index of the decoder layer.
+            weights: What `ffn_weights` returned for it.
+            hidden_states: The block's input, [T, D].
+            gate: Base output of the gate, or of the only input projection, [T, F].
+            up: Base output of up, [T, F], or None.
+            act: The base's activation.
+            tokens: Which tokens are real, and random numbers.
+        """
+
+    @abstractmethod
+    def ffn_weights(self, layer: int, dtype: torch.dtype) -> FfnWeights:
+        """Bring the weights of an FFN block into compute form."""
+
+    def stack_key(self) -> Hashable | None:
+        """Return what adapters have in common that can decode side by side; None for none.
+
+        Adapters with one key have tensors of the same shapes; values, scalings and seeds may
+        differ. A method that has a key gives `stack_ffn` too.
+        """
+        return None
+
+    @classmethod
+    def stack_ffn(
+        cls, adapters: Sequence[Any], layer: int, weights: Sequence[FfnWeights]
+    ) -> StackedFfn:
+        """Put the FFN weights of adapters with the same `stack_key` side by side.
+
+        Args:
+            adapters: One or more.
+            layer: Index of the decoder layer.
+            weights: What `ffn_weights` returned for each.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no stacked form")
+
+    def as_moe(self, layer: int) -> MoeFfn:
+        """See an FFN block as experts that each have whole weights.
+
+        Raises:
+            AdapterError: If the method's routers do something else than to choose a few of these
+                for each token.
+        """
+        raise self._no_moe(self.config.title)
+
+    def _no_moe(self, found: str) -> AdapterError:
+        return AdapterError(
+            f"adapter {self.name!r} must be a mixture whose routers choose top_k whole FFN experts "
+            f"for each token to have the form of an MoE checkpoint, got {found}"
+        )
+
+    def auxiliary_loss(
+        self,
+        routing: Sequence[LayerRouting],
+        samples: Sequence[SampleTokens] | None = None,
+        add_up: AddUp = whole,
+    ) -> Tensor | None:
+        """Compute what is added to the objective; see `AdapterConfig.auxiliary_loss`."""
+        return self.config.auxiliary_loss(routing, samples, add_up)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor under its file-neutral name (keys.py), as views of the parameters."""
+        holders = (module for module in self.modules() if isinstance(module, Weights))
+        return {name: tensor for holder in holders for name, tensor in holder.tensors()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values in, by the names of `tensors()`; magnitudes that are missing stay.
+
+        Raises:
+            AdapterError: If other names or shapes differ from this adapter's.
+        """
+        own = self.tensors()
+        missing = sorted(
+            name for name in own.keys() - tensors.keys() if not name.endswith(".magnitude")
+        )
+        unexpected = sorted(tensors.keys() - own.keys())
+        if missing or unexpected:
+            raise AdapterError(
+                f"tensors don't match adapter {self.name!r}: "
+                f"missing {missing[:3]} ({len(missing)}), unexpected {unexpected[:3]} "
+                f"({len(unexpected)}); check that config and weights belong together"
+            )
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                raise AdapterError(
+                    f"{name} must have shape {list(own[name].shape)} on this base model, "
+                    f"got {list(tensor.shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+    def projections(self) -> Iterator[Projection]:
+        """Yield the weights on all projections, layer after layer."""
+        for blocks in self._blocks:
+            for block in blocks.values():
+                yield from block.values()
+
+    def attention_block(self, layer: int) -> Mapping[str, Projection]:
+        """Return the weights of a layer's attention, by projection."""
+        return self._blocks[layer][self.base_layers[layer].attention_block]
+
+    def ffn_block(self, layer: int) -> Mapping[str, Projection]:
+        """Return the weights of a layer's FFN block, by projection."""
+        return self._blocks[layer][self.base_layers[layer].ffn_block]
+
+    def adapts_ffn(self, layer: int) -> bool:
+        """Whether the adapter has weights in this layer's FFN block."""
+        return len(self.ffn_block(layer)) > 0
+
+    def own_at(self, path: str) -> OwnModule | None:
+        """Return what the adapter has in place of a module of the base model; None for nothing."""
+        return next((own for own in self.own_modules if own.path == path), None)  # pyright: ignore
+
+    def attention_low_rank(
+        self, group: InputGroup, hidden_states: Tensor, site: Site, tokens: SegmentTokens
+    ) -> Tensor:
+        """Compute `dropout(x) Aᵀ` of projections that share their input, [T, P]."""
+        dropout, keep = self.config.dropout, None
+        if tokens.noise is not None and dropout > 0:
+            keep = tokens.noise.keep_mask(site, hidden_states.shape[-1], dropout, group.A.dtype)
+        return down_project(hidden_states.to(group.A.dtype), group.A, keep, dropout)
+
+    def ffn_dropout(
+        self, dropout: float, hidden_size: int, gate: Tensor, num_slots: int, tokens: SegmentTokens
+    ) -> FfnDropout:
+        """Draw the masks of an FFN block: one for its input, one for each slot's hidden states."""
+        if tokens.noise is None or dropout == 0:
+            return FfnDropout.none(num_slots)
+        draw, dtype, width = tokens.noise.keep_mask, gate.dtype, gate.shape[-1]
+        slots = [draw(Site.FFN_SLOT + slot, width, dropout, dtype) for slot in range(num_slots)]
+        return FfnDropout(dropout, draw(Site.FFN_INPUT, hidden_size, dropout, dtype), slots)
+
+    @cached_property
+    def _shapes(self) -> int:
+        """A hash of what it has; asked for when it decodes, as buffers may come after building."""
+        weights = [*self.named_parameters(), *self.named_buffers()]
+        return hash(tuple((name, tuple(weight.shape)) for name, weight in weights))
