@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.cases import StepSetting, adapter_config, peak_rss_bytes, reset_peak_rss
 from benchmarks.memory_prediction import predict_memory
-from loraloom.data.examples import NO_LOSS, Example
+from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model

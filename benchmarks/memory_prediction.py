@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from loraloom.data.packing import first_fit
+from loraloom.data.tokens import first_fit
 from loraloom.models.host import Host
 from loraloom.models.sharding import gathered_weights
 from loraloom.training.job import Job

@@ -9,7 +9,7 @@ from torch import Tensor
 from loraloom.adapters import LoraMoeConfig
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.loramoe import balancing_constraint
-from loraloom.data.examples import Example
+from loraloom.data.tokens import Example
 from loraloom.errors import AdapterError
 from loraloom.training.settings import SftConfig
 from loraloom.training.step.objectives import build_objective

@@ -14,7 +14,8 @@ import pytest
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
-from loraloom.data.questions import load_question_set, questions_digest, sha256
+from loraloom.data.sources import sha256
+from loraloom.data.tasks import load_question_set, questions_digest
 from loraloom.eval.cache import FILE_NAME, ScoreCache
 from loraloom.eval.comparison import compare, read_answers
 from loraloom.models.host import Host

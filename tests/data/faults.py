@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from loraloom.config.data import SourceConfig
-from loraloom.data.sources import check_encoded
+from loraloom.data.encoding import check_encoded
 
 ANY = SourceConfig(dataset="rows.jsonl", format="text")
 

@@ -4,12 +4,11 @@ import sys
 
 import pytest
 
-from loraloom.data.chat import encode_conversations
-from loraloom.data.chat_template import TRAINING_DAY, load_chat_template
-from loraloom.data.encoding import DROPPED
-from loraloom.data.examples import NO_LOSS
+from loraloom.data.chat import TRAINING_DAY, load_chat_template
+from loraloom.data.encoding import encode_conversations
 from loraloom.data.messages import Conversation, read_conversation, read_messages
-from loraloom.data.rows import Row
+from loraloom.data.sources import Row
+from loraloom.data.tokens import DROPPED, NO_LOSS
 from loraloom.errors import DataError
 from tests.data.faults import checked
 

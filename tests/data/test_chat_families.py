@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import pytest
 
-from loraloom.data.chat import learn_answers
-from loraloom.data.chat_template import load_chat_template
-from loraloom.data.encoding import LearntTokens
+from loraloom.data.chat import learn_answers, load_chat_template
 from loraloom.data.messages import read_conversation
-from loraloom.data.rows import Row
+from loraloom.data.sources import Row
+from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from tests.conftest import build_tokenizer
 from tests.data.chat_families import FAMILIES, KINDS, TRAINING
@@ -74,7 +74,7 @@ def expected(family: str, kind: str) -> list[str] | str:
     return [blue, yes + last]
 
 
-def learn(family: str, kind: str, template: str | None = None) -> list[LearntTokens]:
+def learn(family: str, kind: str, template: str | None = None) -> list[Example]:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = FAMILIES[family]
     row = Row(KINDS[kind], "chat.jsonl, line 3")
@@ -83,21 +83,16 @@ def learn(family: str, kind: str, template: str | None = None) -> list[LearntTok
     )
 
 
-def spans(texts: list[LearntTokens]) -> list[str]:
+def spans(texts: list[Example]) -> list[str]:
     """The text of each run of learnt tokens."""
     tokenizer, found = build_tokenizer(), []
     for text in texts:
-        run: list[int] = []
-        for token, is_learnt in zip([*text.ids, 0], [*text.is_learnt, False], strict=True):
-            if is_learnt:
-                run.append(token)
-            elif run:
-                found.append(tokenizer.decode(run))
-                run = []
+        for is_learnt, run in groupby(text.labels, lambda label: label != NO_LOSS):
+            found += [tokenizer.decode(list(run))] if is_learnt else []
     return found
 
 
-def train_with_trl(family: str, kind: str) -> LearntTokens:
+def train_with_trl(family: str, kind: str) -> Example:
     """The tokens of a conversation as trl trains on them."""
     tokenizer, conversation = build_tokenizer(), read_conversation(Row(KINDS[kind], "row"))
     encoding = tokenizer.apply_chat_template(
@@ -107,7 +102,9 @@ def train_with_trl(family: str, kind: str) -> LearntTokens:
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    return LearntTokens(encoding["input_ids"], list(map(bool, encoding["assistant_masks"])))
+    marks = zip(encoding["input_ids"], encoding["assistant_masks"], strict=True)
+    labels = tuple(token if mark else NO_LOSS for token, mark in marks)
+    return Example(tuple(encoding["input_ids"]), labels)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,7 +142,7 @@ def test_trls_template_gives_trls_tokens_and_masks(family, kind):
 
 def test_qwen3_learns_a_text_for_each_question():
     texts = learn("qwen3", "reasoning")
-    whole = [build_tokenizer().decode(text.ids) for text in texts]
+    whole = [build_tokenizer().decode(text.input_ids) for text in texts]
     asked = "<|im_start|>user\ncolor?<|im_end|>\n<|im_start|>assistant\n"
     assert whole[0] == f"{asked}<think>\nLook up.\n</think>\n\nblue<|im_end|>\n"
     assert whole[1].startswith(f"{asked}blue<|im_end|>\n<|im_start|>user\ntrue?<|im_end|>\n")

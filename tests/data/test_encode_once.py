@@ -9,8 +9,8 @@ import datasets
 import pytest
 
 from loraloom.config.data import SourceConfig
-from loraloom.data import encode_once, sources
-from loraloom.data.sources import load_source
+from loraloom.data import encoding
+from loraloom.data.encoding import load_source
 from loraloom.errors import DataError
 
 TEMPLATE = (
@@ -36,8 +36,8 @@ DATA = {
 def cache(tmp_path, monkeypatch) -> Path:
     """Where entries go; little counts as long."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(encode_once, "MIN_ROWS", 20)
-    monkeypatch.setattr(encode_once, "_BLOCK", 10)
+    monkeypatch.setattr(encoding, "MIN_ROWS", 20)
+    monkeypatch.setattr(encoding, "_BLOCK", 10)
     return tmp_path / "cache" / "loraloom"
 
 
@@ -69,11 +69,11 @@ def refuse(*_, **__):
 def test_what_is_read_is_what_encoding_gives(tokenizer, tmp_path, cache, monkeypatch, data_format):
     file = write(tmp_path / "rows.jsonl", DATA[data_format])
     with monkeypatch.context() as patch:
-        patch.setattr(encode_once, "MIN_ROWS", 100)
+        patch.setattr(encoding, "MIN_ROWS", 100)
         expected = load(tokenizer, file, data_format)
     assert not cache.exists()
     assert load(tokenizer, file, data_format) == expected
-    monkeypatch.setattr(sources, "encode_rows", refuse)
+    monkeypatch.setattr(encoding, "encode_rows", refuse)
     assert load(tokenizer, file, data_format) == expected
     assert len(entries(cache)) == 1
 
@@ -86,8 +86,8 @@ def test_a_task_is_encoded_once_too(tokenizer, cache, monkeypatch, as_pairs):
         return load_source(config, tokenizer, 64, "train", as_pairs=as_pairs, limit=30)
 
     first = loaded()
-    monkeypatch.setattr(sources, "encode_completions", refuse)
-    monkeypatch.setattr(sources, "encode_text_pairs", refuse)
+    monkeypatch.setattr(encoding, "encode_completions", refuse)
+    monkeypatch.setattr(encoding, "encode_completion_pairs", refuse)
     assert loaded() == first
     monkeypatch.undo()
     assert loaded() == first

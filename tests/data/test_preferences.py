@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.data.encoding import DROPPED
-from loraloom.data.examples import NO_LOSS
-from loraloom.data.preferences import encode_preferences
-from loraloom.data.rows import Row
+from loraloom.data.encoding import encode_preferences
+from loraloom.data.sources import Row
+from loraloom.data.tokens import DROPPED, NO_LOSS
 from loraloom.errors import DataError
 from tests.data.faults import checked
 from tests.data.test_chat import MARKED, PLAIN

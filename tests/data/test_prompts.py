@@ -5,13 +5,9 @@ import json
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.data.prompts import (
-    instruction_columns,
-    load_template,
-    prompt_form,
-    read_instruction,
-)
-from loraloom.data.rows import Row
+from loraloom.data.encoding import prompt_form
+from loraloom.data.sources import Row
+from loraloom.data.templates import instruction_columns, load_template, read_instruction
 from loraloom.errors import DataError
 
 ALPACA = Row({"instruction": "Add.", "input": "1 2", "output": "3"}, "f.jsonl, line 1")

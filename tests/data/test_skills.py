@@ -9,8 +9,8 @@ import pytest
 
 from loraloom.config.data import MAX_LANDS, SourceConfig
 from loraloom.data import skills
-from loraloom.data.questions import load_question_set
 from loraloom.data.skills import SKILLS, SPLITS, generate_skills, land_names, split_facts
+from loraloom.data.tasks import load_question_set
 from loraloom.errors import ConfigError, DataError
 
 ROWS = {split: generate_skills(split) for split in SPLITS}

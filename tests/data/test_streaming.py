@@ -10,11 +10,10 @@ import pytest
 
 from loraloom.config.data import DataConfig
 from loraloom.data import streaming
-from loraloom.data.locations import stream_rows
+from loraloom.data.sources import HubSource, RowStream
 from loraloom.data.streaming import StreamedSet, StreamPosition
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import DataError
-from loraloom.ranks import Alone, Ranks
 
 ROWS = [{"text": f"row {number}"} for number in range(30)]
 
@@ -26,12 +25,12 @@ def file(tmp_path):
     return str(path)
 
 
-def stream(tokenizer, *, ranks: Ranks | None = None, max_length=64, seed=0, **data) -> StreamedSet:
+def stream(tokenizer, *, max_length=64, seed=0, **data) -> StreamedSet:
     data = {"streaming": True, "shuffle_buffer": 8} | data
     if "dataset" in data:
         data.setdefault("format", "text")
     config = DataConfig.model_validate(data)
-    return StreamedSet(config, tokenizer, max_length, seed, ranks or Alone())
+    return StreamedSet(config, tokenizer, max_length, seed)
 
 
 def texts(tokenizer, examples) -> list[str]:
@@ -75,18 +74,6 @@ def test_what_follows_a_position_is_the_same_in_another_process(tiny_tokenizer, 
     stored = json.loads(json.dumps(asdict(position)))
     other = stream(tiny_tokenizer, dataset=file)
     assert other.take(StreamPosition.of(stored), 40)[0] == expected
-
-
-def test_a_block_does_not_depend_on_who_encodes_its_rows(tiny_tokenizer, file):
-    class Three(Alone):
-        size = 3
-
-        def spread(self, items, compute, **_):
-            yield from map(compute, items)
-
-    alone = stream(tiny_tokenizer, dataset=file)
-    three = stream(tiny_tokenizer, dataset=file, ranks=Three())
-    assert alone.take(alone.start, 20) == three.take(three.start, 20)
 
 
 def test_sources_of_a_mix_have_shares_by_their_weights(tiny_tokenizer, file, tmp_path):
@@ -179,10 +166,10 @@ def test_a_file_of_any_kind_is_read_on_from_a_row(tmp_path, suffix):
             table.to_parquet(path)
         case _:
             table.to_json(path, compression="infer")
-    made = stream_rows(str(path), "train")
+    made = RowStream(path, "train")
     beginning = list(islice(made.rows(), 11))
     state = made.state_dict()
-    rest = list(stream_rows(str(path), "train").rows(state))
+    rest = list(RowStream(path, "train").rows(state))
     assert [row["text"] for row in beginning + rest] == [row["text"] for row in ROWS]
     assert rest[0].origin.startswith(f"{path}, ")
 
@@ -195,10 +182,10 @@ def test_a_data_set_of_the_hub_is_read_on_from_its_own_state(monkeypatch):
         return table.to_iterable_dataset(num_shards=3)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    made = stream_rows("owner/rows", "train")
+    made = RowStream(HubSource("owner/rows"), "train")
     beginning = list(islice(made.rows(), 13))
     state = json.loads(json.dumps(made.state_dict()))
-    rest = list(stream_rows("owner/rows", "train").rows(state))
+    rest = list(RowStream(HubSource("owner/rows"), "train").rows(state))
     assert [row["text"] for row in beginning + rest] == [row["text"] for row in ROWS]
     assert rest[0].origin == "owner/rows, train, row 14"
 
@@ -213,7 +200,7 @@ def test_a_hub_that_fails_on_the_way_is_a_data_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"owner/rows: the data set's split 'train' .*gone"):
-        list(stream_rows("owner/rows", "train").rows())
+        list(RowStream(HubSource("owner/rows"), "train").rows())
 
 
 def test_a_source_is_not_read_again_where_it_stands(tiny_tokenizer, file, monkeypatch):

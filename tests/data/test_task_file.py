@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.data.questions import load_question_set, questions_digest, sha256
-from loraloom.data.tasks import find_task
+from loraloom.data.sources import sha256
+from loraloom.data.tasks import find_task, load_question_set, questions_digest
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import ConfigError, DataError
 from loraloom.training.settings import JobConfig

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.data.examples import ChoiceQuestion
-from loraloom.data.locations import HubSource
-from loraloom.data.questions import load_question_set
-from loraloom.data.rows import Row
-from loraloom.data.tasks import TASK_NAMES, find_task
+from loraloom.data.sources import HubSource, Row
+from loraloom.data.tasks import TASK_NAMES, ChoiceQuestion, find_task, load_question_set
 from loraloom.errors import ConfigError, DataError
 
 ROWS = {

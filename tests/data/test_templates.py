@@ -4,11 +4,10 @@ import pytest
 from jinja2 import TemplateError
 
 from loraloom.data import templates
-from loraloom.data.chat_template import load_chat_template
+from loraloom.data.chat import load_chat_template
 from loraloom.data.messages import Conversation
-from loraloom.data.prompts import load_template, read_instruction
-from loraloom.data.rows import Row
-from loraloom.data.templates import compile_template
+from loraloom.data.sources import Row
+from loraloom.data.templates import compile_template, load_template, read_instruction
 from loraloom.errors import DataError
 
 HOSTILE = {

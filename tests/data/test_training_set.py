@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from loraloom.config.data import DataConfig
-from loraloom.data.examples import NO_LOSS
 from loraloom.data.tasks import find_task
+from loraloom.data.tokens import NO_LOSS
 from loraloom.data.training_set import load_training_set
 from loraloom.errors import DataError
 

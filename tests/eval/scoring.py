@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from loraloom.adapters import LoraConfig
-from loraloom.data.examples import ChoiceQuestion
-from loraloom.data.tokenising import encode_pairs
+from loraloom.data.tasks import ChoiceQuestion
+from loraloom.data.tokens import encode_pairs
 from loraloom.models.host import Host
 from tests.tiny import METHODS, tiny_host
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraloom.data.tokenising import TokenPair
+from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import FILE_NAME, ScoreCache, default_cache_directory
 from loraloom.eval.protocol import score_questions

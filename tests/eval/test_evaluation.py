@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loraloom.data.questions import QuestionSet
+from loraloom.data.tasks import QuestionSet
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate, load_question_sets

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from loraloom.data.encoding import EncodedRow
-from loraloom.data.sources import load_source
+from loraloom.data.encoding import load_source
+from loraloom.data.tokens import EncodedRow
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate_loss

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from loraloom.config.data import SourceConfig
-from loraloom.data.sources import load_source
+from loraloom.data.encoding import load_source
 from tests.conftest import build_tokenizer
 from tests.fuzz.harness import broken_bytes, fuzz, mutated, survives
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.data.examples import NO_LOSS, Example
-from loraloom.data.tokenising import TokenPair
+from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.generation.rows import collate, example_row, fit_pair, make_rows
 

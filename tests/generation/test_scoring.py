@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loraloom.data.examples import NO_LOSS, Example
+from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from loraloom.generation import scoring
 from loraloom.generation.rows import collate, example_row

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from loraloom.data.tokenising import NUM_BEFORE, text_after, text_of_token
+from loraloom.data.tokens import NUM_BEFORE, text_of_token
 from loraloom.generation.sampling import TextStream
 
 
@@ -73,8 +73,6 @@ def test_a_text_that_goes_on_begins_with_its_space():
     stream = TextStream(tokenizer, (" t",), [1])
     assert (stream.push(4), stream.stopped) == ("", True)
     assert text_of_token(tokenizer, 4) == " time"
-    assert text_after(tokenizer, [0, 1, 2, 3], [4, 5]) == " times"
-    assert text_after(tokenizer, [], [4, 5]) == "times"
 
 
 def test_what_stands_before_is_no_part_of_the_text(tiny_tokenizer):

@@ -10,7 +10,7 @@ import torch
 
 import loraloom
 from loraloom.adapters import LoraConfig, VeraConfig
-from loraloom.data.tokenising import TokenPair
+from loraloom.data.tokens import TokenPair
 from loraloom.errors import AdapterError, ModelError
 from loraloom.generation.scoring import group_rows
 from tests.conftest import build_tokenizer

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import loraloom
 from loraloom.adapters import MixLoraConfig
-from loraloom.data.questions import load_question_set
+from loraloom.data.tasks import load_question_set
 from loraloom.eval.protocol import score_questions
 from tests.parity.plain_arc import read_rows, score
 from tests.tiny import randomise

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraloom.data.examples import NO_LOSS
+from loraloom.data.tokens import NO_LOSS
 from loraloom.models.host import Host
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatchLoss

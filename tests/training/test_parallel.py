@@ -17,15 +17,13 @@ from torch.nn import Parameter
 import loraloom
 from benchmarks.kills import ADAPTERS
 from benchmarks.parallel import difference, resume_elsewhere, settings
-from loraloom.config.data import DataConfig
-from loraloom.data.streaming import StreamedSet
-from loraloom.ranks import Alone, ProcessRanks, Ranks
+from loraloom.ranks import ProcessRanks
 from loraloom.training import inbox
 from loraloom.training.fitting import RoundRunner
 from loraloom.training.step.fused import sum_gradients
 from tests.training.running import read_metrics
 from tests.training.saved import save_inputs, write_run_file
-from tests.training.toy import PAD_ID, add_job, read_result, toy_config, toy_host, toy_tokenizer
+from tests.training.toy import PAD_ID, add_job, read_result, toy_config, toy_host
 from tests.training.world import hold_base, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -146,7 +144,6 @@ def _talk(rank: int, directory: Path) -> dict[str, Any]:
         "any": [ranks.any(rank == 1), ranks.any(False)],
         "first": [ranks.first(rank == 0), ranks.first(rank == 1)],
         "spread": list(ranks.spread([3, 4, 5], lambda item: [item, rank])),
-        "block": _stream_block(directory, ranks),
         "sums": sums,
         "left": [p.grad is not None for p in parameters],
         "differs": ranks.check_alike({"same": "a", "other": str(rank)}),
@@ -155,13 +152,6 @@ def _talk(rank: int, directory: Path) -> dict[str, Any]:
         "backward": _fail_backward(rank, ranks),
         "both": _failure(ranks, (torch.OutOfMemoryError if rank == 0 else ValueError)("gone")),
     }
-
-
-def _stream_block(directory: Path, ranks: Ranks) -> str:
-    data = {"dataset": str(directory / "rows.jsonl"), "format": "instruction"}
-    config = DataConfig.model_validate({**data, "streaming": True, "shuffle_buffer": 5})
-    streamed = StreamedSet(config, toy_tokenizer(), 64, 0, ranks)
-    return streamed.block_digest(streamed.take(streamed.start, 7)[1])
 
 
 def _failure(ranks: ProcessRanks, error: Exception | None) -> str:
@@ -204,11 +194,6 @@ def test_ranks_hear_what_each_says(told):
 
 def test_items_are_spread_over_the_ranks(told):
     assert told[0]["spread"] == told[1]["spread"] == [[3, 0], [4, 1], [5, 0]]
-
-
-def test_ranks_encode_a_stream_together(told, world):
-    alone = _stream_block(world, Alone())
-    assert [own["block"] for own in told] == [alone, alone]
 
 
 def test_the_parts_that_ranks_read_of_a_base_model_are_the_whole(world):

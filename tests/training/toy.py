@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.config.json_text import read_json
-from loraloom.data.examples import NO_LOSS, Example, PreferencePair
+from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
 from loraloom.training.engine import Engine

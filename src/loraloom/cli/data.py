@@ -17,10 +17,9 @@ from loraloom.cli.options import LocalPath, Sets
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import suggestion
 from loraloom.config.fields import StrictModel
-from loraloom.data.encoding import EncodedRow
-from loraloom.data.rows import Row
-from loraloom.data.sources import check_encoded, read_source
-from loraloom.data.tokenising import text_of_token
+from loraloom.data.encoding import check_encoded, read_source
+from loraloom.data.sources import Row
+from loraloom.data.tokens import EncodedRow, text_of_token
 from loraloom.errors import ConfigError, DataError, plain
 from loraloom.models.loading import load_tokenizer
 from loraloom.terminal import make_console, make_table, print_tables

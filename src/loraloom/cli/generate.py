@@ -12,11 +12,11 @@ from pydantic import Field
 
 from loraloom.cli.completions import OutputFile, labelled, print_answers, print_rows
 from loraloom.cli.options import BASE, HostOptions, LocalPath, Text, tell_unknown_prompts
-from loraloom.data.chat_template import template_text
-from loraloom.data.files import read_file
+from loraloom.data.chat import template_text
+from loraloom.data.encoding import given_form
 from loraloom.data.messages import read_messages, read_tools
-from loraloom.data.prompts import given_form, template_source
-from loraloom.data.rows import Row
+from loraloom.data.sources import Row, read_rows
+from loraloom.data.templates import template_source
 from loraloom.errors import ConfigError, shown
 from loraloom.eval.provenance import describe_adapters
 from loraloom.generation.generate import complete_in_order
@@ -146,7 +146,7 @@ def _read(options: GenerateOptions) -> tuple[list[dict[str, Any]], list[Prompt]]
         ]
     asked = [
         (dict(row), prompt)
-        for row in read_file(options.input)
+        for row in read_rows(options.input)
         for prompt in _prompts_of(row, options.adapters, raw=options.raw)
     ]
     return [row for row, _ in asked], [prompt for _, prompt in asked]

@@ -58,7 +58,7 @@ def quickstart(
     output_dir, device = options.output_dir, options.device
     resume, overwrite = options.resume, options.overwrite
     run = _run_config(options.max_steps, output_dir / "adapters", output_dir / "base", device)
-    from loraloom.data.questions import load_question_set
+    from loraloom.data.tasks import load_question_set
     from loraloom.data.tiny_base import make_tiny_base
     from loraloom.eval.evaluation import evaluate
     from loraloom.eval.progress import EvaluationProgress

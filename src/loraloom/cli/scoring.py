@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from loraloom.cli.eval_options import EvalRun
     from loraloom.config.data import SourceConfig
-    from loraloom.data.questions import QuestionSet
+    from loraloom.data.tasks import QuestionSet
     from loraloom.eval.cache import ScoreCache
     from loraloom.eval.evaluation import Evaluation
     from loraloom.models.host import Host
@@ -51,8 +51,7 @@ def _ask(asked: Sequence[QuestionSet], run: EvalRun, messages: Console) -> Evalu
 
 def score_held_out(run: EvalRun, datasets: Sequence[str]) -> None:
     """Compute losses on data sets, write the results and print them."""
-    from loraloom.data.locations import read_rows
-    from loraloom.data.rows import check_faults
+    from loraloom.data.sources import find_location, read_rows
     from loraloom.eval.comparison import choose_pairs
     from loraloom.eval.held_out import data_set_name, parse_source
 
@@ -72,8 +71,8 @@ def score_held_out(run: EvalRun, datasets: Sequence[str]) -> None:
     run.check()
     for source in sources:  # so that what is missing or broken is told before the model is loaded
         assert source.dataset is not None, "parse_source wants one"
-        rows = read_rows(source.dataset, source.split or "validation", source.config)
-        check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
+        split = source.split or "validation"
+        read_rows(find_location(source.dataset, split, source.config), split)
     _evaluate(run, partial(_measure, sources))
 
 

@@ -190,7 +190,7 @@ def _serve_embedded(
     given: Any, adapters: Mapping[str, str], is_local: bool, keys: list[str], admin_keys: list[str]
 ) -> None:
     """Serve with our own engine; `given` are the options."""
-    from loraloom.data.chat_template import replace_chat_template
+    from loraloom.data.chat import load_chat_template
     from loraloom.generation.engine import Engine
     from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
     from loraloom.generation.scheduler import EngineLimits
@@ -212,7 +212,9 @@ def _serve_embedded(
 
         def prepare() -> tuple[Engine, AdapterShelf, Any]:
             model, tokenizer = load_host(base, {})
-            replace_chat_template(tokenizer, given.chat_template)
+            if given.chat_template is not None:
+                template = load_chat_template(tokenizer, given.chat_template)
+                tokenizer.chat_template = template.source()
             limits = EngineLimits(
                 given.max_rows,
                 given.cache_tokens or default_cache_tokens(model, given.max_rows),

@@ -1,68 +1,203 @@
-"""Rows as token ids that fit the model: what is cut, what is dropped, what has a loss.
+"""Sources of training data: their rows, encoded as their format says, and how prompts are written.
 
-An answer is never cut: a prompt that is too long loses its beginning, and a row whose answer alone
-is too long is dropped and counted.
+Token ids of sources with many rows are kept in datasets' cache, so that they are encoded once. An
+entry is named by a hash of all that decides what is in it: the rows, how they are written out, the
+tokenizer, the code. Processes that want the same one wait for the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cache, partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from loraloom.data.examples import NO_LOSS
-from loraloom.data.rows import EmptyAnswerError, Row
-from loraloom.data.tokenising import encode_pairs, encode_texts, eos_token, leading_tokens
-from loraloom.errors import DataError
+from loraloom.config.data import PROMPT_TEMPLATES, DataConfig, PromptForm, SourceConfig
+from loraloom.data.chat import (
+    TRAINING_DAY,
+    ChatTemplate,
+    given_source,
+    learn_answers,
+    load_chat_template,
+)
+from loraloom.data.messages import (
+    Conversation,
+    Message,
+    read_conversation,
+    read_messages,
+    read_tools,
+)
+from loraloom.data.sources import EmptyAnswerError, Row, RowStream, check_faults, find_location
+from loraloom.data.tasks import find_task
+from loraloom.data.templates import (
+    instruction_columns,
+    load_template,
+    read_instruction,
+    template_source,
+)
+from loraloom.data.tokens import (
+    NO_LOSS,
+    EncodedRow,
+    Example,
+    count_shared,
+    encode_completion_pairs,
+    encode_completions,
+    encode_documents,
+    fit,
+    fit_pair,
+    leading_tokens,
+)
+from loraloom.errors import DataError, shown
+
+MIN_ROWS = 5000
+"""Rows from which on reading tokens is worth a file."""
+
+_BLOCK = 1000
+"""Rows that are encoded, and read, at once."""
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Token ids with their labels (NO_LOSS where nothing is learnt)."""
+class LoadedSource:
+    """A source's rows as token ids."""
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    name: str
+    rows: list[EncodedRow]
 
     @property
-    def is_learnt(self) -> list[bool]:
-        """Whether each token is predicted, with a loss; the first never is."""
-        return [False, *(label != NO_LOSS for label in self.labels[1:])]
+    def num_empty(self) -> int:
+        return sum(row.is_empty for row in self.rows)
 
 
-@dataclass(frozen=True)
-class EncodedRow:
-    """What became of a row: no piece if it was dropped, several if a long text was divided.
+def load_source(
+    config: SourceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    split: str,
+    *,
+    as_pairs: bool = False,
+    limit: int | None = None,
+) -> LoadedSource:
+    """Read and encode a source; arguments as in `read_source`."""
+    rows, source = read_source(config, tokenizer, max_length, split, as_pairs=as_pairs, limit=limit)
+    check_encoded(config, rows, source.rows)
+    if not any(row.pieces for row in source.rows):
+        raise DataError(
+            f"{source.name}: none of the {len(rows)} rows has an answer that fits "
+            f"max_length={max_length}; raise it"
+        )
+    return source
 
-    A preference that was not dropped is two pieces, the chosen and the rejected. `fault` says why a
-    row can't be used, `is_empty` whether that is because it has no answer.
-    """
 
-    pieces: tuple[Piece, ...]
-    is_cut: bool = False
-    is_pair: bool = False
-    fault: str = ""
-    is_empty: bool = False
+def read_source(
+    config: SourceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    split: str,
+    *,
+    as_pairs: bool = False,
+    limit: int | None = None,
+    streaming: bool = False,
+) -> tuple[list[Row], LoadedSource]:
+    """Read a source's rows, and encode them; those that can't be used have their faults."""
+    if config.task is not None:
+        rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
+        return rows, _encode_task(config, rows, tokenizer, max_length, as_pairs)
+    rows = list(islice(open_source(config, split, streaming=streaming).rows(), limit))
+    if not rows:
+        raise DataError(f"{config.dataset}: there are no rows; add some, or name another data set")
+    first = next((row for row in rows if not row.fault), rows[0])
+    template = tokenizer.chat_template
+    if config.format == "instruction":
+        template = template_source(config.template)
+    elif config.chat_template is not None:
+        template = given_source(tokenizer, config.chat_template)
+    encoded = _encode_once(
+        rows,
+        lambda some: encode_rows(config, some, first, tokenizer, max_length),
+        tokenizer,
+        [config.format, config.fields, template, max_length],
+    )
+    return rows, LoadedSource(config.dataset or "", encoded)
 
 
-DROPPED = EncodedRow(pieces=())
+def open_source(config: SourceConfig, split: str, *, streaming: bool) -> RowStream:
+    """Find the rows of a data set, in the split that is set or else the given one."""
+    split = config.split or split
+    return RowStream(
+        find_location(config.dataset or "", split, config.config), split, streaming=streaming
+    )
 
 
-@dataclass(frozen=True)
-class LearntTokens:
-    """Token ids, and whether each has a loss."""
+def check_encoded(config: SourceConfig, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
+    """Refuse rows that can't be used, unless they are empty and may be left out."""
+    faults = [
+        (row.origin, one.fault)
+        for row, one in zip(rows, encoded, strict=True)
+        if one.fault and not (one.is_empty and config.on_empty == "skip")
+    ]
+    check_faults(faults, len(rows))
 
-    ids: list[int]
-    is_learnt: list[bool]
+
+def encode_rows(
+    config: SourceConfig,
+    rows: Sequence[Row],
+    first: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[EncodedRow]:
+    """Encode rows of a data set as its format says; `first` says which columns there are."""
+    columns = config.fields or {}
+    _check_columns(config, first)
+    match config.format:
+        case "chat":
+            chats = load_chat_template(tokenizer, config.chat_template, TRAINING_DAY)
+            return encode_conversations(tokenizer, chats, rows, columns, max_length)
+        case "preference":
+            chat_template = config.chat_template
+            return encode_preferences(tokenizer, rows, first, columns, max_length, chat_template)
+        case "text":
+            read: Callable[[Row], Any] = lambda row: row.answer(columns.get("text", "text"))  # noqa: E731
+            encode: Any = encode_documents
+        case _:
+            names = instruction_columns(first, config.fields)
+            read = partial(read_instruction, columns=names, template=load_template(config.template))
+            encode = encode_completions
+    return encode_each(rows, read, lambda texts: encode(tokenizer, texts, max_length))
+
+
+def _check_columns(config: SourceConfig, first: Row) -> None:
+    """Refuse a data set whose first row lacks a column that its format or `fields` names."""
+    if first.fault:
+        return
+    given = columns = dict(config.fields or {})
+    if config.format == "instruction":
+        columns = instruction_columns(first, given)
+        columns = {role: name for role, name in columns.items() if role != "input" or role in given}
+    elif config.format in ("text", "preference"):
+        needed = "text" if config.format == "text" else "chosen"
+        columns = {**given, needed: given.get(needed, needed)}
+    role, column = next(((r, name) for r, name in columns.items() if name not in first), (None, ""))
+    if role is not None:
+        first.reject(
+            f"the row has no field {column!r}, the {role} of format {config.format}; name its "
+            f"column with fields: {{{role}: COLUMN}}, the row's are "
+            f"{shown(list(first)).strip('[]') or 'none'}"
+        )
 
 
 def encode_each(
     rows: Sequence[Row],
     read: Callable[[Row], Item],
-    encode: Callable[[list[Item]], list[EncodedRow]],
+    encode: Callable[[list[Item]], Sequence[EncodedRow]],
 ) -> list[EncodedRow]:
     """Read rows one by one and encode them together; a row that can't be used has its fault."""
     encoded: list[EncodedRow | None] = []
@@ -82,106 +217,225 @@ def encode_each(
     return [next(rest) if row is None else row for row in encoded]
 
 
-def encode_completions(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], max_length: int
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    rows: Sequence[Row],
+    columns: Mapping[str, str],
+    max_length: int,
 ) -> list[EncodedRow]:
-    """Prompts with completions: loss on the completion and on the EOS that is put after it."""
+    """Conversations with a loss on what the assistant says; see `learn_answers`."""
     start = leading_tokens(tokenizer)
-    return [
-        fit(answered.ids, answered.is_learnt, start, max_length)
-        for answered in learn_completions(tokenizer, texts)
-    ]
+
+    def read(row: Row) -> EncodedRow:
+        texts = learn_answers(tokenizer, template, row, read_conversation(row, columns))
+        fitted = [fit(text, start, max_length) for text in texts]
+        pieces = tuple(piece for text in fitted for piece in text.pieces)
+        is_cut = any(text.is_cut or not text.pieces for text in fitted)
+        return EncodedRow(pieces, is_cut=is_cut and bool(pieces))
+
+    return encode_each(rows, read, list)
 
 
-def learn_completions(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
-) -> list[LearntTokens]:
-    """Prompts with completions in full length: loss on the completion and on an EOS after it."""
-    end = eos_token(tokenizer)
-    return [
-        LearntTokens(
-            [*context, *continuation, end],
-            [False] * len(context) + [True] * (len(continuation) + 1),
-        )
-        for context, continuation in encode_pairs(tokenizer, texts)
-    ]
-
-
-def fit_pair(
-    chosen: LearntTokens, rejected: LearntTokens, start: Sequence[int], max_length: int
-) -> EncodedRow:
-    """Two answers to one prompt, both cut from the left by what the longer one needs.
-
-    So both keep the same part of the prompt. If either is dropped (see `fit`), both are.
-    """
-    longest = max(len(chosen.ids), len(rejected.ids))
-    fitted = [
-        fit(answer.ids, answer.is_learnt, start, max_length - (longest - len(answer.ids)))
-        for answer in (chosen, rejected)
-    ]
-    if not all(row.pieces for row in fitted):
-        return DROPPED
-    pieces = tuple(piece for row in fitted for piece in row.pieces)
-    return EncodedRow(pieces, is_cut=any(row.is_cut for row in fitted), is_pair=True)
-
-
-def encode_documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+def encode_preferences(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    first: Row,
+    columns: Mapping[str, str],
+    max_length: int,
+    chat_template: str | None = None,
 ) -> list[EncodedRow]:
-    """Plain texts with an EOS after them: loss on every token.
+    """Rows of `prompt`, `chosen` and `rejected` with a loss on both answers.
 
-    Longer texts are divided. A piece begins with the last token of the one before, so that every
-    token is predicted once.
+    Texts are read as they are, with an EOS after each answer. Where `chosen` and `rejected` are
+    messages they follow those of `prompt`; without such a prompt, both are whole conversations and
+    their common beginning is the prompt.
     """
-    end = eos_token(tokenizer)
-    return [_divide([*ids, end], max_length) for ids in encode_texts(tokenizer, texts)]
+    prompt, *answers = (columns.get(role, role) for role in ("prompt", "chosen", "rejected"))
+    if isinstance(first[answers[0]], str):
+        return encode_each(
+            rows,
+            lambda row: tuple((row.text(prompt), row.answer(name)) for name in answers),
+            lambda pairs: encode_completion_pairs(tokenizer, pairs, max_length),
+        )
+    template = load_chat_template(tokenizer, chat_template, TRAINING_DAY)
+    start = leading_tokens(tokenizer)
+
+    def read(row: Row) -> EncodedRow:
+        both = [read_messages(row, name) for name in answers]
+        if isinstance(row.get(prompt), list):
+            before = read_messages(row, prompt)
+            first, both = len(before), [[*before, *messages] for messages in both]
+        else:
+            first = count_shared(*both)
+        tools = read_tools(row, "tools")
+        learnt = [
+            learn_answers(tokenizer, template, row, Conversation(messages, tools), first)
+            for messages in both
+        ]
+        if any(len(texts) > 1 for texts in learnt):
+            row.reject(
+                "an answer of several turns must be one text, and the chat template writes its "
+                "earlier turns differently once others follow; give chat_template one that does not"
+            )
+        return fit_pair(learnt[0][0], learnt[1][0], start, max_length)
+
+    return encode_each(rows, read, list)
 
 
-def fit(
-    ids: Sequence[int], is_learnt: Sequence[bool], start: Sequence[int], max_length: int
-) -> EncodedRow:
-    """A row of which one span or several are learnt, cut from the left to fit.
+def _encode_task(
+    config: SourceConfig,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    as_pairs: bool,
+) -> LoadedSource:
+    task = find_task(config.task or "")
+    scoring = config.scoring or task.scoring
+    places = {id(row): place for place, row in enumerate(rows)}
+    encoder: Any = encode_completion_pairs if as_pairs else encode_completions
 
-    What comes after the last span is left out. If the row is still too long it loses its beginning;
-    a span that the cut goes through is no longer learnt. A row without a span, or whose last span
-    does not fit with a token before it, is dropped.
+    def read(row: Row) -> Any:
+        if as_pairs:
+            return task.preference_texts(row, places[id(row)], scoring)
+        return task.training_text(row, scoring)
+
+    def encode(texts: Sequence[Any]) -> list[EncodedRow]:
+        settings = [as_pairs, max_length]
+        return _encode_once(
+            texts, lambda some: encoder(tokenizer, some, max_length), tokenizer, settings
+        )
+
+    return LoadedSource(f"{task.name} ({scoring})", encode_each(rows, read, encode))
+
+
+def _encode_once(
+    items: Sequence[Item],
+    encode: Callable[[Sequence[Item]], list[EncodedRow]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Sequence[Any],
+) -> list[EncodedRow]:
+    """Encode rows, or read what came of them when they were encoded before.
+
+    Few rows are encoded each time, and so are those of a tokenizer that can't be written as text,
+    or where the cache has no such file and can't be written to.
     """
-    if not any(is_learnt):
-        return DROPPED
-    stop = len(ids) - list(reversed(is_learnt)).index(True)
-    labels = [
-        token if learnt else NO_LOSS for token, learnt in zip(ids[:stop], is_learnt, strict=False)
+    if len(items) < MIN_ROWS or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return encode(items)
+    from datasets import Dataset, Features, Value, config
+    from datasets.exceptions import DatasetGenerationError
+
+    def records() -> Iterator[dict[str, str]]:
+        for start in range(0, len(items), _BLOCK):
+            yield from map(_as_record, encode(items[start : start + _BLOCK]))
+
+    try:
+        table = Dataset.from_generator(
+            records,
+            features=Features({"row": Value("large_string")}),
+            cache_dir=str(Path(config.HF_DATASETS_CACHE) / "loraloom"),
+            fingerprint=_key(items, tokenizer, settings),
+        )
+        return [_from_record(text) for batch in table.iter(_BLOCK) for text in batch["row"]]
+    except (DatasetGenerationError, OSError) as error:
+        if isinstance(error.__cause__, DataError):  # of the tokenizer or a template
+            raise error.__cause__ from None
+        return encode(items)  # the cache can't be written
+
+
+def _as_record(row: EncodedRow) -> dict[str, str]:
+    # JSON, as its lists of numbers are read faster than Arrow's
+    pieces = [
+        (one.input_ids, "".join("01"[label != NO_LOSS] for label in one.labels))
+        for one in row.pieces
     ]
-    if stop <= max_length:
-        return EncodedRow((Piece(tuple(ids[:stop]), tuple(labels)),))
-    kept = list(start) if list(ids[: len(start)]) == list(start) else []
-    cut = stop - max_length + len(kept)
-    last_span = _span_start(is_learnt, stop)
-    if cut >= last_span + bool(kept):
-        return DROPPED
-    if cut < last_span:
-        _forget_span(labels, cut)
-    piece = Piece((*kept, *ids[cut:stop]), (*[NO_LOSS] * len(kept), *labels[cut:]))
-    return EncodedRow((piece,), is_cut=True)
+    return {"row": json.dumps([pieces, *row[1:]])}
 
 
-def _span_start(is_learnt: Sequence[bool], stop: int) -> int:
-    """Where the span that ends before `stop` begins."""
-    position = stop
-    while position > 0 and is_learnt[position - 1]:
-        position -= 1
-    return position
+def _from_record(text: str) -> EncodedRow:
+    pieces, *rest = json.loads(text)
+    return EncodedRow(
+        tuple(
+            Example(
+                tuple(ids),
+                # the same objects, as two of each number would double what a data set takes
+                tuple(i if mark == "1" else NO_LOSS for i, mark in zip(ids, marks, strict=True)),
+            )
+            for ids, marks in pieces
+        ),
+        *rest,
+    )
 
 
-def _forget_span(labels: list[int], position: int) -> None:
-    """Take the loss from the rest of a span that has lost its beginning."""
-    while labels[position] != NO_LOSS:
-        labels[position] = NO_LOSS
-        position += 1
+def _key(items: Sequence[Any], tokenizer: PreTrainedTokenizerFast, settings: Sequence[Any]) -> str:
+    told = [
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+        tokenizer.split_special_tokens,
+        [version(package) for package in ("transformers", "tokenizers", "jinja2")],
+        *settings,
+    ]
+    digest = hashlib.sha256(_code())
+    for value in (told, *items):
+        digest.update(json.dumps(value, default=repr).encode())
+        digest.update(getattr(value, "fault", "").encode())
+    return digest.hexdigest()
 
 
-def _divide(ids: list[int], max_length: int) -> EncodedRow:
-    step = max_length - 1
-    starts = range(0, max(len(ids) - 1, 1), step)
-    pieces = [tuple(ids[begin : begin + max_length]) for begin in starts]
-    return EncodedRow(tuple(Piece(piece, piece) for piece in pieces), is_cut=len(pieces) > 1)
+@cache
+def _code() -> bytes:
+    """The modules next to this one: whoever changes how rows are encoded changes one of them."""
+    return b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+
+
+def given_form(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, chat_template: str | None
+) -> PromptForm | None:
+    """The form that a prompt template or a chat template asks for; None without either."""
+    if template is not None:
+        return PromptForm(format="instruction", template=template_source(template))
+    if chat_template is None:
+        return None
+    source = load_chat_template(tokenizer, chat_template).source()
+    return PromptForm(format="chat", chat_template=source)
+
+
+def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """How a job's data writes prompts; of a mix, how its first source does.
+
+    The system message is kept where the first rows (100) all have the same one.
+    """
+    source = data.sources[0]
+    match source.format:
+        case None:
+            return PromptForm(format="task")
+        case "text":
+            return PromptForm(format="text")
+        case "instruction":
+            name = source.template or "alpaca"
+            template = name if name in PROMPT_TEMPLATES else template_source(name)
+            return PromptForm(format="instruction", template=template)
+    systems: set[str | None] = set()
+    for row in islice(open_source(source, "train", streaming=data.streaming).rows(), 100):
+        messages = _first_messages(source, row)
+        if messages is None:
+            return PromptForm(format="preference")
+        if messages:
+            first = messages[0]
+            systems.add(first["content"] if first["role"] == "system" else None)
+    template = source.chat_template and given_source(tokenizer, source.chat_template)
+    system = systems.pop() if len(systems) == 1 else None
+    return PromptForm(format="chat", chat_template=template, system=system)
+
+
+def _first_messages(source: SourceConfig, row: Row) -> list[Message] | None:
+    """The messages that a row begins with; None of a preference between texts."""
+    columns = source.fields or {}
+    names = [columns.get(role, role) for role in ("prompt", "chosen")]
+    name = next((name for name in names if isinstance(row.get(name), list)), None)
+    try:
+        if source.format == "chat":
+            return read_conversation(row, columns).messages
+        return None if name is None else read_messages(row, name)
+    except DataError:  # it is skipped, or encoding will report it
+        return []

@@ -7,12 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraloom.config.faults import did_you_mean
 from loraloom.config.json_text import parse_json
-from loraloom.data.rows import Row
+from loraloom.data.sources import Row
 from loraloom.errors import DataError, shown
 
 Message = dict[str, Any]
@@ -21,31 +20,21 @@ Message = dict[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_KEYS = ("role", "content", "name")
 _KEYS = {
-    "system": _TEXT_KEYS,
-    "developer": _TEXT_KEYS,
-    "user": _TEXT_KEYS,
+    **dict.fromkeys(("system", "developer", "user"), _TEXT_KEYS),
     "assistant": (*_TEXT_KEYS, "tool_calls", *_REASONING),
     "tool": (*_TEXT_KEYS, "tool_call_id"),
 }
 """Roles, and what a message of each may have."""
 
 _SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "function_call"), "assistant"),
     "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-_COLUMNS = ("messages", "conversations", "conversation")
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Messages, and the tools that they may call."""
 
     messages: list[Message]
@@ -54,9 +43,9 @@ class Conversation:
 
 def read_conversation(row: Row, columns: Mapping[str, str] | None = None) -> Conversation:
     """A row's conversation, in whichever of the usual forms."""
-    names = columns or {}
-    usual = next((name for name in _COLUMNS if row.get(name) is not None), _COLUMNS[0])
-    messages = read_messages(row, names.get("messages", usual))
+    names, usual = columns or {}, ("messages", "conversations", "conversation")
+    found = next((name for name in usual if row.get(name) is not None), usual[0])
+    messages = read_messages(row, names.get("messages", found))
     instructions = names.get("system", "system")
     if row.get(instructions):
         text = row.text(instructions)
@@ -78,7 +67,7 @@ def read_messages(row: Row, field: str) -> list[Message]:
             f"field {field!r} must be a list of messages, got {type(turns).__name__}; name the "
             f"column that has them with fields: {{messages: COLUMN}}"
         )
-    return [_read_turn(row, number, turn) for number, turn in enumerate(turns, start=1)]
+    return [_read_message(row, number, turn) for number, turn in enumerate(turns, start=1)]
 
 
 def read_tools(row: Row, field: str) -> list[dict[str, Any]] | None:
@@ -86,21 +75,38 @@ def read_tools(row: Row, field: str) -> list[dict[str, Any]] | None:
     tools = _parse(row, f"field {field!r}", row.get(field))
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(_tool_name(tool) for tool in tools):
+    if not isinstance(tools, list) or not all(map(_tool_name, tools)):
         row.reject(f"field {field!r} must be a list of functions with a name each")
-    return [_without_nulls(tool) for tool in tools]
+    return _without_nulls(tools)
 
 
-def _read_turn(row: Row, number: int, turn: Any) -> Message:
+def _read_message(row: Row, number: int, turn: Any) -> Message:
     if not isinstance(turn, Mapping):
         row.reject(f"message {number} must be an object, got {type(turn).__name__}")
+    # tables put a null where an object lacks a key of others
     given = {key: value for key, value in turn.items() if value is not None}
     message = Row(given, f"{row.origin}, message {number}")
-    return _read_message(_from_sharegpt(message) if "from" in message else message)
+    if "from" in message:
+        message = _from_sharegpt(message)
+    role = message.text("role")
+    if role not in _KEYS:
+        hint = did_you_mean(role, _KEYS)
+        message.reject(f"role must be one of {', '.join(_KEYS)}, got {shown(role)}{hint}")
+    _check_keys(message, _KEYS[role], f"a message of role {role!r}")
+    texts = ("role", "name", "tool_call_id")
+    read: Message = {key: message.text(key) for key in texts if key in message}
+    if message.get("tool_calls"):
+        read["tool_calls"] = _read_calls(message)
+    if reasoning := next((message.text(key) for key in _REASONING if message.get(key)), ""):
+        read["reasoning_content"] = reasoning
+    says_more = "tool_calls" in read or "reasoning_content" in read
+    read["content"] = "" if says_more and "content" not in message else _read_content(message)
+    if role == "assistant" and not says_more and not read["content"].strip():
+        message.reject_empty("the assistant's turn is empty")
+    return read
 
 
 def _from_sharegpt(turn: Row) -> Row:
-    """A turn of ShareGPT's form in that of a message."""
     _check_keys(turn, ("from", "value"), "a turn with 'from'")
     speaker = turn.text("from")
     if speaker not in _SHAREGPT_ROLES:
@@ -112,57 +118,35 @@ def _from_sharegpt(turn: Row) -> Row:
     return Row(message, turn.origin)
 
 
-def _read_message(message: Row) -> Message:
-    role = message.text("role")
-    if role not in _KEYS:
-        hint = did_you_mean(role, _KEYS)
-        message.reject(f"role must be one of {', '.join(_KEYS)}, got {shown(role)}{hint}")
-    _check_keys(message, _KEYS[role], f"a message of role {role!r}")
-    read: Message = {
-        key: message.text(key) for key in ("role", "name", "tool_call_id") if key in message
-    }
-    reasoning = next((message.text(key) for key in _REASONING if message.get(key)), "")
-    if message.get("tool_calls"):
-        read["tool_calls"] = _read_calls(message)
-    if reasoning:
-        read["reasoning_content"] = reasoning
-    says_more = "tool_calls" in read or "reasoning_content" in read
-    read["content"] = "" if says_more and "content" not in message else _read_content(message)
-    if role == "assistant" and not says_more and not read["content"].strip():
-        message.reject_empty("the assistant's turn is empty")
-    return read
-
-
 def _read_content(message: Row) -> str:
     """The content as a text; a list of text parts is joined."""
     content = message["content"]
     if not isinstance(content, list):
         return message.text("content")
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    joined = [text for text in texts if isinstance(text, str)]
-    if len(joined) < len(texts):
+    if not all(isinstance(text, str) for text in texts):
         message.reject(
             "field 'content' must be a text or a list of texts, got other parts in it; remove them"
         )
-    return "".join(joined)
+    return "".join(texts)
 
 
 def _read_calls(message: Row) -> list[dict[str, Any]]:
+    """Calls in the form that templates read: the arguments an object, not its text."""
     calls = message["tool_calls"]
-    if not isinstance(calls, list) or not all(_tool_name(call) for call in calls):
+    if not isinstance(calls, list) or not all(map(_tool_name, calls)):
         message.reject("field 'tool_calls' must be a list of calls of a function with a name")
-    return [_read_call(message, call) for call in calls]
-
-
-def _read_call(message: Row, call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call in the form that templates take: the arguments an object, not its text."""
-    function = dict(call.get("function") or call)
-    arguments = _parse(message, "arguments of a tool call", function.get("arguments") or {})
-    if not isinstance(arguments, Mapping):
-        message.reject("the arguments of a tool call must be an object or the text of one")
-    identity = {"id": call["id"]} if call.get("id") else {}
-    called = {"name": function["name"], "arguments": dict(arguments)}
-    return {**identity, "type": "function", "function": called}
+    read = []
+    for call in calls:
+        function = call.get("function") or call
+        given = function.get("arguments") or {}
+        arguments = _parse(message, "arguments of a tool call", given)
+        if not isinstance(arguments, Mapping):
+            message.reject("the arguments of a tool call must be an object or the text of one")
+        identity = {"id": call["id"]} if call.get("id") else {}
+        called = {"name": function["name"], "arguments": dict(arguments)}
+        read.append({**identity, "type": "function", "function": called})
+    return read
 
 
 def _tool_name(tool: Any) -> str | None:
@@ -173,21 +157,19 @@ def _tool_name(tool: Any) -> str | None:
 
 
 def _check_keys(message: Row, known: tuple[str, ...], what: str) -> None:
-    for key in message:
-        if key not in known:
-            hint = did_you_mean(key, known) or f"; it may have {', '.join(known)}"
-            message.reject(f"{what} has the unknown key {shown(key)}{hint}")
+    unknown = next((key for key in message if key not in known), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, known) or f"; it may have {', '.join(known)}"
+        message.reject(f"{what} has the unknown key {shown(unknown)}{hint}")
 
 
 def _parse(row: Row, what: str, value: Any) -> Any:
-    """A value that may stand there as the text of its JSON."""
-    if not isinstance(value, str) or not value.strip():
-        return value
-    return parse_json(value, f"{row.origin}, {what}", DataError)
+    """A value that may be written as the text of its JSON."""
+    is_text = isinstance(value, str) and value.strip()
+    return parse_json(value, f"{row.origin}, {what}", DataError) if is_text else value
 
 
 def _without_nulls(value: Any) -> Any:
-    """A JSON schema without the nulls that tables put where an object lacks a key of others."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value

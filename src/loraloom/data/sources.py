@@ -1,207 +1,421 @@
-"""One source of training data: its rows, encoded as its format says."""
+"""Rows of data sets: a file, a directory with a file for each split, or the Hugging Face hub.
+
+DIR/train.jsonl          one data set
+DIR/validation.jsonl.gz
+DIR/<name>/train.jsonl   a directory of data sets
+
+Files are JSON, JSON lines, CSV, plain text or Parquet, plain or gzipped. Their readers are ours, as
+datasets would change values: it reads 007 as a number, and gives all rows the keys of any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import csv
+import gzip
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from datetime import date, time
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, NoReturn
 
-from transformers import PreTrainedTokenizerBase
-
-from loraloom.config.data import SourceConfig
-from loraloom.data.chat import encode_conversations
-from loraloom.data.chat_template import TRAINING_DAY, given_source, load_chat_template
-from loraloom.data.encode_once import encode_once
-from loraloom.data.encoding import (
-    EncodedRow,
-    encode_completions,
-    encode_documents,
-    encode_each,
-)
-from loraloom.data.locations import read_rows, stream_rows
-from loraloom.data.preferences import encode_preferences, encode_text_pairs
-from loraloom.data.prompts import (
-    instruction_columns,
-    load_template,
-    read_instruction,
-    template_source,
-)
-from loraloom.data.rows import Row, check_faults
-from loraloom.data.tasks import find_task
+from loraloom.config.faults import suggestion
+from loraloom.config.json_text import parse_json
+from loraloom.config.paths import local_path
 from loraloom.errors import DataError, shown
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_MAX_NAMES = 20
+"""Fields of a row, faults or rows that a message names."""
+
+
+class EmptyAnswerError(DataError):
+    """A row has nothing to learn where its answer should be."""
+
+
+class Row(dict[str, Any]):
+    """The fields of a row, with its file and line; to read one that isn't there is a DataError.
+
+    `fault` says why the row could not be read, if it could not.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], origin: str, fault: str = ""):
+        super().__init__(fields)
+        self.origin, self.fault = origin, fault
+
+    def __missing__(self, name: str) -> NoReturn:
+        if self.fault:
+            self.reject(self.fault)
+        fields = _listed(list(map(shown, self))) or "none"
+        self.reject(f"the row has no field {name!r}; its fields are {fields}")
+
+    def reject(self, reason: str) -> NoReturn:
+        raise DataError(f"{self.origin}: {reason}")
+
+    def reject_empty(self, reason: str) -> NoReturn:
+        raise EmptyAnswerError(
+            f"{self.origin}: {reason}; fill it in, remove the row, or set on_empty: skip"
+        )
+
+    def text(self, name: str) -> str:
+        value = self[name]
+        if not isinstance(value, str):
+            self.reject(f"field {name!r} must be a string, got {shown(value)}; write it as a text")
+        return value
+
+    def answer(self, name: str) -> str:
+        """The field as a text that a model learns to write."""
+        text = "" if self[name] is None else self.text(name)
+        if not text.strip():
+            self.reject_empty(f"field {name!r} is empty, so there is nothing to learn")
+        return text
+
+    def integer(self, name: str) -> int:
+        """The field as an integer; a string of digits will do."""
+        value = self[name]
+        if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
+            return int(value)
+        self.reject(f"field {name!r} must be an integer, got {shown(value)}")
+
+
+def check_faults(faults: Sequence[tuple[str, str]], num_rows: int) -> None:
+    """Refuse rows that can't be used, given as origins with faults, all of them in one message."""
+    if not faults:
+        return
+    if len(faults) == 1:
+        raise DataError("{}: {}".format(*faults[0]))
+    places: dict[str, list[str]] = {}
+    for origin, fault in faults:
+        places.setdefault(fault, []).append(origin.rpartition(", ")[2])
+    lines = []
+    for fault, rows in places.items():
+        word = rows[0].partition(" ")[0]  # line or row
+        numbers = _listed([row.removeprefix(f"{word} ") for row in rows])
+        lines.append(f"  {word}{'s' if len(rows) > 1 else ''} {numbers}: {fault}")
+    if len(lines) > _MAX_NAMES:
+        lines[_MAX_NAMES:] = [f"  and {len(lines) - _MAX_NAMES} other faults"]
+    source = faults[0][0].rpartition(", ")[0]
+    head = f"{source}: {len(faults)} of {num_rows} rows can't be used:"
+    raise DataError("\n".join([head, *lines]))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{', '.join(names[:_MAX_NAMES])}{more}"
+
+
+def rows_of_file(path: Path, start: int = 0) -> Iterator[Row]:
+    """Read a file's rows one after the other; whether it is there is checked at once.
+
+    A row that can't be read has its fault; a file that is damaged is an error where that shows.
+    """
+    path = local_path(path, "a data file", DataError)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or directory; {_neighbors(path)}")
+    if not is_data_file(path):
+        kinds = ", ".join(_READERS)
+        raise DataError(
+            f"{path}: a data file must end in one of {kinds} (.gz may follow), got {path.name!r}"
+        )
+    return islice(_rows_of(path), start, None)
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether the name is that of a file that can be read."""
+    return _suffix(path) in _READERS
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _neighbors(path: Path) -> str:
+    """What there is next to a missing file."""
+    if not path.parent.is_dir():
+        return f"the directory {path.parent} does not exist either"
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    return f"{suggestion(path.name, names)}{path.parent} has {_listed(names) or 'nothing'}"
+
+
+def _rows_of(path: Path) -> Iterator[Row]:
+    try:
+        yield from _READERS[_suffix(path)](path)
+    except DataError:
+        raise
+    except Exception as error:  # of the disk, of gzip, of pyarrow: some dozen unrelated types
+        raise DataError(
+            f"{path}: the file can't be read: {error}; is it whole, in UTF-8, and of the kind that "
+            "its name says?"
+        ) from error
+
+
+def _open(path: Path, mode: str = "rt", newline: str | None = None) -> Any:
+    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    return opener(path, mode, encoding="utf-8-sig" if mode == "rt" else None, newline=newline)
+
+
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    with _open(path, newline="\n") as file:  # JSON's texts may hold other line breaks
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _parse_line(line.removesuffix("\n"), f"{path}, line {number}")
+
+
+def _parse_line(line: str, origin: str) -> Row:
+    try:
+        return _json_row(parse_json(line, "the row", DataError), origin)
+    except DataError as error:
+        return Row({}, origin, str(error).replace(", line 1", "", 1))
+
+
+def _json_row(value: Any, origin: str) -> Row:
+    if isinstance(value, dict):
+        return Row(value, origin)
+    return Row({}, origin, f"a row must be a JSON object, got {type(value).__name__}")
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    with _open(path, newline="\n") as file:
+        first = next((line.strip() for line in file if line.strip()), "")
+        file.seek(0)
+        text = file.read() if first.startswith("[") else ""
+    if first == "{":  # no row of JSON lines
+        raise DataError(
+            f"{path}: a .json file must be a list of rows, or have a row a line, got one object "
+            "over several lines; write its list of rows alone"
+        )
+    if not text:  # JSON lines under the wrong name, as often on the hub
+        yield from _read_json_lines(path)
+        return
+    for number, value in enumerate(parse_json(text, str(path), DataError), start=1):
+        yield _json_row(value, f"{path}, row {number}")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # Python's own, 128 KB, is for all readers of a process
+    with _open(path, newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            columns, line = next(reader, []), reader.line_num
+            if len(set(columns)) < len(columns):
+                raise DataError(f"{path}, line 1: columns must have different names; rename one")
+            for values in reader:
+                origin, line = f"{path}, line {line + 1}", reader.line_num
+                if len(values) > len(columns):
+                    fault = f"a row must have at most {len(columns)} columns as the first line has"
+                    advice = f"got {len(values)}; put texts with commas into quotes"
+                    yield Row({}, origin, f"{fault}, {advice}")
+                elif values:
+                    yield Row(dict(zip(columns, values, strict=False)), origin)
+        except csv.Error as error:
+            place = f"{path}, line {reader.line_num}"
+            raise DataError(f"{place}: not valid CSV: {error}; mend the quotes") from error
+
+
+def _read_plain_text(path: Path) -> Iterator[Row]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield Row({"text": line.removesuffix("\n")}, f"{path}, line {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    numbers = count(1)
+    with _open(path, "rb") as opened, parquet.ParquetFile(opened) as file:
+        for batch in file.iter_batches(1000):
+            for record in batch.to_pylist():
+                yield Row(_as_json(record), f"{path}, row {next(numbers)}")
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a table as JSON has it: dates and decimals as texts, bytes in base64."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):  # pandas writes NaN for nothing
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return value.isoformat() if isinstance(value, date | time) else str(value)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".txt": _read_plain_text,
+    ".parquet": _read_parquet,
+}
 
 
 @dataclass(frozen=True)
-class LoadedSource:
-    """A source's rows as token ids."""
+class SplitFiles:
+    """A data set of local files, one a split. `name` is what messages call it."""
 
     name: str
-    rows: list[EncodedRow]
+    files: Mapping[str, Path]
 
-    @property
-    def num_empty(self) -> int:
-        """Rows without an answer."""
-        return sum(row.is_empty for row in self.rows)
+    def find(self, split: str) -> Path:
+        if split not in self.files:
+            raise DataError(
+                f"{self.name}: no split {split!r} there; {suggestion(split, self.files)}"
+                f"the splits are: {', '.join(sorted(self.files)) or f'none, {split}.jsonl say'}"
+            )
+        return self.files[split]
 
 
-def load_source(
-    config: SourceConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    split: str,
-    *,
-    as_pairs: bool = False,
-    limit: int | None = None,
-) -> LoadedSource:
-    """Read and encode a source; arguments as in `read_source`."""
-    rows, source = read_source(config, tokenizer, max_length, split, as_pairs=as_pairs, limit=limit)
-    check_encoded(config, rows, source.rows)
-    if not any(row.pieces for row in source.rows):
+@dataclass(frozen=True)
+class HubSource:
+    """A data set on the Hugging Face hub, pinned to a revision where one is given."""
+
+    repository: str
+    config: str | None = None
+    revision: str | None = None
+
+
+def find_location(location: str, split: str, config: str | None = None) -> Path | HubSource:
+    """Find the file that a split of a data set is in, or the data set on the hub."""
+    path = local_path(location, "dataset", DataError)
+    if path.is_dir():
+        if config is not None:
+            raise DataError(f"{path}: config is for data sets on the hub, and this is a directory")
+        return SplitFiles(str(path), find_splits(path, "")).find(split)
+    if path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location):
+        return path
+    return HubSource(location, config)
+
+
+def find_named(path: Path, name: str, split: str) -> Path:
+    """The file of one split of the data set `name`; a single file may turn out to be missing."""
+    path = local_path(path, "the path of data", DataError)
+    if not path.is_dir():
+        named = path.name.split(".")[0]
+        if named in ("train", "validation", "test") and named != split:
+            raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
+        return path
+    files = find_splits(path, name)
+    if not files and not (path / name).is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise DataError(
-            f"{source.name}: none of the {len(rows)} rows has an answer that fits "
-            f"max_length={max_length}; raise it"
+            f"{path}: no data set {name!r} there; {suggestion(name, names)}"
+            f"the data sets are: {_listed(names) or 'none'}"
         )
-    return source
+    return SplitFiles(str(path / name if (path / name).is_dir() else path), files).find(split)
 
 
-def read_source(
-    config: SourceConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    split: str,
-    *,
-    as_pairs: bool = False,
-    limit: int | None = None,
-    streaming: bool = False,
-) -> tuple[list[Row], LoadedSource]:
-    """Read a source's rows, and encode them; those that can't be used have their faults."""
-    if config.task is not None:
-        rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
-        return rows, _encode_task(config, rows, tokenizer, max_length, as_pairs)
-    assert config.dataset is not None, "SourceConfig has a task or a dataset"
-    location = (config.dataset, config.split or split, config.config)
-    if streaming:
-        rows = list(islice(stream_rows(*location).rows(), limit))
-    else:
-        rows = read_rows(*location)[:limit]
+def find_splits(path: Path, name: str, *, alone: bool = True) -> dict[str, Path]:
+    """The file of each split of the data set `name`; if alone, also of one without its directory.
+
+    If there are two, it is that with the first suffix of _READERS.
+    """
+    path = local_path(path, "the path of data", DataError)
+    if not path.is_dir():
+        raise DataError(f"{path}: there is no such directory of data sets")
+    if (path / name).is_dir():
+        path = path / name
+    elif not alone:
+        return {}
+    return {
+        file.name.removesuffix(ending): file
+        for suffix in reversed(_READERS)
+        for ending in (f"{suffix}.gz", suffix)
+        for file in path.glob(f"*{ending}")
+    }
+
+
+def describe(found: object) -> dict[str, Any]:
+    """Where rows came from, for results: the file with its SHA-256, or the copy on the hub."""
+    if isinstance(found, Path):
+        return {"file": str(found), "sha256": sha256(found)}
+    if isinstance(found, HubSource):
+        return {"hub": found.repository, "config": found.config, "revision": found.revision}
+    return {"generated": "by loraloom"}
+
+
+def sha256(path: Path) -> str:
+    """Hash a file, as `sha256sum` does."""
+    with path.expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_rows(found: Path | HubSource, split: str = "") -> list[Row]:
+    """Every row of a file, or of a split on the hub; those that can't be read are an error."""
+    rows = list(RowStream(found, split, streaming=False).rows())
     if not rows:
-        raise DataError(f"{config.dataset}: there are no rows; add some, or name another data set")
-    first = next((row for row in rows if not row.fault), rows[0])
-    encoded = encode_once(
-        rows,
-        lambda some: encode_rows(config, some, first, tokenizer, max_length),
-        tokenizer,
-        [config.format, config.fields, _template_text(config, tokenizer), max_length],
-    )
-    return rows, LoadedSource(config.dataset, encoded)
+        name = found if isinstance(found, Path) else found.repository
+        raise DataError(f"{name}: there are no rows; add some, or name another file")
+    check_faults([(row.origin, row.fault) for row in rows if row.fault], len(rows))
+    return rows
 
 
-def check_encoded(config: SourceConfig, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
-    """Refuse rows that can't be used, unless they are empty and may be left out."""
-    skips = config.on_empty == "skip"
-    faults = [
-        (row.origin, one.fault)
-        for row, one in zip(rows, encoded, strict=True)
-        if one.fault and not (one.is_empty and skips)
-    ]
-    check_faults(faults, len(rows))
+StreamState = dict[str, Any]
+"""A place in a stream, in plain values."""
 
 
-def _encode_task(
-    config: SourceConfig,
-    rows: list[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    as_pairs: bool,
-) -> LoadedSource:
-    task = find_task(config.task or "")
-    scoring = config.scoring or task.scoring
-    places = {id(row): place for place, row in enumerate(rows)}
+class RowStream:
+    """Rows of a data set, which can be read on from a place that another process had reached.
 
-    def read(row: Row) -> Any:
-        if as_pairs:
-            return task.preference_texts(row, places[id(row)], scoring)
-        return task.training_text(row, scoring)
+    A place in a file is a number of rows; in a data set of the hub it is datasets' own. What is
+    streamed from the hub is not kept on the disk. `sizes` are the bytes of local files, by name.
+    """
 
-    def encode(texts: Sequence[Any]) -> list[EncodedRow]:
-        encoder: Any = encode_text_pairs if as_pairs else encode_completions
-        return encoder(tokenizer, texts, max_length)
+    def __init__(self, found: Path | HubSource, split: str, *, streaming: bool = True):
+        self._found, self._split, self._num_rows = found, split, 0
+        self._is_streamed = streaming
+        self.sizes: Mapping[str, int] = {}
+        if isinstance(found, Path):
+            rows_of_file(found)  # is it there?
+            self.sizes = {found.name: found.stat().st_size}
+        else:
+            self._table: Any = self._load(found)
 
-    encoded = encode_each(
-        rows,
-        read,
-        lambda texts: encode_once(texts, encode, tokenizer, [as_pairs, max_length]),
-    )
-    return LoadedSource(f"{task.name} ({scoring})", encoded)
+    def rows(self, state: StreamState | None = None) -> Iterator[Row]:
+        """Read from there on, or from the beginning; what was begun before ends."""
+        self._num_rows = 0 if state is None else state["row"]
+        if isinstance(self._found, Path):
+            rows = rows_of_file(self._found, self._num_rows)
+        else:
+            rows = self._rows_of_hub(self._found, state)
+        for row in rows:
+            self._num_rows += 1
+            yield row
 
+    def state_dict(self) -> StreamState:
+        """Return the place after the last row that was read."""
+        of_hub = isinstance(self._found, HubSource)
+        return {"row": self._num_rows, **({"dataset": self._table.state_dict()} if of_hub else {})}
 
-def _template_text(config: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that rows are written out in."""
-    match config.format:
-        case "instruction":
-            return template_source(config.template)
-        case "chat" | "preference" if config.chat_template is not None:
-            return given_source(tokenizer, config.chat_template)
-        case "chat" | "preference":
-            return str(tokenizer.chat_template)
-        case _:
-            return ""
+    def _load(self, source: HubSource) -> Any:
+        import datasets
 
+        how = {"revision": source.revision, "split": self._split, "streaming": self._is_streamed}
+        try:
+            return datasets.load_dataset(source.repository, source.config, **how)
+        except Exception as error:  # datasets raises some dozen unrelated types
+            self._reject_hub(source, error)
 
-def encode_rows(
-    config: SourceConfig,
-    rows: Sequence[Row],
-    first: Row,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> list[EncodedRow]:
-    """Encode rows of a data set as its format says."""
-    columns = config.fields or {}
-    _check_columns(config, first)
-    match config.format:
-        case "chat":
-            chats = load_chat_template(tokenizer, config.chat_template, TRAINING_DAY)
-            return encode_conversations(tokenizer, chats, rows, columns, max_length)
-        case "text":
-            field = columns.get("text", "text")
-            return encode_each(
-                rows,
-                lambda row: row.answer(field),
-                lambda texts: encode_documents(tokenizer, texts, max_length),
-            )
-        case "preference":
-            chat_template = config.chat_template
-            return encode_preferences(tokenizer, rows, first, columns, max_length, chat_template)
-        case _:
-            template = load_template(config.template)
-            names = instruction_columns(first, config.fields)
-            return encode_each(
-                rows,
-                lambda row: read_instruction(row, names, template),
-                lambda texts: encode_completions(tokenizer, texts, max_length),
-            )
+    def _rows_of_hub(self, source: HubSource, state: StreamState | None) -> Iterator[Row]:
+        if self._is_streamed:
+            self._table.load_state_dict(state and state["dataset"])
+        try:
+            for number, record in enumerate(self._table, start=self._num_rows + 1):
+                yield Row(record, f"{source.repository}, {self._split}, row {number}")
+        except Exception as error:  # of the network, of damaged files, of datasets itself
+            self._reject_hub(source, error)
 
-
-_NEEDED = {"instruction": ("instruction", "output"), "text": ("text",), "preference": ("chosen",)}
-
-
-def _check_columns(config: SourceConfig, first: Row) -> None:
-    """Refuse a data set whose first row lacks a column that its format or `fields` names."""
-    if first.fault:
-        return
-    columns = dict(config.fields or {})
-    if config.format == "instruction":
-        columns = instruction_columns(first, config.fields)
-        given = config.fields or {}
-        columns = {role: name for role, name in columns.items() if role != "input" or role in given}
-    else:
-        columns |= {r: columns.get(r, r) for r in _NEEDED.get(config.format or "", ())}
-    missing = [(role, name) for role, name in columns.items() if name not in first]
-    if missing:
-        role, column = missing[0]
-        first.reject(
-            f"the row has no field {column!r}, the {role} of format {config.format}; name its "
-            f"column with fields: {{{role}: COLUMN}}, the row's are "
-            f"{shown(list(first)).strip('[]') or 'none'}"
-        )
+    def _reject_hub(self, source: HubSource, error: Exception) -> NoReturn:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{source.repository}: the data set's split {self._split!r} could not be loaded from "
+            f"the Hugging Face hub: {reason}; give the path of a local copy where there is no "
+            "network"
+        ) from error

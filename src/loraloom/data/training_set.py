@@ -6,17 +6,16 @@ import hashlib
 import random
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import nlargest
-from itertools import chain, count
+from itertools import count
 
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import DataConfig
-from loraloom.data.encoding import EncodedRow
-from loraloom.data.examples import Example, PreferencePair, TrainingExample
-from loraloom.data.sources import LoadedSource, load_source
+from loraloom.data.encoding import LoadedSource, load_source
+from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
 from loraloom.errors import DataError
 
 
@@ -71,7 +70,11 @@ class TrainingSet:
         fit, and for the rest a part that is drawn anew in each epoch.
         """
         generator = random.Random(f"epoch {epoch} of seed {self.seed}")
-        order = [index for portion in self.portions for index in _draw(portion, generator)]
+        order: list[int] = []
+        for portion in self.portions:
+            indices = range(portion.start, portion.stop)
+            times, rest = divmod(portion.num_draws, len(indices))
+            order += [*indices] * times + generator.sample(indices, rest)
         generator.shuffle(order)
         return order
 
@@ -100,52 +103,25 @@ def load_training_set(
         load_source(source, tokenizer, max_length, "train", as_pairs=as_pairs)
         for source in config.sources
     ]
-    sample_ids = count()
-    shares = [
-        _share(source, config.validation_fraction, seed, sample_ids, settings.expert_group)
-        for source, settings in zip(sources, config.sources, strict=True)
-    ]
+    examples: list[TrainingExample] = []
+    validation: list[TrainingExample] = []
+    portions, report, sample_ids = [], [], count()
+    for source, settings in zip(sources, config.sources, strict=True):
+        chosen = choose_held_out(source.name, source.rows, config.validation_fraction, seed)
+        start, num_held_out = len(examples), len(validation)
+        for index, row in enumerate(source.rows):
+            side = validation if index in chosen else examples
+            side += number_row(row, sample_ids, settings.expert_group)
+        portions.append(Portion(start, len(examples), settings.weight))
+        report.append(_describe(source, examples[start:], validation[num_held_out:], max_length))
     if config.validation is not None:
-        validation = load_source(
+        source = load_source(
             config.validation, tokenizer, max_length, "validation", as_pairs=as_pairs
         )
-        held_out = [one for row in validation.rows for one in number_row(row, sample_ids)]
-        shares.append(_Share(validation, [], held_out))
-    stops = [0]
-    for share in shares:
-        stops.append(stops[-1] + len(share.examples))
-    return TrainingSet(
-        examples=list(chain.from_iterable(share.examples for share in shares)),
-        validation=list(chain.from_iterable(share.held_out for share in shares)),
-        portions=tuple(
-            Portion(stops[place], stops[place + 1], source.weight)
-            for place, source in enumerate(config.sources)
-        ),
-        report=tuple(_describe(share, max_length) for share in shares),
-        warnings=tuple(_warn_of_repeats(shares)),
-        seed=seed,
-    )
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What a source gives to learn from and to be measured on."""
-
-    source: LoadedSource
-    examples: list[TrainingExample]
-    held_out: list[TrainingExample]
-
-
-def _share(
-    source: LoadedSource, fraction: float, seed: int, sample_ids: Iterator[int], expert_group: int
-) -> _Share:
-    chosen = choose_held_out(source.name, source.rows, fraction, seed)
-    examples = [number_row(row, sample_ids, expert_group) for row in source.rows]
-    return _Share(
-        source=source,
-        examples=[one for index, row in enumerate(examples) if index not in chosen for one in row],
-        held_out=[one for index, row in enumerate(examples) if index in chosen for one in row],
-    )
+        validation += [one for row in source.rows for one in number_row(row, sample_ids)]
+        report.append(_describe(source, [], validation, max_length))
+    warnings = _warn_of_repeats(examples, validation)
+    return TrainingSet(examples, validation, tuple(portions), tuple(report), seed, warnings)
 
 
 def number_row(
@@ -153,7 +129,7 @@ def number_row(
 ) -> Sequence[TrainingExample]:
     """Make examples of a row, each with the next sample id."""
     examples = [
-        Example(piece.input_ids, piece.labels, next(sample_ids), expert_group)
+        replace(piece, sample_id=next(sample_ids), expert_group=expert_group)
         for piece in row.pieces
     ]
     return [PreferencePair(*examples)] if row.is_pair else examples
@@ -185,37 +161,37 @@ def _row_hash(row: EncodedRow, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}: {tokens}".encode()).digest()
 
 
-def _draw(portion: Portion, generator: random.Random) -> list[int]:
-    indices = range(portion.start, portion.stop)
-    times, rest = divmod(portion.num_draws, len(indices))
-    return [*indices] * times + generator.sample(indices, rest)
-
-
-def _describe(share: _Share, max_length: int) -> str:
-    rows = [row for example in share.examples for row in example.rows]
-    tokens = sum(len(row.input_ids) for row in rows)
-    kind = "pairs" if any(row.is_pair for row in share.source.rows) else "examples"
+def _describe(
+    source: LoadedSource,
+    examples: Sequence[TrainingExample],
+    held_out: Sequence[TrainingExample],
+    max_length: int,
+) -> str:
+    tokens = sum(len(row.input_ids) for example in examples for row in example.rows)
+    kind = "pairs" if any(row.is_pair for row in source.rows) else "examples"
     line = (
-        f"{share.source.name}: {len(share.source.rows)} rows, {len(share.examples)} {kind}, "
-        f"{tokens} tokens, {len(share.held_out)} held out"
+        f"{source.name}: {len(source.rows)} rows, {len(examples)} {kind}, {tokens} tokens, "
+        f"{len(held_out)} held out"
     )
-    if cut := sum(row.is_cut for row in share.source.rows):
+    if cut := sum(row.is_cut for row in source.rows):
         line += f"; {cut} cut or divided to fit max_length={max_length}"
-    if empty := share.source.num_empty:
+    if empty := source.num_empty:
         line += f"; {empty} skipped, their answer is empty"
-    if dropped := sum(not row.pieces for row in share.source.rows) - empty:
+    if dropped := sum(not row.pieces for row in source.rows) - empty:
         line += f"; {dropped} dropped, their answer does not fit"
     return line
 
 
-def _warn_of_repeats(shares: Sequence[_Share]) -> list[str]:
-    """Tell of held-out examples that are learnt too, as if the validation file was trained on."""
-    learnt = {row.input_ids for share in shares for one in share.examples for row in one.rows}
-    held_out = [row.input_ids for share in shares for one in share.held_out for row in one.rows]
+def _warn_of_repeats(
+    examples: Sequence[TrainingExample], validation: Sequence[TrainingExample]
+) -> tuple[str, ...]:
+    """Warn of held-out examples that are learnt too, as if the validation file was trained on."""
+    learnt = {row.input_ids for example in examples for row in example.rows}
+    held_out = [row.input_ids for example in validation for row in example.rows]
     repeated = sum(tokens in learnt for tokens in held_out)
     if not repeated:
-        return []
-    return [
+        return ()
+    return (
         f"warning: {repeated} of {len(held_out)} held-out examples are learnt too; eval/loss shows "
-        "how well they are remembered"
-    ]
+        "how well they are remembered",
+    )

@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loraloom.data.tokenising import TokenPair
+from loraloom.data.tokens import TokenPair
 from loraloom.durable import cache_directory
 from loraloom.errors import ConfigError
 from loraloom.eval.provenance import adapter_digest, computation_key

@@ -18,8 +18,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from loraloom.data.files import read_file
-from loraloom.data.rows import Row
+from loraloom.data.sources import Row, read_rows
 from loraloom.errors import AdapterError, ConfigError, DataError
 from loraloom.eval.statistics import PairedComparison, compare_paired, holm
 
@@ -236,7 +235,7 @@ def read_answers(*paths: str | Path) -> list[TaskAnswers]:
 
 def _read_file(path: Path) -> Iterator[tuple[str, str, _Answers]]:
     answers: dict[tuple[str, str], _Answers] = {}
-    for row in read_file(path):
+    for row in read_rows(path):
         key = (_task_of(row), row.text("adapter"))
         index, correct = row.integer("index"), row.get("correct")
         if not isinstance(correct, bool):

@@ -22,10 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring, SourceConfig
 from loraloom.config.paths import local_path
-from loraloom.data.examples import NO_LOSS, Example
-from loraloom.data.questions import QuestionSet, load_question_set
-from loraloom.data.tasks import find_task
-from loraloom.data.tokenising import TokenPair
+from loraloom.data.tasks import QuestionSet, find_task, load_question_set
+from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.durable import write_output
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import ScoreCache, Tokens

@@ -15,11 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import describe_faults
-from loraloom.data.examples import Example, count_labels
-from loraloom.data.files import is_data_file
-from loraloom.data.locations import find_location
-from loraloom.data.questions import sha256
-from loraloom.data.sources import load_source
+from loraloom.data.encoding import load_source
+from loraloom.data.sources import find_location, is_data_file, sha256
+from loraloom.data.tokens import Example, count_labels
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.host import Host
 from loraloom.training.settings import DpoConfig, TrainConfig
@@ -90,8 +88,7 @@ def load_held_out(
     split = source.split or "validation"
     loaded = load_source(source, tokenizer, longest, split, limit=limit)
     encoded = loaded.rows
-    examples_of = ([Example(p.input_ids, p.labels, 0) for p in row.pieces] for row in encoded)
-    rows = [list(filter(count_labels, examples)) for examples in examples_of]
+    rows = [list(filter(count_labels, row.pieces)) for row in encoded]
     places = [place for place, examples in enumerate(rows) if examples]
     kept = [rows[place] for place in places]
     digest, num_examples, num_dropped = _digest(kept), len(kept), len(rows) - len(kept)

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.examples import ChoiceQuestion
-from loraloom.data.tokenising import TokenPair, encode_texts
+from loraloom.data.tasks import ChoiceQuestion
+from loraloom.data.tokens import TokenPair, encode_texts
 from loraloom.errors import ConfigError, DataError
 
 _ARC = ("1", "2", "3", "4", "A", "B", "C", "D", "E")

@@ -9,7 +9,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loraloom.data.examples import ChoiceQuestion
+from loraloom.data.tasks import ChoiceQuestion
 
 PLAIN_INTERVAL_S = 10.0
 _SPEED_PERIOD_S = 300.0

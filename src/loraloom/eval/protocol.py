@@ -10,8 +10,8 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.examples import ChoiceQuestion
-from loraloom.data.tokenising import TokenPair, encode_pairs
+from loraloom.data.tasks import ChoiceQuestion
+from loraloom.data.tokens import TokenPair, encode_pairs
 from loraloom.eval.cache import LogLikelihoods, ScoreCache, Tokens
 from loraloom.eval.scores import QuestionScore, accuracy
 from loraloom.generation.rows import fit_pair

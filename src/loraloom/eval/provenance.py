@@ -15,7 +15,8 @@ from torch import Tensor
 
 import loraloom
 from loraloom.adapters.method import Adapter
-from loraloom.data.questions import QuestionSet, questions_digest, sha256
+from loraloom.data.sources import sha256
+from loraloom.data.tasks import QuestionSet, questions_digest
 from loraloom.formats.contents import ADAPTER_FILES
 from loraloom.formats.hub import find_adapter
 from loraloom.models.host import Host

@@ -21,8 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from loraloom.data.examples import ChoiceQuestion
-from loraloom.data.questions import questions_digest
+from loraloom.data.tasks import ChoiceQuestion, questions_digest
 from loraloom.errors import DataError, not_finite
 from loraloom.eval.comparison import BASE, Metric, TaskAnswers, compare, members_of
 from loraloom.eval.held_out import HeldOutSet

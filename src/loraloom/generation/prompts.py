@@ -11,10 +11,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import PromptForm
-from loraloom.data.chat_template import ChatTemplate, load_chat_template
+from loraloom.data.chat import ChatTemplate, load_chat_template
 from loraloom.data.messages import Conversation, Message
 from loraloom.data.templates import compile_template, render
-from loraloom.data.tokenising import encode_texts
+from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError, shown
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
@@ -165,7 +165,7 @@ def _render_chat(
     try:
         if form is not None and form.chat_template is not None:
             source = form.chat_template  # a text in any case: files name no file of ours
-            template = ChatTemplate(source, source, tokenizer.special_tokens_map)
+            template = ChatTemplate(tokenizer, source)
         else:
             template = load_chat_template(tokenizer)
         return template.render(Conversation([*messages], prompt.tools), for_answer=True)

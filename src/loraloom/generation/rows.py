@@ -25,8 +25,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from loraloom.data.examples import NO_LOSS, Example
-from loraloom.data.tokenising import TokenPair
+from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.models.layout import RowAdapter
 

@@ -17,8 +17,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from loraloom.data.examples import Example
-from loraloom.data.tokenising import TokenPair
+from loraloom.data.tokens import Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.generation.rows import TokenRow, collate, example_row, make_rows, owners
 from loraloom.models.families import keeps_running_states

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.tokenising import NUM_BEFORE
+from loraloom.data.tokens import NUM_BEFORE
 from loraloom.errors import AdapterError, LoraloomError
 from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
 from loraloom.models.decoding import Decoding

@@ -12,8 +12,8 @@ from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.adapters.own import own_parts
 from loraloom.config.data import DataConfig, is_task_file
 from loraloom.config.paths import local_path
-from loraloom.data.locations import SplitFiles
-from loraloom.data.prompts import prompt_form
+from loraloom.data.encoding import prompt_form
+from loraloom.data.sources import SplitFiles
 from loraloom.data.streaming import StreamedSet
 from loraloom.data.tasks import find_task
 from loraloom.data.training_set import TrainingSet, load_training_set
@@ -75,7 +75,7 @@ class JobBuilder:
                 del self._sets[next(iter(self._sets))]
             common = data, self._tokenizer, train.max_length, config.seed
             self._sets[key] = (
-                StreamedSet(*common, self._host.ranks, as_pairs=as_pairs)
+                StreamedSet(*common, as_pairs=as_pairs)
                 if data.streaming
                 else load_training_set(*common, as_pairs=as_pairs)
             )

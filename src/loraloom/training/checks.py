@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from loraloom.config.paths import local_path
-from loraloom.data.questions import questions_digest
+from loraloom.data.tasks import questions_digest
 from loraloom.errors import ConfigError
 from loraloom.eval.provenance import adapter_digest
 from loraloom.models.host import Host

@@ -20,8 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.adapters import AdapterConfig
 from loraloom.config.data import PromptForm
-from loraloom.data.encoding import learn_completions
-from loraloom.data.examples import NO_LOSS, Example, PreferencePair, TrainingExample
+from loraloom.data.tokens import (
+    NO_LOSS,
+    Example,
+    PreferencePair,
+    TrainingExample,
+    learn_completions,
+)
 from loraloom.errors import AdapterError, ConfigError, TrainingError
 from loraloom.generation.generate import Completion, generate_tokens
 from loraloom.generation.prompts import Prompt
@@ -163,8 +168,8 @@ class TrainingClient:
         Raises:
             DataError: If the tokenizer has no EOS token.
         """
-        (learnt,) = learn_completions(self.tokenizer, [(prompt, completion)])
-        return example_of(learnt.ids, learnt.is_learnt)
+        (example,) = learn_completions(self.tokenizer, [(prompt, completion)])
+        return example
 
     def pair(self, prompt: str, chosen: str, rejected: str) -> PreferencePair:
         """Encode a better and a worse completion of a prompt; see `example`."""

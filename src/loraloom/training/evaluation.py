@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.examples import ChoiceQuestion, Example
-from loraloom.data.questions import load_question_set
+from loraloom.data.tasks import ChoiceQuestion, load_question_set
+from loraloom.data.tokens import Example
 from loraloom.eval.protocol import score_accuracy
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host

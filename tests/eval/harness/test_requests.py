@@ -4,7 +4,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 
-from loraloom.data.tokenising import TokenPair
+from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.harness.lm import HostLM, parse_generation
 from loraloom.generation.sampling import SamplingConfig

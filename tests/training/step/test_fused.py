@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.data.examples import Example
+from loraloom.data.tokens import Example
 from loraloom.models.host import Host
 from loraloom.training.job import Job
 from loraloom.training.step.batch import MicroBatchLoss

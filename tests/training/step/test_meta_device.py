@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
-from loraloom.data.examples import Example, PreferencePair
+from loraloom.data.tokens import Example, PreferencePair
 from loraloom.models.host import Host
 from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
 from loraloom.training.step.batch import MicroBatch

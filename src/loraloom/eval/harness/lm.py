@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.config.faults import checked, suggestion
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.quantization import parse_quantization
-from loraloom.data.tokenising import (
+from loraloom.data.tokens import (
     TokenPair,
     encode_texts,
     leading_tokens,

@@ -13,7 +13,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from loraloom.config.faults import suggestion
-from loraloom.data.locations import find_splits
+from loraloom.data.sources import find_splits
 from loraloom.errors import ConfigError, DataError
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")

@@ -20,7 +20,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.data.tokenising import text_of_token
+from loraloom.data.tokens import text_of_token
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.sampling import end_tokens, parse_sampling

@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from loraloom.data.tokenising import encode_texts
+from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.sequence import GenerationRequest, Piece, TokenLogProb

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter
-from loraloom.data.examples import Example, count_labels
-from loraloom.data.packing import first_fit, join_samples
+from loraloom.data.tokens import Example, count_labels, first_fit, join_samples
 from loraloom.routing.collapse import Choices
 from loraloom.routing.record import RouterName
 from loraloom.training.step.objectives import Objective, Reference

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter
-from loraloom.data.examples import count_labels
+from loraloom.data.tokens import count_labels
 from loraloom.generation.rows import collate, example_row, owners
 from loraloom.models.host import Host
 from loraloom.models.sharding import recovering

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
-from loraloom.data.examples import Example, TrainingExample
+from loraloom.data.tokens import Example, TrainingExample
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.settings import BASE_REFERENCE, CpoConfig, DpoConfig, SftConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from loraloom.adapters.method import Adapter
-from loraloom.data.examples import Example, TrainingExample
+from loraloom.data.tokens import Example, TrainingExample
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.models.host import Host
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss

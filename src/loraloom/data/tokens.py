@@ -1,0 +1,306 @@
+"""Text as token ids: what is given, what is scored or learnt, what is cut to fit the model.
+
+Training and evaluation both use `encode_pairs`: an answer is learnt as the tokens that it is scored
+as. An answer is never cut: a prompt that is too long loses its beginning, and a row whose answer
+alone is too long is dropped and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from loraloom.errors import DataError
+
+NO_LOSS = -100
+"""Label of a token that is read but not learnt."""
+
+NUM_BEFORE = 4
+"""Tokens of a prompt that decide how the text of its completion begins."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenized text to learn from: a label is its token or NO_LOSS; the trainer shifts by one.
+
+    `sample_id` is the same in every epoch, whatever the order. `expert_group` is its source's.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    sample_id: int = 0
+    expert_group: int = 0
+
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        return (self,)
+
+    @property
+    def is_learnt(self) -> list[bool]:
+        """Whether each token is predicted, with a loss; the first has nothing before it."""
+        return [False, *(label != NO_LOSS for label in self.labels[1:])]
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt with a better answer, and with a worse one: each a row and a sample of its own."""
+
+    chosen: Example
+    rejected: Example
+
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        return (self.chosen, self.rejected)
+
+
+TrainingExample = Example | PreferencePair
+"""What a batch is counted in."""
+
+
+def count_labels(example: Example) -> int:
+    """Count the tokens that are predicted."""
+    return sum(example.is_learnt)
+
+
+class TokenPair(NamedTuple):
+    """The tokens of a context and of what follows it."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+class EncodedRow(NamedTuple):
+    """What became of a row: no piece if it was dropped, several if a long text was divided.
+
+    A preference is two pieces, the chosen and the rejected. `fault` says why a row can't be used,
+    `is_empty` whether that is because it has no answer.
+    """
+
+    pieces: tuple[Example, ...]
+    is_cut: bool = False
+    is_pair: bool = False
+    fault: str = ""
+    is_empty: bool = False
+
+
+DROPPED = EncodedRow(pieces=())
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], start: list[int] | None = None
+) -> list[list[int]]:
+    """Token ids of each text after the tokens that the tokenizer puts in front, but never an EOS.
+
+    A text that begins with those tokens already gets them once.
+    """
+    if not texts:
+        return []
+    start = leading_tokens(tokenizer) if start is None else start
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return [ids if ids[: len(start)] == start else [*start, *ids] for ids in encoded]
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[TokenPair]:
+    """Encode each context with its continuation as one text and cut the tokens between them.
+
+    Whitespace at the end of the context goes to the continuation, as most vocabularies have it in
+    the token of the next word. A token that reaches over the cut belongs to the continuation, so
+    both together are the tokens of the whole text. An empty context becomes the token that begins
+    a text.
+
+    Source:
+        lm-eval 0.4.13 `lm_eval/api/model.py`, `_encode_pair`: the same cut, except where a token
+        reaches over it.
+    """
+    moved = [move_trailing_space(context, continuation) for context, continuation in pairs]
+    texts = encode_texts(tokenizer, [context + continuation for context, continuation in moved])
+    contexts = encode_texts(tokenizer, [context for context, _ in moved])
+    cuts = [count_shared(*both) for both in zip(texts, contexts, strict=True)]
+    return [
+        TokenPair(ids[:cut] or [start_of_text(tokenizer)], ids[cut:])
+        for ids, cut in zip(texts, cuts, strict=True)
+    ]
+
+
+def move_trailing_space(context: str, continuation: str) -> tuple[str, str]:
+    """Move the whitespace at the end of a context to its continuation."""
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
+
+
+def count_shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """Count the equal entries that two sequences begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts in front of every text: BOS in most Llamas, often none."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = range(len(full) - len(bare) + 1)
+    return next((full[:n] for n in starts if full[n : n + len(bare)] == bare), [])
+
+
+def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token that ends a text."""
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise DataError(
+            f"the tokenizer must have an EOS token to end a text with, got {end}; "
+            "set tokenizer.eos_token"
+        )
+    return end
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token that begins a text: BOS, or EOS where there is none."""
+    bos = tokenizer.bos_token_id
+    return bos if isinstance(bos, int) else eos_token(tokenizer)
+
+
+def text_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token alone, with the space that SentencePiece's decoders leave out."""
+    text, name = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
+    return f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text
+
+
+def learn_completions(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
+) -> list[Example]:
+    """Prompts with completions in full length: loss on the completion and on an EOS after it."""
+    end = eos_token(tokenizer)
+    return [
+        Example((*context, *continuation, end), (*[NO_LOSS] * len(context), *continuation, end))
+        for context, continuation in encode_pairs(tokenizer, texts)
+    ]
+
+
+def encode_completions(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]], max_length: int
+) -> list[EncodedRow]:
+    """Prompts with completions, cut to fit."""
+    start = leading_tokens(tokenizer)
+    return [fit(piece, start, max_length) for piece in learn_completions(tokenizer, texts)]
+
+
+def encode_completion_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[tuple[str, str], tuple[str, str]]],
+    max_length: int,
+) -> list[EncodedRow]:
+    """Prompt and completion of the chosen and of the rejected, both cut to fit."""
+    start = leading_tokens(tokenizer)
+    chosen = learn_completions(tokenizer, [pair[0] for pair in pairs])
+    rejected = learn_completions(tokenizer, [pair[1] for pair in pairs])
+    return [fit_pair(*answers, start, max_length) for answers in zip(chosen, rejected, strict=True)]
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> list[EncodedRow]:
+    """Plain texts with an EOS after them: loss on every token; longer texts are divided."""
+    end = eos_token(tokenizer)
+    return [_divide((*ids, end), max_length) for ids in encode_texts(tokenizer, texts)]
+
+
+def _divide(ids: tuple[int, ...], max_length: int) -> EncodedRow:
+    # a piece begins with the last token of the one before, so that every token is predicted once
+    starts = range(0, max(len(ids) - 1, 1), max_length - 1)
+    parts = [ids[start : start + max_length] for start in starts]
+    return EncodedRow(tuple(Example(part, part) for part in parts), is_cut=len(parts) > 1)
+
+
+def fit(piece: Example, start: Sequence[int], max_length: int) -> EncodedRow:
+    """A row of which one span or several are learnt, cut from the left to fit.
+
+    What comes after the last span is left out. If the row is still too long it loses its beginning,
+    but for the tokens of `start`; a span that the cut goes through is no longer learnt. A row
+    without a span, or whose last span does not fit with a token before it, is dropped.
+    """
+    ids, labels = piece.input_ids, piece.labels
+    stop = len(labels)
+    while stop > 0 and labels[stop - 1] == NO_LOSS:
+        stop -= 1
+    if stop == 0:
+        return DROPPED
+    if stop <= max_length:
+        return EncodedRow((Example(ids[:stop], labels[:stop]),))
+    kept = tuple(start) if ids[: len(start)] == tuple(start) else ()
+    cut = stop - max_length + len(kept)
+    last_span = stop
+    while last_span > 0 and labels[last_span - 1] != NO_LOSS:
+        last_span -= 1
+    if cut >= last_span + bool(kept):
+        return DROPPED
+    rest = list(labels[cut:stop])
+    if cut < last_span:
+        rest[: rest.index(NO_LOSS)] = [NO_LOSS] * rest.index(NO_LOSS)
+    fitted = Example((*kept, *ids[cut:stop]), (*[NO_LOSS] * len(kept), *rest))
+    return EncodedRow((fitted,), is_cut=True)
+
+
+def fit_pair(
+    chosen: Example, rejected: Example, start: Sequence[int], max_length: int
+) -> EncodedRow:
+    """Two answers to one prompt; if either is dropped (see `fit`), both are."""
+    # both are cut by what the longer one needs, so that they keep the same part of the prompt
+    longest = max(len(chosen.input_ids), len(rejected.input_ids))
+    fitted = [
+        fit(answer, start, max_length - (longest - len(answer.input_ids)))
+        for answer in (chosen, rejected)
+    ]
+    if not all(row.pieces for row in fitted):
+        return DROPPED
+    pieces = tuple(piece for row in fitted for piece in row.pieces)
+    return EncodedRow(pieces, is_cut=any(row.is_cut for row in fitted), is_pair=True)
+
+
+def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Put samples into rows: each, the longest first, into the first row that has room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        row = next((row for row, left in enumerate(room) if left >= lengths[place]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_length)
+        rows[row].append(place)
+        room[row] -= lengths[place]
+    return rows
+
+
+def join_samples(samples: Sequence[Example]) -> Example:
+    """Put samples side by side; what follows a sample's end is not predicted from it."""
+    if len(samples) == 1:
+        return samples[0]
+    labels = chain.from_iterable((NO_LOSS, *sample.labels[1:]) for sample in samples)
+    tokens = chain.from_iterable(sample.input_ids for sample in samples)
+    return Example(tuple(tokens), tuple(labels), samples[0].sample_id)
+
+
+def group_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
+    """Sort a shuffled order by length within mega-batches, the longest first.
+
+    A mega-batch is 50 batches, or a quarter of the epoch where that is less. The batch with the
+    longest example of all comes first, so that memory runs out early if it does.
+
+    Source:
+        transformers 5.24, `trainer_pt_utils.get_length_grouped_indices`.
+    """
+    size = max(min(len(order) // (batch_size * 4), 50), 1) * batch_size
+    places = [
+        sorted(range(start, min(start + size, len(order))), key=lambda place: -lengths[place])
+        for start in range(0, len(order), size)
+    ]
+    longest = max(range(len(places)), key=lambda part: lengths[places[part][0]])
+    places[0][0], places[longest][0] = places[longest][0], places[0][0]
+    return [order[place] for part in places for place in part]

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import datetime
+import gzip
+import json
+import math
+import re
+from decimal import Decimal
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from loraloom.data.sources import (
+    HubSource,
+    Row,
+    RowStream,
+    check_faults,
+    find_location,
+    find_named,
+    read_rows,
+)
+from loraloom.errors import DataError
+
+ROWS = [{"text": "one", "n": 1}, {"text": "zwei é", "n": 2}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+ROW = Row({"question": "Why?", "label": "2", "choices": {"text": ["a", "b"]}}, "some.jsonl, line 7")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "origin"),
+    [
+        ("a.jsonl", LINES, "line 2"),
+        ("a.json", LINES, "line 2"),
+        ("a.json", json.dumps(ROWS, indent=2), "row 2"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_json_is_read_as_lines_or_as_a_list(tmp_path, name, text, origin, ending):
+    path = tmp_path / f"{name}{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending else text.encode())
+    rows = read_rows(path)
+    assert rows == ROWS
+    assert rows[1].origin == f"{path}, {origin}"
+
+
+def test_parquet_may_be_gzipped(tmp_path):
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    packed = tmp_path / "b.parquet.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    rows = read_rows(packed)
+    assert rows == read_rows(tmp_path / "a.parquet") == ROWS
+    assert rows[1].origin == f"{packed}, row 2"
+    packed.write_bytes(packed.read_bytes()[:50])
+    with pytest.raises(DataError, match=r"b\.parquet\.gz: the file can't be read"):
+        read_rows(packed)
+
+
+def test_a_date_that_python_lacks_is_an_error(tmp_path):
+    far = pa.array([10**17], pa.timestamp("ms"))
+    parquet.write_table(pa.table({"text": ["x"], "when": far}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="the file can't be read"):
+        read_rows(tmp_path / "a.parquet")
+
+
+def test_csv_values_are_texts_with_their_line_over_quoted_line_breaks(tmp_path):
+    rows = read_rows(write(tmp_path / "a.csv", 'text,n\n"one\nline",007\nNA,\n'))
+    assert rows == [{"text": "one\nline", "n": "007"}, {"text": "NA", "n": ""}]
+    assert [row.origin[-6:] for row in rows] == ["line 2", "line 4"]
+
+
+def test_a_csv_row_must_have_the_columns(tmp_path):
+    row = read_rows(write(tmp_path / "a.csv", "text,label\nonly text\n"))[0]
+    with pytest.raises(DataError, match=r"a.csv, line 2: the row has no field 'label'"):
+        row["label"]
+    with pytest.raises(DataError, match=r"a.csv, line 2: a row must have at most 1 columns"):
+        read_rows(write(tmp_path / "a.csv", "text\none,two\n"))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\v", "\f", "\x1c"])
+def test_only_line_breaks_end_a_row(tmp_path, separator):
+    text = f"one{separator}two"
+    assert read_rows(write(tmp_path / "a.csv", f"text,n\n{text},1\n")) == [{"text": text, "n": "1"}]
+    rows = read_rows(write(tmp_path / "a.txt", f"{text}\r\n\nnext"))
+    assert rows == [{"text": text}, {"text": "next"}]
+    line = json.dumps({"text": "a\u2028b"}, ensure_ascii=False)
+    assert read_rows(write(tmp_path / "a.jsonl", line)) == [{"text": "a\u2028b"}]
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    (row,) = read_rows(write(tmp_path / "a.csv", "text\n" + "x" * 200_000))
+    assert len(row["text"]) == 200_000
+
+
+def test_what_json_has_no_form_for_becomes_text_when_parquet_is_read(tmp_path):
+    table = {
+        "day": [datetime.date(2026, 1, 2)],
+        "at": [datetime.datetime(2026, 1, 2, 3, 4)],
+        "price": [Decimal("1.50")],
+        "image": [b"\xff"],
+        "score": [math.nan],
+        "turns": [[{"at": datetime.time(3, 4)}]],
+    }
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    (row,) = read_rows(tmp_path / "a.parquet")
+    assert json.loads(json.dumps(row, allow_nan=False)) == {
+        "day": "2026-01-02",
+        "at": "2026-01-02T03:04:00",
+        "price": "1.50",
+        "image": "/w==",
+        "score": None,
+        "turns": [{"at": "03:04:00"}],
+    }
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".jsonl", "a\0.jsonl", "~nosuchuser/a.jsonl"])
+def test_what_can_be_no_path_is_one_clear_error(name):
+    with pytest.raises(DataError, match="a data file must be a path"):
+        read_rows(Path(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl, line 2: the row must be JSON, column 6: EOF"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2: a row must be a JSON object, got list"),
+        ("a.json", '[{"a": 1},\n {"a" 2}]', "a.json must be JSON, line 2, column 7: expected `:`"),
+        ("a.json", '[{"a": 1}]\n[{"b": 2}]', "a.json must be JSON, line 2, column 1: trailing"),
+        ("a.json", '[\n[{"a": 1}]]', "a.json, row 1: a row must be a JSON object, got list"),
+        ("a.json", '["{}"]', "a.json, row 1: a row must be a JSON object, got str"),
+        ("a.json", "[" * 100_000, "a.json must be JSON, line 1, column 202: more than 200 levels"),
+        ("a.jsonl", '{}\n{"text": "\\ud800"}', "a.jsonl, line 2: the row must be JSON, column 17"),
+        ("a.jsonl", "\n", "a.jsonl: there are no rows"),
+        ("a.json", "[]", "a.json: there are no rows"),
+        ("a.json", '{\n "data": [{}]\n}', "a.json: a .json file must be a list of rows, or have"),
+        ("a.csv", "text,label\n", "a.csv: there are no rows"),
+        ("a.csv", 'text\n"never closed\n', "a.csv, line 2: not valid CSV: unexpected end of data"),
+        ("a.csv", "a,b,a\n1,2,3\n", "a.csv, line 1: columns must have different names"),
+        ("a.parquet", "not parquet", "a.parquet: the file can't be read"),
+        ("a.jsonl.gz", "not gzip", "a.jsonl.gz: the file can't be read"),
+        ("a.xlsx", "x", "a.xlsx: a data file must end in one of .jsonl, .json, .csv"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path, name, text, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_rows(write(tmp_path / name, text))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(DataError, match=r"a.jsonl: the file can't be read: 'utf-8' codec can't"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_a_missing_file_offers_the_nearest_name(tmp_path):
+    write(tmp_path / "train.jsonl", "{}")
+    with pytest.raises(DataError, match=r"no such file or directory; did you mean 'train.jsonl'\?"):
+        read_rows(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match="nowhere does not exist either"):
+        read_rows(tmp_path / "nowhere" / "train.jsonl")
+
+
+def test_a_missing_field_is_named_with_file_and_line():
+    message = "some.jsonl, line 7: the row has no field 'answer'; its fields are 'question', 'lab"
+    with pytest.raises(DataError, match=re.escape(message)):
+        ROW["answer"]
+    assert ROW.get("answer") is None
+    row = Row({f"f{n}\x1b[31m": n for n in range(30)}, "f, line 1")
+    with pytest.raises(DataError, match=r"fields are 'f0\\x1b\[31m', 'f1.* and 10 more$"):
+        row["label"]
+
+
+def test_a_field_of_another_type_is_refused():
+    assert ROW.integer("label") == 2
+    with pytest.raises(DataError, match=r"line 7: field 'choices' must be a string, got {'text'"):
+        ROW.text("choices")
+    for value in (float("inf"), 1.5, "1.5", None, [1]):
+        with pytest.raises(DataError, match="line 7: field 'label' must be an integer, got"):
+            Row({"label": value}, "f.jsonl, line 7").integer("label")
+
+
+def test_equal_faults_share_a_line():
+    faults = [("a.csv, line 2", "empty"), ("a.csv, line 3", "long"), ("a.csv, line 5", "empty")]
+    with pytest.raises(DataError, match=r"a.csv: 3 of 9 rows can't be used:\n  lines 2, 5: empty"):
+        check_faults(faults, 9)
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """A directory of two data sets."""
+    for name in ("quiz", "riddles"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.jsonl").write_text(f'{{"text": "{name} {split}"}}\n')
+    return tmp_path
+
+
+def texts(rows):
+    return [row["text"] for row in rows]
+
+
+def test_a_data_set_is_found_in_a_directory_of_data_sets_in_its_own_or_in_a_file(collection):
+    write(collection / "mine.jsonl", '{"text": "mine"}')
+    for place, found in (("", "quiz test"), ("riddles", "riddles test"), ("mine.jsonl", "mine")):
+        assert texts(read_rows(find_named(collection / place, "quiz", "test"))) == [found]
+
+
+def test_a_file_named_after_another_split_is_refused(collection):
+    with pytest.raises(DataError, match="split must be train as the file's name says, got 'test'"):
+        find_named(collection / "quiz" / "train.jsonl", "quiz", "test")
+
+
+def test_an_absent_data_set_or_split_offers_the_nearest_name(collection):
+    with pytest.raises(DataError, match=r"no data set 'quizz' there; did you mean 'quiz'\?"):
+        find_named(collection, "quizz", "test")
+    message = r"quiz: no split 'validation' there; the splits are: test, train"
+    with pytest.raises(DataError, match=message):
+        find_named(collection, "quiz", "validation")
+    with pytest.raises(DataError, match=message):
+        find_location(str(collection / "quiz"), "validation")
+
+
+def test_a_dataset_may_be_a_directory_or_a_file(collection):
+    assert texts(read_rows(find_location(str(collection / "quiz"), "train"))) == ["quiz train"]
+    file = str(collection / "quiz" / "test.jsonl")
+    assert texts(read_rows(find_location(file, "train"))) == ["quiz test"]
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub(collection):
+    for name in (str(collection / "nothing"), "alpaca.jsonl"):
+        with pytest.raises(DataError, match="no such file or directory"):
+            read_rows(find_location(name, "train"))
+
+
+def test_a_hub_data_set_is_read_at_its_revision(monkeypatch):
+    asked = []
+
+    def load_dataset(repository, config, *, revision, split, streaming):
+        asked.append((repository, config, revision, split, streaming))
+        return [{"text": "from the hub"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_rows(HubSource("owner/quiz", "easy", "abc"), "train")
+    assert texts(rows) == ["from the hub"]
+    assert rows[0].origin == "owner/quiz, train, row 1"
+    assert find_location("owner/quiz", "test", "easy") == HubSource("owner/quiz", "easy")
+    assert asked == [("owner/quiz", "easy", "abc", "train", False)]
+
+
+def test_a_failing_hub_is_a_data_error(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        DataError, match=r"owner/quiz: .*Couldn't reach the Hub; give the path of a"
+    ):
+        RowStream(HubSource("owner/quiz"), "train")

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from loraloom.data.tokens import (
+    DROPPED,
+    NO_LOSS,
+    Example,
+    count_labels,
+    encode_completions,
+    encode_documents,
+    encode_pairs,
+    encode_texts,
+    first_fit,
+    fit,
+    group_by_length,
+    join_samples,
+    leading_tokens,
+)
+from loraloom.errors import DataError
+
+_ = NO_LOSS
+
+
+def encode_pair(tokenizer, context, continuation):
+    return encode_pairs(tokenizer, [(context, continuation)])[0]
+
+
+def learnt(tokenizer, piece):
+    """The text that has a loss."""
+    return tokenizer.decode([token for token in piece.labels if token != NO_LOSS])
+
+
+def marked(spans):
+    """Tokens 1, 2, ... of which those marked with A are learnt."""
+    ids = tuple(range(1, len(spans) + 1))
+    labels = (token if mark == "A" else NO_LOSS for token, mark in zip(ids, spans, strict=True))
+    return Example(ids, tuple(labels))
+
+
+@pytest.fixture
+def bos_tokenizer(tiny_tokenizer):
+    """The tiny tokenizer, which now puts BOS in front and EOS at the end."""
+    bos, eos = tiny_tokenizer.bos_token_id, tiny_tokenizer.eos_token_id
+    tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)]
+    )
+    return tiny_tokenizer
+
+
+def test_the_first_token_is_not_predicted():
+    assert count_labels(Example((1, 2, 3), (1, 2, 3))) == 2
+    assert count_labels(Example((1, 2, 3), (NO_LOSS, NO_LOSS, 3))) == 1
+    assert count_labels(Example((1,), (1,))) == 0
+
+
+@pytest.mark.parametrize("pair", [("sky?\nAnswer:", " blue"), ("sky?\nAnswer: ", "blue")])
+def test_both_parts_are_the_tokens_of_the_text_and_a_space_begins_the_answer(tiny_tokenizer, pair):
+    context, continuation = encode_pair(tiny_tokenizer, *pair)
+    assert context + continuation == tiny_tokenizer("sky?\nAnswer: blue").input_ids
+    assert tiny_tokenizer.decode(continuation) == " blue"
+
+
+def test_a_token_over_the_cut_belongs_to_the_continuation(tiny_tokenizer):
+    assert len(tiny_tokenizer("Answer").input_ids) == 1
+    context, continuation = encode_pair(tiny_tokenizer, "yes Answ", "er no")
+    assert context + continuation == tiny_tokenizer("yes Answer no").input_ids
+    assert tiny_tokenizer.decode(continuation).strip() == "Answer no"
+
+
+def test_bos_is_added_once_and_eos_never(bos_tokenizer):
+    bos, eos = bos_tokenizer.bos_token_id, bos_tokenizer.eos_token_id
+    assert leading_tokens(bos_tokenizer) == [bos]
+    for context in ("Answer:", "<bos>Answer:"):
+        ids, continuation = encode_pair(bos_tokenizer, context, " yes")
+        assert ids[0] == bos
+        assert (ids + continuation).count(bos) == 1
+        assert eos not in ids + continuation
+
+
+def test_a_tokenizer_without_bos_adds_nothing(tiny_tokenizer):
+    assert leading_tokens(tiny_tokenizer) == []
+    assert encode_texts(tiny_tokenizer, ["yes", ""]) == [tiny_tokenizer("yes").input_ids, []]
+
+
+def test_an_empty_context_is_the_token_that_begins_a_text(tiny_tokenizer, bos_tokenizer):
+    expected = [tiny_tokenizer.bos_token_id], tiny_tokenizer.encode("yes", add_special_tokens=False)
+    assert encode_pair(tiny_tokenizer, "", "yes") == expected
+    assert encode_pair(bos_tokenizer, "", "yes") == expected
+
+
+def test_without_bos_and_eos_an_empty_context_is_refused(tiny_tokenizer):
+    tiny_tokenizer.bos_token = None
+    assert encode_pair(tiny_tokenizer, "", "yes")[0] == [tiny_tokenizer.eos_token_id]
+    tiny_tokenizer.eos_token = None
+    for encode in (encode_pair, lambda *args: encode_completions(args[0], [args[1:]], 10)):
+        with pytest.raises(DataError, match="the tokenizer must have an EOS token"):
+            encode(tiny_tokenizer, "", "yes")
+
+
+def test_many_pairs_are_encoded_as_each_alone(tiny_tokenizer):
+    pairs = [("Question: one", " yes"), ("", "no"), ("Answer: ", "blue")]
+    assert encode_pairs(tiny_tokenizer, pairs) == [encode_pair(tiny_tokenizer, *p) for p in pairs]
+    assert encode_pairs(tiny_tokenizer, []) == []
+
+
+def test_loss_is_on_the_completion_and_a_closing_eos(tiny_tokenizer):
+    (row,) = encode_completions(tiny_tokenizer, [("Question: sky? Answer:", " blue")], 64)
+    (piece,) = row.pieces
+    assert tiny_tokenizer.decode(piece.input_ids) == "Question: sky? Answer: blue<eos>"
+    assert learnt(tiny_tokenizer, piece) == " blue<eos>"
+    assert not row.is_cut
+    for token, label in zip(piece.input_ids, piece.labels, strict=True):
+        assert label in (token, NO_LOSS)
+
+
+def test_a_long_prompt_loses_its_beginning_and_the_answer_stays(tiny_tokenizer):
+    prompt = "one two one two one two Answer:"
+    (row,) = encode_completions(tiny_tokenizer, [(prompt, " blue")], 10)
+    (piece,) = row.pieces
+    assert row.is_cut
+    assert len(piece.input_ids) == 10
+    assert tiny_tokenizer.decode(piece.input_ids).endswith("Answer: blue<eos>")
+    assert learnt(tiny_tokenizer, piece) == " blue<eos>"
+
+
+def test_an_answer_that_does_not_fit_is_dropped(tiny_tokenizer):
+    answer = " yes" * 20
+    assert encode_completions(tiny_tokenizer, [("Answer:", answer)], 10) == [DROPPED]
+
+
+def test_a_long_document_is_divided_and_each_token_predicted_once(tiny_tokenizer):
+    text = "What color is the sky? " * 5
+    ids = [*tiny_tokenizer(text).input_ids, tiny_tokenizer.eos_token_id]
+    (row,) = encode_documents(tiny_tokenizer, [text], 7)
+    assert row.is_cut
+    assert all(len(piece.input_ids) <= 7 for piece in row.pieces)
+    assert [token for piece in row.pieces for token in piece.labels[1:]] == ids[1:]
+    (row,) = encode_documents(tiny_tokenizer, [text], 640)
+    assert row.pieces == (Example(tuple(ids), tuple(ids)),)
+
+
+@pytest.mark.parametrize(
+    ("spans", "max_length", "kept", "labels"),
+    [
+        ("..AA..AA", 8, (1, 2, 3, 4, 5, 6, 7, 8), (_, _, 3, 4, _, _, 7, 8)),
+        ("..AA..", 8, (1, 2, 3, 4), (_, _, 3, 4)),
+        ("..AA..AA", 5, (4, 5, 6, 7, 8), (_, _, _, 7, 8)),
+        ("..AA..AA", 3, (6, 7, 8), (_, 7, 8)),
+    ],
+)
+def test_conversations_keep_their_last_answers(spans, max_length, kept, labels):
+    row = fit(marked(spans), [], max_length)
+    assert row.pieces == (Example(kept, labels),)
+    assert row.is_cut == (max_length < 8)
+
+
+def test_the_last_answer_needs_a_token_before_it():
+    assert fit(marked("..AA..AA"), [], 2) == DROPPED
+    assert fit(marked("........"), [], 8) == DROPPED
+
+
+def test_bos_stays_in_front_of_a_cut_row():
+    row = marked("b...AA")
+    assert fit(row, [1], 4).pieces[0].input_ids == (1, 4, 5, 6)
+    assert fit(row, [1], 3).pieces[0].labels == (_, 5, 6)
+    assert fit(row, [1], 2) == DROPPED
+
+
+def test_samples_go_the_longest_first_into_the_first_row_with_room():
+    assert first_fit([3, 7, 2, 5, 4], max_length=10) == [[1, 0], [3, 4], [2]]
+
+
+def test_rows_hold_every_sample_once_and_no_row_is_too_long():
+    lengths = [1 + 7 * n % 23 for n in range(50)]
+    rows = first_fit(lengths, max_length=30)
+    assert sorted(place for row in rows for place in row) == list(range(50))
+    assert max(sum(lengths[place] for place in row) for row in rows) <= 30
+
+
+def test_the_first_token_of_a_sample_is_not_predicted_from_the_sample_before():
+    row = join_samples([Example((1, 2), (1, 2), 5), Example((3, 4), (3, 4), 6)])
+    assert row.input_ids == (1, 2, 3, 4)
+    assert row.labels == (NO_LOSS, 2, NO_LOSS, 4)
+
+
+def test_mega_batches_are_shuffled_and_sorted_within_as_in_transformers():
+    lengths = list(range(1, 41))
+    random.Random(0).shuffle(lengths)
+    order = [100 + place for place in range(40)]
+    grouped = group_by_length(order, lengths, batch_size=2)
+    sizes = [lengths[index - 100] for index in grouped]
+    assert sorted(grouped) == order
+    parts = [sizes[start : start + 10] for start in range(0, 40, 10)]  # 5 batches, a quarter
+    assert sizes[0] == 40
+    assert all(part[1:] == sorted(part[1:], reverse=True) for part in parts)
+    assert group_by_length([7, 8, 9], [1, 3, 2], batch_size=4) == [8, 9, 7]
