@@ -9,13 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 from loraloom.errors import ConfigError, FormatError
-from loraloom.serve.adapters import (
-    AdapterMemoryError,
-    AdapterShelf,
-    BusyDownloadingError,
-    UnknownModelError,
-    _bytes_of,
-)
+from loraloom.generation.sequence import RequestError
+from loraloom.serve.adapters import ServedAdapters, _bytes_of
 from tests.tiny import METHODS, tiny_host
 
 
@@ -47,7 +42,7 @@ def using(shelf, name):
 
 
 def test_adapters_of_a_directory_are_loaded_when_they_are_asked_for(host, saved):
-    shelf = AdapterShelf(host, "base", saved)
+    shelf = ServedAdapters(host, "base", saved)
     assert set(shelf.names()) == {"own", *METHODS}
     assert list(host.adapters) == ["own"]
     with using(shelf, "dora") as name:
@@ -56,7 +51,7 @@ def test_adapters_of_a_directory_are_loaded_when_they_are_asked_for(host, saved)
 
 def test_the_one_that_was_not_used_for_longest_goes(host, saved):
     gone = []
-    shelf = AdapterShelf(host, "base", saved, max_lazy=2, on_removed=gone.append)
+    shelf = ServedAdapters(host, "base", saved, max_lazy=2, on_removed=gone.append)
     for name in ("lora", "dora", "lora", "mixlora"):
         with using(shelf, name):
             pass
@@ -65,7 +60,7 @@ def test_the_one_that_was_not_used_for_longest_goes(host, saved):
 
 
 def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved):
-    shelf = AdapterShelf(host, "base", saved, max_lazy=1)
+    shelf = ServedAdapters(host, "base", saved, max_lazy=1)
     with using(shelf, "lora"):
         first, second = shelf.request("dora"), shelf.request("mixlora")
         assert shelf.take("lora") is None  # it is the next one's turn
@@ -78,7 +73,7 @@ def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved):
 
 
 def test_requests_that_are_abandoned_take_no_place(host, saved):
-    shelf = AdapterShelf(host, "base", saved, max_lazy=1)
+    shelf = ServedAdapters(host, "base", saved, max_lazy=1)
     with using(shelf, "lora"):
         gone, other = shelf.request("dora"), shelf.request("mixlora")
         shelf.abandon(gone)
@@ -89,7 +84,7 @@ def test_requests_that_are_abandoned_take_no_place(host, saved):
 
 def test_adapters_follow_their_files(host, saved, tmp_path):
     shutil.copytree(saved, directory := tmp_path / "mine")
-    shelf = AdapterShelf(host, "base", directory)
+    shelf = ServedAdapters(host, "base", directory)
     shelf.load("named", str(directory / "lora"))
     for name in ("lora", "named"):
         with using(shelf, name) as old:
@@ -101,7 +96,7 @@ def test_adapters_follow_their_files(host, saved, tmp_path):
             assert host.adapters[old] is before
     shutil.rmtree(directory / "lora")
     for name in ("lora", "named"):
-        with pytest.raises(UnknownModelError, match=f"the model '{name}' does not exist"):
+        with pytest.raises(RequestError, match=f"the model '{name}' does not exist"):
             acquire(shelf, name)
         assert name not in shelf.names()
     assert set(host.adapters) == {"own"}
@@ -114,11 +109,11 @@ def test_a_hub_out_of_reach_delays_nobody_and_is_told(host, saved, monkeypatch):
 
     released = threading.Event()
     monkeypatch.setattr("loraloom.serve.adapters.find_adapter", never)
-    shelf = AdapterShelf(host, "base", saved, download_s=0.01)
+    shelf = ServedAdapters(host, "base", saved, download_s=0.01)
     for _ in range(4):
         with pytest.raises(FormatError, match="'far/away' was not downloaded in 0"):
             shelf.load("a", "far/away")
-    with pytest.raises(BusyDownloadingError, match="at most 4 adapters are downloaded at once"):
+    with pytest.raises(RequestError, match="at most 4 adapters are downloaded at once"):
         shelf.load("a", "far/away")
     with using(shelf, "lora") as name:
         assert name in host.adapters
@@ -128,7 +123,7 @@ def test_a_hub_out_of_reach_delays_nobody_and_is_told(host, saved, monkeypatch):
 def test_files_that_can_not_be_used_fail_those_that_wait_for_them(host, saved, tmp_path):
     shutil.copytree(saved, directory := tmp_path / "mine")
     (directory / "lora" / "adapter_model.safetensors").write_bytes(b"no")
-    shelf = AdapterShelf(host, "base", directory)
+    shelf = ServedAdapters(host, "base", directory)
     with pytest.raises(FormatError):
         acquire(shelf, "lora")
     with using(shelf, "dora"):
@@ -136,18 +131,18 @@ def test_files_that_can_not_be_used_fail_those_that_wait_for_them(host, saved, t
 
 
 def test_unloading_waits_for_those_that_use_it(host, saved):
-    shelf = AdapterShelf(host, "base")
+    shelf = ServedAdapters(host, "base")
     shelf.load("a", str(saved / "lora"))
     with using(shelf, "a") as name:
         shelf.unload("a")
         assert name in host.adapters
-        with pytest.raises(UnknownModelError, match="the model 'a' does not exist"):
+        with pytest.raises(RequestError, match="the model 'a' does not exist"):
             acquire(shelf, "a")
     assert set(host.adapters) == {"own"}
 
 
 def test_an_adapter_that_is_loaded_again_is_another_one(host, saved):
-    shelf = AdapterShelf(host, "base")
+    shelf = ServedAdapters(host, "base")
     shelf.load("a", str(saved / "lora"))
     with using(shelf, "a") as old:
         shelf.load("a", str(saved / "mixlora"), replace=True)
@@ -157,7 +152,7 @@ def test_an_adapter_that_is_loaded_again_is_another_one(host, saved):
 
 
 def test_a_name_on_the_host_that_is_anothers_is_passed_over(host, saved):
-    shelf = AdapterShelf(host, "base")
+    shelf = ServedAdapters(host, "base")
     for name in ("mix", "mix.2"):
         shelf.load(name, str(saved / "lora"))
     shelf.load("mix", str(saved / "mixlora"), replace=True)
@@ -165,19 +160,19 @@ def test_a_name_on_the_host_that_is_anothers_is_passed_over(host, saved):
 
 
 def test_a_name_that_does_not_exist_waits_for_no_load(host, saved):
-    shelf = AdapterShelf(host, "base", saved)
-    with shelf._loading, pytest.raises(UnknownModelError):
+    shelf = ServedAdapters(host, "base", saved)
+    with shelf._loading, pytest.raises(RequestError):
         acquire(shelf, "nobody")
 
 
 @pytest.mark.parametrize("name", ["../lora", "lora/../lora", "notes", "", ".", "nobody"])
 def test_names_that_lead_elsewhere_do_not_exist(host, saved, name):
-    with pytest.raises(UnknownModelError, match="does not exist"):
-        acquire(AdapterShelf(host, "base", saved), name)
+    with pytest.raises(RequestError, match="does not exist"):
+        acquire(ServedAdapters(host, "base", saved), name)
 
 
 def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
-    shelf = AdapterShelf(host, "base")
+    shelf = ServedAdapters(host, "base")
     for name in ("own", "base"):
         with pytest.raises(ConfigError, match=f"the name '{name}' is taken"):
             shelf.load(name, str(saved / "lora"))
@@ -186,52 +181,26 @@ def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
 
 
 def test_files_that_can_not_be_used_leave_nothing(host, saved):
-    shelf = AdapterShelf(host, "base")
+    shelf = ServedAdapters(host, "base")
     with pytest.raises(FormatError):
         shelf.load("a", str(saved / "notes"))
     assert list(host.adapters) == list(shelf.names()) == ["own"]
 
 
 def test_a_directory_that_has_gone_has_no_adapters(host, tmp_path):
-    assert list(AdapterShelf(host, "base", tmp_path / "none").names()) == ["own"]
-
-
-def test_one_that_is_loaded_again_from_the_same_files_is_the_one_that_is_still_there(host, saved):
-    shelf = AdapterShelf(host, "base")
-    shelf.load("a", str(saved / "lora"))
-    with using(shelf, "a") as old:
-        shelf.unload("a")
-        shelf.load("b", str(saved / "lora"))
-        with using(shelf, "b") as new:
-            assert new == old
-    assert set(host.adapters) == {"own", "a"}
-    shelf.unload("b")
-    assert set(host.adapters) == {"own"}
-
-
-def test_one_whose_files_have_changed_is_another_one(host, saved, tmp_path):
-    shelf, directory = AdapterShelf(host, "base"), tmp_path / "mine"
-    shutil.copytree(saved / "lora", directory)
-    shelf.load("a", str(directory))
-    with using(shelf, "a") as old:
-        shelf.unload("a")
-        shutil.copytree(saved / "dora", directory, dirs_exist_ok=True)
-        shelf.load("a", str(directory))
-        with using(shelf, "a") as new:
-            assert new != old
-    assert set(host.adapters) == {"own", new}
+    assert list(ServedAdapters(host, "base", tmp_path / "none").names()) == ["own"]
 
 
 def test_adapters_fit_the_memory_that_they_may_take(host, saved):
     size = _bytes_of(host.adapters["own"])  # a LoRA as that of the directory
-    shelf = AdapterShelf(host, "base", saved, max_bytes=7 * size // 2)
+    shelf = ServedAdapters(host, "base", saved, max_bytes=7 * size // 2)
     with using(shelf, "lora"):
         shelf.load("more", str(saved / "lora"))
-        with pytest.raises(AdapterMemoryError, match="'late' does not fit beside the others"):
+        with pytest.raises(RequestError, match="'late' does not fit beside the others"):
             shelf.load("late", str(saved / "lora"))
         assert set(host.adapters) == {"own", "lora", "more"}
     shelf.load("late", str(saved / "lora"))  # in place of the one that nobody uses now
     assert set(host.adapters) == {"own", "more", "late"}
-    small = AdapterShelf(host, "base", saved, max_bytes=10)
-    with pytest.raises(AdapterMemoryError, match="--max-adapter-bytes"):
+    small = ServedAdapters(host, "base", saved, max_bytes=10)
+    with pytest.raises(RequestError, match="--max-adapter-bytes"):
         small.load("none", str(saved / "lora"))

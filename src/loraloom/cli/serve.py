@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import socket
 
     from loraloom.generation.engine import Engine
-    from loraloom.serve.adapters import AdapterShelf
+    from loraloom.serve.adapters import ServedAdapters
 
 MaxRowsOption = Annotated[
     int, Option("--max-rows", min=1, help="Most completions that are made at once.")
@@ -155,7 +155,7 @@ def serve(
 ) -> None:
     """Serve the base model and its adapters with OpenAI's API."""
     given = locals()
-    from loraloom.serve.access import is_loopback, read_keys
+    from loraloom.serve.process import is_loopback, read_keys
 
     adapters = parse_adapters(adapter or ())
     is_local = is_loopback(host)
@@ -169,7 +169,7 @@ def serve(
             raise ConfigError(f"{option} must be a directory, there is no {path}")
     keys = [] if api_key_file is None else read_keys(api_key_file)
     if engine_name == "vllm":
-        from loraloom.serve.vllm.launch import VllmOptions, serve_with_vllm
+        from loraloom.serve.vllm import VllmOptions, serve_with_vllm
 
         _refuse_embedded_only(given)
         same = {name: given[name] for name in VllmOptions.__annotations__ if name in given}
@@ -194,14 +194,12 @@ def _serve_embedded(
     from loraloom.generation.engine import Engine
     from loraloom.generation.loading import check_sources, default_cache_tokens, load_host
     from loraloom.generation.scheduler import EngineLimits
-    from loraloom.serve.adapters import AdapterShelf
-    from loraloom.serve.allocator import bound_kernel_caches, return_freed_memory
+    from loraloom.serve.adapters import ServedAdapters
     from loraloom.serve.http.app import ApiOptions, create_app
     from loraloom.serve.http.server import ConnectionLimits, Server, listen
-    from loraloom.serve.threads import run_apart
+    from loraloom.serve.process import bound_memory, run_apart
 
-    return_freed_memory()
-    bound_kernel_caches()
+    bound_memory()
     asked = {name: getattr(given, name) for name in BaseModelConfig.model_fields}
     base = checked(BaseModelConfig, asked)
     check_sources(base, adapters)
@@ -210,7 +208,7 @@ def _serve_embedded(
     )
     with listen(given.host, given.port) as sock:
 
-        def prepare() -> tuple[Engine, AdapterShelf, Any]:
+        def prepare() -> tuple[Engine, ServedAdapters, Any]:
             model, tokenizer = load_host(base, {})
             if given.chat_template is not None:
                 template = load_chat_template(tokenizer, given.chat_template)
@@ -224,7 +222,7 @@ def _serve_embedded(
                 "shared" if given.shared_prompt_cache else "own",
             )
             engine = Engine(model, tokenizer, limits)
-            shelf = AdapterShelf(
+            shelf = ServedAdapters(
                 model,
                 given.base_model,
                 given.adapter_dir,
@@ -280,7 +278,7 @@ def _write_log() -> None:
     logger.setLevel(logging.INFO)
 
 
-def _announce(engine: Engine, shelf: AdapterShelf, sock: socket.socket) -> None:
+def _announce(engine: Engine, shelf: ServedAdapters, sock: socket.socket) -> None:
     """Say what is served, where, and what it may take."""
     from loraloom.generation.loading import cache_bytes
 

@@ -2,8 +2,7 @@
 
 An adapter follows its files: once they have changed, the next request loads them again, and once
 they have gone, it does not exist. An adapter that was loaded again under its name is another one:
-rows that use the old one end with it, and it goes when the last of them has ended. Where its files
-are what they were, the old one stays instead.
+rows that use the old one end with it, and it goes when the last of them has ended.
 
 Requests for adapters that are not loaded wait in the order in which they came, and loads are done
 one at a time. If all places are in use, an adapter for each that waits takes no more requests, so
@@ -26,37 +25,25 @@ from pathlib import Path
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.adapters.method import Adapter
 from loraloom.config.fields import check_name
-from loraloom.errors import AdapterError, ConfigError, FormatError, shown
+from loraloom.errors import ConfigError, FormatError, shown
 from loraloom.formats.hub import HUB_ID, find_adapter
+from loraloom.generation.sequence import RequestError
 from loraloom.models.host import Host
-from loraloom.serve.threads import run_apart
+from loraloom.serve.process import run_apart
 
 MAX_DOWNLOADS = 4
-DOWNLOAD_S = 300.0
 
 Files = frozenset[tuple[str, int, int, int]]
 """What a directory's files are like: names, sizes, times and inodes."""
 
 
-class UnknownModelError(AdapterError):
-    """There is no adapter of this name."""
-
-
-class AdapterMemoryError(AdapterError):
-    """An adapter does not fit the memory that adapters may take."""
-
-
-class BusyDownloadingError(AdapterError):
-    """Too many adapters are downloaded at once."""
-
-
-@dataclass
+@dataclass(eq=False)
 class ServedAdapter:
-    """An adapter on the host.
+    """An adapter on the host, or the base model.
 
     Args:
         name: Under which requests know it.
-        host_name: Under which the host does.
+        host_name: Under which the host does; None is the base model.
         source: Where it was loaded from; empty if it was on the host already.
         files: What they were like then; empty for what is not a directory here.
         is_lazy: It was loaded when it was first asked for, and may go when others are.
@@ -65,23 +52,21 @@ class ServedAdapter:
     """
 
     name: str
-    host_name: str
-    source: str
+    host_name: str | None
+    source: str = ""
     files: Files = frozenset()
     is_lazy: bool = False
     num_users: int = 0
     is_leaving: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiter:
-    """A request for an adapter that is not loaded."""
-
     name: str
     adapter: Future[ServedAdapter] = field(default_factory=Future)
 
 
-class AdapterShelf:
+class ServedAdapters:
     """Adapters by name; several threads may use it."""
 
     def __init__(
@@ -91,7 +76,7 @@ class AdapterShelf:
         directory: Path | None = None,
         max_lazy: int = 8,
         on_removed: Callable[[Adapter], object] = lambda adapter: None,
-        download_s: float = DOWNLOAD_S,
+        download_s: float = 300.0,
         max_bytes: int | None = None,
     ):
         self.base_name = base_name
@@ -105,7 +90,8 @@ class AdapterShelf:
         self._loading = threading.Lock()  # held while files are read
         self._lock = threading.RLock()  # held for moments, and never while others are told
         self._versions = count(2)
-        self._served = {name: ServedAdapter(name, name, "") for name in host.adapters}
+        self._base = ServedAdapter(base_name, None)
+        self._served = {name: ServedAdapter(name, name) for name in host.adapters}
         self._sources: dict[str, str] = {}  # directories that were named, not found
         self._leaving: list[ServedAdapter] = []
         self._gone: deque[ServedAdapter] = deque()
@@ -115,10 +101,15 @@ class AdapterShelf:
     def names(self) -> Mapping[str, str]:
         """Every adapter that may be asked for, and where its files are."""
         with self._lock:
-            served = list(self._served.values())
-            named = {name: source for name, source in self._sources.items() if _files_of(source)}
-        there = [one for one in served if not one.files or _files_of(one.source)]
-        return {**self._in_directory(), **named, **{one.name: one.source for one in there}}
+            served, named = list(self._served.values()), dict(self._sources)
+        found = {}
+        if self._directory is not None and self._directory.is_dir():
+            names = sorted(path.name for path in self._directory.iterdir())
+            found = {name: str(self._directory / name) for name in names if self._is_found(name)}
+        found |= {name: source for name, source in named.items() if _files_of(source)}
+        return found | {
+            one.name: one.source for one in served if not one.files or _files_of(one.source)
+        }
 
     def take(self, name: str) -> ServedAdapter | None:
         """Begin to use an adapter that is loaded, and whose files are what they were."""
@@ -145,7 +136,7 @@ class AdapterShelf:
         self._serve_waiters()
 
     def share(self, adapter: ServedAdapter, number: int) -> None:
-        """Let one that is used be released so many times."""
+        """Let one that is used be released `number` times."""
         with self._lock:
             adapter.num_users += number - 1
 
@@ -175,20 +166,21 @@ class AdapterShelf:
         with self._lock:
             source, adapter = self._sources.pop(name, None), self._served.pop(name, None)
             if source is None and adapter is None:
-                raise UnknownModelError(f"no adapter {shown(name)} is loaded")
+                raise _unknown(f"no adapter {shown(name)} is loaded")
             if adapter is not None:
                 self._let_go(adapter)
         self._serve_waiters()
 
     def _take(self, name: str) -> ServedAdapter | None:
         with self._lock:
-            adapter = self._served.pop(name, None)
+            adapter = self._base if name == self.base_name else self._served.pop(name, None)
             if adapter is None:
                 return None
             if adapter.files and adapter.files != _files_of(adapter.source):
                 self._let_go(adapter)
                 return None
-            self._served[name] = adapter  # the last one is the one that was used last
+            if adapter is not self._base:
+                self._served[name] = adapter  # the last one is the one that was used last
             adapter.num_users += 1
         return adapter
 
@@ -203,8 +195,10 @@ class AdapterShelf:
         if os.path.isdir(source) or not HUB_ID.fullmatch(source):
             return find_adapter(source)
         if not self._downloads.acquire(blocking=False):
-            raise BusyDownloadingError(
-                f"at most {MAX_DOWNLOADS} adapters are downloaded at once; try again later"
+            raise RequestError(
+                f"at most {MAX_DOWNLOADS} adapters are downloaded at once; try again later",
+                "busy_downloading",
+                retry_after_s=30,
             )
         try:
             download = partial(find_adapter, source)
@@ -218,37 +212,38 @@ class AdapterShelf:
     def _serve_waiters(self) -> None:
         """Hand adapters that are there to those that wait, and begin the next load."""
         self._remove_gone()
+        found: list[tuple[_Waiter, ServedAdapter]] = []
         with self._lock:
-            self._waiters = deque(one for one in self._waiters if not one.adapter.cancelled())
-            found = [(one, self._take(one.name)) for one in self._waiters]
-            for waiter, adapter in found:
-                if adapter is not None:
-                    self._waiters.remove(waiter)
-            loads = bool(self._waiters) and not self._is_loading and self._has_place()
-            self._is_loading |= loads
-            if loads:
+            waiters = [one for one in self._waiters if not one.adapter.cancelled()]
+            self._waiters.clear()
+            for waiter in waiters:
+                adapter = self._take(waiter.name)
+                if adapter is None:
+                    self._waiters.append(waiter)
+                else:
+                    found.append((waiter, adapter))
+            if self._waiters and not self._is_loading and self._has_place():
+                self._is_loading = True
                 name = self._waiters[0].name
                 threading.Thread(target=self._load_for, args=(name,), daemon=True).start()
         for waiter, adapter in found:
-            if adapter is not None:
-                if waiter.adapter.set_running_or_notify_cancel():
-                    waiter.adapter.set_result(adapter)
-                else:
-                    self.release(adapter)
+            if waiter.adapter.set_running_or_notify_cancel():
+                waiter.adapter.set_result(adapter)
+            else:
+                self.release(adapter)
         self._remove_gone()
 
     def _has_place(self) -> bool:
         """Make a place for the adapter of the first that waits, if one can go for it."""
-        name = self._waiters[0].name
-        if name in self._sources or any(one.name == name for one in self._leaving):
-            return True  # it needs none, or has one still
+        if self._waiters[0].name in self._sources:
+            return True  # it needs none
         lazy = [one for one in self._served.values() if one.is_lazy]
-        leaving = [one for one in self._leaving if one.is_lazy]
-        if len(lazy) + len(leaving) < self._max_lazy:
+        num_leaving = sum(one.is_lazy for one in self._leaving)
+        if len(lazy) + num_leaving < self._max_lazy:
             return True
         idle = [one for one in lazy if one.num_users == 0]
         num_wanted = len({one.name for one in self._waiters})
-        for adapter in idle[:1] or lazy[: max(0, num_wanted - len(leaving))]:
+        for adapter in idle[:1] or lazy[: max(0, num_wanted - num_leaving)]:
             del self._served[adapter.name]
             self._let_go(adapter)
         return bool(idle)
@@ -272,19 +267,15 @@ class AdapterShelf:
 
     def _load(self, name: str, source: str, directory: Path, *, is_lazy: bool) -> None:
         self._remove_gone()
-        files = _files_of(source)
-        adapter = self._take_back(source, files)
-        if adapter is None:
-            host_name = name
-            while host_name in self._host.adapters:
-                host_name = f"{name[:90]}.{next(self._versions)}"
-            if sum(size for _, size, *_ in _files_of(str(directory))) > self._max_bytes:
-                raise self._no_memory(name)
-            run_apart(partial(self._host.load, host_name, directory))
-            adapter = ServedAdapter(name, host_name, source, files)
-            self._make_room_for(adapter)
+        files, host_name = _files_of(source), name
+        while host_name in self._host.adapters:
+            host_name = f"{name[:90]}.{next(self._versions)}"
+        if sum(size for _, size, *_ in _files_of(str(directory))) > self._max_bytes:
+            raise self._no_memory(name)
+        run_apart(partial(self._host.load, host_name, directory))
+        adapter = ServedAdapter(name, host_name, source, files, is_lazy)
+        self._make_room_for(adapter)
         with self._lock:
-            adapter.name, adapter.is_lazy = name, is_lazy
             former = self._served.pop(name, None)
             self._served[name] = adapter
             if former is not None:
@@ -298,27 +289,20 @@ class AdapterShelf:
                     return
                 unused = (one for one in self._served.values() if one.is_lazy and not one.num_users)
                 adapter = next(unused, new)
-                self._served.pop("" if adapter is new else adapter.name, None)
+                if adapter is not new:
+                    del self._served[adapter.name]
                 self._gone.append(adapter)
             self._remove_gone()
             if adapter is new:
                 raise self._no_memory(new.name)
 
-    def _no_memory(self, name: str) -> AdapterMemoryError:
-        return AdapterMemoryError(
+    def _no_memory(self, name: str) -> RequestError:
+        return RequestError(
             f"adapters may take {self._max_bytes:,} bytes together, {shown(name)} does not fit "
-            "beside the others; unload some, or start the server with a larger --max-adapter-bytes"
+            "beside the others; unload some, or start the server with a larger "
+            "--max-adapter-bytes",
+            "adapter_memory",
         )
-
-    def _take_back(self, source: str, files: Files) -> ServedAdapter | None:
-        """Keep the one of the same files that is leaving, if there is one, in place of a second."""
-        with self._lock:
-            for adapter in self._leaving:
-                if files and (adapter.source, adapter.files) == (source, files):
-                    self._leaving.remove(adapter)
-                    adapter.is_leaving = False
-                    return adapter
-        return None
 
     def _let_go(self, adapter: ServedAdapter) -> None:
         adapter.is_leaving = adapter.num_users > 0
@@ -330,25 +314,30 @@ class AdapterShelf:
                 if not self._gone:
                     return
                 name = self._gone.popleft().host_name
+                assert name is not None
                 removed = self._host.adapter(name)
                 self._host.remove(name)
-            self._on_removed(removed)
+            self._on_removed(removed)  # takes the engine's lock
 
     def _source_of(self, name: str) -> str:
         """Say where the files of an adapter are."""
         named = self._sources.get(name)
         if named is not None and _files_of(named):
             return named
-        if self._directory is not None and _is_adapter(self._directory, name):
+        if self._directory is not None and self._is_found(name):
             return str(self._directory / name)
-        raise UnknownModelError(f"the model {shown(name)} does not exist")
+        raise _unknown(f"the model {shown(name)} does not exist")
 
-    def _in_directory(self) -> dict[str, str]:
-        directory = self._directory
-        if directory is None or not directory.is_dir():
-            return {}
-        names = sorted(path.name for path in directory.iterdir())
-        return {name: str(directory / name) for name in names if _is_adapter(directory, name)}
+    def _is_found(self, name: str) -> bool:
+        try:
+            check_name(name)
+        except ConfigError:
+            return False
+        return self._directory is not None and (self._directory / name / CONFIG_FILE).is_file()
+
+
+def _unknown(message: str) -> RequestError:
+    return RequestError(message, "model_not_found", param="model")
 
 
 def _files_of(source: str) -> Files:
@@ -363,11 +352,3 @@ def _files_of(source: str) -> Files:
 
 def _bytes_of(adapter: Adapter) -> int:
     return sum(one.numel() * one.element_size() for one in adapter.state_dict().values())
-
-
-def _is_adapter(directory: Path, name: str) -> bool:
-    try:
-        check_name(name)
-    except ConfigError:
-        return False
-    return (directory / name / CONFIG_FILE).is_file()

@@ -12,7 +12,7 @@ from typing import Any
 from loraloom.generation.engine import Engine
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.models.host import Host
-from loraloom.serve.adapters import AdapterShelf
+from loraloom.serve.adapters import ServedAdapters
 from loraloom.serve.http.app import ApiOptions, create_app
 from loraloom.serve.http.server import ConnectionLimits, Server, listen
 
@@ -33,7 +33,7 @@ def serving(
     """Serve a host in this process; gives the address, and the engine."""
     settings = {"max_rows": 8, "cache_tokens": 4096, "prefill_tokens": 64}
     engine = Engine(host, copy.deepcopy(tokenizer), EngineLimits(**settings | limits))
-    shelf = AdapterShelf(host, base, directory, max_adapters, engine.forget)
+    shelf = ServedAdapters(host, base, directory, max_adapters, engine.forget)
     app = create_app(engine, tokenizer, shelf, options)
     with listen("127.0.0.1", 0) as sock:
         server = Server(app, engine, connections)

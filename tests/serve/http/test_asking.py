@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from loraloom.errors import ConfigError
-from loraloom.serve.http.asking import Backend, Mailbox, as_events
-from loraloom.serve.http.errors import ApiError
+from loraloom.generation.sequence import RequestError
+from loraloom.serve.http.bridge import Backend, Mailbox, as_events
 from tests.serve.http.test_openai import chat
 
 
@@ -45,14 +45,14 @@ def test_an_answer_that_is_not_streamed_is_told_when_it_has_ended(client, monkey
 
 def test_a_scale_that_is_none_holds_no_adapter():
     shelf = SimpleNamespace(base_name="base", take=pytest.fail)
-    with pytest.raises(ApiError):
-        asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "lora:x", None))
+    with pytest.raises(RequestError):
+        asyncio.run(Backend.acquire(SimpleNamespace(adapters=shelf), "lora:x", None))
 
 
 def test_the_base_model_has_no_scale():
     shelf = SimpleNamespace(base_name="base", take=pytest.fail)
-    with pytest.raises(ApiError, match="the base model has no scale"):
-        asyncio.run(Backend.acquire(SimpleNamespace(shelf=shelf), "base:0.5", None))
+    with pytest.raises(RequestError, match="the base model has no scale"):
+        asyncio.run(Backend.acquire(SimpleNamespace(adapters=shelf), "base:0.5", None))
 
 
 @pytest.mark.parametrize(("error", "level"), [(OSError, "ERROR"), (ConfigError, "INFO")])

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from loraloom.serve.http.app import ApiOptions
-from loraloom.serve.http.playground import PAGES
+from loraloom.serve.http.guards import PAGES
 from tests.serve.http.in_process import BASE, serving
 from tests.serve.http.test_openai import chat
 

@@ -16,11 +16,10 @@ import openai
 import pytest
 
 from loraloom.errors import ConfigError, DataError
-from loraloom.serve.access import is_loopback, read_keys
+from loraloom.generation.sequence import RequestError
+from loraloom.serve.http.answers import TextExchange, encode_chat
 from loraloom.serve.http.app import ApiOptions
-from loraloom.serve.http.asking import Backend
-from loraloom.serve.http.chat import encode_chat
-from loraloom.serve.http.objects import ChatBody
+from loraloom.serve.http.schemas import ChatBody
 from loraloom.serve.http.server import listen
 from tests.serve.http.in_process import BASE, serving
 
@@ -316,8 +315,7 @@ def test_more_completions_than_may_ever_wait_are_refused_for_good(host, tokenize
     ],
 )
 def test_too_many_completions_are_refused_before_anything_is_read(http, monkeypatch, body):
-    monkeypatch.setattr(Backend, "requests", lambda *_: pytest.fail("made requests"))
-    monkeypatch.setattr("loraloom.serve.http.completions._encode", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(TextExchange, "requests", lambda *_: pytest.fail("made requests"))
     response = http.post("/v1/completions", json={"model": "lora", **body})
     assert "prompts to be scored included" in error_of(response, 400)["message"]
 
@@ -396,24 +394,6 @@ def test_addresses_that_can_not_be_used_are_errors():
             listen("127.0.0.1", port)
     with pytest.raises(ConfigError, match="can't listen on no such host:0"):
         listen("no such host", 0)
-
-
-def test_loopback_is_known():
-    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.1.2.3")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "example.org", "10.0.0.1")))
-
-
-def test_keys_are_read_from_a_file(tmp_path):
-    path = tmp_path / "keys"
-    path.write_text("# ours\n\nfirst\n second \n")
-    assert read_keys(path) == ["first", "second"]
-    path.write_text("\ufefffirst\n", encoding="utf-8")  # as some editors begin a file
-    assert read_keys(path) == ["first"]
-    path.write_text("# none\n")
-    with pytest.raises(ConfigError, match="must have an API key a line"):
-        read_keys(path)
-    with pytest.raises(ConfigError, match="can't be read"):
-        read_keys(tmp_path / "missing")
 
 
 def test_a_chat_template_may_not_go_on_for_ever(tokenizer, monkeypatch):

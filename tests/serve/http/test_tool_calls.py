@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.serve.http.objects import Tool
-from loraloom.serve.http.tool_calls import CallStream, call_schema, parse_calls
+from loraloom.serve.http.schemas import Tool
+from loraloom.serve.http.tools import CallStream, call_schema, parse_calls
 
 NAMES = ["paint", "wait"]
 CALL = '{"name": "paint", "arguments": {"color": "blé"}}'

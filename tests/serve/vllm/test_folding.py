@@ -13,8 +13,7 @@ from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConf
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.serve.vllm import fitting_rank, is_known, max_top_k
 from loraloom.serve.vllm.folding import Folder, split_in_pieces
-from loraloom.serve.vllm.layers import MixtureFfn, define_operations
-from loraloom.serve.vllm.mixing import choose, mix
+from loraloom.serve.vllm.layers import MixtureFfn, choose, define_operations, mix
 from tests.tiny import METHODS, tiny_host
 
 SERVED = {

@@ -7,8 +7,8 @@ import pytest
 from loraloom.cli.main import main
 from loraloom.errors import ConfigError
 from loraloom.serve import vllm
+from loraloom.serve.vllm import VllmOptions, serve_with_vllm, vllm_command
 from loraloom.serve.vllm.folding import FoldedAdapter
-from loraloom.serve.vllm.launch import VllmOptions, serve_with_vllm, vllm_command
 
 
 def options(**changes):
@@ -76,7 +76,7 @@ def test_adapters_of_a_directory_are_named_unless_they_are_found_by_name(tmp_pat
     ],
 )
 def test_what_can_not_be_done_is_refused(monkeypatch, found, changes, message):
-    monkeypatch.setattr("loraloom.serve.vllm.launch.vllm_version", lambda: found)
+    monkeypatch.setattr("loraloom.serve.vllm.vllm_version", lambda: found)
     with pytest.raises(ConfigError, match=message):
         serve_with_vllm(options(**changes))
 

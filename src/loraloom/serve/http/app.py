@@ -1,12 +1,14 @@
-"""The routes."""
+"""The routes, and the numbers of `/metrics`."""
 
 from __future__ import annotations
 
 import copy
+import os
 import re
 import threading
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from transformers import PreTrainedTokenizerBase
@@ -25,17 +29,20 @@ from transformers import PreTrainedTokenizerBase
 import loraloom
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
-from loraloom.generation.sequence import log_failure
-from loraloom.serve.access import find_below
-from loraloom.serve.adapters import AdapterShelf
-from loraloom.serve.http.asking import Backend, now
-from loraloom.serve.http.chat import complete_chat
-from loraloom.serve.http.completions import complete_texts
-from loraloom.serve.http.errors import ApiError, ErrorBody, api_error, handle_errors
-from loraloom.serve.http.guards import LOADING, BodyLimit, HostCheck, KeyCheck, RequestLog
-from loraloom.serve.http.metrics import Metrics
-from loraloom.serve.http.objects import ChatBody, CompletionBody, LoadBody, UnloadBody
-from loraloom.serve.http.playground import add_playground
+from loraloom.generation.sequence import RequestError, Row, log_failure
+from loraloom.routing.record import describe_router
+from loraloom.serve.adapters import ServedAdapters
+from loraloom.serve.http.answers import ChatExchange, TextExchange
+from loraloom.serve.http.bridge import Backend
+from loraloom.serve.http.guards import (
+    LOADING,
+    PAGES,
+    AccessGuard,
+    ErrorBody,
+    OuterGuard,
+    handle_errors,
+)
+from loraloom.serve.http.schemas import ChatBody, CompletionBody, LoadBody, UnloadBody
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -53,6 +60,17 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         507: "Adapters take too much memory",
     }.items()
 }
+_STATIC = Path(__file__).parent.parent / "static"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 @dataclass(frozen=True)
@@ -83,12 +101,12 @@ class ApiOptions:
 def create_app(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
-    shelf: AdapterShelf,
+    adapters: ServedAdapters,
     options: ApiOptions | None = None,
 ) -> FastAPI:
     """Make the application; the engine runs in a thread of its own while it is up."""
     options = options or ApiOptions()
-    backend = Backend(engine, shelf, copy.deepcopy(tokenizer))
+    backend = Backend(engine, adapters, copy.deepcopy(tokenizer))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -111,26 +129,50 @@ def create_app(
     _add_completions(app, backend)
     _add_models(app, backend)
     _add_health(app, engine, metrics)
-    add_playground(app)
+    for path, (name, kind) in PAGES.items():
+        page = _page((_STATIC / name).read_bytes(), kind)
+        app.get(path, include_in_schema=False)(page)
     if options.allow_loading:
-        _add_loading(app, shelf, options.adapter_root)
+        _add_loading(app, adapters, options.adapter_root)
     return app
+
+
+def _middleware(options: ApiOptions, answers: Counter[tuple[str, int]]) -> list[Middleware]:
+    """What a request goes through first, from the outside in."""
+    is_local, is_written = options.is_local, options.log_requests
+    outer = Middleware(OuterGuard, answers=answers, is_local=is_local, is_written=is_written)
+    # preflight requests have no keys; OpenAI's client sends some headers of its own
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(options.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+    )
+    keys, admin_keys = options.api_keys, options.admin_keys
+    access = Middleware(
+        AccessGuard, keys=keys, admin_keys=admin_keys, max_bytes=options.max_body_bytes
+    )
+    return [outer, cors, access] if options.cors_origins else [outer, access]
+
+
+def _page(content: bytes, kind: str) -> Callable[[], Response]:
+    return lambda: Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
 
 def _add_completions(app: FastAPI, backend: Backend) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        return await complete_chat(backend, body, request)
+        return await ChatExchange(backend, body).respond(request)
 
     @app.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue texts."""
-        return await complete_texts(backend, body, request)
+        return await TextExchange(backend, body).respond(request)
 
 
 def _add_models(app: FastAPI, backend: Backend) -> None:
-    started = now()
+    base, started = backend.adapters.base_name, int(time.time())
 
     def describe(name: str, parent: str | None) -> dict[str, Any]:
         return {
@@ -138,7 +180,7 @@ def _add_models(app: FastAPI, backend: Backend) -> None:
             "object": "model",
             "created": started,
             "owned_by": "loraloom",
-            "root": backend.shelf.base_name,
+            "root": base,
             "parent": parent,
             "max_model_len": backend.engine.max_length,
         }
@@ -146,22 +188,17 @@ def _add_models(app: FastAPI, backend: Backend) -> None:
     @app.get("/v1/models")
     def list_models() -> dict[str, Any]:
         """Name the base model and its adapters."""
-        base = backend.shelf.base_name
-        rows = [(base, None), *((name, base) for name in backend.shelf.names())]
-        return {"object": "list", "data": [describe(*row) for row in rows]}
+        data = [describe(base, None), *(describe(name, base) for name in backend.adapters.names())]
+        return {"object": "list", "data": data}
 
     @app.get("/v1/models/{model:path}", response_model=Model)
     def retrieve_model(model: str) -> Response:
         """Describe a model."""
-        found = next((one for one in list_models()["data"] if one["id"] == model), None)
-        if found is None:
-            raise ApiError(
-                404,
-                f"the model {shown(model)} does not exist",
-                code="model_not_found",
-                param="model",
-            )
-        return JSONResponse(found)
+        for found in list_models()["data"]:
+            if found["id"] == model:
+                return JSONResponse(found)
+        message = f"the model {shown(model)} does not exist"
+        raise RequestError(message, "model_not_found", param="model")
 
 
 def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
@@ -174,7 +211,7 @@ def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     async def ready() -> str:
         """Say whether requests are taken."""
         if engine.is_stopping:
-            raise ApiError(503, "the server is stopping", code="stopping")
+            raise RequestError("the server is stopping", "stopping")
         return "ok"
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -183,7 +220,7 @@ def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_loading(app: FastAPI, shelf: AdapterShelf, root: Path | None) -> None:
+def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> None:
     load_path, unload_path = LOADING
 
     @app.post(load_path, response_class=PlainTextResponse)
@@ -191,47 +228,107 @@ def _add_loading(app: FastAPI, shelf: AdapterShelf, root: Path | None) -> None:
         """Load an adapter from a directory of the server, or from the Hub."""
         source = body.lora_path if root is None else find_below(root, body.lora_path)
         if source is None:  # whatever is elsewhere
-            raise ApiError(
-                400,
+            raise RequestError(
                 "lora_path must be the directory of an adapter below the server's --adapter-root, "
                 f"got {shown(body.lora_path)}",
                 param="lora_path",
             )
         try:
-            shelf.load(body.lora_name, source, replace=body.load_inplace)
+            adapters.load(body.lora_name, source, replace=body.load_inplace)
         except (FormatError, AdapterError) as error:
             log_failure(f"adapter {body.lora_name!r} could not be loaded", error)
-            raise _without_paths(error, source, body.lora_path) from None
+            # where files are is the server's business
+            message = str(error).replace(source, body.lora_path)
+            message = re.sub(r"(?<![\w.])/(?:[^\s/:'\"`]+/)+", "…/", message)
+            raise RequestError(message) from None
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     @app.post(unload_path, response_class=PlainTextResponse)
     def unload_lora_adapter(body: UnloadBody) -> str:
         """Let an adapter go when the requests that use it have ended."""
-        shelf.unload(body.lora_name)
+        adapters.unload(body.lora_name)
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-def _without_paths(error: Exception, source: str, given: str) -> ApiError:
-    """An adapter's fault as the client may know it: where files are is the server's business."""
-    status = 400 if isinstance(error, FormatError) else api_error(error).status
-    message = str(error).replace(source, given)
-    return ApiError(status, re.sub(r"(?<![\w.])/(?:[^\s/:'\"`]+/)+", "…/", message))
+def find_below(root: Path, text: str) -> str | None:
+    """Find a directory below another one; None if there is none, or links lead out of it."""
+    root = root.resolve()
+    path = Path(os.path.normpath(root / text))
+    try:
+        if not path.is_relative_to(root) or not path.resolve().is_relative_to(root):
+            return None
+        files = [file.resolve() for file in path.iterdir()]
+    except (OSError, RuntimeError, ValueError):  # a file, a circle of links, no path at all
+        return None
+    return str(path) if all(file.is_relative_to(root) for file in files) else None
 
 
-def _middleware(options: ApiOptions, answers: Counter[tuple[str, int]]) -> list[Middleware]:
-    """What a request goes through first, from the outside in."""
-    layers = [Middleware(RequestLog, answers=answers, is_written=options.log_requests)]
-    layers += [Middleware(HostCheck)] if options.is_local else []
-    if options.cors_origins:
-        layers.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=list(options.cors_origins),
-                allow_methods=["GET", "POST"],
-                allow_headers=["*"],  # OpenAI's client sends some of its own
+class Metrics(Collector):
+    """The numbers of a server, which Prometheus reads."""
+
+    def __init__(self, engine: Engine):
+        self.answers: Counter[tuple[str, int]] = Counter()
+        """Answers of the server by path and status."""
+        self.closed: Counter[str] = Counter()
+        """Connections that the server closed, by reason."""
+        self._engine = engine
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self._first_token, self._whole = (
+            Histogram(name, text, ["model"], buckets=_SECONDS, registry=self._registry)
+            for name, text in (
+                (
+                    "loraloom_time_to_first_token_seconds",
+                    "From a request's arrival to its first token.",
+                ),
+                ("loraloom_request_seconds", "From a request's arrival to its end."),
             )
         )
-    if options.api_keys or options.admin_keys:
-        keys = {"keys": options.api_keys, "admin_keys": options.admin_keys}
-        layers.append(Middleware(KeyCheck, **keys))
-    return [*layers, Middleware(BodyLimit, max_bytes=options.max_body_bytes)]
+        engine.on_end = self._observe
+
+    def text(self) -> bytes:
+        """All numbers in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _observe(self, row: Row) -> None:
+        self._whole.labels(row.owner).observe(row.seconds)
+        if row.first_token_s is not None:
+            self._first_token.labels(row.owner).observe(row.first_token_s - row.request.arrived_s)
+
+    def collect(self) -> Iterator[Any]:
+        """Give the numbers that are counted elsewhere."""
+        engine, counts = self._engine, self._engine.counts
+        for name, text, value in (
+            ("requests_running", "Completions that are being made.", engine.num_running),
+            ("requests_waiting", "Requests that wait.", engine.num_waiting),
+            ("cache_tokens", "Size of the key-value cache.", engine.limits.cache_tokens),
+            ("cache_tokens_used", "Tokens of it that rows use.", engine.cache_tokens_in_use),
+            ("cache_tokens_kept", "Tokens of prompts kept for others.", engine.prefix_tokens),
+        ):
+            yield GaugeMetricFamily(f"loraloom_{name}", text, value)
+        experts = {
+            (model, describe_router(router), expert): number
+            for model, chosen in list(counts.expert_tokens.items())
+            for (router, expert), number in list(chosen.items())
+        }
+        columns: list[tuple[str, str, list[str], Mapping[Any, int]]] = [
+            ("steps", "Steps of the engine.", [], {(): counts.num_steps}),
+            ("preemptions", "Rows sent back to the queue.", [], {(): counts.num_preempted}),
+            ("prompt_tokens", "Tokens of prompts.", ["model"], counts.prompt_tokens),
+            ("prompt_tokens_cached", "Those known before.", ["model"], counts.cached_tokens),
+            ("generated_tokens", "Tokens that were chosen.", ["model"], counts.generated_tokens),
+            ("http_responses", "Answers.", ["path", "status"], self.answers),
+            ("closed_connections", "Closed on slow clients.", ["reason"], self.closed),
+            ("requests", "Requests that have ended.", ["model", "outcome"], counts.requests),
+            (
+                "expert_tokens",
+                "How often a mixture's experts were chosen, in one of 16 decoding steps.",
+                ["model", "router", "expert"],
+                experts,
+            ),
+        ]
+        for name, text, labels, values in columns:
+            family = CounterMetricFamily(f"loraloom_{name}", text, labels=labels)
+            for key, number in list(values.items()):  # the engine counts on meanwhile
+                family.add_metric([key] if isinstance(key, str) else list(map(str, key)), number)
+            yield family

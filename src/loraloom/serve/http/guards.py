@@ -1,4 +1,7 @@
-"""What stands before the routes: who may ask, how much at once, and what the log keeps of it."""
+"""What stands before the routes: who may ask, how much at once, and what the log keeps of it.
+
+Errors are objects as OpenAI's clients expect them, with a status code that fits.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,127 @@ import hmac
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraloom.errors import shown
-from loraloom.serve.access import is_loopback
-from loraloom.serve.http.errors import ApiError
-from loraloom.serve.http.playground import PAGES
+from loraloom.errors import FormatError, LoraloomError, plain, shown
+from loraloom.generation.sequence import RequestError
+from loraloom.serve.process import is_loopback
 
 HEALTH = ("/health", "/ready")
-_OPEN = (*HEALTH, *PAGES)
-"""Paths that need no key."""
+PAGES = {
+    "/": ("playground.html", "text/html"),
+    "/playground.css": ("playground.css", "text/css"),
+    "/playground.js": ("playground.js", "text/javascript"),
+}
+"""Path of the playground -> file and kind. They hold nothing of the server's, and need no key."""
 LOADING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """Paths that need an admin's key, where there are any."""
+_OPEN = (*HEALTH, *PAGES)
 _PATHS = {
     *_OPEN, *LOADING, "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions",
 }  # fmt: skip
 """Those that are counted apart."""
 TENANT = "loraloom.tenant"
 """Where a request's scope says with which key it came, as a hash."""
+_STATUS = {
+    "model_not_found": 404,
+    "queue_full": 429,
+    "busy_downloading": 429,
+    "client_gone": 499,
+    "broken_adapter": 500,
+    "stopping": 503,
+    "timeout": 504,
+    "adapter_memory": 507,
+}
+"""Code of an error -> status; 400 for others."""
 _log = logging.getLogger("loraloom.access")
 
 
-class RequestLog:
-    """Counts all answers by path and status, and writes a line of each; the outermost guard.
+class ErrorObject(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is no success."""
+
+    error: ErrorObject
+
+
+def error_response(
+    status: int,
+    message: str,
+    code: str | None = None,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = "rate_limit_error" if status == 429 else kind
+    error = ErrorObject(message=plain(message), type=kind, param=param, code=code)
+    return JSONResponse(ErrorBody(error=error).model_dump(), status, dict(headers or {}))
+
+
+def answer_to(error: Exception) -> JSONResponse:
+    """The response that an error of the engine or of loraloom becomes."""
+    match error:
+        case RequestError(code=code, retry_after_s=seconds):
+            headers = {"Retry-After": str(seconds)} if seconds else None
+            status = _STATUS.get(code or "", 400)
+            return error_response(status, str(error), code, error.param, headers)
+        case FormatError():  # no client's fault
+            pass
+        case LoraloomError():
+            return error_response(400, str(error))
+    return error_response(500, "the server failed at this request; its log says why", "internal")
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Let an application answer every error with an object."""
+
+    def of_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return error_response(error.status_code, str(error.detail), headers=error.headers)
+
+    def of_body(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        param = ".".join(str(step) for step in first["loc"][1:])
+        if first["type"] == "json_invalid":
+            return error_response(400, f"the body must be JSON: {first['ctx']['error']}")
+        return error_response(400, f"{param or 'the body'}: {first['msg']}", param=param)
+
+    for kind in (LoraloomError, Exception):
+        app.add_exception_handler(kind, lambda request, error: answer_to(error))
+    app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(RequestValidationError, of_body)
+
+
+class OuterGuard:
+    """Refuses crowds and foreign host names, counts all answers, and writes a line of each.
 
     Routes leave what they know of a request in its state: `model`, `num_prompt`, `num_new`.
     """
 
-    def __init__(self, app: ASGIApp, answers: Counter[tuple[str, int]], is_written: bool):
+    def __init__(
+        self, app: ASGIApp, answers: Counter[tuple[str, int]], is_local: bool, is_written: bool
+    ):
         self._app = app
         self._answers = answers
+        self._is_local = is_local
         self._is_written = is_written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and note the answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -54,16 +141,8 @@ class RequestLog:
             status = message.get("status", status)
             await send(message)
 
-        app = self._app
-        if state.get("is_crowded") and scope["path"] not in HEALTH:
-            app = ApiError(
-                503,
-                "the server has too many connections; try again later",
-                code="crowded",
-                headers={"Retry-After": "1", "Connection": "close"},
-            ).response()
         try:
-            await app(scope, receive, noted)
+            await (self._refusal(scope) or self._app)(scope, receive, noted)
         except Exception:
             status = 500
             raise
@@ -83,101 +162,73 @@ class RequestLog:
                     1000 * (time.perf_counter() - start),
                 )
 
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        if scope["state"].get("is_crowded") and scope["path"] not in HEALTH:
+            message = "the server has too many connections; try again later"
+            headers = {"Retry-After": "1", "Connection": "close"}
+            return error_response(503, message, "crowded", headers=headers)
+        # a web page may have its own name lead to this machine, which would be asked for by it
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+        if self._is_local and not is_loopback(name.strip("[]").lower()):
+            return error_response(400, f"this server must be called localhost, got {shown(host)}")
+        return None
 
-class HostCheck:
-    """Refuses requests that call this machine by a foreign name.
 
-    A web page may have its own name lead to this machine, and would then be asked for by it.
+class AccessGuard:
+    """Lets requests with one of the keys through, and bodies of at most `max_bytes`.
+
+    Requests that load adapters need an admin's key. All keys are compared, each in constant time,
+    so that the time says nothing about them.
     """
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass on."""
-        if scope["type"] == "http":
-            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-            name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-            if not is_loopback(name.strip("[]").lower()):
-                error = ApiError(400, f"this server must be called localhost, got {shown(host)}")
-                await error.response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-class BodyLimit:
-    """Refuses requests of more than `max_bytes`, whatever size they claim."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass on and count."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        if not said.isdigit() or len(said) > 18 or int(said) > self._max_bytes:
-            await self._error().response()(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise HTTPException(413, str(self._error()))
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _error(self) -> ApiError:
-        return ApiError(413, f"a request may have at most {self._max_bytes:,} bytes; shorten it")
-
-
-class KeyCheck:
-    """Lets requests with one of the keys through; those that load adapters need an admin's.
-
-    All keys are compared, each in constant time, so that the time says nothing about them.
-    """
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str]):
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str], max_bytes: int
+    ):
         self._app = app
         self._is_open = not keys
         self._admins = [_digest(key.encode()) for key in admin_keys]
         self._users = [*self._admins, *(_digest(key.encode()) for key in keys)]
+        self._max_bytes = max_bytes
+        self._too_large = f"a request may have at most {max_bytes:,} bytes; shorten it"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass on."""
-        error = self._check(scope) if scope["type"] == "http" else None
-        await (self._app if error is None else error.response())(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(scope, dict(scope["headers"]))
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        num_bytes = 0
 
-    def _check(self, scope: Scope) -> ApiError | None:
-        headers = dict(scope["headers"])
+        async def counted() -> Message:  # whatever size the headers claim
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = _digest(key.strip()) if kind.lower() == b"bearer" else b""
         is_user, is_admin = _matches(given, self._users), _matches(given, self._admins)
         if is_user:
             scope[TENANT] = given.hex()
-        if (
-            scope["path"] in LOADING
-            and self._admins
-            and not is_admin
-            and (is_user or self._is_open)
-        ):
-            return ApiError(
-                403, "only an admin's key of this server may load adapters", code="not_an_admin"
-            )
-        if is_user or self._is_open or scope["path"] in _OPEN:
-            return None
-        return ApiError(
-            401,
-            "the request needs a header `Authorization: Bearer KEY` with a key of this server",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        if not (is_user or self._is_open or scope["path"] in _OPEN):
+            message = "the request needs a header `Authorization: Bearer KEY` with a key of this "
+            headers = {"WWW-Authenticate": "Bearer"}
+            return error_response(401, f"{message}server", "invalid_api_key", headers=headers)
+        if scope["path"] in LOADING and self._admins and not is_admin:
+            message = "only an admin's key of this server may load adapters"
+            return error_response(403, message, "not_an_admin")
+        size = headers.get(b"content-length", b"0")
+        if not size.isdigit() or len(size) > 18 or int(size) > self._max_bytes:
+            return error_response(413, self._too_large)
+        return None
 
 
 def _matches(given: bytes, digests: Sequence[bytes]) -> bool:

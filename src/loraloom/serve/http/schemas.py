@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from loraloom.config.fields import StrictModel
 from loraloom.errors import shown
 
-MAX_TOP_LOGPROBS = 20
-
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+_NumTop = Annotated[int, Field(ge=0, le=20)]
 
 
 class StreamOptions(StrictModel):
@@ -59,19 +59,21 @@ class SamplingBody(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_null(cls, body: Any) -> Any:
-        """A field that is null is as if it were not there, as clients send what isn't set."""
+        # clients send null for what isn't set; that of max_tokens alone has a meaning: all the room
         if not isinstance(body, dict):
             return body
-        known = cls.model_fields.keys() - {"max_tokens"}  # whose null means all there is room for
+        known = cls.model_fields.keys() - {"max_tokens"}
         return {
             name: value for name, value in body.items() if value is not None or name not in known
         }
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """The texts that end a completion."""
-        stop = self.stop or []
-        return tuple([stop] if isinstance(stop, str) else stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @model_validator(mode="after")
     def _check_stream_options(self):
@@ -80,33 +82,35 @@ class SamplingBody(StrictModel):
         return self
 
 
-class FunctionCall(StrictModel):
+class Turned(BaseModel):
+    """A part of a conversation, in which clients may leave what they add to answers."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class FunctionCall(Turned):
     """A call that an assistant made."""
 
     name: _Name
     arguments: str = ""
-    parsed_arguments: Any = Field(default=None, exclude=True)
-    """What OpenAI's client adds to a call that it has read."""
 
 
-class ToolCall(StrictModel):
+class ToolCall(Turned):
     """A call of a tool."""
 
     id: str = ""
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = Field(default=None, exclude=True)
-    """What OpenAI's client keeps of a stream."""
 
 
-class TextPart(StrictModel):
+class TextPart(Turned):
     """A part of a message; only texts are understood."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(StrictModel):
+class ChatMessage(Turned):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -116,11 +120,6 @@ class ChatMessage(StrictModel):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = Field(None, max_length=0)
-    audio: None = None
-    function_call: None = None
-    parsed: Any = Field(default=None, exclude=True)
-    """What OpenAI's client adds to an answer that it has read."""
 
     def as_turn(self) -> dict[str, Any]:
         """The turn as chat templates read it."""
@@ -129,7 +128,8 @@ class ChatMessage(StrictModel):
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
         for call in turn.get("tool_calls", ()):
-            call["function"]["arguments"] = _parsed(call["function"]["arguments"])
+            with suppress(ValueError, RecursionError):  # templates write arguments as JSON again
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         return {**turn, "content": content}
 
 
@@ -187,7 +187,7 @@ class ChatBody(SamplingBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     """Another name for max_tokens."""
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: _NumTop | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(None, min_length=1)
     """Given to the chat template."""
@@ -210,9 +210,8 @@ class ChatBody(SamplingBody):
             raise ValueError(
                 f"tool_choice must name one of the tools {names}, got {shown(self.named_tool)}"
             )
-        if (self.named_tool or self.tool_choice == "required") and (
-            self.response_format is not None and self.response_format.type != "text"
-        ):
+        has_form = self.response_format is not None and self.response_format.type != "text"
+        if has_form and (self.named_tool or self.tool_choice == "required"):
             raise ValueError(
                 "response_format and a tool_choice that must be called exclude each other"
             )
@@ -238,7 +237,7 @@ class CompletionBody(SamplingBody):
     """Texts, or token ids."""
     max_tokens: int | None = Field(16, ge=0)
     """Most tokens of each completion; 0 only together with echo."""
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: _NumTop | None = None
     """Log-probabilities of tokens, and of this many of the most likely ones."""
     echo: bool = False
     """Put the prompt in front of the completion, with its log-probabilities if they are wanted."""
@@ -260,10 +259,9 @@ class CompletionBody(SamplingBody):
         return self
 
     @property
-    def num_requests(self) -> int:
-        """Completions, and prompts whose own tokens are scored."""
-        is_scored = self.echo and self.logprobs is not None
-        return len(self.prompts) * max(1, self.n * (self.max_tokens != 0) + is_scored)
+    def is_scored(self) -> bool:
+        """Whether the prompts' own tokens are told with log-probabilities."""
+        return self.echo and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -290,11 +288,3 @@ class UnloadBody(StrictModel):
     lora_name: _Name
     lora_int_id: int | None = None
     """Not read."""
-
-
-def _parsed(arguments: str) -> Any:
-    """Arguments as an object, which chat templates write as JSON themselves."""
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments

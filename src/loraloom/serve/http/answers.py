@@ -1,0 +1,365 @@
+"""`/v1/chat/completions` and `/v1/completions`: what is asked, whole answers and pieces of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from loraloom.config.data import PromptForm
+from loraloom.data.tokens import encode_texts
+from loraloom.errors import DataError, shown
+from loraloom.generation.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
+from loraloom.generation.sampling import SamplingConfig, parse_sampling
+from loraloom.generation.sequence import (
+    Constraint,
+    GenerationRequest,
+    Piece,
+    RequestError,
+    TokenLogProb,
+)
+from loraloom.models.layout import RowAdapter
+from loraloom.routing.record import describe_router
+from loraloom.serve.http.bridge import Backend, Exchange
+from loraloom.serve.http.schemas import ChatBody, CompletionBody, FunctionCall, SamplingBody
+from loraloom.serve.http.tools import (
+    CallStream,
+    Said,
+    arguments_schema,
+    call_schema,
+    parse_calls,
+)
+
+
+def generation_requests(
+    backend: Backend,
+    body: SamplingBody,
+    prompt: GenerationRequest,
+    max_new_tokens: int | None,
+    make_constraint: Callable[[], Constraint] | None = None,
+) -> list[GenerationRequest]:
+    """Make the engine's requests for the completions of a prompt."""
+    room = max(1, backend.engine.max_length - len(prompt.prompt_ids))
+    sampling = parse_sampling(
+        max_new_tokens=room if max_new_tokens is None else max_new_tokens,
+        temperature=body.temperature,
+        repetition_penalty=body.repetition_penalty,
+        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+        stop=body.stop_texts,
+        # at temperature 0 the most likely token is among those to draw from, however few
+        **({"top_k": body.top_k, "top_p": body.top_p} if body.temperature > 0 else {}),
+    )
+    largest = backend.engine.host.config.vocab_size - 1
+    for key in body.logit_bias or {}:
+        if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) <= largest):
+            raise RequestError(
+                f"logit_bias must have token ids from 0 to {largest} as keys, got {shown(key)}",
+                param="logit_bias",
+            )
+    request = replace(
+        prompt,
+        sampling=sampling,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},
+        ignore_end=body.ignore_eos,
+        tells_routing=body.routing,
+    )
+    return [
+        replace(request, place=place, constraint=make_constraint and make_constraint())
+        for place in range(body.n)
+    ]
+
+
+class ChatExchange(Exchange):
+    """A conversation to be continued."""
+
+    kind = ("chatcmpl", "chat.completion", "chat.completion.chunk")
+    body: ChatBody
+
+    def __init__(self, backend: Backend, body: ChatBody):
+        super().__init__(backend, body)
+        names = body.callable_names
+        self._streams = [CallStream(names) for _ in range(body.n)] if names else []
+
+    @property
+    @override
+    def num_requests(self) -> int:
+        return self.body.n
+
+    @override
+    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+        body, backend = self.body, self.backend
+        schema = _schema(body)  # compiled once for all answers
+        make = None if schema is None else backend.constraints.of_schema(schema).copy
+        form = form_for(backend.engine.host, adapter)
+        ids, continues = encode_chat(backend.tokenizer, body, form)
+        self.num_prompt = len(ids)
+        prompt = GenerationRequest(
+            ids,
+            adapter,
+            owner,
+            SamplingConfig(),
+            num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            continues=continues,
+        )
+        max_tokens = body.max_tokens or body.max_completion_tokens
+        return generation_requests(backend, body, prompt, max_tokens, make)
+
+    @override
+    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
+        choices = []
+        for index, answer in enumerate(answers):
+            content, calls = self._take_apart(answer.text)
+            message: dict[str, Any] = {"role": "assistant", "content": content}
+            if calls:
+                message |= {"content": content or None, "tool_calls": _called(calls)}
+            reason = self._reason(answer, calls)
+            choices.append(self._choice(index, "message", message, answer, reason))
+        return choices
+
+    @override
+    def opening(self) -> list[dict[str, Any]]:
+        delta: dict[str, Any] = {"role": "assistant", "content": ""}
+        if self.body.named_tool:
+            call = FunctionCall(name=self.body.named_tool)
+            delta |= {"content": None, "tool_calls": _called([call], in_pieces=True)}
+        return [self._choice(index, "delta", delta) for index in range(self.body.n)]
+
+    @override
+    def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        text, calls, choices = piece.text, [], []
+        if self._streams:
+            text = self._streams[index].push(text)
+            if piece.finish_reason is not None:
+                rest, calls = self._streams[index].finish()
+                text += rest
+        if text or piece.log_probs or piece.routing:
+            delta: dict[str, Any] = {"content": text}
+            if self.body.named_tool:
+                delta = {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+            choices.append(self._choice(index, "delta", delta, piece))
+        if calls:
+            delta = {"tool_calls": _called(calls, in_pieces=True)}
+            choices.append(self._choice(index, "delta", delta))
+        if piece.finish_reason is not None:
+            reason = self._reason(piece, calls)
+            choices.append(self._choice(index, "delta", {}, reason=reason))
+        return choices
+
+    def _choice(
+        self,
+        index: int,
+        key: str,
+        said: dict[str, Any],
+        piece: Piece | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        """An answer or a part of it, with what is told of the tokens of a piece."""
+        choice = {"index": index, key: said, "logprobs": None, "finish_reason": reason}
+        if piece is not None and self.body.logprobs:
+            entries = [
+                self._entry(token, log_prob) | {"top_logprobs": [self._entry(*one) for one in top]}
+                for token, log_prob, top in piece.log_probs
+            ]
+            choice["logprobs"] = {"content": entries}
+        if piece is not None and self.body.routing:
+            choice["routing"] = _routing(piece)
+        return choice
+
+    def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
+        text = self.backend.token_text(token)
+        is_whole = "\N{REPLACEMENT CHARACTER}" not in text
+        encoded = list(text.encode()) if is_whole else None
+        return {"token": text, "logprob": _finite(log_prob), "bytes": encoded}
+
+    def _take_apart(self, text: str) -> Said:
+        """Tell a whole answer's text from its calls."""
+        names, named = self.body.callable_names, self.body.named_tool
+        if named:
+            return Said("", [FunctionCall(name=named, arguments=text)])
+        return parse_calls(text, names) if names else Said(text, [])
+
+    def _reason(self, piece: Piece, calls: list[FunctionCall]) -> str | None:
+        """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
+        is_called = calls and not self.body.named_tool and piece.finish_reason == "stop"
+        return "tool_calls" if is_called else piece.finish_reason
+
+
+class TextExchange(Exchange):
+    """Texts to be continued, and perhaps to be scored."""
+
+    kind = ("cmpl", "text_completion", "text_completion")
+    body: CompletionBody
+
+    def __init__(self, backend: Backend, body: CompletionBody):
+        super().__init__(backend, body)
+        self._prompts: list[list[int]] = []
+        self._offsets: Counter[int] = Counter()
+
+    @property
+    @override
+    def num_requests(self) -> int:
+        body = self.body
+        num_completions = 0 if body.max_tokens == 0 else body.n
+        return len(body.prompts) * max(1, num_completions + body.is_scored)
+
+    @override
+    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+        """The completions of each prompt and, behind them, its own log-probabilities if wanted."""
+        body, requests = self.body, []
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
+                try:
+                    prompt = encode_texts(self.backend.tokenizer, [prompt])[0]
+                except (TypeError, ValueError) as error:
+                    raise DataError(f"the prompt can't be read: {error}") from None
+            self._prompts.append(prompt)
+            request = GenerationRequest(
+                prompt,
+                adapter,
+                owner,
+                SamplingConfig(),
+                num_logprobs=body.logprobs,
+                continues=True,
+            )
+            if body.max_tokens != 0:
+                requests += generation_requests(self.backend, body, request, body.max_tokens)
+            if body.is_scored:
+                requests.append(replace(request, scores_prompt=True))
+        self.num_prompt = sum(map(len, self._prompts))
+        return requests
+
+    @override
+    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
+        rest, choices, body = iter(answers), [], self.body
+        for prompt, prompt_ids in zip(body.prompts, self._prompts, strict=True):
+            completions = [Piece("", 0, finish_reason="length") for _ in range(body.n)]
+            if body.max_tokens != 0:
+                completions = [next(rest) for _ in range(body.n)]
+            echoed, offset, scored, first = "", 0, [], None
+            if body.echo:
+                decoded = str(self.backend.tokenizer.decode(prompt_ids))
+                echoed = prompt if isinstance(prompt, str) else decoded
+                # a BOS, and SentencePiece's space behind it, are no part of a text that is echoed
+                offset = len(echoed) - len(decoded) if decoded.endswith(echoed) else 0
+                scored = next(rest).log_probs if body.is_scored else []
+                first = prompt_ids[0]
+            for answer in completions:
+                whole = replace(answer, text=echoed + answer.text)
+                whole.log_probs = [*scored, *answer.log_probs]
+                choices.append(self._choice(len(choices), whole, offset, first))
+        return choices
+
+    @override
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+    @override
+    def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        choice = self._choice(index, piece, self._offsets[index])
+        self._offsets[index] += len(piece.text)
+        return [choice]
+
+    def _choice(
+        self, index: int, piece: Piece, offset: int, first: int | None = None
+    ) -> dict[str, Any]:
+        """A completion or a piece of it; `first` is a token that has no log-probability."""
+        choice: dict[str, Any] = {"index": index, "text": piece.text, "logprobs": None}
+        if self.body.logprobs is not None:
+            choice["logprobs"] = self._log_probs(piece.log_probs, offset, first)
+        if self.body.routing:
+            choice["routing"] = _routing(piece)
+        return {**choice, "finish_reason": piece.finish_reason}
+
+    def _log_probs(
+        self, entries: Sequence[TokenLogProb], offset: int, first: int | None
+    ) -> dict[str, Any]:
+        """Log-probabilities in the older form."""
+        text_of, unknown = self.backend.token_text, [] if first is None else [None]
+        ids = [*([] if first is None else [first]), *(entry.token for entry in entries)]
+        texts = [text_of(token) for token in ids]
+        places = accumulate(map(len, texts), initial=offset)
+        tops = [
+            {text_of(token): _finite(value) for token, value in reversed(entry.top)}
+            for entry in entries
+        ]
+        return {
+            "tokens": texts,
+            "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in entries)],
+            "top_logprobs": [*unknown, *tops],
+            "text_offset": [max(0, place) for place in places][:-1],
+        }
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, body: ChatBody, form: PromptForm | None = None
+) -> EncodedPrompt:
+    """Token ids of a conversation up to the answer, written as the adapter's training data was."""
+    if form is None and not tokenizer.chat_template:
+        raise DataError(
+            "the base model's tokenizer has no chat template; use /v1/completions instead"
+        )
+    messages: tuple[Any, ...] = tuple(message.as_turn() for message in body.messages)
+    plain = Prompt(messages, origin="messages")
+    if not body.tools or body.tool_choice == "none":
+        return encode_prompt(tokenizer, plain, form)
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    encoded = encode_prompt(tokenizer, replace(plain, tools=tools), form)
+    if encoded == encode_prompt(tokenizer, plain, form):
+        raise DataError(
+            "tools: the chat template leaves tools out, so the model would never read them; start "
+            "the server with a --chat-template that writes them, or leave tools out"
+        )
+    return encoded
+
+
+def _schema(body: ChatBody) -> dict[str, Any] | None:
+    """The JSON schema that the answer must keep to."""
+    tools = body.tools or ()
+    if body.named_tool:
+        return arguments_schema(next(one for one in tools if one.function.name == body.named_tool))
+    if body.tool_choice == "required":
+        try:
+            return call_schema(tools)
+        except RecursionError:
+            raise DataError("a tool's schema must not be nested so deeply") from None
+    return None if body.response_format is None else body.response_format.schema_of_answer
+
+
+def _called(calls: list[FunctionCall], *, in_pieces: bool = False) -> list[dict[str, Any]]:
+    return [
+        {**({"index": place} if in_pieces else {}), "id": f"call-{secrets.token_hex(12)}"}
+        | {"type": "function", "function": call.model_dump()}
+        for place, call in enumerate(calls)
+    ]
+
+
+def _routing(piece: Piece) -> list[dict[str, Any]]:
+    """What routers did with tokens, as it is told; weights have four digits."""
+    return [
+        {
+            "text": text,
+            "routers": [
+                {
+                    "router": describe_router(choice.router),
+                    "num_experts": choice.num_experts,
+                    "experts": choice.experts,
+                    "weights": [round(weight, 4) for weight in choice.weights],
+                }
+                for choice in choices
+            ],
+        }
+        for text, choices in piece.routing
+    ]
+
+
+def _finite(log_prob: float) -> float:
+    """A log-probability as JSON can write it, which has no infinity."""
+    return max(log_prob, -9999.0)
