@@ -28,6 +28,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from operator import sub
 from pathlib import Path
@@ -299,7 +300,7 @@ def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict
         "methods": {
             method: {
                 **{metric: mean_and_stderr(one[method]) for metric, one in values.items()},
-                "effective_experts": effective_experts(test.details["routing"], seeds),
+                "effective_experts": effective_experts(test.routing, seeds),
             }
             for method, seeds in seeds_of.items()
         },
@@ -307,7 +308,7 @@ def score(run: loraloom.RunConfig, args: argparse.Namespace, base: Base) -> dict
             {
                 "first": first,
                 "second": second,
-                "over_questions": comparison.to_json(),
+                "over_questions": asdict(comparison),
                 "over_seeds": {
                     metric: mean_and_stderr([*map(sub, one[first], one[second])])
                     for metric, one in values.items()

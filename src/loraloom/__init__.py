@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from loraloom.errors import LoraloomError as LoraloomError
     from loraloom.errors import ModelError as ModelError
     from loraloom.errors import TrainingError as TrainingError
-    from loraloom.eval.comparison import compare as compare
-    from loraloom.eval.comparison import read_answers as read_answers
-    from loraloom.eval.comparison import summarise_seeds as summarise_seeds
-    from loraloom.eval.evaluation import Evaluation as Evaluation
     from loraloom.eval.evaluation import evaluate as evaluate
     from loraloom.eval.evaluation import evaluate_loss as evaluate_loss
+    from loraloom.eval.results import Evaluation as Evaluation
+    from loraloom.eval.statistics import compare as compare
     from loraloom.eval.statistics import compare_paired as compare_paired
+    from loraloom.eval.statistics import read_answers as read_answers
+    from loraloom.eval.statistics import summarise_seeds as summarise_seeds
     from loraloom.generation.generate import Completion as Completion
     from loraloom.generation.generate import generate as generate
     from loraloom.generation.prompts import Prompt as Prompt
@@ -65,9 +65,9 @@ _HOMES = {
         "ModelError",
         "TrainingError",
     ),
-    "eval.comparison": ("compare", "read_answers", "summarise_seeds"),
-    "eval.evaluation": ("Evaluation", "evaluate", "evaluate_loss"),
-    "eval.statistics": ("compare_paired",),
+    "eval.evaluation": ("evaluate", "evaluate_loss"),
+    "eval.results": ("Evaluation",),
+    "eval.statistics": ("compare", "compare_paired", "read_answers", "summarise_seeds"),
     "generation.generate": ("Completion", "generate"),
     "generation.prompts": ("Prompt",),
     "generation.sampling": ("SamplingConfig",),

@@ -17,7 +17,7 @@ from loraloom.cli import main as cli
 from loraloom.data.sources import sha256
 from loraloom.data.tasks import load_question_set, questions_digest
 from loraloom.eval.cache import FILE_NAME, ScoreCache
-from loraloom.eval.comparison import compare, read_answers
+from loraloom.eval.statistics import compare, read_answers
 from loraloom.models.host import Host
 from tests.generation.saved import save_tiny
 

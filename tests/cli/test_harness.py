@@ -12,10 +12,9 @@ from lm_eval.tasks import TaskManager
 
 from loraloom.cli import eval as verb
 from loraloom.cli import main as cli
-from loraloom.eval.comparison import read_answers
 from loraloom.eval.harness import tasks
 from loraloom.eval.results import read_evaluation
-from loraloom.eval.statistics import wilson_interval
+from loraloom.eval.statistics import read_answers, wilson_interval
 from tests.eval.harness.toy import write_tasks
 from tests.generation.saved import save_tiny
 
@@ -57,7 +56,7 @@ def test_tasks_are_scored_for_base_and_adapters(run, saved, tmp_path, capsys):
     assert summary["beats_majority"] == (summary["accuracy"] > summary["majority"])
     assert written["base_model"] == str(saved / "base")
     assert len(lines.read_text().splitlines()) == 3 * 2 * 5
-    assert read_evaluation(result).results["a"]["toy_choice"].num_examples == 5
+    assert read_evaluation(result).results["a"]["toy_choice"]["num_examples"] == 5
     choice, generated = read_answers(lines)
     shares = [sum(right) / 5 for right in (choice.right["b"], generated.right["b"])]
     assert shares == [summary["accuracy"], written["results"]["b"]["toy_generate"]["accuracy"]]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import loraloom
 from loraloom.cli.main import main as loraloom_command
-from loraloom.eval.comparison import read_answers
+from loraloom.eval.statistics import read_answers
 from loraloom.models.loading import load_base_model
 
 COPIES = Path(__file__).parent / "v0"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraloom.eval.comparison import choose_pairs
+from loraloom.eval.statistics import choose_pairs
 from loraloom.training.settings import load_run_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -11,6 +11,7 @@ import torch
 from loraloom.adapters import LoraConfig
 from loraloom.data.tasks import ChoiceQuestion
 from loraloom.data.tokens import encode_pairs
+from loraloom.eval.score import QuestionScore, TaskScores
 from loraloom.models.host import Host
 from tests.tiny import METHODS, tiny_host
 
@@ -63,6 +64,20 @@ def some_questions() -> list[ChoiceQuestion]:
             normalizers=(1.0, 1.0),
         ),
     ]
+
+
+def toy_scores(
+    group: str | None = None,
+    task: str = "toy",
+    values: Sequence[Sequence[float]] = ((-1.0, -2.0), (-1.0, -2.0)),
+    names: Sequence[str] = ("base", "law"),
+) -> TaskScores:
+    """Make scores of two questions, of which A and B are the right answers."""
+    scores = [
+        QuestionScore(question("?", ["x", "y"], gold, gold, group), tuple(value))
+        for gold, value in enumerate(values)
+    ]
+    return TaskScores(task, {"split": "test"}, dict.fromkeys(names, scores))
 
 
 def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:

@@ -16,8 +16,8 @@ import torch
 from loraloom.data.tokens import TokenPair
 from loraloom.errors import ConfigError
 from loraloom.eval.cache import FILE_NAME, ScoreCache, default_cache_directory
-from loraloom.eval.protocol import score_questions
 from loraloom.eval.provenance import computation_key
+from loraloom.eval.score import Scorer, score_questions
 from tests.eval.scoring import question, scoring_host, some_questions
 
 ADAPTERS = [None, "lora", "mixlora"]
@@ -175,10 +175,12 @@ def calls(monkeypatch):
     return seen
 
 
-def score(host, tokenizer, directory, adapters=ADAPTERS, questions=None, **options):
+def score(host, tokenizer, directory, adapters=ADAPTERS, questions=None, max_tokens=None, **rest):
     cache = ScoreCache(directory, host, adapters)
     asked = some_questions() if questions is None else questions
-    return score_questions(host, tokenizer, asked, adapters, cache=cache, **options), cache
+    return score_questions(
+        Scorer(host, adapters, max_tokens, cache), tokenizer, asked, **rest
+    ), cache
 
 
 def test_a_second_evaluation_computes_nothing_and_is_the_same(tiny_tokenizer, tmp_path, calls):
@@ -187,23 +189,25 @@ def test_a_second_evaluation_computes_nothing_and_is_the_same(tiny_tokenizer, tm
     assert (cache.num_found, cache.num_added) == (0, 15)
     calls.clear()
     second, cache = score(scoring_host(), tiny_tokenizer, tmp_path)
-    assert second == first == score_questions(host, tiny_tokenizer, some_questions(), ADAPTERS)
+    assert (
+        second == first == score_questions(Scorer(host, ADAPTERS), tiny_tokenizer, some_questions())
+    )
     assert (cache.num_found, cache.num_added) == (15, 0)
 
 
 def test_only_the_adapters_that_are_missing_are_computed(tiny_tokenizer, tmp_path, calls):
     host = scoring_host()
-    score(host, tiny_tokenizer, tmp_path, [None, "lora"], max_tokens_per_batch=1)
+    score(host, tiny_tokenizer, tmp_path, [None, "lora"], max_tokens=1)
     rows = sum(calls) // 2
     calls.clear()
-    score(host, tiny_tokenizer, tmp_path, max_tokens_per_batch=1)
+    score(host, tiny_tokenizer, tmp_path, max_tokens=1)
     assert sum(calls) == rows
 
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_bits(tiny_tokenizer, tmp_path, calls):
     host = scoring_host(dtype=torch.bfloat16)
     asked = [question(f"Question {n}:" + " one" * n, ["A", "B"], index=n) for n in range(12)]
-    unbroken = score_questions(host, tiny_tokenizer, asked, ADAPTERS, max_tokens_per_batch=256)
+    unbroken = score_questions(Scorer(host, ADAPTERS, 256), tiny_tokenizer, asked)
     num_batches = len(calls)
     calls.clear()
 
@@ -211,7 +215,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(tiny_tokenizer, tmp_
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    options = {"questions": asked, "max_tokens_per_batch": 256}
+    options = {"questions": asked, "max_tokens": 256}
     with pytest.raises(KeyboardInterrupt):
         score(host, tiny_tokenizer, tmp_path, on_progress=stop, **options)
     resumed, _ = score(host, tiny_tokenizer, tmp_path, **options)

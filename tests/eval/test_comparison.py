@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from loraloom.errors import ConfigError
-from loraloom.eval.comparison import (
+from loraloom.errors import ConfigError, DataError
+from loraloom.eval.evaluation import summarise
+from loraloom.eval.results import write_lines
+from loraloom.eval.statistics import (
     TaskAnswers,
-    adjusted,
     choose_pairs,
     compare,
-    contestants,
+    compare_paired,
+    read_answers,
     seed_groups,
-    shares_right,
+    seed_values,
     summarise_seeds,
 )
-from loraloom.eval.statistics import compare_paired
+from tests.eval.scoring import toy_scores
 
 ANSWERS = TaskAnswers(
     "toy",
@@ -30,17 +34,14 @@ NAMES = list(ANSWERS.right)
 
 def test_adapters_with_an_at_are_seeds_of_what_stands_before_it():
     assert seed_groups(NAMES) == {"mix": ["mix@0", "mix@1"]}
-    assert contestants(NAMES) == ["base", "mix", "lora"]
+    assert seed_groups(["mix@0", "lora"]) == {}  # a single seed is no group
 
 
-def test_a_single_seed_is_no_group():
-    assert seed_groups(["mix@0", "lora"]) == {}
-    assert contestants(["mix@0", "lora"]) == ["mix@0", "lora"]
-
-
-def test_a_group_must_not_have_an_adapters_name():
-    with pytest.raises(ConfigError, match="got 'mix' and its seeds mix@0, mix@1; call one"):
-        seed_groups(["mix@0", "mix@1", "mix"])
+@pytest.mark.parametrize("name", ["mix", "base"])
+def test_a_group_must_not_have_an_adapters_name(name):
+    seeds = [f"{name}@0", f"{name}@1"]
+    with pytest.raises(ConfigError, match=f"got {name!r} and its seeds {', '.join(seeds)}; call"):
+        choose_pairs([name, *seeds], [f"{name}:{name}@0"])
 
 
 def test_everybody_is_compared_with_the_base_model_and_few_with_each_other():
@@ -53,48 +54,46 @@ def test_everybody_is_compared_with_the_base_model_and_few_with_each_other():
 def test_pairs_can_be_asked_for():
     wanted = ["mix@0:mix@1", "lora:mix"]
     assert choose_pairs(NAMES, wanted) == [("mix@0", "mix@1"), ("lora", "mix")]
-
-
-def test_a_single_seed_may_be_asked_for_by_the_name_of_its_group():
+    # a single seed by the name of its group
     assert choose_pairs(["base", "mix@0", "lora"], ["mix:base"]) == [("mix@0", "base")]
-    single = TaskAnswers("toy", (0, 1), {"mix@0": (True, False), "lora": (True, True)})
-    assert shares_right(single, "mix") == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("text", ["mix:mix@0", "mix@0:mix"])
-def test_a_single_seed_is_not_compared_with_itself(text):
-    with pytest.raises(ConfigError, match="--compare must be FIRST:SECOND"):
-        choose_pairs(["base", "mix@0"], [text])
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["base", "mix@0"], "mix:mix@0"),
+        (["base", "mix@0"], "mix@0:mix"),
+        *((NAMES, text) for text in ("lora", "lora:", "lora:law", "lora:lora", "lora:base:mix")),
+    ],
+)
+def test_a_pair_of_others_is_an_error(names, text):
+    with pytest.raises(ConfigError, match="--compare must be FIRST:SECOND, two of base, mix@0, "):
+        choose_pairs(names, [text])
 
 
-@pytest.mark.parametrize("text", ["lora", "lora:", "lora:law", "lora:lora", "lora:base:mix"])
-def test_a_pair_of_others_is_an_error(text):
-    message = "--compare must be FIRST:SECOND, two of base, mix@0, mix@1, lora, mix, got"
-    with pytest.raises(ConfigError, match=message):
-        choose_pairs(NAMES, [text])
+@pytest.mark.parametrize("again", ["lora:base", "base:lora"])
+def test_a_pair_is_compared_once(again):
+    with pytest.raises(ConfigError, match="--compare must name each pair once, got lora:base, "):
+        choose_pairs(NAMES, ["lora:base", again])
 
 
 def test_seeds_answer_as_the_share_of_them_that_are_right():
-    assert shares_right(ANSWERS, "mix") == [1.0, 0.5, 0.5, 1.0]
-    assert shares_right(ANSWERS, "lora") == [1.0, 0.0, 0.0, 0.0]
-
-
-def test_a_comparison_is_paired():
+    assert seed_values(ANSWERS.right, "mix") == [1.0, 0.5, 0.5, 1.0]
+    assert seed_values({"mix@0": (True, False)}, "mix") == [1.0, 0.0]
     assert compare(ANSWERS, "mix", "lora") == compare_paired([1, 0.5, 0.5, 1], [1, 0, 0, 0])
-    with pytest.raises(ConfigError, match="toy must have answers of 'law', got base, mix@0"):
+    with pytest.raises(ConfigError, match=r"must be one of base, mix@0, .*, got 'law'"):
         compare(ANSWERS, "law", "lora")
 
 
 def test_several_comparisons_are_adjusted_for_their_number():
-    pairs = [("mix", "base"), ("lora", "base")]
-    results = adjusted([("toy", *pair, compare(ANSWERS, *pair), "accuracy") for pair in pairs])
-    assert [(one.first, one.second) for one in results] == pairs
-    for one in results:
-        assert one.result == compare(ANSWERS, one.first, one.second)
-        assert one.adjusted_p_value >= one.result.p_value
-    written = results[0].to_json()
-    assert (written["task"], written["first"], written["second"]) == ("toy", "mix", "base")
-    assert written["difference"] == 0.5
+    values = [(-2.0, -1.0), (-2.0, -1.0)]
+    one, other = toy_scores(), toy_scores(task="other", values=values)
+    found = summarise([one, other], [("law", "base")])
+    assert [comparison.task for comparison in found.comparisons] == ["toy", "other"]
+    for comparison in found.comparisons:
+        assert (comparison.first, comparison.second) == ("law", "base")
+        assert comparison.adjusted_p_value == min(1, 2 * comparison.p_value)
+        assert comparison.result.difference == comparison.difference == 0.0
 
 
 def test_seeds_have_a_mean_and_a_sample_deviation_in_each_task():
@@ -104,14 +103,50 @@ def test_seeds_have_a_mean_and_a_sample_deviation_in_each_task():
     assert group["tasks"] == {"toy": {"mean": 0.75, "sd": pytest.approx(0.25), "num_seeds": 3}}
 
 
-def test_a_group_must_not_be_called_as_the_base_model():
-    with pytest.raises(ConfigError, match="got 'base' and its seeds base@0, base@1; call one"):
-        choose_pairs(["base@0", "base@1", "x"])
-    with pytest.raises(ConfigError, match="got 'mix' and its seeds mix@0, mix@1; call one"):
-        choose_pairs(["mix", "mix@0", "mix@1"], ["mix:mix@0"])
+WRONG = ((-1.0, -2.0), (-2.0, -1.0))  # other answers than the usual ones
 
 
-@pytest.mark.parametrize("again", ["lora:base", "base:lora"])
-def test_a_pair_is_compared_once(again):
-    with pytest.raises(ConfigError, match="--compare must name each pair once, got lora:base, "):
-        choose_pairs(NAMES, ["lora:base", again])
+def test_answers_survive_their_files_and_are_joined_by_task(tmp_path):
+    first = [toy_scores(names=["base", "a"]), toy_scores(task="other")]
+    for name, scores in (("a", first), ("b", [toy_scores(names=["base", "b"])])):
+        write_lines(tmp_path / f"{name}.jsonl", [line for one in scores for line in one.lines()])
+    toy, other = read_answers(tmp_path / "a.jsonl", str(tmp_path / "b.jsonl"))
+    assert (toy.task, toy.questions) == ("toy", (0, 1))
+    assert toy.right == dict.fromkeys(["base", "a", "b"], (True, False))
+    assert (other.task, list(other.right)) == ("other", ["base", "law"])
+
+
+LINE = {"task": "t", "index": 0, "question": "f", "adapter": "a", "correct": True}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([LINE | {"correct": None}], "line 1: field 'correct' must be true or false, got None"),
+        ([LINE, LINE], "line 2: 'a' must answer question 0 of t once, got it again"),
+        ([LINE, LINE | {"adapter": "b", "question": "g"}], "got others of 'b' than of 'a'; take files"),
+        ([LINE, LINE | {"adapter": "b", "index": 1}, LINE | {"index": 2}], "got others of 'b'"),
+    ],
+)
+def test_lines_that_can_not_be_used_are_an_error(tmp_path, lines, message):
+    write_lines(tmp_path / "q.jsonl", lines)
+    with pytest.raises(DataError, match=message):
+        read_answers(tmp_path / "q.jsonl")
+
+
+def test_other_answers_under_the_same_name_are_an_error(tmp_path):
+    write_lines(tmp_path / "a.jsonl", toy_scores().lines())
+    write_lines(tmp_path / "b.jsonl", toy_scores(values=WRONG).lines())
+    with pytest.raises(DataError, match=r"b.jsonl: 'base' must have the answers to toy that it"):
+        read_answers(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+
+
+def test_filters_of_generated_answers_are_tasks_of_their_own(tmp_path):
+    lines = [
+        LINE | {"filter": "strict", "correct": False},
+        LINE | {"filter": "flexible"},
+        LINE | {"task": "choice", "filter": "none"},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = {task.task: task.right["a"] for task in read_answers(tmp_path / "q.jsonl")}
+    assert answers == {"t,strict": (False,), "t,flexible": (True,), "choice": (True,)}

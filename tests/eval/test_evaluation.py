@@ -8,7 +8,7 @@ from loraloom.data.tasks import QuestionSet
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate, load_question_sets
-from loraloom.eval.protocol import score_accuracy
+from loraloom.eval.score import score_accuracy
 from tests.eval.scoring import scoring_host, some_questions
 
 ROW = {
@@ -37,7 +37,7 @@ def test_everybody_is_scored_and_compared_by_default(host, tiny_tokenizer):
     expected = score_accuracy(host, tiny_tokenizer, some_questions(), [None, "lora"])
     assert evaluation.results["base"]["toy"]["accuracy"] == expected[None]
     assert evaluation.results["lora"]["toy"]["accuracy"] == expected["lora"]
-    assert list(evaluation.details["routing"]) == ["mixlora", "mixdora"]
+    assert list(evaluation.routing) == ["mixlora", "mixdora"]
     assert ("lora", "base") in [(one.first, one.second) for one in evaluation.comparisons]
 
 
@@ -45,7 +45,7 @@ def test_everybody_is_scored_and_compared_by_default(host, tiny_tokenizer):
 def test_tasks_have_names(host, tiny_tokenizer, data, tasks):
     evaluation = evaluate(host, tiny_tokenizer, tasks, ["lora"], data=data, limit=2, scoring="text")
     assert evaluation.results["lora"]["arc_easy"]["num_examples"] == 2
-    assert evaluation.details["tasks"]["arc_easy"]["scoring"] == "text"
+    assert evaluation.tasks["arc_easy"]["scoring"] == "text"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,13 @@ def test_tasks_have_names(host, tiny_tokenizer, data, tasks):
         ([TOY], [], None, AdapterError, "adapters must name at least one"),
         ([TOY], [None, "base"], None, AdapterError, "no adapter may be called base"),
         ([], ["lora"], None, ConfigError, "tasks must name at least one"),
-        ([TOY], ["lora"], [("lora", "lroa")], ConfigError, "not 'lroa': got lora"),
+        (
+            [TOY],
+            ["lora"],
+            [("lora", "lroa")],
+            ConfigError,
+            "what is compared must be one of lora, got 'lroa'",
+        ),
     ],
 )
 def test_what_results_could_not_tell_is_found_before_anything_is_scored(
@@ -71,7 +77,7 @@ def test_results_are_written_by_the_suffix(host, tiny_tokenizer, tmp_path):
     written = json.loads((tmp_path / "result.json").read_text())
     assert written["schema_version"] == 1
     assert written["results"] == evaluation.results
-    assert written["base_model"] == evaluation.details["base_model"]
+    assert written["base_model"] == evaluation.base_model
     (comparison,) = written["comparisons"]
     assert (comparison["first"], comparison["second"]) == ("lora", "dora")
     with pytest.raises(ConfigError, match=r"must end in \.json, \.csv, \.md, got"):
@@ -86,7 +92,7 @@ def test_kept_scores_are_counted(host, tiny_tokenizer, tmp_path):
             [TOY],
             ["lora"],
             cache=ScoreCache(tmp_path, host, ["lora"]),
-        ).details["num_cached_scores"]
+        ).num_cached_scores
         for _ in range(2)
     ]
     assert counts == [0, len(some_questions())]

@@ -11,8 +11,7 @@ from loraloom.data.tokens import EncodedRow
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval.cache import ScoreCache
 from loraloom.eval.evaluation import evaluate_loss
-from loraloom.eval.held_out import data_set_name, load_held_out, parse_source
-from loraloom.eval.scores import perplexity
+from loraloom.eval.held_out import HeldOutLosses, data_set_name, load_held_out, parse_source
 from tests.eval.scoring import limit_rows, scoring_host
 from tests.tiny import METHODS
 
@@ -76,8 +75,8 @@ def test_everybody_is_compared_on_the_same_rows(host, tiny_tokenizer, instructio
     assert (comparison.first, comparison.second, comparison.metric) == ("lora", "base", "loss")
     results = evaluation.results
     difference = results["lora"]["held_out"]["loss"] - results["base"]["held_out"]["loss"]
-    assert comparison.result.difference == pytest.approx(difference)
-    assert comparison.result.num_examples == len(INSTRUCTIONS)
+    assert comparison.difference == pytest.approx(difference)
+    assert comparison.num_examples == len(INSTRUCTIONS)
 
 
 def test_seeds_are_one_contestant(tiny_tokenizer, instructions):
@@ -87,15 +86,15 @@ def test_seeds_are_one_contestant(tiny_tokenizer, instructions):
     assert evaluation.seeds["mix"]["tasks"]["held_out"]["mean"] == pytest.approx(sum(losses) / 2)
     (comparison,) = evaluation.comparisons
     base = evaluation.results["base"]["held_out"]["loss"]
-    assert comparison.result.difference == pytest.approx(sum(losses) / 2 - base)
+    assert comparison.difference == pytest.approx(sum(losses) / 2 - base)
 
 
 def test_mixtures_tell_where_they_send_the_tokens(host, tiny_tokenizer, instructions):
-    details = evaluate_loss(host, tiny_tokenizer, instructions).details
-    assert list(details["routing"]) == ["mixlora", "mixdora"]
-    task = details["routing"]["mixlora"]["tasks"]["held_out"]
+    evaluation = evaluate_loss(host, tiny_tokenizer, instructions)
+    assert list(evaluation.routing) == ["mixlora", "mixdora"]
+    task = evaluation.routing["mixlora"]["tasks"]["held_out"]
     assert task["num_questions_covered"] == len(INSTRUCTIONS)
-    json.dumps(details, allow_nan=False)
+    json.dumps(evaluation.to_json(), allow_nan=False)
 
 
 def test_kept_losses_are_not_computed_again(
@@ -109,7 +108,7 @@ def test_kept_losses_are_not_computed_again(
         for _ in range(2)
     )
     assert again.results == first.results
-    assert again.details["num_cached_scores"] == 2 * len(INSTRUCTIONS)
+    assert again.num_cached_scores == 2 * len(INSTRUCTIONS)
 
 
 def test_memory_that_runs_out_changes_nothing(host, tiny_tokenizer, instructions, monkeypatch):
@@ -214,6 +213,9 @@ def test_the_split_of_a_directory_that_was_read_is_noted(host, tiny_tokenizer, t
     assert details["source"]["file"] == str(path)
 
 
-def test_a_perplexity_that_is_no_number_is_left_out():
-    assert perplexity(2.0) == math.exp(2)
-    assert perplexity(1e4) is None
+def test_a_perplexity_that_is_no_number_is_left_out(host, tiny_tokenizer, instructions):
+    data = load_held_out(host, tiny_tokenizer, instructions)
+    losses = {name: [loss * n for n in data.num_tokens] for name, loss in (("a", 2), ("b", 1e4))}
+    results = HeldOutLosses(data.name, data.details, losses, data).results()
+    assert results["a"]["perplexity"] == pytest.approx(math.exp(2))
+    assert results["b"]["perplexity"] is None

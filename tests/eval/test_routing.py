@@ -6,17 +6,16 @@ import pytest
 import torch
 
 from loraloom.eval.cache import ScoreCache
-from loraloom.eval.protocol import score_questions
-from loraloom.eval.results import AdapterRouting
+from loraloom.eval.results import Evaluation
 from loraloom.eval.routing import (
     TOKEN_CLASSES,
     RoutingTally,
     class_of,
     some_layers,
-    summarise_routing,
     token_texts,
     words_by_expert,
 )
+from loraloom.eval.score import Scorer, score_questions
 from loraloom.routing.tally import load_shares
 from tests.eval.scoring import limit_rows, scoring_host, some_questions
 from tests.tiny import ALL_METHODS, METHODS, randomise
@@ -24,13 +23,14 @@ from tests.tiny import ALL_METHODS, METHODS, randomise
 NAMES = [None, "lora", "mixlora", "mixdora"]
 
 
-def tallied(host, tokenizer, adapters=NAMES, tasks=("toy",), **options):
+def tallied(host, tokenizer, adapters=NAMES, tasks=("toy",), max_tokens=None, cache=None):
     """Score the toy questions as each task; give the tally's summary."""
     tally = RoutingTally(host, adapters, tokenizer)
     questions = some_questions()
     for task in tasks:
-        score_questions(host, tokenizer, questions, adapters, on_routing=tally.of(task), **options)
-    return summarise_routing(tally, tokenizer, dict.fromkeys(tasks, len(questions)))
+        scorer = Scorer(host, adapters, max_tokens, cache)
+        score_questions(scorer, tokenizer, questions, on_routing=tally.of(task))
+    return tally.summarise(dict.fromkeys(tasks, len(questions)))
 
 
 @pytest.fixture
@@ -67,9 +67,8 @@ def test_routers_may_sit_on_projections_and_may_mix_all_experts(tiny_tokenizer):
     assert hydra["top_k"] == 3
     assert hydra["warnings"] == []
     assert len({round(share, 3) for share in hydra["tasks"]["toy"]["load"][0]}) == 3
-    for routing in summary.values():  # the report reads what is written
-        AdapterRouting.model_validate_json(json.dumps(routing, allow_nan=False))
-    json.dumps(summary, allow_nan=False)
+    written = Evaluation(schema_version=1, results={}, routing=summary).to_json()
+    assert json.loads(json.dumps(written, allow_nan=False))["routing"] == summary
 
 
 def test_layers_with_fewer_experts_have_not_collapsed(tiny_tokenizer):
@@ -92,7 +91,7 @@ def test_all_questions_are_covered_and_loads_sum_to_one(summary):
 def test_batches_and_neighbours_change_nothing(tiny_tokenizer):
     host = scoring_host()
     together = tallied(host, tiny_tokenizer)["mixlora"]["tasks"]["toy"]
-    alone = tallied(host, tiny_tokenizer, ["mixlora"], max_tokens_per_batch=1)
+    alone = tallied(host, tiny_tokenizer, ["mixlora"], max_tokens=1)
     alone = alone["mixlora"]["tasks"]["toy"]
     assert alone["num_tokens"] == together["num_tokens"]
     assert alone["example"] == together["example"]
@@ -111,8 +110,8 @@ def test_padding_is_not_counted(tiny_tokenizer):
             assert len(layer.selected_experts) == sum(len(row.input_ids) for row in routed.rows)
         add(routed)
 
-    score_questions(host, tiny_tokenizer, questions, ["mixlora"], on_routing=observe)
-    summary = summarise_routing(tally, tiny_tokenizer, {"toy": 5})
+    score_questions(Scorer(host, ["mixlora"]), tiny_tokenizer, questions, on_routing=observe)
+    summary = tally.summarise({"toy": 5})
     assert summary["mixlora"]["tasks"]["toy"]["num_tokens"] == sum(lengths)
     assert len(set(lengths)) > 1
 
@@ -120,7 +119,7 @@ def test_padding_is_not_counted(tiny_tokenizer):
 def test_questions_whose_scores_were_kept_are_not_covered(tiny_tokenizer, tmp_path):
     host = scoring_host()
     cache = ScoreCache(tmp_path, host, NAMES)
-    score_questions(host, tiny_tokenizer, some_questions()[1:3], NAMES, cache=cache)
+    score_questions(Scorer(host, NAMES, cache=cache), tiny_tokenizer, some_questions()[1:3])
     task = tallied(host, tiny_tokenizer, cache=cache)["mixlora"]["tasks"]["toy"]
     assert (task["num_questions"], task["num_questions_covered"]) == (5, 3)
     task = tallied(host, tiny_tokenizer, cache=cache)["mixlora"]["tasks"]["toy"]
@@ -156,11 +155,11 @@ def test_groups_of_questions_are_topics(tiny_tokenizer):
     tally = RoutingTally(host, ["mixlora"], tiny_tokenizer)
     groups = ["sums", "sums", None, "toy", "sums"]
     observe = tally.of("toy", groups)
-    score_questions(host, tiny_tokenizer, questions, ["mixlora"], on_routing=observe)
-    summary = summarise_routing(tally, tiny_tokenizer, {"toy": 5})["mixlora"]
+    score_questions(Scorer(host, ["mixlora"]), tiny_tokenizer, questions, on_routing=observe)
+    summary = tally.summarise({"toy": 5})["mixlora"]
     topics = summary["specialisation"]["topics"]
     assert set(topics["of"]) == {"toy/sums", "toy"}
-    loads = tally.adapters["mixlora"].topic_loads
+    loads = tally._adapters["mixlora"].loads["topics"]
     total = torch.tensor(summary["tasks"]["toy"]["load"]).double()
     torch.testing.assert_close(load_shares(sum(loads.values())), total, atol=1e-5, rtol=0)
 
@@ -217,7 +216,7 @@ def test_half_characters_go_by_the_vocabularys_name(tiny_tokenizer):
 def test_without_a_mixture_nothing_is_observed(tiny_tokenizer):
     tally = RoutingTally(scoring_host(), [None, "lora"], tiny_tokenizer)
     assert tally.of("toy") is None
-    assert summarise_routing(tally, tiny_tokenizer, {"toy": 5}) == {}
+    assert tally.summarise({"toy": 5}) == {}
 
 
 def test_what_ran_out_of_memory_is_counted_once(tiny_tokenizer, monkeypatch):

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 
 from rich.table import Table
 
-from loraloom.eval.comparison import Comparison
-from loraloom.eval.evaluation import Evaluation
-from loraloom.eval.scores import summarise
-from loraloom.eval.statistics import PairedComparison
-from loraloom.eval.tables import comparison_tables, data_frame, evaluation_tables, markdown
+from loraloom.eval.evaluation import summarise
+from loraloom.eval.results import Comparison, Evaluation
+from loraloom.eval.tables import data_frame, markdown
 from loraloom.terminal import make_console, print_tables
-from tests.eval.test_results import toy
+from tests.eval.scoring import toy_scores
 
 SEEDS = {
     "mix": {
@@ -22,12 +19,24 @@ SEEDS = {
 
 
 def compared(p_value=0.0312):
-    result = PairedComparison(-0.0125, 0.004, (-0.02, -0.005), p_value, 3, 13, 800)
-    return Comparison("toy", "mix", "base", result, min(1.0, 2 * p_value))
+    return Comparison(
+        difference=-0.0125,
+        stderr=0.004,
+        interval=(-0.02, -0.005),
+        p_value=p_value,
+        num_first_better=3,
+        num_second_better=13,
+        num_examples=800,
+        task="toy",
+        first="mix",
+        second="base",
+        adjusted_p_value=min(1.0, 2 * p_value),
+    )
 
 
-def tables_of(*tasks, seeds=None, comparisons=()):
-    return evaluation_tables(summarise(tasks), seeds or {}, comparisons)
+def tables_of(*scores, **details) -> list[Table]:
+    results = summarise(scores, []).results
+    return Evaluation(schema_version=1, results=results, **details).tables()
 
 
 def printed(*tables):
@@ -37,17 +46,11 @@ def printed(*tables):
     return capture.get()
 
 
-def test_the_table_has_accuracies_with_their_intervals():
-    text = printed(*tables_of(toy(), toy(task="other")))
-    assert "toy" in text
+def test_the_table_has_accuracies_and_marks_those_that_a_constant_answer_reaches():
+    other = toy_scores(task="other", values=((-1.0, -2.0), (-2.0, -1.0)))
+    (table,) = tables_of(toy_scores(), other)
+    text = printed(table)
     assert "(test)" in text
-    assert "50.0 (9.5–90.5)" in text
-    assert "100.0 (20.7–100.0)" in text
-
-
-def test_accuracies_that_a_constant_answer_reaches_are_marked():
-    values = ((-1.0, -2.0), (-2.0, -1.0))
-    text = printed(*tables_of(toy(), toy(task="other", values=values)))
     base = next(line for line in text.splitlines() if line.startswith("base"))
     assert base.split() == ["base", "50.0", "(9.5–90.5)†", "100.0", "(34.2–100.0)"]
     constant = next(line for line in text.splitlines() if line.startswith("constant answer"))
@@ -55,45 +58,25 @@ def test_accuracies_that_a_constant_answer_reaches_are_marked():
     assert "† no better than a constant answer" in text
 
 
-def test_groups_have_a_table_where_there_are_some():
-    assert len(tables_of(toy())) == 1
-    _, table = tables_of(toy(group="sums"))
-    text = printed(table)
-    assert "sums" in text
-    assert "law" in text
-    assert "constant answer" in text
-
-
-def test_a_comparison_has_its_difference_in_points_and_how_sure_it_is():
-    text = printed(*comparison_tables([compared()]))
+def test_groups_seeds_and_comparisons_have_a_table_where_there_are_some():
+    tables = tables_of(toy_scores(group="sums"), seeds=SEEDS, comparisons=[compared()])
+    _, seeds, comparisons, groups = map(printed, tables)
+    assert "sums" in groups
+    assert "law" in groups
+    assert "constant answer" in groups
+    assert "62.5 ± 3.1" in seeds
     for cell in ("mix - base", "-1.2", "-2.0 to -0.5", "3 : 13", "0.031", "0.062"):
-        assert cell in text
+        assert cell in comparisons
+    assert "< 0.001" in printed(*tables_of(toy_scores(), comparisons=[compared(1e-9)]))
 
 
 def test_eight_adapters_with_long_names_fit_80_columns():
-    task = toy(group="agreement_of_nouns")
-    scores = {f"skills-mixlora-{seed}": task.scores["base"] for seed in range(8)}
-    tasks = [replace(task, scores=scores, name=name) for name in ("arc_easy", "social_i_qa")]
-    evaluation = Evaluation(tasks, [("skills-mixlora-0", "skills-mixlora-1")], {})
+    names = [f"skills-mixlora-{seed}" for seed in range(8)]
+    tasks = [toy_scores("agreement_of_nouns", task, names=names) for task in ("arc", "social_i_qa")]
+    evaluation = summarise(tasks, [("skills-mixlora-0", "skills-mixlora-1")])
     for line in printed(*evaluation.tables()).splitlines():
         assert len(line.rstrip()) <= 80, line
         assert "…" not in line
-
-
-def test_tiny_p_values_are_not_shown_as_zero():
-    assert "< 0.001" in printed(*comparison_tables([compared(1e-9)]))
-
-
-def test_seeds_have_mean_and_deviation():
-    text = printed(*tables_of(toy(), seeds=SEEDS))
-    assert "62.5 ± 3.1" in text
-    assert "standard deviation" in text
-
-
-def test_tables_without_rows_are_left_out():
-    assert comparison_tables([]) == []
-    assert len(tables_of(toy())) == 1
-    assert len(tables_of(toy(group="sums"), seeds=SEEDS, comparisons=[compared()])) == 4
 
 
 def test_markdown_keeps_cells_and_sides():
@@ -104,14 +87,17 @@ def test_markdown_keeps_cells_and_sides():
 
 
 def test_the_frame_has_a_row_for_each_group():
-    text = data_frame(summarise([toy(group="sums")])).to_csv(index=False)
-    rows = list(csv.DictReader(text.splitlines()))
+    evaluation = summarise([toy_scores(group="sums")], [])
+    rows = list(csv.DictReader(evaluation.frame().to_csv(index=False).splitlines()))
     assert [(row["adapter"], row["group"]) for row in rows] == [
         ("base", ""),
         ("base", "sums"),
         ("law", ""),
         ("law", "sums"),
     ]
-    assert rows[2]["stderr"] == ""
+    assert list(rows[0]) == [
+        "adapter", "task", "split", "group", "accuracy", "stderr", "low", "high", "num_examples",
+        "majority",
+    ]  # fmt: skip
     assert rows[0]["split"] == "test"
-    assert len(data_frame(summarise([toy(group="")]))) == len(rows)
+    assert len(data_frame(summarise([toy_scores(group="")], []).results)) == len(rows)

@@ -9,9 +9,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraloom.eval.comparison import read_answers
 from loraloom.eval.results import read_evaluation
-from loraloom.report.files import read_runs
+from loraloom.eval.statistics import read_answers
+from loraloom.report.jobs import read_runs
 from loraloom.report.page import make_page
 from tests.fuzz.harness import broken_bytes, fuzz, mutated, survives
 from tests.report.made import evaluation, write_evaluation, write_run

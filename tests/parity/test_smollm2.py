@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import loraloom
 from loraloom.adapters import MixLoraConfig
 from loraloom.data.tasks import load_question_set
-from loraloom.eval.protocol import score_questions
+from loraloom.eval.score import Scorer, score_questions
 from tests.parity.plain_arc import read_rows, score
 from tests.tiny import randomise
 
@@ -64,7 +64,7 @@ def test_questions_are_scored_as_in_plain_transformers(smollm2, shared_dir, scor
     plain = [score(model, tokenizer, row, scoring) for row in rows]
     host = loraloom.attach(model)
     questions = load_question_set("arc_easy", scoring, path=arc_easy, limit=4).questions
-    scores = score_questions(host, tokenizer, questions, [None])[None]
+    scores = score_questions(Scorer(host, [None]), tokenizer, questions)[None]
     host.detach()
     for found, expected in zip(scores, plain, strict=True):
         assert found.scores == pytest.approx(expected, abs=1e-4)

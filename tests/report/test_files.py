@@ -6,8 +6,8 @@ import pytest
 
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import read_evaluation
-from loraloom.report import files
-from loraloom.report.files import read_run
+from loraloom.report import jobs as files
+from loraloom.report.jobs import read_run
 from loraloom.training import results, tracking
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
@@ -71,7 +71,7 @@ def test_an_evaluation_is_read_and_what_is_new_in_it_passed_over(tmp_path):
     content = evaluation() | {"a later field": 1}
     read = read_evaluation(write_evaluation(tmp_path / "result.json", content))
     assert list(read.results) == ["base", "mix", "lora"]
-    assert read.routing["mix"].num_experts == 8
+    assert read.routing["mix"]["num_experts"] == 8
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,9 @@ import torch
 
 from loraloom.cli import main as cli
 from loraloom.errors import ConfigError, DataError
-from loraloom.eval.results import AdapterRouting
-from loraloom.report.curves import job_styles, learning_curves
-from loraloom.report.files import read_runs
-from loraloom.report.page import make_page
-from loraloom.report.routing import effective_number, lay_out, level
+from loraloom.report.charts import job_styles, learning_curves
+from loraloom.report.jobs import read_runs
+from loraloom.report.page import effective_number, lay_out, level, make_page
 from loraloom.routing import tally
 from tests.report.made import evaluation, job_result, write_evaluation, write_run
 
@@ -249,7 +247,7 @@ def test_the_entropy_over_all_tasks_is_that_of_their_mean_probabilities():
     for task, rows in zip(content["tasks"].values(), (one, other), strict=True):
         task |= {"mean_probabilities": rows, "mean_entropy_bits": [0.0] * count}
     content["experts_by_layer"] = [8] * (count - 1) + [2]
-    rows = lay_out("mix", AdapterRouting.model_validate(content)).layers
+    rows = lay_out("mix", content).layers
     assert [row.figures[1] for row in rows] == pytest.approx([1.0] * count)
     assert [len(row.load) for row in rows] == content["experts_by_layer"]
 

@@ -77,7 +77,7 @@ def _command(verb: str, run: RunConfig, adapters: Sequence[JobResult], *options:
 
 def _adapter_name(job: str) -> str:
     """A job may be called as evaluations call the base model."""
-    from loraloom.eval.comparison import BASE
+    from loraloom.eval.results import BASE
 
     return f"{job}-adapter" if job == BASE else job
 

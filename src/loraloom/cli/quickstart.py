@@ -23,7 +23,7 @@ from loraloom.config.yaml_text import parse_yaml
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loraloom.eval.evaluation import Evaluation
+    from loraloom.eval.results import Evaluation
     from loraloom.training.settings import RunConfig
 
 SEEDS = (0, 1, 2)
@@ -106,7 +106,7 @@ def quickstart(
     _print_accuracies(console, found, seeds)
     sizes = {result.job: result.num_parameters for result in results}
     _print_verdict(console, found, seeds, sizes)
-    _draw(output_dir, run.output_dir, seeds, found.details["routing"][names[-1]])
+    _draw(output_dir, run.output_dir, seeds, found.routing[names[-1]])
     _print_outlook(console, output_dir, base, run.output_dir / names[-1])
 
 
@@ -128,14 +128,13 @@ def _print_accuracies(
     console: Console, found: Evaluation, seeds: Mapping[str, Sequence[str]]
 ) -> None:
     """Print what the base model and each method answer right, by skill and of all questions."""
-    from loraloom.eval.comparison import BASE
-    from loraloom.eval.scores import accuracy, accuracy_by_group
+    from loraloom.eval.results import BASE
     from loraloom.eval.tables import CONSTANT, MARK, NOTE
     from loraloom.terminal import make_table, print_tables
 
-    scores = found.tasks[0].scores
-    by_skill = {name: accuracy_by_group(of_name) for name, of_name in scores.items()}
-    in_all = {name: accuracy(of_name) for name, of_name in scores.items()}
+    (task,) = found.tasks
+    in_all: dict[str, Any] = {name: by_task[task] for name, by_task in found.results.items()}
+    by_skill = {name: result["groups"] for name, result in in_all.items()}
     table = make_table(
         "skill",
         values=[CONSTANT, "base model", *seeds],
@@ -143,10 +142,10 @@ def _print_accuracies(
     )
     rows = {skill: {n: by_skill[n][skill] for n in by_skill} for skill in by_skill[BASE]}
     for row, of in {**rows, "all": in_all}.items():
-        majority = of[BASE].majority
+        majority = of[BASE]["majority"]
         cells = []
         for members in ([BASE], *seeds.values()):
-            shares = [of[name].accuracy for name in members]
+            shares = [of[name]["accuracy"] for name in members]
             error = f" ± {100 * _stderr(shares):.1f}" if row == "all" and len(shares) > 1 else ""
             cells.append(
                 f"{100 * fmean(shares):.1f}{error}{'' if fmean(shares) > majority else MARK}"
@@ -169,14 +168,15 @@ def _print_verdict(
     console.print()
     for one, what in zip(found.comparisons, ("its experts' compute", "its size"), strict=True):
         shares = (
-            [task.figure(name) for name in seeds[method]] for method in (one.first, one.second)
+            [found.results[name][task].get("accuracy") or 0.0 for name in seeds[method]]
+            for method in (one.first, one.second)
         )
         over_seeds = _stderr([*map(sub, *shares)])
         first, second = (f"{sizes[seeds[method][0]]:,}" for method in (one.first, one.second))
         console.print(
             f"{one.first} ({first} weights) minus {one.second}, the LoRA of {what} ({second}): "
-            f"{100 * one.result.difference:+.1f} points, ± {100 * over_seeds:.1f} over seeds, "
-            f"± {100 * (one.result.stderr or 0):.1f} over questions",
+            f"{100 * one.difference:+.1f} points, ± {100 * over_seeds:.1f} over seeds, "
+            f"± {100 * (one.stderr or 0):.1f} over questions",
             soft_wrap=True,
         )
     console.print(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loraloom.config.data import SourceConfig
     from loraloom.data.tasks import QuestionSet
     from loraloom.eval.cache import ScoreCache
-    from loraloom.eval.evaluation import Evaluation
+    from loraloom.eval.results import Evaluation
     from loraloom.models.host import Host
 
 DEFAULT_BETA = DpoConfig.model_fields["beta"].default
@@ -28,8 +28,8 @@ Score = Callable[["EvalRun", "Console"], "Evaluation"]
 
 def score_choices(run: EvalRun, tasks: Sequence[str]) -> None:
     """Score choice tasks, write the results and print them; options are those of the verb."""
-    from loraloom.eval.comparison import choose_pairs
     from loraloom.eval.evaluation import load_question_sets
+    from loraloom.eval.statistics import choose_pairs
 
     if not tasks:
         raise ConfigError(
@@ -52,8 +52,8 @@ def _ask(asked: Sequence[QuestionSet], run: EvalRun, messages: Console) -> Evalu
 def score_held_out(run: EvalRun, datasets: Sequence[str]) -> None:
     """Compute losses on data sets, write the results and print them."""
     from loraloom.data.sources import find_location, read_rows
-    from loraloom.eval.comparison import choose_pairs
     from loraloom.eval.held_out import data_set_name, parse_source
+    from loraloom.eval.statistics import choose_pairs
 
     settings = run.model_dump(
         include={"format", "template", "chat_template", "split", "on_empty"}, exclude_none=True
@@ -103,15 +103,19 @@ def _measure(sources: Sequence[SourceConfig], run: EvalRun, messages: Console) -
 
 def _evaluate(run: EvalRun, score: Score) -> None:
     """Score all adapters here or on a cluster's workers; print the tables and write the files."""
-    from loraloom.eval.comparison import choose_pairs
-    from loraloom.eval.evaluation import Evaluation, write_lines
+    from loraloom.eval.evaluation import join_evaluations
+    from loraloom.eval.results import write_lines
+    from loraloom.eval.statistics import choose_pairs
     from loraloom.terminal import make_console, print_tables
 
     messages = make_console(stderr=True, soft_wrap=True)
-    parts = [score(run, messages)] if run.ray is None else _spread(run, score, messages)
-    evaluation = Evaluation.join(parts, run.names, choose_pairs(run.names, run.compare))
-    for name, routing in evaluation.details["routing"].items():
-        for warning in routing["warnings"]:
+    if run.ray is None:
+        evaluation = score(run, messages)
+    else:
+        parts, pairs = _spread(run, score, messages), choose_pairs(run.names, run.compare)
+        evaluation = join_evaluations(parts, run.names, pairs)
+    for name, routing in evaluation.routing.items():
+        for warning in routing.get("warnings", ()):
             messages.print(f"warning: adapter {name}: {warning}")
     print_tables(make_console(), evaluation.tables())
     for path in run.output:
@@ -121,7 +125,7 @@ def _evaluate(run: EvalRun, score: Score) -> None:
 
 
 def _spread(run: EvalRun, score: Score, messages: Console) -> list[Evaluation]:
-    from loraloom.eval.scores import HeldOutLosses, PairLosses
+    from loraloom.eval.held_out import HeldOutLosses, PairLosses
     from loraloom.eval.spread import spread
 
     work = partial(_score_in_worker, run, score)
@@ -131,7 +135,7 @@ def _spread(run: EvalRun, score: Score, messages: Console) -> list[Evaluation]:
     except KeyboardInterrupt:
         messages.print("stopped; the same command goes on from any scores that are kept")
         raise
-    for task in parts[0].tasks:  # workers are silent
+    for task in parts[0].scores:  # workers are silent
         if isinstance(task, HeldOutLosses | PairLosses):
             messages.print(task.data.describe())
     return parts
@@ -147,12 +151,14 @@ def _score_in_worker(run: EvalRun, score: Score, names: Sequence[str | None]) ->
 def _options(run: EvalRun, host: Host, messages: Console) -> Iterator[dict[str, Any]]:
     """Open the cache and a progress bar, and say what the cache had, or keeps after Ctrl-C."""
     from loraloom.eval.progress import EvaluationProgress
+    from loraloom.eval.statistics import choose_pairs
 
     cache = _open_cache(run, host, messages)
     try:
         with EvaluationProgress(messages) as progress:
             yield {
-                "pairs": (),  # until all adapters are there
+                # of a cluster's workers, none has all adapters
+                "pairs": choose_pairs(run.names, run.compare) if run.ray is None else (),
                 "cache": cache,
                 "max_tokens_per_batch": run.batch_tokens,
                 "progress": progress,
@@ -201,17 +207,11 @@ def score_harness(run: EvalRun, tasks: Sequence[str]) -> None:
         if path.suffix.lower() != ".json":
             raise ConfigError(f"--output must end in .json with --harness, got {path}")
     run.check()
-    from loraloom.eval.evaluation import write_json, write_lines
     from loraloom.eval.harness import evaluate_adapters, load_tasks
-    from loraloom.eval.harness.results import (
-        plain_results,
-        question_lines,
-        results_table,
-        summarise,
-    )
+    from loraloom.eval.harness.results import as_evaluation, question_lines, results_table
     from loraloom.eval.harness.tasks import check_asks_text
     from loraloom.eval.provenance import describe_evaluation
-    from loraloom.eval.results import SCHEMA_VERSION
+    from loraloom.eval.results import write_lines
     from loraloom.terminal import make_console, print_tables
 
     with _errors_only():
@@ -228,18 +228,13 @@ def score_harness(run: EvalRun, tasks: Sequence[str]) -> None:
             num_fewshot=run.num_fewshot,
             apply_chat_template=run.apply_chat_template,
         )
-    print_tables(make_console(), [results_table(results)])
+    details = describe_evaluation(host, run.adapters, run.command)
+    evaluation = as_evaluation(results, **details)
+    print_tables(make_console(), [results_table(evaluation)])
     if run.per_question is not None:
         write_lines(run.per_question, question_lines(results))
-    value = {
-        "schema_version": SCHEMA_VERSION,
-        "results": summarise(results),
-        **describe_evaluation(host, run.adapters, run.command),
-        "tasks": {},
-        "lm_eval": plain_results(results),
-    }
     for path in run.output:
-        write_json(path, value)
+        evaluation.write(path)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ the file can be deleted at any time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sqlite3
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 from loraloom.data.tokens import TokenPair
 from loraloom.durable import cache_directory
 from loraloom.errors import ConfigError
-from loraloom.eval.provenance import adapter_digest, computation_key
+from loraloom.eval.provenance import adapter_digest, computation_key, json_digest
 from loraloom.models.host import Host
 
 FILE_NAME = "scores.sqlite3"
@@ -53,18 +52,13 @@ def default_cache_directory() -> Path:
 class ScoreCache:
     """The scores of several adapters on one base model; None is the base model itself.
 
-    Weights must not change while it is used.
-
-    Attributes:
-        num_found: Scores that were known.
-        num_added: Scores that are kept in the file since then.
-        fault: Why some are not, if so.
+    `num_found` scores were known, `num_added` are kept in the file since then; `fault` is why some
+    are not, if so. Weights must not change while it is used.
     """
 
     def __init__(self, directory: Path, host: Host, adapters: Sequence[str | None]):
         self.directory = directory
-        self.num_found = 0
-        self.num_added = 0
+        self.num_found = self.num_added = 0
         self.fault: str | None = None
         self._path = directory / FILE_NAME
         key = computation_key(host)
@@ -72,13 +66,13 @@ class ScoreCache:
             name: {**key, "adapter": name and adapter_digest(host.adapter(name))}
             for name in adapters
         }
-        self._ids = {name: _digest(value) for name, value in keys.items()}
-        computations = {_digest(value): value for value in keys.values()}
+        self._ids = {name: json_digest(value) for name, value in keys.items()}
+        computations = {self._ids[name]: value for name, value in keys.items()}
         self._scores = _transact(self._path, lambda file: _read_scores(file, computations))
 
     def find(self, adapter: str | None, question: Tokens) -> LogLikelihoods | None:
         """Give a question's log-likelihoods if they are known."""
-        known = self._scores.get((self._ids[adapter], question_digest(question)))
+        known = self._scores.get((self._ids[adapter], json_digest(question)))
         self.num_found += known is not None
         return known
 
@@ -88,7 +82,7 @@ class ScoreCache:
         Where the file can't be written any more, they are kept until the evaluation ends.
         """
         finite = {
-            (self._ids[adapter], question_digest(question)): values
+            (self._ids[adapter], json_digest(question)): values
             for adapter, question, values in scores
             if all(map(math.isfinite, values))
         }
@@ -133,13 +127,3 @@ def _transact(path: Path, work: Callable[[sqlite3.Connection], Result]) -> Resul
             f"scores can't be kept in {path.parent}: {error}; delete {path.name} there if it is "
             "damaged, or give another --cache DIR, or --no-cache"
         ) from error
-
-
-def question_digest(question: Tokens) -> str:
-    """Hash the tokens of each choice."""
-    return _digest([[pair.context, pair.continuation] for pair in question])
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

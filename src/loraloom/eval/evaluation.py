@@ -1,4 +1,4 @@
-"""An evaluation of adapters: scored on choice tasks or held-out rows, compared, written down.
+"""An evaluation of adapters: scored on choice tasks or held-out rows, and compared.
 
 evaluation = evaluate(host, tokenizer, ["arc_easy"], data="data", limit=200)
 evaluation.results["math"]["arc_easy"]["accuracy"]
@@ -9,163 +9,99 @@ evaluation.write("result.json")
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import chain
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring, SourceConfig
 from loraloom.config.paths import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair
-from loraloom.durable import write_output
-from loraloom.errors import ConfigError
-from loraloom.eval.cache import ScoreCache, Tokens
-from loraloom.eval.comparison import (
-    BASE,
-    Comparison,
-    Pair,
-    adjusted,
-    check_scored,
-    choose_pairs,
-    seed_means,
-)
-from loraloom.eval.held_out import HeldOutSet, load_held_out
-from loraloom.eval.moe_peft import check_tasks, encode_last_tokens, with_all_labels
+from loraloom.errors import ConfigError, not_finite
+from loraloom.eval.cache import LogLikelihoods, ScoreCache
+from loraloom.eval.held_out import BETA, HeldOutLosses, HeldOutSet, PairLosses, load_held_out
 from loraloom.eval.progress import EvaluationProgress, question_size
-from loraloom.eval.protocol import encode_choices, score_kept, score_questions
-from loraloom.eval.provenance import describe_evaluation, describe_questions
-from loraloom.eval.results import SCHEMA_VERSION
-from loraloom.eval.routing import RoutingTally, summarise_routing
-from loraloom.eval.scores import HeldOutLosses, PairLosses, Scores, TaskScores, summarise
-from loraloom.eval.tables import check_outputs, data_frame, evaluation_tables, markdown_page
+from loraloom.eval.provenance import describe_evaluation
+from loraloom.eval.results import BASE, SCHEMA_VERSION, Comparison, Evaluation
+from loraloom.eval.routing import RoutingTally
+from loraloom.eval.score import (
+    Scorer,
+    Scores,
+    TaskScores,
+    check_moe_peft_tasks,
+    describe_questions,
+    encode_choices,
+    encode_last_tokens,
+    score_questions,
+    with_all_labels,
+)
+from loraloom.eval.statistics import Pair, check_scored, choose_pairs, holm, seed_means
 from loraloom.generation.rows import example_row
 from loraloom.models.host import Host
-from loraloom.training.settings import DpoConfig
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 Compat = Literal["moe-peft"]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation gave.
-
-    Args:
-        tasks: Each data set's scores of every item, by adapter.
-        pairs: Adapters, or groups of seeds, to compare.
-        details: Where mixtures sent the tokens, and how the scores were got: what stands beside
-            `results` in the JSON file.
-    """
-
-    tasks: Sequence[Scores]
-    pairs: Sequence[Pair]
-    details: dict[str, Any]
-
-    @classmethod
-    def join(
-        cls, parts: Sequence[Evaluation], names: Sequence[str | None], pairs: Sequence[Pair]
-    ) -> Evaluation:
-        """Make one of several, as if all adapters had been scored together."""
-        known = [name or BASE for name in names]
-        scored: Any = parts[0].tasks
-        tasks = [
-            replace(task, scores=_joined([part.tasks[place].scores for part in parts], known))
-            for place, task in enumerate(scored)
-        ]
-        details = {
-            **parts[0].details,
-            "num_cached_scores": sum(part.details["num_cached_scores"] for part in parts),
+def summarise(scores: Sequence[Scores], pairs: Sequence[Pair], **details: Any) -> Evaluation:
+    """Compute figures, means over seeds and comparisons of all that was scored."""
+    results: dict[str, dict[str, Any]] = {}
+    for task in scores:
+        for name, result in task.results().items():
+            results.setdefault(name, {})[task.name] = result
+    figures = {
+        task.name: {
+            name: of[task.name].get("loss", of[task.name].get("accuracy"))
+            for name, of in results.items()
         }
-        for field in ("routing", "adapters"):
-            details[field] = _joined([part.details[field] for part in parts], known)
-        return cls(tasks, pairs, details)
-
-    @cached_property
-    def results(self) -> dict[str, dict[str, Any]]:
-        """Figures by adapter (`base` is the base model) and task, as in the JSON file."""
-        return summarise(self.tasks)
-
-    @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """Adapters compared on the same items, their p-values adjusted for all of them."""
-        return adjusted(
-            [
-                (task.name, *pair, task.compare(*pair), task.metric)
-                for task in self.tasks
-                for pair in self.pairs
-            ]
-        )
-
-    @property
-    def seeds(self) -> dict[str, dict[str, Any]]:
-        """Adapters `NAME@SEED` summed up over seeds."""
-        return seed_means(
-            {task.name: {name: task.figure(name) for name in task.scores} for task in self.tasks}
-        )
-
-    def tables(self) -> list[Table]:
-        """Make every table that there is something for, in the order to show them."""
-        return evaluation_tables(self.results, self.seeds, self.comparisons)
-
-    def frame(self) -> DataFrame:
-        """Lay the results out in rows: an adapter, a task, a group of questions, and figures."""
-        return data_frame(self.results)
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield what `--per-question` writes, a line for each adapter and item."""
-        return chain.from_iterable(task.lines() for task in self.tasks)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as it stands in the JSON file."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "results": self.results,
-            "seeds": self.seeds,
-            "comparisons": [comparison.to_json() for comparison in self.comparisons],
-            **self.details,
-        }
-
-    def write(self, path: str | Path) -> None:
-        """Write a .json, .csv or .md file.
-
-        Raises:
-            ConfigError: If the suffix is another one, or the file can't be written.
-        """
-        path = Path(path)
-        check_outputs([path])
-        match path.suffix.lower():
-            case ".csv":
-                write_output(path, self.frame().to_csv(index=False, lineterminator="\n"))
-            case ".md":
-                write_output(path, markdown_page(self.tables(), self.details))
-            case _:
-                write_json(path, self.to_json())
+        for task in scores
+    }
+    found = [(task, *pair, task.compare(*pair)) for task in scores for pair in pairs]
+    adjusted = holm([one.p_value for *_, one in found])
+    return Evaluation(
+        schema_version=SCHEMA_VERSION,
+        results=results,
+        seeds=seed_means(figures),
+        comparisons=[
+            Comparison(
+                **asdict(one),
+                task=task.name,
+                metric=task.metric,
+                first=first,
+                second=second,
+                adjusted_p_value=p_value,
+            )
+            for (task, first, second, one), p_value in zip(found, adjusted, strict=True)
+        ],
+        scores=list(scores),
+        **details,
+    )
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write results."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_output(path, f"{text}\n")
+def join_evaluations(
+    parts: Sequence[Evaluation], names: Sequence[str | None], pairs: Sequence[Pair]
+) -> Evaluation:
+    """Make one of several, as if all adapters had been scored together."""
 
+    def joined(of_parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        found = {name: value for part in of_parts for name, value in part.items()}
+        return {name or BASE: found[name or BASE] for name in names if (name or BASE) in found}
 
-def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write lines of JSON, such as those of `Evaluation.lines`."""
-    texts = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in lines)
-    write_output(path, "".join(f"{text}\n" for text in texts))
-
-
-def _joined(parts: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    found = {name: value for part in parts for name, value in part.items()}
-    return {name: found[name] for name in names if name in found}
+    computed = {"schema_version", "results", "seeds", "comparisons"}
+    details = {name: value for name, value in parts[0] if name not in computed}
+    details |= {
+        "scores": [
+            replace(of_task[0], scores=joined(one.scores for one in of_task))
+            for of_task in zip(*(part.scores for part in parts), strict=True)
+        ],
+        "routing": joined(part.routing for part in parts),
+        "adapters": joined(part.adapters for part in parts),
+        "num_cached_scores": sum(part.num_cached_scores for part in parts),
+    }
+    return summarise(pairs=pairs, **details)
 
 
 class _Pass:
@@ -184,77 +120,77 @@ class _Pass:
         sources: Mapping[str, str] | None = None,
         command: str = "",
     ):
-        self.host = host
-        self.tokenizer = tokenizer
         self.names = [None, *host.adapters] if adapters is None else list(adapters)
         self.pairs = choose_pairs(self.names) if pairs is None else pairs
         check_scored(self.names, self.pairs)
-        self._cache = cache
-        self._max_tokens = max_tokens_per_batch
+        self._tokenizer = tokenizer
+        self._scorer = Scorer(host, self.names, max_tokens_per_batch, cache)
         self._progress = progress
-        self._sources = sources or {}
-        self._command = command
+        self._how = (host, sources or {}, command)
         self._tally = RoutingTally(host, self.names, tokenizer)
 
     def ask(self, asked: QuestionSet, compat: Compat | None) -> TaskScores:
         """Score a task's questions."""
         progress, questions = self._progress, asked.questions
         scores = score_questions(
-            self.host,
-            self.tokenizer,
+            self._scorer,
+            self._tokenizer,
             questions,
-            self.names,
-            self._max_tokens,
-            progress and progress.start(asked.task, [*map(question_size, questions)]),
             encode_choices if compat is None else encode_last_tokens,
-            self._cache,
-            self._tally.of(asked.task, [question.group for question in questions]),
+            on_progress=progress and progress.start(asked.task, [*map(question_size, questions)]),
+            on_routing=self._tally.of(asked.task, [question.group for question in questions]),
         )
+        for name, of_name in scores.items():
+            places = [f"in {asked.task}, question {question.index}" for question in questions]
+            _check_finite("scores", name, [one.log_likelihoods for one in of_name], places)
         by_name = {name or BASE: of_name for name, of_name in scores.items()}
-        found = TaskScores(asked.task, asked.split, by_name, describe_questions(asked))
-        found.check_finite()
-        return found
+        return TaskScores(asked.task, describe_questions(asked), by_name)
 
     def measure(self, data: HeldOutSet) -> HeldOutLosses | PairLosses:
         """Compute the losses of a data set's rows."""
-        names, progress = self.names, self._progress
-        if data.has_pairs and None not in names:  # whose rewards are relative to the base model
-            names = [None, *names]
-        scores = score_kept(
-            self.host,
+        scorer, progress = self._scorer, self._progress
+        if data.has_pairs and None not in self.names:  # rewards are relative to the base model
+            scorer = replace(scorer, adapters=[None, *self.names])
+        scores = scorer.score(
             [[example_row(one) for one in examples] for examples in data.rows],
             [_known_by(examples) for examples in data.rows],
-            names,
-            self._max_tokens,
             progress and progress.start(data.name, data.num_tokens, "rows"),
-            self._cache,
             self._tally.of(data.name),
         )
-        losses = {
-            name or BASE: [-scores[name, place][0] for place in range(len(data.rows))]
-            for name in names
-        }
-        asked = {name or BASE: losses[name or BASE] for name in self.names}
-        found = (
-            PairLosses(data, asked, losses[BASE]) if data.has_pairs else HeldOutLosses(data, asked)
-        )
-        found.check_finite()
-        return found
+        for name, of_name in scores.items():
+            places = [f"in row {place + 1} of {data.name}" for place in data.places]
+            _check_finite("losses", name, of_name, places)
+        losses = {name: [-value for (value,) in of_name] for name, of_name in scores.items()}
+        asked = {name or BASE: losses[name] for name in self.names}
+        if data.has_pairs:
+            return PairLosses(data.name, data.details, asked, data, losses[None])
+        return HeldOutLosses(data.name, data.details, asked, data)
 
-    def evaluation(self, tasks: Sequence[Scores], **more: Any) -> Evaluation:
+    def evaluation(self, scores: Sequence[Scores], **more: Any) -> Evaluation:
         """Note how the scores of all data sets were got."""
-        sizes = {task.name: len(next(iter(task.scores.values()))) for task in tasks}
-        details = {
-            "routing": summarise_routing(self._tally, self.tokenizer, sizes),
-            **describe_evaluation(self.host, self._sources, self._command),
-            "tasks": {task.name: task.details for task in tasks},
+        sizes = {task.name: len(next(iter(task.scores.values()))) for task in scores}
+        cache = self._scorer.cache
+        return summarise(
+            scores,
+            self.pairs,
+            routing=self._tally.summarise(sizes),
+            **describe_evaluation(*self._how),
+            tasks={task.name: dict(task.details) for task in scores},
             **more,
-            "num_cached_scores": 0 if self._cache is None else self._cache.num_found,
-        }
-        return Evaluation(tasks, self.pairs, details)
+            num_cached_scores=0 if cache is None else cache.num_found,
+        )
 
 
-def _known_by(examples: Sequence[Example]) -> Tokens:
+def _check_finite(
+    what: str, name: str | None, scores: Sequence[LogLikelihoods], places: Sequence[str]
+) -> None:
+    """Raise an AdapterError that names who gave a score that is not finite, and where."""
+    for values, place in zip(scores, places, strict=True):
+        if not all(map(math.isfinite, values)):
+            raise not_finite(what, values if len(values) > 1 else values[0], [name], place)
+
+
+def _known_by(examples: Sequence[Example]) -> list[TokenPair]:
     """What a row's kept loss is known by: no question has NO_LOSS in a context, so none is it."""
     return [TokenPair([NO_LOSS, *one.input_ids], list(one.labels)) for one in examples]
 
@@ -312,7 +248,7 @@ def evaluate_loss(
     *,
     max_length: int | None = None,
     limit: int | None = None,
-    beta: float = DpoConfig.model_fields["beta"].default,
+    beta: float = BETA,
     **options: Any,
 ) -> Evaluation:
     """Compute the loss of several adapters on held-out rows, all in one pass, and compare them.
@@ -360,20 +296,15 @@ def load_question_sets(
     if compat is not None:
         if scoring == "text":
             raise ConfigError(f"compat {compat} scores labels; leave out scoring {scoring}")
-        check_tasks(tasks)
-    if data is not None and len(tasks) > 1:
-        _check_directories(local_path(data, "data"), names)
+        check_moe_peft_tasks(tasks)
+    if data is not None and len(tasks) > 1:  # which must not all read the data of one
+        absent = [name for name in names if not (local_path(data, "data") / name).is_dir()]
+        if absent:
+            raise ConfigError(
+                f"data must be a directory with one for each of several tasks, got {data} without "
+                f"{', '.join(absent)}"
+            )
     loaded = [load_question_set(task, scoring, split, data, limit) for task in tasks]
     if compat is None:
         return loaded
     return [replace(task, questions=[*map(with_all_labels, task.questions)]) for task in loaded]
-
-
-def _check_directories(data: Path, names: Sequence[str]) -> None:
-    """Check that several tasks don't read the data of one."""
-    absent = [name for name in names if not (data / name).is_dir()]
-    if absent:
-        raise ConfigError(
-            f"data must be a directory with one for each of several tasks, got {data} without "
-            f"{', '.join(absent)}"
-        )

@@ -1,33 +1,153 @@
-"""What an evaluation's JSON file holds, as `Evaluation.write` leaves it and a report reads it.
+"""What an evaluation gives: one type for choices, held-out rows and lm-eval's tasks.
 
-Fields that nobody here has a use for are passed over, so that files with more of them can be read.
+`Evaluation` is written to JSON and read from it. Fields that have no name here are kept as they
+are, so that files with more of them can be read.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.table import Table
+from typing_extensions import TypedDict
 
 from loraloom.config.json_text import read_json
+from loraloom.durable import write_output
 from loraloom.errors import ConfigError, DataError
+from loraloom.eval import tables
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+BASE = "base"
+"""What results call the base model."""
 
 SCHEMA_VERSION = 1
 """Of the file. A field that goes or changes its meaning raises it, a new one does not."""
 
-Fields = dict[str, Any]
-"""What is shown as it stands in the file."""
+Metric = Literal["accuracy", "loss"]
+"""What is compared: of accuracies more is better, of losses (in nats a token) less."""
 
+Fields = dict[str, Any]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Number = Annotated[float, Field(ge=-1e39, le=1e39)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-1e39, le=1e39, allow_inf_nan=False)]
 """As much as float32 holds."""
-Positive = Annotated[float, Field(ge=0, le=1e39)]
+Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class TaskResult(TypedDict, total=False):
+    """An adapter's figures in a task or on a data set, those that it has."""
+
+    accuracy: Share | None
+    loss: Number
+    stderr: Number | None
+    interval: Interval
+    perplexity: Number | None
+    num_examples: Count | None
+    num_tokens: Count
+    majority: Share
+    beats_majority: bool
+    split: str | None
+    num_truncated: Count
+    groups: dict[str, TaskResult]
+    # of preference pairs
+    accuracy_interval: Interval
+    reward_accuracy: Share
+    reward_margin: Number
+    reward_margin_stderr: Number | None
+    reward_margin_interval: Interval
+    # of lm-eval
+    metric: str
+    metrics: dict[str, Fields]
+    num_fewshot: int | None
+    subtasks: list[str]
+
+
+class SeedGroup(TypedDict):
+    """Adapters that are seeds of one thing, and their `mean` and `sd` by task."""
+
+    adapters: list[str]
+    tasks: dict[str, dict[str, Number | None]]
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """How much better one adapter is than another on the same questions.
+
+    Args:
+        difference: Accuracy of the first minus that of the second, in [-1, 1].
+        stderr: Of the difference, sd(d) / sqrt(n) over the questions' differences d; None for a
+            single question.
+        interval: Percentile bootstrap interval of the difference.
+        p_value: Two-sided, of the exact sign test over questions, which is McNemar's test where
+            both are single adapters.
+        num_first_better: Questions on which the first did better.
+        num_second_better: Questions on which the second did better.
+        num_examples: How many questions.
+    """
+
+    difference: Number
+    stderr: Number | None
+    interval: tuple[Number, Number]
+    p_value: Share
+    num_first_better: int
+    num_second_better: int
+    num_examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(PairedComparison):
+    """Two contestants on a task; `adjusted_p_value` is Holm's over all that were made together."""
+
+    task: str
+    metric: Metric = "accuracy"
+    first: str
+    second: str
+    adjusted_p_value: Share
+
+    @property
+    def result(self) -> PairedComparison:
+        """The comparison itself, which once was a part of its own."""
+        return self
+
+
+class TaskRouting(TypedDict, total=False):
+    """A mixture's routing in a task; lists are by layer, and absent where nothing is covered."""
+
+    num_questions: Required[Count]
+    num_questions_covered: Required[Count]
+    num_tokens: Required[Count]
+    load: list[list[Share]]
+    effective_experts: list[Number]
+    mean_probabilities: list[list[Share]]
+    mean_entropy_bits: list[Number]
+    token_entropy_bits: list[Number]
+    example: Fields
+
+
+class AdapterRouting(TypedDict, total=False):
+    """A mixture's routing in all tasks."""
+
+    num_experts: Required[Annotated[int, Field(ge=1, le=1024)]]
+    top_k: Required[Count]
+    layers: Required[list[int | str]]
+    experts_by_layer: list[int]
+    tasks: Required[dict[str, TaskRouting]]
+    similarity: list[Fields]
+    specialisation: dict[Literal["topics", "token_classes"], Fields]
+    words: list[Fields]
+    warnings: list[str]
 
 
 class Record(BaseModel):
-    """A part of a file that loraloom wrote."""
+    """A file that loraloom wrote, or a part of it."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -45,107 +165,75 @@ class Environment(Record):
     command: str = ""
 
 
-class TaskResult(Record):
-    """An adapter's accuracy in a task, or its loss on held-out rows; lm-eval's may have neither."""
+class Evaluation(Environment):
+    """What an evaluation gave, field by field as in its JSON file.
 
-    accuracy: Share | None = None
-    stderr: Positive | None = None
-    interval: tuple[Number, Number] | None = None
-    num_examples: Count | None = None
-    split: str | None = None
-    majority: Share | None = None
-    subtasks: tuple[str, ...] = ()
-    loss: Number | None = None
-    perplexity: Positive | None = None
-    num_tokens: Count | None = None
+    `results` are figures by adapter (`base` is the base model) and task; `scores` are those of
+    every item, which the file doesn't hold.
+    """
 
-    @property
-    def is_constant(self) -> bool:
-        """Whether the best constant answer is right as often."""
-        if self.accuracy is None or self.majority is None:
-            return False
-        return self.accuracy <= self.majority
-
-
-class SeedMean(Record):
-    """Accuracies, or held-out losses, of several seeds in a task."""
-
-    mean: Number
-    sd: Positive | None = None
-
-
-class SeedGroup(Record):
-    """Adapters that are seeds of one thing."""
-
-    adapters: tuple[str, ...]
-    tasks: dict[str, SeedMean]
-
-
-class ComparisonResult(Record):
-    """Two contestants on the same questions of a task, or on the same rows held out."""
-
-    task: str
-    metric: str = "accuracy"
-    first: str
-    second: str
-    difference: Number
-    stderr: Positive | None = None
-    interval: tuple[Number, Number]
-    num_first_better: Count
-    num_second_better: Count
-    p_value: Share
-    adjusted_p_value: Share
-
-
-class TaskRouting(Record):
-    """A mixture's routing in a task; rows by layer, empty where no question is covered."""
-
-    num_questions: Count
-    num_questions_covered: Count
-    num_tokens: Count
-    load: tuple[tuple[Share, ...], ...] = ()
-    mean_probabilities: tuple[tuple[Share, ...], ...] = ()
-    mean_entropy_bits: tuple[Positive, ...] = ()
-    token_entropy_bits: tuple[Positive, ...] = ()
-    example: Fields | None = None
-    """A text's `tokens`, and by router the first choice of each as `experts`."""
-
-
-class AdapterRouting(Record):
-    """A mixture's routing in all tasks."""
-
-    num_experts: int = Field(ge=1, le=1024)
-    top_k: Count
-    layers: tuple[Count | str, ...]
-    experts_by_layer: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
-    tasks: dict[str, TaskRouting]
-    similarity: tuple[Fields, ...] = ()
-    """`first` and `second` task, and their `mean` likeness."""
-    specialisation: dict[Literal["topics", "token_classes"], dict[Literal["bits", "of"], Any]] = {}
-    """By layer, what an expert says about the class of a token, and how each class is set apart."""
-    words: tuple[Fields, ...] = ()
-    """The typical words of each expert of a `layer`."""
-    warnings: tuple[str, ...] = ()
-
-
-class EvaluationFile(Environment):
-    """The JSON file of `loraloom eval --output`; its version says what the fields hold."""
+    model_config = ConfigDict(extra="allow")
 
     schema_version: Literal[1]
     results: dict[str, dict[str, TaskResult]]
     seeds: dict[str, SeedGroup] = {}
-    comparisons: tuple[ComparisonResult, ...] = ()
+    comparisons: list[Comparison] = []
     routing: dict[str, AdapterRouting] = {}
     base_model: str = ""
+    base_fingerprint: str = ""
+    attention: str = ""
+    adapters: dict[str, Fields] = {}
     tasks: dict[str, Fields] = {}
     date: str = ""
+    num_cached_scores: Count = 0
+    scores: list[Any] = Field(default=[], exclude=True, repr=False)
+
+    def tables(self) -> list[Table]:
+        """Make every table that there is something for, in the order to show them."""
+        return tables.evaluation_tables(self)
+
+    def frame(self) -> DataFrame:
+        """Lay the results out in rows: an adapter, a task, a group of questions, and figures."""
+        return tables.data_frame(self.results)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what `--per-question` writes, a line for each adapter and item."""
+        return chain.from_iterable(task.lines() for task in self.scores)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as it stands in the JSON file."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def write(self, path: str | Path) -> None:
+        """Write a .json, .csv or .md file.
+
+        Raises:
+            ConfigError: If the suffix is another one, or the file can't be written.
+        """
+        path = Path(path)
+        tables.check_outputs([path])
+        match path.suffix.lower():
+            case ".csv":
+                text = self.frame().to_csv(index=False, lineterminator="\n")
+            case ".md":
+                text = tables.markdown_page(self)
+            case _:
+                text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+                text += "\n"
+        write_output(path, text)
 
 
-def read_evaluation(path: Path) -> EvaluationFile:
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write lines of JSON, such as those of `Evaluation.lines`."""
+    texts = (json.dumps(line, ensure_ascii=False, allow_nan=False) for line in lines)
+    write_output(path, "".join(f"{text}\n" for text in texts))
+
+
+def read_evaluation(path: Path) -> Evaluation:
     """Read an evaluation's JSON file."""
     if not path.is_file():
         raise ConfigError(f"--eval must be a file of `loraloom eval --output`, got {path}")
-    return read_record(path, EvaluationFile, "what `loraloom eval --output` wrote")
+    return read_record(path, Evaluation, "what `loraloom eval --output` wrote")
 
 
 def read_record(path: Path, kind: type[_Kind], expected: str) -> _Kind:
@@ -153,13 +241,11 @@ def read_record(path: Path, kind: type[_Kind], expected: str) -> _Kind:
     try:
         return kind.model_validate(read_json(path, DataError))
     except ValidationError as error:
-        raise DataError(
-            f"{path} must be {expected}, got another file: {first_fault(error)}"
-        ) from None
+        reason = first_fault(error)
+        raise DataError(f"{path} must be {expected}, got another file: {reason}") from None
 
 
 def first_fault(error: ValidationError) -> str:
     """Say what is wrong first, and where."""
     fault = error.errors(include_url=False)[0]
-    place = ".".join(map(str, fault["loc"]))
-    return f"{place}: {fault['msg']}" if place else fault["msg"]
+    return ": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]]))

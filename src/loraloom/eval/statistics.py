@@ -1,19 +1,29 @@
 """How sure an accuracy is, and whether two adapters differ on the same questions.
 
-Questions are the sample. Everything here says how results would move with other questions; how they
-move with another training seed is what `comparison.summarise_seeds` measures.
+Questions are the sample: intervals and p-values say how results would move with other questions.
+How they move with another training seed is another doubt. Adapters named `NAME@SEED` are seeds of
+NAME: together they count as one contestant, whose answer to a question is the share of them that
+are right. Answers are those of an evaluation, or of files that `--per-question` wrote:
+
+    >>> (task,) = read_answers("a.jsonl", "b.jsonl")
+    >>> compare(task, "mix", "plain").p_value
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from itertools import combinations
+from pathlib import Path
+from statistics import NormalDist, fmean, stdev
+from typing import Any
 
 import numpy as np
 
-from loraloom.errors import DataError
+from loraloom.data.sources import read_rows
+from loraloom.errors import AdapterError, ConfigError, DataError
+from loraloom.eval.results import BASE, PairedComparison
 
 CONFIDENCE = 0.95
 """Of every interval."""
@@ -21,37 +31,37 @@ CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 """Of the bootstrap."""
 
+MAX_FOR_ALL_PAIRS = 4
+"""Contestants, besides the base model, of whom all pairs are compared without being asked for."""
+
+_NO_FILTER = "none"
+"""What lm-eval calls the filter that leaves answers as they are."""
+
+_Answers = dict[int, tuple[str, bool]]
+"""By a question's place: its hash, and whether it was answered right."""
+
+Pair = tuple[str, str]
+
 
 @dataclass(frozen=True)
-class PairedComparison:
-    """How much better one adapter is than another on the same questions.
+class TaskAnswers:
+    """Whether each question of a task was answered right.
 
     Args:
-        difference: Accuracy of the first minus that of the second, in [-1, 1].
-        stderr: Of the difference, sd(d) / sqrt(n) over the questions' differences d; None for a
-            single question.
-        interval: Percentile bootstrap interval of the difference.
-        p_value: Two-sided, of the exact sign test over questions, which is McNemar's test where
-            both are single adapters.
-        num_first_better: Questions on which the first did better.
-        num_second_better: Questions on which the second did better.
-        num_examples: How many questions.
+        task: Name of the task.
+        questions: Their places in the split.
+        right: By adapter, in the order of the questions; `base` is the base model.
     """
 
-    difference: float
-    stderr: float | None
-    interval: tuple[float, float]
-    p_value: float
-    num_first_better: int
-    num_second_better: int
-    num_examples: int
+    task: str
+    questions: tuple[int, ...]
+    right: Mapping[str, tuple[bool, ...]]
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Compute the score interval of a share of successes; it stays in [0, 1], also at 0 and 1.
+    """Compute Wilson's score interval of a share; it stays in [0, 1], also at 0 and 1.
 
-    Source:
-        Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     scale = 1 + z**2 / count
@@ -63,11 +73,10 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 def mcnemar_p_value(num_first: int, num_second: int) -> float:
     """Compute the two-sided p-value of McNemar's exact test, min(1, 2 P[X ≤ min(b, c)]).
 
-    X is binomial with b + c trials of 1/2. Integers keep it exact for any number of questions.
-
-    Source:
-        McNemar 1947, Note on the sampling error of the difference between correlated proportions.
+    Source: McNemar 1947, Note on the sampling error of the difference between correlated
+    proportions.
     """
+    # X is binomial with b + c trials of 1/2; integers keep it exact for any number of questions
     trials = num_first + num_second
     term = tail = 1
     for successes in range(min(num_first, num_second)):
@@ -97,41 +106,47 @@ def compare_paired(
         )
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     count = len(differences)
-    num_first, num_second = int((differences > 0).sum()), int((differences < 0).sum())
-    return PairedComparison(
-        difference=float(differences.mean()),
-        stderr=float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else None,
-        interval=_bootstrap_interval(differences, seed),
-        p_value=mcnemar_p_value(num_first, num_second),
-        num_first_better=num_first,
-        num_second_better=num_second,
-        num_examples=count,
+    # differences take few values, so a resample is a multinomial draw of how often each occurs
+    values, counts = np.unique(differences, return_counts=True)
+    generator = np.random.default_rng(seed)
+    draws = generator.multinomial(count, counts / count, size=NUM_RESAMPLES)
+    return _compared(
+        differences,
+        float(differences.mean()),
+        float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else None,
+        _percentiles(draws @ values / count),
     )
 
 
 def compare_losses(
-    first: Sequence[int | float],
-    second: Sequence[int | float],
-    num_tokens: Sequence[int],
+    first: Sequence[int | float], second: Sequence[int | float], num_tokens: Sequence[int]
 ) -> PairedComparison:
-    """Compare the losses a token of two adapters on the same rows.
+    """Compare the losses a token of two adapters on the same rows, of which the bootstrap draws.
 
     The better one of a row is that with the lower loss. A loss is a ratio of sums over rows, so
-    `stderr` is that of a ratio, and the bootstrap draws rows.
+    `stderr` is that of a ratio.
     """
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     lengths = np.asarray(num_tokens, dtype=np.float64)
-    ((low, high),) = ratio_intervals(differences[:, None], lengths)
-    num_first, num_second = int((differences < 0).sum()), int((differences > 0).sum())
+    (interval,) = ratio_intervals(differences[:, None], lengths)
+    stderr = ratio_stderr(differences, lengths)
+    return _compared(-differences, float(differences.sum() / lengths.sum()), stderr, interval)
+
+
+def _compared(
+    gains: np.ndarray, difference: float, stderr: float | None, interval: tuple[float, float]
+) -> PairedComparison:
+    num_first, num_second = int((gains > 0).sum()), int((gains < 0).sum())
+    p_value = mcnemar_p_value(num_first, num_second)
     return PairedComparison(
-        difference=float(differences.sum() / lengths.sum()),
-        stderr=ratio_stderr(differences, lengths),
-        interval=(low, high),
-        p_value=mcnemar_p_value(num_first, num_second),
-        num_first_better=num_first,
-        num_second_better=num_second,
-        num_examples=len(differences),
+        difference, stderr, interval, p_value, num_first, num_second, len(gains)
     )
+
+
+def _percentiles(draws: np.ndarray) -> tuple[float, float]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, (tail, 1 - tail))
+    return float(low), float(high)
 
 
 def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
@@ -139,8 +154,7 @@ def ratio_stderr(sums: np.ndarray, lengths: np.ndarray) -> float | None:
 
     It is that of the ratio's linear part, sqrt(n / (n - 1) Σ (s_i - R l_i)²) / Σ l_i.
 
-    Source:
-        Cochran 1977, Sampling Techniques, section 6.3.
+    Source: Cochran 1977, Sampling Techniques, section 6.3.
     """
     count, total = len(sums), lengths.sum()
     if count == 1:
@@ -157,10 +171,7 @@ def ratio_intervals(sums: np.ndarray, lengths: np.ndarray) -> list[tuple[float, 
     for resample in means:
         times = np.bincount(generator.integers(count, size=count), minlength=count)
         resample[:] = times @ totals
-    ratios = means[:, :-1] / means[:, -1:]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(ratios, (tail, 1 - tail), axis=0)
-    return list(zip(low.tolist(), high.tolist(), strict=True))
+    return [*map(_percentiles, (means[:, :-1] / means[:, -1:]).T)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -168,26 +179,175 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The i-th smallest of m is multiplied by m - i + 1, and none may be below a smaller one's.
 
-    Source:
-        Holm 1979, A simple sequentially rejective multiple test procedure.
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
+    adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         highest = max(highest, min(1.0, p_values[place] * (len(p_values) - rank)))
         adjusted[place] = highest
     return adjusted
 
 
-def _bootstrap_interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
-    """Resample questions with replacement and take percentiles of their mean difference.
+def _seeds_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
+    """Adapters NAME@SEED by NAME."""
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stem, at, _ = name.rpartition("@")
+        if at:
+            stems.setdefault(stem, []).append(name)
+    return stems
 
-    Differences take few values, so a resample is a multinomial draw of how often each occurs.
+
+def seed_groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """Find adapters that are seeds of one thing; a single seed is no group."""
+    groups = {stem: seeds for stem, seeds in _seeds_by_stem(names).items() if len(seeds) > 1}
+    for stem, seeds in groups.items():
+        if stem in (*names, BASE):
+            raise ConfigError(
+                f"adapter names must be clear, got {stem!r} and its seeds {', '.join(seeds)}; "
+                "call one of them something else"
+            )
+    return groups
+
+
+def members_of(name: str, names: Sequence[str]) -> list[str]:
+    """The adapters that a contestant stands for: itself, or its seeds."""
+    stems = _seeds_by_stem(names)
+    if name in names:
+        return [name]
+    if name not in stems:
+        known = ", ".join(dict.fromkeys([*names, *stems]))
+        raise ConfigError(f"what is compared must be one of {known}, got {name!r}")
+    return stems[name]
+
+
+def choose_pairs(adapters: Sequence[str | None], wanted: Sequence[str] = ()) -> list[Pair]:
+    """Decide whom to compare: seeds as their group, the others as they are."""
+    names = [name or BASE for name in adapters]
+    group_of = {seed: stem for stem, seeds in seed_groups(names).items() for seed in seeds}
+    if wanted:
+        pairs = [_parse_pair(text, names) for text in wanted]
+        if len({frozenset(pair) for pair in pairs}) < len(pairs):
+            raise ConfigError(f"--compare must name each pair once, got {', '.join(wanted)}")
+        return pairs
+    contestants = dict.fromkeys(group_of.get(name, name) for name in names)
+    others = [name for name in contestants if name != BASE]
+    pairs = [(name, BASE) for name in others] if BASE in contestants else []
+    if len(others) <= MAX_FOR_ALL_PAIRS:
+        pairs += combinations(others, 2)
+    return pairs
+
+
+def _parse_pair(text: str, names: Sequence[str]) -> Pair:
+    stems = _seeds_by_stem(names)
+    known = dict.fromkeys([*names, *stems])
+    single = {stem: seeds[0] for stem, seeds in stems.items() if len(seeds) == 1}
+    first, second = (n if n in names else single.get(n, n) for n in text.partition(":")[::2])
+    if first not in known or second not in known or first == second:
+        raise ConfigError(
+            f"--compare must be FIRST:SECOND, two of {', '.join(known)}, got {text!r}"
+        )
+    return first, second
+
+
+def check_scored(adapters: Sequence[str | None], pairs: Sequence[Pair]) -> None:
+    """Find what results could not tell, before anything is scored."""
+    if not adapters:
+        raise AdapterError("adapters must name at least one, or None for the base model, got none")
+    if BASE in adapters:
+        raise AdapterError(f"no adapter may be called {BASE}, which results call the base model")
+    names = [name or BASE for name in adapters]
+    seed_groups(names)  # are they clear?
+    for name in (name for pair in pairs for name in pair):
+        members_of(name, names)
+
+
+def seed_values(values: Mapping[str, Sequence[int | float]], name: str) -> list[float]:
+    """A contestant's value of each item: an adapter's own, or the mean over a group of seeds."""
+    members = [values[member] for member in members_of(name, list(values))]
+    return [fmean(of_item) for of_item in zip(*members, strict=True)]
+
+
+def compare(answers: TaskAnswers, first: str, second: str, seed: int = 0) -> PairedComparison:
+    """Compare two contestants on a task; see `compare_paired`.
+
+    Args:
+        answers: Of both.
+        first: An adapter, a group of seeds, or `base`.
+        second: Another.
+        seed: Of the bootstrap.
+
+    Raises:
+        ConfigError: If the answers have no such name.
     """
-    values, counts = np.unique(differences, return_counts=True)
-    num_questions = len(differences)
-    generator = np.random.default_rng(seed)
-    draws = generator.multinomial(num_questions, counts / num_questions, size=NUM_RESAMPLES)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws @ values / num_questions, (tail, 1 - tail))
-    return float(low), float(high)
+    shares = (seed_values(answers.right, name) for name in (first, second))
+    return compare_paired(*shares, seed)
+
+
+def summarise_seeds(tasks: Sequence[TaskAnswers]) -> dict[str, dict[str, Any]]:
+    """Give mean and sample standard deviation by group and task, as they stand under `seeds`."""
+    return seed_means({task.task: {n: fmean(r) for n, r in task.right.items()} for task in tasks})
+
+
+def seed_means(figures: Mapping[str, Mapping[str, int | float]]) -> dict[str, dict[str, Any]]:
+    """The same of figures by task and adapter."""
+    summary: dict[str, dict[str, Any]] = {}
+    for task, by_adapter in figures.items():
+        for stem, members in seed_groups(list(by_adapter)).items():
+            values = [by_adapter[name] for name in members]
+            group = summary.setdefault(stem, {"adapters": members, "tasks": {}})
+            spread = {"mean": fmean(values), "sd": stdev(values), "num_seeds": len(values)}
+            group["tasks"][task] = spread
+    return summary
+
+
+def read_answers(*paths: str | Path) -> list[TaskAnswers]:
+    """The answers in files of `loraloom eval --per-question`, `--harness` or not, joined by task.
+
+    Args:
+        paths: At least one. Several may hold different adapters, or different tasks.
+
+    Raises:
+        DataError: If a file is missing or damaged, or its task has no right answers, if adapters of
+            one task were asked different questions, or if two files have other answers of an
+            adapter of the same name.
+    """
+    tasks: dict[str, dict[str, _Answers]] = {}
+    for path in paths:
+        for (task, adapter), answers in _read_file(Path(path)).items():
+            if tasks.setdefault(task, {}).setdefault(adapter, answers) != answers:
+                raise DataError(
+                    f"{path}: {adapter!r} must have the answers to {task} that it has in the files "
+                    "before, got others; give each adapter a name of its own"
+                )
+    return [_join(task, by_adapter) for task, by_adapter in tasks.items()]
+
+
+def _read_file(path: Path) -> dict[tuple[str, str], _Answers]:
+    """Answers by task and adapter; what lm-eval filtered in several ways is several tasks."""
+    answers: dict[tuple[str, str], _Answers] = {}
+    for row in read_rows(path):
+        chosen_filter = row.get("filter", _NO_FILTER)
+        task = row.text("task") + ("" if chosen_filter == _NO_FILTER else f",{chosen_filter}")
+        adapter, index, correct = row.text("adapter"), row.integer("index"), row.get("correct")
+        if not isinstance(correct, bool):
+            row.reject(f"field 'correct' must be true or false, got {correct!r}")
+        known = answers.setdefault((task, adapter), {})
+        if index in known:
+            row.reject(f"{adapter!r} must answer question {index} of {task} once, got it again")
+        known[index] = (row.text("question"), correct)
+    return answers
+
+
+def _join(task: str, by_adapter: Mapping[str, _Answers]) -> TaskAnswers:
+    first, asked = next(iter(by_adapter.items()))
+    questions = {index: digest for index, (digest, _) in asked.items()}
+    for adapter, answers in by_adapter.items():
+        if {index: digest for index, (digest, _) in answers.items()} != questions:
+            raise DataError(
+                f"{task}: adapters must have been asked the same questions, got others of "
+                f"{adapter!r} than of {first!r}; take files of the same split and limit"
+            )
+    places = sorted(asked)
+    right = {name: tuple(of[place][1] for place in places) for name, of in by_adapter.items()}
+    return TaskAnswers(task, tuple(places), right)

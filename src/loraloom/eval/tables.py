@@ -1,29 +1,24 @@
-"""Results as tables on the terminal and in Markdown, and as a data frame.
-
-Tables are made of results as they stand in the JSON file, by adapter and task.
-"""
+"""Results as tables on the terminal and in Markdown, and as a data frame."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from loraloom.errors import ConfigError
-from loraloom.eval.comparison import Comparison, Metric
 from loraloom.terminal import make_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-Result = Mapping[str, Any]
-"""Of an adapter in a task, as in the JSON file."""
+    from loraloom.eval.results import Comparison, Evaluation, TaskResult
 
-Results = Mapping[str, Mapping[str, Result]]
-"""By adapter and task."""
+    Results = Mapping[str, Mapping[str, TaskResult]]
 
 SUFFIXES = (".json", ".csv", ".md")
 """Of files of results; they say what is in them."""
@@ -31,20 +26,17 @@ SUFFIXES = (".json", ".csv", ".md")
 CONSTANT = "constant answer"
 """What tables call the answer that is the same to every question, the most frequent right one."""
 
-_UNITS: Mapping[Metric, tuple[str, int, int]] = {
-    "accuracy": ("points", 100, 1),
-    "loss": ("nats a token", 1, 4),
-}
-"""Of what is compared: the unit of differences, how many of it make one, and decimals."""
-
-_FIGURES = (
-    "accuracy", "loss", "stderr", "low", "high", "perplexity", "num_examples", "num_tokens",
-    "reward_accuracy", "reward_margin", "majority",
-)  # fmt: skip
-"""Columns of the data frame, those that there are."""
-
 MARK = "†"
 NOTE = f"{MARK} no better than a constant answer: always the most frequent right one"
+
+_UNITS = {"accuracy": ("points", 100, 1), "loss": ("nats a token", 1, 4)}
+"""Of what is compared: the unit of differences, how many of it make one, and decimals."""
+
+_COLUMNS = (
+    "adapter", "task", "split", "group", "accuracy", "loss", "stderr", "low", "high", "perplexity",
+    "num_examples", "num_tokens", "reward_accuracy", "reward_margin", "majority",
+)  # fmt: skip
+"""Of the data frame, those that there are."""
 
 
 def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> None:
@@ -56,128 +48,107 @@ def check_outputs(paths: Sequence[Path], per_question: Path | None = None) -> No
             raise ConfigError(f"--output must end in {', '.join(SUFFIXES)}, got {path}")
     files = [*paths, *([] if per_question is None else [per_question])]
     if len({path.resolve() for path in files}) < len(files):
-        raise ConfigError(
-            "--output and --per-question must name each file once, "
-            f"got {', '.join(map(str, files))}"
-        )
+        names = ", ".join(map(str, files))
+        raise ConfigError(f"--output and --per-question must name each file once, got {names}")
 
 
-def evaluation_tables(
-    results: Results, seeds: Mapping[str, Any], comparisons: Sequence[Comparison]
-) -> list[Table]:
+def evaluation_tables(found: Evaluation) -> list[Table]:
     """Make every table that there is something for, in the order to show them."""
-    some = next(iter(results.values()))
+    results, some = found.results, next(iter(found.results.values()))
     of_pairs = [task for task, result in some.items() if "reward_margin" in result]
     losses = [task for task, result in some.items() if "perplexity" in result]
     choices = [task for task in some if task not in (*of_pairs, *losses)]
-    return [
-        *([accuracy_table(results, choices)] if choices else []),
-        *([_loss_table(results, losses)] if losses else []),
-        *([_pairs_table(results, of_pairs)] if of_pairs else []),
-        *([seeds_table(seeds, list(some), is_loss=not choices)] if seeds else []),
-        *comparison_tables(comparisons),
-        *(group_table(results, task) for task in choices if "groups" in some[task]),
-    ]
+    tables = []
+    if choices:
+        title = "Accuracy in %, with its 95 % interval"
+        titles = [f"{task}\n({some[task].get('split')})" for task in choices]
+        table = _by_adapter(title, results, choices, titles, lambda one: [accuracy_cell(one)])
+        table.add_row(CONSTANT, *(_percent(some[task].get("majority")) for task in choices))
+        tables.append(with_note(table))
+    if losses:
+        title = "Held-out loss, with its 95 % interval"
+        titles = [f"{task}\n{what}" for task in losses for what in ("nats a token", "perplexity")]
+        tables.append(_by_adapter(title, results, losses, titles, _loss_cells))
+    if of_pairs:
+        figures = ("accuracy %", "reward accuracy %", "reward margin", "loss")
+        titles = [f"{task}\n{figure}" for task in of_pairs for figure in figures]
+        title = "Preference pairs, with 95 % intervals"
+        tables.append(_by_adapter(title, results, of_pairs, titles, _pair_cells))
+    if found.seeds:
+        tables.append(_seeds_table(found, list(some), is_loss=not choices))
+    for task, comparisons in groupby(found.comparisons, lambda one: one.task):
+        tables.append(_comparison_table(task, list(comparisons)))
+    return tables + [_group_table(results, task) for task in choices if "groups" in some[task]]
 
 
-def accuracy_table(results: Results, tasks: Sequence[str]) -> Table:
-    """Make a table with a row for each adapter and a column for each task."""
-    some = next(iter(results.values()))
-    titles = [f"{task}\n({some[task]['split']})" for task in tasks]
-    table = make_table("adapter", values=titles, title="Accuracy in %, with its 95 % interval")
+def _by_adapter(
+    title: str,
+    results: Results,
+    tasks: Sequence[str],
+    titles: Sequence[str],
+    cells: Callable[[Any], Sequence[str]],
+) -> Table:
+    """Make a table with a row for each adapter and some columns for each task."""
+    table = make_table("adapter", values=titles, title=title)
     for adapter, by_task in results.items():
-        table.add_row(adapter, *(_accuracy(by_task[task]) for task in tasks))
-    table.add_row(CONSTANT, *(f"{100 * some[task]['majority']:.1f}" for task in tasks))
-    return with_note(table)
+        table.add_row(adapter, *(cell for task in tasks for cell in cells(by_task[task])))
+    return table
 
 
-def group_table(results: Results, task: str) -> Table:
-    """Make a table with a row for each group of a task's questions."""
-    groups = {adapter: by_task[task]["groups"] for adapter, by_task in results.items()}
-    table = make_table(
-        "group",
-        values=["questions", CONSTANT, *groups],
-        title=f"{task}: accuracy in % by group",
-    )
+def _group_table(results: Results, task: str) -> Table:
+    groups: Any = {adapter: by_task[task].get("groups") for adapter, by_task in results.items()}
+    columns = ["questions", CONSTANT, *groups]
+    table = make_table("group", values=columns, title=f"{task}: accuracy in % by group")
     for group, result in next(iter(groups.values())).items():
-        cells = [_accuracy(of_adapter[group]) for of_adapter in groups.values()]
-        constant = f"{100 * result['majority']:.1f}"
-        table.add_row(group, str(result["num_examples"]), constant, *cells)
+        cells = [accuracy_cell(of_adapter[group]) for of_adapter in groups.values()]
+        table.add_row(group, str(result["num_examples"]), _percent(result["majority"]), *cells)
     return with_note(table)
 
 
-def _accuracy(result: Result) -> str:
+def accuracy_cell(result: Any) -> str:
     """An accuracy in percent with its interval, marked where a constant answer reaches it."""
     mark = "" if result["beats_majority"] else MARK
     return f"{_percent(result['accuracy'], result['interval'])}{mark}"
 
 
-def _percent(share: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
-
-
-def _loss_table(results: Results, tasks: Sequence[str]) -> Table:
-    titles = [title for task in tasks for title in (f"{task}\nnats a token", f"{task}\nperplexity")]
-    table = make_table("adapter", values=titles, title="Held-out loss, with its 95 % interval")
-    for adapter, by_task in results.items():
-        table.add_row(adapter, *(cell for task in tasks for cell in _loss_cells(by_task[task])))
-    return table
-
-
-def _loss_cells(result: Result) -> tuple[str, str]:
-    low, high = result["interval"]
-    value = result["perplexity"]
-    try:
-        shown = f"{value:.4g} ({math.exp(low):.4g}–{math.exp(high):.4g})"
-    except (OverflowError, TypeError):  # it is no number any more
-        shown = "-"
-    return _decimals(result["loss"], result["interval"]), shown
+def _percent(share: Any, interval: Sequence[float] = ()) -> str:
+    text = f"{100 * share:.1f}"
+    return f"{text} ({'–'.join(map(_percent, interval))})" if interval else text
 
 
 def _decimals(value: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{value:.4f} ({low:.4f}–{high:.4f})"
+    return f"{value:.4f} ({'–'.join(f'{end:.4f}' for end in interval)})"
 
 
-def _pairs_table(results: Results, tasks: Sequence[str]) -> Table:
-    figures = ("accuracy %", "reward accuracy %", "reward margin", "loss")
-    titles = [f"{task}\n{figure}" for task in tasks for figure in figures]
-    table = make_table("adapter", values=titles, title="Preference pairs, with 95 % intervals")
-    for adapter, by_task in results.items():
-        table.add_row(adapter, *(cell for task in tasks for cell in _pair_cells(by_task[task])))
-    return table
+def _loss_cells(result: Any) -> Sequence[str]:
+    low, high = result["interval"]
+    try:
+        perplexity = f"{result['perplexity']:.4g} ({math.exp(low):.4g}–{math.exp(high):.4g})"
+    except (OverflowError, TypeError):  # it is no number any more
+        perplexity = "-"
+    return _decimals(result["loss"], result["interval"]), perplexity
 
 
-def _pair_cells(result: Result) -> tuple[str, ...]:
+def _pair_cells(result: Any) -> Sequence[str]:
     return (
         _percent(result["accuracy"], result["accuracy_interval"]),
-        f"{100 * result['reward_accuracy']:.1f}",
+        _percent(result["reward_accuracy"]),
         _decimals(result["reward_margin"], result["reward_margin_interval"]),
         _decimals(result["loss"], result["interval"]),
     )
 
 
-def seeds_table(seeds: Mapping[str, Any], tasks: Sequence[str], *, is_loss: bool) -> Table:
-    """Make a table of means over seeds with a row for each group."""
+def _seeds_table(found: Evaluation, tasks: Sequence[str], *, is_loss: bool) -> Table:
     what = "Mean loss of seeds" if is_loss else "Mean accuracy of seeds in %"
     scale, digits = (1, 4) if is_loss else (100, 1)
     table = make_table("adapters", values=["seeds", *tasks], title=f"{what} ± standard deviation")
-    for stem, group in seeds.items():
-        spreads = (group["tasks"][task] for task in tasks)
+    for stem, group in found.seeds.items():
+        spreads: Any = [group["tasks"][task] for task in tasks]
         cells = (
             f"{scale * one['mean']:.{digits}f} ± {scale * one['sd']:.{digits}f}" for one in spreads
         )
         table.add_row(stem, str(len(group["adapters"])), *cells)
     return table
-
-
-def comparison_tables(comparisons: Sequence[Comparison]) -> list[Table]:
-    """Make a table for each task with a row for each comparison."""
-    by_task: dict[str, list[Comparison]] = {}
-    for one in comparisons:
-        by_task.setdefault(one.task, []).append(one)
-    return [_comparison_table(task, own) for task, own in by_task.items()]
 
 
 def _comparison_table(task: str, comparisons: Sequence[Comparison]) -> Table:
@@ -189,62 +160,18 @@ def _comparison_table(task: str, comparisons: Sequence[Comparison]) -> Table:
         title=f"{task}: differences in {metric}",
     )
     for one in comparisons:
-        result = one.result
-        low, high = result.interval
+        low, high = (f"{scale * end:+.{digits}f}" for end in one.interval)
+        p_values = [
+            "< 0.001" if p < 0.001 else f"{p:.3f}" for p in (one.p_value, one.adjusted_p_value)
+        ]
         table.add_row(
             f"{one.first} - {one.second}",
-            f"{scale * result.difference:+.{digits}f}",
-            f"{scale * low:+.{digits}f} to {scale * high:+.{digits}f}",
-            f"{result.num_first_better} : {result.num_second_better}",
-            _p_value(result.p_value),
-            _p_value(one.adjusted_p_value),
+            f"{scale * one.difference:+.{digits}f}",
+            f"{low} to {high}",
+            f"{one.num_first_better} : {one.num_second_better}",
+            *p_values,
         )
     return table
-
-
-def markdown_page(tables: Sequence[Table], details: Mapping[str, Any]) -> str:
-    """Write tables in Markdown, and below them how they were got."""
-    versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
-    asked = "; ".join(f"{task} {_asked(how)}" for task, how in details["tasks"].items())
-    below = (
-        f"Base model {details['base_model']} "
-        f"({details['base_fingerprint']}) in {details['dtype']}, attention {details['attention']}, "
-        f"on {details['device']}; {asked}; {versions}; {details['date']}.\n\n"
-        f"```sh\n{details['command']}\n```\n"
-    )
-    return "\n".join([*map(markdown, tables), below])
-
-
-def _asked(how: Mapping[str, Any]) -> str:
-    if "scoring" in how:
-        return f"by {how['scoring']} ({how['num_questions']} questions)"
-    return f"as {how['format']} ({how['num_examples']} rows, {how['num_tokens']} tokens)"
-
-
-def markdown(table: Table) -> str:
-    """Write a table in Markdown, with its title above and its caption below."""
-    columns = [[_escape(str(cell)) for cell in column.cells] for column in table.columns]
-    header = [_escape(str(column.header)) for column in table.columns]
-    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
-    rows = [header, rules, *map(list, zip(*columns, strict=True))]
-    above = "" if table.title is None else f"{table.title}:\n\n"
-    below = "" if table.caption is None else f"\n{table.caption}\n"
-    return above + "".join(f"| {' | '.join(row)} |\n" for row in rows) + below
-
-
-def data_frame(results: Results) -> DataFrame:
-    """Lay results out in rows: an adapter, a task, a group of questions, and the figures."""
-    from pandas import DataFrame
-
-    rows = []
-    for adapter, by_task in results.items():
-        for task, result in by_task.items():
-            for group, one in [("", result), *result.get("groups", {}).items()]:
-                low, high = one["interval"]
-                names = {"adapter": adapter, "task": task, "split": result["split"], "group": group}
-                rows.append({**names, **one, "low": low, "high": high})
-    columns = ["adapter", "task", "split", "group", *_FIGURES]
-    return DataFrame(rows, dtype=object).filter(items=columns)
 
 
 def with_note(table: Table) -> Table:
@@ -255,9 +182,49 @@ def with_note(table: Table) -> Table:
     return table
 
 
-def _p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+def markdown_page(found: Evaluation) -> str:
+    """Write an evaluation's tables in Markdown, and below them how they were got."""
+    asked = "; ".join(
+        f"{task} by {one['scoring']} ({one['num_questions']} questions)"
+        if "scoring" in one
+        else f"{task} as {one['format']} ({one['num_examples']} rows, {one['num_tokens']} tokens)"
+        for task, one in found.tasks.items()
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    below = (
+        f"Base model {found.base_model} ({found.base_fingerprint}) in {found.dtype}, attention "
+        f"{found.attention}, on {found.device}; {asked}; {versions}; {found.date}.\n\n"
+        f"```sh\n{found.command}\n```\n"
+    )
+    return "\n".join([*map(markdown, found.tables()), below])
 
 
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def markdown(table: Table) -> str:
+    """Write a table in Markdown, with its title above and its caption below."""
+    columns = [
+        [
+            str(cell).replace("|", "\\|").replace("\n", " ")
+            for cell in (column.header, *column.cells)
+        ]
+        for column in table.columns
+    ]
+    header, *rows = map(list, zip(*columns, strict=True))
+    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    above = "" if table.title is None else f"{table.title}:\n\n"
+    below = "" if table.caption is None else f"\n{table.caption}\n"
+    lines = [f"| {' | '.join(row)} |\n" for row in (header, rules, *rows)]
+    return above + "".join(lines) + below
+
+
+def data_frame(results: Results) -> DataFrame:
+    """Lay results out in rows: an adapter, a task, a group of questions, and the figures."""
+    from pandas import DataFrame
+
+    rows = []
+    for adapter, by_task in results.items():
+        for task, result in by_task.items():
+            for group, one in [("", result), *result.get("groups", {}).items()]:
+                low, high = one.get("interval", (None, None))
+                names = {"adapter": adapter, "task": task, "split": result.get("split")}
+                rows.append({**names, "group": group, **one, "low": low, "high": high})
+    return DataFrame(rows, dtype=object).filter(items=list(_COLUMNS))

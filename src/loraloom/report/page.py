@@ -1,22 +1,35 @@
-"""The page: what files hold, laid out and put into the template."""
+"""A run as one HTML page: results, learning curves, and where mixtures send their tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import jinja2
 
 import loraloom
 from loraloom.errors import DataError
-from loraloom.eval.results import Environment, EvaluationFile, TaskResult, read_evaluation
-from loraloom.report.charts import Chart, interval_chart
-from loraloom.report.curves import job_styles, learning_curves
-from loraloom.report.files import Job, read_runs
-from loraloom.report.routing import LEVELS, Mixture, lay_out, level
+from loraloom.eval.results import (
+    AdapterRouting,
+    Environment,
+    Evaluation,
+    TaskResult,
+    TaskRouting,
+    read_evaluation,
+)
+from loraloom.report.charts import Chart, interval_chart, job_styles, learning_curves
+from loraloom.report.jobs import Job, read_runs
+
+LEVELS = (0.01, 0.33, 0.67, 1.5, 3.0)
+"""Where a cell's color changes: the load as a multiple of an even share."""
+
+_CLASSES = {"topics": "topic", "token_classes": "kind of token"}
 
 
 @dataclass(frozen=True)
@@ -35,13 +48,50 @@ class Results:
     """
 
     name: str
-    content: EvaluationFile
+    content: Evaluation
     tasks: Sequence[str]
     losses: Sequence[str]
     charts: Sequence[Chart]
     means: Mapping[str, float | None]
     constants: Mapping[str, float]
     mixtures: Sequence[Mixture]
+
+
+class Row(NamedTuple):
+    """A row of a heatmap: shares of the load, and figures that stand behind them."""
+
+    label: str
+    load: Sequence[float]
+    figures: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture's routing, laid out.
+
+    Args:
+        name: Of the adapter.
+        routing: As the file has it.
+        coverage: A sentence on what is covered.
+        layers: A row for each layer, over all tasks: load; effective experts, entropy of the mean
+            probabilities, mean entropy of tokens, in bits.
+        specialisation: What experts say of topics, if there are several, and of kinds of tokens.
+        similarity: A row for each task: its likeness to every one; None on the diagonal.
+        examples: A text of each task, with the experts of its tokens.
+    """
+
+    name: str
+    routing: AdapterRouting
+    coverage: str
+    layers: Sequence[Row]
+    specialisation: Sequence[Mapping[str, Any]]
+    similarity: Mapping[str, Sequence[float | None]]
+    examples: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def uniform_bits(self) -> float:
+        """The highest entropy."""
+        return math.log2(self.routing["num_experts"])
 
 
 def make_page(
@@ -57,15 +107,17 @@ def make_page(
         raise DataError(f"--eval got {files}, whose tables are not whole: {error}") from error
 
 
-def _render(jobs: Sequence[Job], read: Mapping[str, EvaluationFile], now: datetime) -> str:
+def _render(jobs: Sequence[Job], read: Mapping[str, Evaluation], now: datetime) -> str:
     results = [_lay_out(name, content) for name, content in read.items()]
+    trained = [job.result for job in jobs if job.result is not None]
+    made_with: list[Environment] = [*(one.environment for one in trained), *read.values()]
     content = {
         "title": ", ".join(dict.fromkeys(job.run for job in jobs)),
         "jobs": jobs,
-        "facts": _facts(jobs, results),
-        "commands": _different([one.command for one in _environments(jobs, results)]),
+        "facts": _facts(jobs, read.values(), made_with),
+        "commands": _different(one.command for one in made_with),
         "warnings": _warnings(jobs, results),
-        "metrics": _metric_names(jobs),
+        "metrics": list(dict.fromkeys(name for result in trained for name in result.metrics)),
         "styles": job_styles(jobs),
         "charts": learning_curves(jobs),
         "results": results,
@@ -73,10 +125,6 @@ def _render(jobs: Sequence[Job], read: Mapping[str, EvaluationFile], now: dateti
         "made": _date(now),
         "version": loraloom.__version__,
     }
-    return _templates().get_template("page.html.j2").render(content)
-
-
-def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("loraloom.report"),
         autoescape=True,
@@ -97,47 +145,38 @@ def _templates() -> jinja2.Environment:
         "word": _visible,
         "interval": interval_of,
     }
-    return environment
+    return environment.get_template("page.html.j2").render(content)
 
 
-def _facts(jobs: Sequence[Job], results: Sequence[Results]) -> dict[str, str]:
+def _facts(
+    jobs: Sequence[Job], contents: Iterable[Evaluation], made_with: Sequence[Environment]
+) -> dict[str, str]:
     """What the header says."""
-    trained = [job.result for job in jobs if job.result is not None]
-    contents = [one.content for one in results]
-    made_with = _environments(jobs, results)
+    contents = list(contents)
     ended = [job.ended for job in jobs if job.ended is not None]
+    models = [*(job.result.base_model for job in jobs if job.result is not None)]
+    packages = dict.fromkeys(name for one in made_with for name in one.versions)
+    versions = {n: _unique(one.versions.get(n, "") for one in made_with) for n in packages}
     facts = {
-        "Base model": _unique([one.base_model for one in [*trained, *contents]]),
-        "Number format": _unique([one.dtype for one in made_with]),
+        "Base model": _unique([*models, *(content.base_model for content in contents)]),
+        "Number format": _unique(one.dtype for one in made_with),
         "Jobs": f"{len(jobs)}",
         "Training ended": _date(max(ended)) if ended else "",
-        "Evaluated": _unique([content.date for content in contents]),
-        "Versions": _join([one.versions for one in made_with]),
-        "Device": _unique([one.device for one in made_with]),
-        "Platform": _unique([one.platform for one in made_with]),
+        "Evaluated": _unique(content.date for content in contents),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Device": _unique(one.device for one in made_with),
+        "Platform": _unique(one.platform for one in made_with),
     }
     return {name: value for name, value in facts.items() if value}
 
 
-def _environments(jobs: Sequence[Job], results: Sequence[Results]) -> list[Environment]:
-    trained = [job.result.environment for job in jobs if job.result is not None]
-    return [*trained, *(one.content for one in results)]
-
-
-def _different(values: Sequence[str]) -> list[str]:
+def _different(values: Iterable[str]) -> list[str]:
     """What is not empty, each once."""
     return list(dict.fromkeys(filter(None, values)))
 
 
-def _unique(values: Sequence[str]) -> str:
+def _unique(values: Iterable[str]) -> str:
     return "; ".join(_different(values))
-
-
-def _join(versions: Sequence[Mapping[str, str]]) -> str:
-    """Name each package once, with every version of it."""
-    names = dict.fromkeys(name for one in versions for name in one)
-    found = {name: _unique([one.get(name, "") for one in versions]) for name in names}
-    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str, str]]:
@@ -147,83 +186,69 @@ def _warnings(jobs: Sequence[Job], results: Sequence[Results]) -> list[tuple[str
         if job.result is None:
             found.append((job.label, "has not ended: there is no result.json"))
         else:
-            texts = filter(None, [job.result.error, *job.result.warnings])
-            found += [(job.label, text) for text in texts]
+            found += [
+                (job.label, text) for text in (job.result.error, *job.result.warnings) if text
+            ]
     for one in results:
-        found += [
-            (m.name, f"{one.name}: {text}") for m in one.mixtures for text in m.routing.warnings
-        ]
+        for name, routing in one.content.routing.items():
+            found += [(name, f"{one.name}: {text}") for text in routing.get("warnings", ())]
     return found
 
 
-def _metric_names(jobs: Sequence[Job]) -> list[str]:
-    """Columns of the table of jobs, for what some of them measured."""
-    names = (name for job in jobs if job.result is not None for name in job.result.metrics)
-    return list(dict.fromkeys(names))
-
-
-def _lay_out(name: str, content: EvaluationFile) -> Results:
+def _lay_out(name: str, content: Evaluation) -> Results:
     found = [pair for by_task in content.results.values() for pair in by_task.items()]
-    losses = list(dict.fromkeys(task for task, result in found if result.loss is not None))
+    losses = list(dict.fromkeys(task for task, result in found if "loss" in result))
     tasks = list(dict.fromkeys(task for task, _ in found if task not in losses))
-    charts = [_interval_chart(task, content.results) for task in tasks]
-    counted = _counted(tasks, dict(found))
+    counted, charts = _counted(tasks, dict(found)), []
+    for task in tasks:
+        rows = [
+            (adapter, accuracy, *_interval_in_words(result))
+            for adapter, by_task in content.results.items()
+            if (accuracy := (result := by_task.get(task, {})).get("accuracy")) is not None
+        ]
+        charts += [interval_chart(task, rows)] if rows else []
     return Results(
         name=name,
         content=content,
         tasks=tasks,
         losses=losses,
-        charts=[chart for chart in charts if chart is not None],
+        charts=charts,
         means={name: _mean(by_task, counted) for name, by_task in content.results.items()}
         if len(counted) > 1
         else {},
-        constants={task: result.majority for task, result in found if result.majority is not None},
+        constants={task: one["majority"] for task, one in found if "majority" in one},
         mixtures=[lay_out(name, routing) for name, routing in content.routing.items()],
     )
 
 
 def _counted(tasks: Sequence[str], results: Mapping[str, TaskResult]) -> list[str]:
     """Tasks of a mean: of a group with an accuracy the group alone, of another one its members."""
-    members = {
-        member
-        for result in results.values()
-        if result.accuracy is not None
-        for member in result.subtasks
-    }
+    measured = {task for task, one in results.items() if one.get("accuracy") is not None}
+    members = {member for task in measured for member in results[task].get("subtasks", ())}
     return [
         task
         for task in tasks
-        if task not in members and not (results[task].subtasks and results[task].accuracy is None)
+        if task not in members and (task in measured or not results[task].get("subtasks"))
     ]
-
-
-def _interval_chart(task: str, results: Mapping[str, Mapping[str, TaskResult]]) -> Chart | None:
-    rows = [
-        (name, result.accuracy, interval_of(result), _in_words(result))
-        for name, by_task in results.items()
-        if (result := by_task.get(task)) is not None and result.accuracy is not None
-    ]
-    return interval_chart(task, rows) if rows else None
-
-
-def interval_of(result: TaskResult) -> tuple[float, float]:
-    """The file's interval, or 1.96 standard errors, or nothing around the accuracy."""
-    accuracy = result.accuracy or 0.0
-    if result.interval is not None:
-        return result.interval
-    half = 1.96 * (result.stderr or 0.0)
-    return accuracy - half, accuracy + half
-
-
-def _in_words(result: TaskResult) -> str:
-    low, high = interval_of(result)
-    return f"{100 * (result.accuracy or 0):.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})"
 
 
 def _mean(by_task: Mapping[str, TaskResult], tasks: Sequence[str]) -> float | None:
-    accuracies = [by_task[task].accuracy for task in tasks if task in by_task]
+    accuracies = [by_task.get(task, {}).get("accuracy") for task in tasks]
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     return math.fsum(known) / len(known) if len(known) == len(tasks) else None
+
+
+def interval_of(result: TaskResult) -> Sequence[float]:
+    """The file's interval, or 1.96 standard errors, or nothing around the accuracy."""
+    accuracy, half = result.get("accuracy") or 0.0, 1.96 * (result.get("stderr") or 0.0)
+    return result.get("interval", (accuracy - half, accuracy + half))
+
+
+def _interval_in_words(result: TaskResult) -> tuple[Any, str]:
+    low, high = interval_of(result)
+    accuracy = result.get("accuracy") or 0.0
+    text = f"{100 * accuracy:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f})"
+    return (low, high), text
 
 
 def _date(moment: datetime) -> str:
@@ -235,3 +260,85 @@ def _visible(token: str) -> str:
     if token.strip():
         return token.strip() if token.startswith(" ") else token
     return token.translate(str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"}))
+
+
+def lay_out(name: str, routing: AdapterRouting) -> Mixture:
+    """Lay a mixture's routing out for the page."""
+    covered = {task: one for task, one in routing["tasks"].items() if one.get("load")}
+    return Mixture(
+        name=name,
+        routing=routing,
+        coverage=_coverage([*routing["tasks"].values()]),
+        layers=_layer_rows(routing, [*covered.values()]) if covered else [],
+        specialisation=[
+            _specialisation(_CLASSES[kind], found, routing["layers"])
+            for kind, found in routing.get("specialisation", {}).items()
+        ],
+        similarity=_similarity(routing, [*covered]),
+        examples={task: one["example"] for task, one in covered.items() if one.get("example")},
+    )
+
+
+def _coverage(tasks: Sequence[TaskRouting]) -> str:
+    covered = sum(task["num_questions_covered"] for task in tasks)
+    asked = sum(task["num_questions"] for task in tasks)
+    text = (
+        f"{covered:,} of {asked:,} questions, {sum(task['num_tokens'] for task in tasks):,} tokens."
+    )
+    if covered < asked:
+        text += " The scores of the others were kept from before; "
+        text += "evaluate with --no-cache to cover them."
+    return text
+
+
+def _layer_rows(routing: AdapterRouting, tasks: Sequence[Any]) -> list[Row]:
+    """Rows over all tasks; each weighs by its tokens."""
+    weights = [task["num_tokens"] for task in tasks]
+
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(map(operator.mul, weights, values)) / sum(weights)
+
+    def means(key: str, place: int) -> list[float]:
+        return [mean(values) for values in zip(*(task[key][place] for task in tasks), strict=True)]
+
+    rows = []
+    for place, layer in enumerate(routing["layers"]):
+        sizes = routing.get("experts_by_layer")
+        load = means("load", place)[: sizes[place] if sizes else None]
+        if all("mean_probabilities" in task for task in tasks):
+            entropy = math.log2(effective_number(means("mean_probabilities", place)))
+        else:  # in files of earlier versions
+            entropy = mean([task["mean_entropy_bits"][place] for task in tasks])
+        of_tokens = mean([task["token_entropy_bits"][place] for task in tasks])
+        rows.append(Row(str(layer), load, [effective_number(load), entropy, of_tokens]))
+    return rows
+
+
+def _specialisation(what: str, found: Mapping[str, Any], layers: Sequence[Any]) -> dict[str, Any]:
+    """By layer the mutual information, and how far each class's load is from that of all.
+
+    `mean` is that distance in the mean, at least a millibit, to compare others with.
+    """
+    by_layer = list(zip(*found["of"].values(), strict=True))
+    return {
+        "what": what,
+        "classes": list(found["of"]),
+        "rows": list(zip(layers, found["bits"], by_layer, strict=True)),
+        "mean": max(0.001, fmean(value for values in by_layer for value in values)),
+    }
+
+
+def _similarity(routing: AdapterRouting, tasks: Sequence[str]) -> dict[str, list[float | None]]:
+    pairs = routing.get("similarity", ())
+    known = {frozenset((one["first"], one["second"])): one["mean"] for one in pairs}
+    return {a: [known.get(frozenset((a, b))) for b in tasks] for a in tasks if known}
+
+
+def level(multiple: int | float) -> int:
+    """The level of a load, as a multiple of an even share: 0 is unused, 3 about even, 5 most."""
+    return sum(multiple >= bound for bound in LEVELS)
+
+
+def effective_number(load: Sequence[float]) -> float:
+    """Compute exp of the load's entropy, as `loraloom.routing.tally` does on tensors."""
+    return math.exp(-math.fsum(share * math.log(share) for share in load if share > 0))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tasks import ChoiceQuestion, load_question_set
 from loraloom.data.tokens import Example
-from loraloom.eval.protocol import score_accuracy
+from loraloom.eval.score import score_accuracy
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.training.job import Job

@@ -8,10 +8,9 @@ from loraloom.eval.harness import evaluate_adapters, load_tasks
 from loraloom.eval.harness.results import (
     _majority,
     _question,
-    plain_results,
+    as_evaluation,
     question_lines,
     results_table,
-    summarise,
 )
 from tests.eval.harness.toy import ROWS, TASKS
 from tests.eval.scoring import scoring_host
@@ -82,7 +81,7 @@ def test_the_chat_template_is_used(tiny_tokenizer, toy_tasks):
 
 
 def test_results_are_in_our_form(results):
-    summary = summarise(results)
+    summary = as_evaluation(results).results
     assert list(summary) == ["base", *METHODS]
     choice = summary["lora"]["toy_choice"]
     own = results["lora"]["results"]["toy_choice"]
@@ -112,7 +111,8 @@ def test_of_mutual_information_the_answers_with_the_question_are_the_choices():
 
 
 def test_lm_evals_own_results_are_json(results):
-    plain = json.loads(json.dumps(plain_results(results), allow_nan=False))
+    plain = as_evaluation(results).to_json()["lm_eval"]
+    json.dumps(plain, allow_nan=False)
     assert plain["mixlora"]["results"] == results["mixlora"]["results"]
     assert plain["mixlora"]["config"]["adapter"] == "mixlora"
     assert "samples" not in plain["base"]
@@ -131,6 +131,6 @@ def test_there_is_a_line_for_each_question(results):
 
 
 def test_the_table_has_a_column_for_each_adapter(results):
-    table = results_table(results)
+    table = results_table(as_evaluation(results))
     assert [column.header for column in table.columns][4:] == ["base", *METHODS]
     assert table.row_count == 3 * 2 + 1 + 1

@@ -7,7 +7,6 @@ once, and kept until each of the others is asked the same.
 from __future__ import annotations
 
 import math
-import subprocess
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.faults import checked, suggestion
+from loraloom.config.faults import checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.config.quantization import parse_quantization
 from loraloom.data.tokens import (
@@ -54,18 +53,12 @@ from loraloom.generation.scoring import (
 )
 from loraloom.models.host import Host
 
-Results = dict[str, Any]
-"""What `lm_eval.simple_evaluate` returns."""
-
 _TOKENS_BESIDE_CONTEXT = 512
 """Most tokens of continuations in one row; attention's cost is quadratic in a row."""
 
-_LOADING = ("base_model", "adapter", "dtype", "quantization", "device", "attn_implementation")
-_LM_OPTIONS = ("max_length", "add_bos_token", "prefix_token_id", "max_tokens_per_batch")
-
 Tokens = tuple[int, ...]
 OnProgress = Callable[[int], Any]
-"""Told how many different answers are there by now."""
+"""Takes how many of the missing answers are there by now."""
 
 
 class ScoreRequest(NamedTuple):
@@ -104,39 +97,30 @@ class Answers:
         self._kept: dict[str | None, dict[Any, Any]] = {name: {} for name in self.adapters}
         self._weights = {name: self._weights_of(name) for name in self.adapters}
 
-    def score(
-        self, adapter: str | None, requests: Sequence[ScoreRequest], on_progress: OnProgress
-    ) -> list[PairScore]:
-        """Score continuations with an adapter."""
-        return self._answer(adapter, requests, self._score, on_progress)
-
-    def complete(
-        self, adapter: str | None, requests: Sequence[CompletionRequest], on_progress: OnProgress
-    ) -> list[str]:
-        """Complete prompts with an adapter."""
-        return self._answer(adapter, requests, self._complete, on_progress)
-
-    def _answer(
-        self,
-        adapter: str | None,
-        requests: Sequence[Any],
-        compute: Callable[[list[Any], OnProgress], None],
-        on_progress: OnProgress,
+    def answer(
+        self, adapter: str | None, requests: Sequence[Any], what: str, *, quiet: bool
     ) -> list[Any]:
-        self._forget_outdated()
+        """Score continuations, or complete prompts, with an adapter."""
+        # what was kept is of weights that may have changed since
+        weights = {name: self._weights_of(name) for name in self.adapters}
+        for name in self.adapters:
+            if weights[name] != self._weights[name]:
+                self._kept[name].clear()
+        self._weights = weights
         kept, distinct = self._kept[adapter], list(dict.fromkeys(requests))
         missing = [request for request in distinct if request not in kept]
-        if missing:
-            num_kept = len(distinct) - len(missing)
-            compute(missing, lambda num_done: on_progress(num_kept + num_done))
+        with _progress(len(missing), what, quiet=quiet) as on_progress:
+            if missing and isinstance(missing[0], ScoreRequest):
+                self._score(missing, on_progress)
+            elif missing:
+                self._complete(missing, on_progress)
         answers = {request: kept.pop(request) for request in distinct}
         return [answers[request] for request in requests]
 
     def _score(self, requests: list[ScoreRequest], on_progress: OnProgress) -> None:
         groups = _group_by_context(requests)
         pairs = [[TokenPair(*map(list, request)) for request in group] for group in groups]
-        rows = group_rows(self.host, pairs)
-        num_done = 0
+        rows, num_done = group_rows(self.host, pairs), 0
         with self.host.prepared():
             for places in token_batches(rows, self._max_tokens // len(self.adapters)):
                 wanted = list(product(self.adapters, places))
@@ -167,19 +151,10 @@ class Answers:
                 self._kept[name][request] = completion.text
             num_done += len(chosen)
 
-    def _forget_outdated(self) -> None:
-        for name in self.adapters:
-            weights = self._weights_of(name)
-            if weights != self._weights[name]:
-                self._kept[name].clear()
-                self._weights[name] = weights
-
     def _weights_of(self, name: str | None) -> Hashable:
         """What changes when an adapter's weights do, or another adapter takes its name."""
-        if name is None:
-            return None
-        adapter = self.host.adapter(name)
-        return weakref.ref(adapter), adapter_digest(adapter)
+        adapter = None if name is None else self.host.adapter(name)
+        return adapter and (weakref.ref(adapter), adapter_digest(adapter))
 
 
 def _group_by_context(requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
@@ -195,6 +170,23 @@ def _group_by_context(requests: Sequence[ScoreRequest]) -> list[list[ScoreReques
         group.append(request)
         open_groups[request.context] = group, num_tokens
     return groups
+
+
+@contextmanager
+def _progress(total: int, what: str, *, quiet: bool) -> Iterator[OnProgress]:
+    """Show a bar on a terminal."""
+    with cast("Any", tqdm)(total=total, desc=what, disable=quiet or None) as bar:
+        yield lambda num_done: bar.update(num_done - bar.n)
+
+
+class _Arguments(BaseModelConfig):
+    """The `model_args` of lm-eval's command line."""
+
+    adapter: str | None = None
+    max_length: int | None = None
+    add_bos_token: bool | None = None
+    prefix_token_id: int | None = None
+    max_tokens_per_batch: int | None = None
 
 
 _HFLM: Any = HFLM  # the decorator that registers it hides what it is
@@ -242,7 +234,11 @@ class HostLM(_HFLM):
             start_of_text(tokenizer) if prefix_token_id is None else prefix_token_id
         )
         self.batch_size_per_gpu = batch_size
-        self._start = _start(tokenizer, add_bos_token)
+        self._start = leading_tokens(tokenizer) if add_bos_token is None else []
+        if add_bos_token:
+            if not isinstance(tokenizer.bos_token_id, int):
+                raise ConfigError("add_bos_token needs a tokenizer with a BOS token, it has none")
+            self._start = [tokenizer.bos_token_id]
         self._max_length = max_length or longest
         self._model, self._config, self._device = host.model, host.config, host.device
         self._rank, self._world_size = 0, 1
@@ -260,19 +256,18 @@ class HostLM(_HFLM):
     ) -> HostLM:
         """Load a model from the arguments of lm-eval's command line."""
         given = {key: value for key, value in (additional_config or {}).items() if value}
-        _check_arguments(arg_dict)
-        device = arg_dict.get("device") or given.get("device") or "auto"
-        adapter = arg_dict.get("adapter")
-        known = BaseModelConfig.model_fields
-        settings = {name: value for name, value in arg_dict.items() if name in known}
+        texts = {
+            name: str(arg_dict[name]) for name in ("base_model", "adapter") if name in arg_dict
+        }
+        settings = {"device": str(given.get("device", "auto"))} | arg_dict | texts
         settings["quantization"] = parse_quantization(arg_dict.get("quantization"))
-        settings |= {"base_model": str(arg_dict["base_model"]), "device": str(device)}
-        model = checked(BaseModelConfig, settings)
-        host, tokenizer = load_host(model, {} if adapter is None else {"adapter": str(adapter)})
-        options = {name: arg_dict[name] for name in _LM_OPTIONS if name in arg_dict}
+        found = checked(_Arguments, settings)
+        adapters = {} if found.adapter is None else {"adapter": found.adapter}
+        host, tokenizer = load_host(found, adapters)
+        options = found.model_dump(exclude={*BaseModelConfig.model_fields, "adapter"})
         if str(given.get("batch_size")).isdigit():  # else "auto"
             options["batch_size"] = int(given["batch_size"])
-        return cls(host, tokenizer, None if adapter is None else "adapter", **options)
+        return cls(host, tokenizer, *adapters, **options)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval notes of the model."""
@@ -322,25 +317,23 @@ class HostLM(_HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         pairs = [TokenPair(context, rest) for _, context, rest in requests]
-        fitted = [ScoreRequest(*map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
-        with self._progress(len(fitted), "loglikelihood", disable_tqdm) as on_progress:
-            scores = self.answers.score(self.adapter, fitted, on_progress)
+        asked = [ScoreRequest(*map(tuple, fit_pair(pair, self.max_length))) for pair in pairs]
+        scores: list[PairScore] = self.answers.answer(
+            self.adapter, asked, "loglikelihood", quiet=disable_tqdm
+        )
         for (texts, _, _), score in zip(requests, scores, strict=True):
             if not math.isfinite(score.log_likelihood):
                 raise not_finite("log-likelihoods", score.log_likelihood, [self.adapter])
             if texts is not None:  # a window of a text has none
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
-        return [(log_likelihood, is_greedy) for log_likelihood, is_greedy in scores]
+        return [tuple(score) for score in scores]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Complete prompts up to their stop texts."""
-        asked: list[Any] = [request.args for request in requests]
-        prompts = [
-            self._completion(text, settings, place) for place, (text, settings) in enumerate(asked)
-        ]
-        with self._progress(len(prompts), "generate_until", disable_tqdm) as on_progress:
-            texts = self.answers.complete(self.adapter, prompts, on_progress)
-        for pair, text in zip(asked, texts, strict=True):
+        pairs: list[Any] = [request.args for request in requests]
+        asked = [self._completion(*pair, place) for place, pair in enumerate(pairs)]
+        texts = self.answers.answer(self.adapter, asked, "generate_until", quiet=disable_tqdm)
+        for pair, text in zip(pairs, texts, strict=True):
             self.cache_hook.add_partial("generate_until", pair, text)
         return texts
 
@@ -357,40 +350,8 @@ class HostLM(_HFLM):
             tuple(ids)[-room:], sampling, place if sampling.temperature > 0 else 0
         )
 
-    @contextmanager
-    def _progress(self, total: int, what: str, quiet: bool) -> Iterator[OnProgress]:
-        """Show a bar on a terminal."""
-        with cast("Any", tqdm)(total=total, desc=what, disable=quiet or None) as bar:
-            yield lambda num_done: bar.update(num_done - bar.n)
-            bar.update(total - bar.n)
-
 
 register_model("loraloom")(HostLM)
-
-
-def _start(tokenizer: PreTrainedTokenizerBase, add_bos_token: bool | None) -> list[int]:
-    if add_bos_token is None:
-        return leading_tokens(tokenizer)
-    if not add_bos_token:
-        return []
-    if not isinstance(tokenizer.bos_token_id, int):
-        raise ConfigError("add_bos_token needs a tokenizer with a BOS token, got one without")
-    return [tokenizer.bos_token_id]
-
-
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    known = (*_LOADING, *_LM_OPTIONS)
-    for name in arguments:
-        if name not in known:
-            raise ConfigError(
-                f"{suggestion(name, known)}model_args of loraloom may hold {', '.join(known)}, "
-                f"got {name!r}"
-            )
-    if not arguments.get("base_model"):
-        raise ConfigError(
-            "model_args of loraloom must name a base_model; give base_model=M, and adapter=PATH "
-            "for an adapter on it"
-        )
 
 
 def parse_generation(settings: Mapping[str, Any], max_new_tokens: int) -> SamplingConfig:
@@ -437,22 +398,14 @@ def evaluate_adapters(
     *,
     lm_options: Mapping[str, Any] | None = None,
     **options: Any,
-) -> dict[str | None, Results]:
+) -> dict[str | None, dict[str, Any]]:
     """Evaluate adapters on tasks: the same results as one by one, computed in the same batches."""
     models = shared_lms(host, tokenizer, adapters, **(lm_options or {}))
     manager = TaskManager(include_defaults=False)  # the tasks are there, so none is looked up
     evaluate = cast("Any", lm_eval.simple_evaluate)  # its decorator hides what it takes
     # lm-eval's own lets git complain on stderr where the working directory is no repository
-    with patch("lm_eval.evaluator.get_git_commit_hash", _git_commit):
+    with patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
         return {
             name: evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
             for name, model in models.items()
         }
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None

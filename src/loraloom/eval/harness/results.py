@@ -15,51 +15,57 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable
 from rich.table import Table
 
-from loraloom.eval.comparison import BASE
-from loraloom.eval.harness.lm import Results
+from loraloom.eval.results import BASE, SCHEMA_VERSION, Evaluation, TaskResult
 from loraloom.eval.statistics import wilson_interval
 from loraloom.eval.tables import MARK, with_note
 from loraloom.terminal import make_table
+
+Results = Mapping[str | None, Mapping[str, Any]]
+"""What `lm_eval.simple_evaluate` returns, by adapter."""
 
 _ACCURACIES = ("acc_norm", "acc", "exact_match")
 """What counts as a task's accuracy, the first that it has."""
 
 
-def summarise(results: Mapping[str | None, Results]) -> dict[str, dict[str, Any]]:
+def as_evaluation(found: Results, **details: Any) -> Evaluation:
     """Give figures by adapter and task: `accuracy`, where the task has one, and all `metrics`.
 
     `metrics` are by lm-eval's names, a metric and a filter; `metric` is the one that `accuracy` is.
     `majority` is the accuracy of the best constant answer, where the samples tell it; `subtasks`
-    are what a group consists of.
+    are what a group consists of. lm-eval's own results, without the samples, are `lm_eval`.
     """
-    return {
-        name or BASE: {task: _summary(of_adapter, task) for task in of_adapter["results"]}
-        for name, of_adapter in results.items()
-    }
+    plain = {n or BASE: {k: v for k, v in of.items() if k != "samples"} for n, of in found.items()}
+    text = json.dumps(plain, default=handle_non_serializable)
+    results = {n or BASE: {t: _result(of, t) for t in of["results"]} for n, of in found.items()}
+    return Evaluation(
+        schema_version=SCHEMA_VERSION,
+        results=results,
+        tasks={},
+        lm_eval=json.loads(text, parse_constant=lambda _: None),
+        **details,
+    )
 
 
-def _summary(results: Results, task: str) -> dict[str, Any]:
-    figures, config = results["results"][task], results["configs"].get(task, {})
+def _result(found: Mapping[str, Any], task: str) -> TaskResult:
+    figures, config = found["results"][task], found["configs"].get(task, {})
     metrics, count = _metrics(figures), figures.get("sample_len")
     known = {key.partition(",")[0]: key for key in reversed(metrics)}
     main = next((known[name] for name in _ACCURACIES if name in known), None)
-    summary: dict[str, Any] = {}
+    result: TaskResult = {}
     if main is not None:
-        value, stderr = metrics[main]["value"], metrics[main]["stderr"]
-        summary["accuracy"] = value
+        value = metrics[main]["value"]
+        result = {"accuracy": value, "stderr": metrics[main]["stderr"], "metric": main}
         if value is not None and count:
-            summary["interval"] = list(wilson_interval(value, count))
-        majority = _majority(config, results.get("samples", {}).get(task, ()))
+            result["interval"] = list(wilson_interval(value, count))
+        majority = _majority(config, found.get("samples", {}).get(task, ()))
         if majority is not None and value is not None:
-            summary |= {"majority": majority, "beats_majority": value > majority}
-        summary |= {"stderr": stderr, "metric": main}
-    summary["num_examples"] = count
+            result |= {"majority": majority, "beats_majority": value > majority}
     if split := config.get("test_split") or config.get("validation_split"):
-        summary["split"] = split
-    summary["num_fewshot"] = results["n-shot"].get(task)
-    if subtasks := results.get("group_subtasks", {}).get(task):
-        summary["subtasks"] = list(subtasks)
-    return {**summary, "metrics": metrics}
+        result["split"] = split
+    if subtasks := found.get("group_subtasks", {}).get(task):
+        result["subtasks"] = list(subtasks)
+    num_fewshot = found["n-shot"].get(task)
+    return {**result, "num_examples": count, "num_fewshot": num_fewshot, "metrics": metrics}
 
 
 def _majority(config: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> float | None:
@@ -83,35 +89,26 @@ def _has_contexts(sample: Mapping[str, Any]) -> bool:
 
 
 def _metrics(figures: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Value and standard error of each metric; None where there is none."""
-    metrics = {}
-    for key, value in figures.items():
-        metric, comma, chosen_filter = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
-            stderr = figures.get(f"{metric}_stderr,{chosen_filter}")
-            metrics[key] = {"value": _number(value), "stderr": _number(stderr)}
-    return metrics
+    """Value and standard error of each metric; None where there is none, or N/A in lm-eval's."""
 
+    def number(key: str) -> float | None:
+        value = figures.get(key)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
-def _number(value: Any) -> float | None:
-    """A finite number, or None: lm-eval says N/A where there is no standard error."""
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
-def plain_results(results: Mapping[str | None, Results]) -> dict[str, Any]:
-    """lm-eval's own results by adapter as JSON values, without the samples."""
-    without = {
-        name or BASE: {key: value for key, value in of_adapter.items() if key != "samples"}
-        for name, of_adapter in results.items()
+    names = [key.partition(",") for key in figures]
+    return {
+        f"{metric},{by}": {
+            "value": number(f"{metric},{by}"),
+            "stderr": number(f"{metric}_stderr,{by}"),
+        }
+        for metric, comma, by in names
+        if comma and not metric.endswith("_stderr")
     }
-    text = json.dumps(without, default=handle_non_serializable)
-    return json.loads(text, parse_constant=lambda _: None)
 
 
-def question_lines(results: Mapping[str | None, Results]) -> Iterator[dict[str, Any]]:
+def question_lines(found: Results) -> Iterator[dict[str, Any]]:
     """Yield what `--per-question` writes of each task, filter, adapter and question."""
-    for name, of_adapter in results.items():
+    for name, of_adapter in found.items():
         for task, samples in of_adapter["samples"].items():
             for sample in samples:
                 line = {
@@ -135,7 +132,10 @@ def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
         "correct_label": sample["target"],
         "metrics": metrics,
     }
-    if all(map(_is_log_likelihood, responses)):
+    # a log-likelihood, and whether the continuation is the likeliest
+    if all(
+        isinstance(r, list | tuple) and len(r) == 2 and isinstance(r[0], float) for r in responses
+    ):
         scores = [response[0] for response in responses]
         if "acc_mutual_info" in metrics:  # as many again are without the question
             scores = scores[: len(scores) // 2]
@@ -143,34 +143,27 @@ def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "responses": responses}
 
 
-def _is_log_likelihood(response: Any) -> bool:
-    """Whether a response is a log-likelihood and whether the continuation is the likeliest."""
-    is_pair = isinstance(response, list | tuple) and len(response) == 2
-    return is_pair and isinstance(response[0], float)
-
-
-def results_table(results: Mapping[str | None, Results]) -> Table:
+def results_table(found: Evaluation) -> Table:
     """Make a table with a row for each task and metric, and a column for each adapter."""
-    summary = summarise(results)
+    results: Any = found.results
     table = make_table(
-        "task", "metric", values=["examples", "shots", *summary], title="Results of lm-eval"
+        "task", "metric", values=["examples", "shots", *results], title="Results of lm-eval"
     )
-    for task, of_task in next(iter(summary.values())).items():
-        for metric in of_task["metrics"]:
-            cells = [_cell(by_task[task], metric) for by_task in summary.values()]
-            labels = (task, metric.removesuffix(",none"))
-            counts = (of_task["num_examples"], of_task["num_fewshot"])
-            table.add_row(*labels, *map(str, counts), *cells)
+    for task, some in next(iter(results.values())).items():
+        for metric in some["metrics"]:
+            cells = [_cell(by_task[task], metric) for by_task in results.values()]
+            counts = (some["num_examples"], some["num_fewshot"])
+            table.add_row(task, metric.removesuffix(",none"), *map(str, counts), *cells)
     return with_note(table)
 
 
-def _cell(of_task: Mapping[str, Any], metric: str) -> str:
+def _cell(result: Any, metric: str) -> str:
     """A figure: an accuracy with its interval and mark, others with their standard errors."""
-    figure = of_task["metrics"][metric]
+    figure = result["metrics"][metric]
     value, stderr = figure["value"], figure["stderr"]
     if value is None:
         return "-"
-    count, majority = of_task["num_examples"], of_task.get("majority")
+    count, majority = result["num_examples"], result.get("majority")
     if metric.partition(",")[0] in _ACCURACIES and count:
         low, high = wilson_interval(value, count)
         is_constant = majority is not None and value <= majority

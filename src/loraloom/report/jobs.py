@@ -11,18 +11,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 
 from loraloom.config.json_text import parse_json, read_text
-from loraloom.errors import ConfigError, DataError, shown
+from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import (
     Count,
     Environment,
     Fields,
     Number,
-    Positive,
     Record,
     first_fault,
     read_record,
@@ -33,16 +32,12 @@ RESULT_FILE = "result.json"
 
 
 class _Metrics(Record):
+    """A line of metrics.jsonl: numbers by name, and the names of what has collapsed."""
+
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Number | str | list[Any] | dict[str, Any] | None]
 
     step: Count = 0
-
-    @model_validator(mode="after")
-    def _check_numbers(self) -> _Metrics:
-        for name, value in (self.model_extra or {}).items():
-            if isinstance(value, int | float) and not -1e39 <= value <= 1e39:
-                raise ValueError(f"{shown(name)} must be a number that float32 holds, got {value}")
-        return self
 
 
 class JobResult(Record):
@@ -54,7 +49,7 @@ class JobResult(Record):
     base_model: str
     num_parameters: Count
     steps: Count
-    epochs: Positive
+    epochs: Number
     tokens: Count
     weights: str
     metrics: dict[str, Number] = Field(default_factory=dict)
@@ -90,10 +85,8 @@ def read_runs(paths: Sequence[Path]) -> list[Job]:
     jobs = [job for path in paths for job in read_run(path)]
     if len({job.run for job in jobs}) > 1:
         jobs = [replace(job, label=f"{job.run}/{job.name}") for job in jobs]
-    twice = sorted(
-        label for label, count in Counter(job.label for job in jobs).items() if count > 1
-    )
-    if twice:
+    counts = Counter(job.label for job in jobs)
+    if twice := sorted(label for label, count in counts.items() if count > 1):
         raise ConfigError(
             f"RUN_DIR must give each job a name of its own, got {', '.join(twice)} more than once; "
             "name each directory once, and let the runs' directories have different names"
@@ -103,11 +96,9 @@ def read_runs(paths: Sequence[Path]) -> list[Job]:
 
 def read_run(path: Path) -> list[Job]:
     """Read the jobs of a run, by name."""
-    if not path.is_dir():
-        raise ConfigError(f"RUN_DIR must be a directory that `loraloom train` wrote, got {path}")
-    own = sorted(entry for entry in path.iterdir() if _is_job(entry))
-    if own:
-        return [_read_job(directory, path.resolve().name) for directory in own]
+    entries = sorted(path.iterdir()) if path.is_dir() else []
+    if jobs := list(filter(_is_job, entries)):
+        return [_read_job(directory, path.resolve().name) for directory in jobs]
     if _is_job(path):
         return [_read_job(path, path.absolute().parent.resolve().name)]
     raise ConfigError(
@@ -122,17 +113,11 @@ def _is_job(path: Path) -> bool:
 
 
 def _read_job(directory: Path, run: str) -> Job:
-    file = directory / RESULT_FILE
-    has_result = file.is_file()
-    name = directory.resolve().name
-    return Job(
-        name=name,
-        label=name,
-        run=run,
-        metrics=_read_metrics(directory / METRICS_FILE),
-        result=read_record(file, JobResult, "what `loraloom train` wrote") if has_result else None,
-        ended=datetime.fromtimestamp(file.stat().st_mtime, UTC) if has_result else None,
-    )
+    file, name, result, ended = directory / RESULT_FILE, directory.resolve().name, None, None
+    if file.is_file():
+        result = read_record(file, JobResult, "what `loraloom train` wrote")
+        ended = datetime.fromtimestamp(file.stat().st_mtime, UTC)
+    return Job(name, run, _read_metrics(directory / METRICS_FILE), result, ended, name)
 
 
 def _read_metrics(file: Path) -> list[Fields]:
@@ -147,7 +132,6 @@ def _read_metrics(file: Path) -> list[Fields]:
 
 
 def _metrics_of(line: str, file: Path, number: int) -> Fields:
-    """Read a line: numbers by name, one of them the step."""
     if not line.strip():
         return {}
     values = parse_json(line, str(file), DataError, number)

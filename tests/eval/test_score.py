@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loraloom.config.data import TaskName
+from loraloom.errors import AdapterError, ConfigError, DataError
+from loraloom.eval.score import (
+    MOE_PEFT_LABELS,
+    QuestionScore,
+    Scorer,
+    TaskScores,
+    check_moe_peft_tasks,
+    encode_last_tokens,
+    majority_share,
+    score_accuracy,
+    score_questions,
+    summarise,
+    with_all_labels,
+)
+from loraloom.eval.statistics import wilson_interval
+from tests.eval.scoring import (
+    limit_rows,
+    plain_log_likelihoods,
+    question,
+    scoring_host,
+    some_questions,
+    toy_scores,
+)
+from tests.tiny import ALL_FAMILIES, METHODS
+
+EVERYBODY = [None, *METHODS]
+
+
+def scored(host, tokenizer, adapters=EVERYBODY, questions=None, max_tokens=None, **options):
+    asked = some_questions() if questions is None else questions
+    return score_questions(Scorer(host, adapters, max_tokens), tokenizer, asked, **options)
+
+
+def assert_equals(scores, expected, tolerance=1e-10):
+    assert scores.keys() == expected.keys()
+    for name, of_name in scores.items():
+        for one, other in zip(of_name, expected[name], strict=True):
+            assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=tolerance)
+
+
+def assert_equals_plain(host, tokenizer, adapters, tolerance=1e-8, **options):
+    for name, scores in scored(host, tokenizer, adapters, **options).items():
+        for asked, score in zip(some_questions(), scores, strict=True):
+            plain = plain_log_likelihoods(host, tokenizer, asked, name)
+            assert score.log_likelihoods == pytest.approx(plain, abs=tolerance)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 200, None])
+def test_scores_are_those_of_one_sequence_at_a_time(tiny_tokenizer, max_tokens):
+    assert_equals_plain(scoring_host(), tiny_tokenizer, EVERYBODY, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_scores_are_exact_in_every_family(tiny_tokenizer, family):
+    host = scoring_host(family, {"mixlora": METHODS["mixlora"]})
+    assert_equals_plain(host, tiny_tokenizer, [None, "mixlora"], tolerance=1e-5)
+
+
+def test_scores_are_exact_in_float32(tiny_tokenizer):
+    host = scoring_host(dtype=torch.float32)
+    assert_equals_plain(host, tiny_tokenizer, EVERYBODY, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_sliding_window_is_kept(tiny_tokenizer, family):
+    host = scoring_host(family, {}, sliding_window=8)
+    assert_equals_plain(host, tiny_tokenizer, [None], tolerance=1e-5)
+
+
+def test_eager_attention_gives_the_same_scores(tiny_tokenizer):
+    host = scoring_host()
+    host.model.set_attn_implementation("eager")
+    assert_equals_plain(host, tiny_tokenizer, [None, "lora"], tolerance=1e-5)
+
+
+def test_together_is_as_alone(tiny_tokenizer):
+    host = scoring_host()
+    alone = {name: scored(host, tiny_tokenizer, [name])[name] for name in EVERYBODY}
+    assert_equals(scored(host, tiny_tokenizer), alone)
+
+
+def test_a_diverged_adapter_leaves_its_neighbours_alone(tiny_tokenizer):
+    host = scoring_host()
+    before = scored(host, tiny_tokenizer, ["lora", "mixlora"])
+    for parameter in host.adapters["mixlora"].parameters():
+        parameter.data.fill_(torch.nan)
+    after = scored(host, tiny_tokenizer, ["lora", "mixlora"])
+    assert after["lora"] == before["lora"]
+    assert {score.chosen for score in after["mixlora"]} == {None}
+
+
+@pytest.mark.parametrize("max_tokens", [256, 450])
+def test_batches_stay_within_their_tokens(tiny_tokenizer, monkeypatch, max_tokens):
+    host, sizes, hidden = scoring_host(), [], scoring_host().hidden.__func__
+    monkeypatch.setattr(
+        type(host),
+        "hidden",
+        lambda self, ids, *args, **rest: (
+            sizes.append(ids.numel()) or hidden(self, ids, *args, **rest)
+        ),
+    )
+    questions = [question(f"Question {n}:" + " one" * n, ["A", "B"], index=n) for n in range(12)]
+    whole = scored(host, tiny_tokenizer, questions=questions, max_tokens=10**6)
+    assert len(sizes) == 1
+    sizes.clear()
+    parts = scored(host, tiny_tokenizer, questions=questions, max_tokens=max_tokens)
+    assert len(sizes) > 2
+    assert max(sizes) <= max_tokens
+    assert_equals(parts, whole)
+
+
+def test_progress_is_told_after_each_batch(tiny_tokenizer):
+    told = []
+    host = scoring_host()
+    scored(host, tiny_tokenizer, ["lora", None], max_tokens=1, on_progress=told.append)
+    assert sorted(told) == [[0], [1], [2], [3], [4]]
+
+
+def test_evaluation_has_no_dropout_and_leaves_the_mode_as_it_was(tiny_tokenizer):
+    config = METHODS["lora"].model_copy(update={"dropout": 0.5})
+    host = scoring_host(configs={"lora": config})
+    quiet = scored(host, tiny_tokenizer, ["lora"])
+    host.train()
+    assert scored(host, tiny_tokenizer, ["lora"]) == quiet
+    assert all(parameter.grad is None for parameter in host.adapters["lora"].parameters())
+    with pytest.raises(AdapterError, match="got 'nobody'"):
+        scored(host, tiny_tokenizer, ["nobody"])
+    assert host.training
+
+
+def test_a_long_context_is_cut_from_the_left(tiny_tokenizer):
+    host = scoring_host(max_position_embeddings=16)
+    long, short = question("yes no " * 20 + "Answer:", ["no", "yes"]), question("?", ["no", "yes"])
+    scores = scored(host, tiny_tokenizer, [None], [long, short])[None]
+    assert [score.truncated for score in scores] == [True, False]
+    kept, answers = (tiny_tokenizer(text)["input_ids"] for text in (long.contexts[0], " no"))
+    tokens = torch.tensor([kept + answers])[:, -17:]
+    log_probs = host(tokens[:, :-1]).logits[0].log_softmax(-1)
+    chosen = log_probs.gather(1, tokens[0, 1:, None])[-len(answers) :]
+    assert scores[0].log_likelihoods[0] == pytest.approx(float(chosen.sum()), abs=1e-8)
+    with pytest.raises(DataError, match="toy, question 7: a choice must have 1 to 16 tokens, got"):
+        scored(host, tiny_tokenizer, [None], [question("?", ["one " * 30], index=7)])
+
+
+@pytest.mark.parametrize("most", [5, 1])
+def test_what_does_not_fit_into_memory_is_scored_in_parts(tiny_tokenizer, monkeypatch, most):
+    host = scoring_host()
+    expected = scored(host, tiny_tokenizer)
+    seen = limit_rows(monkeypatch, most)
+    assert_equals(scored(host, tiny_tokenizer), expected)
+    assert len(seen) > 1
+    assert max(seen) <= most
+
+
+def test_a_question_that_does_not_fit_into_memory_is_an_error(tiny_tokenizer, monkeypatch):
+    limit_rows(monkeypatch, 0)
+    with pytest.raises(DataError, match=r"a row of \d+ tokens to be scored must fit into memory"):
+        scored(scoring_host(), tiny_tokenizer)
+
+
+def test_accuracies_are_shares_of_right_answers(tiny_tokenizer):
+    host = scoring_host()
+    accuracies = score_accuracy(host, tiny_tokenizer, some_questions(), [None, "dora"])
+    for name, scores in scored(host, tiny_tokenizer, [None, "dora"]).items():
+        assert accuracies[name] == sum(score.correct for score in scores) / 5
+        assert accuracies[name] == summarise(scores)["accuracy"]
+
+
+def toy_score(log_likelihoods, gold=0, normalizers=None, group=None):
+    answers = ["x"] * len(log_likelihoods)
+    asked = question("?", answers, gold, group=group, normalizers=normalizers)
+    return QuestionScore(asked, tuple(log_likelihoods))
+
+
+@pytest.mark.parametrize(
+    ("log_likelihoods", "normalizers", "chosen"),
+    [
+        ([-2.0, -1.0, -3.0], None, 1),
+        ([-2.0, -1.0, -1.0], None, 1),  # the first of equals
+        ([-6.0, -4.0], [3.0, 1.0], 0),
+        ([-1.0, math.nan], None, None),
+    ],
+)
+def test_the_highest_finite_score_is_chosen(log_likelihoods, normalizers, chosen):
+    score = toy_score(log_likelihoods, 0, normalizers)
+    assert (score.chosen, score.correct) == (chosen, chosen == 0)
+
+
+def test_accuracy_comes_with_its_sample_standard_error():
+    result = summarise([toy_score([-1.0, -2.0], gold) for gold in (0, 0, 0, 1)])
+    assert (result["accuracy"], result["num_examples"]) == (0.75, 4)
+    assert result["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert summarise([toy_score([-1.0, -2.0])])["stderr"] is None
+
+
+def test_the_majority_is_the_best_constant_answer():
+    asked = [
+        question("?", ["yes", "no"], 0),
+        question("?", ["no", "yes"], 1),
+        question("?", ["no", "yes"], 1),
+        question("?", ["no", "yes"], 0),
+        question("?", ["maybe", "no", "yes"], 0),
+    ]
+    assert majority_share(asked) == 0.6  # yes
+    assert majority_share(asked[3:]) == 1.0  # both are A
+    # a text that all choices share is no answer
+    assert majority_share([question("?", ["it is"] * 2, gold) for gold in (0, 1)]) == 0.5
+    of_first = [QuestionScore(one, (-1.0, *[-2.0] * (len(one.labels) - 1))) for one in asked]
+    result = summarise(of_first)
+    assert (result["accuracy"], result["majority"], result["beats_majority"]) == (0.6, 0.6, False)
+
+
+def test_results_are_by_adapter_and_group():
+    results = toy_scores(group="sums").results()
+    assert list(results) == ["base", "law"]
+    groups = results["base"].pop("groups")
+    assert results["base"] == {
+        "accuracy": 0.5,
+        "stderr": 0.5,
+        "num_examples": 2,
+        "majority": 0.5,
+        "beats_majority": False,
+        "interval": list(wilson_interval(0.5, 2)),
+        "split": "test",
+    }
+    assert groups == {"sums": {k: v for k, v in results["base"].items() if k != "split"}}
+    mixed = [toy_score([-1.0, -2.0], gold, None, name) for gold, name in [(0, "b"), (1, "a")]]
+    scores = TaskScores("toy", {"split": "test"}, {"base": [*mixed, toy_score([-1.0, -2.0])]})
+    groups = scores.results()["base"]["groups"]
+    assert [(name, one["accuracy"]) for name, one in groups.items()] == [("a", 0.0), ("b", 1.0)]
+
+
+def test_truncated_questions_are_counted():
+    score = replace(toy_score([-1.0, -2.0]), truncated=True)
+    scores = TaskScores("toy", {"split": "test"}, {"base": [score]})
+    assert scores.results()["base"]["num_truncated"] == 1
+
+
+def test_every_question_has_a_line():
+    lines = [json.loads(json.dumps(line)) for line in toy_scores().lines()]
+    assert [(line["adapter"], line["index"]) for line in lines] == [
+        ("base", 0),
+        ("base", 1),
+        ("law", 0),
+        ("law", 1),
+    ]
+    assert lines[0]["question"] == lines[2]["question"] != lines[1].pop("question")
+    assert lines[1] == {
+        "task": "toy",
+        "split": "test",
+        "index": 1,
+        "adapter": "base",
+        "correct": False,
+        "chosen": "A",
+        "correct_label": "B",
+        "scores": [-1.0, -2.0],
+    }
+
+
+def arc(prompt: str, labels: str, gold: int):
+    return replace(question(prompt, labels, gold), task="arc_easy", labels=tuple(labels))
+
+
+def test_moe_peft_is_asked_for_every_label_of_the_task():
+    asked = with_all_labels(arc("Answer:", "ABC", gold=1))
+    assert asked.labels == ("1", "2", "3", "4", "A", "B", "C", "D", "E")
+    assert asked.continuations[0] == " 1"
+    assert asked.labels[asked.gold] == "B"
+    assert set(asked.contexts) == {"Answer:"}
+    digits = with_all_labels(arc("Answer:", "1234", gold=3))
+    assert digits.labels[digits.gold] == "4"
+    assert set(MOE_PEFT_LABELS) == set(TaskName.__args__) - {"skills"}
+    other = replace(arc("Answer:", "ABCD", gold=3), labels=("A", "B", "C", "F"), index=7)
+    with pytest.raises(DataError, match=r"arc_easy, question 7: its answer must be .* got 'F'"):
+        with_all_labels(other)
+    with pytest.raises(ConfigError, match=r"that MoE-PEFT has \(arc_easy, .*got skills"):
+        check_moe_peft_tasks(["arc_easy", "skills"])
+
+
+def test_moe_peft_scores_the_last_token_of_a_label_after_the_prompt(tiny_tokenizer):
+    host = scoring_host(configs={})
+    asked = [with_all_labels(arc("Please choose:", "ABCD", 0))]
+    (score,) = scored(host, tiny_tokenizer, [None], asked, encode=encode_last_tokens)[None]
+    prompt = torch.tensor([tiny_tokenizer("Please choose:")["input_ids"]])
+    log_probs = host(prompt).logits[0, -1].log_softmax(-1)
+    last = [tiny_tokenizer(text)["input_ids"][-1] for text in asked[0].continuations]
+    assert len(tiny_tokenizer(" 1")["input_ids"]) == 2
+    assert score.log_likelihoods == pytest.approx(log_probs[last].tolist(), abs=1e-8)
