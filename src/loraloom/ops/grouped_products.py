@@ -3,8 +3,8 @@
 Axes: T tokens, K top_k, D hidden, E experts, R rank, S = E·R, W columns of a group, C projections
 that share an input.
 
-A dense product with all experts' A costs T·D·S; by groups it is K·T·D·W, whatever E is. See
-`slot_pieces.py`.
+A dense product with all experts' A costs T·D·S; by groups it is K·T·D·W, whatever E is. What is K·T
+rows long lies in the order of the groups, so that a group's rows are a view. See `slot_pieces.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.dropout import apply_keep_mask
-from loraloom.ops.slot_pieces import Slots
+from loraloom.ops.low_rank import UpProjection, decompose_rows_, excess_of
+from loraloom.ops.slot_pieces import Piece, Slots
 
 
 class _GroupedDown(torch.autograd.Function):
@@ -59,30 +60,82 @@ class _GroupedDown(torch.autograd.Function):
 
 class _GroupedUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, low_rank, lora_B, slots, experts):
+    def forward(ctx, output, low_rank, lora_B, slots, experts):
         ctx.save_for_backward(low_rank, lora_B, experts)
         ctx.slots = slots.without_experts()
-        output = low_rank.new_zeros(len(low_rank), lora_B.shape[1])
-        for piece in slots.pieces(lora_B):
+        total = output.clone()
+        for piece in slots.pieces(output):
             if piece.adapted:
-                piece.put_slots(output, piece.take_rank(low_rank) @ piece.of_experts(lora_B))
-        return output
+                piece.add(total, piece.take_rank(low_rank) @ piece.of_experts(lora_B))
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         low_rank, lora_B, experts = ctx.saved_tensors
-        slots = ctx.slots.with_experts(experts)
-        grad_low_rank, grad_B = torch.zeros_like(low_rank), zeros_for_gradient(lora_B)
-        for piece in slots.pieces(lora_B):
-            if not piece.adapted:
-                continue
-            rows = piece.take_slots(grad)
-            kept = piece.keep_rank(rows @ piece.of_experts(lora_B).T)
-            piece.add_rank(grad_low_rank, kept)
-            own = piece.of_experts(grad_B)
-            own += piece.take_rank(low_rank).T @ rows
-        return grad_low_rank, grad_B, None, None
+        grads = _RankGradients(low_rank, lora_B)
+        for piece in ctx.slots.with_experts(experts).pieces(grad):
+            if piece.adapted:
+                grads.accumulate(piece, piece.take(grad))
+        return grad, grads.low_rank, grads.lora_B, None, None
+
+
+class _GroupedCombine(torch.autograd.Function):
+    """Σ_j g_j (c_e ∘ (Wh_j + Δ_j) + b), keeping each Wh_j + Δ_j."""
+
+    @staticmethod
+    def forward(ctx, output, low_rank, lora_B, row_scale, bias, slot_weights, slots, experts):
+        excess = None if row_scale is None else excess_of(row_scale, output.dtype)
+        total = output.new_zeros(len(slot_weights), output.shape[1])
+        unscaled = output.clone()
+        for piece in slots.pieces(output):
+            value = rows = piece.take_slots(unscaled)
+            if piece.adapted and lora_B is not None:
+                rank_input, own_B = piece.take_rank(low_rank), piece.of_experts(lora_B)
+                if excess is None:
+                    rows.addmm_(rank_input, own_B)
+                else:
+                    value = decompose_rows_(rows, rank_input, own_B, piece.of_rows(excess), bias)
+            piece.add(total, value, piece.slot_weights(slot_weights))
+        ctx.save_for_backward(unscaled, low_rank, lora_B, excess, bias, slot_weights, experts)
+        ctx.slots = slots.without_experts()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        unscaled, low_rank, lora_B, excess, bias, slot_weights, experts = ctx.saved_tensors
+        grads = None if lora_B is None else _RankGradients(low_rank, lora_B)
+        grad_scale = None if excess is None else zeros_for_gradient(excess)
+        grad_output, grad_weights = torch.empty_like(unscaled), torch.empty_like(slot_weights)
+        for piece in ctx.slots.with_experts(experts).pieces(grad):
+            rows, upstream = piece.take_slots(unscaled), piece.take(grad)
+            weight, grad_rows, of_bias = piece.slot_weights(slot_weights), upstream, 0
+            if grad_scale is not None and piece.adapted:
+                grad_rows = torch.addcmul(upstream, piece.of_rows(excess), upstream)
+                of_bias = 0 if bias is None else upstream @ bias
+                piece.add_row_scale(grad_scale, upstream * rows * weight)
+            piece.put_slot_weights(grad_weights, (grad_rows * rows).sum(-1) + of_bias)
+            grad_rows = grad_rows * weight
+            piece.put_slots(grad_output, grad_rows)
+            if grads is not None and piece.adapted:
+                grads.accumulate(piece, grad_rows)
+        of_rank = (None, None) if grads is None else (grads.low_rank, grads.lora_B)
+        return grad_output, *of_rank, grad_scale, None, grad_weights, None, None
+
+
+class _RankGradients:
+    """Gradients of `low_rank @ B_e`, summed up over pieces."""
+
+    def __init__(self, low_rank: Tensor, lora_B: Tensor):
+        self._low_rank, self._lora_B = low_rank, lora_B
+        self.low_rank, self.lora_B = torch.zeros_like(low_rank), zeros_for_gradient(lora_B)
+
+    def accumulate(self, piece: Piece, grad_rows: Tensor) -> None:
+        kept = piece.keep_rank(grad_rows @ piece.of_experts(self._lora_B).T)
+        piece.add_rank(self.low_rank, kept)
+        own = piece.of_experts(self.lora_B)
+        own += piece.take_rank(self._low_rank).T @ grad_rows
 
 
 def grouped_down(
@@ -102,15 +155,34 @@ def grouped_down(
     )
 
 
-def grouped_up(low_rank: Tensor, lora_B: Tensor, slots: Slots) -> Tensor:
-    """Compute each slot's `low_rank @ B_e`, [K·T, D], for its expert e.
+def grouped_up(output: Tensor, low_rank: Tensor, lora_B: Tensor, slots: Slots) -> Tensor:
+    """Compute `output + Σ_j low_rank_j @ B_e` over each token's slots j and experts e, [T, D].
 
     Args:
+        output: [T, D].
         low_rank: Rank-space rows, [K·T, W], zero outside of their expert's columns.
         lora_B: Scaled up-projections, [S, D].
         slots: Sorted by groups.
     """
-    return _GroupedUp.apply(low_rank, lora_B, slots, slots.experts)  # pyright: ignore
+    return _GroupedUp.apply(output, low_rank, lora_B, slots, slots.experts)  # pyright: ignore
+
+
+def grouped_combine(
+    output: Tensor, low_rank: Tensor, down: UpProjection | None, slot_weights: Tensor, slots: Slots
+) -> Tensor:
+    """Compute `Σ_j g_j (c_e ∘ (Wh_j + Δ_j) + b)` over each token's slots j, [T, D].
+
+    Args:
+        output: The base's `Wh_j + b` of the sorted slots, [K·T, D].
+        low_rank: Rank-space rows, [K·T, W], zero outside of their expert's columns.
+        down: The output projection; without a row scale c is 1, and None adds nothing.
+        slot_weights: g, [T, K].
+        slots: Sorted by groups.
+    """
+    parts = (None, None, None) if down is None else (down.B, down.row_scale, down.bias)
+    return _GroupedCombine.apply(  # pyright: ignore[reportReturnType]
+        output, low_rank, *parts, slot_weights, slots, slots.experts
+    )
 
 
 def zeros_for_gradient(weight: Tensor) -> Tensor:

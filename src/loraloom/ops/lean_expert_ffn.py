@@ -14,7 +14,7 @@ float32 inside); gradients of weights are summed over pieces in float32 or bette
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,14 +26,19 @@ from torch.autograd.function import once_differentiable
 from loraloom.ops.expert_ffn import Activation, FfnDropout, FfnWeights, Routing, combine_slots
 from loraloom.ops.fused.expert_ffn import fused_hidden
 from loraloom.ops.fused.rows import activation_name, fused_decompose, is_fused
-from loraloom.ops.grouped_products import grouped_down, grouped_up, zeros_for_gradient
+from loraloom.ops.grouped_products import (
+    grouped_combine,
+    grouped_down,
+    grouped_up,
+    zeros_for_gradient,
+)
 from loraloom.ops.low_rank import (
     UpProjection,
     decompose,
+    decompose_rows_,
     down_project,
     excess_of,
     rows_of_experts,
-    scale_rows,
 )
 from loraloom.ops.slot_pieces import Piece, Slots
 
@@ -60,7 +65,7 @@ def lean_expert_ffn(
 
     Returns:
         Hidden rows ([T, F], or [K·T, F] where slots stay apart) and a function from the base's
-        output for them to the block's output, [T, D].
+        output for them, row by row, to the block's output, [T, D].
     """
     slots = Slots.of(weights, routing, gate)
     low_rank = None
@@ -109,16 +114,20 @@ def _finish(
             return lambda output: output
         if slots.group is None:
             return lambda output: torch.addmm(output, down_rank, down.B)
-        updates = grouped_up(down_rank, down.B, slots)
-        return lambda output: torch.stack([output, *updates.chunk(num_slots)]).sum(0)
+        return lambda output: grouped_up(output, down_rank, down.B, slots)
 
     def finish(output: Tensor) -> Tensor:
         if down is not None and down.row_scale is not None and is_fused(output):
             routed = (slots.experts, routing.routing_weights) if routing else ()
             return fused_decompose(output, down_rank, down, slots.rank, *routed)
+        slot_weights = None if routing is None else routing.routing_weights.to(output.dtype)
+        if slots.group is not None and slot_weights is not None:
+            return grouped_combine(output, down_rank, down, slot_weights, slots)
         outputs = output.chunk(num_slots)
         if down is not None:
-            updates = _slot_updates(down_rank, down.B, slots)
+            masks = slots.masks(down_rank.dtype)
+            by_slot = [down_rank] if masks is None else [down_rank * mask for mask in masks]
+            updates = [rows @ down.B for rows in by_slot]
             if down.row_scale is None:
                 outputs = [rows + update for rows, update in zip(outputs, updates, strict=True)]
             else:
@@ -127,21 +136,11 @@ def _finish(
                     decompose(*rows_of_slot, down.bias)
                     for rows_of_slot in zip(outputs, updates, scales, strict=True)
                 ]
-        if routing is None:
+        if slot_weights is None:
             return outputs[0]
-        return combine_slots(outputs, routing.routing_weights.to(output.dtype).T.unsqueeze(-1))
+        return combine_slots(outputs, slot_weights.T.unsqueeze(-1))
 
     return finish
-
-
-def _slot_updates(down_rank: Tensor, lora_B: Tensor, slots: Slots) -> Sequence[Tensor]:
-    """Compute each slot's update of the output projection, [T, D]."""
-    if slots.group is not None:
-        return grouped_up(down_rank, lora_B, slots).chunk(len(slots.experts))
-    masks = slots.masks(down_rank.dtype)
-    if masks is None:
-        return [down_rank @ lora_B]
-    return [(down_rank * mask) @ lora_B for mask in masks]
 
 
 @dataclass(frozen=True)
@@ -315,21 +314,14 @@ class _PieceForward:
             return _Projected(output, output, None, None)
         rank_input = piece.take_rank(self.low_rank[:, side.columns])
         own_B = piece.of_experts(lora_B)
-        # A piece's own copy is added to; rows of the base's output are needed again.
-        add = output.addmm_ if piece.copies else partial(torch.addmm, output)
         if excess is None:
+            # A piece's own copy is added to; rows of the base's output are needed again.
+            add = output.addmm_ if piece.copies else partial(torch.addmm, output)
             value = add(rank_input, own_B)
             return _Projected(value, value, None, rank_input)
         excess = piece.of_rows(excess)
-        if output.dtype.itemsize <= 2:  # what is rounded so far can't be scaled by factors near 1
-            value, rows = scale_rows(output, rank_input @ own_B, excess, side.bias)
-            return _Projected(value, rows, excess, rank_input)
-        rows = add(rank_input, own_B)
-        if side.bias is not None:
-            rows -= side.bias
-        value = torch.addcmul(rows, excess, rows)
-        if side.bias is not None:
-            value += side.bias
+        rows = output if piece.copies else output.clone()
+        value = decompose_rows_(rows, rank_input, own_B, excess, side.bias)
         return _Projected(value, rows, excess, rank_input)
 
 

@@ -233,6 +233,21 @@ def scale_rows(
     return torch.addcmul(update, excess, rows).add_(output), rows
 
 
+def decompose_rows_(
+    output: Tensor, rank_input: Tensor, lora_B: Tensor, excess: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Turn the base's `Wx + b` into `Wx + Δ`, in place; return `c ∘ (Wx + Δ) + b`."""
+    if output.dtype.itemsize <= 2:  # what is rounded so far can't be scaled by factors near 1
+        value, rows = scale_rows(output, rank_input @ lora_B, excess, bias)
+        output.copy_(rows)
+        return value
+    output.addmm_(rank_input, lora_B)
+    if bias is None:
+        return torch.addcmul(output, excess, output)
+    output -= bias
+    return torch.addcmul(output, excess, output).add_(bias)
+
+
 def scale_update(
     lora_B: Float[Tensor, "S O"], row_scale: Float[Tensor, "E O"] | None, scale: float
 ) -> tuple[Float[Tensor, "S O"], Float[Tensor, "E O"] | None]:

@@ -136,6 +136,7 @@ class RowsOfGroup:
         group: Columns of the group's experts; None for rows that get the base's own output.
         rows: Token of each row, [t].
         slot_rows: Their places among slot after slot, [t].
+        place: Of the piece among the sorted slots, which is where its rows of [K·T, ...] lie.
         experts: Expert of each row, [t].
         num_tokens: T.
         rank: R.
@@ -144,6 +145,7 @@ class RowsOfGroup:
     group: slice | None
     rows: Tensor
     slot_rows: Tensor
+    place: slice
     experts: Tensor
     num_tokens: int
     rank: int
@@ -159,12 +161,12 @@ class RowsOfGroup:
         return values.index_select(0, self.rows)
 
     def take_slots(self, values: Tensor) -> Tensor:
-        """Rows of [K·T, ...], slot after slot."""
-        return values.index_select(0, self.slot_rows)
+        """Rows of [K·T, ...], which lie side by side: nothing is gathered."""
+        return values[self.place]
 
     def put_slots(self, total: Tensor, values: Tensor) -> None:
         """Write rows of [K·T, ...]."""
-        total.index_copy_(0, self.slot_rows, values)
+        total[self.place] = values
 
     def add(self, total: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
         """Add to rows of [T, ...] times a weight, [t, 1]."""
@@ -185,11 +187,11 @@ class RowsOfGroup:
 
     def take_rank(self, values: Tensor) -> Tensor:
         """Rank-space rows of [K·T, W], with zeros outside of their expert's columns."""
-        return values.index_select(0, self.slot_rows)
+        return values[self.place]
 
     def add_rank(self, total: Tensor, values: Tensor) -> None:
         """Add rank-space rows, kept by `keep_rank`, to [K·T, W]."""
-        total.index_add_(0, self.slot_rows, values)
+        total[self.place] += values
 
     def keep_rank(self, values: Tensor) -> Tensor:
         """Zero what is outside of a row's expert's columns."""
@@ -281,11 +283,12 @@ def sorted_pieces(
     num_groups = num_experts // size
     counts = torch.bincount(groups, minlength=num_groups + 1).tolist()
     order = groups.argsort(stable=True)
-    longest = _piece_rows(gate)
+    longest, start = _piece_rows(gate), 0
     for group, slot_rows in zip(range(-1, num_groups), order.split(counts), strict=True):
         columns = slice(group * size * rank, (group + 1) * size * rank) if group >= 0 else None
         for part in slot_rows.split(longest) if len(slot_rows) else ():
-            yield RowsOfGroup(columns, part % num_tokens, part, flat[part], num_tokens, rank)
+            place = slice(start, start := start + len(part))
+            yield RowsOfGroup(columns, part % num_tokens, part, place, flat[part], num_tokens, rank)
 
 
 def _piece_rows(gate: Tensor) -> int:
