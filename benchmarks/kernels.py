@@ -109,9 +109,8 @@ def run_block(num_experts: int, decomposed: bool, dtype: torch.dtype) -> None:
     (hidden.sum() + down_rank.sum()).backward()
     if decomposed:
         output = leaf(TOKENS * (2 if num_experts else 1), HIDDEN_SIZE)
-        fused_decompose(
-            output, leaf(TOKENS, size), down, rank, experts, routing_weights
-        ).sum().backward()
+        lora = leaf(TOKENS, size), down.B, down.row_scale, down.bias
+        fused_decompose(output, *lora, rank, experts, routing_weights).sum().backward()
 
 
 def compile_kernel(name: str, arguments: dict[str, Any], capability: int) -> tuple[int, int, int]:

@@ -119,7 +119,8 @@ def _finish(
     def finish(output: Tensor) -> Tensor:
         if down is not None and down.row_scale is not None and is_fused(output):
             routed = (slots.experts, routing.routing_weights) if routing else ()
-            return fused_decompose(output, down_rank, down, slots.rank, *routed)
+            lora = down_rank, down.B, down.row_scale, down.bias
+            return fused_decompose(output, *lora, slots.rank, *routed)
         slot_weights = None if routing is None else routing.routing_weights.to(output.dtype)
         if slots.group is not None and slot_weights is not None:
             return grouped_combine(output, down_rank, down, slot_weights, slots)

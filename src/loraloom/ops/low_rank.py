@@ -210,7 +210,9 @@ def apply_update(output: Tensor, rank_input: Tensor | None, side: UpProjection |
     if side.row_scale is None:
         return torch.addmm(output, rank_input, side.B)
     if is_fused(output):
-        return fused_decompose(output, rank_input, side, len(side.B))
+        return fused_decompose(
+            output, rank_input, side.B, side.row_scale, side.bias, rank=len(side.B)
+        )
     return decompose(output, rank_input @ side.B, side.row_scale, side.bias)
 
 

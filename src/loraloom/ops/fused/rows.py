@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -19,9 +18,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from loraloom.ops.fused.operators import decomposed, decomposed_backward
-
-if TYPE_CHECKING:
-    from loraloom.ops.low_rank import UpProjection
 
 ACTIVATIONS: Mapping[str, str] = {
     "SiLU": "silu",
@@ -105,7 +101,9 @@ def over_slots(
 def fused_decompose(
     output: Tensor,
     rank_input: Tensor,
-    side: UpProjection,
+    lora_B: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
     rank: int,
     experts: Tensor | None = None,
     routing_weights: Tensor | None = None,
@@ -118,13 +116,15 @@ def fused_decompose(
     Args:
         output: Base output of each slot, [K·T, O].
         rank_input: z of all slots, [T, S]: those of a token have different columns.
-        side: B, c and b.
+        lora_B: Scaled up-projections B, [S, O].
+        row_scale: c, [E, O] float32.
+        bias: b, [O].
         rank: R.
         experts: Expert of each slot, [K, T]; None for one expert and slot.
         routing_weights: g, [T, K]; None for 1.
     """
     return _FusedDecompose.apply(  # pyright: ignore[reportReturnType]
-        with_rows(output), with_rows(rank_input), side.B, side.row_scale, side.bias, experts,
+        with_rows(output), with_rows(rank_input), lora_B, row_scale, bias, experts,
         routing_weights, rank,
     )  # fmt: skip
 
