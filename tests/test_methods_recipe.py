@@ -54,8 +54,3 @@ def test_methods_are_fitted_trained_tested_and_put_into_a_table(recipe, tmp_path
     assert abs(sizes[1] - sizes[0]) == min(nearest)
     one, two, three = (measured("lora", rank, "compute") for rank in (1, 2, 3))
     assert two - one == three - two > 0
-
-
-def test_methods_that_there_are_not_are_refused(recipe, tmp_path):
-    with pytest.raises(SystemExit, match=r"must be among lora, dora, .*; size, compute, got lroa"):
-        recipe["main"](["--base-model=b", f"--output={tmp_path}", "--methods=lroa"])

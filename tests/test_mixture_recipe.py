@@ -65,16 +65,6 @@ def test_a_study_goes_on_where_it_was_interrupted_and_makes_a_table(words, tmp_p
         recipe["main"]([*words, f"--output={output}", "--limit=8"])
 
 
-def test_a_study_may_ask_test_questions_alone(words, tmp_path):
-    recipe, table = (runpy.run_path(str(RECIPE / name)) for name in ("run.py", "table.py"))
-    recipe["main"]([*words, f"--output={tmp_path}", "--test-only", "--metric=eval/loss"])
-    (study,) = table["read_studies"]([tmp_path])
-    for method in study["methods"].values():
-        assert {"accuracy", "loss"} == set(method) & {"accuracy", "loss", "train_accuracy"}
-    rows = list(table["table"]([study]))
-    assert len({row.count("|") for row in rows}) == 1
-
-
 def test_a_study_of_a_data_set_is_by_loss(words, tmp_path):
     recipe, table = (runpy.run_path(str(RECIPE / name)) for name in ("run.py", "table.py"))
     make = runpy.run_path(str(RECIPE / "instructions.py"))["main"]
@@ -117,22 +107,6 @@ def test_a_study_of_a_data_set_is_by_loss(words, tmp_path):
         recipe["main"]([str(run_file), *options, "--each=data.validation=null"])
 
 
-def test_a_study_takes_jobs_that_there_are(words, tmp_path):
-    recipe = runpy.run_path(str(RECIPE / "run.py"))
-    with pytest.raises(SystemExit, match=r"--only must name jobs of .*, got lora"):
-        recipe["main"]([*words, f"--output={tmp_path}", "--only=lora"])
-
-
-def test_settings_of_a_job_go_by_its_name(words, tmp_path):
-    recipe = runpy.run_path(str(RECIPE / "run.py"))
-    options = [*words, f"--output={tmp_path}"]
-    asked = recipe["parse"]([*options, "--set=jobs.mixlora.adapter.top_k=3"])
-    assert recipe["read_run"](asked).jobs[0].adapter.top_k == 3
-    asked = recipe["parse"]([*options, "--set=jobs.other.adapter.top_k=3"])
-    with pytest.raises(SystemExit, match=r"--set must name one of the jobs mixlora, .*, got other"):
-        recipe["read_run"](asked)
-
-
 @pytest.mark.parametrize(("capacity", "num_experts"), [(1, None), (3, None), (2, 4)])
 def test_ranks_on_a_map_keep_size_and_compute(words, tmp_path, capacity, num_experts):
     recipe, maps = (runpy.run_path(str(RECIPE / name)) for name in ("run.py", "maps.py"))
@@ -153,41 +127,6 @@ def test_ranks_on_a_map_keep_size_and_compute(words, tmp_path, capacity, num_exp
         for place, adapter in enumerate((smaller, mixture, size))
     ]
     assert counts[0] < counts[1] <= counts[2]
-
-
-def test_a_map_has_a_study_for_each_cell(words, tmp_path):
-    maps = runpy.run_path(str(RECIPE / "maps.py"))
-    more = ["--only=mixlora,lora-size", "--rates=1e-3", "--seeds=0", "--each=train.max_steps=1"]
-    options = [f"--output={tmp_path}", "--capacity=1,2", "--", *words[1:], *more]
-    maps["main"]([words[0], *options])
-    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/result.json"))]
-    assert [result["study"] for result in results] == ["capacity001", "capacity002"]
-    small, large = (result["methods"]["mixlora"]["parameters"] for result in results)
-    assert small < large
-
-
-def test_the_picture_of_a_map_says_what_was_measured(tmp_path):
-    picture = runpy.run_path(str(RECIPE / "picture.py"))
-    points = {(2, 1): 0.031, (2, 4): 0.0, (32, 1): -0.124}  # one cell is not done yet
-    for (lands, capacity), mean in points.items():
-        cell = tmp_path / f"lands{lands:03}-capacity{capacity:03}"
-        cell.mkdir()
-        comparisons = [
-            {"second": second, "over_seeds": {"accuracy": {"mean": mean * sign, "stderr": 0.01}}}
-            for second, sign in (("lora-size", 1), ("lora-compute", -1))
-        ]
-        (cell / "result.json").write_text(json.dumps({"comparisons": comparisons}))
-    figure = picture["draw"]([picture["read_map"](tmp_path)])
-    size, compute, _ = figure.axes  # and the colours' scale
-    assert [text.get_text() for text in size.texts] == [
-        "+3.1\n± 1.0",
-        "+0.0\n± 1.0",
-        "-12.4\n± 1.0",
-    ]
-    assert compute.texts[2].get_text() == "+12.4\n± 1.0"
-    assert [tick.get_text() for tick in size.get_xticklabels()] == ["2", "32"]
-    with pytest.raises(SystemExit, match="must have studies that are done"):
-        picture["read_map"](tmp_path / "other")
 
 
 def test_a_base_model_is_cut_to_its_first_layers(words, tmp_path):

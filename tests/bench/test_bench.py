@@ -7,8 +7,6 @@ import torch
 
 from benchmarks import decode, layer, step
 from benchmarks.cases import ADAPTERS, PEFT_CASES, StepSetting, alternate
-from loraloom.models.loading import load_base_model
-from loraloom.models.quantised import quantised_linears
 from tests.generation.saved import save_tiny
 
 
@@ -47,23 +45,6 @@ def test_the_step_benchmark_runs_all_cases(base_model, capsys):
     assert "mixdora" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_jobs_of_a_step_are_compared_with_turns_and_their_memory_is_measured(
-    base_model, capsys
-):
-    words = ["--base-model", base_model, "--num-jobs", "3", "--length", "8", "--rounds", "1"]
-    step.main([*words, "--memory"])
-    printed = capsys.readouterr().out
-    for word in ("by turns", "fused", "of 3 times one", "each further job adds"):
-        assert word in printed
-
-
-def test_the_figures_of_jobs_memory():
-    text = step.describe_peaks(num_jobs=5, one_bytes=100, all_bytes=180, state_bytes=16)
-    assert f"{180 / 500:.2f} of 5 times one" in text
-    assert f"each further job adds {20 / 16:.2f} times" in text
-
-
 def test_fused_steps_and_turns_give_the_same_weights(base_model):
     setting = StepSetting(base_model, dtype="float32", length=8, num_jobs=3)
     fused, turns = (step.JobSteps("mixlora", setting) for _ in range(2))
@@ -78,24 +59,3 @@ def test_fused_steps_and_turns_give_the_same_weights(base_model):
 def test_the_decode_benchmark_runs_all_cases(base_model, capsys):
     decode.main(["--base-model", base_model, "--rows", "5", "--new-tokens", "2", "--rounds", "1"])
     assert "mixed" in capsys.readouterr().out
-
-
-def test_benchmarks_run_on_a_quantised_base(base_model, monkeypatch):
-    pytest.importorskip("bitsandbytes")
-    loaded = []
-
-    def load(*args, **options):
-        loaded.append(load_base_model(*args, **options))
-        return loaded[-1]
-
-    monkeypatch.setattr("benchmarks.cases.load_base_model", load)
-    words = ["--new-tokens", "2", "--cases", "base,mixlora", "--rounds", "1"]
-    decode.main([*words, "--base-model", base_model, "--quantization", "int8"])
-    assert len(loaded) == 2
-    assert all(quantised_linears(model) for model, _ in loaded)
-
-
-def test_an_unknown_case_is_an_error(capsys):
-    with pytest.raises(SystemExit):
-        layer.main(["--cases", "qlora"])
-    assert "must be some of peft-lora" in capsys.readouterr().err
