@@ -28,7 +28,7 @@ from benchmarks.memory_model import STEPS, JobsSetting, build_jobs
 from benchmarks.memory_prediction import MemoryPrediction, predict_memory
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
-from loraloom.models.quantised import quantised_linears, stored_weights
+from loraloom.models.quantization import quantised_linears, stored_weights
 from loraloom.training.fitting import RoundRunner
 
 BITS: dict[str, tuple[float, float]] = {

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from loraloom.generation.generate import generate as generate
     from loraloom.generation.prompts import Prompt as Prompt
     from loraloom.generation.sampling import SamplingConfig as SamplingConfig
-    from loraloom.models.attach import attach as attach
     from loraloom.models.converting import convert as convert
     from loraloom.models.export import Export as Export
     from loraloom.models.export import export as export
     from loraloom.models.host import Host as Host
     from loraloom.models.host import HostOutput as HostOutput
+    from loraloom.models.host import attach as attach
     from loraloom.models.loading import load_base_model as load_base_model
     from loraloom.training.client import TrainingClient as TrainingClient
     from loraloom.training.client import example_of as example_of
@@ -71,10 +71,9 @@ _HOMES = {
     "generation.generate": ("Completion", "generate"),
     "generation.prompts": ("Prompt",),
     "generation.sampling": ("SamplingConfig",),
-    "models.attach": ("attach",),
     "models.converting": ("convert",),
     "models.export": ("Export", "export"),
-    "models.host": ("Host", "HostOutput"),
+    "models.host": ("Host", "HostOutput", "attach"),
     "models.loading": ("load_base_model",),
     "training.client": ("TrainingClient", "example_of", "example_of_completion"),
     "training.results": ("JobResult",),

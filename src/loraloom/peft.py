@@ -25,9 +25,8 @@ from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats.contents import PICKLE_FILE, WEIGHTS_FILE
 from loraloom.formats.files import parse_files, read_stored, render_files
 from loraloom.formats.fit import fit_to_base
-from loraloom.models.door import Rows, with_auxiliary_loss
 from loraloom.models.host import Host
-from loraloom.models.view import TakesCheckpointing
+from loraloom.models.view import Rows, TakesCheckpointing, with_auxiliary_loss
 
 try:
     from peft import PeftConfig
@@ -39,6 +38,8 @@ except ImportError as error:
     ) from error
 
 _TYPE = "LORALOOM"
+_PREFIX = "base_model.loraloom."
+"""Of the tensors of adapters in a PEFT model's state."""
 _BASE_ROWS = "__base__"
 """What PEFT calls the base model in `adapter_names`."""
 _TASK = "CAUSAL_LM"
@@ -56,10 +57,6 @@ class LoraloomConfig(PeftConfig):
             `set_seed` sets.
         fields: Of PEFT's (`task_type`, `base_model_name_or_path`, `revision`, `inference_mode`);
             or, without `adapter`, all that an adapter_config.json says.
-
-    Raises:
-        ConfigError: If a setting can't be used, or the task is another than causal language models.
-        FormatError: If an adapter_config.json says what loraloom can't represent.
     """
 
     adapter: AdapterConfig = field(kw_only=True)
@@ -85,11 +82,7 @@ class LoraloomConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
     ) -> LoraloomConfig:
-        """Read an adapter's configuration; of a directory with what its tensors say of patterns.
-
-        Raises:
-            FormatError: If loraloom can't represent it.
-        """
+        """Read an adapter's configuration; of a directory with what its tensors say of patterns."""
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         files = {path.name for path in directory.glob("adapter_*")}
         if CONFIG_FILE not in files or not files & {WEIGHTS_FILE, PICKLE_FILE}:
@@ -104,23 +97,17 @@ class LoraloomConfig(PeftConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> LoraloomConfig:
-        """Make the configuration of fields, whichever method they are of."""
         return cls(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as plain values."""
         own = {"adapter": self.adapter.model_dump(mode="json"), "seed": self.seed}
         return {"peft_type": _TYPE} | {name: getattr(self, name) for name in _FIELDS} | own
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write adapter_config.json in the method's layout.
-
-        Raises:
-            ConfigError: If the configuration has met no base model yet.
-        """
+        """Write adapter_config.json in the method's layout."""
         if not self.file_fields:
             raise ConfigError(
-                f"{CONFIG_FILE} tells of the base model too, and this configuration has met none; "
+                f"{CONFIG_FILE} describes the base model too, and this configuration has none; "
                 "give it to get_peft_model first"
             )
         directory = Path(save_directory)
@@ -137,15 +124,13 @@ def _checked(adapter: Any) -> AdapterConfig:
         return parse_adapter_config(adapter)
     except (TypeError, ValueError) as error:
         faults = error.errors() if isinstance(error, ValidationError) else []
-        reasons = "; ".join(str(fault["msg"]) for fault in faults)
         raise ConfigError(
             "adapter must be the configuration of one of loraloom's methods, or its settings, got "
-            f"{type(adapter).__name__}{': ' if reasons else ''}{reasons}"
+            + ": ".join([type(adapter).__name__, *(str(fault["msg"]) for fault in faults)])
         ) from error
 
 
 def _files(fields: dict[str, Any], tensors: dict[str, Tensor], source: str) -> AdapterFiles:
-    """Put files together of what PEFT has read, with fields that are each of its kind."""
     checked = checked_fields(AdapterFields, fields, source).model_dump(exclude_unset=True)
     return AdapterFiles(checked, tensors, source=source)
 
@@ -159,8 +144,12 @@ class HostedAdapters(nn.Module, BaseTunerLayer):
         super().__init__()
         self.adapters = nn.ModuleDict()
 
+    def forward(self, name: str) -> dict[str, Tensor]:
+        adapter: Any = self.adapters[name]
+        return adapter.tensors()
+
     def _move_adapter_to_device_of_base_layer(self, *_: Any, **__: Any) -> None:
-        """Do nothing: adapters are built where their projections compute."""
+        pass  # adapters are built where their projections compute
 
 
 class LoraloomModel(TakesCheckpointing, BaseTuner):
@@ -180,43 +169,34 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         return with_auxiliary_loss(config) if has_router else config
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Put a host on the base model."""
-        layers = model.modules()
         self.host = Host(model)
-        self.host.enable_gradient_checkpointing(
-            any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
-        )
+        layers = model.modules()
+        is_on = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        self.host.enable_gradient_checkpointing(is_on)
         self.loraloom = HostedAdapters()
         self._door = self.host.door(model, self._active_rows)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
-        """Put an adapter on the host; it is active if it is the first."""
-        config = self._config(adapter_name)
         try:
-            self._put(adapter_name, config)
+            self._put(adapter_name, self.peft_config[adapter_name])
         except Exception:
             if not self.host.adapters:
                 self.host.detach()
             raise
         self._activate(self.active_adapters)
-        is_active = adapter_name in self.active_adapters
-        self.set_requires_grad(adapter_name, is_active and not config.inference_mode)
 
-    def _config(self, name: str) -> LoraloomConfig:
-        return self.peft_config[name]  # pyright: ignore[reportReturnType]
-
-    def _put(self, name: str, config: LoraloomConfig) -> Adapter:
+    def _put(self, name: str, config: Any) -> Adapter:
+        """Put an adapter on the host; it is trained where it is the active one."""
         seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
         adapter = self.host.add(name, config.adapter, seed)
+        adapter.requires_grad_(name in self.active_adapters and not config.inference_mode)
         self.loraloom.adapters[name] = adapter
         if not config.is_from_file:
-            config.file_fields = render_files(
-                adapter.config, adapter.tensors(), self.host.base
-            ).config
+            files = render_files(adapter.config, adapter.tensors(), self.host.base)
+            config.file_fields = files.config
         return adapter
 
     def _active_rows(self) -> Rows | None:
-        """Whose the rows are where nobody says it; None for the base model's."""
         if self.loraloom.disable_adapters or not self.active_adapters:
             return None
         return Rows(self.active_adapters, self._trains())
@@ -228,7 +208,6 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     def _enable_peft_forward_hooks(
         self, *_: Any, adapter_names: Sequence[str] | None = None, **__: Any
     ) -> Iterator[None]:
-        """Give the rows of forwards inside their adapters, where the caller names them."""
         if adapter_names is None:
             yield
             return
@@ -237,22 +216,16 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with transformers' `generate`, with weights prepared once."""
         with self.host.prepared():
             return self.model.generate(*args, **kwargs)
 
     def train(self, mode: bool = True) -> LoraloomModel:
-        """Train adapters; the base model stays in eval mode, so that it drops nothing."""
         super().train(mode)
-        self.model.eval()
+        self.model.eval()  # so that it drops nothing
         return self
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one, and the one that is trained.
-
-        Raises:
-            AdapterError: If there is no such adapter, or several are named.
-        """
+        """Make an adapter the active one, and the one that is trained."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) != 1:
             raise AdapterError(
@@ -271,7 +244,6 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Let adapters be trained, or freeze them."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
             self.host.adapter(name).requires_grad_(requires_grad)
@@ -280,11 +252,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         self.loraloom._disable_adapters = not enabled
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; if it was active, the first that is left becomes so.
-
-        Raises:
-            AdapterError: If there is no such adapter.
-        """
+        """Take an adapter off; if it was active, the first that is left becomes so."""
         self.host.remove(adapter_name)
         del self.loraloom.adapters[adapter_name]
         del self.peft_config[adapter_name]
@@ -293,77 +261,50 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
             self.set_adapter(left) if left else self._activate([])
 
     def unload(self) -> nn.Module:
-        """Return the base model as it was before."""
         del self.model.peft_config
         return self.host.detach()
 
-    def merge_and_unload(self, *_: Any, **__: Any) -> nn.Module:
-        """Refuse: see `merge_adapter`."""
-        return self.merge_adapter()
-
     def merge_adapter(self, *_: Any, **__: Any) -> Any:
-        """Refuse, as routers choose for each token.
-
-        Raises:
-            AdapterError: Always.
-        """
         raise AdapterError(
             "adapters of loraloom.peft are not merged into the base model's weights: a router "
             "chooses experts for each token, which no single matrix does; unload() gives the base "
             "model back, and PEFT's own methods merge"
         )
 
+    merge_and_unload = merge_adapter
+
     def unmerge_adapter(self) -> None:
-        """Do nothing, as nothing is merged."""
+        pass  # nothing is merged
 
     def _create_and_replace(self, *_: Any, **__: Any) -> None:
         raise AssertionError("a host replaces no modules")
 
-    def _prefix(self, name: str) -> str:
-        return f"base_model.loraloom.adapters.{name}."
-
     def _stored(self, name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Lay an adapter's tensors out as in its files, with the values of a state dict."""
-        adapter, prefix = self.host.adapter(name), self._prefix(name)
-        values = {
-            f"adapter.{key.removeprefix(prefix)}": value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        tensors = torch.func.functional_call(_Tensors(adapter), values, tie_weights=False)
-        return render_files(adapter.config, tensors, self.host.base).tensors
+        own = f"{_PREFIX}adapters.{name}."
+        values = {k.removeprefix(_PREFIX): v for k, v in state_dict.items() if k.startswith(own)}
+        tensors = torch.func.functional_call(self.loraloom, values, name, tie_weights=False)
+        return render_files(self.host.adapter(name).config, tensors, self.host.base).tensors
 
     def _load(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy an adapter's tensors in, named as in its files, and return its state."""
-        config = self._config(name)
+        config: Any = self.peft_config[name]
         files = _files(config.file_fields, tensors, f"adapter {name!r}")
         settings, own = fit_to_base(parse_files(files), self.host.base)
         adapter = self.host.adapter(name)
         without_memory = any(parameter.is_meta for parameter in adapter.parameters())
         others = own.keys() ^ adapter.tensors().keys()
-        if without_memory or any(not name.endswith(".magnitude") for name in others):
-            # PEFT's low_cpu_mem_usage, or files have more to them than their configuration says
-            adapter = self._put_again(name, settings)
+        # PEFT's low_cpu_mem_usage, or files have more to them than their configuration says.
+        if without_memory or any(not other.endswith(".magnitude") for other in others):
+            config.adapter = settings
+            self.host.remove(name)
+            adapter = self._put(name, config)
         adapter.load_tensors(own)
-        return {f"{self._prefix(name)}{key}": value for key, value in adapter.state_dict().items()}
-
-    def _put_again(self, name: str, settings: AdapterConfig) -> Adapter:
-        config = self._config(name)
-        config.adapter = settings
-        self.host.remove(name)
-        adapter = self._put(name, config)
-        self.set_requires_grad(name, name in self.active_adapters and not config.inference_mode)
-        return adapter
+        state = adapter.state_dict()
+        return {f"{_PREFIX}adapters.{name}.{key}": value for key, value in state.items()}
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: Any,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
+    def _get_adapter_state_dict(cls, *, model: Any, adapter_name: str, state_dict: Any, **_: Any):
         return model.base_model._stored(adapter_name, state_dict)
 
     @classmethod
@@ -372,41 +313,24 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, *, model: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
         return model.base_model._load(adapter_name, state_dict)
 
 
-class _Tensors(nn.Module):
-    """Calls an adapter's `tensors()`, so that torch can call it with other values."""
-
-    def __init__(self, adapter: Adapter):
-        super().__init__()
-        self.adapter = adapter
-
-    def forward(self) -> dict[str, Tensor]:
-        return self.adapter.tensors()
-
-
 def _register() -> None:
     """Make PEFT know loraloom's type, and by which types of files to read its configurations."""
-    known = set(PeftType.__members__)
     for name in dict.fromkeys([_TYPE, *(method.peft_type for method in CONFIGS)]):
-        if name not in known:
-            _add_type(name)
-            register_peft_method(
-                name=name.lower(), config_cls=LoraloomConfig, model_cls=LoraloomModel
-            )
-
-
-def _add_type(name: str) -> None:
-    """Add a member to PEFT's enumeration of types, which has no way to do so."""
-    member: Any = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    setattr(PeftType, name, member)
-    PeftType._member_map_[name] = member
-    PeftType._member_names_.append(name)
-    PeftType._value2member_map_[name] = member
+        if name in PeftType.__members__:
+            continue
+        # PEFT's enumeration of types has no way to add one.
+        member: Any = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        setattr(PeftType, name, member)
+        PeftType._member_map_[name] = member
+        PeftType._member_names_.append(name)
+        PeftType._value2member_map_[name] = member
+        register_peft_method(name=name.lower(), config_cls=LoraloomConfig, model_cls=LoraloomModel)
 
 
 _register()

@@ -17,7 +17,7 @@ from loraloom.adapters.experts import RouterLossConfig
 from loraloom.adapters.method import AdapterConfig
 from loraloom.formats.description import describe
 from loraloom.models.host import HiddenOutput, Host
-from loraloom.models.stacking import StackedForward
+from loraloom.models.stacks import StackedForward
 from loraloom.ops.dropout import sample_key
 from loraloom.routing.record import LayerRouting
 from tests.tiny import (
@@ -216,7 +216,7 @@ def test_all_ways_through_a_forward_agree(monkeypatch, stacked_layers, method, f
     with torch.no_grad():
         outputs = [host(ids, adapters=names)]
         with monkeypatch.context() as patch, host.prepared():
-            patch.setattr("loraloom.models.stacking.MAX_HIDDEN_BYTES", 0)
+            patch.setattr("loraloom.models.stacks.MAX_HIDDEN_BYTES", 0)
             outputs.append(host(ids, adapters=names))
         assert stacked_layers == []
         with host.prepared():

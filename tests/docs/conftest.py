@@ -17,7 +17,7 @@ import yaml
 
 from loraloom.cli.main import main as loraloom_command
 from loraloom.data import skills
-from loraloom.models import sources
+from loraloom.models import loading
 from tests.conftest import build_tokenizer
 from tests.tiny import tiny_model
 
@@ -35,7 +35,7 @@ def world(small_world, tmp_path, monkeypatch, methods_as_before):
     """A copy of the small world as the working directory; `smollm2-135m` is its own."""
     shutil.copytree(small_world, tmp_path / "world")
     monkeypatch.chdir(tmp_path / "world")
-    monkeypatch.setattr(sources, "SMALL_MODEL", "")
+    monkeypatch.setattr(loading, "SMALL_MODEL", "")
     for split in skills.QUESTIONS_PER_SKILL:
         monkeypatch.setitem(skills.QUESTIONS_PER_SKILL, split, 2)
     return tmp_path / "world"

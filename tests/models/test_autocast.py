@@ -52,6 +52,6 @@ def test_rows_of_a_small_forward_get_what_a_large_one_gives_them(monkeypatch):
     host, ids = tiny_host("llama", dtype=torch.float32), tiny_ids(len(NAMES), 1)
     with autocast(), torch.no_grad():
         small = host(ids, None, NAMES).logits.float()
-        monkeypatch.setattr("loraloom.models.stacking.MAX_HIDDEN_BYTES", 0)
+        monkeypatch.setattr("loraloom.models.stacks.MAX_HIDDEN_BYTES", 0)
         large = host(ids, None, NAMES).logits.float()
     assert (small - large).norm() < 0.03 * large.norm()

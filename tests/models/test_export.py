@@ -17,7 +17,6 @@ from loraloom.adapters import LoraConfig, MixLoraConfig
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.formats import moe
 from loraloom.formats.moe import TWINS
-from loraloom.models import whole
 from loraloom.models.families import FAMILIES
 from loraloom.models.host import Host
 from tests.conftest import build_tokenizer
@@ -197,13 +196,6 @@ def test_an_output_that_cannot_be_used_is_refused(tmp_path, path, to, message):
     with pytest.raises(ConfigError, match=message):
         exported(host_of("llama"), "lora", tmp_path / path, to=to)
     assert (tmp_path / "there" / "kept").is_dir()
-
-
-@pytest.mark.parametrize(("family", "is_tied"), [("llama", True), ("phi", False)])
-def test_a_head_is_read_some_rows_at_a_time(tmp_path, monkeypatch, family, is_tied):
-    monkeypatch.setattr(whole, "_BLOCK_NUMBERS", 320)
-    host = host_of(family, {"a": METHODS["lora"]}, tie_word_embeddings=is_tied)
-    assert exported(host, "a", tmp_path / "out").logit_error < 1e-5
 
 
 def gguf_of(host: Host, name: str, path: Path, **options) -> GGUFReader:

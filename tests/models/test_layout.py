@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.models.door import expand_adapters
 from loraloom.models.forward import query_mask
 from loraloom.models.layout import Layout, make_layout
+from loraloom.models.view import Rows
 from loraloom.ops.dropout import mix64
 from tests.tiny import padded_mask
 
@@ -97,8 +97,8 @@ def test_outside_training_there_are_no_samples():
 
 
 def test_adapters_are_repeated_for_beams_and_returned_sequences():
-    assert expand_adapters(["a", None], 6) == ["a", "a", "a", None, None, None]
-    assert expand_adapters(["a", None], 2) == ["a", None]
+    assert Rows(["a", None]).expanded(6) == ["a", "a", "a", None, None, None]
+    assert Rows(["a", None]).expanded(2) == ["a", None]
 
 
 def test_the_query_mask_is_the_last_part_of_a_padding_mask():

@@ -16,7 +16,7 @@ from loraloom.adapters import LoraConfig, base
 from loraloom.adapters.base import BaseProjection
 from loraloom.errors import AdapterError, ConfigError, ModelError
 from loraloom.models.host import Host
-from loraloom.models.quantised import (
+from loraloom.models.quantization import (
     QuantisedLinear,
     num_parameters,
     quantised_linears,

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from loraloom.models import stacking
+from loraloom.models import stacks
 from loraloom.models.host import Host, HostOutput
 from tests.tiny import ALL_METHODS, METHODS, changed, tiny_host, tiny_ids
 
@@ -109,11 +109,11 @@ def test_a_removed_adapter_is_freed():
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_small_forwards_of_prepared_weights_alone_are_stacked(monkeypatch, limit):
-    monkeypatch.setattr(stacking, "MAX_HIDDEN_BYTES", limit)
+    monkeypatch.setattr(stacks, "MAX_HIDDEN_BYTES", limit)
     host, ids, seen = host_with_pairs("llama"), tiny_ids(len(ROWS), 1), []
-    whole = stacking.StackedForward.ffn
+    whole = stacks.StackedForward.ffn
     monkeypatch.setattr(
-        stacking.StackedForward, "ffn", lambda *args: (seen.append(1), whole(*args))[1]
+        stacks.StackedForward, "ffn", lambda *args: (seen.append(1), whole(*args))[1]
     )
     alone = host(ids, None, ROWS).logits
     assert seen == []

@@ -62,7 +62,7 @@ def quickstart(
     from loraloom.data.tiny_base import make_tiny_base
     from loraloom.eval.evaluation import evaluate
     from loraloom.eval.progress import EvaluationProgress
-    from loraloom.models.attach import attach
+    from loraloom.models.host import attach
     from loraloom.models.loading import find_device, load_base_model
     from loraloom.terminal import make_console
     from loraloom.training.outputs import RunDirectory

@@ -18,7 +18,7 @@ from loraloom.data.sources import sha256
 from loraloom.formats.contents import ADAPTER_FILES
 from loraloom.formats.hub import find_adapter
 from loraloom.models.host import Host
-from loraloom.models.quantised import stored_weights
+from loraloom.models.quantization import stored_weights
 
 SCORING_VERSION = 1
 """Raise it with every change of the code that may change a log-likelihood."""

@@ -12,12 +12,10 @@ from loraloom.config.model import BaseModelConfig
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 from loraloom.generation.scheduler import EngineLimits
-from loraloom.models.attach import attach
 from loraloom.models.decoding import SPARE_ROWS, SPARE_TOKENS
-from loraloom.models.host import Host
-from loraloom.models.loading import find_device, load_base_model
-from loraloom.models.quantising import check_quantization
-from loraloom.models.sources import find_source
+from loraloom.models.host import Host, attach
+from loraloom.models.loading import find_device, find_source, load_base_model
+from loraloom.models.quantization import check_quantization
 
 
 def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> None:

@@ -22,9 +22,10 @@ from loraloom.generation.scheduler import PromptCache
 from loraloom.generation.sequence import Row, log_failure
 from loraloom.models.decoding import Decoding
 from loraloom.models.families import keeps_running_states
-from loraloom.models.forward import PreparedWeights, Record
+from loraloom.models.forward import Record
 from loraloom.models.host import Host
 from loraloom.models.layout import RowAdapter, name_and_scale
+from loraloom.models.stacks import PreparedWeights
 from loraloom.routing.record import choices_by_token
 
 MAX_PREPARED = 32

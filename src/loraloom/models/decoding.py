@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from loraloom.models.families import keeps_running_states
-from loraloom.models.forward import PreparedWeights
 from loraloom.models.layout import RowAdapter
+from loraloom.models.stacks import PreparedWeights
 
 SPARE_TOKENS = 64
 """Most columns behind the last token that are not in use."""
@@ -42,7 +43,6 @@ class _Room:
 
     @property
     def window(self) -> Tensor:
-        """What is held."""
         return self._space[: self._num_rows, :, self._start : self._stop]
 
     def append(self, added: Tensor) -> None:
@@ -53,7 +53,7 @@ class _Room:
         self.window[:, :, -added.shape[2] :] = added
 
     def join(self, other: _Room) -> None:
-        """Take in another one's rows."""
+        """Add another one's rows."""
         first, added = self._num_rows, other.window
         missing = max(0, added.shape[2] - (self._stop - self._start))
         if first + len(added) > len(self._space) or missing > self._start:
@@ -63,11 +63,12 @@ class _Room:
         self._num_rows += len(added)
         rows = self.window[first:]
         unused = rows.shape[2] - added.shape[2]
-        rows[:, :, :unused] = 0  # what was there may be NaN, which attention's mask lets through
+        # What was there may be NaN, which attention's mask lets through.
+        rows[:, :, :unused] = 0
         rows[:, :, unused:] = added
 
     def keep(self, rows: Sequence[int], unused: int) -> None:
-        """Take these rows in this order, without the first columns, which none of them uses."""
+        """Keep these rows in this order, without the first columns, which none of them uses."""
         self._start += unused
         if len(rows) > len(self._space):
             self._make_space(rows=len(rows) - self._num_rows)
@@ -94,7 +95,6 @@ class _RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add states behind those that are there, and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._rooms = _Room(key_states), _Room(value_states)
@@ -103,13 +103,11 @@ class _RoomyLayer(DynamicLayer):
         return self._show()
 
     def join(self, other: _RoomyLayer) -> None:
-        """Take in another layer's rows."""
         for ours, theirs in zip(self._rooms, other._rooms, strict=True):
             ours.join(theirs)
         self._show()
 
     def keep(self, rows: Sequence[int], unused: int) -> None:
-        """Let other rows go, and columns that are not used."""
         for room in self._rooms:
             room.keep(rows, unused)
         self._show()
@@ -143,14 +141,14 @@ class Decoding:
     Args:
         adapters: Of each row.
         attention_mask: 1 at real tokens, [B, L]; on the CPU.
-        logits: Of the token after each row's last one, [B, V].
         cache: Of `make_cache`: keys and values, [B, heads, L, head_dim], in each attention layer.
         prepared: The adapters' weights in compute form; they must not change meanwhile.
+        logits: Of the token after each row's last one, [B, V].
     """
 
     adapters: list[RowAdapter]
     attention_mask: Tensor
-    cache: DynamicCache
+    cache: Any
     prepared: PreparedWeights = field(default_factory=PreparedWeights)
     logits: Tensor = field(init=False)
 
@@ -175,48 +173,38 @@ class Decoding:
         """Copy keys and values of a row's tokens, [attention layers, 2, heads, N, head_dim]."""
         padding = self.attention_mask.shape[1] - int(self.attention_mask[row].sum())
         columns = slice(padding + start, padding + stop)
-        return torch.stack(
-            [
-                torch.stack([layer.keys[row, :, columns], layer.values[row, :, columns]])
-                for layer in _layers(self.cache)
-                if not _is_running(layer)
-            ]
-        )
+        layers = [layer for layer in self.cache.layers if not _is_running(layer)]
+        pairs = [[x[row, :, columns] for x in (layer.keys, layer.values)] for layer in layers]
+        return torch.stack([torch.stack(pair) for pair in pairs])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Let all other rows go; those that stay take this order.
-
-        Rows that stay at their place are not touched.
-        """
+        """Drop all other rows; those that stay take this order, and are not moved in vain."""
         self.adapters = [self.adapters[row] for row in rows]
         index = torch.tensor(rows, device=self.logits.device)
         self.logits = self.logits.index_select(0, index)
         mask = self.attention_mask[list(rows)]
         unused = mask.shape[1] - int(mask.sum(1).max())
         self.attention_mask = mask[:, unused:]
-        for layer in _layers(self.cache):
+        for layer in self.cache.layers:
             for states, place in _running_states(layer):
                 states[place] = states[place].index_select(0, index)
             if not _is_running(layer):
                 layer.keep(rows, unused)
 
     def join(self, other: Decoding) -> None:
-        """Take in the rows of another session, behind one's own; its weights are this one's."""
-        length = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
-        for ours, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
+        """Add the rows of another session behind one's own; its weights are this one's."""
+        masks = (self.attention_mask, other.attention_mask)
+        length = max(mask.shape[1] for mask in masks)
+        for ours, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
             running = zip(_running_states(ours), _running_states(theirs), strict=True)
             for (states, place), (others, _) in running:
                 states[place] = torch.cat([states[place], others[place]])
             if not _is_running(ours):
                 ours.join(theirs)
-        masks = (self.attention_mask, other.attention_mask)
-        self.attention_mask = torch.cat([_pad_left(mask, length) for mask in masks])
+        padded = [pad(mask, (length - mask.shape[1], 0)) for mask in masks]
+        self.attention_mask = torch.cat(padded)
         self.logits = torch.cat([self.logits, other.logits])
         self.adapters += other.adapters
-
-
-def _layers(cache: DynamicCache) -> Sequence[Any]:
-    return cache.layers
 
 
 def _running_states(layer: Any) -> list[tuple[dict[int, Any], int]]:
@@ -225,8 +213,3 @@ def _running_states(layer: Any) -> list[tuple[dict[int, Any], int]]:
         return []
     kept = (layer.conv_states, layer.recurrent_states)
     return [(states, place) for states in kept for place in states if states[place] is not None]
-
-
-def _pad_left(mask: Tensor, length: int) -> Tensor:
-    """Mark columns before a mask's as padding, [B, length]."""
-    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0))

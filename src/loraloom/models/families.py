@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -19,11 +19,8 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from loraloom.adapters.base import BaseInfo, BaseLayer, BaseProjection, FfnShape
 from loraloom.errors import ModelError
-from loraloom.models.quantised import is_linear, num_parameters, quantised_weight
+from loraloom.models.quantization import is_linear, num_parameters, quantised_weight
 
-_GATED = FfnShape(("gate_proj", "up_proj"), "down_proj")
-_UNGATED = FfnShape(("up_proj",), "down_proj")
-_FUSED = FfnShape(("gate_up_proj",), "down_proj")
 EXPERTS = FfnShape((), "")
 """The FFN block is no dense one, but a mixture of experts."""
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -48,7 +45,7 @@ class Family:
     """
 
     attention_inputs: tuple[tuple[str, ...], ...] = (_QKV, ("o_proj",))
-    ffn_shape: FfnShape = field(default_factory=lambda: _GATED)
+    ffn_shape: FfnShape = FfnShape(("gate_proj", "up_proj"), "down_proj")  # noqa: RUF009
     layers: str = "model.layers"
     attention: str = "self_attn"
     ffn: str = "mlp"
@@ -60,7 +57,6 @@ class Family:
 
     @property
     def attention_projections(self) -> tuple[str, ...]:
-        """Names of a layer's attention projections."""
         return tuple(name for group in self.attention_inputs for name in group)
 
     def has_attention(self, layer: nn.Module) -> bool:
@@ -71,80 +67,45 @@ class Family:
 
 
 _LLAMA = Family()
-_GEMMA2 = Family(logit_softcap="final_logit_softcapping")
-_GLM = Family(ffn_shape=_FUSED, activation="activation_fn")
-_PERSIMMON = Family(
-    attention_inputs=(("query_key_value",), ("dense",)),
-    ffn_shape=FfnShape(("dense_h_to_4h",), "dense_4h_to_h"),
-    activation="act",
-)
-_NEMOTRON = Family(ffn_shape=_UNGATED)
-_COHERE = Family(logit_factor="logit_scale")
-_LFM2 = Family(
-    attention_inputs=(_QKV, ("out_proj",)),
-    ffn_shape=FfnShape(("w1", "w3"), "w2"),
-    ffn="feed_forward",
-    activation="silu",
-)
-_MIXTRAL = Family(ffn_shape=EXPERTS)
-_INSIDE = Family(layers="model.language_model.layers")
+_SOFTCAPPED = Family(logit_softcap="final_logit_softcapping")
+_FUSED = Family(ffn_shape=FfnShape(("gate_up_proj",), "down_proj"), activation="activation_fn")
+_UNGATED = Family(ffn_shape=FfnShape(("up_proj",), "down_proj"))
+_FC = Family(ffn_shape=FfnShape(("fc1",), "fc2"), activation="activation_fn")
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
-    "phi": Family(
-        attention_inputs=(_QKV, ("dense",)),
-        ffn_shape=FfnShape(("fc1",), "fc2"),
-        activation="activation_fn",
-    ),
-    "phi3": Family(
-        attention_inputs=(("qkv_proj",), ("o_proj",)),
-        ffn_shape=_FUSED,
-        activation="activation_fn",
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _SOFTCAPPED),
+    "phi": replace(_FC, attention_inputs=(_QKV, ("dense",))),
+    "phi3": replace(_FUSED, attention_inputs=(("qkv_proj",), ("o_proj",))),
     "olmo2": _LLAMA,
     "granite": Family(logit_divisor="logits_scaling"),
     "stablelm": _LLAMA,
-    "gpt_neox": replace(_PERSIMMON, layers="gpt_neox.layers", attention="attention"),
-    "smollm3": _LLAMA,
-    "olmo": _LLAMA,
-    "olmo3": _LLAMA,
-    "ministral": _LLAMA,
-    "ministral3": _LLAMA,
-    "ernie4_5": _LLAMA,
-    "exaone4": _LLAMA,
-    "hunyuan_v1_dense": _LLAMA,
-    "seed_oss": _LLAMA,
-    "helium": _LLAMA,
-    "hyperclovax": Family(logit_factor="logits_scaling"),
-    "glm": _GLM,
-    "glm4": _GLM,
-    "starcoder2": Family(ffn_shape=FfnShape(("c_fc",), "c_proj"), activation="act"),
-    "nemotron": _NEMOTRON,
-    "arcee": _NEMOTRON,
-    "apertus": _NEMOTRON,
-    "jais2": _NEMOTRON,
-    "cohere": _COHERE,
-    "cohere2": _COHERE,
-    "nanochat": Family(
-        ffn_shape=FfnShape(("fc1",), "fc2"),
-        activation="activation_fn",
-        logit_softcap="final_logit_softcapping",
+    "gpt_neox": Family(
+        attention_inputs=(("query_key_value",), ("dense",)),
+        ffn_shape=FfnShape(("dense_h_to_4h",), "dense_4h_to_h"),
+        activation="act",
+        layers="gpt_neox.layers",
+        attention="attention",
     ),
-    "lfm2": _LFM2,
+    **dict.fromkeys(("smollm3", "olmo", "olmo3", "ministral", "ministral3", "ernie4_5"), _LLAMA),
+    **dict.fromkeys(("exaone4", "hunyuan_v1_dense", "seed_oss", "helium"), _LLAMA),
+    "hyperclovax": Family(logit_factor="logits_scaling"),
+    **dict.fromkeys(("glm", "glm4"), _FUSED),
+    "starcoder2": Family(ffn_shape=FfnShape(("c_fc",), "c_proj"), activation="act"),
+    **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), _UNGATED),
+    **dict.fromkeys(("cohere", "cohere2"), Family(logit_factor="logit_scale")),
+    "nanochat": replace(_FC, logit_softcap="final_logit_softcapping"),
+    "lfm2": Family(
+        attention_inputs=(_QKV, ("out_proj",)),
+        ffn_shape=FfnShape(("w1", "w3"), "w2"),
+        ffn="feed_forward",
+        activation="silu",
+    ),
     "qwen3_5_text": _LLAMA,
-    "mixtral": _MIXTRAL,
-    "qwen2_moe": _MIXTRAL,
-    "qwen3_moe": _MIXTRAL,
-    "olmoe": _MIXTRAL,
-    "gpt_oss": _MIXTRAL,
-    "gemma3": _INSIDE,
-    "mistral3": _INSIDE,
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), Family(ffn_shape=EXPERTS)
+    ),
+    **dict.fromkeys(("gemma3", "mistral3"), Family(layers="model.language_model.layers")),
 }
 
 
@@ -164,45 +125,15 @@ def keeps_running_states(config: Any) -> bool:
 def base_layers(model: nn.Module, family: Family) -> list[BaseLayer]:
     """List each decoder layer's projections."""
     hidden_size = text_config(model).hidden_size
-    layers = list(model.get_submodule(family.layers).children())
-    with_attention = [family.has_attention(layer) for layer in layers]
-    absent = frozenset(family.attention_projections)
-    described = [
-        BaseLayer(
-            index=index,
-            attention_block=family.attention,
-            attention=_projections(
-                layer, index, family.attention, family.attention_projections if attends else ()
-            ),
-            ffn_block=family.ffn,
-            ffn=_projections(layer, index, family.ffn, family.ffn_shape.names),
-            ffn_shape=family.ffn_shape,
-            hidden_size=hidden_size,
-            absent=frozenset() if attends else absent,
-        )
-        for index, (layer, attends) in enumerate(zip(layers, with_attention, strict=True))
-    ]
-    _check_alike(described)
-    return described
-
-
-def _projections(
-    layer: nn.Module, index: int, block: str, names: Sequence[str]
-) -> dict[str, BaseProjection]:
-    modules = {name: layer.get_submodule(f"{block}.{name}") for name in names}
-    return {
-        name: BaseProjection(
-            module,
-            f"layers.{index}.{block}.{name}",
-            module.in_features,  # pyright: ignore[reportArgumentType]
-            module.out_features,  # pyright: ignore[reportArgumentType]
-            quantised_weight(module),
-        )
-        for name, module in modules.items()
-    }
-
-
-def _check_alike(layers: Sequence[BaseLayer]) -> None:
+    layers = []
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        attends = family.has_attention(layer)
+        names = family.attention_projections
+        attention = _projections(layer, index, family.attention, names if attends else ())
+        ffn = _projections(layer, index, family.ffn, family.ffn_shape.names)
+        absent = frozenset(() if attends else names)
+        blocks = (family.attention, attention, family.ffn, ffn)
+        layers.append(BaseLayer(index, *blocks, family.ffn_shape, hidden_size, absent))
     shapes = _shapes(layers)
     for layer in layers:
         for path, size in _shapes([layer]).items():
@@ -211,6 +142,19 @@ def _check_alike(layers: Sequence[BaseLayer]) -> None:
                     f"decoder layers must have projections of the same size, got {path} with "
                     f"{list(size)} in layer {layer.index} and {list(shapes[path])} in another"
                 )
+    return layers
+
+
+def _projections(
+    layer: nn.Module, index: int, block: str, names: Sequence[str]
+) -> dict[str, BaseProjection]:
+    projections = {}
+    for name in names:
+        linear: Any = layer.get_submodule(f"{block}.{name}")
+        sizes = (linear.in_features, linear.out_features)
+        key = f"layers.{index}.{block}.{name}"
+        projections[name] = BaseProjection(linear, key, *sizes, quantised_weight(linear))
+    return projections
 
 
 def _shapes(layers: Sequence[BaseLayer]) -> dict[str, tuple[int, int]]:
@@ -236,9 +180,8 @@ def head_of(model: nn.Module, family: Family) -> Callable[..., Tensor]:
     """
     config = text_config(model)
     linear = model.get_output_embeddings()  # pyright: ignore
-    divisor = getattr(config, family.logit_divisor) if family.logit_divisor else None
-    factor = getattr(config, family.logit_factor) if family.logit_factor else None
-    softcap = getattr(config, family.logit_softcap) if family.logit_softcap else None
+    fields = (family.logit_divisor, family.logit_factor, family.logit_softcap)
+    divisor, factor, softcap = (getattr(config, name) if name else None for name in fields)
 
     def head(hidden_states: Tensor, linear: Callable[[Tensor], Tensor] = linear) -> Tensor:
         logits = linear(hidden_states)
@@ -257,8 +200,20 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
     """Describe a base model for the files of its adapters."""
     config: Any = model.config
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore
-    shapes = _shapes(layers)
+    shapes, text = _shapes(layers), text_config(model)
     with_attention = tuple(layer.index for layer in layers if layer.attention)
+    blocks = [block for layer in layers for block in layer.blocks.values()]
+    projections = [projection for block in blocks for projection in block.values()]
+    kinds = (one.quantised.kind for one in projections if one.quantised is not None)
+    activations = (getattr(text, name, None) for name in ("hidden_act", "hidden_activation"))
+    named = (name for name in activations if isinstance(name, str))
+    paths = {id(module): path for path, module in model.named_modules()}
+    own = {id(projection.linear) for projection in projections}
+    others = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if is_linear(module) and id(module) not in own
+    }
     return BaseInfo(
         name_or_path=getattr(config, "_name_or_path", ""),
         model_type=config.model_type,
@@ -267,19 +222,19 @@ def base_info(model: nn.Module, family: Family, layers: list[BaseLayer]) -> Base
         ffn=family.ffn,
         attention_projections=family.attention_projections,
         ffn_projections=family.ffn_shape.names,
-        activation=_activation_name(text_config(model), family),
+        activation=next(named, family.activation),
         num_layers=len(layers),
         hidden_size=layers[0].hidden_size,
         shapes=shapes,
         num_parameters=num_parameters(model),
         fingerprint=_fingerprint(config.model_type, shapes, layers),
-        quantization=_quantization(layers),
+        quantization=next(kinds, None),  # of the first; some may be left in floating point
         modules=_other_modules(model, family),
-        embedding=_path_of(model, embedding),
-        head=_path_of(model, head),
+        embedding=paths[id(embedding)],
+        head=paths[id(head)],
         ties_head=embedding.weight is head.weight,
         attention_layers=with_attention if len(with_attention) < len(layers) else None,
-        has_own_names=_has_own_names(model, layers),
+        has_own_names=all(others.isdisjoint(block) for block in blocks),
     )
 
 
@@ -303,26 +258,6 @@ def _other_modules(model: nn.Module, family: Family) -> dict[str, dict[str, tupl
     return found
 
 
-def _path_of(model: nn.Module, module: nn.Module) -> str:
-    return next(path for path, other in model.named_modules() if other is module)
-
-
-def _has_own_names(model: nn.Module, layers: Sequence[BaseLayer]) -> bool:
-    blocks = [block for layer in layers for block in layer.blocks.values()]
-    own = {id(projection.linear) for block in blocks for projection in block.values()}
-    others = {
-        path.rpartition(".")[2]
-        for path, module in model.named_modules()
-        if is_linear(module) and id(module) not in own
-    }
-    return all(others.isdisjoint(block) for block in blocks)
-
-
-def _activation_name(config: Any, family: Family) -> str:
-    named = (getattr(config, field, None) for field in ("hidden_act", "hidden_activation"))
-    return next((name for name in named if isinstance(name, str)), family.activation)
-
-
 def _fingerprint(
     model_type: str, shapes: dict[str, tuple[int, int]], layers: list[BaseLayer]
 ) -> str:
@@ -335,11 +270,3 @@ def _fingerprint(
             corner = projection.first_weights(64)
             digest.update(corner.to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _quantization(layers: list[BaseLayer]) -> str | None:
-    """Name how the first quantised projection is kept; some may be left in floating point."""
-    kept = (
-        p.quantised for layer in layers for block in layer.blocks.values() for p in block.values()
-    )
-    return next((weight.kind for weight in kept if weight is not None), None)

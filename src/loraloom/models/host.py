@@ -5,47 +5,78 @@ Axes: B batch, L sequence, N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from inspect import signature
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loraloom.adapters.base import SampleTokens
+from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
-from loraloom.models.autocast import compute_dtype
+from loraloom.formats.card import model_card
+from loraloom.formats.files import read_stored, write_adapter
+from loraloom.formats.fit import fit_to_base
+from loraloom.formats.hub import find_adapter, upload_adapter
+from loraloom.models.combine import Combination, Merged, MergeError, combine, load_padded
 from loraloom.models.decoding import Decoding, make_cache
-from loraloom.models.door import Door, Rows, Visit, expand_adapters, nobody
+from loraloom.models.families import text_config
 from loraloom.models.forward import (
     ForwardContext,
-    PreparedWeights,
     Record,
     current_forward,
     query_mask,
     running,
     segment_adapters,
 )
-from loraloom.models.head_outputs import HeadOutputs
+from loraloom.models.heads import Head, Heads
 from loraloom.models.layout import (
-    Layout,
-    RowAdapter,
+    RowAdapters,
     SampleLengths,
     check_takes_packed_rows,
     make_layout,
     packed_positions,
     packed_token_mask,
 )
+from loraloom.models.registry import AdapterRegistry
 from loraloom.models.sharding import decoder_of, recovering
-from loraloom.models.stacking import StackedForward
+from loraloom.models.stacks import PreparedWeights, StackedForward, compute_dtype
 from loraloom.models.structure import try_adapters
-from loraloom.models.view import AdapterModel
+from loraloom.models.view import AdapterModel, Door, Rows, Visit
 from loraloom.ops.dropout import sample_key
+from loraloom.ops.token_loss import token_losses, token_scores, trained_token_losses
 from loraloom.ranks import Alone, Ranks
 from loraloom.routing.record import LayerRouting, join_routing
+
+_prepared: ContextVar[tuple[object, PreparedWeights] | None] = ContextVar(
+    "loraloom_prepared", default=None
+)
+
+
+def attach(model: nn.Module) -> Host:
+    """Freeze a transformers causal LM and make it a host of adapters, in place until `detach()`.
+
+    Raises:
+        ModelError: If it is no model, its family is not supported, or it is attached already.
+    """
+    if isinstance(model, Host):
+        raise ModelError("attach takes a model, got a host, which is one attached; use it as it is")
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"attach takes a causal LM of transformers, got {type(model).__name__}; "
+            "loraloom.load_base_model loads one by its name"
+        )
+    return Host(model)
 
 
 @dataclass(frozen=True)
@@ -78,52 +109,226 @@ class HiddenOutput:
     samples: dict[str, list[SampleTokens] | None] = field(default_factory=dict)
 
 
-class Host(HeadOutputs):
+class Host:
     """A base model that runs rows of different adapters in one batch.
 
     Forwards are in eval mode unless they say `training=True`. Several threads may use a host: one
     at a time is inside the base model, and none sees another's adapters or mode.
 
-    Args:
-        model: A transformers causal LM.
-
     Attributes:
+        model: The base model, a transformers causal LM.
+        base: Its description, as adapters' files have it.
         adapters: Those on it, by name.
         ranks: The processes that share its rows in training; this one alone by default.
-
-    Raises:
-        ModelError: If the family is not supported, a model that looks like one computes something
-            else, or the model is attached or compiled already.
+        training: Whether forwards train by default.
+        gradient_checkpointing: Whether forwards that train recompute decoder layers in the backward
+            pass.
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__(model)
+        self._registry = AdapterRegistry(model)
+        self._heads = Heads(self._registry)
+        self.model: Any = model
+        self.base = self._registry.base
+        self.adapters = self._registry.adapters
         self.ranks: Ranks = Alone()
+        self._inside = threading.RLock()
         self._decoder = decoder_of(model)
         self._generation = self.door(model)
-        self._cache_argument = _cache_argument(self.model.base_model)
-        self._training = False
-        self._checkpointing = False
+        # The argument for the cache changed its name within transformers 5.
+        names = signature(self.model.base_model.forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
+        self.training = False
+        self.gradient_checkpointing = False
         self._forwards = 0
-        if not self._family.in_table:
-            self._try()
+        if not self._registry.family.in_table:
+            try:
+                try_adapters(self)
+            except BaseException:  # leaves a model as it was that adapters can't be added to
+                self.detach()
+                raise
+            self._forwards = 0
 
     @property
-    def training(self) -> bool:
-        """Whether forwards train by default."""
-        return self._training
+    def config(self) -> Any:
+        """The configuration of the base model's text part; most models are nothing else."""
+        return text_config(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype, in which low-rank products run."""
+        return self.model.dtype
+
+    def add(self, name: str, config: AdapterConfig, seed: int = 0) -> Adapter:
+        """Put a new adapter on the base model, under a safe file name that is not taken.
+
+        Raises:
+            ConfigError: If the name is no safe file name, or the configuration not loraloom's.
+            AdapterError: If it is taken, or target modules are not in the base model.
+        """
+        self._registry.check_unmerged("start an adapter")
+        adapter = self._registry.build(name, config, seed)
+        if config.target_modules == "all-linear" and not self.base.ffn_projections:
+            warnings.warn(
+                f"adapter {name!r} is on attention alone: the base model's FFN blocks are mixtures "
+                "of experts, which stay as they are; target_modules: attention means the same",
+                stacklevel=2,
+            )
+        return self._registry.register(adapter)
+
+    def load(
+        self, name: str, path_or_hub_id: str | Path, settings: Mapping[str, Any] | None = None
+    ) -> Adapter:
+        """Put an adapter from files on the base model.
+
+        Args:
+            name: A safe file name that is not taken.
+            path_or_hub_id: A directory or hub id, in PEFT's, MoE-PEFT's, axolotl's or our layout.
+            settings: The method's, `{"top_k": 2}` for instance, that files lack or in place of
+                what they have.
+
+        Raises:
+            FormatError: If the files can't be read.
+            AdapterError: If they don't fit the base model, or the name is taken.
+        """
+        stored = read_stored(find_adapter(path_or_hub_id), settings)
+        config, tensors = fit_to_base(stored, self.base)
+        if config.takes_start_off or tensor_shapes(config, self.base).keys() - tensors.keys():
+            self._registry.check_unmerged("load what depends on its weights")
+        adapter = self._registry.build(name, config)
+        adapter.load_tensors(tensors)
+        adapter.prompt = stored.base.prompt
+        return self._registry.register(adapter)
+
+    def save(
+        self, name: str, directory: str | Path, card: str | None = None, *, overwrite: bool = False
+    ) -> None:
+        """Write an adapter's files, in the layout of its method (docs/peft.md has a table).
+
+        Args:
+            name: The adapter's.
+            directory: Where to; made when missing.
+            card: Text of its README.md; a short model card by default.
+            overwrite: Replace an adapter that is there, which is an error otherwise.
+        """
+        adapter = self.adapter(name)
+        described = (adapter.config, adapter.tensors(), self.base, card)
+        write_adapter(directory, *described, prompt=adapter.prompt, overwrite=overwrite)
+
+    def push_to_hub(
+        self, name: str, hub_id: str, *, results: str | None = None, private: bool = False
+    ) -> str:
+        """Upload an adapter's files with a model card, and return the repository's address.
+
+        Args:
+            name: The adapter's.
+            hub_id: `owner/name` of a repository, made if it isn't there.
+            results: Markdown on evaluations for the card, a table for instance.
+            private: Whether a new repository is.
+        """
+        adapter = self.adapter(name)
+        described = (adapter.config, self.base)
+        card = model_card(*described, name=name, results=results, prompt=adapter.prompt)
+        with TemporaryDirectory() as directory:
+            self.save(name, directory, card)
+            return upload_adapter(Path(directory), hub_id, private=private)
+
+    def adapter(self, name: str) -> Adapter:
+        """Return an adapter; raise an AdapterError if there is none of that name."""
+        return self._registry.get(name)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off and free it."""
+        self._registry.remove(name)
+
+    def combine(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        combination: Combination = "linear",
+        *,
+        name: str,
+        density: float | None = None,
+        seed: int = 0,
+    ) -> Adapter:
+        """Make a new adapter of several of one method, by PEFT's merge functions.
+
+        Updates are combined as PEFT's `add_weighted_adapter` does it, experts with the experts of
+        their number. Routers and DoRA's magnitudes are averaged by the weights' shares.
+
+        Args:
+            adapters: Names of those that are combined; they stay.
+            weights: A factor for each one's update, perhaps negative.
+            combination: `linear` adds A and B up, `svd` the updates BA; `ties` keeps the largest
+                values of A and B and the majority's sign, `dare_ties` random ones.
+            name: The new adapter's.
+            density: Share of the values that ties and dare_ties keep, 0.5 by default.
+            seed: Of dare_ties' draws.
+
+        Raises:
+            AdapterError: If the adapters differ in more than rank, scaling and targets, or their
+                method's updates are no products BA.
+        """
+        sources = [self.adapter(source) for source in adapters]
+        config, tensors = combine(sources, weights, combination, density, seed)
+        adapter = self._registry.build(name, config)
+        load_padded(adapter, tensors)
+        prompts = [source.prompt for source in sources]
+        adapter.prompt = prompts[0] if all(one == prompts[0] for one in prompts) else None
+        return self._registry.register(adapter)
+
+    @property
+    def merged(self) -> str | None:
+        """The adapter that is in the base model's weights; None for none."""
+        merged = self._registry.merged
+        return None if merged is None else merged.name
+
+    def merge(self, name: str) -> MergeError:
+        """Put an adapter's updates into the base model's weights; return what rounding cost.
+
+        Rows without an adapter are its own then, at the base model's speed. Other adapters add to
+        the merged weights. The original weights are kept, on the CPU. Nothing trains, and decoding
+        sessions that have begun must not go on.
+
+        Raises:
+            AdapterError: If it has routers, one is merged already, or the base's weights are
+                quantised; the base model is as it was then.
+        """
+        adapter = self.adapter(name)
+        if self.merged is not None:
+            raise AdapterError(
+                f"no adapter may be merged yet, {self.merged!r} is; unmerge it first"
+            )
+        with self._inside:
+            merged = self._registry.merged = Merged(adapter)
+        return merged.error
+
+    def unmerge(self, name: str) -> None:
+        """Put the base model's weights back as they were, bit by bit."""
+        if name != self.merged:
+            raise AdapterError(f"the adapter to unmerge must be {self.merged}, got {name!r}")
+        with self._inside:
+            self._registry.unmerge()
+
+    def detach(self) -> nn.Module:
+        """Take everything off and return the base model as it was before `attach`."""
+        with self._inside:
+            self._registry.detach()
+        return self.model
 
     def train(self, mode: bool = True) -> Host:
         """Make training the default of forwards: dropout and jitter are on.
 
         Where the base model is in float16, the loss must be scaled (`torch.amp.GradScaler`).
-
-        Raises:
-            AdapterError: If an adapter is merged.
         """
         if mode:
-            self._check_unmerged("train")
-        self._training = mode
+            self._registry.check_unmerged("train")
+        self.training = mode
         return self
 
     def eval(self) -> Host:
@@ -131,22 +336,14 @@ class Host(HeadOutputs):
         return self.train(False)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Let forwards that train recompute each decoder layer in the backward pass.
-
-        Non-reentrant; the base's own dropout stays off.
-        """
-        self._checkpointing = enabled
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether forwards that train recompute decoder layers in the backward pass."""
-        return self._checkpointing
+        """Let forwards that train recompute each decoder layer in the backward pass."""
+        self.gradient_checkpointing = enabled
 
     def __call__(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        adapters: Sequence[RowAdapter] | None = None,
+        adapters: RowAdapters = None,
         sample_keys: Sequence[int] | None = None,
         training: bool | None = None,
         **model_inputs: Any,
@@ -168,25 +365,20 @@ class Host(HeadOutputs):
             AdapterError: If `adapters` has another length than the batch or an unknown name.
             ModelError: If it fills a cache and layers are to be recomputed.
         """
-        record: Record = {}
         forward = self._forward(
-            input_ids, attention_mask, adapters, sample_keys, training=training, record=record
+            input_ids, attention_mask, adapters, sample_keys, training=training, record={}
         )
-        if forward.checkpointing:
-            model_inputs.setdefault("use_cache", False)
-            self._check_fills_no_cache(model_inputs)
+        mask = self._fit(forward, attention_mask, model_inputs)
         with self._run(forward):
-            out = self.model(
-                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
-            )
-        samples = _samples(record, forward.layout)
-        return HostOutput(out.logits, _cache_of(out), out.get("loss"), _filled(record), samples)
+            out = self.model(input_ids=input_ids, attention_mask=mask, **model_inputs)
+        routing, samples = _routing_of(forward)
+        return HostOutput(out.logits, _cache_of(out), out.get("loss"), routing, samples)
 
     def hidden(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        adapters: Sequence[RowAdapter] | None = None,
+        adapters: RowAdapters = None,
         sample_keys: Sequence[int] | None = None,
         token_mask: Tensor | None = None,
         sample_lengths: SampleLengths | None = None,
@@ -205,9 +397,6 @@ class Host(HeadOutputs):
                 they replace both masks and `position_ids`. None: a row is a sample.
             training: Dropout and jitter are on, for this forward.
             model_inputs: Passed to the base model.
-
-        Raises:
-            ModelError: If attention can't keep the samples of a row apart, and as above.
         """
         real = attention_mask if token_mask is None else token_mask
         if sample_lengths is not None:
@@ -216,60 +405,105 @@ class Host(HeadOutputs):
             real = packed_token_mask(sample_lengths, length)
             positions = packed_positions(sample_lengths, length)
             model_inputs["position_ids"] = positions.to(self.device)
-        record: Record = {}
         forward = self._forward(
-            input_ids, real, adapters, sample_keys, sample_lengths, training=training, record=record
+            input_ids, real, adapters, sample_keys, sample_lengths, training=training, record={}
         )
         model_inputs.setdefault("use_cache", False)
-        if forward.checkpointing:
-            self._check_fills_no_cache(model_inputs)
+        mask = self._fit(forward, attention_mask, model_inputs)
         with self._run(forward):
-            out = self._decoder(
-                input_ids=input_ids, attention_mask=self._moved(attention_mask), **model_inputs
-            )
-        samples = _samples(record, forward.layout)
-        return HiddenOutput(out.last_hidden_state, _filled(record), _cache_of(out), samples)
+            out = self._decoder(input_ids=input_ids, attention_mask=mask, **model_inputs)
+        routing, samples = _routing_of(forward)
+        return HiddenOutput(out.last_hidden_state, routing, _cache_of(out), samples)
 
     def auxiliary_loss(self, output: HostOutput | HiddenOutput) -> Tensor:
-        """Add up what the adapters of a forward add to the objective, with their coefficients.
+        """Add up what the adapters of a forward with `training=True` add to the objective.
 
         `loraloom train` adds the same to each job's loss: balance of the routers' load, their
         z-loss, entropy, or what else the methods have. A loop of your own must add it too.
-
-        Args:
-            output: Of a forward with `training=True`.
-
-        Returns:
-            A scalar, which is 0 where no adapter adds anything.
         """
         loss = self._auxiliary_loss(output.routing, output.samples)
         return torch.zeros((), device=self.device) if loss is None else loss
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Keep compute forms of the weights over this thread's forwards without gradients.
+
+        Inside, weights must not be changed; outside, every forward computes from the parameters.
+        """
+        if self._prepared_here() is not None:
+            yield
+            return
+        token = _prepared.set((self, PreparedWeights()))
+        try:
+            yield
+        finally:
+            _prepared.reset(token)
+
+    def logits(self, hidden_states: Tensor, adapters: RowAdapters = None) -> Tensor:
+        """Map final hidden states [N, …, D] to logits [N, …, V], scaled and soft-capped.
+
+        `adapters` are those of each state, where some may have a head of their own.
+        """
+        return self._heads.logits(hidden_states, adapters, self._prepared_here())
+
+    def token_losses(
+        self, hidden_states: Tensor, labels: Tensor, adapters: RowAdapters = None
+    ) -> Tensor:
+        """Compute -log p of each label, [N], from the state that predicts it, [N, D], in chunks.
+
+        Losses, [N] float32, are differentiable by the states and adapters' heads.
+        """
+
+        def compute(head: Head, states: Tensor, targets: Tensor) -> list[Tensor]:
+            is_trained = head is not self._heads.base and torch.is_grad_enabled()  # an adapter's
+            losses = trained_token_losses if is_trained else token_losses
+            return [losses(states, targets, head, self.config.vocab_size)]
+
+        tensors = [hidden_states, labels]
+        return self._heads.compute(compute, tensors, adapters, self._prepared_here())[0]
+
+    def token_scores(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        adapters: RowAdapters = None,
+        num_top: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute log p of each label, [N], and whether it is the most likely token, [N].
+
+        With them come log p of the `num_top` most likely tokens in its place, [N, K], and their
+        ids, [N, K]. Arguments are those of `token_losses`.
+        """
+        vocab_size = self.config.vocab_size
+
+        def compute(head: Head, states: Tensor, targets: Tensor) -> Sequence[Tensor]:
+            return token_scores(states, targets, head, vocab_size, min(num_top, vocab_size))
+
+        tensors = [hidden_states, labels]
+        log_probs, is_top, top_log_probs, top_ids = self._heads.compute(
+            compute, tensors, adapters, self._prepared_here()
+        )
+        return log_probs, is_top, top_log_probs, top_ids
 
     def prefill(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        adapters: Sequence[RowAdapter] | None = None,
+        adapters: RowAdapters = None,
         prepared: PreparedWeights | None = None,
         record: Record | None = None,
     ) -> Decoding:
-        """Read prompts, as the first step of a decoding session.
+        """Read prompts, padded on the left, and return a session with the next tokens' logits.
+
+        Its rows may go (`keep`), and those of another session join it (`join`). Weights must not
+        change while it goes on.
 
         Args:
-            input_ids: Prompts, [B, L], padded on the left.
-            attention_mask: 1 at real tokens, [B, L], best on the CPU, where it is read; None: all
-                are.
+            input_ids: Prompts, [B, L].
+            attention_mask: 1 at real tokens, [B, L], best on the CPU, where it is read.
             adapters: As in calling the host.
-            prepared: Takes the weights in compute form; by default they are the session's own.
-            record: Takes what routers do, by adapter name.
-
-        Returns:
-            A session with the logits of each row's next token. Its rows may go (`keep`), and those
-            of another session join it (`join`). Weights must not change while it goes on.
-
-        Raises:
-            AdapterError: As in calling the host.
-            DataError: If prompts are not padded on the left.
+            prepared: Keeps the weights in compute form; by default they are the session's own.
+            record: Collects what routers do, by adapter name.
         """
         mask = torch.ones(input_ids.shape, dtype=torch.long)
         if attention_mask is not None:
@@ -279,38 +513,18 @@ class Host(HeadOutputs):
                 "prompts must be padded on the left, so that all of them end at the last column; "
                 "got an attention_mask with 0 behind 1"
             )
-        names = list(self._row_adapters(adapters, len(input_ids)))
-        cache = make_cache(self.config)
-        session = Decoding(names, mask, cache, prepared or PreparedWeights())
+        names = self._registry.rows(adapters, len(input_ids))
+        session = Decoding(names, mask, make_cache(self.config), prepared or PreparedWeights())
         self._advance(session, input_ids, mask.cumsum(1).sub(1).clamp_min(0), mask, record)
         return session
 
     def decode(self, session: Decoding, tokens: Tensor, record: Record | None = None) -> Tensor:
-        """Continue every row of a session by a token.
-
-        Args:
-            session: Of this host.
-            tokens: The rows' next tokens, [B].
-            record: Takes what routers do, by adapter name.
-
-        Returns:
-            Logits of the tokens after these, [B, V].
-        """
+        """Continue every row of a session by a token, [B]; return the next logits, [B, V]."""
         return self.extend(session, tokens.unsqueeze(1), record)
 
     def extend(self, session: Decoding, input_ids: Tensor, record: Record | None = None) -> Tensor:
-        """Continue every row of a session by the same number of tokens.
-
-        Args:
-            session: Of this host.
-            input_ids: The rows' next tokens, [B, L].
-            record: Takes what routers do, by adapter name.
-
-        Returns:
-            Logits of the tokens after the last ones, [B, V].
-        """
-        added = torch.arange(input_ids.shape[1])
-        positions = session.lengths.unsqueeze(1) + added
+        """Continue every row of a session by tokens, [B, L]; return the next logits, [B, V]."""
+        positions = session.lengths.unsqueeze(1) + torch.arange(input_ids.shape[1])
         ones = session.attention_mask.new_ones(input_ids.shape)
         mask = torch.cat([session.attention_mask, ones], dim=1)
         self._advance(session, input_ids, positions, mask, record)
@@ -323,89 +537,56 @@ class Host(HeadOutputs):
         input_ids: Tensor,
         position_ids: Tensor,
         mask: Tensor,
-        record: Record | None = None,
+        record: Record | None,
     ) -> None:
-        """Run tokens of a session; its logits become those after the last one of each row.
-
-        Positions and mask are on the CPU. A mask of ones is left out, as transformers would ask the
-        device for it and then leave it out.
-        """
+        """Run tokens of a session; its logits become those after the last one of each row."""
+        names, prepared = session.adapters, session.prepared
         forward = self._forward(
-            input_ids,
-            mask,
-            session.adapters,
-            training=False,
-            record=record,
-            prepared=session.prepared,
+            input_ids, mask, names, training=False, record=record, prepared=prepared
         )
+        inputs = {"position_ids": position_ids.to(self.device), self._cache_argument: session.cache}
+        # One of ones is left out, as transformers would ask the device for it, and then do so.
+        real = self._fit(forward, None if bool(mask.all()) else mask, inputs)
         with self._run(forward):
-            out = self._decoder(
-                input_ids=input_ids,
-                attention_mask=None if bool(mask.all()) else self._moved(mask),
-                position_ids=position_ids.to(self.device),
-                use_cache=True,
-                **{self._cache_argument: session.cache},
-            )
+            out = self._decoder(input_ids=input_ids, attention_mask=real, use_cache=True, **inputs)
         session.attention_mask = mask
         states = out.last_hidden_state[:, -1].contiguous()
-        session.logits = self._logits(states, session.adapters, session.prepared)
+        session.logits = self._heads.logits(states, names, prepared)
 
     @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        adapters: Sequence[RowAdapter] | None = None,
+        adapters: RowAdapters = None,
         **generate_kwargs: Any,
     ) -> Any:
-        """Generate with transformers' `generate`, each row with its adapter, in the rows' order.
+        """Generate with transformers' `generate` and its arguments, each row with its adapter.
 
-        Args:
-            input_ids: Prompts, [B, L], padded on the left.
-            attention_mask: 1 at real tokens, [B, L].
-            adapters: As in calling the host; beams and returned sequences take their row's.
-            generate_kwargs: Passed on: `max_new_tokens`, `num_beams`, `num_return_sequences`, ...
+        Prompts, [B, L], are padded on the left; beams and returned sequences take their row's
+        adapter.
         """
-        names = self._row_adapters(adapters, len(input_ids))
-        with self.prepared(), self._generation.of_rows(Rows(names)):
-            return self.model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
-            )
+        rows = Rows(self._registry.rows(adapters, len(input_ids)))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with self.prepared(), self._generation.of_rows(rows):
+            return self.model.generate(**inputs, **generate_kwargs)
 
-    def door(self, module: nn.Module, rows: Callable[[], Rows | None] = nobody) -> Door:
-        """Let forwards that others make of a module run adapters, until `detach`; see door.py.
-
-        Args:
-            module: One that calls the base model, or the base model itself.
-            rows: Says whose the rows are; None: the base model's.
-        """
+    def door(self, module: nn.Module, rows: Callable[[], Rows | None] = lambda: None) -> Door:
+        """Let forwards that others make of a module run adapters, until `detach`; see `Door`."""
         door = Door(module, self._visit, rows)
         known = weakref.ref(door)  # the module's hooks keep it, and it keeps the adapter
-        self._wiring.on_undo(lambda: (door := known()) and door.undo())
+        self._registry.wiring.on_undo(lambda: (door := known()) and door.undo())
         return door
 
     def as_model(self, name: str | None) -> AdapterModel:
-        """Show an adapter, or the base model, as a model of its own, for trainers of others.
-
-        Raises:
-            AdapterError: If there is no such adapter.
-        """
+        """Show an adapter, or the base model, as a separate model, for trainers of others."""
         return AdapterModel(self, name)
-
-    def _try(self) -> None:
-        """Leave a model as it was that adapters can't be added to."""
-        try:
-            try_adapters(self)
-        except BaseException:
-            self.detach()
-            raise
-        self._forwards = 0
 
     def _forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        adapters: Sequence[RowAdapter] | None,
+        adapters: RowAdapters,
         sample_keys: Sequence[int] | None = None,
         sample_lengths: SampleLengths | None = None,
         *,
@@ -413,114 +594,36 @@ class Host(HeadOutputs):
         record: Record | None = None,
         prepared: PreparedWeights | None = None,
     ) -> ForwardContext:
-        """Make the context of a forward, at the door."""
+        """Make the context of a forward."""
         batch_size, length = input_ids.shape
-        names = self._row_adapters(adapters, batch_size)
-        training = self._training if training is None else training
+        names = self._registry.rows(adapters, batch_size)
+        training = self.training if training is None else training
         keys = None
         if training:
-            self._check_unmerged("train")
+            self._registry.check_unmerged("train")
             self._forwards += 1
             keys = self._sample_keys(sample_keys, batch_size, sample_lengths)
         mask = query_mask(attention_mask, length)
         layout = make_layout(names, length, mask, keys, self.device, sample_lengths)
         forward = ForwardContext(
-            self._wiring,
+            self._registry.wiring,
             layout,
             segment_adapters(layout, self.adapters),
             training=training,
-            checkpointing=training and self._checkpointing,
+            checkpointing=training and self.gradient_checkpointing,
             record=record,
             prepared=self._prepared_here() if prepared is None else prepared,
         )
-        return self._stacked(forward, names, length)
-
-    def _stacked(
-        self, forward: ForwardContext, names: Sequence[RowAdapter], length: int
-    ) -> ForwardContext:
-        """Have a small forward computed by stacks, where weights are prepared."""
-        prepared = forward.prepared
-        if prepared is None or forward.training or torch.is_grad_enabled():
+        if forward.prepared is None or training or torch.is_grad_enabled():
             return forward
-        if forward.layout.has_padding or not forward.has_adapters:
+        if layout.has_padding or not forward.has_adapters:
             return forward
-        rows = tuple(None if name is None else self._scaled(name) for name in names)
+        rows = tuple(self._registry.scaled(row) for row in names)
         dtype = compute_dtype(self.dtype, self.device)
-        plan = prepared.plan(rows, length, dtype, self.device)
+        plan = forward.prepared.plan(rows, length, dtype, self.device)
         if plan is None:
             return forward
         return replace(forward, stacked=StackedForward(plan, forward.recorder))
-
-    def _moved(self, mask: Tensor | None) -> Tensor | None:
-        """Bring a mask to where the base model takes it."""
-        return None if mask is None else mask.to(self.device)
-
-    @contextmanager
-    def _run(self, forward: ForwardContext) -> Iterator[None]:
-        """Be inside the base model, alone."""
-        with self._inside, running(forward), recovering(self.model):
-            yield
-
-    def _visit(self, tokens: Tensor, attention_mask: Tensor | None, rows: Rows) -> Visit | None:
-        """Open a forward that somebody else makes."""
-        if current_forward(self._wiring) is not None:
-            return None
-        if rows.training:
-            self._check_needs_no_scaling()
-        record: Record = {}
-        keys = None
-        if rows.training:  # who saves and restores the state of torch's generator goes on with them
-            keys = torch.randint(2**62, (len(tokens),)).tolist()
-        forward = self._forward(
-            tokens,
-            attention_mask,
-            expand_adapters(rows.adapters, len(tokens)),
-            keys,
-            training=rows.training,
-            record=record if rows.training else None,
-        )
-        return Visit(
-            self._run(forward),
-            lambda: self._auxiliary_loss(_filled(record), _samples(record, forward.layout)),
-            self._without_cache if forward.checkpointing else dict,
-        )
-
-    def _auxiliary_loss(
-        self,
-        routing: Mapping[str, list[LayerRouting]],
-        samples: Mapping[str, list[SampleTokens] | None],
-    ) -> Tensor | None:
-        """Add up what adapters add to the objective; None for nothing."""
-        losses = [
-            self.adapters[name].auxiliary_loss(records, samples.get(name))
-            for name, records in routing.items()
-        ]
-        present = [loss for loss in losses if loss is not None]
-        return torch.stack(present).sum() if present else None
-
-    def _check_needs_no_scaling(self) -> None:
-        """Refuse a base model whose trainer would have to scale its loss: nobody can tell."""
-        if self.dtype == torch.float16:
-            raise ModelError(
-                "training by other programs needs a base model in bfloat16 or float32, got "
-                "float16: without loss scaling small gradients become zero; load it in another "
-                "dtype, or train with loraloom, which scales losses"
-            )
-
-    def _without_cache(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
-        """Let a forward that others make keep no cache, as transformers does it."""
-        inputs = {**model_inputs, "use_cache": False}
-        self._check_fills_no_cache(inputs)
-        return inputs
-
-    def _check_fills_no_cache(self, model_inputs: Mapping[str, Any]) -> None:
-        """Refuse a cache that a recomputed layer would fill a second time."""
-        caches = (model_inputs.get(name) for name in ("cache", "past_key_values"))
-        if model_inputs["use_cache"] or any(cache is not None for cache in caches):
-            raise ModelError(
-                f"a forward with gradient checkpointing fills no cache: leave use_cache and "
-                f"{self._cache_argument} out, or call enable_gradient_checkpointing(False)"
-            )
 
     def _sample_keys(
         self, keys: Sequence[int] | None, batch_size: int, lengths: SampleLengths | None
@@ -536,19 +639,75 @@ class Host(HeadOutputs):
             )
         return [int(key) for key in keys]
 
+    def _fit(
+        self, forward: ForwardContext, mask: Tensor | None, inputs: dict[str, Any]
+    ) -> Tensor | None:
+        """Move a mask to the device; keep layers that are recomputed from filling a cache twice."""
+        if forward.checkpointing:
+            inputs.setdefault("use_cache", False)
+            caches = (inputs.get(name) for name in ("cache", "past_key_values"))
+            if inputs["use_cache"] or any(cache is not None for cache in caches):
+                raise ModelError(
+                    f"a forward with gradient checkpointing fills no cache: leave use_cache and "
+                    f"{self._cache_argument} out, or call enable_gradient_checkpointing(False)"
+                )
+        return None if mask is None else mask.to(self.device)
 
-def _filled(record: Record) -> Record:
-    """Leave out adapters without routers; one entry for each router."""
-    return {name: join_routing(routing) for name, routing in record.items() if routing}
+    @contextmanager
+    def _run(self, forward: ForwardContext) -> Iterator[None]:
+        """Be inside the base model, alone."""
+        with self._inside, running(forward), recovering(self.model):
+            yield
+
+    def _visit(
+        self, tokens: Tensor, mask: Tensor | None, rows: Rows, inputs: dict[str, Any]
+    ) -> Visit | None:
+        """Open a forward that somebody else makes."""
+        if current_forward(self._registry.wiring) is not None:
+            return None
+        keys, record = None, None
+        if rows.training:
+            if self.dtype == torch.float16:  # nobody can tell whether the trainer scales its loss
+                raise ModelError(
+                    "training by other programs needs a base model in bfloat16 or float32, got "
+                    "float16: without loss scaling small gradients become zero; load it in another "
+                    "dtype, or train with loraloom, which scales losses"
+                )
+            # Who saves and restores the state of torch's generator goes on with these numbers.
+            keys, record = torch.randint(2**62, (len(tokens),)).tolist(), {}
+        names = rows.expanded(len(tokens))
+        forward = self._forward(tokens, mask, names, keys, training=rows.training, record=record)
+        if forward.checkpointing:  # transformers, too, keeps no cache then
+            inputs["use_cache"] = False
+        self._fit(forward, None, inputs)
+        return self._run(forward), lambda: self._auxiliary_loss(*_routing_of(forward))
+
+    def _auxiliary_loss(
+        self,
+        routing: Mapping[str, list[LayerRouting]],
+        samples: Mapping[str, list[SampleTokens] | None],
+    ) -> Tensor | None:
+        """Add up what adapters add to the objective; None for nothing."""
+        losses = [
+            self.adapters[name].auxiliary_loss(records, samples.get(name))
+            for name, records in routing.items()
+        ]
+        present = [loss for loss in losses if loss is not None]
+        return torch.stack(present).sum() if present else None
+
+    def _prepared_here(self) -> PreparedWeights | None:
+        """Return what a `with host.prepared():` of this thread keeps."""
+        kept = _prepared.get()
+        return kept[1] if kept is not None and kept[0] is self else None
 
 
-def _samples(record: Record, layout: Layout) -> dict[str, list[SampleTokens] | None]:
-    return {name: layout.sample_tokens(name) for name, routing in record.items() if routing}
-
-
-def _cache_argument(model: nn.Module) -> str:
-    """Name the argument for the key-value cache, which changed its name within transformers 5."""
-    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+def _routing_of(
+    forward: ForwardContext,
+) -> tuple[dict[str, list[LayerRouting]], dict[str, list[SampleTokens] | None]]:
+    """Return what routers did, an entry for each, and whose tokens these are."""
+    record = {name: routing for name, routing in (forward.record or {}).items() if routing}
+    routing = {name: join_routing(entries) for name, entries in record.items()}
+    return routing, {name: forward.layout.sample_tokens(name) for name in record}
 
 
 def _cache_of(output: Any) -> Any:

@@ -2,9 +2,9 @@
 
 Axes: B batch (rows), L sequence (tokens of a row), T tokens of a segment, N features.
 
-The layout is made once for each forward, at the door, and outlives the backward pass. Rows of one
-adapter and scale form a segment; where a batch comes grouped by them, segments are views, otherwise
-rows are gathered by segment and put back.
+The layout is made once for each forward and outlives the backward pass. Rows of one adapter and
+scale form a segment; where a batch comes grouped by them, segments are views, otherwise rows are
+gathered by segment and put back.
 
 Packed rows hold several samples side by side. Positions count anew from each sample's first token.
 From that alone transformers makes the masks of every kind of layer, also of sliding windows: a
@@ -28,10 +28,12 @@ from loraloom.models.families import keeps_running_states
 from loraloom.ops.dropout import SampleNoise, SampleSpan
 from loraloom.routing.record import LayerRouting
 
-_TAKE_PACKED_ROWS = ("sdpa", "eager")
-
 SampleLengths = Sequence[Sequence[int]]
 """Tokens of the samples in each row, from its left."""
+RowAdapter = str | tuple[str, float] | None
+"""A row's adapter: its name, its name and a factor of what it adds, or None, the base model."""
+RowAdapters = Sequence[RowAdapter] | None
+"""A batch's adapters; None: the base model for all rows."""
 
 
 def check_takes_packed_rows(config: Any) -> None:
@@ -41,12 +43,11 @@ def check_takes_packed_rows(config: Any) -> None:
             "packing needs attention in all layers, got layers that keep running states, which "
             "would go from sample to sample; set packing: false and group_by_length: true"
         )
-    implementation = config._attn_implementation
-    if implementation not in _TAKE_PACKED_ROWS:
+    if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(
-            f"packing needs attention that takes a mask, attn_implementation "
-            f"{' or '.join(_TAKE_PACKED_ROWS)}, got {implementation!r}; "
-            "choose one of them, or set packing: false and group_by_length: true"
+            f"packing needs attention that takes a mask, attn_implementation sdpa or eager, got "
+            f"{config._attn_implementation!r}; choose one of them, or set packing: false and "
+            "group_by_length: true"
         )
 
 
@@ -65,12 +66,8 @@ def packed_token_mask(sample_lengths: SampleLengths, length: int) -> Tensor:
     return (torch.arange(length) < filled[:, None]).long()
 
 
-RowAdapter = str | tuple[str, float] | None
-"""A row's adapter: its name, its name and a factor of what it adds, or None, the base model."""
-
-
 def name_and_scale(adapter: RowAdapter) -> tuple[str | None, float]:
-    """Take a row's adapter apart; the base model has no name, and the scale 1."""
+    """Split a row's adapter; the base model has no name, and the scale 1."""
     return adapter if isinstance(adapter, tuple) else (adapter, 1.0)
 
 
@@ -94,6 +91,10 @@ class Segment:
     real_index: Tensor | None
     spans: tuple[SampleSpan, ...] | None
 
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.stop - self.tokens.start
+
     def at_layer(
         self,
         layer: int,
@@ -103,20 +104,26 @@ class Segment:
         """Describe these tokens in a layer to their adapter."""
         noise = None
         if self.spans is not None:
-            num_tokens = self.tokens.stop - self.tokens.start
-            noise = SampleNoise(self.spans, num_tokens, layer, device)
+            noise = SampleNoise(self.spans, self.num_tokens, layer, device)
         return SegmentTokens(layer, self.real, self.real_index, noise, record)
 
 
 def rows_in_record(adapters: Sequence[RowAdapter]) -> dict[str, list[int]]:
-    """Tell which rows an adapter's record speaks of, in the record's order."""
+    """List the rows that an adapter's record is of, in the record's order."""
     scaled = [name_and_scale(adapter) for adapter in adapters]
     rows: dict[str, list[int]] = {}
-    for row in sorted(range(len(scaled)), key=_first_place(scaled)):
+    for row in _grouped(scaled):
         name, _ = scaled[row]
         if name is not None:
             rows.setdefault(name, []).append(row)
     return rows
+
+
+def _grouped(adapters: Sequence[Hashable]) -> list[int]:
+    """List rows by adapter, in the order of the adapters' first rows."""
+    first: dict[Hashable, int] = {}
+    places = [first.setdefault(adapter, row) for row, adapter in enumerate(adapters)]
+    return sorted(range(len(adapters)), key=lambda row: places[row])
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,6 @@ class Layout:
 
     @property
     def has_padding(self) -> bool:
-        """Whether some tokens are not real."""
         return any(segment.real is not None for segment in self.segments)
 
     def sample_tokens(self, adapter_name: str) -> list[SampleTokens] | None:
@@ -151,24 +157,25 @@ class Layout:
         rows = values.reshape(-1, values.shape[-1])
         if len(self.segments) == 1:
             return [rows]
-        return rows.split([s.tokens.stop - s.tokens.start for s in self.segments])
+        return rows.split([segment.num_tokens for segment in self.segments])
 
     def join(self, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
         """Put the segments' tokens together to `shape`, [B, L, N]."""
         rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        values = rows.view(shape)
-        return values if self.row_inverse is None else values.index_select(0, self.row_inverse)
+        return self._in_order(rows.view(shape))
 
     def split_rows(self, values: Tensor) -> Sequence[Tensor]:
         """Cut [B, …] into each segment's rows."""
         if self.row_order is not None:
             values = values.index_select(0, self.row_order)
         length = self.segments[-1].tokens.stop // len(values)
-        return values.split([(s.tokens.stop - s.tokens.start) // length for s in self.segments])
+        return values.split([segment.num_tokens // length for segment in self.segments])
 
     def join_rows(self, parts: Sequence[Tensor]) -> Tensor:
         """Put the segments' rows together again."""
-        values = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return self._in_order(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+
+    def _in_order(self, values: Tensor) -> Tensor:
         return values if self.row_inverse is None else values.index_select(0, self.row_inverse)
 
 
@@ -181,83 +188,49 @@ def make_layout(
     sample_lengths: SampleLengths | None = None,
 ) -> Layout:
     """Group a batch's rows by adapter."""
-    mask = None if mask is None else mask.cpu()
-    if mask is not None and bool(mask.all()):
-        mask = None
-    order = sorted(range(len(adapters)), key=_first_place(adapters))
-    grouped = order == list(range(len(adapters)))
-    samples = None if sample_keys is None else _samples(sample_keys, sample_lengths)
+    mask = None if mask is None else mask.cpu().bool()
+    mask = None if mask is None or bool(mask.all()) else mask
+    order = _grouped(adapters)
+    keys = None if sample_keys is None else iter(sample_keys)
+    samples = None
+    if keys is not None:
+        counts = [1] * len(adapters) if sample_lengths is None else map(len, sample_lengths)
+        samples = [[next(keys) for _ in range(count)] for count in counts]
     segments, start = [], 0
     while start < len(order):
         adapter = adapters[order[start]]
-        stop = start + sum(other == adapter for other in adapters)
-        rows = order[start:stop]
-        segments.append(_segment(adapter, rows, start, length, mask, samples, device))
-        start = stop
-    if grouped:
+        rows = [row for row in order[start:] if adapters[row] == adapter]
+        tokens = slice(start * length, (start + len(rows)) * length)
+        real = None if mask is None else mask[rows]
+        spans = None
+        if samples is not None:
+            lengths = sample_lengths and [sample_lengths[row] for row in rows]
+            spans = _spans([samples[row] for row in rows], lengths, real, length)
+        real = None if real is None or bool(real.all()) else real.flatten()
+        index = None if real is None else real.nonzero().squeeze(1).to(device)
+        real = None if real is None else real.to(device)
+        segments.append(Segment(*name_and_scale(adapter), tokens, real, index, spans))
+        start += len(rows)
+    if order == list(range(len(order))):
         return Layout(tuple(segments), None, None)
     row_order = torch.tensor(order, device=device)
     return Layout(tuple(segments), row_order, row_order.argsort())
 
 
-@dataclass(frozen=True)
-class _RowSamples:
-    """The samples of a row: their keys, and their lengths where there may be several."""
-
-    keys: Sequence[int]
-    lengths: Sequence[int] | None
-
-
-def _samples(keys: Sequence[int], lengths: SampleLengths | None) -> list[_RowSamples]:
-    if lengths is None:
-        return [_RowSamples([key], None) for key in keys]
-    rest = iter(keys)
-    return [_RowSamples([next(rest) for _ in row], row) for row in lengths]
-
-
-def _first_place(adapters: Sequence[Hashable]):
-    first: dict[Hashable, int] = {}
-    for row, adapter in enumerate(adapters):
-        first.setdefault(adapter, row)
-    return lambda row: first[adapters[row]]
-
-
-def _segment(
-    adapter: RowAdapter,
-    rows: list[int],
-    start: int,
-    length: int,
-    mask: Tensor | None,
-    samples: Sequence[_RowSamples] | None,
-    device: torch.device,
-) -> Segment:
-    tokens = slice(start * length, (start + len(rows)) * length)
-    real = None if mask is None else mask[rows].bool()
-    spans = None
-    if samples is not None:
-        spans = _spans([samples[row] for row in rows], real, length)
-    name, scale = name_and_scale(adapter)
-    if real is None or bool(real.all()):
-        return Segment(name, scale, tokens, None, None, spans)
-    flat = real.flatten()
-    return Segment(
-        name, scale, tokens, flat.to(device), flat.nonzero().squeeze(1).to(device), spans
-    )
-
-
 def _spans(
-    samples: Sequence[_RowSamples], real: Tensor | None, length: int
+    keys: Sequence[Sequence[int]], lengths: SampleLengths | None, real: Tensor | None, length: int
 ) -> tuple[SampleSpan, ...]:
+    """Give each sample's key and the places of its tokens in a segment."""
     spans: list[SampleSpan] = []
-    for row, own in enumerate(samples):
+    for row, row_keys in enumerate(keys):
         offset = row * length
-        if own.lengths is not None:
-            stops = list(accumulate(own.lengths, initial=offset))
-            spans += map(SampleSpan, own.keys, map(slice, stops, stops[1:]))
+        if lengths is not None:
+            stops = list(accumulate(lengths[row], initial=offset))
+            spans += map(SampleSpan, row_keys, map(slice, stops, stops[1:]))
         elif real is None:
-            spans.append(SampleSpan(own.keys[0], slice(offset, offset + length)))
+            spans.append(SampleSpan(row_keys[0], slice(offset, offset + length)))
         else:
-            spans.append(SampleSpan(own.keys[0], _positions(real[row], offset)))
+            spans.append(SampleSpan(row_keys[0], _positions(real[row], offset)))
     return tuple(spans)
 
 

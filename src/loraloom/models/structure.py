@@ -17,20 +17,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loraloom.adapters import TRIALS
 from loraloom.adapters.base import FfnShape
-from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.adapters.method import Adapter
 from loraloom.errors import LoraloomError, ModelError, shown
 from loraloom.models.families import EXPERTS, FAMILIES, Family, text_config
-from loraloom.models.quantised import is_linear
-
-if TYPE_CHECKING:
-    from loraloom.models.host import Host
+from loraloom.models.quantization import is_linear
 
 _ATTENTION_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -67,12 +64,13 @@ def family_of(model: nn.Module) -> Family:
             "model must not be compiled as a whole, as its rows may have different adapters in "
             "each forward; attach the model itself and compile its decoder layers: layer.compile()"
         )
-    if not _has_head(model):
+    find_head = getattr(model, "get_output_embeddings", None)
+    if find_head is None or find_head() is None:  # a classifier has other heads
         raise unsupported(model, "it has no head that gives logits of tokens")
     family = FAMILIES.get(_model_type(model))
     if family is None:
         return _family_by_structure(model)
-    if not _has_path(model, family.layers):
+    if family.layers not in (path for path, _ in model.named_modules()):
         raise unsupported(model, f"it has no {family.layers}")
     return family
 
@@ -87,14 +85,17 @@ def unsupported(model: nn.Module, reason: str) -> ModelError:
     )
 
 
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
 def _family_by_structure(model: nn.Module) -> Family:
+    config = text_config(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise unsupported(model, "it has an encoder")
     path, layers = _decoder_layers(model)
     attention, inputs, output = _attention(model, layers)
     ffn, shape = _ffn(model, layers)
-    config = text_config(model)
-    fields = {name: field for name, field in _LOGIT_FIELDS.items() if getattr(config, field, None)}
     return Family(
         attention_inputs=(inputs, (output,)),
         ffn_shape=shape,
@@ -103,15 +104,14 @@ def _family_by_structure(model: nn.Module) -> Family:
         ffn=ffn,
         activation=_activation(model, layers[0].get_submodule(ffn), shape),
         in_table=False,
-        **fields,
+        **{name: field for name, field in _LOGIT_FIELDS.items() if getattr(config, field, None)},
     )
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
     """Find the list of decoder layers, not of an encoder of images beside them."""
     num_layers = getattr(text_config(model), "num_hidden_layers", None)
-    decoder: Any = model.get_decoder()  # pyright: ignore
-    inside = {id(module) for module in decoder.modules()}
+    inside = {id(module) for module in model.get_decoder().modules()}  # pyright: ignore
     for path, module in model.named_modules():
         is_inside = isinstance(module, nn.ModuleList) and id(module) in inside
         if is_inside and len(module) == num_layers:  # pyright: ignore
@@ -120,28 +120,26 @@ def _decoder_layers(model: nn.Module) -> tuple[str, Sequence[nn.Module]]:
 
 
 def _attention(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, tuple[str, ...], str]:
-    """Name a layer's attention, its input projections and its output projection.
-
-    Linear attention, which may have such projections too, comes last.
-    """
+    """Name a layer's attention, its input projections and its output projection."""
     found = [
         (block, inputs, output)
         for layer in layers
-        for block, linears in _blocks(layer)
+        for block, linears in _blocks(layer).items()
         for inputs, output in product(_ATTENTION_INPUTS, _ATTENTION_OUTPUTS)
         if linears.issuperset((*inputs, output))
     ]
     if not found:
         raise unsupported(model, "no layer has attention with projections of q, k, v and output")
+    # Linear attention, which may have such projections too, comes last.
     return min(found, key=lambda one: "linear" in one[0])
 
 
 def _ffn(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[str, FfnShape]:
     """Name a layer's FFN block and its projections."""
-    for block, _ in _blocks(layers[0]):
-        for shape in _FFNS:
-            if all(_linears(layer, block).issuperset(shape.names) for layer in layers):
-                return block, shape
+    described = [_blocks(layer) for layer in layers]
+    for block, shape in product(described[0], _FFNS):
+        if all(blocks.get(block, set()).issuperset(shape.names) for blocks in described):
+            return block, shape
     for layer in layers:
         for block, child in layer.named_children():
             if _has_experts(child):
@@ -168,35 +166,12 @@ def _activation(model: nn.Module, ffn: nn.Module, shape: FfnShape) -> str:
     return named[0] if named else others[0]
 
 
-def _blocks(layer: nn.Module) -> Iterator[tuple[str, set[str]]]:
+def _blocks(layer: nn.Module) -> dict[str, set[str]]:
     """Name a layer's modules and the linear ones right in them."""
-    for block, _ in layer.named_children():
-        yield block, _linears(layer, block)
-
-
-def _linears(layer: nn.Module, block: str) -> set[str]:
-    modules = dict(layer.named_children())
-    if block not in modules:
-        return set()
-    return {name for name, module in modules[block].named_children() if is_linear(module)}
-
-
-def _model_type(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-
-
-def _has_head(model: nn.Module) -> bool:
-    """Whether it maps hidden states to a vocabulary; a classifier has other heads."""
-    find_head = getattr(model, "get_output_embeddings", None)
-    return find_head is not None and find_head() is not None
-
-
-def _has_path(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+    return {
+        block: {name for name, module in child.named_children() if is_linear(module)}
+        for block, child in layer.named_children()
+    }
 
 
 _ROWS, _LENGTH, _READ_FIRST = 2, 8, 5
@@ -209,51 +184,47 @@ _STD = 0.3
 _NAME = "trial"
 
 
-def try_adapters(host: Host) -> None:
-    """Try a base model with adapters; one without weights (on the meta device) is left alone."""
+def try_adapters(host: Any) -> None:
+    """Try a host's base model with adapters; one without weights (on meta) is left alone."""
     if host.device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(host.config.vocab_size, 1000), (_ROWS, _LENGTH), generator=generator)
-    trial = _Trial(host, ids.to(host.device))
-    with torch.no_grad(), trial.failing_as_unsupported():
-        trial.run()
+    try:
+        with torch.no_grad():
+            _Trial(host, ids.to(host.device)).run()
+    except LoraloomError:
+        raise
+    except Exception as error:  # whatever a foreign model raises
+        reason = f"a forward with adapters fails: {type(error).__name__}: {error}"
+        raise unsupported(host.model, reason) from error
 
 
 class _Trial:
     """A host and the tokens that it is tried on, [B, L]."""
 
-    def __init__(self, host: Host, ids: Tensor):
+    def __init__(self, host: Any, ids: Tensor):
         self.host = host
         self.ids = ids
         exact = host.dtype == torch.float32 and host.base.quantization is None
         self.most = _EXACT if exact or host.dtype == torch.float64 else _ROUNDED
 
-    @contextmanager
-    def failing_as_unsupported(self) -> Iterator[None]:
-        """Tell whatever a foreign model raises as a model that isn't supported."""
-        try:
-            yield
-        except LoraloomError:
-            raise
-        except Exception as error:
-            reason = f"a forward with adapters fails: {type(error).__name__}: {error}"
-            raise unsupported(self.host.model, reason) from error
-
     def run(self) -> None:
-        """Try everything."""
         logits = self._bare()
         states = self.host.hidden(self.ids).last_hidden_state
-        self._compare(
-            "its head's logits, scaled as its config says", self.host.logits(states), logits
-        )
+        scaled = self.host.logits(states)
+        self._compare("its head's logits, scaled as its config says", scaled, logits)
         for part, config in TRIALS.items():
             if part != "attention" and not self.host.base.ffn_projections:
                 continue
+            adapter = self.host.add(_NAME, config)
             if part == "mixture":
-                self._try_mixture(config, logits)
+                what, expected = "the FFN block with a mixture that adds nothing", logits
             else:
-                self._try_updates(part, config)
+                what, expected = f"{part} with a LoRA", self._expected(adapter)
+            actual = self.host(self.ids, adapters=[_NAME] * _ROWS).logits
+            self.host.remove(_NAME)
+            self._compare(what, actual, expected)
         session = self.host.prefill(self.ids[:, :_READ_FIRST])
         decoded = self.host.extend(session, self.ids[:, _READ_FIRST:])
         self._compare("decoding with a cache", decoded, logits[:, -1])
@@ -261,27 +232,19 @@ class _Trial:
     def _bare(self) -> Tensor:
         return self.host.model(input_ids=self.ids).logits
 
-    def _try_updates(self, part: str, config: AdapterConfig) -> None:
-        adapter = self.host.add(_NAME, config)
+    def _expected(self, adapter: Adapter) -> Tensor:
+        """Draw an adapter's B, and compute the logits that PEFT's LoRA layers would give."""
         generator = torch.Generator().manual_seed(1)
         tensors = adapter.tensors()
         for name, tensor in tensors.items():
             if name.endswith("lora_B"):
                 tensor.copy_(torch.empty(tensor.shape).normal_(std=_STD, generator=generator))
-        with _plain_updates(adapter, tensors) as updates:
+        with _plain_updates(adapter, tensors) as num_calls:
             expected = self._bare()
-        actual = self.host(self.ids, adapters=[_NAME] * _ROWS).logits
-        self.host.remove(_NAME)
-        for key, update in updates.items():
-            if update.num_calls != 1:
-                raise self._differs(f"{key} computes {update.num_calls} times in a forward, not 1")
-        self._compare(f"{part} with a LoRA", actual, expected)
-
-    def _try_mixture(self, config: AdapterConfig, logits: Tensor) -> None:
-        self.host.add(_NAME, config)
-        actual = self.host(self.ids, adapters=[_NAME] * _ROWS).logits
-        self.host.remove(_NAME)
-        self._compare("the FFN block with a mixture that adds nothing", actual, logits)
+        for key, calls in num_calls.items():
+            if calls != 1:
+                raise self._differs(f"{key} computes {calls} times in a forward, not 1")
+        return expected
 
     def _compare(self, what: str, actual: Tensor, expected: Tensor) -> None:
         wanted = expected.double()
@@ -296,43 +259,30 @@ class _Trial:
         return unsupported(self.host.model, reason)
 
 
-class _PlainUpdate:
-    """A forward hook on a linear layer, y + s·B(Ax): what PEFT's LoRA layer computes."""
-
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float):
-        self.lora_A = lora_A
-        self.lora_B = lora_B
-        self.scaling = scaling
-        self.num_calls = 0
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self.num_calls += 1
-        update = args[0].to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T
-        return output + (self.scaling * update).to(output.dtype)
-
-
 @contextmanager
-def _plain_updates(
-    adapter: Adapter, tensors: Mapping[str, Tensor]
-) -> Iterator[dict[str, _PlainUpdate]]:
-    """Put an adapter's updates on the base model's linear layers, by their keys, for a while."""
+def _plain_updates(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, int]]:
+    """Add an adapter's updates to the outputs of linear layers; counts each one's calls."""
     scaling: Any = adapter.config.description()["scaling"]
-    projections = {
-        projection.key: projection
-        for layer in adapter.base_layers
-        for block in layer.blocks.values()
-        for projection in block.values()
-        if f"{projection.key}.lora_A" in tensors
-    }
-    updates = {
-        key: _PlainUpdate(tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"], scaling)
-        for key in projections
-    }
-    handles = [
-        projections[key].linear.register_forward_hook(update) for key, update in updates.items()
-    ]
+    num_calls: dict[str, int] = {}
+
+    def hook_of(key: str) -> Any:
+        A, B = tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"]
+
+        def add_update(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            num_calls[key] += 1
+            return output + (scaling * (args[0].to(A.dtype) @ A.T @ B.T)).to(output.dtype)
+
+        return add_update
+
+    handles = []
+    for layer in adapter.base_layers:
+        for projection in (*layer.attention.values(), *layer.ffn.values()):
+            if f"{projection.key}.lora_A" in tensors:
+                num_calls[projection.key] = 0
+                hook = hook_of(projection.key)
+                handles.append(projection.linear.register_forward_hook(hook))
     try:
-        yield updates
+        yield num_calls
     finally:
         for handle in handles:
             handle.remove()

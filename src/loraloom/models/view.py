@@ -1,41 +1,209 @@
-"""One adapter on a host as a model of its own: what transformers' Trainer and trl's trainers take.
+"""Forwards that others make: transformers' generation, Trainer, trl and PEFT.
 
-Axes: B batch, L sequence.
+They call a module as if it were any model, with as many rows as they have. Hooks on the module, its
+door, ask which adapters the rows have, open the forward's context and close it again. A forward
+that a host makes itself passes. Adapters' auxiliary losses reach those who compute the loss on the
+way out; a micro-batch adds its share, so that a step adds the loss once, however many micro-batches
+it has. `AdapterModel` shows one adapter on a host as a model that trainers take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loraloom.errors import ModelError
-from loraloom.models.door import Rows, with_auxiliary_loss
+from loraloom.models.layout import RowAdapter
+from loraloom.models.stacks import outside_autocast
 
-if TYPE_CHECKING:
-    from loraloom.models.host import Host
-
+_REQUEST = "output_router_logits"
+"""The argument by which trl asks a model for `aux_loss`."""
 _BASE = "base"
 _CHECKPOINTING_SETTINGS = {"use_reentrant": False, "preserve_rng_state": True}
 """Arguments of `torch.utils.checkpoint` that say what a host does anyway."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The adapters of a forward's rows.
+
+    Args:
+        adapters: Of each row that was given; one stands for all rows. Beams and returned sequences
+            take their row's.
+        training: Dropout and jitter are on, and the loss gets the adapters' auxiliary losses.
+    """
+
+    adapters: Sequence[RowAdapter]
+    training: bool = False
+
+    def expanded(self, batch_size: int) -> list[RowAdapter]:
+        """Repeat each row's adapter for its beams or returned sequences."""
+        copies = batch_size // len(self.adapters)
+        return [adapter for adapter in self.adapters for _ in range(copies)]
+
+
+Visit = tuple[AbstractContextManager[None], Callable[[], Tensor | None]]
+"""What a forward that others make runs in, and what computes its auxiliary loss; None: nothing."""
+OpenVisit = Callable[[Tensor, Tensor | None, Rows, dict[str, Any]], Visit | None]
+"""From tokens, mask, rows and the arguments by name, which it may change, to a visit; None where a
+forward runs already."""
+
+# The visit of this thread: through which door, and whether its auxiliary loss is asked for.
+_inside: ContextVar[tuple[Door, Visit, bool] | None] = ContextVar("loraloom_inside", default=None)
+_given: ContextVar[tuple[object, Rows] | None] = ContextVar("loraloom_rows", default=None)
+
+
+class Door:
+    """Hooks that give the forwards that others make of a module their context.
+
+    Args:
+        module: One that calls a base model, or the base model itself.
+        open_visit: Opens a forward.
+        rows: Returns the adapters of the rows where nobody names them; None: the base model's.
+    """
+
+    def __init__(self, module: nn.Module, open_visit: OpenVisit, rows: Callable[[], Rows | None]):
+        self._module = module
+        self._open = open_visit
+        self._rows = rows
+        self._hooks = (
+            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        )
+
+    def close(self) -> None:
+        """End a forward through this door that is interrupted: torch calls no hooks then."""
+        inside = _inside.get()
+        if inside is not None and inside[0] is self:
+            _close()
+
+    def undo(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def of_rows(self, rows: Rows) -> Iterator[None]:
+        """Name the adapters of the rows of this thread's forwards."""
+        _close()
+        token = _given.set((self, rows))
+        try:
+            yield
+        finally:
+            _given.reset(token)
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        inside = _inside.get()
+        if inside is not None and not inside[0]._leads_to(self):
+            _close()
+        given = _given.get()
+        rows = given[1] if given is not None and given[0] is self else self._rows()
+        if rows is None:
+            return None
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"][..., 0]  # what has the tokens' shape
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        inputs = {name: value for name, value in kwargs.items() if name != _REQUEST}
+        visit = self._open(tokens, mask, rows, inputs)
+        if visit is None:
+            return None
+        visit[0].__enter__()
+        _inside.set((self, visit, bool(kwargs.get(_REQUEST))))
+        return args, inputs
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        inside = _inside.get()
+        if inside is None or inside[0] is not self:
+            return None
+        _close()
+        if output is None:  # an error is on its way
+            return None
+        _, (_, auxiliary_loss), is_asked = inside
+        return _add_loss(output, auxiliary_loss(), kwargs, is_asked=is_asked)
+
+    def _leads_to(self, other: Door) -> bool:
+        """Whether a forward through this door may come to another, that of a part of its module."""
+        parts = self._module.modules()
+        return other is not self and any(part is other._module for part in parts)
+
+
+def _close() -> None:
+    """End this thread's visit. An interrupt leaves one open, as torch calls no hooks then."""
+    inside = _inside.get()
+    if inside is not None:
+        _inside.set(None)
+        inside[1][0].__exit__(None, None, None)
+
+
+def _add_loss(output: Any, loss: Tensor | None, kwargs: dict[str, Any], *, is_asked: bool) -> Any:
+    """Add an auxiliary loss to a model's output: to its `loss`, and as `aux_loss`."""
+    if loss is None:
+        if is_asked:
+            tensors = (value for value in output.values() if isinstance(value, Tensor))
+            output["aux_loss"] = torch.zeros((), device=next(tensors).device)
+        return output
+
+    def total(model_loss: Tensor) -> Tensor:
+        with outside_autocast(model_loss):
+            return model_loss + (loss * _share(kwargs)).to(model_loss)
+
+    if isinstance(output, tuple):
+        has_loss = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
+        return (total(output[0]), *output[1:]) if has_loss else output
+    if output.get("loss") is not None:
+        output["loss"] = total(output["loss"])
+    output["aux_loss"] = loss
+    return output
+
+
+def _share(kwargs: dict[str, Any]) -> Tensor | float:
+    """Return the share that a micro-batch has of its step's labels, as Trainer counts them."""
+    count = kwargs.get("num_items_in_batch")
+    if count is None:  # the trainer averages over micro-batches itself
+        return 1.0
+    labels = kwargs.get("shift_labels")
+    labels = kwargs["labels"][..., 1:] if labels is None else labels
+    return (labels != -100).sum() / count
+
+
+def with_auxiliary_loss(config: Any) -> Any:
+    """Show a model's configuration with the fields by which trl finds that there is an aux_loss.
+
+    It is the same configuration: what is changed in one is changed in the other.
+    """
+
+    def constant(value: object) -> property:
+        return property(lambda self: value, lambda self, other: None)
+
+    # The loss comes with its own coefficient. A model that reads `output_router_logits` would look
+    # for routers of its own.
+    fields = {_REQUEST: constant(False), "router_aux_loss_coef": constant(1.0)}
+    view = object.__new__(type(type(config).__name__, (type(config),), fields))
+    view.__dict__ = config.__dict__
+    return view
+
+
 class TakesCheckpointing:
     """Gradient checkpointing under the names by which trainers switch it, done by the host."""
 
-    host: Host
+    host: Any
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        """Whether decoder layers are recomputed in the backward pass."""
         return self.host.gradient_checkpointing
 
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """The older name of `is_activation_checkpointing`."""
-        return self.host.gradient_checkpointing
+    is_gradient_checkpointing = is_activation_checkpointing  # its older name
 
     def activation_checkpointing_enable(
         self,
@@ -61,16 +229,12 @@ class TakesCheckpointing:
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **settings: Any
     ) -> None:
-        """Do `activation_checkpointing_enable` under its older name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **settings)
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep activations."""
         self.host.enable_gradient_checkpointing(enabled=False)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Do `activation_checkpointing_disable` under its older name."""
-        self.activation_checkpointing_disable()
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
 
 class AdapterModel(TakesCheckpointing, nn.Module):
@@ -78,10 +242,11 @@ class AdapterModel(TakesCheckpointing, nn.Module):
 
     The base model is inside, frozen and in eval mode whatever the mode; other adapters on the host
     are neither trained nor saved. In training, dropout draws from torch's own generator, so that a
-    trainer that restores its state goes on as if it had not stopped.
+    trainer that restores its state goes on as if it had not stopped. Without a name it is the base
+    model.
     """
 
-    def __init__(self, host: Host, name: str | None):
+    def __init__(self, host: Any, name: str | None):
         super().__init__()
         self.host = host
         self.name = name
@@ -105,7 +270,6 @@ class AdapterModel(TakesCheckpointing, nn.Module):
         labels: Tensor | None = None,
         **model_inputs: Any,
     ) -> Any:
-        """Run rows of the adapter."""
         try:
             return self.base(
                 input_ids=input_ids,
@@ -141,41 +305,19 @@ class AdapterModel(TakesCheckpointing, nn.Module):
             raise ModelError("save_pretrained writes an adapter; this view is of the base model")
         self.host.save(self.name, directory, overwrite=True)
 
-    @property
-    def base_model(self) -> nn.Module:
-        """The decoder without its head."""
-        return self.base.base_model
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base model's."""
-        return self.host.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return self.host.device
-
-    @property
-    def generation_config(self) -> Any:
-        """The base model's."""
-        return self.base.generation_config
-
-    @property
-    def loss_type(self) -> str:
-        """Which of transformers' losses the base model computes."""
-        return self.base.loss_type
+    base_model: Any = property(lambda self: self.base.base_model)
+    dtype: Any = property(lambda self: self.host.dtype)
+    device: Any = property(lambda self: self.host.device)
+    generation_config: Any = property(lambda self: self.base.generation_config)
+    loss_type: Any = property(lambda self: self.base.loss_type)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the base model's embeddings."""
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the base model's head."""
         return self.base.get_output_embeddings()
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """Pass tags for model cards on to the base model."""
         self.base.add_model_tags(tags)
 
 
@@ -184,7 +326,8 @@ def _leave_base_out(module: nn.Module, state: dict[str, Any], prefix: str, _: An
         del state[name]
     seen: set[int] = set()
     for name, tensor in state.items():
-        if tensor.data_ptr() in seen:  # tied, a head and its embedding, which safetensors refuses
+        # A head and its embedding may be tied, which safetensors refuses.
+        if tensor.data_ptr() in seen:
             state[name] = tensor.clone()
         seen.add(tensor.data_ptr())
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from loraloom.adapters.method import Adapter
 from loraloom.errors import ConfigError
 from loraloom.models.host import Host
-from loraloom.models.quantised import stored_weights
+from loraloom.models.quantization import stored_weights
 from loraloom.ops.token_loss import loss_workspace_bytes
 from loraloom.ranks import own_part
 

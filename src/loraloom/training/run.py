@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.errors import ConfigError, LoraloomError
-from loraloom.models.attach import attach
-from loraloom.models.host import Host
+from loraloom.models.host import Host, attach
 from loraloom.models.loading import load_base_model
 from loraloom.ranks import Ranks
 from loraloom.training.builder import JobBuilder

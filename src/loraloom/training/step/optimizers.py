@@ -20,7 +20,7 @@ from transformers.optimization import GreedyLR
 from loraloom.adapters.method import Adapter
 from loraloom.errors import ConfigError, shown
 from loraloom.models.host import Host
-from loraloom.models.quantising import import_library
+from loraloom.models.quantization import import_library
 from loraloom.training.settings import (
     SCHEDULERS_ON_METRIC,
     OptimizerConfig,

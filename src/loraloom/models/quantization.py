@@ -1,8 +1,9 @@
-"""Linear layers that a library keeps in fewer bits: read, wired and trained through.
+"""Base models in fewer bits: what this machine can do, and layers that a library keeps so.
 
 Axes: T tokens, I in_features, O out_features, n rows.
 
-Libraries are recognised by their classes where they are loaded already; none is imported here.
+Layers are recognised by their libraries' classes where these are loaded already; only a model that
+is to be quantised imports a library.
 
 Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339; Dettmers et al. 2023, QLoRA,
 arXiv:2305.14314.
@@ -10,31 +11,119 @@ arXiv:2305.14314.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraloom.adapters.base import QuantisedWeight
-from loraloom.errors import ModelError
+from loraloom.config.quantization import (
+    AnyQuantization,
+    BitsAndBytes4bit,
+    BitsAndBytes8bit,
+    TorchAo,
+    check_fits_dtype,
+)
+from loraloom.errors import ConfigError, ModelError
+
+
+def check_quantization(
+    quantization: AnyQuantization | None, dtype: str, device: torch.device
+) -> None:
+    """Find out whether a model can be quantised so here, before anything is loaded."""
+    if quantization is None:
+        return
+    library = import_library(quantization.quant_method.partition("_")[0], "this quantization")
+    check_fits_dtype(quantization, dtype)
+    if isinstance(quantization, TorchAo):
+        on_cuda = device.type == "cuda"
+        has_int4 = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+        if quantization.quant_type != "int8_weight_only" and not has_int4:
+            raise ModelError(
+                "quantization torchao int4_weight_only needs a CUDA device of capability 8.0 or "
+                f"higher, got {device}; take torchao-int8, or nf4"
+            )
+    elif device.type not in (known := sorted(library.supported_torch_devices)):
+        raise ModelError(
+            f"quantization by bitsandbytes needs a device of type {', '.join(known)}, got {device}"
+        )
+
+
+def check_checkpoint(
+    name: str, checkpoint: Mapping[str, Any], quantization: AnyQuantization | None
+) -> None:
+    """Hold a checkpoint that may be quantised already against what is asked for."""
+    own = checkpoint.get("quantization_config")
+    if not isinstance(own, dict):
+        return
+    method = str(own.get("quant_method", "a library that it doesn't name"))
+    if quantization is not None:
+        raise ConfigError(
+            f"quantization must be left out for {name}, whose weights {method} has quantised "
+            "already; or name the checkpoint that they were made from"
+        )
+    if method in ("bitsandbytes", "torchao"):
+        import_library(method, f"the quantised checkpoint {name}")
+
+
+def transformers_config(
+    quantization: AnyQuantization, dtype: torch.dtype
+) -> QuantizationConfigMixin:
+    """Write a quantisation as transformers takes it."""
+    settings = quantization.model_dump(exclude={"quant_method"})
+    match quantization:
+        case BitsAndBytes4bit(bnb_4bit_compute_dtype=compute_dtype):
+            settings["bnb_4bit_compute_dtype"] = compute_dtype or dtype
+            return BitsAndBytesConfig(load_in_4bit=True, **settings)
+        case BitsAndBytes8bit():
+            return BitsAndBytesConfig(load_in_8bit=True, **settings)
+        case TorchAo(quant_type=kind, group_size=size):
+            from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+            from torchao.quantization.granularity import PerGroup, PerRow
+
+            # torchao would change settings of torch.compile for the whole process.
+            options: dict[str, Any] = {"set_inductor_config": False}
+            if kind == "int8_weight_only":
+                granularity = PerRow() if size is None else PerGroup(size)
+                return TorchAoConfig(Int8WeightOnlyConfig(granularity=granularity, **options))
+            options |= {"group_size": size or 128, "int4_packing_format": "tile_packed_to_4d"}
+            return TorchAoConfig(Int4WeightOnlyConfig(**options))
+
+
+def import_library(name: str, purpose: str) -> ModuleType:
+    """Import a quantisation library without its hints at faster kernels."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{purpose} needs {name}, which can't be imported ({error}); "
+            "run: pip install 'loraloom[quantisation]'"
+        ) from error
+    finally:
+        logger.setLevel(level)
 
 
 class _Bits4(QuantisedWeight):
     """bitsandbytes in 4 bits: W's rows lie one behind another, each 64 numbers have a scale."""
 
     def __init__(self, linear: Any):
-        # as many rows as a block has numbers fill whole blocks, however long they are
-        super().__init__(
-            linear, f"bitsandbytes {linear.weight.quant_type}", linear.weight.blocksize
-        )
+        weight = linear.weight
+        # As many rows as a block has numbers fill whole blocks, however long they are.
+        super().__init__(linear, f"bitsandbytes {weight.quant_type}", weight.blocksize)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """See QuantisedWeight."""
         functional = sys.modules["bitsandbytes"].functional
         state, width = self._state, self.linear.in_features
         first, last = start * width, stop * width
@@ -50,7 +139,6 @@ class _Bits4(QuantisedWeight):
         return functional.dequantize_4bit(packed[first // 2 : -(last // -2)].unsqueeze(1), part)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See QuantisedWeight."""
         state = self._state
         yield "packed", self._packed()
         yield "absmax", state.absmax
@@ -67,7 +155,7 @@ class _Bits4(QuantisedWeight):
         return self.linear.quant_state if state is None else state
 
     def _scales(self) -> Tensor:
-        """The scale of each block, themselves quantised where quantisation is double."""
+        """The scale of each block; double quantisation quantises these too."""
         state = self._state
         if not state.nested:
             return state.absmax.float()
@@ -82,13 +170,11 @@ class _Bits8(QuantisedWeight):
         super().__init__(linear, "bitsandbytes int8", is_linear_over_rows=False)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """See QuantisedWeight."""
         functional = sys.modules["bitsandbytes"].functional
         numbers = self.linear.weight.data.as_subclass(Tensor)[start:stop]
         return functional.int8_vectorwise_dequant(numbers, self._scales()[start:stop])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See QuantisedWeight."""
         yield "int8", self.linear.weight.data.as_subclass(Tensor)
         yield "scales", self._scales()
 
@@ -108,11 +194,9 @@ class _TorchAo(QuantisedWeight):
         super().__init__(linear, kind, is_linear_over_rows=not takes_rounded_rows)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """See QuantisedWeight."""
         return self.linear.weight.detach()[start:stop].dequantize()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See QuantisedWeight."""
         weight = self.linear.weight
         for name in weight.__tensor_flatten__()[0]:
             yield name, getattr(weight, name)
@@ -127,7 +211,6 @@ class _Probed(QuantisedWeight):
 
     @torch.no_grad()
     def rows(self, start: int, stop: int) -> Tensor:
-        """See QuantisedWeight."""
         numbers = [tensor for _, tensor in self.tensors() if _is_computed_with(tensor)]
         device = next(tensor.device for _, tensor in self.tensors())
         dtype = numbers[0].dtype if numbers else torch.bfloat16
@@ -137,7 +220,6 @@ class _Probed(QuantisedWeight):
         return (products if bias is None else products - bias.to(dtype)).T[start:stop]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See QuantisedWeight."""
         yield from chain(self.linear.named_parameters(), self.linear.named_buffers())
 
 
@@ -180,11 +262,11 @@ def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     linears = quantised_linears(model).values()
     quantised = {id(getattr(weight.linear, "weight", None)): weight for weight in linears}
     for name, parameter in model.named_parameters():
-        weight = quantised.get(id(parameter))
-        if weight is None:
-            yield name, parameter
+        if id(parameter) in quantised:
+            parts = quantised[id(parameter)].tensors()
+            yield from ((f"{name}.{part}", tensor) for part, tensor in parts)
         else:
-            yield from ((f"{name}.{part}", tensor) for part, tensor in weight.tensors())
+            yield name, parameter
 
 
 class QuantisedLinear:
@@ -198,7 +280,6 @@ class QuantisedLinear:
         self.base_forward = weight.linear.forward
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        """Return what the layer returns, [..., O]."""
         if not torch.is_grad_enabled():
             return self.base_forward(hidden_states)
         if hidden_states.requires_grad:
@@ -206,12 +287,12 @@ class QuantisedLinear:
         return self.output(hidden_states)
 
     def output(self, hidden_states: Tensor) -> Tensor:
-        """Return what the layer returns, without a graph.
-
-        bitsandbytes' LLM.int8 sets outliers in float16 to zero and back, which autograd would take
-        for another input than others have kept; `data` has a version of its own.
-        """
-        return _no_view(self.base_forward(hidden_states.data))
+        """Return what the layer returns, without a graph."""
+        # LLM.int8 sets outliers in float16 to zero and back, which autograd would take for another
+        # input than others have kept; `data` has a version of its own. The output must be no view,
+        # as updates may change it in place, which autograd refuses of views made in functions.
+        output = self.base_forward(hidden_states.data)
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 class _ThroughWeight(torch.autograd.Function):
@@ -228,16 +309,9 @@ class _ThroughWeight(torch.autograd.Function):
         return grad @ ctx.weight.whole(grad.dtype), None
 
 
-def _no_view(output: Tensor) -> Tensor:
-    """Give an output that updates may change in place: autograd refuses views made in functions."""
-    return torch.ops.aten._unsafe_view(output, output.shape)
-
-
 def check_computes(name: str, weight: QuantisedWeight) -> None:
-    """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs.
-
-    Its kernel there begins a block of 64 numbers with every row.
-    """
+    """Refuse a layer that its library computes wrongly, as bitsandbytes 0.50 does some on CPUs."""
+    # Its kernel there begins a block of 64 numbers with every row.
     width, linear = weight.linear.in_features, weight.linear
     if isinstance(weight, _Bits4) and linear.weight.is_cpu and width % weight.row_step:
         raise ModelError(
@@ -248,11 +322,9 @@ def check_computes(name: str, weight: QuantisedWeight) -> None:
 
 
 def keep_layout(linear: Any) -> Callable[[], object]:
-    """Keep bitsandbytes from packing a 4-bit layer anew, and from a warning in each forward.
-
-    On CPUs with AVX512-BF16 it does so before the first forward without gradients. The packed form
-    has no backward pass, rounds scales to 16 bits, and takes multiples of 32 rows only.
-    """
+    """Keep bitsandbytes from packing a 4-bit layer anew, and from a warning in each forward."""
+    # On CPUs with AVX512-BF16 it does so before the first forward without gradients. The packed
+    # form has no backward pass, rounds scales to 16 bits, and takes multiples of 32 rows only.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not hasattr(linear, "support_avx512bf16_for_cpu"):
         return lambda: None
