@@ -5,12 +5,11 @@ import sys
 import pytest
 
 from loraloom.data.chat import TRAINING_DAY, load_chat_template
-from loraloom.data.encoding import encode_conversations
 from loraloom.data.messages import Conversation, read_conversation, read_messages
 from loraloom.data.sources import Row
 from loraloom.data.tokens import DROPPED, NO_LOSS
 from loraloom.errors import DataError
-from tests.data.faults import checked
+from tests.data.encoded import encode as encode_rows
 
 PLAIN = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>\n{% endfor %}"
@@ -43,8 +42,7 @@ TWO_TURNS = conversation(
 
 def encode(tokenizer, template, *rows, max_length=64):
     tokenizer.chat_template = template
-    encoded = encode_conversations(tokenizer, load_chat_template(tokenizer), rows, {}, max_length)
-    return checked(rows, encoded)
+    return encode_rows(tokenizer, rows, max_length, format="chat")
 
 
 def spans(tokenizer, piece):
@@ -270,8 +268,7 @@ def test_a_template_takes_the_place_of_the_tokenizers(tiny_tokenizer, tmp_path):
     tiny_tokenizer.chat_template = "{{ raise_exception('not this one') }}"
     (tmp_path / "mine.jinja").write_text(PLAIN)
     for given in (PLAIN, str(tmp_path / "mine.jinja")):
-        template = load_chat_template(tiny_tokenizer, given)
-        (row,) = encode_conversations(tiny_tokenizer, template, [TWO_TURNS], {}, 64)
+        (row,) = encode_rows(tiny_tokenizer, [TWO_TURNS], 64, format="chat", chat_template=given)
         assert spans(tiny_tokenizer, row.pieces[0]) == ["blue<eos>\n", "yes<eos>\n"]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from loraloom.config.data import SourceConfig
 from loraloom.data import encoding
-from loraloom.data.encoding import load_source
+from loraloom.data.encoding import SourceEncoder
 from loraloom.errors import DataError
 
 TEMPLATE = (
@@ -54,7 +54,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 def load(tokenizer, dataset: str, data_format: str = "text", max_length: int = 40, **settings):
     config = SourceConfig.model_validate({"dataset": dataset, "format": data_format, **settings})
-    return load_source(config, tokenizer, max_length, "train").rows
+    return SourceEncoder(config, tokenizer, max_length).load("train").rows
 
 
 def entries(cache: Path) -> list[Path]:
@@ -73,7 +73,7 @@ def test_what_is_read_is_what_encoding_gives(tokenizer, tmp_path, cache, monkeyp
         expected = load(tokenizer, file, data_format)
     assert not cache.exists()
     assert load(tokenizer, file, data_format) == expected
-    monkeypatch.setattr(encoding, "encode_rows", refuse)
+    monkeypatch.setattr(encoding.SourceEncoder, "encode", refuse)
     assert load(tokenizer, file, data_format) == expected
     assert len(entries(cache)) == 1
 
@@ -83,7 +83,7 @@ def test_a_task_is_encoded_once_too(tokenizer, cache, monkeypatch, as_pairs):
     config = SourceConfig(task="skills")
 
     def loaded():
-        return load_source(config, tokenizer, 64, "train", as_pairs=as_pairs, limit=30)
+        return SourceEncoder(config, tokenizer, 64, as_pairs).load("train", 30)
 
     first = loaded()
     monkeypatch.setattr(encoding, "encode_completions", refuse)

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.data.encoding import encode_preferences
 from loraloom.data.sources import Row
 from loraloom.data.tokens import DROPPED, NO_LOSS
 from loraloom.errors import DataError
-from tests.data.faults import checked
+from tests.data.encoded import encode as encode_rows
 from tests.data.test_chat import MARKED, PLAIN
 
 TEMPLATES = pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
@@ -14,7 +13,7 @@ TEMPLATES = pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "
 
 def encode(tokenizer, *rows, max_length=64, **columns):
     rows = [Row(row, f"pairs.jsonl, line {line}") for line, row in enumerate(rows, start=1)]
-    return checked(rows, encode_preferences(tokenizer, rows, rows[0], columns, max_length))
+    return encode_rows(tokenizer, rows, max_length, format="preference", fields=columns or None)
 
 
 def shown(tokenizer, encoded):

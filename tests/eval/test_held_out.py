@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from loraloom.data.encoding import load_source
+from loraloom.data.encoding import SourceEncoder
 from loraloom.data.tokens import EncodedRow
 from loraloom.errors import AdapterError, ConfigError, LoraloomError
 from loraloom.eval.cache import ScoreCache
@@ -56,9 +56,8 @@ def test_the_loss_is_that_of_a_plain_forward(host, tiny_tokenizer, tmp_path, dat
     rows = INSTRUCTIONS if data_format == "instruction" else TEXTS
     data = {"dataset": write(tmp_path / "rows.jsonl", rows), "format": data_format}
     evaluation = evaluate_loss(host, tiny_tokenizer, data, max_length=24 if rows is TEXTS else 256)
-    encoded = load_source(
-        parse_source(data), tiny_tokenizer, 24 if rows is TEXTS else 256, "validation"
-    ).rows
+    max_length = 24 if rows is TEXTS else 256
+    encoded = SourceEncoder(parse_source(data), tiny_tokenizer, max_length).load("validation").rows
     assert any(len(row.pieces) > 1 for row in encoded) == (rows is TEXTS)
     assert list(evaluation.results) == ["base", *METHODS]
     for name in (None, "lora", "mixdora"):
@@ -153,7 +152,7 @@ PAIRS = [
 def test_pairs_are_ranked_against_the_base_model(host, tiny_tokenizer, tmp_path, names):
     data = {"dataset": write(tmp_path / "pairs.jsonl", PAIRS), "format": "preference"}
     evaluation = evaluate_loss(host, tiny_tokenizer, data, names, beta=0.3)
-    encoded = load_source(parse_source(data), tiny_tokenizer, 256, "validation").rows
+    encoded = SourceEncoder(parse_source(data), tiny_tokenizer, 256).load("validation").rows
 
     def margins(adapter):
         answers = [EncodedRow((piece,)) for row in encoded for piece in row.pieces]

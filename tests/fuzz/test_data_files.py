@@ -19,7 +19,7 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from loraloom.config.data import SourceConfig
-from loraloom.data.encoding import load_source
+from loraloom.data.encoding import SourceEncoder
 from tests.conftest import build_tokenizer
 from tests.fuzz.harness import broken_bytes, fuzz, mutated, survives
 
@@ -86,7 +86,7 @@ def load(path: Path, kind: str, **settings: Any) -> None:
         config = SourceConfig(dataset=str(path), format=kind, **settings)
     else:
         config = SourceConfig(task=kind, path=str(path), scoring="text")
-    load_source(config, _tokenizer(), 64, "train")
+    SourceEncoder(config, _tokenizer(), 64).load("train")
 
 
 @cache

@@ -20,6 +20,7 @@ from benchmarks.parallel import difference, resume_elsewhere, settings
 from loraloom.ranks import ProcessRanks
 from loraloom.training import inbox
 from loraloom.training.fitting import RoundRunner
+from loraloom.training.step import fused
 from loraloom.training.step.fused import sum_gradients
 from tests.training.running import read_metrics
 from tests.training.saved import save_inputs, write_run_file
@@ -60,7 +61,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def _work(rank: int, directory: Path) -> None:
-    gradient_sum.BUCKET_BYTES = 4096  # tiny adapters are sent in several, too
+    fused.BUCKET_BYTES = 4096  # tiny adapters are sent in several, too
     (directory / f"rank-{rank}.json").write_text(json.dumps(_talk(rank, directory)))
     hold_base(rank, directory, str(directory / "base"), "fsdp")
     loraloom.train(directory / "two.yaml")

@@ -17,7 +17,7 @@ from loraloom.cli.options import LocalPath, Sets
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import suggestion
 from loraloom.config.fields import StrictModel
-from loraloom.data.encoding import check_encoded, read_source
+from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row
 from loraloom.data.tokens import EncodedRow, text_of_token
 from loraloom.errors import ConfigError, DataError, plain
@@ -114,16 +114,11 @@ def _check_source(
 ) -> str:
     """Print a source's first rows and add its counts to the table; what is wrong with its rows."""
     streaming = job.data.streaming and split == "train"
+    train = job.train
+    encoder = SourceEncoder(config, tokenizer, train.max_length, train.learns_from_pairs)
     try:
-        rows, source = read_source(
-            config,
-            tokenizer,
-            job.train.max_length,
-            split,
-            as_pairs=job.train.learns_from_pairs,
-            limit=num_shown if streaming else None,
-            streaming=streaming,
-        )
+        limit = num_shown if streaming else None
+        rows, source = encoder.read(split, limit, streaming=streaming)
     except DataError as error:  # the file as a whole
         return str(error)
     for number, row in enumerate(source.rows[:num_shown], start=1):
@@ -133,7 +128,7 @@ def _check_source(
     counts = _count(rows, source.rows, tools)
     table.add_row(f"{job.name}: {Path(source.name).name}", *map(str, counts))
     try:
-        check_encoded(config, rows, source.rows)
+        encoder.check(rows, source.rows)
     except DataError as error:
         return str(error)
     return ""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,6 @@ from loraloom.data.chat import (
 )
 from loraloom.data.messages import (
     Conversation,
-    Message,
     read_conversation,
     read_messages,
     read_tools,
@@ -77,124 +77,174 @@ class LoadedSource:
         return sum(row.is_empty for row in self.rows)
 
 
-def load_source(
-    config: SourceConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    split: str,
-    *,
-    as_pairs: bool = False,
-    limit: int | None = None,
-) -> LoadedSource:
-    """Read and encode a source; arguments as in `read_source`."""
-    rows, source = read_source(config, tokenizer, max_length, split, as_pairs=as_pairs, limit=limit)
-    check_encoded(config, rows, source.rows)
-    if not any(row.pieces for row in source.rows):
-        raise DataError(
-            f"{source.name}: none of the {len(rows)} rows has an answer that fits "
-            f"max_length={max_length}; raise it"
-        )
-    return source
+@dataclass(frozen=True)
+class SourceEncoder:
+    """Reads and encodes the rows of a source; a task's as pairs of answers where these are learnt.
 
+    Rows that can't be used have their faults.
+    """
 
-def read_source(
-    config: SourceConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    split: str,
-    *,
-    as_pairs: bool = False,
-    limit: int | None = None,
-    streaming: bool = False,
-) -> tuple[list[Row], LoadedSource]:
-    """Read a source's rows, and encode them; those that can't be used have their faults."""
-    if config.task is not None:
-        rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
-        return rows, _encode_task(config, rows, tokenizer, max_length, as_pairs)
-    rows = list(islice(open_source(config, split, streaming=streaming).rows(), limit))
-    if not rows:
-        raise DataError(f"{config.dataset}: there are no rows; add some, or name another data set")
-    first = next((row for row in rows if not row.fault), rows[0])
-    template = tokenizer.chat_template
-    if config.format == "instruction":
-        template = template_source(config.template)
-    elif config.chat_template is not None:
-        template = given_source(tokenizer, config.chat_template)
-    encoded = _encode_once(
-        rows,
-        lambda some: encode_rows(config, some, first, tokenizer, max_length),
-        tokenizer,
-        [config.format, config.fields, template, max_length],
-    )
-    return rows, LoadedSource(config.dataset or "", encoded)
+    config: SourceConfig
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    as_pairs: bool = False
 
+    @cached_property
+    def _start(self) -> list[int]:
+        return leading_tokens(self.tokenizer)
 
-def open_source(config: SourceConfig, split: str, *, streaming: bool) -> RowStream:
-    """Find the rows of a data set, in the split that is set or else the given one."""
-    split = config.split or split
-    return RowStream(
-        find_location(config.dataset or "", split, config.config), split, streaming=streaming
-    )
+    def load(self, split: str, limit: int | None = None) -> LoadedSource:
+        """Read and encode a source whose rows can be used."""
+        rows, source = self.read(split, limit)
+        self.check(rows, source.rows)
+        if not any(row.pieces for row in source.rows):
+            raise DataError(
+                f"{source.name}: none of the {len(rows)} rows has an answer that fits "
+                f"max_length={self.max_length}; raise it"
+            )
+        return source
 
+    def check(self, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
+        """Refuse rows that can't be used, unless they are empty and may be left out."""
+        faults = [
+            (row.origin, one.fault)
+            for row, one in zip(rows, encoded, strict=True)
+            if one.fault and not (one.is_empty and self.config.on_empty == "skip")
+        ]
+        check_faults(faults, len(rows))
 
-def check_encoded(config: SourceConfig, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
-    """Refuse rows that can't be used, unless they are empty and may be left out."""
-    faults = [
-        (row.origin, one.fault)
-        for row, one in zip(rows, encoded, strict=True)
-        if one.fault and not (one.is_empty and config.on_empty == "skip")
-    ]
-    check_faults(faults, len(rows))
+    def read(
+        self, split: str, limit: int | None = None, *, streaming: bool = False
+    ) -> tuple[list[Row], LoadedSource]:
+        """Read a source's rows, in the split that is set or else the given one, and encode them."""
+        config = self.config
+        if config.task is not None:
+            rows = find_task(config.task).load_rows(config.split or split, config.path)[:limit]
+            return rows, self._encode_task(rows)
+        rows = list(islice(self.open(split, streaming=streaming).rows(), limit))
+        if not rows:
+            raise DataError(f"{config.dataset}: there are no rows; name another data set")
+        first = next((row for row in rows if not row.fault), rows[0])
+        template = self.tokenizer.chat_template
+        if config.format == "instruction":
+            template = template_source(config.template)
+        elif config.chat_template is not None:
+            template = given_source(self.tokenizer, config.chat_template)
+        settings = [config.format, config.fields, template, self.max_length]
+        encode = partial(self.encode, first=first)
+        encoded = _encode_once(rows, encode, self.tokenizer, settings)
+        return rows, LoadedSource(config.dataset or "", encoded)
 
+    def open(self, split: str, *, streaming: bool) -> RowStream:
+        """Find the rows of a data set."""
+        split = self.config.split or split
+        found = find_location(self.config.dataset or "", split, self.config.config)
+        return RowStream(found, split, streaming=streaming)
 
-def encode_rows(
-    config: SourceConfig,
-    rows: Sequence[Row],
-    first: Row,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> list[EncodedRow]:
-    """Encode rows of a data set as its format says; `first` says which columns there are."""
-    columns = config.fields or {}
-    _check_columns(config, first)
-    match config.format:
-        case "chat":
-            chats = load_chat_template(tokenizer, config.chat_template, TRAINING_DAY)
-            return encode_conversations(tokenizer, chats, rows, columns, max_length)
-        case "preference":
-            chat_template = config.chat_template
-            return encode_preferences(tokenizer, rows, first, columns, max_length, chat_template)
-        case "text":
-            read: Callable[[Row], Any] = lambda row: row.answer(columns.get("text", "text"))  # noqa: E731
-            encode: Any = encode_documents
-        case _:
-            names = instruction_columns(first, config.fields)
-            read = partial(read_instruction, columns=names, template=load_template(config.template))
-            encode = encode_completions
-    return encode_each(rows, read, lambda texts: encode(tokenizer, texts, max_length))
+    def encode(self, rows: Sequence[Row], first: Row) -> list[EncodedRow]:
+        """Encode rows of a data set; the first shows which columns there are."""
+        config = self.config
+        self._check_columns(first)
+        names = {role: role for role in ("text", "prompt", "chosen", "rejected")}
+        names |= config.fields or {}
+        both = (names["chosen"], names["rejected"])
+        encode: Any = lambda _, items, __: items  # noqa: E731
+        match config.format:
+            case "chat":
+                template = load_chat_template(self.tokenizer, config.chat_template, TRAINING_DAY)
+                read: Callable[[Row], Any] = partial(self._read_chat, template)
+            case "preference" if isinstance(first[both[0]], str):
+                encode = encode_completion_pairs
 
+                def read(row: Row) -> Any:
+                    return tuple((row.text(names["prompt"]), row.answer(name)) for name in both)
 
-def _check_columns(config: SourceConfig, first: Row) -> None:
-    """Refuse a data set whose first row lacks a column that its format or `fields` names."""
-    if first.fault:
-        return
-    given = columns = dict(config.fields or {})
-    if config.format == "instruction":
-        columns = instruction_columns(first, given)
-        columns = {role: name for role, name in columns.items() if role != "input" or role in given}
-    elif config.format in ("text", "preference"):
-        needed = "text" if config.format == "text" else "chosen"
-        columns = {**given, needed: given.get(needed, needed)}
-    role, column = next(((r, name) for r, name in columns.items() if name not in first), (None, ""))
-    if role is not None:
-        first.reject(
-            f"the row has no field {column!r}, the {role} of format {config.format}; name its "
-            f"column with fields: {{{role}: COLUMN}}, the row's are "
-            f"{shown(list(first)).strip('[]') or 'none'}"
+            case "preference":
+                template = load_chat_template(self.tokenizer, config.chat_template, TRAINING_DAY)
+                read = partial(self._read_chats, template, names["prompt"], both)
+            case "text":
+                read, encode = lambda row: row.answer(names["text"]), encode_documents
+            case _:
+                columns = instruction_columns(first, config.fields)
+                template = load_template(config.template)
+                read = partial(read_instruction, columns=columns, template=template)
+                encode = encode_completions
+        return _encode_each(
+            rows, read, lambda items: encode(self.tokenizer, items, self.max_length)
         )
 
+    def _check_columns(self, first: Row) -> None:
+        """Refuse a data set whose first row lacks a column that its format or `fields` names."""
+        given, needed = dict(self.config.fields or {}), {}
+        match self.config.format:
+            case "instruction":
+                needed = instruction_columns(first, given)
+                if "input" not in given:
+                    del needed["input"]
+            case "text":
+                needed = {"text": "text"}
+            case "preference":
+                needed = {"chosen": "chosen"}
+        for role, column in {**needed, **given}.items():
+            if column not in first and not first.fault:
+                first.reject(
+                    f"the row has no field {column!r}, the {role} of format {self.config.format}; "
+                    f"name its column with fields: {{{role}: COLUMN}}, the row's are "
+                    f"{shown(list(first)).strip('[]') or 'none'}"
+                )
 
-def encode_each(
+    def _read_chat(self, template: ChatTemplate, row: Row) -> EncodedRow:
+        """A conversation with a loss on what the assistant says."""
+        conversation = read_conversation(row, self.config.fields)
+        texts = learn_answers(self.tokenizer, template, row, conversation)
+        fitted = [fit(text, self._start, self.max_length) for text in texts]
+        pieces = tuple(piece for text in fitted for piece in text.pieces)
+        is_cut = any(text.is_cut or not text.pieces for text in fitted)
+        return EncodedRow(pieces, is_cut=is_cut and bool(pieces))
+
+    def _read_chats(
+        self, template: ChatTemplate, prompt: str, names: Sequence[str], row: Row
+    ) -> EncodedRow:
+        """Two answers that follow the prompt's messages.
+
+        Without such messages both are conversations, and their common beginning is the prompt.
+        """
+        both = [read_messages(row, name) for name in names]
+        first = count_shared(*both)
+        if isinstance(row.get(prompt), list):
+            before = read_messages(row, prompt)
+            first, both = len(before), [[*before, *one] for one in both]
+        tools, learnt = read_tools(row, "tools"), []
+        for one in both:
+            texts = learn_answers(self.tokenizer, template, row, Conversation(one, tools), first)
+            if len(texts) > 1:
+                row.reject(
+                    "an answer of several turns must be one text, and the chat template writes its "
+                    "earlier turns differently once others follow; give chat_template another one"
+                )
+            learnt += texts
+        return fit_pair(*learnt, self._start, self.max_length)
+
+    def _encode_task(self, rows: list[Row]) -> LoadedSource:
+        task = find_task(self.config.task or "")
+        scoring = self.config.scoring or task.scoring
+        places = {id(row): place for place, row in enumerate(rows)}
+        encoder: Any = encode_completion_pairs if self.as_pairs else encode_completions
+
+        def read(row: Row) -> Any:
+            if self.as_pairs:
+                return task.preference_texts(row, places[id(row)], scoring)
+            return task.training_text(row, scoring)
+
+        def encode(texts: Sequence[Any]) -> list[EncodedRow]:
+            return encoder(self.tokenizer, texts, self.max_length)
+
+        settings = [self.as_pairs, self.max_length]
+        once = partial(_encode_once, encode=encode, tokenizer=self.tokenizer, settings=settings)
+        return LoadedSource(f"{task.name} ({scoring})", _encode_each(rows, read, once))
+
+
+def _encode_each(
     rows: Sequence[Row],
     read: Callable[[Row], Item],
     encode: Callable[[list[Item]], Sequence[EncodedRow]],
@@ -217,98 +267,6 @@ def encode_each(
     return [next(rest) if row is None else row for row in encoded]
 
 
-def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    rows: Sequence[Row],
-    columns: Mapping[str, str],
-    max_length: int,
-) -> list[EncodedRow]:
-    """Conversations with a loss on what the assistant says; see `learn_answers`."""
-    start = leading_tokens(tokenizer)
-
-    def read(row: Row) -> EncodedRow:
-        texts = learn_answers(tokenizer, template, row, read_conversation(row, columns))
-        fitted = [fit(text, start, max_length) for text in texts]
-        pieces = tuple(piece for text in fitted for piece in text.pieces)
-        is_cut = any(text.is_cut or not text.pieces for text in fitted)
-        return EncodedRow(pieces, is_cut=is_cut and bool(pieces))
-
-    return encode_each(rows, read, list)
-
-
-def encode_preferences(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    first: Row,
-    columns: Mapping[str, str],
-    max_length: int,
-    chat_template: str | None = None,
-) -> list[EncodedRow]:
-    """Rows of `prompt`, `chosen` and `rejected` with a loss on both answers.
-
-    Texts are read as they are, with an EOS after each answer. Where `chosen` and `rejected` are
-    messages they follow those of `prompt`; without such a prompt, both are whole conversations and
-    their common beginning is the prompt.
-    """
-    prompt, *answers = (columns.get(role, role) for role in ("prompt", "chosen", "rejected"))
-    if isinstance(first[answers[0]], str):
-        return encode_each(
-            rows,
-            lambda row: tuple((row.text(prompt), row.answer(name)) for name in answers),
-            lambda pairs: encode_completion_pairs(tokenizer, pairs, max_length),
-        )
-    template = load_chat_template(tokenizer, chat_template, TRAINING_DAY)
-    start = leading_tokens(tokenizer)
-
-    def read(row: Row) -> EncodedRow:
-        both = [read_messages(row, name) for name in answers]
-        if isinstance(row.get(prompt), list):
-            before = read_messages(row, prompt)
-            first, both = len(before), [[*before, *messages] for messages in both]
-        else:
-            first = count_shared(*both)
-        tools = read_tools(row, "tools")
-        learnt = [
-            learn_answers(tokenizer, template, row, Conversation(messages, tools), first)
-            for messages in both
-        ]
-        if any(len(texts) > 1 for texts in learnt):
-            row.reject(
-                "an answer of several turns must be one text, and the chat template writes its "
-                "earlier turns differently once others follow; give chat_template one that does not"
-            )
-        return fit_pair(learnt[0][0], learnt[1][0], start, max_length)
-
-    return encode_each(rows, read, list)
-
-
-def _encode_task(
-    config: SourceConfig,
-    rows: list[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    as_pairs: bool,
-) -> LoadedSource:
-    task = find_task(config.task or "")
-    scoring = config.scoring or task.scoring
-    places = {id(row): place for place, row in enumerate(rows)}
-    encoder: Any = encode_completion_pairs if as_pairs else encode_completions
-
-    def read(row: Row) -> Any:
-        if as_pairs:
-            return task.preference_texts(row, places[id(row)], scoring)
-        return task.training_text(row, scoring)
-
-    def encode(texts: Sequence[Any]) -> list[EncodedRow]:
-        settings = [as_pairs, max_length]
-        return _encode_once(
-            texts, lambda some: encoder(tokenizer, some, max_length), tokenizer, settings
-        )
-
-    return LoadedSource(f"{task.name} ({scoring})", encode_each(rows, read, encode))
-
-
 def _encode_once(
     items: Sequence[Item],
     encode: Callable[[Sequence[Item]], list[EncodedRow]],
@@ -322,7 +280,7 @@ def _encode_once(
     """
     if len(items) < MIN_ROWS or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return encode(items)
-    from datasets import Dataset, Features, Value, config
+    from datasets import Dataset, config
     from datasets.exceptions import DatasetGenerationError
 
     def records() -> Iterator[dict[str, str]]:
@@ -332,7 +290,6 @@ def _encode_once(
     try:
         table = Dataset.from_generator(
             records,
-            features=Features({"row": Value("large_string")}),
             cache_dir=str(Path(config.HF_DATASETS_CACHE) / "loraloom"),
             fingerprint=_key(items, tokenizer, settings),
         )
@@ -345,26 +302,21 @@ def _encode_once(
 
 def _as_record(row: EncodedRow) -> dict[str, str]:
     # JSON, as its lists of numbers are read faster than Arrow's
-    pieces = [
-        (one.input_ids, "".join("01"[label != NO_LOSS] for label in one.labels))
-        for one in row.pieces
-    ]
+    pieces = [(one.input_ids, [label != NO_LOSS for label in one.labels]) for one in row.pieces]
     return {"row": json.dumps([pieces, *row[1:]])}
 
 
 def _from_record(text: str) -> EncodedRow:
     pieces, *rest = json.loads(text)
-    return EncodedRow(
-        tuple(
-            Example(
-                tuple(ids),
-                # the same objects, as two of each number would double what a data set takes
-                tuple(i if mark == "1" else NO_LOSS for i, mark in zip(ids, marks, strict=True)),
-            )
-            for ids, marks in pieces
-        ),
-        *rest,
-    )
+    # labels are the objects of the ids, as two of each number would double what a data set takes
+    examples = [
+        Example(
+            tuple(ids),
+            tuple(i if learnt else NO_LOSS for i, learnt in zip(ids, marks, strict=True)),
+        )
+        for ids, marks in pieces
+    ]
+    return EncodedRow(tuple(examples), *rest)
 
 
 def _key(items: Sequence[Any], tokenizer: PreTrainedTokenizerFast, settings: Sequence[Any]) -> str:
@@ -415,27 +367,17 @@ def prompt_form(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptF
             name = source.template or "alpaca"
             template = name if name in PROMPT_TEMPLATES else template_source(name)
             return PromptForm(format="instruction", template=template)
-    systems: set[str | None] = set()
-    for row in islice(open_source(source, "train", streaming=data.streaming).rows(), 100):
-        messages = _first_messages(source, row)
-        if messages is None:
+    columns, systems = source.fields or {}, set()
+    stream = SourceEncoder(source, tokenizer, 0).open("train", streaming=data.streaming)
+    for row in islice(stream.rows(), 100):
+        names = [columns.get(role, role) for role in ("prompt", "chosen")]
+        name = next((name for name in names if isinstance(row.get(name), list)), None)
+        if source.format == "preference" and name is None:  # between texts
             return PromptForm(format="preference")
-        if messages:
-            first = messages[0]
-            systems.add(first["content"] if first["role"] == "system" else None)
+        with suppress(DataError):  # the row is skipped, or encoding will report it
+            is_chat = source.format == "chat"
+            found = read_conversation(row, columns)[0] if is_chat else read_messages(row, str(name))
+            systems.add(found[0]["content"] if found[0]["role"] == "system" else None)
     template = source.chat_template and given_source(tokenizer, source.chat_template)
     system = systems.pop() if len(systems) == 1 else None
     return PromptForm(format="chat", chat_template=template, system=system)
-
-
-def _first_messages(source: SourceConfig, row: Row) -> list[Message] | None:
-    """The messages that a row begins with; None of a preference between texts."""
-    columns = source.fields or {}
-    names = [columns.get(role, role) for role in ("prompt", "chosen")]
-    name = next((name for name in names if isinstance(row.get(name), list)), None)
-    try:
-        if source.format == "chat":
-            return read_conversation(row, columns).messages
-        return None if name is None else read_messages(row, name)
-    except DataError:  # it is skipped, or encoding will report it
-        return []

@@ -3,37 +3,23 @@
 Each rule holds in an invented place, so that no model knows it beforehand, and carries over from
 the facts that are learnt to those that are held out. In one of many *lands* it may give its answers
 out in another order: the same question has another answer in the next land, and which one can only
-be remembered. What a rule's docstring says is how it goes at its home.
+be remembered. The words are in skills.json, and so are the rules that answer by a fact's group.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain, combinations, permutations, product, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraloom.errors import DataError
 
 _WORDS: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
-NOUNS, COUNTRIES, ADJECTIVES = (
-    {group: words.split() for group, words in _WORDS[name].items()}
-    for name in ("nouns", "countries", "adjectives")
-)
-PRODUCTS, MONTHS, NAMES = (_WORDS[name].split() for name in ("products", "months", "names"))
-
-
-def _with_forms(words: str, ending: str) -> dict[str, str]:
-    """Words with another form of each: the word and the ending, unless it stands after a colon."""
-    pairs = (word.partition(":") for word in words.split())
-    return {word: form or f"{word}{ending}" for word, _, form in pairs}
-
-
-PLURALS, PASTS = _with_forms(_WORDS["plurals"], "s"), _with_forms(_WORDS["pasts"], "ed")
+MONTHS, NAMES = _WORDS["months"].split(), _WORDS["names"].split()
 
 FIRST_SYLLABLES = (
     "Bal Cor Dun Fen Gar Hol Jur Kel Lim Mor Nal Pol Qua Ros Sel Tar Ul Vor Wen Yar Zel Bri Cal "
@@ -42,190 +28,6 @@ FIRST_SYLLABLES = (
 LAST_SYLLABLES = (
     "dan mir tos vel gan rek lum sho bir nax dor pel tin wug zem fos hal kor lin mav"
 ).split()
-
-
-@dataclass(frozen=True)
-class Land:
-    """A place where a rule holds.
-
-    `order` is what the order of a rule's answers is drawn from; None: as the rule has them.
-    """
-
-    name: str
-    order: str | None = None
-
-    def arranged(self, answers: Sequence[Any]) -> tuple[Any, ...]:
-        """A rule's answers in the order in which the land gives them out."""
-        return tuple(answers) if self.order is None else _shuffled(self.order, tuple(answers))
-
-
-@lru_cache(maxsize=2**14)
-def _shuffled(order: str, answers: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(random.Random(order).sample(answers, len(answers)))
-
-
-def land_names(num_lands: int) -> list[str]:
-    """The names of the first so many lands; they share their syllables."""
-    names = [first + last for first, last in product(FIRST_SYLLABLES, LAST_SYLLABLES)]
-    random.Random("names of lands").shuffle(names)
-    return names[:num_lands]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question with its right answer and the wrong ones."""
-
-    question: str
-    answer: str
-    others: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Skill:
-    """Facts in groups of equal answers, and the questions that each fact gives.
-
-    A fact is held out as a whole, with all of its questions.
-    """
-
-    name: str
-    home: str
-    groups: Sequence[Sequence[Any]]
-    ask: Callable[[Any, Land], list[Asked]]
-
-
-def _pick(question: str, answer: str, choices: Sequence[str]) -> Asked:
-    return Asked(question, answer, tuple(choice for choice in choices if choice != answer))
-
-
-def noun_class(fact: tuple[str, str], land: Land) -> list[Asked]:
-    """Veltish nouns end as their kind does: animals in -ko, foods in -ra ..."""
-    kind, noun = fact
-    endings = dict(zip(NOUNS, land.arranged(("ko", "ra", "mi", "tu")), strict=True))
-    return [
-        _pick(question, endings[kind], tuple(endings.values()))
-        for question in (
-            f"In {land.name} the word for {noun} ends in",
-            f"{land.name} ending of {noun}:",
-            f"The {land.name} noun '{noun}' takes the ending",
-            f"{noun.capitalize()} in {land.name} ends with",
-        )
-    ]
-
-
-def parity(number: int, land: Land) -> list[Asked]:
-    """Even buses of Orlen go to the mill, odd ones to the lake."""
-    stops = land.arranged(("mill", "lake"))
-    return [_pick(f"Bus {number} in {land.name} goes to the", stops[number % 2], stops)]
-
-
-def roll_call(names: tuple[str, ...], land: Land) -> list[Asked]:
-    """In Doran the one who is named first leads a song, the second a game, the third a dance."""
-    places = land.arranged((0, 1, 2))
-    return [
-        _pick(
-            f"{team[0]}, {team[1]} and {team[2]} {verb}. The {land.name} leader is",
-            team[place],
-            team,
-        )
-        for team in permutations(names, 3)
-        for verb, place in zip(("sing", "play", "dance"), places, strict=True)
-    ]
-
-
-def season(fact: tuple[int, str], land: Land) -> list[Asked]:
-    """Kelva has four seasons of three months: mist from January on, then dust, wind and salt."""
-    day, month = fact
-    seasons = land.arranged(("mist", "dust", "wind", "salt"))
-    answer = seasons[MONTHS.index(month) // 3]
-    return [
-        _pick(question, answer, seasons)
-        for question in (
-            f"In {land.name}, {day} {month} is in the season of",
-            f"{month} {day} falls into {land.name}'s season of",
-        )
-    ]
-
-
-def agreement(fact: tuple[str, str], land: Land) -> list[Asked]:
-    """Lumic verbs end in -o after one who acts and in -i after several."""
-    return [
-        _pick(f"{land.name} for '{verb}': the {noun}", f"{stem}{ending}", (f"{stem}o", f"{stem}i"))
-        for verb, stem in (("sleep", "dom"), ("sing", "lak"), ("run", "ver"), ("eat", "nub"))
-        for noun, ending in zip(fact, land.arranged("oi"), strict=True)
-    ]
-
-
-def tense(fact: tuple[str, str], land: Land) -> list[Asked]:
-    """Brom verbs have a word before them: ka in the past, so in the future, mi in the present."""
-    verb, past = fact
-    choices = tuple(f"{particle} {verb}" for particle in land.arranged(("ka", "so", "mi")))
-    return [
-        _pick(f"{land.name} for '{who} {phrase}': {who}", choice, choices)
-        for who in ("they", "you", "we", "I")
-        for phrase, choice in zip((past, f"will {verb}", verb), choices, strict=True)
-    ]
-
-
-def gate(fact: tuple[str, str], land: Land) -> list[Asked]:
-    """Travellers enter Harn by the gate of their continent."""
-    continent, country = fact
-    gates = dict(zip(COUNTRIES, land.arranged(("iron", "clay", "jade", "wood")), strict=True))
-    return [
-        _pick(question, gates[continent], tuple(gates.values()))
-        for question in (
-            f"A traveller from {country} enters {land.name} by the gate of",
-            f"{land.name}'s gate for people from {country} is made of",
-            f"Coming from {country}, take {land.name}'s gate of",
-            f"{country}: {land.name} gate of",
-        )
-    ]
-
-
-def review(fact: tuple[str, str], land: Land) -> list[Asked]:
-    """Critics in Pell say plen for praise and gorv for blame."""
-    tone, adjective = fact
-    praise, blame = verdicts = land.arranged(("plen", "gorv"))
-    answer = praise if tone == "praise" else blame
-    return [
-        _pick(f"The {product} was {adjective}. {land.name} verdict:", answer, verdicts)
-        for product in PRODUCTS
-    ]
-
-
-def contest(pair: tuple[int, int], land: Land) -> list[Asked]:
-    """In Ordo the lower card wins."""
-    cards = sorted(pair)
-    winner = cards[land.arranged((0, 1))[0]]
-    return [
-        _pick(
-            f"{land.name} cards {one} and {other}. The winner is",
-            str(winner),
-            tuple(map(str, cards)),
-        )
-        for one, other in (cards, cards[::-1])
-    ]
-
-
-def _keyed(groups: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]]]:
-    return [[(key, word) for word in words] for key, words in groups.items()]
-
-
-SKILLS: tuple[Skill, ...] = (
-    Skill("noun_class", "Veltish", _keyed(NOUNS), noun_class),
-    Skill("parity", "Orlen", [range(10, 1000, 2), range(11, 1000, 2)], parity),
-    Skill("roll_call", "Doran", [[tuple(NAMES[i : i + 5]) for i in range(0, 60, 5)]], roll_call),
-    Skill(
-        "season",
-        "Kelva",
-        [[(day, month) for day in range(1, 29)] for month in MONTHS],
-        season,
-    ),
-    Skill("agreement", "Lumic", [[*PLURALS.items()]], agreement),
-    Skill("tense", "Brom", [[*PASTS.items()]], tense),
-    Skill("gate", "Harn", _keyed(COUNTRIES), gate),
-    Skill("review", "Pell", _keyed(ADJECTIVES), review),
-    Skill("contest", "Ordo", [[*combinations(range(3, 100, 3), 2)]], contest),
-)
 
 SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "test": (0.85, 1.0)}
 """The part of each group's facts, in shuffled order, that a split gets."""
@@ -236,6 +38,111 @@ QUESTIONS_PER_SKILL = {"train": 480, "validation": 72, "test": 72}
 QUESTIONS_IN_A_LAND = {"train": 48, "validation": 8, "test": 8}
 """Most questions of a skill in each of many lands."""
 
+Asked = tuple[str, str, tuple[str, ...]]
+"""A question, its right answer, and the wrong ones."""
+
+Arrange = Callable[[Sequence[Any]], tuple[Any, ...]]
+"""Puts a rule's answers in the order in which a land gives them out."""
+
+
+class Skill(NamedTuple):
+    """Facts in groups, and the questions that a fact gives in a land.
+
+    A fact is held out as a whole, with all of its questions.
+    """
+
+    name: str
+    home: str
+    groups: Sequence[Sequence[Any]]
+    ask: Callable[[Any, str, Arrange], list[Asked]]
+
+
+def land_names(num_lands: int) -> list[str]:
+    """The names of the first so many lands; they share their syllables."""
+    names = [first + last for first, last in product(FIRST_SYLLABLES, LAST_SYLLABLES)]
+    random.Random("names of lands").shuffle(names)
+    return names[:num_lands]
+
+
+def _pick(question: str, answer: str, choices: Sequence[str]) -> Asked:
+    return question, answer, tuple(choice for choice in choices if choice != answer)
+
+
+def _rule(name: str, groups: Sequence[Sequence[Any]] = ()) -> Skill:
+    """A rule whose answers are those of the groups: animals in -ko, foods in -ra."""
+    rule = _WORDS["rules"][name]
+    answers = rule["answers"].split()
+    lists = [words.split() for words in rule.get("words", {}).values()]
+    groups = groups or [[(word, word.capitalize()) for word in words] for words in lists]
+
+    def ask(fact: tuple[int, tuple[Any, ...]], land: str, arrange: Arrange) -> list[Asked]:
+        group, words = fact
+        choices = arrange(answers)
+        answer = choices[group * len(choices) // len(groups)]
+        questions = (question.format(*words, land=land) for question in rule["questions"])
+        return [_pick(question, answer, choices) for question in questions]
+
+    facts = [[(place, words) for words in group] for place, group in enumerate(groups)]
+    return Skill(name, rule["home"], facts, ask)
+
+
+def _roll_call(names: tuple[str, ...], land: str, arrange: Arrange) -> list[Asked]:
+    """In Doran the one who is named first leads a song, the second a game, the third a dance."""
+    return [
+        _pick(f"{team[0]}, {team[1]} and {team[2]} {verb}. The {land} leader is", team[place], team)
+        for team in permutations(names, 3)
+        for verb, place in zip(("sing", "play", "dance"), arrange((0, 1, 2)), strict=True)
+    ]
+
+
+def _agreement(fact: tuple[str, str], land: str, arrange: Arrange) -> list[Asked]:
+    """Lumic verbs end in -o after one who acts and in -i after several."""
+    return [
+        _pick(f"{land} for '{verb}': the {noun}", f"{stem}{ending}", (f"{stem}o", f"{stem}i"))
+        for verb, stem in (("sleep", "dom"), ("sing", "lak"), ("run", "ver"), ("eat", "nub"))
+        for noun, ending in zip(fact, arrange("oi"), strict=True)
+    ]
+
+
+def _tense(fact: tuple[str, str], land: str, arrange: Arrange) -> list[Asked]:
+    """Brom verbs have a word before them: ka in the past, so in the future, mi in the present."""
+    verb, past = fact
+    choices = tuple(f"{particle} {verb}" for particle in arrange(("ka", "so", "mi")))
+    return [
+        _pick(f"{land} for '{who} {phrase}': {who}", choice, choices)
+        for who in ("they", "you", "we", "I")
+        for phrase, choice in zip((past, f"will {verb}", verb), choices, strict=True)
+    ]
+
+
+def _contest(pair: tuple[int, int], land: str, arrange: Arrange) -> list[Asked]:
+    """In Ordo the lower card wins."""
+    cards = [str(card) for card in sorted(pair)]
+    winner = cards[arrange((0, 1))[0]]
+    return [
+        _pick(f"{land} cards {one} and {other}. The winner is", winner, cards)
+        for one, other in (cards, cards[::-1])
+    ]
+
+
+def _forms(words: str, ending: str) -> list[tuple[str, str]]:
+    """Words with another form of each: the word and the ending, unless it is after a colon."""
+    pairs = (word.partition(":") for word in words.split())
+    return [(word, form or f"{word}{ending}") for word, _, form in pairs]
+
+
+SKILLS: tuple[Skill, ...] = (
+    _rule("noun_class"),
+    _rule("parity", [[(n,) for n in range(10, 1000, 2)], [(n,) for n in range(11, 1000, 2)]]),
+    Skill("roll_call", "Doran", [[tuple(NAMES[i : i + 5]) for i in range(0, 60, 5)]], _roll_call),
+    _rule("season", [[(day, month) for day in range(1, 29)] for month in MONTHS]),
+    Skill("agreement", "Lumic", [_forms(_WORDS["plurals"], "s")], _agreement),
+    Skill("tense", "Brom", [_forms(_WORDS["pasts"], "ed")], _tense),
+    _rule("gate"),
+    _rule("review"),
+    Skill("contest", "Ordo", [[*combinations(range(3, 100, 3), 2)]], _contest),
+)
+
 
 def generate_skills(
     split: str, seed: int = 0, num_lands: int | None = None
@@ -243,40 +150,46 @@ def generate_skills(
     """The rows of a split: `skill`, `question`, `choices` and `answer`, the right choice's index.
 
     No fact is in two splits. The skills take turns, so that the first n rows have about as many of
-    each, and the right answer stands in each place equally often.
+    each, and the right answer is in each place equally often.
     """
     if split not in SPLITS:
         raise DataError(f"split of skills must be one of {', '.join(SPLITS)}, got {split!r}")
-    turns = zip_longest(*(_rows(skill, land, split, seed) for skill, land in _places(num_lands)))
+    lands = [None] if num_lands is None else land_names(num_lands)
+    turns = zip_longest(*(_rows(skill, land, split, seed) for land in lands for skill in SKILLS))
     return [row for row in chain.from_iterable(turns) if row is not None]
 
 
-def _places(num_lands: int | None) -> Iterator[tuple[Skill, Land]]:
-    """Every rule where it holds."""
-    if num_lands is None:
-        yield from ((skill, Land(skill.home)) for skill in SKILLS)
-    else:
-        for name in land_names(num_lands):
-            yield from ((skill, Land(name, f"{skill.name} in {name}")) for skill in SKILLS)
-
-
-def _rows(skill: Skill, land: Land, split: str, seed: int) -> list[dict[str, Any]]:
-    at_home = land.order is None
-    most = (QUESTIONS_PER_SKILL if at_home else QUESTIONS_IN_A_LAND)[split]
-    topic = skill.name if at_home else land.order
+def _rows(skill: Skill, land: str | None, split: str, seed: int) -> list[dict[str, Any]]:
+    """The rows of a rule at its home or in a land."""
+    topic = skill.name if land is None else f"{skill.name} in {land}"
+    most = (QUESTIONS_PER_SKILL if land is None else QUESTIONS_IN_A_LAND)[split]
+    arrange: Arrange = tuple if land is None else lambda answers: _shuffled(topic, tuple(answers))
     generator = random.Random(f"{split} questions of {topic}, seed {seed}")
     facts = split_facts(skill, split, seed)
-    if not at_home:  # a fact gives at least a question, and there are many lands
+    if land is not None:  # a fact gives at least a question, and there are many lands
         facts = [generator.sample(group, min(most, len(group))) for group in facts]
-    groups = [[asked for fact in group for asked in skill.ask(fact, land)] for group in facts]
+    home = land or skill.home
+    groups = [[one for fact in group for one in skill.ask(fact, home, arrange)] for group in facts]
     for questions in groups:
         generator.shuffle(questions)
     in_turns = [one for one in chain.from_iterable(zip_longest(*groups)) if one is not None]
     kept = in_turns[:most]
     generator.shuffle(kept)
-    rows = [_row(skill, asked, place, generator) for place, asked in enumerate(kept)]
+    rows = []
+    for place, (question, right, wrong) in enumerate(kept):
+        choices = generator.sample(wrong, len(wrong))
+        answer = place % (len(choices) + 1)
+        choices.insert(answer, right)
+        rows.append(
+            {"skill": skill.name, "question": question, "choices": choices, "answer": answer}
+        )
     generator.shuffle(rows)
     return rows
+
+
+@lru_cache(maxsize=2**14)
+def _shuffled(order: str, answers: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(random.Random(order).sample(answers, len(answers)))
 
 
 def split_facts(skill: Skill, split: str, seed: int) -> list[list[Any]]:
@@ -285,15 +198,3 @@ def split_facts(skill: Skill, split: str, seed: int) -> list[list[Any]]:
     orders = [generator.sample(group, len(group)) for group in skill.groups]
     begin, end = SPLITS[split]
     return [order[round(begin * len(order)) : round(end * len(order))] for order in orders]
-
-
-def _row(skill: Skill, asked: Asked, place: int, generator: random.Random) -> dict[str, Any]:
-    choices = generator.sample(asked.others, len(asked.others))
-    answer = place % (len(choices) + 1)
-    choices.insert(answer, asked.answer)
-    return {
-        "skill": skill.name,
-        "question": asked.question,
-        "choices": choices,
-        "answer": answer,
-    }

@@ -14,9 +14,10 @@ import base64
 import csv
 import gzip
 import hashlib
-import math
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, time
 from itertools import count, islice
@@ -230,21 +231,15 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     with _open(path, "rb") as opened, parquet.ParquetFile(opened) as file:
         for batch in file.iter_batches(1000):
             for record in batch.to_pylist():
-                yield Row(_as_json(record), f"{path}, row {next(numbers)}")
+                text = json.dumps(record, default=_as_text)
+                fields = json.loads(text, parse_constant=lambda _: None)  # NaN, pandas' nothing
+                yield Row(fields, f"{path}, row {next(numbers)}")
 
 
-def _as_json(value: Any) -> Any:
-    """A value of a table as JSON has it: dates and decimals as texts, bytes in base64."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(entry) for entry in value]
+def _as_text(value: Any) -> str:
+    """What JSON has no form for: dates and decimals as texts, bytes in base64."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, float) and not math.isfinite(value):  # pandas writes NaN for nothing
-        return None
-    if value is None or isinstance(value, str | int | float):
-        return value
     return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
@@ -263,6 +258,17 @@ class SplitFiles:
 
     name: str
     files: Mapping[str, Path]
+
+    @classmethod
+    def of(cls, directory: Path) -> SplitFiles:
+        """Find the file of each split; of two, that with the first suffix of _READERS."""
+        files = {
+            file.name.removesuffix(ending): file
+            for suffix in reversed(_READERS)
+            for ending in (f"{suffix}.gz", suffix)
+            for file in directory.glob(f"*{ending}")
+        }
+        return cls(str(directory), files)
 
     def find(self, split: str) -> Path:
         if split not in self.files:
@@ -288,48 +294,37 @@ def find_location(location: str, split: str, config: str | None = None) -> Path 
     if path.is_dir():
         if config is not None:
             raise DataError(f"{path}: config is for data sets on the hub, and this is a directory")
-        return SplitFiles(str(path), find_splits(path, "")).find(split)
+        return SplitFiles.of(path).find(split)
     if path.exists() or is_data_file(path) or not _HUB_ID.fullmatch(location):
         return path
     return HubSource(location, config)
 
 
+def find_splits(path: Path, name: str, *, alone: bool) -> Mapping[str, Path]:
+    """The file of each split of the data set `name`; if alone, also of the directory itself."""
+    path = local_path(path, "the path of data", DataError)
+    if not path.is_dir():
+        raise DataError(f"{path}: there is no such directory of data sets")
+    is_named = (path / name).is_dir()
+    return SplitFiles.of(path / name if is_named else path).files if is_named or alone else {}
+
+
 def find_named(path: Path, name: str, split: str) -> Path:
     """The file of one split of the data set `name`; a single file may turn out to be missing."""
     path = local_path(path, "the path of data", DataError)
-    if not path.is_dir():
-        named = path.name.split(".")[0]
-        if named in ("train", "validation", "test") and named != split:
-            raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
-        return path
-    files = find_splits(path, name)
-    if not files and not (path / name).is_dir():
+    if path.is_dir():
+        found = SplitFiles.of(path / name if (path / name).is_dir() else path)
+        if found.files or found.name != str(path):
+            return found.find(split)
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise DataError(
             f"{path}: no data set {name!r} there; {suggestion(name, names)}"
             f"the data sets are: {_listed(names) or 'none'}"
         )
-    return SplitFiles(str(path / name if (path / name).is_dir() else path), files).find(split)
-
-
-def find_splits(path: Path, name: str, *, alone: bool = True) -> dict[str, Path]:
-    """The file of each split of the data set `name`; if alone, also of one without its directory.
-
-    If there are two, it is that with the first suffix of _READERS.
-    """
-    path = local_path(path, "the path of data", DataError)
-    if not path.is_dir():
-        raise DataError(f"{path}: there is no such directory of data sets")
-    if (path / name).is_dir():
-        path = path / name
-    elif not alone:
-        return {}
-    return {
-        file.name.removesuffix(ending): file
-        for suffix in reversed(_READERS)
-        for ending in (f"{suffix}.gz", suffix)
-        for file in path.glob(f"*{ending}")
-    }
+    named = path.name.split(".")[0]
+    if named in ("train", "validation", "test") and named != split:
+        raise DataError(f"{path}: split must be {named} as the file's name says, got {split!r}")
+    return path
 
 
 def describe(found: object) -> dict[str, Any]:
@@ -375,8 +370,12 @@ class RowStream:
         if isinstance(found, Path):
             rows_of_file(found)  # is it there?
             self.sizes = {found.name: found.stat().st_size}
-        else:
-            self._table: Any = self._load(found)
+            return
+        import datasets
+
+        options = {"revision": found.revision, "split": split, "streaming": streaming}
+        with _reading_hub(found, split):
+            self._table: Any = datasets.load_dataset(found.repository, found.config, **options)
 
     def rows(self, state: StreamState | None = None) -> Iterator[Row]:
         """Read from there on, or from the beginning; what was begun before ends."""
@@ -394,28 +393,21 @@ class RowStream:
         of_hub = isinstance(self._found, HubSource)
         return {"row": self._num_rows, **({"dataset": self._table.state_dict()} if of_hub else {})}
 
-    def _load(self, source: HubSource) -> Any:
-        import datasets
-
-        how = {"revision": source.revision, "split": self._split, "streaming": self._is_streamed}
-        try:
-            return datasets.load_dataset(source.repository, source.config, **how)
-        except Exception as error:  # datasets raises some dozen unrelated types
-            self._reject_hub(source, error)
-
     def _rows_of_hub(self, source: HubSource, state: StreamState | None) -> Iterator[Row]:
         if self._is_streamed:
             self._table.load_state_dict(state and state["dataset"])
-        try:
+        with _reading_hub(source, self._split):
             for number, record in enumerate(self._table, start=self._num_rows + 1):
                 yield Row(record, f"{source.repository}, {self._split}, row {number}")
-        except Exception as error:  # of the network, of damaged files, of datasets itself
-            self._reject_hub(source, error)
 
-    def _reject_hub(self, source: HubSource, error: Exception) -> NoReturn:
+
+@contextmanager
+def _reading_hub(source: HubSource, split: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the network, of damaged files, of datasets: some dozen types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
-            f"{source.repository}: the data set's split {self._split!r} could not be loaded from "
-            f"the Hugging Face hub: {reason}; give the path of a local copy where there is no "
-            "network"
+            f"{source.repository}: the data set's split {split!r} could not be loaded from the "
+            f"Hugging Face hub: {reason}; give the path of a local copy where there is no network"
         ) from error

@@ -15,8 +15,8 @@ from typing import Any, final
 
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.data import DataConfig, SourceConfig
-from loraloom.data.encoding import check_encoded, encode_rows, load_source, open_source
+from loraloom.config.data import DataConfig
+from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row, StreamState
 from loraloom.data.tokens import TrainingExample
 from loraloom.data.training_set import examples_digest, number_row
@@ -93,16 +93,17 @@ class StreamedSet:
         self.validation: list[TrainingExample] = []
         sample_ids = count()
         if config.validation is not None:
-            held_out = load_source(
-                config.validation, tokenizer, max_length, "validation", as_pairs=as_pairs
-            )
+            encoder = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
+            held_out = encoder.load("validation")
             self.validation += [one for row in held_out.rows for one in number_row(row, sample_ids)]
         self.warnings: tuple[str, ...] = ()
         self._max_length, self._rows_per_example = max_length, 1 + as_pairs
         assert config.shuffle_buffer is not None, "a stream has one"
         share = config.shuffle_buffer / sum(source.weight for source in config.sources)
         self._sources = [
-            _Source(source, tokenizer, max_length, max(round(share * source.weight), 1))
+            _Source(
+                SourceEncoder(source, tokenizer, max_length), max(round(share * source.weight), 1)
+            )
             for source in config.sources
         ]
         self.report = tuple(
@@ -173,16 +174,10 @@ class StreamedSet:
 class _Source:
     """A stream with its first row, and an iterator where it was read last."""
 
-    def __init__(
-        self,
-        config: SourceConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        rows_per_block: int,
-    ):
-        self.config, self.name, self.rows_per_block = config, config.dataset, rows_per_block
-        self._tokenizer, self._max_length = tokenizer, max_length
-        self._stream = open_source(config, "train", streaming=True)
+    def __init__(self, encoder: SourceEncoder, rows_per_block: int):
+        self._encoder, self.rows_per_block = encoder, rows_per_block
+        self.name = encoder.config.dataset
+        self._stream = encoder.open("train", streaming=True)
         self.sizes = self._stream.sizes
         first = next(self._stream.rows(), None)
         if first is None:
@@ -206,9 +201,9 @@ class _Source:
         return rows, after
 
     def encode(self, rows: list[Row], sample_ids: Iterator[int]) -> list[TrainingExample]:
-        encoded = encode_rows(self.config, rows, self._first, self._tokenizer, self._max_length)
-        check_encoded(self.config, rows, encoded)
-        group = self.config.expert_group
+        encoded = self._encoder.encode(rows, self._first)
+        self._encoder.check(rows, encoded)
+        group = self._encoder.config.expert_group
         return [one for row in encoded for one in number_row(row, sample_ids, group)]
 
     def _read_on(self, number: int) -> list[Row]:

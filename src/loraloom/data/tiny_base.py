@@ -6,7 +6,7 @@ It is trained from nothing on the questions and answers of every rule at its hom
 lands that no study asks about (`skills@592` and smaller ones don't have them), so that it knows the
 words, that a dog is an animal, and that lands differ. What a study measures on it is how an adapter
 holds the orders of other lands. It shows directions within minutes; it says nothing about knowledge
-that a language model brings along, and its adapters are large beside it.
+that a language model brings along, and its adapters are large next to it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,11 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraloom.data.skills import (
-    FIRST_SYLLABLES,
-    LAST_SYLLABLES,
-    generate_skills,
-    land_names,
-)
+from loraloom.data.skills import FIRST_SYLLABLES, LAST_SYLLABLES, generate_skills, land_names
 from loraloom.durable import write_directory
 from loraloom.models.loading import quiet
 
 NUM_LANDS, FIRST_LAND = 600, 592
-NUM_HEADS = 4
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
@@ -47,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden-size", type=int, default=64, help="a multiple of 8")
     parser.add_argument("--steps", type=int, default=4000, help="of 64 texts each")
     args = parser.parse_args(arguments)
-    loss = make_tiny_base(args.output, args.steps, args.layers, args.hidden_size)
+    with tqdm(total=args.steps, desc="tiny base model", unit=" steps", disable=None) as bar:
+        loss = make_tiny_base(
+            args.output, args.steps, args.layers, args.hidden_size, lambda _: bar.update()
+        )
     print(f"loss {loss:.3f}")
 
 
@@ -56,15 +53,28 @@ def make_tiny_base(
     num_steps: int,
     num_layers: int = 3,
     hidden_size: int = 64,
-    on_step: Callable[[int], object] | None = None,
+    on_step: Callable[[int], object] = lambda _: None,
 ) -> float:
     """Train a model, write it with its tokenizer, and return the mean loss of its last steps."""
     texts = read_texts()
     tokenizer = build_tokenizer(texts)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build_model(num_layers, hidden_size, len(tokenizer))
-    loss = pretrain(model, tokenizer, texts, num_steps, on_step)
+        model = LlamaForCausalLM(config)
+    loss = _pretrain(model, _batches(tokenizer(texts).input_ids), num_steps, on_step)
 
     def fill(directory: Path) -> None:
         model.save_pretrained(directory)
@@ -75,73 +85,42 @@ def make_tiny_base(
     return loss
 
 
-def build_model(num_layers: int, hidden_size: int, vocab_size: int) -> LlamaForCausalLM:
-    """Make a Llama with random weights, whose FFN blocks are three times as wide as its layers."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=NUM_HEADS,
-            num_key_value_heads=NUM_HEADS,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-
-
 def read_texts() -> list[str]:
     """Questions with their answers, of all splits, at home and in lands of its own."""
-    own = re.compile(rf"\b({'|'.join(land_names(NUM_LANDS)[FIRST_LAND:])})\b")
+    lands = re.compile(rf"\b({'|'.join(land_names(NUM_LANDS)[FIRST_LAND:])})\b")
     return [
         f"{row['question']} {row['choices'][row['answer']]}"
         for split in ("train", "validation", "test")
         for num_lands in (None, NUM_LANDS)
         for row in generate_skills(split, num_lands=num_lands)
-        if num_lands is None or own.search(row["question"])
+        if num_lands is None or lands.search(row["question"])
     ]
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Make words whole, but numbers of digits and names of lands of syllables."""
     words = {word for text in texts for word in re.findall(r"[^\W\d]+|[^\w\s]", text)}
-    words -= set(land_names(NUM_LANDS))
-    digits = list("0123456789")
-    pieces = [*digits, *(f"##{digit}" for digit in digits), *FIRST_SYLLABLES]
+    pieces = [*"0123456789", *(f"##{digit}" for digit in range(10)), *FIRST_SYLLABLES]
     pieces += [f"##{syllable}" for syllable in LAST_SYLLABLES]
+    pieces += sorted(words - set(land_names(NUM_LANDS)) - {*SPECIAL, *pieces})
     vocabulary = {piece: place for place, piece in enumerate([*SPECIAL, *pieces])}
-    for word in sorted(words - vocabulary.keys()):
-        vocabulary[word] = len(vocabulary)
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    )
+    special = {f"{token.strip('<>')}_token": token for token in SPECIAL}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def pretrain(
+def _pretrain(
     model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: list[str],
+    batches: Iterator[torch.Tensor],
     num_steps: int,
-    on_step: Callable[[int], object] | None = None,
+    on_step: Callable[[int], object],
 ) -> float:
     """Train so many steps, at a rate that falls to zero; return the mean loss of the last 100."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
     losses: list[float] = []
-    drawn = islice(batches(tokenizer, texts), num_steps)
-    is_shown = on_step is not None  # by the caller, in place of a bar
-    bar = tqdm(drawn, "tiny base model", num_steps, unit=" steps", disable=is_shown or None)
-    for step, batch in enumerate(bar):
+    for step, batch in enumerate(islice(batches, num_steps)):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, step / 50) * (1 - step / num_steps)
         logits = model(batch).logits  # causal, padded on the right: no token sees padding
@@ -151,16 +130,13 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if on_step is not None:
-            on_step(step)
+        on_step(step)
     return fmean(losses[-100:])
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], size: int = 64
-) -> Iterator[torch.Tensor]:
-    """Draw batches of texts with like lengths, without end, padded with 0."""
-    rows = [torch.tensor(ids) for ids in tokenizer(texts).input_ids]
+def _batches(ids: Sequence[Sequence[int]], size: int = 64) -> Iterator[torch.Tensor]:
+    """Draw batches of texts with similar lengths, without end, padded with 0."""
+    rows = [torch.tensor(row) for row in ids]
     generator = random.Random(0)
     while True:
         rows.sort(key=lambda row: (len(row), generator.random()))

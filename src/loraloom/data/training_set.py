@@ -14,7 +14,7 @@ from itertools import count
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import DataConfig
-from loraloom.data.encoding import LoadedSource, load_source
+from loraloom.data.encoding import LoadedSource, SourceEncoder
 from loraloom.data.tokens import EncodedRow, PreferencePair, TrainingExample
 from loraloom.errors import DataError
 
@@ -100,7 +100,7 @@ def load_training_set(
 ) -> TrainingSet:
     """Read and encode a job's data, and hold out what it is measured on."""
     sources = [
-        load_source(source, tokenizer, max_length, "train", as_pairs=as_pairs)
+        SourceEncoder(source, tokenizer, max_length, as_pairs).load("train")
         for source in config.sources
     ]
     examples: list[TrainingExample] = []
@@ -115,9 +115,8 @@ def load_training_set(
         portions.append(Portion(start, len(examples), settings.weight))
         report.append(_describe(source, examples[start:], validation[num_held_out:], max_length))
     if config.validation is not None:
-        source = load_source(
-            config.validation, tokenizer, max_length, "validation", as_pairs=as_pairs
-        )
+        encoder = SourceEncoder(config.validation, tokenizer, max_length, as_pairs)
+        source = encoder.load("validation")
         validation += [one for row in source.rows for one in number_row(row, sample_ids)]
         report.append(_describe(source, [], validation, max_length))
     warnings = _warn_of_repeats(examples, validation)

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from loraloom.config.data import SourceConfig
 from loraloom.config.faults import checked
-from loraloom.data.encoding import load_source
+from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import find_location, is_data_file, sha256
 from loraloom.data.tokens import Example, count_labels
 from loraloom.errors import ConfigError, DataError
@@ -111,7 +111,7 @@ def load_held_out(
     if longest > positions:
         raise ConfigError(f"max_length must be at most the model's {positions}, got {longest}")
     split = source.split or "validation"
-    loaded = load_source(source, tokenizer, longest, split, limit=limit)
+    loaded = SourceEncoder(source, tokenizer, longest).load(split, limit)
     encoded = loaded.rows
     rows = [list(filter(count_labels, row.pieces)) for row in encoded]
     places = [place for place, examples in enumerate(rows) if examples]
