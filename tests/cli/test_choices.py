@@ -267,7 +267,7 @@ def test_a_task_file_is_scored_as_the_built_in_task(run, saved):
         ("--output result.txt", "--output must end in .json, .csv, .md, got result.txt"),
         ("--output a.md --output a.md", "--per-question must name each file once"),
         ("--adapter mix@0=x --adapter mix@1=x --adapter mix=x", "got 'mix' and its seeds mix@0"),
-        ("--task nowhere.yaml", "nowhere.yaml must be a task's file, but there is no such file"),
+        ("--task nowhere.yaml", "nowhere.yaml can't be read: No such file"),
         ("--cache x --no-cache", "--cache and --no-cache exclude each other"),
     ],
 )

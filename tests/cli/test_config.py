@@ -68,7 +68,7 @@ def test_faults_are_listed_with_code_2(run_file, capsys):
 
 def test_a_missing_run_file_is_code_2(capsys):
     assert main(["config", "show", "nowhere.yaml"]) == 2
-    assert capsys.readouterr().err.startswith("error: nowhere.yaml must be a run file")
+    assert capsys.readouterr().err.startswith("error: nowhere.yaml can't be read")
 
 
 def test_the_jobs_of_a_sweep_are_listed_and_the_rest_is_the_same_run(run_file, tmp_path, capsys):

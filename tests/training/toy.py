@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.config.json_text import read_json
+from loraloom.config.text import read_json
 from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host

@@ -12,11 +12,10 @@ from pydantic import (
     ConfigDict,
     NonNegativeInt,
     StringConstraints,
-    ValidationError,
 )
 
 from loraloom.config.data import PromptForm
-from loraloom.config.faults import describe_faults
+from loraloom.config.fields import checked
 from loraloom.errors import FormatError, plain, shown
 
 if TYPE_CHECKING:
@@ -151,11 +150,7 @@ def checked_fields(kind: type[_Kind], values: Mapping[str, Any], origin: str) ->
         for name, value in values.items()
         if value is not None or name not in kind.model_fields
     }
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        faults = "; ".join(describe_faults(error, (kind,)))
-    raise FormatError(f"{origin}: {faults}")
+    return checked(kind, given, FormatError, f"{origin}: ")
 
 
 @dataclass(frozen=True)

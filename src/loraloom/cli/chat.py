@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from pydantic import Field
 
 from loraloom.cli.options import BASE, HostOptions, Text, tell_unknown_prompts
-from loraloom.config.faults import checked
+from loraloom.config.fields import checked
 from loraloom.errors import ConfigError, LoraloomError, plain, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.generate import Conversation

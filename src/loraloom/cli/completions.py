@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loraloom.cli.options import BASE
-from loraloom.config.json_text import parse_json, read_json
+from loraloom.config.text import parse_json, read_json
 from loraloom.durable import append_text, prepare_output, write_json
 from loraloom.errors import ConfigError
 from loraloom.eval.progress import EvaluationProgress

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from loraloom.cli.options import LocalPath
 from loraloom.config.model import BaseModelConfig
-from loraloom.config.overrides import apply_override
+from loraloom.config.text import apply_override
 from loraloom.models import converting
 
 

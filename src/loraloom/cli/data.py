@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.adapters import CONFIGS
 from loraloom.cli.options import LocalPath, Sets
 from loraloom.config.data import SourceConfig
-from loraloom.config.faults import suggestion
-from loraloom.config.fields import StrictModel
+from loraloom.config.fields import StrictModel, suggestion
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import Row
 from loraloom.data.tokens import EncodedRow, text_of_token

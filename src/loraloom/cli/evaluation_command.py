@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from loraloom.config.data import SourceConfig
-from loraloom.config.quantization import quantization_option
+from loraloom.config.model import quantization_option
 from loraloom.training.settings import (
     DpoConfig,
     EvaluationConfig,

@@ -7,8 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from loraloom.cli.options import LocalPath
-from loraloom.config.fields import Dtype
-from loraloom.config.model import BaseModelConfig
+from loraloom.config.model import BaseModelConfig, Dtype
 from loraloom.generation.loading import check_sources, load_host
 from loraloom.models import export as exporting
 

@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter, ValidationError
 
 import loraloom
 from loraloom.cli.tracebacks import TracebackFile
-from loraloom.config.faults import describe_faults
+from loraloom.config.fields import describe_faults
 from loraloom.errors import LoraloomError, plain, shown
 
 _log = logging.getLogger(__name__)
@@ -139,8 +139,7 @@ def _in_words(error: CycloptsError) -> str:
     fault = error.__cause__
     if not isinstance(error, ValidationError) or not isinstance(fault, pydantic.ValidationError):
         return str(error)
-    hint = None if error.argument is None else error.argument.hint
-    return "\n".join(describe_faults(fault, (hint,) if isinstance(hint, type) else ()))
+    return "\n".join(describe_faults(fault))
 
 
 def _complain(message: str, tracebacks: TracebackFile) -> None:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from loraloom.config.fields import CheckInfo, StrictModel, check_name
 from loraloom.config.model import BaseModelConfig
-from loraloom.config.paths import local_path
+from loraloom.config.text import local_path
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from loraloom.cli.options import LocalPath
 from loraloom.cli.train import raise_failures
 from loraloom.config.fields import StrictModel
 from loraloom.config.model import Device
-from loraloom.config.yaml_text import parse_yaml
+from loraloom.config.text import parse_yaml
 
 if TYPE_CHECKING:
     from rich.console import Console

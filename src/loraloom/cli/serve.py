@@ -23,7 +23,7 @@ from loraloom.cli.typer_options import (
     QuantizationOption,
     path_option,
 )
-from loraloom.config.faults import checked
+from loraloom.config.fields import checked
 from loraloom.config.model import BaseModelConfig
 from loraloom.errors import ConfigError
 

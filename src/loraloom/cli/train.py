@@ -11,7 +11,8 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from loraloom.cli.options import LocalPath, RayOptions, Sets
-from loraloom.config.fields import AttnImplementation, BaseDtype, StrictModel
+from loraloom.config.fields import StrictModel
+from loraloom.config.model import AttnImplementation, BaseDtype
 from loraloom.errors import ConfigError, TrainingError
 from loraloom.terminal import make_console, make_table, print_tables
 

@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraloom.config.fields import (
-    AttnImplementation,
-    BaseDtype,
-    check_device,
-)
-from loraloom.config.paths import local_path
-from loraloom.config.quantization import parse_quantization
+from loraloom.config.model import AttnImplementation, BaseDtype, check_device, parse_quantization
+from loraloom.config.text import local_path
 from loraloom.errors import LoraloomError
 
 if TYPE_CHECKING:

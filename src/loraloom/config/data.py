@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
+from typing_extensions import override
 
-from loraloom.config.faults import did_you_mean
-from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.config.fields import CheckInfo, StrictModel, did_you_mean
 from loraloom.errors import shown
 
 TaskName = Literal[
@@ -85,11 +86,9 @@ _BEGINNING = (
     "{% set messages = [{'role': 'system', 'content': SYSTEM}] + messages %}{% endif %}"
 )
 
+_OF_DATASETS = ("config", "format", "template", "chat_template", "fields", "on_empty")
 _DATA_FILE = re.compile(r".*\.(json|jsonl|csv|txt|parquet)(\.gz)?", re.IGNORECASE)
 
-
-_TASK_FILE = r"\.ya?ml$"
-_SKILLS = r"skills(@[1-9][0-9]{0,2})?"
 SHUFFLE_BUFFER = 1000
 """Rows of a stream that are shuffled together, where no other number is given."""
 
@@ -99,12 +98,12 @@ MAX_LANDS = 600
 
 def is_task_file(task: str) -> bool:
     """Whether a task is named by the YAML file that describes it."""
-    return re.search(_TASK_FILE, task, re.IGNORECASE) is not None
+    return PurePath(task).suffix.lower() in (".yaml", ".yml")
 
 
 def is_skills(task: str) -> bool:
     """Whether a task is `skills`, or `skills@N`: its rules in N lands."""
-    return re.fullmatch(_SKILLS, task) is not None
+    return re.fullmatch(r"skills(@[1-9][0-9]{0,2})?", task) is not None
 
 
 def is_file_of_test(dataset: str | None) -> bool:
@@ -115,10 +114,7 @@ def is_file_of_test(dataset: str | None) -> bool:
 
 def num_lands(task: str) -> int | None:
     """N of `skills@N`; None for `skills`."""
-    number = int(task.partition("@")[2] or 0) or None
-    if number is not None and number > MAX_LANDS:
-        raise ValueError(f"task must be skills@1 to skills@{MAX_LANDS}, got {task!r}")
-    return number
+    return int(task.partition("@")[2] or 0) or None
 
 
 def task_name(task: str) -> str:
@@ -126,14 +122,19 @@ def task_name(task: str) -> str:
     return PurePath(task).stem if is_task_file(task) else task
 
 
+def default_scoring(task: str | None) -> Scoring | None:
+    """The scoring of a task where none is given; None: a task file's own, or there is no task."""
+    return None if task is None or is_task_file(task) else "label"
+
+
 def _check_task(task: str) -> str:
     names = get_args(TaskName)
-    if is_skills(task):
-        num_lands(task)
+    if is_skills(task) and (num_lands(task) or 0) > MAX_LANDS:
+        raise ValueError(f"task must be skills@1 to skills@{MAX_LANDS}, got {task!r}")
     if task in names or is_skills(task) or is_task_file(task):
         return task
     raise ValueError(
-        f"task must be one of {', '.join(names)}, or a task's .yaml file, got {task!r}"
+        f"task must be one of {', '.join(names)}, or a task's .yaml file, got {shown(task)}"
         f"{did_you_mean(task, names)}"
     )
 
@@ -141,15 +142,7 @@ def _check_task(task: str) -> str:
 TaskReference = Annotated[
     str,
     AfterValidator(_check_task),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "enum": list(get_args(TaskName))},
-                {"type": "string", "pattern": f"^{_SKILLS}$"},
-                {"type": "string", "pattern": r"\.[yY][aA]?[mM][lL]$"},
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [{"enum": [*get_args(TaskName)]}, {"type": "string"}]}),
 ]
 """A task's name, or the .yaml file of a task of one's own."""
 
@@ -200,42 +193,6 @@ class PromptForm(StrictModel):
         return [f"{name.replace('_', ' ')}: {value}" for name, value in given.items()]
 
 
-def default_scoring(task: str | None) -> Scoring | None:
-    """The scoring of a task where none is given; None: a task file's own, or there is no task."""
-    return None if task is None or is_task_file(task) else "label"
-
-
-def check_effect(value: Any, info: CheckInfo) -> Any:
-    """Return a setting of a source as it came."""
-    reason = None if value is None else _why_without_effect(info)
-    if reason is not None:
-        raise ValueError(f"{info.field_name} has no effect on {reason}; remove it")
-    return value
-
-
-def _why_without_effect(info: CheckInfo) -> str | None:
-    """What the setting would have no effect on; the settings before it are known where right."""
-    setting, before = info.field_name, info.data
-    task, dataset, data_format = (before.get(name) for name in ("task", "dataset", "format"))
-    if setting in ("path", "scoring") and dataset is not None:
-        return "a dataset, only on a task"
-    if setting == "path" and is_skills(task or ""):
-        return "skills, which loraloom generates"
-    if (
-        setting in ("config", "format", "template", "chat_template", "fields", "on_empty")
-        and task
-        and "dataset" in before
-    ):
-        return "a task, only on a dataset"
-    if setting in ("split", "config") and dataset and _DATA_FILE.fullmatch(dataset):
-        return f"a file ({dataset})"
-    if setting == "template" and data_format in _NO_TEMPLATE:
-        return f"format {data_format}: {_NO_TEMPLATE[data_format]}"
-    if setting == "chat_template" and data_format in ("instruction", "text"):
-        return f"format {data_format}, only on chat and preference"
-    return None
-
-
 class _SourceFields(StrictModel):
     """One source's settings. What is for tasks is an error with a data set, and the reverse."""
 
@@ -257,7 +214,7 @@ class _SourceFields(StrictModel):
     label by default; a task file has a default of its own."""
     config: str | None = Field(default=None, min_length=1)
     """Data set on the hub: which of its configurations."""
-    format: DataFormat | None = Field(default=None, validate_default=True)
+    format: DataFormat | None = None
     """Data set: whether rows are instructions, conversations, plain text or preferences."""
     template: str | None = Field(default=None, min_length=1)
     """Instructions: the prompt template, alpaca (the default) or plain, a Jinja text or a file."""
@@ -270,52 +227,47 @@ class _SourceFields(StrictModel):
     on_empty: Literal["error", "skip"] | None = None
     """Data set: whether rows with an empty answer are an error (the default) or left out."""
 
-    @field_validator("dataset")
-    @classmethod
-    def _check_one_origin(cls, dataset: str | None, info: CheckInfo) -> str | None:
-        if dataset is not None and info.data.get("task") is not None:
-            raise ValueError(
-                f"dataset and task exclude each other, got {dataset!r} and {info.data['task']!r}; "
-                "put two sources into a mix"
-            )
-        return dataset
-
-    @field_validator(
-        *("path", "split", "scoring", "config", "format", "template", "chat_template", "fields"),
-        "on_empty",
-    )
-    @classmethod
-    def _check_effect(cls, value: Any, info: CheckInfo) -> Any:
-        return check_effect(value, info)
-
     @field_validator("scoring")
     @classmethod
     def _fill_in_scoring(cls, scoring: Scoring | None, info: CheckInfo) -> Scoring | None:
         return scoring or default_scoring(info.data.get("task"))
 
-    @field_validator("format")
-    @classmethod
-    def _check_format(cls, data_format: str | None, info: CheckInfo) -> str | None:
-        if data_format is None and info.data.get("dataset") is not None:
-            raise ValueError(
-                "format must be given with a dataset: instruction, chat, text or preference"
+    @override
+    def contradictions(self) -> Iterator[str]:
+        if self.task is not None and self.dataset is not None:
+            yield (
+                f"dataset and task exclude each other, got {self.dataset!r} and {self.task!r}; "
+                "put two sources into a mix"
             )
-        return data_format
+            return
+        for settings, what in self._without_effect():
+            for name in settings:
+                if getattr(self, name) is not None:
+                    yield f"{name} has no effect on {what}; remove it"
+        if self.dataset is not None and self.format is None:
+            yield f"format must be given with a dataset: {', '.join(FIELD_ROLES)}"
+        if self.format is not None and self.fields is not None:
+            roles = FIELD_ROLES[self.format]
+            if unknown := sorted(set(self.fields) - set(roles)):
+                yield (
+                    f"fields must map {', '.join(roles)} to column names, got "
+                    f"{', '.join(map(shown, unknown))}"
+                )
 
-    @field_validator("fields")
-    @classmethod
-    def _check_roles(cls, fields: dict[str, str] | None, info: CheckInfo) -> dict[str, str] | None:
-        data_format = info.data.get("format")
-        if fields is None or data_format is None:
-            return fields
-        roles = FIELD_ROLES[data_format]
-        unknown = sorted(set(fields) - set(roles))
-        if unknown:
-            raise ValueError(
-                f"fields must map {', '.join(roles)} to column names, got "
-                f"{', '.join(map(shown, unknown))}"
-            )
-        return fields
+    def _without_effect(self) -> Iterator[tuple[Sequence[str], str]]:
+        """Settings that would change nothing, and what they would not change."""
+        if is_skills(self.task or ""):
+            yield ("path",), "skills, which loraloom generates"
+        if self.task is not None:
+            yield _OF_DATASETS, "a task, only on a dataset"
+        if self.dataset is not None:
+            yield ("path", "scoring"), "a dataset, only on a task"
+            if _DATA_FILE.fullmatch(self.dataset):
+                yield ("split", "config"), f"a file ({self.dataset})"
+        if self.format in _NO_TEMPLATE:
+            yield ("template",), f"format {self.format}: {_NO_TEMPLATE[self.format]}"
+        if self.format in ("instruction", "text"):
+            yield ("chat_template",), f"format {self.format}, only on chat and preference"
 
 
 class SourceConfig(_SourceFields):
@@ -329,11 +281,11 @@ class SourceConfig(_SourceFields):
     """In a mix: which half of the experts these rows are meant for, where the method has two groups
     of them (loramoe)."""
 
-    @model_validator(mode="after")
-    def _check_origin(self) -> SourceConfig:
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.task is None and self.dataset is None:
-            raise ValueError("a source must be a task or a dataset, got neither")
-        return self
+            yield "a source must be a task or a dataset, got neither"
 
 
 class DataConfig(_SourceFields):
@@ -350,78 +302,49 @@ class DataConfig(_SourceFields):
     validation: SourceConfig | None = None
     """A source to measure `eval/loss` on, in place of a share of the training rows."""
 
-    @field_validator("mix")
-    @classmethod
-    def _check_mix_alone(
-        cls, mix: tuple[SourceConfig, ...] | None, info: CheckInfo
-    ) -> tuple[SourceConfig, ...] | None:
-        beside = [name for name in _SourceFields.model_fields if info.data.get(name) is not None]
-        if mix is not None and beside:
-            raise ValueError(
-                f"mix must stand without {', '.join(beside)}; put them into a source of the mix"
-            )
-        return mix
-
-    @field_validator("streaming")
-    @classmethod
-    def _check_streamed(cls, streaming: bool, info: CheckInfo) -> bool:
-        sources: tuple[SourceConfig, ...] = info.data.get("mix") or ()
-        tasks = [task for task in (info.data.get("task"), *(s.task for s in sources)) if task]
-        if streaming and tasks:
-            raise ValueError(
-                f"streaming must be false for tasks, which are read whole, got {tasks[0]}; stream "
-                "datasets alone"
-            )
-        return streaming
-
     @field_validator("shuffle_buffer")
     @classmethod
     def _fill_in_buffer(cls, buffer: int | None, info: CheckInfo) -> int | None:
-        streaming = info.data.get("streaming", False)
-        if buffer is not None and not streaming:
+        if buffer is not None and not info.data.get("streaming"):
             raise ValueError(
                 "shuffle_buffer has no effect without streaming, where all rows are shuffled; "
                 "remove it"
             )
-        return buffer or (SHUFFLE_BUFFER if streaming else None)
+        return buffer or (SHUFFLE_BUFFER if info.data.get("streaming") else None)
 
-    @field_validator("validation_fraction")
-    @classmethod
-    def _check_fraction(cls, fraction: float, info: CheckInfo) -> float:
-        if fraction > 0 and info.data.get("streaming"):
-            raise ValueError(
+    @override
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        alone = [name for name in _SourceFields.model_fields if getattr(self, name) is not None]
+        if self.mix is not None and alone:
+            yield f"mix must stand without {', '.join(alone)}; put them into a source of the mix"
+        if self.task is None and self.dataset is None and self.mix is None:
+            yield "a task, a dataset or a mix must be given, got none of them"
+        tasks = [task for task in (self.task, *(one.task for one in self.mix or ())) if task]
+        if self.streaming and tasks:
+            yield (
+                f"streaming must be false for tasks, which are read whole, got {tasks[0]}; stream "
+                "datasets alone"
+            )
+        if self.streaming and self.validation_fraction > 0:
+            yield (
                 "validation_fraction is a share of all rows, which streaming never has; give "
                 "validation data of their own"
             )
-        return fraction
-
-    @field_validator("validation")
-    @classmethod
-    def _check_validation(
-        cls, validation: SourceConfig | None, info: CheckInfo
-    ) -> SourceConfig | None:
-        if validation is not None and info.data.get("validation_fraction", 0) > 0:
-            raise ValueError("validation and validation_fraction exclude each other; give one")
-        for name in ("weight", "expert_group"):
-            default = SourceConfig.model_fields[name].default
-            if validation is not None and getattr(validation, name) != default:
-                raise ValueError(f"validation.{name} has no effect outside a mix; remove it")
-        return validation
-
-    @model_validator(mode="after")
-    def _check_some_source(self) -> DataConfig:
-        if self.task is None and self.dataset is None and self.mix is None:
-            raise ValueError("a task, a dataset or a mix must be given, got none of them")
-        return self
+        if self.validation is not None:
+            if self.validation_fraction > 0:
+                yield "validation and validation_fraction exclude each other; give one"
+            for name in ("weight", "expert_group"):
+                if getattr(self.validation, name) != SourceConfig.model_fields[name].default:
+                    yield f"validation.{name} has no effect outside a mix; remove it"
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """The sources, whether there is one or a mix."""
         if self.mix is not None:
             return self.mix
-        return (
-            SourceConfig.model_validate(self.model_dump(include=set(_SourceFields.model_fields))),
-        )
+        own = self.model_dump(include=set(_SourceFields.model_fields))
+        return (SourceConfig.model_validate(own),)
 
     @property
     def has_validation(self) -> bool:

@@ -8,16 +8,33 @@ answer: answer
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
+from typing_extensions import override
 
 from loraloom.config.data import Scoring
 from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.config.text import check_settings, read_settings
 
-Texts = str | tuple[str, ...]
 AnswerKind = Literal["label", "index", "text"]
 Normalization = Literal["characters", "none"]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _check_texts(value: Any, info: CheckInfo) -> Any:
+    texts = value if isinstance(value, list | tuple) and len(value) > 1 else [value]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(
+            f"{info.field_name} must be a field's name or a list of two or more texts (numbers "
+            f"in quotes), got {value!r}"
+        )
+    return value
+
+
+Texts = Annotated[str | tuple[str, ...], BeforeValidator(_check_texts)]
 
 
 class TaskDataConfig(StrictModel):
@@ -27,43 +44,20 @@ class TaskDataConfig(StrictModel):
     """The file of each split: .json, .jsonl, .csv or .parquet, all of them also gzipped.
 
     A relative path starts at the task's file."""
-    hub: str | None = Field(default=None, min_length=1)
+    hub: Text | None = None
     """Id of a data set on the Hugging Face hub."""
-    config: str | None = Field(default=None, min_length=1)
+    config: Text | None = None
     """Hub: which of its configurations."""
-    revision: str | None = Field(default=None, min_length=1)
+    revision: Text | None = None
     """Hub: commit, tag or branch; a commit makes results repeatable."""
 
-    @field_validator("config", "revision")
-    @classmethod
-    def _check_has_hub(cls, value: str | None, info: CheckInfo) -> str | None:
-        if value is not None and info.data.get("hub") is None:
-            raise ValueError(f"{info.field_name} has no effect without hub; remove it")
-        return value
-
-    @model_validator(mode="after")
-    def _check_one_origin(self) -> TaskDataConfig:
+    @override
+    def contradictions(self) -> Iterator[str]:
         if (self.hub is None) == (self.files is None):
-            raise ValueError("hub or files must be given, one of them")
-        return self
-
-
-def _check_texts(value: Any, info: CheckInfo) -> Any:
-    if isinstance(value, list | tuple) and len(value) > 1 and all(map(_is_text, value)):
-        return tuple(value)
-    if not _is_text(value):
-        raise ValueError(
-            f"{info.field_name} must be a field's name or a list of two or more texts (yes, no "
-            f"and numbers in quotes), got {value!r}"
-        )
-    return value
-
-
-def _check_labels(value: Any, info: CheckInfo) -> Any:
-    labels, choices = None if value is None else _check_texts(value, info), info.data.get("choices")
-    if isinstance(labels, tuple) and isinstance(choices, tuple) and len(labels) != len(choices):
-        raise ValueError(f"labels must be as many as the {len(choices)} choices, got {len(labels)}")
-    return labels
+            yield "hub or files must be given, one of them"
+        for name in ("config", "revision"):
+            if self.hub is None and getattr(self, name) is not None:
+                yield f"{name} has no effect without hub; remove it"
 
 
 class AskedConfig(StrictModel):
@@ -71,13 +65,10 @@ class AskedConfig(StrictModel):
 
     choices: Texts | None = None
     labels: Texts | None = None
-    answer: str | None = Field(default=None, min_length=1)
+    answer: Text | None = None
     answer_is: AnswerKind | None = None
-    continuation: str | None = Field(default=None, min_length=1)
+    continuation: Text | None = None
     normalization: Normalization | None = None
-
-    _check_choices = field_validator("choices", mode="plain")(_check_texts)
-    _check_labels = field_validator("labels", mode="plain")(_check_labels)
 
 
 class TaskConfig(StrictModel):
@@ -89,7 +80,7 @@ class TaskConfig(StrictModel):
 
     data: TaskDataConfig | None = None
     """Where its rows are; null where they are always given with --data or path."""
-    evaluation_split: str = Field(default="test", min_length=1)
+    evaluation_split: Text = "test"
     """Split that is scored by default."""
     scoring: Scoring = "text"
     """Default: whether the answer is the choice's label or its own text."""
@@ -99,26 +90,23 @@ class TaskConfig(StrictModel):
     """The choices' texts: the field that lists them, or a list of templates, one a choice."""
     labels: Texts | None = None
     """The choices' labels: the field that lists them, or a list; null for A, B, C, ..."""
-    answer: str = Field(min_length=1)
+    answer: Text
     """The right choice: a field, or a template."""
     answer_is: AnswerKind = "label"
     """Whether the answer is the choice's label, its index from 0, or its text."""
-    continuation: str | None = Field(default=None, min_length=1)
+    continuation: Text | None = None
     """Template of what is scored in place of the choice. The prompt is then made for each choice,
     which its template sees as `choice`."""
     delimiter: str = " "
     """What stands between prompt and answer."""
     normalization: Normalization = "characters"
     """Scoring text: compare log-likelihoods per character (lm-eval's acc_norm), or sums (acc)."""
-    group: str | None = Field(default=None, min_length=1)
+    group: Text | None = None
     """A field by which results are also given apart, a topic say."""
     label: AskedConfig = AskedConfig()
     """What differs where labels are scored."""
     text: AskedConfig = AskedConfig()
     """What differs where texts are scored."""
-
-    _check_choices = field_validator("choices", mode="plain")(_check_texts)
-    _check_labels = field_validator("labels", mode="plain")(_check_labels)
 
     def asked_by(self, scoring: Scoring) -> TaskConfig:
         """The task with what differs in a scoring."""
@@ -128,25 +116,24 @@ class TaskConfig(StrictModel):
     @field_validator("template", mode="before")
     @classmethod
     def _name_scoring(cls, template: Any, info: CheckInfo) -> Any:
-        return {info.data.get("scoring", "text"): template} if _is_text(template) else template
+        is_text = isinstance(template, str) and template != ""
+        return {info.data.get("scoring", "text"): template} if is_text else template
 
-    @field_validator("template")
-    @classmethod
-    def _check_scorings(cls, template: dict[str, str], info: CheckInfo) -> dict[str, str]:
-        known = get_args(Scoring)
-        unknown = sorted(set(template) - set(known))
-        if unknown or not template:
-            raise ValueError(
-                f"template must be a text, or map {' or '.join(known)} to one, got "
-                f"{', '.join(unknown) or 'nothing'}"
+    @override
+    def contradictions(self) -> Iterator[str]:
+        for asked in (self, self.label, self.text):
+            labels, choices = asked.labels, asked.choices
+            both = isinstance(labels, tuple) and isinstance(choices, tuple)
+            if both and len(labels) != len(choices):
+                yield f"labels must be as many as the {len(choices)} choices, got {len(labels)}"
+        known, given = get_args(Scoring), [*self.template]
+        if not set(given) <= set(known) or self.scoring not in given:
+            yield (
+                f"template must be a text, or map {' or '.join(known)} to one, {self.scoring} for "
+                f"one, got {', '.join(given) or 'nothing'}"
             )
-        scoring = info.data.get("scoring")
-        if scoring is not None and scoring not in template:
-            raise ValueError(
-                f"template must have one for scoring {scoring}, got {', '.join(template)} alone"
-            )
-        return template
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+def load_task_config(path: str | Path) -> TaskConfig:
+    """What the file of a choice task says, checked."""
+    return check_settings(path, TaskConfig, read_settings(path, "a task's file"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from loraloom.config.faults import did_you_mean
-from loraloom.config.json_text import parse_json
+from loraloom.config.fields import did_you_mean
+from loraloom.config.text import parse_json
 from loraloom.data.sources import Row
 from loraloom.errors import DataError, shown
 

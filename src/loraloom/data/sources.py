@@ -24,9 +24,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loraloom.config.faults import suggestion
-from loraloom.config.json_text import parse_json
-from loraloom.config.paths import local_path
+from loraloom.config.fields import suggestion
+from loraloom.config.text import local_path, parse_json
 from loraloom.errors import DataError, shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -16,9 +16,8 @@ from jinja2 import StrictUndefined, Template, TemplateError, TemplateRuntimeErro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from loraloom.config.data import PROMPT_TEMPLATES
-from loraloom.config.faults import suggestion
-from loraloom.config.json_text import read_text
-from loraloom.config.paths import local_path
+from loraloom.config.fields import suggestion
+from loraloom.config.text import local_path, read_text
 from loraloom.data.sources import Row
 from loraloom.errors import DataError, shown
 

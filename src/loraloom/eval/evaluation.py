@@ -18,7 +18,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.config.data import Scoring, SourceConfig
-from loraloom.config.paths import local_path
+from loraloom.config.text import local_path
 from loraloom.data.tasks import QuestionSet, find_task, load_question_set
 from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import ConfigError, not_finite

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from loraloom.config.data import SourceConfig
-from loraloom.config.faults import checked
+from loraloom.config.fields import checked
 from loraloom.data.encoding import SourceEncoder
 from loraloom.data.sources import find_location, is_data_file, sha256
 from loraloom.data.tokens import Example, count_labels

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 from typing_extensions import TypedDict
 
-from loraloom.config.json_text import read_json
+from loraloom.config.text import read_json
 from loraloom.durable import write_output
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval import tables

@@ -25,8 +25,7 @@ from loraloom.adapters.files import (
     SidecarFiles,
     checked_fields,
 )
-from loraloom.config.json_text import read_json
-from loraloom.config.yaml_text import parse_yaml
+from loraloom.config.text import parse_yaml, read_json
 from loraloom.durable import remove_leftovers, staging, sync, write_directory
 from loraloom.errors import AdapterError, ConfigError, FormatError
 from loraloom.formats.contents import (

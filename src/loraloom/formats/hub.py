@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from loraloom.config.paths import local_path
+from loraloom.config.text import local_path
 from loraloom.errors import FormatError
 from loraloom.formats.contents import ADAPTER_FILES, CARD_FILE
 from loraloom.formats.disk import check_all_read

@@ -23,7 +23,7 @@ from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import AdapterConfig
-from loraloom.config.json_text import parse_json
+from loraloom.config.text import parse_json
 from loraloom.errors import FormatError
 from loraloom.formats.contents import (
     BaseRecord,

@@ -23,8 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loraloom.config.faults import checked
-from loraloom.config.fields import CheckInfo, StrictModel
+from loraloom.config.fields import CheckInfo, StrictModel, checked
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 

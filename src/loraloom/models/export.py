@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import own_parts, refuse_own_parts
-from loraloom.config.fields import Dtype
+from loraloom.config.model import Dtype
 from loraloom.durable import write_directory, write_file
 from loraloom.errors import AdapterError, ConfigError, shown
 from loraloom.formats.checkpoint import LazyTensor, write_shards

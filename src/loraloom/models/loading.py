@@ -48,9 +48,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from loraloom.config.fields import AttnImplementation, check_device
-from loraloom.config.paths import local_path
-from loraloom.config.quantization import check_fits_dtype, parse_quantization
+from loraloom.config.model import (
+    AttnImplementation,
+    check_device,
+    check_fits_dtype,
+    parse_quantization,
+)
+from loraloom.config.text import local_path
 from loraloom.durable import cache_directory, write_directory
 from loraloom.errors import ModelError, shown
 from loraloom.models.quantization import (

@@ -26,7 +26,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loraloom.adapters.base import QuantisedWeight
-from loraloom.config.quantization import (
+from loraloom.config.model import (
     AnyQuantization,
     BitsAndBytes4bit,
     BitsAndBytes8bit,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from loraloom.config.json_text import parse_json, read_text
+from loraloom.config.text import parse_json, read_text
 from loraloom.errors import ConfigError, DataError
 from loraloom.eval.results import (
     Count,

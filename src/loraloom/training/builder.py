@@ -11,7 +11,7 @@ from loraloom.adapters.base import BaseInfo
 from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.adapters.own import own_parts
 from loraloom.config.data import DataConfig, is_task_file
-from loraloom.config.paths import local_path
+from loraloom.config.text import local_path
 from loraloom.data.encoding import prompt_form
 from loraloom.data.sources import SplitFiles
 from loraloom.data.streaming import StreamedSet

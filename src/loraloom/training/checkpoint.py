@@ -25,7 +25,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 
 from loraloom.config.fields import check_name
-from loraloom.config.json_text import read_json
+from loraloom.config.text import read_json
 from loraloom.durable import remove, write_directory
 from loraloom.errors import TrainingError, plain
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loraloom.config.paths import local_path
+from loraloom.config.text import local_path
 from loraloom.data.tasks import questions_digest
 from loraloom.errors import ConfigError
 from loraloom.eval.provenance import adapter_digest

@@ -24,7 +24,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, TypeAdapter
 
-from loraloom.config.json_text import read_json
+from loraloom.config.text import read_json
 from loraloom.durable import write_json
 from loraloom.errors import ConfigError, LoraloomError, shown
 from loraloom.training.lead import Lead

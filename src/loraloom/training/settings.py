@@ -17,30 +17,32 @@ from pydantic import (
     AfterValidator,
     ByteSize,
     Field,
-    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 from typing_extensions import override
 
-from loraloom.adapters import AnyAdapterConfig, any_method, when_registered
+from loraloom.adapters import CONFIGS, AnyAdapterConfig, any_method, when_registered
 from loraloom.config.data import (
     DataConfig,
     Scoring,
     SourceConfig,
     TaskReference,
-    check_effect,
     default_scoring,
     is_file_of_test,
+    is_skills,
     task_name,
 )
-from loraloom.config.faults import describe_faults, describe_unknown_setting, raise_faults
-from loraloom.config.fields import CheckInfo, StrictModel, check_name
-from loraloom.config.loading import check_settings, read_settings
+from loraloom.config.fields import CheckInfo, StrictModel, check_name, checked, raise_faults
 from loraloom.config.model import BaseModelConfig
-from loraloom.config.overrides import apply_override, set_setting
-from loraloom.config.paths import local_path
+from loraloom.config.text import (
+    apply_override,
+    check_settings,
+    local_path,
+    read_settings,
+    set_setting,
+)
 from loraloom.errors import ConfigError, shown
 from loraloom.training.sweep_settings import SweepConfig, parameter_value
 
@@ -278,7 +280,9 @@ class EvaluationConfig(StrictModel):
     @field_validator("path")
     @classmethod
     def _check_path(cls, path: str | None, info: CheckInfo) -> str | None:
-        return check_effect(path, info)
+        if path is not None and is_skills(info.data.get("task") or ""):
+            raise ValueError("path has no effect on skills, which loraloom generates; remove it")
+        return path
 
     @field_validator("scoring")
     @classmethod
@@ -481,8 +485,8 @@ class RunConfig(BaseModelConfig):
 
     def _sweep_contradictions(self, sweep: SweepConfig) -> Iterator[str]:
         """What is wrong with the jobs of a sweep; a fault that several have is told once."""
-        faults = [f"sweep.{fault}" for fault in _path_faults(sweep)]
-        raise_faults(faults)
+        if "name" in sweep.parameters:
+            raise ValueError("sweep.parameters.name must be left out: the jobs are numbered")
         for job in filter(lambda job: sweep.owns(job.name), self.jobs):
             yield f"sweep.job.name must give new names, but {job.name} is one of jobs"
         jobs = [trial.job for trial in self.trials]
@@ -508,27 +512,21 @@ class RunConfig(BaseModelConfig):
         trials, faults = list[Trial](), list[str]()
         for number, combination in enumerate(self.sweep.combinations()):
             try:
-                trials.append(self._make_trial(number, combination))
-            except ValidationError as error:
-                faults += describe_faults(error, (JobConfig,))
-        raise_faults([f"sweep.job.{fault}" for fault in dict.fromkeys(faults)])
+                trials.append(self.trial(number, combination))
+            except ConfigError as error:
+                faults += str(error).splitlines()
+        raise_faults([f"sweep.job: {fault}" for fault in dict.fromkeys(faults)])
         return tuple(trials)
 
     def trial(self, number: int, combination: Mapping[str, Any]) -> Trial:
         """A job of the sweep; a ConfigError if its values don't go together."""
-        try:
-            return self._make_trial(number, combination)
-        except ValidationError as error:
-            raise ConfigError("; ".join(describe_faults(error, (JobConfig,)))) from None
-
-    def _make_trial(self, number: int, combination: Mapping[str, Any]) -> Trial:
         assert self.sweep is not None
         settings: Any = self._template
         parameters = {path: parameter_value(drawn) for path, drawn in combination.items()}
         for path, value in parameters.items():
             settings = set_setting(settings, path, value, origin="parameters.")
         name = self.sweep.job_name(number, combination)
-        return Trial(JobConfig.model_validate({**settings, "name": name}), parameters)
+        return Trial(checked(JobConfig, {**settings, "name": name}), parameters)
 
     @cached_property
     def _template(self) -> Mapping[str, Any]:
@@ -561,15 +559,6 @@ class RunConfig(BaseModelConfig):
         return tuple(job for job in self.all_jobs if job.name not in later)
 
 
-def _path_faults(sweep: SweepConfig) -> Iterator[str]:
-    for path in sweep.parameters:
-        unknown = describe_unknown_setting(path, (JobConfig,))
-        if unknown is not None:
-            yield f"parameters.{path} must be a setting of a job: {unknown}"
-        elif path == "name":
-            yield "parameters.name must be left out: the jobs are numbered"
-
-
 @when_registered
 def _take_further_methods() -> None:
     JobConfig.model_fields["adapter"].annotation = any_method()
@@ -590,13 +579,18 @@ def load_run_config(
     else:
         settings, place = read_settings(source, "a run file"), source
     settings = fill_in(reduce(apply_override, overrides, settings))
-    return check_settings(place, RunConfig, settings, {"needs_jobs": needs_jobs})
+    return check_settings(place, RunConfig, settings, {"needs_jobs": needs_jobs}, _other_names())
 
 
 def load_job_config(path: str | Path) -> JobConfig:
     """What a job file says, checked: the settings of one job, as in `jobs:` of a run file."""
     settings = {"name": Path(path).stem} | read_settings(path, "a job file")
-    return check_settings(path, JobConfig, settings)
+    return check_settings(path, JobConfig, settings, other_names=_other_names())
+
+
+def _other_names() -> dict[str, str]:
+    """What to write in place of methods that are a setting of another one."""
+    return {name: ours for config in CONFIGS for name, ours in config.aliases.items()}
 
 
 def schema() -> dict[str, Any]:

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 from typing_extensions import override
 
-from loraloom.config.faults import raise_faults
-from loraloom.config.fields import StrictModel, check_name
+from loraloom.config.fields import StrictModel, check_name, raise_faults
 from loraloom.errors import ConfigError
 
 if TYPE_CHECKING:

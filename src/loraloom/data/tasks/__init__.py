@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from loraloom.config.data import Scoring, TaskName, is_skills, is_task_file, num_lands, task_name
-from loraloom.config.faults import suggestion
-from loraloom.config.fields import check_name
-from loraloom.config.loading import load_task_config
-from loraloom.config.paths import local_path
-from loraloom.config.task import TaskConfig
+from loraloom.config.fields import check_name, suggestion
+from loraloom.config.task import TaskConfig, load_task_config
+from loraloom.config.text import local_path
 from loraloom.data.skills import generate_skills
 from loraloom.data.sources import (
     HubSource,

@@ -28,9 +28,8 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.config.faults import checked
-from loraloom.config.model import BaseModelConfig
-from loraloom.config.quantization import parse_quantization
+from loraloom.config.fields import checked
+from loraloom.config.model import BaseModelConfig, parse_quantization
 from loraloom.data.tokens import (
     TokenPair,
     encode_texts,

@@ -12,7 +12,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from loraloom.config.faults import suggestion
+from loraloom.config.fields import suggestion
 from loraloom.data.sources import find_splits
 from loraloom.errors import ConfigError, DataError
 
