@@ -56,14 +56,6 @@ def test_models_that_are_compared_keep_their_own_answers(conversation, host, tin
         assert answer == expected(host, tiny_tokenizer, messages, name)
 
 
-def test_an_answer_that_is_cut_short_is_remembered_so_far(conversation):
-    pieces = conversation.ask("one", ["lora"], SamplingConfig(max_new_tokens=60))
-    model, piece = next(pieces)
-    pieces.close()
-    assert conversation.turns[-1].answers == {model: piece}
-    assert said(conversation, "two", ["lora"])
-
-
 def test_a_conversation_that_has_no_room_is_an_error(conversation):
     with pytest.raises(RequestError, match="must have at most 128 tokens together"):
         said(conversation, "one " * 200, ["lora"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraloom.config.data import PromptForm
-from loraloom.errors import AdapterError, DataError
+from loraloom.errors import DataError
 from loraloom.generation.generate import complete, generate, generate_tokens
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
@@ -79,58 +79,10 @@ def test_a_prompt_may_scale_its_adapter(host, tiny_tokenizer):
     assert len(set(texts)) == 3
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 1.0, "seed": 5},
-        {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
-        {"repetition_penalty": 1.8},
-    ],
-)
-def test_completions_do_not_depend_on_the_batch(host, tiny_tokenizer, settings):
-    one_batch = completed(host, tiny_tokenizer, **settings)
-    assert completed(host, tiny_tokenizer, batch_size=2, **settings) == one_batch
-
-
-def test_seeds_draw_differently_and_repeat(host, tiny_tokenizer):
-    first, again, other = (
-        completed(host, tiny_tokenizer, temperature=1.0, seed=seed) for seed in (1, 1, 2)
-    )
-    assert first == again
-    assert first != other
-
-
-def test_the_same_prompt_twice_is_drawn_twice(host, tiny_tokenizer):
-    one, other = completed(host, tiny_tokenizer, [Prompt("one")] * 2, temperature=1.0)
-    assert one != other
-
-
 def test_drawing_leaves_torchs_own_numbers_alone(host, tiny_tokenizer):
     state = torch.random.get_rng_state()
     completed(host, tiny_tokenizer, temperature=1.0)
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_a_repetition_penalty_reads_no_padding(host, tiny_tokenizer):
-    short, long = Prompt("one", "lora"), Prompt("Please choose the correct answer", "lora")
-    together = completed(host, tiny_tokenizer, [short, long], repetition_penalty=2.5)
-    assert completed(host, tiny_tokenizer, [short], repetition_penalty=2.5) == together[:1]
-
-
-def test_a_completion_ends_before_a_stop_text(host, tiny_tokenizer):
-    whole = completed(host, tiny_tokenizer, [Prompt("the sky")], max_new_tokens=12)[0]
-    stop = next(
-        letter for letter in whole[len(whole) // 2 :] if letter != "\N{REPLACEMENT CHARACTER}"
-    )
-    cut = completed(host, tiny_tokenizer, [Prompt("the sky")], max_new_tokens=12, stop=(stop,))[0]
-    assert cut == whole[: whole.index(stop)]
-
-
-def test_a_stop_text_may_not_begin_in_the_prompt(host, tiny_tokenizer):
-    whole = completed(host, tiny_tokenizer, [Prompt("the sky")])[0]
-    assert "y" + whole[0] not in whole
-    stopped = completed(host, tiny_tokenizer, [Prompt("the sky")], stop=("y" + whole[0],))[0]
-    assert stopped == whole
 
 
 def test_a_completion_ends_at_an_end_token(host, tiny_tokenizer):
@@ -152,21 +104,12 @@ def test_progress_is_told(host, tiny_tokenizer):
     assert told == [2, 4, 5]
 
 
-def test_no_prompts_give_no_completions(host, tiny_tokenizer):
-    assert completed(host, tiny_tokenizer, []) == []
-
-
 def test_a_prompt_that_leaves_no_room_is_an_error(host, tiny_tokenizer):
     long = Prompt("one " * 100, origin="a.jsonl, line 2")
     with pytest.raises(
         DataError, match=r"a\.jsonl, line 2: the prompt must have at most 120 tokens"
     ):
         completed(host, tiny_tokenizer, [Prompt("one"), long])
-
-
-def test_an_unknown_adapter_is_an_error(host, tiny_tokenizer):
-    with pytest.raises(AdapterError, match="got 'nobody'"):
-        completed(host, tiny_tokenizer, [Prompt("one", "nobody")])
 
 
 def test_what_does_not_fit_into_memory_is_completed_in_parts(host, tiny_tokenizer, monkeypatch):

@@ -17,36 +17,11 @@ def decoded(tokenizer, content, form=None, **options):
     return tokenizer.decode(encode_prompt(tokenizer, Prompt(content), form, **options).ids)
 
 
-def test_a_text_is_read_as_it_stands_without_a_template(tiny_tokenizer):
-    assert decoded(tiny_tokenizer, "one two") == "one two"
-
-
-def test_a_text_is_the_users_turn_in_a_template(tiny_tokenizer):
-    tiny_tokenizer.chat_template = TEMPLATE
-    assert decoded(tiny_tokenizer, "one two") == "(user) one two\n(assistant)"
-
-
-def test_raw_leaves_the_template_out(tiny_tokenizer):
-    tiny_tokenizer.chat_template = TEMPLATE
-    assert decoded(tiny_tokenizer, "one two", raw=True) == "one two"
-
-
-def test_a_conversation_goes_into_the_template(tiny_tokenizer):
-    tiny_tokenizer.chat_template = TEMPLATE
-    assert decoded(tiny_tokenizer, TURNS) == "(user) yes?\n(assistant) no\n(assistant)"
-
-
 def test_a_conversation_without_a_template_is_an_error(tiny_tokenizer):
     with pytest.raises(
         DataError, match=r"a\.jsonl, line 3: the tokenizer must have a chat template"
     ):
         encode_prompt(tiny_tokenizer, Prompt(TURNS, origin="a.jsonl, line 3"))
-
-
-def test_what_a_template_refuses_is_an_error(tiny_tokenizer):
-    tiny_tokenizer.chat_template = "{{ raise_exception('no assistant please') }}"
-    with pytest.raises(DataError, match="do not fit the chat template: no assistant please"):
-        encode_prompt(tiny_tokenizer, Prompt(TURNS))
 
 
 def test_an_empty_prompt_is_an_error(tiny_tokenizer):
@@ -65,6 +40,17 @@ def test_half_a_surrogate_pair_is_an_error(tiny_tokenizer, template, content):
 
 
 PLAIN = PromptForm(format="instruction", template="plain")
+
+
+def test_a_prompt_goes_into_the_chat_template_if_there_is_one(tiny_tokenizer):
+    assert decoded(tiny_tokenizer, "one two") == "one two"
+    tiny_tokenizer.chat_template = TEMPLATE
+    assert decoded(tiny_tokenizer, "one two") == "(user) one two\n(assistant)"
+    assert decoded(tiny_tokenizer, "one two", raw=True) == "one two"
+    assert decoded(tiny_tokenizer, TURNS) == "(user) yes?\n(assistant) no\n(assistant)"
+    tiny_tokenizer.chat_template = "{{ raise_exception('no assistant please') }}"
+    with pytest.raises(DataError, match="do not fit the chat template: no assistant please"):
+        encode_prompt(tiny_tokenizer, Prompt(TURNS))
 
 
 def test_a_prompt_is_written_as_the_adapters_training_data_was(tiny_tokenizer):

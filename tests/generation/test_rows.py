@@ -42,20 +42,11 @@ def test_a_choice_may_be_the_beginning_of_another_or_the_same():
     assert row.predictors == [0, 1, 0, 1]
 
 
-def test_single_tokens_add_nothing_to_the_context():
+def test_choices_have_a_row_for_each_context():
     (row,) = make_rows([TokenPair([1, 2], [label]) for label in (3, 4, 5)], shared=True)
-    assert row.input_ids == [1, 2]
-    assert row.predictors == [1, 1, 1]
-    assert row.choices == [0, 1, 2]
-
-
-def test_different_contexts_have_rows_of_their_own():
+    assert (row.input_ids, row.predictors, row.choices) == ([1, 2], [1, 1, 1], [0, 1, 2])
     pairs = [TokenPair([1], [9]), TokenPair([2], [9]), TokenPair([1], [8])]
-    first, second = make_rows(pairs, shared=True)
-    assert (first.choices, second.choices) == ([0, 2], [1])
-
-
-def test_rows_are_not_shared_where_that_is_not_wanted():
+    assert [row.choices for row in make_rows(pairs, shared=True)] == [[0, 2], [1]]
     rows = make_rows([TokenPair([1, 2], [3, 4]), TokenPair([1, 2], [5, 6])], shared=False)
     assert [row.input_ids for row in rows] == [[1, 2, 3], [1, 2, 5]]
 
@@ -76,13 +67,6 @@ def test_a_mask_of_its_own_is_made_for_branches_only():
     ]
 
 
-def test_no_token_sees_padding():
-    rows = make_rows([TokenPair([1], [2, 3]), TokenPair([1], [4, 5])], shared=True)
-    rows += make_rows([TokenPair([1] * 5, [2, 3]), TokenPair([1] * 5, [4, 5])], shared=True)
-    mask = collate(rows, torch.float32, CPU).attention_mask
-    assert (mask[0, 0, :3, 3:] < 0).all()
-
-
 def test_predictors_count_in_the_flattened_batch():
     rows = make_rows([TokenPair([1, 2], [3]), TokenPair([4], [5])], shared=False)
     batch = collate(rows, torch.float32, CPU)
@@ -92,24 +76,12 @@ def test_predictors_count_in_the_flattened_batch():
     assert batch.targets.tolist() == [3, 5]
 
 
-def test_an_examples_labels_are_scored_and_predicted_by_the_token_before():
-    row = example_row(Example((5, 6, 7, 8), (5, NO_LOSS, 7, 8), sample_id=3))
-    assert row.input_ids == [5, 6, 7, 8]
-    assert row.position_ids == [0, 1, 2, 3]
-    assert (row.predictors, row.targets, row.choices) == ([1, 2], [7, 8], [0, 0])
-
-
 def test_examples_are_padded_on_the_right_with_the_token_that_is_given():
     examples = [Example((5, 6, 7), (NO_LOSS, 6, 7), 40), Example((8,), (8,), 2)]
     batch = collate([example_row(example) for example in examples], torch.float32, CPU, pad_id=9)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.targets.tolist() == [6, 7]
-
-
-def test_rows_without_labels_can_be_collated():
-    batch = collate([example_row(Example((8,), (8,), 2))], torch.float32, CPU)
-    assert batch.predicting_states(torch.randn(1, 1, 4)).shape == (0, 4)
 
 
 def test_contexts_are_cut_from_the_left():

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
+from loraloom.data.tokens import NUM_BEFORE, text_of_token
 from loraloom.errors import ConfigError
-from loraloom.generation.sampling import SamplingConfig, TokenChooser, parse_sampling
+from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser, parse_sampling
 
 CPU = torch.device("cpu")
 
@@ -15,10 +21,6 @@ def draw(logits, rows, **settings):
     return torch.tensor([chooser.choose([], torch.tensor(logits)) for chooser in choosers])
 
 
-def test_greedy_leaves_the_logits_alone():
-    assert draw([0.0, 2.0, 1.0], range(3)).tolist() == [1, 1, 1]
-
-
 def test_draws_follow_the_softmax():
     logits = [0.0, 1.0, 2.0, -1.0]
     counts = draw(logits, range(4000), temperature=1.0).bincount(minlength=4)
@@ -26,38 +28,8 @@ def test_draws_follow_the_softmax():
     assert counts / 4000 == pytest.approx(expected, abs=0.03)
 
 
-@pytest.mark.parametrize("temperature", [0.001, 1e30])
-def test_extreme_temperatures_draw_a_token(temperature):
-    drawn = draw([-40.0, 90.0, 3.0], range(50), temperature=temperature)
-    assert set(drawn.tolist()) == ({1} if temperature < 1 else {0, 1, 2})
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": 1e-45}, "temperature must be 0, for the most likely token, or at least"),
-        ({"temperature": float("nan")}, "temperature must be"),
-        ({"repetition_penalty": 1e300}, "repetition_penalty must be at most 100"),
-    ],
-)
-def test_settings_beyond_reason_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_sampling(**settings)
-
-
-def test_temperature_sharpens_and_flattens():
-    cold = draw([0.0, 1.0], range(500), temperature=0.2).float().mean()
-    hot = draw([0.0, 1.0], range(500), temperature=5.0).float().mean()
-    assert cold > 0.98
-    assert 0.45 < hot < 0.65
-
-
-def test_top_k_draws_from_the_likeliest_only():
-    drawn = draw([0.0, 2.0, 1.0, 1.5], range(300), temperature=3.0, top_k=2)
-    assert set(drawn.tolist()) == {1, 3}
-
-
-def test_top_p_draws_from_the_share_only():
+def test_draws_are_from_the_likeliest_only():
+    assert set(draw([0.0, 2.0, 1.0, 1.5], range(300), temperature=3.0, top_k=2).tolist()) == {1, 3}
     drawn = draw([0.0, 3.0, 3.0, 0.0], range(300), temperature=1.0, top_p=0.9)
     assert set(drawn.tolist()) == {1, 2}
 
@@ -73,6 +45,9 @@ def test_a_draw_depends_on_seed_and_row_alone():
     ("settings", "message"),
     [
         ({"temperature": -1}, "temperature must be at least 0, got -1"),
+        ({"temperature": 1e-45}, "temperature must be 0, for the most likely token, or at least"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be at most 100"),
         ({"top_p": 1.5, "temperature": 1}, "top_p must be at most 1, got 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"top_p": 0.5}, "top_p has no effect at temperature 0, got 0.5; set temperature above 0"),
@@ -85,7 +60,87 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         parse_sampling(**settings)
 
 
-def test_all_faults_are_in_one_message():
-    with pytest.raises(ConfigError) as error:
-        parse_sampling(temperature=-1, seed=-2)
-    assert len(str(error.value).splitlines()) == 2
+def streamed(tokenizer, ids, stop=()):
+    """The pieces of a text, up to a stop text."""
+    stream = TextStream(tokenizer, stop)
+    pieces = []
+    for token in ids:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    pieces.append(stream.finish())
+    return pieces
+
+
+def test_pieces_of_any_tokens_are_the_text_of_all(tiny_tokenizer):
+    draw = random.Random(0)
+    for _ in range(200):
+        ids = [draw.randrange(3, 300) for _ in range(draw.randrange(1, 40))]
+        assert "".join(streamed(tiny_tokenizer, ids)) == tiny_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語のテキスト", "🦊🦊 and 🐻‍❄️", "a  b\n\n c"])
+def test_characters_of_several_bytes_come_whole(tiny_tokenizer, text):
+    pieces = streamed(tiny_tokenizer, tiny_tokenizer(text)["input_ids"])
+    assert "".join(pieces) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_text_ends_before_the_first_stop_text(tiny_tokenizer):
+    draw = random.Random(1)
+    for _ in range(200):
+        text = "".join(draw.choice("abcab \n") for _ in range(30))
+        stop = tuple(
+            "".join(draw.choice("abc ") for _ in range(draw.randrange(1, 4))) for _ in "xy"
+        )
+        pieces = streamed(tiny_tokenizer, tiny_tokenizer(text)["input_ids"], stop)
+        assert (
+            "".join(pieces)
+            == text[: min([text.index(one) for one in stop if one in text], default=None)]
+        )
+
+
+def test_what_may_begin_a_stop_text_is_held_back(tiny_tokenizer):
+    stream = TextStream(tiny_tokenizer, ("END",))
+    settled = [
+        "".join(stream.push(token) for token in tiny_tokenizer(text)["input_ids"])
+        for text in ("so E", "N!")
+    ]
+    assert settled == ["so ", "EN!"]
+
+
+def test_a_text_that_goes_on_begins_with_its_space():
+    words = {"<s>": 0, "\u2581Once": 1, "\u2581upon": 2, "\u2581a": 3, "\u2581time": 4, "s": 5}
+    backend = Tokenizer(WordLevel(words, unk_token="<s>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    for before, text in (((), "times"), ([0, 1, 2, 3], " times"), ([0], "times")):
+        stream = TextStream(tokenizer, (), before)
+        assert "".join([*map(stream.push, [4, 5]), stream.finish()]) == text
+    stream = TextStream(tokenizer, (" t",), [1])
+    assert (stream.push(4), stream.stopped) == ("", True)
+    assert text_of_token(tokenizer, 4) == " time"
+
+
+def test_what_stands_before_is_no_part_of_the_text(tiny_tokenizer):
+    draw = random.Random(2)
+    for _ in range(200):
+        ids = tiny_tokenizer("".join(draw.choice("ab é日🦊\n") for _ in range(20)))["input_ids"]
+        cut = draw.randrange(len(ids))
+        before = tiny_tokenizer.decode(ids[:cut])
+        if before.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue
+        stream = TextStream(tiny_tokenizer, (), ids[:cut][-NUM_BEFORE:])
+        text = "".join([*map(stream.push, ids[cut:]), stream.finish()])
+        assert before + text == tiny_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("stop", ["<bos>", "one<bos>", "bos"])
+def test_a_special_token_ends_a_text_in_which_it_is_not_seen(tiny_tokenizer, stop):
+    one, two = (tiny_tokenizer(word)["input_ids"] for word in ("one", "two"))
+    stream = TextStream(tiny_tokenizer, (stop,))
+    pushed = "".join(stream.push(token) for token in [*one, tiny_tokenizer.bos_token_id])
+    assert (pushed, stream.stopped, stream.finish()) == ("one", True, "")
+    assert "".join(streamed(tiny_tokenizer, [*one, *two], (stop,))) == "onetwo"

@@ -68,12 +68,6 @@ def test_adapters_of_one_customer_drive_nobody_elses_out():
     assert scheduler.victim(served, served) in served[1:]
 
 
-def test_turns_are_counted_in_tokens():
-    scheduler = Scheduler(max_rows=4, max_tokens=1000)
-    queue(scheduler, *(row("long", 30) for _ in range(3)), *(row("short") for _ in range(6)))
-    assert admitted(scheduler)[:4] == ["long", "short", "short", "short"]
-
-
 def test_who_was_away_has_no_claim_to_what_others_used():
     scheduler = Scheduler(max_rows=4, max_tokens=1000)
     queue(scheduler, *(row("busy") for _ in range(5)))
@@ -88,12 +82,6 @@ def test_nobody_overtakes_a_request_that_does_not_fit():
     queue(scheduler, row("a", 80), row("b", 1))
     assert scheduler.admit([row("c", 40)]) is None
     assert admitted(scheduler) == ["a", "b"]
-
-
-def test_the_cache_is_rows_times_the_longest():
-    scheduler = Scheduler(max_rows=4, max_tokens=100)
-    assert scheduler.cached_tokens([row("a", 30), row("b", 10)]) == 60
-    assert scheduler.cached_tokens([], added=1) == 0
 
 
 def test_a_row_that_was_sent_back_is_the_next_of_its_adapter():

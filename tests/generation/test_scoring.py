@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ import torch
 from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.errors import DataError
 from loraloom.generation import scoring
-from loraloom.generation.rows import collate, example_row
-from loraloom.generation.scoring import label_log_probs, score_rows, token_batches
+from loraloom.generation.rows import example_row
+from loraloom.generation.scoring import in_halves, label_log_probs, score_rows, token_batches
 from loraloom.models.host import Host
 from tests.eval.scoring import limit_rows
 from tests.tiny import METHODS, tiny_host
@@ -52,21 +52,6 @@ def test_the_likeliest_tokens_are_known(requests):
     assert scores.is_top[-1]
 
 
-def test_a_batch_has_the_rows_of_an_adapter_side_by_side(requests, monkeypatch):
-    host = tiny_host(configs=METHODS)
-    seen, hidden = [], host.hidden
-
-    def watched(ids, mask, names, **rest):
-        seen.append(names)
-        return hidden(ids, mask, names, **rest)
-
-    monkeypatch.setattr(host, "hidden", watched)
-    label_log_probs(host, requests)
-    (names,) = seen
-    changes = sum(one != other for one, other in pairwise(names))
-    assert changes == len(set(names)) - 1
-
-
 def test_batches_have_like_lengths_and_stay_within_their_tokens():
     rows = [[example_row(example)] for example in toy_examples(20, longest=30)]
     lengths = [len(group[0].input_ids) for group in rows]
@@ -77,11 +62,6 @@ def test_batches_have_like_lengths_and_stay_within_their_tokens():
         assert all(lengths[one] >= lengths[other] for one in batch for other in following)
 
 
-def test_groups_are_never_divided():
-    rows = [example_row(example) for example in toy_examples(9)]
-    assert sorted(map(sorted, token_batches([rows[:4], rows[4:]], 1))) == [[0], [1]]
-
-
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_row_without_labels_has_no_scores(others):
     host = toy_host()
@@ -89,18 +69,6 @@ def test_a_row_without_labels_has_no_scores(others):
     full = (None, Example((5, 6), (5, 6), 1))
     values = label_log_probs(host, [blank, *[full] * others])
     assert [len(one) for one in values] == [0, 1][: 1 + others]
-
-
-def test_states_that_predict_are_in_the_order_of_rows_and_places():
-    rows = [
-        example_row(Example((5, 6, 4, 7), (5, 6, NO_LOSS, 7), 0)),
-        example_row(Example((8, 1, 9), (NO_LOSS, NO_LOSS, 9), 1)),
-    ]
-    batch = collate(rows, torch.float64, torch.device("cpu"))
-    hidden_states = torch.randn(2, 4, 32, dtype=torch.float64)
-    expected = torch.stack([hidden_states[0, 0], hidden_states[0, 2], hidden_states[1, 1]])
-    assert torch.equal(batch.predicting_states(hidden_states), expected)
-    assert batch.targets.tolist() == [6, 7, 9]
 
 
 def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_is():
@@ -146,3 +114,18 @@ def test_routing_is_told_of_real_tokens_by_adapter(requests, monkeypatch):
         alone = Host.hidden(host, torch.tensor([one.rows[0].input_ids]), None, [one.adapter])
         for layer, expected in zip(one.routing, alone.routing[one.adapter], strict=True):
             assert torch.equal(layer.selected_experts, expected.selected_experts)
+
+
+def test_what_does_not_fit_is_halved_in_order_and_one_that_does_not_is_named():
+    seen = []
+
+    def double(numbers, most):
+        seen.append(len(numbers))
+        if len(numbers) > most:
+            raise torch.OutOfMemoryError
+        return [2 * number for number in numbers]
+
+    assert in_halves(partial(double, most=2), range(7), str) == [0, 2, 4, 6, 8, 10, 12]
+    assert seen == [7, 4, 2, 2, 3, 2, 1]
+    with pytest.raises(DataError, match="number 3 must fit into memory, it doesn't, even alone"):
+        in_halves(partial(double, most=0), [3, 4], lambda number: f"number {number}")

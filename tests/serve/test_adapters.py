@@ -41,14 +41,6 @@ def using(shelf, name):
     shelf.release(adapter)
 
 
-def test_adapters_of_a_directory_are_loaded_when_they_are_asked_for(host, saved):
-    shelf = ServedAdapters(host, "base", saved)
-    assert set(shelf.names()) == {"own", *METHODS}
-    assert list(host.adapters) == ["own"]
-    with using(shelf, "dora") as name:
-        assert name in host.adapters
-
-
 def test_the_one_that_was_not_used_for_longest_goes(host, saved):
     gone = []
     shelf = ServedAdapters(host, "base", saved, max_lazy=2, on_removed=gone.append)
@@ -151,20 +143,6 @@ def test_an_adapter_that_is_loaded_again_is_another_one(host, saved):
     assert len(host.adapters) == 2
 
 
-def test_a_name_on_the_host_that_is_anothers_is_passed_over(host, saved):
-    shelf = ServedAdapters(host, "base")
-    for name in ("mix", "mix.2"):
-        shelf.load(name, str(saved / "lora"))
-    shelf.load("mix", str(saved / "mixlora"), replace=True)
-    assert set(host.adapters) == {"own", "mix.2", "mix.3"}
-
-
-def test_a_name_that_does_not_exist_waits_for_no_load(host, saved):
-    shelf = ServedAdapters(host, "base", saved)
-    with shelf._loading, pytest.raises(RequestError):
-        acquire(shelf, "nobody")
-
-
 @pytest.mark.parametrize("name", ["../lora", "lora/../lora", "notes", "", ".", "nobody"])
 def test_names_that_lead_elsewhere_do_not_exist(host, saved, name):
     with pytest.raises(RequestError, match="does not exist"):
@@ -178,17 +156,6 @@ def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
             shelf.load(name, str(saved / "lora"))
     with pytest.raises(ConfigError, match="safe file name"):
         shelf.load("../x", str(saved / "lora"))
-
-
-def test_files_that_can_not_be_used_leave_nothing(host, saved):
-    shelf = ServedAdapters(host, "base")
-    with pytest.raises(FormatError):
-        shelf.load("a", str(saved / "notes"))
-    assert list(host.adapters) == list(shelf.names()) == ["own"]
-
-
-def test_a_directory_that_has_gone_has_no_adapters(host, tmp_path):
-    assert list(ServedAdapters(host, "base", tmp_path / "none").names()) == ["own"]
 
 
 def test_adapters_fit_the_memory_that_they_may_take(host, saved):

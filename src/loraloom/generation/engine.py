@@ -12,13 +12,11 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,29 +29,26 @@ from loraloom.generation.rows import text_row
 from loraloom.generation.runner import Runner
 from loraloom.generation.sampling import end_tokens
 from loraloom.generation.scheduler import EngineLimits, Scheduler
-from loraloom.generation.scoring import (
-    TokenScores,
-    free_memory,
-    score_rows,
-    tokens_per_batch,
-    too_large,
-)
+from loraloom.generation.scoring import free_memory, score_rows, tokens_per_batch, too_large
 from loraloom.generation.sequence import (
     Failure,
     GenerationRequest,
     NotFiniteError,
     OnGone,
-    Piece,
     RequestError,
     Row,
     Sink,
-    TokenLogProb,
     log_failure,
 )
 from loraloom.models.forward import Record
 from loraloom.models.host import Host
 from loraloom.models.layout import rows_in_record
-from loraloom.routing.record import LayerRouting, RouterName, choices_by_token, join_routing
+from loraloom.routing.record import (
+    LayerRouting,
+    choices_by_token,
+    describe_router,
+    join_routing,
+)
 from loraloom.routing.tally import expert_loads
 
 _log = logging.getLogger(__name__)
@@ -66,31 +61,6 @@ READ_PER_TOKEN = 8
 """Tokens that are read in about the time in which one is generated."""
 
 Failed = tuple[Row, Exception]
-Outcome = Literal["stop", "length", "error", "cancelled"]
-"""How a request ended."""
-
-
-@dataclass
-class EngineCounts:
-    """Numbers that only grow: of requests that have ended, tokens by model, experts, steps."""
-
-    requests: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
-    prompt_tokens: Counter[str] = field(default_factory=Counter)
-    cached_tokens: Counter[str] = field(default_factory=Counter)
-    generated_tokens: Counter[str] = field(default_factory=Counter)
-    expert_tokens: dict[str, Counter[tuple[RouterName, int]]] = field(
-        default_factory=lambda: defaultdict(Counter)
-    )
-    num_preempted: int = 0
-    num_steps: int = 0
-
-    def add_routing(self, model: str, routing: list[LayerRouting]) -> None:
-        """Count where a model's routers sent tokens; those that mix all experts send none."""
-        chosen = [one for one in routing if one.selected_experts.shape[-1] < one.num_experts]
-        loads = expert_loads(chosen).long().tolist() if chosen else []
-        for record, row in zip(chosen, loads, strict=True):
-            for expert, number in enumerate(row[: record.num_experts]):
-                self.expert_tokens[model][record.router, expert] += number
 
 
 class Engine:
@@ -102,9 +72,9 @@ class Engine:
     def __init__(self, host: Host, tokenizer: PreTrainedTokenizerBase, limits: EngineLimits):
         self.host = host
         self.limits = limits
-        self.counts = EngineCounts()
+        self.counts: Counter[tuple[str, ...]] = Counter()
+        """What only grows, by a metric's name and labels."""
         self.on_end: Callable[[Row], object] = lambda row: None
-        """Told of each row that has ended."""
         self.is_stopping = False
         self._tokenizer = tokenizer  # a fast one may be used by one thread at a time
         self._ends = end_tokens(host, tokenizer)
@@ -121,7 +91,6 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a row, prompt and completion together."""
         return min(self.host.config.max_position_embeddings, self.limits.cache_tokens)
 
     @property
@@ -129,13 +98,11 @@ class Engine:
         return len(self._served)
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that wait, those whose adapters are being loaded too."""
+    def num_waiting(self) -> int:  # those whose adapters are being loaded too
         return len(self._scheduler) + len(self._to_score) + self._num_accepted
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do, and nothing promised."""
         return not self._has_work and self._num_accepted == 0
 
     @property
@@ -148,7 +115,6 @@ class Engine:
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens of prompts that are kept for those that begin alike."""
         return self._runner.prefixes.num_tokens
 
     @contextmanager
@@ -172,7 +138,6 @@ class Engine:
         *,
         is_accepted: bool = False,
     ) -> Row:
-        """Ask for a completion, or for the scores of a prompt."""
         self._check(request)
         row = Row(request, self._tokenizer, self._ends, self.host.device, sink, on_gone)
         with self._wake:
@@ -186,13 +151,11 @@ class Engine:
         return row
 
     def cancel(self, row: Row) -> None:
-        """End a request, about which nothing more is told."""
         with self._wake:
             row.is_cancelled = True
             self._wake.notify_all()
 
     def forget(self, adapter: Adapter) -> None:
-        """Let what was made of an adapter's weights go with it."""
         with self._wake:
             self._gone.append(adapter)
             self._wake.notify_all()
@@ -204,7 +167,6 @@ class Engine:
             self._wake.notify_all()
 
     def run(self) -> None:
-        """Do steps while there is something to do, and wait for more, until `stop`."""
         while True:
             with self._wake:
                 while not self._has_work and not (self.is_stopping and self.is_idle):
@@ -221,8 +183,7 @@ class Engine:
                     self._fail(row, error)
 
     def step(self) -> bool:
-        """Do one step; return whether there is more to do."""
-        self.counts.num_steps += 1
+        self.counts["steps",] += 1
         self._drop_ended()
         self._score_prompts()
         reading = self._schedule()
@@ -264,6 +225,7 @@ class Engine:
         if num_prompt == 0:
             raise DataError("the prompt must not be empty")
         check_token_ids(request.prompt_ids, self.host.config.vocab_size, "prompt")
+        check_token_ids([*request.logit_bias], self.host.config.vocab_size, "logit_bias")
         if num_prompt + num_new > self.max_length:
             raise RequestError(
                 f"the prompt and max_tokens must have at most {self.max_length} tokens together, "
@@ -295,7 +257,6 @@ class Engine:
         return True
 
     def _score_prompts(self) -> None:
-        """Score some of the prompts that wait, as many as fit into a forward."""
         room, batch = tokens_per_batch(self.host), []
         if self._served:  # whose next tokens wait meanwhile
             room = min(room, self.limits.prefill_tokens)
@@ -325,7 +286,7 @@ class Engine:
                     self._fail(row, error)
             return
         for row, scored in zip(rows, scores, strict=True):
-            row.sink(Piece("", 0, _log_probs(row.request, scored), "length"))
+            row.was_scored(scored)
             self._end(row, "length")
 
     def _schedule(self) -> list[Row]:
@@ -339,7 +300,17 @@ class Engine:
             while True:
                 while (row := scheduler.admit(served)) is not None:
                     served.append(row)
-                victim = scheduler.victim(served, [row for row in served if self._may_go(row)])
+                # those that have made enough of their turn, or not begun
+                movable = [
+                    row
+                    for row in served
+                    if (
+                        row.length >= row.settled_length
+                        if row in self._runner.rows
+                        else not row.num_read
+                    )
+                ]
+                victim = scheduler.victim(served, movable)
                 if victim is None:
                     break
                 self._send_back(victim)
@@ -348,11 +319,10 @@ class Engine:
         return [row for row in served if row not in running]
 
     def _decode(self) -> list[Failed]:
-        """Read the last tokens of the rows that are under way."""
         rows = self._runner.rows
         if not rows:
             return []
-        is_counted = self.counts.num_steps % ROUTING_STEPS == 0
+        is_counted = self.counts["steps",] % ROUTING_STEPS == 0
         is_told = any(row.request.tells_routing for row in rows)
         record: Record | None = {} if is_counted or is_told else None
         error = _attempt("rows could not be decoded", partial(self._runner.decode, record))
@@ -364,7 +334,7 @@ class Engine:
         if record and is_counted:
             owners = {row.request.adapter_name: row.owner for row in rows}
             for name, routing in record.items():
-                self.counts.add_routing(owners[name], routing)
+                self._count_routing(owners[name], routing)
         if record and is_told:
             _tell_routing(rows, record)
         return []
@@ -383,7 +353,11 @@ class Engine:
                 self._scheduler.charge(row.share, num_tokens)
             if error is None and row.num_read == row.length:
                 reading.remove(row)
-                self._settle(row)
+                if not row.new_ids:
+                    self.counts["prompt_tokens", row.owner] += row.length
+                    self.counts["prompt_tokens_cached", row.owner] += row.num_known
+                turn = max(MIN_TURN, (row.length - row.num_known) // READ_PER_TOKEN)
+                row.settled_length = row.length + turn
                 error = _attempt("a row could not join the others", partial(self._runner.join, row))
                 if error is not None:  # sessions may be joined in some layers alone
                     self._put_back(self._runner.take_apart(self._served))
@@ -393,16 +367,16 @@ class Engine:
                 failures.append((row, error))
         return failures
 
-    def _settle(self, row: Row) -> None:
-        """Count a prompt that was read, and say how long it must be before it gives way."""
-        if not row.new_ids:
-            self.counts.prompt_tokens[row.owner] += row.length
-            self.counts.cached_tokens[row.owner] += row.num_known
-        turn = max(MIN_TURN, (row.length - row.num_known) // READ_PER_TOKEN)
-        row.settled_length = row.length + turn
+    def _count_routing(self, model: str, routing: Sequence[LayerRouting]) -> None:
+        # those that mix all experts send tokens nowhere
+        chosen = [one for one in routing if one.selected_experts.shape[-1] < one.num_experts]
+        loads = expert_loads(chosen).long().tolist() if chosen else []
+        for record, row in zip(chosen, loads, strict=True):
+            router = describe_router(record.router)
+            for expert, number in enumerate(row[: record.num_experts]):
+                self.counts["expert_tokens", model, router, str(expert)] += number
 
     def _postprocess(self, failures: Sequence[Failed]) -> None:
-        """Choose every row's next token; rows that end with it go."""
         for row, error in failures:
             self._retry_or_fail(row, error)
         if self._runner.session is not None:
@@ -426,24 +400,19 @@ class Engine:
             log_failure("a token could not be chosen", error)
             self._fail(row, error)
             return True
-        self.counts.generated_tokens[row.owner] += 1
+        self.counts["generated_tokens", row.owner] += 1
         if reason is not None:
             self._runner.remember(row)
             self._end(row, reason)
         return reason is not None
 
-    def _may_go(self, row: Row) -> bool:
-        """Whether a row may give way: it has made enough of its turn, or not begun."""
-        return row.length >= row.settled_length if row in self._runner.rows else not row.num_read
-
     def _send_back(self, row: Row) -> None:
-        self.counts.num_preempted += 1
+        self.counts["preemptions",] += 1
         if row in self._runner.rows:
             self._runner.remember(row)
         self._put_back([row])
 
     def _put_back(self, rows: Sequence[Row]) -> None:
-        """Let rows wait again, each the next of its adapter."""
         self._leave(rows)
         with self._lock:
             for row in sorted(rows, key=lambda row: -row.arrival):
@@ -491,15 +460,14 @@ class Engine:
         if not row.is_cancelled:
             row.sink(Failure(error))
 
-    def _end(self, row: Row, outcome: Outcome) -> None:
-        self.counts.requests[row.owner, outcome] += 1
+    def _end(self, row: Row, outcome: str) -> None:
+        self.counts["requests", row.owner, outcome] += 1
         row.seconds = time.monotonic() - row.request.arrived_s
         self._mean_s += 0.1 * (row.seconds - self._mean_s)
         self.on_end(row)
         row.on_gone()
 
     def _fit_prefixes(self) -> None:
-        """Let remembered prompts go where rows need their memory."""
         taken = self._scheduler.cached_tokens(self._served, added=1)
         self._runner.prefixes.shrink(self.limits.cache_tokens - taken)
 
@@ -512,22 +480,6 @@ def _attempt(what: str, work: Callable[[], object]) -> Exception | None:
         log_failure(what, error)
         return error.with_traceback(None)
     return None
-
-
-def _log_probs(request: GenerationRequest, scores: TokenScores) -> list[TokenLogProb]:
-    """The log-probabilities of a prompt's tokens but the first."""
-    num_top = request.num_logprobs or 0
-    columns = zip(
-        request.prompt_ids[1:],
-        scores.log_probs.tolist(),
-        scores.top_ids[:, :num_top].tolist(),
-        scores.top_log_probs[:, :num_top].tolist(),
-        strict=True,
-    )
-    return [
-        TokenLogProb(token, log_prob, list(zip(ids, values, strict=True)))
-        for token, log_prob, ids, values in columns
-    ]
 
 
 def _tell_routing(rows: Sequence[Row], record: Record) -> None:

@@ -91,7 +91,6 @@ def generate_tokens(
     raw: bool = False,
     prompt_form: PromptForm | None = None,
 ) -> list[Completion]:
-    """Complete prompts as `generate` does, and return tokens too."""
     ids, continues = _encode(host, tokenizer, prompts, sampling, raw, prompt_form)
     names = [prompt.adapter for prompt in prompts]
     return complete(
@@ -141,22 +140,21 @@ def _encode(
     raw: bool,
     form: PromptForm | None,
 ) -> tuple[list[list[int]], list[bool]]:
-    """Encode prompts and check that they leave room; also whether each one's text continues."""
-    encoded = [
-        encode_prompt(tokenizer, prompt, form or form_for(host, prompt.adapter), raw=raw)
-        for prompt in prompts
-    ]
-    length = host.config.max_position_embeddings
-    room = max(length - sampling.max_new_tokens, 0)
-    for prompt, (ids, _) in zip(prompts, encoded, strict=True):
-        if len(ids) > room:
+    length, num_new = host.config.max_position_embeddings, sampling.max_new_tokens
+    all_ids, continues = [], []
+    for prompt in prompts:
+        own_form = form or form_for(host, prompt.adapter)
+        ids, is_text = encode_prompt(tokenizer, prompt, own_form, raw=raw)
+        if len(ids) > length - num_new:
             raise DataError(
-                f"{prompt.origin}: the prompt must have at most {room} tokens, so that "
-                f"{sampling.max_new_tokens} new ones fit the model's {length}, got {len(ids)}; "
-                "shorten it or lower max_new_tokens"
+                f"{prompt.origin}: the prompt must have at most {max(length - num_new, 0)} tokens, "
+                f"so that {num_new} new ones fit the model's {length}, got {len(ids)}; shorten it "
+                "or lower max_new_tokens"
             )
         check_token_ids(ids, host.config.vocab_size, prompt.origin)
-    return [prompt.ids for prompt in encoded], [prompt.continues for prompt in encoded]
+        all_ids.append(ids)
+        continues.append(is_text)
+    return all_ids, continues
 
 
 def complete(
@@ -232,10 +230,6 @@ class Turn:
     said: str
     answers: dict[str, str] = field(default_factory=dict)
 
-    def answer_for(self, model: str) -> str:
-        """A model's own answer, or else that of the model that was asked."""
-        return self.answers.get(model) or next(iter(self.answers.values()), "")
-
 
 class Conversation:
     """Turns of a user and of models, one of which is the base model.
@@ -276,26 +270,21 @@ class Conversation:
                 rows.append(self._engine.submit(requests[model], events[model].append))
             self.turns.append(turn)
             for model in models:
-                for piece in self._pieces(events[model]):
-                    turn.answers[model] = turn.answers.get(model, "") + piece
-                    yield model, piece
+                is_open = True
+                while is_open:
+                    while not events[model]:
+                        self._engine.step()
+                    event = events[model].popleft()
+                    if isinstance(event, Failure):
+                        raise event.error
+                    turn.answers[model] = turn.answers.get(model, "") + event.text
+                    yield model, event.text
+                    is_open = event.finish_reason is None
         finally:
             for row in rows:
                 self._engine.cancel(row)
             while self._engine.step():
                 pass
-
-    def _pieces(self, events: deque[Event]) -> Iterator[str]:
-        """One model's pieces; does the engine's steps while there is none."""
-        while True:
-            while not events:
-                self._engine.step()
-            event = events.popleft()
-            if isinstance(event, Failure):
-                raise event.error
-            yield event.text
-            if event.finish_reason is not None:
-                return
 
     def _request(self, model: str, turn: Turn, sampling: SamplingConfig) -> GenerationRequest:
         """What a model reads: all turns, or the last one alone where its prompts have no turns."""
@@ -308,8 +297,10 @@ class Conversation:
             if self._system is not None:
                 messages.append({"role": "system", "content": self._system})
             for former in self.turns:
+                # of the model that was asked, where this one was not
+                answer = former.answers.get(model) or next(iter(former.answers.values()), "")
                 messages.append({"role": "user", "content": former.said})
-                messages.append({"role": "assistant", "content": former.answer_for(model)})
+                messages.append({"role": "assistant", "content": answer})
             content = (*messages, {"role": "user", "content": turn.said})
         prompt = encode_prompt(self._tokenizer, Prompt(content), form, raw=self._raw)
         room = max(1, self._engine.max_length - len(prompt.ids))

@@ -29,7 +29,6 @@ def check_sources(model: BaseModelConfig, adapters: Mapping[str, str]) -> None:
 def load_host(
     model: BaseModelConfig, adapters: Mapping[str, str]
 ) -> tuple[Host, PreTrainedTokenizerBase]:
-    """Load a base model, its tokenizer, and adapters by name."""
     base, tokenizer = load_base_model(
         model.base_model, model.dtype, model.device, model.attn_implementation, model.quantization
     )
@@ -40,7 +39,6 @@ def load_host(
 
 
 def cache_bytes(host: Host, limits: EngineLimits) -> int:
-    """Compute what the cache takes at most, spare rows and columns included."""
     tokens = limits.cache_tokens + limits.max_rows * SPARE_TOKENS
     return int(tokens * (1 + SPARE_ROWS)) * _bytes_per_token(host)
 

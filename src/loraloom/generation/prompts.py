@@ -67,7 +67,11 @@ def encode_prompt(
     Without a form, a text is the user's turn in the tokenizer's chat template where there is one,
     and else is read as it stands. `raw` reads it as it stands in any case.
     """
-    content, messages = prompt.content, _messages(prompt, form)
+    content = prompt.content
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+    is_given = any(message["role"] == "system" for message in messages)
+    if form is not None and form.system is not None and not is_given:
+        messages.insert(0, {"role": "system", "content": form.system})
     for message in messages:
         if not is_unicode(message["content"]):
             raise DataError(
@@ -84,21 +88,20 @@ def encode_prompt(
     if text is not None:
         ids = encode_texts(tokenizer, [text])[0]
     else:
-        chat = _render_chat(tokenizer, messages, prompt, form)
+        source = None if form is None else form.chat_template  # files name no file of ours
+        try:
+            template = ChatTemplate(tokenizer, source) if source else load_chat_template(tokenizer)
+            chat = template.render(Conversation(messages, prompt.tools), for_answer=True)
+        except DataError as error:
+            raise DataError(f"{prompt.origin}: {error}") from None
+        except TemplateError as error:
+            raise DataError(
+                f"{prompt.origin}: the messages do not fit the chat template: {error}"
+            ) from error
         ids = tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise DataError(f"{prompt.origin}: the prompt must not be empty")
     return EncodedPrompt(ids, continues=text is not None)
-
-
-def _messages(prompt: Prompt, form: PromptForm | None) -> list[Message]:
-    """The turns, behind the adapter's system message where they have none of their own."""
-    content = prompt.content
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
-    is_given = any(message["role"] == "system" for message in messages)
-    if form is None or form.system is None or is_given:
-        return messages
-    return [{"role": "system", "content": form.system}, *messages]
 
 
 def _render_instructions(
@@ -153,25 +156,3 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, origin: str) -> None:
             f"{origin}: the text must have tokens of the model, whose ids are below {vocab_size}, "
             f"got {largest}; leave the special token of this id out"
         )
-
-
-def _render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    prompt: Prompt,
-    form: PromptForm | None,
-) -> str:
-    """A conversation in the adapter's chat template, or else in the tokenizer's."""
-    try:
-        if form is not None and form.chat_template is not None:
-            source = form.chat_template  # a text in any case: files name no file of ours
-            template = ChatTemplate(tokenizer, source)
-        else:
-            template = load_chat_template(tokenizer)
-        return template.render(Conversation([*messages], prompt.tools), for_answer=True)
-    except DataError as error:
-        raise DataError(f"{prompt.origin}: {error}") from None
-    except TemplateError as error:
-        raise DataError(
-            f"{prompt.origin}: the messages do not fit the chat template: {error}"
-        ) from error

@@ -29,8 +29,7 @@ from loraloom.data.tokens import NO_LOSS, Example, TokenPair
 from loraloom.errors import DataError
 from loraloom.models.layout import RowAdapter
 
-_PADDING = -1
-"""Branch of the padding."""
+_PADDING = -1  # branch of the padding
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,10 @@ class RowBatch:
     targets: Tensor  # (N,)
 
     def predicting_states(self, hidden_states: Tensor) -> Tensor:
-        """Take the states that predict the scored tokens, [N, D], out of all, [B, L, D]."""
-        return hidden_states.flatten(0, 1).index_select(0, self.predictors)
+        return hidden_states.flatten(0, 1).index_select(0, self.predictors)  # (N, D)
 
 
 def owners(rows: Sequence[TokenRow], adapters: Sequence[RowAdapter]) -> list[RowAdapter]:
-    """The adapter of each scored token, row after row."""
     return [adapter for row, adapter in zip(rows, adapters, strict=True) for _ in row.targets]
 
 
@@ -90,7 +87,6 @@ def fit_pair(pair: TokenPair, max_length: int, name: str = "a continuation") -> 
 
 
 def example_row(example: Example) -> TokenRow:
-    """Make the row of an example, whose labels are scored."""
     length = len(example.input_ids)
     labelled = [place for place in range(1, length) if example.labels[place] != NO_LOSS]
     return TokenRow(
@@ -117,8 +113,10 @@ def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
 
 
 def _make_row(pairs: Sequence[TokenPair], choices: Sequence[int]) -> TokenRow:
-    context = pairs[choices[0]].context
-    num_shared = _count_shared([pairs[choice].continuation for choice in choices])
+    context, num_shared = pairs[choices[0]].context, 0
+    if len(choices) > 1:  # what all begin with, but for a last token
+        columns = zip(*(pairs[choice].continuation[:-1] for choice in choices), strict=False)
+        num_shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
     trunk = [*context, *pairs[choices[0]].continuation[:num_shared]]
     first, end = len(context) - 1, len(trunk)
     row = TokenRow(trunk, list(range(end)), [0] * end, [], [], [])
@@ -135,18 +133,9 @@ def _make_row(pairs: Sequence[TokenPair], choices: Sequence[int]) -> TokenRow:
     return row
 
 
-def _count_shared(continuations: Sequence[Sequence[int]]) -> int:
-    """Count the tokens that several continuations begin with, not counting a last one."""
-    if len(continuations) == 1:
-        return 0
-    columns = zip(*(continuation[:-1] for continuation in continuations), strict=False)
-    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-
-
 def collate(
     rows: Sequence[TokenRow], dtype: torch.dtype, device: torch.device, pad_id: int = 0
 ) -> RowBatch:
-    """Pad rows to the longest."""
     length = max(len(row.input_ids) for row in rows)
 
     def padded(lists: Iterable[list[int]], fill: int) -> Tensor:
@@ -155,7 +144,11 @@ def collate(
     branches = padded((row.branches for row in rows), _PADDING)
     token_mask = mask = (branches != _PADDING).long()
     if any(len(set(row.branches)) > 2 for row in rows):
-        mask = _branching_mask(branches, dtype)
+        # a token sees what comes before it in the context and in its own branch
+        queries, keys = branches[:, :, None], branches[:, None, :]
+        visible = ((keys == 0) | (keys == queries)).tril()  # (B, L, L)
+        mask = torch.zeros(visible.shape, dtype=dtype)
+        mask = mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
     predictors = [
         place * length + predictor for place, row in enumerate(rows) for predictor in row.predictors
     ]
@@ -168,11 +161,3 @@ def collate(
         predictors=torch.tensor(predictors, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
     )
-
-
-def _branching_mask(branches: Tensor, dtype: torch.dtype) -> Tensor:
-    """Make the mask that keeps a token from later ones and from other branches, [B, 1, L, L]."""
-    queries, keys = branches[:, :, None], branches[:, None, :]
-    visible = ((keys == 0) | (keys == queries)).tril()  # (B, L, L)
-    mask = torch.zeros(visible.shape, dtype=dtype)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)

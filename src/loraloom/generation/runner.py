@@ -62,7 +62,6 @@ class PrefixCache:
     def remember(
         self, session: Decoding, place: int, salt: Hashable, tokens: Sequence[int]
     ) -> None:
-        """Hold the states of a row's whole blocks that are not held."""
         starts = dict(_keys(salt, tokens))
         missing = [key for key in starts if key not in self._blocks]
         if not missing:
@@ -73,7 +72,6 @@ class PrefixCache:
         self._use([*starts])
 
     def shrink(self, max_tokens: int) -> None:
-        """Let blocks go until at most `max_tokens` are held."""
         while self._blocks and self.num_tokens > max_tokens:
             self._blocks.popitem(last=False)
 
@@ -83,7 +81,6 @@ class PrefixCache:
 
 
 def _keys(salt: Hashable, tokens: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-    """The key of each whole block, and its first token's place."""
     digest = hashlib.blake2b(repr(salt).encode(), digest_size=16).digest()
     for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         block = ",".join(map(str, tokens[start : start + BLOCK_TOKENS]))
@@ -95,8 +92,7 @@ class Runner:
     """The rows that are decoded together, and what is kept of prompts and weights."""
 
     def __init__(self, host: Host, prompt_cache: PromptCache):
-        self.rows: list[Row] = []
-        """In the order of the session."""
+        self.rows: list[Row] = []  # in the order of the session
         self.session: Decoding | None = None
         self.prefixes = PrefixCache()
         self._host = host
@@ -109,7 +105,6 @@ class Runner:
         self._next_serial = count()
 
     def forget(self, adapter: Adapter) -> None:
-        """Let what was made of an adapter's weights go."""
         self._prepared.forget(adapter)
 
     def read(self, row: Row, max_tokens: int) -> None:
@@ -135,7 +130,6 @@ class Runner:
             row.was_read(choices_by_token(routing)[-1])
 
     def join(self, row: Row) -> None:
-        """Let a row that was read be decoded with the others."""
         session, row.session = row.session, None
         assert session is not None
         self._remember(session, 0, row)
@@ -146,7 +140,6 @@ class Runner:
         self.rows.append(row)
 
     def decode(self, record: Record | None) -> None:
-        """Read the last token of all rows."""
         assert self.session is not None
         tokens = torch.tensor([row.new_ids[-1] for row in self.rows], device=self._host.device)
         self._host.decode(self.session, tokens, record)
@@ -166,7 +159,6 @@ class Runner:
             self.session.keep(places)
 
     def take_apart(self, served: Sequence[Row]) -> list[Row]:
-        """End the session of the rows that are decoded, with the weights that were prepared."""
         rows, self.rows, self.session = self.rows, [], None
         self._prepare_anew(served, set())
         return rows
@@ -179,7 +171,6 @@ class Runner:
             self._prepare_anew(served, adapters)
 
     def remember(self, row: Row) -> None:
-        """Keep the states of a decoded row's whole blocks for prompts that begin alike."""
         assert self.session is not None
         self._remember(self.session, self.rows.index(row), row)
 

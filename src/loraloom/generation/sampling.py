@@ -110,7 +110,6 @@ class TokenChooser:
 
 
 def end_tokens(host: Host, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: those of the model's generation config, and EOS."""
     configured = host.model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
@@ -157,7 +156,6 @@ class TextStream:
         return self._settle(fresh, is_last=False)
 
     def finish(self) -> str:
-        """Return what is left when no token follows."""
         return self._settle(self._decode()[len(self._known_text) :], is_last=True)
 
     def _decode(self) -> str:

@@ -25,24 +25,20 @@ PromptCache = Literal["own", "shared", "off"]
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What an engine may use.
-
-    Args:
-        max_rows: Most completions at once.
-        cache_tokens: Size of the key-value cache: rows times tokens of the longest.
-        prefill_tokens: Most tokens of prompts that are read between two decoding steps.
-        max_waiting: Most requests that wait.
-        max_request_s: Seconds after which a request fails, waiting included.
-        prompt_cache: Who may use what is kept of a prompt: whoever sent it, or all; then the time
-            to the first token says what others have sent. With `off`, nothing is kept.
-    """
+    """What an engine may use."""
 
     max_rows: int = 32
+    """Most completions at once."""
     cache_tokens: int = 32768
+    """Size of the key-value cache: rows times tokens of the longest."""
     prefill_tokens: int = 256
+    """Most tokens of prompts that are read between two decoding steps."""
     max_waiting: int = 256
     max_request_s: float = 600.0
+    """Seconds after which a request fails, waiting included."""
     prompt_cache: PromptCache = "own"
+    """Who may use what is kept of a prompt: whoever sent it, or all; then the time to the first
+    token says what others have sent. With `off`, nothing is kept."""
 
 
 class Scheduler:
@@ -70,22 +66,19 @@ class Scheduler:
     def add(self, row: Row, served: Sequence[Row]) -> None:
         """Let a request wait; `served` are the rows under way."""
         shares = {*self._waiting, *(other.share for other in served)}
-        self._enter(row.share.tenant, [share.tenant for share in shares])
-        self._enter(row.share, [share for share in shares if share.tenant == row.share.tenant])
+        tenants = {share.tenant for share in shares}
+        mates = {share for share in shares if share.tenant == row.share.tenant}
+        for newcomer, busy in ((row.share.tenant, tenants), (row.share, mates)):
+            # who comes back after a while has no claim to what it did not use meanwhile
+            if busy and newcomer not in busy:
+                least = min(self._used[other] for other in busy)
+                self._used[newcomer] = max(self._used[newcomer], least)
         self._waiting.setdefault(row.share, deque()).append(row)
 
-    def _enter(self, newcomer: str | Share, busy: Sequence[str | Share]) -> None:
-        # who comes back after a while has no claim to what it did not use meanwhile
-        if busy and newcomer not in busy:
-            least = min(self._used[other] for other in busy)
-            self._used[newcomer] = max(self._used[newcomer], least)
-
     def put_back(self, row: Row) -> None:
-        """Let a row wait that was served already: it is the next of its adapter."""
         self._waiting.setdefault(row.share, deque()).appendleft(row)
 
     def charge(self, share: Share, num_tokens: int) -> None:
-        """Count tokens that were computed."""
         self._used[share.tenant] += num_tokens
         self._used[share] += num_tokens
 
@@ -104,8 +97,15 @@ class Scheduler:
         Nobody overtakes: a request that doesn't fit now is the next one when others have ended.
         """
         row = self._next()
-        if row is None or len(served) >= self.max_rows or not self._may_join(row, served):
+        if row is None or len(served) >= self.max_rows:
             return None
+        if served:
+            adapters = {other.request.adapter_name for other in served}
+            own = row.request.adapter_name
+            if self._suspects & {*adapters, own} and adapters != {own}:
+                return None
+            if self.cached_tokens([*served, row], added=_ROOM) > self.max_tokens:
+                return None
         self.remove(row)
         return row
 
@@ -135,7 +135,6 @@ class Scheduler:
         return leads[max(allowed)] if allowed else None
 
     def greediest(self, served: Sequence[Row]) -> Row:
-        """Choose the row that goes when the cache is full."""
         return max(served, key=lambda row: (*self.used(row.share), row.arrival))
 
     def cached_tokens(self, served: Sequence[Row], added: int = 0) -> int:
@@ -147,18 +146,9 @@ class Scheduler:
         self._suspects |= {row.request.adapter_name for row in rows}
 
     def clear(self, rows: Sequence[Row]) -> None:
-        """Trust the adapters of rows that went well."""
         self._suspects -= {row.request.adapter_name for row in rows}
 
     def _next(self) -> Row | None:
         if not self._waiting:
             return None
         return self._waiting[min(self._waiting, key=self.used)][0]
-
-    def _may_join(self, row: Row, served: Sequence[Row]) -> bool:
-        if not served:
-            return True
-        adapters, own = {other.request.adapter_name for other in served}, row.request.adapter_name
-        if self._suspects & {*adapters, own} and adapters != {own}:
-            return False
-        return self.cached_tokens([*served, row], added=_ROOM) <= self.max_tokens

@@ -71,7 +71,6 @@ def free_memory() -> None:
 
 
 def too_large(item: str) -> DataError:
-    """The error of what does not fit into memory by itself."""
     return DataError(
         f"{item} must fit into memory, it doesn't, even alone; free memory on the device, or load "
         "the base model in bfloat16"
@@ -96,7 +95,6 @@ def in_halves(
 
 
 def tokens_per_batch(host: Host) -> int:
-    """Tokens of a batch, padding included: 1,024 on a CPU, 16,384 elsewhere."""
     return 1024 if host.device.type == "cpu" else 16384
 
 
@@ -156,14 +154,12 @@ def _forward(
     on_routing: OnRouting | None,
     num_top: int,
 ) -> list[TokenScores]:
-    """Score the requests at some places in one forward."""
-    rows = [requests[place][1] for place in places]
+    adapters, rows = zip(*(requests[place] for place in places), strict=True)
     batch = collate(rows, host.dtype, host.device)
-    adapters = [requests[place][0] for place in places]
     output = host.hidden(
         batch.input_ids,
         batch.attention_mask,
-        adapters,
+        list(adapters),
         token_mask=batch.token_mask,
         training=False,
         position_ids=batch.position_ids,
@@ -172,8 +168,8 @@ def _forward(
     heads = owners(rows, adapters)
     log_probs, is_top, *tops = host.token_scores(states, batch.targets, heads, num_top)
     columns = (log_probs[:, None], is_top[:, None], *tops)
-    read = torch.cat([column.double() for column in columns], dim=1).cpu()  # at once
-    scores = [_scores_of(rows, num_top) for rows in read.split([len(row.targets) for row in rows])]
+    read = torch.cat([column.double() for column in columns], dim=1).cpu()  # (N, 2 + 2K), at once
+    scores = [_scores_of(part, num_top) for part in read.split([len(row.targets) for row in rows])]
     if on_routing is not None:  # at the end, when nothing can fail any more
         for name, routing in output.routing.items():
             routed = [place for place in places if requests[place][0] == name]
@@ -182,7 +178,6 @@ def _forward(
 
 
 def _scores_of(read: Tensor, num_top: int) -> TokenScores:
-    """Cut the fields of a row's scores apart, [N, 2 + 2K]."""
     log_probs, is_top, top_log_probs, top_ids = read.split([1, 1, num_top, num_top], dim=1)
     return TokenScores(
         log_probs.squeeze(1), is_top.squeeze(1).bool(), top_log_probs, top_ids.long()
@@ -219,7 +214,7 @@ def score_groups(
     max_tokens: int | None = None,
     on_routing: OnRouting | None = None,
 ) -> list[list[PairScore]]:
-    """Score every continuation of groups; other arguments and errors as in `score_rows`."""
+    """Score every continuation of groups; `wanted` are adapters and places of groups."""
     owned = [(name, row, place) for name, place in wanted for row in groups[place]]
 
     def tell(routed: RoutedRows) -> None:
@@ -234,7 +229,6 @@ def score_groups(
 
 
 def _score_pairs(rows: Group, scores: Sequence[TokenScores]) -> list[PairScore]:
-    """Sum the scores of a group's tokens by continuation."""
     owners = torch.tensor([choice for row in rows for choice in row.choices])
     log_probs = torch.cat([score.log_probs for score in scores])
     misses = torch.cat([~score.is_top for score in scores])

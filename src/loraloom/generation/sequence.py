@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from loraloom.data.tokens import NUM_BEFORE
 from loraloom.errors import AdapterError, LoraloomError
 from loraloom.generation.sampling import SamplingConfig, TextStream, TokenChooser
+from loraloom.generation.scoring import TokenScores
 from loraloom.models.decoding import Decoding
 from loraloom.models.layout import RowAdapter, name_and_scale
 from loraloom.routing.record import RouterChoice
@@ -61,48 +62,36 @@ class Share(NamedTuple):
 class Constraint(Protocol):
     """What tokens may follow one another, such as those of a JSON schema."""
 
-    def allowed(self, num_tokens: int) -> Tensor:
-        """Return which tokens may come next, [V] of booleans on the CPU."""
-        ...
-
-    def accept(self, token: int) -> bool:
-        """Take a token; return whether the text is complete."""
-        ...
+    def allowed(self, num_tokens: int) -> Tensor: ...  # [V] of booleans on the CPU
+    def accept(self, token: int) -> bool: ...  # whether the text is complete
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A completion to make, or a prompt to score.
-
-    Args:
-        adapter: Its name on the host, perhaps with a scale; None is the base model.
-        owner: The model's public name, under which it is counted.
-        place: Which of several completions of the prompt; draws follow from it and the seed.
-        num_logprobs: Most likely tokens to tell with each token; None tells no log-probabilities.
-        ignore_end: End tokens end nothing.
-        constraint: What tokens may follow; it belongs to this request alone.
-        tells_routing: Tell which experts read each token.
-        continues: The text goes on where the prompt's ends, with the space between them.
-        scores_prompt: Generate nothing; tell the log-probabilities of the prompt's own tokens.
-        tenant: Who asks, such as an API key; others share neither its turn nor its prompts.
-        arrived_s: When it came, by the monotonic clock.
-    """
+    """A completion to make, or a prompt to score."""
 
     prompt_ids: Sequence[int]
     adapter: RowAdapter
     owner: str
-    sampling: SamplingConfig
+    """The model's public name, under which it is counted."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     place: int = 0
+    """Which of several completions of the prompt; draws follow from it and the seed."""
     num_logprobs: int | None = None
+    """Most likely tokens to tell with each token; None tells no log-probabilities."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     ignore_end: bool = False
     constraint: Constraint | None = None
+    """What tokens may follow; it belongs to this request alone."""
     tells_routing: bool = False
     continues: bool = False
+    """The text goes on where the prompt's ends, with the space between them."""
     scores_prompt: bool = False
+    """Generate nothing; tell the log-probabilities of the prompt's own tokens."""
     tenant: str = ""
+    """Who asks, such as an API key; others share neither its turn nor its prompts."""
     arrived_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -116,9 +105,8 @@ class GenerationRequest:
     @property
     def is_plain(self) -> bool:
         """Whether the most likely token is taken, whatever came before."""
-        repetition = self.sampling.repetition_penalty != 1
-        is_drawn = self.sampling.temperature > 0
-        return not (self.has_penalties or repetition or is_drawn or self.constraint)
+        changes = self.sampling.temperature > 0 or self.sampling.repetition_penalty != 1
+        return not (changes or self.has_penalties or self.constraint)
 
 
 class TokenLogProb(NamedTuple):
@@ -138,14 +126,10 @@ class TokenRouting(NamedTuple):
 
 @dataclass
 class Piece:
-    """What a step added to a completion.
+    """What a step added to a completion; the last one has a `finish_reason`.
 
-    Args:
-        text: Text that is settled now.
-        num_tokens: Tokens that were generated, the end token included.
-        finish_reason: Why it ended, in the last piece.
-        routing: Of the tokens that were read meanwhile, where it is asked for. A token is read
-            after it was told, so that these are older ones; the last one is never read.
+    `routing` is of the tokens that were read meanwhile: a token is read after it was told, so that
+    these are older ones, and the last one is never read.
     """
 
     text: str
@@ -155,7 +139,6 @@ class Piece:
     routing: list[TokenRouting] = field(default_factory=list)
 
     def add(self, later: Piece) -> None:
-        """Take in what came after it."""
         self.text += later.text
         self.num_tokens += later.num_tokens
         self.log_probs += later.log_probs
@@ -196,20 +179,15 @@ class Row:
         self.share = Share(request.tenant, request.owner)
         self.new_ids: list[int] = []
         self.first_token_s: float | None = None
-        self.seconds = 0.0
-        """From its arrival to its end."""
-        self.arrival = 0
-        """Its place among all requests of the engine."""
+        self.seconds = 0.0  # from its arrival to its end
+        self.arrival = 0  # its place among all requests of the engine
         self.is_cancelled = False
-        self.salt: Hashable = None
-        """What told the adapter's weights from others when its prompt was read."""
-        self.session: Decoding | None = None
-        """While its prompt is read."""
+        self.salt: Hashable = None  # what told the weights from others when its prompt was read
+        self.session: Decoding | None = None  # while its prompt is read
         self.num_read = 0
-        self.num_known = 0
-        """Of the tokens that were read, those that needed no computation."""
+        self.num_known = 0  # of the tokens that were read, those that needed no computation
+        # how long it must be before it gives way to others, so that it was worth the reading
         self.settled_length = 0
-        """How long it must be before it gives way to others, so that it was worth the reading."""
         before = request.prompt_ids[-NUM_BEFORE:] if request.continues else ()
         self._text = TextStream(tokenizer, request.sampling.stop, before)
         self._ends = frozenset() if request.ignore_end else frozenset(end_tokens)
@@ -228,27 +206,40 @@ class Row:
         return [*self.request.prompt_ids, *self.new_ids]
 
     def choose(self, logits: Tensor, most_likely: int) -> int:
-        """Choose the next token."""
-        if self.request.is_plain:
+        request = self.request
+        if request.is_plain:
             return most_likely
-        logits = self._penalised(logits.float())
-        if self.request.constraint is not None:
-            allowed = self.request.constraint.allowed(len(logits)).to(logits.device)
+        logits = logits.float()
+        if request.has_penalties:
+            penalties = defaultdict(float, request.logit_bias)
+            for token, count in self._counts.items():
+                penalties[token] -= request.presence_penalty + request.frequency_penalty * count
+            index = torch.tensor(list(penalties), dtype=torch.long, device=logits.device)
+            logits = logits.index_add(0, index, logits.new_tensor(list(penalties.values())))
+        if request.constraint is not None:
+            allowed = request.constraint.allowed(len(logits)).to(logits.device)
             logits = logits.masked_fill(~allowed, -torch.inf)
         return self._chooser.choose(self.tokens, logits)
 
     def take(self, token: int, logits: Tensor) -> FinishReason | None:
-        """Add a token that was chosen, and tell what follows from it."""
+        request, piece = self.request, self._untold
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         self.new_ids.append(token)
         self._counts[token] += 1
-        piece = self._untold
         piece.num_tokens += 1
-        if self.request.num_logprobs is not None:
-            piece.log_probs.append(log_prob_of(token, logits, self.request.num_logprobs))
+        if request.num_logprobs is not None:
+            log_probs = logits.float().log_softmax(-1)
+            values, ids = log_probs.topk(min(request.num_logprobs, len(log_probs)))
+            top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            piece.log_probs.append(TokenLogProb(token, float(log_probs[token]), top))
         piece.text = self._last_text = "" if token in self._ends else self._text.push(token)
-        reason = self._finish_reason(token)
+        reason: FinishReason | None = None
+        is_complete = request.constraint is not None and request.constraint.accept(token)
+        if token in self._ends or self._text.stopped or is_complete:
+            reason = "stop"
+        elif len(self.new_ids) >= request.sampling.max_new_tokens:
+            reason = "length"
         if reason is not None:
             piece.text += self._text.finish()
             reason = piece.finish_reason = "stop" if self._text.stopped else reason
@@ -263,30 +254,15 @@ class Row:
             self._num_routed = len(self.new_ids)
             self._untold.routing.append(TokenRouting(self._last_text, choices))
 
-    def _finish_reason(self, token: int) -> FinishReason | None:
-        constraint = self.request.constraint
-        is_complete = constraint is not None and constraint.accept(token)
-        if token in self._ends or self._text.stopped or is_complete:
-            return "stop"
-        return "length" if len(self.new_ids) >= self.request.sampling.max_new_tokens else None
-
-    def _penalised(self, logits: Tensor) -> Tensor:
-        request = self.request
-        if not request.has_penalties:
-            return logits
-        penalties = defaultdict(float, request.logit_bias)
-        for token, count in self._counts.items():
-            penalties[token] -= request.presence_penalty + request.frequency_penalty * count
-        index = torch.tensor(list(penalties), dtype=torch.long, device=logits.device)
-        return logits.index_add(0, index, logits.new_tensor(list(penalties.values())))
-
-
-def log_prob_of(token: int, logits: Tensor, num_top: int) -> TokenLogProb:
-    """Compute a token's log-probability from logits, [V], and those of the most likely tokens."""
-    log_probs = logits.float().log_softmax(-1)
-    values, ids = log_probs.topk(min(num_top, len(log_probs)))
-    top = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogProb(token, float(log_probs[token]), top)
+    def was_scored(self, scores: TokenScores) -> None:
+        num_top = self.request.num_logprobs or 0
+        tops = zip(scores.top_ids.tolist(), scores.top_log_probs.tolist(), strict=True)
+        columns = zip(self.request.prompt_ids[1:], scores.log_probs.tolist(), tops, strict=True)
+        entries = [
+            TokenLogProb(token, log_prob, list(zip(ids, values, strict=True))[:num_top])
+            for token, log_prob, (ids, values) in columns
+        ]
+        self.sink(Piece("", 0, entries, "length"))
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -99,7 +99,6 @@ class ServedAdapters:
         self._is_loading = False
 
     def names(self) -> Mapping[str, str]:
-        """Every adapter that may be asked for, and where its files are."""
         with self._lock:
             served, named = list(self._served.values()), dict(self._sources)
         found = {}
@@ -128,7 +127,6 @@ class ServedAdapters:
         return waiter.adapter
 
     def abandon(self, adapter: Future[ServedAdapter]) -> None:
-        """Ask no more for what `request` gave."""
         if not adapter.cancel():
             adapter.add_done_callback(
                 lambda done: None if done.exception() else self.release(done.result())
@@ -136,12 +134,10 @@ class ServedAdapters:
         self._serve_waiters()
 
     def share(self, adapter: ServedAdapter, number: int) -> None:
-        """Let one that is used be released `number` times."""
         with self._lock:
             adapter.num_users += number - 1
 
     def release(self, adapter: ServedAdapter) -> None:
-        """End using an adapter."""
         with self._lock:
             adapter.num_users -= 1
             if adapter.is_leaving and adapter.num_users == 0:
@@ -150,7 +146,6 @@ class ServedAdapters:
         self._serve_waiters()
 
     def load(self, name: str, source: str, *, replace: bool = False) -> None:
-        """Load an adapter from a directory or hub id."""
         check_name(name)
         self._check_free(name, replace=replace)
         directory = self._fetch(source)
@@ -162,7 +157,6 @@ class ServedAdapters:
         self._serve_waiters()
 
     def unload(self, name: str) -> None:
-        """Let an adapter take no more requests, and go when those that it has have ended."""
         with self._lock:
             source, adapter = self._sources.pop(name, None), self._served.pop(name, None)
             if source is None and adapter is None:
@@ -249,7 +243,6 @@ class ServedAdapters:
         return bool(idle)
 
     def _load_for(self, name: str) -> None:
-        """Load an adapter for those that wait for it."""
         try:
             source = self._source_of(name)
             with self._loading:
@@ -320,7 +313,6 @@ class ServedAdapters:
             self._on_removed(removed)  # takes the engine's lock
 
     def _source_of(self, name: str) -> str:
-        """Say where the files of an adapter are."""
         named = self._sources.get(name)
         if named is not None and _files_of(named):
             return named

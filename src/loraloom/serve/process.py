@@ -29,7 +29,6 @@ _ARENA_MAX = -8  # of malloc.h
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

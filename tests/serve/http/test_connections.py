@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 import time
@@ -12,7 +11,7 @@ import pytest
 
 from loraloom.errors import ConfigError
 from loraloom.serve.http import server
-from loraloom.serve.http.server import ConnectionLimits, OnceASecond
+from loraloom.serve.http.server import ConnectionLimits
 from tests.serve.http.in_process import serving
 from tests.serve.http.test_safety import CHAT, error_of, wait_until
 
@@ -103,9 +102,3 @@ def test_connections_fit_the_limit_of_open_files(monkeypatch):
     assert ConnectionLimits().max_connections == 736
     with pytest.raises(ConfigError, match="--max-connections must be at most 736"):
         ConnectionLimits(max_connections=800)
-
-
-def test_messages_of_a_kind_are_written_once_a_second():
-    once = OnceASecond()
-    records = [logging.makeLogRecord({"msg": text}) for text in ("a\n1", "b", "a\n2", "b")]
-    assert [once.filter(record) for record in records] == [True, True, False, False]

@@ -76,11 +76,7 @@ def test_a_seed_gives_the_draws_of_generate(client, host, tokenizer):
     assert texts[0] == texts[1]
     assert texts[0][0] == expected(host, tokenizer, "dora", **settings)
     assert texts[0][0] != texts[0][1]
-
-
-def test_no_seed_draws_anew(client):
-    texts = {chat(client, temperature=1.0).choices[0].message.content for _ in range(3)}
-    assert len(texts) == 3
+    assert len({chat(client, temperature=1.0).choices[0].message.content for _ in range(3)}) == 3
 
 
 def test_several_answers_are_streamed_side_by_side(client):
@@ -130,16 +126,6 @@ def test_completions_stream_and_stop(client):
     assert pieces[-1].finish_reason == "stop"
 
 
-def test_completions_tell_log_probabilities(client):
-    answer = client.completions.create(
-        model="mixlora", prompt="the sky", max_tokens=5, temperature=0, logprobs=2
-    )
-    told = answer.choices[0].logprobs
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == 5
-    for log_prob, top in zip(told.token_logprobs, told.top_logprobs, strict=True):
-        assert log_prob == max(top.values())
-
-
 def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(client, host, tokenizer):
     rows = [tokenizer(text)["input_ids"] for text in ("the sky is blue", "Please choose one", "a")]
     answer = client.completions.create(
@@ -180,11 +166,6 @@ def test_models_are_the_base_and_its_adapters(client, saved):
         client.models.retrieve("nobody")
 
 
-def test_adapters_of_a_directory_are_loaded_when_asked_for(client):
-    lazy, eager = chat(client, "lazy-mixlora"), chat(client, "mixlora")
-    assert lazy.choices[0].message.content == eager.choices[0].message.content
-
-
 def test_adapters_come_and_go(client, saved):
     load = {"lora_name": "late", "lora_path": str(saved / "lazy-lora")}
     client.post("/load_lora_adapter", body=load, cast_to=str)
@@ -205,14 +186,6 @@ def test_an_answer_keeps_to_a_json_schema(client):
         assert said["color"] in ("blue", "red")
         assert isinstance(said["sure"], bool)
         assert answer.choices[0].finish_reason == "stop"
-
-
-def test_tools_are_given_to_the_chat_template(client):
-    counts = [
-        chat(client, **settings).usage.prompt_tokens
-        for settings in ({}, {"tools": [TOOL]}, {"tools": [TOOL], "tool_choice": "none"})
-    ]
-    assert counts[1] > counts[0] == counts[2]
 
 
 def test_a_named_tool_is_called_with_arguments_of_its_schema(client):
@@ -252,25 +225,6 @@ def test_an_answer_may_have_to_be_a_call_of_some_tool(client):
     assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
 
 
-def test_a_tool_whose_schema_is_nested_too_deeply_is_refused(client):
-    schema = {}
-    for _ in range(400):
-        schema = {"properties": {"a": schema}}
-    tool = {"type": "function", "function": {"name": "paint", "parameters": schema}}
-    with pytest.raises(openai.BadRequestError, match="schema"):
-        chat(client, tools=[tool], tool_choice="required")
-
-
-def test_a_conversation_may_hold_calls_of_tools(client):
-    call = {"id": "1", "type": "function", "function": {"name": "paint", "arguments": "{}"}}
-    messages = [
-        *MESSAGES,
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "1", "content": "done"},
-    ]
-    assert chat(client, messages=messages).choices[0].message.content is not None
-
-
 def test_metrics_count_by_model(client, served):
     for _ in range(3):
         chat(client, "mixlora", max_tokens=20)
@@ -308,11 +262,16 @@ def test_metrics_count_by_model(client, served):
         ({"extra_body": {"stream_options": {}}}, "stream_options needs stream"),
         ({"tool_choice": "auto"}, "tool_choice needs tools"),
         ({"extra_body": {"temprature": 1}}, "did you mean 'temperature'"),
-        ({"logit_bias": {"5000": 1}}, "logit_bias must have token ids from 0 to 299"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias: the text must have tokens of the model"),
         ({"n": 0}, "n"),
         ({"stop": [""]}, "stop"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"type": 3}},
+                }
+            },
             "the JSON schema can't be used",
         ),
     ],

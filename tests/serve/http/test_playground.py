@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import httpx2
-import openai
 import pytest
 
 from loraloom.serve.http.app import ApiOptions
@@ -132,15 +131,3 @@ def test_streams_tell_what_whole_answers_do(client):
     )
     assert len(texts.choices[0].routing) == 3
     assert set(whole.routing[0]["routers"][0]) == {"router", "num_experts", "experts", "weights"}
-
-
-def test_models_without_routers_refuse_to_tell(client):
-    for model in (BASE, "lora"):
-        with pytest.raises(openai.BadRequestError) as caught:
-            chat(client, model, extra_body={"routing": True})
-        assert caught.value.body["code"] == "no_routers"
-        assert caught.value.body["param"] == "routing"
-    with pytest.raises(openai.BadRequestError, match="routing needs max_tokens"):
-        client.completions.create(
-            model="mixlora", prompt="a", max_tokens=0, echo=True, extra_body={"routing": True}
-        )

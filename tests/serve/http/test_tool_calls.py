@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from loraloom.serve.http.schemas import Tool
 from loraloom.serve.http.tools import CallStream, call_schema, parse_calls
 
 NAMES = ["paint", "wait"]
@@ -81,7 +80,7 @@ def test_text_is_told_as_it_comes():
 
 
 def as_tool(function):
-    return Tool.model_validate({"type": "function", "function": function})
+    return {"type": "function", "function": function}
 
 
 def test_references_within_a_tools_schema_lead_to_where_it_is_put():

@@ -9,25 +9,26 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+from fastapi import Request
+from openai.types.chat.chat_completion_message_function_tool_call import Function
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from loraloom.config.data import PromptForm
 from loraloom.data.tokens import encode_texts
-from loraloom.errors import DataError, shown
+from loraloom.errors import DataError
 from loraloom.generation.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
 from loraloom.generation.sampling import SamplingConfig, parse_sampling
 from loraloom.generation.sequence import (
     Constraint,
     GenerationRequest,
     Piece,
-    RequestError,
     TokenLogProb,
 )
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
-from loraloom.serve.http.schemas import ChatBody, CompletionBody, FunctionCall, SamplingBody
+from loraloom.serve.http.schemas import ChatBody, CompletionBody, SamplingBody
 from loraloom.serve.http.tools import (
     CallStream,
     Said,
@@ -44,7 +45,6 @@ def generation_requests(
     max_new_tokens: int | None,
     make_constraint: Callable[[], Constraint] | None = None,
 ) -> list[GenerationRequest]:
-    """Make the engine's requests for the completions of a prompt."""
     room = max(1, backend.engine.max_length - len(prompt.prompt_ids))
     sampling = parse_sampling(
         max_new_tokens=room if max_new_tokens is None else max_new_tokens,
@@ -55,19 +55,12 @@ def generation_requests(
         # at temperature 0 the most likely token is among those to draw from, however few
         **({"top_k": body.top_k, "top_p": body.top_p} if body.temperature > 0 else {}),
     )
-    largest = backend.engine.host.config.vocab_size - 1
-    for key in body.logit_bias or {}:
-        if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) <= largest):
-            raise RequestError(
-                f"logit_bias must have token ids from 0 to {largest} as keys, got {shown(key)}",
-                param="logit_bias",
-            )
     request = replace(
         prompt,
         sampling=sampling,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        logit_bias={int(key): bias for key, bias in (body.logit_bias or {}).items()},
+        logit_bias=body.logit_bias or {},
         ignore_end=body.ignore_eos,
         tells_routing=body.routing,
     )
@@ -83,8 +76,8 @@ class ChatExchange(Exchange):
     kind = ("chatcmpl", "chat.completion", "chat.completion.chunk")
     body: ChatBody
 
-    def __init__(self, backend: Backend, body: ChatBody):
-        super().__init__(backend, body)
+    def __init__(self, backend: Backend, body: ChatBody, http: Request):
+        super().__init__(backend, body, http)
         names = body.callable_names
         self._streams = [CallStream(names) for _ in range(body.n)] if names else []
 
@@ -128,7 +121,7 @@ class ChatExchange(Exchange):
     def opening(self) -> list[dict[str, Any]]:
         delta: dict[str, Any] = {"role": "assistant", "content": ""}
         if self.body.named_tool:
-            call = FunctionCall(name=self.body.named_tool)
+            call = Function(name=self.body.named_tool, arguments="")
             delta |= {"content": None, "tool_calls": _called([call], in_pieces=True)}
         return [self._choice(index, "delta", delta) for index in range(self.body.n)]
 
@@ -180,13 +173,12 @@ class ChatExchange(Exchange):
         return {"token": text, "logprob": _finite(log_prob), "bytes": encoded}
 
     def _take_apart(self, text: str) -> Said:
-        """Tell a whole answer's text from its calls."""
         names, named = self.body.callable_names, self.body.named_tool
         if named:
-            return Said("", [FunctionCall(name=named, arguments=text)])
+            return Said("", [Function(name=named, arguments=text)])
         return parse_calls(text, names) if names else Said(text, [])
 
-    def _reason(self, piece: Piece, calls: list[FunctionCall]) -> str | None:
+    def _reason(self, piece: Piece, calls: list[Function]) -> str | None:
         """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
         is_called = calls and not self.body.named_tool and piece.finish_reason == "stop"
         return "tool_calls" if is_called else piece.finish_reason
@@ -198,8 +190,8 @@ class TextExchange(Exchange):
     kind = ("cmpl", "text_completion", "text_completion")
     body: CompletionBody
 
-    def __init__(self, backend: Backend, body: CompletionBody):
-        super().__init__(backend, body)
+    def __init__(self, backend: Backend, body: CompletionBody, http: Request):
+        super().__init__(backend, body, http)
         self._prompts: list[list[int]] = []
         self._offsets: Counter[int] = Counter()
 
@@ -281,7 +273,6 @@ class TextExchange(Exchange):
     def _log_probs(
         self, entries: Sequence[TokenLogProb], offset: int, first: int | None
     ) -> dict[str, Any]:
-        """Log-probabilities in the older form."""
         text_of, unknown = self.backend.token_text, [] if first is None else [None]
         ids = [*([] if first is None else [first]), *(entry.token for entry in entries)]
         texts = [text_of(token) for token in ids]
@@ -310,7 +301,7 @@ def encode_chat(
     plain = Prompt(messages, origin="messages")
     if not body.tools or body.tool_choice == "none":
         return encode_prompt(tokenizer, plain, form)
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    tools: list[Any] = list(body.tools)
     encoded = encode_prompt(tokenizer, replace(plain, tools=tools), form)
     if encoded == encode_prompt(tokenizer, plain, form):
         raise DataError(
@@ -321,19 +312,20 @@ def encode_chat(
 
 
 def _schema(body: ChatBody) -> dict[str, Any] | None:
-    """The JSON schema that the answer must keep to."""
     tools = body.tools or ()
     if body.named_tool:
-        return arguments_schema(next(one for one in tools if one.function.name == body.named_tool))
+        return arguments_schema(
+            next(one for one in tools if one["function"]["name"] == body.named_tool)
+        )
     if body.tool_choice == "required":
         try:
             return call_schema(tools)
         except RecursionError:
             raise DataError("a tool's schema must not be nested so deeply") from None
-    return None if body.response_format is None else body.response_format.schema_of_answer
+    return body.schema_of_answer
 
 
-def _called(calls: list[FunctionCall], *, in_pieces: bool = False) -> list[dict[str, Any]]:
+def _called(calls: list[Function], *, in_pieces: bool = False) -> list[dict[str, Any]]:
     return [
         {**({"index": place} if in_pieces else {}), "id": f"call-{secrets.token_hex(12)}"}
         | {"type": "function", "function": call.model_dump()}

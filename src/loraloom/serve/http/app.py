@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,6 @@ import loraloom
 from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.generation.engine import Engine
 from loraloom.generation.sequence import RequestError, Row, log_failure
-from loraloom.routing.record import describe_router
 from loraloom.serve.adapters import ServedAdapters
 from loraloom.serve.http.answers import ChatExchange, TextExchange
 from loraloom.serve.http.bridge import Backend
@@ -70,6 +69,21 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+_COUNTERS: dict[str, tuple[str, list[str]]] = {
+    "steps": ("Steps of the engine.", []),
+    "preemptions": ("Rows sent back to the queue for others.", []),
+    "prompt_tokens": ("Tokens of prompts.", ["model"]),
+    "prompt_tokens_cached": ("Those known from prompts before.", ["model"]),
+    "generated_tokens": ("Tokens that were chosen.", ["model"]),
+    "http_responses": ("Answers.", ["path", "status"]),
+    "closed_connections": ("Closed on slow clients.", ["reason"]),
+    "requests": ("Requests that have ended.", ["model", "outcome"]),
+    "expert_tokens": (
+        "How often a mixture's experts were chosen, in one of 16 decoding steps.",
+        ["model", "router", "expert"],
+    ),
+}
+"""Name of a counter -> what it counts, and its labels."""
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -104,7 +118,6 @@ def create_app(
     adapters: ServedAdapters,
     options: ApiOptions | None = None,
 ) -> FastAPI:
-    """Make the application; the engine runs in a thread of its own while it is up."""
     options = options or ApiOptions()
     backend = Backend(engine, adapters, copy.deepcopy(tokenizer))
 
@@ -163,12 +176,12 @@ def _add_completions(app: FastAPI, backend: Backend) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        return await ChatExchange(backend, body).respond(request)
+        return await ChatExchange(backend, body, request).respond()
 
     @app.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue texts."""
-        return await TextExchange(backend, body).respond(request)
+        return await TextExchange(backend, body, request).respond()
 
 
 def _add_models(app: FastAPI, backend: Backend) -> None:
@@ -287,7 +300,6 @@ class Metrics(Collector):
         engine.on_end = self._observe
 
     def text(self) -> bytes:
-        """All numbers in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _observe(self, row: Row) -> None:
@@ -296,7 +308,6 @@ class Metrics(Collector):
             self._first_token.labels(row.owner).observe(row.first_token_s - row.request.arrived_s)
 
     def collect(self) -> Iterator[Any]:
-        """Give the numbers that are counted elsewhere."""
         engine, counts = self._engine, self._engine.counts
         for name, text, value in (
             ("requests_running", "Completions that are being made.", engine.num_running),
@@ -306,29 +317,12 @@ class Metrics(Collector):
             ("cache_tokens_kept", "Tokens of prompts kept for others.", engine.prefix_tokens),
         ):
             yield GaugeMetricFamily(f"loraloom_{name}", text, value)
-        experts = {
-            (model, describe_router(router), expert): number
-            for model, chosen in list(counts.expert_tokens.items())
-            for (router, expert), number in list(chosen.items())
-        }
-        columns: list[tuple[str, str, list[str], Mapping[Any, int]]] = [
-            ("steps", "Steps of the engine.", [], {(): counts.num_steps}),
-            ("preemptions", "Rows sent back to the queue.", [], {(): counts.num_preempted}),
-            ("prompt_tokens", "Tokens of prompts.", ["model"], counts.prompt_tokens),
-            ("prompt_tokens_cached", "Those known before.", ["model"], counts.cached_tokens),
-            ("generated_tokens", "Tokens that were chosen.", ["model"], counts.generated_tokens),
-            ("http_responses", "Answers.", ["path", "status"], self.answers),
-            ("closed_connections", "Closed on slow clients.", ["reason"], self.closed),
-            ("requests", "Requests that have ended.", ["model", "outcome"], counts.requests),
-            (
-                "expert_tokens",
-                "How often a mixture's experts were chosen, in one of 16 decoding steps.",
-                ["model", "router", "expert"],
-                experts,
-            ),
-        ]
-        for name, text, labels, values in columns:
+        kept: dict[str, dict[Any, int]] = {"http_responses": self.answers.copy()}
+        kept["closed_connections"] = {(reason,): n for reason, n in self.closed.copy().items()}
+        for (name, *labels), number in counts.copy().items():
+            kept.setdefault(name, {})[tuple(labels)] = number
+        for name, (text, labels) in _COUNTERS.items():
             family = CounterMetricFamily(f"loraloom_{name}", text, labels=labels)
-            for key, number in list(values.items()):  # the engine counts on meanwhile
-                family.add_metric([key] if isinstance(key, str) else list(map(str, key)), number)
+            for key, number in kept.get(name, {} if labels else {(): 0}).items():
+                family.add_metric(list(map(str, key)), number)
             yield family

@@ -12,13 +12,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.data.tokens import text_of_token
@@ -53,34 +52,26 @@ class Backend:
         self.engine = engine
         self.adapters = adapters
         self.tokenizer = tokenizer
-        self._token_texts: dict[int, str] = {}
+        self.token_text = cache(partial(text_of_token, tokenizer))
 
     @cached_property
     def mailbox(self) -> Mailbox:
-        """Of the event loop that the routes run on."""
         return Mailbox(asyncio.get_running_loop())
 
     @cached_property
-    def constraints(self) -> JsonConstraints:
-        """Made when a schema is first asked for, which takes a second."""
+    def constraints(self) -> JsonConstraints:  # when a schema is first asked for: takes a second
         host = self.engine.host
         ends = end_tokens(host, self.tokenizer)
         return JsonConstraints(self.tokenizer, host.config.vocab_size, ends)
-
-    def token_text(self, token: int) -> str:
-        """The text of a token alone."""
-        if token not in self._token_texts:
-            self._token_texts[token] = text_of_token(self.tokenizer, token)
-        return self._token_texts[token]
 
     async def acquire(
         self, model: str, gone: asyncio.Task[None]
     ) -> tuple[ServedAdapter, RowAdapter]:
         """Begin to use the adapter that a model's name says, as soon as it is there."""
-        name, colon, text = model.partition(":")
-        if model == self.adapters.base_name:
+        base, (name, colon, text) = self.adapters.base_name, model.partition(":")
+        if model == base:
             name, colon = model, ""
-        elif name == self.adapters.base_name:
+        elif name == base:
             raise RequestError(
                 "the base model has no scale, which is of what an adapter adds; ask for its name "
                 "alone",
@@ -101,8 +92,7 @@ class Backend:
 
     async def _wait_for(self, name: str, gone: asyncio.Task[None]) -> ServedAdapter:
         loading = self.adapters.request(name)
-        adapter = asyncio.wrap_future(loading)
-        limit_s = self.engine.limits.max_request_s
+        adapter, limit_s = asyncio.wrap_future(loading), self.engine.limits.max_request_s
         try:
             done, _ = await asyncio.wait(
                 {adapter, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
@@ -113,229 +103,9 @@ class Backend:
             if not adapter.done():
                 self.adapters.abandon(loading)
         if gone in done:
-            raise _gone_error()
+            raise _client_gone()
         late = f"the model {shown(name)} must be loaded in {limit_s:g} seconds"
         raise RequestError(late, "timeout")
-
-
-class Mailbox:
-    """Hands things from the engine's thread to tasks of an event loop, those of a step together.
-
-    Each call into the loop takes some 20 µs of a core from those that compute.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._sent: deque[tuple[asyncio.Queue[Any], Any]] = deque()
-        self._is_called = False
-
-    def put(self, queue: asyncio.Queue[Any], item: object) -> None:
-        """Put something into a queue of the loop."""
-        self._sent.append((queue, item))
-        if self._is_called:
-            return
-        self._is_called = True
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
-            self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._is_called = False  # first, so that what comes meanwhile is not lost
-        while self._sent:
-            queue, item = self._sent.popleft()
-            queue.put_nowait(item)
-
-
-class Exchange(ABC):
-    """A request for completions: what the engine is asked for, and how its answers are written."""
-
-    kind: tuple[str, str, str]
-    """The beginning of ids, the object of a whole answer and that of a chunk."""
-    num_prompt = 0
-
-    def __init__(self, backend: Backend, body: SamplingBody):
-        self.backend = backend
-        self.body = body
-
-    @property
-    @abstractmethod
-    def num_requests(self) -> int:
-        """Of the engine's, that come of it."""
-
-    @abstractmethod
-    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
-        """What the engine is asked for; done in a thread."""
-
-    @abstractmethod
-    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
-        """Whole answers; done in a thread."""
-
-    @abstractmethod
-    def opening(self) -> list[dict[str, Any]]:
-        """Choices of chunks that come before all answers."""
-
-    @abstractmethod
-    def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Choices of the chunks in which a piece of an answer is told."""
-
-    async def respond(self, http: Request) -> Response:
-        """Answer at once or in pieces."""
-        body, state, most = self.body, http.state, self.backend.engine.limits.max_waiting
-        state.model = body.model
-        if self.num_requests > most:  # it could be told to come back for ever
-            raise RequestError(
-                f"a request must ask for at most {most} completions, prompts to be scored "
-                f"included, got {self.num_requests}; send several"
-            )
-        answers = Answers(self.backend, http, in_pieces=body.stream)
-        await answers.ask(self)
-        prefix, whole, chunk = self.kind
-        frame = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
-            "object": chunk if body.stream else whole,
-            "created": int(time.time()),
-            "model": body.model,
-        }
-        if body.stream:
-            return EventStream(answers, self._chunks(answers, frame))
-        collected = await answers.collect()
-        choices = await run_in_threadpool(self.choices, collected)
-        return JSONResponse({**frame, "choices": choices, "usage": self._usage(answers)})
-
-    async def _chunks(
-        self, answers: Answers, frame: dict[str, Any]
-    ) -> AsyncIterator[dict[str, Any]]:
-        if self.body.includes_usage:
-            frame["usage"] = None
-        for choice in self.opening():
-            yield {**frame, "choices": [choice]}
-        async for index, piece in answers.pieces():
-            for choice in self.chunk(index, piece):
-                yield {**frame, "choices": [choice]}
-        if self.body.includes_usage:
-            yield {**frame, "choices": [], "usage": self._usage(answers)}
-
-    def _usage(self, answers: Answers) -> dict[str, int]:
-        num_new = answers.num_new
-        return {
-            "prompt_tokens": self.num_prompt,
-            "completion_tokens": num_new,
-            "total_tokens": self.num_prompt + num_new,
-        }
-
-
-class Answers:
-    """The completions of one HTTP request while they are made; they end when its client goes.
-
-    Each piece is told as it comes, or `in_pieces=False` all when a completion has ended.
-    """
-
-    def __init__(self, backend: Backend, http: Request, *, in_pieces: bool):
-        self.num_new = 0
-        self._backend = backend
-        self._mailbox = backend.mailbox  # made here, in the event loop's thread
-        self._http = http
-        self._in_pieces = in_pieces
-        self._arrived_s = time.monotonic()
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._rows: list[Row] = []
-        self._num_open = 0
-        self._gone = asyncio.create_task(self._until_disconnected())
-        failure = (0, Failure(_gone_error()))
-        self._gone.add_done_callback(lambda _: self._queue.put_nowait(failure))
-
-    async def ask(self, exchange: Exchange) -> None:
-        """Hand the engine what a model is asked for."""
-        engine, adapters = self._backend.engine, self._backend.adapters
-        tenant = self._http.scope.get(TENANT, "")
-        try:
-            with engine.accepting():
-                served, adapter = await self._backend.acquire(exchange.body.model, self._gone)
-                release, num_uses = partial(adapters.release, served), 1
-                try:
-                    requests = await run_in_threadpool(exchange.requests, adapter, served.name)
-                    self._http.state.num_prompt = exchange.num_prompt
-                    num_uses = self._num_open = len(requests)
-                    adapters.share(served, num_uses)
-                    for index, request in enumerate(requests):
-                        request = replace(request, tenant=tenant, arrived_s=self._arrived_s)
-                        sink = partial(self._tell, index, None if self._in_pieces else Piece("", 0))
-                        self._rows.append(engine.submit(request, sink, release, is_accepted=True))
-                except BaseException:
-                    for _ in range(num_uses - len(self._rows)):
-                        release()
-                    raise
-        except BaseException:
-            self.close()
-            raise
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Give each piece with the place of its request, until all have ended."""
-        while self._num_open:
-            index, event = await self._queue.get()
-            if isinstance(event, Failure):
-                raise event.error
-            self._num_open -= event.finish_reason is not None
-            self.num_new += event.num_tokens
-            self._http.state.num_new = self.num_new
-            yield index, event
-
-    async def collect(self) -> list[Piece]:
-        """Wait for all completions, and prompts that are scored."""
-        try:
-            whole = {index: piece async for index, piece in self.pieces()}
-        finally:
-            self.close()
-        return [whole[index] for index in sorted(whole)]
-
-    def close(self) -> None:
-        """End all that have not ended."""
-        self._gone.cancel()
-        for row in self._rows:
-            self._backend.engine.cancel(row)
-
-    async def _until_disconnected(self) -> None:
-        while (await self._http.receive())["type"] != "http.disconnect":
-            pass
-
-    def _tell(self, index: int, whole: Piece | None, event: Event) -> None:
-        """Take an event in the engine's thread."""
-        if whole is not None and isinstance(event, Piece):
-            whole.add(event)
-            if event.finish_reason is None:
-                return
-            event = whole
-        self._mailbox.put(self._queue, (index, event))
-
-
-class EventStream(StreamingResponse):
-    """Objects as server-sent events; the answers are closed whatever becomes of the client."""
-
-    def __init__(self, answers: Answers, objects: AsyncIterator[dict[str, Any]]):
-        headers = {"Cache-Control": "no-cache"}
-        super().__init__(as_events(objects), media_type="text/event-stream", headers=headers)
-        self._answers = answers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answers.close()
-
-
-async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Write objects as server-sent events; an error is the last one."""
-    try:
-        async for value in objects:
-            yield f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-    except Exception as error:
-        if not isinstance(error, RequestError):
-            log_failure("a stream failed", error)
-        yield f"data: {bytes(answer_to(error).body).decode()}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-def _gone_error() -> RequestError:
-    return RequestError("the client has gone", "client_gone")
 
 
 def _scale(text: str) -> float:
@@ -350,3 +120,187 @@ def _scale(text: str) -> float:
             param="model",
         )
     return scale
+
+
+def _client_gone() -> RequestError:
+    return RequestError("the client has gone", "client_gone")
+
+
+class Mailbox:
+    """Hands things from the engine's thread to tasks of an event loop, those of a step together.
+
+    Each call into the loop takes some 20 µs of a core from those that compute.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._sent: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._is_called = False
+
+    def put(self, queue: asyncio.Queue[Any], item: object) -> None:
+        self._sent.append((queue, item))
+        if not self._is_called:
+            self._is_called = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_called = False  # first, so that what comes meanwhile is not lost
+        while self._sent:
+            queue, item = self._sent.popleft()
+            queue.put_nowait(item)
+
+
+class Exchange(ABC):
+    """A request for completions, and its answers while they are made; they end with its client."""
+
+    kind: tuple[str, str, str]
+    """The beginning of ids, the object of a whole answer and that of a chunk."""
+
+    def __init__(self, backend: Backend, body: SamplingBody, http: Request):
+        self.backend = backend
+        self.body = body
+        self.num_prompt = 0
+        self._num_new = 0
+        self._http = http
+        self._mailbox = backend.mailbox  # made here, in the event loop's thread
+        self._arrived_s = time.monotonic()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._rows: list[Row] = []
+        self._num_open = 0
+        self._gone = asyncio.create_task(self._until_disconnected())
+        self._gone.add_done_callback(self._end)
+
+    @property
+    @abstractmethod
+    def num_requests(self) -> int:
+        """How many requests of the engine come of it."""
+
+    @abstractmethod
+    def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
+        """What the engine is asked for; made in a thread."""
+
+    @abstractmethod
+    def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
+        """Whole answers; made in a thread."""
+
+    @abstractmethod
+    def opening(self) -> list[dict[str, Any]]:
+        """Choices of chunks that come before all answers."""
+
+    @abstractmethod
+    def chunk(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """Choices of the chunks in which a piece of an answer is told."""
+
+    async def respond(self) -> Response:
+        """Answer at once or in pieces."""
+        body = self.body
+        try:
+            await self._ask()
+            prefix, whole, chunk = self.kind
+            frame = {
+                "id": f"{prefix}-{secrets.token_hex(12)}",
+                "object": chunk if body.stream else whole,
+                "created": int(time.time()),
+                "model": body.model,
+            }
+            if body.stream:
+                events, headers = as_events(self._chunks(frame)), {"Cache-Control": "no-cache"}
+                return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            answers = {index: piece async for index, piece in self._pieces()}
+            in_order = [answers[index] for index in sorted(answers)]
+            choices = await run_in_threadpool(self.choices, in_order)
+            return JSONResponse({**frame, "choices": choices, "usage": self._usage()})
+        finally:
+            if not body.stream or not self._num_open:
+                self._gone.cancel()
+
+    async def _ask(self) -> None:
+        """Hand the engine what a model is asked for."""
+        engine, adapters, state = self.backend.engine, self.backend.adapters, self._http.state
+        state.model, most = self.body.model, engine.limits.max_waiting
+        if self.num_requests > most:  # it could be told to come back for ever
+            raise RequestError(
+                f"a request must ask for at most {most} completions, prompts to be scored "
+                f"included, got {self.num_requests}; send several"
+            )
+        tenant = self._http.scope.get(TENANT, "")
+        with engine.accepting():
+            served, adapter = await self.backend.acquire(self.body.model, self._gone)
+            release, num_uses = partial(adapters.release, served), 1
+            try:
+                requests = await run_in_threadpool(self.requests, adapter, served.name)
+                state.num_prompt, num_uses = self.num_prompt, len(requests)
+                adapters.share(served, num_uses)
+                for index, request in enumerate(requests):
+                    request = replace(request, tenant=tenant, arrived_s=self._arrived_s)
+                    whole = None if self.body.stream else Piece("", 0)
+                    sink = partial(self._tell, index, whole)
+                    self._rows.append(engine.submit(request, sink, release, is_accepted=True))
+            except BaseException:
+                for _ in range(num_uses - len(self._rows)):
+                    release()
+                raise
+            self._num_open = len(requests)
+
+    def _tell(self, index: int, whole: Piece | None, event: Event) -> None:
+        """Take an event in the engine's thread; an answer that is not streamed, when it ended."""
+        if whole is not None and isinstance(event, Piece):
+            whole.add(event)
+            if event.finish_reason is None:
+                return
+            event = whole
+        self._mailbox.put(self._queue, (index, event))
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        while self._num_open:
+            index, event = await self._queue.get()
+            if isinstance(event, Failure):
+                raise event.error
+            self._num_open -= event.finish_reason is not None
+            self._num_new += event.num_tokens
+            self._http.state.num_new = self._num_new
+            yield index, event
+
+    async def _chunks(self, frame: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        try:
+            if self.body.includes_usage:
+                frame["usage"] = None
+            for choice in self.opening():
+                yield {**frame, "choices": [choice]}
+            async for index, piece in self._pieces():
+                for choice in self.chunk(index, piece):
+                    yield {**frame, "choices": [choice]}
+            if self.body.includes_usage:
+                yield {**frame, "choices": [], "usage": self._usage()}
+        finally:
+            self._gone.cancel()
+
+    def _usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self._num_new,
+            "total_tokens": self.num_prompt + self._num_new,
+        }
+
+    async def _until_disconnected(self) -> None:
+        while (await self._http.receive())["type"] != "http.disconnect":
+            pass
+
+    def _end(self, gone: asyncio.Task[None]) -> None:
+        """End all that have not ended: the client has gone, or wants no more."""
+        for row in self._rows:
+            self.backend.engine.cancel(row)
+        self._queue.put_nowait((0, Failure(_client_gone())))
+
+
+async def as_events(objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Write objects as server-sent events; an error is the last one."""
+    try:
+        async for value in objects:
+            yield f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    except Exception as error:
+        if not isinstance(error, RequestError):
+            log_failure("a stream failed", error)
+        yield f"data: {bytes(answer_to(error).body).decode()}\n\n"
+    yield "data: [DONE]\n\n"

@@ -82,7 +82,6 @@ def error_response(
 
 
 def answer_to(error: Exception) -> JSONResponse:
-    """The response that an error of the engine or of loraloom becomes."""
     match error:
         case RequestError(code=code, retry_after_s=seconds):
             headers = {"Retry-After": str(seconds)} if seconds else None
@@ -96,7 +95,6 @@ def answer_to(error: Exception) -> JSONResponse:
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Let an application answer every error with an object."""
 
     def of_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

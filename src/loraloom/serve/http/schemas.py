@@ -6,22 +6,18 @@ import json
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from openai.types import chat, shared_params
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from loraloom.config.fields import StrictModel
 from loraloom.errors import shown
 
+Tool = chat.ChatCompletionFunctionToolParam
+NamedTool = chat.ChatCompletionNamedToolChoiceParam
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 _NumTop = Annotated[int, Field(ge=0, le=20)]
-
-
-class StreamOptions(StrictModel):
-    """What a stream has besides text."""
-
-    include_usage: bool = False
-    """Send a last piece with the numbers of tokens."""
 
 
 class SamplingBody(StrictModel):
@@ -40,11 +36,11 @@ class SamplingBody(StrictModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=1000
     )
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: chat.ChatCompletionStreamOptionsParam | None = None
     ignore_eos: bool = False
     """End tokens end nothing."""
     routing: bool = False
@@ -73,7 +69,7 @@ class SamplingBody(StrictModel):
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return bool((self.stream_options or {}).get("include_usage"))
 
     @model_validator(mode="after")
     def _check_stream_options(self):
@@ -82,100 +78,25 @@ class SamplingBody(StrictModel):
         return self
 
 
-class Turned(BaseModel):
-    """A part of a conversation, in which clients may leave what they add to answers."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class FunctionCall(Turned):
-    """A call that an assistant made."""
-
-    name: _Name
-    arguments: str = ""
-
-
-class ToolCall(Turned):
-    """A call of a tool."""
-
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class TextPart(Turned):
-    """A part of a message; only texts are understood."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Turned):
-    """A turn of a conversation."""
+class ChatMessage(BaseModel):
+    """A turn of a conversation; what clients add to answers is ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[chat.ChatCompletionContentPartTextParam] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[chat.ChatCompletionMessageFunctionToolCallParam] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
 
     def as_turn(self) -> dict[str, Any]:
-        """The turn as chat templates read it."""
-        turn = self.model_dump(exclude_none=True)
-        content = self.content or ""
+        turn, content = self.model_dump(exclude_none=True), self.content or ""
         if not isinstance(content, str):
-            content = "".join(part.text for part in content)
+            content = "".join(part["text"] for part in content)
         for call in turn.get("tool_calls", ()):
             with suppress(ValueError, RecursionError):  # templates write arguments as JSON again
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         return {**turn, "content": content}
-
-
-class FunctionDefinition(StrictModel):
-    """A function that a model may call."""
-
-    name: _Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(StrictModel):
-    """A tool that a model may call."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class JsonSchema(StrictModel):
-    """A schema that the answer keeps to."""
-
-    name: str = "answer"
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(StrictModel):
-    """What the answer must be."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _check_schema(self):
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with the type json_schema, and must be there then")
-        return self
-
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer keeps to; None for any text."""
-        if self.json_schema is not None:
-            return self.json_schema.schema_
-        return {"type": "object"} if self.type == "json_object" else None
 
 
 class ChatBody(SamplingBody):
@@ -188,10 +109,17 @@ class ChatBody(SamplingBody):
     """Another name for max_tokens."""
     logprobs: bool = False
     top_logprobs: _NumTop | None = None
-    response_format: ResponseFormat | None = None
+    response_format: (
+        shared_params.ResponseFormatText
+        | shared_params.ResponseFormatJSONObject
+        | shared_params.ResponseFormatJSONSchema
+        | None
+    ) = None
     tools: list[Tool] | None = Field(None, min_length=1)
     """Given to the chat template."""
-    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"] | chat.ChatCompletionNamedToolChoiceParam | None
+    ) = None
     """`none` leaves the tools out; `required` makes the answer a call of one of them, and a named
     function is called, both with arguments of the function's schema."""
     parallel_tool_calls: bool | None = None
@@ -205,13 +133,14 @@ class ChatBody(SamplingBody):
             raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice needs tools")
-        names = [tool.function.name for tool in self.tools or ()]
+        names = [tool["function"]["name"] for tool in self.tools or ()]
         if self.named_tool not in (None, *names):
             raise ValueError(
                 f"tool_choice must name one of the tools {names}, got {shown(self.named_tool)}"
             )
-        has_form = self.response_format is not None and self.response_format.type != "text"
-        if has_form and (self.named_tool or self.tool_choice == "required"):
+        if self.schema_of_answer is not None and (
+            self.named_tool or self.tool_choice == "required"
+        ):
             raise ValueError(
                 "response_format and a tool_choice that must be called exclude each other"
             )
@@ -219,15 +148,24 @@ class ChatBody(SamplingBody):
 
     @property
     def named_tool(self) -> str | None:
-        """The tool that must be called."""
-        return self.tool_choice.function.name if isinstance(self.tool_choice, Tool) else None
+        choice = self.tool_choice
+        return choice["function"]["name"] if isinstance(choice, dict) else None
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        match self.response_format:
+            case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+                return schema
+            case {"type": "json_schema" | "json_object"}:
+                return {"type": "object"}
+        return None
 
     @property
     def callable_names(self) -> list[str]:
         """Names of the tools whose calls are looked for in the answer."""
         if self.tool_choice == "none" or self.named_tool:
             return []
-        return [tool.function.name for tool in self.tools or ()]
+        return [tool["function"]["name"] for tool in self.tools or ()]
 
 
 class CompletionBody(SamplingBody):
@@ -260,12 +198,10 @@ class CompletionBody(SamplingBody):
 
     @property
     def is_scored(self) -> bool:
-        """Whether the prompts' own tokens are told with log-probabilities."""
         return self.echo and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """Each prompt, as text or tokens."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):

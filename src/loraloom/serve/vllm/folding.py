@@ -59,7 +59,6 @@ class Folder:
         self._layers = [_weightless(layer) for layer in layers]
 
     def fold(self, path_or_hub_id: str | Path) -> FoldedAdapter:
-        """Read an adapter and fold it."""
         stored = read_stored(find_adapter(path_or_hub_id))
         refuse_own_parts(stored.config, stored.source, "be served by vLLM")
         _check_needs_no_weights(stored)
@@ -73,7 +72,6 @@ class Folder:
 
 @torch.no_grad()
 def fold(adapter: Adapter, layers_path: str, source: str) -> FoldedAdapter:
-    """Fold an adapter that is in memory."""
     tensors: dict[str, Tensor] = {}
     rank, top_k = 1, None
     for layer in adapter.base_layers:

@@ -38,7 +38,6 @@ def choose(
     adapters: Int[Tensor, " T"],
     num_slots: int,
 ) -> Choice:
-    """Choose each token's experts, as its own adapter's router does."""
     own = described.index_select(0, adapters.clamp_min(0)).float()  # (T, 2, S)
     num_experts, top_k = own[:, 1, 0, None], own[:, 1, 1, None]
     room = scores.shape[1] // PIECES
@@ -92,7 +91,6 @@ class MixtureFfn(nn.Module):
     sum_over_devices: Callable[[Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the block for tokens of all adapters, [T, D]."""
         gate_up, _ = self.gate_up_proj.base_layer(x)
         hidden, rank_space = torch.ops.loraloom.mix_experts(
             x, gate_up, self.down_proj.input_size, _rank(self.router), self.place
@@ -121,7 +119,6 @@ class MixtureFfn(nn.Module):
         )
 
     def add_update(self, output: Tensor, rank_space: Tensor) -> Tensor:
-        """Add the output projection's update, [T, D]."""
         if self.down_proj.punica_wrapper.no_lora:
             return output.clone()
         is_base = _adapters(self.down_proj, len(output)).unsqueeze(1) < 0
@@ -176,7 +173,6 @@ def _own(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
 
 
 def define_operations(block_at: Callable[[str], MixtureFfn]) -> None:
-    """Make the operations known to torch; once in a process."""
 
     def mix_experts(
         x: Tensor, gate_up: Tensor, hidden_size: int, rank: int, place: str

@@ -55,7 +55,6 @@ _BLOCKS = (llama.LlamaMLP, mistral.MistralMLP, qwen2.Qwen2MLP, gemma2.Gemma2MLP)
 
 @cache
 def install() -> None:
-    """Take hold of vLLM, once in a process."""
     define_operations(lambda place: forward_context.get_forward_context().no_compile_layers[place])
     for manager in (WorkerLoRAManager, LRUCacheWorkerLoRAManager):
         manager.create_lora_manager = _with_routers(manager.create_lora_manager)
@@ -163,7 +162,6 @@ def _with_folding(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _load_folded(manager: Any, request: Any) -> Any:
-    """Read one of our adapters as vLLM reads a LoRA."""
     try:
         folded = Folder(manager.loraloom_base).fold(request.lora_path)
     except LoraloomError as error:
