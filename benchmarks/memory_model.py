@@ -24,8 +24,8 @@ from loraloom.data.tokens import NO_LOSS, Example
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
-from loraloom.training.fitting import RoundRunner
 from loraloom.training.job import Job
+from loraloom.training.rounds import RoundRunner
 from loraloom.training.settings import JobConfig
 
 STEPS = 3

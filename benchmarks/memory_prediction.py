@@ -17,10 +17,10 @@ from torch import Tensor
 
 from loraloom.data.tokens import first_fit
 from loraloom.models.host import Host
+from loraloom.models.quantization import stored_weights
 from loraloom.models.sharding import gathered_weights
 from loraloom.training.job import Job
-from loraloom.training.memory import (
-    _base_tensors,
+from loraloom.training.rounds import (
     _bytes_of,
     _in_gb,
     _loss_bytes,
@@ -182,7 +182,8 @@ def _watch(host: Host, job: Job) -> ForwardCost:
 
 def kept_bytes(host: Host, job: Job, rows: int, length: int) -> int:
     """Count the storages that autograd keeps in a forward of rows with padding."""
-    weights = [*_base_tensors(host), *job.adapter.parameters()]
+    base = [weight for _, weight in stored_weights(host.model)]
+    weights = [*base, *host.model.buffers(), *job.adapter.parameters()]
     known = _storages(weights).keys()
     kept: dict[int, int] = {}
 

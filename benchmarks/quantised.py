@@ -29,7 +29,7 @@ from benchmarks.memory_prediction import MemoryPrediction, predict_memory
 from loraloom.models.host import Host
 from loraloom.models.loading import load_base_model
 from loraloom.models.quantization import quantised_linears, stored_weights
-from loraloom.training.fitting import RoundRunner
+from loraloom.training.rounds import RoundRunner
 
 BITS: dict[str, tuple[float, float]] = {
     "none": (16.0, 0.0),

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraloom.training.outputs import RunDirectory
 from loraloom.training.settings import (
     LrScheduler,
     OptimizerConfig,
@@ -21,6 +20,7 @@ from loraloom.training.settings import (
     load_run_config,
 )
 from loraloom.training.step.optimizers import rehearse
+from loraloom.training.store import RunDirectory
 from loraloom.training.tracking import check_trackers
 from tests.fuzz.harness import EXTREMES, broken_bytes, fuzz, mutated, survives
 

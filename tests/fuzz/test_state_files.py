@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 import loraloom
 from loraloom.training.builder import JobBuilder
-from loraloom.training.checkpoint import MANIFEST, SnapshotStore
 from loraloom.training.client import TrainingClient
 from loraloom.training.engine import Engine
 from loraloom.training.inbox import Inbox, WatchOptions
-from loraloom.training.lead import Lead
+from loraloom.training.parallel import Lead
 from loraloom.training.progress import Progress
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
+from loraloom.training.store import MANIFEST, CheckpointStore
 from tests.fuzz.harness import EXTREMES, broken_bytes, fuzz, mutated, survives
 from tests.training.saved import run_settings, save_inputs
 from tests.training.toy import (
@@ -232,10 +232,10 @@ def client_state(client, tmp_path_factory):
 @given(data=st.data())
 @fuzz
 def test_states_of_clients(data: st.DataObject, client: Any, client_state: Path) -> None:
-    snapshot, _ = SnapshotStore(client_state).newest()
+    snapshot, _ = CheckpointStore(client_state).newest()
     assert snapshot is not None
     state = changed(data, load_state(snapshot.directory / "client.pt"))
     with tempfile.TemporaryDirectory() as name:
-        SnapshotStore(Path(name)).write(snapshot, {"client": state}, keep=1)
+        CheckpointStore(Path(name)).write(snapshot, {"client": state}, keep=1)
         survives(lambda: client.load_state(name))
         client.load_state(client_state)

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from loraloom.data.training_set import TrainingSet
-from loraloom.training.checkpoint import SnapshotStore
 from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
 from loraloom.training.settings import JobConfig
+from loraloom.training.store import CheckpointStore
 from tests.training.toy import ADAPTERS, toy_config, toy_engine, toy_set, weights_of
 
 
@@ -100,7 +100,7 @@ def resumed(
     **options: Any,
 ) -> Engine:
     """Set up the jobs of a run that go on, where its newest snapshot has them."""
-    snapshot, faults = SnapshotStore(directory / ".checkpoints").newest()
+    snapshot, faults = CheckpointStore(directory / ".checkpoints").newest()
     assert faults == []
     configs = [config for config in configs if config.name not in snapshot.done]
     engine = toy_engine(directory, configs, sets, **options)

@@ -7,25 +7,47 @@ import shutil
 import pytest
 import torch
 
-import loraloom.training.checkpoint as checkpoint
 from loraloom.errors import TrainingError
-from loraloom.training.checkpoint import JobRecord, Moment, SnapshotStore
+from loraloom.training import store as store_module
+from loraloom.training.results import JobResult
+from loraloom.training.store import Checkpoint, CheckpointStore, JobRecord
 
+RESULT = JobResult(
+    job="b",
+    status="finished",
+    error=None,
+    method="LoRA",
+    base_model="tiny",
+    num_parameters=1,
+    steps=2,
+    epochs=1.0,
+    tokens=3,
+    computed_tokens=4,
+    padding_share=0.25,
+    weights="last",
+    metrics={},
+    best=None,
+    last_metrics={},
+    data=("toy: 3 rows",),
+    seconds=1.5,
+    peak_memory_bytes={},
+    environment={},
+)
 BASE = {"name": "tiny", "dtype": "float32"}
 
 
-def write(store: SnapshotStore, round_number: int, **options) -> None:
-    records = {"a": JobRecord({"seed": 0}, 12), "b": JobRecord({}, result={})}
+def write(store: CheckpointStore, round_number: int, **options) -> None:
+    records = {"a": JobRecord({"seed": 0}, 12), "b": JobRecord({}, result=RESULT)}
     states = {"a": {"weights": torch.full((3,), float(round_number)), "step": round_number}}
-    store.write(Moment(round_number, 1.5, BASE, records), states, **options)
+    store.write(Checkpoint(round_number, 1.5, BASE, records), states, **options)
 
 
-def newest_directory(store: SnapshotStore):
+def newest_directory(store: CheckpointStore):
     return sorted(store.directory.iterdir())[-1]
 
 
 def test_a_snapshot_comes_back_as_it_was(tmp_path):
-    store = SnapshotStore(tmp_path / "snapshots")
+    store = CheckpointStore(tmp_path / "snapshots")
     write(store, 7)
     snapshot, faults = store.newest()
     assert faults == []
@@ -33,10 +55,11 @@ def test_a_snapshot_comes_back_as_it_was(tmp_path):
     assert (snapshot.done, snapshot.jobs["a"].metrics_bytes) == ({"b"}, 12)
     assert snapshot.load_state("a")["step"] == 7
     assert snapshot.load_state("b") is None
+    assert snapshot.jobs["b"].result == RESULT
 
 
 def test_the_newest_two_are_kept(tmp_path):
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     for round_number in (1, 5, 5, 9):
         write(store, round_number)
     assert len(list(tmp_path.iterdir())) == 2
@@ -44,7 +67,7 @@ def test_the_newest_two_are_kept(tmp_path):
 
 
 def test_a_damaged_snapshot_is_none_of_those_that_are_kept(tmp_path):
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     write(store, 1)
     write(store, 2)
     damaged = newest_directory(store)
@@ -56,14 +79,14 @@ def test_a_damaged_snapshot_is_none_of_those_that_are_kept(tmp_path):
 
 
 def test_none_is_newest_where_there_is_none(tmp_path):
-    store = SnapshotStore(tmp_path / "snapshots")
+    store = CheckpointStore(tmp_path / "snapshots")
     assert store.newest() == (None, [])
     assert not store.exists()
 
 
 @pytest.mark.parametrize("damage", ["torn", "edited", "gone", "manifest", "no manifest"])
 def test_a_damaged_snapshot_is_passed_over_and_named(tmp_path, damage):
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     write(store, 1)
     write(store, 2)
     directory = newest_directory(store)
@@ -86,7 +109,7 @@ def test_a_damaged_snapshot_is_passed_over_and_named(tmp_path, damage):
 
 
 def test_a_crash_while_writing_leaves_the_snapshot_before(tmp_path, monkeypatch):
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     write(store, 1)
 
     def crash(*_):
@@ -100,7 +123,7 @@ def test_a_crash_while_writing_leaves_the_snapshot_before(tmp_path, monkeypatch)
 
 
 def test_files_are_synced_before_they_appear(tmp_path, quick_disk):
-    write(SnapshotStore(tmp_path), 1)
+    write(CheckpointStore(tmp_path), 1)
     assert len(quick_disk) >= 4  # state, manifest, their directory, the one above
 
 
@@ -110,11 +133,11 @@ def test_a_full_disk_is_a_training_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(TrainingError, match=r"can't be written to .* No space left"):
-        write(SnapshotStore(tmp_path), 1)
+        write(CheckpointStore(tmp_path), 1)
 
 
 def test_snapshots_are_found_by_number(tmp_path):
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     write(store, 1)
     (tmp_path / "snapshot-000001").rename(tmp_path / "snapshot-999999")
     write(store, 2)
@@ -125,7 +148,7 @@ def test_snapshots_are_found_by_number(tmp_path):
 
 
 def test_what_lies_beside_snapshots_is_left_alone(tmp_path):
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     write(store, 1)
     for name in ("snapshot-backup", "snapshot-000009.old", "mine"):
         shutil.copytree(tmp_path / "snapshot-000001", tmp_path / name)
@@ -154,14 +177,14 @@ def test_what_lies_beside_snapshots_is_left_alone(tmp_path):
     ids=str,
 )
 def test_a_manifest_of_something_else_is_passed_over(tmp_path, change):
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     write(store, 1)
     manifest = tmp_path / "snapshot-000001/manifest.json"
     body = json.loads(manifest.read_text())
     del body["checksum"]
     body = body | change if isinstance(change, dict) else change
     if isinstance(body, dict):
-        body["checksum"] = checkpoint._json_hash(body)
+        body["checksum"] = store_module._json_hash(body)
     manifest.write_text(json.dumps(body))
     snapshot, (fault,) = store.newest()
     assert snapshot is None
@@ -169,7 +192,7 @@ def test_a_manifest_of_something_else_is_passed_over(tmp_path, change):
 
 
 def test_a_manifest_that_is_nested_too_deeply_is_passed_over(tmp_path):
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     write(store, 1)
     (tmp_path / "snapshot-000001/manifest.json").write_text("[" * 100_000)
     assert store.newest()[0] is None

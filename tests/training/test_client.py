@@ -11,13 +11,13 @@ from loraloom.generation.generate import generate_tokens
 from loraloom.generation.prompts import Prompt
 from loraloom.generation.sampling import SamplingConfig
 from loraloom.models.host import Host
-from loraloom.training.checkpoint import SnapshotStore
 from loraloom.training.client import TrainingClient, example_of, example_of_completion
 from loraloom.training.job import Job
 from loraloom.training.settings import DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step.fused import forward_backward
 from loraloom.training.step.optimizers import LossScale
 from loraloom.training.step.requests import run_requests
+from loraloom.training.store import CheckpointStore
 from tests.tiny import ALL_METHODS, METHODS, randomise, relative_error
 from tests.training.step.test_fused import run_window
 from tests.training.toy import (
@@ -494,7 +494,7 @@ def test_a_reference_stays_while_another_client_is_held_at_it(reference):
 def test_a_state_of_something_else_is_an_error(tmp_path):
     client = new_client()
     client.save_state(tmp_path)
-    store = SnapshotStore(tmp_path)
+    store = CheckpointStore(tmp_path)
     moment = store.newest()[0]
     numbers = {"weights": dict.fromkeys(client.parameters, 10**300), "gradients": {}}
     for state in ({}, {"weights": {}}, {"weights": 3}, numbers):

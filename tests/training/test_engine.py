@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from loraloom.errors import ConfigError
 from loraloom.formats.files import read_adapter
 from loraloom.routing import collapse as routing_collapse
-from loraloom.training import evaluation
+from loraloom.training import builder
 from loraloom.training import job as job_module
-from loraloom.training.checkpoint import SnapshotStore
-from loraloom.training.outputs import RunDirectory
 from loraloom.training.settings import JobConfig
 from loraloom.training.step import fused as step
+from loraloom.training.store import CheckpointStore, RunDirectory
 from tests.tiny import randomise, relative_error
 from tests.training.running import interrupted, matrix, read_metrics, resumed, trained_weights
 from tests.training.toy import (
@@ -100,7 +99,7 @@ def test_final_files_are_the_best_weights_and_both_are_kept(tmp_path, monkeypatc
     task = [{"task": "skills", "limit": 5}]
     config = toy_config("a", max_steps=3, eval_steps=1, eval=task)
     accuracies = iter([0.2, 0.6, 0.4])
-    monkeypatch.setattr(evaluation, "score_accuracy", lambda *_: {"a": next(accuracies)})
+    monkeypatch.setattr(builder, "score_accuracy", lambda *_: {"a": next(accuracies)})
     engine = toy_engine(
         tmp_path,
         [config],
@@ -162,7 +161,7 @@ def test_early_stopping_waits_for_its_patience(tmp_path, monkeypatch):
         asked.append((list(questions), list(adapters)))
         return {"a": next(accuracies)}
 
-    monkeypatch.setattr(evaluation, "score_accuracy", score)
+    monkeypatch.setattr(builder, "score_accuracy", score)
     engine = toy_engine(tmp_path, [config])
     engine._evaluation.questions[config.eval[0]] = []
     (result,) = engine.run()
@@ -180,7 +179,7 @@ def test_jobs_with_the_same_evaluation_are_scored_in_one_call(tmp_path, monkeypa
         calls.append(list(adapters))
         return dict.fromkeys(adapters, 0.25)
 
-    monkeypatch.setattr(evaluation, "score_accuracy", score)
+    monkeypatch.setattr(builder, "score_accuracy", score)
     engine = toy_engine(tmp_path, configs)
     engine._evaluation.questions[configs[0].eval[0]] = []
     results = engine.run()
@@ -313,7 +312,7 @@ def test_save_steps_saves_all_jobs_in_the_same_round(tmp_path):
     assert not (tmp_path / ".checkpoints").exists()
     engine.step()
     engine.save_if_due(may_wait=False)
-    snapshot, _ = SnapshotStore(tmp_path / ".checkpoints").newest()
+    snapshot, _ = CheckpointStore(tmp_path / ".checkpoints").newest()
     assert snapshot.round == 2
     assert snapshot.load_state("a")["position"]["step"] == 2
     assert snapshot.load_state("b")["position"]["micro_step"] == 2
@@ -361,14 +360,14 @@ def test_a_job_that_joined_is_in_the_snapshot_and_goes_on_from_it(tmp_path):
     start("unbroken").run()
     interrupted(start("broken"), after_round=3)
     engine = resumed(tmp_path / "broken", configs, {}, dtype=torch.float32)
-    snapshot, _ = SnapshotStore(tmp_path / "broken/.checkpoints").newest()
+    snapshot, _ = CheckpointStore(tmp_path / "broken/.checkpoints").newest()
     assert {name: record.joined_later for name, record in snapshot.jobs.items()} == {
         "a": False,
         "b": True,
     }
     engine.save_state()
     engine.run()
-    snapshot, _ = SnapshotStore(tmp_path / "broken/.checkpoints").newest()
+    snapshot, _ = CheckpointStore(tmp_path / "broken/.checkpoints").newest()
     assert snapshot.jobs["b"].joined_later
     for name in "ab":
         tensors, expected = (
@@ -420,8 +419,8 @@ def test_a_stopped_job_keeps_its_weights_and_says_why(tmp_path):
         assert torch.equal(tensors[name], own)
     for name, weight in weights_of(going).items():
         assert relative_error(weight, expected["b"][name]) < 1e-9
-    snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
-    assert {name: record.result["status"] for name, record in snapshot.jobs.items()} == {
+    snapshot, _ = CheckpointStore(tmp_path / "run/.checkpoints").newest()
+    assert {name: record.result.status for name, record in snapshot.jobs.items()} == {
         "a": "stopped",
         "b": "finished",
     }
@@ -461,7 +460,7 @@ def test_schedulers_on_a_metric_move_after_evaluations(tmp_path, monkeypatch, sc
         lr_scheduler_args={"factor": 0.5, "patience": 0, "min_lr": 1e-5},
         eval=[{"task": "skills", "limit": 5}],
     )
-    monkeypatch.setattr(evaluation, "score_accuracy", lambda *_: {"a": 0.5})
+    monkeypatch.setattr(builder, "score_accuracy", lambda *_: {"a": 0.5})
     engine = toy_engine(tmp_path, [config])
     engine._evaluation.questions[config.eval[0]] = []
     engine.run()

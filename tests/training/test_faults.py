@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import loraloom.training.engine as engine_module
-import loraloom.training.fitting as fitting
-import loraloom.training.outputs as outputs
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
-from loraloom.training.checkpoint import SnapshotStore
+from loraloom.training import rounds, store
+from loraloom.training.builder import Evaluation
 from loraloom.training.engine import Engine
-from loraloom.training.evaluation import Evaluation
 from loraloom.training.results import JobResult
+from loraloom.training.store import CheckpointStore
 from loraloom.training.tracking import MetricsFile
 from tests.tiny import relative_error
 from tests.training.running import Spoken, read_metrics, resumed
@@ -111,9 +110,7 @@ def test_a_forward_that_raises_stops_the_job_whose_rows_make_it_raise(
         return hit.position.step == 3 and any(part.adapter is hit.adapter for part in parts)
 
     fault = IndexError("index out of range in self")
-    monkeypatch.setattr(
-        fitting, "forward_backward", failing(fitting.forward_backward, raises, fault)
-    )
+    monkeypatch.setattr(rounds, "forward_backward", failing(rounds.forward_backward, raises, fault))
     run_and_check_neighbour(engine, unhurt, "IndexError: index out of range in self")
     assert read_result(tmp_path / "run/hit").steps == 3
 
@@ -126,7 +123,7 @@ def test_a_fault_that_the_base_model_has_too_ends_the_run(engine, tmp_path, monk
     fault = RuntimeError("the device is gone")
     with pytest.raises(RuntimeError, match="the device is gone"):
         engine.run(lose)
-    snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
+    snapshot, _ = CheckpointStore(tmp_path / "run/.checkpoints").newest()
     assert {record.result for record in snapshot.jobs.values()} == {None}
 
 
@@ -136,9 +133,9 @@ def test_a_fault_of_an_evaluation_that_the_base_model_has_too_ends_the_run(
     fault = RuntimeError("the device is gone")
     measure = Evaluation.measure
 
-    def lose(evaluation, jobs):
+    def lose(builder, jobs):
         monkeypatch.setattr(Host, "hidden", failing(None, lambda *_: True, fault))
-        return measure(evaluation, jobs)
+        return measure(builder, jobs)
 
     monkeypatch.setattr(Evaluation, "measure", lose)
     with pytest.raises(RuntimeError, match="the device is gone"):
@@ -157,7 +154,7 @@ def test_best_weights_that_can_not_be_written_are_written_at_the_end(
 ):
     base, hit = engine.host.base, engine.jobs["hit"]
     is_best = lambda directory, *_: directory.name == "best" and hit.position.step == 4  # noqa: E731
-    monkeypatch.setattr(outputs, "write_adapter", failing(outputs.write_adapter, is_best, NO_SPACE))
+    monkeypatch.setattr(store, "write_adapter", failing(store.write_adapter, is_best, NO_SPACE))
     results = engine.run()
     assert [result.status for result in results] == ["finished", "finished"]
     best_step = read_result(tmp_path / "run/hit").best["step"]
@@ -174,10 +171,10 @@ def test_a_job_whose_files_can_not_be_written_has_failed_and_can_be_resumed(
     pair(tmp_path / "expected", Spoken()).run()
     is_hit = lambda directory, *_: directory.name == "hit"  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "write_adapter", failing(outputs.write_adapter, is_hit, NO_SPACE))
+        patch.setattr(store, "write_adapter", failing(store.write_adapter, is_hit, NO_SPACE))
         run_and_check_neighbour(engine, unhurt, "job hit: its files can't be written: OSError")
     assert read_result(tmp_path / "run/hit").status == "failed"
-    snapshot, _ = SnapshotStore(tmp_path / "run/.checkpoints").newest()
+    snapshot, _ = CheckpointStore(tmp_path / "run/.checkpoints").newest()
     assert snapshot.jobs["hit"].result is None
     configs = [measured("hit", "mixlora"), measured("well", "dora", seed=1)]
     again = resumed(tmp_path / "run", configs, {"hit": toy_set(num_validation=3)})
@@ -193,7 +190,7 @@ def test_a_result_that_can_not_be_written_at_all_is_known_when_the_run_goes_on(
     job.micro_batch = failing(job.micro_batch, lambda: job.position.step == 3, NO_SPACE)
     is_hit = lambda *args: any(getattr(arg, "name", None) == "hit" for arg in args)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "write_adapter", failing(outputs.write_adapter, is_hit, NO_SPACE))
+        patch.setattr(store, "write_adapter", failing(store.write_adapter, is_hit, NO_SPACE))
         patch.setattr(
             JobResult,
             "write",
@@ -222,12 +219,12 @@ def test_metrics_that_can_not_be_written_stop_nothing(
 def test_a_snapshot_that_can_not_be_written_is_tried_again_and_the_one_before_stays(
     engine, unhurt, tmp_path, monkeypatch, spoken
 ):
-    monkeypatch.setattr(engine_module, "SNAPSHOT_RETRY_S", 0.0)
+    monkeypatch.setattr(engine_module, "CHECKPOINT_RETRY_S", 0.0)
     store = tmp_path / "run/.checkpoints"
     well, seen = engine.jobs["well"], []
 
     def look(engine):
-        snapshot, _ = SnapshotStore(store).newest()
+        snapshot, _ = CheckpointStore(store).newest()
         seen.append((engine.round, None if snapshot is None else snapshot.round))
 
     full = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
@@ -236,7 +233,7 @@ def test_a_snapshot_that_can_not_be_written_is_tried_again_and_the_one_before_st
     results = engine.run(look)
     assert [result.status for result in results] == ["finished", "finished"]
     assert dict(seen)[5] == dict(seen)[4] == 2
-    assert SnapshotStore(store).newest()[0].round == 6
+    assert CheckpointStore(store).newest()[0].round == 6
     assert sum("can't be written" in text for text in spoken.messages) == 2
     for name, weight in weights_of(well).items():
         assert torch.equal(weight, unhurt[name])
@@ -261,7 +258,7 @@ def test_ctrl_c_on_a_full_disk_ends_the_run_and_keeps_the_snapshot_before(
     with pytest.raises(KeyboardInterrupt):
         engine.run(stop)
     assert "--resume goes on from the one before" in spoken.messages[-1]
-    assert SnapshotStore(tmp_path / "run/.checkpoints").newest()[0].round == 2
+    assert CheckpointStore(tmp_path / "run/.checkpoints").newest()[0].round == 2
 
 
 def test_a_job_whose_directory_can_not_be_made_at_first_trains_all_the_same(tmp_path, monkeypatch):

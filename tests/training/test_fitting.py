@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from loraloom.errors import TrainingError
-from loraloom.training import fitting
-from loraloom.training import memory as memory_module
-from loraloom.training.fitting import RoundRunner
+from loraloom.training import rounds
+from loraloom.training.rounds import RoundRunner
 from loraloom.training.step.batch import MicroBatchLoss, lay_out
 from loraloom.training.step.fused import forward_backward
 from tests.tiny import relative_error
@@ -45,7 +44,7 @@ def memory(monkeypatch):
         room.sizes.append(tokens)
         return losses
 
-    monkeypatch.setattr(fitting, "forward_backward", limited)
+    monkeypatch.setattr(rounds, "forward_backward", limited)
     return room
 
 
@@ -170,14 +169,14 @@ def small_machine(monkeypatch):
             for hook in hooks:
                 hook.remove()
 
-    monkeypatch.setattr(fitting, "forward_backward", limited)
+    monkeypatch.setattr(rounds, "forward_backward", limited)
     for name, fake in {
         "_RESERVE_BYTES": 0,
         "_bytes_of": lambda _: 0,
         "_loss_bytes": lambda _, tokens, adapters: tokens,
         "available_bytes": lambda _: 6100 - used[0],
     }.items():
-        monkeypatch.setattr(memory_module, name, fake)
+        monkeypatch.setattr(rounds, name, fake)
     return killed
 
 

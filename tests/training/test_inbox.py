@@ -10,18 +10,16 @@ import yaml
 
 import loraloom.training.inbox as inbox_module
 from loraloom.errors import ConfigError
-from loraloom.training.builder import JobBuilder
-from loraloom.training.checkpoint import SnapshotStore
+from loraloom.training.builder import Evaluation, JobBuilder
 from loraloom.training.engine import Engine
-from loraloom.training.evaluation import Evaluation
 from loraloom.training.inbox import (
     Inbox,
     WatchOptions,
     sole_trainer,
 )
-from loraloom.training.lead import Lead
-from loraloom.training.outputs import RunDirectory
+from loraloom.training.parallel import Lead
 from loraloom.training.settings import JobConfig
+from loraloom.training.store import CheckpointStore, RunDirectory
 from tests.training.running import Spoken, assert_same_files
 from tests.training.toy import add_job, toy_config, toy_host, toy_tokenizer
 
@@ -80,7 +78,7 @@ class Watched:
         self.builder = JobBuilder(host, evaluation.tokenizer, evaluation)
         jobs, snapshot = [add_job(host, config) for config in configs], None
         if resume:
-            snapshot, _ = directory.snapshots.newest()
+            snapshot, _ = directory.checkpoints.newest()
             running = snapshot.jobs.keys() - snapshot.done
             settings = [snapshot.jobs[name].settings for name in sorted(running)]
             jobs += [self.builder.build(JobConfig.model_validate(one)) for one in settings]
@@ -381,7 +379,7 @@ def test_jobs_are_waited_for_until_the_run_is_interrupted(tmp_path, inbox, monke
         watched.run()
     assert waits[:2] == [False, False]
     assert watched.engine.results["late"].status == "finished"
-    snapshot, _ = SnapshotStore(tmp_path / "out/.checkpoints").newest()
+    snapshot, _ = CheckpointStore(tmp_path / "out/.checkpoints").newest()
     assert snapshot.done == {"late"}
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from loraloom.training.interruption import Interruption
+from loraloom.training.progress import Interruption
 
 
 def press(number: int = signal.SIGINT) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from loraloom.errors import ConfigError
 from loraloom.ranks import Alone
-from loraloom.training.launch import Launch, joined_ranks, rank_device, read_launch
+from loraloom.training.parallel import Launch, joined_ranks, rank_device, read_launch
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from tests.training.toy import toy_config, toy_host, toy_tokenizer
@@ -55,7 +55,7 @@ def test_an_accelerator_is_never_shared(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert rank_device("cuda", TWO) == "cuda:1"
-    with pytest.raises(ConfigError, match=r"must be cuda or auto .* got cuda:0"):
+    with pytest.raises(ConfigError, match=r"must be auto or one of .* got cuda:0"):
         rank_device("cuda:0", TWO)
     with pytest.raises(ConfigError, match="got 3 ranks and 2 devices on this machine"):
         rank_device("cuda", Launch(0, 3, 0, 3))

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import psutil
 import pytest
 import torch
 
 from loraloom.errors import ConfigError
-from loraloom.training import memory
-from loraloom.training.memory import adapter_bytes, available_bytes, base_bytes
+from loraloom.training.rounds import adapter_bytes, base_bytes
 from loraloom.training.run import train
 from loraloom.training.settings import load_run_config
 from tests.training.running import trained_weights
@@ -47,15 +45,3 @@ def test_a_job_that_joins_must_fit_as_well(tmp_path):
         torch.equal(weights, expected[name])
         for name, weights in trained_weights(engine)["a"].items()
     )
-
-
-def test_a_container_may_leave_less_than_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
-    cpu, free = torch.device("cpu"), psutil.virtual_memory().total
-    assert 0 < available_bytes(cpu) <= free  # there is no group
-    for name, text in {"max": "50000\n", "current": "40000\n"}.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 2000\nactive_file 500\n")
-    assert available_bytes(cpu) == 12_000  # files that nobody has used lately are given up first
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(cpu) > 12_000

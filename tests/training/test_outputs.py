@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import ConfigError
-from loraloom.training.checkpoint import JobRecord, Moment
-from loraloom.training.outputs import RunDirectory
+from loraloom.training.store import Checkpoint, JobRecord, RunDirectory
 
 
 def test_a_new_or_empty_directory_is_fine_and_stays_as_it_is(tmp_path):
@@ -26,13 +25,13 @@ def test_resume_needs_checkpoints_where_there_are_results(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(ConfigError, match="--resume needs checkpoints"):
         directory.check(resume=True, overwrite=False)
-    directory.snapshots.write(Moment(0, 0.0, {}, {"a": JobRecord({})}), {})
+    directory.checkpoints.write(Checkpoint(0, 0.0, {}, {"a": JobRecord({})}), {})
     directory.check(resume=True, overwrite=False)
 
 
 def test_checkpoints_alone_are_results_too(tmp_path):
     directory = RunDirectory(tmp_path)
-    directory.snapshots.write(Moment(0, 0.0, {}), {})
+    directory.checkpoints.write(Checkpoint(0, 0.0, {}), {})
     with pytest.raises(ConfigError, match="must be new or empty"):
         directory.check(resume=False, overwrite=False)
 
@@ -44,7 +43,7 @@ def test_resume_and_overwrite_exclude_each_other(tmp_path):
 
 def test_a_file_in_the_way_is_an_error(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(ConfigError, match="must be a directory, got the file"):
+    with pytest.raises(ConfigError, match="no directory that can be written to"):
         RunDirectory(tmp_path / "out").check(resume=False, overwrite=True)
     with pytest.raises(ConfigError, match="no directory that can be written to"):
         RunDirectory(tmp_path / "out/deeper").check(resume=False, overwrite=False)

@@ -10,14 +10,12 @@ from safetensors.torch import load_file
 import loraloom
 from loraloom.errors import ConfigError, DataError
 from loraloom.models.loading import load_base_model
-from loraloom.training import evaluation
-from loraloom.training.checkpoint import SnapshotStore
-from loraloom.training.checks import as_of_now
+from loraloom.training import builder
 from loraloom.training.engine import Engine
 from loraloom.training.inbox import WatchOptions, sole_trainer
-from loraloom.training.outputs import RunDirectory
-from loraloom.training.run import train
+from loraloom.training.run import as_of_now, train
 from loraloom.training.settings import JobConfig, RunConfig
+from loraloom.training.store import CheckpointStore, RunDirectory
 from tests.tiny import relative_error
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
@@ -32,7 +30,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def accuracies(monkeypatch):
     """Score no questions."""
-    monkeypatch.setattr(evaluation, "score_accuracy", score)
+    monkeypatch.setattr(builder, "score_accuracy", score)
 
 
 def score(host, tokenizer, questions, adapters):
@@ -92,7 +90,7 @@ def test_a_base_model_that_is_loaded_is_not_loaded_again(inputs, tmp_path, monke
     run = settings(inputs, tmp_path / "out")
     model, tokenizer = load_base_model(run.base_model)
     host = loraloom.attach(model)
-    monkeypatch.setattr("loraloom.training.load_base_model", None)
+    monkeypatch.setattr("loraloom.training.run.load_base_model", None)
     assert [result.steps for result in train(run, base=(host, tokenizer))] == [4, 4]
     assert host.adapters == {}
 
@@ -446,7 +444,7 @@ def best_weights(directory):
 def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_path, monkeypatch):
     """It comes after better weights and the results were written, before a snapshot knows."""
     run = settings(inputs, tmp_path / "out", learning_rate=1e-4)
-    writes, write = [], SnapshotStore.write
+    writes, write = [], CheckpointStore.write
 
     def dying(store, moment, *args, **options):
         writes.append(moment.round)
@@ -458,7 +456,7 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
 
     first = []
     with monkeypatch.context() as patch:
-        patch.setattr(SnapshotStore, "write", dying)
+        patch.setattr(CheckpointStore, "write", dying)
         with pytest.raises(KeyboardInterrupt):
             train(run)
     result = read_result(tmp_path / "out/plain")
@@ -471,7 +469,7 @@ def test_the_best_weights_are_those_of_the_snapshot_after_a_kill(inputs, tmp_pat
             assert not (tmp_path / "out/plain/result.json").exists()
             engine.stop("plain", "enough")
 
-    snapshot, _ = RunDirectory(run.output_dir).snapshots.newest()
+    snapshot, _ = RunDirectory(run.output_dir).checkpoints.newest()
     assert snapshot.round < 4
     results = train(run, resume=True, between_steps=stop)
     assert results[0].best["step"] == 2
@@ -503,7 +501,7 @@ def test_a_run_that_ends_with_an_error_leaves_a_given_host_as_it_was(inputs, tmp
 def test_a_snapshot_with_another_jobs_state_is_an_error(inputs, tmp_path, monkeypatch):
     run = settings(inputs, tmp_path / "out", save_steps=1)
     killed(run, monkeypatch, 3)
-    store = RunDirectory(run.output_dir).snapshots
+    store = RunDirectory(run.output_dir).checkpoints
     snapshot, _ = store.newest()
     states = {name: {"weights": {}} for name in snapshot.jobs}
     store.write(snapshot, states)

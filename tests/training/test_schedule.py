@@ -4,14 +4,13 @@ from collections import Counter
 
 import pytest
 
-import loraloom.training.fitting as fitting
 from loraloom.errors import ConfigError
-from loraloom.training.fitting import Schedule
+from loraloom.training import rounds
 from loraloom.training.step.batch import lay_out
 from loraloom.training.step.fused import forward_backward
 from tests.tiny import relative_error
 from tests.training.running import assert_same_files, interrupted, matrix, resumed, trained_weights
-from tests.training.toy import add_job, toy_config, toy_engine, toy_host, toy_pair_set, toy_set
+from tests.training.toy import add_job, toy_config, toy_engine, toy_pair_set, toy_set
 
 LIMIT = 80
 
@@ -26,7 +25,7 @@ def steps(monkeypatch) -> list[dict[str, int]]:
         found.append(dict(zip(names, lay_out(parts).computed_tokens, strict=True)))
         return forward_backward(host, parts, pad_id)
 
-    monkeypatch.setattr(fitting, "forward_backward", spy)
+    monkeypatch.setattr(rounds, "forward_backward", spy)
     return found
 
 
@@ -74,8 +73,8 @@ def test_a_job_that_joins_is_level_with_the_one_that_waits_longest(tmp_path, ste
     for _ in range(3):
         engine.step()
     engine.add(add_job(engine.host, toy_config("c")))
-    passes = engine._schedule.passes
-    assert passes["c"] == min(passes["a"], passes["b"]) > 0
+    a, b, c = (engine.jobs[name].scheduler_pass for name in "abc")
+    assert c == min(a, b) > 0
 
 
 def test_without_a_bound_all_jobs_take_part(tmp_path, steps):
@@ -119,9 +118,10 @@ def test_a_job_that_can_not_join_leaves_earlier_results_alone(tmp_path):
     assert (tmp_path / "big/result.json").exists()
 
 
-def test_jobs_that_the_snapshot_does_not_know_do_not_get_ahead():
-    host, schedule = toy_host(), Schedule(1000)
-    for name in "ab":
-        schedule.enter(add_job(host, toy_config(name)))
-    schedule.restore({"a": 7.0})
-    assert schedule.passes == {"a": 7.0, "b": 7.0}
+def test_jobs_that_the_checkpoint_does_not_know_do_not_get_ahead(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("a")], max_tokens_per_step=1000)
+    engine.step()
+    engine.save_state()
+    again = resumed(tmp_path, [toy_config("a"), toy_config("b")], max_tokens_per_step=1000)
+    a, b = (again.jobs[name].scheduler_pass for name in "ab")
+    assert a == b == engine.jobs["a"].scheduler_pass > 0

@@ -11,11 +11,11 @@ import pytest
 
 from loraloom.errors import ConfigError
 from loraloom.training import tracking
+from loraloom.training.builder import Evaluation
 from loraloom.training.engine import Engine
-from loraloom.training.evaluation import Evaluation
-from loraloom.training.outputs import RunDirectory
 from loraloom.training.progress import Progress
 from loraloom.training.step.batch import MicroBatchLoss, StepReport
+from loraloom.training.store import RunDirectory
 from loraloom.training.tracking import (
     MetricsFile,
     check_trackers,

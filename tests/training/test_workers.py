@@ -17,9 +17,9 @@ from loraloom.cli import main as cli
 from loraloom.errors import ConfigError
 from loraloom.training import ray_cluster, workers
 from loraloom.training.engine import Engine
-from loraloom.training.outputs import RunDirectory
 from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig
+from loraloom.training.store import RunDirectory
 from loraloom.training.workers import Worker, _Driver
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file

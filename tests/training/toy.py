@@ -16,19 +16,18 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import loraloom
 from loraloom.adapters import LoraConfig, MixLoraConfig
-from loraloom.config.text import read_json
 from loraloom.data.tokens import NO_LOSS, Example, PreferencePair
 from loraloom.data.training_set import Portion, TrainingSet
 from loraloom.models.host import Host
+from loraloom.training.builder import Evaluation
 from loraloom.training.engine import Engine
-from loraloom.training.evaluation import Evaluation
 from loraloom.training.job import Job
-from loraloom.training.outputs import RunDirectory
 from loraloom.training.progress import Progress
-from loraloom.training.results import RESULT_FILE, JobResult, parse_result
+from loraloom.training.results import JobResult
 from loraloom.training.settings import JobConfig
 from loraloom.training.step.objectives import load_reference
 from loraloom.training.step.optimizers import make_loss_scale
+from loraloom.training.store import RunDirectory
 from tests.tiny import VOCAB_SIZE, randomise, tiny_model
 
 PAD_ID = 0
@@ -97,7 +96,7 @@ def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
 
 def read_result(directory: Path) -> JobResult:
     """Read a job's result.json."""
-    return parse_result(read_json(directory / RESULT_FILE))
+    return JobResult.read(directory)
 
 
 def toy_set(count: int = 16, seed: int = 0, num_validation: int = 0, **kinds: Any) -> TrainingSet:

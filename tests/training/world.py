@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import loraloom
 from loraloom.ranks import own_part
-from loraloom.training.results import peak_memory_bytes
+from loraloom.training.engine import peak_memory_bytes
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["loraloom.training.run"])

@@ -65,9 +65,9 @@ def quickstart(
     from loraloom.models.host import attach
     from loraloom.models.loading import find_device, load_base_model
     from loraloom.terminal import make_console
-    from loraloom.training.outputs import RunDirectory
     from loraloom.training.progress import Progress
     from loraloom.training.run import train
+    from loraloom.training.store import RunDirectory
 
     console = make_console()
     find_device(device)  # one that isn't there is an error now, not minutes later

@@ -67,7 +67,7 @@ def train(
     from loraloom.cli.evaluation_command import evaluation_command, generation_command
     from loraloom.training import run as training
     from loraloom.training.inbox import WatchOptions
-    from loraloom.training.launch import read_launch
+    from loraloom.training.parallel import read_launch
     from loraloom.training.progress import Progress
     from loraloom.training.settings import load_run_config
 

@@ -1,31 +1,32 @@
-"""Building jobs: from a job's settings to an adapter on the host with its data, ready to train."""
+"""From a job's settings to an adapter with its data, and what jobs are measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.method import Adapter, AdapterConfig
+from loraloom.adapters.method import Adapter
 from loraloom.adapters.own import own_parts
-from loraloom.config.data import DataConfig, is_task_file
-from loraloom.config.text import local_path
 from loraloom.data.encoding import prompt_form
-from loraloom.data.sources import SplitFiles
 from loraloom.data.streaming import StreamedSet
-from loraloom.data.tasks import find_task
+from loraloom.data.tasks import ChoiceQuestion, load_question_set, questions_digest
 from loraloom.data.training_set import TrainingSet, load_training_set
 from loraloom.errors import ConfigError, DataError, LoraloomError
+from loraloom.eval.provenance import adapter_digest
+from loraloom.eval.score import score_accuracy
 from loraloom.formats.files import read_adapter
+from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.models.layout import check_takes_packed_rows
-from loraloom.training.evaluation import Evaluation
 from loraloom.training.job import Job
-from loraloom.training.settings import JobConfig
-from loraloom.training.step.objectives import load_reference
+from loraloom.training.settings import EvaluationConfig, JobConfig
+from loraloom.training.step.objectives import ScoredSamples, ask_references, load_reference
 from loraloom.training.step.optimizers import make_loss_scale
+from loraloom.training.step.window import count_totals
 
 KEPT_TRAINING_SETS = 8
 
@@ -37,10 +38,15 @@ class JobBuilder:
         self._host = host
         self._tokenizer = tokenizer
         self._evaluation = evaluation
-        self._sets: dict[Hashable, TrainingSet | StreamedSet] = {}
+        self._sets: list[tuple[tuple[Any, ...], TrainingSet | StreamedSet]] = []
 
-    def build(self, config: JobConfig) -> Job:
-        """Put a job's adapter on the host, and read its data and what it is measured on."""
+    def build(self, config: JobConfig, *, reads_data: bool = False) -> Job:
+        """Put a job's adapter on the host, and read its data and what it is measured on.
+
+        With `reads_data`, data that an earlier job has is read again: its files may have changed.
+        """
+        if reads_data:
+            self._sets.clear()
         before = set(self._host.adapters)
         try:
             return self._build(config)
@@ -59,70 +65,43 @@ class JobBuilder:
             load_start(self._host, adapter, config.start_from)
         reference = load_reference(self._host, config.train.objective)
         training_set = self._training_set(config)
+        _check_lengths(config, training_set, self._host.config.max_position_embeddings)
         adapter.prompt = prompt_form(config.data, self._tokenizer)
-        _check_enough(config, training_set)
-        _check_positions(config, training_set, self._host.config.max_position_embeddings)
-        job = Job(config, adapter, training_set, reference, make_loss_scale(self._host))
         self._evaluation.read(config)
-        return job
+        return Job(config, adapter, training_set, reference, make_loss_scale(self._host))
 
     def _training_set(self, config: JobConfig) -> TrainingSet | StreamedSet:
-        data, train, files = config.data, config.train, tuple(_file_versions(config.data))
-        as_pairs = train.learns_from_pairs
-        key = (data.model_dump_json(), train.max_length, config.seed, as_pairs, files)
-        if key not in self._sets:
-            if len(self._sets) == KEPT_TRAINING_SETS:
-                del self._sets[next(iter(self._sets))]
-            common = data, self._tokenizer, train.max_length, config.seed
-            self._sets[key] = (
-                StreamedSet(*common, as_pairs=as_pairs)
-                if data.streaming
-                else load_training_set(*common, as_pairs=as_pairs)
-            )
-        return self._sets[key]
+        data, length = config.data, config.train.max_length
+        as_pairs = config.train.learns_from_pairs
+        key = (data, length, config.seed, as_pairs)
+        for known, training_set in self._sets:
+            if known == key:
+                return training_set
+        common = (data, self._tokenizer, length, config.seed)
+        if data.streaming:
+            read = StreamedSet(*common, as_pairs=as_pairs)
+        else:
+            read = load_training_set(*common, as_pairs=as_pairs)
+        self._sets = [*self._sets[1 - KEPT_TRAINING_SETS :], (key, read)]
+        return read
 
 
-def _file_versions(data: DataConfig) -> Iterator[tuple[str, int, int]]:
-    """Tell the local files that data comes from, with time and size: they may change meanwhile."""
-    for source in (*data.sources, *([data.validation] if data.validation else [])):
-        names = [source.task, source.dataset, source.path, source.template, source.chat_template]
-        if source.task is not None and is_task_file(source.task) and source.path is None:
-            origin = find_task(source.task).source
-            names += map(str, origin.files.values()) if isinstance(origin, SplitFiles) else ()
-        for name in names:
-            for file in _files_of(name):
-                status = file.stat()
-                yield str(file), status.st_mtime_ns, status.st_size
-
-
-def _files_of(name: str | None) -> list[Path]:
-    if name is None or "{" in name or "\n" in name:  # a template's text
-        return []
-    path = local_path(name, "data", DataError)
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    return [path] if path.is_file() else []
-
-
-def _check_enough(config: JobConfig, training_set: TrainingSet | StreamedSet) -> None:
-    has_examples = bool(training_set.longest(1))
-    missing = "measure eval/loss on" if has_examples else "learn from"
-    if not has_examples or (config.data.has_validation and not training_set.validation):
+def _check_lengths(
+    config: JobConfig, training_set: TrainingSet | StreamedSet, positions: int
+) -> None:
+    longest = training_set.longest(1)
+    missing = "measure eval/loss on" if longest else "learn from"
+    if not longest or (config.data.has_validation and not training_set.validation):
         raise DataError(
             f"data must have examples to {missing}, got none ({'; '.join(training_set.report)}); "
             "give more rows, or raise max_length"
         )
-
-
-def _check_positions(
-    config: JobConfig, training_set: TrainingSet | StreamedSet, positions: int
-) -> None:
     held_out = (len(row.input_ids) for one in training_set.validation for row in one.rows)
-    longest = max([*training_set.longest(1)[0], *held_out])
-    if longest > positions:
+    most = max([*longest[0], *held_out])
+    if most > positions:
         has = "one may have" if isinstance(training_set, StreamedSet) else "the longest has"
         raise DataError(
-            f"examples must fit the model's {positions} positions, {has} {longest} tokens; set "
+            f"examples must fit the model's {positions} positions, {has} {most} tokens; set "
             f"train.max_length, {config.train.max_length}, to {positions} or less"
         )
 
@@ -130,7 +109,15 @@ def _check_positions(
 def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     """Give a new adapter the weights of another one of the same kind and size."""
     config, tensors = read_adapter(path_or_hub_id, host.base)
-    wanted, stored = (_formula(one, host.base) for one in (adapter.config, config))
+    # What decides how weights are used, and most of what decides their shapes.
+    wanted, stored = (
+        {
+            "method": one.method,
+            **one.summary(),
+            "trainable_token_indices": own_parts(one, host.base).tokens,
+        }
+        for one in (adapter.config, config)
+    )
     changed = [
         f"{name} is {value!r} and that adapter's {stored.get(name)!r}"
         for name, value in wanted.items()
@@ -144,8 +131,72 @@ def load_start(host: Host, adapter: Adapter, path_or_hub_id: str) -> None:
     adapter.load_tensors(tensors)
 
 
-def _formula(config: AdapterConfig, base: BaseInfo) -> dict[str, object]:
-    """Return what decides how weights are used, and most of what decides their shapes."""
-    own = own_parts(config, base)
-    tokens = {"trainable_token_indices": own.tokens} if own.tokens else {}
-    return {"method": config.method, **config.summary(), **tokens}
+@dataclass
+class Evaluation:
+    """Everything that jobs are measured on, read before training begins."""
+
+    host: Host
+    tokenizer: PreTrainedTokenizerBase
+    questions: dict[EvaluationConfig, list[ChoiceQuestion]] = field(default_factory=dict)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
+
+    def read(self, job: JobConfig) -> None:
+        """Read the questions that a job is measured on; those of a run stay as they were read."""
+        for config in job.eval:
+            if config not in self.questions:
+                self.questions[config] = load_question_set(
+                    config.task, config.scoring, config.split, config.path, config.limit
+                ).questions
+
+    def input_digests(self, job: Job) -> dict[str, str]:
+        """Hash a job's encoded examples, its questions and its reference's weights."""
+        digests = {"examples": job.training_set.digest}
+        if job.config.eval:
+            sets = (self.questions.get(config, []) for config in job.config.eval)
+            digests["questions"] = " ".join(map(questions_digest, sets))
+        if job.reference is not None and job.reference.adapter_name is not None:
+            digests["reference"] = adapter_digest(self.host.adapter(job.reference.adapter_name))
+        return digests
+
+    def measure(self, jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+        """Measure jobs together: `eval/loss`, and `eval/<task>/accuracy` for each task.
+
+        The loss is a job's objective on its held-out examples, as one step of it would compute it;
+        an objective's own metrics come as `eval/<name>` too.
+        """
+        metrics: dict[str, dict[str, float]] = {job.name: {} for job in jobs}
+        held_out = [job for job in jobs if job.training_set.validation]
+        rows = {
+            job.name: [r for e in job.training_set.validation for r in e.rows] for job in held_out
+        }
+        ask_references(self.host, [(job.reference, rows[job.name]) for job in held_out])
+        scores = iter(label_log_probs(self.host, [(name, r) for name in rows for r in rows[name]]))
+        for job in held_out:
+            log_probs = [next(scores) for _ in rows[job.name]]
+            references = None
+            if job.reference is not None:
+                references = torch.tensor(job.reference.of(rows[job.name]), dtype=torch.float64)
+            scored = ScoredSamples(torch.cat(log_probs), list(map(len, log_probs)), references)
+            terms = job.objective.terms(scored, count_totals(job.training_set.validation))
+            values = {"loss": terms.loss, **terms.metrics}
+            metrics[job.name] |= {f"eval/{name}": float(value) for name, value in values.items()}
+        for config in dict.fromkeys(config for job in jobs for config in job.config.eval):
+            names = [job.name for job in jobs if config in job.config.eval]
+            questions = self.questions[config]
+            accuracies = score_accuracy(self.host, self.tokenizer, questions, names)
+            for name in names:
+                metrics[name][config.metric] = accuracies[name]
+        return metrics
+
+    def measure_apart(self, jobs: Sequence[Job]) -> list[dict[str, float] | Exception]:
+        """Measure jobs together; if that fails, each alone, to find whose fault it is."""
+        try:
+            measured = self.measure(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                return [error]
+            return [outcome for job in jobs for outcome in self.measure_apart([job])]
+        return [measured[job.name] for job in jobs]

@@ -34,14 +34,6 @@ from loraloom.generation.sampling import SamplingConfig
 from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
-from loraloom.training.checkpoint import (
-    STATE_ERRORS,
-    JobRecord,
-    Moment,
-    SnapshotStore,
-    describe_changes,
-)
-from loraloom.training.engine import describe_base
 from loraloom.training.settings import CpoConfig, DpoConfig, OptimizerConfig, SftConfig
 from loraloom.training.step.objectives import (
     Reference,
@@ -66,6 +58,13 @@ from loraloom.training.step.requests import (
     Request,
     number_rows,
     run_requests,
+)
+from loraloom.training.store import (
+    Checkpoint,
+    CheckpointStore,
+    JobRecord,
+    describe_base,
+    describe_changes,
 )
 
 ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConfig
@@ -353,8 +352,8 @@ class TrainingClient:
             "loss_scale": None if self._loss_scale is None else asdict(self._loss_scale),
         }
         records = {_STATE: JobRecord(self._settings())}
-        moment = Moment(self.step, 0.0, describe_base(self.host), records)
-        SnapshotStore(Path(directory)).write(moment, {_STATE: state}, keep=1)
+        checkpoint = Checkpoint(self.step, 0.0, describe_base(self.host), records)
+        CheckpointStore(Path(directory)).write(checkpoint, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
         """Go on from a saved state, of this client or of one with equal settings.
@@ -362,7 +361,7 @@ class TrainingClient:
         Raises:
             ConfigError: If there is no whole state, or one of another base model or adapter.
         """
-        snapshot, faults = SnapshotStore(Path(directory)).newest()
+        snapshot, faults = CheckpointStore(Path(directory)).newest()
         if snapshot is None or _STATE not in snapshot.jobs:
             reason = "; ".join(faults) or "there is none"
             raise ConfigError(f"{directory} must hold a client's saved state: {reason}")
@@ -376,7 +375,7 @@ class TrainingClient:
             )
             if self._loss_scale is not None:
                 self._loss_scale = LossScale(**state["loss_scale"])
-        except STATE_ERRORS as error:
+        except Exception as error:  # whatever comes of a state of something else
             raise ConfigError(
                 f"{directory} must hold a client's saved state, it holds something else: {error}"
             ) from error

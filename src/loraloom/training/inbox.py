@@ -27,7 +27,7 @@ from pydantic import ConfigDict, TypeAdapter
 from loraloom.config.text import read_json
 from loraloom.durable import write_json
 from loraloom.errors import ConfigError, LoraloomError, shown
-from loraloom.training.lead import Lead
+from loraloom.training.parallel import Lead
 from loraloom.training.results import JobResult
 from loraloom.training.settings import load_job_config
 
@@ -199,7 +199,8 @@ class Inbox:
             config = load_job_config(path)
             if config.name in self._engine.jobs or config.name in self._engine.results:
                 raise ConfigError(f"job name must be new in this run, got {config.name!r} again")
-            self._engine.add(self._engine.build(config), overwrite=self._options.overwrite)
+            job = self._engine.build(config, reads_data=True)
+            self._engine.add(job, overwrite=self._options.overwrite)
         except Exception as error:
             reason = str(error)
             if not isinstance(error, LoraloomError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -28,45 +29,32 @@ from loraloom.training.step.optimizers import (
     learning_state,
     load_learning_state,
 )
-from loraloom.training.step.window import Window, make_order
+from loraloom.training.step.window import StepOrder, StreamOrder, Window
 
 
 @dataclass
 class Position:
-    """Where a job stands.
+    """Where a job stands."""
 
-    Args:
-        step: Steps done.
-        micro_step: Micro-batches done of the next step.
-        micro_batches: All that were done.
-        tokens: Real tokens learnt from.
-        computed_tokens: Tokens that went through the model to learn from them, with padding.
-        loss: Of the micro-batches done of the next step.
-        evaluated_step: The step after which the last evaluation was, 0 before the first step; -1
-            for none.
-        metrics: Of that evaluation.
-        stopped_early: The metric no longer gets better.
-        last_loss: Of the last step that is done.
-    """
-
-    step: int = 0
-    micro_step: int = 0
-    micro_batches: int = 0
-    tokens: int = 0
-    computed_tokens: int = 0
-    loss: dict[str, Any] = field(default_factory=lambda: asdict(MicroBatchLoss(0.0)))
-    evaluated_step: int = -1
-    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0  # steps done
+    micro_step: int = 0  # micro-batches done of the next step
+    micro_batches: int = 0  # all that were done
+    tokens: int = 0  # real tokens learnt from
+    computed_tokens: int = 0  # the same with padding
+    loss: MicroBatchLoss = field(default_factory=partial(MicroBatchLoss, 0.0))  # of the next step
+    evaluated_step: int = -1  # steps before the last evaluation; -1 before the first one
+    metrics: dict[str, float] = field(default_factory=dict)  # of that evaluation
     stopped_early: bool = False
-    last_loss: float | None = None
+    last_loss: float | None = None  # of the last step that is done
 
 
 class Job:
     """An adapter that learns.
 
     Attributes:
-        milestones: Steps after which it is evaluated, beside every eval_steps and its end.
+        milestones: Steps after which it is evaluated, in addition to every eval_steps and its end.
         best: The weights of the best evaluation so far, on the CPU; None before there is one.
+        scheduler_pass: Its place in the queue for steps; see `choose_turns`.
     """
 
     def __init__(
@@ -77,44 +65,38 @@ class Job:
         reference: Reference | None = None,
         loss_scale: LossScale | None = None,
     ):
+        train, metric = config.train, config.selection_metric
         self.config = config
+        self.name = config.name
         self.adapter = adapter
         self.training_set = training_set
-        self.objective = build_objective(config.train.objective)
+        self.objective = build_objective(train.objective)
         self.reference = reference
         self.loss_scale = loss_scale
-        self.order = make_order(training_set, config.train)
-        self.optimizer = build_optimizer(config.train, adapter)
+        self.order: StepOrder | StreamOrder = (
+            StreamOrder(training_set, train)
+            if isinstance(training_set, StreamedSet)
+            else StepOrder(training_set, train)
+        )
+        self.total_steps = self.order.total_steps
+        self.optimizer = build_optimizer(train, adapter)
         self.scheduler = build_scheduler(
-            config.train,
-            self.optimizer,
-            self.total_steps,
-            metric_mode(config.selection_metric),
-            config.name,
+            train, self.optimizer, self.total_steps, metric_mode(metric), config.name
         )
         self.position = Position()
-        self.selection = Selection(config.selection_metric)
+        self.selection = Selection(metric)
         self.milestones: frozenset[int] = frozenset()
         self.best: dict[str, Tensor] | None = None
         self.collapse = CollapseWatch()
         self.parameters = dict(adapter.named_parameters())
+        self.scheduler_pass = 0.0
         self._window: tuple[int, Window] | None = None
         self._proven: list[Tensor] | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the job and of its adapter."""
-        return self.config.name
 
     @property
     def at_boundary(self) -> bool:
         """Whether no step is half done."""
         return self.position.micro_step == 0
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the job, unless it is stopped early."""
-        return self.order.total_steps
 
     @property
     def window(self) -> Window:
@@ -136,7 +118,6 @@ class Job:
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is nothing left to learn."""
         return self.position.step >= self.total_steps or self.position.stopped_early
 
     @property
@@ -158,16 +139,12 @@ class Job:
 
     def micro_batch(self) -> MicroBatch:
         """Return what the job puts into the next forward."""
-        window = self.window
+        window, train, seed = self.window, self.config.train, self.config.seed
         examples = window.micro_batch(self.position.micro_step)
-        keys = [
-            sample_key(self.config.seed, window.epoch, example.sample_id) for example in examples
-        ]
-        train = self.config.train
         return MicroBatch(
             self.adapter,
             examples,
-            keys,
+            [sample_key(seed, window.epoch, example.sample_id) for example in examples],
             window,
             self.objective,
             self.reference,
@@ -189,32 +166,70 @@ class Job:
         position.micro_batches += 1
         position.tokens += micro_batch.num_tokens
         position.computed_tokens += loss.computed_tokens
-        total = MicroBatchLoss(**position.loss) + loss
-        position.loss = asdict(total)
+        position.loss += loss
         if position.micro_step < self.window.num_micro_batches:
             return None
-        return self._make_step(total)
+        return self._make_step(position.loss)
+
+    def _make_step(self, loss: MicroBatchLoss) -> StepReport:
+        learning_rate, position, scale = self.learning_rate, self.position, self.loss_scale
+        if scale is not None:
+            scale.unscale(self.parameters.values())
+        grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)
+        if scale is None or scale.takes(grad_norm):
+            self._check_finite("gradient norm", grad_norm, position.step + 1)
+            # Until a finite loss proves the new weights, the old ones take the place of the
+            # gradients in memory.
+            self._proven = [parameter.detach().clone() for parameter in self.parameters.values()]
+            self.optimizer.step()
+            if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
+                self.scheduler.step()  # pyright: ignore[reportCallIssue]
+        elif scale.scale < 1:
+            raise self._error("gradients overflow float16 even without scaling", position.step + 1)
+        elif scale.skipped_steps == self.total_steps:
+            raise TrainingError(
+                f"job {self.name}: all of its {self.total_steps} steps were skipped, as gradients "
+                f"overflow float16; the last one halved the loss scale to {scale.scale:g}; train "
+                "longer, or in bfloat16"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.reference is not None and isinstance(self.training_set, StreamedSet):
+            self.reference.forget(self.window.examples)  # they never come again
+        position.step += 1
+        position.micro_step = 0
+        position.loss = MicroBatchLoss(0.0)
+        position.last_loss = loss.loss
+        return StepReport(
+            position.step,
+            self.order.epochs_after(position.step),
+            loss,
+            learning_rate,
+            grad_norm,
+            position.tokens,
+            position.computed_tokens,
+            self.collapse.take(position.step, loss.tokens_per_expert, self.config.adapter),
+            None if scale is None else scale.scale,
+            0 if scale is None else scale.skipped_steps,
+        )
 
     def take_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Take the results of an evaluation after the last step."""
+        """Take an evaluation after the last step; keep the weights if it is the best so far."""
         for name, value in metrics.items():
             self._check_finite(name, value, self.position.step)
-        position, stopping = self.position, self.config.train.early_stopping
+        position, train = self.position, self.config.train
         is_best = self.selection.update(position.step, metrics)
         position.evaluated_step, position.metrics = position.step, metrics
-        if stopping is not None:
-            position.stopped_early = self.selection.evaluations_since >= stopping.patience
-        if self.config.train.lr_scheduler in SCHEDULERS_ON_METRIC:
+        if train.early_stopping is not None:
+            patience = train.early_stopping.patience
+            position.stopped_early = self.selection.evaluations_since >= patience
+        if train.lr_scheduler in SCHEDULERS_ON_METRIC:
             self.scheduler.step(metrics[self.selection.metric])  # pyright: ignore
+        if is_best:  # checkpoints have these weights too
+            tensors = self.adapter.tensors().items()
+            self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
         return is_best
 
-    def keep_best(self) -> None:
-        """Keep the present weights as the best; snapshots have them too."""
-        tensors = self.adapter.tensors()
-        self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
     def check_weights(self) -> None:
-        """Raise a TrainingError if a weight is not finite."""
         if not all(bool(weight.isfinite().all()) for weight in self.parameters.values()):
             raise self._error("weights must be finite, got inf or nan", self.position.step)
 
@@ -250,12 +265,12 @@ class Job:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
         load_learning_state(self.parameters, self.optimizer, state)
         self._proven = state["proven"]
         self.best = state.get("best")  # older ones have none
         self.scheduler.load_state_dict(state["scheduler"])
-        self.position = Position(**state["position"])
+        loss = MicroBatchLoss(**state["position"]["loss"])
+        self.position = Position(**{**state["position"], "loss": loss})
         self.selection = Selection(**state["selection"])
         self.collapse = CollapseWatch(**state.get("collapse", {}))  # older ones have none
         if self.reference is not None:
@@ -264,57 +279,6 @@ class Job:
             self.loss_scale = LossScale(**state["loss_scale"])
         self.order.load_state_dict(self.position.step, state.get("order", {}))
         self._window = None
-
-    def _make_step(self, loss: MicroBatchLoss) -> StepReport:
-        learning_rate, position, scale = self.learning_rate, self.position, self.loss_scale
-        if scale is not None:
-            scale.unscale(self.parameters.values())
-        grad_norm = clip_gradients(self.parameters.values(), self.config.train.max_grad_norm)
-        if scale is None or scale.takes(grad_norm):
-            self._check_finite("gradient norm", grad_norm, position.step + 1)
-            self._learn()
-        elif scale.scale < 1:
-            raise self._error("gradients overflow float16 even without scaling", position.step + 1)
-        elif scale.skipped_steps == self.total_steps:
-            raise TrainingError(
-                f"job {self.name}: all of its {self.total_steps} steps were skipped, as gradients "
-                f"overflow float16; the last one halved the loss scale to {scale.scale:g}; train "
-                "longer, or in bfloat16"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.reference is not None and isinstance(self.training_set, StreamedSet):
-            self.reference.forget(self.window.examples)  # they never come again
-        position.step += 1
-        position.micro_step = 0
-        position.loss = asdict(MicroBatchLoss(0.0))
-        position.last_loss = loss.loss
-        return StepReport(
-            position.step,
-            self.order.epochs_after(position.step),
-            loss,
-            learning_rate,
-            grad_norm,
-            position.tokens,
-            position.computed_tokens,
-            self._warnings(loss),
-            None if scale is None else scale.scale,
-            0 if scale is None else scale.skipped_steps,
-        )
-
-    def _learn(self) -> None:
-        """Let the weights follow their gradients."""
-        # Until a finite loss proves the new weights, the old ones take the place of the gradients.
-        self._proven = [parameter.detach().clone() for parameter in self.parameters.values()]
-        self.optimizer.step()
-        if self.config.train.lr_scheduler not in SCHEDULERS_ON_METRIC:
-            self.scheduler.step()  # pyright: ignore[reportCallIssue]
-
-    def _warnings(self, loss: MicroBatchLoss) -> tuple[str, ...]:
-        """Judge a mixture's load after a step."""
-        config = self.config.adapter
-        if config.experts_per_token is None or not loss.tokens_per_expert:
-            return ()
-        return tuple(self.collapse.take(self.position.step, loss.tokens_per_expert, config))
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
         if not math.isfinite(value):
@@ -328,20 +292,15 @@ class Job:
 
 
 def metric_mode(metric: str | None) -> str:
-    """Tell which way a metric gets better: `min` for a loss, `max` for every other."""
+    """Return which way a metric gets better: `min` for a loss, `max` for every other."""
     return "min" if metric is None or metric.endswith("loss") else "max"
 
 
 @dataclass
 class Selection:
-    """The best evaluation of a job so far.
+    """The best evaluation of a job so far, and how many came after it.
 
-    Args:
-        metric: Name of the metric that decides; None: nothing is held out, the last weights count.
-        value: Its best value.
-        step: The step after which it was measured.
-        metrics: Everything that was measured then.
-        evaluations_since: Evaluations after it.
+    Without a metric nothing is held out, and the last weights count.
     """
 
     metric: str | None
@@ -351,21 +310,16 @@ class Selection:
     evaluations_since: int = 0
 
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Take an evaluation in."""
+        """Take an evaluation in, and say whether it is the best."""
         if self.metric is None:
             return False
-        value = metrics[self.metric]
-        if not self._is_better(value):
+        value, sign = metrics[self.metric], 1 if metric_mode(self.metric) == "min" else -1
+        if self.value is not None and sign * value >= sign * self.value:
             self.evaluations_since += 1
             return False
         self.value, self.step, self.metrics = value, step, dict(metrics)
         self.evaluations_since = 0
         return True
-
-    def _is_better(self, value: float) -> bool:
-        if self.value is None:
-            return True
-        return value > self.value if metric_mode(self.metric) == "max" else value < self.value
 
 
 WINDOW_STEPS = 25
@@ -374,28 +328,27 @@ WINDOW_STEPS = 25
 
 @dataclass
 class CollapseWatch:
-    """Adds up a job's load, and judges it window by window.
+    """Adds up how often routers choose each expert, and judges it window by window.
 
-    Args:
-        num_steps: Steps of the window so far.
-        tokens_per_expert: Their choices, by router.
-        warnings: What was said already, by kind; a kind is said once.
+    Each kind of warning comes once.
     """
 
     num_steps: int = 0
     tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
 
-    def take(self, step: int, tokens_per_expert: Choices, config: AdapterConfig) -> list[str]:
+    def take(self, step: int, chosen: Choices, config: AdapterConfig) -> tuple[str, ...]:
         """Take a step's choices in; give new warnings.
 
         A window ends after `WINDOW_STEPS`, or later when it has too few tokens to be judged.
         """
+        if config.experts_per_token is None or not chosen:
+            return ()
         self.num_steps += 1
-        self.tokens_per_expert = add_counts(self.tokens_per_expert, tokens_per_expert)
+        self.tokens_per_expert = add_counts(self.tokens_per_expert, chosen)
         if self.num_steps < WINDOW_STEPS or not has_enough_choices(self.tokens_per_expert):
-            return []
-        collapses = find_collapse(self.tokens_per_expert, config.experts_per_token or 0)
+            return ()
+        collapses = find_collapse(self.tokens_per_expert, config.experts_per_token)
         first = step - self.num_steps + 1
         new = {
             kind: f"steps {first} to {step}: {text}; {config.collapse_advice}"
@@ -404,4 +357,4 @@ class CollapseWatch:
         }
         self.warnings |= new
         self.num_steps, self.tokens_per_expert = 0, {}
-        return list(new.values())
+        return tuple(new.values())

@@ -1,13 +1,17 @@
-"""What a run says while it goes on: lines to the user, live on a terminal; metrics to trackers."""
+"""What a run says while it goes on, to its user and to trackers, and the signals that end it."""
 
 from __future__ import annotations
 
 import io
+import signal
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from types import FrameType
+from typing import Any, NoReturn
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -17,14 +21,15 @@ from loraloom.durable import sync
 from loraloom.errors import plain
 from loraloom.terminal import fitted, make_console, print_tables
 from loraloom.training.job import Job, Position
-from loraloom.training.outputs import RunDirectory
 from loraloom.training.ranking import Ranking, ranking_line, ranking_table
 from loraloom.training.step.batch import StepReport, padding_share
+from loraloom.training.store import RunDirectory
 from loraloom.training.tracking import MetricsFile, Tracker, open_tracker, step_metrics
 
 PLAIN_INTERVAL_S = 60.0
+NOTICE = "saving everything after this step; Ctrl-C again stops at once"
 _MAX_JOBS_OF_A_LINE = 12
-_SPEED_PERIOD_S = 120.0
+_HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that is closed; Windows has none
 
 
 class _Bars(RichProgress):
@@ -33,18 +38,20 @@ class _Bars(RichProgress):
     table: RenderableType | None = None
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """What is shown."""
         yield from super().get_renderables()
         if self.table is not None:
             yield self.table
 
 
 class Progress:
-    """Shows a run to its user."""
+    """Shows a run to its user, live on a terminal, else a line a minute."""
 
     def __init__(self, console: Console | None = None, interval_s: float = PLAIN_INTERVAL_S):
         self._console = console or make_console(quiet=True)
-        self._console.file = EnduringOutput(self._console.file)  # pyright: ignore
+        # A closed pipe ends no training: what would be printed is lost.
+        self._console.on_broken_pipe = partial(setattr, self._console, "quiet", True)
+        if isinstance(self._console.file, io.TextIOWrapper):
+            self._console.file.reconfigure(errors="backslashreplace")
         self._is_live = console is not None and console.is_terminal
         self._interval_s = interval_s
         self._bars = _Bars(
@@ -57,16 +64,15 @@ class Progress:
             TextColumn("ETA {task.fields[eta]}"),
             console=self._console,
             disable=not self._is_live,
-            speed_estimate_period=_SPEED_PERIOD_S,
+            speed_estimate_period=120.0,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._news: dict[str, tuple[int, Position]] = {}  # since the last plain line
+        self._news: dict[str, str] = {}  # since the last plain line
         self._shown_at = time.monotonic()
         self._ranking: Ranking | None = None
         self._ranked_at = 0.0
 
     def start(self) -> None:
-        """Begin to show."""
         self._bars.start()
 
     def add(self, name: str, total_steps: int, position: Position) -> None:
@@ -84,31 +90,28 @@ class Progress:
     def update(self, name: str, total_steps: int, position: Position) -> None:
         """Show a job after a step."""
         self._bars.update(self._tasks[name], completed=position.step)
-        self._describe(name, position)
+        loss = self._describe(name, position)
         if self._is_live:
             return
         if self._ranking is None or name not in self._ranking.names:
-            self._news[name] = total_steps, position
+            self._news[name] = f"{name}: step {position.step}/{total_steps}, loss {loss}"
         now = time.monotonic()
         is_end = all(task.finished for task in self._bars.tasks)
         if self._news and (is_end or now - self._shown_at >= self._interval_s):
             self._shown_at = now
-            self.message(self._plain_line(self._news))
+            self.message(self._plain_line())
             self._news.clear()
 
-    def _plain_line(self, jobs: Mapping[str, tuple[int, Position]]) -> str:
-        """How jobs get on: one in detail, or the steps and losses of several."""
-        fields = [self._bars.tasks[self._tasks[name]].fields for name in jobs]
-        longest = max(fields, key=lambda told: (len(told["eta"]), told["eta"]))["eta"]
-        rates = [float(told["rate"]) for told in fields if told["rate"] != "-"]
+    def _plain_line(self) -> str:
+        """Say how jobs get on: one in detail, or the steps and losses of several."""
+        fields = [self._bars.tasks[self._tasks[name]].fields for name in self._news]
+        longest = max((one["eta"] for one in fields), key=lambda eta: (len(eta), eta))
+        rates = [float(one["rate"]) for one in fields if one["rate"] != "-"]
+        lines = list(self._news.values())[:_MAX_JOBS_OF_A_LINE]
+        if len(fields) > len(lines):
+            lines.append(f"and {len(fields) - len(lines)} more jobs")
+        padding = f", padding {fields[0]['padding']}" if len(fields) == 1 else ""
         rate = f"{sum(rates):.0f}" if rates else "-"
-        lines = [
-            f"{name}: step {position.step}/{total_steps}, loss {told['loss']}"
-            for (name, (total_steps, position)), told in zip(jobs.items(), fields, strict=True)
-        ][:_MAX_JOBS_OF_A_LINE]
-        if len(jobs) > len(lines):
-            lines.append(f"and {len(jobs) - len(lines)} more jobs")
-        padding = f", padding {fields[0]['padding']}" if len(jobs) == 1 else ""
         return f"{'; '.join(lines)}, {rate} tokens/s{padding}, ETA {longest}"
 
     def rank(self, ranking: Ranking) -> None:
@@ -132,66 +135,40 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line, above the live ones."""
         wrap = not self._is_live
-        self._console.print(plain(text), markup=False, emoji=False, highlight=False, soft_wrap=wrap)
+        with suppress(OSError, ValueError):  # a full disk; a file that was closed
+            self._console.print(
+                plain(text), markup=False, emoji=False, highlight=False, soft_wrap=wrap
+            )
 
     def stop(self) -> None:
         """Show nothing more; live lines stay as they are, without the table."""
         self._bars.table = None
         self._bars.stop()
 
-    def _describe(self, name: str, position: Position) -> None:
-        """Bring the fields of a job's line up to date."""
+    def _describe(self, name: str, position: Position) -> str:
+        """Bring the fields of a job's line up to date; return its loss."""
         task = self._bars.tasks[self._tasks[name]]
         first_step, first_tokens = task.fields["start_position"]
         rate, speed, remaining = "-", task.speed, task.time_remaining
         if speed is not None and position.step > first_step:
             tokens_per_step = (position.tokens - first_tokens) / (position.step - first_step)
             rate = f"{speed * tokens_per_step:.0f}"
-        fields = {
-            "loss": "-" if position.last_loss is None else f"{position.last_loss:.4f}",
-            "rate": rate,
-            "padding": f"{100 * padding_share(position.tokens, position.computed_tokens):.1f} %",
-            "eta": "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining))),
-        }
-        task.fields.update(fields)
-
-
-class EnduringOutput(io.TextIOBase):
-    """A stream that drops what a closed pipe or a full disk does not take."""
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    @property
-    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the stream."""
-        return self.stream.encoding or "utf-8"
-
-    def write(self, text: str) -> int:
-        """Write a text as far as that is possible."""
-        with suppress(OSError, ValueError):  # ValueError: it was closed
-            encodable = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
-            self.stream.write(encodable)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush the stream."""
-        with suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        """Return the stream's descriptor."""
-        return self.stream.fileno()
+        loss = "-" if position.last_loss is None else f"{position.last_loss:.4f}"
+        padding = padding_share(position.tokens, position.computed_tokens)
+        eta = "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining)))
+        task.fields.update(loss=loss, rate=rate, padding=f"{100 * padding:.1f} %", eta=eta)
+        return loss
 
 
 class Reporter:
-    """Tells trackers and the user how jobs get on. A tracker that fails is told of once a job."""
+    """Logs to trackers and shows the user how jobs get on.
+
+    A tracker that fails (on a full disk, for example) ends no training; the user reads of it once
+    for each job.
+    """
 
     def __init__(self, directory: RunDirectory, progress: Progress, tracker_names: tuple[str, ...]):
+        self.message = progress.message
         self._directory = directory
         self._progress = progress
         self._tracker_names = [] if directory.is_read_only else ["jsonl", *tracker_names]
@@ -199,12 +176,20 @@ class Reporter:
         self._failing: set[tuple[str, str]] = set()
         self._is_started = False
 
-    def start(self, jobs: Iterable[Job]) -> None:
-        """Open the trackers of jobs and begin to show them."""
+    @contextmanager
+    def showing(self, jobs: Iterable[Job]) -> Iterator[None]:
+        """Show jobs and log their metrics, within this context."""
         self._is_started = True
         self._progress.start()
-        for job in jobs:
-            self.add(job)
+        try:
+            for job in jobs:
+                self.add(job)
+            yield
+        finally:
+            self._is_started = False
+            self._progress.stop()
+            for name in list(self._trackers):
+                self.end(name)
 
     def add(self, job: Job) -> None:
         """Open a job's trackers and show it, if the run has begun."""
@@ -218,7 +203,6 @@ class Reporter:
         self._progress.add(job.name, job.total_steps, job.position)
 
     def step(self, job: Job, report: StepReport, seconds: float) -> None:
-        """Tell what a step did."""
         self._log(job.name, step_metrics(report, seconds))
         if self._is_started:
             self._progress.update(job.name, job.total_steps, job.position)
@@ -226,29 +210,17 @@ class Reporter:
             self.message(f"warning: job {job.name}, {warning}")
 
     def evaluation(self, job: Job, metrics: Mapping[str, float], seconds: float) -> None:
-        """Tell what was measured after a job's last step."""
         step = job.position.step
         place = {"step": step, "epoch": round(job.order.epochs_after(step), 4)}
         self._log(job.name, {**place, **metrics, "seconds": round(seconds, 3)})
         described = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.message(f"{job.name}: step {step}, {described}")
 
-    def message(self, text: str) -> None:
-        """Say something to the user."""
-        self._progress.message(text)
-
     def end(self, job_name: str) -> None:
         """Close a job's trackers."""
         for tracker in self._trackers.pop(job_name, ()):
             with self._noting_faults(tracker.name, job_name):
                 tracker.close()
-
-    def stop(self) -> None:
-        """Close all trackers and show nothing more."""
-        self._is_started = False
-        self._progress.stop()
-        for name in list(self._trackers):
-            self.end(name)
 
     def metrics_bytes(self, job_name: str) -> int:
         """Return the length of a job's metrics.jsonl, all of which is on the disk then."""
@@ -261,7 +233,6 @@ class Reporter:
 
     @contextmanager
     def _noting_faults(self, tracker_name: str, job_name: str) -> Iterator[None]:
-        """Tell of a tracker's fault (a full disk, for example) once; it ends no training."""
         try:
             yield
         except Exception as error:
@@ -273,3 +244,47 @@ class Reporter:
         for tracker in self._trackers.get(job_name, ()):
             with self._noting_faults(tracker.name, job_name):
                 tracker.log(metrics)
+
+
+class Interruption:
+    """A context in which the first Ctrl-C, SIGTERM or SIGHUP sets a flag, the second one ends.
+
+    It does so in the main thread. A SIGHUP that is ignored, as under nohup, stays so.
+    """
+
+    def __init__(self, on_request: Callable[[], None]):
+        self.requested = False
+        self._on_request = on_request
+        self._number: int = signal.SIGINT
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
+                numbers.append(_HANGUP)
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        self.requested = False
+
+    def end(self) -> NoReturn:
+        """End as the signal would have ended it."""
+        if self._number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self._number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A closed terminal may send it twice, from the kernel and from the shell.
+        if self.requested and number == _HANGUP:
+            return
+        self._number = number
+        if self.requested:
+            self.end()
+        self.requested = True
+        with suppress(RuntimeError):  # the signal came in the midst of a write to the terminal
+            self._on_request()

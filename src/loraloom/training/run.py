@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
@@ -16,26 +19,29 @@ from loraloom.errors import ConfigError, LoraloomError
 from loraloom.models.host import Host, attach
 from loraloom.models.loading import load_base_model
 from loraloom.ranks import Ranks
-from loraloom.training.builder import JobBuilder
-from loraloom.training.checkpoint import Snapshot
-from loraloom.training.checks import check_adds_up, check_same_run, check_sources
-from loraloom.training.engine import Engine, describe_base
-from loraloom.training.evaluation import Evaluation
+from loraloom.training.builder import Evaluation, JobBuilder
+from loraloom.training.engine import Engine
 from loraloom.training.inbox import Inbox, WatchOptions, sole_trainer
-from loraloom.training.job import Job
-from loraloom.training.launch import Launch, joined_ranks, rank_device, read_launch
-from loraloom.training.lead import Lead
-from loraloom.training.memory import check_limit
-from loraloom.training.outputs import RunDirectory
+from loraloom.training.parallel import (
+    Launch,
+    Lead,
+    check_adds_up,
+    joined_ranks,
+    rank_device,
+    read_launch,
+)
 from loraloom.training.progress import Progress
-from loraloom.training.results import JobResult, describe_environment
+from loraloom.training.results import JobResult
+from loraloom.training.rounds import check_limit
 from loraloom.training.settings import JobConfig, RunConfig, load_run_config
 from loraloom.training.step.optimizers import rehearse
+from loraloom.training.store import Checkpoint, RunDirectory, describe_base, describe_changes
 from loraloom.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from loraloom.training.sweep import Sweep
 
+Base = tuple[Host, PreTrainedTokenizerBase]
 BetweenSteps = Callable[[Engine, JobBuilder], None]
 """Called between two rounds: may build jobs, and call the engine's `add` and `stop`."""
 
@@ -46,7 +52,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    base: tuple[Host, PreTrainedTokenizerBase] | None = None,
+    base: Base | None = None,
     between_steps: BetweenSteps | None = None,
     watch: WatchOptions | None = None,
     ray: str | None = None,
@@ -61,7 +67,7 @@ def train(
 
     Args:
         run: A run file, or its settings.
-        resume: Go on from the newest snapshot, if there is any.
+        resume: Resume from the newest checkpoint, if there is any.
         overwrite: Replace earlier results of these jobs.
         progress: Shows the run; None shows nothing.
         base: The base model and its tokenizer where they are loaded already.
@@ -86,50 +92,43 @@ def train(
     if not isinstance(run, RunConfig):
         run = load_run_config(run, needs_jobs=watch is None)
     launch = read_launch()
-    _check_goes_with(launch, run, base)
+    progress = progress if progress is not None and launch.rank == 0 else Progress()
+    options = {"resume": resume, "overwrite": overwrite}
     if ray is not None:
         _check_goes_with_ray(launch, watch, base, between_steps)
         from loraloom.training.workers import train_with_ray  # it needs Ray
 
-        return train_with_ray(
-            run,
-            ray,
-            ray_workers,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress or Progress(),
-            command=command,
-        )
+        return train_with_ray(run, ray, ray_workers, progress=progress, command=command, **options)
+    is_sharded = run.parallel.base == "fsdp" and launch.size > 1
+    if is_sharded:
+        _check_can_be_sharded(run, base)
     device = rank_device(run.device, launch)
-    progress = progress if progress is not None and launch.rank == 0 else Progress()
     directory = RunDirectory(run.output_dir, is_read_only=launch.rank > 0)
-    check_run(run, directory, resume=resume, overwrite=overwrite)
+    check_run(run, directory, launch.size, **options)
     with ExitStack() as stack:
-        is_sharded = run.parallel.base == "fsdp" and launch.size > 1
         ranks = stack.enter_context(joined_ranks(device, launch, in_lockstep=is_sharded))
         if watch is not None and ranks.is_first:
             stack.enter_context(sole_trainer(watch.path))
         host, tokenizer = base or load_base(run, device, is_sharded=is_sharded)
-        stack.enter_context(_taken_off_at_an_error(host))
-        stack.enter_context(_shared_by(ranks, host))
-        if resume and directory.snapshots.exists():
+        stack.enter_context(_borrowed(host, ranks))
+        if resume and directory.has_checkpoints():
             stack.enter_context(directory.lock())
         setup = set_up(
             run, run.first_jobs, (host, tokenizer), directory, progress, command, resume=resume
         )
         _check_alike(ranks, run, setup)
         sweep = None if run.sweep is None else setup.sweep()
-        if setup.snapshot is None:
+        if setup.checkpoint is None:
             if sweep is not None:
                 sweep.check_reached()
             stack.enter_context(directory.lock())
-            directory.check(resume=resume, overwrite=overwrite)  # another run may have ended now
+            directory.check(**options)  # another run may have ended now
             directory.prepare([job.name for job in run.all_jobs])
         setup.begin()
         callbacks: list[Callable[[Engine], None]] = []
         if sweep is not None:
             if ranks.is_first:
-                sweep.study.open(0 if setup.snapshot is None else setup.snapshot.sweep_bytes)
+                sweep.study.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
             callbacks.append(setup.lead.between_steps(sweep.between_steps))
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, setup.builder))
@@ -144,29 +143,38 @@ def train(
         return results
 
 
-def check_run(run: RunConfig, directory: RunDirectory, *, resume: bool, overwrite: bool) -> None:
+def check_run(
+    run: RunConfig, directory: RunDirectory, num_ranks: int = 1, *, resume: bool, overwrite: bool
+) -> None:
     """Check what can be checked before the base model is loaded."""
-    directory.check(resume=resume, overwrite=overwrite)
-    check_sources(run.all_jobs, directory)
-    check_trackers(run.trackers)
     for job in run.all_jobs:
+        check_adds_up(job, num_ranks)
         rehearse(job.train, job.name)
+    directory.check(resume=resume, overwrite=overwrite)
+    directory.check_sources(run.all_jobs)
+    check_trackers(run.trackers)
+
+
+def load_base(run: RunConfig, device: str, *, is_sharded: bool = False) -> Base:
+    """Load a run's base model and attach a host to it."""
+    how = (run.dtype, device, run.attn_implementation, run.quantization)
+    model, tokenizer = load_base_model(run.base_model, *how, sharded=is_sharded)
+    return attach(model), tokenizer
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Jobs on a host that are ready to train, and the snapshot that they go on from."""
+    """Jobs on a host that are ready to train, and the checkpoint that they go on from."""
 
     run: RunConfig
     engine: Engine
     builder: JobBuilder
-    snapshot: Snapshot | None
+    checkpoint: Checkpoint | None
     progress: Progress
     directory: RunDirectory
 
     @cached_property
     def lead(self) -> Lead:
-        """The engine as the first rank's decisions see it."""
         return Lead(self.engine, self.builder)
 
     def sweep(self, worker: tuple[int, int] = (0, 1)) -> Sweep:
@@ -178,18 +186,18 @@ class Setup:
         return Sweep(study, self.run, self.lead, self.progress, jobs, worker)
 
     def begin(self) -> None:
-        """Bring the jobs to where the snapshot has them, or write the first one."""
-        if self.snapshot is None:
+        """Bring the jobs to where the checkpoint has them, or write the first one."""
+        if self.checkpoint is None:
             self.engine.save_state()
             return
-        self.progress.message(f"going on after {self.snapshot.round} fused steps")
-        self.engine.load_state(self.snapshot)
+        self.progress.message(f"going on after {self.checkpoint.round} fused steps")
+        self.engine.load_state(self.checkpoint)
 
 
 def set_up(
     run: RunConfig,
     configs: Sequence[JobConfig],
-    base: tuple[Host, PreTrainedTokenizerBase],
+    base: Base,
     directory: RunDirectory,
     progress: Progress,
     command: str,
@@ -200,9 +208,34 @@ def set_up(
     host, tokenizer = base
     evaluation = Evaluation(host, tokenizer)
     builder = JobBuilder(host, tokenizer, evaluation)
-    names = [config.name for config in configs]
-    snapshot, lines = _read_snapshot(directory, names, run, host) if resume else (None, [])
-    jobs, snapshot, left_out = _build_jobs(builder, run, configs, snapshot)
+    checkpoint, lines = None, list[str]()
+    if resume:
+        checkpoint, lines = directory.newest_checkpoint([config.name for config in configs])
+        if checkpoint is not None:
+            _check_same_run(checkpoint, run, host)
+        elif lines:
+            raise ConfigError("\n".join([*lines, "--resume needs a whole one, there is none"]))
+    done = set() if checkpoint is None else checkpoint.done
+    jobs = [builder.build(config) for config in configs if config.name not in done]
+    if checkpoint is not None:
+        first, in_file = ({one.name for one in some} for some in (configs, run.all_jobs))
+        kept = {}
+        for name, record in checkpoint.jobs.items():
+            if name not in in_file and not record.joined_later:
+                if record.result is None:
+                    lines.append(
+                        f"warning: job {name} is no longer in the run file and is left out; put it "
+                        "back to go on with it, before its snapshots are replaced"
+                    )
+                continue
+            if name not in first and record.result is None:
+                try:
+                    jobs.append(builder.build(JobConfig.model_validate(record.settings)))
+                except (LoraloomError, ValidationError) as error:
+                    lines.append(f"warning: job {name} had joined the run and is left out: {error}")
+                    continue
+            kept[name] = record
+        checkpoint = replace(checkpoint, jobs=kept)
     engine = Engine(
         host,
         jobs,
@@ -210,57 +243,90 @@ def set_up(
         directory,
         progress,
         trackers=run.trackers,
-        environment=describe_environment(host.device, host.dtype, command, host.ranks.size),
+        environment=_describe_environment(host, command),
         max_tokens_per_step=run.max_tokens_per_step,
         memory_limit=run.memory_limit,
         keep_snapshots=run.keep_snapshots,
     )
     check_limit(host, run.memory_limit)
-    lines = [*lines, *left_out]
     for job in jobs:
         data = (*job.training_set.report, *job.training_set.warnings)
         lines += [f"{job.name}: {line}" for line in data]
     for line in lines:
         progress.message(line)
-    return Setup(run, engine, builder, snapshot, progress, directory)
+    return Setup(run, engine, builder, checkpoint, progress, directory)
+
+
+def _describe_environment(host: Host, command: str) -> dict[str, Any]:
+    packages = ("loraloom", "torch", "transformers", "safetensors")
+    return {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "platform": platform.platform(),
+        "device": str(host.device),
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "ranks": host.ranks.size,
+        "command": command,
+    }
+
+
+def _check_same_run(checkpoint: Checkpoint, run: RunConfig, host: Host) -> None:
+    """Check that what goes on is what was saved."""
+    base = describe_base(host)
+    changed = [f"base {name}" for name, value in base.items() if checkpoint.base.get(name) != value]
+    for job in run.all_jobs:
+        record = checkpoint.jobs.get(job.name)
+        if record is not None:  # priority changes no job's result
+            saved, now = (
+                {**settings, "priority": None}
+                for settings in (as_of_now(record.settings), job.model_dump(mode="json"))
+            )
+            changed += [f"job {job.name}: {change}" for change in describe_changes(saved, now)]
+    if changed:
+        raise ConfigError(
+            "--resume needs the settings that the run began with, these differ: "
+            f"{'; '.join(changed)}; set them back, or give --overwrite to begin again"
+        )
+
+
+def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what this version makes of a job's settings that an older one saved.
+
+    Settings that are new have their defaults, and those of `init: eva`, which had no effect on
+    other jobs, are left out.
+    """
+    adapter = {name: value for name, value in settings["adapter"].items() if name != "eva"}
+    try:
+        return JobConfig.model_validate({**settings, "adapter": adapter}).model_dump(mode="json")
+    except ValidationError:
+        return settings
 
 
 @contextmanager
-def _taken_off_at_an_error(host: Host) -> Iterator[None]:
-    """Leave a host as it was where an error or a signal ends a run."""
-    before = set(host.adapters)
+def _borrowed(host: Host, ranks: Ranks) -> Iterator[None]:
+    """Let ranks share a host's rows; an error or a signal leaves the host as it was."""
+    names, before, host.ranks = set(host.adapters), host.ranks, ranks
     try:
         yield
     except BaseException:
-        for name in host.adapters.keys() - before:
+        for name in host.adapters.keys() - names:
             host.remove(name)
         raise
-
-
-@contextmanager
-def _shared_by(ranks: Ranks, host: Host) -> Iterator[None]:
-    """Let ranks share a host's rows."""
-    before, host.ranks = host.ranks, ranks
-    try:
-        yield
     finally:
         host.ranks = before
 
 
-def _check_goes_with(launch: Launch, run: RunConfig, base: Any) -> None:
-    """Refuse what several processes can't do together."""
-    if launch.size > 1 and run.parallel.base == "fsdp" and base is not None:
+def _check_can_be_sharded(run: RunConfig, base: Base | None) -> None:
+    if base is not None:
         raise ConfigError(
             "parallel.base: fsdp takes a base model apart as it is loaded, got one that is loaded; "
             "leave `base` out, or take base: replicated"
         )
-    if launch.size > 1 and run.parallel.base == "fsdp" and run.quantization is not None:
+    if run.quantization is not None:
         raise ConfigError(
             "parallel.base: fsdp needs weights in floating point, got quantization; leave it out, "
             "or take base: replicated"
         )
-    for job in run.all_jobs:
-        check_adds_up(job, launch.size)
 
 
 def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: Any) -> None:
@@ -278,71 +344,12 @@ def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: A
 
 def _check_alike(ranks: Ranks, run: RunConfig, setup: Setup) -> None:
     """Check that all ranks are about to do the same."""
-    jobs, snapshot = setup.engine.jobs.values(), setup.snapshot
+    jobs, checkpoint = setup.engine.jobs.values(), setup.checkpoint
     facts = {f"the data of job {job.name}": job.training_set.digest for job in jobs}
     facts["the run file"] = run.model_dump_json(exclude={"output_dir"})
-    facts["the newest checkpoint"] = "" if snapshot is None else snapshot.directory.name
+    facts["the newest checkpoint"] = "" if checkpoint is None else checkpoint.directory.name
     if different := ranks.check_alike(facts):
         raise ConfigError(
             f"all {ranks.size} ranks must have the same run, these differ: {', '.join(different)}; "
             "let all machines see the same files, output_dir among them"
         )
-
-
-def load_base(
-    run: RunConfig, device: str, *, is_sharded: bool = False
-) -> tuple[Host, PreTrainedTokenizerBase]:
-    """Load a run's base model and attach a host to it."""
-    model, tokenizer = load_base_model(
-        run.base_model,
-        run.dtype,
-        device,
-        run.attn_implementation,
-        run.quantization,
-        sharded=is_sharded,
-    )
-    return attach(model), tokenizer
-
-
-def _read_snapshot(
-    directory: RunDirectory, names: Sequence[str], run: RunConfig, host: Host
-) -> tuple[Snapshot | None, list[str]]:
-    """Read what a run goes on from."""
-    snapshot, faults = directory.newest_snapshot(names)
-    if snapshot is not None:
-        check_same_run(snapshot, run, describe_base(host))
-    elif faults:
-        raise ConfigError("\n".join([*faults, "--resume needs a whole one, there is none"]))
-    return snapshot, faults
-
-
-def _build_jobs(
-    builder: JobBuilder,
-    run: RunConfig,
-    configs: Sequence[JobConfig],
-    snapshot: Snapshot | None,
-) -> tuple[list[Job], Snapshot | None, list[str]]:
-    """Build the jobs that are not done yet, those that had joined the run among them."""
-    done = set() if snapshot is None else snapshot.done
-    jobs = [builder.build(config) for config in configs if config.name not in done]
-    if snapshot is None:
-        return jobs, None, []
-    first = {config.name for config in configs}
-    in_file = {config.name for config in run.all_jobs}
-    kept, faults = {}, []
-    for name, record in snapshot.jobs.items():
-        if name not in in_file and not record.joined_later:
-            if record.result is None:
-                faults.append(
-                    f"warning: job {name} is no longer in the run file and is left out; put it "
-                    "back to go on with it, before its snapshots are replaced"
-                )
-            continue
-        if name not in first and record.result is None:
-            try:
-                jobs.append(builder.build(JobConfig.model_validate(record.settings)))
-            except (LoraloomError, ValidationError) as error:
-                faults.append(f"warning: job {name} had joined the run and is left out: {error}")
-                continue
-        kept[name] = record
-    return jobs, replace(snapshot, jobs=kept), faults

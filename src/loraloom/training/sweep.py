@@ -27,14 +27,13 @@ from typing_extensions import override
 from loraloom.durable import cut_torn_line, write_output
 from loraloom.errors import ConfigError, LoraloomError
 from loraloom.eval.sweep_plot import plot_sweep
-from loraloom.training.checkpoint import describe_changes
 from loraloom.training.job import Job, metric_mode
-from loraloom.training.lead import Lead
-from loraloom.training.outputs import RunDirectory
+from loraloom.training.parallel import Lead
 from loraloom.training.progress import Progress
 from loraloom.training.ranking import RUNNING, Ranking, Standing, ranking_csv
 from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig
+from loraloom.training.store import RunDirectory, describe_changes
 from loraloom.training.sweep_settings import SweepStoppingConfig, TpeSearch, parameter_value
 
 _log = logging.getLogger(__name__)

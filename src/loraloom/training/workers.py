@@ -21,10 +21,8 @@ from typing_extensions import override
 from loraloom.durable import staging
 from loraloom.errors import ConfigError, LoraloomError, TrainingError
 from loraloom.training.engine import Engine
-from loraloom.training.interruption import NOTICE, Interruption
 from loraloom.training.job import Position
-from loraloom.training.outputs import RunDirectory, nearest_existing
-from loraloom.training.progress import Progress
+from loraloom.training.progress import NOTICE, Interruption, Progress
 from loraloom.training.ranking import Ranking
 from loraloom.training.ray_cluster import (
     check_worker_device,
@@ -32,9 +30,10 @@ from loraloom.training.ray_cluster import (
     connected,
     first_line,
 )
-from loraloom.training.results import JobResult, parse_result
+from loraloom.training.results import JobResult
 from loraloom.training.run import Setup, check_run, load_base, set_up
 from loraloom.training.settings import JobConfig, RunConfig
+from loraloom.training.store import RunDirectory, nearest_existing
 
 RESTARTS = 2
 """How often a lost worker is started again, by Ray itself."""
@@ -175,7 +174,7 @@ def train_with_ray(
         )
     directory = RunDirectory(run.output_dir, by_job=True)
     check_run(run, directory, resume=resume, overwrite=overwrite)
-    goes_on = resume and directory.job_snapshots.exists()
+    goes_on = resume and directory.has_checkpoints()
     progress.message("starting Ray" if address == "auto" else f"connecting to Ray at {address}")
     with connected(address) as ray:
         size, resources = choose_workers(ray.nodes(), run.device, num_workers)
@@ -351,9 +350,10 @@ class _Driver:
         self._progress.message(f"warning: worker {share.number} was lost for good: {reason}")
         left = []
         for config in share.jobs:
-            snapshot, _ = self._directory.newest_snapshot([config.name])
-            if snapshot is not None and (result := snapshot.jobs[config.name].result) is not None:
-                self._results[config.name] = parse_result(result)
+            checkpoint, _ = self._directory.newest_checkpoint([config.name])
+            result = None if checkpoint is None else checkpoint.jobs[config.name].result
+            if result is not None:
+                self._results[config.name] = result
             else:
                 left.append(config)
         if share.place is None or len(left) == 1:

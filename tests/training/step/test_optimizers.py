@@ -154,7 +154,7 @@ def test_every_optimizer_steps_and_goes_on_after_a_save(tmp_path, name: Optimize
     after = engine.jobs["a"].adapter.tensors()
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
     again = toy_engine(tmp_path, [config], dtype=torch.float32)
-    snapshot, _ = again._directory.snapshots.newest()
+    snapshot, _ = again._directory.checkpoints.newest()
     again.load_state(snapshot)
     for one in (engine, again):
         one.step()

@@ -33,31 +33,18 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a job puts into the next forward.
-
-    Args:
-        adapter: Whose rows these are.
-        examples: The samples; the chosen and the rejected answer of a pair in turn.
-        sample_keys: Each sample's key for dropout and jitter.
-        window: The step that they belong to.
-        objective: What is minimised.
-        reference: What the objective compares with, if it does.
-        max_row_length: Most tokens of a row that samples share; None: each has a row.
-        counts: Whether anything comes of it; False for a rank that no example is left for.
-        loss_scale: Factor of the loss in the backward pass alone.
-        is_last: Whether the step's gradient is complete with it.
-    """
+    """What a job puts into the next forward."""
 
     adapter: Adapter
-    examples: Sequence[Example]
-    sample_keys: Sequence[int]
-    window: Window
+    examples: Sequence[Example]  # the chosen and the rejected answer of a pair in turn
+    sample_keys: Sequence[int]  # for dropout and jitter
+    window: Window  # the step that they belong to
     objective: Objective
     reference: Reference | None = None
-    max_row_length: int | None = None
-    counts: bool = True
-    loss_scale: float = 1.0
-    is_last: bool = False
+    max_row_length: int | None = None  # of a row that samples share; None: each has a row
+    counts: bool = True  # False for a rank that no example is left for
+    loss_scale: float = 1.0  # factor of the loss in the backward pass alone
+    is_last: bool = False  # the step's gradient is complete with it
 
     @property
     def num_tokens(self) -> int:
@@ -111,22 +98,15 @@ class MicroBatch:
 class MicroBatchLoss:
     """A micro-batch's share of its step: shares add up to the step's figures.
 
-    Args:
-        loss: Its part of the objective.
-        aux_loss: Router losses, with coefficients, by its share of the step's real tokens.
-        router_entropy: Of the routers, by the same share; None without a router.
-        router_load_cv: Likewise.
-        metrics: Of the objective, by their names in metrics.jsonl.
-        computed_tokens: Tokens of its rows, padding included.
-        tokens_per_expert: How often each router chose each expert; empty without a router.
+    What routers give is weighed by its share of the step's real tokens; None without a router.
     """
 
     loss: float
-    aux_loss: float = 0.0
+    aux_loss: float = 0.0  # router losses, with coefficients
     router_entropy: float | None = None
     router_load_cv: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    computed_tokens: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # by their names in metrics.jsonl
+    computed_tokens: int = 0  # padding included
     tokens_per_expert: dict[RouterName, list[int]] = field(default_factory=dict)
 
     def __add__(self, other: MicroBatchLoss) -> MicroBatchLoss:

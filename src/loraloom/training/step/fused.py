@@ -5,29 +5,18 @@ Axes: B rows of all jobs, L sequence, N labelled tokens, D hidden.
 Rows are collated by job (`batch.py`). Logits exist at labels only. The sum of the jobs' losses is
 differentiated at once; as no adapter's weights touch another's rows, each gets the gradient of its
 own loss.
-
-Gradients of several ranks are added up once a step, while the backward pass makes further ones.
-They lie in one buffer, last layers first, about as a backward pass comes to them. It is cut into
-buckets, and one is sent when it is complete and those before it are on their way. So all ranks send
-the same buckets in the same order, also one whose backward pass fails half-way.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate, islice
-from operator import itemgetter
-from typing import Any
+from itertools import islice
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from loraloom.adapters.base import SampleTokens
 from loraloom.adapters.method import Adapter
@@ -41,12 +30,6 @@ from loraloom.routing.tally import measure_load, read_statistics
 from loraloom.training.step.batch import MicroBatch, MicroBatchLoss, lay_out
 from loraloom.training.step.objectives import ScoredSamples, ask_references
 
-BUCKET_BYTES = 25 * 2**20
-"""About as much as is sent at once; PyTorch's DistributedDataParallel takes as much."""
-
-Weights = Sequence[Sequence[Parameter]]
-"""The weights of several adapters."""
-
 
 def forward_backward(
     host: Host, micro_batches: Sequence[MicroBatch], pad_id: int
@@ -58,7 +41,7 @@ def forward_backward(
     pass; its adapter's gradient is of no use then. Gradients are those of losses times their scale.
 
     Where the host has several ranks, each computes its share of the rows and gets its summand of
-    the gradient; after a step's last micro-batch, all get the sum. Losses are those of all.
+    the gradient, for `sum_gradients`. Losses are those of all.
     """
     ranks = host.ranks
     ask_references(host, [(batch.reference, batch.examples) for batch in micro_batches])
@@ -87,11 +70,10 @@ def forward_backward(
             _share(batch, own, output.routing.get(batch.adapter.name), samples, computed_tokens)
             for batch, own, samples, computed_tokens in pieces
         ]
-        summing = summing_gradients(ranks, completed_weights(ranks, micro_batches))
     for share, micro_batch in zip(shares, micro_batches, strict=True):
         share.add_auxiliary_loss(micro_batch, ranks)
     reports = _fetch(micro_batches, shares, ranks)
-    with ranks.together(), recovering(host.model), summing:
+    with ranks.together(), recovering(host.model):
         finite = [
             _scaled(share.loss + share.aux_loss, micro_batch.loss_scale)
             for share, report, micro_batch in zip(shares, reports, micro_batches, strict=True)
@@ -104,23 +86,14 @@ def forward_backward(
 
 @dataclass
 class _Share:
-    """A rank's summands of what a micro-batch adds to its step.
-
-    Args:
-        loss: Of the objective.
-        metrics: Of the objective.
-        routing: Of its tokens; None without routers.
-        samples: Whose tokens these are.
-        computed_tokens: Of its rows, padding included.
-        aux_loss: Of the routers, once `add_auxiliary_loss` has computed it.
-    """
+    """A rank's summands of what a micro-batch adds to its step."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor]
     routing: list[LayerRouting] | None
     samples: Sequence[SampleTokens]
     computed_tokens: Tensor
-    aux_loss: Tensor
+    aux_loss: Tensor  # once `add_auxiliary_loss` has computed it
 
     def add_auxiliary_loss(self, micro_batch: MicroBatch, ranks: Ranks) -> None:
         """Compute the summand of the router losses, which takes all ranks' counts of tokens."""
@@ -186,103 +159,32 @@ def _scaled(loss: Tensor, scale: float) -> Tensor:
     return loss if scale == 1 else loss * scale
 
 
-def completed_weights(ranks: Ranks, micro_batches: Sequence[MicroBatch]) -> list[list[Parameter]]:
-    """Return, by adapter, the weights whose gradients these micro-batches complete, to add up."""
-    if ranks.size == 1:
-        return []
-    return [
-        [weight for weight in batch.adapter.parameters() if weight.requires_grad]
-        for batch in micro_batches
-        if batch.is_last
-    ]
+def sum_gradients(ranks: Ranks, adapters: Iterable[nn.Module]) -> None:
+    """Add gradients up over all ranks, one adapter after the other.
 
-
-def sum_gradients(ranks: Ranks, weights: Weights) -> None:
-    """Add up the gradients that are there; see `summing_gradients`."""
-    if ranks.size == 1 or not weights:
-        return
-    with ranks.together():
-        summing = summing_gradients(ranks, weights)
-    with summing:
-        pass
-
-
-def summing_gradients(ranks: Ranks, weights: Weights) -> AbstractContextManager[None]:
-    """Make a context for a backward pass, at whose end gradients are added up over all ranks.
-
-    Earlier micro-batches' gradients are added too; their tensors stay as they are. A weight that no
-    rank has a gradient of gets none. All memory is taken now.
+    A weight that no rank has a gradient of gets none.
     """
-    return _GradientSum(ranks, weights) if weights else nullcontext()
-
-
-class _GradientSum(AbstractContextManager[None]):
-    def __init__(self, ranks: Ranks, weights: Weights):
-        self._ranks = ranks
-        # Last layers first, those of all adapters together.
-        places = [(place / len(own), weight) for own in weights for place, weight in enumerate(own)]
-        self._owners = [p for _, p in sorted(places, key=itemgetter(0), reverse=True)]
-        sizes = [owner.numel() for owner in self._owners]
-        buffer = self._owners[0].new_zeros(sum(sizes) + len(sizes))
-        *self._pieces, self._counts = buffer.split([*sizes, len(sizes)])
-        self._is_present = torch.zeros(len(sizes))
-        self._bucket_of = [end * buffer.itemsize // BUCKET_BYTES for end in accumulate(sizes)]
-        self._missing = Counter(self._bucket_of)
-        lengths = Counter()
-        for bucket, size in zip(self._bucket_of, sizes, strict=True):
-            lengths[bucket] += size
-        lengths[self._bucket_of[-1]] += len(sizes)
-        self._missing[self._bucket_of[-1]] += 1  # the counts, which are known at the end
-        self._unsent = deque(zip(lengths, buffer.split(list(lengths.values())), strict=True))
-        self._waits: list[Callable[[], None]] = []
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> None:
-        for place, (owner, piece) in enumerate(zip(self._owners, self._pieces, strict=True)):
-            if owner.grad is not None:
-                piece.view_as(owner).copy_(owner.grad)
-                self._is_present[place] = 1
-            owner.grad = piece.view_as(owner)
-            hook = partial(self._note_complete, place)
-            self._hooks.append(owner.register_post_accumulate_grad_hook(hook))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        if kind is not None and not issubclass(kind, Exception):
-            return  # the process ends
-        # Also after an error: the other ranks wait for these buckets.
-        self._counts.copy_(self._is_present)
-        while self._unsent:
-            self._send()
-        for wait in self._waits:
-            wait()
-        if kind is None:
-            for owner, count in zip(self._owners, self._counts.tolist(), strict=True):
-                if not count:
-                    owner.grad = None
-
-    def _note_complete(self, place: int, _: Tensor) -> None:
-        self._is_present[place] = 1
-        self._missing[self._bucket_of[place]] -= 1
-        # In lockstep layers of the base model travel now, and two streams might block each other.
-        while not self._ranks.in_lockstep and not self._missing[self._unsent[0][0]]:
-            self._send()
-
-    def _send(self) -> None:
-        _, bucket = self._unsent.popleft()
-        self._waits.append(self._ranks.start_sum(bucket))
+    if ranks.size == 1:
+        return
+    for adapter in adapters:
+        weights = [weight for weight in adapter.parameters() if weight.requires_grad]
+        with ranks.together():
+            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            counts = weights[0].new_tensor([float(w.grad is not None) for w in weights])
+            buffer = torch.cat([*(gradient.flatten() for gradient in gradients), counts])
+        *pieces, counts = ranks.sum(buffer).split([*map(Tensor.numel, weights), len(weights)])
+        for weight, piece, count in zip(weights, pieces, counts.tolist(), strict=True):
+            weight.grad = piece.view_as(weight) if count else None
 
 
 @contextmanager
-def gradients_set_aside(adapters: Sequence[Adapter], completed: Weights = ()) -> Iterator[None]:
+def gradients_set_aside(adapters: Sequence[Adapter]) -> Iterator[None]:
     """Add what backward passes give to the gradients that are there, but only if they end.
 
     They may fail half-way, so they get empty gradients; the others come back in any case.
     """
     before = {weight: weight.grad for adapter in adapters for weight in adapter.parameters()}
-    apart = before.keys() - {weight for own in completed for weight in own}
-    for weight in apart:
+    for weight in before:
         weight.grad = None
     try:
         yield
@@ -290,7 +192,6 @@ def gradients_set_aside(adapters: Sequence[Adapter], completed: Weights = ()) ->
         for weight, gradient in before.items():
             weight.grad = gradient
         raise
-    for weight in apart:
-        gradient = before[weight]
+    for weight, gradient in before.items():
         if gradient is not None:
             weight.grad = gradient if weight.grad is None else gradient.add_(weight.grad)

@@ -170,14 +170,6 @@ class StreamOrder:
         return self.training_set.block_digest(position) if position.taken else None
 
 
-def make_order(
-    training_set: TrainingSet | StreamedSet, config: TrainConfig
-) -> StepOrder | StreamOrder:
-    if isinstance(training_set, StreamedSet):
-        return StreamOrder(training_set, config)
-    return StepOrder(training_set, config)
-
-
 def _make_window(epoch: int, examples: list[TrainingExample], config: TrainConfig) -> Window:
     examples.sort(key=lambda example: -longest_row(example))
     return Window(epoch, tuple(examples), config.micro_batch_size)

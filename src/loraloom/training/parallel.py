@@ -1,0 +1,227 @@
+"""Several processes that train one run: joining them, and doing what the first one decides.
+
+torchrun, accelerate or another launcher starts them. A sweep and an inbox go by a clock and files,
+so the first rank alone has theirs. What it lets its engine do between two rounds, the others are
+told and let theirs do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from loraloom.errors import ConfigError, TrainingError
+from loraloom.models.loading import find_device
+from loraloom.ranks import TIMEOUT, Alone, ProcessRanks, RankLost, Ranks
+from loraloom.training.builder import JobBuilder
+from loraloom.training.engine import Engine
+from loraloom.training.job import Job
+from loraloom.training.results import JobResult
+from loraloom.training.settings import JobConfig
+from loraloom.training.step.optimizers import rehearse
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process among those that were started together, and among those on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read what a launcher says of this process; of a process group, if there is one already."""
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        local = environment.get("LOCAL_RANK", rank), environment.get("LOCAL_WORLD_SIZE", size)
+        return Launch(rank, size, *map(int, local))
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return Launch()
+    try:
+        rank, size, local_rank = (int(environment[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return Launch(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", size)))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            "RANK, WORLD_SIZE, LOCAL_RANK must be whole numbers where a launcher starts several "
+            f"processes: {type(error).__name__}: {error}; start with `torchrun --nproc-per-node N "
+            "-m loraloom train RUN.yaml`, or unset them to train in one process"
+        ) from error
+
+
+def rank_device(name: str, launch: Launch) -> str:
+    """Choose a rank's device."""
+    if launch.size == 1:
+        return name
+    kind = find_device(name).type
+    if kind not in _BACKENDS or (kind != "cpu" and name not in ("auto", kind)):
+        raise ConfigError(
+            f"device must be auto or one of {', '.join(_BACKENDS)} where several ranks train, as "
+            f"each takes a device of its own, got {name if kind in _BACKENDS else kind}"
+        )
+    if kind == "cpu":
+        return kind
+    count = torch.get_device_module(kind).device_count()
+    if launch.local_size > count:
+        raise ConfigError(
+            f"each rank needs a {kind} device of its own, got {launch.local_size} ranks and "
+            f"{count} devices on this machine; start as many as there are devices, or take "
+            "device: cpu"
+        )
+    return f"{kind}:{launch.local_rank}"
+
+
+@contextmanager
+def joined_ranks(device: str, launch: Launch, *, in_lockstep: bool = False) -> Iterator[Ranks]:
+    """Be one of the ranks for a while; a process that was started alone is alone.
+
+    A process group that is there is used, and left as it is.
+    """
+    if launch.size == 1:
+        yield Alone()
+        return
+    kind = torch.device(device)
+    backend = _BACKENDS[kind.type]
+    if kind.type != "cpu":
+        torch.get_device_module(kind).set_device(kind)
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:  # torch's own errors of the network: the former
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"rank {launch.rank} of {launch.size} can't join the others: {reason}; check that "
+                "MASTER_ADDR and MASTER_PORT name the first one, and that the network lets it "
+                "through"
+            ) from error
+    try:
+        yield ProcessRanks(backend, launch.local_size, in_lockstep=in_lockstep)
+    except RankLost as lost:
+        raise TrainingError(str(lost)) from lost
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def check_adds_up(job: JobConfig, num_ranks: int) -> None:
+    """Check that a job can share its rows among so many ranks."""
+    if num_ranks > 1 and not job.adapter.adds_up_over_ranks:
+        raise ConfigError(
+            f"job {job.name}: method {job.adapter.method} needs a single process, as its "
+            f"router loss joins all tokens, got {num_ranks} ranks; start it without torchrun"
+        )
+
+
+class Lead:
+    """An engine as the first rank's decisions see it; a single process is the first one."""
+
+    def __init__(self, engine: Engine, builder: JobBuilder):
+        self.engine = engine
+        self.jobs, self.recall = engine.jobs, engine.recall
+        self._builder = builder
+        self._ranks = engine.host.ranks
+        self._heard_of_interruption = False
+        self._built: Job | None = None
+
+    @property
+    def results(self) -> dict[str, JobResult]:
+        return self.engine.results
+
+    @property
+    def joined(self) -> set[str]:
+        return self.engine.joined
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether this rank was interrupted, or told of another one that was."""
+        return self._heard_of_interruption or self.engine.is_interrupted
+
+    def between_steps(self, decide: Callable[[Lead], None]) -> Callable[[Engine], None]:
+        """Make a callback for the engine of each rank; `decide` is called on the first one."""
+
+        def callback(_: Engine) -> None:
+            if self._ranks.is_first:
+                decide(self)
+                self._tell("go on")
+                return
+            while (told := self._exchange()[0])[0] != "go on":
+                self._follow(*told[:2])
+
+        return callback
+
+    def build(self, config: JobConfig, *, reads_data: bool = False) -> Job:
+        """Build a job on all ranks; see `JobBuilder.build`."""
+        check_adds_up(config, self._ranks.size)
+        rehearse(config.train, config.name)
+        self._tell("build", [config.model_dump_json(), reads_data])
+        return self._build(config, reads_data=reads_data)
+
+    def add(self, job: Job, *, overwrite: bool = False) -> None:
+        """Let the job that was built last join; see `Engine.add`."""
+        self._tell("add", sorted(job.milestones))
+        self.engine.add(job, overwrite=overwrite)
+
+    def stop(self, name: str, reason: str) -> JobResult:
+        """End a job now; see `Engine.stop`."""
+        result = self.engine.stop(name, reason)
+        self._tell("stop", [name, reason])
+        return result
+
+    def save_if_due(self, *, may_wait: bool) -> None:
+        """See `Engine.save_if_due`."""
+        self._tell("save", may_wait)
+        self.engine.save_if_due(may_wait=may_wait)
+
+    def _tell(self, action: str, value: Any = None) -> None:
+        told = self._exchange(action, value)
+        self._heard_of_interruption = any(is_interrupted for _, _, is_interrupted in told)
+
+    def _exchange(self, action: str = "", value: Any = None) -> Sequence[tuple[str, Any, bool]]:
+        return self._ranks.gather((action, value, self.engine.is_interrupted))
+
+    def _follow(self, action: str, value: Any) -> None:
+        """Do what the first rank does; what fails there fails here, and that rank deals with it."""
+        if action == "build":
+            self._built = None
+            with suppress(Exception):
+                self._built = self._build(
+                    JobConfig.model_validate_json(value[0]), reads_data=value[1]
+                )
+        elif action == "stop":
+            self.engine.stop(*value)
+        elif action == "save":
+            self.engine.save_if_due(may_wait=value)
+        elif action == "add" and self._built is not None:
+            self._built.milestones = frozenset(value)
+            with suppress(Exception):
+                self.engine.add(self._built)
+
+    def _build(self, config: JobConfig, *, reads_data: bool) -> Job:
+        """Build a job on this rank; what fails here, or comes out otherwise, fails on all."""
+        job = fault = None
+        try:
+            job = self._builder.build(config, reads_data=reads_data)
+        except Exception as error:
+            fault = error
+        digest = "" if job is None else job.training_set.digest
+        differs = self._ranks.check_alike({config.name: digest})
+        if differs and job is not None:
+            self.engine.discard(job)
+        if fault is not None:
+            raise fault
+        if differs or job is None:
+            raise ConfigError(
+                f"job {config.name}: all {self._ranks.size} ranks must have the same data; let "
+                "all machines see the same files"
+            )
+        return job

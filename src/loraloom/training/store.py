@@ -1,0 +1,462 @@
+"""The files of a run: each job's results, and the checkpoints that --resume goes on from.
+
+    <output_dir>/<job>/                     the adapter's files, metrics.jsonl, result.json
+    <output_dir>/<job>/checkpoints/last/    the adapter after its last step
+    <output_dir>/<job>/checkpoints/best/    the adapter at its best evaluation
+    <output_dir>/.checkpoints/              checkpoints of all jobs at one moment
+    <output_dir>/.checkpoints/jobs/<job>/   the same where several workers train, for each job apart
+    <output_dir>/sweep.csv, .png, .journal  the jobs of a sweep, compared; Optuna's record of them
+
+A checkpoint is a directory, which appears at once, by a rename:
+
+    snapshot-000007/manifest.json    settings, metrics and result of each job; the files' checksums
+    snapshot-000007/<job>.pt         weights, optimizer, schedule, half-done step: tensors and
+                                     plain values
+
+The newest ones are kept; a damaged one is passed over. Randomness needs no record: it is a function
+of seed, epoch and sample. No job can be called .checkpoints: names begin with a letter or digit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from pydantic import ConfigDict, TypeAdapter
+
+from loraloom.config.fields import check_name
+from loraloom.config.text import local_path, read_json
+from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory
+from loraloom.errors import ConfigError, TrainingError, plain
+from loraloom.formats.card import model_card
+from loraloom.formats.disk import ADAPTER_FILES
+from loraloom.formats.files import read_adapter, write_adapter
+from loraloom.models.host import Host
+from loraloom.training.job import Job
+from loraloom.training.results import RESULT_FILE, JobResult
+from loraloom.training.settings import BASE_REFERENCE, DpoConfig, JobConfig
+from loraloom.training.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WANDB_DIRECTORY
+
+MANIFEST = "manifest.json"
+_NUMBERED = re.compile(r"snapshot-([0-9]{1,18})")
+_JOB_ENTRIES = (
+    *ADAPTER_FILES,
+    *(METRICS_FILE, RESULT_FILE, "checkpoints", TENSORBOARD_DIRECTORY, WANDB_DIRECTORY),
+)
+_CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What a checkpoint's manifest says of a job."""
+
+    settings: dict[str, Any]  # its section of the run file, all defaults filled in
+    metrics_bytes: int = 0  # length of its metrics.jsonl at that moment
+    sha256: str | None = None  # of its file; None before the first step and after the end
+    joined_later: bool = False  # it is none of the run file's
+    inputs: dict[str, str] = field(default_factory=dict)  # see `Evaluation.input_digests`
+    scheduler_pass: float = 0.0  # its place in the queue for steps; see `choose_turns`
+    micro_batches: int = 0  # of older versions
+    result: JobResult | None = None  # None while it trains
+
+    __pydantic_config__ = _CHECKED
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at one moment, which is read from a directory; a job may have a file elsewhere."""
+
+    round: int  # fused steps until then
+    seconds: float  # wall time of the training until then
+    base: dict[str, Any]  # see `describe_base`
+    jobs: dict[str, JobRecord] = field(default_factory=dict)
+    sweep_bytes: int = 0  # length of a sweep's journal
+    directory: Path = Path()
+    files: dict[str, Path] = field(default_factory=dict)
+
+    __pydantic_config__ = _CHECKED
+
+    @property
+    def done(self) -> set[str]:
+        """Names of the jobs that no longer train."""
+        return {name for name, record in self.jobs.items() if record.result is not None}
+
+    def load_state(self, job: str) -> dict[str, Any] | None:
+        """Read a job's state; None if it had none."""
+        if self.jobs[job].sha256 is None:
+            return None
+        file = self.files.get(job, self.directory / f"{job}.pt")
+        return torch.load(file, weights_only=True, map_location="cpu")
+
+
+_CHECKPOINT = TypeAdapter(Checkpoint)
+
+
+class CheckpointStore:
+    """A directory of checkpoints."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._damaged: set[Path] = set()
+
+    def write(
+        self, checkpoint: Checkpoint, states: Mapping[str, dict[str, Any]], *, keep: int = 2
+    ) -> None:
+        """Write a checkpoint, then delete old ones."""
+
+        def fill(aside: Path) -> None:
+            body = asdict(checkpoint)
+            del body["directory"], body["files"]
+            for name, state in states.items():
+                torch.save(state, aside / f"{name}.pt")
+                body["jobs"][name]["sha256"] = _file_hash(aside / f"{name}.pt")
+            manifest = {"checksum": _json_hash(body), **body}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+        try:
+            number = max(self._numbered(), default=0) + 1
+            write_directory(self.directory / f"snapshot-{number:06}", fill)
+        except (OSError, RuntimeError) as error:  # torch.save on a full disk: RuntimeError
+            raise TrainingError(
+                f"a checkpoint can't be written to {self.directory}: {error}"
+            ) from error
+        with suppress(OSError):
+            whole = [path for path in self._newest_first() if path not in self._damaged]
+            for old in (*whole[keep:], *self._damaged):
+                remove(old)
+            self._damaged.clear()
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """Find the newest checkpoint that is whole, and what is wrong with newer ones."""
+        faults: list[str] = []
+        for directory in self._newest_first():
+            try:
+                return _read(directory), faults
+            except (OSError, ValueError) as error:
+                reason = plain(str(error).partition("\n")[0])
+                self._damaged.add(directory)
+                faults.append(f"checkpoint {directory} is damaged ({reason}); passing it over")
+        return None, faults
+
+    def exists(self) -> bool:
+        """Whether there is any checkpoint, whole or not."""
+        return bool(self._numbered())
+
+    def clear(self) -> None:
+        for directory in self._newest_first():
+            remove(directory)
+
+    def _newest_first(self) -> list[Path]:
+        return [path for _, path in sorted(self._numbered().items(), reverse=True)]
+
+    def _numbered(self) -> dict[int, Path]:
+        """Find checkpoints by number; what is called otherwise, a backup say, is left alone."""
+        names = [(_NUMBERED.fullmatch(path.name), path) for path in self.directory.glob("*/")]
+        return {int(name[1]): path for name, path in names if name is not None}
+
+
+def _read(directory: Path) -> Checkpoint:
+    body = read_json(directory / MANIFEST)
+    if not isinstance(body, dict) or body.pop("checksum", None) != _json_hash(body):
+        raise ValueError(f"{MANIFEST} was changed")
+    checkpoint = _CHECKPOINT.validate_python({**body, "directory": directory})
+    for name, record in checkpoint.jobs.items():
+        file = directory / f"{check_name(name)}.pt"
+        if record.sha256 is not None and _file_hash(file) != record.sha256:
+            raise ValueError(f"{file.name} was changed or is not whole")
+    return checkpoint
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def describe_base(host: Host) -> dict[str, Any]:
+    """Say which base model it is and how it computes."""
+    return {
+        "name": host.base.name_or_path,
+        "fingerprint": host.base.fingerprint,
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "quantization": host.base.quantization,
+    }
+
+
+def describe_changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """Say where settings differ, as `train.seed was 0 and is 1`."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{path} was {old!r} and is {new!r}"]
+    return [
+        change
+        for key in sorted(old.keys() | new.keys())
+        for change in describe_changes(old.get(key), new.get(key), f"{path}.{key}".strip("."))
+    ]
+
+
+def _by_its_owner(method: Callable[..., None]) -> Callable[..., None]:
+    """Leave a method to the process whose directory it is: the first rank."""
+
+    @wraps(method)
+    def owned(directory: RunDirectory, *args: Any, **options: Any) -> None:
+        if not directory.is_read_only:
+            method(directory, *args, **options)
+
+    return owned
+
+
+class RunDirectory:
+    """Where a run's results go; with `by_job`, each job has checkpoints of its own."""
+
+    def __init__(self, path: Path, *, is_read_only: bool = False, by_job: bool = False):
+        self.path = path
+        self.is_read_only = is_read_only
+        self.by_job = by_job
+        self.checkpoints = CheckpointStore(path / ".checkpoints")
+        self.sweep_table = path / "sweep.csv"
+        self.sweep_picture = path / "sweep.png"
+        self.sweep_journal = path / "sweep.journal"
+        self._done: set[str] = set()  # with `by_job`, those whose last checkpoint is written
+
+    def job(self, name: str) -> Path:
+        return self.path / name
+
+    def last(self, name: str) -> Path:
+        return self.path / name / "checkpoints" / "last"
+
+    def best(self, name: str) -> Path:
+        return self.path / name / "checkpoints" / "best"
+
+    def metrics(self, name: str) -> Path:
+        return self.path / name / METRICS_FILE
+
+    def job_checkpoints(self, name: str) -> CheckpointStore:
+        return CheckpointStore(self.checkpoints.directory / "jobs" / name)
+
+    def has_checkpoints(self) -> bool:
+        """Whether there are any, whole or not, of the kind that the run makes."""
+        return self._has_job_checkpoints() if self.by_job else self.checkpoints.exists()
+
+    def _has_job_checkpoints(self) -> bool:
+        return any((self.checkpoints.directory / "jobs").glob("*/"))
+
+    def newest_checkpoint(self, jobs: Sequence[str]) -> tuple[Checkpoint | None, list[str]]:
+        """Read what jobs go on from, and what is wrong with newer checkpoints.
+
+        Checkpoints that jobs have of their own are joined.
+        """
+        if not self.by_job:
+            return self.checkpoints.newest()
+        read = {name: self.job_checkpoints(name).newest() for name in jobs}
+        faults = [fault for _, own_faults in read.values() for fault in own_faults]
+        found = {name: one for name, (one, _) in read.items() if one and name in one.jobs}
+        if not found:
+            return None, faults
+        latest = max(found.values(), key=lambda checkpoint: checkpoint.seconds)
+        records = {name: checkpoint.jobs[name] for name, checkpoint in found.items()}
+        files = {name: checkpoint.directory / f"{name}.pt" for name, checkpoint in found.items()}
+        return replace(latest, jobs=records, files=files), faults
+
+    @_by_its_owner
+    def write_checkpoint(
+        self, checkpoint: Checkpoint, states: Mapping[str, dict[str, Any]], *, keep: int
+    ) -> None:
+        """Write a checkpoint, or one of each job, but none of one that was done before."""
+        if not self.by_job:
+            self.checkpoints.write(checkpoint, states, keep=keep)
+            return
+        for name in [name for name in checkpoint.jobs if name not in self._done]:
+            alone = replace(checkpoint, jobs={name: checkpoint.jobs[name]})
+            own = {name: states[name]} if name in states else {}
+            self.job_checkpoints(name).write(alone, own, keep=1 if alone.done else keep)
+            self._done |= alone.done
+
+    @_by_its_owner
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Check that the run may write here. Nothing is written."""
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other; give one")
+        with self._writing():
+            existing = nearest_existing(self.path)
+            if not existing.is_dir() or not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+                raise NotADirectoryError(f"{existing} is no directory that can be written to")
+            entries = sorted(os.listdir(self.path)) if self.path.exists() else []
+        # A lock, or a checkpoint on its way when its writer was killed, is no result.
+        has_results = bool({*entries} - {".checkpoints"}) or self.checkpoints.exists()
+        if overwrite or not (has_results or self._has_job_checkpoints()):
+            return
+        if not resume:
+            raise ConfigError(
+                f"output_dir must be new or empty, got {self.path}, which has "
+                f"{', '.join(entries[:3])}; name another, or give --resume to go on from its "
+                "checkpoints or --overwrite to replace the jobs' results"
+            )
+        if not self.has_checkpoints():
+            raise ConfigError(
+                f"--resume needs checkpoints of a run {'with' if self.by_job else 'without'} "
+                f"--ray, {self.path} has none; give --ray as that run did, name another "
+                "output_dir, or give --overwrite"
+            )
+
+    def check_sources(self, jobs: Sequence[JobConfig]) -> None:
+        """Check that no adapter that a job reads is one that the jobs will replace."""
+        jobs_by_path = {self.job(job.name).resolve(): job.name for job in jobs}
+        for job in jobs:
+            objective = job.train.objective
+            sources = {} if job.start_from is None else {"start_from": job.start_from}
+            if isinstance(objective, DpoConfig) and objective.reference != BASE_REFERENCE:
+                sources["train.objective.reference"] = objective.reference
+            for setting, source in sources.items():
+                path = local_path(source, f"job {job.name}: {setting}").resolve()
+                for replaced in (path, *path.parents):
+                    if replaced in jobs_by_path:
+                        raise ConfigError(
+                            f"job {job.name}: {setting} must not be in what the run writes, got "
+                            f"{source}, where job {jobs_by_path[replaced]} goes; give another "
+                            "output_dir or name"
+                        )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the directory, until the end or the process's death."""
+        if self.is_read_only:
+            yield
+            return
+        lock = FileLock(self.checkpoints.directory / ".lock", timeout=0)
+        with self._writing():
+            self.checkpoints.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise ConfigError(
+                    f"output_dir must be one that no other run writes to, {self.path} is in use by "
+                    "another; wait for its end, stop it, or name another directory"
+                ) from error
+            for directory in (self.path, self.checkpoints.directory):
+                remove_leftovers(directory)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @_by_its_owner
+    def prepare(self, jobs: Sequence[str]) -> None:
+        """Delete earlier results of these jobs, and all checkpoints of the run."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.clear()
+            remove(self.checkpoints.directory / "jobs")
+            for file in (self.sweep_table, self.sweep_picture, self.sweep_journal):
+                file.unlink(missing_ok=True)
+        for name in jobs:
+            self.prepare_job(name, overwrite=True)
+
+    @_by_its_owner
+    def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
+        """Make room for a job that begins; what a run that died left of it is deleted."""
+        for file in () if overwrite else (RESULT_FILE, *ADAPTER_FILES):
+            if (self.job(name) / file).exists():
+                raise ConfigError(
+                    f"job {name} must be new in {self.path}, but there is "
+                    f"{self.job(name) / file}; take another name, or move its directory away"
+                )
+        with self._writing():
+            for entry in _JOB_ENTRIES:
+                remove(self.job(name) / entry)
+            remove_leftovers(self.job(name))
+
+    @_by_its_owner
+    def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
+        """Bring the files of a job that goes on back to where its checkpoint is.
+
+        A process that was killed may have got further: with better weights, or to the job's end.
+        """
+        name = job.name
+        with self._writing():
+            for directory in (self.job(name), self.best(name), self.last(name)):
+                remove_leftovers(directory)
+            remove(self.job(name) / RESULT_FILE)
+            cut_torn_line(self.metrics(name), metrics_bytes)
+            if job.selection.step is None:
+                remove(self.best(name))
+                return
+        if job.best is None:  # checkpoints of older versions don't have it
+            job.best = read_adapter(self.best(name), host.base)[1]
+        self.write_best(host, job)
+
+    @_by_its_owner
+    def write_best(self, host: Host, job: Job) -> None:
+        """Write the best weights that a job has kept."""
+        assert job.best is not None, "an evaluation has chosen some"
+        _write_adapter(self.best(job.name), host, job, job.best)
+
+    @_by_its_owner
+    def write_job(self, host: Host, job: Job, result: JobResult) -> None:
+        """Write a job's last weights, the adapter's files and result.json.
+
+        The adapter's files are its best weights where an evaluation has chosen any, else the last.
+        """
+        if job.best is not None:
+            self.write_best(host, job)  # again: what is there may be half of it
+        last, best = job.adapter.tensors(), job.best
+        _write_adapter(self.last(job.name), host, job, last)
+        card = _model_card(result, host, job)
+        _write_adapter(self.job(job.name), host, job, last if best is None else best, card)
+        self.write_result(result)
+
+    @_by_its_owner
+    def write_result(self, result: JobResult) -> None:
+        result.write(self.job(result.job))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir must be where files can be written, got {self.path}: {error}; "
+                "name another"
+            ) from error
+
+
+def _write_adapter(
+    path: Path, host: Host, job: Job, tensors: dict[str, Any], card: str | None = None
+) -> None:
+    config, prompt = job.adapter.config, job.adapter.prompt
+    write_adapter(path, config, tensors, host.base, card, prompt=prompt, overwrite=True)
+
+
+def _model_card(result: JobResult, host: Host, job: Job) -> str:
+    """Write the README.md of a trained adapter."""
+    which = f"{result.weights} weights of {result.steps} steps"
+    if result.best is not None:
+        which += f", chosen by {result.best['metric']} after step {result.best['step']}"
+    rows = [f"| {name} | {value:.4f} |" for name, value in result.metrics.items()]
+    table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
+    training = f"{result.epochs:g} epochs, {result.tokens:,} tokens, seed {job.config.seed}"
+    return model_card(
+        job.adapter.config,
+        host.base,
+        name=result.job,
+        data="\n".join(f"- {line}" for line in result.data),
+        results="\n".join([f"The {which} ({training}).", *table]),
+        prompt=job.adapter.prompt,
+    )
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the directory above it that is nearest to it among those that exist."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
