@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from dataclasses import replace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from loraloom.errors import DataError
 from loraloom.generation.engine import Engine
 from loraloom.generation.prompts import check_token_ids
+from loraloom.generation.runner import BLOCK_TOKENS, PrefixCache
 from loraloom.generation.scheduler import EngineLimits
 from loraloom.generation.sequence import Piece, RequestError, Share
 from loraloom.models.decoding import Decoding
@@ -297,3 +299,19 @@ def test_stop_texts_end_a_completion(make_engine, tiny_tokenizer):
     finish(engine)
     assert cut.text == whole[: whole.index(stop)]
     assert cut.pieces[-1].finish_reason == "stop"
+
+
+def test_prompts_that_begin_alike_are_kept_in_a_cache_that_overflows():
+    generator, cache = random.Random(0), PrefixCache()
+    session = create_autospec(Decoding, instance=True)
+    for _ in range(300):
+        branches = [generator.randrange(2) for _ in range(generator.randrange(1, 6))]
+        prompt = [branch for branch in branches for _ in range(BLOCK_TOKENS)]
+        states = torch.tensor(prompt).view(1, 1, 1, -1, 1)  # [layers, 2, heads, L, head_dim]
+        session.states.side_effect = lambda _, start, stop, of=states: of[..., start:stop, :]
+        held = cache.find(None, [*prompt, 7])
+        assert held is None or torch.equal(held, states[..., : held.shape[3], :])
+        if generator.random() < 0.7:
+            cache.remember(session, 0, None, prompt)
+            assert torch.equal(cache.find(None, [*prompt, 7]), states)
+        cache.shrink(generator.randrange(3, 9) * BLOCK_TOKENS)

@@ -77,21 +77,6 @@ def test_who_was_away_has_no_claim_to_what_others_used():
     assert admitted(scheduler)[:4] == ["busy", "late", "busy", "late"]
 
 
-def test_nobody_overtakes_a_request_that_does_not_fit():
-    scheduler = Scheduler(max_rows=4, max_tokens=100)
-    queue(scheduler, row("a", 80), row("b", 1))
-    assert scheduler.admit([row("c", 40)]) is None
-    assert admitted(scheduler) == ["a", "b"]
-
-
-def test_a_row_that_was_sent_back_is_the_next_of_its_adapter():
-    scheduler = Scheduler(max_rows=4, max_tokens=1000)
-    first, second = row("a", 1), row("a", 2)
-    queue(scheduler, second)
-    scheduler.put_back(first)
-    assert [scheduler.admit([]), scheduler.admit([])] == [first, second]
-
-
 def test_suspects_are_served_apart():
     scheduler = Scheduler(max_rows=4, max_tokens=1000)
     bad, good = row("bad"), row("good")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
+from functools import wraps
 
 import pytest
 
 from loraloom.errors import ConfigError, FormatError
 from loraloom.generation.sequence import RequestError
-from loraloom.serve.adapters import ServedAdapters, _bytes_of
+from loraloom.serve.adapters import ServedAdapters
 from tests.tiny import METHODS, tiny_host
 
 
@@ -30,144 +32,152 @@ def host():
     return tiny_host(configs={"own": METHODS["lora"]})
 
 
-def acquire(shelf, name):
-    return shelf.take(name) or shelf.request(name).result(30)
+def in_loop(test):
+    @wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 60))
+
+    return run
 
 
-@contextmanager
-def using(shelf, name):
-    adapter = acquire(shelf, name)
+@asynccontextmanager
+async def using(adapters, name):
+    adapter = await adapters.acquire(name)
     yield adapter.host_name
-    shelf.release(adapter)
+    adapters.release(adapter)
 
 
-def test_the_one_that_was_not_used_for_longest_goes(host, saved):
+async def asked(adapters, name):
+    """A request that waits."""
+    task = asyncio.create_task(adapters.acquire(name))
+    await asyncio.sleep(0)
+    return task
+
+
+@in_loop
+async def test_the_one_that_was_not_used_for_longest_goes(host, saved):
     gone = []
-    shelf = ServedAdapters(host, "base", saved, max_lazy=2, on_removed=gone.append)
+    adapters = ServedAdapters(host, "base", saved, max_lazy=2, on_removed=gone.append)
+    assert set(adapters.names()) == {"own", *METHODS}
+    assert list(host.adapters) == ["own"]
     for name in ("lora", "dora", "lora", "mixlora"):
-        with using(shelf, name):
-            pass
+        async with using(adapters, name) as host_name:
+            assert host_name in host.adapters
     assert set(host.adapters) == {"own", "lora", "mixlora"}
     assert [adapter.name for adapter in gone] == ["dora"]
 
 
-def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved):
-    shelf = ServedAdapters(host, "base", saved, max_lazy=1)
-    with using(shelf, "lora"):
-        first, second = shelf.request("dora"), shelf.request("mixlora")
-        assert shelf.take("lora") is None  # it is the next one's turn
-        third = shelf.request("lora")
+@in_loop
+async def test_adapters_in_use_stay_and_others_wait_for_their_places(host, saved):
+    adapters = ServedAdapters(host, "base", saved, max_lazy=1)
+    async with using(adapters, "lora"):
+        first, second = await asked(adapters, "dora"), await asked(adapters, "mixlora")
+        assert adapters.take("lora") is None  # it is the next one's turn
+        third = await asked(adapters, "lora")
         assert set(host.adapters) == {"own", "lora"}
     for name, waiting in (("dora", first), ("mixlora", second), ("lora", third)):
-        adapter = waiting.result(30)
+        adapter = await waiting
         assert set(host.adapters) == {"own", name}
-        shelf.release(adapter)
+        adapters.release(adapter)
 
 
-def test_requests_that_are_abandoned_take_no_place(host, saved):
-    shelf = ServedAdapters(host, "base", saved, max_lazy=1)
-    with using(shelf, "lora"):
-        gone, other = shelf.request("dora"), shelf.request("mixlora")
-        shelf.abandon(gone)
-    shelf.release(other.result(30))
-    shelf.abandon(other)  # too late, which lets it go once more
+@in_loop
+async def test_requests_that_are_abandoned_take_no_place(host, saved):
+    adapters = ServedAdapters(host, "base", saved, max_lazy=1)
+    async with using(adapters, "lora"):
+        gone, other = await asked(adapters, "dora"), await asked(adapters, "mixlora")
+        gone.cancel()
+    adapters.release(await other)
     assert set(host.adapters) == {"own", "mixlora"}
 
 
-def test_adapters_follow_their_files(host, saved, tmp_path):
+@in_loop
+async def test_adapters_follow_their_files(host, saved, tmp_path):
     shutil.copytree(saved, directory := tmp_path / "mine")
-    shelf = ServedAdapters(host, "base", directory)
-    shelf.load("named", str(directory / "lora"))
+    adapters = ServedAdapters(host, "base", directory)
+    await adapters.load("named", str(directory / "lora"))
     for name in ("lora", "named"):
-        with using(shelf, name) as old:
+        async with using(adapters, name) as old:
             before = host.adapters[old]
             shutil.copytree(saved / "dora", directory / "lora", dirs_exist_ok=True)
             (directory / "lora" / "adapter_config.json").touch()
-            with using(shelf, name) as new:
+            async with using(adapters, name) as new:
                 assert host.adapters[new].config.weight_decomposition
             assert host.adapters[old] is before
     shutil.rmtree(directory / "lora")
     for name in ("lora", "named"):
         with pytest.raises(RequestError, match=f"the model '{name}' does not exist"):
-            acquire(shelf, name)
-        assert name not in shelf.names()
+            await adapters.acquire(name)
+        assert name not in adapters.names()
     assert set(host.adapters) == {"own"}
 
 
-def test_a_hub_out_of_reach_delays_nobody_and_is_told(host, saved, monkeypatch):
-    def never(source):
-        assert source == "far/away"
-        released.wait(30)
-
+@in_loop
+async def test_a_hub_out_of_reach_delays_nobody_and_is_told(host, saved, monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr("loraloom.serve.adapters.find_adapter", never)
-    shelf = ServedAdapters(host, "base", saved, download_s=0.01)
+    monkeypatch.setattr("loraloom.serve.adapters.find_adapter", lambda source: released.wait(30))
+    adapters = ServedAdapters(host, "base", saved, download_s=0.01)
     for _ in range(4):
         with pytest.raises(FormatError, match="'far/away' was not downloaded in 0"):
-            shelf.load("a", "far/away")
+            await adapters.load("a", "far/away")
     with pytest.raises(RequestError, match="at most 4 adapters are downloaded at once"):
-        shelf.load("a", "far/away")
-    with using(shelf, "lora") as name:
+        await adapters.load("a", "far/away")
+    async with using(adapters, "lora") as name:
         assert name in host.adapters
     released.set()
 
 
-def test_files_that_can_not_be_used_fail_those_that_wait_for_them(host, saved, tmp_path):
+@in_loop
+async def test_files_that_can_not_be_used_fail_those_that_wait_for_them(host, saved, tmp_path):
     shutil.copytree(saved, directory := tmp_path / "mine")
     (directory / "lora" / "adapter_model.safetensors").write_bytes(b"no")
-    shelf = ServedAdapters(host, "base", directory)
+    adapters = ServedAdapters(host, "base", directory)
     with pytest.raises(FormatError):
-        acquire(shelf, "lora")
-    with using(shelf, "dora"):
+        await adapters.acquire("lora")
+    async with using(adapters, "dora"):
         assert set(host.adapters) == {"own", "dora"}
 
 
-def test_unloading_waits_for_those_that_use_it(host, saved):
-    shelf = ServedAdapters(host, "base")
-    shelf.load("a", str(saved / "lora"))
-    with using(shelf, "a") as name:
-        shelf.unload("a")
-        assert name in host.adapters
-        with pytest.raises(RequestError, match="the model 'a' does not exist"):
-            acquire(shelf, "a")
-    assert set(host.adapters) == {"own"}
-
-
-def test_an_adapter_that_is_loaded_again_is_another_one(host, saved):
-    shelf = ServedAdapters(host, "base")
-    shelf.load("a", str(saved / "lora"))
-    with using(shelf, "a") as old:
-        shelf.load("a", str(saved / "mixlora"), replace=True)
-        with using(shelf, "a") as new:
+@in_loop
+async def test_an_adapter_that_is_unloaded_or_loaded_again_stays_for_those_that_use_it(host, saved):
+    adapters = ServedAdapters(host, "base")
+    adapters.add("a", str(saved / "lora"))
+    async with using(adapters, "a") as old:
+        await adapters.load("a", str(saved / "mixlora"), replace=True)
+        async with using(adapters, "a") as new:
             assert host.adapters[old].config != host.adapters[new].config
-    assert len(host.adapters) == 2
+            adapters.unload("a")
+            assert {old, new} < set(host.adapters)
+        with pytest.raises(RequestError, match="the model 'a' does not exist"):
+            await adapters.acquire("a")
+    assert set(host.adapters) == {"own"}
 
 
 @pytest.mark.parametrize("name", ["../lora", "lora/../lora", "notes", "", ".", "nobody"])
 def test_names_that_lead_elsewhere_do_not_exist(host, saved, name):
     with pytest.raises(RequestError, match="does not exist"):
-        acquire(ServedAdapters(host, "base", saved), name)
+        asyncio.run(ServedAdapters(host, "base", saved).acquire(name))
 
 
-def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
-    shelf = ServedAdapters(host, "base")
+@in_loop
+async def test_names_that_are_taken_or_unsafe_are_refused(host, saved):
+    adapters = ServedAdapters(host, "base")
     for name in ("own", "base"):
         with pytest.raises(ConfigError, match=f"the name '{name}' is taken"):
-            shelf.load(name, str(saved / "lora"))
+            await adapters.load(name, str(saved / "lora"))
     with pytest.raises(ConfigError, match="safe file name"):
-        shelf.load("../x", str(saved / "lora"))
+        await adapters.load("../x", str(saved / "lora"))
 
 
-def test_adapters_fit_the_memory_that_they_may_take(host, saved):
-    size = _bytes_of(host.adapters["own"])  # a LoRA as that of the directory
-    shelf = ServedAdapters(host, "base", saved, max_bytes=7 * size // 2)
-    with using(shelf, "lora"):
-        shelf.load("more", str(saved / "lora"))
+@in_loop
+async def test_adapters_fit_the_memory_that_they_may_take(host, saved):
+    own = host.adapters["own"]  # a LoRA as that of the directory
+    size = sum(one.numel() * one.element_size() for one in own.state_dict().values())
+    adapters = ServedAdapters(host, "base", saved, max_bytes=7 * size // 2)
+    async with using(adapters, "lora"):
+        adapters.add("more", str(saved / "lora"))
         with pytest.raises(RequestError, match="'late' does not fit beside the others"):
-            shelf.load("late", str(saved / "lora"))
+            await adapters.load("late", str(saved / "lora"))
         assert set(host.adapters) == {"own", "lora", "more"}
-    shelf.load("late", str(saved / "lora"))  # in place of the one that nobody uses now
+    await adapters.load("late", str(saved / "lora"))  # in place of the one that nobody uses now
     assert set(host.adapters) == {"own", "more", "late"}
-    small = ServedAdapters(host, "base", saved, max_bytes=10)
-    with pytest.raises(RequestError, match="--max-adapter-bytes"):
-        small.load("none", str(saved / "lora"))

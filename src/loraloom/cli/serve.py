@@ -169,13 +169,11 @@ def serve(
             raise ConfigError(f"{option} must be a directory, there is no {path}")
     keys = [] if api_key_file is None else read_keys(api_key_file)
     if engine_name == "vllm":
-        from loraloom.serve.vllm import VllmOptions, serve_with_vllm
+        from loraloom.serve.vllm import serve_with_vllm
 
         _refuse_embedded_only(given)
-        same = {name: given[name] for name in VllmOptions.__annotations__ if name in given}
-        serve_with_vllm(
-            VllmOptions(**same, adapters=adapters, api_keys=keys, cors_origins=cors_origin or ())
-        )
+        found = {"adapters": adapters, "api_keys": keys, "cors_origins": cors_origin or ()}
+        serve_with_vllm(SimpleNamespace(**given, **found))
         return
     admin_keys = [] if admin_key_file is None else read_keys(admin_key_file)
     if allow_loading and not admin_keys and (keys or not is_local):
@@ -231,7 +229,7 @@ def _serve_embedded(
                 max_bytes=given.max_adapter_bytes,
             )
             for name, path in adapters.items():
-                shelf.load(name, path)
+                shelf.add(name, path)
             _announce(engine, shelf, sock)
             tell_unknown_prompts(model, tokenizer)
             return engine, shelf, tokenizer

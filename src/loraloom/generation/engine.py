@@ -234,7 +234,6 @@ class Engine:
             )
 
     def _drop_ended(self) -> None:
-        """Let adapters go that were removed, and rows whose clients have gone or time is up."""
         with self._lock:
             gone, self._gone = self._gone, []
             for row in [row for row in self._scheduler if self._is_over(row)]:
@@ -290,7 +289,7 @@ class Engine:
             self._end(row, "length")
 
     def _schedule(self) -> list[Row]:
-        """Send rows back and admit others; return those that are to be read."""
+        # send rows back and admit others; return those that are to be read
         served, scheduler, running = self._served, self._scheduler, set(self._runner.rows)
         with self._lock:
             while len(served) > 1 and (
@@ -340,7 +339,7 @@ class Engine:
         return []
 
     def _read(self, reading: list[Row]) -> list[Failed]:
-        """Read pieces of prompts, first of whoever was served least; rows then join the others."""
+        # read pieces of prompts, first of whoever was served least; rows then join the others
         failures = []
         budget = self.limits.prefill_tokens
         while reading and budget > 0:
@@ -389,7 +388,6 @@ class Engine:
         self._fit_prefixes()
 
     def _ends_now(self, row: Row, logits: Tensor, most_likely: int, is_broken: bool) -> bool:
-        """Choose a row's next token; return whether the row has ended."""
         if is_broken:
             error = f"model {row.owner!r} computes numbers that are not finite"
             self._fail(row, NotFiniteError(error))
@@ -425,11 +423,9 @@ class Engine:
         self._runner.leave(rows)
 
     def _recover(self, error: Exception) -> list[Failed]:
-        """After rows failed together, read them again, adapter by adapter.
-
-        Rows of one adapter that failed without others have failed for good. Where memory ran out,
-        half as many are read.
-        """
+        # after rows failed together, read them again, adapter by adapter.
+        # Rows of one adapter that failed without others have failed for good. Where memory ran out,
+        # half as many are read
         rows = self._runner.take_apart(self._served)
         if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
             free_memory()
@@ -443,7 +439,7 @@ class Engine:
         return []
 
     def _retry_or_fail(self, row: Row, error: Exception) -> None:
-        """Let a row wait until others have ended if it needs their memory."""
+        # let a row wait until others have ended if it needs their memory
         is_memory = isinstance(error, torch.OutOfMemoryError)
         if is_memory and self._runner.rows:
             free_memory()
@@ -473,7 +469,7 @@ class Engine:
 
 
 def _attempt(what: str, work: Callable[[], object]) -> Exception | None:
-    """Do something; return its error without the frames, which hold on to activations."""
+    # do something; return its error without the frames, which hold on to activations
     try:
         work()
     except Exception as error:
@@ -483,7 +479,6 @@ def _attempt(what: str, work: Callable[[], object]) -> Exception | None:
 
 
 def _tell_routing(rows: Sequence[Row], record: Record) -> None:
-    """Let rows that ask for it know what their adapters' routers did with their last tokens."""
     for name, places in rows_in_record([row.request.adapter for row in rows]).items():
         of_adapter = [rows[place] for place in places]
         if any(row.request.tells_routing for row in of_adapter):

@@ -231,27 +231,19 @@ class Turn:
     answers: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
 class Conversation:
     """Turns of a user and of models, one of which is the base model.
 
     A model that joins later reads the answers of those that were asked before.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        base_name: str = "base",
-        system: str | None = None,
-        *,
-        raw: bool = False,
-    ):
-        self.turns: list[Turn] = []
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._base_name = base_name
-        self._system = system
-        self._raw = raw
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    base_name: str = "base"
+    system: str | None = None
+    raw: bool = False
+    turns: list[Turn] = field(default_factory=list)
 
     def ask(
         self, text: str, models: Sequence[str], sampling: SamplingConfig
@@ -267,13 +259,13 @@ class Conversation:
         rows = []
         try:
             for model in models:
-                rows.append(self._engine.submit(requests[model], events[model].append))
+                rows.append(self.engine.submit(requests[model], events[model].append))
             self.turns.append(turn)
             for model in models:
                 is_open = True
                 while is_open:
                     while not events[model]:
-                        self._engine.step()
+                        self.engine.step()
                     event = events[model].popleft()
                     if isinstance(event, Failure):
                         raise event.error
@@ -282,28 +274,28 @@ class Conversation:
                     is_open = event.finish_reason is None
         finally:
             for row in rows:
-                self._engine.cancel(row)
-            while self._engine.step():
+                self.engine.cancel(row)
+            while self.engine.step():
                 pass
 
     def _request(self, model: str, turn: Turn, sampling: SamplingConfig) -> GenerationRequest:
-        """What a model reads: all turns, or the last one alone where its prompts have no turns."""
-        adapter = None if model == self._base_name else model
-        form = form_for(self._engine.host, adapter)
-        has_turns = self._tokenizer.chat_template if form is None else not form.is_text
+        # what a model reads: all turns, or the last one alone where its prompts have no turns
+        adapter = None if model == self.base_name else model
+        form = form_for(self.engine.host, adapter)
+        has_turns = self.tokenizer.chat_template if form is None else not form.is_text
         content: str | tuple[Message, ...] = turn.said
-        if has_turns and not self._raw:
+        if has_turns and not self.raw:
             messages: list[Message] = []
-            if self._system is not None:
-                messages.append({"role": "system", "content": self._system})
+            if self.system is not None:
+                messages.append({"role": "system", "content": self.system})
             for former in self.turns:
                 # of the model that was asked, where this one was not
                 answer = former.answers.get(model) or next(iter(former.answers.values()), "")
                 messages.append({"role": "user", "content": former.said})
                 messages.append({"role": "assistant", "content": answer})
             content = (*messages, {"role": "user", "content": turn.said})
-        prompt = encode_prompt(self._tokenizer, Prompt(content), form, raw=self._raw)
-        room = max(1, self._engine.max_length - len(prompt.ids))
+        prompt = encode_prompt(self.tokenizer, Prompt(content), form, raw=self.raw)
+        room = max(1, self.engine.max_length - len(prompt.ids))
         shortened = {"max_new_tokens": min(sampling.max_new_tokens, room)}
         return GenerationRequest(
             prompt.ids,

@@ -49,7 +49,6 @@ class EncodedPrompt(NamedTuple):
 
 
 def form_for(host: Host, adapter: RowAdapter) -> PromptForm | None:
-    """How the training data of a row's adapter wrote prompts; None where nobody knows."""
     name, _ = name_and_scale(adapter)
     known = None if name is None else host.adapters.get(name)
     return None if known is None else known.prompt
@@ -140,7 +139,6 @@ def _render_instructions(
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON and command lines may hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -100,12 +100,10 @@ def example_row(example: Example) -> TokenRow:
 
 
 def text_row(tokens: Sequence[int]) -> TokenRow:
-    """Make the row of a text all of whose tokens but the first are scored."""
     return make_rows([TokenPair(list(tokens[:1]), list(tokens[1:]))], shared=False)[0]
 
 
 def make_rows(pairs: Sequence[TokenPair], *, shared: bool) -> list[TokenRow]:
-    """Put a question's choices into rows, one for each different context."""
     groups: dict[object, list[int]] = {}
     for choice, pair in enumerate(pairs):
         groups.setdefault(tuple(pair.context) if shared else choice, []).append(choice)

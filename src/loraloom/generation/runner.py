@@ -145,7 +145,7 @@ class Runner:
         self._host.decode(self.session, tokens, record)
 
     def leave(self, leaving: Collection[Row]) -> None:
-        """Let rows go; the last ones take the places that become free."""
+        # let rows go; the last ones take the places that become free
         kept = [place for place, row in enumerate(self.rows) if row not in leaving]
         if len(kept) == len(self.rows):
             return
@@ -164,7 +164,6 @@ class Runner:
         return rows
 
     def bound_prepared(self, served: Sequence[Row]) -> None:
-        """Keep no more than `MAX_PREPARED` adapters and scales in compute form."""
         adapters = {row.request.adapter for row in served}
         self._prepared_for |= adapters
         if len(self._prepared_for) > max(MAX_PREPARED, len(adapters)):
@@ -181,7 +180,7 @@ class Runner:
                 session.prepared = self._prepared
 
     def _salt_of(self, row: Row) -> Hashable:
-        """What tells those apart who may not use one another's prompts: customers, weights."""
+        # what tells those apart who may not use one another's prompts: customers, weights
         tenant = row.share.tenant if self._prompt_cache == "own" else None
         name, scale = name_and_scale(row.request.adapter)
         if name is None:

@@ -178,7 +178,7 @@ class TextStream:
         return pending[:place]
 
     def _num_begun(self, text: str) -> int:
-        """Count the characters at the text's end that a stop text may begin with."""
+        # count the characters at the text's end that a stop text may begin with
         longest = max(map(len, self._stop), default=1) - 1
         sizes = range(min(longest, len(text)), 0, -1)
         begins = (n for n in sizes if any(stop.startswith(text[-n:]) for stop in self._stop))

@@ -122,7 +122,7 @@ class Scheduler:
         rows.update(other.share.tenant for other in served)
 
         def lead(other: Row) -> tuple[int, int, int]:
-            """In rows and tokens, of the customers or of one customer's adapters."""
+            # in rows and tokens, of the customers or of one customer's adapters
             theirs, ours = other.share, row.share
             if theirs.tenant != ours.tenant:
                 theirs, ours = theirs.tenant, ours.tenant
@@ -142,7 +142,7 @@ class Scheduler:
         return len(served) * max((row.length + added for row in served), default=0)
 
     def suspect(self, rows: Sequence[Row]) -> None:
-        """Serve the adapters of rows that failed together apart from others."""
+        # serve the adapters of rows that failed together apart from others
         self._suspects |= {row.request.adapter_name for row in rows}
 
     def clear(self, rows: Sequence[Row]) -> None:

@@ -64,7 +64,7 @@ OnRouting = Callable[[RoutedRows], None]
 
 
 def free_memory() -> None:
-    """Give back what is not used; the error that said so must be gone, it holds activations."""
+    # give back what is not used; the error that said so must be gone, it holds activations
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -185,7 +185,6 @@ def _scores_of(read: Tensor, num_top: int) -> TokenScores:
 
 
 def label_log_probs(host: Host, examples: Sequence[tuple[str | None, Example]]) -> list[Tensor]:
-    """Compute log p of the labels of examples, each with its adapter; see `score_rows`."""
     requests = [(name, example_row(example)) for name, example in examples]
     return [scores.log_probs for scores in score_rows(host, requests)]
 

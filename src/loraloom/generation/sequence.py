@@ -104,7 +104,6 @@ class GenerationRequest:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the most likely token is taken, whatever came before."""
         changes = self.sampling.temperature > 0 or self.sampling.repetition_penalty != 1
         return not (changes or self.has_penalties or self.constraint)
 

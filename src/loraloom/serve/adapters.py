@@ -11,13 +11,12 @@ that nobody waits for longer than requests take. Downloads hold up nobody else.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -39,35 +38,19 @@ Files = frozenset[tuple[str, int, int, int]]
 
 @dataclass(eq=False)
 class ServedAdapter:
-    """An adapter on the host, or the base model.
-
-    Args:
-        name: Under which requests know it.
-        host_name: Under which the host does; None is the base model.
-        source: Where it was loaded from; empty if it was on the host already.
-        files: What they were like then; empty for what is not a directory here.
-        is_lazy: It was loaded when it was first asked for, and may go when others are.
-        num_users: Requests that use it.
-        is_leaving: It takes no more requests.
-    """
+    """An adapter on the host, or the base model."""
 
     name: str
-    host_name: str | None
-    source: str = ""
-    files: Files = frozenset()
-    is_lazy: bool = False
+    host_name: str | None  # None is the base model
+    source: str = ""  # where it was loaded from, if not on the host already
+    files: Files = frozenset()  # what they were like then; empty for what is no directory here
+    is_lazy: bool = False  # loaded when it was first asked for, and may go when others are
     num_users: int = 0
-    is_leaving: bool = False
-
-
-@dataclass(eq=False)
-class _Waiter:
-    name: str
-    adapter: Future[ServedAdapter] = field(default_factory=Future)
+    is_leaving: bool = False  # takes no more requests
 
 
 class ServedAdapters:
-    """Adapters by name; several threads may use it."""
+    """Adapters by name; all is done in one event loop, but for `add`, which comes before."""
 
     def __init__(
         self,
@@ -87,105 +70,102 @@ class ServedAdapters:
         self._download_s = download_s
         self._max_bytes: float = math.inf if max_bytes is None else max_bytes
         self._downloads = threading.BoundedSemaphore(MAX_DOWNLOADS)
-        self._loading = threading.Lock()  # held while files are read
-        self._lock = threading.RLock()  # held for moments, and never while others are told
+        self._turn = asyncio.Lock()  # held while files are read
         self._versions = count(2)
         self._base = ServedAdapter(base_name, None)
         self._served = {name: ServedAdapter(name, name) for name in host.adapters}
         self._sources: dict[str, str] = {}  # directories that were named, not found
         self._leaving: list[ServedAdapter] = []
-        self._gone: deque[ServedAdapter] = deque()
-        self._waiters: deque[_Waiter] = deque()
-        self._is_loading = False
+        self._waiters: list[tuple[str, asyncio.Future[ServedAdapter]]] = []
+        self._loader: asyncio.Task[None] | None = None
 
     def names(self) -> Mapping[str, str]:
-        with self._lock:
-            served, named = list(self._served.values()), dict(self._sources)
+        """Every adapter that may be asked for, and where its files are."""
         found = {}
         if self._directory is not None and self._directory.is_dir():
             names = sorted(path.name for path in self._directory.iterdir())
             found = {name: str(self._directory / name) for name in names if self._is_found(name)}
-        found |= {name: source for name, source in named.items() if _files_of(source)}
+        found |= {name: source for name, source in self._sources.items() if _files_of(source)}
+        served = self._served.values()
         return found | {
             one.name: one.source for one in served if not one.files or _files_of(one.source)
         }
 
     def take(self, name: str) -> ServedAdapter | None:
         """Begin to use an adapter that is loaded, and whose files are what they were."""
-        adapter = self._take(name)
-        self._remove_gone()
+        adapter = self._base if name == self.base_name else self._served.pop(name, None)
+        if adapter is None:
+            return None
+        if adapter.files and adapter.files != _files_of(adapter.source):
+            self._let_go(adapter)
+            return None
+        if adapter is not self._base:
+            self._served[name] = adapter  # the last one is the one that was used last
+        adapter.num_users += 1
         return adapter
 
-    def request(self, name: str) -> Future[ServedAdapter]:
-        """Ask to use an adapter, until `release`; the future's error is why it can't be loaded."""
-        waiter = _Waiter(name)
-        with self._lock:
-            if name not in self._served:
-                self._source_of(name)
-            self._waiters.append(waiter)
+    async def acquire(self, name: str) -> ServedAdapter:
+        """Begin to use an adapter, until `release`, as soon as it is loaded."""
+        if (adapter := self.take(name)) is not None:
+            return adapter
+        self._source_of(name)  # what does not exist waits for nothing
+        future: asyncio.Future[ServedAdapter] = asyncio.get_running_loop().create_future()
+        self._waiters.append((name, future))
         self._serve_waiters()
-        return waiter.adapter
-
-    def abandon(self, adapter: Future[ServedAdapter]) -> None:
-        if not adapter.cancel():
-            adapter.add_done_callback(
-                lambda done: None if done.exception() else self.release(done.result())
-            )
-        self._serve_waiters()
-
-    def share(self, adapter: ServedAdapter, number: int) -> None:
-        with self._lock:
-            adapter.num_users += number - 1
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not future.cancelled() and future.exception() is None:
+                self.release(future.result())
+            self._serve_waiters()
+            raise
 
     def release(self, adapter: ServedAdapter) -> None:
-        with self._lock:
-            adapter.num_users -= 1
-            if adapter.is_leaving and adapter.num_users == 0:
-                self._leaving.remove(adapter)
-                self._gone.append(adapter)
+        adapter.num_users -= 1
+        if adapter.is_leaving and adapter.num_users == 0:
+            self._leaving.remove(adapter)
+            self._remove(adapter)
         self._serve_waiters()
 
-    def load(self, name: str, source: str, *, replace: bool = False) -> None:
-        check_name(name)
+    def add(self, name: str, source: str) -> None:
+        """Load an adapter while nobody asks for any."""
+        self._check_free(name, replace=False)
+        directory, files = find_adapter(source), _files_of(source)
+        self._host.load(name, directory)
+        adapter = ServedAdapter(name, name, source, files)
+        self._make_room_for(adapter)
+        self._served[name] = adapter
+        if files:
+            self._sources[name] = source
+
+    async def load(self, name: str, source: str, *, replace: bool = False) -> None:
+        """Load an adapter from a directory or hub id."""
         self._check_free(name, replace=replace)
-        directory = self._fetch(source)
-        with self._loading:
+        directory = await self._fetch(source)
+        async with self._turn:
             self._check_free(name, replace=replace)
-            self._load(name, source, directory, is_lazy=False)
+            await self._load(name, source, directory, is_lazy=False)
         if _files_of(source):
             self._sources[name] = source
         self._serve_waiters()
 
     def unload(self, name: str) -> None:
-        with self._lock:
-            source, adapter = self._sources.pop(name, None), self._served.pop(name, None)
-            if source is None and adapter is None:
-                raise _unknown(f"no adapter {shown(name)} is loaded")
-            if adapter is not None:
-                self._let_go(adapter)
+        """Let an adapter take no more requests, and go when those that it has have ended."""
+        source, adapter = self._sources.pop(name, None), self._served.pop(name, None)
+        if source is None and adapter is None:
+            raise _unknown(f"no adapter {shown(name)} is loaded")
+        if adapter is not None:
+            self._let_go(adapter)
         self._serve_waiters()
 
-    def _take(self, name: str) -> ServedAdapter | None:
-        with self._lock:
-            adapter = self._base if name == self.base_name else self._served.pop(name, None)
-            if adapter is None:
-                return None
-            if adapter.files and adapter.files != _files_of(adapter.source):
-                self._let_go(adapter)
-                return None
-            if adapter is not self._base:
-                self._served[name] = adapter  # the last one is the one that was used last
-            adapter.num_users += 1
-        return adapter
-
     def _check_free(self, name: str, *, replace: bool) -> None:
+        check_name(name)
         if name == self.base_name or (name in self._served and not replace):
             raise ConfigError(
                 f"the name {shown(name)} is taken; unload it first, or choose another"
             )
 
-    def _fetch(self, source: str) -> Path:
-        """Give the directory of a source, downloaded in a thread apart if it is a hub id."""
+    async def _fetch(self, source: str) -> Path:
         if os.path.isdir(source) or not HUB_ID.fullmatch(source):
             return find_adapter(source)
         if not self._downloads.acquire(blocking=False):
@@ -196,7 +176,9 @@ class ServedAdapters:
             )
         try:
             download = partial(find_adapter, source)
-            return run_apart(download, self._download_s, self._downloads.release)
+            return await asyncio.to_thread(
+                run_apart, download, self._download_s, self._downloads.release
+            )
         except TimeoutError:
             raise FormatError(
                 f"the adapter {shown(source)} was not downloaded in {self._download_s:g} seconds; "
@@ -204,90 +186,66 @@ class ServedAdapters:
             ) from None
 
     def _serve_waiters(self) -> None:
-        """Hand adapters that are there to those that wait, and begin the next load."""
-        self._remove_gone()
-        found: list[tuple[_Waiter, ServedAdapter]] = []
-        with self._lock:
-            waiters = [one for one in self._waiters if not one.adapter.cancelled()]
-            self._waiters.clear()
-            for waiter in waiters:
-                adapter = self._take(waiter.name)
-                if adapter is None:
-                    self._waiters.append(waiter)
-                else:
-                    found.append((waiter, adapter))
-            if self._waiters and not self._is_loading and self._has_place():
-                self._is_loading = True
-                name = self._waiters[0].name
-                threading.Thread(target=self._load_for, args=(name,), daemon=True).start()
-        for waiter, adapter in found:
-            if waiter.adapter.set_running_or_notify_cancel():
-                waiter.adapter.set_result(adapter)
-            else:
-                self.release(adapter)
-        self._remove_gone()
+        # hand adapters that are there to those that wait, and begin the next load
+        for name, future in self._waiters:
+            if not future.done() and (adapter := self.take(name)) is not None:
+                future.set_result(adapter)
+        self._waiters = [one for one in self._waiters if not one[1].done()]
+        if self._waiters and self._loader is None and self._has_place():
+            self._loader = asyncio.create_task(self._load_for(self._waiters[0][0]))
 
     def _has_place(self) -> bool:
-        """Make a place for the adapter of the first that waits, if one can go for it."""
-        if self._waiters[0].name in self._sources:
+        # make a place for the adapter of the first that waits, if one can go for it
+        if self._waiters[0][0] in self._sources:
             return True  # it needs none
         lazy = [one for one in self._served.values() if one.is_lazy]
         num_leaving = sum(one.is_lazy for one in self._leaving)
         if len(lazy) + num_leaving < self._max_lazy:
             return True
         idle = [one for one in lazy if one.num_users == 0]
-        num_wanted = len({one.name for one in self._waiters})
+        num_wanted = len({name for name, _ in self._waiters})
         for adapter in idle[:1] or lazy[: max(0, num_wanted - num_leaving)]:
-            del self._served[adapter.name]
-            self._let_go(adapter)
+            self._let_go(self._served.pop(adapter.name))
         return bool(idle)
 
-    def _load_for(self, name: str) -> None:
+    async def _load_for(self, name: str) -> None:
         try:
             source = self._source_of(name)
-            with self._loading:
-                self._load(name, source, Path(source), is_lazy=name not in self._sources)
+            async with self._turn:
+                is_lazy = name not in self._sources
+                await self._load(name, source, Path(source), is_lazy=is_lazy)
         except Exception as error:
-            with self._lock:
-                failed = [waiter for waiter in self._waiters if waiter.name == name]
-                self._waiters = deque(one for one in self._waiters if one.name != name)
-            for waiter in failed:
-                if waiter.adapter.set_running_or_notify_cancel():
-                    waiter.adapter.set_exception(error)
+            for other, future in self._waiters:
+                if other == name and not future.done():
+                    future.set_exception(error)
         finally:
-            self._is_loading = False
+            self._loader = None
         self._serve_waiters()
 
-    def _load(self, name: str, source: str, directory: Path, *, is_lazy: bool) -> None:
-        self._remove_gone()
+    async def _load(self, name: str, source: str, directory: Path, *, is_lazy: bool) -> None:
         files, host_name = _files_of(source), name
         while host_name in self._host.adapters:
             host_name = f"{name[:90]}.{next(self._versions)}"
         if sum(size for _, size, *_ in _files_of(str(directory))) > self._max_bytes:
             raise self._no_memory(name)
-        run_apart(partial(self._host.load, host_name, directory))
+        load = partial(self._host.load, host_name, directory)
+        await asyncio.to_thread(run_apart, load)
         adapter = ServedAdapter(name, host_name, source, files, is_lazy)
         self._make_room_for(adapter)
-        with self._lock:
-            former = self._served.pop(name, None)
-            self._served[name] = adapter
-            if former is not None:
-                self._let_go(former)
+        former = self._served.pop(name, None)
+        self._served[name] = adapter
+        if former is not None:
+            self._let_go(former)
 
     def _make_room_for(self, new: ServedAdapter) -> None:
-        """Let unused adapters of the directory go until all fit the memory, or else the new one."""
-        while True:
-            with self._lock:  # others remove adapters meanwhile
-                if sum(map(_bytes_of, self._host.adapters.values())) <= self._max_bytes:
-                    return
-                unused = (one for one in self._served.values() if one.is_lazy and not one.num_users)
-                adapter = next(unused, new)
-                if adapter is not new:
-                    del self._served[adapter.name]
-                self._gone.append(adapter)
-            self._remove_gone()
-            if adapter is new:
+        # let unused adapters of the directory go until all fit the memory, or else the new one
+        while sum(map(_bytes_of, self._host.adapters.values())) > self._max_bytes:
+            served = self._served.values()
+            unused = [one for one in served if one.is_lazy and not one.num_users]
+            if not unused:
+                self._remove(new)
                 raise self._no_memory(new.name)
+            self._let_go(self._served.pop(unused[0].name))
 
     def _no_memory(self, name: str) -> RequestError:
         return RequestError(
@@ -299,18 +257,16 @@ class ServedAdapters:
 
     def _let_go(self, adapter: ServedAdapter) -> None:
         adapter.is_leaving = adapter.num_users > 0
-        (self._leaving if adapter.is_leaving else self._gone).append(adapter)
+        if adapter.is_leaving:
+            self._leaving.append(adapter)
+        else:
+            self._remove(adapter)
 
-    def _remove_gone(self) -> None:
-        while self._gone:
-            with self._lock:
-                if not self._gone:
-                    return
-                name = self._gone.popleft().host_name
-                assert name is not None
-                removed = self._host.adapter(name)
-                self._host.remove(name)
-            self._on_removed(removed)  # takes the engine's lock
+    def _remove(self, adapter: ServedAdapter) -> None:
+        assert adapter.host_name is not None
+        removed = self._host.adapter(adapter.host_name)
+        self._host.remove(adapter.host_name)
+        self._on_removed(removed)
 
     def _source_of(self, name: str) -> str:
         named = self._sources.get(name)
@@ -333,7 +289,7 @@ def _unknown(message: str) -> RequestError:
 
 
 def _files_of(source: str) -> Files:
-    """What a directory's files are like; empty on the Hub, or where it can't be read."""
+    # what a directory's files are like; empty on the Hub, or where it can't be read
     try:
         files = [file for file in os.scandir(source) if file.is_file()] if source else []
         stats = [(file.name, file.stat()) for file in files]

@@ -1,13 +1,4 @@
-"""A server's process: who reaches it, with which keys, and what it does with memory and threads.
-
-glibc keeps what is freed between allocations that live on: tensors of adapters, caches and prompts
-lie between one another, and threads have heaps of their own. Asked to, it gives whole pages back.
-Mapping every large tensor apart would do so at once, but costs a tenth of the engine's speed.
-
-oneDNN, by which CPUs multiply matrices in 16 bits, makes code for every shape that it meets and
-keeps that of the last 1,024, up to a megabyte each: prompts and batches of ever new lengths would
-take up a gigabyte in the end.
-"""
+"""A server's process: who reaches it, with which keys, and what it does with memory and threads."""
 
 from __future__ import annotations
 
@@ -52,10 +43,14 @@ def bound_memory(trim_s: float = 2.0) -> bool:
 
     It must be called before anything is multiplied, and before there are other threads.
     """
+    # oneDNN, which multiplies in 16 bits, makes code for every shape that it meets and keeps that
+    # of the last 1,024, up to a megabyte each
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the latter is ideep's
         os.environ.setdefault(name, "256")
     if platform.libc_ver()[0] != "glibc":
         return False
+    # glibc keeps what is freed between allocations that live on, and threads have heaps of their
+    # own; mapping every large tensor apart would cost a tenth of the engine's speed
     libc = ctypes.CDLL(None)
     is_bounded = libc.mallopt(_ARENA_MAX, 2) == 1
 

@@ -84,18 +84,6 @@ def test_models_answer_side_by_side_with_coloured_tokens(served, visit, client):
     assert all(f"{weight:.3f}" in tip for weight in weights)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_on_a_phone(served, visit, scheme):
-    page = visit(served[0], 375, scheme)
-    choose(page, "lora", "mixlora")
-    page.get_by_text("Settings").click()
-    page.get_by_label("Most tokens").fill("4")
-    answered(page, "one " * 40)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 375
-    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert color == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 22, 26)"}[scheme]
-
-
 def test_a_server_with_keys_is_asked_with_one(locked, visit):
     page = visit(locked)
     page.get_by_text("This server wants a key.").wait_for()

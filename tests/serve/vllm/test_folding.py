@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from loraloom.adapters import LoraConfig, MixLoraConfig, MolaConfig, MosLoraConf
 from loraloom.errors import AdapterError, ConfigError
 from loraloom.serve.vllm import fitting_rank, max_top_k
 from loraloom.serve.vllm.folding import Folder, split_in_pieces
-from loraloom.serve.vllm.layers import MixtureFfn, choose, define_operations, mix
+from loraloom.serve.vllm.layers import MixtureFfn, define_operations
 from tests.tiny import METHODS, tiny_host
 
 SERVED = {
@@ -65,84 +64,21 @@ def test_attention_is_a_lora_with_the_scaling_in_its_B(served):
         torch.testing.assert_close(weight + update, projection.merged(torch.float32))
 
 
-@dataclass
-class Slots:
-    """The adapters' weights in one FFN block as vLLM keeps them: a slot for each, padded."""
-
-    blocks: dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-    @classmethod
-    def of(cls, folded, names, layer):
-        blocks = {}
-        for module, inputs, outputs in names:
-            A = torch.zeros(len(folded), ROOM, inputs)
-            B = torch.zeros(len(folded), outputs, ROOM)
-            for slot, one in enumerate(folded):
-                place = f"base_model.model.model.layers.{layer}.mlp.{module}"
-                if f"{place}.lora_A.weight" in one.tensors:
-                    own_A = one.tensors[f"{place}.lora_A.weight"]
-                    own_B = one.tensors[f"{place}.lora_B.weight"]
-                    A[slot, : len(own_A)] = own_A
-                    B[slot, :, : own_B.shape[1]] = own_B
-            blocks[module] = A, B
-        return cls(blocks)
-
-    def shrink(self, module, x, adapters, inputs=slice(None)):
-        return torch.einsum("ti,tsi->ts", x, self.blocks[module][0][adapters][..., inputs])
-
-    def expand(self, module, low_rank, adapters):
-        return torch.einsum("ts,tos->to", low_rank, self.blocks[module][1][adapters])
-
-
-@pytest.mark.parametrize(("slots", "devices"), [(3, 1), (4, 1), (3, 2)])
-def test_tokens_of_all_adapters_meet_their_own_experts_in_one_pass(served, slots, devices):
-    """Devices may share a block's features: what they add up are outputs and rank spaces."""
-    block, inputs, kept = kept_block(served)
-    x, adapters = tokens_of_all()
-
-    def expand(*ranks):
-        pairs = zip(inputs, ranks, strict=True)
-        return torch.cat([kept.expand(name, z, adapters) for name, z in pairs], -1)
-
-    with torch.no_grad():
-        gate_up = torch.cat([getattr(block, name)(x) for name in inputs], -1)
-        scores = kept.shrink("router", x, adapters)
-        choice = choose(scores, kept.blocks["router"][1], adapters, slots)
-        low_rank = torch.stack([kept.shrink(name, x, adapters) for name in inputs])
-        output, rank_space = torch.zeros(24, 32), torch.zeros(24, ROOM)
-        for own in torch.arange(48).chunk(devices):
-            both = torch.cat([own, 48 + own])  # of gate and up
-
-            def expand_slots(output, slots, both=both):
-                return output + torch.stack([expand(*slot)[:, both] for slot in slots])
-
-            def shrink_slots(states, own=own):
-                return torch.stack([kept.shrink("down_proj", x, adapters, own) for x in states])
-
-            hidden, part = mix(
-                gate_up[:, both],
-                low_rank,
-                choice,
-                expand_slots,
-                shrink_slots,
-                lambda both: silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
-            )
-            output += hidden @ block.down_proj.weight[:, own].T
-            rank_space += part
-        output += kept.expand("down_proj", rank_space, adapters)
-    expected = alone(served, x, adapters)
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-
-
 def kept_block(served):
-    """An FFN block of the base, its input projections' names, and what vLLM keeps for it."""
+    """An FFN block of the base, its input projections' names, and A and B of all slots, padded."""
     block = served.host.model.model.layers[LAYER].mlp
-    fused = hasattr(block, "gate_up_proj")
-    inputs = ["gate_up_proj"] if fused else ["gate_proj", "up_proj"]
-    sizes = [(name, 32, 96 if fused else 48) for name in inputs]
-    kept = Slots.of(
-        list(served.folded.values()), [*sizes, ("down_proj", 48, 32), ("router", 32, 2)], LAYER
-    )
+    inputs = ["gate_up_proj"] if hasattr(block, "gate_up_proj") else ["gate_proj", "up_proj"]
+    sizes = {name: (32, 96 // len(inputs)) for name in inputs}
+    kept = {}
+    for name, (size, outputs) in (sizes | {"down_proj": (48, 32), "router": (32, 2)}).items():
+        A, B = torch.zeros(len(SERVED), ROOM, size), torch.zeros(len(SERVED), outputs, ROOM)
+        place = f"base_model.model.model.layers.{LAYER}.mlp.{name}"
+        for slot, one in enumerate(served.folded.values()):
+            own = [one.tensors.get(f"{place}.lora_{side}.weight") for side in "AB"]
+            if own[0] is not None:
+                A[slot, : len(own[0])] = own[0]
+                B[slot, :, : own[1].shape[1]] = own[1]
+        kept[name] = A, B
     return block, inputs, kept
 
 
@@ -193,23 +129,46 @@ def operations():
     return torch.ops.loraloom
 
 
-@pytest.fixture
-def mixture_ffn(served):
-    """vLLM's block with the plug-in's forward."""
+def make_ffn(served, slots=3, own=slice(None)):
+    """vLLM's block with the plug-in's forward, on a device that has a part of the features."""
     block, inputs, kept = kept_block(served)
     _, adapters = tokens_of_all()
-    loras = [kept.blocks[name] for name in inputs]
-    weight = torch.cat([getattr(block, name).weight.detach() for name in inputs])
-    outputs = [B.shape[1] for _, B in loras]
+    both = torch.cat([torch.arange(48)[own], 48 + torch.arange(48)[own]])  # of gate and up
+    parts = [both] if len(inputs) == 1 else [own, own]
+    loras = [
+        (kept[name][0], kept[name][1][:, part]) for name, part in zip(inputs, parts, strict=True)
+    ]
+    weight = torch.cat([getattr(block, name).weight.detach() for name in inputs])[both]
     ffn = MixtureFfn()
+    outputs = [B.shape[1] for _, B in loras]
     ffn.gate_up_proj = StackedLinear(weight, loras, adapters, outputs)
-    down, router = kept.blocks["down_proj"], kept.blocks["router"]
-    ffn.down_proj = StackedLinear(block.down_proj.weight.detach(), [down], adapters, [32])
-    ffn.router = StackedLinear(torch.zeros(2, 32), [router], adapters, [2])
+    down_A, down_B = kept["down_proj"]
+    down = block.down_proj.weight.detach()[:, own]
+    ffn.down_proj = StackedLinear(down, [(down_A[..., own], down_B)], adapters, [32])
+    ffn.router = StackedLinear(torch.zeros(2, 32), [kept["router"]], adapters, [2])
     ffn.act_fn = lambda both: silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1]
-    ffn.place, ffn.slots = "layers.1.mlp", 3
+    ffn.place, ffn.slots = "layers.1.mlp", slots
     BLOCKS[ffn.place] = ffn
     return ffn
+
+
+@pytest.fixture
+def mixture_ffn(served):
+    return make_ffn(served)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("slots", "num_devices"), [(4, 1), (3, 2)])
+def test_tokens_of_all_adapters_meet_their_own_experts_in_one_pass(served, slots, num_devices):
+    """Devices may share a block's features: what they add up are outputs and rank spaces."""
+    x, adapters = tokens_of_all()
+    output = rank_space = 0
+    for own in torch.arange(48).chunk(num_devices):
+        ffn = make_ffn(served, slots, own)
+        hidden, part = ffn.mix_experts(x, ffn.gate_up_proj.base_layer(x)[0])
+        output, rank_space = output + ffn.down_proj.base_layer(hidden)[0], rank_space + part
+    output = ffn.add_update(output, rank_space)
+    torch.testing.assert_close(output, alone(served, x, adapters), rtol=1e-4, atol=1e-5)
 
 
 def test_operations_are_what_torch_expects_of_them(operations, mixture_ffn):
@@ -231,27 +190,15 @@ def test_a_compiled_block_has_one_graph_and_our_own_layers_outputs(operations, s
     torch.testing.assert_close(output, alone(served, x, adapters), rtol=1e-4, atol=1e-5)
 
 
-def test_diverged_adapters_spoil_no_others_tokens():
-    described = torch.zeros(2, 2, 6)
-    described[0, 0] = torch.tensor([1, 1, 1, 2, 2, 2])
-    described[0, 1, :2] = torch.tensor([2, 1])
-    described[1] = torch.nan
-    scores = torch.ones(3, 6)
-    scores[1] = torch.nan
-    adapters = torch.tensor([0, 1, -1])
-    choice = choose(scores, described, adapters, 2)
-    assert choice.weights[:, 0, 0].tolist() == [1, 0]
-    assert not choice.columns[:, 2].any()
-    hidden, rank_space = mix(
-        torch.ones(3, 4),
-        torch.stack([scores]),
-        choice,
-        lambda output, slots: output + torch.where(adapters == 0, 0.0, torch.nan).view(1, 3, 1),
-        lambda states: torch.ones(2, 3, 6),
-        lambda both: both[:, :2],
-    )
-    assert hidden[[0, 2]].isfinite().all()
-    assert rank_space[[0, 2]].isfinite().all()
+@torch.no_grad()
+def test_diverged_adapters_spoil_no_others_tokens(operations, served, mixture_ffn):
+    x, adapters = tokens_of_all()
+    before = mixture_ffn(x)
+    for layer in (mixture_ffn.gate_up_proj, mixture_ffn.down_proj, mixture_ffn.router):
+        for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+            stacked[0] = torch.nan
+    others = adapters != 0
+    torch.testing.assert_close(mixture_ffn(x)[others], before[others])
 
 
 @pytest.mark.parametrize(

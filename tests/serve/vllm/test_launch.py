@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from loraloom.cli.main import main
 from loraloom.errors import ConfigError
 from loraloom.serve import vllm
-from loraloom.serve.vllm import VllmOptions, serve_with_vllm, vllm_command
+from loraloom.serve.vllm import serve_with_vllm, vllm_command
 from loraloom.serve.vllm.folding import FoldedAdapter
 
 
@@ -25,7 +27,7 @@ def options(**changes):
         "max_rows": 32,
         "dtype": "float32",
     }
-    return VllmOptions(**settings | changes)
+    return SimpleNamespace(**settings | changes)
 
 
 def test_options_are_said_in_vllms_words():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -18,24 +18,13 @@ from loraloom.config.data import PromptForm
 from loraloom.data.tokens import encode_texts
 from loraloom.errors import DataError
 from loraloom.generation.prompts import EncodedPrompt, Prompt, encode_prompt, form_for
-from loraloom.generation.sampling import SamplingConfig, parse_sampling
-from loraloom.generation.sequence import (
-    Constraint,
-    GenerationRequest,
-    Piece,
-    TokenLogProb,
-)
+from loraloom.generation.sampling import parse_sampling
+from loraloom.generation.sequence import Constraint, GenerationRequest, Piece
 from loraloom.models.layout import RowAdapter
 from loraloom.routing.record import describe_router
 from loraloom.serve.http.bridge import Backend, Exchange
 from loraloom.serve.http.schemas import ChatBody, CompletionBody, SamplingBody
-from loraloom.serve.http.tools import (
-    CallStream,
-    Said,
-    arguments_schema,
-    call_schema,
-    parse_calls,
-)
+from loraloom.serve.http.tools import CallStream, arguments_schema, call_schema, parse_calls
 
 
 def generation_requests(
@@ -78,7 +67,7 @@ class ChatExchange(Exchange):
 
     def __init__(self, backend: Backend, body: ChatBody, http: Request):
         super().__init__(backend, body, http)
-        names = body.callable_names
+        names, self._named = body.callable_names, body.named_tool
         self._streams = [CallStream(names) for _ in range(body.n)] if names else []
 
     @property
@@ -90,17 +79,13 @@ class ChatExchange(Exchange):
     def requests(self, adapter: RowAdapter, owner: str) -> list[GenerationRequest]:
         body, backend = self.body, self.backend
         schema = _schema(body)  # compiled once for all answers
-        make = None if schema is None else backend.constraints.of_schema(schema).copy
+        make = None if schema is None else backend.read_schema(schema).copy
         form = form_for(backend.engine.host, adapter)
         ids, continues = encode_chat(backend.tokenizer, body, form)
         self.num_prompt = len(ids)
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         prompt = GenerationRequest(
-            ids,
-            adapter,
-            owner,
-            SamplingConfig(),
-            num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            continues=continues,
+            ids, adapter, owner, num_logprobs=num_logprobs, continues=continues
         )
         max_tokens = body.max_tokens or body.max_completion_tokens
         return generation_requests(backend, body, prompt, max_tokens, make)
@@ -109,7 +94,11 @@ class ChatExchange(Exchange):
     def choices(self, answers: list[Piece]) -> list[dict[str, Any]]:
         choices = []
         for index, answer in enumerate(answers):
-            content, calls = self._take_apart(answer.text)
+            content, calls = answer.text, []
+            if self._named:
+                content, calls = "", [Function(name=self._named, arguments=answer.text)]
+            elif self._streams:
+                content, calls = parse_calls(answer.text, self.body.callable_names)
             message: dict[str, Any] = {"role": "assistant", "content": content}
             if calls:
                 message |= {"content": content or None, "tool_calls": _called(calls)}
@@ -120,8 +109,8 @@ class ChatExchange(Exchange):
     @override
     def opening(self) -> list[dict[str, Any]]:
         delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        if self.body.named_tool:
-            call = Function(name=self.body.named_tool, arguments="")
+        if self._named:
+            call = Function(name=self._named, arguments="")
             delta |= {"content": None, "tool_calls": _called([call], in_pieces=True)}
         return [self._choice(index, "delta", delta) for index in range(self.body.n)]
 
@@ -135,7 +124,7 @@ class ChatExchange(Exchange):
                 text += rest
         if text or piece.log_probs or piece.routing:
             delta: dict[str, Any] = {"content": text}
-            if self.body.named_tool:
+            if self._named:
                 delta = {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
             choices.append(self._choice(index, "delta", delta, piece))
         if calls:
@@ -172,15 +161,9 @@ class ChatExchange(Exchange):
         encoded = list(text.encode()) if is_whole else None
         return {"token": text, "logprob": _finite(log_prob), "bytes": encoded}
 
-    def _take_apart(self, text: str) -> Said:
-        names, named = self.body.callable_names, self.body.named_tool
-        if named:
-            return Said("", [Function(name=named, arguments=text)])
-        return parse_calls(text, names) if names else Said(text, [])
-
     def _reason(self, piece: Piece, calls: list[Function]) -> str | None:
-        """Why an answer ended, as OpenAI says it: one that was told what to call just stops."""
-        is_called = calls and not self.body.named_tool and piece.finish_reason == "stop"
+        # why an answer ended, as OpenAI says it: one that was told what to call just stops
+        is_called = calls and not self._named and piece.finish_reason == "stop"
         return "tool_calls" if is_called else piece.finish_reason
 
 
@@ -214,12 +197,7 @@ class TextExchange(Exchange):
                     raise DataError(f"the prompt can't be read: {error}") from None
             self._prompts.append(prompt)
             request = GenerationRequest(
-                prompt,
-                adapter,
-                owner,
-                SamplingConfig(),
-                num_logprobs=body.logprobs,
-                continues=True,
+                prompt, adapter, owner, num_logprobs=body.logprobs, continues=True
             )
             if body.max_tokens != 0:
                 requests += generation_requests(self.backend, body, request, body.max_tokens)
@@ -265,25 +243,23 @@ class TextExchange(Exchange):
         """A completion or a piece of it; `first` is a token that has no log-probability."""
         choice: dict[str, Any] = {"index": index, "text": piece.text, "logprobs": None}
         if self.body.logprobs is not None:
-            choice["logprobs"] = self._log_probs(piece.log_probs, offset, first)
+            choice["logprobs"] = self._log_probs(piece, offset, first)
         if self.body.routing:
             choice["routing"] = _routing(piece)
         return {**choice, "finish_reason": piece.finish_reason}
 
-    def _log_probs(
-        self, entries: Sequence[TokenLogProb], offset: int, first: int | None
-    ) -> dict[str, Any]:
+    def _log_probs(self, piece: Piece, offset: int, first: int | None) -> dict[str, Any]:
         text_of, unknown = self.backend.token_text, [] if first is None else [None]
-        ids = [*([] if first is None else [first]), *(entry.token for entry in entries)]
+        ids = [*([] if first is None else [first]), *(entry.token for entry in piece.log_probs)]
         texts = [text_of(token) for token in ids]
         places = accumulate(map(len, texts), initial=offset)
         tops = [
             {text_of(token): _finite(value) for token, value in reversed(entry.top)}
-            for entry in entries
+            for entry in piece.log_probs
         ]
         return {
             "tokens": texts,
-            "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in entries)],
+            "token_logprobs": [*unknown, *(_finite(entry.log_prob) for entry in piece.log_probs)],
             "top_logprobs": [*unknown, *tops],
             "text_offset": [max(0, place) for place in places][:-1],
         }
@@ -292,7 +268,6 @@ class TextExchange(Exchange):
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, body: ChatBody, form: PromptForm | None = None
 ) -> EncodedPrompt:
-    """Token ids of a conversation up to the answer, written as the adapter's training data was."""
     if form is None and not tokenizer.chat_template:
         raise DataError(
             "the base model's tokenizer has no chat template; use /v1/completions instead"
@@ -334,7 +309,6 @@ def _called(calls: list[Function], *, in_pieces: bool = False) -> list[dict[str,
 
 
 def _routing(piece: Piece) -> list[dict[str, Any]]:
-    """What routers did with tokens, as it is told; weights have four digits."""
     return [
         {
             "text": text,
@@ -353,5 +327,5 @@ def _routing(piece: Piece) -> list[dict[str, Any]]:
 
 
 def _finite(log_prob: float) -> float:
-    """A log-probability as JSON can write it, which has no infinity."""
+    # A log-probability as JSON can write it, which has no infinity
     return max(log_prob, -9999.0)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,8 @@ from loraloom.serve.http.guards import (
 from loraloom.serve.http.schemas import ChatBody, CompletionBody, LoadBody, UnloadBody
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "The request is wrong",
-        401: "The key is wrong",
-        403: "The key is no admin's",
-        404: "There is no such model",
-        413: "The body is too large",
-        422: "Not given",
-        429: "Too many requests wait",
-        500: "The server failed",
-        503: "The server is stopping",
-        504: "It took too long",
-        507: "Adapters take too much memory",
-    }.items()
+    status: {"model": ErrorBody}
+    for status in (400, 401, 403, 404, 413, 422, 429, 500, 503, 504, 507)
 }
 _STATIC = Path(__file__).parent.parent / "static"
 _PAGE_HEADERS = {
@@ -89,26 +78,15 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 
 
 @dataclass(frozen=True)
 class ApiOptions:
-    """What the API allows.
+    """What the API allows."""
 
-    Args:
-        api_keys: A request must have one of them, or an admin's; none for no keys.
-        admin_keys: Requests that load and unload adapters must have one of them; none for all.
-        allow_loading: Clients may load and unload adapters.
-        adapter_root: Load from directories below this one alone; None for any, and for the Hub.
-        cors_origins: Web pages that may ask.
-        max_body_bytes: Most bytes of a request.
-        is_local: Only this machine reaches the server.
-        log_requests: Write a line of each request.
-    """
-
-    api_keys: Sequence[str] = field(default=(), repr=False)
-    admin_keys: Sequence[str] = field(default=(), repr=False)
+    api_keys: Sequence[str] = field(default=(), repr=False)  # none for no keys
+    admin_keys: Sequence[str] = field(default=(), repr=False)  # to load and unload adapters
     allow_loading: bool = False
-    adapter_root: Path | None = None
+    adapter_root: Path | None = None  # load from below this directory alone, not from the Hub
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = 2 << 20
-    is_local: bool = True
+    is_local: bool = True  # only this machine reaches the server
     log_requests: bool = False
 
 
@@ -139,15 +117,29 @@ def create_app(
     )
     app.state.closed = metrics.closed
     handle_errors(app)
-    _add_completions(app, backend)
     _add_models(app, backend)
     _add_health(app, engine, metrics)
     for path, (name, kind) in PAGES.items():
         page = _page((_STATIC / name).read_bytes(), kind)
         app.get(path, include_in_schema=False)(page)
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await ChatExchange(backend, body, request).respond()
+
+    @app.post("/v1/completions", response_model=Completion)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue texts."""
+        return await TextExchange(backend, body, request).respond()
+
     if options.allow_loading:
         _add_loading(app, adapters, options.adapter_root)
     return app
+
+
+def _page(content: bytes, kind: str) -> Callable[[], Response]:
+    return lambda: Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
 
 def _middleware(options: ApiOptions, answers: Counter[tuple[str, int]]) -> list[Middleware]:
@@ -168,22 +160,6 @@ def _middleware(options: ApiOptions, answers: Counter[tuple[str, int]]) -> list[
     return [outer, cors, access] if options.cors_origins else [outer, access]
 
 
-def _page(content: bytes, kind: str) -> Callable[[], Response]:
-    return lambda: Response(content, media_type=kind, headers=_PAGE_HEADERS)
-
-
-def _add_completions(app: FastAPI, backend: Backend) -> None:
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def chat_completions(body: ChatBody, request: Request) -> Response:
-        """Answer a conversation."""
-        return await ChatExchange(backend, body, request).respond()
-
-    @app.post("/v1/completions", response_model=Completion)
-    async def completions(body: CompletionBody, request: Request) -> Response:
-        """Continue texts."""
-        return await TextExchange(backend, body, request).respond()
-
-
 def _add_models(app: FastAPI, backend: Backend) -> None:
     base, started = backend.adapters.base_name, int(time.time())
 
@@ -199,15 +175,15 @@ def _add_models(app: FastAPI, backend: Backend) -> None:
         }
 
     @app.get("/v1/models")
-    def list_models() -> dict[str, Any]:
+    async def list_models() -> dict[str, Any]:
         """Name the base model and its adapters."""
         data = [describe(base, None), *(describe(name, base) for name in backend.adapters.names())]
         return {"object": "list", "data": data}
 
     @app.get("/v1/models/{model:path}", response_model=Model)
-    def retrieve_model(model: str) -> Response:
+    async def retrieve_model(model: str) -> Response:
         """Describe a model."""
-        for found in list_models()["data"]:
+        for found in (await list_models())["data"]:
             if found["id"] == model:
                 return JSONResponse(found)
         message = f"the model {shown(model)} does not exist"
@@ -237,7 +213,7 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
     load_path, unload_path = LOADING
 
     @app.post(load_path, response_class=PlainTextResponse)
-    def load_lora_adapter(body: LoadBody) -> str:
+    async def load_lora_adapter(body: LoadBody) -> str:
         """Load an adapter from a directory of the server, or from the Hub."""
         source = body.lora_path if root is None else find_below(root, body.lora_path)
         if source is None:  # whatever is elsewhere
@@ -247,7 +223,7 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
                 param="lora_path",
             )
         try:
-            adapters.load(body.lora_name, source, replace=body.load_inplace)
+            await adapters.load(body.lora_name, source, replace=body.load_inplace)
         except (FormatError, AdapterError) as error:
             log_failure(f"adapter {body.lora_name!r} could not be loaded", error)
             # where files are is the server's business
@@ -257,7 +233,7 @@ def _add_loading(app: FastAPI, adapters: ServedAdapters, root: Path | None) -> N
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     @app.post(unload_path, response_class=PlainTextResponse)
-    def unload_lora_adapter(body: UnloadBody) -> str:
+    async def unload_lora_adapter(body: UnloadBody) -> str:
         """Let an adapter go when the requests that use it have ended."""
         adapters.unload(body.lora_name)
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
@@ -287,16 +263,13 @@ class Metrics(Collector):
         self._engine = engine
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._first_token, self._whole = (
-            Histogram(name, text, ["model"], buckets=_SECONDS, registry=self._registry)
-            for name, text in (
-                (
-                    "loraloom_time_to_first_token_seconds",
-                    "From a request's arrival to its first token.",
-                ),
-                ("loraloom_request_seconds", "From a request's arrival to its end."),
-            )
+        histogram = partial(
+            Histogram, labelnames=["model"], registry=self._registry, buckets=_SECONDS
         )
+        self._first_token = histogram(
+            "loraloom_time_to_first_token_seconds", "From a request's arrival to its first token."
+        )
+        self._whole = histogram("loraloom_request_seconds", "From a request's arrival to its end.")
         engine.on_end = self._observe
 
     def text(self) -> bytes:

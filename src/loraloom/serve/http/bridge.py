@@ -10,8 +10,8 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -37,32 +37,33 @@ from loraloom.models.layout import RowAdapter
 from loraloom.serve.adapters import ServedAdapter, ServedAdapters
 from loraloom.serve.http.guards import TENANT, answer_to
 from loraloom.serve.http.schemas import SamplingBody
-from loraloom.serve.http.tools import JsonConstraints
+from loraloom.serve.http.tools import JsonConstraint, schema_reader
 
 MAX_SCALE = 10.0
 """Largest factor of what an adapter adds to the base model, positive or negative."""
 
 
+@dataclass
 class Backend:
     """The engine, the adapters, and a copy of the base model's tokenizer for HTTP's threads."""
 
-    def __init__(
-        self, engine: Engine, adapters: ServedAdapters, tokenizer: PreTrainedTokenizerBase
-    ):
-        self.engine = engine
-        self.adapters = adapters
-        self.tokenizer = tokenizer
-        self.token_text = cache(partial(text_of_token, tokenizer))
+    engine: Engine
+    adapters: ServedAdapters
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def token_text(self) -> Callable[[int], str]:
+        return cache(partial(text_of_token, self.tokenizer))
 
     @cached_property
     def mailbox(self) -> Mailbox:
         return Mailbox(asyncio.get_running_loop())
 
     @cached_property
-    def constraints(self) -> JsonConstraints:  # when a schema is first asked for: takes a second
+    def read_schema(self) -> Callable[[dict[str, Any]], JsonConstraint]:  # takes a second
         host = self.engine.host
         ends = end_tokens(host, self.tokenizer)
-        return JsonConstraints(self.tokenizer, host.config.vocab_size, ends)
+        return schema_reader(self.tokenizer, host.config.vocab_size, ends)
 
     async def acquire(
         self, model: str, gone: asyncio.Task[None]
@@ -91,8 +92,8 @@ class Backend:
         return adapter, (adapter.host_name, scale)
 
     async def _wait_for(self, name: str, gone: asyncio.Task[None]) -> ServedAdapter:
-        loading = self.adapters.request(name)
-        adapter, limit_s = asyncio.wrap_future(loading), self.engine.limits.max_request_s
+        adapter = asyncio.create_task(self.adapters.acquire(name))
+        limit_s = self.engine.limits.max_request_s
         try:
             done, _ = await asyncio.wait(
                 {adapter, gone}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
@@ -100,8 +101,7 @@ class Backend:
             if adapter in done:
                 return adapter.result()
         finally:
-            if not adapter.done():
-                self.adapters.abandon(loading)
+            adapter.cancel()  # as nobody waits for it now
         if gone in done:
             raise _client_gone()
         late = f"the model {shown(name)} must be loaded in {limit_s:g} seconds"
@@ -127,18 +127,18 @@ def _client_gone() -> RequestError:
 
 
 class Mailbox:
-    """Hands things from the engine's thread to tasks of an event loop, those of a step together.
+    """Calls functions in an event loop for the engine's thread, those of a step together.
 
     Each call into the loop takes some 20 µs of a core from those that compute.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
-        self._sent: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._sent: deque[tuple[Callable[[Any], object], Any]] = deque()
         self._is_called = False
 
-    def put(self, queue: asyncio.Queue[Any], item: object) -> None:
-        self._sent.append((queue, item))
+    def call(self, function: Callable[[Any], object], argument: object) -> None:
+        self._sent.append((function, argument))
         if not self._is_called:
             self._is_called = True
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the client
@@ -147,8 +147,8 @@ class Mailbox:
     def _deliver(self) -> None:
         self._is_called = False  # first, so that what comes meanwhile is not lost
         while self._sent:
-            queue, item = self._sent.popleft()
-            queue.put_nowait(item)
+            function, argument = self._sent.popleft()
+            function(argument)
 
 
 class Exchange(ABC):
@@ -227,11 +227,11 @@ class Exchange(ABC):
         tenant = self._http.scope.get(TENANT, "")
         with engine.accepting():
             served, adapter = await self.backend.acquire(self.body.model, self._gone)
-            release, num_uses = partial(adapters.release, served), 1
+            num_uses, release = 1, partial(self._mailbox.call, adapters.release, served)
             try:
                 requests = await run_in_threadpool(self.requests, adapter, served.name)
                 state.num_prompt, num_uses = self.num_prompt, len(requests)
-                adapters.share(served, num_uses)
+                served.num_users += num_uses - 1  # each lets it go once
                 for index, request in enumerate(requests):
                     request = replace(request, tenant=tenant, arrived_s=self._arrived_s)
                     whole = None if self.body.stream else Piece("", 0)
@@ -244,13 +244,13 @@ class Exchange(ABC):
             self._num_open = len(requests)
 
     def _tell(self, index: int, whole: Piece | None, event: Event) -> None:
-        """Take an event in the engine's thread; an answer that is not streamed, when it ended."""
+        # take an event in the engine's thread; an answer that is not streamed, when it ended
         if whole is not None and isinstance(event, Piece):
             whole.add(event)
             if event.finish_reason is None:
                 return
             event = whole
-        self._mailbox.put(self._queue, (index, event))
+        self._mailbox.call(self._queue.put_nowait, (index, event))
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         while self._num_open:
@@ -288,7 +288,7 @@ class Exchange(ABC):
             pass
 
     def _end(self, gone: asyncio.Task[None]) -> None:
-        """End all that have not ended: the client has gone, or wants no more."""
+        # end all that have not ended: the client has gone, or wants no more
         for row in self._rows:
             self.backend.engine.cancel(row)
         self._queue.put_nowait((0, Failure(_client_gone())))

@@ -11,10 +11,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from openai.types.shared import ErrorObject
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,15 +55,6 @@ _STATUS = {
 _log = logging.getLogger("loraloom.access")
 
 
-class ErrorObject(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
 class ErrorBody(BaseModel):
     """The body of every response that is no success."""
 
@@ -77,8 +70,8 @@ def error_response(
 ) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     kind = "rate_limit_error" if status == 429 else kind
-    error = ErrorObject(message=plain(message), type=kind, param=param, code=code)
-    return JSONResponse(ErrorBody(error=error).model_dump(), status, dict(headers or {}))
+    error = {"message": plain(message), "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status, dict(headers or {}))
 
 
 def answer_to(error: Exception) -> JSONResponse:
@@ -114,23 +107,21 @@ def handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, of_body)
 
 
+@dataclass
 class OuterGuard:
     """Refuses crowds and foreign host names, counts all answers, and writes a line of each.
 
     Routes leave what they know of a request in its state: `model`, `num_prompt`, `num_new`.
     """
 
-    def __init__(
-        self, app: ASGIApp, answers: Counter[tuple[str, int]], is_local: bool, is_written: bool
-    ):
-        self._app = app
-        self._answers = answers
-        self._is_local = is_local
-        self._is_written = is_written
+    app: ASGIApp
+    answers: Counter[tuple[str, int]]
+    is_local: bool
+    is_written: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         status, start, state = 499, time.perf_counter(), scope.setdefault("state", {})
 
@@ -140,14 +131,14 @@ class OuterGuard:
             await send(message)
 
         try:
-            await (self._refusal(scope) or self._app)(scope, receive, noted)
+            await (self._refusal(scope) or self.app)(scope, receive, noted)
         except Exception:
             status = 500
             raise
         finally:
             path = scope["path"]
-            self._answers[path if path in _PATHS else "other", status] += 1
-            if self._is_written:
+            self.answers[path if path in _PATHS else "other", status] += 1
+            if self.is_written:
                 _log.info(
                     "%s %s %d model=%s key=%s tokens=%d+%d ms=%.0f",
                     scope["method"],
@@ -168,7 +159,7 @@ class OuterGuard:
         # a web page may have its own name lead to this machine, which would be asked for by it
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        if self._is_local and not is_loopback(name.strip("[]").lower()):
+        if self.is_local and not is_loopback(name.strip("[]").lower()):
             return error_response(400, f"this server must be called localhost, got {shown(host)}")
         return None
 

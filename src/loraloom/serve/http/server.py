@@ -12,6 +12,7 @@ import math
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -53,16 +54,21 @@ class ConnectionLimits:
             object.__setattr__(self, "max_connections", min(room, 1024))
 
 
-class _Connection(H11Protocol):
-    """A connection that is closed when its client is too slow, or the oldest idle one of too many.
+def _and_watch(method: Callable[..., None]) -> Callable[..., None]:
+    def watched(self: _Connection, *args: Any) -> None:
+        method(self, *args)
+        self._watch()
 
-    `closed` counts connections that were closed, by reason.
-    """
+    return watched
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed when its client is too slow, or it is the idlest of too many."""
 
     def __init__(self, limits: ConnectionLimits, closed: Counter[str], **settings: Any):
         super().__init__(**settings)
         self._limits = limits
-        self._closed = closed
+        self._closed = closed  # how many connections were closed, by reason
         self._seconds = {"header": limits.header_s, "body": limits.body_s, "read": limits.body_s}
         self._awaited: tuple[str, Any] = ("", None)
         self._since = 0.0
@@ -82,21 +88,10 @@ class _Connection(H11Protocol):
             else:
                 self.app_state = {**self.app_state, "is_crowded": True}
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._watch()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._watch()
+    data_received = _and_watch(H11Protocol.data_received)
+    on_response_complete = _and_watch(H11Protocol.on_response_complete)
+    pause_writing = _and_watch(H11Protocol.pause_writing)
+    resume_writing = _and_watch(H11Protocol.resume_writing)
 
     def timeout_keep_alive_handler(self) -> None:
         self._end("idle")
@@ -108,25 +103,24 @@ class _Connection(H11Protocol):
             self._timer.cancel()
 
     def _watch(self) -> None:
-        """Start the clock anew when something else is awaited of the client."""
-        awaited = (self._what_is_awaited(), self.cycle)
+        # start the clock anew when something else is awaited of the client
+        if self.flow.write_paused or self.transport.is_closing():
+            what = "read"
+        elif self.timeout_keep_alive_task is not None:
+            what = "idle"
+        elif self.cycle is None or self.cycle.response_complete:
+            what = "header"
+        else:
+            what = "body" if self.cycle.more_body else ""
+        awaited = (what, self.cycle)
         if awaited == self._awaited:  # sending a little starts no clock
             return
         self._awaited, self._since = awaited, self.loop.time()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
-        if seconds := self._seconds.get(awaited[0]):
-            self._timer = self.loop.call_later(seconds, self._end, awaited[0])
-
-    def _what_is_awaited(self) -> str:
-        if self.flow.write_paused or self.transport.is_closing():
-            return "read"
-        if self.timeout_keep_alive_task is not None:
-            return "idle"
-        if self.cycle is None or self.cycle.response_complete:
-            return "header"
-        return "body" if self.cycle.more_body else ""
+        if seconds := self._seconds.get(what):
+            self._timer = self.loop.call_later(seconds, self._end, what)
 
     def _end(self, reason: str) -> None:
         self._closed[reason] += 1

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import llguidance
@@ -97,7 +98,7 @@ class CallStream:
         return parse_calls(self._held, self._names)
 
     def _start(self) -> int:
-        """Where in the text that is held back a call may begin."""
+        # where in the text that is held back a call may begin
         begun = self._held.lstrip()
         if not self._said.strip() and any(
             begun.startswith(start) or start.startswith(begun) for start in _BARE_STARTS
@@ -129,7 +130,7 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """Let the references within a schema lead to where it is inside of another one."""
+    # let the references within a schema lead to where it is inside of another one
     if isinstance(schema, list):
         return [_moved(part, place) for part in schema]
     if not isinstance(schema, dict):
@@ -145,48 +146,47 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
     return {"type": "object", **(tool["function"].get("parameters") or {})}
 
 
-class JsonConstraints:
-    """Makes constraints for a tokenizer."""
+def schema_reader(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int]
+) -> Callable[[dict[str, Any]], JsonConstraint]:
+    """Give what compiles JSON schemas for a tokenizer."""
+    known: Any = from_tokenizer(
+        tokenizer,  # pyright: ignore[reportArgumentType]
+        n_vocab=max(vocab_size, len(tokenizer)),  # ids beyond the embedding are cut off
+        eos_token=end_tokens,
+    )
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int]):
-        self._tokenizer: Any = from_tokenizer(
-            tokenizer,  # pyright: ignore[reportArgumentType]
-            n_vocab=max(vocab_size, len(tokenizer)),  # ids beyond the embedding are cut off
-            eos_token=end_tokens,
-        )
-
-    def of_schema(self, schema: dict[str, Any]) -> JsonConstraint:
+    def read(schema: dict[str, Any]) -> JsonConstraint:
         try:
             text = json.dumps(schema)
             grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=_SPACING)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"the JSON schema can't be used: {error}") from None
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = llguidance.LLMatcher(known, grammar, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"the JSON schema can't be used: {matcher.get_error()}")
         return JsonConstraint(matcher)
 
+    return read
 
+
+@dataclass
 class JsonConstraint:
     """The tokens that may follow in one completion."""
 
-    def __init__(self, matcher: Any):
-        self._matcher = matcher
+    matcher: Any
 
     def copy(self) -> JsonConstraint:
-        """Return one that is where this one is, without compiling the schema again."""
-        return JsonConstraint(self._matcher.deep_copy())
+        return JsonConstraint(self.matcher.deep_copy())
 
     def allowed(self, num_tokens: int) -> Tensor:
-        biases = bytearray(self._matcher.compute_logit_bias())
-        if self._matcher.is_error():
-            raise ConfigError(f"the JSON schema can't be kept: {self._matcher.get_error()}")
-        allowed = torch.zeros(num_tokens, dtype=torch.bool)
+        biases = bytearray(self.matcher.compute_logit_bias())
+        if self.matcher.is_error():
+            raise ConfigError(f"the JSON schema can't be kept: {self.matcher.get_error()}")
         known = torch.frombuffer(biases, dtype=torch.uint8)[:num_tokens].bool()
-        allowed[: len(known)] = known
-        return allowed
+        return torch.nn.functional.pad(known, (0, num_tokens - len(known)))
 
     def accept(self, token: int) -> bool:
-        if not self._matcher.consume_token(token):
-            raise ConfigError(f"the JSON schema can't be kept: {self._matcher.get_error()}")
-        return self._matcher.is_stopped()
+        if not self.matcher.consume_token(token):
+            raise ConfigError(f"the JSON schema can't be kept: {self.matcher.get_error()}")
+        return self.matcher.is_stopped()

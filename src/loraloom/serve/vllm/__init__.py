@@ -13,10 +13,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
@@ -82,24 +81,8 @@ def fitting_rank(rank: int) -> int:
     )
 
 
-@dataclass(frozen=True)
-class VllmOptions:
-    """What `loraloom serve` hands on; the words are its options'."""
-
-    base_model: str
-    adapters: Mapping[str, str]
-    adapter_dir: Path | None
-    max_adapters: int
-    host: str
-    port: int
-    api_keys: Sequence[str]
-    allow_loading: bool
-    cors_origins: Sequence[str]
-    max_rows: int
-    dtype: str
-
-
-def serve_with_vllm(options: VllmOptions) -> None:
+def serve_with_vllm(options: Any) -> None:
+    """Serve until the process is told to stop; `options` are those of `loraloom serve`."""
     found = vllm_version()
     if found is None:
         raise ConfigError(
@@ -123,7 +106,7 @@ def serve_with_vllm(options: VllmOptions) -> None:
 
 
 def vllm_command(
-    options: VllmOptions, folded: Sequence[FoldedAdapter], found: Mapping[str, str]
+    options: Any, folded: Sequence[FoldedAdapter], found: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """Say the options, and what was found in the directory, as vLLM's arguments and environment.
 
@@ -161,11 +144,9 @@ def vllm_command(
     return words, settings
 
 
-def _fold_all(options: VllmOptions) -> tuple[list[FoldedAdapter], dict[str, str]]:
-    """Read all adapters, for what they need, and name those of the directory.
-
-    A fault of one that the options name is told at once.
-    """
+def _fold_all(options: Any) -> tuple[list[FoldedAdapter], dict[str, str]]:
+    # read all adapters, for what they need, and name those of the directory.
+    # A fault of one that the options name is told at once
     from transformers import AutoConfig
 
     from loraloom.serve.vllm.folding import Folder

@@ -13,8 +13,7 @@ F feed-forward, L adapters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,19 +24,13 @@ from loraloom.serve.vllm.folding import PIECES
 _OPERATIONS = torch.library.Library("loraloom", "FRAGMENT")
 
 
-class Choice(NamedTuple):
-    """The experts of tokens."""
-
-    columns: Bool[Tensor, "K T S"]
-    weights: Float[Tensor, "K T 1"]
-
-
 def choose(
     scores: Float[Tensor, "T S"],
     described: Float[Tensor, "L 2 S"],
     adapters: Int[Tensor, " T"],
     num_slots: int,
-) -> Choice:
+) -> tuple[Bool[Tensor, "K T S"], Float[Tensor, "K T 1"]]:
+    """Choose the experts of tokens: the columns of each one's slots, and their weights."""
     own = described.index_select(0, adapters.clamp_min(0)).float()  # (T, 2, S)
     num_experts, top_k = own[:, 1, 0, None], own[:, 1, 1, None]
     room = scores.shape[1] // PIECES
@@ -50,30 +43,7 @@ def choose(
     weights = torch.where(routed, weights, (places[:num_slots] == 0).float())
     experts = torch.where(routed, selected + 1, 0).T  # (K, T), counted from 1 as columns are
     columns = (own[:, 0] == experts.unsqueeze(-1)) & (adapters >= 0).unsqueeze(-1)
-    return Choice(columns, weights.T.unsqueeze(-1))
-
-
-def mix(
-    gate_up: Float[Tensor, "T N"],
-    low_rank: Float[Tensor, "P T S"],
-    choice: Choice,
-    expand: Callable[[Tensor, Tensor], Tensor],
-    shrink: Callable[[Tensor], Tensor],
-    act: Callable[[Tensor], Tensor],
-) -> tuple[Float[Tensor, "T F"], Float[Tensor, "T S"]]:
-    """Compute what the output projection and the B of its update multiply.
-
-    Down-projection and mixing are linear, so slots are added up in front of both.
-    """
-    columns, weights = choice
-    is_base = ~columns.any(-1).any(0).unsqueeze(-1)
-    updated = expand(gate_up, torch.where(columns.unsqueeze(1), low_rank, 0.0))
-    # zeros of the base's tokens may have met some adapter's weights, and these may be NaN
-    states = act(torch.where(is_base, gate_up, updated).flatten(0, 1)).unflatten(
-        0, (-1, len(gate_up))
-    )
-    rank_space = torch.where(columns, shrink(states), 0.0) * weights
-    return (states * weights.to(states.dtype)).sum(0), rank_space.sum(0)
+    return columns, weights.T.unsqueeze(-1)
 
 
 class MixtureFfn(nn.Module):
@@ -102,21 +72,20 @@ class MixtureFfn(nn.Module):
         return torch.ops.loraloom.add_update(output, rank_space, self.place)
 
     def mix_experts(self, x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute hidden states, [T, F], and the rank space of the output projection, [T, S]."""
         inputs, router = self.gate_up_proj, self.router
         if inputs.punica_wrapper.no_lora:  # said on CPUs alone
             return self.act_fn(gate_up), x.new_zeros(len(x), _rank(router), dtype=torch.float32)
-        adapters = _adapters(inputs, len(x))
-        scores = _shrink(router, x)[0]
-        choice = choose(scores, router.lora_b_stacked[0].squeeze(1), adapters, self.slots)
-        return mix(
-            gate_up,
-            _shrink(inputs, x),
-            choice,
-            partial(_expand_slots, inputs),
-            partial(_shrink_slots, self.down_proj),
-            self.act_fn,
-        )
+        described, adapters = router.lora_b_stacked[0].squeeze(1), _adapters(inputs, len(x))
+        columns, weights = choose(_shrink(router, x)[0], described, adapters, self.slots)
+        is_base = ~columns.any(-1).any(0).unsqueeze(-1)
+        low_rank = torch.where(columns.unsqueeze(1), _shrink(inputs, x), 0.0)  # (K, P, T, S)
+        updated = _expand_slots(inputs, gate_up, low_rank)
+        # zeros of the base's tokens may have met some adapter's weights, and these may be NaN
+        states = self.act_fn(torch.where(is_base, gate_up, updated).flatten(0, 1))
+        states = states.unflatten(0, (-1, len(x)))  # (K, T, F)
+        rank_space = torch.where(columns, _shrink_slots(self.down_proj, states), 0.0) * weights
+        # down-projection and mixing are linear, so slots are added up in front of both
+        return (states * weights.to(states.dtype)).sum(0), rank_space.sum(0)
 
     def add_update(self, output: Tensor, rank_space: Tensor) -> Tensor:
         if self.down_proj.punica_wrapper.no_lora:
@@ -127,7 +96,7 @@ class MixtureFfn(nn.Module):
 
 
 def _adapters(layer: Any, num_tokens: int) -> Tensor:
-    """Slot of each token's adapter, [T]; of those that fill a graph up, whatever was there."""
+    # slot of each token's adapter, [T]; of those that fill a graph up, whatever was there
     return layer.punica_wrapper._token_lora_indices[:num_tokens]
 
 
@@ -167,7 +136,7 @@ def _expand_slots(layer: Any, output: Tensor, low_rank: Tensor) -> Tensor:
 
 
 def _own(stacked: Tensor, layer: Any, num_tokens: int) -> Tensor:
-    """Each token's own weights, as vLLM looks them up on a CPU, but once for all slots."""
+    # each token's own weights, as vLLM looks them up on a CPU, but once for all slots
     adapters = _adapters(layer, num_tokens).clamp_min(0)
     return stacked.squeeze(1).index_select(0, adapters)
 
