@@ -19,12 +19,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from loraloom.adapters import CONFIGS, parse_adapter_config, when_registered
-from loraloom.adapters.files import CONFIG_FILE, AdapterFields, AdapterFiles, checked_fields
 from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.errors import AdapterError, ConfigError
-from loraloom.formats.contents import PICKLE_FILE, WEIGHTS_FILE
-from loraloom.formats.files import parse_files, read_stored, render_files
-from loraloom.formats.fit import fit_to_base
+from loraloom.formats.disk import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, AdapterFiles
+from loraloom.formats.files import fit_to_base, parse_files, read_stored
+from loraloom.formats.layouts import render
 from loraloom.models.host import Host
 from loraloom.models.view import Rows, TakesCheckpointing, with_auxiliary_loss
 
@@ -131,8 +130,8 @@ def _checked(adapter: Any) -> AdapterConfig:
 
 
 def _files(fields: dict[str, Any], tensors: dict[str, Tensor], source: str) -> AdapterFiles:
-    checked = checked_fields(AdapterFields, fields, source).model_dump(exclude_unset=True)
-    return AdapterFiles(checked, tensors, source=source)
+    known = {name: value for name, value in fields.items() if value is not None}
+    return AdapterFiles(known, tensors, source=source)
 
 
 class HostedAdapters(nn.Module, BaseTunerLayer):
@@ -192,7 +191,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         adapter.requires_grad_(name in self.active_adapters and not config.inference_mode)
         self.loraloom.adapters[name] = adapter
         if not config.is_from_file:
-            files = render_files(adapter.config, adapter.tensors(), self.host.base)
+            files = render(adapter.config, adapter.tensors(), self.host.base)
             config.file_fields = files.config
         return adapter
 
@@ -284,7 +283,7 @@ class LoraloomModel(TakesCheckpointing, BaseTuner):
         own = f"{_PREFIX}adapters.{name}."
         values = {k.removeprefix(_PREFIX): v for k, v in state_dict.items() if k.startswith(own)}
         tensors = torch.func.functional_call(self.loraloom, values, name, tie_weights=False)
-        return render_files(self.host.adapter(name).config, tensors, self.host.base).tensors
+        return render(self.host.adapter(name).config, tensors, self.host.base).tensors
 
     def _load(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy an adapter's tensors in, named as in its files, and return its state."""

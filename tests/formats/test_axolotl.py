@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from loraloom.adapters import ExpertsConfig, MixLoraConfig
 from loraloom.errors import AdapterError, FormatError
-from loraloom.formats import axolotl, describe, read_adapter, write_adapter
+from loraloom.formats import describe, read_adapter, write_adapter
+from loraloom.formats.foreign import split
 from loraloom.models.converting import convert
 from tests.formats.tiny import assert_same_tensors, llama_base, make_tensors
 
@@ -176,7 +177,7 @@ def test_a_lora_on_some_of_attention_stays_on_it(base, tmp_path):
         num_experts=2,
         target_modules=("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
     )
-    attention, _ = axolotl.split(config, make_tensors(config, base), base)
+    attention, _ = split(config, make_tensors(config, base), base)
     assert attention.target_modules == ("q_proj", "v_proj")
 
 

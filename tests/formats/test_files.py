@@ -271,7 +271,7 @@ def test_the_same_weights_are_no_warning(saved, base):
 def test_an_adapter_remembers_how_its_training_data_wrote_prompts(tmp_path, base, config):
     form = PromptForm(format="instruction", template="Q: {{ instruction }}\nA: ")
     write_adapter(tmp_path, config, make_tensors(config, base), base, prompt=form)
-    assert read_stored(tmp_path).base.prompt == form
+    assert read_stored(tmp_path).prompt == form
     assert "## Prompts" in (tmp_path / "README.md").read_text()
     assert describe(tmp_path).prompt == form.model_dump(exclude_none=True)
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from loraloom.adapters import LoraConfig
 from loraloom.errors import FormatError
 from loraloom.formats import read_adapter, write_adapter
-from loraloom.formats.contents import AdapterFiles, BaseRecord
-from loraloom.formats.peft import render
+from loraloom.formats.files import read_stored
 from tests.formats.tiny import assert_same_tensors, make_tensors
 
 CONFIGS = [
@@ -148,21 +147,19 @@ def test_tensors_of_other_methods_are_unexpected(base, tmp_path):
         read_adapter(tmp_path, base)
 
 
-def test_a_mixtures_tensors_do_not_pass_as_a_plain_adapters(base):
-    record = BaseRecord()
-    tensors = {"layers.0.mlp.router": torch.zeros(2, 64)}
-    with pytest.raises(FormatError, match="not a tensor that PEFT's layout has"):
-        render(LoraConfig(), tensors, base, record)
-
-
-def test_the_base_models_record_is_in_the_weights_header_not_in_the_config(base):
+def test_the_base_models_record_is_in_the_weights_header_not_in_the_config(base, tmp_path):
     config = LoraConfig(rank=2)
-    record = BaseRecord(base.name_or_path, base.model_type, base.fingerprint, base.num_parameters)
-    files = render(config, make_tensors(config, base), base, record)
-    assert "loraloom" not in files.config
-    assert BaseRecord.from_files(files, json.loads(files.metadata["loraloom"])) == record
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    assert "loraloom" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    record = read_stored(tmp_path).base
+    assert record.fingerprint == base.fingerprint
+    assert record.num_parameters == base.num_parameters
 
 
-def test_a_record_by_a_newer_version_is_refused():
+def test_a_record_by_a_newer_version_is_refused(base, tmp_path):
+    config = LoraConfig(rank=2)
+    write_adapter(tmp_path, config, make_tensors(config, base), base)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"loraloom": '{"version": 2}'})
     with pytest.raises(FormatError, match="newer loraloom"):
-        BaseRecord.from_files(AdapterFiles({}, {}), {"version": 2})
+        read_adapter(tmp_path, base)

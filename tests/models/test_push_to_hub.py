@@ -10,9 +10,9 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from loraloom.adapters.files import CONFIG_FILE
 from loraloom.errors import AdapterError, FormatError
 from loraloom.formats import hub
+from loraloom.formats.disk import CONFIG_FILE
 from tests.tiny import METHODS, tiny_host
 
 

@@ -81,7 +81,7 @@ def _trained_on(adapters: Mapping[str, str]) -> dict[str, str]:
     from loraloom.formats.files import read_stored
     from loraloom.formats.hub import find_adapter
 
-    forms = [read_stored(find_adapter(path)).base.prompt for path in adapters.values()]
+    forms = [read_stored(find_adapter(path)).prompt for path in adapters.values()]
     form = forms[0] if forms and all(one == forms[0] for one in forms) else None
     if form is None or form.format not in ("instruction", "chat", "text"):
         return {}

@@ -15,7 +15,7 @@ import torch
 import loraloom
 from loraloom.adapters.method import Adapter
 from loraloom.data.sources import sha256
-from loraloom.formats.contents import ADAPTER_FILES
+from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.hub import find_adapter
 from loraloom.models.host import Host
 from loraloom.models.quantization import stored_weights

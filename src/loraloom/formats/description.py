@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loraloom.adapters.keys import TensorKey
-from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import MODULES, TOKENS
-from loraloom.formats.contents import ADAPTER_FILES, StoredAdapter
+from loraloom.formats.disk import ADAPTER_FILES
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
+
+_KINDS = {"router": "router", "router_bias": "router", "magnitude": "magnitudes"}
+"""What parts are counted as, where they aren't a LoRA's or an expert's."""
 
 
 @dataclass(frozen=True)
@@ -82,74 +83,45 @@ def describe(path_or_hub_id: str | Path) -> AdapterDescription:
     """Describe an adapter from its files alone."""
     directory = find_adapter(path_or_hub_id)
     stored = read_stored(directory)
-    keys = {name: key for name in stored.tensors if (key := TensorKey.parse(name)) is not None}
-    parameters = _parameters(stored, keys)
-    finite = {name for name, tensor in stored.tensors.items() if bool(tensor.isfinite().all())}
+    config, tensors = stored.config, stored.tensors
+    keys = {name: key for name in tensors if (key := TensorKey.parse(name)) is not None}
+    non_finite = {name for name, tensor in tensors.items() if not tensor.isfinite().all()}
+    parameters: dict[str, int] = defaultdict(int)
+    norms: dict[str, list[float]] = defaultdict(list)
+    for name, key in keys.items():
+        own = f"{key.block} {'LoRA' if key.expert is None else 'experts'}"
+        parameters[_KINDS.get(key.part, own)] += tensors[name].numel()
+        norm = torch.linalg.vector_norm(tensors[name], dtype=torch.float64).item()
+        if name not in non_finite:
+            norms[str(replace(key, layer=0, expert=None)).removeprefix("layers.0.")].append(norm)
+    for name, tensor in tensors.items():
+        for prefix, kind in ((MODULES, "modules_to_save"), (TOKENS, "tokens")):
+            if name.startswith(prefix):
+                parameters[kind] += tensor.numel()
+    used = {key.projection for key in keys.values()}
+    files = [directory / name for name in ADAPTER_FILES]
     return AdapterDescription(
         path=str(path_or_hub_id),
         layout=stored.layout,
-        method=stored.config.title,
-        formula=stored.config.formula,
-        rank=stored.config.rank,
-        dropout=stored.config.dropout,
-        **stored.config.description(),
-        target_modules=_used_modules(stored.config, keys),
+        method=config.title,
+        formula=config.formula,
+        rank=config.rank,
+        dropout=config.dropout,
+        **config.description(),
+        target_modules=tuple(t for t in config.target_modules if t.rpartition(".")[2] in used),
         base_model=stored.base.name_or_path,
         base_fingerprint=stored.base.fingerprint,
-        prompt=stored.base.prompt and stored.base.prompt.model_dump(exclude_none=True),
+        prompt=stored.prompt and stored.prompt.model_dump(exclude_none=True),
         num_layers=len({key.layer for key in keys.values()}),
-        dtypes=_dtypes(stored),
-        parameters=parameters,
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+        parameters=dict(parameters),
         num_parameters=sum(parameters.values()),
         num_base_parameters=stored.base.num_parameters,
-        norms=_norms({name: (keys[name], stored.tensors[name]) for name in keys if name in finite}),
-        num_non_finite=len(stored.tensors) - len(finite),
-        file_bytes=_file_bytes(directory),
+        norms=tuple(
+            NormDescription(name, len(own), min(own), statistics.median(own), max(own))
+            for name, own in norms.items()
+            if math.isfinite(max(own))  # finite values may have an infinite norm
+        ),
+        num_non_finite=len(non_finite),
+        file_bytes={path.name: path.stat().st_size for path in files if path.exists()},
     )
-
-
-def _used_modules(config: AdapterConfig, keys: dict[str, TensorKey]) -> tuple[str, ...]:
-    used = {key.projection for key in keys.values()}
-    return tuple(name for name in config.target_modules if name.rpartition(".")[2] in used)
-
-
-def _dtypes(stored: StoredAdapter) -> tuple[str, ...]:
-    names = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()}
-    return tuple(sorted(names))
-
-
-def _parameters(stored: StoredAdapter, keys: dict[str, TensorKey]) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for name, key in keys.items():
-        counts[_kind(key)] += stored.tensors[name].numel()
-    for prefix, kind in ((MODULES, "modules_to_save"), (TOKENS, "tokens")):
-        sizes = [t.numel() for name, t in stored.tensors.items() if name.startswith(prefix)]
-        if sizes:
-            counts[kind] = sum(sizes)
-    return dict(counts)
-
-
-def _kind(key: TensorKey) -> str:
-    if key.part in ("router", "router_bias"):
-        return "router"
-    if key.part == "magnitude":
-        return "magnitudes"
-    return f"{key.block} {'LoRA' if key.expert is None else 'experts'}"
-
-
-def _norms(tensors: dict[str, tuple[TensorKey, Tensor]]) -> tuple[NormDescription, ...]:
-    groups: dict[str, list[float]] = defaultdict(list)
-    for key, tensor in tensors.values():
-        name = str(replace(key, layer=0, expert=None)).removeprefix("layers.0.")
-        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-        groups[name].append(norm)
-    return tuple(
-        NormDescription(name, len(norms), min(norms), statistics.median(norms), max(norms))
-        for name, norms in groups.items()
-        if math.isfinite(max(norms))
-    )
-
-
-def _file_bytes(directory: Path) -> dict[str, int]:
-    paths = [directory / name for name in ADAPTER_FILES]
-    return {path.name: path.stat().st_size for path in paths if path.exists()}

@@ -1,4 +1,4 @@
-"""Reading an adapter's files, and writing them so that a crash leaves the old ones or the new."""
+"""An adapter's raw files: read, and written so that a crash leaves the old ones or the new."""
 
 from __future__ import annotations
 
@@ -6,79 +6,127 @@ import json
 import os
 import re
 import shutil
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraloom.adapters.files import (
-    CONFIG_FILE,
-    AdapterFields,
-    AdapterFiles,
-    SidecarFiles,
-    checked_fields,
-)
-from loraloom.config.text import parse_yaml, read_json
+from loraloom.config.text import read_json
 from loraloom.durable import remove_leftovers, staging, sync, write_directory
-from loraloom.errors import AdapterError, ConfigError, FormatError
-from loraloom.formats.contents import (
-    CARD_FILE,
-    PICKLE_FILE,
-    SIDECAR_SETTINGS,
-    SIDECAR_WEIGHTS,
-    WEIGHTS_FILE,
-    names_in,
-)
+from loraloom.errors import AdapterError, FormatError, shown
 
-_ABANDONED_S = 3600.0
-"""Age at which files that lie aside are no longer being written by anybody."""
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
+SIDECAR_WEIGHTS = "mixlora_model.safetensors"
+SIDECAR_SETTINGS = ("config.yml", "config.yaml")
+"""axolotl's files that are read beside these; the latter has the run's settings."""
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, SIDECAR_WEIGHTS, *SIDECAR_SETTINGS)
+"""All that an adapter may be read from."""
 
 _STALE_FILES = (PICKLE_FILE, SIDECAR_WEIGHTS)
 """What would be read instead of new files, or beside them."""
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_STALE_FILES, CARD_FILE)
-_READ_WEIGHTS = {WEIGHTS_FILE, *_STALE_FILES}
+SAVED_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_STALE_FILES, CARD_FILE)
+"""All that saving an adapter replaces."""
+_ABANDONED_S = 3600.0
+"""Age at which files that lie aside are no longer being written by anybody."""
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 _NO_PART = re.compile(
     r"(optimizer|scheduler|sampler|scaler|training_args|rng_state|random_states|dl_state_dict)\w*\.\w+"
     r"|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"
 )
 """What trainers keep beside an adapter: states, and whole models under transformers' names."""
-_MAX_CONFIG_BYTES = 2**24
-_STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_FLOATING = "floating point (float64, float32, float16 or bfloat16)"
-_PLAIN: dict[str, Callable[[Tensor], bool]] = {
-    _FLOATING: lambda tensor: tensor.dtype in _DTYPES,
-    "dense": lambda tensor: tensor.layout == torch.strided,
-    "in the file": lambda tensor: tensor.device.type == "cpu",
-    "stored in full": lambda tensor: tensor.nbytes <= tensor.untyped_storage().nbytes(),
-}
-"""What tensors of a pickle must be; each is asked of those that are what comes before."""
+
+
+class Sidecar(NamedTuple):
+    """What axolotl keeps of a mixture beside PEFT's two files; see foreign.py."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    """Of the run; empty where no file has them."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of an adapter, before anything in them is understood."""
+
+    config: dict[str, Any]
+    """Fields of adapter_config.json; null is as good as no field."""
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
+    """The header of the safetensors file."""
+    source: str = "the adapter"
+    """Where they came from, for messages."""
+    sidecar: Sidecar | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the method that the user gives: what files lack, or in place of theirs."""
+    program: str | None = None
+    """Which program wrote them, where they have been brought into another layout."""
+
+    def error(self, message: str) -> FormatError:
+        """Make an error that names these files."""
+        return FormatError(f"{self.source}: {message}")
+
+    def renamed(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Give the tensors other names, by their own."""
+        olds = {new: old for old, new in names.items()}
+        for old, new in names.items():
+            if olds[new] != old:
+                raise self.error(f"tensors must differ, two are {new}: {old}, {olds[new]}")
+        return {new: self.tensors[old] for old, new in names.items()}
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Take a field that holds fields, {} where it is missing."""
+        section = self.config.get(name, {})
+        if not isinstance(section, dict):
+            raise self.error(f"`{name}` in {CONFIG_FILE} must be a mapping, got {shown(section)}")
+        return section
+
+    def targets(self) -> list[str]:
+        """Name the target modules; a pattern (a string) is left to the tensors."""
+        modules = self.config.get("target_modules")
+        if isinstance(modules, dict):  # before 0.5 of the reference
+            return [name for name, is_wanted in modules.items() if is_wanted]
+        return modules if isinstance(modules, list) else []
+
+
+def names_in(names: Sequence[str], limit: int = 3) -> str:
+    """Join the first few names, and count the rest."""
+    first = ", ".join(name if len(name) <= 200 else f"{name[:200]} …" for name in names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 def read_files(directory: Path) -> AdapterFiles:
     """Read adapter_config.json and the weights, from safetensors or else from a pickle."""
     if not directory.is_dir():
         raise FormatError(f"an adapter must be a directory, got the file {directory}")
-    config = _read_config(directory)
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        is_model = (directory / "config.json").is_file()
+        hint = "it is a model, not an adapter" if is_model else "it is no adapter, or one cut short"
+        raise FormatError(f"{directory} must have {CONFIG_FILE}, it has none; {hint}")
+    config = read_json(path, FormatError, max_bytes=2**24)
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    config = {name: value for name, value in config.items() if value is not None}
     check_all_read(str(directory), (path.name for path in directory.iterdir() if path.is_file()))
-    weights, pickled = directory / WEIGHTS_FILE, directory / PICKLE_FILE
+    weights, pickled, metadata = directory / WEIGHTS_FILE, directory / PICKLE_FILE, {}
     if weights.is_file():
         tensors, metadata = _read_safetensors(weights)
     elif pickled.is_file():
-        tensors, metadata = _read_pickle(pickled), {}
+        tensors = _read_pickle(pickled)
     else:
         raise FormatError(f"{directory} must have {WEIGHTS_FILE} or {PICKLE_FILE}, it has neither")
-    return AdapterFiles(
-        config, tensors, metadata, source=str(directory), sidecar=_read_sidecar(directory)
-    )
+    return AdapterFiles(config, tensors, metadata, str(directory), _read_sidecar(directory))
 
 
 def check_all_read(source: str, names: Iterable[str]) -> None:
@@ -86,9 +134,8 @@ def check_all_read(source: str, names: Iterable[str]) -> None:
     unread = [
         name
         for name in sorted(names)
-        if Path(name).suffix in _WEIGHT_SUFFIXES
-        and name not in _READ_WEIGHTS
-        and not _NO_PART.fullmatch(name)
+        if Path(name).suffix in _WEIGHT_SUFFIXES and name not in {WEIGHTS_FILE, *_STALE_FILES}
+        if not _NO_PART.fullmatch(name)
     ]
     if unread:
         raise FormatError(
@@ -97,44 +144,26 @@ def check_all_read(source: str, names: Iterable[str]) -> None:
         )
 
 
-def _read_sidecar(directory: Path) -> SidecarFiles | None:
+def _read_sidecar(directory: Path) -> Sidecar | None:
     """Read what axolotl has beside the weights; its settings may be above a checkpoint of a run."""
     if not (directory / SIDECAR_WEIGHTS).is_file():
         return None
     places = [directory, *([directory.parent] if directory.name.startswith("checkpoint-") else [])]
-    files = (place / name for place in places for name in SIDECAR_SETTINGS)
-    settings = next((_read_yaml(path) for path in files if path.is_file()), {})
-    return SidecarFiles(_read_safetensors(directory / SIDECAR_WEIGHTS)[0], settings)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+    files = [place / name for place in places for name in SIDECAR_SETTINGS]
+    path = next((path for path in files if path.is_file()), None)
     try:
-        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        settings = path and yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} can't be read: {error}") from error
-    return settings if isinstance(settings, dict) else {}
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        is_model = (directory / "config.json").is_file()
-        hint = "it is a model, not an adapter" if is_model else "it is no adapter, or one cut short"
-        raise FormatError(f"{directory} must have {CONFIG_FILE}, it has none; {hint}")
-    config = read_json(path, FormatError, _MAX_CONFIG_BYTES)
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    return checked_fields(AdapterFields, config, str(path)).model_dump(exclude_unset=True)
+    tensors, _ = _read_safetensors(directory / SIDECAR_WEIGHTS)
+    return Sidecar(tensors, settings if isinstance(settings, dict) else {})
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = list(file.keys())  # `file` itself can't be iterated
-            odd = [name for name in names if file.get_slice(name).get_dtype() not in _STORED_DTYPES]
-            if odd:
-                raise _odd_tensors(path, _FLOATING, odd)
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            metadata = file.metadata() or {}
+        return _plain_tensors(path, load_file(path)), metadata
     except (safetensors.SafetensorError, OSError) as error:
         raise FormatError(f"{path} can't be read as safetensors: {error}; get it again") from error
 
@@ -142,7 +171,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """Read a flat dict of tensors; anything that would run code is refused."""
     try:
-        _check_not_compressed(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what is broken in a pickle decides which error it is
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -151,40 +179,37 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise FormatError(f"{path} must hold a flat dict of tensors by name")
-    _check_plain(path, tensors)
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    plain_tensors = _plain_tensors(path, tensors)
+    return {name: tensor.detach().contiguous() for name, tensor in plain_tensors.items()}
 
 
-def _check_not_compressed(path: Path) -> None:
-    """Raise a ValueError for an archive that becomes larger in memory; torch writes none."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is a compressed archive")
-
-
-def _check_plain(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a FormatError for tensors that are not numbers in memory, each in a place of its own.
+def _plain_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as they came; a FormatError if some are no numbers in memory.
 
     A pickle may hold a sparse tensor, one without data, and one whose numbers are all the same
-    place in memory and that becomes as large as it says only when it is copied.
+    place in memory, which becomes as large as it says only when it is copied.
     """
-    for wanted, is_so in _PLAIN.items():
-        odd = [name for name, tensor in tensors.items() if not is_so(tensor)]
-        if odd:
-            raise _odd_tensors(path, wanted, odd)
-
-
-def _odd_tensors(path: Path, wanted: str, odd: list[str]) -> FormatError:
-    return FormatError(f"{path}: tensors must be {wanted}: {names_in(odd)} are not")
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _DTYPES
+        or tensor.layout != torch.strided
+        or tensor.is_meta
+        or tensor.nbytes > tensor.untyped_storage().nbytes()
+    ]
+    if odd:
+        raise FormatError(
+            f"{path}: tensors must be floating point (float64, float32, float16 or bfloat16), "
+            f"dense and stored in full, {names_in(odd)} are not"
+        )
+    return tensors
 
 
 def refuse_to_overwrite(directory: Path) -> None:
     """Raise an AdapterError if a directory has an adapter's files already."""
     if directory.exists() and not directory.is_dir():
         raise AdapterError(f"an adapter is saved to a directory, {directory} is a file")
-    present = [name for name in ADAPTER_FILES if (directory / name).exists()]
+    present = [name for name in SAVED_FILES if (directory / name).exists()]
     if present:
         raise AdapterError(
             f"{directory} already has {names_in(present)}; save elsewhere, or ask to overwrite"
@@ -203,7 +228,9 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(directory, older_than_s=_ABANDONED_S)
         with staging(directory) as aside:
-            _stage(aside, files, card)
+            _fill(aside, files, card)
+            for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+                sync(aside / name)
             _publish(aside, directory)
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
@@ -213,46 +240,28 @@ def replace_files(directory: Path, files: AdapterFiles, card: str) -> None:
                 directory.rmdir()
 
 
-def write_new(
-    directory: Path,
-    files: AdapterFiles,
-    card: str,
-    *,
-    pickled: bool = False,
-    sidecar: SidecarFiles | None = None,
-) -> None:
+def write_new(directory: Path, files: AdapterFiles, card: str, *, pickled: bool = False) -> None:
     """Write an adapter to a directory that isn't there yet; it appears whole."""
     if directory.exists():
         raise AdapterError(f"{directory} is there already; convert to a new directory")
-
-    def fill(aside: Path) -> None:
-        _write_config(aside, files, card)
-        if pickled:
-            torch.save(_copies(files.tensors), aside / PICKLE_FILE)
-        else:
-            _write_tensors(aside / WEIGHTS_FILE, files.tensors, files.metadata)
-        if sidecar is not None:
-            _write_tensors(aside / SIDECAR_WEIGHTS, sidecar.tensors, {"format": "pt"})
-            text = yaml.safe_dump(sidecar.settings)
-            (aside / SIDECAR_SETTINGS[0]).write_text(text, encoding="utf-8")
-
     try:
-        write_directory(directory, fill)
+        write_directory(directory, lambda aside: _fill(aside, files, card, pickled))
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"the adapter can't be written to {directory}: {error}") from error
 
 
-def _stage(aside: Path, files: AdapterFiles, card: str) -> None:
-    _write_config(aside, files, card)
-    _write_tensors(aside / WEIGHTS_FILE, files.tensors, files.metadata)
-    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
-        sync(aside / name)
-
-
-def _write_config(aside: Path, files: AdapterFiles, card: str) -> None:
+def _fill(aside: Path, files: AdapterFiles, card: str, pickled: bool = False) -> None:
     config = json.dumps(files.config, indent=2, ensure_ascii=False, allow_nan=False)
     (aside / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     (aside / CARD_FILE).write_text(card, encoding="utf-8")
+    if pickled:
+        torch.save(_copies(files.tensors), aside / PICKLE_FILE)
+    else:
+        _write_tensors(aside / WEIGHTS_FILE, files.tensors, files.metadata)
+    if files.sidecar is not None:
+        _write_tensors(aside / SIDECAR_WEIGHTS, files.sidecar.tensors, {"format": "pt"})
+        text = yaml.safe_dump(files.sidecar.settings)
+        (aside / SIDECAR_SETTINGS[0]).write_text(text, encoding="utf-8")
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -269,6 +278,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _publish(aside: Path, directory: Path) -> None:
     old, new = directory / CONFIG_FILE, aside / CONFIG_FILE
+    # While weights are renamed there is no configuration that they could be read under.
     if old.exists() and old.read_bytes() != new.read_bytes():
         old.unlink()
         sync(directory)

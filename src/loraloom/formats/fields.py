@@ -24,14 +24,23 @@ from loraloom.adapters import (
     VeraConfig,
 )
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.files import LORA_FIELDS, AdapterFiles
 from loraloom.adapters.keys import target_projections
 from loraloom.adapters.lora import is_pattern, matches, pattern_value
 from loraloom.adapters.method import AdapterConfig, Targets
 from loraloom.adapters.own import OWN_FIELDS
 from loraloom.errors import shown
+from loraloom.formats.disk import CONFIG_FILE, AdapterFiles
 
 Settings = dict[str, Any]
+
+LORA_FIELDS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rank_stabilized": "use_rslora",
+    "weight_decomposition": "use_dora",
+}
+"""PEFT's names of a LoRA's settings by ours."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,6 @@ class _Table:
 
     Args:
         names: Theirs by ours; a method's files may lack them.
-        required: Those of theirs that files must have.
         constants: Further fields, which say the same in all files.
         read: From files to settings whose fields have another form.
         write: From a configuration to these fields.
@@ -50,34 +58,35 @@ class _Table:
     """
 
     names: Mapping[str, str]
-    required: Sequence[str] = ("r", "lora_alpha")
-    constants: Mapping[str, Any] = field(default_factory=lambda: {"bias": "none"})
+    constants: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[AdapterFiles], Settings] = lambda files: {}
     write: Callable[[Any, BaseInfo], Settings] = lambda config, base: {}
     written: Callable[[Any], set[str]] = lambda config: set()
     moe_peft_fault: Callable[[Any], str | None] | None = None
 
 
+_REQUIRED = ("r", "lora_alpha", "num_experts")
+"""Those of a table's fields that files must have."""
+
+
 def read_settings(
     files: AdapterFiles, method: type[AdapterConfig], projections: Sequence[str]
 ) -> Settings:
-    """Read a method's settings.
+    """Read a method's settings; the targets are those listed, and the projections with tensors.
 
-    Args:
-        files: What was found on disk.
-        method: Its configuration.
-        projections: Names of the projections that have tensors.
-
-    Raises:
-        FormatError: If a field is missing or says what the method can't represent.
+    A name in `target_modules` that matches nothing has no effect in PEFT and MoE-PEFT; it is kept
+    here and dropped when the adapter meets a base model without such a module.
     """
-    targets = files.targets(projections)
+    listed = [name.rpartition(".")[2] for name in files.targets()]
+    targets = tuple(dict.fromkeys([*listed, *projections]))
     table = TABLES.get(method.peft_type)
     if table is None:
         known = {name: files.config[name] for name in method.model_fields if name in files.config}
         return known | ({"target_modules": targets} if targets else {})
-    for name in table.required:
-        files.required(name)
+    theirs = set(table.names.values())
+    missing = [name for name in _REQUIRED if name in theirs and name not in files.config]
+    if missing:
+        raise files.error(f"{CONFIG_FILE} must have the field `{missing[0]}`, it is missing")
     return {
         "target_modules": targets,
         **{ours: files.config[name] for ours, name in table.names.items() if name in files.config},
@@ -93,8 +102,8 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
     if table is None:
         return settings
     fields: Settings = {theirs: settings[ours] for ours, theirs in table.names.items()}
-    fields |= {**table.constants, "target_modules": list(known_targets(config, base))}
-    fields |= table.write(config, base)
+    fields |= {"bias": "none", **table.constants}
+    fields |= {"target_modules": list(known_targets(config, base)), **table.write(config, base)}
     if "lora_alpha" in fields:
         fields["lora_alpha"] = _whole(fields["lora_alpha"])
     if config.layout != "reference":
@@ -105,9 +114,8 @@ def write_fields(config: AdapterConfig, base: BaseInfo) -> Settings:
         if name != "expert_capacity" or settings["routing"] != "switch":  # there it has a meaning
             del own[name]
     flags = {name for name in ("use_dora", "use_rslora") if not fields.get(name)}
-    return {name: value for name, value in fields.items() if name not in flags} | {
-        "loraloom": {"adapter": own}
-    }
+    kept = {name: value for name, value in fields.items() if name not in flags}
+    return kept | {"loraloom": {"adapter": own}}
 
 
 def known_targets(config: AdapterConfig, base: BaseInfo) -> Targets:
@@ -134,91 +142,52 @@ def _whole(alpha: float) -> float | int:
 
 _READ = {
     *LORA_FIELDS.values(),
-    "alpha_pattern",
-    "layers_pattern",
-    "layers_to_transform",
-    "rank_pattern",
-    "target_modules",
+    *"alpha_pattern bias layers_pattern layers_to_transform rank_pattern target_modules".split(),
 }
-_NO_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "init_lora_weights",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-    "trainable_token_indices",
-}
+_NO_EFFECT = frozenset(
+    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
+    "exclude_modules inference_mode init_lora_weights loftq_config lora_ga_config megatron_core "
+    "modules_to_save peft_type peft_version qalora_group_size revision task_type "
+    "trainable_token_indices".split()
+)
 """Fields that don't change what the saved tensors compute, or are looked at elsewhere."""
-_REMEDY = {
-    "bias": "train with bias='none', or merge the biases into the base model",
-    "lora_bias": "train with lora_bias=False",
-}
 _READ_STARTS = ("gaussian", "pissa", "olora")
 """Initialisations that stay an adapter's: PEFT's files mean the base without the last two."""
 _NAMED_STARTS = (*_READ_STARTS, "orthogonal")
 """Those that files name; of an orthogonal one trained weights know nothing, which is computed."""
-_KNOWN_STARTS = (True, False, "eva", "mica", *_NAMED_STARTS)
 _MODULE = re.compile(
     r"base_model\.model\.(?P<module>(?:\w+\.)*?(?P<layer>0|[1-9][0-9]{0,5})\.(?P<path>\w+\.\w+))"
     r"\.lora_A(?:\.weight)?$"
 )
 """A tensor of each adapted module."""
-_TASK_TYPES = (None, "CAUSAL_LM", "QUESTION_ANS")
 
 
 def _read_lora(files: AdapterFiles) -> Settings:
-    _check_lora(files)
-    start = files.config.get("init_lora_weights")
-    modules = {  # those with tensors: as in the base model, and as keys.py has them
-        match["module"]: f"layers.{match['layer']}.{match['path']}"
-        for match in map(_MODULE.match, files.tensors)
-        if match is not None
-    }
-    return {
-        "init": start if start in _READ_STARTS else "kaiming",
-        "rank_pattern": _pattern(files, "rank_pattern", files.config["r"], modules),
-        "alpha_pattern": _pattern(files, "alpha_pattern", files.config["lora_alpha"], modules),
-        **_selection(files, list(modules.values())),
-    }
-
-
-def _check_lora(files: AdapterFiles) -> None:
     for name, value in sorted(files.config.items()):
-        if name in _READ or name in _NO_EFFECT or not value or value == "none":
-            continue
-        remedy = _REMEDY.get(name, "train without it")
-        raise files.error(
-            f"`{name}` must be unset, got {shown(value)}: loraloom has none; {remedy}"
-        )
+        if value and value != "none" and name not in _READ | _NO_EFFECT:
+            raise files.error(
+                f"`{name}` must be unset, got {shown(value)}: loraloom has none; train without it"
+            )
     start = files.config.get("init_lora_weights", True)
-    if start not in _KNOWN_STARTS:
+    if start not in (True, False, "eva", "mica", *_NAMED_STARTS):
         raise files.error(
             "`init_lora_weights` must leave the base model's weights as they are, or be pissa or "
             f"olora, got {shown(start)}; save it from PEFT with "
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
-    if files.config.get("task_type") not in _TASK_TYPES:
-        raise files.error(f"`task_type` must be CAUSAL_LM, got {shown(files.config['task_type'])}")
-
-
-def _pattern(files: AdapterFiles, name: str, default: Any, modules: Mapping[str, str]) -> Settings:
-    patterns = files.section(name)
-    for pattern in patterns:
-        if not is_pattern(pattern):
-            raise files.error(f"`{name}` must hold regular expressions, got {shown(pattern)}")
-    return _carried_over(patterns, default, modules) if modules else patterns
+    modules = {  # those with tensors: as in the base model, and as keys.py has them
+        match["module"]: f"layers.{match['layer']}.{match['path']}"
+        for match in map(_MODULE.match, files.tensors)
+        if match is not None
+    }
+    settings = {"init": start if start in _READ_STARTS else "kaiming"}
+    for name, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns = files.section(name)
+        # What is no regular expression is left for the configuration to name.
+        if modules and all(map(is_pattern, patterns)):
+            patterns = _carried_over(patterns, files.config[default], modules)
+        settings[name] = patterns
+    return settings | _selection(files, list(modules.values()))
 
 
 def _carried_over(
@@ -257,14 +226,14 @@ def _selection(files: AdapterFiles, keys: Sequence[str]) -> Settings:
 
 
 def _write_lora(config: Any, base: BaseInfo) -> Settings:
-    keys = [name for name in config.tensor_shapes(base) if name.endswith(".lora_A")]
-    names = {
-        key.removesuffix(".lora_A"): key.removesuffix(".lora_A").replace(
-            "layers", base.layers_path, 1
-        )
-        for key in keys
-    }
-    targets = _lora_targets(config, base, names)
+    keys = [key for key in config.tensor_shapes(base) if key.endswith(".lora_A")]
+    names = {key: key.replace("layers", base.layers_path, 1) for key in keys}
+    names = {key.removesuffix(".lora_A"): n.removesuffix(".lora_A") for key, n in names.items()}
+    targets: list[str] | str = list(known_targets(config, base))
+    if not base.has_own_names:  # names alone would mean other modules too
+        targets = _target_pattern(config.target_modules, base)
+        if config.layers is not None or config.names_layers:
+            targets = "|".join(map(re.escape, names.values()))
     by_layer = config.layers is not None and not isinstance(targets, str)  # a pattern has them
     alphas = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
     return {
@@ -276,30 +245,18 @@ def _write_lora(config: Any, base: BaseInfo) -> Settings:
     }
 
 
-def _lora_targets(config: Any, base: BaseInfo, names: Mapping[str, str]) -> list[str] | str:
-    """Name the targets; by a pattern where names alone would mean other modules too."""
-    known = known_targets(config, base)
-    if base.has_own_names:
-        return list(known)
-    if config.layers is not None or any("." in name for name in known):
-        return "|".join(map(re.escape, names.values()))
-    return _target_pattern(config.target_modules, base)
-
-
 # VeRA.
 
 
 def _read_vera(files: AdapterFiles) -> Settings:
-    layers = files.config.get("layers_to_transform")
-    if layers:
+    if layers := files.config.get("layers_to_transform"):
         raise files.error(f"`layers_to_transform` must be unset, got {shown(layers)}")
     return {"save_projection": "base_model.vera_A" in files.tensors}
 
 
 def _write_vera(config: Any, base: BaseInfo) -> Settings:
-    if base.has_own_names:
-        return {}
-    return {"target_modules": _target_pattern(config.target_modules, base)}
+    pattern = _target_pattern(config.target_modules, base)
+    return {} if base.has_own_names else {"target_modules": pattern}
 
 
 # MixLoRA. MoE-PEFT refuses a dropout of 0, which loraloom writes as it is.
@@ -315,7 +272,6 @@ _ROUTINGS = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "
 """Ours by `routing_strategy`. Dense routing is top-k of all experts in the reference's files."""
 _NO_CAPACITY = 2**20
 """What stands for any number of tokens in the reference's files."""
-_INIT_NAMES = {"original": "kaiming", "gaussian": "gaussian"}
 
 
 def _read_mixlora(files: AdapterFiles) -> Settings:
@@ -338,7 +294,7 @@ def _read_mixlora(files: AdapterFiles) -> Settings:
     if fields.get("router_loss") is False:
         settings["router_aux_loss_coef"] = 0.0
     if "lora_init" in fields:
-        settings["init"] = _INIT_NAMES.get(fields["lora_init"], fields["lora_init"])
+        settings["init"] = {"original": "kaiming"}.get(fields["lora_init"], fields["lora_init"])
     own = {ours: expert[theirs] for ours, theirs in LORA_FIELDS.items() if theirs in expert}
     routing = {
         "top_k": {"top_k": fields.get("top_k", 2)},
@@ -434,71 +390,49 @@ def _alpha_fault(alpha: float) -> str | None:
     return None if alpha.is_integer() else f"MoE-PEFT takes a whole alpha, got {alpha:g}"
 
 
-def _same(*names: str) -> dict[str, str]:
-    return {name: name for name in names}
+def _same(names: str) -> dict[str, str]:
+    return {name: name for name in names.split()}
 
 
 _UNDECOMPOSED = {ours: name for ours, name in LORA_FIELDS.items() if ours != "weight_decomposition"}
-_MIXTURE = ("r", "lora_alpha", "num_experts")
 
 TABLES: dict[str, _Table] = {
     LoraConfig.peft_type: _Table(
         LORA_FIELDS,
-        constants={
-            "auto_mapping": None,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "layers_pattern": None,
-            "modules_to_save": None,
-        },
+        {"fan_in_fan_out": False}
+        | dict.fromkeys(("auto_mapping", "layers_pattern", "modules_to_save")),
         read=_read_lora,
         write=_write_lora,
         moe_peft_fault=_lora_fault,
     ),
     VeraConfig.peft_type: _Table(
-        {
-            "rank": "r",
-            "dropout": "vera_dropout",
-            "projection_seed": "projection_prng_key",
-            **_same("d_initial", "save_projection"),
-        },
-        required=("r",),
+        {"rank": "r", "dropout": "vera_dropout", "projection_seed": "projection_prng_key"}
+        | _same("d_initial save_projection"),
         read=_read_vera,
         write=_write_vera,
     ),
     MixLoraConfig.peft_type: _Table(
         LORA_FIELDS | _same("num_experts"),
-        _MIXTURE,
         read=_read_mixlora,
         write=_write_mixlora,
         written=_written_by_mixlora,
         moe_peft_fault=_mixlora_fault,
     ),
     MolaConfig.peft_type: _Table(
-        _UNDECOMPOSED | _same("num_experts", "top_k"),
-        _MIXTURE,
-        {"bias": "none", "routing_strategy": "mola"},
+        _UNDECOMPOSED | _same("num_experts top_k"),
+        {"routing_strategy": "mola"},
         read=_read_mola,
         moe_peft_fault=_mola_fault,
     ),
     LoraMoeConfig.peft_type: _Table(
         LORA_FIELDS | _same("num_experts"),
-        _MIXTURE,
-        {"bias": "none", "routing_strategy": "loramoe"},
+        {"routing_strategy": "loramoe"},
         moe_peft_fault=lambda config: None,
     ),
     DynMoleConfig.peft_type: _Table(
         _UNDECOMPOSED
-        | _same(
-            "num_experts",
-            "keep_top_k",
-            "top_p",
-            "entropy_threshold",
-            "entropy_index",
-            "entropy_eps",
-        ),
-        _MIXTURE,
-        {"bias": "none", "routing_strategy": "dynmole", "entropy_type": "tsallis"},
+        | _same("num_experts keep_top_k top_p entropy_threshold entropy_index entropy_eps"),
+        {"routing_strategy": "dynmole", "entropy_type": "tsallis"},
         read=_read_dynmole,
     ),
 }
@@ -516,10 +450,8 @@ def reference_fault(config: AdapterConfig, base: BaseInfo) -> str | None:
     table = TABLES.get(config.peft_type)
     if table is None or table.moe_peft_fault is None:
         return f"MoE-PEFT has no {config.title}"
-    return table.moe_peft_fault(config) or _base_fault(config, base)
-
-
-def _base_fault(config: Any, base: BaseInfo) -> str | None:
+    if fault := table.moe_peft_fault(config):
+        return fault
     names = [path.rpartition(".")[2] for path in target_projections(config.target_modules, base)]
     unknown = [name for name in names if name not in _KNOWN_NAMES]
     if unknown:
@@ -528,4 +460,4 @@ def _base_fault(config: Any, base: BaseInfo) -> str | None:
         return f"MoE-PEFT has no {base.model_type or 'such base model'}"
     if getattr(config, "weight_decomposition", False):
         return "MoE-PEFT's files have no place for the magnitudes of a DoRA"
-    return _alpha_fault(config.alpha)
+    return _alpha_fault(getattr(config, "alpha", 1.0))

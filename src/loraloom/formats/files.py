@@ -1,41 +1,52 @@
-"""Adapters to and from directories, whichever layout they are in.
+"""Adapters to and from directories, and whether a stored one fits a base model.
 
-    peft         PEFT's layout (peft.py), also that of MoE-PEFT's and mLoRA's plain adapters
-    reference    MoE-PEFT's layout of mixtures (reference.py), its pickles and our safetensors
-    native       our own names (native.py), for methods that no other library has
-    older names  brought up to date first (legacy.py)
+`peft_type` in adapter_config.json says which method it is, and the method says which layout
+(layouts.py). What another program has written for a method is brought into that method's layout
+first (foreign.py). All that could be wrong is found before a weight is copied.
 
-`peft_type` in adapter_config.json says which method it is, and the method says which layout. What
-another program has written for a method is brought into that method's layout first.
-
-Code in a pickle is never run.
+Axes: I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loraloom.adapters import CONFIGS
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.files import CONFIG_FILE, AdapterFiles
+from loraloom.adapters.keys import Shape, TensorKey
 from loraloom.adapters.method import AdapterConfig
-from loraloom.adapters.own import tensor_shapes
+from loraloom.adapters.own import MODULES, TOKENS, tensor_shapes
 from loraloom.config.data import PromptForm
-from loraloom.errors import AdapterError, shown
-from loraloom.formats import axolotl, legacy, native, peft, reference
+from loraloom.errors import AdapterError, FormatError, shown
 from loraloom.formats.card import model_card
-from loraloom.formats.contents import SIDECAR_WEIGHTS, BaseRecord, StoredAdapter, names_in
-from loraloom.formats.disk import read_files, refuse_to_overwrite, replace_files
-from loraloom.formats.fit import check_shapes, fit_to_base
+from loraloom.formats.disk import (
+    CONFIG_FILE,
+    AdapterFiles,
+    names_in,
+    read_files,
+    refuse_to_overwrite,
+    replace_files,
+)
+from loraloom.formats.fields import known_targets
+from loraloom.formats.foreign import adopted
 from loraloom.formats.hub import find_adapter
-from loraloom.formats.own import own_fields, own_names, set_apart
+from loraloom.formats.layouts import StoredAdapter, parse, render
 
-_LAYOUTS = {"peft": peft, "reference": reference, "native": native}
+_SAME_ACTIVATION = {
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python": "gelu",
+}
+"""Names of transformers for one function; those on the right stand for both."""
 
 
 def read_adapter(
@@ -51,28 +62,20 @@ def read_stored(directory: Path, settings: Mapping[str, Any] | None = None) -> S
 
 
 def parse_files(files: AdapterFiles) -> StoredAdapter:
-    """Find out the layout from configuration and names, and understand the files by it."""
-    if legacy.is_legacy(files):
-        files = legacy.upgrade(files)
-    files = set_apart(files, {part for method in CONFIGS for part in peft.part_names(method)})
-    files = axolotl.adopted(reference.without_experts(files))
-    if files.sidecar is not None:
-        raise files.error(
-            f"{SIDECAR_WEIGHTS} doesn't go with `peft_type` "
-            f"{shown(files.config.get('peft_type'))}; move it elsewhere if it isn't a part of the "
-            "adapter"
-        )
-    peft_type = files.config.get("peft_type")
-    if peft_type is None and "routing_strategy" in files.config:
-        peft_type = files.config["routing_strategy"].partition("-")[0].upper()
+    """Find out the method from the configuration, and understand the files by its layout."""
     methods = {method.peft_type: method for method in CONFIGS}
-    method = methods.get(peft_type or "")
-    if method is None:
-        known = ", ".join(methods)
-        raise files.error(
-            f"`peft_type` in {CONFIG_FILE} must be one of {known}, got {shown(peft_type)}"
-        )
-    return _LAYOUTS[method.layout].parse(files, method)
+    try:
+        files = adopted(files)
+        peft_type = files.config.get("peft_type")
+        if peft_type is None and "routing_strategy" in files.config:
+            peft_type = files.config["routing_strategy"].partition("-")[0].upper()
+        if peft_type in methods:
+            return parse(files, methods[peft_type])
+    except (TypeError, ValueError, AttributeError) as error:  # of fields of another kind
+        raise files.error(f"{CONFIG_FILE} can't be used: {error}") from error
+    raise files.error(
+        f"`peft_type` in {CONFIG_FILE} must be one of {', '.join(methods)}, got {shown(peft_type)}"
+    )
 
 
 def write_adapter(
@@ -92,42 +95,191 @@ def write_adapter(
     directory = Path(directory)
     if not overwrite:
         refuse_to_overwrite(directory)
-    _check_complete(config, tensors, base)
-    files = render_files(config, tensors, base, prompt)
+    _check_tensors(AdapterError, "the adapter to save", tensors, tensor_shapes(config, base), base)
     card = model_card(config, base, prompt=prompt) if card is None else card
-    replace_files(directory, files, card)
+    replace_files(directory, render(config, tensors, base, prompt), card)
 
 
-def render_files(
-    config: AdapterConfig,
-    tensors: dict[str, Tensor],
-    base: BaseInfo,
-    prompt: PromptForm | None = None,
-) -> AdapterFiles:
-    """Lay an adapter out as its method's files are."""
-    record = BaseRecord(
-        base.name_or_path or None,
-        base.model_type or None,
-        base.fingerprint or None,
-        base.num_parameters or None,
-        base.quantization,
-        prompt,
-    )
-    own = own_names(tensors)
-    others = {name: tensor for name, tensor in tensors.items() if name not in own}
-    files = _LAYOUTS[config.layout].render(config, others, base, record)
-    return replace(
-        files,
-        config=files.config | own_fields(config, base),
-        tensors=files.tensors | {name: tensors[key] for key, name in own.items()},
-    )
-
-
-def _check_complete(config: AdapterConfig, tensors: dict[str, Tensor], base: BaseInfo) -> None:
-    shapes = tensor_shapes(config, base)
-    odd = sorted(shapes.keys() ^ tensors.keys())
-    if odd:
-        raise AdapterError(
-            f"tensors must be exactly those of the configuration, missing or extra: {names_in(odd)}"
+def fit_to_base(stored: StoredAdapter, base: BaseInfo) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Check an adapter against a base model and give it in its final form."""
+    _check_modules(stored, base)
+    targets = known_targets(stored.config, base)
+    if not targets:
+        raise FormatError(f"{stored.source}: no tensors and no `target_modules` of the base model")
+    fields = stored.config.model_dump() | {"target_modules": targets}
+    config = type(stored.config).model_validate(fields)
+    try:
+        shapes = tensor_shapes(config, base)
+    except AdapterError as error:
+        raise AdapterError(f"{stored.source}: {error}") from error
+    magnitudes = {name for name in shapes if name.endswith(".magnitude")}
+    if magnitudes and not magnitudes & stored.tensors.keys():
+        warnings.warn(
+            f"{stored.source} is a DoRA without magnitudes, as MoE-PEFT, which doesn't train them "
+            "either, saves it; those it had in training are taken, the norms of the base model's "
+            "rows. (MoE-PEFT itself makes a LoRA of it on loading: "
+            "settings={'weight_decomposition': False})",
+            stacklevel=3,
         )
-    check_shapes("the adapter to save", tensors, shapes, base)
+        shapes = {name: shape for name, shape in shapes.items() if name not in magnitudes}
+    _check_tensors(FormatError, stored.source, stored.tensors, shapes, base)
+    odd = [name for name, tensor in stored.tensors.items() if not tensor.isfinite().all()]
+    if odd:
+        raise FormatError(
+            f"{stored.source}: weights must be finite, got infinite ones or NaN in "
+            f"{names_in(odd)}; its training has diverged, take an earlier checkpoint"
+        )
+    _warn_if_another_base(stored, base)
+    wide = {name: torch.promote_types(torch.float32, stored.tensors[name].dtype) for name in shapes}
+    return config, {name: stored.tensors[name].to(dtype) for name, dtype in wide.items()}
+
+
+def _check_modules(stored: StoredAdapter, base: BaseInfo) -> None:
+    """Raise an error if the adapter's names are of another kind of base model."""
+    keys = [key for key in map(TensorKey.parse, stored.tensors) if key is not None]
+    known = {*base.shapes, f"{base.ffn}.router", f"{base.ffn}.router_bias"}
+    foreign = list(dict.fromkeys(key.path for key in keys if key.path not in known))
+    num_layers = 1 + max((key.layer for key in keys), default=-1)
+    in_every_layer = stored.config.in_every_layer and base.attention_layers is None
+    reason = ""
+    if stored.layers_path not in (None, base.layers_path):
+        reason = f"its layers are at {stored.layers_path}"
+    elif foreign:
+        reason = f"it changes modules that aren't there: {names_in(foreign)}"
+    elif num_layers > base.num_layers or (0 < num_layers < base.num_layers and in_every_layer):
+        reason = f"it has {num_layers} layers, not {base.num_layers}"
+    if reason:
+        raise AdapterError(
+            f"{stored.source} is an adapter for another base model than {base.name_or_path} "
+            f"({base.model_type}): {reason}; it was made for "
+            f"{stored.base.name_or_path or 'one that it does not name'}"
+        )
+    names = [_SAME_ACTIVATION.get(name, name) for name in (stored.activation, base.activation)]
+    if stored.activation is not None and names[0] != names[1]:
+        raise FormatError(
+            f"{stored.source}: `act_fn` must be the base model's activation {base.activation!r}, "
+            f"got {shown(stored.activation)}; use the base model that the adapter was trained on"
+        )
+
+
+def _check_tensors(
+    error: type[Exception],
+    source: str,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
+    base: BaseInfo,
+) -> None:
+    faults = [
+        f"{kind} tensors: {names_in(names)}"
+        for kind, names in (
+            ("missing", [name for name in shapes if name not in tensors]),
+            ("unexpected", [name for name in tensors if name not in shapes]),
+        )
+        if names
+    ]
+    if faults:
+        raise error(
+            f"{source}: {'; '.join(faults)}; every layer must have all target modules and experts "
+            "that the configuration names, and the adapter all modules_to_save"
+        )
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            advice = "; if tokens were added to it, resize its embeddings first"
+            raise AdapterError(
+                f"{source}: `{name}` must have shape {shape} on the base model "
+                f"{base.name_or_path}, got {tuple(tensors[name].shape)}; use the base model that "
+                f"the adapter was trained on{advice if name.startswith(MODULES) else ''}"
+            )
+
+
+def _warn_if_another_base(stored: StoredAdapter, base: BaseInfo) -> None:
+    """Warn of a base model of the same shapes that isn't the adapter's own.
+
+    The files of other programs have no fingerprint, but a name: paths differ from place to place,
+    so the last part alone is compared.
+    """
+    trained_on, here = (
+        record.name_or_path or "a model without a name" for record in (stored.base, base)
+    )
+    consequence = "its outputs may be wrong. Load the base model it was trained on."
+    if stored.base.fingerprint == base.fingerprint:
+        return
+    if stored.base.fingerprint is None:
+        names = [Path(name).name.lower() for name in (trained_on, here)]
+        if not (stored.base.name_or_path and base.name_or_path) or names[0] == names[1]:
+            return
+        difference = "its files don't tell whether the weights are the same"
+    elif stored.base.quantization != base.quantization:
+        kinds = (stored.base.quantization, base.quantization)
+        then, now = (kind or "floating point" for kind in kinds)
+        difference = f"it had weights in {then}, here they are in {now}"
+        consequence = "outputs differ by the rounding; if it is another model, they may be wrong."
+    else:
+        difference = (
+            f"weights differ: fingerprint {stored.base.fingerprint}, here {base.fingerprint}"
+        )
+    warnings.warn(
+        f"{stored.source} was trained on {trained_on}, the base model here is {here} "
+        f"({difference}). It loads, but {consequence}",
+        stacklevel=4,
+    )
+
+
+def seen_base(stored: StoredAdapter) -> BaseInfo:
+    """Describe a base model that isn't loaded by the names and shapes of an adapter's tensors."""
+    keys = {key: t for name, t in stored.tensors.items() if (key := TensorKey.parse(name))}
+    sizes: dict[str, dict[str, int]] = {}  # (O, I) of each projection by B, [O, R], and A, [R, I]
+    for key, tensor in keys.items():
+        if key.projection is not None:
+            axis = {"lora_A": 1, "lora_B": 0}.get(key.part)
+            own = sizes.setdefault(key.path, {})
+            own |= {} if axis is None or tensor.dim() != 2 else {key.part: tensor.shape[axis]}
+    if not sizes or any(len(own) < 2 for own in sizes.values()):
+        raise FormatError(
+            f"{stored.source}: tensors don't tell the shapes of the base model's projections; give "
+            "the base model: --base-model"
+        )
+    # The FFN block has the router of a block, or isn't called attention.
+    routed = [key for key in keys if key.projection is None]
+    ffn = next((key.block for key in [*routed, *keys] if "att" not in key.block), "mlp")
+    attention = next((key.block for key in keys if key.block != ffn), "self_attn")
+    order = [name.rpartition(".")[2] for name in stored.config.target_modules]
+    paths = dict.fromkeys(path for name in order for path in sizes if path.endswith(f".{name}"))
+    num_layers = 1 + max(key.layer for key in keys)
+    attended = tuple(sorted({key.layer for key in keys if key.block == attention}))
+    modules: dict[str, dict[str, Shape]] = {}
+    tables = []
+    for name, tensor in stored.tensors.items():
+        if name.startswith(MODULES):
+            path, _, parameter = name.removeprefix(MODULES).rpartition(".")
+            modules.setdefault(path, {})[parameter] = tuple(tensor.shape)
+        elif name.startswith(TOKENS):
+            tables.append(name.removeprefix(TOKENS))
+            modules[tables[-1]] = {"weight": (sys.maxsize, tensor.shape[-1])}
+    embedding, head = [*tables, "", ""][:2]
+
+    def names(block: str) -> tuple[str, ...]:
+        own = (path for path in paths if path.startswith(f"{block}."))
+        return tuple(path.partition(".")[2] for path in own)
+
+    return BaseInfo(
+        name_or_path=stored.base.name_or_path or "",
+        model_type=stored.base.model_type or "",
+        layers_path=stored.layers_path or "model.layers",
+        attention=attention,
+        ffn=ffn,
+        attention_projections=names(attention),
+        ffn_projections=names(ffn),
+        activation=stored.activation or "",
+        num_layers=num_layers,
+        hidden_size=next((keys[key].shape[-1] for key in routed), 0),
+        shapes={path: (own["lora_B"], own["lora_A"]) for path, own in sizes.items()},
+        num_parameters=stored.base.num_parameters or 0,
+        fingerprint=stored.base.fingerprint or "",
+        quantization=stored.base.quantization,
+        modules=modules,
+        embedding=embedding,
+        head=head,
+        attention_layers=attended if 0 < len(attended) < num_layers else None,
+        has_own_names=".language_model" not in (stored.layers_path or ""),
+    )

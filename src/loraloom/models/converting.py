@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from loraloom.adapters.base import BaseInfo
-from loraloom.adapters.files import AdapterFiles
 from loraloom.adapters.method import AdapterConfig
 from loraloom.adapters.own import refuse_own_parts, tensor_shapes
 from loraloom.config.data import PromptForm
 from loraloom.errors import AdapterError, ConfigError, shown
-from loraloom.formats import axolotl
 from loraloom.formats.card import model_card
-from loraloom.formats.disk import write_new
+from loraloom.formats.disk import AdapterFiles, write_new
 from loraloom.formats.fields import reference_fault
-from loraloom.formats.files import read_stored, render_files
-from loraloom.formats.fit import fit_to_base
+from loraloom.formats.files import fit_to_base, read_stored, seen_base
+from loraloom.formats.foreign import split
 from loraloom.formats.hub import find_adapter
-from loraloom.formats.seen import seen_base
+from loraloom.formats.layouts import render
 
 if TYPE_CHECKING:
     from loraloom.models.host import Host
@@ -74,17 +72,16 @@ def convert(
     if to == "reference":
         write_new(path, _for_reference(config, tensors, base, prompt), card, pickled=True)
     elif to == "axolotl":
-        attention, beside = axolotl.split(config, tensors, base)
+        attention, beside = split(config, tensors, base)
         own = {name: tensors[name] for name in attention.tensor_shapes(base)}
-        files = render_files(attention, own, base, prompt)
-        write_new(path, files, card, sidecar=beside)
+        write_new(path, replace(render(attention, own, base, prompt), sidecar=beside), card)
     else:
         if to == "peft" and config.layout != "peft":
             raise AdapterError(
                 f"PEFT has no {config.title}; `import loraloom.peft` makes it read the native "
                 "form, and `loraloom export` writes mixtures of whole FFN blocks as MoE checkpoints"
             )
-        write_new(path, render_files(config, tensors, base, prompt), card)
+        write_new(path, render(config, tensors, base, prompt), card)
     return config
 
 
@@ -107,7 +104,7 @@ def _read(
             f"{stored.source} lacks its magnitudes, which are those of the base model's rows; give "
             "the base model: --base-model"
         )
-    return config, tensors, base, stored.base.prompt
+    return config, tensors, base, stored.prompt
 
 
 def _for_reference(
@@ -116,7 +113,7 @@ def _for_reference(
     fault = reference_fault(config, base)
     if fault is not None:
         raise AdapterError(f"the adapter must be one that MoE-PEFT 2.0.2 reads: {fault}")
-    files = render_files(config, tensors, base, prompt)
+    files = render(config, tensors, base, prompt)
     fields = {**files.config, "lora_dropout": max(config.dropout, _LEAST_DROPOUT)}
     expert = fields.get("expert_lora")
     if expert and "lora_dropout" in expert:

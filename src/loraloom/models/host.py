@@ -25,8 +25,7 @@ from loraloom.adapters.method import Adapter, AdapterConfig
 from loraloom.adapters.own import tensor_shapes
 from loraloom.errors import AdapterError, DataError, ModelError
 from loraloom.formats.card import model_card
-from loraloom.formats.files import read_stored, write_adapter
-from loraloom.formats.fit import fit_to_base
+from loraloom.formats.files import fit_to_base, read_stored, write_adapter
 from loraloom.formats.hub import find_adapter, upload_adapter
 from loraloom.models.combine import Combination, Merged, MergeError, combine, load_padded
 from loraloom.models.decoding import Decoding, make_cache
@@ -202,7 +201,7 @@ class Host:
             self._registry.check_unmerged("load what depends on its weights")
         adapter = self._registry.build(name, config)
         adapter.load_tensors(tensors)
-        adapter.prompt = stored.base.prompt
+        adapter.prompt = stored.prompt
         return self._registry.register(adapter)
 
     def save(

@@ -21,10 +21,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from loraloom.adapters.files import CONFIG_FILE
 from loraloom.adapters.method import Adapter
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, FormatError, shown
+from loraloom.formats.disk import CONFIG_FILE
 from loraloom.formats.hub import HUB_ID, find_adapter
 from loraloom.generation.sequence import RequestError
 from loraloom.models.host import Host

@@ -39,7 +39,7 @@ from loraloom.config.text import local_path, read_json
 from loraloom.durable import cut_torn_line, remove, remove_leftovers, write_directory
 from loraloom.errors import ConfigError, TrainingError, plain
 from loraloom.formats.card import model_card
-from loraloom.formats.disk import ADAPTER_FILES
+from loraloom.formats.disk import SAVED_FILES
 from loraloom.formats.files import read_adapter, write_adapter
 from loraloom.models.host import Host
 from loraloom.training.job import Job
@@ -50,7 +50,7 @@ from loraloom.training.tracking import METRICS_FILE, TENSORBOARD_DIRECTORY, WAND
 MANIFEST = "manifest.json"
 _NUMBERED = re.compile(r"snapshot-([0-9]{1,18})")
 _JOB_ENTRIES = (
-    *ADAPTER_FILES,
+    *SAVED_FILES,
     *(METRICS_FILE, RESULT_FILE, "checkpoints", TENSORBOARD_DIRECTORY, WANDB_DIRECTORY),
 )
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -367,7 +367,7 @@ class RunDirectory:
     @_by_its_owner
     def prepare_job(self, name: str, *, overwrite: bool = False) -> None:
         """Make room for a job that begins; what a run that died left of it is deleted."""
-        for file in () if overwrite else (RESULT_FILE, *ADAPTER_FILES):
+        for file in () if overwrite else (RESULT_FILE, *SAVED_FILES):
             if (self.job(name) / file).exists():
                 raise ConfigError(
                     f"job {name} must be new in {self.path}, but there is "

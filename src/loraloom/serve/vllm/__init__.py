@@ -17,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
 from loraloom.errors import AdapterError, ConfigError, LoraloomError, ModelError, shown
+from loraloom.formats.disk import CONFIG_FILE
 
 if TYPE_CHECKING:
     from loraloom.serve.vllm.folding import FoldedAdapter

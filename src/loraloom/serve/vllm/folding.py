@@ -24,10 +24,9 @@ from loraloom.adapters.keys import TensorKey
 from loraloom.adapters.method import Adapter, Projection
 from loraloom.adapters.own import refuse_own_parts
 from loraloom.errors import AdapterError
-from loraloom.formats.contents import StoredAdapter
-from loraloom.formats.files import read_stored
-from loraloom.formats.fit import fit_to_base
+from loraloom.formats.files import fit_to_base, read_stored
 from loraloom.formats.hub import find_adapter
+from loraloom.formats.layouts import StoredAdapter
 from loraloom.models.families import base_info, base_layers
 from loraloom.models.structure import family_of
 
@@ -63,7 +62,7 @@ class Folder:
         refuse_own_parts(stored.config, stored.source, "be served by vLLM")
         _check_needs_no_weights(stored)
         # the base's weights aren't here to be compared with those it was trained on
-        stored = replace(stored, base=replace(stored.base, fingerprint=None))
+        stored = replace(stored, base=stored.base.model_copy(update={"fingerprint": None}))
         config, tensors = fit_to_base(stored, self._base)
         adapter = config.build("folded", self._layers, torch.float32, seed=0)
         adapter.load_tensors(tensors)

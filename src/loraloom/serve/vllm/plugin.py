@@ -38,9 +38,9 @@ from vllm.model_executor.models import (  # pyright: ignore[reportMissingImports
     qwen2,
 )
 
-from loraloom.adapters.files import CONFIG_FILE
 from loraloom.config.fields import check_name
 from loraloom.errors import ConfigError, FormatError, LoraloomError
+from loraloom.formats.disk import CONFIG_FILE
 from loraloom.formats.files import read_stored
 from loraloom.formats.hub import find_adapter
 from loraloom.serve.vllm import ADAPTER_DIR, fitting_rank, max_top_k

@@ -1,0 +1,265 @@
+"""What other programs write for mixtures, brought into MoE-PEFT's layout of today.
+
+MoE-PEFT before version 0.5.0, when it was mLoRA (before 0.4 the FFN had w1, w2 and w3 for gate,
+down and up, and the routing was called "mixtral" or "switch"):
+
+    {method}.layers.{L}.gate.weight             now ….{L}.mlp.moe_gate.weight
+    {method}.layers.{L}.experts.{e}.{p}.lora_A… now ….{L}.mlp.{p}.experts.{e}.lora_A…
+    ….layers.{L}.self_attn.{p}.lora_A…          now ….layers.{L}.mlp.{p}.lora_A…   (FFN, plain LoRA)
+
+axolotl's plug-in, which has gated FFN blocks with all three projections adapted, top-k routing
+alone, and scales experts by alpha / rank. Number and rank of the experts are the tensors' shapes;
+top_k, the experts' alpha and dropout stand in the run's YAML file alone:
+
+    adapter_config.json, adapter_model.safetensors    PEFT's, with the LoRA on attention
+    mixlora_model.safetensors                         routers and experts:
+        base_model.model.model.layers.{L}.mlp.router.gate.weight
+        base_model.model.model.layers.{L}.mlp.experts.{e}.{gate|up|down}_lora_{a|b}.weight
+
+Source: mikecovlee/mLoRA 0.2.1 to 0.4.6, `mlora/model.py`, `mlora/common/modelargs.py`;
+axolotl 0.21.0, `axolotl/integrations/mixlora/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.keys import TensorKey, target_projections
+from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.own import OWN_FIELDS
+from loraloom.errors import AdapterError, shown
+from loraloom.formats.disk import SIDECAR_SETTINGS, SIDECAR_WEIGHTS, AdapterFiles, Sidecar
+from loraloom.formats.fields import FFN_NAMES, LORA_FIELDS, read_settings
+
+_STRATEGIES = {"mixtral": "mixlora", "switch": "mixlora-switch"}
+_PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
+_RENAMED = (
+    (r"(\w+\.layers\.\d+)\.gate\.weight", r"\1.mlp.moe_gate.weight"),
+    (
+        r"(\w+\.layers\.\d+)\.experts\.(\d+)\.(\w+)\.(lora_[AB]\.weight)",
+        r"\1.mlp.\3.experts.\2.\4",
+    ),
+    (
+        r"(base_model\.model\.model\.layers\.\d+)\.self_attn\."
+        r"(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2)\.(lora_[AB]\.weight)",
+        r"\1.mlp.\2.\3",
+    ),
+)
+_LAYER = "base_model.model.model.layers."
+_ROUTER = re.compile(rf"{re.escape(_LAYER)}(\d{{1,5}})\.mlp\.router\.gate\.weight")
+_EXPERT = re.compile(
+    rf"{re.escape(_LAYER)}(\d{{1,5}})\.mlp\.experts\.(\d{{1,5}})\."
+    r"(gate|up|down)_lora_([ab])\.weight"
+)
+_FFN = ("gate_proj", "up_proj", "down_proj")
+_TRAINING_FIELDS = {
+    "mixlora_router_aux_loss_coef": "router_aux_loss_coef",
+    "mixlora_router_init_range": "router_init_range",
+    "mixlora_jitter_noise": "jitter_noise",
+}
+"""Settings of training, by their names in the run's YAML and in the reference's files."""
+
+
+def adopted(files: AdapterFiles) -> AdapterFiles:
+    """Bring files of these programs into today's layouts; others stay as they are."""
+    return _of_axolotl(_without_experts(_up_to_date(files)))
+
+
+def _up_to_date(files: AdapterFiles) -> AdapterFiles:
+    config, strategy = dict(files.config), files.config.get("routing_strategy")
+    if strategy in _STRATEGIES:
+        config["routing_strategy"] = _STRATEGIES[strategy]
+        if config.get("sparse_step") is not None:
+            raise files.error(
+                f"`sparse_step` must be unset, got {shown(config['sparse_step'])}: loraloom has a "
+                "mixture in every layer"
+            )
+    if targets := files.targets():
+        config["target_modules"] = [_PROJECTIONS.get(name, name) for name in targets]
+    names = {}
+    for name in files.tensors:
+        current = re.sub(r"\bw[123]_proj\b", lambda match: _PROJECTIONS[match[0]], name)
+        for pattern, new in _RENAMED:
+            current = re.sub(rf"\A{pattern}\Z", new, current)
+        names[name] = current
+    return replace(files, config=config, tensors=files.renamed(names))
+
+
+def _without_experts(files: AdapterFiles) -> AdapterFiles:
+    """See a mixture that targets attention alone as the LoRA that it is.
+
+    Its routers weigh the base model's own FFN block by numbers that sum to 1.
+    """
+    kind, strategy = files.config.get("peft_type"), files.config.get("routing_strategy")
+    prefix = f"{str(kind).lower()}.layers."
+    is_mixture = kind == "LORAMOE" or (kind == "MIXLORA" and strategy in (None, "mixlora"))
+    is_whole = files.tensors and all(name.startswith(prefix) for name in files.tensors)
+    has_experts = any(".experts." in name for name in files.tensors)
+    if not (is_mixture and is_whole) or has_experts or FFN_NAMES & {*files.targets()}:
+        return files
+    kept = (*LORA_FIELDS.values(), "bias", "target_modules", "base_model_name_or_path", "task_type")
+    return replace(
+        files,
+        config={name: files.config[name] for name in kept if name in files.config}
+        | {"peft_type": "LORA"},
+        tensors={
+            f"{_LAYER}{name.removeprefix(prefix)}": tensor
+            for name, tensor in files.tensors.items()
+            if not name.endswith(".moe_gate.weight")
+        },
+        program="moe-peft",
+    )
+
+
+def _of_axolotl(files: AdapterFiles) -> AdapterFiles:
+    sidecar = files.sidecar
+    if sidecar is None:
+        return files
+    if files.config.get("peft_type") != LoraConfig.peft_type:
+        raise files.error(
+            f"{SIDECAR_WEIGHTS} doesn't go with `peft_type` "
+            f"{shown(files.config.get('peft_type'))}; move it elsewhere if it isn't a part of the "
+            "adapter"
+        )
+    run = sidecar.settings if sidecar.settings.get("adapter") == "mixlora" else {}
+    names = {}
+    for name in sidecar.tensors:
+        if match := _ROUTER.fullmatch(name):
+            names[name] = f"mixlora.layers.{match[1]}.mlp.moe_gate.weight"
+        elif match := _EXPERT.fullmatch(name):
+            layer, expert, projection, part = match.groups()
+            place = f"mixlora.layers.{layer}.mlp.{projection}_proj.experts.{expert}"
+            names[name] = f"{place}.lora_{part.upper()}.weight"
+        else:
+            raise files.error(f"{SIDECAR_WEIGHTS}: `{name}` is no router's or expert's tensor")
+    attention = {
+        name.replace(_LAYER, "mixlora.layers.", 1) if ".self_attn." in name else name: tensor
+        for name, tensor in files.tensors.items()
+    }
+    experts = replace(files, tensors=sidecar.tensors).renamed(names)
+    return replace(
+        files,
+        config=_attention_fields(files) | _mixture_fields(files, run, sidecar.tensors),
+        tensors=attention | experts,
+        sidecar=None,
+        program="axolotl",
+    )
+
+
+def _attention_fields(files: AdapterFiles) -> dict[str, Any]:
+    """Read the LoRA on attention; what a mixture can't choose is refused."""
+    defaults = {name: LoraConfig.model_fields[name].default for name in LORA_FIELDS}
+    settings = defaults | read_settings(files, LoraConfig, [])
+    chosen = [n for n in ("rank_pattern", "alpha_pattern", "layers") if settings.get(n)]
+    if chosen or settings["init"] in ("pissa", "olora"):
+        raise files.error(
+            "the LoRA beside a mixture must have one rank and alpha, be in every layer and leave "
+            f"the base model's weights as they are, got {', '.join(chosen) or settings['init']}"
+        )
+    return {
+        "base_model_name_or_path": files.config.get("base_model_name_or_path"),
+        "target_modules": [*settings["target_modules"], *_FFN],
+        **{theirs: settings[ours] for ours, theirs in LORA_FIELDS.items()},
+        **{name: files.config[name] for name in OWN_FIELDS if name in files.config},
+    }
+
+
+def _mixture_fields(
+    files: AdapterFiles, run: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    router = next((t for name, t in tensors.items() if _ROUTER.fullmatch(name)), None)
+    lora_A = next((t for name, t in tensors.items() if name.endswith("_lora_a.weight")), None)
+    if router is None or lora_A is None or router.dim() != 2 or lora_A.dim() != 2:
+        raise files.error(f"{SIDECAR_WEIGHTS} must hold routers and experts of axolotl's")
+    told = run.get("mixlora_num_experts", len(router))
+    if told != len(router):
+        raise files.error(
+            f"`mixlora_num_experts` in {SIDECAR_SETTINGS[0]} must be the number of experts in "
+            f"{SIDECAR_WEIGHTS}, {len(router)}, got {shown(told)}; it is another run's"
+        )
+    alpha = run.get("mixlora_expert_lora_alpha") or run.get("lora_alpha")
+    lacks_alpha = alpha is None and "alpha" not in (files.given.get("experts") or {})
+    if lacks_alpha or (not run and "top_k" not in files.given):
+        raise files.error(
+            f"{SIDECAR_WEIGHTS} doesn't tell top_k and the experts' alpha, and there is no "
+            f"{SIDECAR_SETTINGS[0]} of the axolotl run beside it; put it there, or give both: "
+            "host.load(name, path, settings={'top_k': 2, 'experts': {'alpha': 32}}), or "
+            "loraloom convert PATH NEW --to native --set top_k=2 --set experts.alpha=32"
+        )
+    dropout = run.get("mixlora_expert_lora_dropout")
+    expert = {"r": len(lora_A), "lora_alpha": alpha, "lora_dropout": dropout}
+    expert |= {"use_dora": False, "use_rslora": False}
+    return {
+        "peft_type": MixLoraConfig.peft_type,
+        "routing_strategy": "mixlora",
+        "num_experts": len(router),
+        "top_k": run.get("mixlora_top_k", 2),
+        "expert_lora": {name: value for name, value in expert.items() if value is not None},
+        **{theirs: run[name] for name, theirs in _TRAINING_FIELDS.items() if name in run},
+    }
+
+
+def split(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], base: BaseInfo
+) -> tuple[LoraConfig, Sidecar]:
+    """Part a mixture into the LoRA on attention, and the sidecar's tensors and settings.
+
+    Raises:
+        AdapterError: If axolotl's plug-in has no such mixture.
+    """
+    if not isinstance(config, MixLoraConfig):
+        raise AdapterError(f"axolotl has mixtures of whole FFN blocks alone, got {config.title}")
+    paths = target_projections(config.target_modules, base)
+    names = [path.rpartition(".")[2] for path in paths if path.startswith(f"{base.attention}.")]
+    ffn = {path.rpartition(".")[2] for path in paths if path.startswith(f"{base.ffn}.")}
+    expert = config.expert_config
+    faults = {
+        f"have their layers at model.layers, got {base.layers_path}": (
+            base.layers_path != "model.layers"
+        ),
+        f"have experts on all of {', '.join(_FFN)}, got {', '.join(sorted(ffn))}": ffn != {*_FFN},
+        "have a LoRA on attention, got none": not names,
+        f"have top-k routing, got {config.routing}": config.routing != "top_k",
+        "have neither a shared_expert nor a router_bias, got one of them": (
+            config.shared_expert is not None or config.router_bias
+        ),
+        f"scale experts by alpha / rank and decompose none, got {config.title}": (
+            expert.weight_decomposition or expert.rank_stabilized
+        ),
+    }
+    for fault, is_so in faults.items():
+        if is_so:
+            raise AdapterError(f"axolotl's mixtures {fault}")
+    shared = {name: getattr(config, name) for name in (*LORA_FIELDS, "init")}
+    attention = LoraConfig(target_modules=tuple(dict.fromkeys(names)), **shared)
+    beside = {}
+    for key, tensor in ((TensorKey.parse(name), tensor) for name, tensor in tensors.items()):
+        if key is not None and key.part == "router":
+            beside[f"{_LAYER}{key.layer}.mlp.router.gate.weight"] = tensor
+        elif key is not None and key.expert is not None:
+            part = f"{str(key.projection).removesuffix('_proj')}_{key.part.lower()}.weight"
+            beside[f"{_LAYER}{key.layer}.mlp.experts.{key.expert}.{part}"] = tensor
+    settings = {
+        "adapter": "mixlora",
+        "plugins": ["axolotl.integrations.mixlora.MixLoraPlugin"],
+        "lora_r": attention.rank,
+        "lora_alpha": attention.alpha,
+        "lora_dropout": attention.dropout,
+        "lora_target_modules": list(attention.target_modules),
+        "mixlora_num_experts": config.num_experts,
+        "mixlora_top_k": config.top_k,
+        "mixlora_router_aux_loss_coef": config.router_aux_loss_coef,
+        "mixlora_router_init_range": config.router_init_std,
+        "mixlora_jitter_noise": config.router_jitter,
+        "mixlora_expert_lora_r": expert.rank,
+        "mixlora_expert_lora_alpha": expert.alpha,
+        "mixlora_expert_lora_dropout": expert.dropout,
+    }
+    return attention, Sidecar(beside, settings)

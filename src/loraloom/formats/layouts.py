@@ -1,0 +1,329 @@
+"""How adapters lie in their files: the tensors' names in three layouts, and what is known of them.
+
+    peft        base_model.model.{layers_path}.{L}.{block}.{projection}.{part}         PEFT's
+    reference   {method}.layers.{L}.{block}[.{projection}][.experts.{e}].{part}.weight MoE-PEFT's
+    native      base_model.model.{key of keys.py}      for methods that no other library has
+    all three   base_model.model.{path}.{parameter}    a module of modules_to_save
+                base_model.model.{path}.token_adapter.trainable_tokens_delta    some tokens' rows
+
+The method says which layout it has. PEFT saves a magnitude without `.weight` and reads it either
+way; so do we. PEFT warns about fields that it doesn't know, so what loraloom remembers of the base
+model is in the header of its safetensors file, elsewhere under `"loraloom"` in adapter_config.json,
+with the settings that MoE-PEFT's layout has no field for. Families that MoE-PEFT lacks have
+transformers' own names there.
+
+Source: peft 0.21.2, `peft/tuners/lora/{config,model}.py`, `peft/utils/{other,save_and_load}.py`;
+moe-peft 2.0.2, `moe_peft/adapters/`, `moe_peft/model.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from torch import Tensor
+
+from loraloom.adapters.base import BaseInfo
+from loraloom.adapters.keys import TensorKey, is_meant
+from loraloom.adapters.method import AdapterConfig
+from loraloom.adapters.own import MODULES, OWN_FIELDS, TOKENS, own_parts
+from loraloom.config.data import PromptForm
+from loraloom.config.fields import checked
+from loraloom.config.text import parse_json
+from loraloom.errors import FormatError, plain, shown
+from loraloom.formats.disk import CONFIG_FILE, AdapterFiles, names_in
+from loraloom.formats.fields import LORA_FIELDS, read_settings, write_fields
+
+RECORD_VERSION = 1
+"""Version of what loraloom adds to files; those with a higher one are refused."""
+LABELS = {"peft": "peft", "reference": "moe-peft", "native": "loraloom"}
+"""What `inspect` calls the layouts."""
+
+_PREFIX = "base_model.model."
+_LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+_ENDINGS: dict[str, dict[str, str]] = {
+    "peft": {**_LORA, "magnitude": "lora_magnitude_vector"},
+    "VERA": {
+        **{part: f"vera_{part}" for part in ("lambda_b", "lambda_d")},
+        **{part: part for part in ("vera_A", "vera_B")},
+    },
+    "reference": {
+        **_LORA,
+        "magnitude": "lora_magnitude_vector.weight",
+        "router": "moe_gate.weight",
+        "router_bias": "moe_gate_bias.weight",
+    },
+}
+"""How names end by our parts, in a layout or for a method; native ones are as they are."""
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+_TABLE = ".token_adapter.base_layer.weight"
+_WHOLE = re.compile(r"(?:\w+\.)*(?!lora_|vera_)\w+\.(?:weight|bias)", re.ASCII)
+_FILE_FIELDS = LORA_FIELDS | {"experts": "expert_lora"}
+
+
+Text = Annotated[str, AfterValidator(plain)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+
+class BaseRecord(_Record):
+    """What an adapter's files say of its base model."""
+
+    name_or_path: Text | None = None
+    model_type: Text | None = None
+    fingerprint: Text | None = None
+    num_parameters: NonNegativeInt | None = None
+    quantization: Text | None = None
+
+
+class AdapterRecord(_Record):
+    """What loraloom adds to other libraries' fields."""
+
+    version: int = RECORD_VERSION
+    base: BaseRecord = BaseRecord()
+    adapter: dict[str, Any] = {}
+    """Settings of the method that the layout has no field for."""
+    prompt: PromptForm | None = None
+    """How its training data wrote prompts; None where nobody knows."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as its files describe it, before it meets a base model."""
+
+    layout: str
+    config: AdapterConfig
+    """`target_modules` holds all names that the configuration lists or the tensors use."""
+    tensors: dict[str, Tensor]
+    """By our keys (keys.py)."""
+    base: BaseRecord
+    source: str
+    prompt: PromptForm | None = None
+    layers_path: str | None = None
+    """Path of the decoder layers in the base model, where the layout tells."""
+    activation: str | None = None
+    """The activation of the FFN, where the layout tells."""
+
+
+def parse(files: AdapterFiles, method: type[AdapterConfig]) -> StoredAdapter:
+    """Understand the files of a method's adapter."""
+    if files.config.get("task_type") not in (None, "CAUSAL_LM", "QUESTION_ANS"):
+        raise files.error(f"`task_type` must be CAUSAL_LM, got {shown(files.config['task_type'])}")
+    if files.config.get("bias", "none") != "none":
+        raise files.error(
+            f"`bias` must be none, got {shown(files.config['bias'])}; train with bias='none', or "
+            "merge the biases into the base model"
+        )
+    files = _with_whole_tables(files)
+    layers_path, tensors = _our_tensors(files, method)
+    keys = [key for key in map(TensorKey.parse, tensors) if key is not None]
+    projections = [key.projection for key in keys if key.projection is not None]
+    settings = read_settings(files, method, projections) | _own_settings(files, tensors)
+    record, activation = _record(files, method), files.config.get("act_fn")
+    name = str(files.config.get("base_model_name_or_path") or "")
+    return StoredAdapter(
+        files.program or LABELS[method.layout],
+        _build_config(files, method, _with_given(settings, files.given)),
+        tensors,
+        record.base.model_copy(update={"name_or_path": plain(name) or None}),
+        files.source,
+        record.prompt,
+        layers_path,
+        None if activation is None else str(activation),
+    )
+
+
+def render(
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    base: BaseInfo,
+    prompt: PromptForm | None = None,
+) -> AdapterFiles:
+    """Lay an adapter out as its method's files are."""
+    known = {name: getattr(base, name) or None for name in BaseRecord.model_fields}
+    record = AdapterRecord(base=BaseRecord(**known), prompt=prompt).model_dump(
+        mode="json", exclude_none=True, exclude={"adapter": True, "base": {"name_or_path"}}
+    )
+    fields: dict[str, Any] = {
+        "peft_type": config.peft_type,
+        "base_model_name_or_path": base.name_or_path or None,
+        "task_type": "CAUSAL_LM",
+    }
+    metadata = {"format": "pt"}
+    if config.layout == "peft":
+        fields |= {"inference_mode": True, "revision": None}
+        metadata["loraloom"] = json.dumps(record, sort_keys=True)
+    fields |= write_fields(config, base)
+    if config.layout != "peft":
+        fields["loraloom"] = record | fields.get("loraloom", {})
+    if config.layout == "reference" and not base.name_or_path:
+        del fields["base_model_name_or_path"]
+    named = {_their_name(key, config, base): tensor for key, tensor in tensors.items()}
+    return AdapterFiles(fields | _own_fields(config, base), named, metadata)
+
+
+def _our_tensors(
+    files: AdapterFiles, method: type[AdapterConfig]
+) -> tuple[str | None, dict[str, Tensor]]:
+    """Name tensors by our keys; give the path of the layers too, where names have it."""
+    endings = _ENDINGS.get(method.peft_type, _ENDINGS.get(method.layout, {}))
+    parts = {ending.removesuffix(".weight"): part for part, ending in endings.items()}
+    prefix, shared = {
+        "peft": (r"base_model\.model\.(?P<path>(?:\w+\.)*?\w+)", "base_model."),
+        "reference": (rf"{re.escape(method.peft_type.lower())}\.layers", "shared."),
+        "native": (r"base_model\.model\.layers", f"{_PREFIX}shared."),
+    }[method.layout]
+    # Our own names end in no `.weight`; there that is a module's parameter.
+    ending = rf"(?P<part>{'|'.join(parts)})(?:\.weight)?" if parts else r"(?P<part>\w+)"
+    pattern = re.compile(
+        rf"{prefix}\.(?P<layer>\d{{1,5}})\.(?P<block>\w+)\.(?:(?P<projection>\w+)\.)??"
+        r"(?:experts\.(?P<expert>\d{1,5})\.)?"
+        rf"(?!weight$|bias$){ending}",
+        re.ASCII,
+    )
+    keys: dict[str, str] = {}
+    paths: set[str] = set()
+    for name in files.tensors:
+        of_all = name.removeprefix(shared)
+        if match := pattern.fullmatch(name):
+            expert = None if match["expert"] is None else int(match["expert"])
+            part = parts.get(match["part"], match["part"])
+            place = (int(match["layer"]), match["block"], part, match["projection"], expert)
+            keys[name] = str(TensorKey(*place))
+            paths.update([match["path"]] if method.layout == "peft" else [])
+        elif of_all != name and (of_all in parts or not parts):
+            keys[name] = f"shared.{parts.get(of_all, of_all)}"
+        elif name.startswith(_PREFIX) and name.endswith(_TOKENS):
+            keys[name] = f"{TOKENS}{name.removeprefix(_PREFIX).removesuffix(_TOKENS)}"
+        elif name.startswith(_PREFIX) and _WHOLE.fullmatch(name.removeprefix(_PREFIX)):
+            keys[name] = f"{MODULES}{name.removeprefix(_PREFIX)}"
+    unknown = [name for name in files.tensors if name not in keys]
+    if unknown:
+        raise files.error(
+            f"unexpected tensors: {names_in(unknown)}; they are not a {method.peft_type} adapter's"
+        )
+    if len(paths) > 1:
+        raise files.error(
+            f"tensors must belong to one stack of decoder layers, got {names_in(sorted(paths))}; "
+            "adapters of several parts of a model can't be read"
+        )
+    return next(iter(paths), None), files.renamed(keys)
+
+
+def _their_name(name: str, config: AdapterConfig, base: BaseInfo) -> str:
+    """Name a tensor as files have it; the reverse of `_our_tensors`."""
+    if name.startswith(MODULES):
+        return f"{_PREFIX}{name.removeprefix(MODULES)}"
+    if name.startswith(TOKENS):
+        return f"{_PREFIX}{name.removeprefix(TOKENS)}{_TOKENS}"
+    if config.layout == "native":
+        return f"{_PREFIX}{name}"
+    endings = _ENDINGS.get(config.peft_type, _ENDINGS[config.layout])
+    key = TensorKey.parse(name)
+    if key is None:
+        return f"base_model.{endings[name.removeprefix('shared.')]}"
+    prefix = {
+        "peft": f"{_PREFIX}{base.layers_path}",
+        "reference": f"{config.peft_type.lower()}.layers",
+    }[config.layout]
+    return f"{prefix}{str(replace(key, part=endings[key.part])).removeprefix('layers')}"
+
+
+def _record(files: AdapterFiles, method: type[AdapterConfig]) -> AdapterRecord:
+    """Read what loraloom added to the files."""
+    origin, fields = f"{files.source}: `loraloom`", files.section("loraloom")
+    if method.layout == "peft":
+        origin = f"{origin} in the weights' header"
+        fields = parse_json(files.metadata.get("loraloom", "{}"), origin, FormatError)
+    record = checked(AdapterRecord, fields, FormatError, f"{origin}: ")
+    if record.version != RECORD_VERSION:
+        raise files.error(
+            f"written by a newer loraloom (version of the record must be {RECORD_VERSION}, got "
+            f"{record.version}); upgrade loraloom"
+        )
+    return record
+
+
+def _with_given(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Put given settings in place of those in files, sections key by key."""
+    merged = dict(settings)
+    for name, value in given.items():
+        own = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(own, dict):
+            value = _with_given(own, value)
+        merged[name] = value
+    return merged
+
+
+def _build_config(
+    files: AdapterFiles, method: type[AdapterConfig], settings: dict[str, Any]
+) -> AdapterConfig:
+    try:
+        return method(**settings)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            path = ".".join(_FILE_FIELDS.get(str(name), str(name)) for name in fault["loc"])
+            faults.append(f"{path}: {fault['msg']}" if path else fault["msg"])
+        origin = f"{CONFIG_FILE} with the given settings" if files.given else CONFIG_FILE
+        raise files.error(f"{origin} can't be used: {'; '.join(faults)}") from error
+
+
+def _own_settings(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the settings of own modules; which ones they mean is told by tensors, if there are any.
+
+    PEFT saves embeddings and head without their being named where they were resized.
+    """
+    names = files.config.get("modules_to_save") or []
+    whole = [key.removeprefix(MODULES) for key in tensors if key.startswith(MODULES)]
+    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in whole))
+    named = all(any(is_meant(name, path) for path in paths) for name in names)
+    if paths and not (named and all(any(is_meant(n, path) for n in names) for path in paths)):
+        names = paths
+    settings = {name: files.config.get(name) for name in OWN_FIELDS} | {"modules_to_save": names}
+    return {name: value for name, value in settings.items() if value}
+
+
+def _own_fields(config: AdapterConfig, base: BaseInfo) -> dict[str, Any]:
+    """Write these settings; PEFT takes every module whose path ends so, even within a word."""
+    parts, names = own_parts(config, base), []
+    for path in parts.modules:
+        last = path.rpartition(".")[2]
+        is_alone = sum(other.endswith(last) for other in base.modules) == 1
+        if path not in parts.tied:
+            names.append(last if path in (base.embedding, base.head) and is_alone else path)
+    fields = config.model_dump(mode="json", include={*OWN_FIELDS}) | {"modules_to_save": names}
+    return {name: value for name, value in fields.items() if value}
+
+
+def _with_whole_tables(files: AdapterFiles) -> AdapterFiles:
+    """Put tokens' rows into the resized tables that PEFT saves beside them."""
+    tables = [name.removesuffix(_TABLE) for name in files.tensors if name.endswith(_TABLE)]
+    if not tables:
+        return files
+    given = files.config.get("trainable_token_indices") or []
+    tensors = {n: t for n, t in files.tensors.items() if not n.endswith((_TABLE, _TOKENS))}
+    for path in tables:
+        table = files.tensors[f"{path}{_TABLE}"]
+        by_name = given if isinstance(given, dict) else {path: given}
+        named = [own for name, own in by_name.items() if is_meant(name, path)]
+        tokens = next(iter([*named, *by_name.values()]), [])
+        # A table that is tied to another one has no rows of its own.
+        found = [rows for name, rows in files.tensors.items() if name.endswith(_TOKENS)]
+        rows = files.tensors.get(f"{path}{_TOKENS}", next(iter(found), None))
+        fits = rows is not None and rows.shape == (len(tokens), *table.shape[1:])
+        if rows is None or not fits or any(token >= len(table) for token in tokens):
+            raise files.error(
+                f"`trainable_token_indices` must name a row of {path}{_TABLE} for each row of "
+                f"{path}{_TOKENS}, got {len(tokens)} tokens"
+            )
+        tensors[f"{path}.weight"] = table.index_copy(0, torch.tensor(tokens), rows.to(table.dtype))
+    config = {k: v for k, v in files.config.items() if k != "trainable_token_indices"}
+    return replace(files, config=config, tensors=tensors)
