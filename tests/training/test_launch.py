@@ -76,5 +76,7 @@ def test_a_base_model_that_is_loaded_is_not_taken_apart(tmp_path, monkeypatch):
     job = toy_config("a").model_dump()
     settings = {"base_model": "none", "output_dir": tmp_path / "out", "jobs": [job]}
     run = RunConfig.model_validate({**settings, "parallel": {"base": "fsdp"}})
-    with pytest.raises(ConfigError, match="fsdp takes a base model apart as it is loaded, got one"):
+    with pytest.raises(
+        ConfigError, match=r"takes a base model apart as it is loaded, .*got one"
+    ):
         train(run, base=(toy_host(), toy_tokenizer()))

@@ -255,8 +255,9 @@ class Engine:
             reason = f"its files can't be written: {_describe(fault)}"
             result = self._result(job, f"{error or f'job {name}'}: {reason}", stop_reason)
             self._reporter.message(f"error: {result.error}")
-            with suppress(OSError):
-                self._directory.write_result(result)
+            if not self._directory.is_read_only:
+                with suppress(OSError):
+                    result.write(self._directory.job(name))
             if error is None and stop_reason is None:
                 self._unwritten[name] = job.state_dict()
         job.release()
@@ -269,10 +270,26 @@ class Engine:
 
     def save_state(self) -> None:
         """Write a checkpoint of all jobs; a TrainingError says that it can't be written."""
+        for job in self.jobs.values():
+            if not job.at_boundary:
+                # Each rank has its own summand of a half-done step; the first one saves the sum.
+                sum_gradients(self.host.ranks, [job.adapter])
+                self.host.ranks.keep_at_first(job.adapter.parameters())
+        # Before a job has begun, the seed says it all.
+        states = {name: job.state_dict() for name, job in self.jobs.items() if job.has_begun}
+        states |= self._unwritten
+        journal = self._directory.sweep_journal
         try:
-            self._write_checkpoint()
+            checkpoint = Checkpoint(
+                self.round,
+                self.seconds,
+                describe_base(self.host),
+                {name: self._record(name) for name in self._records},
+                sweep_bytes=journal.stat().st_size if journal.exists() else 0,
+            )
         except OSError as error:
             raise TrainingError(f"a checkpoint can't be written: {error}") from error
+        self._directory.write_checkpoint(checkpoint, states, keep=self._keep if states else 1)
         self._is_checkpoint_due = False
 
     def save_if_due(self, *, may_wait: bool) -> None:
@@ -309,25 +326,6 @@ class Engine:
                 self._directory.prepare_job(name)
         self._records = {**saved, **self._records}
         self._is_checkpoint_due = False
-
-    def _write_checkpoint(self) -> None:
-        for job in self.jobs.values():
-            if not job.at_boundary:
-                # Each rank has its own summand of a half-done step; the first one saves the sum.
-                sum_gradients(self.host.ranks, [job.adapter])
-                self.host.ranks.keep_at_first(job.adapter.parameters())
-        # Before a job has begun, the seed says it all.
-        states = {name: job.state_dict() for name, job in self.jobs.items() if job.has_begun}
-        states |= self._unwritten
-        journal = self._directory.sweep_journal
-        checkpoint = Checkpoint(
-            self.round,
-            self.seconds,
-            describe_base(self.host),
-            {name: self._record(name) for name in self._records},
-            sweep_bytes=journal.stat().st_size if journal.exists() else 0,
-        )
-        self._directory.write_checkpoint(checkpoint, states, keep=self._keep if states else 1)
 
     def _record(self, name: str) -> JobRecord:
         """Return what a checkpoint says of a job."""

@@ -1,14 +1,13 @@
 """Several processes that train one run: joining them, and doing what the first one decides.
 
 torchrun, accelerate or another launcher starts them. A sweep and an inbox go by a clock and files,
-so the first rank alone has theirs. What it lets its engine do between two rounds, the others are
-told and let theirs do.
+so the first rank alone has theirs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +122,11 @@ def check_adds_up(job: JobConfig, num_ranks: int) -> None:
 
 
 class Lead:
-    """An engine as the first rank's decisions see it; a single process is the first one."""
+    """An engine as the first rank's decisions see it; a single process is the first one.
+
+    What the first rank lets its engine do between two rounds, the others are told and let theirs
+    do. What fails on one rank fails on all, and the first one deals with it.
+    """
 
     def __init__(self, engine: Engine, builder: JobBuilder):
         self.engine = engine
@@ -154,8 +157,9 @@ class Lead:
                 decide(self)
                 self._tell("go on")
                 return
-            while (told := self._exchange()[0])[0] != "go on":
-                self._follow(*told[:2])
+            while (told := self._tell())[0] != "go on":
+                with suppress(Exception):
+                    self._do(*told)
 
         return callback
 
@@ -163,65 +167,54 @@ class Lead:
         """Build a job on all ranks; see `JobBuilder.build`."""
         check_adds_up(config, self._ranks.size)
         rehearse(config.train, config.name)
-        self._tell("build", [config.model_dump_json(), reads_data])
-        return self._build(config, reads_data=reads_data)
+        self._tell("build", config.model_dump_json(), reads_data)
+        return self._build(config, reads_data)
 
     def add(self, job: Job, *, overwrite: bool = False) -> None:
         """Let the job that was built last join; see `Engine.add`."""
-        self._tell("add", sorted(job.milestones))
-        self.engine.add(job, overwrite=overwrite)
+        self._do(*self._tell("add", sorted(job.milestones), overwrite))
 
     def stop(self, name: str, reason: str) -> JobResult:
         """End a job now; see `Engine.stop`."""
-        result = self.engine.stop(name, reason)
-        self._tell("stop", [name, reason])
-        return result
+        return self._do(*self._tell("stop", name, reason))
 
     def save_if_due(self, *, may_wait: bool) -> None:
         """See `Engine.save_if_due`."""
-        self._tell("save", may_wait)
-        self.engine.save_if_due(may_wait=may_wait)
+        self._do(*self._tell("save", may_wait))
 
-    def _tell(self, action: str, value: Any = None) -> None:
-        told = self._exchange(action, value)
-        self._heard_of_interruption = any(is_interrupted for _, _, is_interrupted in told)
+    def _tell(self, *action: Any) -> list[Any]:
+        """Exchange actions among the ranks, and return that of the first one."""
+        told = self._ranks.gather([self.engine.is_interrupted, *action])
+        self._heard_of_interruption = any(is_interrupted for is_interrupted, *_ in told)
+        return told[0][1:]
 
-    def _exchange(self, action: str = "", value: Any = None) -> Sequence[tuple[str, Any, bool]]:
-        return self._ranks.gather((action, value, self.engine.is_interrupted))
+    def _do(self, action: str, *values: Any) -> Any:
+        match action:
+            case "build":
+                config, reads_data = values
+                return self._build(JobConfig.model_validate_json(config), reads_data)
+            case "add" if self._built is not None:
+                milestones, overwrite = values
+                self._built.milestones = frozenset(milestones)
+                self.engine.add(self._built, overwrite=overwrite)
+            case "stop":
+                return self.engine.stop(*values)
+            case "save":
+                self.engine.save_if_due(may_wait=values[0])
 
-    def _follow(self, action: str, value: Any) -> None:
-        """Do what the first rank does; what fails there fails here, and that rank deals with it."""
-        if action == "build":
-            self._built = None
-            with suppress(Exception):
-                self._built = self._build(
-                    JobConfig.model_validate_json(value[0]), reads_data=value[1]
-                )
-        elif action == "stop":
-            self.engine.stop(*value)
-        elif action == "save":
-            self.engine.save_if_due(may_wait=value)
-        elif action == "add" and self._built is not None:
-            self._built.milestones = frozenset(value)
-            with suppress(Exception):
-                self.engine.add(self._built)
-
-    def _build(self, config: JobConfig, *, reads_data: bool) -> Job:
-        """Build a job on this rank; what fails here, or comes out otherwise, fails on all."""
-        job = fault = None
+    def _build(self, config: JobConfig, reads_data: bool) -> Job:
+        self._built = job = None
         try:
-            job = self._builder.build(config, reads_data=reads_data)
-        except Exception as error:
-            fault = error
-        digest = "" if job is None else job.training_set.digest
-        differs = self._ranks.check_alike({config.name: digest})
-        if differs and job is not None:
-            self.engine.discard(job)
-        if fault is not None:
-            raise fault
-        if differs or job is None:
-            raise ConfigError(
-                f"job {config.name}: all {self._ranks.size} ranks must have the same data; let "
-                "all machines see the same files"
-            )
+            with self._ranks.together():
+                job = self._builder.build(config, reads_data=reads_data)
+            if self._ranks.check_alike({config.name: job.training_set.digest}):
+                raise ConfigError(
+                    f"job {config.name}: all {self._ranks.size} ranks must have the same data; let "
+                    "all machines see the same files"
+                )
+        except Exception:
+            if job is not None:
+                self.engine.discard(job)
+            raise
+        self._built = job
         return job

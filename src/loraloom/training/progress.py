@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 
 from loraloom.durable import sync
@@ -29,6 +29,7 @@ from loraloom.training.tracking import MetricsFile, Tracker, open_tracker, step_
 PLAIN_INTERVAL_S = 60.0
 NOTICE = "saving everything after this step; Ctrl-C again stops at once"
 _MAX_JOBS_OF_A_LINE = 12
+_FIELDS = ("loss", "tokens/s", "padding", "ETA")
 _HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that is closed; Windows has none
 
 
@@ -54,19 +55,17 @@ class Progress:
             self._console.file.reconfigure(errors="backslashreplace")
         self._is_live = console is not None and console.is_terminal
         self._interval_s = interval_s
+        columns = [f"{name} {{task.fields[{name}]}}" for name in _FIELDS]
         self._bars = _Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TextColumn("padding {task.fields[padding]}"),
-            TextColumn("ETA {task.fields[eta]}"),
+            "{task.completed:.0f}/{task.total:.0f}",
+            *columns,
             console=self._console,
             disable=not self._is_live,
             speed_estimate_period=120.0,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, Task] = {}
         self._news: dict[str, str] = {}  # since the last plain line
         self._shown_at = time.monotonic()
         self._ranking: Ranking | None = None
@@ -77,23 +76,20 @@ class Progress:
 
     def add(self, name: str, total_steps: int, position: Position) -> None:
         """Show one more job."""
-        start = position.step, position.tokens
-        self._tasks[name] = self._bars.add_task(
-            name,
-            total=total_steps,
-            completed=start[0],
-            start_position=start,
-            **dict.fromkeys(("loss", "rate", "padding", "eta"), "-"),
-        )
+        fields: dict[str, Any] = dict.fromkeys(_FIELDS, "-")
+        fields["start"] = position.step, position.tokens
+        self._bars.add_task(name, total=total_steps, completed=position.step, **fields)
+        self._tasks[name] = self._bars.tasks[-1]
         self._describe(name, position)
 
     def update(self, name: str, total_steps: int, position: Position) -> None:
         """Show a job after a step."""
-        self._bars.update(self._tasks[name], completed=position.step)
-        loss = self._describe(name, position)
+        self._bars.update(self._tasks[name].id, completed=position.step)
+        self._describe(name, position)
         if self._is_live:
             return
         if self._ranking is None or name not in self._ranking.names:
+            loss = self._tasks[name].fields["loss"]
             self._news[name] = f"{name}: step {position.step}/{total_steps}, loss {loss}"
         now = time.monotonic()
         is_end = all(task.finished for task in self._bars.tasks)
@@ -104,22 +100,38 @@ class Progress:
 
     def _plain_line(self) -> str:
         """Say how jobs get on: one in detail, or the steps and losses of several."""
-        fields = [self._bars.tasks[self._tasks[name]].fields for name in self._news]
-        longest = max((one["eta"] for one in fields), key=lambda eta: (len(eta), eta))
-        rates = [float(one["rate"]) for one in fields if one["rate"] != "-"]
+        fields = [self._tasks[name].fields for name in self._news]
+        longest = max((one["ETA"] for one in fields), key=lambda eta: (len(eta), eta))
+        rates = [float(one["tokens/s"]) for one in fields if one["tokens/s"] != "-"]
+        rate = f"{sum(rates):.0f}" if rates else "-"
         lines = list(self._news.values())[:_MAX_JOBS_OF_A_LINE]
         if len(fields) > len(lines):
             lines.append(f"and {len(fields) - len(lines)} more jobs")
         padding = f", padding {fields[0]['padding']}" if len(fields) == 1 else ""
-        rate = f"{sum(rates):.0f}" if rates else "-"
         return f"{'; '.join(lines)}, {rate} tokens/s{padding}, ETA {longest}"
+
+    def _describe(self, name: str, position: Position) -> None:
+        """Bring the fields of a job's line up to date."""
+        task = self._tasks[name]
+        first_step, first_tokens = task.fields["start"]
+        rate, speed, remaining = "-", task.speed, task.time_remaining
+        if speed is not None and position.step > first_step:
+            tokens_per_step = (position.tokens - first_tokens) / (position.step - first_step)
+            rate = f"{speed * tokens_per_step:.0f}"
+        padding = padding_share(position.tokens, position.computed_tokens)
+        task.fields |= {
+            "loss": "-" if position.last_loss is None else f"{position.last_loss:.4f}",
+            "tokens/s": rate,
+            "padding": f"{100 * padding:.1f} %",
+            "ETA": "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining))),
+        }
 
     def rank(self, ranking: Ranking) -> None:
         """Show how the jobs of a sweep stand, in place of each by itself."""
         before, self._ranking = self._ranking, ranking
         if self._is_live:
             for name in ranking.names & self._tasks.keys():
-                self._bars.update(self._tasks[name], visible=False)
+                self._bars.update(self._tasks[name].id, visible=False)
             self._bars.table = Group(*fitted(ranking_table(ranking), self._console.width))
             return
         is_news = before is None or before.measured != ranking.measured
@@ -129,7 +141,6 @@ class Progress:
             self.message(ranking_line(ranking))
 
     def conclude(self, ranking: Ranking) -> None:
-        """Print how the jobs of a sweep stand in the end."""
         print_tables(self._console, [ranking_table(ranking)])
 
     def message(self, text: str) -> None:
@@ -144,20 +155,6 @@ class Progress:
         """Show nothing more; live lines stay as they are, without the table."""
         self._bars.table = None
         self._bars.stop()
-
-    def _describe(self, name: str, position: Position) -> str:
-        """Bring the fields of a job's line up to date; return its loss."""
-        task = self._bars.tasks[self._tasks[name]]
-        first_step, first_tokens = task.fields["start_position"]
-        rate, speed, remaining = "-", task.speed, task.time_remaining
-        if speed is not None and position.step > first_step:
-            tokens_per_step = (position.tokens - first_tokens) / (position.step - first_step)
-            rate = f"{speed * tokens_per_step:.0f}"
-        loss = "-" if position.last_loss is None else f"{position.last_loss:.4f}"
-        padding = padding_share(position.tokens, position.computed_tokens)
-        eta = "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining)))
-        task.fields.update(loss=loss, rate=rate, padding=f"{100 * padding:.1f} %", eta=eta)
-        return loss
 
 
 class Reporter:

@@ -250,8 +250,8 @@ def set_up(
     )
     check_limit(host, run.memory_limit)
     for job in jobs:
-        data = (*job.training_set.report, *job.training_set.warnings)
-        lines += [f"{job.name}: {line}" for line in data]
+        read = job.training_set
+        lines += [f"{job.name}: {line}" for line in (*read.report, *read.warnings)]
     for line in lines:
         progress.message(line)
     return Setup(run, engine, builder, checkpoint, progress, directory)
@@ -317,25 +317,19 @@ def _borrowed(host: Host, ranks: Ranks) -> Iterator[None]:
 
 
 def _check_can_be_sharded(run: RunConfig, base: Base | None) -> None:
-    if base is not None:
+    if base is not None or run.quantization is not None:
         raise ConfigError(
-            "parallel.base: fsdp takes a base model apart as it is loaded, got one that is loaded; "
-            "leave `base` out, or take base: replicated"
-        )
-    if run.quantization is not None:
-        raise ConfigError(
-            "parallel.base: fsdp needs weights in floating point, got quantization; leave it out, "
+            "parallel.base: fsdp takes a base model apart as it is loaded, in floating point, got "
+            f"{'quantization' if base is None else 'one that is loaded: `base`'}; leave that out, "
             "or take base: replicated"
         )
 
 
 def _check_goes_with_ray(launch: Launch, watch: Any, base: Any, between_steps: Any) -> None:
     """Refuse what workers of a cluster can't do."""
-    if launch.size > 1:
-        raise ConfigError(
-            f"--ray starts workers itself, got {launch.size} ranks; start it without torchrun"
-        )
-    for name, value in {"--watch": watch, "base": base, "between_steps": between_steps}.items():
+    given = {"--watch": watch, "base": base, "between_steps": between_steps}
+    given["torchrun"] = launch if launch.size > 1 else None
+    for name, value in given.items():
         if value is not None:
             raise ConfigError(
                 f"{name} does not go with --ray, whose workers train; leave one of them out"

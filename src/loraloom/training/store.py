@@ -234,9 +234,6 @@ class RunDirectory:
     def job(self, name: str) -> Path:
         return self.path / name
 
-    def last(self, name: str) -> Path:
-        return self.path / name / "checkpoints" / "last"
-
     def best(self, name: str) -> Path:
         return self.path / name / "checkpoints" / "best"
 
@@ -386,7 +383,7 @@ class RunDirectory:
         """
         name = job.name
         with self._writing():
-            for directory in (self.job(name), self.best(name), self.last(name)):
+            for directory in (self.job(name), *self.job(name).glob("checkpoints/*/")):
                 remove_leftovers(directory)
             remove(self.job(name) / RESULT_FILE)
             cut_torn_line(self.metrics(name), metrics_bytes)
@@ -412,14 +409,10 @@ class RunDirectory:
         if job.best is not None:
             self.write_best(host, job)  # again: what is there may be half of it
         last, best = job.adapter.tensors(), job.best
-        _write_adapter(self.last(job.name), host, job, last)
+        _write_adapter(self.best(job.name).with_name("last"), host, job, last)
         card = _model_card(result, host, job)
         _write_adapter(self.job(job.name), host, job, last if best is None else best, card)
-        self.write_result(result)
-
-    @_by_its_owner
-    def write_result(self, result: JobResult) -> None:
-        result.write(self.job(result.job))
+        result.write(self.job(job.name))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

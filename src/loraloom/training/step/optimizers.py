@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import GreedyLR
 
 from loraloom.adapters.method import Adapter
@@ -24,7 +24,6 @@ from loraloom.models.quantization import import_library
 from loraloom.training.settings import (
     SCHEDULERS_ON_METRIC,
     OptimizerConfig,
-    OptimizerName,
     TrainConfig,
 )
 
@@ -60,60 +59,27 @@ def build_optimizer(config: OptimizerConfig, adapter: Adapter) -> Optimizer:
             f"memory it pages, got {device}; take "
             f"{config.optimizer.removeprefix('paged_').removesuffix('_32bit')}"
         )
-    with _raised_as_config_error(config, "optimizer", adapter.name):
-        return _make_optimizer(config, parameter_groups(config, adapter))
+    return _make_optimizer(config, parameter_groups(config, adapter), adapter.name)
 
 
 def rehearse(config: OptimizerConfig, name: str) -> None:
-    """Let a job's optimizer and schedule make a few steps of four weights.
-
-    torch and transformers refuse some arguments only then, and others make weights or learning
-    rates that are not finite.
-    """
-    _optimizer_class(config.optimizer)
-    with _raised_as_config_error(config, "optimizer", name):
-        # At the job's own rate, which may be anything, sound arguments could overflow.
-        optimizer = _rehearsed(config.model_copy(update={"learning_rate": 1e-3}))
-        for _ in range(3):
-            optimizer.step()
-        if not optimizer.param_groups[0]["params"][0].isfinite().all():
-            raise ValueError("they make weights that are not finite")
-    if not isinstance(config, TrainConfig):
-        return
-    optimizer = _rehearsed(config)
-    total_steps = config.max_steps or 3
-    scheduler = build_scheduler(config, optimizer, total_steps, "min", name)
-    metric = [1.0] if config.lr_scheduler in SCHEDULERS_ON_METRIC else []
-    with _raised_as_config_error(config, "lr_scheduler", name):
-        for _ in range(3):
-            optimizer.step()
-            scheduler.step(*metric)  # pyright: ignore[reportArgumentType]
-            rate = float(optimizer.param_groups[0]["lr"])
-            if not (math.isfinite(rate) and rate >= 0):
-                raise ValueError(f"they make a learning rate of {rate}")
-            if isinstance(scheduler, LambdaLR):
-                scheduler.last_epoch = total_steps - 1  # the step after it is the last one
+    """Try a job's optimizer and schedule on a single weight, before anything is loaded."""
+    groups = [{"params": [Parameter(torch.ones(1))]}]
+    optimizer = _make_optimizer(config, groups, name)
+    if isinstance(config, TrainConfig):
+        build_scheduler(config, optimizer, config.max_steps or 1, "min", name)
 
 
-def _rehearsed(config: OptimizerConfig) -> Optimizer:
-    weights = Parameter(torch.ones(2, 2, dtype=torch.float64))
-    weights.grad = torch.ones_like(weights)
-    optimizer: Any = _make_optimizer(config, [{"params": [weights]}])
-    optimizer.is_paged = False  # bitsandbytes' can't be on the CPU
-    return optimizer
-
-
-def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]], name: str) -> Optimizer:
+    kind = OPTIMIZERS.get(config.optimizer)
+    if kind is None:
+        library = import_library("bitsandbytes", f"optimizer {config.optimizer}")
+        kind = getattr(library.optim, BITSANDBYTES[config.optimizer])
     arguments = {"lr": config.learning_rate, **config.optimizer_args}
     if config.optimizer in ("adam", "adamw") and "foreach" not in arguments:
         arguments.setdefault("fused", True)  # an adapter has hundreds of small tensors
-    return _optimizer_class(config.optimizer)(groups, **arguments)
-
-
-def _optimizer_class(name: OptimizerName) -> type[Optimizer]:
-    if name in OPTIMIZERS:
-        return OPTIMIZERS[name]
-    return getattr(import_library("bitsandbytes", f"optimizer {name}").optim, BITSANDBYTES[name])
+    with _raised_as_config_error(config, "optimizer", name):
+        return kind(groups, **arguments)
 
 
 @contextmanager

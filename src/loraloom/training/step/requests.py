@@ -32,42 +32,25 @@ LossFunction = Callable[
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """What a forward and backward gave.
+    """What a forward and backward gave."""
 
-    Args:
-        loss: Value of the objective, over all data.
-        aux_loss: Router losses of a mixture, with coefficients.
-        metrics: Metrics of the objective.
-        log_probs: log p of the labels of each row, the rows of a pair in turn, [N]; on the CPU.
-    """
-
-    loss: float
-    aux_loss: float
-    metrics: dict[str, float]
-    log_probs: list[Tensor]
+    loss: float  # the objective's, over all data
+    aux_loss: float  # router losses of a mixture, with coefficients
+    metrics: dict[str, float]  # the objective's
+    log_probs: list[Tensor]  # of the labels of each row, the rows of a pair in turn; on the CPU
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an adapter is to learn from next.
-
-    Args:
-        adapter: On the host.
-        data: At least one example.
-        objective: Its means are over all of the data.
-        sample_key: Makes the key of a row's dropout from its place.
-        reference: What the objective compares with, if it does.
-        micro_batch_size: Examples that go through the model at once; None for all.
-        loss_scale: Tells the factor of the gradients when they are computed.
-    """
+    """What an adapter is to learn from next."""
 
     adapter: Adapter
     data: Sequence[TrainingExample]
-    objective: Objective
-    sample_key: Callable[[int], int]
+    objective: Objective  # its means are over all of the data
+    sample_key: Callable[[int], int]  # from a row's place to the key of its dropout
     reference: Reference | None = None
-    micro_batch_size: int | None = None
-    loss_scale: Callable[[], float] = lambda: 1.0
+    micro_batch_size: int | None = None  # examples in a forward; None for all
+    loss_scale: Callable[[], float] = lambda: 1.0  # factor of gradients, when they are computed
 
 
 @final
@@ -110,7 +93,7 @@ def run_requests(
     """Add the gradients of requests, each of another adapter, in shared forwards.
 
     Args:
-        host: With the requests' adapters.
+        host: Base model with the requests' adapters.
         requests: In any order; each gets the gradient that it would get alone.
         pad_id: Token to pad with.
 
