@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from loraloom.errors import LoraloomError
-from loraloom.training.builder import Evaluation, JobBuilder
+from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.errors import ConfigError, LoraloomError
+from loraloom.training.builder import Evaluation, JobBuilder, load_start
 from loraloom.training.settings import JobConfig
-from tests.training.toy import ADAPTERS, toy_host, toy_tokenizer
+from tests.tiny import METHODS, changed, randomise
+from tests.training.toy import toy_host, toy_tokenizer
 
 ROWS = [{"text": f"{word} and so on"} for word in ("one", "two", "three", "four")]
 
@@ -33,12 +36,6 @@ def config(rows, name: str = "a", **sections) -> JobConfig:
         "train": {"max_steps": 1, "max_length": 32},
     }
     return JobConfig.model_validate(settings | sections)
-
-
-def test_a_job_has_its_adapter_on_the_host_and_its_data(builder, rows):
-    job = builder.build(config(rows))
-    assert builder._host.adapters == {"a": job.adapter}
-    assert len(job.training_set.examples) == len(ROWS)
 
 
 def test_jobs_with_the_same_data_and_seed_share_what_was_read(builder, rows):
@@ -80,11 +77,50 @@ def test_a_job_that_can_not_be_built_leaves_nothing_on_the_host(builder, rows, s
     assert builder._host.adapters == {}
 
 
-def test_a_reference_loaded_for_a_job_that_can_not_be_built_leaves_too(builder, tmp_path):
-    builder._host.add("start", ADAPTERS["lora"])
-    builder._host.save("start", tmp_path / "start")
-    objective = {"name": "dpo", "reference": str(tmp_path / "start")}
-    data = {"dataset": "gone.jsonl", "format": "preference"}
-    with pytest.raises(LoraloomError, match=r"job a: .*gone\.jsonl"):
-        builder.build(config("", data=data, train={"max_steps": 1, "objective": objective}))
-    assert set(builder._host.adapters) == {"start"}
+TOP_P = MixLoraConfig(rank=2, num_experts=4, routing="top_p")
+
+
+@pytest.fixture(params=METHODS)
+def stored(request, tmp_path):
+    """A method, and a directory with an adapter of it."""
+    host = toy_host()
+    randomise(host.add("old", METHODS[request.param], seed=3), seed=3)
+    host.save("old", tmp_path / "old")
+    return request.param, str(tmp_path / "old")
+
+
+def test_a_new_adapter_gets_the_weights_of_the_old_one(stored):
+    method, path = stored
+    host = toy_host()
+    old, new = host.load("old", path), host.add("new", changed(METHODS[method], dropout=0.3))
+    load_start(host, new, path)
+    own = new.tensors()
+    assert all(torch.equal(own[name], tensor) for name, tensor in old.tensors().items())
+
+
+def test_weights_that_would_be_used_otherwise_are_refused(stored):
+    method, path = stored
+    host = toy_host()
+    new = host.add("new", changed(METHODS[method], alpha=60))
+    with pytest.raises(
+        ConfigError, match=r"start_from needs an adapter with the job's own .*scaling"
+    ):
+        load_start(host, new, path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "setting"),
+    [
+        (LoraConfig(rank=2, init="pissa"), LoraConfig(rank=2), "init"),
+        (LoraConfig(rank=2), LoraConfig(rank=2, init="olora"), "init"),
+        (LoraConfig(rank=2, alpha_pattern={"q_proj": 7.0}), LoraConfig(rank=2), "alphas"),
+        (TOP_P, changed(TOP_P, temperature=2.0), "temperature"),
+        (TOP_P, changed(TOP_P, compat="moe-peft"), "compat"),
+    ],
+)
+def test_settings_that_leave_no_trace_in_shapes_must_agree_too(tmp_path, old, new, setting):
+    host = toy_host()
+    host.add("old", old)
+    host.save("old", tmp_path / "old")
+    with pytest.raises(ConfigError, match=f"{setting} is "):
+        load_start(host, host.add("new", new), str(tmp_path / "old"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,13 +9,10 @@ import loraloom.training.engine as engine_module
 from loraloom.formats.files import read_adapter
 from loraloom.models.host import Host
 from loraloom.training import rounds, store
-from loraloom.training.builder import Evaluation
 from loraloom.training.engine import Engine
-from loraloom.training.results import JobResult
 from loraloom.training.store import CheckpointStore
-from loraloom.training.tracking import MetricsFile
 from tests.tiny import relative_error
-from tests.training.running import Spoken, read_metrics, resumed
+from tests.training.running import Spoken, resumed
 from tests.training.toy import ADAPTERS, read_result, toy_config, toy_engine, toy_set, weights_of
 
 NO_SPACE = OSError(28, "No space left on device")
@@ -93,14 +88,6 @@ def test_an_exception_in_an_evaluation_stops_that_job_only(engine, unhurt, tmp_p
     assert all(torch.equal(tensors[name], best[name]) for name in best)
 
 
-def test_a_row_that_can_not_be_read_stops_that_job_only(engine, unhurt):
-    job = engine.jobs["hit"]
-    job.micro_batch = failing(
-        job.micro_batch, lambda: job.position.step == 3, OSError(5, "Input/output error")
-    )
-    run_and_check_neighbour(engine, unhurt, "job hit, after step 3: OSError: [Errno 5]")
-
-
 def test_a_forward_that_raises_stops_the_job_whose_rows_make_it_raise(
     engine, unhurt, tmp_path, monkeypatch
 ):
@@ -127,44 +114,6 @@ def test_a_fault_that_the_base_model_has_too_ends_the_run(engine, tmp_path, monk
     assert {record.result for record in snapshot.jobs.values()} == {None}
 
 
-def test_a_fault_of_an_evaluation_that_the_base_model_has_too_ends_the_run(
-    engine, tmp_path, monkeypatch
-):
-    fault = RuntimeError("the device is gone")
-    measure = Evaluation.measure
-
-    def lose(builder, jobs):
-        monkeypatch.setattr(Host, "hidden", failing(None, lambda *_: True, fault))
-        return measure(builder, jobs)
-
-    monkeypatch.setattr(Evaluation, "measure", lose)
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        engine.run()
-    assert not list((tmp_path / "run").glob("*/result.json"))
-
-
-def test_an_optimizer_that_raises_stops_that_job_only(engine, unhurt):
-    optimizer = engine.jobs["hit"].optimizer
-    optimizer.step = failing(optimizer.step, lambda: True, RuntimeError("no kernel"))
-    run_and_check_neighbour(engine, unhurt, "job hit, after step 0: RuntimeError: no kernel")
-
-
-def test_best_weights_that_can_not_be_written_are_written_at_the_end(
-    engine, tmp_path, monkeypatch, spoken
-):
-    base, hit = engine.host.base, engine.jobs["hit"]
-    is_best = lambda directory, *_: directory.name == "best" and hit.position.step == 4  # noqa: E731
-    monkeypatch.setattr(store, "write_adapter", failing(store.write_adapter, is_best, NO_SPACE))
-    results = engine.run()
-    assert [result.status for result in results] == ["finished", "finished"]
-    best_step = read_result(tmp_path / "run/hit").best["step"]
-    _, tensors = read_adapter(tmp_path / "run/hit/checkpoints/best", base)
-    assert best_step >= 4
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in hit.best.items())
-    (warning,) = [text for text in spoken.messages if text.startswith("warning: job hit")]
-    assert "No space left on device; its best weights are kept" in warning
-
-
 def test_a_job_whose_files_can_not_be_written_has_failed_and_can_be_resumed(
     engine, unhurt, tmp_path, monkeypatch
 ):
@@ -181,39 +130,6 @@ def test_a_job_whose_files_can_not_be_written_has_failed_and_can_be_resumed(
     results = {result.job: result.status for result in again.run()}
     assert again.round == 6
     assert results == {"hit": "finished", "well": "finished"}
-
-
-def test_a_result_that_can_not_be_written_at_all_is_known_when_the_run_goes_on(
-    engine, unhurt, tmp_path, monkeypatch
-):
-    job = engine.jobs["hit"]
-    job.micro_batch = failing(job.micro_batch, lambda: job.position.step == 3, NO_SPACE)
-    is_hit = lambda *args: any(getattr(arg, "name", None) == "hit" for arg in args)  # noqa: E731
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "write_adapter", failing(store.write_adapter, is_hit, NO_SPACE))
-        patch.setattr(
-            JobResult,
-            "write",
-            failing(JobResult.write, lambda _, path: path.name == "hit", NO_SPACE),
-        )
-        run_and_check_neighbour(engine, unhurt, "after step 3: OSError: [Errno 28]")
-    assert not (tmp_path / "run/hit/result.json").exists()
-    configs = [measured("hit", "mixlora"), measured("well", "dora", seed=1)]
-    results = {result.job: result for result in resumed(tmp_path / "run", configs).run()}
-    assert "after step 3" in results["hit"].error
-
-
-def test_metrics_that_can_not_be_written_stop_nothing(
-    engine, unhurt, tmp_path, monkeypatch, spoken
-):
-    log = failing(MetricsFile.log, lambda _, metrics: metrics["step"] in (2, 3), NO_SPACE)
-    monkeypatch.setattr(MetricsFile, "log", log)
-    results = engine.run()
-    assert [result.status for result in results] == ["finished", "finished"]
-    steps = {line["step"] for line in read_metrics(tmp_path / "run/hit")}
-    assert steps == {1, 4, 5, 6}
-    warnings = [text for text in spoken.messages if "can't take metrics" in text]
-    assert len(warnings) == 2, "once for each job"
 
 
 def test_a_snapshot_that_can_not_be_written_is_tried_again_and_the_one_before_stays(
@@ -237,41 +153,3 @@ def test_a_snapshot_that_can_not_be_written_is_tried_again_and_the_one_before_st
     assert sum("can't be written" in text for text in spoken.messages) == 2
     for name, weight in weights_of(well).items():
         assert torch.equal(weight, unhurt[name])
-
-
-def test_snapshots_wait_after_one_that_could_not_be_written(engine, monkeypatch):
-    tries = []
-    save = failing(torch.save, lambda *_: tries.append(engine.round) is None, NO_SPACE)
-    monkeypatch.setattr(torch, "save", save)
-    engine.run()
-    assert tries == [2]
-
-
-def test_ctrl_c_on_a_full_disk_ends_the_run_and_keeps_the_snapshot_before(
-    engine, tmp_path, monkeypatch, spoken
-):
-    def stop(engine):
-        if engine.round == 3:
-            monkeypatch.setattr(torch, "save", failing(torch.save, lambda *_: True, NO_SPACE))
-            engine._interruption.requested = True
-
-    with pytest.raises(KeyboardInterrupt):
-        engine.run(stop)
-    assert "--resume goes on from the one before" in spoken.messages[-1]
-    assert CheckpointStore(tmp_path / "run/.checkpoints").newest()[0].round == 2
-
-
-def test_a_job_whose_directory_can_not_be_made_at_first_trains_all_the_same(tmp_path, monkeypatch):
-    from tests.training.toy import add_job
-
-    engine = toy_engine(tmp_path, [toy_config("a", max_steps=3)])
-
-    def join(engine):
-        if engine.round == 1 and "late" not in engine.results:
-            with monkeypatch.context() as patch:
-                is_late = lambda path, *_: path.name == "late"  # noqa: E731
-                patch.setattr(Path, "mkdir", failing(Path.mkdir, is_late, NO_SPACE))
-                engine.add(add_job(engine.host, toy_config("late")))
-
-    results = {result.job: result.status for result in engine.run(join)}
-    assert results == {"a": "finished", "late": "finished"}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 
 import pytest
 
@@ -50,40 +49,9 @@ def test_other_signals_ask_as_ctrl_c_does_and_end_with_their_own_code(number, co
             press(signal.SIGINT)
 
 
-def test_a_terminal_that_is_being_written_to_raises_nothing():
-    def tell() -> None:
-        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
-
-    with Interruption(tell) as interruption:
-        press()
-        assert interruption.requested
-
-
-def test_a_hangup_that_is_ignored_stays_so(hangup):
-    """As under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Interruption(lambda: None) as interruption:
-        press(signal.SIGHUP)
-        assert not interruption.requested
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_their_old_selves_afterwards(number):
     before = signal.getsignal(number)
     with Interruption(lambda: None):
         pass
     assert signal.getsignal(number) is before
-
-
-def test_other_threads_leave_signals_alone():
-    before = signal.getsignal(signal.SIGINT)
-    seen = []
-
-    def enter() -> None:
-        with Interruption(lambda: None):
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [before]

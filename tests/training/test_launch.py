@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loraloom.errors import ConfigError
-from loraloom.ranks import Alone
-from loraloom.training.parallel import Launch, joined_ranks, rank_device, read_launch
+from loraloom.training.parallel import Launch, rank_device, read_launch
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
 from tests.training.toy import toy_config, toy_host, toy_tokenizer
@@ -18,12 +17,6 @@ TORCHRUN = {
     "MASTER_PORT": "29500",
 }
 TWO = Launch(1, 2, 1, 2)
-
-
-def test_a_process_that_was_started_alone_is_alone():
-    assert read_launch({"PATH": "/bin"}) == Launch()
-    with joined_ranks("cpu", Launch()) as ranks:
-        assert isinstance(ranks, Alone)
 
 
 def test_what_torchrun_says_is_read():
@@ -76,7 +69,5 @@ def test_a_base_model_that_is_loaded_is_not_taken_apart(tmp_path, monkeypatch):
     job = toy_config("a").model_dump()
     settings = {"base_model": "none", "output_dir": tmp_path / "out", "jobs": [job]}
     run = RunConfig.model_validate({**settings, "parallel": {"base": "fsdp"}})
-    with pytest.raises(
-        ConfigError, match=r"takes a base model apart as it is loaded, .*got one"
-    ):
+    with pytest.raises(ConfigError, match=r"takes a base model apart as it is loaded, .*got one"):
         train(run, base=(toy_host(), toy_tokenizer()))

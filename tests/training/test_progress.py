@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import time
 
 import pytest
@@ -91,36 +90,6 @@ def test_a_file_gets_one_line_for_all_jobs():
     first, second = printed(screen).splitlines()[1:]
     assert first.startswith("math: step 0/2")
     assert second.startswith("law: step 0/1"), "with news since the last line alone"
-
-
-def test_without_a_console_nothing_is_shown(capsys):
-    progress, math = Progress(interval_s=0.0), job("math", 3)
-    progress.start()
-    progress.add(*shown(math))
-    advance(math, 100, 2.0)
-    progress.update(*shown(math))
-    progress.message("hello")
-    progress.rank(ranking(1, 2.25))
-    progress.conclude(ranking(1, 2.25))
-    progress.stop()
-    assert capsys.readouterr().out == ""
-
-
-def test_rates_and_the_time_left_follow_from_the_steps():
-    screen = console()
-    screen.get_time = itertools.count(step=2.0).__next__
-    progress, math = Progress(screen, interval_s=0.0), job("math", 10)
-    progress.add(*shown(math))
-    for _ in range(4):
-        advance(math, 100, 2.0)
-        progress.update(*shown(math))
-    first, *_, last = printed(screen).splitlines()
-    assert "- tokens/s" in first
-    assert "ETA -:--:--" in first
-    rate = float(last.split(" tokens/s")[0].split()[-1])
-    hours, minutes, seconds = map(int, last.split("ETA ")[1].split(":"))
-    remaining_s = 3600 * hours + 60 * minutes + seconds
-    assert 6 * 100 / rate - 1 <= remaining_s <= 6 * 100 / rate + 1
 
 
 def ranking(step: int, value: float | None = None) -> Ranking:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 import loraloom
-from tests.training.running import assert_same_files, read_metrics
+from tests.training.running import assert_same_files
 from tests.training.saved import run_settings, save_inputs
-from tests.training.toy import read_result
 
 JOBS = ("plain", "pairs")
 
@@ -67,17 +66,6 @@ def test_a_run_goes_on_in_its_streams_as_if_unbroken(inputs, unbroken, tmp_path)
     assert_same_files(tmp_path, unbroken, JOBS)
 
 
-def test_metrics_count_whole_passes(inputs, unbroken):
-    epochs = [line["epoch"] for line in read_metrics(unbroken / "plain") if "loss" in line]
-    assert epochs == [0, 0, 0, 0, 1, 1]
-    (line,) = read_result(unbroken / "plain").data
-    assert line == f"{inputs / 'rows.jsonl'}: a stream, read 5 rows at a time"
-
-
-def test_a_reference_forgets_samples_that_never_come_again(unbroken):
-    assert 0 < max(remembered) <= 8  # the rows of a step
-
-
 def test_rows_that_changed_where_the_stream_stands_are_refused(inputs, tmp_path):
     file = tmp_path / "rows.jsonl"
     text = (inputs / "rows.jsonl").read_text()
@@ -94,38 +82,6 @@ def test_rows_that_changed_where_the_stream_stands_are_refused(inputs, tmp_path)
     file.write_text(text + lines[0])
     with pytest.raises(loraloom.ConfigError, match="job plain: examples"):
         loraloom.train(run, resume=True)
-
-
-@pytest.mark.parametrize(
-    ("job", "message"),
-    [
-        ({"train": {"num_epochs": 1}}, "train.num_epochs needs the number of rows"),
-        ({"train": {"max_steps": 1, "group_by_length": True}}, "take train.packing"),
-        ({"data": {"validation_fraction": 0.1}}, "give validation data of their own"),
-        ({"data": {"streaming": False}}, "shuffle_buffer has no effect without streaming"),
-        ({"train": {"max_steps": 1, "max_length": 99999}}, "must fit the model's"),
-    ],
-)
-def test_what_needs_to_know_all_rows_is_refused(inputs, tmp_path, job, message):
-    run = settings(inputs, tmp_path)
-    del run["jobs"][1], run["jobs"][0]["data"]["validation"]
-    for section, values in job.items():
-        keep = run["jobs"][0][section] if section == "data" else {}
-        run["jobs"][0][section] = {**keep, **values}
-    with pytest.raises(loraloom.LoraloomError, match=message):
-        loraloom.train(run)
-
-
-def test_a_task_is_not_streamed():
-    with pytest.raises(ValueError, match="streaming must be false for tasks"):
-        loraloom.JobConfig.model_validate(
-            {
-                "name": "a",
-                "adapter": {"method": "lora"},
-                "data": {"task": "skills", "streaming": True},
-                "train": {"max_steps": 1},
-            }
-        )
 
 
 def test_a_bad_row_ends_its_own_job_where_a_snapshot_comes_before_it(inputs, tmp_path):

@@ -39,15 +39,11 @@ class Engine:
     """Jobs that share one base model and its forwards.
 
     Call `run`; or `step`, `evaluate`, `close` and `save_state` from your own loop. Jobs may join
-    (`add`) and be ended (`stop`) before a run and between two of its rounds.
+    (`add`) and be ended (`stop`) before a run and between two of its rounds. A fault of one job
+    ends that job with its reason and its last good weights; the others go on.
 
-    A fault of one job ends that job with its reason and its last good weights; the others go on.
     Where the host has several ranks, each has an engine with the same jobs, and calls of one are
     made on all. The directory is the first one's to write.
-
-    Attributes:
-        jobs: Those that train, by name.
-        round: Rounds done.
     """
 
     def __init__(
@@ -65,8 +61,8 @@ class Engine:
         keep_snapshots: int = 2,
     ):
         self.host = host
-        self.jobs: dict[str, Job] = {}
-        self.round = 0
+        self.jobs: dict[str, Job] = {}  # those that train, by name
+        self.round = 0  # rounds done
         self._records: dict[str, JobRecord] = {}  # of every job of the run, in their order
         self._unwritten: dict[str, dict[str, Any]] = {}  # states of jobs that couldn't be written
         self._evaluation = evaluation
@@ -92,7 +88,6 @@ class Engine:
 
     @property
     def joined(self) -> set[str]:
-        """Names of the jobs that joined a run that had begun."""
         return {name for name, record in self._records.items() if record.joined_later}
 
     @property
@@ -188,10 +183,7 @@ class Engine:
         drop_reference(self.host, job.reference, [other.reference for other in self.jobs.values()])
 
     def step(self) -> None:
-        """Do a round: jobs take their next micro-batch, and their step where it was the last one.
-
-        All jobs take part, or as many as max_tokens_per_step has room for.
-        """
+        """Do a round: jobs take their next micro-batch, and their step after the last one."""
         turns: list[Turn] = []
         for job in list(self.jobs.values()):
             try:
@@ -245,8 +237,7 @@ class Engine:
     ) -> JobResult:
         """Write a job's files and take its adapter off the host.
 
-        A job whose files can't be written has failed. If it was complete, checkpoints keep what a
-        later process needs to write them.
+        A job whose files can't be written has failed; checkpoints still have a complete one.
         """
         name, result = job.name, self._result(job, error, stop_reason)
         try:
@@ -427,6 +418,7 @@ class Engine:
             job=job.name,
             status=status if error is None else "failed",
             error=error,
+            stop_reason=stop_reason,
             method=job.config.adapter.title,
             base_model=self.host.base.name_or_path,
             num_parameters=sum(parameter.numel() for parameter in job.parameters.values()),
@@ -444,7 +436,6 @@ class Engine:
             peak_memory_bytes=peak_memory_bytes(),
             environment=self._environment,
             directory=str(self._directory.job(job.name)),
-            stop_reason=stop_reason,
             warnings=tuple(job.collapse.warnings.values()),
         )
 

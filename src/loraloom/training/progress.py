@@ -77,7 +77,7 @@ class Progress:
     def add(self, name: str, total_steps: int, position: Position) -> None:
         """Show one more job."""
         fields: dict[str, Any] = dict.fromkeys(_FIELDS, "-")
-        fields["start"] = position.step, position.tokens
+        fields["begun"] = position.step, position.tokens
         self._bars.add_task(name, total=total_steps, completed=position.step, **fields)
         self._tasks[name] = self._bars.tasks[-1]
         self._describe(name, position)
@@ -113,7 +113,7 @@ class Progress:
     def _describe(self, name: str, position: Position) -> None:
         """Bring the fields of a job's line up to date."""
         task = self._tasks[name]
-        first_step, first_tokens = task.fields["start"]
+        first_step, first_tokens = task.fields["begun"]
         rate, speed, remaining = "-", task.speed, task.time_remaining
         if speed is not None and position.step > first_step:
             tokens_per_step = (position.tokens - first_tokens) / (position.step - first_step)

@@ -159,11 +159,9 @@ def _training_error(micro_batch: MicroBatch, error: Exception | None) -> Trainin
 def choose_turns(turns: Sequence[Turn], max_tokens: int | None) -> list[Turn]:
     """Choose the micro-batches that go into the next round, and count their tokens.
 
-    Stride scheduling: a job's pass is the tokens that were computed for it, divided by its
-    priority. The job with the least pass goes first, and others fill what is left of the round, so
-    that over time each job has a share of the computed tokens in proportion to its priority. It is
-    a function of the passes alone, which checkpoints keep: a resumed run chooses as an unbroken
-    one.
+    A job's pass is the tokens that were computed for it, divided by its priority. The job with the
+    least pass goes first, and others fill what is left of the round, so that over time each has a
+    share in proportion to its priority. Checkpoints keep the passes: a resumed run chooses alike.
 
     Source:
         Waldspurger and Weihl 1995, Stride Scheduling, MIT/LCS/TM-528.
@@ -228,7 +226,7 @@ class MemoryWatch:
 
     @cached_property
     def _uncounted(self) -> int:
-        """What else is in the process: libraries and data, and what they may still take."""
+        """What else is in the process, and may still be: libraries and data."""
         counted = base_bytes(self._host) + adapter_bytes(self._host)
         return _used_bytes(self._host.device) - counted + _RESERVE_BYTES
 

@@ -1,8 +1,7 @@
 """The files of a run: each job's results, and the checkpoints that --resume goes on from.
 
     <output_dir>/<job>/                     the adapter's files, metrics.jsonl, result.json
-    <output_dir>/<job>/checkpoints/last/    the adapter after its last step
-    <output_dir>/<job>/checkpoints/best/    the adapter at its best evaluation
+    <output_dir>/<job>/checkpoints/         `last` and `best`: the adapter at its end, and its best
     <output_dir>/.checkpoints/              checkpoints of all jobs at one moment
     <output_dir>/.checkpoints/jobs/<job>/   the same where several workers train, for each job apart
     <output_dir>/sweep.csv, .png, .journal  the jobs of a sweep, compared; Optuna's record of them
@@ -10,8 +9,7 @@
 A checkpoint is a directory, which appears at once, by a rename:
 
     snapshot-000007/manifest.json    settings, metrics and result of each job; the files' checksums
-    snapshot-000007/<job>.pt         weights, optimizer, schedule, half-done step: tensors and
-                                     plain values
+    snapshot-000007/<job>.pt         tensors and plain values: weights, optimizer, half-done step
 
 The newest ones are kept; a damaged one is passed over. Randomness needs no record: it is a function
 of seed, epoch and sample. No job can be called .checkpoints: names begin with a letter or digit.
@@ -243,12 +241,11 @@ class RunDirectory:
     def job_checkpoints(self, name: str) -> CheckpointStore:
         return CheckpointStore(self.checkpoints.directory / "jobs" / name)
 
-    def has_checkpoints(self) -> bool:
-        """Whether there are any, whole or not, of the kind that the run makes."""
-        return self._has_job_checkpoints() if self.by_job else self.checkpoints.exists()
-
-    def _has_job_checkpoints(self) -> bool:
-        return any((self.checkpoints.directory / "jobs").glob("*/"))
+    def has_checkpoints(self, *, by_job: bool | None = None) -> bool:
+        """Whether there are any, whole or not; by default, of the kind that the run makes."""
+        if self.by_job if by_job is None else by_job:
+            return any((self.checkpoints.directory / "jobs").glob("*/"))
+        return self.checkpoints.exists()
 
     def newest_checkpoint(self, jobs: Sequence[str]) -> tuple[Checkpoint | None, list[str]]:
         """Read what jobs go on from, and what is wrong with newer checkpoints.
@@ -292,8 +289,8 @@ class RunDirectory:
                 raise NotADirectoryError(f"{existing} is no directory that can be written to")
             entries = sorted(os.listdir(self.path)) if self.path.exists() else []
         # A lock, or a checkpoint on its way when its writer was killed, is no result.
-        has_results = bool({*entries} - {".checkpoints"}) or self.checkpoints.exists()
-        if overwrite or not (has_results or self._has_job_checkpoints()):
+        has_any = any(self.has_checkpoints(by_job=by_job) for by_job in (False, True))
+        if overwrite or not (has_any or {*entries} - {".checkpoints"}):
             return
         if not resume:
             raise ConfigError(
@@ -377,10 +374,7 @@ class RunDirectory:
 
     @_by_its_owner
     def reopen(self, host: Host, job: Job, metrics_bytes: int) -> None:
-        """Bring the files of a job that goes on back to where its checkpoint is.
-
-        A process that was killed may have got further: with better weights, or to the job's end.
-        """
+        """Bring the files of a job back to where its checkpoint is: a killed run may be ahead."""
         name = job.name
         with self._writing():
             for directory in (self.job(name), *self.job(name).glob("checkpoints/*/")):
@@ -402,10 +396,7 @@ class RunDirectory:
 
     @_by_its_owner
     def write_job(self, host: Host, job: Job, result: JobResult) -> None:
-        """Write a job's last weights, the adapter's files and result.json.
-
-        The adapter's files are its best weights where an evaluation has chosen any, else the last.
-        """
+        """Write a job's last weights, the adapter's files (the best, if any) and result.json."""
         if job.best is not None:
             self.write_best(host, job)  # again: what is there may be half of it
         last, best = job.adapter.tensors(), job.best
@@ -433,21 +424,18 @@ def _write_adapter(
 
 
 def _model_card(result: JobResult, host: Host, job: Job) -> str:
-    """Write the README.md of a trained adapter."""
     which = f"{result.weights} weights of {result.steps} steps"
     if result.best is not None:
         which += f", chosen by {result.best['metric']} after step {result.best['step']}"
-    rows = [f"| {name} | {value:.4f} |" for name, value in result.metrics.items()]
-    table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
     training = f"{result.epochs:g} epochs, {result.tokens:,} tokens, seed {job.config.seed}"
-    return model_card(
-        job.adapter.config,
-        host.base,
-        name=result.job,
-        data="\n".join(f"- {line}" for line in result.data),
-        results="\n".join([f"The {which} ({training}).", *table]),
-        prompt=job.adapter.prompt,
-    )
+    lines = [f"The {which} ({training})."]
+    if result.metrics:
+        lines += ["", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in result.metrics.items()]
+    data = "\n".join(f"- {line}" for line in result.data)
+    config, prompt = job.adapter.config, job.adapter.prompt
+    results = "\n".join(lines)
+    return model_card(config, host.base, name=result.job, data=data, results=results, prompt=prompt)
 
 
 def nearest_existing(path: Path) -> Path:

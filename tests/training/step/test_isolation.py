@@ -18,11 +18,6 @@ from tests.training.running import matrix, trained_weights
 from tests.training.toy import ADAPTERS, toy_engine
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
-ORDERS = {
-    "as listed": ("lora", "dora", "mixlora", "mixdora"),
-    "reversed": ("mixdora", "mixlora", "dora", "lora"),
-    "mixed": ("mixlora", "lora", "mixdora", "dora"),
-}
 
 Weights = dict[str, dict[str, torch.Tensor]]
 
@@ -57,33 +52,26 @@ def alone(tmp_path_factory, margins) -> dict[torch.dtype, Weights]:
     return weights
 
 
-def check_together(directory, alone, order, dtype, **options) -> None:
-    configs, sets = matrix(gradient_checkpointing=options.pop("checkpointing", False))
-    by_name = {config.name: config for config in configs}
-    engine = toy_engine(directory, [by_name[name] for name in order], sets, dtype=dtype, **options)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float64, {}),
+        (torch.float32, {}),
+        (torch.float32, {"checkpointing": True}),
+        (torch.float32, {"max_tokens_per_step": 66}),
+    ],
+    ids=str,
+)
+def test_weights_are_those_of_each_job_alone(tmp_path, alone, margins, dtype, options):
+    configs, sets = matrix(gradient_checkpointing=options.get("checkpointing", False))
+    options = {name: value for name, value in options.items() if name != "checkpointing"}
+    engine = toy_engine(tmp_path, configs[::-1], sets, dtype=dtype, **options)
     together = trained_weights(engine)
     for job, expected in alone[dtype].items():
         for name, weight in expected.items():
             error = relative_error(together[job][name], weight)
             assert error < TOLERANCES[dtype], f"{job} {name}"
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_weights_are_those_of_each_job_alone(tmp_path, alone, margins, order, checkpointing):
-    check_together(tmp_path, alone, order, torch.float32, checkpointing=checkpointing)
     assert min(margins) > 3e-5, "too near to a tie for float32; take other seeds"
-
-
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_weights_in_float64_are_those_of_each_job_alone_to_its_rounding(tmp_path, alone, order):
-    check_together(tmp_path, alone, order, torch.float64)
-
-
-@pytest.mark.parametrize("limit", [66, 100, 160])
-def test_weights_are_those_of_each_job_alone_whatever_fits_into_a_step(tmp_path, alone, limit):
-    order = ORDERS["as listed"]
-    check_together(tmp_path, alone, order, torch.float32, max_tokens_per_step=limit)
 
 
 def test_the_matrix_varies_what_could_mix():

@@ -1,20 +1,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from loraloom.training.step.batch import lay_out
-from tests.tiny import relative_error
 from tests.training.step.test_fused import OBJECTIVES, assert_same, run_window
 from tests.training.toy import (
     ADAPTERS,
     add_job,
     gradients_of,
     toy_config,
-    toy_engine,
     toy_host,
     toy_set,
-    weights_of,
 )
 
 
@@ -69,35 +65,9 @@ def test_jobs_that_pack_and_jobs_that_do_not_share_a_forward():
         assert_same(gradients[config.name], alone_gradients[config.name], 1e-6)
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_a_packed_run_ends_with_the_weights_of_a_plain_one(tmp_path, method):
-    weights = []
-    for packing in (False, True):
-        config = toy_config(
-            "a", ADAPTERS[method], batch_size=8, packing=packing, max_length=32, learning_rate=1e-3
-        )
-        engine = toy_engine(tmp_path / str(packing), [config], dtype=torch.float32)
-        job = engine.jobs["a"]
-        engine.run()
-        weights.append(weights_of(job))
-    for name, plain in weights[0].items():
-        assert relative_error(weights[1][name], plain) < 1e-5, name
-
-
 def parts_of(configs, sets):
     host = toy_host()
     return [add_job(host, config, sets[config.name]).micro_batch() for config in configs]
-
-
-def test_rows_of_all_jobs_have_little_padding():
-    configs = [
-        toy_config(f"job{seed}", seed=seed, batch_size=16, packing=True, max_length=160)
-        for seed in range(3)
-    ]
-    parts = parts_of(configs, {c.name: toy_set(64, c.seed, longest=40) for c in configs})
-    layout = lay_out(parts)
-    real = sum(part.num_tokens for part in parts)
-    assert real / sum(layout.computed_tokens) > 0.9
 
 
 def test_no_row_is_longer_than_its_job_allows():
@@ -110,11 +80,3 @@ def test_no_row_is_longer_than_its_job_allows():
     for part, rows, longest in zip(parts, layout.rows, (10, 60), strict=True):
         lengths = [sum(len(part.examples[place].input_ids) for place in row) for row in rows]
         assert max(lengths) <= longest
-
-
-def test_without_packing_each_sample_has_a_row():
-    config = toy_config("a", batch_size=5)
-    layout = lay_out(parts_of([config], {"a": toy_set(16)}))
-    assert not layout.is_packed
-    assert layout.sample_lengths is None
-    assert layout.rows == [[[0], [1], [2], [3], [4]]]

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraloom.errors import FormatError
 from loraloom.generation.scoring import label_log_probs
-from loraloom.training.settings import CpoConfig, DpoConfig, SftConfig
+from loraloom.training.settings import DpoConfig
 from loraloom.training.step import objectives
 from loraloom.training.step.objectives import (
     Reference,
@@ -26,17 +25,6 @@ def start(tmp_path):
     return str(tmp_path / "start")
 
 
-def test_objectives_without_a_reference_have_none():
-    assert load_reference(toy_host(), SftConfig()) is None
-    assert load_reference(toy_host(), CpoConfig()) is None
-
-
-def test_the_base_model_needs_no_adapter():
-    host = toy_host()
-    assert load_reference(host, DpoConfig()) == Reference(None)
-    assert host.adapters == {}
-
-
 def test_an_adapter_is_loaded_once_and_dropped_with_its_last_job(start):
     host = toy_host()
     one, other = (load_reference(host, DpoConfig(reference=start)) for _ in range(2))
@@ -46,11 +34,6 @@ def test_an_adapter_is_loaded_once_and_dropped_with_its_last_job(start):
     assert list(host.adapters) == [one.adapter_name]
     drop_reference(host, other, [None, Reference(None)])
     assert host.adapters == {}
-
-
-def test_a_reference_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(FormatError, match="gone"):
-        load_reference(toy_host(), DpoConfig(reference=str(tmp_path / "gone")))
 
 
 def test_a_sample_is_asked_for_once(start, monkeypatch):

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
-from loraloom.errors import TrainingError
+from loraloom.errors import ConfigError, TrainingError
 from loraloom.training import rounds
-from loraloom.training.rounds import RoundRunner
+from loraloom.training.rounds import RoundRunner, adapter_bytes, base_bytes
+from loraloom.training.run import train
 from loraloom.training.step.batch import MicroBatchLoss, lay_out
 from loraloom.training.step.fused import forward_backward
 from tests.tiny import relative_error
+from tests.training.running import assert_same_files, interrupted, matrix, resumed, trained_weights
+from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.step.test_fused import OBJECTIVES, assert_same, without_router_loss
 from tests.training.toy import (
     ADAPTERS,
@@ -67,7 +72,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", ["lora", "mixdora"])
 def test_a_step_in_parts_gives_the_losses_and_gradients_of_a_whole_one(memory, method, settings):
     config = toy_config("a", without_router_loss(ADAPTERS[method]), batch_size=8, **settings)
     (whole,), (expected,), _ = one_step(config)
@@ -77,25 +82,6 @@ def test_a_step_in_parts_gives_the_losses_and_gradients_of_a_whole_one(memory, m
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     assert parts.metrics == pytest.approx(whole.metrics, rel=1e-6)
     assert_same(gradients, expected, 1e-6)
-
-
-def test_jobs_are_parted_before_their_micro_batches_are(memory):
-    configs = [toy_config(name, ADAPTERS[name], batch_size=4) for name in ADAPTERS]
-    whole, expected, _ = one_step(*configs)
-    memory.max_tokens = 36  # four rows of nine tokens
-    parts, gradients, _ = one_step(*configs)
-    assert [loss.aux_loss for loss in parts] == pytest.approx([loss.aux_loss for loss in whole])
-    for own, other in zip(gradients, expected, strict=True):
-        assert_same(own, other, 1e-6)
-
-
-def test_the_size_that_fits_is_remembered(memory):
-    config = toy_config("a", batch_size=8)
-    memory.max_tokens = 40
-    _, _, runner = one_step(config)
-    assert memory.failures == 1
-    assert runner.max_tokens == 36
-    assert max(memory.sizes) <= 36
 
 
 def test_a_job_of_which_one_example_does_not_fit_fails_and_the_others_go_on(memory):
@@ -121,15 +107,6 @@ def test_a_run_whose_memory_runs_out_ends_with_the_same_weights(memory, tmp_path
         weights.append(weights_of(job))
     for name, whole in weights[0].items():
         assert relative_error(weights[1][name], whole) < 1e-5, name
-
-
-def test_a_failed_job_says_why_in_its_result(memory, tmp_path):
-    memory.max_tokens = 12
-    configs = [toy_config("long", batch_size=2), toy_config("short", seed=1, batch_size=4)]
-    sets = {"long": toy_set(2, longest=40, seed=3), "short": toy_set(16)}
-    long, short = toy_engine(tmp_path, configs, sets).run()
-    assert (long.status, short.status) == ("failed", "finished")
-    assert "must fit into memory" in long.error
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
@@ -197,3 +174,93 @@ def test_a_step_is_parted_before_the_system_kills_the_process(small_machine, che
     ]
     alone = [one_step(config, runner=RoundRunner(host, PAD_ID))[0] for config in configs[:1]]
     assert losses[0].loss == pytest.approx(alone[0][0].loss)
+
+
+LIMIT = 80
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[dict[str, int]]:
+    """Collect the tokens of each job in each fused step."""
+    found = []
+
+    def spy(host, parts, pad_id):
+        names = [part.adapter.name for part in parts]
+        found.append(dict(zip(names, lay_out(parts).computed_tokens, strict=True)))
+        return forward_backward(host, parts, pad_id)
+
+    monkeypatch.setattr(rounds, "forward_backward", spy)
+    return found
+
+
+def test_a_resumed_run_chooses_the_same_steps(tmp_path):
+    configs, sets = matrix(max_steps=8)
+    options = {"max_tokens_per_step": LIMIT}
+    toy_engine(tmp_path / "unbroken", configs, sets, **options).run()
+    broken = toy_engine(tmp_path / "broken", configs, sets, **options)
+    interrupted(broken, after_round=11)
+    resumed(tmp_path / "broken", configs, sets, **options).run()
+    assert_same_files(tmp_path / "broken", tmp_path / "unbroken", list(sets))
+
+
+def test_shares_of_computed_tokens_follow_priorities(tmp_path, steps):
+    priorities = {"a": 1, "b": 2, "c": 0.5}
+    configs = [
+        toy_config(name, priority=priority, max_steps=100) for name, priority in priorities.items()
+    ]
+    sets = {name: toy_set(seed=seed, longest=6 + 3 * seed) for seed, name in enumerate(priorities)}
+    engine = toy_engine(tmp_path, configs, sets, max_tokens_per_step=48)
+    for _ in range(60):
+        engine.step()
+    computed = Counter()
+    for step in steps:
+        computed.update(step)
+    levels = [computed[name] / priority for name, priority in priorities.items()]
+    assert max(levels) - min(levels) <= 2 * 48
+    assert min(levels) > 5 * 48
+
+
+def test_a_job_that_fits_no_step_is_refused_with_the_number_that_it_needs(tmp_path):
+    sets = {"big": toy_set(longest=9)}
+    longest = max(len(example.input_ids) for example in sets["big"].examples)
+    with pytest.raises(
+        ConfigError, match=rf"job big: max_tokens_per_step must hold .* {4 * longest} tokens"
+    ):
+        toy_engine(tmp_path, [toy_config("big")], sets, max_tokens_per_step=4 * longest - 1)
+    toy_engine(tmp_path, [toy_config("big")], sets, max_tokens_per_step=4 * longest)
+
+
+def test_jobs_that_the_checkpoint_does_not_know_do_not_get_ahead(tmp_path):
+    engine = toy_engine(tmp_path, [toy_config("a")], max_tokens_per_step=1000)
+    engine.step()
+    engine.save_state()
+    again = resumed(tmp_path, [toy_config("a"), toy_config("b")], max_tokens_per_step=1000)
+    a, b = (again.jobs[name].scheduler_pass for name in "ab")
+    assert a == b == engine.jobs["a"].scheduler_pass > 0
+
+
+def test_a_limit_without_room_for_what_is_loaded_is_refused_before_anything_is_written(tmp_path):
+    settings = run_settings(save_inputs(tmp_path), tmp_path / "out")
+    path = write_run_file(tmp_path / "run.yaml", {**settings, "memory_limit": "10kB"})
+    with pytest.raises(
+        ConfigError, match=r"must fit into 0.00 GB \(memory_limit\), base model, adapters and"
+    ):
+        train(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_joins_must_fit_as_well(tmp_path):
+    alone = toy_engine(tmp_path / "alone", [toy_config("a")])
+    limit = base_bytes(alone.host) + 6 * adapter_bytes(alone.host)
+    engine = toy_engine(tmp_path / "out", [toy_config("a")], memory_limit=limit)
+    engine.step()
+    with pytest.raises(ConfigError, match=r"a step must fit into .* \(memory_limit\)"):
+        engine.add(add_job(engine.host, toy_config("b")))
+    assert list(engine.host.adapters) == ["a"]
+    assert not (tmp_path / "out/b").exists()
+    alone.step()
+    expected = trained_weights(alone)["a"]
+    assert all(
+        torch.equal(weights, expected[name])
+        for name, weights in trained_weights(engine)["a"].items()
+    )

@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
 
-from loraloom.errors import TrainingError
+from loraloom.errors import ConfigError
 from loraloom.training import store as store_module
 from loraloom.training.results import JobResult
-from loraloom.training.store import Checkpoint, CheckpointStore, JobRecord
+from loraloom.training.store import Checkpoint, CheckpointStore, JobRecord, RunDirectory
 
 RESULT = JobResult(
     job="b",
@@ -66,24 +65,6 @@ def test_the_newest_two_are_kept(tmp_path):
     assert store.newest()[0].round == 9
 
 
-def test_a_damaged_snapshot_is_none_of_those_that_are_kept(tmp_path):
-    store = CheckpointStore(tmp_path)
-    write(store, 1)
-    write(store, 2)
-    damaged = newest_directory(store)
-    (damaged / "a.pt").unlink()
-    store.newest()
-    write(store, 3)
-    assert not damaged.exists()
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_none_is_newest_where_there_is_none(tmp_path):
-    store = CheckpointStore(tmp_path / "snapshots")
-    assert store.newest() == (None, [])
-    assert not store.exists()
-
-
 @pytest.mark.parametrize("damage", ["torn", "edited", "gone", "manifest", "no manifest"])
 def test_a_damaged_snapshot_is_passed_over_and_named(tmp_path, damage):
     store = CheckpointStore(tmp_path)
@@ -122,56 +103,13 @@ def test_a_crash_while_writing_leaves_the_snapshot_before(tmp_path, monkeypatch)
     assert (snapshot.round, faults) == (1, [])
 
 
-def test_files_are_synced_before_they_appear(tmp_path, quick_disk):
-    write(CheckpointStore(tmp_path), 1)
-    assert len(quick_disk) >= 4  # state, manifest, their directory, the one above
-
-
-def test_a_full_disk_is_a_training_error(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match=r"can't be written to .* No space left"):
-        write(CheckpointStore(tmp_path), 1)
-
-
-def test_snapshots_are_found_by_number(tmp_path):
-    store = CheckpointStore(tmp_path)
-    write(store, 1)
-    (tmp_path / "snapshot-000001").rename(tmp_path / "snapshot-999999")
-    write(store, 2)
-    assert (tmp_path / "snapshot-1000000").exists()
-    assert store.newest()[0].round == 2
-    write(store, 3, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["snapshot-1000001"]
-
-
-def test_what_lies_beside_snapshots_is_left_alone(tmp_path):
-    store = CheckpointStore(tmp_path)
-    write(store, 1)
-    for name in ("snapshot-backup", "snapshot-000009.old", "mine"):
-        shutil.copytree(tmp_path / "snapshot-000001", tmp_path / name)
-    (tmp_path / "snapshot-000077").write_text("a file")
-    for round_number in (2, 3, 4):
-        write(store, round_number)
-    assert store.newest()[0].round == 4
-    store.clear()
-    assert not store.exists()
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["mine", "snapshot-000009.old", "snapshot-000077", "snapshot-backup"]
-
-
 @pytest.mark.parametrize(
     "change",
     [
         ["jobs"],
-        {"jobs": []},
-        {"jobs": {"a": []}},
         {"jobs": {"a": {"settings": 3}}},
         {"jobs": {"../a": {"settings": {}, "sha256": "0"}}},
         {"jobs": {"a": {"settings": {}, "scheduler_pass": math.inf}}},
-        {"round": "seven"},
         {"extra": 1},
     ],
     ids=str,
@@ -191,8 +129,55 @@ def test_a_manifest_of_something_else_is_passed_over(tmp_path, change):
     assert "is damaged" in fault
 
 
-def test_a_manifest_that_is_nested_too_deeply_is_passed_over(tmp_path):
-    store = CheckpointStore(tmp_path)
-    write(store, 1)
-    (tmp_path / "snapshot-000001/manifest.json").write_text("[" * 100_000)
-    assert store.newest()[0] is None
+def test_resume_needs_checkpoints_where_there_are_results(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.check(resume=True, overwrite=False)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ConfigError, match="--resume needs checkpoints"):
+        directory.check(resume=True, overwrite=False)
+    directory.checkpoints.write(Checkpoint(0, 0.0, {}, {"a": JobRecord({})}), {})
+    directory.check(resume=True, overwrite=False)
+
+
+def test_overwriting_takes_this_runs_files_and_leaves_others(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for job in ("a", "other"):
+        directory.best(job).mkdir(parents=True)
+        for name in ("metrics.jsonl", "result.json", "notes.txt", "adapter_config.json"):
+            (directory.job(job) / name).write_text("{}")
+    directory.prepare(["a"])
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
+    assert len(list((tmp_path / "other").iterdir())) == 5
+
+
+@pytest.mark.parametrize("file", ["result.json", "adapter_config.json", "adapter_model.bin"])
+def test_a_job_that_joins_replaces_no_adapter_unasked(tmp_path, file):
+    directory = RunDirectory(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / file).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"job a must be new in .*there is .*{file}; take"):
+        directory.prepare_job("a")
+    assert (tmp_path / "a" / file).read_text() == "mine"
+    directory.prepare_job("a", overwrite=True)
+    assert not (tmp_path / "a" / file).exists()
+
+
+def test_links_in_the_way_are_deleted_and_what_they_point_to_stays(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.txt").write_text("")
+    (tmp_path / "out/a").mkdir(parents=True)
+    (tmp_path / "out/a/checkpoints").symlink_to(mine)
+    (tmp_path / "out/a/metrics.jsonl").symlink_to(mine / "a.txt")
+    RunDirectory(tmp_path / "out").prepare(["a"])
+    assert list((tmp_path / "out/a").iterdir()) == []
+    assert (mine / "a.txt").exists()
+
+
+def test_what_a_killed_run_left_on_its_way_is_deleted(tmp_path):
+    for place in ("out", "out/.checkpoints"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / ".0123456789abcdef.writing").write_text("half")
+    with RunDirectory(tmp_path / "out").lock():
+        pass
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == [".checkpoints", ".lock"]
