@@ -5,10 +5,11 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
+from loraloom.terminal import make_table
 from loraloom.training.job import Job, Position
 from loraloom.training.progress import Progress
-from loraloom.training.ranking import Ranking, Standing
 from tests.training.toy import add_job, toy_config, toy_host
 
 
@@ -92,13 +93,10 @@ def test_a_file_gets_one_line_for_all_jobs():
     assert second.startswith("law: step 0/1"), "with news since the last line alone"
 
 
-def ranking(step: int, value: float | None = None) -> Ranking:
-    parameters = {"train.learning_rate": 1e-4}
-    standings = (
-        Standing("lr-000", parameters, steps=step, total_steps=9, value=value),
-        Standing("lr-001", parameters, status="stopped", steps=4, rung_values={4: 2.5}, value=2.5),
-    )
-    return Ranking("eval/loss", (4,), standings, num_jobs=2)
+def table(value: float) -> Table:
+    drawn = make_table("", "job", values=["eval/loss"])
+    drawn.add_row("1", "lr-000", f"{value:.4f}")
+    return drawn
 
 
 def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():
@@ -107,7 +105,7 @@ def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():
     progress.start()
     for name in ("lr-000", "lr-001", "law"):
         progress.add(*shown(job(name, 9)))
-    progress.rank(ranking(1, 2.25))
+    progress.rank({"lr-000", "lr-001"}, table(2.5), "", True)
     start = len(printed(screen))
     time.sleep(0.5)  # drawn ten times a second
     drawn = printed(screen)[start:].split("\x1b[1A\x1b[2K\r")[-1]
@@ -115,7 +113,7 @@ def test_a_live_table_ranks_the_jobs_of_a_sweep_in_place_of_their_lines():
     assert "0/9 loss" in drawn
     assert "lr-000 \x1b" not in drawn, "no line, only a place in the table"
     progress.stop()
-    progress.conclude(ranking(9, 2.75))
+    progress.conclude(table(2.75))
     assert "2.7500" in printed(screen)
 
 
@@ -124,15 +122,14 @@ def test_plain_lines_of_a_sweep_come_when_there_is_news():
     progress, first_job = Progress(screen, interval_s=1000.0), job("lr-000", 9)
     progress.start()
     progress.add(*shown(first_job))
-    for step, value in ((0, None), (1, None), (2, 2.25), (3, 2.25)):
-        progress.rank(ranking(step, value))
+    for step, is_news in enumerate((True, False, True, False)):
+        progress.rank({"lr-000"}, table(2.25), f"sweep: at step {step}", is_news)
         advance(first_job, 100, 2.0)
         progress.update(*shown(first_job))
-    progress.conclude(ranking(9, 2.25))
-    first, second, *table = printed(screen).splitlines()
-    assert len(table) == 3
-    assert first.startswith("sweep: 1 of 2 jobs train, at step 0/9; best lr-001")
-    assert second.startswith("sweep: 1 of 2 jobs train, at step 2/9; best lr-000")
+    progress.conclude(table(2.25))
+    first, second, *lines = printed(screen).splitlines()
+    assert len(lines) == 2
+    assert (first, second) == ("sweep: at step 0", "sweep: at step 2")
 
 
 class Failing(io.StringIO):

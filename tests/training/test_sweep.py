@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import math
 import os
 import shutil
 import signal
@@ -10,19 +10,22 @@ import signal
 import optuna
 import pytest
 import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from rich.console import Console
 from safetensors.torch import load_file
 
 from loraloom.errors import ConfigError
-from loraloom.training.builder import JobBuilder
 from loraloom.training.engine import Engine
 from loraloom.training.progress import Progress
 from loraloom.training.run import train
 from loraloom.training.settings import RunConfig
-from loraloom.training.sweep import AshaPruner
+from loraloom.training.store import RunDirectory
+from loraloom.training.sweep import AshaPruner, Sweep, plot_sweep
 from loraloom.training.sweep_settings import SweepStoppingConfig
+from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs
 from tests.training.toy import read_result
 
@@ -45,25 +48,6 @@ def sweep_run(inputs, output_dir, jobs=(), eval_steps=None, **settings) -> RunCo
         "early_stopping": {"asha": {"min_steps": 2, "reduction_factor": 2}},
     }
     return RunConfig.model_validate({**run, "jobs": list(jobs), "sweep": sweep | settings})
-
-
-class Shown(Progress):
-    """Keeps the rankings that are shown."""
-
-    def __init__(self):
-        super().__init__()
-        self.rankings = []
-        self.messages = []
-        self.concluded = []
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def rank(self, ranking):
-        self.rankings.append(ranking)
-
-    def conclude(self, ranking):
-        self.concluded.append(ranking)
 
 
 def read_csv(directory):
@@ -91,14 +75,6 @@ def test_after_each_rung_the_best_half_goes_on(inputs, halved):
         assert {name for name in reached if steps[name] > rung} == set(best)
 
 
-def test_a_job_that_lost_says_why_and_keeps_its_weights(halved):
-    (lost, *_) = [row["name"] for row in read_csv(halved) if row["steps"] == "4"]
-    result = read_result(halved / lost)
-    assert (result.status, result.steps) == ("stopped", 4)
-    assert "is not among the best after step 4" in result.stop_reason
-    assert (halved / lost / "adapter_model.safetensors").exists()
-
-
 def test_the_table_has_the_parameters_and_the_metric_of_the_weights(halved):
     rows = read_csv(halved)
     names = [f"plain-00{number}-{rate:g}" for number, rate in enumerate(RATES)]
@@ -107,17 +83,12 @@ def test_the_table_has_the_parameters_and_the_metric_of_the_weights(halved):
     (winner,) = [row for row in rows if row["status"] == "finished"]
     assert winner["rank"] == "1"
     assert float(winner["eval/loss"]) == read_result(halved / winner["name"]).metrics["eval/loss"]
+    (lost, *_) = [row["name"] for row in rows if row["steps"] == "4"]
+    result = read_result(halved / lost)
+    assert (result.status, result.steps) == ("stopped", 4)
+    assert "is not among the best after step 4" in result.stop_reason
+    assert (halved / lost / "adapter_model.safetensors").exists()
     assert (halved / "sweep.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_ranking_is_shown_from_the_start_to_the_end(inputs, tmp_path):
-    shown = Shown()
-    train(sweep_run(inputs, tmp_path, search={"random": 2}), progress=shown)
-    assert shown.rankings[0].best is None
-    assert all(one.is_running for one in shown.rankings[0].standings)
-    (final,) = shown.concluded
-    assert final == shown.rankings[-1]
-    assert [one.status for one in final.ranked] == ["finished", "stopped"]
 
 
 def test_jobs_beside_a_sweep_train_to_their_end(inputs, tmp_path):
@@ -148,16 +119,6 @@ def test_those_that_come_later_to_a_rung_are_judged_against_all_before(inputs, t
     assert [row["status"] for row in rows] == expected
 
 
-def test_jobs_that_take_turns_are_judged_as_they_come(inputs, tmp_path):
-    run = sweep_run(inputs, tmp_path)
-    train(RunConfig.model_validate({**run.model_dump(), "max_tokens_per_step": 450}))
-    rows = read_csv(tmp_path)
-    assert {row["status"] for row in rows} == {"finished", "stopped"}
-    assert all(int(row["steps"]) in (2, 4, 8, 9) for row in rows)
-    (best,) = [row for row in rows if row["rank"] == "1"]
-    assert best["status"] == "finished"
-
-
 def without_seconds(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
@@ -166,7 +127,7 @@ def metrics_of(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5, 9])
+@pytest.mark.parametrize("stop", [4, 5])
 def test_a_resumed_sweep_equals_an_unbroken_one(inputs, halved, tmp_path, monkeypatch, stop):
     """Interrupted in and after the fused steps that end at a rung."""
     step = Engine.step
@@ -210,42 +171,17 @@ def test_a_killed_sweep_decides_again_what_was_not_saved(inputs, halved, tmp_pat
 def test_a_sweep_goes_on_without_its_journal(inputs, halved, tmp_path):
     directory = shutil.copytree(halved, tmp_path / "copy")
     (directory / "sweep.journal").unlink()
-    shown = Shown()
+    shown = Spoken()
     train(sweep_run(inputs, directory), resume=True, progress=shown)
     assert not [text for text in shown.messages if text.startswith(("error", "warning"))]
-    (final,) = shown.concluded
-    assert sorted(one.steps for one in final.standings) == [2, 2, 2, 4, 4, 9]
+    assert sorted(int(row["steps"]) for row in read_csv(directory)) == [2, 2, 2, 4, 4, 9]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"parameters": {"train.learning_rate": tuple(RATES[:-1])}}, "sweep.parameters"),
-        ({"metric": "eval/loss_of_another"}, "sweep.metric was 'eval/loss'"),
-    ],
-)
-def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path, monkeypatch, change, message):
+def test_another_sweep_is_not_gone_on_with(inputs, halved, tmp_path):
     directory = shutil.copytree(halved, tmp_path / "copy")
-    run = sweep_run(inputs, directory)
-    changed = run.model_copy(update={"sweep": run.sweep.model_copy(update=change)})
-    with pytest.raises(ConfigError, match=message):
+    changed = sweep_run(inputs, directory, parameters={"train.learning_rate": RATES[:-1]})
+    with pytest.raises(ConfigError, match=r"these differ: .*sweep\.parameters"):
         train(changed, resume=True)
-
-
-def test_a_job_that_can_not_be_built_is_a_trial_that_failed(inputs, tmp_path, monkeypatch):
-    built, real = [], JobBuilder.build
-
-    def failing(self, config, *rest, **more):
-        built.append(config.name)
-        if len(built) == 3:
-            raise torch.linalg.LinAlgError("no singular values")
-        return real(self, config, *rest, **more)
-
-    monkeypatch.setattr(JobBuilder, "build", failing)
-    shown = Shown()
-    results = train(sweep_run(inputs, tmp_path, max_concurrent=2), progress=shown)
-    assert len(results) == len(RATES) - 1
-    assert [text for text in shown.messages if "no singular values" in text]
 
 
 def test_a_finished_sweep_is_resumed_to_the_same_table(inputs, halved):
@@ -328,19 +264,6 @@ def test_tpe_trains_so_many_jobs_and_leaves_a_study_to_optuna(inputs, learned):
         assert ("num_experts" in settings) == (row["adapter.method"] == "mixlora")
 
 
-def test_tpe_learns_from_the_jobs_that_ended(inputs, learned):
-    """Rates near 1e-2 do best here: its own are closer to the best than the random ten."""
-    rows = read_csv(learned)
-    best = next(row for row in rows if row["rank"] == "1")
-
-    def distance(row):
-        rates = [float(one["train.learning_rate"]) for one in (row, best)]
-        return abs(math.log10(rates[0] / rates[1]))
-
-    random_ones, own = rows[:10], rows[10:]
-    assert sum(map(distance, own)) / len(own) < sum(map(distance, random_ones)) / 10
-
-
 def test_a_killed_tpe_sweep_goes_on_to_the_jobs_of_an_unbroken_one(
     inputs, learned, tmp_path, monkeypatch
 ):
@@ -368,7 +291,7 @@ def test_a_killed_tpe_sweep_goes_on_to_the_jobs_of_an_unbroken_one(
 
 def test_a_job_that_can_not_join_fails_alone(inputs, tmp_path):
     files = [str(inputs / "rows.jsonl"), str(tmp_path / "nowhere.jsonl")]
-    shown = Shown()
+    shown = Spoken()
     run = sweep_run(
         inputs,
         tmp_path,
@@ -408,41 +331,6 @@ def test_a_rung_that_no_job_reaches_is_an_error_before_anything_is_written(input
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_goes_on_when_only_jobs_below_the_rungs_are_left(inputs, tmp_path, monkeypatch):
-    """The long job ends at rung 2; the short one, of 2 steps, is interrupted after its first."""
-    parameters = {"train.max_steps": [9, 2], "train.micro_batch_size": [2]}
-    run = sweep_run(inputs, tmp_path, parameters=parameters)
-    step = Engine.step
-
-    def stepping(engine):
-        if engine.round == 1:
-            engine.stop("plain-000-9-2", "enough")
-            os.kill(os.getpid(), signal.SIGINT)
-        step(engine)
-
-    monkeypatch.setattr(Engine, "step", stepping)
-    with pytest.raises(KeyboardInterrupt):
-        train(run)
-    monkeypatch.setattr(Engine, "step", step)
-    results = train(run, resume=True)
-    assert [result.status for result in results] == ["stopped", "finished"]
-
-
-def test_the_picture_is_there_when_the_sweeps_jobs_are_done(inputs, tmp_path):
-    run = sweep_run(inputs, tmp_path)
-    long = run.trials[0].job.model_dump(mode="json") | {"name": "long"}
-    long["train"] |= {"max_steps": 12}
-    seen = []
-
-    def look(engine, _):
-        if set(engine.jobs) == {"long"}:
-            seen.append((tmp_path / "sweep.png").exists())
-
-    train(sweep_run(inputs, tmp_path, jobs=[long]), between_steps=look)
-    assert seen
-    assert all(seen)
-
-
 def test_a_table_that_can_not_be_written_stops_nothing(inputs, tmp_path, monkeypatch):
     def full(*_):
         raise ConfigError("sweep.csv can't be written: No space left on device")
@@ -452,30 +340,23 @@ def test_a_table_that_can_not_be_written_stops_nothing(inputs, tmp_path, monkeyp
     assert all(result.error is None for result in results)
 
 
-UNLIKE = [
-    ({"seed": [0, 1]}, "they hold out other rows"),
-    ({"train.objective.beta": [0.1, 0.5]}, "their objectives differ"),
-    ({"train.learning_rate": [1e-3, 1e-2]}, None),
-]
-
-
-@pytest.mark.parametrize(("parameters", "warning"), UNLIKE, ids=["seed", "objective", "rate"])
-def test_a_run_warns_of_jobs_that_are_not_measured_alike(inputs, tmp_path, parameters, warning):
+def test_a_run_warns_of_jobs_that_are_not_measured_alike(inputs, tmp_path):
     run = sweep_run(inputs, tmp_path).model_dump(mode="json")
     job = run["sweep"]["job"]
     job["data"] |= {"dataset": str(inputs / "pairs.jsonl"), "format": "preference"}
     job["train"] |= {"objective": {"name": "dpo"}, "max_steps": 1}
+    parameters = {"seed": [0, 1], "train.objective.beta": [0.1, 0.5]}
     run["sweep"] |= {"parameters": parameters, "early_stopping": None}
-    shown = Shown()
+    shown = Spoken()
     train(RunConfig.model_validate(run), progress=shown)
-    told = [text for text in shown.messages if text.startswith("warning")]
-    assert len(told) == (warning is not None)
-    assert warning is None or warning in told[0]
+    rows, objectives = [text for text in shown.messages if text.startswith("warning")]
+    assert "they hold out other rows" in rows
+    assert "their objectives differ" in objectives
 
 
-@pytest.mark.parametrize("lengths", [[2, 9], [9, 2]])
-def test_one_job_at_a_time_may_be_too_short_for_the_rungs(inputs, tmp_path, monkeypatch, lengths):
-    """It is the first one, or the one that is left after an interruption."""
+def test_one_job_at_a_time_may_be_too_short_for_the_rungs(inputs, tmp_path):
+    """As the one that is left after an interruption."""
+    lengths = [9, 2]
     parameters = {"train.max_steps": lengths, "train.micro_batch_size": [2]}
     stopping = {"asha": {"min_steps": 2}}
     run = sweep_run(
@@ -490,3 +371,67 @@ def test_one_job_at_a_time_may_be_too_short_for_the_rungs(inputs, tmp_path, monk
         train(run, between_steps=interrupt)
     results = train(run, resume=True)
     assert [result.status for result in results] == ["finished", "finished"]
+
+
+PARAMETERS = {
+    "train.learning_rate": FloatDistribution(1e-5, 1e-1, log=True),
+    "data.template": CategoricalDistribution(['"[INST] {{ a }} [/INST]"']),
+}
+
+
+def trial_of(curve: dict[int, float], rate: float, state: str = "PRUNED", **ended) -> FrozenTrial:
+    parameters = dict(zip(PARAMETERS, (rate, '"[INST] {{ a }} [/INST]"'), strict=True))
+    return create_trial(
+        state=TrialState[state],
+        value=curve[max(curve)] if curve and state != "RUNNING" else None,
+        params=parameters,
+        distributions=PARAMETERS,
+        intermediate_values=curve,
+        user_attrs={"ended": ended} if ended else {},
+    )
+
+
+def test_those_that_passed_most_rungs_are_ahead_and_at_their_own_end_all_of_them(inputs, tmp_path):
+    run = sweep_run(inputs, tmp_path, early_stopping={"asha": {"rungs": [3, 6]}})
+    screen = io.StringIO()
+    progress = Progress(Console(file=screen, width=200), interval_s=0.0)
+    sweep = Sweep(run, RunDirectory(tmp_path), progress)
+    sweep.study = optuna.create_study()
+    end = {"steps": 3, "seconds": 1.25}
+    sweep.study.add_trials(
+        [
+            trial_of({}, 1e-4, "FAIL", status="failed", value=0.1, **end),
+            trial_of({3: 2.5}, 1e-4, status="stopped", value=2.5, **end),
+            trial_of({}, 1e-4, "RUNNING"),
+            trial_of({3: 2.0, 6: 1.5}, 1e-4, "RUNNING"),
+            trial_of({3: 1.0, 6: 1.75}, 1e-4, status="stopped", value=1.0, **end),
+            trial_of({2: 9.0}, 1e-4, "COMPLETE", status="stopped early", value=9.0, **end),
+        ]
+    )
+    rows = sweep.rows()
+    assert [row["rank"] for row in rows] == [6, 4, 5, 2, 3, 1]
+    assert list(rows[1].values())[1:] == [
+        *(4, "stopped", 3, "0.0001", "[INST] {{ a }} [/INST]", 2.5, None, 2.5, "1.2")
+    ]
+    sweep.show(is_over=True)
+    line, header, first, *_ = screen.getvalue().splitlines()
+    assert line.startswith("sweep: 2 of 6 jobs train, at step 6/9; best plain-005-0.0001-INST")
+    assert header.split()[-4:] == ["eval/loss@3", "eval/loss@6", "eval/loss", "status"]
+    assert "[INST] {{ a }} [/INST]" in first
+
+
+def test_the_picture_has_a_curve_for_each_job_and_the_parameter_that_matters(tmp_path):
+    """Jobs that depend on the rate alone; every second one was stopped."""
+    study, states = optuna.create_study(), ["COMPLETE", "PRUNED"]
+    curves = [{4: 5.0 - number} | ({8: 0.5} if number else {}) for number in range(6)]
+    for number, curve in enumerate(curves):
+        study.add_trial(trial_of(curve, 10.0 ** -(5 - number / 2), states[number % 2]))
+    names = [f"lr-00{number}" for number in range(6)]
+    left, right = plot_sweep(study, names, "eval/loss", tmp_path / "sweep.png").axes
+    drawn = left.get_lines()
+    assert [list(line.get_ydata()) for line in drawn] == [[*curve.values()] for curve in curves]
+    assert [line.get_marker() for line in drawn] == ["o", "x"] * 3
+    assert [text.get_text() for text in left.get_legend().get_texts()][-1] == "lr-000"
+    assert right.get_xlabel() == "importance for eval/loss after step 4"
+    assert right.patches[0].get_width() > 0.8
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

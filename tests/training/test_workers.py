@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,13 +13,11 @@ import pytest
 import loraloom
 from benchmarks import cluster
 from loraloom.cli import main as cli
-from loraloom.errors import ConfigError
+from loraloom.errors import ConfigError, TrainingError
 from loraloom.training import ray_cluster, workers
-from loraloom.training.engine import Engine
-from loraloom.training.results import JobResult
 from loraloom.training.settings import RunConfig
 from loraloom.training.store import RunDirectory
-from loraloom.training.workers import Worker, _Driver
+from loraloom.training.workers import Worker
 from tests.training.running import Spoken
 from tests.training.saved import run_settings, save_inputs, write_run_file
 from tests.training.toy import read_result
@@ -105,41 +102,21 @@ class LocalRay:
         pass
 
 
-def train_locally(run: RunConfig, size: int, dies) -> tuple[list[JobResult], list[str]]:
-    spoken, directory = Spoken(), RunDirectory(run.output_dir, by_job=True)
-    driver = _Driver(LocalRay(dies), run, directory, spoken, {}, "")
-    driver.assemble(size, goes_on=False)
-    directory.prepare([job.name for job in run.all_jobs])
-    return driver.train(), spoken.messages
-
-
-def test_jobs_of_a_lost_worker_go_on_alone_and_one_that_is_lost_again_has_failed(
+def test_jobs_of_a_worker_that_is_lost_for_good_are_left_and_the_others_are_trained(
     inputs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(workers, "NEWS_S", 0.0)
     run = RunConfig.model_validate(run_settings(inputs, tmp_path / "out"))
-    (plain, mixture), said = train_locally(run, 1, lambda jobs: "plain" in jobs)
-    assert (plain.status, mixture.status) == ("failed", "finished")
-    assert plain.error == "job plain: 3 workers were lost that trained it: killed"
-    assert read_result(tmp_path / "out/plain") == plain
-    assert "warning: worker 0 was lost for good: killed" in said
-
-
-def test_trials_of_a_lost_worker_fail_and_the_others_are_trained(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "NEWS_S", 0.0)
-    run = cluster.sweep_of_twelve(inputs, tmp_path / "out")
-    run["sweep"] |= {"max_concurrent": 2, "early_stopping": None}
-    step, rounds = Engine.step, []
-
-    def dying(engine):
-        rounds.append(engine.round)
-        if len(rounds) == 3:
-            raise LostError("killed")
-        step(engine)
-
-    monkeypatch.setattr(Engine, "step", dying)
-    results, _ = train_locally(RunConfig.model_validate(run), 1, lambda _: False)
-    assert Counter(result.status for result in results) == {"failed": 2, "finished": 10}
+    spoken, directory = Spoken(), RunDirectory(run.output_dir, by_job=True)
+    ray = LocalRay(lambda jobs: "plain" in jobs)
+    actors = workers.start_workers(ray, run, 2, {}, spoken, "")
+    workers.prepare_workers(ray, actors, directory, spoken, goes_on=False)
+    directory.prepare(["plain", "mixture"])
+    with pytest.raises(TrainingError, match="1 of 2 workers were lost 3 times: killed; the other"):
+        workers.train_on_workers(ray, actors, run, directory, spoken)
+    assert read_result(tmp_path / "out/mixture").status == "finished"
+    assert not (tmp_path / "out/plain/result.json").exists()
+    assert "warning: a worker was lost for good: killed" in spoken.messages
 
 
 @pytest.mark.parametrize(

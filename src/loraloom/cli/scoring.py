@@ -126,12 +126,14 @@ def _evaluate(run: EvalRun, score: Score) -> None:
 
 def _spread(run: EvalRun, score: Score, messages: Console) -> list[Evaluation]:
     from loraloom.eval.held_out import HeldOutLosses, PairLosses
-    from loraloom.eval.spread import spread
+    from loraloom.training.ray_cluster import score_on_workers
 
     work = partial(_score_in_worker, run, score)
     assert run.ray is not None, "asked for"
     try:
-        parts = spread(work, run.names, run.ray, run.ray_workers, run.device, messages.print)
+        parts = score_on_workers(
+            work, run.names, run.ray, run.ray_workers, run.device, messages.print
+        )
     except KeyboardInterrupt:
         messages.print("stopped; the same command goes on from any scores that are kept")
         raise

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
 
 from torch import Tensor
@@ -35,22 +35,7 @@ from loraloom.generation.scoring import label_log_probs
 from loraloom.models.host import Host
 from loraloom.ops.dropout import sample_key
 from loraloom.training.settings import CpoConfig, DpoConfig, OptimizerConfig, SftConfig
-from loraloom.training.step.objectives import (
-    Reference,
-    build_objective,
-    drop_reference,
-    load_reference,
-)
-from loraloom.training.step.optimizers import (
-    LossScale,
-    build_optimizer,
-    clip_gradients,
-    learning_state,
-    load_learning_state,
-    make_loss_scale,
-    rehearse,
-    set_learning_rate,
-)
+from loraloom.training.step import objectives, optimizers
 from loraloom.training.step.requests import (
     CustomObjective,
     ForwardBackwardOutput,
@@ -72,21 +57,14 @@ ObjectiveChoice = Literal["sft", "dpo", "cpo"] | SftConfig | DpoConfig | CpoConf
 
 _DEFAULTS = {"sft": SftConfig(), "dpo": DpoConfig(), "cpo": CpoConfig()}
 _STATE = "client"
-
-
 _OPEN: WeakSet[TrainingClient] = WeakSet()
 """Clients that are not closed: those of one host may share references."""
 
 
-@dataclass(frozen=True)
-class OptimStepOutput:
-    """What a step of the optimizer did.
+class OptimStepOutput(NamedTuple):
+    """Steps done, the gradient's norm before clipping, and whether it overflowed float16.
 
-    Args:
-        step: Steps done.
-        grad_norm: Of the adapter's whole gradient, before clipping.
-        is_skipped: No step was made, as the gradient overflowed float16; it is dropped, and losses
-            are scaled by less from now on.
+    A step that did is skipped, and losses are scaled by less from now on.
     """
 
     step: int
@@ -101,20 +79,19 @@ class TrainingClient:
         host: The base model.
         tokenizer: The base model's, with a padding token.
         name: Name of the adapter. With `adapter`, a safe file name that is not taken.
-        adapter: Method and settings of a new adapter; None to train the one that the host has
-            under this name, from its present weights. `close` leaves that one on the host.
+        adapter: Settings of a new adapter; None to train the one that the host has under this name,
+            which `close` leaves there.
         optimizer: How weights follow gradients.
         seed: Seed of the initial weights, the dropout and the random draws.
-        prompt_form: How the data writes prompts. `sample` writes them so, and the adapter's files
-            record it; `example` and `pair` read prompts as they stand.
+        prompt_form: How `sample` writes prompts, and the adapter's files record it; `example` and
+            `pair` read prompts as they stand.
 
     Attributes:
         references: What its objectives are held at, by name on the host; None is the base model.
 
     Raises:
         ConfigError: If the name or a setting of the optimizer can't be used.
-        AdapterError: If the name is taken or another client trains it, the host has no adapter of
-            that name to train, or target modules are not in the base model.
+        AdapterError: If the name is taken, or there is no adapter of that name to train.
     """
 
     def __init__(
@@ -133,25 +110,19 @@ class TrainingClient:
         self.name = name
         self.seed = seed
         self.step = 0
+        self.references: dict[str | None, objectives.Reference] = {}
         self._added = adapter is not None
+        self._forwards = self._draws = 0
         if any(client.host is host and client.name == name for client in _OPEN):
             raise AdapterError(f"adapter {name!r} has a TrainingClient already; close that first")
+        self._optimizer_config = optimizer or OptimizerConfig()
+        optimizers.rehearse(self._optimizer_config, name)
         self.adapter = host.adapter(name) if adapter is None else host.add(name, adapter, seed)
         if prompt_form is not None:
             self.adapter.prompt = prompt_form
         self.parameters = dict(self.adapter.named_parameters())
-        self._optimizer_config = optimizer or OptimizerConfig()
-        try:
-            rehearse(self._optimizer_config, name)
-            self._optimizer = build_optimizer(self._optimizer_config, self.adapter)
-        except BaseException:
-            if self._added:
-                host.remove(name)
-            raise
-        self._loss_scale = make_loss_scale(host)
-        self.references: dict[str | None, Reference] = {}
-        self._forwards = 0
-        self._draws = 0
+        self._optimizer = optimizers.build_optimizer(self._optimizer_config, self.adapter)
+        self._loss_scale = optimizers.make_loss_scale(host)
         _OPEN.add(self)
 
     @property
@@ -163,9 +134,6 @@ class TrainingClient:
         """Encode a prompt and a completion, to which EOS is added; the loss is on the completion.
 
         A completion includes its leading space.
-
-        Raises:
-            DataError: If the tokenizer has no EOS token.
         """
         (example,) = learn_completions(self.tokenizer, [(prompt, completion)])
         return example
@@ -176,8 +144,7 @@ class TrainingClient:
 
     def forward(self, data: Sequence[TrainingExample]) -> list[Tensor]:
         """Compute log p of the labels of each row, without gradients and dropout, on the CPU."""
-        rows = [(self.name, row) for row in number_rows(data)]
-        return label_log_probs(self.host, rows)
+        return label_log_probs(self.host, [(self.name, row) for row in number_rows(data)])
 
     def forward_backward(
         self,
@@ -188,15 +155,9 @@ class TrainingClient:
     ) -> ForwardBackwardOutput:
         """Add the gradient of an objective over data to what is there since the last step.
 
-        Args:
-            data: Examples for sft, pairs for dpo and cpo. Their sample ids are not read.
-            objective: Its means are over all of the data.
-            micro_batch_size: Examples that go through the model at once; None for all. The
-                gradient is the same.
-
-        Raises:
-            ConfigError: If the data is empty or does not fit the objective.
-            TrainingError: If the loss is not finite: gradients are dropped.
+        sft takes examples, dpo and cpo take pairs; sample ids are not read. Means are over all of
+        the data, however many examples, `micro_batch_size`, go through the model at once. A loss
+        that is not finite is a TrainingError, and gradients are dropped.
         """
         request = self.request(data, objective, micro_batch_size=micro_batch_size)
         return run_requests(self.host, [request], self.pad_id)[0]
@@ -206,20 +167,11 @@ class TrainingClient:
     ) -> ForwardBackwardOutput:
         """Add the gradient of a loss of one's own, in one forward.
 
-        Args:
-            data: Examples or pairs.
-            loss_fn: Called with the data and, for each row, log p of its labels, differentiable.
-                Returns a scalar loss and metrics.
-
-        Raises:
-            ConfigError: If the data is empty.
-            TrainingError: If the loss is no scalar, does not depend on the log-probabilities, or
-                is not finite: gradients are dropped.
+        `loss_fn` is called with the data and, for each row, log p of its labels, differentiable.
+        It returns a scalar loss that depends on these, and metrics.
         """
-        objective = CustomObjective(data, loss_fn)
-        request = Request(
-            self.adapter, data, objective, self._next_sample_key(), loss_scale=self._loss_factor
-        )
+        key, objective = self._next_sample_key(), CustomObjective(data, loss_fn)
+        request = Request(self.adapter, data, objective, key, loss_scale=self._loss_factor)
         return run_requests(self.host, [request], self.pad_id)[0]
 
     def request(
@@ -229,29 +181,20 @@ class TrainingClient:
         *,
         micro_batch_size: int | None = None,
     ) -> Request:
-        """Make a `forward_backward` that `run_requests` does, for several clients in one forward.
-
-        Arguments are those of `forward_backward`.
-
-        Raises:
-            ConfigError: If there is no such objective, or the data does not fit it.
-            FormatError, AdapterError: If the objective's reference can't be loaded.
-        """
-        if isinstance(objective, str) and objective not in _DEFAULTS:
+        """Make a `forward_backward` that `run_requests` does, for several clients at once."""
+        config = _DEFAULTS.get(objective) if isinstance(objective, str) else objective
+        if config is None:
             raise ConfigError(f"objective must be {' or '.join(_DEFAULTS)}, got {objective!r}")
-        config = _DEFAULTS[objective] if isinstance(objective, str) else objective
-        _check_fits(data, config)
-        reference = load_reference(self.host, config)
+        wanted = (Example if isinstance(config, SftConfig) else PreferencePair).__name__
+        given = ", ".join(sorted({type(example).__name__ for example in data} - {wanted}))
+        if given:
+            raise ConfigError(f"data for {config.name} must be of {wanted}, got {given}")
+        reference = objectives.load_reference(self.host, config)
         if reference is not None:
             self.references[reference.adapter_name] = reference
+        terms, keys = objectives.build_objective(config), self._next_sample_key()
         return Request(
-            self.adapter,
-            data,
-            build_objective(config),
-            self._next_sample_key(),
-            reference,
-            micro_batch_size,
-            self._loss_factor,
+            self.adapter, data, terms, keys, reference, micro_batch_size, self._loss_factor
         )
 
     def optim_step(
@@ -259,37 +202,36 @@ class TrainingClient:
     ) -> OptimStepOutput:
         """Let the optimizer make a step, and reset gradients.
 
-        Args:
-            learning_rate: From now on; None leaves it.
-            max_grad_norm: Clip the adapter's whole gradient to this norm; None for no clipping.
-
-        Raises:
-            ConfigError: If the learning rate is negative or not finite, or the norm not above 0.
-            TrainingError: If there is no gradient, or it is not finite: weights are left alone.
+        A learning rate holds from now on. The norm of the adapter's whole gradient is clipped to
+        `max_grad_norm`. Without a finite gradient it is a TrainingError, and weights stay.
         """
         if learning_rate is not None:
             if not (math.isfinite(learning_rate) and learning_rate >= 0):
                 raise ConfigError(f"learning_rate must be 0 or more, got {learning_rate}")
-            set_learning_rate(self._optimizer, learning_rate)
+            optimizers.set_learning_rate(self._optimizer, learning_rate)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(
                 f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm}"
             )
-        if all(parameter.grad is None for parameter in self.parameters.values()):
-            raise self._error("optim_step needs a gradient, there is none; call forward_backward")
-        if self._loss_scale is not None:
-            self._loss_scale.unscale(self.parameters.values())
-        grad_norm = clip_gradients(self.parameters.values(), max_grad_norm)
-        if self._loss_scale is not None and not self._loss_scale.takes(grad_norm):
+        weights, scale = self.parameters.values(), self._loss_scale
+        if all(weight.grad is None for weight in weights):
+            raise TrainingError(
+                f"adapter {self.name}: optim_step needs a gradient; call forward_backward"
+            )
+        if scale is not None:
+            scale.unscale(weights)
+        grad_norm = optimizers.clip_gradients(weights, max_grad_norm)
+        is_skipped = scale is not None and not scale.takes(grad_norm)
+        if not (is_skipped or math.isfinite(grad_norm)):
             self.zero_grad()
-            return OptimStepOutput(self.step, grad_norm, is_skipped=True)
-        if not math.isfinite(grad_norm):
-            self.zero_grad()
-            raise self._error(f"gradient norm must be finite, got {grad_norm}; it is dropped")
-        self._optimizer.step()
+            raise TrainingError(
+                f"adapter {self.name}: gradient norm must be finite, got {grad_norm}; it is dropped"
+            )
+        if not is_skipped:
+            self._optimizer.step()
+            self.step += 1
         self.zero_grad()
-        self.step += 1
-        return OptimStepOutput(self.step, grad_norm)
+        return OptimStepOutput(self.step, grad_norm, is_skipped)
 
     def zero_grad(self) -> None:
         """Drop the gradients since the last step."""
@@ -303,49 +245,34 @@ class TrainingClient:
         num_samples: int = 1,
         raw: bool = False,
     ) -> list[list[Completion]]:
-        """Complete prompts with the adapter as it is now.
+        """Complete prompts with the adapter as it is now, greedily by default.
 
-        Args:
-            prompts: The user's turn of the chat template where there is one; see `raw`.
-            sampling: Greedy by default. At a temperature above 0 every call draws anew.
-            num_samples: Completions of each prompt.
-            raw: Read prompts as they stand.
-
-        Returns:
-            For each prompt its completions; `example_of_completion` makes data of one.
-
-        Raises:
-            DataError: If a prompt is empty or leaves no room for `max_new_tokens`.
+        A prompt is the user's turn of the chat template where there is one; with `raw` it is read
+        as it stands. At a temperature above 0 every call draws others. Returns `num_samples`
+        completions of each prompt; `example_of_completion` makes data of one.
         """
+        if num_samples < 1:
+            raise ConfigError(f"num_samples must be 1 or more, got {num_samples}")
         sampling = sampling or SamplingConfig()
         self._draws += 1
         seed = sample_key(sampling.seed, self.seed, self._draws) % 2**63
         drawn = sampling.model_copy(update={"seed": seed})
-        if num_samples < 1:
-            raise ConfigError(f"num_samples must be 1 or more, got {num_samples}")
         copies = [Prompt(prompt, self.name) for prompt in prompts for _ in range(num_samples)]
         completions = generate_tokens(self.host, self.tokenizer, copies, drawn, raw=raw)
         starts = range(0, len(completions), num_samples)
         return [completions[start : start + num_samples] for start in starts]
 
     def save(self, directory: str | Path) -> None:
-        """Write the adapter's files, as `loraloom train` does.
-
-        Raises:
-            AdapterError: If the directory holds an adapter already.
-        """
+        """Write the adapter's files, as `loraloom train` does, where no adapter is yet."""
         self.host.save(self.name, directory)
 
     def save_state(self, directory: str | Path) -> None:
         """Write what `load_state` needs to go on: weights, gradients, optimizer, counts.
 
         An earlier state in the directory is deleted when the new one is whole.
-
-        Raises:
-            TrainingError: If it can't be written.
         """
         state = {
-            **learning_state(self.parameters, self._optimizer),
+            **optimizers.learning_state(self.parameters, self._optimizer),
             "step": self.step,
             "forwards": self._forwards,
             "draws": self._draws,
@@ -356,25 +283,26 @@ class TrainingClient:
         CheckpointStore(Path(directory)).write(checkpoint, {_STATE: state}, keep=1)
 
     def load_state(self, directory: str | Path) -> None:
-        """Go on from a saved state, of this client or of one with equal settings.
-
-        Raises:
-            ConfigError: If there is no whole state, or one of another base model or adapter.
-        """
+        """Go on from a saved state, of this client or of one with equal settings."""
         snapshot, faults = CheckpointStore(Path(directory)).newest()
         if snapshot is None or _STATE not in snapshot.jobs:
             reason = "; ".join(faults) or "there is none"
             raise ConfigError(f"{directory} must hold a client's saved state: {reason}")
-        self._check_same(snapshot.base, snapshot.jobs[_STATE].settings)
-        state = snapshot.load_state(_STATE)
-        assert state is not None, "save_state writes one"
+        changed = describe_changes(snapshot.base, describe_base(self.host), "base")
+        changed += describe_changes(snapshot.jobs[_STATE].settings, self._settings())
+        if changed:
+            raise ConfigError(
+                "a state must have been saved with the client's own settings, these differ: "
+                f"{'; '.join(changed)}"
+            )
         try:
-            load_learning_state(self.parameters, self._optimizer, state)
+            state: Any = snapshot.load_state(_STATE)
+            optimizers.load_learning_state(self.parameters, self._optimizer, state)
             self.step, self._forwards, self._draws = (
-                state[k] for k in ("step", "forwards", "draws")
+                state[count] for count in ("step", "forwards", "draws")
             )
             if self._loss_scale is not None:
-                self._loss_scale = LossScale(**state["loss_scale"])
+                self._loss_scale = optimizers.LossScale(**state["loss_scale"])
         except Exception as error:  # whatever comes of a state of something else
             raise ConfigError(
                 f"{directory} must hold a client's saved state, it holds something else: {error}"
@@ -390,11 +318,11 @@ class TrainingClient:
         if self._added:
             self.host.remove(self.name)
         _OPEN.discard(self)
-        others = [
-            r for client in _OPEN if client.host is self.host for r in client.references.values()
-        ]
+        others = [client.references.values() for client in _OPEN if client.host is self.host]
         for reference in self.references.values():
-            drop_reference(self.host, reference, others)
+            objectives.drop_reference(
+                self.host, reference, [one for some in others for one in some]
+            )
         self.references.clear()
 
     def _loss_factor(self) -> float:
@@ -412,18 +340,6 @@ class TrainingClient:
             "seed": self.seed,
         }
 
-    def _check_same(self, base: dict[str, Any], settings: dict[str, Any]) -> None:
-        changed = describe_changes(base, describe_base(self.host), "base")
-        changed += describe_changes(settings, self._settings())
-        if changed:
-            raise ConfigError(
-                "a state must have been saved with the client's own settings, these differ: "
-                f"{'; '.join(changed)}"
-            )
-
-    def _error(self, fault: str) -> TrainingError:
-        return TrainingError(f"adapter {self.name}: {fault}")
-
 
 def example_of(ids: Sequence[int], is_learnt: Sequence[bool]) -> Example:
     """Make data of tokens, and of whether each is learnt."""
@@ -435,13 +351,3 @@ def example_of_completion(completion: Completion) -> Example:
     """Make data of what was sampled; its tokens, the end token included, are the labels."""
     prompt, ids = completion.prompt_ids, completion.ids
     return example_of([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
-
-
-def _check_fits(data: Sequence[TrainingExample], config: SftConfig | DpoConfig | CpoConfig) -> None:
-    wanted = Example if isinstance(config, SftConfig) else PreferencePair
-    if not all(isinstance(example, wanted) for example in data):
-        given = ", ".join(sorted({type(example).__name__ for example in data}))
-        raise ConfigError(
-            f"data for {config.name} must be of {wanted.__name__}, got {given}; "
-            "sft takes examples, dpo and cpo take pairs"
-        )

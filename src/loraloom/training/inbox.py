@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from pydantic import ConfigDict, TypeAdapter
 
 from loraloom.config.text import read_json
 from loraloom.durable import write_json
@@ -33,66 +30,15 @@ from loraloom.training.settings import load_job_config
 
 LOOK_S = 1.0
 PROGRESS_S = 5.0
-_LOCK_FILE = ".loraloom.lock"
+_KEYS = ("file", "state", "job", "reason", "step", "total_steps", "loss")
+_KEYS += ("queued_at", "started_at", "ended_at", "result", "sha256")
+"""Of a state file, beside `updated_at`. `sha256` is of the job file's content as it was read."""
 
 _log = logging.getLogger(__name__)
 
-Version = tuple[int, int]
-"""Time and size of a file, by which a change shows."""
 
-_UNSEEN: Version = (0, -1)
-"""Of a file that can't be looked at: it is there, and its job waits or fails with the reason."""
-
-
-@dataclass(frozen=True)
-class FileState:
-    """What a state file says. Times are in UTC.
-
-    Args:
-        file: The job file's name.
-        state: Where its job is: queued, running, done, failed or stopped.
-        job: Name of the job, once it trains.
-        reason: Why it failed or was stopped, or what it waits for.
-        step: Steps done.
-        total_steps: Steps of the whole job.
-        loss: Of the last step.
-        queued_at: When the file was seen.
-        started_at: When the job joined.
-        ended_at: When it was done.
-        result: Directory of the adapter.
-        sha256: Of the file's content that this is about.
-    """
-
-    file: str
-    state: Literal["queued", "running", "done", "failed", "stopped"] = "queued"
-    job: str | None = None
-    reason: str | None = None
-    step: int = 0
-    total_steps: int | None = None
-    loss: float | None = None
-    queued_at: str | None = None
-    started_at: str | None = None
-    ended_at: str | None = None
-    result: str | None = None
-    sha256: str | None = None
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether something is still to come."""
-        return self.state in ("queued", "running")
-
-
-@dataclass(frozen=True)
-class WatchOptions:
-    """Which directory to watch, and how.
-
-    Args:
-        path: The directory.
-        overwrite: Replace results of earlier runs' jobs.
-        exit_when_idle: End when all jobs and all files are done, in place of waiting for more.
-    """
+class WatchOptions(NamedTuple):
+    """A directory to watch, whether to replace earlier results, and to end when all is done."""
 
     path: Path
     overwrite: bool = False
@@ -105,32 +51,27 @@ class Inbox:
     As a context it says of jobs that were interrupted that they wait.
     """
 
-    def __init__(
-        self,
-        options: WatchOptions,
-        engine: Lead,
-        say: Callable[[str], None],
-    ):
+    def __init__(self, options: WatchOptions, engine: Lead, say: Callable[[str], None]):
         self._options = options
         self._engine = engine
         self._say = say
         self._next_look = self._next_progress = 0.0
-        self._versions: dict[Path, Version] = {}
+        self._hashes: dict[Path, str | None] = {}
         self._is_settled = False
         self._warnings: set[str] = set()
-        states = _read_states(options.path)
-        self._states = {path: self._take_over(state) for path, state in states.items()}
-        self._written = {p: state for p, state in self._states.items() if not state.is_open}
+        self._states = dict(self._read_states())
+        self._written = {path: dict(state) for path, state in self._states.items()}
 
     def __enter__(self) -> Inbox:
         return self
 
     def __exit__(self, *_: object) -> None:
         reason = "the run was interrupted; it goes on with --resume"
-        for path, state in self._states.items():
-            if state.job in self._engine.jobs:
-                self._states[path] = replace(self._news(state), state="queued", reason=reason)
-        self._write_states(with_progress=True)
+        for state in self._states.values():
+            if state["job"] in self._engine.jobs:
+                self._tell_progress(state)
+                state |= {"state": "queued", "reason": reason}
+        self._write_states()
 
     def between_steps(self, engine: Lead) -> None:
         """Look for files if it is time, and wait for some when no job trains."""
@@ -141,60 +82,62 @@ class Inbox:
             time.sleep(LOOK_S)
             self.look()
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether every file is dealt with, and nobody waits for more."""
+        is_idle = all(
+            state["state"] not in ("queued", "running") for state in self._states.values()
+        )
+        return self._options.exit_when_idle and is_idle and self._is_settled
+
     def look(self) -> None:
         """Take in new and deleted files, and write what has changed."""
         now = time.monotonic()
         self._next_look = now + LOOK_S
         try:
-            versions = _job_files(self._options.path, self._versions)
-            if self._states.keys() - versions.keys():  # editors rename a file and write it anew
-                time.sleep(LOOK_S / 2)
-                versions = _job_files(self._options.path, self._versions)
-        except OSError as error:  # none was deleted then
-            self._warn_once(f"{self._options.path} can't be read, jobs go on: {error}")
-            return
-        for path in self._states.keys() - versions.keys():
+            hashes = _hash_files(self._options.path)
+        except OSError as error:  # no file was deleted then
+            return self._warn_once(f"{self._options.path} can't be read, jobs go on: {error}")
+        before, self._hashes = self._hashes, hashes
+        self._is_settled = before == hashes
+        # Some editors rename a file and write it again: it is gone when two looks have missed it.
+        for path in self._states.keys() - hashes.keys() - before.keys():
             self._forget(path)
-        for path, version in versions.items():
-            self._states[path] = self._follow(path, is_stable=self._versions.get(path) == version)
-        self._is_settled, self._versions = versions == self._versions, versions
-        self._write_states(with_progress=now >= self._next_progress)
-        if now >= self._next_progress:
+        is_progress_due = now >= self._next_progress
+        if is_progress_due:
             self._next_progress = now + PROGRESS_S
+        for path, content in hashes.items():
+            new = {"file": path.name, "state": "queued", "step": 0, "queued_at": _now()}
+            state = self._states.setdefault(path, dict.fromkeys(_KEYS) | new)
+            if state["job"] in self._engine.jobs:
+                if is_progress_due or state["state"] != "running":
+                    self._tell_progress(state)
+            elif state["state"] in ("queued", "running") and state["job"] is not None:
+                self._end(path, self._engine.results[state["job"]])
+            elif before.get(path, "") != content:  # it is being written
+                continue
+            elif state["state"] == "queued" or content not in (state["sha256"], None):
+                self._submit(path, state | new | {"sha256": content})
+        self._write_states()
 
-    @property
-    def _is_over(self) -> bool:
-        """Whether to end the run: every file is dealt with, and nobody waits for more."""
-        is_idle = not any(state.is_open for state in self._states.values())
-        return self._options.exit_when_idle and is_idle and self._is_settled
+    def _read_states(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Read what earlier runs left: states of this run's jobs, and of files that are done.
 
-    def _take_over(self, state: FileState) -> FileState:
-        """Go on from a state file; what was to come and is not in the engine waits again.
-
-        What is done by an earlier run has nothing to do with a job of this one, whatever its name.
+        A file that waited or trained in another run waits again. What is done there has nothing to
+        do with a job of this one, whatever its name.
         """
-        if state.job in self._engine.joined:
-            return state
-        if state.is_open:
-            return FileState(state.file, queued_at=state.queued_at)
-        return replace(state, job=None)
+        for file in sorted(self._options.path.glob("*.state.json")):
+            with suppress(OSError, ValueError, TypeError, AttributeError):  # it counts for nothing
+                saved = read_json(file)
+                state = {key: saved.get(key) for key in _KEYS}
+                is_of_this_run = state["job"] in self._engine.joined
+                if is_of_this_run or state["state"] in ("done", "failed", "stopped"):
+                    state["job"] = state["job"] if is_of_this_run else None
+                    yield file.with_name(file.name.replace(".state.json", ".yaml")), state
 
-    def _follow(self, path: Path, *, is_stable: bool) -> FileState:
-        """Bring a file one step further."""
-        state = self._states.get(path)
-        if state is None:
-            return FileState(path.name, queued_at=_now())
-        if state.job is not None and (state.job in self._engine.jobs or state.is_open):
-            return self._news(state)
-        if is_stable and state.state == "queued":
-            return self._submit(path, state)
-        if is_stable and _hash(path) not in (state.sha256, None):
-            return FileState(path.name, queued_at=_now())
-        return state
-
-    def _submit(self, path: Path, state: FileState) -> FileState:
+    def _submit(self, path: Path, state: dict[str, Any]) -> None:
         """Let a file's job join; whatever is wrong with it is told in its state."""
-        state = replace(state, sha256=_hash(path))
+        self._states[path] = state
         try:
             config = load_job_config(path)
             if config.name in self._engine.jobs or config.name in self._engine.results:
@@ -207,51 +150,48 @@ class Inbox:
                 reason = f"{type(error).__name__}: {shown(reason)}"
                 _log.error("%s failed", path, exc_info=error)
             self._say(f"{path}: failed: {reason}")
-            return replace(state, state="failed", reason=reason, ended_at=_now())
-        self._say(f"{path}: job {config.name} joins")
-        return self._news(replace(state, job=config.name, started_at=_now()))
+            state |= {"state": "failed", "job": None, "reason": reason, "ended_at": _now()}
+        else:
+            self._say(f"{path}: job {config.name} joins")
+            state |= {"job": config.name, "started_at": _now()}
+            self._tell_progress(state)
 
-    def _news(self, state: FileState) -> FileState:
-        """Say how a job that the engine knows gets on."""
-        assert state.job is not None
-        job = self._engine.jobs.get(state.job)
-        if job is None:
-            ended = _ended(self._engine.results[state.job], state)
-            return replace(ended, sha256=_hash(self._options.path / state.file))
-        return replace(
-            state,
-            state="running",
-            reason=None,
-            step=job.position.step,
-            total_steps=job.total_steps,
-            loss=job.position.last_loss,
-        )
+    def _tell_progress(self, state: dict[str, Any]) -> None:
+        job = self._engine.jobs[state["job"]]
+        state |= {"state": "running", "reason": None, "step": job.position.step}
+        state |= {"total_steps": job.total_steps, "loss": job.position.last_loss}
+
+    def _end(self, path: Path, result: JobResult) -> None:
+        """Say what became of a job. What was edited while it trained has no effect."""
+        is_done, reason = result.status in ("finished", "stopped early"), result.stop_reason
+        if result.status == "stopped early":
+            reason = "its metric no longer got better"
+        self._states[path] |= {
+            **{"state": "done" if is_done else result.status, "reason": result.error or reason},
+            **{"step": result.steps, "ended_at": _now(), "result": result.directory},
+            "sha256": self._hashes.get(path),
+        }
 
     def _forget(self, path: Path) -> None:
         """Follow a file's deletion: its job is stopped, or no longer waits."""
-        state = self._states.pop(path)
-        self._written.pop(path, None)
-        if state.job in self._engine.jobs:
-            result = self._engine.stop(state.job, f"its file {path} was deleted")
-            self._write(path, _ended(result, state))
-        elif state.state == "queued":
+        state = self._states[path]
+        if state["job"] in self._engine.jobs:
+            self._end(path, self._engine.stop(state["job"], f"its file {path} was deleted"))
+            self._write_states()
+        elif state["state"] == "queued":
             with suppress(OSError):
                 _state_file(path).unlink(missing_ok=True)
+        del self._states[path]
+        self._written.pop(path, None)
 
-    def _write_states(self, *, with_progress: bool) -> None:
-        """Write the state files that changed; a job's progress only now and then."""
+    def _write_states(self) -> None:
         for path, state in self._states.items():
-            written = self._written.get(path)
-            is_progress = written is not None and written.state == state.state
-            if state != written and (with_progress or not is_progress):
-                self._write(path, state)
-
-    def _write(self, path: Path, state: FileState) -> None:
-        try:
-            write_json(_state_file(path), asdict(state) | {"updated_at": _now()})
-            self._written[path] = state
-        except OSError as error:
-            self._warn_once(f"{path} has a state file that can't be written: {error}")
+            if state != self._written.get(path):
+                try:
+                    write_json(_state_file(path), state | {"updated_at": _now()})
+                    self._written[path] = dict(state)
+                except OSError as error:
+                    self._warn_once(f"{path} has a state file that can't be written: {error}")
 
     def _warn_once(self, warning: str) -> None:
         if warning not in self._warnings:
@@ -261,15 +201,11 @@ class Inbox:
 
 @contextmanager
 def sole_trainer(path: Path) -> Iterator[None]:
-    """Make a directory to watch if it isn't there, and keep other trainers away from it.
-
-    They are kept away until the end or our death.
-    """
-    lock = FileLock(path / _LOCK_FILE, timeout=0)
+    """Make a directory to watch if it isn't there, and keep other trainers away until the end."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         next(path.iterdir(), None)  # raises where it can't be read
-        lock.acquire()
+        lock = FileLock(path / ".loraloom.lock", timeout=0).acquire()
     except Timeout:
         raise ConfigError(
             f"--watch must name a directory that no other run watches, {path} is watched by "
@@ -279,72 +215,23 @@ def sole_trainer(path: Path) -> Iterator[None]:
         raise ConfigError(
             f"--watch must name a directory that can be read and written to, got {path}: {error}"
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
-def _ended(result: JobResult, state: FileState) -> FileState:
-    is_done, reason = result.status in ("finished", "stopped early"), None
-    if result.status == "stopped early":
-        reason = "its metric no longer got better"
-    return replace(
-        state,
-        state="done" if is_done else result.status,
-        reason=result.error or result.stop_reason or reason,
-        step=result.steps,
-        ended_at=_now(),
-        result=result.directory,
-    )
-
-
-def _job_files(directory: Path, known: Mapping[Path, Version]) -> dict[Path, Version]:
-    """The job files with their versions; one that can't be looked at now is as it was before."""
-    files = {}
+def _hash_files(directory: Path) -> dict[Path, str | None]:
+    """The job files with the hashes of their contents; None of one that can't be read."""
+    hashes: dict[Path, str | None] = {}
     for path in sorted(directory.iterdir()):  # glob is silent about what it can't read
-        if path.suffix != ".yaml" or path.name.startswith("."):
-            continue
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # deleted just now, or a link to nothing
-            continue
-        except OSError:
-            files[path] = known.get(path, _UNSEEN)
-            continue
-        if stat.S_ISREG(status.st_mode):
-            files[path] = (status.st_mtime_ns, status.st_size)
-    return files
-
-
-_FILE_STATE = TypeAdapter(FileState)
-
-
-def _read_states(directory: Path) -> dict[Path, FileState]:
-    """The state files that an earlier run left; one that can't be read counts for nothing."""
-    states = {}
-    for file in sorted(directory.glob("*.state.json")):
-        try:
-            values = read_json(file)
-            values.pop("updated_at")
-            state = _FILE_STATE.validate_python(values)
-            path = directory / state.file
-            if _state_file(path) == file:
-                states[path] = state
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue
-    return states
+        if path.suffix == ".yaml" and not path.name.startswith(".") and path.is_file():
+            hashes[path] = None
+            with suppress(OSError):
+                hashes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
 
 
 def _state_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.state.json")
-
-
-def _hash(path: Path) -> str | None:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None
 
 
 def _now() -> str:

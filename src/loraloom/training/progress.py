@@ -6,7 +6,7 @@ import io
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Table
 
 from loraloom.durable import sync
 from loraloom.errors import plain
 from loraloom.terminal import fitted, make_console, print_tables
 from loraloom.training.job import Job, Position
-from loraloom.training.ranking import Ranking, ranking_line, ranking_table
 from loraloom.training.step.batch import StepReport, padding_share
 from loraloom.training.store import RunDirectory
 from loraloom.training.tracking import MetricsFile, Tracker, open_tracker, step_metrics
@@ -68,7 +68,7 @@ class Progress:
         self._tasks: dict[str, Task] = {}
         self._news: dict[str, str] = {}  # since the last plain line
         self._shown_at = time.monotonic()
-        self._ranking: Ranking | None = None
+        self._ranked: Set[str] = frozenset()
         self._ranked_at = 0.0
 
     def start(self) -> None:
@@ -88,7 +88,7 @@ class Progress:
         self._describe(name, position)
         if self._is_live:
             return
-        if self._ranking is None or name not in self._ranking.names:
+        if name not in self._ranked:
             loss = self._tasks[name].fields["loss"]
             self._news[name] = f"{name}: step {position.step}/{total_steps}, loss {loss}"
         now = time.monotonic()
@@ -126,22 +126,20 @@ class Progress:
             "ETA": "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining))),
         }
 
-    def rank(self, ranking: Ranking) -> None:
+    def rank(self, names: Set[str], table: Table, line: str, is_news: bool) -> None:
         """Show how the jobs of a sweep stand, in place of each by itself."""
-        before, self._ranking = self._ranking, ranking
+        self._ranked = names
         if self._is_live:
-            for name in ranking.names & self._tasks.keys():
+            for name in names & self._tasks.keys():
                 self._bars.update(self._tasks[name].id, visible=False)
-            self._bars.table = Group(*fitted(ranking_table(ranking), self._console.width))
-            return
-        is_news = before is None or before.measured != ranking.measured
-        now = time.monotonic()
-        if is_news or now - self._ranked_at >= self._interval_s:
-            self._ranked_at = now
-            self.message(ranking_line(ranking))
+            self._bars.table = Group(*fitted(table, self._console.width))
+        elif is_news or time.monotonic() - self._ranked_at >= self._interval_s:
+            self._ranked_at = time.monotonic()
+            self.message(line)
 
-    def conclude(self, ranking: Ranking) -> None:
-        print_tables(self._console, [ranking_table(ranking)])
+    def conclude(self, table: Table) -> None:
+        """Print how the jobs of a sweep stand in the end."""
+        print_tables(self._console, [table])
 
     def message(self, text: str) -> None:
         """Print a line, above the live ones."""

@@ -1,4 +1,4 @@
-"""The Ray cluster that workers are on, and what each of them takes of it."""
+"""A Ray cluster: how to connect to it, and what its workers do at once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from loraloom.errors import ConfigError, shown
+from loraloom.errors import AdapterError, ConfigError, LoraloomError, shown
 
+_Part = TypeVar("_Part")
+
+RESTARTS = 2
+"""How often Ray itself starts a lost worker again."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a warning
@@ -20,7 +25,6 @@ _QUIET = {
     "RAY_worker_niceness": "0",  # at Ray's 15, workers hardly run where others keep the cores busy
 }
 """What Ray reads when it is imported."""
-_LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 80_000_000
 """Almost the least that Ray takes: nothing large goes through it."""
 _REACH_S = 5.0
@@ -33,27 +37,6 @@ def connected(address: str) -> Iterator[ModuleType]:
 
     A connection that this process has is used, and left as it is.
     """
-    ray = _import_ray()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        _connect(ray, address)
-    printed, ray._private.worker.print_to_stdstream = ray._private.worker.print_to_stdstream, _mute
-    try:
-        yield ray
-    finally:
-        ray._private.worker.print_to_stdstream = printed
-        if is_ours:
-            ray.shutdown()
-            for number, handler in handlers.items():  # Ray has put its own in their place
-                signal.signal(number, handler)
-
-
-def _mute(*_: Any, **__: Any) -> None:
-    """Keep what Ray says of lost workers off the terminal: the run says so, and Ray's logs too."""
-
-
-def _import_ray() -> ModuleType:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -63,75 +46,70 @@ def _import_ray() -> ModuleType:
         raise ConfigError(
             "--ray needs Ray, which is not installed: pip install 'loraloom[ray]'"
         ) from error
-    return ray
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _connect(ray, address)
+    # What Ray says of lost workers stays off the terminal: the run says so, and Ray's logs too.
+    worker: Any = ray._private.worker
+    printed, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
+    try:
+        yield ray
+    finally:
+        worker.print_to_stdstream = printed
+        if is_ours:
+            ray.shutdown()
+            for number, handler in handlers.items():  # Ray has put its own in their place
+                signal.signal(number, handler)
 
 
-def _connect(ray: ModuleType, address: str) -> None:
-    """Connect this process to a cluster, or start one."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+def _connect(ray: Any, address: str) -> None:
+    """Connect this process to a cluster, or start one for itself."""
+    from ray._private import ray_constants
+
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
-    named = "" if address == "auto" else address
-    if named:
-        _check_reachable(named)
-    elif _runs_here(ray):
-        named = "auto"
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    may_serve_others = ray_constants.ENABLE_RAY_CLUSTER
     try:
-        if named:
-            ray.init(address=named, **quiet)
-            return
-        with _on_this_machine_alone():
-            ray.init(
-                address="local",
-                _node_ip_address=_LOOPBACK,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **quiet,
-            )
+        if address != "auto":
+            _check_reachable(address)
+            options["address"] = address
+        elif _runs_here(ray):
+            options["address"] = "auto"
+        else:
+            # Without this, Ray takes the machine's address on the network in place of the loopback,
+            # and its servers listen to everybody.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            options |= {"address": "local", "_node_ip_address": "127.0.0.1"}
+            options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        ray.init(**options)
     except (RuntimeError, ValueError, OSError) as error:
-        raise _no_cluster(named or address, error) from None
+        if isinstance(error, LoraloomError):
+            raise
+        raise ConfigError(
+            f"--ray must name a Ray cluster that can be reached, got {shown(address)}: "
+            f"{first_line(error)}; start one with `ray start --head`, or give auto"
+        ) from None
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = may_serve_others
 
 
-def _runs_here(ray: ModuleType) -> bool:
+def _runs_here(ray: Any) -> bool:
     """Whether a cluster runs on this machine that others may join: another run's is its own."""
     try:
         _check_reachable(ray._private.services.canonicalize_bootstrap_address("auto") or "")
-    except (ConfigError, ConnectionError):
+    except (ConfigError, OSError):
         return False
     return True
 
 
-@contextmanager
-def _on_this_machine_alone() -> Iterator[None]:
-    """Let Ray take the loopback address as it is, not for the machine's own on the network.
-
-    Its servers listen to that alone then, and else to everybody.
-    """
-    from ray._private import ray_constants
-
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
 def _check_reachable(address: str) -> None:
-    """Check that somebody listens there: Ray would end the process after a minute."""
+    """Raise an OSError where nobody listens: Ray would end the process after a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535 or "/" in host:
         raise ConfigError(f"--ray must be auto or HOST:PORT of a cluster, got {shown(address)}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
-    except OSError as error:
-        raise _no_cluster(address, error) from None
-
-
-def _no_cluster(address: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"--ray must name a Ray cluster that can be reached, got {shown(address)}: "
-        f"{first_line(error)}; start one with `ray start --head`, or give auto"
-    )
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
 def first_line(error: Exception) -> str:
@@ -157,10 +135,12 @@ def choose_workers(
     gpus, cpus = ([int(one.get(kind, 0)) for one in alive] for kind in ("GPU", "CPU"))
     if device in ("cuda", "xpu") or (device == "auto" and sum(gpus)):
         size, most, kind = num_workers or sum(gpus), sum(gpus), "accelerators"
-        resources: dict[str, int] = {"num_cpus": 0, "num_gpus": 1}
+        resources = {"num_cpus": 0, "num_gpus": 1}
     else:
         size, most, kind = num_workers or sum(own > 0 for own in cpus), sum(cpus), "cores"
-        resources = {"num_cpus": _cores_each(cpus, size), "num_gpus": 0}
+        shares = range(max(cpus, default=1), 0, -1)  # the most cores that each can have
+        cores = next((n for n in shares if sum(own // n for own in cpus) >= size), 1)
+        resources = {"num_cpus": cores, "num_gpus": 0}
     if size > most or not size:
         raise ConfigError(
             f"each worker needs a device of its own, got {max(size, 1)} workers and {most} "
@@ -169,9 +149,48 @@ def choose_workers(
     return size, resources
 
 
-def _cores_each(cpus: Sequence[int], num_workers: int) -> int:
-    """Return the most cores that each of so many workers can have."""
-    for cores in range(max(cpus, default=1), 1, -1):
-        if sum(own // cores for own in cpus) >= num_workers:
-            return cores
-    return 1
+def score_on_workers(
+    score: Callable[[Sequence[str | None]], _Part],
+    names: Sequence[str | None],
+    address: str,
+    num_workers: int | None,
+    device: str,
+    tell: Callable[[str], object],
+) -> list[_Part]:
+    """Let each worker score its share of the adapters."""
+    check_worker_device(device)
+    with connected(address) as ray:
+        size, resources = choose_workers(ray.nodes(), device, num_workers)
+        options = {"max_retries": RESTARTS, "scheduling_strategy": "SPREAD", **resources}
+        task: Any = ray.remote(_score).options(**options)
+        kept = ray.put(score)  # once, as it has the questions in it
+        shares = [names[place::size] for place in range(min(size, len(names)))]
+        calls = [task.remote(kept, share, Path.cwd()) for share in shares]
+        results: dict[Any, Any] = {}
+        try:
+            while len(results) < len(calls):
+                (done,), _ = ray.wait([call for call in calls if call not in results])
+                results[done] = ray.get(done)
+                if isinstance(results[done], LoraloomError):
+                    raise results[done]
+                tell(f"{len(results)} of {len(calls)} workers have scored their adapters")
+            return [results[call] for call in calls]
+        except BaseException as error:
+            for call in calls:
+                ray.cancel(call, force=True)
+            # What a worker's code raised is a defect of ours, and stays as it is.
+            is_loss = isinstance(error, ray.exceptions.RayError)
+            if is_loss and not isinstance(error, ray.exceptions.RayTaskError):
+                raise AdapterError(
+                    f"the workers that scored some adapters were lost: {first_line(error)}"
+                ) from None
+            raise
+
+
+def _score(score: Callable[[Any], Any], names: Sequence[str | None], directory: Path) -> Any:
+    """Score in a worker's process; errors that are ours are returned, not raised."""
+    os.chdir(directory)
+    try:
+        return score(names)
+    except LoraloomError as error:
+        return error

@@ -128,7 +128,7 @@ def train(
         callbacks: list[Callable[[Engine], None]] = []
         if sweep is not None:
             if ranks.is_first:
-                sweep.study.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
+                sweep.open(0 if setup.checkpoint is None else setup.checkpoint.sweep_bytes)
             callbacks.append(setup.lead.between_steps(sweep.between_steps))
         if between_steps is not None:
             callbacks.append(lambda engine: between_steps(engine, setup.builder))
@@ -139,7 +139,7 @@ def train(
             callbacks.append(setup.lead.between_steps(inbox.between_steps))
         results = setup.engine.run(*callbacks)
         if sweep is not None and ranks.is_first:
-            sweep.study.show(is_over=True)
+            sweep.show(is_over=True)
         return results
 
 
@@ -179,11 +179,9 @@ class Setup:
 
     def sweep(self, worker: tuple[int, int] = (0, 1)) -> Sweep:
         """Make the run's sweep, whose study is not open yet."""
-        from loraloom.training.sweep import Sweep, SweepStudy  # it needs Optuna
+        from loraloom.training.sweep import Sweep  # it needs Optuna
 
-        study = SweepStudy(self.run, self.directory, self.progress)
-        jobs = list(self.engine.jobs.values())
-        return Sweep(study, self.run, self.lead, self.progress, jobs, worker)
+        return Sweep(self.run, self.directory, self.progress, self.lead, worker)
 
     def begin(self) -> None:
         """Bring the jobs to where the checkpoint has them, or write the first one."""

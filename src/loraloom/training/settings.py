@@ -485,6 +485,12 @@ class RunConfig(BaseModelConfig):
 
     def _sweep_contradictions(self, sweep: SweepConfig) -> Iterator[str]:
         """What is wrong with the jobs of a sweep; a fault that several have is told once."""
+        names = [job.name for job in self.jobs]
+        if isinstance(sweep.job, str) and sweep.job not in names:
+            raise ValueError(
+                "sweep.job must be the settings of a job or the name of one of jobs "
+                f"({', '.join(names) or 'none'}), got {sweep.job!r}"
+            )
         if "name" in sweep.parameters:
             raise ValueError("sweep.parameters.name must be left out: the jobs are numbered")
         for job in filter(lambda job: sweep.owns(job.name), self.jobs):
@@ -521,28 +527,15 @@ class RunConfig(BaseModelConfig):
     def trial(self, number: int, combination: Mapping[str, Any]) -> Trial:
         """A job of the sweep; a ConfigError if its values don't go together."""
         assert self.sweep is not None
-        settings: Any = self._template
+        settings: Any = self.sweep.job
+        if isinstance(settings, str):
+            (template,) = (job for job in self.jobs if job.name == settings)
+            settings = template.model_dump(mode="json", exclude_unset=True)
         parameters = {path: parameter_value(drawn) for path, drawn in combination.items()}
         for path, value in parameters.items():
             settings = set_setting(settings, path, value, origin="parameters.")
         name = self.sweep.job_name(number, combination)
         return Trial(checked(JobConfig, {**settings, "name": name}), parameters)
-
-    @cached_property
-    def _template(self) -> Mapping[str, Any]:
-        """The settings that a sweep varies."""
-        assert self.sweep is not None
-        wanted = self.sweep.job
-        if not isinstance(wanted, str):
-            return wanted
-        for job in self.jobs:
-            if job.name == wanted:
-                return job.model_dump(mode="json", exclude_unset=True)
-        names = ", ".join(job.name for job in self.jobs) or "none"
-        raise ValueError(
-            f"sweep.job must be the settings of a job or the name of one of jobs ({names}), "
-            f"got {wanted!r}"
-        )
 
     @property
     def all_jobs(self) -> tuple[JobConfig, ...]:

@@ -35,22 +35,15 @@ MAX_JOBS = 512
 TPE_STARTUP_JOBS = 10
 """Random jobs that TPE begins with, as many as Optuna's sampler wants to have seen."""
 TPE_CONCURRENT_JOBS = 4
-MAX_JOB_NAME = 100
-MAX_VALUE_NAME = 24
-"""Characters of a job's name, and of a value in it."""
 
 RangeKind = Literal["uniform", "log_uniform", "int_uniform"]
 Parameter = tuple[Any, ...] | dict[RangeKind, tuple[int | float, int | float]]
 """Values to try, or a range to draw from."""
 
-_SEARCHES = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
 _PARAMETER = (
     "must be a list of JSON values that differ, or a range with low < high: {uniform: [low, high]},"
     " {log_uniform: [low, high]} above 0, {int_uniform: [low, high]} of whole numbers, got "
 )
-_UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
-_DRAWS_PER_JOB = 100
-_DIGITS = 4
 
 
 class RandomSearch(StrictModel):
@@ -203,7 +196,8 @@ class SweepConfig(StrictModel):
         if isinstance(search, dict):
             return (TpeSearch if "tpe" in search else RandomSearch).model_validate(search)
         if search != "grid" and not isinstance(search, RandomSearch | TpeSearch):
-            raise ValueError(f"search must be {_SEARCHES}, got {search!r}")
+            choices = "grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}"
+            raise ValueError(f"search must be {choices}, got {search!r}")
         return search
 
     @override
@@ -222,9 +216,9 @@ class SweepConfig(StrictModel):
     def job_name(self, number: int, combination: Mapping[str, Any]) -> str:
         """Name of a job: the template's, its number, and its values as far as there is room."""
         values = (format_value(parameter_value(drawn)) for drawn in combination.values())
-        safe = (_UNSAFE.sub("_", value).strip("_")[:MAX_VALUE_NAME] for value in values)
+        safe = (re.sub("[^A-Za-z0-9.-]+", "_", value).strip("_")[:24] for value in values)
         name = "-".join([self._numbered(number), *filter(None, safe)])
-        return name[:MAX_JOB_NAME].rstrip("-._")
+        return name[:100].rstrip("-._")
 
     def owns(self, name: str) -> bool:
         """Whether a job of that name is one of the sweep's, also one that is not drawn yet."""
@@ -252,7 +246,18 @@ class SweepConfig(StrictModel):
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """The parameters as Optuna has them."""
-        return {path: _distribution(values) for path, values in self.parameters.items()}
+        kinds = load_optuna().distributions
+        made: dict[str, BaseDistribution] = {}
+        for path, values in self.parameters.items():
+            match values:
+                case {"int_uniform": (low, high)}:
+                    made[path] = kinds.IntDistribution(low, high)
+                case dict():
+                    ((kind, (low, high)),) = values.items()
+                    made[path] = kinds.FloatDistribution(low, high, log=kind == "log_uniform")
+                case _:
+                    made[path] = kinds.CategoricalDistribution([*map(json.dumps, values)])
+        return made
 
     def combinations(self) -> list[dict[str, Any]]:
         """The combinations that are known beforehand, as Optuna has them: all but TPE's later ones.
@@ -267,7 +272,7 @@ class SweepConfig(StrictModel):
         optuna, distributions = load_optuna(), self.distributions
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
         drawn: list[dict[str, Any]] = []
-        for _ in range(_DRAWS_PER_JOB * number):
+        for _ in range(100 * number):
             combination = study.ask(distributions).params
             if combination not in drawn:
                 drawn.append(combination)
@@ -307,7 +312,7 @@ def parameter_value(drawn: str | int | float) -> Any:
     """The value that Optuna means: of a list it has the JSON text; a real number is rounded."""
     if isinstance(drawn, str):
         return json.loads(drawn)
-    return float(f"{drawn:.{_DIGITS}g}") if isinstance(drawn, float) else drawn
+    return float(f"{drawn:.4g}") if isinstance(drawn, float) else drawn
 
 
 def _are_values(values: Any) -> bool:
@@ -329,15 +334,3 @@ def _are_values(values: Any) -> bool:
             return False
     are_numbers = {type(low), type(high)} <= kinds  # `true` is none
     return len(values) == 1 and are_numbers and least < low < high < math.inf
-
-
-def _distribution(values: Parameter) -> BaseDistribution:
-    distributions = load_optuna().distributions
-    match values:
-        case {"int_uniform": (low, high)}:
-            return distributions.IntDistribution(low, high)
-        case {"uniform": (low, high)}:
-            return distributions.FloatDistribution(low, high)
-        case {"log_uniform": (low, high)}:
-            return distributions.FloatDistribution(low, high, log=True)
-    return distributions.CategoricalDistribution([json.dumps(value) for value in values])

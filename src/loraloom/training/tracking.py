@@ -16,12 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.tracking import (
-    GeneralTracker,
-    TensorBoardTracker,
-    TrackioTracker,
-    WandBTracker,
-)
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from loraloom.durable import append_line, sync
 from loraloom.errors import ConfigError
@@ -30,19 +25,12 @@ from loraloom.training.step.batch import StepReport
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 WANDB_DIRECTORY = "wandb"
-DEFAULT_PROJECT = "loraloom"
 
 Metrics = dict[str, float | int | list[str] | None]
 
 
 def step_metrics(report: StepReport, seconds: float) -> Metrics:
-    """Name what a step did, as metrics.jsonl has it.
-
-    `tokens`, `computed_tokens` (with padding) and `seconds` are totals since the job and the run
-    began; `loss` is the objective's over the whole step, `aux_loss` the router losses with their
-    coefficients. `warnings` are there only after a step that gave some. A job on a base model in
-    float16 has `loss_scale` and `skipped_steps`, and no `grad_norm` at a step that was skipped.
-    """
+    """Name what a step did, as metrics.jsonl has it; docs/training.md says what each is."""
     loss = report.loss
     metrics: Metrics = {
         "step": report.step,
@@ -60,8 +48,7 @@ def step_metrics(report: StepReport, seconds: float) -> Metrics:
         if not math.isfinite(report.grad_norm):
             del metrics["grad_norm"]
     if loss.router_entropy is not None:
-        metrics["router/entropy"] = loss.router_entropy
-        metrics["router/load_cv"] = loss.router_load_cv
+        metrics |= {"router/entropy": loss.router_entropy, "router/load_cv": loss.router_load_cv}
     if report.warnings:
         metrics["warnings"] = list(report.warnings)
     return metrics | loss.metrics
@@ -99,11 +86,7 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log metrics at their step; what is no number, `warnings` that is, is left out."""
-        values = {
-            name: value
-            for name, value in metrics.items()
-            if name != "step" and not isinstance(value, list)
-        }
+        values = {k: v for k, v in metrics.items() if k != "step" and not isinstance(v, list)}
         self._context.run(self._tracker.log, values, step=metrics["step"])
 
     def close(self) -> None:
@@ -115,12 +98,9 @@ def open_tracker(
     name: str, directory: Path, first_step: int, config: Mapping[str, Any]
 ) -> MetricsFile | Tracker:
     """Open a tracker for a job."""
-    project = os.environ.get(f"{name.upper()}_PROJECT", DEFAULT_PROJECT)
-    run = {
-        "name": directory.name,
-        "group": directory.parent.resolve().name,
-        "config": dict(config),
-    }
+    project = os.environ.get(f"{name.upper()}_PROJECT", "loraloom")
+    group = directory.parent.resolve().name
+    run = {"name": directory.name, "group": group, "config": dict(config)}
     match name:
         case "tensorboard":
             tracker = TensorBoardTracker(TENSORBOARD_DIRECTORY, directory, purge_step=first_step)
@@ -128,7 +108,14 @@ def open_tracker(
             quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
             tracker = TrackioTracker(project, **run, **quiet)
         case "wandb":
-            tracker = WandBTracker(project, **run, **_wandb_settings(directory))
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            # Nothing leaves this machine unless the user has said where it may go.
+            may_send = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
+            run |= {"dir": str(directory), "mode": None if may_send else "offline"}
+            run |= {"reinit": "create_new", "settings": {"console": "off", "quiet": True}}
+            tracker = WandBTracker(project, **run)
         case _:
             return MetricsFile(directory / METRICS_FILE)
     return Tracker(name, tracker)
@@ -149,17 +136,3 @@ def read_curve(metrics_file: Path, name: str) -> list[tuple[int, float]]:
     text = metrics_file.read_text(encoding="utf-8")
     lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     return [(line["step"], line[name]) for line in lines if name in line]
-
-
-def _wandb_settings(directory: Path) -> dict[str, Any]:
-    """Keep wandb on this machine unless the user has told it where its data may go."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    may_send = "WANDB_MODE" in os.environ or bool(wandb.login(prompt=False, verify=False))
-    return {
-        "dir": str(directory),
-        "mode": None if may_send else "offline",
-        "reinit": "create_new",  # jobs have runs side by side
-        "settings": {"console": "off", "quiet": True},
-    }

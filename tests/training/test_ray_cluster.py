@@ -13,7 +13,7 @@ import pytest
 
 from loraloom.cli import main as cli
 from loraloom.errors import AdapterError, DataError
-from loraloom.eval import spread
+from loraloom.training import ray_cluster
 from tests.generation.saved import save_tiny
 
 
@@ -71,7 +71,7 @@ class PlayedRay:
 @pytest.fixture
 def play(monkeypatch):
     def playing(ray: PlayedRay) -> PlayedRay:
-        monkeypatch.setattr(spread, "connected", lambda address: nullcontext(ray))
+        monkeypatch.setattr(ray_cluster, "connected", lambda address: nullcontext(ray))
         return ray
 
     return playing
@@ -128,26 +128,28 @@ def test_an_error_in_a_worker_is_raised_and_the_others_end(play):
         raise DataError(f"no data for {names}")
 
     with pytest.raises(DataError, match="no data for \\['b'\\]"):
-        spread.spread(score, ["a", "b"], "auto", 2, "cpu", print)
+        ray_cluster.score_on_workers(score, ["a", "b"], "auto", 2, "cpu", print)
     assert len(ray.cancelled) == 2
 
 
 def test_a_defect_in_a_worker_is_not_taken_for_a_lost_worker(play):
     ray = play(PlayedRay())
     with pytest.raises(ray.exceptions.RayTaskError, match="TypeError"):
-        spread.spread(lambda names: names + 1, ["a"], "auto", 1, "cpu", print)
+        ray_cluster.score_on_workers(lambda names: names + 1, ["a"], "auto", 1, "cpu", print)
 
 
 def test_workers_that_are_lost_are_an_error(play):
     play(PlayedRay(is_lossy=True))
     with pytest.raises(AdapterError, match=r"scored some adapters were lost: The worker died\.$"):
-        spread.spread(len, ["a"], "auto", None, "cpu", print)
+        ray_cluster.score_on_workers(len, ["a"], "auto", None, "cpu", print)
 
 
 def test_a_worker_is_where_the_command_was_given(play, tmp_path, monkeypatch):
     play(PlayedRay())
     monkeypatch.chdir(tmp_path)
-    assert spread.spread(lambda _: os.getcwd(), ["a"], "auto", 1, "cpu", print) == [str(tmp_path)]
+    assert ray_cluster.score_on_workers(lambda _: os.getcwd(), ["a"], "auto", 1, "cpu", print) == [
+        str(tmp_path)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
 import sys
-from datetime import date
 
 import pytest
 import yaml
@@ -74,29 +73,11 @@ def test_a_parameter_may_be_a_whole_section_or_a_place_in_a_list():
     assert TEMPLATE["adapter"]["rank"] == 8
 
 
-def test_jobs_are_named_after_their_template():
-    assert run(job={**TEMPLATE, "name": "lr"}).trials[1].name == "lr-001-0.0003"
-
-
 def test_a_named_job_is_the_template_and_does_not_train_itself():
     jobs = [{**TEMPLATE, "name": "a"}, {**TEMPLATE, "name": "b"}]
     config = run(jobs, job="a")
     assert [job.name for job in config.all_jobs] == ["b", "a-000-0.0001", "a-001-0.0003"]
     assert config.trials[0].job.adapter == config.jobs[0].adapter
-
-
-def test_a_sweep_survives_being_dumped_and_read_again():
-    parameters = {"train.learning_rate": {"log_uniform": [1e-5, 1e-3]}, "adapter.rank": [4, 8]}
-    stopping = {"hyperband": {"min_steps": 4}}
-    for changes in (
-        {},
-        {"parameters": parameters, "search": {"random": 3}},
-        {"parameters": parameters, "search": {"tpe": 12}, "early_stopping": stopping},
-    ):
-        config = run([{**TEMPLATE, "name": "a"}], job="a", **changes)
-        again = RunConfig.model_validate(config.model_dump(mode="json"))
-        assert again == config
-        assert again.all_jobs == config.all_jobs
 
 
 PARAMETERS = {
@@ -132,28 +113,15 @@ def test_draws_are_a_function_of_the_seed_and_more_of_them_begin_with_the_same()
     assert draw(5) != draw(5, seed=1)
 
 
-def test_random_search_over_lists_draws_each_combination_once():
-    parameters = {"seed": [1, 2, 3], "adapter.rank": [4, 8]}
-    drawn = run(parameters=parameters, search={"random": 6}).sweep.combinations()
-    assert len({tuple(values.values()) for values in drawn}) == 6
-
-
 def test_tpe_begins_with_ten_random_jobs_that_are_known_beforehand():
     config = run(parameters=PARAMETERS, search={"tpe": 30})
     assert [trial.parameters for trial in config.trials] == draw(10)
     assert len(config.first_jobs) == 4
+    assert RunConfig.model_validate(config.model_dump(mode="json")).all_jobs == config.all_jobs
     combination = config.sweep.combinations()[0] | {"seed": "2"}
     later = config.trial(29, combination)
     assert later.name.startswith("sweep-029-")
     assert later.job.seed == 2
-
-
-def test_so_many_jobs_train_at_once():
-    jobs = [{**TEMPLATE, "name": "a"}]
-    parameters = {"seed": [1, 2, 3, 4]}
-    first = run(jobs, parameters=parameters, max_concurrent=3).first_jobs
-    assert [job.name for job in first] == ["a", "sweep-000-1", "sweep-001-2", "sweep-002-3"]
-    assert len(run(jobs, parameters=parameters).first_jobs) == 5
 
 
 def test_rungs_are_powers_below_the_last_step():
@@ -212,22 +180,19 @@ def test_a_fault_of_one_job_or_of_all_is_told_once(tmp_path):
     ]
 
 
-TOO_FEW = "search must not be for more jobs than the parameters can give, got 3 and only 2"
 TOO_LATE = "early_stopping must act before the last of the jobs' 24 steps, got {"
 SWEEP_FAULTS = [
     ({"job": 3}, "job must be settings of a job or the name of one, got 3"),
     ({"job": "b"}, "job must be the settings of a job or the name of one of jobs (none), got 'b'"),
     ({"job": {**TEMPLATE, "name": "a/b"}}, "job.name must be a safe file name"),
     ({"parameters": {}}, "parameters must map settings to their values, got {}"),
-    (
-        {"search": "gird"},
-        "search must be grid, {random: how many, seed: 0} or {tpe: how many, seed: 0}, got 'gird'",
-    ),
+    ({"search": "gird"}, "search must be grid, {random: how many, seed: 0} or {tpe: how many, s"),
     ({"search": {"random": 0}}, "search.random must be at least 1, got 0"),
-    ({"search": {"random": 3}}, TOO_FEW),
-    ({"search": {"tpe": 3}}, TOO_FEW),
+    (
+        {"search": {"random": 3}},
+        "search must not be for more jobs than the parameters can give, got 3 and only 2",
+    ),
     ({"search": {"tpe": 2, "random": 2}}, "search: unknown key 'random'"),
-    ({"max_concurrent": 0}, "max_concurrent must be at least 1, got 0"),
     (
         {"parameters": {"seed": list(range(30)), "adapter.rank": list(range(1, 31))}},
         "search grid must give at most 512 jobs, got 900; take search: {random",
@@ -236,35 +201,15 @@ SWEEP_FAULTS = [
         {"parameters": {"seed": {"int_uniform": [1, 2]}}},
         "search grid needs a list for each parameter, got a range for seed; take search: {random",
     ),
-    (
-        {"parameters": {"seed": {"int_uniform": [1, 2]}}, "search": {"random": 3}},
-        TOO_FEW,
-    ),
-    (
-        {"parameters": {"seed": [date(2024, 1, 1), "b"]}},
-        "parameters.seed must be a list of JSON values that differ",
-    ),
     ({"metric": "loss"}, "metric must be one that every job measures outside test splits (eval/lo"),
     ({"early_stopping": {"asha": {}}}, "early_stopping.asha: rungs or min_steps must be given"),
-    (
-        {"early_stopping": {"asha": {"min_steps": 24}}},
-        TOO_LATE + " ... 'min_steps': 24}",
-    ),
-    (
-        {"early_stopping": {"asha": {"rungs": [4, 30]}}},
-        TOO_LATE + " ... 'rungs': (4, 30)}",
-    ),
+    ({"early_stopping": {"asha": {"min_steps": 24}}}, TOO_LATE + " ... 'min_steps': 24}"),
+    ({"early_stopping": {"asha": {"rungs": [4, 30]}}}, TOO_LATE + " ... 'rungs': (4, 30)}"),
     (
         {"early_stopping": {"asha": {"rungs": [8, 4]}}},
         "early_stopping.asha.rungs must be steps that rise from 1 or more, got [8, 4]",
     ),
-    ({"early_stopping": {"asha": {"min_steps": 4, "eta": 3}}}, "unknown key 'eta'"),
     ({"early_stopping": {}}, "early_stopping must be one of asha, hyperband and median"),
-    (
-        {"early_stopping": {"asha": {"min_steps": 4}, "median": {}}},
-        "early_stopping must be one of asha, hyperband and median",
-    ),
-    ({"early_stopping": {"hyperband": {}}}, "early_stopping.hyperband.min_steps must be given"),
     ({"early_stopping": {"median": {}}}, "early_stopping.median judges evaluations; give train.ev"),
 ]
 
@@ -299,13 +244,6 @@ def test_a_sweep_knows_its_jobs_by_their_names():
     config = run(parameters={"train.learning_rate": RATES}).sweep
     assert all(map(config.owns, ["sweep-000", "sweep-001-0.0003", "sweep-001-other"]))
     assert not any(map(config.owns, ["sweep-002", "sweep-0010", "law", "sweep"]))
-
-
-def test_a_run_needs_jobs_or_a_sweep(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("base_model: smollm2-135m\noutput_dir: runs/a\n")
-    with pytest.raises(ConfigError, match="jobs must be a list of 1 or more, or sweep must be"):
-        load_run_config(path)
 
 
 def test_without_optuna_a_sweep_says_what_to_install(tmp_path, monkeypatch):

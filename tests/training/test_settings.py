@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers.trainer_utils import SchedulerType
+
+from loraloom.adapters import LoraConfig, MixLoraConfig
+from loraloom.training.settings import (
+    DpoConfig,
+    JobConfig,
+    LrScheduler,
+    OptimizerName,
+    RunConfig,
+    SftConfig,
+    TrainConfig,
+)
+from loraloom.training.step.optimizers import BITSANDBYTES
+
+PAIRS = {"dataset": "pairs.jsonl", "format": "preference"}
+DPO = {"num_epochs": 1, "objective": {"name": "dpo"}}
+WATCHED = {"num_epochs": 1, "eval_steps": 5}
+
+
+def job(**settings):
+    defaults = {
+        "name": "a",
+        "adapter": {"method": "lora"},
+        "data": {"task": "arc_easy"},
+        "train": {"num_epochs": 1},
+    }
+    return {**defaults, **settings}
+
+
+def run(*jobs, **settings):
+    defaults = {"base_model": "smollm2-135m", "output_dir": "runs/a", "jobs": list(jobs) or [job()]}
+    return RunConfig.model_validate({**defaults, **settings})
+
+
+def selection_metric(**settings):
+    return JobConfig.model_validate(job(**settings)).selection_metric
+
+
+def test_every_optimizer_of_torch_and_every_scheduler_of_transformers_is_known():
+    in_torch = {
+        name.lower()
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }
+    ours = set(get_args(OptimizerName)) - set(BITSANDBYTES)
+    assert {*ours, "lbfgs", "muon", "sparseadam", "optimizer"} == in_torch
+    assert set(get_args(LrScheduler)) == {scheduler.value for scheduler in SchedulerType}
+
+
+def test_defaults_are_those_that_the_documentation_names():
+    config = TrainConfig(num_epochs=1)
+    assert (config.optimizer, config.weight_decay, config.lr_scheduler) == ("adamw", 0.0, "linear")
+    assert (config.max_length, config.max_grad_norm) == (512, 1.0)
+    assert (config.objective, config.learns_from_pairs) == (SftConfig(), False)
+    assert TrainConfig(num_epochs=1, objective=DpoConfig()).learns_from_pairs
+    assert TrainConfig(num_epochs=1, batch_size=12).micro_batch_size == 12
+    assert TrainConfig(num_epochs=1, optimizer="AdamW").optimizer == "adamw"
+
+
+def test_a_warmup_ratio_is_rounded_up_to_steps():
+    assert TrainConfig(num_epochs=1, warmup_ratio=0.1).warmup_steps_of(101) == 11
+    assert TrainConfig(num_epochs=1, warmup_steps=7).warmup_steps_of(101) == 7
+    assert TrainConfig(num_epochs=1).warmup_steps_of(101) == 0
+
+
+CONTRADICTIONS = [
+    ({"num_epochs": None}, "max_steps or num_epochs must be given"),
+    ({"max_steps": 5}, "max_steps and num_epochs exclude each other, got 5 and 1"),
+    ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio and warmup_steps exclude each other"),
+    ({"lr_scheduler": "constant", "warmup_steps": 5}, "use constant_with_warmup"),
+    ({"lr_scheduler": "greedy", "warmup_ratio": 0.1}, "warmup_ratio has no effect on greedy"),
+    ({"lr_scheduler": "constant", "lr_scheduler_args": {"power": 2}}, "nothing for constant, got"),
+    ({"lr_scheduler_args": {"mode": "max"}}, "must not hold mode: the job sets it"),
+    ({"optimizer": "muon"}, "'sgd'"),
+    ({"optimizer": "rprop", "weight_decay": 0.1}, "weight_decay has no effect on rprop"),
+    ({"optimizer_args": {"lr": 1}}, "must not hold lr: the job's own learning_rate is used"),
+    ({"batch_size": 4, "micro_batch_size": 8}, "micro_batch_size must divide batch_size=4, got 8"),
+    ({"early_stopping": {}}, "early_stopping has no effect without eval_steps"),
+    (
+        {"objective": {"name": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}},
+        "label_smoothing has no effect on loss_type ipo",
+    ),
+    (
+        {"objective": {"name": "cpo", "loss_type": "hinge", "label_smoothing": 0.1}},
+        "label_smoothing has no effect on loss_type hinge",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS)
+def test_a_setting_that_cannot_take_effect_is_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate({"num_epochs": 1, **settings})
+
+
+def test_the_method_decides_on_the_configuration():
+    config = run(job(), job(name="b", adapter={"method": "mixlora", "num_experts": 4}))
+    assert [type(one.adapter) for one in config.jobs] == [LoraConfig, MixLoraConfig]
+
+
+def test_a_run_survives_being_dumped_and_read_again():
+    evaluated = job(
+        name="b",
+        data={"mix": [{"task": "piqa", "weight": 2}], "validation": {"task": "piqa"}},
+        train={**WATCHED, "early_stopping": {"patience": 2}},
+        eval=[{"task": "piqa", "limit": 5}],
+    )
+    config = run(job(), evaluated, dtype="bfloat16", trackers=["tensorboard"])
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_held_out_rows_select_the_weights_before_a_task_and_early_stopping_before_both():
+    data, evaluated = {"task": "arc_easy", "validation_fraction": 0.1}, [{"task": "piqa"}]
+    assert selection_metric() is None
+    assert selection_metric(eval=evaluated) == "eval/piqa/accuracy"
+    assert selection_metric(data=data, eval=evaluated) == "eval/loss"
+    train = {**WATCHED, "early_stopping": {"metric": "eval/piqa/accuracy"}}
+    assert selection_metric(data=data, train=train, eval=evaluated) == "eval/piqa/accuracy"
+
+
+def test_an_objective_for_pairs_may_select_by_its_accuracy():
+    stopping = {"metric": "eval/rewards/accuracies"}
+    train = {**DPO, "eval_steps": 5, "early_stopping": stopping}
+    data = {"mix": [PAIRS, {"task": "piqa"}], "validation_fraction": 0.1}
+    assert selection_metric(data=data, train=train) == stopping["metric"]
+    assert selection_metric(data=data, train=DPO) == "eval/loss"
+
+
+def test_a_test_split_never_selects_the_weights():
+    on_test = [{"task": "arc_easy", "split": "test"}]
+    assert selection_metric(eval=on_test) is None
+    assert selection_metric(eval=[*on_test, {"task": "piqa"}]) == "eval/piqa/accuracy"
+    assert selection_metric(eval=[{"task": "arc_easy", "split": "validation+test[:9]"}]) is None
+    held_out = {"task": "arc_easy", "validation": {"task": "arc_easy", "split": "test"}}
+    assert selection_metric(data=held_out, train=WATCHED) is None
+    for name, metric in (("data/test.jsonl", None), ("data/tests.jsonl", "eval/loss")):
+        rows = {"dataset": name, "format": "text"}
+        assert selection_metric(data={**rows, "validation": rows}) == metric
+
+
+def test_a_task_file_is_measured_under_its_name():
+    own = {"task": "tasks/quiz.yaml", "path": "data"}
+    assert selection_metric(eval=[own]) == "eval/quiz/accuracy"
+    assert JobConfig.model_validate(job(eval=[own])).eval[0].scoring is None
+    assert JobConfig.model_validate(job(eval=[{"task": "piqa"}])).eval[0].scoring == "label"
+    with pytest.raises(ValidationError, match="eval must name each task once, got quiz, quiz"):
+        JobConfig.model_validate(job(eval=[own, {"task": "quiz.yml"}]))
+
+
+JOB_FAULTS = [
+    ({"name": "a/b"}, "name must be a safe file name"),
+    ({"train": WATCHED}, "train.eval_steps has nothing to evaluate"),
+    (
+        {"train": {**WATCHED, "early_stopping": {"metric": "loss"}}, "eval": [{"task": "piqa"}]},
+        r"must be one that the job measures outside test splits \(eval/piqa/accuracy\), got 'loss'",
+    ),
+    (
+        {
+            "train": {**WATCHED, "lr_scheduler": "greedy"},
+            "eval": [{"task": "piqa", "split": "test"}],
+        },
+        "train.lr_scheduler greedy moves after evaluations only",
+    ),
+    ({"eval": [{"task": "skills", "path": "data"}]}, "path has no effect on skills"),
+    ({"data": PAIRS}, "train.objective must be dpo or cpo for data of format preference, got sft"),
+    (
+        {"train": DPO, "data": {"mix": [PAIRS, {"dataset": "a.jsonl", "format": "chat"}]}},
+        "train.objective dpo needs pairs of answers: .* got format chat",
+    ),
+    (
+        {"data": {"dataset": "a.jsonl", "format": "text", "streaming": True}},
+        "train.num_epochs needs the number of rows, which data.streaming does not know",
+    ),
+    ({"train": {"num_epochs": 1, "router_lr_ratio": 2}}, "has no effect on LoRA, which has no rou"),
+    (
+        {"adapter": {"method": "vera"}, "train": {"num_epochs": 1, "loraplus_lr_ratio": 2}},
+        "loraplus_lr_ratio has no effect on VeRA, which trains no B",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), JOB_FAULTS)
+def test_a_faulty_job_is_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        JobConfig.model_validate(job(**settings))
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"method": "mixlora"}, {"method": "loramoe", "balance_coef": 0}]
+)
+def test_groups_of_experts_need_a_method_that_has_them(adapter):
+    mix = [{"task": "piqa"}, {"task": "boolq", "expert_group": 1}]
+    JobConfig.model_validate(job(adapter={"method": "loramoe"}, data={"mix": mix}))
+    with pytest.raises(ValidationError, match="mix has sources with an expert_group, which has no"):
+        JobConfig.model_validate(job(adapter=adapter, data={"mix": mix}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "gpu"}, "device must be auto, cpu, cuda"),
+        ({"attn_implementation": "flash_attention_2", "dtype": "float32"}, "computes in 16 bits"),
+        ({"trackers": ["mlflow"]}, "'jsonl', 'tensorboard', 'trackio' or 'wandb'"),
+        ({"jobs": []}, "jobs must be a list of 1 or more, or sweep must be given"),
+        ({"jobs": [job(), job(name="A")]}, "jobs.1.name must differ from those of the other jobs"),
+        ({"jobs": [JobConfig.model_validate(job())] * 2}, "name must differ"),
+    ],
+)
+def test_a_faulty_run_is_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        run(**settings)
